@@ -1,0 +1,1 @@
+"""Fine-tuning Stable Diffusion XL as a graph of data assets."""

@@ -1,0 +1,1 @@
+"""What a trained LoRA is worth: eval loss, CLIP score, gallery, report."""

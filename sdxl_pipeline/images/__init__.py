@@ -1,0 +1,1 @@
+"""Image files: scanning, captions, buckets and crops, pixels."""

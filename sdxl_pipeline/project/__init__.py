@@ -1,0 +1,1 @@
+"""config.json and multidatabackend.json read into validated settings."""

@@ -1,0 +1,1 @@
+"""A trained LoRA made publishable: export, model card, Hub upload."""

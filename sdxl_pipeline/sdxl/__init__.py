@@ -1,0 +1,1 @@
+"""The SDXL base model: where it lies, its components, its conditioning, its adapters."""

@@ -1,0 +1,1 @@
+"""The device stages: programs that read one spec and write one manifest."""

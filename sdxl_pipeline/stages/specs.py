@@ -1,0 +1,212 @@
+"""What goes into each device stage (its spec) and what comes out (its manifest).
+
+A spec is written to JSON by the asset that launches the stage; the stage writes its manifest last, by rename. Both are plain
+data: paths are absolute strings, no tensor and no secret stands in them. Torch is not imported here, so that the code location can
+read manifests without loading it.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sdxl_pipeline.project.hardware import Hardware
+from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.sdxl.base_model import ResolvedModel
+
+
+class StageModel(BaseModel):
+    """A frozen record that refuses keys it does not know, so that a spec and the program reading it cannot drift apart."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FailedItem(StageModel):
+    """One picture or caption that a stage could not process."""
+
+    name: str = Field(description="Path of the picture within its dataset, or the caption.")
+    reason: str = Field(description="Why, in words a user can act on.")
+
+
+class EncodeLatentsSpec(StageModel):
+    """Input of `sdxl_pipeline.stages.encode_latents`: VAE-encode the crops of one dataset."""
+
+    base_model: ResolvedModel = Field(description="The base model whose VAE encodes.")
+    hardware: Hardware = Field(description="Device, precision and batch sizes.")
+    data_dir: str = Field(description="Folder that the rows' `path` column is relative to.")
+    rows_path: str = Field(description="Parquet of the dataset's aspect_buckets rows.")
+    store_root: str = Field(description="Root of the content-addressed latent store.")
+    entries_path: str = Field(description="Parquet to write: path, crop_index, key, latent_key, one row per encoded crop.")
+    sample_path: str = Field(description="PNG to write: some crops beside their decoded latents.")
+
+
+class LatentCache(StageModel):
+    """Output of `encode_latents`. `digest` covers the latent keys in row order: equal digests mean equal training latents."""
+
+    store_root: str
+    entries_path: str
+    digest: str
+    planned: int = Field(description="Crops asked for.")
+    encoded: int
+    reused: int
+    failed: tuple[FailedItem, ...] = Field(description="Unreadable or non-finite; planned = encoded + reused + failed.")
+    seconds: float
+    images_per_second: float | None = Field(description="Encoded crops per second; None when nothing was encoded.")
+    bytes: int = Field(description="Size in bytes of this dataset's latents.")
+    latent_mean: tuple[float, ...] = Field(description="Per channel, of the scaled posterior means over this dataset.")
+    latent_std: tuple[float, ...]
+    sample_path: str | None
+
+
+class EncodeTextSpec(StageModel):
+    """Input of `sdxl_pipeline.stages.encode_text`: embed the captions of one dataset, the empty prompt and the extra prompts."""
+
+    base_model: ResolvedModel
+    hardware: Hardware
+    captions_path: str = Field(description="Parquet with the columns path, key, caption; one row per (picture, caption).")
+    extra_prompts: tuple[str, ...] = Field(description="Validation and negative prompts; the empty prompt is always added.")
+    store_root: str
+    entries_path: str = Field(description="Parquet to write: path, key, caption, embed_key.")
+    prompts_path: str = Field(description="Parquet to write: prompt, embed_key for the empty prompt and extra_prompts.")
+    shard_rows: int = Field(default=128, ge=1, description="Captions written per shard (write_batch_size).")
+
+
+class TextEmbedCache(StageModel):
+    """Output of `encode_text`. `digest` covers caption rows and their keys."""
+
+    store_root: str
+    entries_path: str
+    prompts_path: str
+    digest: str
+    captions: int = Field(description="Distinct captions, extra prompts and the empty prompt included.")
+    encoded: int
+    reused: int
+    truncated: tuple[str, ...] = Field(description="Captions longer than the encoders' 77 tokens, which lose their tail.")
+    seconds: float
+    captions_per_second: float | None
+    bytes: int
+
+
+class TrainingLane(StageModel):
+    """One dataset as the trainer sees it: its crop plan joined with its caches on `path`."""
+
+    dataset_id: str
+    rows_path: str = Field(description="Parquet of aspect_buckets rows; `split` says train or eval.")
+    latents: LatentCache
+    text_embeds: TextEmbedCache
+    repeats: int = Field(default=0, ge=0, description="Extra passes per epoch: 0 is once.")
+    probability: float = Field(default=1.0, gt=0, description="Relative sampling weight.")
+
+
+class ValidationPrompt(StageModel):
+    """One prompt drawn during training and in the evaluation's gallery."""
+
+    name: str = Field(description="Short name for files and plots.")
+    prompt: str
+    negative_prompt: str = ""
+
+
+class TrainSpec(StageModel):
+    """Input of `sdxl_pipeline.stages.train`. Its identity (training.identity.run_identity) names the run."""
+
+    base_model: ResolvedModel
+    hardware: Hardware
+    settings: TrainingSettings = Field(description="Effective settings: launchpad, config.json, profile and defaults merged.")
+    lanes: tuple[TrainingLane, ...]
+    prompts: tuple[ValidationPrompt, ...]
+    run_dir: str = Field(description="Folder of this identity: checkpoints, weights, metrics, validation pictures.")
+    project: str
+
+
+class ValidationImage(StageModel):
+    """One picture drawn during training."""
+
+    step: int
+    name: str
+    prompt: str
+    path: str
+    seed: int
+
+
+class TrainedLora(StageModel):
+    """Output of `train`."""
+
+    identity: str
+    run_dir: str
+    weights_path: str = Field(description="pytorch_lora_weights.safetensors in diffusers' format.")
+    weights_sha256: str
+    steps: int
+    epochs: float = Field(description="Passes over the training pictures.")
+    samples: int = Field(description="Pictures seen.")
+    resumed_from_step: int | None = Field(description="None for a run that began at step 0; the step of the checkpoint otherwise.")
+    reused: bool = Field(description="True when a finished run of this identity was found and nothing was trained.")
+    final_loss: float = Field(description="Mean training loss over the last tenth of the steps.")
+    seconds: float
+    steps_per_second: float | None
+    peak_memory_bytes: int
+    trainable_parameters: int
+    adapted_modules: int
+    metrics_path: str = Field(description="metrics.jsonl, one line per logged step.")
+    loss_curve_path: str = Field(description="PNG.")
+    validation_sheet_path: str | None = Field(description="PNG: prompts down, steps across.")
+    validation_images: tuple[ValidationImage, ...]
+
+
+class EvaluateSpec(StageModel):
+    """Input of `sdxl_pipeline.stages.evaluate`."""
+
+    base_model: ResolvedModel
+    hardware: Hardware
+    settings: TrainingSettings
+    lora: TrainedLora
+    lanes: tuple[TrainingLane, ...]
+    prompts: tuple[ValidationPrompt, ...]
+    output_dir: str
+    previous_report_path: str | None = Field(default=None, description="The last release's report.json, to compare with.")
+
+
+class LossSummary(StageModel):
+    """Fixed-noise eval loss of one model."""
+
+    mean: float
+    by_timestep: tuple[tuple[int, float], ...] = Field(description="(timestep, mean squared error).")
+
+
+class ClipSummary(StageModel):
+    """CLIP score, 100 * max(cosine, 0) (Hessel et al. 2021), over the gallery pictures."""
+
+    min: float
+    max: float
+    mean: float
+    std: float
+
+
+class EvaluationReport(StageModel):
+    """Output of `evaluate`."""
+
+    lora_sha256: str
+    eval_source: Literal["eval dataset", "held-out share", "training pictures"]
+    eval_images: int
+    base_loss: LossSummary | None = Field(description="None only when eval_loss_disable is set.")
+    lora_loss: LossSummary | None
+    base_clip: ClipSummary | None = Field(description="None when evaluation_type is none.")
+    lora_clip: ClipSummary | None
+    gallery_path: str = Field(description="PNG: base beside LoRA for each prompt.")
+    images: tuple[ValidationImage, ...]
+    broken_images: tuple[FailedItem, ...] = Field(description="LoRA pictures that are black, constant or not finite.")
+    loss_plot_path: str | None
+    report_path: str = Field(description="report.md beside report.json in output_dir.")
+    change_since_release: dict[str, float] = Field(description="This minus the last release, for each figure both have.")
+    seconds: float
+
+
+class HubRelease(StageModel):
+    """Value of the hub_release asset."""
+
+    folder: str = Field(description="Local folder holding exactly what is, or would be, published.")
+    files: tuple[str, ...]
+    model_card_path: str
+    pushed: bool
+    repo_id: str | None
+    commit: str | None
+    url: str | None
+    lineage: dict[str, Any]
