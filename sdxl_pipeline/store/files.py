@@ -1,0 +1,60 @@
+"""Files that are either whole or absent: written beside their target, flushed to disk, then renamed over it."""
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_CHUNK = 1 << 20
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; when the block ends well, it is renamed to `path`.
+
+    Whatever the block wrote is flushed to disk before the rename, so that neither a kill nor a power cut leaves half a file under
+    the final name. The folder is made if need be. When the block raises, or writes nothing, `path` is left as it was; the latter
+    raises FileNotFoundError.
+
+    The temporary name keeps the suffix of `path`, for libraries that choose a format by it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.tmp{path.suffix}")
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.replace(path)
+        _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path`: after a crash at any moment the file holds the old bytes or the new ones."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, with its line ends unchanged, as `write_bytes_atomic` does."""
+    write_bytes_atomic(path, text.encode())
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's content, read in pieces so that a file larger than memory is no matter."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Ask the disk to keep a file's content, or a folder's entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
