@@ -1,0 +1,41 @@
+"""The base of every settings model: how written values become typed ones.
+
+Files of this family of trainers write numbers and booleans as strings as often as not ("true", "1e-4"), and "none", "null" or ""
+for "not set". Pydantic turns the strings into numbers; this base says what counts as not set, and keeps booleans out of numbers.
+"""
+
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+
+_NOT_SET = {"", "none", "null"}
+
+
+class SettingsModel(BaseModel):
+    """A frozen model that refuses unknown keys, NaN and infinity, and reads "none" as not set where a field may be not set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_written_value(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[info.field_name or ""]
+        kinds = _alternatives(field.annotation)
+        if value is None and type(None) not in kinds:
+            return field.get_default(call_default_factory=True)  # a null asks for the default
+        if isinstance(value, str) and type(None) in kinds and value.strip().lower() in _NOT_SET:
+            # "none" may be meant as text where free text is asked for
+            return None if str not in kinds or not value.strip() else value
+        if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
+            raise ValueError("a number is needed here, not true or false")
+        return value
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself; Annotated is looked through."""
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(kind for member in get_args(annotation) for kind in _alternatives(member))
+    if hasattr(annotation, "__metadata__"):
+        return _alternatives(annotation.__origin__)
+    return (annotation,)
