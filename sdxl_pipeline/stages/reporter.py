@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 PROGRESS_INTERVAL_SECONDS = 1.0
-METRIC_INTERVAL_SECONDS = 0.1
+METRIC_INTERVAL_SECONDS = 0.5
 
 # Messages of one kind come no closer than this share of the time passed, so that their number grows with the logarithm of a run's
 # length: some thousands in a day, while a run of a minute shows every second.
