@@ -1,0 +1,63 @@
+"""The machine that the stages run on, chosen in one place for the whole graph."""
+
+import os
+from typing import Any
+
+import dagster as dg
+from pydantic import Field, ValidationError
+
+from sdxl_pipeline.project.hardware import PRESETS, Hardware, HardwareError, hardware_from_name
+
+PROFILE_VARIABLE = "SDXL_HARDWARE"
+NAMES = ", ".join(["auto", *PRESETS])
+
+
+class HardwareProfile(dg.ConfigurableResource):
+    """A hardware profile by name, any of its values changed. Keys that stand in a project's config.json go before all of these."""
+
+    profile: str | None = Field(
+        default=None,
+        description=f"One of {NAMES}. Not set: the environment variable {PROFILE_VARIABLE}, and without it `auto`, which looks which "
+        "device there is and how much memory it has.",
+    )
+    device: str | None = Field(
+        default=None, description="cpu, cuda or mps. ROCm cards are `cuda` to PyTorch."
+    )
+    num_processes: int | None = Field(
+        default=None, description="Training processes, one per device; `auto` takes all visible GPUs."
+    )
+    mixed_precision: str | None = Field(default=None, description="no, bf16 or fp16.")
+    gradient_checkpointing: bool | None = Field(
+        default=None, description="Recompute activations in the backward pass: slower, much less memory."
+    )
+    attention_mechanism: str | None = Field(
+        default=None, description="diffusers (PyTorch's SDPA) or an attention package's name."
+    )
+    vae_batch_size: int | None = Field(default=None, description="Pictures per VAE forward.")
+    text_encoder_batch_size: int | None = Field(
+        default=None, description="Captions per text-encoder forward."
+    )
+    base_model_precision: str | None = Field(default=None, description="no_change or int8-quanto.")
+    vae_dtype: str | None = Field(default=None, description="bf16 or fp32.")
+    cpu_threads: int | None = Field(default=None, description="Torch's threads; not set: torch's own choice.")
+
+    def hardware(self) -> Hardware:
+        """The profile with the changes made. Raises `dagster.Failure` naming the field that does not fit."""
+        changes: dict[str, Any] = {
+            name: value
+            for name in Hardware.model_fields
+            if name != "profile" and (value := getattr(self, name)) is not None
+        }
+        try:
+            preset = hardware_from_name(self.profile or os.environ.get(PROFILE_VARIABLE) or "auto")
+            return Hardware.model_validate(preset.model_dump() | changes)
+        except HardwareError as error:
+            raise dg.Failure(str(error), allow_retries=False) from error
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, problem['loc'])) or 'profile'}: {problem['msg']}, not {problem['input']!r}"
+                for problem in error.errors()
+            )
+            raise dg.Failure(
+                f"the resource `hardware` cannot be used: {problems}", allow_retries=False
+            ) from error

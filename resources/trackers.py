@@ -1,0 +1,67 @@
+"""Where training curves go besides metrics.jsonl."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from sdxl_pipeline.project.training import TrainingSettings
+
+# Name in `report_to` -> module it needs. Each is an extra of this project by the same name.
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
+WANDB_MODES = ("online", "offline", "disabled")
+
+
+class TrackerResource(dg.ConfigurableResource):
+    """The trackers of this deployment. A project's config.json goes before it; tokens come from the trackers' own environment."""
+
+    report_to: list[str] | None = Field(
+        default=None,
+        description=f"Trackers for projects whose config.json has no report_to: {', '.join(TRACKERS)}.",
+    )
+    logging_dir: str | None = Field(
+        default=None,
+        description="Folder of the tensorboard logs for projects whose config.json has no logging_dir.",
+    )
+    wandb_mode: str | None = Field(
+        default=None, description=f"One of {', '.join(WANDB_MODES)}; not set: WANDB_MODE, or wandb's default."
+    )
+
+    def apply(self, settings: TrainingSettings) -> TrainingSettings:
+        """The settings with this deployment's trackers where the project names none.
+
+        Raises `dagster.Failure` for a tracker that does not exist or is not installed, before a training starts.
+        """
+        changes: dict[str, Any] = {}
+        if self.report_to is not None and "report_to" not in settings.model_fields_set:
+            changes["report_to"] = tuple(self.report_to)
+        if self.logging_dir is not None and "logging_dir" not in settings.model_fields_set:
+            changes["logging_dir"] = self.logging_dir
+        _check_usable(changes.get("report_to", settings.report_to))
+        return settings.model_copy(update=changes)
+
+    def environment(self) -> dict[str, str]:
+        """What the training process needs in its environment; for `LocalLauncher.run(environment=...)`."""
+        if self.wandb_mode is None:
+            return {}
+        if self.wandb_mode not in WANDB_MODES:
+            raise dg.Failure(
+                f"the resource `trackers` cannot be used: wandb_mode is {self.wandb_mode!r}; write one of {', '.join(WANDB_MODES)}",
+                allow_retries=False,
+            )
+        return {"WANDB_MODE": self.wandb_mode}
+
+
+def _check_usable(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in TRACKERS:
+            raise dg.Failure(
+                f"report_to: there is no tracker {name!r}; write {', '.join(TRACKERS)}", allow_retries=False
+            )
+        if find_spec(TRACKERS[name]) is None:
+            raise dg.Failure(
+                f"report_to: {name} is not installed; install the extra: pip install 'sdxl-pipeline[{name}]', or remove it from report_to",
+                allow_retries=False,
+            )
