@@ -12,6 +12,14 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 _NOT_SET = {"", "none", "null"}
 
 
+class BadValueError(ValueError):
+    """A value that cannot be used, and what to write instead."""
+
+    def __init__(self, message: str, remedy: str) -> None:
+        super().__init__(message)
+        self.remedy = remedy
+
+
 class SettingsModel(BaseModel):
     """A frozen model that refuses unknown keys, NaN and infinity, and reads "none" as not set where a field may be not set."""
 
@@ -28,7 +36,10 @@ class SettingsModel(BaseModel):
             # "none" may be meant as text where free text is asked for
             return None if str not in kinds or not value.strip() else value
         if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
-            raise ValueError("a number is needed here, not true or false")
+            raise BadValueError(
+                "must be a number, not true or false",
+                f"write a number. {info.field_name}: {field.description}",
+            )
         return value
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from sdxl_pipeline.project.settings_model import SettingsModel
+from sdxl_pipeline.project.settings_model import BadValueError, SettingsModel
 
 PROFILE_KEYS: Final = (
     "mixed_precision",
@@ -299,7 +299,12 @@ class TrainingSettings(SettingsModel):
     def _read_list(cls, value: Any) -> Any:
         if isinstance(value, str):
             if value.strip().startswith("["):
-                return json.loads(value)
+                try:
+                    return json.loads(value)
+                except json.JSONDecodeError as error:
+                    raise BadValueError(
+                        f"is not a list: {error.msg}", 'write ["to_k", "to_q"] or "to_k,to_q"'
+                    ) from error
             return tuple(part.strip() for part in value.split(",") if part.strip() not in ("", "none"))
         return value
 
@@ -341,16 +346,14 @@ class TrainingSettings(SettingsModel):
 def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
     """(height, width) in pixels of each part of `text`, such as "1024x1024,1280x768" (WxH), "768" (an edge) or "1.0" (megapixels).
 
-    A bare number under 128 is megapixels of a square whose edge is rounded to a multiple of 64. Raises ValueError for anything else,
-    and for an edge that is not a multiple of 8, which the VAE could not decode.
+    A bare number under 128 is megapixels of a square whose edge is rounded to a multiple of 64. Raises BadValueError for anything else,
+    and for an edge that is not a multiple of 8, which the VAE could not decode to.
     """
     sizes = tuple(_parse_size(part.strip()) for part in text.split(","))
     for height, width in sizes:
         if height % 8 or width % 8 or min(height, width) < 8:
             near = "x".join(str(max(8, round(edge / 8) * 8)) for edge in (width, height))
-            raise ValueError(
-                f"{width}x{height} is not a multiple of 8 on both edges; the nearest size that is: {near}"
-            )
+            raise BadValueError(f"{width}x{height} is not a multiple of 8 on both edges", f"write {near}")
     return sizes
 
 
@@ -362,22 +365,24 @@ def _parse_size(part: str) -> tuple[int, int]:
     except ValueError:
         number = math.nan
     if not 0 < number < math.inf:
-        raise ValueError(f'{part!r} is not a size; write "1024x1024", "1024" or megapixels such as "1.0"')
+        raise BadValueError(
+            f"{part!r} is not a size", 'write "1024x1024", "1024" or megapixels such as "1.0"'
+        )
     edge = max(64, round(math.sqrt(number * 1e6) / 64) * 64) if number < 128 else int(number)
     return edge, edge
 
 
 def parse_assignments(text: str) -> dict[str, OptimizerValue]:
-    """`"beta1=0.9,weight_decay=0.01"` as a dict; numbers and booleans are typed. Raises ValueError for a part without "="."""
+    """`"beta1=0.9,weight_decay=0.01"` as a dict; numbers and booleans are typed. Raises BadValueError for a part without "="."""
     values: dict[str, OptimizerValue] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not (name and equals and value):
-            raise ValueError(
-                f'{part!r} is not of the form name=value; write for example "beta1=0.9,weight_decay=0.01"'
+            raise BadValueError(
+                f"{part!r} is not of the form name=value", 'write for example "beta1=0.9,weight_decay=0.01"'
             )
         if name in values:
-            raise ValueError(f"{name!r} is given twice")
+            raise BadValueError(f"{name!r} is given twice", "keep one of the two")
         values[name] = _scalar(value)
     return values
 

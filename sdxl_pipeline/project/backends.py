@@ -1,0 +1,220 @@
+"""`multidatabackend.json` read into datasets: every entry, what it takes over from `config.json`, and what entries say of each other."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdxl_pipeline.project.datasets import (
+    INHERITED,
+    INHERITED_SIZES,
+    ImageDataset,
+    TextEmbedsDataset,
+    asset_name,
+    check_images,
+)
+from sdxl_pipeline.project.json_files import read_json
+from sdxl_pipeline.project.keys import Reading, read_settings
+from sdxl_pipeline.project.known_keys import IMAGES, TEXT_EMBEDS
+from sdxl_pipeline.project.problems import NO_VALUE, Problem
+from sdxl_pipeline.project.training import TrainingSettings
+
+_WHAT = "a list of datasets, each an object with an id and an instance_data_dir"
+_TYPES = ("image", "eval", "text_embeds")
+
+
+@dataclass
+class DatasetsReading:
+    """The entries of a datasets file that are not disabled, in the file's order, and what is wrong with the file."""
+
+    images: list[ImageDataset] = field(default_factory=list)
+    text_embeds: list[TextEmbedsDataset] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def read_datasets(path: Path, folder: Path, training: TrainingSettings, config_file: Path) -> DatasetsReading:
+    """Read the datasets file at `path` of the project in `folder`; relative paths in it are relative to that folder."""
+    reading = DatasetsReading()
+    content, reading.problems = read_json(path, _WHAT)
+    if content is None:
+        return reading
+    if not isinstance(content, list):
+        reading.problems.append(
+            Problem(path, "", NO_VALUE, f"holds {_kind(content)}, not a list", f"write {_WHAT}")
+        )
+        return reading
+    seen: dict[str, str] = {}
+    lanes: dict[str, str] = {}
+    for position, raw in enumerate(content, start=1):
+        if not isinstance(raw, Mapping):
+            reading.problems.append(
+                Problem(path, f"[{position}]", raw, f"is {_kind(raw)}, not an object", f"write {_WHAT}")
+            )
+            continue
+        named = {key.lstrip("-"): value for key, value in raw.items()}
+        name = named.get("id")
+        where = f"[{position}]" if not isinstance(name, str) else f'[{position}] "{name}"'
+        if isinstance(name, str):
+            _check_name(
+                name, where, seen, lanes, path, reading, is_lane=named.get("dataset_type") != "text_embeds"
+            )
+        if not _is_true(named.get("disabled", named.get("disable", False))):
+            _read_entry(raw, named, f"{where}.", path, folder, training, config_file, reading)
+    _check_together(seen, path, reading)
+    return reading
+
+
+def _check_name(
+    name: str,
+    where: str,
+    seen: dict[str, str],
+    lanes: dict[str, str],
+    path: Path,
+    reading: DatasetsReading,
+    is_lane: bool,
+) -> None:
+    if name in seen:
+        message = f"the id is already that of entry {seen[name]}"
+        reading.problems.append(
+            Problem(path, f"{where}.id", name, message, "give each entry an id of its own")
+        )
+        return
+    seen[name] = where
+    if not is_lane:
+        return
+    lane = asset_name(name)
+    if lane in lanes:
+        message = f"its assets would have the name {lane}, which those of entry {lanes[lane]} have"
+        remedy = "use letters, digits and underscores that tell the two ids apart"
+        reading.problems.append(Problem(path, f"{where}.id", name, message, remedy))
+    lanes.setdefault(lane, where)
+
+
+def _read_entry(
+    raw: Mapping[str, Any],
+    named: Mapping[str, Any],
+    where: str,
+    path: Path,
+    folder: Path,
+    training: TrainingSettings,
+    config_file: Path,
+    reading: DatasetsReading,
+) -> None:
+    dataset_type = named.get("dataset_type", "image")
+    if dataset_type == "text_embeds":
+        texts = read_settings(
+            raw, TextEmbedsDataset, TEXT_EMBEDS, path, where, {"write_batch_size": training.write_batch_size}
+        )
+        _take_findings(texts, reading)
+        if texts.settings:
+            reading.text_embeds.append(_absolute(texts.settings, folder, "cache_dir"))
+        return
+    if dataset_type not in _TYPES:
+        message = (
+            "is not for SDXL LoRA yet"
+            if dataset_type in IMAGES.later_values["dataset_type"]
+            else "is not a known dataset_type"
+        )
+        remedy = f"write one of {', '.join(_TYPES)}, or disable the entry"
+        reading.problems.append(Problem(path, f"{where}dataset_type", dataset_type, message, remedy))
+        return
+    images = read_settings(
+        raw,
+        ImageDataset,
+        IMAGES,
+        path,
+        where,
+        _inherited(named, training, where, reading),
+        _belongs_in_config(),
+    )
+    if named.get("type", "local") != "local":  # its folder is named in another way
+        images.problems = [each for each in images.problems if each.key != f"{where}instance_data_dir"]
+    _take_findings(images, reading)
+    if images.settings is None:
+        return
+    for finding in check_images(images.settings):
+        if finding.key in images.spelled:
+            place, key = path, f"{where}{images.spelled[finding.key]}"
+        elif getattr(training, finding.key, None) is not None and finding.key in training.model_fields_set:
+            place, key = config_file, finding.key
+        else:
+            place, key = path, f"{where}{finding.key}"
+        value = getattr(images.settings, finding.key)
+        shown = NO_VALUE if value is None else value
+        reading.problems.append(Problem(place, key, shown, finding.message, finding.remedy))
+    reading.images.append(_absolute(images.settings, folder, "instance_data_dir", "cache_dir_vae"))
+
+
+def _take_findings(found: "Reading[Any]", reading: DatasetsReading) -> None:
+    reading.problems += found.problems
+    reading.warnings += found.warnings
+
+
+def _inherited(
+    raw: Mapping[str, Any], training: TrainingSettings, where: str, reading: DatasetsReading
+) -> dict[str, Any]:
+    """What the entry takes over from config.json. Sizes are taken over only in their own unit."""
+    given = training.model_fields_set
+    values = {key: getattr(training, key) for key in INHERITED if key in given}
+    unit = raw.get("resolution_type", training.resolution_type)
+    values["resolution_type"] = training.resolution_type
+    if unit == training.resolution_type:
+        values |= {
+            key: getattr(training, key) for key in INHERITED_SIZES if key in given or key == "resolution"
+        }
+        return values
+    values["resolution"] = 1.0 if unit == "area" else 1024.0
+    for key in INHERITED_SIZES:
+        if key in given and key not in raw:
+            reading.warnings.append(
+                f"{where}{key} does not take over {key} of config.json, whose unit is {training.resolution_type} and not {unit}"
+            )
+    return values
+
+
+def _belongs_in_config() -> dict[str, str]:
+    return dict.fromkeys(TrainingSettings.model_fields, "config.json: it holds for the whole training")
+
+
+def _check_together(places: Mapping[str, str], path: Path, reading: DatasetsReading) -> None:
+    """What the entries say of each other; `places` says where each id stands in the file."""
+    problems = reading.problems
+    if not problems and not any(dataset.dataset_type == "image" for dataset in reading.images):
+        remedy = 'add an entry with "dataset_type": "image" that is not disabled'
+        problems.append(Problem(path, "", NO_VALUE, "holds no pictures to train on", remedy))
+    defaults = [entry.id for entry in reading.text_embeds if entry.default]
+    for other in defaults[1:]:
+        message = f"entry {places[defaults[0]]} is the default already"
+        problems.append(Problem(path, f"{places[other]}.default", True, message, "keep one default"))
+    known = [entry.id for entry in reading.text_embeds]
+    for dataset in reading.images:
+        if dataset.text_embeds is not None and dataset.text_embeds not in known:
+            remedy = (
+                f"write one of {', '.join(known)}"
+                if known
+                else "leave it out, or add a text_embeds entry of that id"
+            )
+            message = "names no text_embeds entry"
+            problems.append(
+                Problem(path, f"{places[dataset.id]}.text_embeds", dataset.text_embeds, message, remedy)
+            )
+
+
+def _absolute(settings: Any, folder: Path, *keys: str) -> Any:
+    """The settings with these paths made absolute, seen from `folder`."""
+    paths = {key: getattr(settings, key) for key in keys}
+    return settings.model_copy(
+        update={
+            key: (folder / value.expanduser()).resolve() for key, value in paths.items() if value is not None
+        }
+    )
+
+
+def _is_true(value: Any) -> bool:
+    return value is True or (isinstance(value, str) and value.strip().lower() == "true")
+
+
+def _kind(content: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return next((name for kind, name in names.items() if isinstance(content, kind)), "a number")

@@ -1,0 +1,37 @@
+"""Combinations of training settings that cannot be meant, though each value by itself could."""
+
+from collections.abc import Iterator
+
+from sdxl_pipeline.project.datasets import Finding
+from sdxl_pipeline.project.training import TrainingSettings
+
+
+def check_training(training: TrainingSettings) -> Iterator[Finding]:
+    """What is wrong between the keys of `config.json`."""
+    steps = training.max_train_steps
+    if steps is not None and training.num_train_epochs is not None:
+        yield Finding(
+            "num_train_epochs",
+            f"is given together with max_train_steps ({steps})",
+            "write 0 for the one that should not decide how long the training is",
+        )
+    if steps is not None and training.lr_warmup_steps > steps:
+        yield Finding(
+            "lr_warmup_steps",
+            f"is more than max_train_steps ({steps}), so learning_rate would never be reached",
+            f"write at most {steps}",
+        )
+    repeated = {tracker for tracker in training.report_to if training.report_to.count(tracker) > 1}
+    if repeated:
+        yield Finding("report_to", f"names {', '.join(sorted(repeated))} twice", "name each tracker once")
+
+
+def idle_settings(training: TrainingSettings) -> Iterator[str]:
+    """Settings that have no effect beside the others, each named with the reason."""
+    if training.lr_scheduler == "constant" and training.lr_warmup_steps > 0:
+        yield (
+            f"lr_warmup_steps = {training.lr_warmup_steps} has no effect with lr_scheduler constant; "
+            "constant_with_warmup would use it"
+        )
+    if training.hub_model_id is not None and not training.push_to_hub:
+        yield f"hub_model_id = {training.hub_model_id} has no effect while push_to_hub is false"

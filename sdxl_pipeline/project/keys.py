@@ -1,0 +1,218 @@
+"""An object of a user's file read into a settings model: spellings, unknown keys, and pydantic's errors put into the user's terms."""
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from sdxl_pipeline.project.known_keys import Vocabulary
+from sdxl_pipeline.project.problems import NO_VALUE, Problem
+from sdxl_pipeline.project.settings_model import BadValueError, SettingsModel
+
+M = TypeVar("M", bound=SettingsModel)
+
+_NUMBER_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text"}
+_LIMITS = {
+    "greater_than": ("gt", "above"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "at most"),
+    "multiple_of": ("multiple_of", "a multiple of"),
+    "too_short": ("min_length", "with a length of at least"),
+    "string_too_short": ("min_length", "with a length of at least"),
+}
+
+
+@dataclass
+class Reading(Generic[M]):
+    """What an object holds: the settings (None if a required key is missing or wrong), and how each key was spelled."""
+
+    settings: M | None
+    spelled: dict[str, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def read_settings(
+    raw: Mapping[str, Any],
+    model: type[M],
+    vocabulary: Vocabulary,
+    file: Path,
+    where: str = "",
+    inherited: Mapping[str, Any] | None = None,
+    elsewhere: Mapping[str, str] | None = None,
+) -> Reading[M]:
+    """Read one object into `model`.
+
+    `where` stands before each key in problems. `inherited` gives values for keys that the object leaves out. `elsewhere` says of keys
+    that belong to another place which one. Where some keys are wrong, the settings are those of the remaining ones, so that the
+    checks that follow can still say what else is wrong; then `problems` is not empty.
+    """
+    reading: Reading[M] = Reading(None)
+    values: dict[str, Any] = {}
+    for spelled, value in raw.items():
+        _sort_in(spelled, value, values, reading, model, vocabulary, file, where, elsewhere or {})
+    for key, value in (inherited or {}).items():
+        if value is not None:
+            values.setdefault(key, value)
+    try:
+        reading.settings = model.model_validate(values)
+        return reading
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+    bad: set[str] = set()
+    for detail in details:
+        key = str(detail["loc"][0])
+        if key in bad:
+            continue
+        bad.add(key)
+        if key not in reading.spelled and key in values:
+            continue  # inherited, and a problem of the file it comes from
+        message, remedy = _in_words(detail, key, values.get(key), model, vocabulary)
+        shown = values.get(key, NO_VALUE)
+        reading.problems.append(Problem(file, where + reading.spelled.get(key, key), shown, message, remedy))
+    remaining = {key: value for key, value in values.items() if key not in bad}
+    try:
+        reading.settings = model.model_validate(remaining)
+    except ValidationError:
+        reading.settings = None  # a required key is among the bad ones
+    return reading
+
+
+def _sort_in(
+    spelled: str,
+    value: Any,
+    values: dict[str, Any],
+    reading: Reading[M],
+    model: type[M],
+    vocabulary: Vocabulary,
+    file: Path,
+    where: str,
+    elsewhere: Mapping[str, str],
+) -> None:
+    """Decide what one written key is: a setting, off, without meaning, or a problem."""
+    name = spelled.lstrip("-")
+    key = vocabulary.spellings.get(name, name)
+    if (
+        key == "validation_prompt_library"
+        and isinstance(value, str)
+        and _plain(value) not in (True, False, None)
+    ):
+        key = "user_prompt_library"  # both names are in use for a path; the reference's own library is switched by a boolean
+
+    def problem(message: str, remedy: str) -> None:
+        reading.problems.append(Problem(file, where + spelled, value, message, remedy))
+
+    if key in reading.spelled:
+        if values.get(key) != value:
+            problem(
+                f"is the same setting as {reading.spelled[key]}, with another value", "keep one of the two"
+            )
+        return
+    if key in model.model_fields:
+        reading.spelled[key] = spelled
+        values[key] = value
+    elif key in vocabulary.later:
+        later = vocabulary.later[key]
+        if not _is_off(value, later.off):
+            off = json.dumps(later.off[0])
+            problem("is not available yet", later.remedy or f"write {off}, or leave the key out")
+    elif key in vocabulary.idle:
+        pass  # its switch is off: any other value of the switch is a problem of its own
+    elif vocabulary.is_meaningless(key):
+        reading.warnings.append(f"{file.name}: {where}{spelled} has no meaning here and is not read")
+    elif key in elsewhere:
+        problem("is not a key of this place", f"write it in {elsewhere[key]}")
+    else:
+        known = [*model.model_fields, *vocabulary.spellings]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        problem(
+            "is not a known key", f"write {near[0]}" if near else "remove it; docs/settings.md lists the keys"
+        )
+
+
+def _is_off(value: Any, off: tuple[Any, ...]) -> bool:
+    value = _plain(value)
+    if isinstance(value, Mapping):  # {"enable": false, ...}
+        value = _plain(value.get("enable", True)) if value else None
+    return value is None or value == [] or any(value == each for each in off)
+
+
+def _plain(value: Any) -> Any:
+    """A boolean, number or null that was written as a string, as what it stands for."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip().lower()
+    if text in ("true", "false", "none", "null", ""):
+        return {"true": True, "false": False}.get(text)
+    try:
+        return float(text)
+    except ValueError:
+        return value
+
+
+def _in_words(
+    detail: ErrorDetails, key: str, value: Any, model: type[M], vocabulary: Vocabulary
+) -> tuple[str, str]:
+    """What is wrong and what to write instead, from one of pydantic's errors."""
+    field_info = model.model_fields[key]
+    kind, context = detail["type"], detail.get("ctx", {})
+    meaning = f"{key}: {field_info.description}"
+    choices = literal_values(field_info.annotation)
+    if kind == "missing":
+        return "is missing", f"add it. {meaning}"
+    if isinstance(context.get("error"), BadValueError):
+        return str(context["error"]), context["error"].remedy
+    if kind == "value_error":
+        return str(context["error"]), meaning
+    if choices and (kind == "literal_error" or kind.endswith("_type")):
+        return _wrong_choice(key, detail["input"] if kind == "literal_error" else value, choices, vocabulary)
+    if kind in _LIMITS:
+        name, words = _LIMITS[kind]
+        limit = context[name]
+        return f"must be {words} {limit:g}", f"write a value {words} {limit:g}. {meaning}"
+    if kind == "finite_number":
+        return "must be a finite number", meaning
+    if kind == "int_from_float":
+        return "must be a whole number", f"write {round(float(value))}. {meaning}"
+    for prefix, words in _NUMBER_WORDS.items():
+        if kind.startswith(prefix):
+            return f"must be {words}", f"write {words}. {meaning}"
+    if kind == "path_type":
+        return "must be a path", f"write a path as text. {meaning}"
+    return detail["msg"], meaning
+
+
+def _wrong_choice(key: str, value: Any, choices: tuple[str, ...], vocabulary: Vocabulary) -> tuple[str, str]:
+    listed = ", ".join(json.dumps(choice) for choice in choices)
+    if isinstance(value, str):
+        if value in vocabulary.later_values.get(key, frozenset()):
+            return f"{value} is not available yet", f"write one of {listed}" if len(
+                choices
+            ) > 1 else f"write {listed}"
+        near = difflib.get_close_matches(value.lower(), choices, n=1, cutoff=0.6)
+        if near:
+            return "is not one of the known values", f'write "{near[0]}" (known: {listed})'
+    if key == "model_family":
+        return "is another model family; this project trains Stable Diffusion XL", 'write "sdxl"'
+    return "is not one of the known values", f"write one of {listed}" if len(
+        choices
+    ) > 1 else f"write {listed}"
+
+
+def literal_values(annotation: Any) -> tuple[str, ...]:
+    """The values of the first Literal in an annotation, looking through unions, tuples and Annotated; () without one."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return tuple(str(value) for value in get_args(annotation))
+    if origin in (Union, UnionType, tuple):
+        for member in get_args(annotation):
+            if found := literal_values(member):
+                return found
+    return literal_values(annotation.__origin__) if hasattr(annotation, "__metadata__") else ()

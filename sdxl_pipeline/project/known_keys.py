@@ -1,0 +1,382 @@
+"""The vocabulary of SimpleTuner's two files beyond the settings that work here: other spellings, what is not available yet, and what
+has no meaning for SDXL.
+
+A key that is not available yet is accepted with the values that mean "off", so that a file which merely spells out a default still
+works; any other value is refused, since leaving it without effect would train something else than what was asked for.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+
+@dataclass(frozen=True)
+class Later:
+    """A key that is not available yet: the values that mean "off", the first of them preferred, and what to write instead."""
+
+    off: tuple[Any, ...]
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What is known of one kind of object beside the fields of its model.
+
+    `spellings`: other name -> name. `later`: keys not available yet. `later_values`: known values of accepted keys that are not
+    available yet. `idle`: keys that only tune a feature which is off, by the key that would switch it on. `meaningless`: keys of
+    other models or of the reference's own machinery, by name and by prefix.
+    """
+
+    spellings: dict[str, str] = field(default_factory=dict)
+    later: dict[str, Later] = field(default_factory=dict)
+    later_values: dict[str, frozenset[str]] = field(default_factory=dict)
+    idle: dict[str, str] = field(default_factory=dict)
+    meaningless: frozenset[str] = frozenset()
+    meaningless_prefixes: tuple[str, ...] = ()
+
+    def is_meaningless(self, key: str) -> bool:
+        """Whether the key is known and has no effect here."""
+        return key in self.meaningless or key.startswith(self.meaningless_prefixes)
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+def _off(off: tuple[Any, ...], names: str) -> dict[str, Later]:
+    return {name: Later(off) for name in names.split()}
+
+
+def _tunes(switch: str, names: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), switch)
+
+
+_OPTIMIZERS = _names(
+    """adamw_bf16 ao-adamw8bit ao-adamw4bit ao-adamfp8 ao-adamwfp8 adamw_schedulefree adamw_schedulefree+aggressive
+    adamw_schedulefree+no_kahan optimi-radam optimi-ranger optimi-adan optimi-adam optimi-sgd soap bnb-adagrad bnb-adagrad8bit
+    bnb-adam bnb-adam8bit bnb-adamw bnb-adamw8bit bnb-adamw-paged bnb-adamw8bit-paged bnb-lion bnb-lion8bit bnb-lion-paged
+    bnb-lion8bit-paged bnb-ademamix bnb-ademamix8bit bnb-ademamix-paged bnb-ademamix8bit-paged prodigy adafactor"""
+)
+_PRECISIONS = _names(
+    """int4-quanto int2-quanto fp8-quanto fp8uz-quanto int8-torchao int8dq-torchao int8dq-int4-torchao int4-torchao fp8-torchao
+    fp8wo-torchao fp8-int4-torchao nf4-bnb fp8-native fp8-transformerengine"""
+)
+_NOTHING_IS_DELETED = Later((False, None), "write false: the pictures are never changed or deleted here")
+_IN_OPTIMIZER_CONFIG = (
+    'write it in optimizer_config, for example "beta1=0.9,beta2=0.99,weight_decay=0.01,eps=1e-8"'
+)
+
+TRAINING: Final = Vocabulary(
+    spellings={
+        "use_gradient_checkpointing": "gradient_checkpointing",
+        "checkpointing_steps": "checkpoint_step_interval",
+        "validation_steps": "validation_step_interval",
+        "peft_lora_target_modules": "lora_target_modules",
+    },
+    later={
+        **_off(
+            (False, None),
+            """use_dora use_ema diff2flow_enabled diff2flow_loss offset_noise use_soft_min_snr rescale_betas_zero_snr
+            train_text_encoder controlnet control refiner_training urepa_enabled xm_enabled lr_scale lr_scale_sqrt
+            vae_cache_ondemand vae_cache_disable text_cache_ondemand text_cache_disable validation_preview push_checkpoints_to_hub
+            validation_on_startup validation_randomize validation_using_datasets validation_disable_unconditional
+            slider_lora_target allow_dataset_oversubscription enable_nsfw_check optimizer_release_gradients
+            optimizer_offload_gradients fuse_optimizer fsdp_enable ramtorch enable_group_offload quantize_activations
+            enable_watermark""",
+        ),
+        **_off(
+            (None, ""),
+            """init_lora webhook_config publishing_config distillation_method eval_dataset_id validation_input
+            validation_adapter_path validation_adapter_config validation_guidance_skip_layers validation_noise_scheduler
+            timestep_bias_strategy layer_freeze_strategy deepspeed_config accelerate_config optimizer_cpu_offload_method
+            quantization_config pretrained_unet_model_name_or_path assistant_lora_path custom_tracker post_checkpoint_script
+            post_upload_script sdnq_weights_dtype""",
+        ),
+        **_off(
+            (None, 0),
+            """scheduled_sampling_max_step_offset noise_offset input_perturbation validation_epoch_interval
+            checkpoint_epoch_interval eval_steps_interval eval_epoch_interval validate_after_step validate_after_epoch
+            checkpointing_rolling_steps gradient_checkpointing_interval gradient_checkpointing_segment_stride
+            disk_low_threshold prodigy_steps""",
+        ),
+        **_off(("no_change", None), "text_encoder_1_precision text_encoder_2_precision"),
+        "loss_type": Later(("l2",)),
+        "snr_weight": Later((1.0,)),
+        "lora_init_type": Later(("default", True)),
+        "lora_format": Later(("diffusers",)),
+        "peft_lora_mode": Later(("standard",)),
+        "dynamo_backend": Later(("no", None)),
+        "context_parallel_size": Later((1, None)),
+        "tokenizer_max_length": Later((None, 77)),
+        "gradient_precision": Later((None, "unmodified")),
+        "lr_num_cycles": Later((1, 0.5, None)),
+        "sdxl_validation_pipeline_mode": Later(("trained-stage", None)),
+        "validation_method": Later(("simpletuner-local", None)),
+        "grad_clip_method": Later(
+            ("norm",), 'write "norm": max_grad_norm bounds the norm of all gradients together'
+        ),
+        "validation_prompt_library": Later(
+            (False, None), "write the path of a JSON file of prompts in user_prompt_library"
+        ),
+        "trust_remote_code": Later(
+            (False, None), "write false: code from a model repository is never run here"
+        ),
+        "delete_unwanted_images": _NOTHING_IS_DELETED,
+        "delete_problematic_images": _NOTHING_IS_DELETED,
+        "delete_nsfw_images": _NOTHING_IS_DELETED,
+        "num_processes": Later(
+            (1, None), "leave it out: the hardware profile's num_processes says how many devices train"
+        ),
+        "num_machines": Later((1, None), "write 1: a training runs on one machine"),
+        "adam_beta1": Later((0.9, None), _IN_OPTIMIZER_CONFIG),
+        "adam_beta2": Later((0.999, None), _IN_OPTIMIZER_CONFIG),
+        "adam_weight_decay": Later((0.01, None), _IN_OPTIMIZER_CONFIG),
+        "adam_epsilon": Later((1e-8, None), _IN_OPTIMIZER_CONFIG),
+        "optimizer_beta1": Later((None,), _IN_OPTIMIZER_CONFIG),
+        "optimizer_beta2": Later((None,), _IN_OPTIMIZER_CONFIG),
+    },
+    later_values={
+        "model_type": _names("full"),
+        "model_flavour": _names("refiner-1.0 base-0.9 refiner-0.9"),
+        "lora_type": _names("lycoris"),
+        "optimizer": _OPTIMIZERS,
+        "lr_scheduler": _names("linear sine cosine_with_restarts polynomial"),
+        "base_model_precision": _PRECISIONS,
+        "mixed_precision": _names("fp8"),
+        "vae_dtype": _names("fp16"),
+        "prediction_type": _names("sample flow_matching"),
+        "attention_mechanism": _names(
+            """xformers sageattention sageattention-int8-fp16-triton sageattention-int8-fp16-cuda sageattention-int8-fp8-cuda
+            flash flash-attn flash-attn-2 flash-attn-3 flash-attention-2 flash-attention-3 flex sla"""
+        ),
+        "report_to": _names("simpletuner trackio swanlab comet_ml custom-tracker all"),
+        "caption_strategy": _names("parquet csv huggingface webshart"),
+    },
+    idle={
+        **_tunes(
+            "use_ema",
+            "ema_decay ema_device ema_cpu_only ema_update_interval ema_foreach_disable ema_warmup_steps ema_validation",
+        ),
+        **_tunes("lora_type", "lycoris_config init_lokr_norm validation_lycoris_strength"),
+        **_tunes("init_lora", "init_lora_step init_lora_ema"),
+        **_tunes("peft_lora_mode", "singlora_ramp_up_steps"),
+        **_tunes(
+            "assistant_lora_path",
+            "assistant_lora_strength assistant_lora_inference_strength disable_assistant_lora",
+        ),
+        **_tunes("loss_type", "huber_schedule huber_c"),
+        **_tunes("use_soft_min_snr", "soft_min_snr_sigma_data"),
+        **_tunes("offset_noise", "noise_offset_probability"),
+        **_tunes("input_perturbation", "input_perturbation_steps"),
+        **_tunes(
+            "timestep_bias_strategy",
+            "timestep_bias_begin timestep_bias_end timestep_bias_multiplier timestep_bias_portion",
+        ),
+        **_tunes(
+            "scheduled_sampling_max_step_offset",
+            """scheduled_sampling_probability scheduled_sampling_prob_start scheduled_sampling_prob_end
+            scheduled_sampling_ramp_steps scheduled_sampling_start_step scheduled_sampling_ramp_shape scheduled_sampling_sampler
+            scheduled_sampling_strategy scheduled_sampling_order scheduled_sampling_reflexflow scheduled_sampling_reflexflow_alpha
+            scheduled_sampling_reflexflow_beta1 scheduled_sampling_reflexflow_beta2""",
+        ),
+        **_tunes("lr_scheduler", "lr_end lr_power"),
+        **_tunes("validation_preview", "validation_preview_steps"),
+        **_tunes("webhook_config", "webhook_reporting_interval"),
+        **_tunes("distillation_method", "distillation_config"),
+        **_tunes(
+            "validation_adapter_path",
+            "validation_adapter_name validation_adapter_strength validation_adapter_mode",
+        ),
+        **_tunes(
+            "validation_guidance_skip_layers",
+            "validation_guidance_skip_layers_start validation_guidance_skip_layers_stop validation_guidance_skip_scale",
+        ),
+        **_tunes("validation_method", "validation_external_script validation_external_background"),
+        **_tunes(
+            "sdxl_validation_pipeline_mode", "sdxl_validation_stage1_model sdxl_validation_stage2_model"
+        ),
+        **_tunes(
+            "refiner_training",
+            """refiner_training_invert_schedule refiner_training_strength sdxl_refiner_uses_full_range data_aesthetic_score""",
+        ),
+        **_tunes(
+            "train_text_encoder",
+            """text_encoder_lr text_encoder_limit save_text_encoder freeze_encoder_before freeze_encoder_after
+            freeze_encoder_strategy""",
+        ),
+        **_tunes(
+            "controlnet",
+            "controlnet_custom_config controlnet_model_name_or_path conditioning_multidataset_sampling",
+        ),
+        **_tunes("caption_strategy", "parquet_caption_column parquet_filename_column"),
+        **_tunes("checkpointing_rolling_steps", "checkpoints_rolling_total_limit"),
+        **_tunes("disk_low_threshold", "disk_low_action disk_low_script"),
+        **_tunes("push_to_hub", "push_to_hub_background"),
+        **_tunes("xm_enabled", "xm_candidate_count xm_training_target xm_selection_scope xm_block_size"),
+        **_tunes(
+            "enable_nsfw_check",
+            """nsfw_check_models nsfw_check_min_votes nsfw_check_backend_types nsfw_check_sample_types
+            nsfw_check_video_frame_count nsfw_check_video_frame_selection nsfw_check_video_min_flagged_frames""",
+        ),
+        **_tunes(
+            "urepa_enabled",
+            """urepa_lambda urepa_manifold_weight urepa_model urepa_encoder_image_size urepa_use_tae urepa_scheduler
+            urepa_warmup_steps urepa_decay_steps urepa_lambda_end urepa_power urepa_cutoff_step urepa_similarity_threshold
+            urepa_similarity_ema_decay urepa_threshold_mode""",
+        ),
+        **_tunes(
+            "dynamo_backend", "dynamo_mode dynamo_fullgraph dynamo_dynamic dynamo_use_regional_compilation"
+        ),
+        **_tunes(
+            "fsdp_enable",
+            """fsdp_version fsdp_reshard_after_forward fsdp_state_dict_type fsdp_cpu_ram_efficient_loading fsdp_auto_wrap_policy
+            fsdp_limit_all_gathers fsdp_cpu_offload fsdp_activation_checkpointing fsdp_transformer_layer_cls_to_wrap""",
+        ),
+        **_tunes("context_parallel_size", "context_parallel_comm_strategy"),
+        **_tunes(
+            "num_machines",
+            "machine_rank main_process_ip main_process_port same_network local_rank accelerate_extra_args",
+        ),
+        **_tunes(
+            "ramtorch",
+            """ramtorch_target_modules ramtorch_text_encoder ramtorch_vae ramtorch_controlnet ramtorch_transformer_percent
+            ramtorch_text_encoder_percent ramtorch_disable_sync_hooks ramtorch_disable_extensions""",
+        ),
+        **_tunes(
+            "enable_group_offload",
+            """group_offload_type group_offload_blocks_per_group group_offload_use_stream group_offload_to_disk_path
+            group_offload_text_encoder group_offload_vae""",
+        ),
+        **_tunes(
+            "gradient_checkpointing_interval",
+            """gradient_checkpointing_backend gradient_checkpointing_offload_attention
+            gradient_checkpointing_offload_pin_memory_max_buckets gradient_checkpointing_offload_prefetch""",
+        ),
+        **_tunes(
+            "sdnq_weights_dtype",
+            "sdnq_compile_mode sdnq_group_size sdnq_quantized_matmul_dtype sdnq_use_quantized_matmul",
+        ),
+    },
+    meaningless=_names(
+        """accelerator_cache_clear_interval aspect_bucket_disable_rebuild aspect_bucket_worker_count aws_max_pool_connections
+        base_model_default_dtype cache_dir cache_dir_text cache_dir_vae checkpointing_use_tempdir compress_disk_cache
+        custom_text_encoder_intermediary_layers data_backend_sampling dataloader_prefetch dataloader_prefetch_qlen
+        debug_aspect_buckets debug_dataset_loader delete_invalid_checkpoints delete_model_after_load diffusion_blocks_config
+        disable_benchmark disable_bucket_pruning disable_segmented_timestep_sampling disable_tf32 enable_chunked_feed_forward
+        enable_multiprocessing eval_dataset_pooling feed_forward_chunk_size find_unused_parameters framerate
+        fully_unload_text_encoder fuse_qkv_projections fused_qkv_projections i_know_what_i_am_doing ignore_missing_files
+        image_processing_batch_size inference_scheduler_timestep_spacing keep_vae_loaded masked_loss_probability
+        max_grounding_entities max_workers merge_environment_config metadata_update_interval model_card_safe_for_work
+        modelspec_comment musubi_block_swap_device musubi_blocks_to_swap offload_during_save offload_during_startup
+        offload_param_path override_dataset_config preserve_data_backend_cache pretrained_gemma_model_name_or_path
+        pretrained_grounding_model_name_or_path pretrained_t5_model_name_or_path pretrained_transformer_model_name_or_path
+        pretrained_transformer_subfolder pretrained_unet_subfolder print_filenames print_sampler_statistics quantize_via
+        qwen_text_encoder_model_name_or_path read_batch_size sageattention_usage seed_for_each_device set_grads_to_none sla_config
+        strict_epoch_limit t5_padding text_embed_full_cache text_encoder_3_precision text_encoder_4_precision torch_num_threads
+        tracker_image_layout training_scheduler_timestep_spacing tread_config unet_attention_slice vae_cache_scan_behaviour
+        vae_enable_patch_conv vae_enable_slicing vae_enable_temporal_roll vae_enable_tiling validation_audio_duration
+        validation_audio_only validation_guidance_real validation_image_format validation_image_quality
+        validation_internal_guidance_scale validation_ltx2_video_conditioning validation_lyrics validation_multigpu
+        validation_no_cfg_until_timestep validation_num_video_frames validation_seed_source validation_stitch_input_location
+        validation_torch_compile variant"""
+    ),
+    meaningless_prefixes=(
+        "acestep_",
+        "audio_",
+        "cosmos3_",
+        "crepa_",
+        "deepfloyd_",
+        "flow_",
+        "flux_",
+        "hidream_",
+        "ideogram_",
+        "internal_guidance_",
+        "irepa_",
+        "krea2_",
+        "layersync_",
+        "ltx2_",
+        "ltx_",
+        "lyrics_",
+        "minimax_",
+        "mixflow_",
+        "nextlat_",
+        "pixart_",
+        "sana_",
+        "sd3_",
+        "twinflow_",
+        "wan_",
+    ),  # fmt: skip
+)
+"""Beyond the fields of `TrainingSettings`."""
+
+_ENTRY_SPELLINGS = {"disable": "disabled"}
+
+IMAGES: Final = Vocabulary(
+    spellings=_ENTRY_SPELLINGS,
+    later={
+        **_off(
+            (False, None),
+            """vae_cache_ondemand vae_cache_disable vae_cache_clear_each_epoch disable_multiline_split caption_shuffle
+            is_regularisation_data is_regularization_data disable_validation""",
+        ),
+        **_off(
+            (None, ""),
+            """max_num_samples caption_filter_list conditioning conditioning_data conditioning_type source_dataset_id image_embeds
+            train_batch_size end_epoch slider_strength""",
+        ),
+        "crops_per_image": Later((1, None)),
+        "start_epoch": Later((1, 0, None)),
+        "start_step": Later((0, None)),
+        "end_step": Later((None, 0)),
+        "delete_unwanted_images": _NOTHING_IS_DELETED,
+        "delete_problematic_images": _NOTHING_IS_DELETED,
+        "delete_nsfw_images": _NOTHING_IS_DELETED,
+    },
+    later_values={
+        "type": _names("huggingface aws csv webshart memory"),
+        "dataset_type": _names(
+            "conditioning video audio image_embeds conditioning_image_embeds caption distillation_cache"
+        ),
+        "crop_style": _names("face"),
+        "crop_aspect": _names("closest random"),
+        "caption_strategy": _names("parquet csv huggingface webshart"),
+        "metadata_backend": _names("parquet huggingface webshart"),
+    },
+    idle={
+        **_tunes("crop_aspect", "crop_aspect_buckets"),
+        **_tunes("caption_strategy", "parquet"),
+        **_tunes(
+            "type",
+            """huggingface dataset_name split streaming image_column caption_column num_proc csv csv_file csv_caption_column
+            csv_url_column csv_cache_dir aws_bucket_name aws_region_name aws_endpoint_url aws_access_key_id aws_secret_access_key
+            aws_session_token aws_data_prefix aws_max_pool_connections webshart""",
+        ),
+    },
+    meaningless=_names(
+        """hash_filenames preserve_data_backend_cache metadata_update_interval conditioning_image_embeds
+        cache_dir_conditioning_image_embeds conditioning_image_embed_batch_size compress_cache compress_disk_cache video audio s2v
+        num_frames min_frames max_frames is_i2v timestep_sampling_offset framerate default cache_dir write_batch_size"""
+    ),
+    meaningless_prefixes=("bbox", "grounding", "memory_filesystem_", "webshart_"),
+)
+"""Beyond the fields of `ImageDataset`."""
+
+TEXT_EMBEDS: Final = Vocabulary(
+    spellings=_ENTRY_SPELLINGS,
+    later={
+        **_off((False, None), "text_cache_ondemand text_cache_disable"),
+        "text_encoder_batch_size": Later(
+            (None,), "write text_encoder_batch_size in config.json: it holds for all captions"
+        ),
+    },
+    later_values={"type": IMAGES.later_values["type"]},
+    idle=_tunes(
+        "type",
+        """aws_bucket_name aws_region_name aws_endpoint_url aws_access_key_id aws_secret_access_key aws_session_token
+        aws_data_prefix aws_max_pool_connections""",
+    ),
+    meaningless=_names(
+        "hash_filenames preserve_data_backend_cache metadata_update_interval compress_cache compress_disk_cache"
+    ),
+    meaningless_prefixes=("memory_filesystem_",),
+)
+"""Beyond the fields of `TextEmbedsDataset`."""

@@ -1,0 +1,235 @@
+"""A project: one folder, one LoRA. Both of its files are read here, and everything wrong with them is told at once."""
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from sdxl_pipeline.project.backends import read_datasets
+from sdxl_pipeline.project.checks import check_training, idle_settings
+from sdxl_pipeline.project.datasets import ImageDataset, TextEmbedsDataset, asset_name
+from sdxl_pipeline.project.json_files import read_json
+from sdxl_pipeline.project.keys import read_settings
+from sdxl_pipeline.project.known_keys import TRAINING
+from sdxl_pipeline.project.problems import NO_VALUE, Problem, ProjectError
+from sdxl_pipeline.project.training import TrainingSettings
+
+CONFIG_FILE: Final = "config.json"
+DATASETS_FILE: Final = "multidatabackend.json"
+PROJECTS_VARIABLE: Final = "SDXL_PIPELINE_PROJECTS"
+DEFAULT_ROOT: Final = Path(__file__).resolve().parents[2] / "projects"
+
+_WHAT_CONFIG = "an object of training settings"
+_DATASET_KEYS = dict.fromkeys(ImageDataset.model_fields, f"the dataset's entry in {DATASETS_FILE}")
+
+
+class Prompt(NamedTuple):
+    """One validation prompt; `name` is short and unique within the project."""
+
+    name: str
+    prompt: str
+    negative_prompt: str
+
+
+@dataclass(frozen=True)
+class Project:
+    """A project whose files are right.
+
+    `name` is safe as an asset key and group; `folder` is absolute, as are all paths in the settings. `datasets` and `text_embeds`
+    leave out disabled entries. `warnings` name what was read and has no effect.
+    """
+
+    name: str
+    folder: Path
+    training: TrainingSettings
+    datasets: tuple[ImageDataset, ...]
+    text_embeds: tuple[TextEmbedsDataset, ...]
+    prompts: tuple[Prompt, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def train_datasets(self) -> tuple[ImageDataset, ...]:
+        """The datasets that are trained on."""
+        return tuple(dataset for dataset in self.datasets if dataset.dataset_type == "image")
+
+    @property
+    def eval_datasets(self) -> tuple[ImageDataset, ...]:
+        """The datasets that only the eval loss sees."""
+        return tuple(dataset for dataset in self.datasets if dataset.dataset_type == "eval")
+
+    def text_embeds_of(self, dataset: ImageDataset) -> TextEmbedsDataset:
+        """Where the captions of `dataset` are kept: the entry it names, else the default one, else the first, else one made up."""
+        by_id = {entry.id: entry for entry in self.text_embeds}
+        if dataset.text_embeds is not None:
+            return by_id[dataset.text_embeds]
+        default = next((entry for entry in self.text_embeds if entry.default), None)
+        return default or next(iter(self.text_embeds), TextEmbedsDataset(id="text-embeds", default=True))
+
+
+@dataclass(frozen=True)
+class BrokenProject:
+    """A project whose files hold problems; the other projects are not touched by it."""
+
+    name: str
+    folder: Path
+    error: ProjectError
+
+
+def discover_projects(root: Path | None = None) -> list[Project | BrokenProject]:
+    """Every project folder in `root`, sorted by folder name; a folder is one if it holds either of the two files.
+
+    `root` defaults to the environment variable SDXL_PIPELINE_PROJECTS, else to `projects` beside the package.
+    """
+    if root is None:
+        named = os.environ.get(PROJECTS_VARIABLE)
+        root = Path(named).expanduser() if named else DEFAULT_ROOT
+    root = root.resolve()
+    if not root.is_dir():
+        remedy = f"create it, or let {PROJECTS_VARIABLE} name the folder that holds the project folders"
+        return [
+            _broken(asset_name(root.name) or "projects", root, "there is no such folder of projects", remedy)
+        ]
+    found: list[Project | BrokenProject] = []
+    owners: dict[str, Path] = {}
+    for folder in sorted(root.iterdir()):
+        if folder.name.startswith(".") or not any(
+            (folder / name).exists() for name in (CONFIG_FILE, DATASETS_FILE)
+        ):
+            continue
+        name = asset_name(folder.name)
+        if name in owners:
+            message = f"its assets would have the name {name}, which those of {owners[name].name} have"
+            remedy = "rename the folder: letters, digits and underscores count, all other characters become _"
+            number = next(n for n in range(2, len(owners) + 3) if f"{name}_{n}" not in owners)
+            found.append(_broken(f"{name}_{number}", folder, message, remedy))
+            owners[f"{name}_{number}"] = folder
+            continue
+        owners[name] = folder
+        try:
+            found.append(load_project(folder))
+        except ProjectError as error:
+            found.append(BrokenProject(name, folder, error))
+    return found
+
+
+def load_project(folder: Path) -> Project:
+    """Read the project in `folder`. Raises ProjectError with every problem of its files."""
+    folder = folder.resolve()
+    config_file = folder / CONFIG_FILE
+    content, problems = read_json(config_file, _WHAT_CONFIG)
+    if content is not None and not isinstance(content, Mapping):
+        problems.append(
+            Problem(config_file, "", NO_VALUE, "does not hold an object", f"write {_WHAT_CONFIG}")
+        )
+    raw: Mapping[str, Any] = content if isinstance(content, Mapping) else {}
+    config = read_settings(raw, TrainingSettings, TRAINING, config_file, elsewhere=_DATASET_KEYS)
+    problems += config.problems
+    training = config.settings
+    if training is None:  # every key of config.json has a default, so the remaining keys always make settings
+        raise AssertionError("TrainingSettings has a required key")
+    warnings = [*config.warnings, *(f"{CONFIG_FILE}: {idle}" for idle in idle_settings(training))]
+    for finding in check_training(training):
+        shown = getattr(training, finding.key)
+        spelled = config.spelled.get(finding.key, finding.key)
+        problems.append(Problem(config_file, spelled, shown, finding.message, finding.remedy))
+
+    datasets_file = _find_datasets_file(training, folder, config_file, warnings)
+    datasets = read_datasets(datasets_file, folder, training, config_file)
+    problems += datasets.problems
+    warnings += datasets.warnings
+    prompts = _read_prompts(training, folder, problems)
+    if problems:
+        raise ProjectError(problems)
+    return Project(
+        name=asset_name(folder.name),
+        folder=folder,
+        training=_complete(training, folder, datasets_file),
+        datasets=tuple(datasets.images),
+        text_embeds=tuple(datasets.text_embeds),
+        prompts=prompts,
+        warnings=tuple(warnings),
+    )
+
+
+def _find_datasets_file(
+    training: TrainingSettings, folder: Path, config_file: Path, warnings: list[str]
+) -> Path:
+    """The file that data_backend_config names; where that is absent, the one of the same name, or the usual one, in the folder."""
+    named = _inside(folder, training.data_backend_config)
+    if named.exists():
+        return named
+    for other in (folder / named.name, folder / DATASETS_FILE):
+        if other.exists():
+            warnings.append(
+                f"{config_file.name}: data_backend_config names {training.data_backend_config}, which does not exist; "
+                f"{other.name} of the project folder is read instead"
+            )
+            return other
+    return named
+
+
+def _read_prompts(training: TrainingSettings, folder: Path, problems: list[Problem]) -> tuple[Prompt, ...]:
+    """The validation prompt and those of the prompt library, in that order, named uniquely."""
+    negative = training.validation_negative_prompt
+    prompts = (
+        [Prompt("validation", training.validation_prompt, negative)] if training.validation_prompt else []
+    )
+    if training.user_prompt_library is None:
+        return tuple(prompts)
+    path = _inside(folder, training.user_prompt_library)
+    what = '{"name": "prompt"} or {"name": {"prompt": "...", "negative_prompt": "..."}}'
+    content, found = read_json(path, what)
+    problems += found
+    if content is None:
+        return tuple(prompts)
+    if not isinstance(content, Mapping) or not content:
+        problems.append(Problem(path, "", NO_VALUE, "holds no prompts by name", f"write {what}"))
+        return tuple(prompts)
+    for name, entry in content.items():
+        fields = {"prompt": entry} if isinstance(entry, str) else entry
+        if not isinstance(fields, Mapping) or not all(isinstance(value, str) for value in fields.values()):
+            problems.append(Problem(path, name, entry, "is not a prompt", f"write {what}"))
+            continue
+        for key in fields.keys() - {"prompt", "negative_prompt"}:
+            near = difflib.get_close_matches(key, ["prompt", "negative_prompt"], n=1)
+            remedy = f"write {near[0]}" if near else "remove it; prompt and negative_prompt are known"
+            problems.append(Problem(path, f"{name}.{key}", fields[key], "is not a known key", remedy))
+        if not fields.get("prompt", "").strip():
+            problems.append(Problem(path, name, entry, "has no prompt", f"write {what}"))
+            continue
+        if any(prompt.name == name for prompt in prompts):
+            problems.append(
+                Problem(path, name, entry, "is the name of validation_prompt itself", "give it another name")
+            )
+            continue
+        prompts.append(Prompt(name, fields["prompt"], fields.get("negative_prompt", negative)))
+    return tuple(prompts)
+
+
+def _complete(training: TrainingSettings, folder: Path, datasets_file: Path) -> TrainingSettings:
+    """The settings with absolute paths, and a repository name where one is needed and none is given."""
+    changes: dict[str, Any] = {
+        "data_backend_config": str(datasets_file),
+        "output_dir": str(_inside(folder, training.output_dir)),
+        "logging_dir": str(_inside(folder, training.logging_dir)),
+    }
+    if training.user_prompt_library is not None:
+        changes["user_prompt_library"] = str(_inside(folder, training.user_prompt_library))
+    if training.push_to_hub and training.hub_model_id is None:
+        changes["hub_model_id"] = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip("-._") or "sdxl-lora"
+    given = training.model_fields_set
+    completed = training.model_copy(update=changes)
+    # Keep apart what the file says and what was filled in, so that every value's source can be told.
+    completed.model_fields_set.intersection_update(given)
+    return completed
+
+
+def _inside(folder: Path, written: str) -> Path:
+    return (folder / Path(written).expanduser()).resolve()
+
+
+def _broken(name: str, folder: Path, message: str, remedy: str) -> BrokenProject:
+    return BrokenProject(name, folder, ProjectError([Problem(folder, "", NO_VALUE, message, remedy)]))
