@@ -1,0 +1,214 @@
+"""Trains the UNet on cached latents: epsilon, min-SNR weights, two data-parallel processes."""
+
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
+
+from sdxl_pipeline.sdxl.tiny.architecture import NOISE_SCHEDULE, build_unet
+from sdxl_pipeline.sdxl.tiny.budget import Budget, set_learning_rate, update_average
+from sdxl_pipeline.sdxl.tiny.training_set import BUCKET_SHARES, build_training_set
+
+_PICTURES = 32_000
+_GLOBAL_BATCH = 80
+_PEAK_RATE = 1.5e-3
+_MIN_SNR_GAMMA = 5.0
+# One caption in ten is dropped: to SDXL base's zeros, or to the encoded empty prompt that fine-tuning uses.
+_DROP, _DROP_TO_EMPTY = 0.10, 0.04
+_SAVE_EVERY = 250
+
+
+class TextEmbedder:
+    """Captions to what the UNet attends to: penultimate states of both encoders, pooled output of the second."""
+
+    def __init__(self, parts: Path) -> None:
+        self._tokenizers = [
+            CLIPTokenizerFast.from_pretrained(parts / name) for name in ("tokenizer", "tokenizer_2")
+        ]
+        self._first = CLIPTextModel.from_pretrained(parts / "text_encoder").eval()
+        self._second = CLIPTextModelWithProjection.from_pretrained(parts / "text_encoder_2").eval()
+        self._known: list[dict[str, list[int]]] = [{}, {}]
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """prompt_embeds (B, 77, 128) and pooled_prompt_embeds (B, 64)."""
+        with torch.autocast("cpu", torch.bfloat16):
+            first = self._first(self._ids(0, captions), output_hidden_states=True)
+            second = self._second(self._ids(1, captions), output_hidden_states=True)
+        hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        return hidden.float(), second.text_embeds.float()
+
+    def _ids(self, which: int, captions: Sequence[str]) -> Tensor:
+        known = self._known[which]
+        for caption in captions:
+            if caption not in known:
+                known[caption] = self._tokenizers[which](
+                    caption, padding="max_length", truncation=True, max_length=77
+                ).input_ids
+        return torch.tensor([known[caption] for caption in captions])
+
+
+def train_unet(
+    parts: Path, budget_seconds: float, max_steps: int, rank: int, world_size: int, seed: int = 0
+) -> int:
+    """One data-parallel process of the training; rank 0 saves the averaged weights to `parts`/unet.
+
+    Returns the number of steps done.
+
+    Every 250 steps rank 0 also saves weights, their average and AdamW's moments to unet-checkpoint.safetensors;
+    a training that finds this file continues from it (with fresh random numbers). The processes meet through
+    MASTER_ADDR and MASTER_PORT.
+    """
+    if world_size > 1:
+        dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    torch.manual_seed(seed)
+    unet = build_unet()
+    unet.set_attn_processor(
+        AttnProcessor()
+    )  # plain products: faster than the fused kernel's backward on CPUs
+    parameters = list(unet.parameters())
+    average = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=_PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    checkpoint = parts / "unet-checkpoint.safetensors"
+    step = _load_checkpoint(checkpoint, parameters, average, optimizer) if checkpoint.exists() else 0
+
+    vae = AutoencoderKL.from_pretrained(parts / "vae").eval()
+    embed = TextEmbedder(parts)
+    buckets = build_training_set(vae, _PICTURES // world_size, seed + 1000 * (rank + 1))
+    rng, bucket_rng = random.Random(seed + 100 + rank + step), random.Random(seed + 5 + step)
+    torch.manual_seed(seed + 100 + rank + step)
+    alphas = DDPMScheduler(**NOISE_SCHEDULE).alphas_cumprod
+    snr = alphas / (1 - alphas)
+    weights = snr.clamp(max=_MIN_SNR_GAMMA) / snr  # Hang et al. 2023, "Min-SNR weighting", for epsilon
+    budget = Budget(budget_seconds, max_steps)
+    size = _GLOBAL_BATCH // world_size
+    recent: list[float] = []
+    while (spent := _agree(budget.spent(step), world_size)) < 1:
+        rate = set_learning_rate(optimizer, _PEAK_RATE, step, spent, warmup_steps=150, hold=0.3)
+        batch = bucket_rng.choices(buckets, BUCKET_SHARES)[0].sample(size, rng)
+        prompt_embeds, pooled = _drop_captions(embed, batch.captions, rng)
+        timesteps = _stratified_timesteps(size, len(alphas))
+        noise = torch.randn_like(batch.latents)
+        alpha = alphas[timesteps].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt() * batch.latents + (1 - alpha).sqrt() * noise
+        with torch.autocast("cpu", torch.bfloat16):
+            conditions = {"text_embeds": pooled, "time_ids": batch.time_ids}
+            predicted = unet(
+                noisy, timesteps, prompt_embeds, added_cond_kwargs=conditions, return_dict=False
+            )[0]
+        errors = (predicted.float() - noise).pow(2).mean((1, 2, 3))
+        loss = (errors * weights[timesteps]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        _average_gradients(parameters, world_size)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        update_average(average, [p.detach() for p in parameters], step, 0.999)
+        step += 1
+        recent.append(errors.mean().item())
+        if rank == 0 and step % 50 == 0:
+            mean = sum(recent[-50:]) / 50
+            print(
+                f"unet step {step} seconds {budget.elapsed():.0f} mse {mean:.4f} rate {rate:.5f}", flush=True
+            )
+        if rank == 0 and step % _SAVE_EVERY == 0:
+            _save_checkpoint(checkpoint, parameters, average, optimizer, step)
+            _save_average(unet, parameters, average, parts / "unet")
+    if rank == 0:
+        _save_average(unet, parameters, average, parts / "unet")
+        checkpoint.unlink(missing_ok=True)
+    if world_size > 1:
+        dist.destroy_process_group()
+    return step
+
+
+def _agree(spent: float, world_size: int) -> float:
+    """The largest share any process has spent, so that all stop at the same step."""
+    if world_size == 1:
+        return spent
+    value = torch.tensor([spent], dtype=torch.float64)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value.item()
+
+
+def _drop_captions(embed: TextEmbedder, captions: list[str], rng: random.Random) -> tuple[Tensor, Tensor]:
+    draws = [rng.random() for _ in captions]
+    prompt_embeds, pooled = embed(
+        ["" if draw < _DROP_TO_EMPTY else caption for draw, caption in zip(draws, captions, strict=True)]
+    )
+    keep = torch.tensor([not _DROP_TO_EMPTY <= draw < _DROP for draw in draws], dtype=torch.float32)
+    return prompt_embeds * keep[:, None, None], pooled * keep[:, None]
+
+
+def _stratified_timesteps(size: int, steps: int) -> Tensor:
+    """One uniform timestep out of each of `size` equal stretches, shuffled: unbiased, with less variance."""
+    timesteps = ((torch.arange(size) + torch.rand(size)) * (steps / size)).long().clamp(max=steps - 1)
+    return timesteps[torch.randperm(size)]
+
+
+def _average_gradients(parameters: list[torch.nn.Parameter], world_size: int) -> None:
+    if world_size == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= world_size
+    torch._foreach_copy_(
+        gradients,
+        [
+            part.view_as(g)
+            for part, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)
+        ],
+    )
+
+
+@torch.no_grad()
+def _save_average(
+    unet: UNet2DConditionModel, parameters: list[torch.nn.Parameter], average: list[Tensor], folder: Path
+) -> None:
+    current = [p.detach().clone() for p in parameters]
+    torch._foreach_copy_(parameters, average)
+    unet.save_pretrained(folder)
+    torch._foreach_copy_(parameters, current)
+
+
+def _save_checkpoint(
+    file: Path,
+    parameters: list[torch.nn.Parameter],
+    average: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    step: int,
+) -> None:
+    tensors = {"step": torch.tensor([step])}
+    for i, (parameter, mean) in enumerate(zip(parameters, average, strict=True)):
+        state = optimizer.state[parameter]
+        tensors |= {f"{i}.weight": parameter.detach().contiguous(), f"{i}.average": mean.contiguous()}
+        tensors |= {f"{i}.exp_avg": state["exp_avg"], f"{i}.exp_avg_sq": state["exp_avg_sq"]}
+    beside = file.with_suffix(".partial")
+    save_file(tensors, beside)
+    os.replace(beside, file)
+
+
+@torch.no_grad()
+def _load_checkpoint(
+    file: Path, parameters: list[torch.nn.Parameter], average: list[Tensor], optimizer: torch.optim.Optimizer
+) -> int:
+    tensors = load_file(file)
+    step = int(tensors["step"].item())
+    for i, parameter in enumerate(parameters):
+        parameter.copy_(tensors[f"{i}.weight"])
+        average[i].copy_(tensors[f"{i}.average"])
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(step)),
+            "exp_avg": tensors[f"{i}.exp_avg"].clone(),
+            "exp_avg_sq": tensors[f"{i}.exp_avg_sq"].clone(),
+        }
+    return step

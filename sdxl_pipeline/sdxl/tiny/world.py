@@ -1,0 +1,201 @@
+"""The small world of captioned shapes: what a picture may hold, and which combinations are held out.
+
+A plain picture is one shape in one colour on one background, in one of two sizes at one of five places. Rich
+pictures add what a new concept can later be composed of: outlines, striped and dotted fills, a mark inside the
+shape (a smaller shape, one eye, two eyes) and free-form silhouettes under invented words.
+"""
+
+import math
+import random
+import zlib
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Split = Literal["train", "held_out"]
+Pattern = Literal["solid", "striped", "dotted"]
+
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 70),
+    "blue": (40, 70, 220),
+    "yellow": (245, 215, 50),
+    "orange": (245, 135, 30),
+    "purple": (140, 50, 180),
+    "white": (245, 245, 245),
+    "black": (20, 20, 20),
+}
+SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross", "heart", "star", "moon", "arrow")
+# The radius of a shape as a share of the square root of the picture's area.
+SIZES = {"small": 0.14, "large": 0.25}
+# Centre of the shape as (x, y) shares of the picture.
+PLACES = {
+    "left": (0.27, 0.5),
+    "right": (0.73, 0.5),
+    "centre": (0.5, 0.5),
+    "top": (0.5, 0.27),
+    "bottom": (0.5, 0.73),
+}
+# (height, width): one area of about 128x128; sides divide by 32, as the f8 VAE and two UNet halvings need.
+BUCKETS: tuple[tuple[int, int], ...] = ((128, 128), (96, 160), (160, 96))
+
+# Shapes with a middle to put a mark on, and shapes that are recognised at a third of the size.
+_MARKABLE = ("circle", "square", "triangle", "diamond", "cross", "heart", "star", "freeform")
+MARK_SHAPES = ("circle", "square", "triangle", "diamond", "heart", "star")
+_CONSONANTS, _VOWELS = "bcdfgklmnprstvxz", "aeiou"
+# Words that name concepts of demo projects; the world never uses them, so they stay new to the model.
+RESERVED_WORDS = frozenset({"zorp"})
+
+
+@dataclass(frozen=True)
+class FreeForm:
+    """A silhouette in polar form: a wave of `lobes` periods on a circle, plus low-frequency dents."""
+
+    lobes: int
+    depth: float
+    phase: float
+    pointed: bool
+    dents: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something drawn on the middle of a shape: a small `shape` of `color`, or `eyes` white eyes with pupils."""
+
+    shape: str | None = None
+    color: str = "white"
+    eyes: int = 0
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What one picture of the world holds. Colours are keys of COLORS; `noun` replaces a free-form's name."""
+
+    shape: str
+    color: str
+    background: str
+    size: str
+    place: str
+    outline: str | None = None
+    pattern: Pattern = "solid"
+    second_color: str | None = None
+    mark: Mark | None = None
+    freeform: FreeForm | None = None
+    noun: str | None = None
+
+    @property
+    def plain(self) -> bool:
+        """True when shape, colour, background, size and place say everything."""
+        return self == Spec(self.shape, self.color, self.background, self.size, self.place)
+
+
+def is_held_out(shape: str, color: str, background: str) -> bool:
+    """A twelfth of the (shape, colour, background) triples, chosen by checksum, no training ever sees."""
+    return zlib.crc32(f"{shape}/{color}/{background}".encode()) % 12 == 0
+
+
+def sample_plain(rng: random.Random, split: Split | None = "train") -> Spec:
+    """Draws a plain picture of `split` (None: of either)."""
+    while True:
+        color, background = rng.sample(list(COLORS), 2)
+        shape = rng.choice(SHAPES)
+        if split is not None and is_held_out(shape, color, background) != (split == "held_out"):
+            continue
+        return Spec(shape, color, background, rng.choice(list(SIZES)), rng.choice(list(PLACES)))
+
+
+def sample_rich(rng: random.Random) -> Spec:
+    """Draws a training picture with at least one of: free-form silhouette, outline, pattern, mark."""
+    spec = sample_plain(rng)
+    if rng.random() < 0.3:
+        noun = "shape" if rng.random() < 0.3 else invented_word(rng)
+        spec = replace(spec, shape="freeform", freeform=sample_freeform(rng), noun=noun)
+    extras = [rng.random() < p for p in (0.45, 0.3, 0.4)]
+    if not any(extras) and spec.freeform is None:
+        extras[rng.randrange(3)] = True
+    with_outline, with_pattern, with_mark = extras
+    if with_outline:
+        spec = replace(spec, outline=_other_color(rng, spec.color, spec.background))
+    if with_pattern:
+        pattern: Pattern = rng.choice(("striped", "dotted"))
+        spec = replace(spec, pattern=pattern, second_color=_other_color(rng, spec.color, spec.background))
+    if with_mark and spec.shape in _MARKABLE:
+        spec = replace(spec, size="large", mark=_sample_mark(rng, spec.color))
+    return spec
+
+
+def sample_world(rng: random.Random, rich_share: float) -> Spec:
+    """Draws a training picture: rich with probability `rich_share`, plain otherwise."""
+    return sample_rich(rng) if rng.random() < rich_share else sample_plain(rng)
+
+
+def held_out_specs(count: int, seed: int) -> list[Spec]:
+    """`count` different plain pictures of the held-out split, in an order fixed by `seed`.
+
+    Raises ValueError when the split holds fewer.
+    """
+    specs = [
+        Spec(shape, color, background, size, place)
+        for shape in SHAPES
+        for color in COLORS
+        for background in COLORS
+        if color != background and is_held_out(shape, color, background)
+        for size in SIZES
+        for place in PLACES
+    ]
+    if count > len(specs):
+        raise ValueError(f"the held-out split holds {len(specs)} plain pictures, {count} were asked for")
+    random.Random(seed).shuffle(specs)
+    return specs[:count]
+
+
+def sample_freeform(rng: random.Random) -> FreeForm:
+    """Draws a silhouette with 2 to 7 lobes or points."""
+    first, second, third, fourth = (rng.gauss(0, 0.05) for _ in range(4))
+    return FreeForm(
+        lobes=rng.choice((2, 3, 4, 5, 6, 7)),
+        depth=rng.uniform(0.05, 0.45),
+        phase=rng.uniform(0, 2 * math.pi),
+        pointed=rng.random() < 0.5,
+        dents=(first, second, third, fourth),
+    )
+
+
+def invented_word(rng: random.Random) -> str:
+    """A pronounceable word of one or two syllables which is neither reserved nor a name of the world."""
+    while True:
+        word = "".join(
+            rng.choice(_CONSONANTS)
+            + rng.choice(_VOWELS)
+            + (rng.choice(_CONSONANTS) if rng.random() < 0.6 else "")
+            for _ in range(rng.choice((1, 2, 2)))
+        )
+        if len(word) > 2 and word not in RESERVED_WORDS and word not in COLORS and word not in SHAPES:
+            return word
+
+
+def sample_frame(rng: random.Random, bucket: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Draws (original height, original width, crop top, crop left) for a picture shown in `bucket` (h, w).
+
+    Seven in ten are the bucket itself or a multiple of it, uncropped; the others have another aspect, are
+    resized to cover the bucket and cropped. These four, with the bucket's size, are SDXL's time ids
+    (Podell et al. 2023, section 2.2), so the model learns what they mean.
+    """
+    height, width = bucket
+    if rng.random() < 0.7:
+        factor = rng.choice((1, 1, 1, 1.5, 2))
+        return int(height * factor), int(width * factor), 0, 0
+    original_h, original_w = rng.randint(112, 256), rng.randint(112, 256)
+    scale = max(height / original_h, width / original_w)
+    top = int(rng.random() * (original_h * scale - height))
+    left = int(rng.random() * (original_w * scale - width))
+    return original_h, original_w, top, left
+
+
+def _other_color(rng: random.Random, *taken: str) -> str:
+    return rng.choice([color for color in COLORS if color not in taken])
+
+
+def _sample_mark(rng: random.Random, body: str) -> Mark:
+    if body != "white" and rng.random() < 0.5:
+        return Mark(eyes=rng.choice((1, 2)))
+    return Mark(shape=rng.choice(MARK_SHAPES), color=_other_color(rng, body))
