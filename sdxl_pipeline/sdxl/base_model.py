@@ -71,6 +71,10 @@ class ResolvedModel(BaseModel):
         default_factory=dict,
         description="Component -> variant of its weight files, as fp16; absent for none.",
     )
+    scheduler_overrides: dict[str, str | bool] = Field(
+        default_factory=dict,
+        description="What a checkpoint says of itself against its scheduler's configuration.",
+    )
     vae_source: str | None = Field(
         default=None, description="The name of the VAE that replaces the model's own."
     )
@@ -220,14 +224,32 @@ def _resolve_single_file(
                 else "."
             )
         )
+    overrides = _scheduler_overrides(header, path)
     configs, tokenizers = _companions(path)
     vae = _resolve_vae(vae_source, project_folder, configs, cache)
     digests = _digest_configs(configs, tokenizers, cache)
+    if overrides:
+        digests["scheduler"] = digest_json({"config": digests["scheduler"], "overrides": overrides})
     tensors = cache.single_file_components(path)
     for component in wanted:
         config = digest_config(configs / component / "config.json")
         digests[component] = digest_json({"config": config, "tensors": tensors[component]})
-    return _record(source, "single_file", path, configs, tokenizers, None, digests, {}, vae)
+    record = _record(source, "single_file", path, configs, tokenizers, None, digests, {}, vae)
+    return record.model_copy(update={"scheduler_overrides": overrides})
+
+
+def _scheduler_overrides(header: Collection[str], path: Path) -> dict[str, str | bool]:
+    """What empty marker tensors say of how a checkpoint was trained, by the convention that ComfyUI reads."""
+    if any(name.startswith("edm_") for name in header):
+        raise BaseModelError(
+            f"{path} was trained in EDM's formulation (it holds edm_* tensors), which is not supported. "
+            "Choose a checkpoint that predicts noise or v."
+        )
+    if "v_pred" not in header:
+        return {}
+    return {"prediction_type": "v_prediction"} | (
+        {"rescale_betas_zero_snr": True} if "ztsnr" in header else {}
+    )
 
 
 def _record(

@@ -1,0 +1,42 @@
+"""Between pixels and latents. The VAE's posterior is kept as mean and log-variance, so that training can sample it at each step."""
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+
+def pixels_from_crops(crops: list[np.ndarray]) -> Tensor:
+    """uint8 crops (H, W, 3) of one size -> (B, 3, H, W) float32 in [-1, 1], as SDXL's VAE takes them."""
+    stacked = torch.from_numpy(np.stack(crops))  # (B, H, W, 3)
+    return stacked.permute(0, 3, 1, 2).float().div(127.5).sub(1.0).contiguous()
+
+
+@torch.no_grad()
+def encode_moments(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance of the posterior q(z | pixels), unscaled: each (B, 4, H/8, W/8), in the VAE's dtype and on its device.
+
+    `pixels` is (B, 3, H, W) in [-1, 1]. The log-variance is clamped to [-30, 20], as diffusers does when it samples.
+    """
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    return posterior.mean, posterior.logvar
+
+
+def sample_latents(
+    mean: Tensor, logvar: Tensor, scaling_factor: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """A sample of the posterior, scaled to the UNet's unit variance: (mean + exp(logvar / 2) * noise) * scaling_factor, in float32.
+
+    The noise is drawn where `generator` lives (the CPU when there is none), so that one seed gives one sample on every device.
+    """
+    device = generator.device if generator is not None else torch.device("cpu")
+    noise = torch.randn(mean.shape, generator=generator, device=device, dtype=torch.float32).to(mean.device)
+    return (mean.float() + torch.exp(0.5 * logvar.float()) * noise) * scaling_factor
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Pictures of scaled latents (B, 4, h, w): (B, 3, 8h, 8w) float32 in [0, 1]."""
+    unscaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+    pixels = vae.decode(unscaled).sample
+    return pixels.float().div(2).add(0.5).clamp(0, 1)
