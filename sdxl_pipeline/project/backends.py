@@ -156,7 +156,7 @@ def _inherited(
 ) -> dict[str, Any]:
     """What the entry takes over from config.json. Sizes are taken over only in their own unit."""
     given = training.model_fields_set
-    values = {key: getattr(training, key) for key in INHERITED if key in given}
+    values: dict[str, Any] = {key: getattr(training, key) for key in INHERITED if key in given}
     unit = raw.get("resolution_type", training.resolution_type)
     values["resolution_type"] = training.resolution_type
     if unit == training.resolution_type:

@@ -1,5 +1,6 @@
-"""The vocabulary of SimpleTuner's two files beyond the settings that work here: other spellings, what is not available yet, and what
-has no meaning for SDXL.
+"""The vocabulary of SimpleTuner's two files beyond the settings that work here.
+
+That is: other spellings, what is not available yet, and what has no meaning for SDXL.
 
 A key that is not available yet is accepted with the values that mean "off", so that a file which merely spells out a default still
 works; any other value is refused, since leaving it without effect would train something else than what was asked for.
@@ -279,32 +280,12 @@ TRAINING: Final = Vocabulary(
         validation_no_cfg_until_timestep validation_num_video_frames validation_seed_source validation_stitch_input_location
         validation_torch_compile variant"""
     ),
-    meaningless_prefixes=(
-        "acestep_",
-        "audio_",
-        "cosmos3_",
-        "crepa_",
-        "deepfloyd_",
-        "flow_",
-        "flux_",
-        "hidream_",
-        "ideogram_",
-        "internal_guidance_",
-        "irepa_",
-        "krea2_",
-        "layersync_",
-        "ltx2_",
-        "ltx_",
-        "lyrics_",
-        "minimax_",
-        "mixflow_",
-        "nextlat_",
-        "pixart_",
-        "sana_",
-        "sd3_",
-        "twinflow_",
-        "wan_",
-    ),  # fmt: skip
+    meaningless_prefixes=tuple(
+        _names(
+            """acestep_ audio_ cosmos3_ crepa_ deepfloyd_ flow_ flux_ hidream_ ideogram_ internal_guidance_ irepa_
+            krea2_ layersync_ ltx2_ ltx_ lyrics_ minimax_ mixflow_ nextlat_ pixart_ sana_ sd3_ twinflow_ wan_"""
+        )
+    ),
 )
 """Beyond the fields of `TrainingSettings`."""
 

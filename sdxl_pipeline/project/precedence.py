@@ -4,21 +4,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from pydantic import ValidationError
+
 from sdxl_pipeline.project.checks import check_training
+from sdxl_pipeline.project.datasets import INHERITED, INHERITED_SIZES
 from sdxl_pipeline.project.hardware import Hardware
 from sdxl_pipeline.project.keys import read_settings
 from sdxl_pipeline.project.known_keys import TRAINING
-from sdxl_pipeline.project.problems import Problem, ProjectError
+from sdxl_pipeline.project.problems import NO_VALUE, Problem, ProjectError
 from sdxl_pipeline.project.training import PROFILE_KEYS, TrainingSettings
 
 LAUNCHPAD: Final = Path("launchpad")
 """Stands for the file in problems with values given at the launch of a run."""
 
-READ_WITH_THE_PROJECT: Final = frozenset(
-    """data_backend_config resolution resolution_type minimum_image_size maximum_image_size target_downsample_size
-    max_upscale_threshold aspect_bucket_rounding aspect_bucket_alignment caption_strategy instance_prompt prepend_instance_prompt
-    only_instance_prompt skip_file_discovery write_batch_size output_dir logging_dir validation_prompt user_prompt_library
-    validation_negative_prompt retraining_cron""".split()
+READ_WITH_THE_PROJECT: Final = (
+    *INHERITED,
+    *INHERITED_SIZES,
+    "resolution_type",
+    "write_batch_size",
+    "data_backend_config",
+    "output_dir",
+    "logging_dir",
+    "validation_prompt",
+    "validation_negative_prompt",
+    "user_prompt_library",
+    "retraining_cron",
 )
 """Settings that have shaped the datasets, prompts or schedules before a run is launched, so that a run cannot change them."""
 
@@ -36,7 +46,7 @@ def resolve_settings(
     """
     reading = read_settings(overrides, TrainingSettings, TRAINING, LAUNCHPAD)
     problems = list(reading.problems)
-    for key in reading.spelled.keys() & READ_WITH_THE_PROJECT:
+    for key in filter(reading.spelled.get, READ_WITH_THE_PROJECT):
         message = "is read together with the project, before a run is launched"
         problems.append(
             Problem(
@@ -66,23 +76,43 @@ def resolve_settings(
     filled_in = {
         key: value for key, value in training.model_dump().items() if key not in training.model_fields_set
     }
-    resolved = TrainingSettings.model_validate({**_without_length(filled_in), **values})
-
-    problems = [
-        Problem(LAUNCHPAD, finding.key, getattr(resolved, finding.key), finding.message, finding.remedy)
-        for finding in check_training(resolved)
-    ]
-    if hardware.device == "cpu" and resolved.mixed_precision == "fp16":
-        place = (
-            LAUNCHPAD
-            if sources["mixed_precision"] == "launchpad"
-            else Path(training.data_backend_config).with_name("config.json")
+    try:
+        resolved = TrainingSettings.model_validate({**_without_length(filled_in), **values})
+    except (
+        ValidationError
+    ) as error:  # the files and the launchpad are valid by themselves: it is the profile's value
+        raise ProjectError(_profile_problems(error, hardware)) from error
+    for finding in check_training(resolved):
+        problems.append(
+            Problem(LAUNCHPAD, finding.key, getattr(resolved, finding.key), finding.message, finding.remedy)
         )
-        message = "needs a GPU, and this machine's hardware profile is " + hardware.profile
-        problems.append(Problem(place, "mixed_precision", "fp16", message, 'write "no" or "bf16"'))
     if problems:
         raise ProjectError(problems)
+    resolve_hardware(resolved, hardware)
     return resolved, sources
+
+
+def resolve_hardware(settings: TrainingSettings, hardware: Hardware) -> Hardware:
+    """The hardware profile with what `settings` say of `PROFILE_KEYS`; raises ProjectError if the machine cannot do that."""
+    given = {key: getattr(settings, key) for key in PROFILE_KEYS if getattr(settings, key) is not None}
+    try:
+        return Hardware.model_validate(hardware.model_dump() | given)
+    except ValidationError as error:
+        raise ProjectError(_profile_problems(error, hardware)) from error
+
+
+def _profile_problems(error: ValidationError, hardware: Hardware) -> list[Problem]:
+    place = Path(f"hardware profile {hardware.profile}")
+    return [
+        Problem(
+            place,
+            ".".join(str(part) for part in detail["loc"]),
+            detail["input"] if detail["loc"] else NO_VALUE,
+            detail["msg"].removeprefix("Value error, "),
+            "change it in config.json, or choose another profile with SDXL_HARDWARE",
+        )
+        for detail in error.errors(include_url=False)
+    ]
 
 
 def _without_length(values: dict[str, Any]) -> dict[str, Any]:

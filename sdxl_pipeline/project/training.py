@@ -101,7 +101,7 @@ class TrainingSettings(SettingsModel):
     num_train_epochs: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Passes over the pictures; 0 leaves it to max_train_steps; 1 when neither is given."
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="Seed of everything random.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(42, description="Seed of everything random.")
 
     # --- the objective
     snr_gamma: Annotated[float, Field(gt=0)] | None = Field(
@@ -208,7 +208,7 @@ class TrainingSettings(SettingsModel):
         0.0, description="Guidance rescale of Lin et al. 2023; 0 is off."
     )
     validation_num_inference_steps: Count = Field(30, description="Sampler steps per picture.")
-    validation_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(
+    validation_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
         None, description="Seed of the validation pictures; not set: `seed`."
     )
     validation_step_interval: Annotated[int, Field(ge=0)] = Field(

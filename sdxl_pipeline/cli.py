@@ -1,0 +1,182 @@
+"""The console script `sdxl-pipeline`: what the settings of a project come to, and what they may be.
+
+Torch is never imported here: a doctor must answer at once, and also where the installation is what is ill.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sdxl_pipeline.project.datasets import ImageDataset
+from sdxl_pipeline.project.hardware import PRESETS, Hardware, HardwareError, hardware_from_name
+from sdxl_pipeline.project.precedence import resolve_settings
+from sdxl_pipeline.project.problems import ProjectError
+from sdxl_pipeline.project.project import (
+    CONFIG_FILE,
+    DATASETS_FILE,
+    BrokenProject,
+    Project,
+    discover_projects,
+    load_project,
+)
+from sdxl_pipeline.project.settings_page import settings_page
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is 1 when something has to be put right."""
+    parser = argparse.ArgumentParser(
+        prog="sdxl-pipeline", description="Fine-tune SDXL as a graph of data assets."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    doctor = commands.add_parser(
+        "doctor",
+        help="check projects and show each setting's value and where it came from",
+        description="Check projects and show each setting's value and where it came from: config.json, profile or default.",
+    )
+    doctor.add_argument(
+        "projects", nargs="*", metavar="project", help="name or folder of a project; all when none is given"
+    )
+    doctor.add_argument(
+        "--hardware",
+        default=os.environ.get("SDXL_HARDWARE") or "auto",
+        metavar="PROFILE",
+        help=f"hardware profile: auto, {', '.join(PRESETS)} (default: SDXL_HARDWARE, else auto)",
+    )
+    doctor.add_argument(
+        "--set-only", action="store_true", help="leave out settings that are at their default"
+    )
+    commands.add_parser("settings", help="print the page of every accepted key (docs/settings.md)")
+    options = parser.parse_args(arguments)
+    if options.command == "settings":
+        sys.stdout.write(settings_page())
+        return 0
+    return _doctor(options.projects, options.hardware, options.set_only, Console(highlight=False))
+
+
+def _doctor(names: Sequence[str], hardware_name: str, set_only: bool, console: Console) -> int:
+    try:
+        hardware = hardware_from_name(hardware_name)
+    except HardwareError as error:
+        console.print(f"[bold red]{escape(str(error))}[/]", soft_wrap=True)
+        return 1
+    projects, healthy = _named_projects(names, console) if names else (discover_projects(), True)
+    if not projects and not names:
+        console.print(
+            "No projects found: a project is a folder with a config.json and a multidatabackend.json."
+        )
+        return 1
+    for project in projects:
+        healthy = _examine(project, hardware, set_only, console) and healthy
+    return 0 if healthy else 1
+
+
+def _named_projects(names: Sequence[str], console: Console) -> tuple[list[Project | BrokenProject], bool]:
+    """The projects by these names or in these folders, and whether each name was one."""
+    found: list[Project | BrokenProject] = []
+    all_known = True
+    for name in names:
+        folder = Path(name)
+        if any((folder / file).exists() for file in (CONFIG_FILE, DATASETS_FILE)):
+            try:
+                found.append(load_project(folder))
+            except ProjectError as error:
+                found.append(BrokenProject(folder.resolve().name, folder, error))
+            continue
+        discovered = discover_projects()
+        matching = [project for project in discovered if name in (project.name, project.folder.name)]
+        if not matching:
+            known = ", ".join(project.name for project in discovered) or "none"
+            console.print(
+                f"[bold red]{escape(name)} is neither a project folder nor a project; there are: {escape(known)}[/]"
+            )
+            all_known = False
+        found += matching
+    return found, all_known
+
+
+def _examine(project: Project | BrokenProject, hardware: Hardware, set_only: bool, console: Console) -> bool:
+    """Show one project; whether it can be trained as it stands."""
+    console.rule(f"[bold]{escape(project.name)}[/]", align="left")
+    console.print(escape(str(project.folder)), style="dim", soft_wrap=True)
+    if isinstance(project, BrokenProject):
+        return _show_error(project.error, console)
+    try:
+        settings, sources = resolve_settings(project.training, hardware, {})
+    except ProjectError as error:
+        return _show_error(error, console)
+    for warning in project.warnings:
+        console.print(f"[yellow]warning[/] {escape(warning)}")
+    absent = [dataset for dataset in project.datasets if not dataset.instance_data_dir.is_dir()]
+    for dataset in absent:
+        console.print(
+            f"[bold red]{escape(dataset.id)}: its instance_data_dir does not exist:[/] {escape(str(dataset.instance_data_dir))}",
+            soft_wrap=True,
+        )
+    console.print(_datasets_table(project))
+    table = Table(
+        "setting", "value", "from", title=f"{CONFIG_FILE}, on {hardware.profile}", title_justify="left"
+    )
+    for key, source in sources.items():
+        if not (set_only and source == "default"):
+            style = "dim" if source == "default" else ""
+            table.add_row(key, escape(_shown(getattr(settings, key))), source, style=style)
+    console.print(table)
+    return not absent
+
+
+def _show_error(error: ProjectError, console: Console) -> bool:
+    console.print(f"[red]{escape(str(error))}[/]", soft_wrap=True)
+    return False
+
+
+def _datasets_table(project: Project) -> Table:
+    table = Table(
+        "dataset",
+        "use",
+        "size",
+        "crop",
+        "captions",
+        "repeats",
+        title=DATASETS_FILE,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    for dataset in project.datasets:
+        use = "train" if dataset.dataset_type == "image" else "eval"
+        captions = dataset.caption_strategy
+        table.add_row(escape(dataset.id), use, _size(dataset), _crop(dataset), captions, str(dataset.repeats))
+    return table
+
+
+def _size(dataset: ImageDataset) -> str:
+    unit = {"area": "megapixels", "pixel_area": "px squared", "pixel": "px shorter edge"}
+    return f"{dataset.resolution:g} {unit[dataset.resolution_type]}"
+
+
+def _crop(dataset: ImageDataset) -> str:
+    return f"{dataset.crop_style} {dataset.crop_aspect}" if dataset.crop else "to the bucket"
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, tuple):
+        return ", ".join(str(item) for item in value) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={_shown(item)}" for key, item in value.items()) or "none"
+    return str(value) if value != "" else '""'
+
+
+if __name__ == "__main__":
+    sys.exit(main())
