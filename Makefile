@@ -29,7 +29,7 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 
 demo: $(VENV)/.ready ## train, evaluate and package the demo LoRA (a few minutes on 2 CPU cores)
 	$(BIN)/python -m dagster asset materialize -m sdxl_pipeline.definitions --select 'group:"demo"'
-	@$(BIN)/sdxl-pipeline results demo
+	@$(BIN)/python -m assets.summary demo
 
 ui: $(VENV)/.ready ## the Dagster UI on http://127.0.0.1:3000
 	$(BIN)/dagster dev

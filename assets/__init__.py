@@ -1,0 +1,44 @@
+"""The asset graph: one module per stage, thin over `sdxl_pipeline`."""
+
+import dagster as dg
+
+from assets.aspect_buckets import build_aspect_buckets
+from assets.base_model import build_base_model
+from assets.dataset import build_dataset
+from assets.evaluation import build_evaluation
+from assets.hub_release import build_hub_release
+from assets.lora import build_lora
+from assets.text_embeds import build_text_embeds
+from assets.vae_latents import build_vae_latents
+from sdxl_pipeline.project.project import BrokenProject, Project
+
+
+def build_assets(project: Project) -> list[dg.AssetsDefinition]:
+    """All assets of one project: a lane per image dataset, then the model, its evaluation and its release."""
+    lanes = [
+        build(project, dataset)
+        for dataset in project.datasets
+        for build in (build_dataset, build_aspect_buckets, build_vae_latents, build_text_embeds)
+    ]
+    return [
+        build_base_model(project),
+        *lanes,
+        build_lora(project),
+        build_evaluation(project),
+        build_hub_release(project),
+    ]
+
+
+def build_broken_project(broken: BrokenProject) -> dg.AssetsDefinition:
+    """Stands for a project whose files have problems: the UI shows it, and materializing it says what to mend."""
+
+    @dg.asset(
+        key=[broken.name, "project"],
+        group_name=broken.name,
+        kinds={"json"},
+        description=f"This project could not be read.\n\n```\n{broken.error}\n```",
+    )
+    def project() -> None:
+        raise dg.Failure(description=str(broken.error), allow_retries=False)
+
+    return project

@@ -1,0 +1,54 @@
+"""The base model: where its files lie, which revision they are, what they digest to."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import dagster as dg
+
+from assets.keys import project_key, version
+from assets.show import figures_table, present
+from resources.storage import Storage
+from sdxl_pipeline.project.project import Project
+from sdxl_pipeline.sdxl.base_model import ResolvedModel, resolve_base_model
+
+CODE = "1"
+
+
+def build_base_model(project: Project) -> dg.AssetsDefinition:
+    """`<project>/base_model`; its data version is the digest of the files, so a re-download changes nothing."""
+    settings = project.training
+
+    @dg.asset(
+        key=project_key(project, "base_model"),
+        group_name=project.name,
+        kinds={"huggingface"},
+        code_version=version(
+            CODE,
+            [
+                settings.pretrained_model_name_or_path,
+                settings.pretrained_vae_model_name_or_path,
+                settings.model_flavour,
+                settings.revision,
+            ],
+        ),
+        dagster_type=ResolvedModel,
+        description="The SDXL model that is fine-tuned: downloaded when it is a Hub id, and digested per component.",
+    )
+    def base_model(context: dg.AssetExecutionContext, storage: Storage) -> Iterator[Any]:
+        model = resolve_base_model(settings, project.folder, cache_dir=storage.work_dir("base_models"))
+        context.log.info(f"{model.source}: {model.path}, revision {model.revision or 'local files'}")
+        yield dg.MaterializeResult(
+            value=model,
+            data_version=dg.DataVersion(model.digest),
+            metadata=present(
+                {
+                    "source": model.source,
+                    "path": dg.MetadataValue.path(model.path),
+                    "revision": model.revision,
+                    "VAE": model.vae_source,
+                    "digests": figures_table(("component", "sha256"), sorted(model.digests.items())),
+                }
+            ),
+        )
+
+    return base_model

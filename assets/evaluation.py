@@ -1,0 +1,134 @@
+"""What the LoRA is worth: eval loss against the base model, CLIP score, base beside LoRA."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from assets import checks
+from assets.keys import GPU_POOL, project_key, version
+from assets.lanes import lane_inputs, model_input, training_lanes, validation_prompts
+from assets.lora import read_training_spec
+from assets.show import figures_table, picture, present
+from resources.launcher import LocalLauncher
+from resources.storage import Storage
+from sdxl_pipeline.project.project import Project
+from sdxl_pipeline.release.export import REPORT_FILE
+from sdxl_pipeline.sdxl.base_model import ResolvedModel
+from sdxl_pipeline.stages.specs import ClipSummary, EvaluateSpec, EvaluationReport, TrainedLora
+
+CODE = "1"
+SETTINGS = {
+    "validation_resolution",
+    "validation_guidance",
+    "validation_guidance_rescale",
+    "validation_num_inference_steps",
+    "validation_seed",
+    "num_validation_images",
+    "evaluation_type",
+    "pretrained_evaluation_model_name_or_path",
+    "eval_loss_disable",
+    "eval_timesteps",
+    "num_eval_images",
+}
+
+
+def release_dir(project: Project) -> Path:
+    """Where the project's release is put together."""
+    return Path(project.training.output_dir) / "release"
+
+
+def build_evaluation(project: Project) -> dg.AssetsDefinition:
+    """`<project>/evaluation`."""
+    key = project_key(project, "evaluation")
+    prompts = validation_prompts(project)
+    settings_read = project.training.model_dump(mode="json", include=SETTINGS)
+
+    @dg.asset(
+        key=key,
+        group_name=project.name,
+        kinds={"torch"},
+        pool=GPU_POOL,
+        ins=model_input(project)
+        | lane_inputs(project)
+        | {"lora": dg.AssetIn(key=project_key(project, "lora"), dagster_type=TrainedLora)},
+        code_version=version(CODE, [settings_read, [prompt.model_dump() for prompt in prompts]]),
+        dagster_type=EvaluationReport,
+        check_specs=checks.evaluation_specs(key),
+        description="Eval loss of base and LoRA at fixed timesteps and noise, CLIP score, and a gallery of base beside LoRA.",
+    )
+    def evaluation(
+        context: dg.AssetExecutionContext,
+        launcher: LocalLauncher,
+        storage: Storage,
+        model: ResolvedModel,
+        lora: TrainedLora,
+        **lanes: Any,
+    ) -> Iterator[Any]:
+        trained = read_training_spec(lora)
+        # What the run was trained with stands; how it is looked at follows config.json as it is now.
+        looked_at = {name: getattr(project.training, name) for name in SETTINGS}
+        previous = release_dir(project) / REPORT_FILE
+        spec = EvaluateSpec(
+            base_model=model,
+            hardware=trained.hardware,
+            settings=trained.settings.model_copy(update=looked_at),
+            lora=lora,
+            lanes=training_lanes(project, storage, lanes),
+            prompts=prompts,
+            output_dir=str(Path(project.training.output_dir) / "evaluation"),
+            previous_report_path=str(previous) if previous.is_file() else None,
+        )
+        report = launcher.run(
+            context,
+            "evaluate",
+            spec,
+            EvaluationReport,
+            storage.work_dir(project.name, "evaluation"),
+            spec.hardware,
+        )
+        yield dg.MaterializeResult(
+            value=report,
+            data_version=dg.DataVersion(version(lora.weights_sha256, _figures(report))),
+            metadata=_metadata(report),
+            check_results=checks.check_evaluation(report),
+        )
+
+    return evaluation
+
+
+def _figures(report: EvaluationReport) -> dict[str, Any]:
+    return report.model_dump(
+        mode="json",
+        include={"base_loss", "lora_loss", "base_clip", "lora_clip", "eval_source", "eval_images"},
+    )
+
+
+def _metadata(report: EvaluationReport) -> dict[str, Any]:
+    base, lora = report.base_loss, report.lora_loss
+    scores: list[tuple[str, ClipSummary | None]] = [("base", report.base_clip), ("LoRA", report.lora_clip)]
+    rows = [(name, clip.min, clip.mean, clip.max, clip.std) for name, clip in scores if clip]
+    header = ("CLIP score", "minimum", "mean", "maximum", "standard deviation")
+    return present(
+        {
+            "gallery": picture(report.gallery_path, "base beside LoRA"),
+            "eval_loss_base": base.mean if base else None,
+            "eval_loss_lora": lora.mean if lora else None,
+            "eval_loss_ratio": lora.mean / base.mean if base and lora else None,
+            "eval_pictures": f"{report.eval_images} ({report.eval_source})",
+            "clip_score_base": report.base_clip.mean if report.base_clip else None,
+            "clip_score_lora": report.lora_clip.mean if report.lora_clip else None,
+            "clip_scores": figures_table(header, rows) if rows else None,
+            "eval_loss_by_timestep": picture(report.loss_plot_path, "eval loss by timestep")
+            if report.loss_plot_path
+            else None,
+            "change_since_release": figures_table(
+                ("figure", "change"), sorted(report.change_since_release.items())
+            )
+            if report.change_since_release
+            else None,
+            "report": dg.MetadataValue.path(report.report_path),
+            "seconds": report.seconds,
+        }
+    )

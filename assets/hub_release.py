@@ -1,0 +1,157 @@
+"""The release: a folder with the LoRA, its model card and its lineage, pushed to the Hub when asked for."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pandas as pd
+
+from assets.evaluation import release_dir
+from assets.keys import lane_key, project_key, version
+from assets.lanes import model_input
+from assets.lora import read_training_spec
+from assets.show import picture, present
+from resources.hub import HubResource
+from sdxl_pipeline.project.project import Project
+from sdxl_pipeline.release.export import build_release, verify_export
+from sdxl_pipeline.sdxl.base_model import ResolvedModel
+from sdxl_pipeline.stages.specs import EvaluationReport, HubRelease, TrainedLora
+from sdxl_pipeline.store.digest import digest_json
+
+CODE = "1"
+
+
+def build_hub_release(project: Project) -> dg.AssetsDefinition:
+    """`<project>/hub_release`."""
+    settings = project.training
+    lanes = {dataset.asset_name: lane_key(project, dataset, "dataset") for dataset in project.datasets}
+
+    @dg.asset(
+        key=project_key(project, "hub_release"),
+        group_name=project.name,
+        kinds={"huggingface"},
+        ins=model_input(project)
+        | {
+            "lora": dg.AssetIn(key=project_key(project, "lora"), dagster_type=TrainedLora),
+            "evaluation": dg.AssetIn(key=project_key(project, "evaluation"), dagster_type=EvaluationReport),
+        }
+        | {f"{lane}__dataset": dg.AssetIn(key=key, dagster_type=pd.DataFrame) for lane, key in lanes.items()},
+        code_version=version(
+            CODE, settings.model_dump(mode="json", include={"push_to_hub", "hub_model_id", "model_card_note"})
+        ),
+        dagster_type=HubRelease,
+        description="What is, or would be, published: the LoRA in diffusers' format, the model card, gallery, settings, lineage.",
+    )
+    def hub_release(
+        context: dg.AssetExecutionContext,
+        hub: HubResource,
+        model: ResolvedModel,
+        lora: TrainedLora,
+        evaluation: EvaluationReport,
+        **datasets: Any,
+    ) -> Iterator[Any]:
+        if evaluation.lora_sha256 != lora.weights_sha256:
+            raise dg.Failure(
+                "The evaluation is of other weights than the ones to be released. Materialize "
+                f"{project.name}/evaluation again, then {project.name}/hub_release.",
+                allow_retries=False,
+            )
+        verify_export(Path(lora.weights_path), model)
+        counts = {
+            dataset.id: int((datasets[f"{dataset.asset_name}__dataset"]["status"] == "kept").sum())
+            for dataset in project.datasets
+        }
+        trained = read_training_spec(lora)
+        folder = build_release(
+            release_dir(project),
+            project=project.name,
+            base_model=model,
+            settings=trained.settings,
+            lora=lora,
+            report=evaluation,
+            prompts=trained.prompts,
+            counts=counts,
+            lineage=_lineage(context, project, model, lora),
+        )
+        release = _publish(context, project, hub, folder, _lineage(context, project, model, lora))
+        yield dg.MaterializeResult(
+            value=release,
+            data_version=dg.DataVersion(digest_json([lora.weights_sha256, release.commit])),
+            metadata=present(
+                {
+                    "published": release.url or "no: push_to_hub is off; the folder is ready on disk",
+                    "repository": release.repo_id,
+                    "commit": release.commit,
+                    "link": dg.MetadataValue.url(release.url) if release.url else None,
+                    "folder": dg.MetadataValue.path(release.folder),
+                    "files": ", ".join(release.files),
+                    "gallery": picture(evaluation.gallery_path, "base beside LoRA"),
+                    "model_card": dg.MetadataValue.md(_card_body(Path(release.model_card_path))),
+                }
+            ),
+        )
+
+    return hub_release
+
+
+def _publish(
+    context: dg.AssetExecutionContext,
+    project: Project,
+    hub: HubResource,
+    folder: Path,
+    lineage: dict[str, Any],
+) -> HubRelease:
+    settings = project.training
+    release = HubRelease(
+        folder=str(folder),
+        files=tuple(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())),
+        model_card_path=str(folder / "README.md"),
+        pushed=False,
+        repo_id=None,
+        commit=None,
+        url=None,
+        lineage=lineage,
+    )
+    repo_id = settings.hub_model_id
+    if not settings.push_to_hub or repo_id is None:
+        context.log.info(f"push_to_hub is off: the release was left on disk in {folder}.")
+        return release
+    commit, url = hub.upload_folder(
+        folder,
+        repo_id,
+        private=settings.model_card_private,
+        commit_message=f"{project.name}: {lineage['weights_sha256'][:12]}",
+    )
+    context.log.info(f"Pushed to {url} at {commit}.")
+    return release.model_copy(update={"pushed": True, "repo_id": repo_id, "commit": commit, "url": url})
+
+
+def _lineage(
+    context: dg.AssetExecutionContext, project: Project, model: ResolvedModel, lora: TrainedLora
+) -> dict[str, Any]:
+    """Data version of each upstream asset, the base model's revision and digests, the weights' digest."""
+    stages = [project_key(project, "base_model"), project_key(project, "lora")] + [
+        lane_key(project, dataset, stage)
+        for dataset in project.datasets
+        for stage in ("dataset", "aspect_buckets", "vae_latents", "text_embeds")
+    ]
+    versions = {}
+    for key in stages:
+        event = context.instance.get_latest_materialization_event(key)
+        tags = (event.asset_materialization.tags or {}) if event and event.asset_materialization else {}
+        versions["/".join(key.path)] = tags.get("dagster/data_version", "unknown")
+    return {
+        "data_versions": versions,
+        "base_model": model.source,
+        "base_model_revision": model.revision,
+        "base_model_digests": dict(model.digests),
+        "training_identity": lora.identity,
+        "weights_sha256": lora.weights_sha256,
+    }
+
+
+def _card_body(path: Path) -> str:
+    """The model card without its front matter, which the UI would show as a table of dashes."""
+    text = path.read_text(encoding="utf-8")
+    return text.split("\n---\n", 1)[-1] if text.startswith("---") else text

@@ -1,0 +1,77 @@
+"""What every stage after the caches needs of the datasets: the graph's edges to them, and their lanes as a spec holds them."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import dagster as dg
+import pandas as pd
+
+from assets.keys import lane_key, project_key
+from resources.storage import Storage
+from sdxl_pipeline.project.project import Project
+from sdxl_pipeline.sdxl.base_model import ResolvedModel
+from sdxl_pipeline.stages.specs import LatentCache, TextEmbedCache, TrainingLane, ValidationPrompt
+
+STAGES: dict[str, type] = {
+    "aspect_buckets": pd.DataFrame,
+    "vae_latents": LatentCache,
+    "text_embeds": TextEmbedCache,
+}
+
+
+def lane_inputs(project: Project) -> dict[str, dg.AssetIn]:
+    """Inputs of a stage that reads every lane, by the names `training_lanes` takes them back from."""
+    return {
+        f"{dataset.asset_name}__{stage}": dg.AssetIn(
+            key=lane_key(project, dataset, stage), dagster_type=STAGES[stage]
+        )
+        for dataset in project.datasets
+        for stage in STAGES
+    }
+
+
+def model_input(project: Project) -> dict[str, dg.AssetIn]:
+    """The base model as an input named `model`."""
+    return {"model": dg.AssetIn(key=project_key(project, "base_model"), dagster_type=ResolvedModel)}
+
+
+def training_lanes(project: Project, storage: Storage, inputs: Mapping[str, Any]) -> tuple[TrainingLane, ...]:
+    """The lanes of a project as specs hold them, from the loaded `lane_inputs`."""
+    return tuple(
+        TrainingLane(
+            dataset_id=dataset.id,
+            rows_path=str(
+                storage.keep_table(
+                    inputs[f"{dataset.asset_name}__aspect_buckets"],
+                    storage.work_dir(project.name, dataset.asset_name, "vae_latents"),
+                    "rows",
+                )
+            ),
+            latents=inputs[f"{dataset.asset_name}__vae_latents"],
+            text_embeds=inputs[f"{dataset.asset_name}__text_embeds"],
+            repeats=dataset.repeats,
+            probability=dataset.probability,
+        )
+        for dataset in project.datasets
+    )
+
+
+def validation_prompts(project: Project) -> tuple[ValidationPrompt, ...]:
+    """The project's prompts as specs hold them."""
+    return tuple(
+        ValidationPrompt(name=prompt.name, prompt=prompt.prompt, negative_prompt=prompt.negative_prompt)
+        for prompt in project.prompts
+    )
+
+
+def upstream_metadata(
+    context: dg.AssetExecutionContext, keys: Iterable[dg.AssetKey], name: str
+) -> dict[str, Any]:
+    """One metadata entry of the latest materialization of each asset that has it, by `/`-joined key."""
+    found = {}
+    for key in keys:
+        event = context.instance.get_latest_materialization_event(key)
+        materialization = event.asset_materialization if event else None
+        if materialization and name in materialization.metadata:
+            found["/".join(key.path)] = materialization.metadata[name].value
+    return found

@@ -1,0 +1,139 @@
+"""The training: one LoRA per identity of inputs and settings, resumed when it was interrupted, reused when it is finished."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from assets import checks
+
+from assets.keys import GPU_POOL, lane_key, project_key, version
+from assets.lanes import lane_inputs, model_input, training_lanes, upstream_metadata, validation_prompts
+from assets.show import picture, present
+from resources.hardware import HardwareProfile
+from resources.hub import HubResource
+from resources.launcher import LocalLauncher
+from resources.storage import Storage
+from resources.trackers import TrackerResource
+from sdxl_pipeline.images.fingerprint import METADATA_ENTRY, project_fingerprint
+from sdxl_pipeline.project.precedence import resolve_hardware, resolve_settings
+from sdxl_pipeline.project.project import Project
+from sdxl_pipeline.sdxl.base_model import ResolvedModel
+from sdxl_pipeline.stages.specs import TrainedLora, TrainSpec
+from sdxl_pipeline.store.files import write_text_atomic
+from sdxl_pipeline.training.identity import numeric_settings, run_identity
+
+CODE = "1"
+SPEC_FILE = "spec.json"
+"""The training's own spec beside its weights: the record of what made them, read again by the evaluation."""
+
+
+class Launchpad(dg.Config):
+    """What may be changed for one run, above config.json."""
+
+    settings: dict[str, Any] = {}  # noqa: RUF012 - pydantic copies defaults
+
+
+def build_lora(project: Project) -> dg.AssetsDefinition:
+    """`<project>/lora`; its data version is the digest of the weights, so what follows is stale exactly when they change."""
+    key = project_key(project, "lora")
+
+    @dg.asset(
+        key=key,
+        group_name=project.name,
+        kinds={"torch", "safetensors"},
+        pool=GPU_POOL,
+        ins=model_input(project) | lane_inputs(project),
+        code_version=version(CODE, numeric_settings(project.training)),
+        dagster_type=TrainedLora,
+        check_specs=checks.lora_specs(key),
+        description="The trained LoRA. `settings` in the launchpad replaces keys of config.json for one run.",
+    )
+    def lora(
+        context: dg.AssetExecutionContext,
+        config: Launchpad,
+        hardware: HardwareProfile,
+        launcher: LocalLauncher,
+        storage: Storage,
+        hub: HubResource,
+        trackers: TrackerResource,
+        model: ResolvedModel,
+        **lanes: Any,
+    ) -> Iterator[Any]:
+        profile = hardware.hardware()
+        settings, _ = resolve_settings(trackers.apply(project.training), profile, config.settings)
+        if settings.push_to_hub and settings.hub_model_id:
+            # Hours of training must not end at a door that was closed from the beginning.
+            hub.check_can_push(settings.hub_model_id)
+        spec = TrainSpec(
+            base_model=model,
+            hardware=resolve_hardware(settings, profile),
+            settings=settings,
+            lanes=training_lanes(project, storage, lanes),
+            prompts=validation_prompts(project),
+            run_dir="",
+            project=project.name,
+        )
+        identity = run_identity(spec)
+        run_dir = Path(settings.output_dir) / "lora" / identity[:16]
+        spec = spec.model_copy(update={"run_dir": str(run_dir)})
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(run_dir / SPEC_FILE, spec.model_dump_json(indent=1))
+        result = launcher.run(
+            context,
+            "train",
+            spec,
+            TrainedLora,
+            storage.work_dir(project.name, "lora"),
+            spec.hardware,
+            trackers.environment(),
+        )
+        context.log.info(_summary(result))
+        seen = upstream_metadata(
+            context, (lane_key(project, dataset, "dataset") for dataset in project.datasets), METADATA_ENTRY
+        )
+        yield dg.MaterializeResult(
+            value=result,
+            data_version=dg.DataVersion(result.weights_sha256),
+            metadata=_metadata(result) | {METADATA_ENTRY: project_fingerprint(project, seen)},
+            check_results=checks.check_lora(result),
+        )
+
+    return lora
+
+
+def read_training_spec(lora: TrainedLora) -> TrainSpec:
+    """The spec that made these weights."""
+    return TrainSpec.model_validate_json((Path(lora.run_dir) / SPEC_FILE).read_text(encoding="utf-8"))
+
+
+def _summary(result: TrainedLora) -> str:
+    if result.reused:
+        return f"These inputs and settings were trained before ({result.identity[:12]}): reused, nothing trained."
+    resumed = "" if result.resumed_from_step is None else f", resumed from step {result.resumed_from_step}"
+    return f"{result.steps} steps in {result.seconds:.0f} s{resumed}, final loss {result.final_loss:.4f}."
+
+
+def _metadata(result: TrainedLora) -> dict[str, Any]:
+    sheet = result.validation_sheet_path
+    return present(
+        {
+            "summary": _summary(result),
+            "final_loss": result.final_loss,
+            "steps": result.steps,
+            "epochs": result.epochs,
+            "pictures_seen": result.samples,
+            "steps_per_second": result.steps_per_second,
+            "seconds": result.seconds,
+            "peak_memory_bytes": result.peak_memory_bytes,
+            "trainable_parameters": result.trainable_parameters,
+            "adapted_modules": result.adapted_modules,
+            "loss_curve": picture(result.loss_curve_path, "loss and learning rate over steps"),
+            "validation": picture(sheet, "validation pictures over steps") if sheet else None,
+            "weights": dg.MetadataValue.path(result.weights_path),
+            "metrics": dg.MetadataValue.path(result.metrics_path),
+            "sha256": result.weights_sha256,
+            "identity": result.identity,
+        }
+    )

@@ -1,0 +1,92 @@
+"""The VAE latent cache of a dataset."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import dagster as dg
+import pandas as pd
+
+from assets import checks
+from assets.keys import GPU_POOL, lane_key, project_key, version
+from assets.show import figures_table, names_list, picture, present
+from resources.hardware import HardwareProfile
+from resources.launcher import LocalLauncher
+from resources.storage import Storage
+from sdxl_pipeline.project.datasets import ImageDataset
+from sdxl_pipeline.project.precedence import resolve_hardware
+from sdxl_pipeline.project.project import Project
+from sdxl_pipeline.sdxl.base_model import ResolvedModel
+from sdxl_pipeline.stages.specs import EncodeLatentsSpec, LatentCache
+
+CODE = "1"
+
+
+def build_vae_latents(project: Project, dataset: ImageDataset) -> dg.AssetsDefinition:
+    """`<project>/<dataset>/vae_latents`."""
+    key = lane_key(project, dataset, "vae_latents")
+
+    @dg.asset(
+        key=key,
+        group_name=project.name,
+        kinds={"torch"},
+        pool=GPU_POOL,
+        ins={
+            "model": dg.AssetIn(key=project_key(project, "base_model"), dagster_type=ResolvedModel),
+            "rows": dg.AssetIn(key=lane_key(project, dataset, "aspect_buckets"), dagster_type=pd.DataFrame),
+        },
+        code_version=version(CODE, project.training.vae_dtype),
+        dagster_type=LatentCache,
+        check_specs=checks.latent_specs(key),
+        description="Posterior mean and log-variance of every planned crop; what is in the store already is not encoded again.",
+    )
+    def vae_latents(
+        context: dg.AssetExecutionContext,
+        hardware: HardwareProfile,
+        launcher: LocalLauncher,
+        storage: Storage,
+        model: ResolvedModel,
+        rows: pd.DataFrame,
+    ) -> Iterator[Any]:
+        work_dir = storage.work_dir(project.name, dataset.asset_name, "vae_latents")
+        profile = resolve_hardware(project.training, hardware.hardware())
+        spec = EncodeLatentsSpec(
+            base_model=model,
+            hardware=profile,
+            data_dir=str(dataset.instance_data_dir),
+            rows_path=str(storage.keep_table(rows, work_dir, "rows")),
+            store_root=str(storage.latent_store_root(dataset)),
+            entries_path=str(work_dir / "entries.parquet"),
+            sample_path=str(work_dir / "sample.png"),
+        )
+        cache = launcher.run(context, "encode_latents", spec, LatentCache, work_dir, profile)
+        context.log.info(f"{cache.encoded} encoded, {cache.reused} reused, {len(cache.failed)} failed.")
+        yield dg.MaterializeResult(
+            value=cache,
+            data_version=dg.DataVersion(cache.digest),
+            metadata=_metadata(cache),
+            check_results=checks.check_latents(cache),
+        )
+
+    return vae_latents
+
+
+def _metadata(cache: LatentCache) -> dict[str, Any]:
+    channels = range(len(cache.latent_mean))
+    return present(
+        {
+            "encoded": cache.encoded,
+            "reused": cache.reused,
+            "failed": names_list(f"{item.name}: {item.reason}" for item in cache.failed),
+            "images_per_second": cache.images_per_second,
+            "bytes": cache.bytes,
+            "seconds": cache.seconds,
+            "scaled_latents": figures_table(
+                ("channel", "mean", "standard deviation"),
+                [(channel, cache.latent_mean[channel], cache.latent_std[channel]) for channel in channels],
+            ),
+            "sample": picture(cache.sample_path, "crops beside their decoded latents")
+            if cache.sample_path
+            else None,
+            "store": dg.MetadataValue.path(cache.store_root),
+        }
+    )

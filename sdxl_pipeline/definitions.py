@@ -1,0 +1,59 @@
+"""The code location: every project's assets, the resources they run on, their jobs, schedules and sensors."""
+
+from pathlib import Path
+
+import dagster as dg
+
+import assets
+import resources
+from resources.hardware import HardwareProfile
+from resources.hub import HubResource
+from resources.launcher import LocalLauncher
+from resources.storage import Storage, ValueIOManager
+from resources.trackers import TrackerResource
+from sdxl_pipeline.automation import build_schedule, build_sensor, retraining_job
+from sdxl_pipeline.project.project import BrokenProject, discover_projects
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def check_packages() -> None:
+    """Raise ImportError when `assets` or `resources` are some other package's: the names are common ones."""
+    for package in (assets, resources):
+        found = Path(str(package.__file__)).resolve().parent.parent
+        if found != REPOSITORY:
+            raise ImportError(
+                f"The package {package.__name__!r} was imported from {found}, not from {REPOSITORY}. "
+                "Start Dagster in the repository's folder, or remove the other package from PYTHONPATH."
+            )
+
+
+def build_definitions(root: Path | None = None) -> dg.Definitions:
+    """Definitions of all projects below `root` (default: SDXL_PIPELINE_PROJECTS, else the repository's projects/)."""
+    projects = discover_projects(root)
+    sound = [project for project in projects if not isinstance(project, BrokenProject)]
+    broken = [project for project in projects if isinstance(project, BrokenProject)]
+    storage = Storage()
+    schedules = [build_schedule(project) for project in sound]
+    return dg.Definitions(
+        assets=[asset for project in sound for asset in assets.build_assets(project)]
+        + [assets.build_broken_project(project) for project in broken],
+        jobs=[retraining_job(project) for project in sound],
+        schedules=[schedule for schedule in schedules if schedule is not None],
+        sensors=[build_sensor(project) for project in sound],
+        resources={
+            "hardware": HardwareProfile.configure_at_launch(),
+            "launcher": LocalLauncher(),
+            "storage": storage,
+            "io_manager": ValueIOManager(storage=storage),
+            "hub": HubResource(),
+            "trackers": TrackerResource(),
+        },
+    )
+
+
+@dg.definitions
+def defs() -> dg.Definitions:
+    """The code location that Dagster loads."""
+    check_packages()
+    return build_definitions()

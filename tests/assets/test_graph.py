@@ -1,0 +1,184 @@
+"""The whole graph on a small project: every stage is real, shows its pictures, and does no work twice."""
+
+import base64
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from safetensors.torch import load_file, save_file
+
+from sdxl_pipeline.definitions import build_definitions
+from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL
+from tests.conftest import draw_picture
+
+LANE = ["dataset", "aspect_buckets", "vae_latents", "text_embeds"]
+
+
+def materialize(
+    instance: dg.DagsterInstance, folder: Path, *stages: str, run_config: dict[str, Any] | None = None
+) -> dg.ExecuteInProcessResult:
+    """Run the named stages of the project at `folder`, or all of them."""
+    definitions = build_definitions(folder.parent)
+    name = folder.name
+    keys = [dg.AssetKey([name, "shapes", s] if s in LANE else [name, s]) for s in stages]
+    return dg.materialize(
+        list(definitions.assets or []),
+        selection=dg.AssetSelection.assets(*keys) if keys else None,
+        resources=dict(definitions.resources or {}),
+        instance=instance,
+        run_config=run_config,
+    )
+
+
+def metadata(result: dg.ExecuteInProcessResult, *key: str) -> dict[str, Any]:
+    event = result.asset_materializations_for_node("__".join(key))[0]
+    return {name: value.value for name, value in event.metadata.items()}
+
+
+def test_graph_makes_a_released_lora_and_a_second_run_does_no_work(
+    instance: dg.DagsterInstance, make_project: Callable[..., Path]
+) -> None:
+    folder = make_project()
+    data_before = {path: path.read_bytes() for path in (folder / "data").rglob("*")}
+
+    first = materialize(instance, folder)
+    assert first.success
+    assert all(check.passed for check in first.get_asset_check_evaluations())
+    weights = Path(metadata(first, "small", "lora")["weights"])
+    release = Path(metadata(first, "small", "hub_release")["folder"])
+    assert load_file(weights)
+    assert (release / "README.md").is_file()
+    assert (release / weights.name).read_bytes() == weights.read_bytes()
+    assert metadata(first, "small", "evaluation")["eval_loss_base"] > 0
+
+    second = materialize(instance, folder)
+    assert metadata(second, "small", "shapes", "vae_latents")["encoded"] == 0
+    assert metadata(second, "small", "shapes", "vae_latents")["reused"] == 8
+    assert metadata(second, "small", "shapes", "text_embeds")["encoded"] == 0
+    assert "reused" in metadata(second, "small", "lora")["summary"]
+    for key in (["small", "lora"], ["small", "evaluation"], ["small", "shapes", "vae_latents"]):
+        versions = [
+            result.asset_materializations_for_node("__".join(key))[0].tags["dagster/data_version"]
+            for result in (first, second)
+        ]
+        assert versions[0] == versions[1]
+    assert {path: path.read_bytes() for path in (folder / "data").rglob("*")} == data_before
+
+
+def test_every_stage_shows_its_picture_in_at_most_300_kilobytes(
+    instance: dg.DagsterInstance, make_project: Callable[..., Path]
+) -> None:
+    result = materialize(instance, make_project())
+    pictures = {
+        ("small", "shapes", "dataset"): ["sample", "resolutions", "caption_lengths"],
+        ("small", "shapes", "aspect_buckets"): ["buckets"],
+        ("small", "shapes", "vae_latents"): ["sample"],
+        ("small", "lora"): ["loss_curve", "validation"],
+        ("small", "evaluation"): ["gallery", "eval_loss_by_timestep"],
+        ("small", "hub_release"): ["gallery"],
+    }
+    for key, names in pictures.items():
+        shown = metadata(result, *key)
+        for name in names:
+            encoded = shown[name].split("base64,")[1].removesuffix(")")
+            jpeg = base64.b64decode(encoded)
+            assert jpeg.startswith(b"\xff\xd8")
+            assert len(jpeg) <= 300_000
+
+
+def test_one_new_picture_and_one_edited_caption_cost_one_encoding_each(
+    instance: dg.DagsterInstance, make_project: Callable[..., Path]
+) -> None:
+    folder = make_project()
+    stages = ("base_model", *LANE)
+    first = materialize(instance, folder, *stages)
+    assert metadata(first, "small", "shapes", "vae_latents")["encoded"] == 8
+    # Eight captions, the validation prompt and the empty prompt.
+    assert metadata(first, "small", "shapes", "text_embeds")["encoded"] == 10
+
+    draw_picture(folder / "data", 8)
+    added = materialize(instance, folder, *stages)
+    assert metadata(added, "small", "shapes", "vae_latents")["encoded"] == 1
+    assert metadata(added, "small", "shapes", "text_embeds")["encoded"] == 1
+
+    (folder / "data" / "picture_03.txt").write_text("a picture with another caption")
+    edited = materialize(instance, folder, *stages)
+    assert metadata(edited, "small", "shapes", "vae_latents")["encoded"] == 0
+    assert metadata(edited, "small", "shapes", "text_embeds")["encoded"] == 1
+
+    for suffix in (".png", ".txt"):
+        (folder / "data" / f"picture_03{suffix}").rename(folder / "data" / f"renamed{suffix}")
+    renamed = materialize(instance, folder, *stages)
+    assert metadata(renamed, "small", "shapes", "vae_latents")["encoded"] == 0
+    assert metadata(renamed, "small", "shapes", "text_embeds")["encoded"] == 0
+
+
+def test_another_vae_encodes_all_latents_again_and_no_text(
+    instance: dg.DagsterInstance, make_project: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_project(pictures=4)
+    stages = ("base_model", *LANE)
+    materialize(instance, folder, *stages)
+
+    vae = tmp_path / "another_vae"
+    shutil.copytree(BUNDLED_MODEL / "vae", vae)
+    weights = load_file(vae / "diffusion_pytorch_model.safetensors")
+    weights["encoder.conv_in.bias"] += 0.01
+    save_file(weights, vae / "diffusion_pytorch_model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pretrained_vae_model_name_or_path": str(vae)}))
+    changed = materialize(instance, folder, *stages)
+    assert metadata(changed, "small", "shapes", "vae_latents")["encoded"] == 4
+    assert metadata(changed, "small", "shapes", "text_embeds")["encoded"] == 0
+
+
+def test_launchpad_settings_stand_above_the_config_file(
+    instance: dg.DagsterInstance, make_project: Callable[..., Path]
+) -> None:
+    folder = make_project(pictures=4, config={"eval_holdout_share": 0.0})
+    materialize(instance, folder, "base_model", *LANE)
+    run_config = {"ops": {"small__lora": {"config": {"settings": {"max_train_steps": 2, "lora_rank": 2}}}}}
+    result = materialize(instance, folder, "lora", run_config=run_config)
+    shown = metadata(result, "small", "lora")
+    assert shown["steps"] == 2
+    ranks = {min(tensor.shape) for tensor in load_file(shown["weights"]).values()}
+    assert ranks == {2}
+
+
+def test_push_without_a_token_fails_before_any_training(
+    instance: dg.DagsterInstance,
+    make_project: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    folder = make_project(
+        pictures=4, config={"push_to_hub": True, "hub_model_id": "someone/lora", "eval_holdout_share": 0}
+    )
+    materialize(instance, folder, "base_model", *LANE)
+    with pytest.raises(Exception, match="HF_TOKEN"):
+        materialize(instance, folder, "lora")
+    assert not list((folder / "output").rglob("metrics.jsonl"))
+
+
+def test_a_dataset_without_usable_pictures_stops_before_the_encoders(
+    instance: dg.DagsterInstance, make_project: Callable[..., Path]
+) -> None:
+    folder = make_project(pictures=1)
+    (folder / "data" / "picture_00.txt").unlink()
+    definitions = build_definitions(folder.parent)
+    result = dg.materialize(
+        list(definitions.assets or []),
+        resources=dict(definitions.resources or {}),
+        instance=instance,
+        raise_on_error=False,
+    )
+    assert not result.success
+    failed = {check.check_name for check in result.get_asset_check_evaluations() if not check.passed}
+    assert {"usable_pictures", "captions_present"} <= failed
+    assert not result.asset_materializations_for_node("small__shapes__vae_latents")

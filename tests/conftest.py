@@ -1,0 +1,96 @@
+"""Small projects on the bundled model, for every test that goes through the user's own door."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from PIL import Image, ImageDraw
+
+COLOURS = ["red", "green", "blue", "yellow", "orange", "purple", "white", "black"]
+
+CONFIG: Mapping[str, Any] = {
+    "model_type": "lora",
+    "model_family": "sdxl",
+    "pretrained_model_name_or_path": "bundled:tiny-sdxl",
+    "output_dir": "output",
+    "max_train_steps": 3,
+    "train_batch_size": 2,
+    "learning_rate": 1e-3,
+    "lora_rank": 4,
+    "checkpoint_step_interval": 2,
+    "validation_prompt": "a large red circle on a white background",
+    "validation_resolution": "128x128",
+    "validation_num_inference_steps": 2,
+    "validation_step_interval": 100,
+    "evaluation_type": "clip",
+    "eval_timesteps": 3,
+    "eval_holdout_share": 0.25,
+    "resume_from_checkpoint": "latest",
+}
+
+DATASET: Mapping[str, Any] = {
+    "id": "shapes",
+    "type": "local",
+    "instance_data_dir": "data",
+    "resolution": 128,
+    "resolution_type": "pixel_area",
+    "aspect_bucket_alignment": 32,
+    "crop": True,
+    "crop_aspect": "preserve",
+    "crop_style": "random",
+    "caption_strategy": "textfile",
+}
+
+
+def draw_picture(folder: Path, index: int) -> Path:
+    """A captioned picture, another one for each index; every third is wider, every third taller."""
+    size = [(128, 128), (192, 112), (112, 192)][index % 3]
+    shape, background = COLOURS[index % 8], COLOURS[(index + 3) % 8]
+    image = Image.new("RGB", size, background)
+    box = (20 + index % 7, 24, 90, 92 + index % 5)
+    (ImageDraw.Draw(image).ellipse if index % 2 else ImageDraw.Draw(image).rectangle)(box, fill=shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"picture_{index:02d}.png"
+    image.save(path)
+    noun = "circle" if index % 2 else "square"
+    path.with_suffix(".txt").write_text(f"a {shape} {noun} on a {background} background, number {index}")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_storage(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test reads or fills the repository's own storage, and none sees the machine's profile choice."""
+    root = tmp_path_factory.mktemp("storage")
+    monkeypatch.setenv("SDXL_PIPELINE_STORAGE", str(root))
+    monkeypatch.setenv("SDXL_HARDWARE", "cpu")
+    return root
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    with dg.instance_for_test() as test_instance:
+        yield test_instance
+
+
+@pytest.fixture
+def make_project(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a project folder: `make_project("name", pictures=8, config={...}, dataset={...})`."""
+
+    def make(
+        name: str = "small",
+        pictures: int = 8,
+        config: Mapping[str, Any] | None = None,
+        dataset: Mapping[str, Any] | None = None,
+    ) -> Path:
+        folder = tmp_path / "projects" / name
+        folder.mkdir(parents=True)
+        for index in range(pictures):
+            draw_picture(folder / "data", index)
+        (folder / "config.json").write_text(json.dumps({**CONFIG, **(config or {})}))
+        (folder / "multidatabackend.json").write_text(json.dumps([{**DATASET, **(dataset or {})}]))
+        return folder
+
+    return make

@@ -1,0 +1,121 @@
+"""Real photographs through the whole graph: those in scikit-image's wheel, and the kinds of files that people really have."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import dagster as dg
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from skimage import data as photographs
+
+from sdxl_pipeline.definitions import build_definitions
+from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL
+
+pytestmark = pytest.mark.real
+
+SHIPPED = Path(photographs.__file__).parent
+CAPTIONS = {
+    "astronaut.png": "a portrait of an astronaut in an orange suit before a flag",
+    "camera.png": "a black and white photo of a man behind a camera on a tripod",
+    "chelsea.png": "a close photo of a tabby cat looking to the side",
+    "coffee.png": "a cup of coffee on a saucer with a spoon, on a wooden table",
+    "hubble_deep_field.jpg": "many small galaxies on a black sky",
+    "motorcycle_left.png": "a motorcycle in a workshop",
+    "retina.jpg": "the retina of an eye with its blood vessels",
+    "rocket.jpg": "a rocket on its launch pad at night, lit by floodlights",
+}
+
+
+def write_dataset(folder: Path) -> None:
+    """Photographs at several aspect ratios, and the troublesome ones beside them."""
+    folder.mkdir(parents=True)
+    for name, caption in CAPTIONS.items():
+        shutil.copy(SHIPPED / name, folder / name)
+        (folder / name).with_suffix(".txt").write_text(caption)
+    upright = Image.open(folder / "coffee.png").convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: stored lying, to be shown standing
+    upright.transpose(Image.Transpose.ROTATE_90).save(folder / "rotated.jpg", exif=exif)
+    faded = upright.convert("RGBA")
+    faded.putalpha(Image.linear_gradient("L").resize(faded.size))
+    faded.save(folder / "transparent.png")
+    upright.convert("CMYK").save(folder / "print.jpg")
+    encoded = io.BytesIO()
+    upright.save(encoded, "JPEG")
+    (folder / "truncated.jpg").write_bytes(encoded.getvalue()[: len(encoded.getvalue()) // 2])
+    (folder / "not_a_picture.jpg").write_text("This is a text file.")
+    (folder / "empty.jpg").write_bytes(b"")
+    for name in ("rotated", "transparent", "print", "truncated", "not_a_picture", "empty"):
+        (folder / f"{name}.txt").write_text(f"a cup of coffee, {name}")
+
+
+def test_photographs_become_a_lora_that_changes_the_picture(
+    tmp_path: Path, instance: dg.DagsterInstance, make_project: Callable[..., Path]
+) -> None:
+    folder = make_project(
+        "photos",
+        pictures=0,
+        config={
+            "max_train_steps": 20,
+            "eval_holdout_share": 0.1,
+            "validation_prompt": CAPTIONS["coffee.png"],
+        },
+        dataset={"resolution": 128, "crop_style": "center"},
+    )
+    write_dataset(folder / "data")
+    definitions = build_definitions(folder.parent)
+    result = dg.materialize(
+        list(definitions.assets or []), resources=dict(definitions.resources or {}), instance=instance
+    )
+    assert result.success
+
+    scanned = result.output_for_node("photos__shapes__dataset", "result").set_index("path")
+    pictures = scanned[[Path(path).suffix != ".txt" for path in scanned.index]]
+    kept, dropped = pictures[pictures.status == "kept"], pictures[pictures.status == "dropped"]
+    assert len(pictures) == len(CAPTIONS) + 6
+    assert len(kept) + len(dropped) == len(pictures)
+    assert set(dropped.index) == {"truncated.jpg", "not_a_picture.jpg", "empty.jpg"}
+    assert dropped.reason.nunique() == 3
+    assert {"rotated.jpg", "transparent.png", "print.jpg"} <= set(kept.index)
+    upright = kept.loc["coffee.png"]
+    assert (kept.loc["rotated.jpg"].width, kept.loc["rotated.jpg"].height) == (upright.width, upright.height)
+
+    rows = result.output_for_node("photos__shapes__aspect_buckets", "result")
+    assert len(rows[["bucket_h", "bucket_w"]].drop_duplicates()) >= 3
+    latents = result.output_for_node("photos__shapes__vae_latents", "result")
+    assert latents.planned == len(rows) == len(kept)
+    assert latents.encoded == len(kept)
+
+    lora = result.output_for_node("photos__lora", "result")
+    assert lora.steps == 20
+    lines = [json.loads(line) for line in Path(lora.metrics_path).read_text().splitlines()]
+    assert lines[-1]["step"] == 20
+    pipeline = StableDiffusionXLPipeline.from_pretrained(BUNDLED_MODEL, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    without = _draw(pipeline)
+    release = result.output_for_node("photos__hub_release", "result").folder
+    pipeline.load_lora_weights(release)
+    with_lora = _draw(pipeline)
+    assert np.abs(with_lora - without).mean() > 1e-3
+    pipeline.unload_lora_weights()
+    assert np.abs(_draw(pipeline) - without).max() < 1e-4
+
+
+def _draw(pipeline: StableDiffusionXLPipeline) -> np.ndarray:
+    """A picture (1, 128, 128, 3) in [0, 1] from a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = pipeline(
+        CAPTIONS["coffee.png"],
+        num_inference_steps=6,
+        height=128,
+        width=128,
+        generator=generator,
+        output_type="np",
+    )
+    return np.asarray(drawn.images)

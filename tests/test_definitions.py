@@ -1,0 +1,57 @@
+"""The code location loads in a moment, without torch, and a broken project takes no other one down."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from sdxl_pipeline.definitions import REPOSITORY, build_definitions
+
+
+def test_torch_is_not_imported() -> None:
+    code = "import sys, sdxl_pipeline.definitions as d; d.defs(); print(sorted({'torch','diffusers','transformers','peft'} & set(sys.modules)))"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY
+    )
+    assert shown.stdout.strip() == "[]"
+
+
+def test_graph_of_a_project(make_project: Callable[..., Path]) -> None:
+    folder = make_project("shop")
+    graph = build_definitions(folder.parent).resolve_asset_graph()
+    keys = {"/".join(key.path) for key in graph.get_all_asset_keys()}
+    lane = {f"shop/shapes/{stage}" for stage in ("dataset", "aspect_buckets", "vae_latents", "text_embeds")}
+    assert keys == lane | {f"shop/{stage}" for stage in ("base_model", "lora", "evaluation", "hub_release")}
+    for key in graph.get_all_asset_keys():
+        assert graph.get(key).group_name == "shop"
+        assert graph.get(key).code_version
+    pooled = {"/".join(k.path) for k in graph.get_all_asset_keys() if "gpu" in graph.get(k).pools}
+    assert pooled == {"shop/shapes/vae_latents", "shop/shapes/text_embeds", "shop/lora", "shop/evaluation"}
+    parents = {"/".join(key.path) for key in graph.get(dg.AssetKey(["shop", "lora"])).parent_keys}
+    assert parents == {"shop/base_model", *(lane - {"shop/shapes/dataset"})}
+
+
+def test_a_broken_project_is_shown_and_says_what_to_mend(
+    make_project: Callable[..., Path], instance: dg.DagsterInstance
+) -> None:
+    make_project("sound")
+    folder = make_project("torn", config={"lora_rnak": 8, "learning_rate": "fast"})
+    definitions = build_definitions(folder.parent)
+    graph = definitions.resolve_asset_graph()
+    assert dg.AssetKey(["sound", "lora"]) in graph.get_all_asset_keys()
+    with pytest.raises(dg.Failure) as failure:
+        dg.materialize(
+            list(definitions.assets or []),
+            selection=dg.AssetSelection.assets(["torn", "project"]),
+            resources=dict(definitions.resources or {}),
+            instance=instance,
+        )
+    message = str(failure.value.description)
+    assert "lora_rnak" in message
+    assert "lora_rank" in message
+    assert "learning_rate" in message
+    assert "fast" in message
+    assert "config.json" in message
