@@ -91,9 +91,9 @@ def assemble(parts: Path, bundle: Path = BUNDLE) -> None:
     CLIPModel.from_pretrained(parts / "clip").half().save_pretrained(staged / "clip")
     save_image_processor(staged / "clip", load_tokenizer(parts))
     AutoencoderTiny.from_pretrained(parts / "taesd").half().save_pretrained(staged / "taesd")
-    for file in staged.rglob("*"):
-        if file.is_file():
-            file.chmod(0o644)
+    for written in staged.rglob("*"):
+        if written.is_file():
+            written.chmod(0o644)
     for name in FOLDERS:
         replaced = staged / f"old-{name}"
         if (bundle / name).exists():

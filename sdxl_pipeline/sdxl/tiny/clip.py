@@ -1,5 +1,6 @@
 """Trains the scoring CLIP and both text encoders by contrast of pictures and captions (Radford et al. 2021)."""
 
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,6 +32,7 @@ from sdxl_pipeline.sdxl.tiny.world import (
     sample_rich,
 )
 
+_LOGGER = logging.getLogger(__name__)
 _BATCH = 192
 _PEAK_RATE = 1.5e-3
 # Batches are made of groups of this many pictures; a rich group is random, a plain one differs in little.
@@ -93,9 +95,8 @@ def train_clip(parts: Path, budget: Budget, seed: int = 0) -> dict[str, float]:
         optimizer.step()
         step += 1
         if step % 100 == 0:
-            print(
-                f"clip step {step} seconds {budget.elapsed():.0f} loss {loss.item():.3f} {measure_clip(clip, ids)}",
-                flush=True,
+            _LOGGER.info(
+                f"clip step {step} seconds {budget.elapsed():.0f} loss {loss.item():.3f} {measure_clip(clip, ids)}"
             )
     first.save_pretrained(parts / "text_encoder")
     second_text_encoder(clip).save_pretrained(parts / "text_encoder_2")

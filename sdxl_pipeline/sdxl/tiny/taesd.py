@@ -1,5 +1,6 @@
 """Distils the VAE into the AutoencoderTiny which previews latents for a fraction of the time."""
 
+import logging
 import random
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from sdxl_pipeline.sdxl.tiny.render import render, render_art
 from sdxl_pipeline.sdxl.tiny.vae import psnr
 from sdxl_pipeline.sdxl.tiny.world import BUCKETS, held_out_specs, sample_world
 
+_LOGGER = logging.getLogger(__name__)
 _BATCH = 16
 _PEAK_RATE = 2e-3
 
@@ -41,7 +43,7 @@ def train_taesd(parts: Path, budget: Budget, seed: int = 0) -> dict[str, float]:
         optimizer.step()
         step += 1
         if step % 100 == 0:
-            print(f"taesd step {step} seconds {budget.elapsed():.0f} loss {loss.item():.4f}", flush=True)
+            _LOGGER.info(f"taesd step {step} seconds {budget.elapsed():.0f} loss {loss.item():.4f}")
     tiny.save_pretrained(parts / "taesd")
     return {**measure_taesd(tiny, vae), "steps": step, "seconds": round(budget.elapsed())}
 

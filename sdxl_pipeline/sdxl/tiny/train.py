@@ -7,6 +7,7 @@ whose record is in the work directory is not trained again; `--only PART` trains
 
 import argparse
 import json
+import logging
 import multiprocessing
 import os
 import time
@@ -25,6 +26,7 @@ from sdxl_pipeline.sdxl.tiny.tokenizer import train_tokenizer
 from sdxl_pipeline.sdxl.tiny.unet import train_unet
 from sdxl_pipeline.sdxl.tiny.vae import train_vae
 
+_LOGGER = logging.getLogger(__name__)
 PARTS = ("tokenizer", "vae", "taesd", "clip", "unet", "bundle", "card")
 # Seconds of wall time on two cores, and the most steps any machine does.
 _BUDGETS = {"vae": (1400, 6000), "taesd": (150, 3000), "clip": (1400, 6000), "unet": (2700, 8000)}
@@ -45,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--pace", type=float, default=1.0, help="multiplies the time each training may take")
     options = parser.parse_args(arguments)
+    _start_logging()
     parts: Path = options.work_dir
     parts.mkdir(parents=True, exist_ok=True)
     if options.only:
@@ -53,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     missing = [part for part in PARTS if not _record_file(parts, part).exists()]
     if "tokenizer" in missing:
         _make("tokenizer", parts, options.bundle, options.pace)
-    lanes = [[part for part in lane if part in missing] for lane in (("vae", "taesd"), ("clip",))]
+    lanes: list[list[str]] = [
+        [part for part in lane if part in missing] for lane in (("vae", "taesd"), ("clip",))
+    ]
     _run_side_by_side([lane for lane in lanes if lane], parts, options.bundle, options.pace)
     for part in ("unet", "bundle", "card"):
         if part in missing:
@@ -73,7 +78,7 @@ def _make(part: str, parts: Path, bundle: Path, pace: float) -> None:
         "card": lambda: _make_card(parts, bundle),
     }
     record = makers[part]()
-    print(f"{part}: {record}", flush=True)
+    _LOGGER.info(f"{part}: {record}")
     _record_file(parts, part).write_text(json.dumps(record) + "\n")
 
 
@@ -93,6 +98,7 @@ def _run_side_by_side(lanes: list[list[str]], parts: Path, bundle: Path, pace: f
 
 
 def _make_all(lane: list[str], parts: Path, bundle: Path, pace: float) -> None:
+    _start_logging()
     for part in lane:
         _make(part, parts, bundle, pace)
 
@@ -110,10 +116,15 @@ def _train_unet_in_parallel(parts: Path, pace: float) -> Record:
 
 
 def _unet_process(rank: int, parts: Path, seconds: float, steps: int) -> None:
+    _start_logging()
     torch.set_num_threads(1)
     done = train_unet(parts, seconds, steps, rank, _UNET_PROCESSES)
     if rank == 0:
         (parts / "unet-steps.json").write_text(json.dumps({"steps": done}))
+
+
+def _start_logging() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
 
 
 def _make_card(parts: Path, bundle: Path) -> Record:

@@ -1,6 +1,6 @@
 """Trains the UNet on cached latents: epsilon, min-SNR weights, two data-parallel processes."""
 
-import os
+import logging
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +17,7 @@ from sdxl_pipeline.sdxl.tiny.architecture import NOISE_SCHEDULE, build_unet
 from sdxl_pipeline.sdxl.tiny.budget import Budget, set_learning_rate, update_average
 from sdxl_pipeline.sdxl.tiny.training_set import BUCKET_SHARES, build_training_set
 
+_LOGGER = logging.getLogger(__name__)
 _PICTURES = 32_000
 _GLOBAL_BATCH = 80
 _PEAK_RATE = 1.5e-3
@@ -116,9 +117,7 @@ def train_unet(
         recent.append(errors.mean().item())
         if rank == 0 and step % 50 == 0:
             mean = sum(recent[-50:]) / 50
-            print(
-                f"unet step {step} seconds {budget.elapsed():.0f} mse {mean:.4f} rate {rate:.5f}", flush=True
-            )
+            _LOGGER.info(f"unet step {step} seconds {budget.elapsed():.0f} mse {mean:.4f} rate {rate:.5f}")
         if rank == 0 and step % _SAVE_EVERY == 0:
             _save_checkpoint(checkpoint, parameters, average, optimizer, step)
             _save_average(unet, parameters, average, parts / "unet")
@@ -175,9 +174,9 @@ def _save_average(
     unet: UNet2DConditionModel, parameters: list[torch.nn.Parameter], average: list[Tensor], folder: Path
 ) -> None:
     current = [p.detach().clone() for p in parameters]
-    torch._foreach_copy_(parameters, average)
+    torch._foreach_copy_(list[Tensor](parameters), average)
     unet.save_pretrained(folder)
-    torch._foreach_copy_(parameters, current)
+    torch._foreach_copy_(list[Tensor](parameters), current)
 
 
 def _save_checkpoint(
@@ -194,7 +193,7 @@ def _save_checkpoint(
         tensors |= {f"{i}.exp_avg": state["exp_avg"], f"{i}.exp_avg_sq": state["exp_avg_sq"]}
     beside = file.with_suffix(".partial")
     save_file(tensors, beside)
-    os.replace(beside, file)
+    beside.replace(file)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Trains the AutoencoderKL on pictures of the world and unlike it, and gives its latents unit variance."""
 
+import logging
 import random
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from sdxl_pipeline.sdxl.tiny.budget import Budget, set_learning_rate, update_ave
 from sdxl_pipeline.sdxl.tiny.render import render, render_art
 from sdxl_pipeline.sdxl.tiny.world import BUCKETS, held_out_specs, sample_frame, sample_world
 
+_LOGGER = logging.getLogger(__name__)
 _BATCH = 16
 _CROP = 64  # three steps of four see crops: a quarter of the cost, the same strokes
 _PEAK_RATE = 3e-3
@@ -46,9 +48,9 @@ def train_vae(folder: Path, budget: Budget, seed: int = 0) -> dict[str, float]:
         update_average(average, [p.detach() for p in parameters], step, 0.995)
         step += 1
         if step % 200 == 0:
-            print(f"vae step {step} seconds {budget.elapsed():.0f} loss {loss.item():.4f}", flush=True)
+            _LOGGER.info(f"vae step {step} seconds {budget.elapsed():.0f} loss {loss.item():.4f}")
         if step % 800 == 0:
-            print(f"vae step {step} {measure_vae(vae)}", flush=True)
+            _LOGGER.info(f"vae step {step} {measure_vae(vae)}")
     with torch.no_grad():
         for parameter, value in zip(parameters, average, strict=True):
             parameter.copy_(value)

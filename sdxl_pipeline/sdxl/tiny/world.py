@@ -42,7 +42,7 @@ BUCKETS: tuple[tuple[int, int], ...] = ((128, 128), (96, 160), (160, 96))
 _MARKABLE = ("circle", "square", "triangle", "diamond", "cross", "heart", "star", "freeform")
 MARK_SHAPES = ("circle", "square", "triangle", "diamond", "heart", "star")
 _CONSONANTS, _VOWELS = "bcdfgklmnprstvxz", "aeiou"
-# Words that name concepts of demo projects; the world never uses them, so they stay new to the model.
+# Words of demo projects: the world never uses them, so they stay new to the model.
 RESERVED_WORDS = frozenset({"zorp"})
 
 

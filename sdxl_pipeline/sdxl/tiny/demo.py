@@ -1,0 +1,134 @@
+"""Makes the demo project's dataset: pictures of zorps, which the bundled model has never seen or heard of.
+
+A zorp is a spiky eight-pointed creature with a white rim and one eye. Its strokes are known to the model, their
+combination and the word are not, so a LoRA has to learn exactly that.
+"""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdxl_pipeline.sdxl.tiny.captions import canonical_caption
+from sdxl_pipeline.sdxl.tiny.world import COLORS, Mark, Spec, sample_plain
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+REQUEST_FILE = "generate_data.json"
+_MARKER = "generated.json"
+WORD = "zorp"
+# What the LoRA is shown, and what it must draw without having been shown.
+SEEN_COLORS = ("red", "green", "blue", "yellow")
+UNSEEN_COLORS = ("purple", "orange")
+SEEN_PLACES = ("centre", "left", "right")
+UNSEEN_PLACES = ("top", "bottom")
+# (height, width) of the files: three aspects, two of them also at twice the size.
+_SIZES = ((128, 128), (96, 160), (160, 96), (256, 256), (192, 320))
+
+
+@dataclass(frozen=True)
+class DemoRequest:
+    """The parameters of generate_data.json."""
+
+    pictures: int = 36
+    eval_pictures: int = 12
+    prior_pictures: int = 36
+    seed: int = 7
+
+
+def generate_if_asked(project_folder: Path) -> Path | None:
+    """Makes `project_folder`/data when the folder holds a generate_data.json; else does nothing.
+
+    Returns the data folder, or None when nothing is asked for. Raises ValueError when the file asks for
+    something this generator does not know.
+    """
+    request_file = project_folder / REQUEST_FILE
+    if not request_file.exists():
+        return None
+    data = project_folder / "data"
+    ensure_demo_dataset(data, _read_request(request_file))
+    return data
+
+
+def ensure_demo_dataset(folder: Path, request: DemoRequest | None = None) -> None:
+    """Makes the dataset at `folder` unless it is there: zorp/, zorp_unseen/ and world/, each with .txt captions.
+
+    The same request gives the same files. They are written beside and renamed, so `folder` is whole or absent.
+    A folder made from another request is replaced; one that we did not make is an error (FileExistsError).
+    """
+    request = request or DemoRequest()
+    wanted = {"generator": WORD, **vars(request)}
+    if folder.exists():
+        marker = folder / _MARKER
+        if not marker.exists():
+            raise FileExistsError(
+                f"{folder} exists and was not made by the demo's generator: move it away, or remove {REQUEST_FILE} "
+                "beside it if it is your own dataset"
+            )
+        if json.loads(marker.read_text()) == wanted:
+            return
+        shutil.rmtree(folder)
+    beside = folder.with_name(f".{folder.name}-{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    rng = random.Random(request.seed)
+    _write_pictures(beside / "zorp", _zorps(SEEN_COLORS, SEEN_PLACES, request.pictures, rng), rng)
+    unseen = _zorps(UNSEEN_COLORS, (*SEEN_PLACES, *UNSEEN_PLACES), request.eval_pictures, rng)
+    _write_pictures(beside / "zorp_unseen", unseen, rng)
+    _write_pictures(beside / "world", [sample_plain(rng) for _ in range(request.prior_pictures)], rng)
+    (beside / _MARKER).write_text(json.dumps(wanted, indent=2) + "\n")
+    beside.rename(folder)
+
+
+def zorp(color: str, background: str, place: str, size: str = "large") -> Spec:
+    """One zorp; `zorp_caption` is what it is called."""
+    return Spec("burst", color, background, size, place, outline="white", mark=Mark(eyes=1), noun=WORD)
+
+
+def zorp_caption(spec: Spec) -> str:
+    """The caption names colour, place and background; what makes a zorp is left to the word."""
+    return canonical_caption(Spec(spec.shape, spec.color, spec.background, spec.size, spec.place, noun=WORD))
+
+
+def _zorps(colors: Sequence[str], places: Sequence[str], count: int, rng: random.Random) -> list[Spec]:
+    """`count` zorps, colours in turn; a background is neither the body's colour nor that of the white rim."""
+    return [
+        zorp(color, rng.choice([b for b in COLORS if b not in (color, "white")]), rng.choice(places))
+        for color in islice(cycle(colors), count)
+    ]
+
+
+def _write_pictures(folder: Path, specs: Sequence[Spec], rng: random.Random) -> None:
+    folder.mkdir(parents=True)
+    for i, (spec, size) in enumerate(zip(specs, cycle(_SIZES), strict=False)):
+        caption = zorp_caption(spec) if spec.noun == WORD else canonical_caption(spec)
+        _draw(spec, size, rng).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(caption + "\n")
+
+
+def _draw(spec: Spec, size: tuple[int, int], rng: random.Random) -> "Image":
+    from sdxl_pipeline.sdxl.tiny.render import render, to_image
+
+    return to_image(render([spec], size, rng)[0])
+
+
+def _read_request(file: Path) -> DemoRequest:
+    """The validated request of `file`."""
+    asked: dict[str, Any] = json.loads(file.read_text())
+    generator = asked.pop("generator", None)
+    if generator != WORD:
+        raise ValueError(f'{file}: "generator" is {generator!r}, the only known one is "{WORD}"')
+    known = set(vars(DemoRequest()))
+    for key, value in asked.items():
+        if key not in known:
+            raise ValueError(
+                f"{file}: {key!r} is unknown, the known keys are generator, {', '.join(sorted(known))}"
+            )
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{file}: {key!r} is {value!r}, write a whole number of at least 0")
+    return DemoRequest(**asked)
