@@ -3,6 +3,7 @@
 Whatever lacks a weight is refused: a library that fills it with random numbers and a warning would train on noise.
 """
 
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,13 @@ def load_vae(model: ResolvedModel, dtype: torch.dtype) -> AutoencoderKL:
             "or fp32, or pretrained_vae_model_name_or_path to one made for fp16, as madebyollin/sdxl-vae-fp16-fix."
         )
     return vae
+
+
+def latent_scaling_factor(model: ResolvedModel) -> float:
+    """What latents are multiplied by to have the unit variance the UNet expects; read without loading the VAE."""
+    own = model.vae_path is None or Path(model.vae_path).is_file()
+    folder = Path(model.config_path) / "vae" if own else Path(str(model.vae_path))
+    return float(AutoencoderKL.load_config(folder).get("scaling_factor", _default_scaling_factor()))
 
 
 def load_unet(model: ResolvedModel, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -130,6 +138,10 @@ def load_pipeline(
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _default_scaling_factor() -> float:
+    return float(inspect.signature(AutoencoderKL.__init__).parameters["scaling_factor"].default)
 
 
 def _scheduler_config(model: ResolvedModel) -> dict[str, Any]:
