@@ -1,0 +1,54 @@
+"""CLIP score: how well a picture fits its prompt (Hessel et al. 2021, "CLIPScore", with the factor 100 in general use)."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizerFast
+
+from sdxl_pipeline.stages.specs import ClipSummary
+
+BATCH_SIZE = 16
+
+
+class ClipScorer:
+    """A CLIP with its preprocessing, loaded once and asked for many scores."""
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self.model = CLIPModel.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, dtype=torch.float32
+        )
+        self.model.eval().to(device)
+        self.tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+        self.processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+
+    def scores(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+        """100 * max(cosine, 0) of each picture with its own prompt: from 0 to 100."""
+        scores: list[float] = []
+        for start in range(0, len(images), BATCH_SIZE):
+            stop = start + BATCH_SIZE
+            similarity = self.cosine_similarity(images[start:stop], prompts[start:stop])
+            scores += (100 * similarity.diagonal().clamp(min=0)).tolist()
+        return scores
+
+    @torch.no_grad()
+    def cosine_similarity(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """Cosine of every picture with every prompt: (pictures, prompts). Prompts are cut at the encoder's 77 tokens."""
+        length = self.model.config.text_config.max_position_embeddings
+        text = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        pixels = self.processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        embeds = self.model(**text.to(self.model.device), **pixels.to(self.model.device))
+        # CLIPModel gives both embeddings with unit length.
+        return (embeds.image_embeds @ embeds.text_embeds.T).cpu()
+
+
+def summarize(scores: Sequence[float]) -> ClipSummary:
+    """Minimum, maximum, mean and population standard deviation."""
+    return ClipSummary(
+        min=min(scores), max=max(scores), mean=statistics.fmean(scores), std=statistics.pstdev(scores)
+    )

@@ -1,0 +1,75 @@
+"""The CLIP that scores pictures: which one the settings ask for, and where its files lie. No torch."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.sdxl.base_model import BUNDLED_CLIP, BUNDLED_NAME, ResolvedModel
+from sdxl_pipeline.sdxl.hub_download import download_snapshot
+from sdxl_pipeline.stages.program import StageError
+
+BUNDLED_CLIP_NAME = "bundled:tiny-clip"
+CONFIG = "config.json"
+PROCESSOR_CONFIG = "preprocessor_config.json"
+
+_DEFAULT = TrainingSettings.model_fields["pretrained_evaluation_model_name_or_path"].default
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+)
+
+
+def scoring_model_folder(settings: TrainingSettings, base_model: ResolvedModel) -> Path:
+    """Folder of the CLIP named by pretrained_evaluation_model_name_or_path, downloaded if need be; safetensors only.
+
+    The bundled base model draws a world that only the bundled CLIP knows, and runs offline: with it, the default means that CLIP.
+    Raises StageError, or BaseModelError when the Hub does not give the files.
+    """
+    if _is_bundled(settings, base_model):
+        return BUNDLED_CLIP
+    source = settings.pretrained_evaluation_model_name_or_path
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        choose_files([path.name for path in folder.iterdir()], source)
+        return folder
+    if folder.is_absolute() or source.count("/") != 1 or source.startswith("bundled:"):
+        raise StageError(
+            f"pretrained_evaluation_model_name_or_path is {source!r}, which is no folder; give the folder of a CLIP model, "
+            f"a Hub id of the form owner/name, or {BUNDLED_CLIP_NAME!r}"
+        )
+    return download_snapshot(source, None, [CONFIG], lambda names: choose_files(names, source)).folder
+
+
+def choose_files(names: Collection[str], source: str) -> list[str]:
+    """Of the files of a CLIP model, those that scoring reads. Raises StageError when its weights are not in safetensors."""
+    for needed in (CONFIG, PROCESSOR_CONFIG):
+        if needed not in names:
+            raise StageError(f"{source} has no {needed}, so it is not a CLIP model that can score pictures")
+    weights = sorted(
+        name
+        for name in names
+        if "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))
+    )
+    if not weights:
+        raise StageError(
+            f"{source} has no .safetensors weights, and nothing else is loaded, since pickled files can run code when opened. "
+            'Set "pretrained_evaluation_model_name_or_path" to a CLIP that has them, as "openai/clip-vit-large-patch14", or to a '
+            "folder with a converted copy"
+        )
+    return [CONFIG, PROCESSOR_CONFIG, *weights, *(name for name in _TOKENIZER_FILES if name in names)]
+
+
+def scoring_model_name(settings: TrainingSettings, base_model: ResolvedModel) -> str:
+    """What a report calls the CLIP that scores: the name in the settings, without the folders of a local path."""
+    if _is_bundled(settings, base_model):
+        return BUNDLED_CLIP_NAME
+    source = settings.pretrained_evaluation_model_name_or_path
+    return Path(source).expanduser().name if Path(source).expanduser().is_dir() else source
+
+
+def _is_bundled(settings: TrainingSettings, base_model: ResolvedModel) -> bool:
+    source = settings.pretrained_evaluation_model_name_or_path
+    return source == BUNDLED_CLIP_NAME or (source == _DEFAULT and base_model.source == BUNDLED_NAME)
