@@ -1,0 +1,78 @@
+"""Any of Pillow's pixel types to 8 bits, and any colour space to sRGB: the conversions that are made on purpose.
+
+They come in two steps because the picture is resized in between: `to_eight_bits` leaves opaque 8-bit pixels in the picture's own
+colour space, which can be resampled; `to_srgb` then has only the crop to convert.
+"""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageCms
+
+_SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+_LAB = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
+_PROFILE_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}
+_UNIT, _EIGHT_BITS, _SIXTEEN_BITS, _THIRTY_TWO_BITS = 1.0, 255.0, 65535.0, 4294967295.0
+
+
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """The same picture in mode L, RGB, CMYK or LAB: transparency laid over white, palettes looked up, deep pixels scaled down.
+
+    Integers of 16 bits are scaled by their full range. Wider ones and floats say nothing of theirs, so it is taken to be the
+    smallest of 16 and 32 bits, or of [0, 1], 8 and 16 bits for floats, that holds all values; a NaN or infinity counts as black.
+    """
+    if image.mode.startswith("I;16"):
+        return _scaled(np.asarray(image).astype(np.float64), _SIXTEEN_BITS)
+    if image.mode == "I":
+        values = np.asarray(image).view(np.uint32).astype(np.float64)
+        return _scaled(values, _SIXTEEN_BITS if values.max() <= _SIXTEEN_BITS else _THIRTY_TWO_BITS)
+    if image.mode == "F":
+        values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+        largest = values.max()
+        return _scaled(values, next(r for r in (_UNIT, _EIGHT_BITS, _SIXTEEN_BITS, largest) if largest <= r))
+    if image.has_transparency_data:
+        return _over_white(image)
+    if image.mode == "LAB" or image.mode in _PROFILE_SPACES:
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")  # P, YCbCr, HSV
+
+
+def to_srgb(image: Image.Image, icc_profile: bytes | None) -> Image.Image:
+    """An 8-bit picture as sRGB, mode RGB, through its embedded ICC profile (relative colorimetric, as browsers show it).
+
+    Without a profile, or with one that is broken or describes another colour space than the pixels have, RGB and grey are held to
+    be sRGB already, and CMYK is converted as plain inverse RGB.
+    """
+    profile = _LAB if image.mode == "LAB" else _usable_profile(image.mode, icc_profile)
+    if profile is not None:
+        try:
+            converted = ImageCms.profileToProfile(
+                image, profile, _SRGB, renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC, outputMode="RGB"
+            )
+        except ImageCms.PyCMSError:  # a profile whose tables cannot be used in this direction
+            converted = None
+        if converted is not None:
+            return converted
+    return image.convert("RGB")
+
+
+def _usable_profile(mode: str, icc_profile: bytes | None) -> ImageCms.ImageCmsProfile | None:
+    if not icc_profile:
+        return None
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
+    except OSError:  # not a profile at all
+        return None
+    return profile if profile.profile.xcolor_space == _PROFILE_SPACES[mode] else None
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+    return (
+        flat.convert("L") if image.getbands()[0] == "L" else flat
+    )  # grey stays grey, as a grey ICC profile expects
+
+
+def _scaled(values: np.ndarray, full_range: float) -> Image.Image:
+    eight_bits = np.clip(np.rint(values * (255.0 / full_range)), 0, 255).astype(np.uint8)
+    return Image.fromarray(eight_bits)

@@ -1,0 +1,136 @@
+"""Contact sheets and plots for the UI: they hold what they are given, within the size the UI allows."""
+
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from sdxl_pipeline.images.pictures import (
+    bucket_histogram,
+    caption_length_histogram,
+    contact_sheet,
+    resolution_scatter,
+    to_jpeg,
+)
+from tests.images.photographs import PHOTOGRAPHS, encoded, values
+
+
+def colour_share(image: Image.Image, colour: tuple[int, int, int], tolerance: int = 12) -> float:
+    return float((np.abs(values(image) - np.array(colour)).max(axis=2) <= tolerance).mean())
+
+
+BLUE, ORANGE = (0x3B, 0x6F, 0xB6), (0xE0, 0x82, 0x14)
+
+
+def test_a_sheet_shows_every_picture_and_its_caption(folder, photograph):
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 0, 255)]
+    images = [
+        Image.new("RGB", size, colour)
+        for size, colour in zip([(64, 64), (128, 32), (16, 64), (64, 64)], colours, strict=True)
+    ]
+    sheet = contact_sheet(images, ["one", "two", "three", ""], columns=2, tile=100)
+    areas = [colour_share(sheet, colour) * sheet.width * sheet.height for colour in colours]
+    # a square fills its tile; a 4:1 picture a quarter of it
+    assert areas == pytest.approx([10_000, 2_500, 2_500, 10_000], rel=0.05)
+    silent = contact_sheet(images, ["", "", "", ""], columns=2, tile=100)
+    assert silent.size == sheet.size
+    ink = np.argwhere(np.abs(values(sheet) - values(silent)).max(axis=2) > 60)
+    assert len(ink) > 50
+    assert ink[:, 0].min() > 100  # text stands below the pictures
+
+
+def test_long_captions_are_cut_within_their_column(photograph):
+    words, letters = "a very long caption indeed " * 20, "x" * 500
+    sheet = contact_sheet([photograph, photograph], [words, letters], columns=2, tile=120)
+    below = values(sheet)[130:]
+    gap_columns = below[:, 126:132]  # between the two captions, and right of the second
+    assert gap_columns.min() == 255
+    assert below[:, -5:].min() == 255
+    assert below.min() < 100
+
+
+def test_a_sheet_reads_files_upright_and_names_those_it_cannot(folder, photograph):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (folder / "turned.jpg").write_bytes(encoded(photograph, "JPEG", exif=exif, quality=95))
+    upright = contact_sheet([folder / "turned.jpg"], [""], tile=200)
+    expected = contact_sheet([photograph.rotate(-90, expand=True)], [""], tile=200)
+    assert np.abs(values(upright) - values(expected)).mean() < 3
+    (folder / "bad.jpg").write_bytes(b"")
+    broken = contact_sheet([folder / "bad.jpg"], [""], tile=200)
+    assert colour_share(broken, (0xE6, 0xE6, 0xE6), 0) > 0.5
+
+
+def test_a_sheet_needs_pictures_and_a_caption_for_each(photograph):
+    with pytest.raises(ValueError, match="at least one"):
+        contact_sheet([], [])
+    with pytest.raises(ValueError, match="2 pictures but 1 captions"):
+        contact_sheet([photograph, photograph], ["one"])
+
+
+def test_jpegs_keep_to_their_limit_and_lower_quality_before_size():
+    with Image.open(PHOTOGRAPHS / "hubble_deep_field.jpg") as image:  # 1000x872 of stars: hard to compress
+        image = image.convert("RGB")
+    previous = len(to_jpeg(image, max_bytes=10_000_000))
+    for limit in (300_000, 150_000, 40_000):
+        data = to_jpeg(image, max_bytes=limit)
+        assert len(data) <= limit
+        assert len(data) < previous
+        previous = len(data)
+    with Image.open(io.BytesIO(to_jpeg(image, max_bytes=300_000))) as whole:
+        assert whole.size == image.size
+    with Image.open(io.BytesIO(to_jpeg(image, max_bytes=40_000))) as small:
+        assert small.width < 1000
+        assert small.width / small.height == pytest.approx(1000 / 872, rel=0.02)
+    assert len(to_jpeg(image.convert("RGBA"))) <= 300_000
+    with pytest.raises(ValueError, match="no JPEG fits"):
+        to_jpeg(image, max_bytes=100)
+
+
+def plan(counts: dict[tuple[int, int], tuple[int, int]]) -> pd.DataFrame:
+    rows = [
+        {"bucket_w": width, "bucket_h": height, "split": split}
+        for (width, height), numbers in counts.items()
+        for split, number in zip(("train", "eval"), numbers, strict=True)
+        for _ in range(number)
+    ]
+    return pd.DataFrame(rows, columns=["bucket_w", "bucket_h", "split"])
+
+
+def test_bucket_bars_are_as_long_as_their_counts():
+    image = bucket_histogram(plan({(1024, 1024): (30, 10), (1280, 832): (30, 10), (832, 1280): (30, 10)}))
+    assert colour_share(image, BLUE) / colour_share(image, ORANGE) == pytest.approx(3, rel=0.15)
+    assert colour_share(bucket_histogram(plan({(1024, 1024): (30, 0)})), ORANGE) == 0
+
+
+def test_many_buckets_stay_legible():
+    image = bucket_histogram(plan({(64 * number, 1024): (number, 0) for number in range(1, 61)}))
+    assert image.height < 1200
+    assert colour_share(image, BLUE) > 0.05
+
+
+def test_plots_of_nothing_are_drawn():
+    scanned = pd.DataFrame({"width": [0], "height": [0], "status": ["dropped"], "captions": [[]]})
+    for image in (bucket_histogram(plan({})), resolution_scatter(scanned), caption_length_histogram(scanned)):
+        assert image.mode == "RGB"
+        assert image.width > 300
+
+
+def test_plots_show_their_pictures_and_captions():
+    scanned = pd.DataFrame(
+        {
+            "width": [640, 1920, 4000, 300],
+            "height": [480, 1080, 6000, 300],
+            "status": ["kept", "kept", "kept", "dropped"],
+            "captions": [["a fox"], ["a fox", "a red fox in the snow"], ["one two three"], []],
+        }
+    )
+    fewer = scanned[:1]
+    assert colour_share(resolution_scatter(scanned), BLUE, 60) > 2 * colour_share(
+        resolution_scatter(fewer), BLUE, 60
+    )
+    assert colour_share(caption_length_histogram(scanned), BLUE) > 0.01
+    for image in (resolution_scatter(scanned), caption_length_histogram(scanned)):
+        assert len(to_jpeg(image)) < 300_000
