@@ -1,0 +1,151 @@
+"""Trains a LoRA: `python -m sdxl_pipeline.stages.train spec.json`, or the same under torchrun for several processes.
+
+A run's folder belongs to one identity. Finished, it is reused; unfinished, it is resumed from its latest checkpoint.
+"""
+
+import resource
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from sdxl_pipeline.stages.program import StageError, StopSignal, run_stage
+from sdxl_pipeline.stages.reporter import Reporter, is_main_process
+from sdxl_pipeline.stages.specs import TrainedLora, TrainSpec
+from sdxl_pipeline.store.files import sha256_file, write_text_atomic
+from sdxl_pipeline.training.checkpoints import run_lock
+from sdxl_pipeline.training.identity import run_identity
+from sdxl_pipeline.training.metrics import METRICS_FILE, final_loss, read_metrics
+from sdxl_pipeline.training.validation_log import read_validation_log
+
+if TYPE_CHECKING:
+    from sdxl_pipeline.training.loop import Trainer
+
+FINISHED = "finished.json"
+
+
+def main(spec: TrainSpec, reporter: Reporter, stop: StopSignal) -> TrainedLora:
+    """Train a LoRA as the spec says, or find that it has been."""
+    identity = run_identity(spec)
+    run_dir = Path(spec.run_dir)
+    with run_lock(run_dir, stop) if is_main_process() else nullcontext():
+        finished = finished_run(run_dir, identity)
+        if finished is not None:
+            reporter.log(
+                f"Nothing to train: the run {identity[:12]} is finished, and its weights are as it left them."
+            )
+            return finished.model_copy(update={"reused": True})
+
+        from sdxl_pipeline.training.loop import Trainer
+
+        trainer = Trainer(spec, identity, reporter, stop)
+        try:
+            trainer.train()
+            return _finish(trainer)
+        finally:
+            trainer.close()
+
+
+def finished_run(run_dir: Path, identity: str) -> TrainedLora | None:
+    """The manifest of a finished run whose weights are still what they were; None when there is none.
+
+    Raises StageError when the folder holds the finished run of another identity.
+    """
+    path = run_dir / FINISHED
+    try:
+        manifest = TrainedLora.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+    if manifest.identity != identity:
+        raise StageError(
+            f"{run_dir} holds another run (identity {manifest.identity[:12]}, not {identity[:12]}); give each run a folder of its own"
+        )
+    manifest = _relocated(manifest, run_dir)
+    weights = Path(manifest.weights_path)
+    if not weights.exists() or sha256_file(weights) != manifest.weights_sha256:
+        return None
+    return manifest
+
+
+def _finish(trainer: "Trainer") -> TrainedLora:
+    """Write the weights and the plots, on the main process, and give the manifest."""
+    from sdxl_pipeline.sdxl.adapters import adapted_module_names
+    from sdxl_pipeline.training.loop import WEIGHTS_FILE
+    from sdxl_pipeline.training.plots import plot_loss_curve
+    from sdxl_pipeline.training.sheet import write_sheet
+
+    spec, run_dir = trainer.spec, trainer.run_dir
+    rows = read_metrics(run_dir / METRICS_FILE)
+    images = tuple(read_validation_log(run_dir))
+    weights, loss_curve, sheet = (
+        run_dir / WEIGHTS_FILE,
+        run_dir / "loss_curve.png",
+        run_dir / "validation.png",
+    )
+    if trainer.is_main:
+        trainer.write_weights(weights)
+        plot_loss_curve(rows, loss_curve, title=f"{spec.project}: {trainer.step} steps")
+        if images:
+            write_sheet(images, sheet)
+    trainer.accelerator.wait_for_everyone()
+    manifest = TrainedLora(
+        identity=trainer.identity,
+        run_dir=str(run_dir),
+        weights_path=str(weights),
+        weights_sha256=sha256_file(weights),
+        steps=trainer.step,
+        epochs=trainer.epochs,
+        samples=trainer.samples,
+        resumed_from_step=trainer.resumed_from,
+        reused=False,
+        final_loss=final_loss(rows),
+        seconds=trainer.seconds,
+        steps_per_second=trainer.step / trainer.training_seconds,
+        peak_memory_bytes=peak_memory_bytes(spec.hardware.device),
+        trainable_parameters=sum(parameter.numel() for parameter in trainer.parameters.values()),
+        adapted_modules=len(adapted_module_names(trainer.unet_module)),
+        metrics_path=str(run_dir / METRICS_FILE),
+        loss_curve_path=str(loss_curve),
+        validation_sheet_path=str(sheet) if images else None,
+        validation_images=images,
+    )
+    if trainer.is_main:
+        write_text_atomic(run_dir / FINISHED, manifest.model_dump_json(indent=2) + "\n")
+    return manifest
+
+
+def peak_memory_bytes(device: str) -> int:
+    """Most memory this process has held: of the GPU, or of the machine where there is none of its own."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kibibytes everywhere but on macOS
+
+
+def _relocated(manifest: TrainedLora, run_dir: Path) -> TrainedLora:
+    """The manifest with its paths under `run_dir`, to which the folder may have been moved since."""
+    old = Path(manifest.run_dir)
+
+    def moved(path: str) -> str:
+        return str(run_dir / Path(path).relative_to(old))
+
+    return manifest.model_copy(
+        update={
+            "run_dir": str(run_dir),
+            "weights_path": moved(manifest.weights_path),
+            "metrics_path": moved(manifest.metrics_path),
+            "loss_curve_path": moved(manifest.loss_curve_path),
+            "validation_sheet_path": manifest.validation_sheet_path and moved(manifest.validation_sheet_path),
+            "validation_images": tuple(
+                image.model_copy(update={"path": moved(image.path)}) for image in manifest.validation_images
+            ),
+        }
+    )
+
+
+if __name__ == "__main__":
+    run_stage(TrainSpec, main)

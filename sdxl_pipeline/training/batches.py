@@ -1,0 +1,243 @@
+"""Reads batches from the caches: latents, text embeddings and time ids of the same pictures, and the noise they are trained with."""
+
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from sdxl_pipeline.sdxl.latents import sample_latents
+from sdxl_pipeline.sdxl.time_ids import time_ids
+from sdxl_pipeline.stages.program import StageError
+from sdxl_pipeline.stages.specs import TrainingLane
+from sdxl_pipeline.store.tensor_store import TensorStore
+from sdxl_pipeline.training.draws import seed_for, uniform
+from sdxl_pipeline.training.order import SampleOrder
+from sdxl_pipeline.training.samples import Sample, load_samples
+
+__all__ = [
+    "Batch",
+    "BatchReader",
+    "Posteriors",
+    "Sample",
+    "TextEmbeds",
+    "TrainingBatches",
+    "load_samples",
+    "prefetched",
+]
+
+PREFETCHED_BATCHES = 2
+
+
+class MismatchedBatchError(AssertionError):
+    """Tensors of different pictures met in one batch: a defect of this program, never of the data."""
+
+
+@dataclass(frozen=True)
+class Posteriors:
+    """What the VAE said of some pictures: a Gaussian per latent value, not yet scaled."""
+
+    keys: tuple[str, ...]
+    mean: Tensor  # (B, 4, H/8, W/8) float32
+    logvar: Tensor  # (B, 4, H/8, W/8) float32
+
+
+@dataclass(frozen=True)
+class TextEmbeds:
+    """The encoded captions of some pictures."""
+
+    keys: tuple[str, ...]
+    prompt_embeds: Tensor  # (B, 77, C1 + C2), in the dtype of the cache
+    pooled_prompt_embeds: Tensor  # (B, C2), in the dtype of the cache
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass: everything about picture `keys[i]` at index i."""
+
+    keys: tuple[str, ...]
+    latents: Tensor  # (B, 4, H/8, W/8) float32, scaled
+    noise: Tensor  # (B, 4, H/8, W/8) float32, standard normal
+    timesteps: Tensor  # (B,) int64
+    prompt_embeds: Tensor  # (B, 77, C1 + C2)
+    pooled_prompt_embeds: Tensor  # (B, C2)
+    time_ids: Tensor  # (B, 6) float32
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device. From pinned memory the copy overlaps with what the device is computing."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """The batch in page-locked memory."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(
+            self.keys,
+            **{
+                field.name: change(getattr(self, field.name))
+                for field in fields(self)
+                if field.name != "keys"
+            },
+        )
+
+
+class BatchReader:
+    """Reads the encoded forms of pictures and prompts from the stores of all lanes."""
+
+    def __init__(self, lanes: Sequence[TrainingLane]) -> None:
+        stores: dict[str, TensorStore] = {}
+        for root in {
+            root for lane in lanes for root in (lane.latents.store_root, lane.text_embeds.store_root)
+        }:
+            stores[root] = TensorStore(Path(root))
+        self._latents = {lane.dataset_id: stores[lane.latents.store_root] for lane in lanes}
+        self._texts = {lane.dataset_id: stores[lane.text_embeds.store_root] for lane in lanes}
+        self._prompts: dict[str, tuple[str, str]] = {}  # prompt -> dataset, embed key
+        self._empty_prompts: dict[str, str] = {}  # dataset -> embed key
+        for lane in lanes:
+            table = pd.read_parquet(lane.text_embeds.prompts_path, columns=["prompt", "embed_key"])
+            keys = dict(zip(table["prompt"], table["embed_key"], strict=True))
+            if "" not in keys:
+                raise StageError(
+                    f"dataset {lane.dataset_id!r}: {lane.text_embeds.prompts_path} lacks the empty prompt; materialize text_embeds again"
+                )
+            self._empty_prompts[lane.dataset_id] = keys[""]
+            for prompt, key in keys.items():
+                self._prompts.setdefault(prompt, (lane.dataset_id, key))
+
+    def posteriors(self, samples: Sequence[Sample]) -> Posteriors:
+        """The latents of samples of one bucket, as mean and log-variance."""
+        read = [self._latents[sample.dataset_id].read(sample.latent_key) for sample in samples]
+        return Posteriors(
+            keys=tuple(sample.key for sample in samples),
+            mean=torch.stack([tensors["mean"] for tensors in read]).float(),
+            logvar=torch.stack([tensors["logvar"] for tensors in read]).float(),
+        )
+
+    def text_embeds(self, samples: Sequence[Sample], embed_keys: Sequence[str]) -> TextEmbeds:
+        """The embeddings `embed_keys[i]` as the text of `samples[i]`."""
+        read = [
+            self._texts[sample.dataset_id].read(embed_key)
+            for sample, embed_key in zip(samples, embed_keys, strict=True)
+        ]
+        return TextEmbeds(
+            keys=tuple(sample.key for sample in samples),
+            prompt_embeds=torch.stack([tensors["prompt_embeds"] for tensors in read]),
+            pooled_prompt_embeds=torch.stack([tensors["pooled_prompt_embeds"] for tensors in read]),
+        )
+
+    def empty_prompt_key(self, dataset_id: str) -> str:
+        """Key of the encoded empty prompt in the store of a dataset's text embeddings."""
+        return self._empty_prompts[dataset_id]
+
+    def prompt_embeds(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """(prompt_embeds (1, 77, C1 + C2), pooled_prompt_embeds (1, C2)) of the empty prompt or one of the extra prompts.
+
+        Raises StageError for a prompt that the text stage was not asked to encode.
+        """
+        if prompt not in self._prompts:
+            raise StageError(f"the prompt {prompt!r} has not been encoded; materialize text_embeds again")
+        dataset_id, key = self._prompts[prompt]
+        tensors = self._texts[dataset_id].read(key)
+        return tensors["prompt_embeds"][None], tensors["pooled_prompt_embeds"][None]
+
+
+@dataclass(frozen=True)
+class TrainingBatches:
+    """The batches of one process: `SampleOrder` says which pictures, this reads them and draws what is random about them.
+
+    Every picture of a global batch has a *slot*, its index over all processes. Noise, timestep and caption dropout are drawn from
+    (seed, batch, slot), so they depend neither on the number of processes nor on what was drawn before.
+    """
+
+    order: SampleOrder
+    reader: BatchReader
+    scaling_factor: float
+    num_train_timesteps: int
+    caption_dropout_probability: float = 0.0
+    rank: int = 0
+
+    def read(self, index: int) -> Batch:
+        """The batch of this process in the global batch `index`, in ordinary memory."""
+        draws = self.order.batch(index, self.rank)
+        samples = [draw.sample for draw in draws]
+        slots = range(self.rank * len(draws), (self.rank + 1) * len(draws))
+        embed_keys = [
+            self.reader.empty_prompt_key(draw.sample.dataset_id)
+            if self._drops_caption(index, slot)
+            else draw.embed_key
+            for draw, slot in zip(draws, slots, strict=True)
+        ]
+        posteriors = self.reader.posteriors(samples)
+        texts = self.reader.text_embeds(samples, embed_keys)
+        keys = tuple(sample.key for sample in samples)
+        if not keys == posteriors.keys == texts.keys:
+            raise MismatchedBatchError(
+                f"batch {index}: crops of {keys}, latents of {posteriors.keys}, captions of {texts.keys}"
+            )
+        shape = posteriors.mean.shape[1:]
+        return Batch(
+            keys=keys,
+            latents=torch.cat(
+                [
+                    sample_latents(
+                        posteriors.mean[i : i + 1],
+                        posteriors.logvar[i : i + 1],
+                        self.scaling_factor,
+                        self._generator("posterior", index, slot),
+                    )
+                    for i, slot in enumerate(slots)
+                ]
+            ),
+            noise=torch.stack(
+                [torch.randn(shape, generator=self._generator("noise", index, slot)) for slot in slots]
+            ),
+            timesteps=torch.cat(
+                [
+                    torch.randint(
+                        self.num_train_timesteps, (1,), generator=self._generator("timestep", index, slot)
+                    )
+                    for slot in slots
+                ]
+            ),
+            prompt_embeds=texts.prompt_embeds,
+            pooled_prompt_embeds=texts.pooled_prompt_embeds,
+            time_ids=time_ids(
+                [sample.original_size for sample in samples],
+                [sample.crop_top_left for sample in samples],
+                [sample.bucket for sample in samples],
+            ),
+        )
+
+    def _drops_caption(self, index: int, slot: int) -> bool:
+        return uniform(self.order.seed, "caption dropout", index, slot) < self.caption_dropout_probability
+
+    def _generator(self, purpose: str, index: int, slot: int) -> torch.Generator:
+        # on the CPU, so that every device trains on the same noise
+        return torch.Generator().manual_seed(seed_for(self.order.seed, purpose, index, slot))
+
+
+def prefetched(batches: TrainingBatches, first: int, last: int, pin: bool) -> Generator[Batch, None, None]:
+    """The batches first, first + 1, ..., last - 1, read by a thread that stays a few ahead. Close it to end the thread."""
+
+    def read(index: int) -> Batch:
+        batch = batches.read(index)
+        return batch.pinned() if pin else batch
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-batches") as reader:
+        coming: deque[Future[Batch]] = deque()
+        try:
+            for index in range(first, last):
+                coming.append(reader.submit(read, index))
+                if len(coming) > PREFETCHED_BATCHES:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            for future in coming:
+                future.cancel()

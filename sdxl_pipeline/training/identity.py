@@ -1,0 +1,115 @@
+"""What a run is: the digest of everything that decides its result. No torch.
+
+The same identity again means the same LoRA, so a finished run is reused and an unfinished one resumed. A key of the settings belongs
+to the identity unless it stands below with the reason why it cannot change the weights; a key added later is thus in by default, and
+the worst that a forgotten entry can do is to train again.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.stages.specs import TrainSpec
+from sdxl_pipeline.store.digest import digest_json
+from sdxl_pipeline.training.order import passes_per_epoch
+from sdxl_pipeline.training.samples import load_samples, samples_digest
+
+CODE_VERSION = 1
+"""Raise it when a change of the trainer changes the numbers it computes."""
+
+EXCLUDED: Mapping[str, tuple[str, ...]] = {
+    "the base model's digest stands for them": (
+        "model_family",
+        "model_flavour",
+        "pretrained_model_name_or_path",
+        "pretrained_vae_model_name_or_path",
+        "revision",
+    ),
+    "the samples' keys and sizes stand for them": (
+        "data_backend_config",
+        "resolution",
+        "resolution_type",
+        "minimum_image_size",
+        "maximum_image_size",
+        "target_downsample_size",
+        "max_upscale_threshold",
+        "aspect_bucket_rounding",
+        "aspect_bucket_alignment",
+        "caption_strategy",
+        "instance_prompt",
+        "prepend_instance_prompt",
+        "only_instance_prompt",
+        "skip_file_discovery",
+        "eval_holdout_share",
+        "micro_conditioning",
+        "vae_dtype",
+    ),
+    "they say how fast or in what portions to compute, not what": (
+        "gradient_checkpointing",
+        "vae_batch_size",
+        "text_encoder_batch_size",
+        "write_batch_size",
+    ),
+    "they say where and how often to save, not what": (
+        "output_dir",
+        "checkpoint_step_interval",
+        "checkpoints_total_limit",
+        "resume_from_checkpoint",
+    ),
+    "pictures and scores are drawn from the weights and do not flow back": (
+        "validation_disable",
+        "validation_prompt",
+        "user_prompt_library",
+        "validation_negative_prompt",
+        "validation_resolution",
+        "validation_guidance",
+        "validation_guidance_rescale",
+        "validation_num_inference_steps",
+        "validation_seed",
+        "validation_step_interval",
+        "num_validation_images",
+        "evaluation_type",
+        "pretrained_evaluation_model_name_or_path",
+        "eval_loss_disable",
+        "eval_timesteps",
+        "num_eval_images",
+    ),
+    "they say who is told, and when to run": (
+        "push_to_hub",
+        "hub_model_id",
+        "model_card_private",
+        "model_card_note",
+        "report_to",
+        "tracker_project_name",
+        "tracker_run_name",
+        "logging_dir",
+        "retraining_cron",
+    ),
+    "it stands there with its default filled in": ("lora_alpha",),
+}
+
+
+def numeric_settings(settings: TrainingSettings) -> dict[str, Any]:
+    """The settings that decide the weights, as plain data."""
+    excluded = {key for keys in EXCLUDED.values() for key in keys}
+    kept = {key: value for key, value in settings.model_dump(mode="json").items() if key not in excluded}
+    return kept | {"lora_alpha": settings.effective_lora_alpha}
+
+
+def run_identity(spec: TrainSpec) -> str:
+    """Hex SHA-256 naming the run. Reads the lanes' tables; raises StageError when they do not fit together.
+
+    The device is not part of it: a LoRA trained on a GPU is the same run on a laptop, although the last bits would differ. The
+    number of processes is, since it multiplies the batch.
+    """
+    samples = load_samples(spec.lanes, "train", spec.settings.micro_conditioning)
+    return digest_json(
+        {
+            "code_version": CODE_VERSION,
+            "base_model": spec.base_model.digest,
+            "samples": samples_digest(samples),
+            "passes": passes_per_epoch(spec.lanes, samples),
+            "settings": numeric_settings(spec.settings),
+            "num_processes": spec.hardware.num_processes,
+        }
+    )

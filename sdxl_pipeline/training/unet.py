@@ -1,0 +1,55 @@
+"""The UNet as it is trained: frozen base weights, and an adapter with trainable ones."""
+
+import inspect
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from sdxl_pipeline.sdxl.adapters import AdapterError, add_lora
+from sdxl_pipeline.sdxl.base_model import ResolvedModel
+from sdxl_pipeline.sdxl.components import load_unet
+from sdxl_pipeline.sdxl.precision import PrecisionError, dtype_from_name, quantize_base_model
+from sdxl_pipeline.stages.program import StageError
+from sdxl_pipeline.stages.specs import TrainSpec
+from sdxl_pipeline.training.draws import seed_for
+
+
+def base_dtype(spec: TrainSpec) -> torch.dtype:
+    """Of the frozen weights: the autocast type, since nothing would be gained by holding them wider."""
+    return dtype_from_name(spec.settings.mixed_precision or "no")
+
+
+def trainable_unet(spec: TrainSpec) -> UNet2DConditionModel:
+    """The base model's UNet on the CPU, with a new LoRA in float32; only the LoRA asks for gradients.
+
+    Raises StageError for target modules that are not there, and for a precision whose package is missing.
+    """
+    settings = spec.settings
+    unet: UNet2DConditionModel = load_unet(spec.base_model, base_dtype(spec))
+    try:
+        quantize_base_model(unet, settings.base_model_precision or "no_change")
+        add_lora(
+            unet,
+            rank=settings.lora_rank,
+            alpha=settings.effective_lora_alpha,
+            dropout=settings.lora_dropout,
+            target_modules=settings.lora_target_modules,
+            seed=seed_for(settings.seed, "adapter"),
+        )
+    except (AdapterError, PrecisionError) as error:
+        raise StageError(f"config.json: {error}") from error
+    if settings.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet
+
+
+def latent_scaling_factor(model: ResolvedModel) -> float:
+    """What the VAE's latents are multiplied by to have the unit variance the UNet expects. Reads the configuration, not the VAE."""
+    folder = Path(model.config_path) / "vae"
+    if model.vae_path is not None and Path(model.vae_path).is_dir():
+        folder = Path(model.vae_path)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    default = inspect.signature(AutoencoderKL.__init__).parameters["scaling_factor"].default
+    return float(config.get("scaling_factor", default))

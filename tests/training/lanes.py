@@ -1,0 +1,186 @@
+"""Training lanes made without any encoding stage: tables and stores filled with generated latents and embeddings."""
+
+import atexit
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+
+from sdxl_pipeline.project.hardware import PRESETS
+from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, resolve_base_model
+from sdxl_pipeline.stages.specs import (
+    LatentCache,
+    TextEmbedCache,
+    TrainingLane,
+    TrainSpec,
+    ValidationPrompt,
+)
+from sdxl_pipeline.store.tensor_store import TensorStore
+
+PROMPT, NEGATIVE = "a red circle", "blurry"
+SQUARE, WIDE = (64, 64), (64, 96)  # (height, width), pixels
+TEXT_WIDTH, POOLED_WIDTH = 128, 64  # of the bundled model
+
+SETTINGS: Mapping[str, Any] = {
+    "mixed_precision": "no",
+    "gradient_checkpointing": False,
+    "base_model_precision": "no_change",
+    "vae_dtype": "fp32",
+    "max_train_steps": 12,
+    "train_batch_size": 2,
+    "learning_rate": 1e-3,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 2,
+    "lora_rank": 2,
+    "checkpoint_step_interval": 4,
+    "validation_disable": True,
+    "validation_resolution": "64x64",
+    "validation_num_inference_steps": 2,
+}
+
+
+@lru_cache(maxsize=1)
+def model_folder() -> Path:
+    """The bundled model with every weight of its UNet drawn at random, so that nothing here rests on what it was trained to.
+
+    Made once per process; lives as long as it does.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="random-sdxl-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    shutil.copytree(BUNDLED_MODEL, folder, dirs_exist_ok=True)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    tensors = load_file(weights)
+    for name, tensor in sorted(tensors.items()):
+        if tensor.ndim > 1:
+            scale = tensor[0].numel() ** -0.5
+            tensors[name] = (torch.randn(tensor.shape, generator=generator) * scale).to(tensor.dtype)
+    save_file(tensors, weights, {"format": "pt"})
+    return folder
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def make_lane(
+    folder: Path,
+    dataset_id: str = "shapes",
+    buckets: Sequence[tuple[int, int]] = (SQUARE, SQUARE, SQUARE, WIDE, WIDE),
+    captions: int = 1,
+    repeats: int = 0,
+    probability: float = 1.0,
+    splits: Sequence[str] | None = None,
+) -> TrainingLane:
+    """A lane with one picture per entry of `buckets`; each of its tensors is filled from its own seed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    latent_store, text_store = TensorStore(folder / "latents"), TensorStore(folder / "texts")
+    rows, latents, texts = [], [], []
+    with latent_store.writer() as write_latent, text_store.writer() as write_text:
+
+        def add_text(*name: object) -> str:
+            key = digest("text", *name)
+            generator = torch.Generator().manual_seed(int(key[:12], 16))
+            write_text.add(
+                key,
+                {
+                    "prompt_embeds": torch.randn(77, TEXT_WIDTH, generator=generator),
+                    "pooled_prompt_embeds": torch.randn(POOLED_WIDTH, generator=generator),
+                },
+            )
+            return key
+
+        for index, (height, width) in enumerate(buckets):
+            path, key = f"picture_{index:02d}.png", digest("image", dataset_id, index)
+            latent_key = digest("latent", key)
+            generator = torch.Generator().manual_seed(index)
+            mean = torch.randn(4, height // 8, width // 8, generator=generator)
+            write_latent.add(latent_key, {"mean": mean, "logvar": torch.full_like(mean, -4.0)})
+            rows.append(
+                {
+                    "path": path,
+                    "key": key,
+                    "crop_index": 0,
+                    "bucket_h": height,
+                    "bucket_w": width,
+                    "resized_h": height + 4,
+                    "resized_w": width,
+                    "crop_top": index % 4,
+                    "crop_left": 0,
+                    "original_h": 3 * height + 12,
+                    "original_w": 3 * width,
+                    "source_h": 3 * height + 12,
+                    "source_w": 3 * width,
+                    "split": splits[index] if splits else "train",
+                }
+            )
+            latents.append({"path": path, "crop_index": 0, "key": key, "latent_key": latent_key})
+            for number in range(captions):
+                caption = f"{dataset_id} {index} {number}"
+                texts.append(
+                    {"path": path, "key": key, "caption": caption, "embed_key": add_text("caption", caption)}
+                )
+        prompts = [{"prompt": p, "embed_key": add_text("prompt", p)} for p in ("", PROMPT, NEGATIVE)]
+
+    for name, table in (("rows", rows), ("latents", latents), ("texts", texts), ("prompts", prompts)):
+        pd.DataFrame(table).to_parquet(folder / f"{name}.parquet")
+    return TrainingLane(
+        dataset_id=dataset_id,
+        rows_path=str(folder / "rows.parquet"),
+        repeats=repeats,
+        probability=probability,
+        latents=LatentCache(
+            store_root=str(folder / "latents"),
+            entries_path=str(folder / "latents.parquet"),
+            digest=digest(latents),
+            planned=len(rows),
+            encoded=len(rows),
+            reused=0,
+            failed=(),
+            seconds=1.0,
+            images_per_second=1.0,
+            bytes=1,
+            latent_mean=(0.0,) * 4,
+            latent_std=(1.0,) * 4,
+            sample_path=None,
+        ),
+        text_embeds=TextEmbedCache(
+            store_root=str(folder / "texts"),
+            entries_path=str(folder / "texts.parquet"),
+            prompts_path=str(folder / "prompts.parquet"),
+            digest=digest(texts),
+            captions=len(texts) + 3,
+            encoded=len(texts) + 3,
+            reused=0,
+            truncated=(),
+            seconds=1.0,
+            captions_per_second=1.0,
+            bytes=1,
+        ),
+    )
+
+
+def make_spec(
+    folder: Path, *lanes: TrainingLane, num_processes: int = 1, run: str = "run", **settings: Any
+) -> TrainSpec:
+    """A spec on the bundled model; `settings` change SETTINGS."""
+    effective = TrainingSettings(
+        **{"pretrained_model_name_or_path": str(model_folder()), **SETTINGS, **settings}
+    )
+    return TrainSpec(
+        base_model=resolve_base_model(effective, folder, cache_dir=folder / "digests"),
+        hardware=PRESETS["cpu"].model_copy(update={"num_processes": num_processes}),
+        settings=effective,
+        lanes=lanes or (make_lane(folder / "lane"),),
+        prompts=(ValidationPrompt(name="circle", prompt=PROMPT, negative_prompt=NEGATIVE),),
+        run_dir=str(folder / run),
+        project="small",
+    )
