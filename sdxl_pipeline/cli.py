@@ -6,7 +6,7 @@ Torch is never imported here: a doctor must answer at once, and also where the i
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -27,6 +27,7 @@ from sdxl_pipeline.project.project import (
     load_project,
 )
 from sdxl_pipeline.project.settings_page import settings_page
+from sdxl_pipeline.project.training import TrainingSettings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -113,22 +114,30 @@ def _examine(project: Project | BrokenProject, hardware: Hardware, set_only: boo
         return _show_error(error, console)
     for warning in project.warnings:
         console.print(f"[yellow]warning[/] {escape(warning)}")
-    absent = [dataset for dataset in project.datasets if not dataset.instance_data_dir.is_dir()]
-    for dataset in absent:
-        console.print(
-            f"[bold red]{escape(dataset.id)}: its instance_data_dir does not exist:[/] {escape(str(dataset.instance_data_dir))}",
-            soft_wrap=True,
-        )
+    for dataset in project.datasets:
+        if not dataset.instance_data_dir.is_dir():
+            folder = escape(str(dataset.instance_data_dir))
+            console.print(
+                f"[yellow]warning[/] {escape(dataset.id)}: no pictures yet, {folder} does not exist",
+                soft_wrap=True,
+            )
     console.print(_datasets_table(project))
-    table = Table(
-        "setting", "value", "from", title=f"{CONFIG_FILE}, on {hardware.profile}", title_justify="left"
-    )
+    console.print(_settings_table(settings, sources, hardware, set_only))
+    return True
+
+
+def _settings_table(
+    settings: TrainingSettings, sources: Mapping[str, str], hardware: Hardware, set_only: bool
+) -> Table:
+    table = Table(title=f"{CONFIG_FILE}, on {hardware.profile}", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("setting", overflow="fold")
+    table.add_column("value", overflow="fold")
+    table.add_column("from", no_wrap=True)
     for key, source in sources.items():
         if not (set_only and source == "default"):
             style = "dim" if source == "default" else ""
             table.add_row(key, escape(_shown(getattr(settings, key))), source, style=style)
-    console.print(table)
-    return not absent
+    return table
 
 
 def _show_error(error: ProjectError, console: Console) -> bool:
@@ -156,7 +165,7 @@ def _datasets_table(project: Project) -> Table:
 
 
 def _size(dataset: ImageDataset) -> str:
-    unit = {"area": "megapixels", "pixel_area": "px squared", "pixel": "px shorter edge"}
+    unit = {"area": "MP", "pixel_area": "px squared", "pixel": "px shorter edge"}
     return f"{dataset.resolution:g} {unit[dataset.resolution_type]}"
 
 

@@ -1,0 +1,145 @@
+"""Holds: spellings, unknown keys, keys of later work and keys without meaning, each told in the user's terms."""
+
+import pytest
+
+from sdxl_pipeline.project.datasets import ImageDataset, TextEmbedsDataset
+from sdxl_pipeline.project.known_keys import IMAGES, TEXT_EMBEDS, TRAINING
+from sdxl_pipeline.project.project import load_project
+from sdxl_pipeline.project.training import TrainingSettings
+
+
+@pytest.mark.parametrize(
+    ("spelled", "key", "value"),
+    [
+        ("--learning_rate", "learning_rate", 3e-5),
+        ("use_gradient_checkpointing", "gradient_checkpointing", True),
+        ("--checkpointing_steps", "checkpoint_step_interval", 50),
+        ("validation_steps", "validation_step_interval", 20),
+        ("peft_lora_target_modules", "lora_target_modules", ("to_q",)),
+    ],
+)
+def test_other_spellings(write_project, spelled, key, value):
+    assert getattr(load_project(write_project({spelled: value})).training, key) == value
+
+
+def test_one_setting_under_two_spellings_must_agree(problems_of, write_project):
+    config = {"gradient_checkpointing": True, "--use_gradient_checkpointing": False}
+    (problem,) = problems_of(config).values()
+    assert problem.key == "--use_gradient_checkpointing"
+    assert "gradient_checkpointing" in problem.message
+    config["--use_gradient_checkpointing"] = True
+    assert load_project(write_project(config)).training.gradient_checkpointing is True
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [("learning_rat", "learning_rate"), ("use_gradient_checkpoint", "use_gradient_checkpointing")],
+)
+def test_an_unknown_key_is_answered_with_the_nearest_known_one(problems_of, key, nearest):
+    assert problems_of({key: 1})[key].remedy == f"write {nearest}"
+
+
+def test_a_key_in_the_wrong_file_is_sent_to_the_other(problems_of):
+    problems = problems_of({"crop_style": "random"}, [{"id": "a", "instance_data_dir": "d", "lora_rank": 4}])
+    assert "multidatabackend.json" in problems["crop_style"].remedy
+    assert "config.json" in problems['[1] "a".lora_rank'].remedy
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_dora": True},
+        {"use_ema": "true"},
+        {"diff2flow_enabled": True},
+        {"scheduled_sampling_max_step_offset": 5},
+        {"noise_offset": 0.05},
+        {"input_perturbation": "0.1"},
+        {"loss_type": "huber"},
+        {"timestep_bias_strategy": "later"},
+        {"model_type": "full"},
+        {"lora_type": "lycoris"},
+        {"optimizer": "adamw_bf16"},
+        {"text_encoder_1_precision": "int8-quanto"},
+        {"validation_prompt_library": True},
+        {"webhook_config": {"webhook_type": "discord"}},
+        {"num_processes": 2},
+    ],
+)
+def test_what_is_not_available_yet_is_refused(problems_of, config):
+    (key,) = config
+    problem = problems_of(config)[key]
+    assert "not available yet" in problem.message
+    assert problem.value == config[key]
+
+
+def test_what_is_not_available_yet_may_be_spelled_out_as_off(write_project):
+    config = {
+        "use_dora": False,
+        "use_ema": "false",
+        "ema_decay": 0.999,
+        "loss_type": "l2",
+        "huber_c": 0.1,
+        "noise_offset": 0,
+        "timestep_bias_strategy": "none",
+        "scheduled_sampling_max_step_offset": "0",
+        "scheduled_sampling_sampler": "unipc",
+        "webhook_config": None,
+        "validation_prompt_library": False,
+        "snr_weight": "1.0",
+        "num_processes": 1,
+    }
+    project = load_project(write_project(config))
+    assert project.warnings == ()
+    assert project.training == load_project(write_project()).training
+
+
+@pytest.mark.parametrize("key", ["disable_benchmark", "flux_guidance_mode", "max_workers", "--disable_tf32"])
+def test_keys_without_meaning_are_named_in_a_warning(write_project, key):
+    (warning,) = load_project(write_project({key: True})).warnings
+    assert key in warning
+
+
+@pytest.mark.parametrize(
+    ("model", "vocabulary"),
+    [(TrainingSettings, TRAINING), (ImageDataset, IMAGES), (TextEmbedsDataset, TEXT_EMBEDS)],
+)
+def test_no_key_is_two_things(model, vocabulary):
+    kinds = [
+        set(model.model_fields),
+        set(vocabulary.spellings),
+        set(vocabulary.later),
+        set(vocabulary.idle),
+        vocabulary.meaningless,
+    ]
+    for position, kind in enumerate(kinds):
+        for other in kinds[position + 1 :]:
+            assert kind & other == set()
+    assert [key for key in model.model_fields if vocabulary.is_meaningless(key)] == []
+    known = kinds[0] | kinds[2]
+    assert set(vocabulary.idle.values()) <= known
+    assert set(vocabulary.spellings.values()) <= known
+    assert set(vocabulary.later_values) <= set(model.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("lora_rank", 0, "must be at least 1"),
+        ("lora_rank", "many", "must be a whole number"),
+        ("lora_rank", 1.5, "must be a whole number"),
+        ("lora_rank", True, "must be a number, not true or false"),
+        ("learning_rate", [1], "must be a number"),
+        ("push_to_hub", "perhaps", "must be true or false"),
+        ("validation_prompt", 3, "must be text"),
+        ("mixed_precision", "fp8", "fp8 is not available yet"),
+        ("mixed_precision", "BF16", "is not one of the known values"),
+        ("model_family", "flux", "this project trains Stable Diffusion XL"),
+        ("report_to", "wandbb", "is not one of the known values"),
+        ("validation_resolution", "100x100", "100x100 is not a multiple of 8 on both edges"),
+        ("aspect_bucket_alignment", 60, "must be a multiple of 8"),
+    ],
+)
+def test_wrong_values_are_told_in_words(problems_of, key, value, words):
+    problem = problems_of({key: value})[key]
+    assert words in problem.message
+    assert "pydantic" not in str(problem)

@@ -1,0 +1,194 @@
+"""Holds: the quickstart's files load unchanged, every problem of both files is told at once, and a broken project breaks no other."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sdxl_pipeline.project.problems import ProjectError
+from sdxl_pipeline.project.project import (
+    PROJECTS_VARIABLE,
+    BrokenProject,
+    Project,
+    Prompt,
+    discover_projects,
+    load_project,
+)
+from tests.project.conftest import PICTURES, QUICKSTART_CONFIG, QUICKSTART_DATASETS
+
+
+def test_the_quickstarts_files_load_unchanged(write_project):
+    folder = write_project(QUICKSTART_CONFIG, QUICKSTART_DATASETS)
+    project = load_project(folder)
+    assert project.warnings == ()
+    training = project.training
+    assert training.gradient_checkpointing is True
+    assert training.learning_rate == 1e-4
+    assert training.validation_guidance == 3.4
+    assert training.validation_sizes == ((1024, 1024), (768, 1280))
+    assert training.output_dir == "/home/user/output/models"
+    assert training.num_train_epochs == 1
+    (pictures,) = project.train_datasets
+    assert pictures.instance_data_dir == Path("/home/user/simpletuner/datasets/pseudo-camera-10k")
+    assert (pictures.resolution, pictures.resolution_type, pictures.minimum_image_size) == (1.0, "area", 0.25)
+    assert (pictures.crop, pictures.crop_style, pictures.crop_aspect) == (True, "random", "square")
+    assert pictures.cache_dir_vae == folder / "cache/vae/sdxl/pseudo-camera-10k"
+    assert project.text_embeds_of(pictures).cache_dir == folder / "cache/text/sdxl/pseudo-camera-10k"
+
+
+def test_the_quickstarts_quantised_settings_load(write_project):
+    config = {
+        "base_model_precision": "int8-quanto",
+        "text_encoder_1_precision": "no_change",
+        "text_encoder_2_precision": "no_change",
+        "optimizer": "optimi-lion",
+    }
+    training = load_project(write_project(config)).training
+    assert (training.base_model_precision, training.optimizer) == ("int8-quanto", "optimi-lion")
+
+
+def test_all_problems_of_both_files_are_told_at_once(write_project):
+    folder = write_project(
+        {"learning_rat": 1e-4, "lora_rank": "many", "optimizer": "prodigy", "--seed": -1},
+        [{"id": "cats", "instance_data_dir": "data", "crop_style": "face", "repeats": -1, "croop": True}],
+    )
+    with pytest.raises(ProjectError) as caught:
+        load_project(folder)
+    told = {(problem.file.name, problem.key, problem.value) for problem in caught.value.problems}
+    assert told == {
+        ("config.json", "learning_rat", 1e-4),
+        ("config.json", "lora_rank", "many"),
+        ("config.json", "optimizer", "prodigy"),
+        ("config.json", "--seed", -1),
+        ("multidatabackend.json", '[1] "cats".crop_style', "face"),
+        ("multidatabackend.json", '[1] "cats".repeats', -1),
+        ("multidatabackend.json", '[1] "cats".croop', True),
+    }
+    text = str(caught.value)
+    assert text.startswith("7 problems to put right:")
+    assert (
+        f"{folder}/config.json: learning_rat = 0.0001\n    is not a known key\n    -> write learning_rate"
+        in text
+    )
+    assert (
+        'crop_style = "face"\n    face is not available yet\n    -> write one of "random", "center", "corner"'
+        in text
+    )
+
+
+def test_paths_are_seen_from_the_projects_folder(write_project):
+    folder = write_project({"output_dir": "out", "logging_dir": "../logs"})
+    project = load_project(folder)
+    assert project.training.output_dir == str(folder / "out")
+    assert project.training.logging_dir == str(folder.parent / "logs")
+    assert project.datasets[0].instance_data_dir == folder / "data"
+
+
+def test_missing_files_are_named(tmp_path):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    with pytest.raises(ProjectError) as caught:
+        load_project(folder)
+    assert [problem.file for problem in caught.value.problems] == [
+        folder / "config.json",
+        folder / "multidatabackend.json",
+    ]
+    assert all(problem.message == "the file does not exist" for problem in caught.value.problems)
+
+
+def test_an_absent_datasets_path_falls_back_to_the_folders_own_file_with_a_warning(write_project):
+    folder = write_project({"data_backend_config": "config/multidatabackend.json"})
+    project = load_project(folder)
+    assert project.training.data_backend_config == str(folder / "multidatabackend.json")
+    (warning,) = project.warnings
+    assert "config/multidatabackend.json" in warning
+
+
+def test_a_named_datasets_file_is_read(write_project):
+    folder = write_project({"data_backend_config": "lists/mine.json"})
+    (folder / "lists").mkdir()
+    (folder / "lists/mine.json").write_text(json.dumps([{**PICTURES, "id": "dogs"}]))
+    assert [dataset.id for dataset in load_project(folder).datasets] == ["dogs"]
+
+
+def test_prompts_come_from_the_prompt_and_the_library(write_project):
+    folder = write_project(
+        {
+            "validation_prompt": "a cat",
+            "validation_negative_prompt": "blurry",
+            "validation_prompt_library": "prompts.json",
+        }
+    )
+    library = {"night": "a cat at night", "day": {"prompt": "a cat by day", "negative_prompt": ""}}
+    (folder / "prompts.json").write_text(json.dumps(library))
+    assert load_project(folder).prompts == (
+        Prompt("validation", "a cat", "blurry"),
+        Prompt("night", "a cat at night", "blurry"),
+        Prompt("day", "a cat by day", ""),
+    )
+
+
+@pytest.mark.parametrize(
+    ("library", "key"),
+    [
+        (None, ""),
+        ("[1]", ""),
+        ("{}", ""),
+        ("{", ""),
+        ('{"night": 3}', "night"),
+        ('{"night": {"negative_prompt": "x"}}', "night"),
+        ('{"night": {"prompt": "x", "negativ_prompt": "y"}}', "night.negativ_prompt"),
+        ('{"validation": "x"}', "validation"),
+    ],
+)
+def test_a_malformed_prompt_library_is_a_problem_of_that_file(write_project, library, key):
+    folder = write_project({"validation_prompt": "a cat", "user_prompt_library": "prompts.json"})
+    if library is not None:
+        (folder / "prompts.json").write_text(library)
+    with pytest.raises(ProjectError) as caught:
+        load_project(folder)
+    (problem,) = caught.value.problems
+    assert (problem.file, problem.key) == (folder / "prompts.json", key)
+
+
+def test_pushing_without_a_repository_name_takes_the_projects(write_project):
+    training = load_project(write_project({"push_to_hub": True}, name="My cat (1)")).training
+    assert training.hub_model_id == "My-cat-1"
+    assert load_project(write_project()).training.hub_model_id is None
+
+
+def test_names_are_safe_as_asset_keys(write_project):
+    project = load_project(write_project({}, [{**PICTURES, "id": "my cats/2024"}], name="cat-lora.v2"))
+    assert project.name == "cat_lora_v2"
+    assert project.datasets[0].asset_name == "my_cats_2024"
+
+
+def test_a_broken_project_breaks_no_other(write_project):
+    good = write_project(name="good")
+    broken = write_project("{", name="broken")
+    (good.parent / "notes").mkdir()
+    found = discover_projects(good.parent)
+    assert [(type(project), project.name, project.folder) for project in found] == [
+        (BrokenProject, "broken", broken),
+        (Project, "good", good),
+    ]
+    assert "line 1, column 2" in str(found[0].error)
+
+
+def test_two_folders_of_one_asset_name_are_a_problem_of_the_second(write_project):
+    root = write_project(name="cat-1").parent
+    write_project(name="cat_1")
+    first, second = discover_projects(root)
+    assert (type(first), first.name) == (Project, "cat_1")
+    assert (type(second), second.name) == (BrokenProject, "cat_1_2")
+    assert "cat-1" in str(second.error)
+
+
+def test_the_environment_says_where_the_projects_are(write_project, monkeypatch, tmp_path):
+    root = write_project(name="good").parent
+    monkeypatch.setenv(PROJECTS_VARIABLE, str(root))
+    assert [project.name for project in discover_projects()] == ["good"]
+    monkeypatch.setenv(PROJECTS_VARIABLE, str(tmp_path / "nowhere"))
+    (missing,) = discover_projects()
+    assert isinstance(missing, BrokenProject)
+    assert PROJECTS_VARIABLE in str(missing.error)

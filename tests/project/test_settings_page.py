@@ -1,0 +1,32 @@
+"""Holds: docs/settings.md is what the code says today, and names every key."""
+
+from pathlib import Path
+
+from sdxl_pipeline.project.datasets import ImageDataset, TextEmbedsDataset
+from sdxl_pipeline.project.settings_page import settings_page
+from sdxl_pipeline.project.training import TrainingSettings
+
+PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
+
+
+def test_the_page_is_up_to_date():
+    assert PAGE.read_text(encoding="utf-8") == settings_page(), (
+        "run: sdxl-pipeline settings > docs/settings.md"
+    )
+
+
+def test_every_key_has_a_row():
+    page = settings_page()
+    for model in (TrainingSettings, ImageDataset, TextEmbedsDataset):
+        for key, field in model.model_fields.items():
+            assert any(
+                line.startswith(f"| `{key}`") and str(field.description) in line for line in page.splitlines()
+            ), key
+
+
+def test_limits_defaults_and_choices_are_shown():
+    page = settings_page()
+    assert "| `lora_rank` | whole number ≥ 1 | `16` |" in page
+    assert "| `gradient_checkpointing` (`use_gradient_checkpointing`) | true / false | not set |" in page
+    assert "| `mixed_precision` | `no` / `bf16` / `fp16` | not set |" in page
+    assert "| `instance_data_dir` | path | required |" in page

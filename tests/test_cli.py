@@ -1,0 +1,93 @@
+"""Holds: the doctor tells problems with exit status 1, values with their source otherwise, and never loads torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdxl_pipeline.cli import main
+from sdxl_pipeline.project.project import PROJECTS_VARIABLE
+from sdxl_pipeline.project.settings_page import settings_page
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def rows(output):
+    return {line.split()[0]: line.split()[1:] for line in output.splitlines() if len(line.split()) > 1}
+
+
+def test_a_healthy_project_shows_each_value_and_its_source(make_project, capsys):
+    folder = make_project(config={"disable_benchmark": True})
+    assert main(["doctor", str(folder)]) == 0
+    output = capsys.readouterr().out
+    shown = rows(output)
+    assert shown["lora_rank"] == ["4", "config.json"]
+    assert shown["mixed_precision"] == ["no", "hardware", "profile", "cpu"]
+    assert shown["seed"] == ["42", "default"]
+    assert shown["shapes"][0] == "train"
+    assert "disable_benchmark has no meaning here" in output
+    assert max(len(line) for line in output.splitlines()) <= 100 or str(folder) in output
+
+
+def test_set_only_leaves_defaults_out(make_project, capsys):
+    assert main(["doctor", "--set-only", str(make_project())]) == 0
+    shown = rows(capsys.readouterr().out)
+    assert "lora_rank" in shown
+    assert "seed" not in shown
+
+
+def test_problems_are_printed_whole_and_the_status_is_one(make_project, capsys, monkeypatch):
+    good = make_project("good")
+    make_project("bad", config={"learning_rat": 1})
+    monkeypatch.setenv(PROJECTS_VARIABLE, str(good.parent))
+    assert main(["doctor"]) == 1
+    output = capsys.readouterr().out
+    assert "learning_rat = 1\n    is not a known key\n    -> write learning_rate" in output
+    assert rows(output)["lora_rank"] == ["4", "config.json"]  # the good one is shown as well
+    assert main(["doctor", "good"]) == 0
+
+
+def test_a_dataset_folder_that_does_not_exist_is_named(make_project, capsys):
+    folder = make_project(dataset={"instance_data_dir": "elsewhere"})
+    assert main(["doctor", str(folder)]) == 0
+    assert f"{folder / 'elsewhere'} does not exist" in capsys.readouterr().out
+
+
+def test_the_profile_can_be_chosen_and_must_exist(make_project, capsys):
+    folder = str(make_project())
+    assert main(["doctor", "--hardware", "cuda-24gb", folder]) == 0
+    assert rows(capsys.readouterr().out)["mixed_precision"] == ["bf16", "hardware", "profile", "cuda-24gb"]
+    assert main(["doctor", "--hardware", "cuda-25gb", folder]) == 1
+    assert "cuda-25gb" in capsys.readouterr().out
+
+
+def test_settings_that_the_machine_cannot_do_are_problems(make_project, capsys):
+    assert main(["doctor", str(make_project(config={"mixed_precision": "fp16"}))]) == 1
+    assert "fp16" in capsys.readouterr().out
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones(make_project, capsys, monkeypatch):
+    monkeypatch.setenv(PROJECTS_VARIABLE, str(make_project("good").parent))
+    assert main(["doctor", "goood"]) == 1
+    assert "there are: good" in capsys.readouterr().out
+
+
+def test_settings_prints_the_page(capsys):
+    assert main(["settings"]) == 0
+    assert capsys.readouterr().out == settings_page()
+
+
+def test_the_doctor_does_not_load_torch(make_project):
+    code = (
+        "import sys; from sdxl_pipeline.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    )
+    asked = subprocess.run(
+        [sys.executable, "-c", code, "doctor", str(make_project())],
+        cwd=Path(__file__).parents[1],
+        check=False,
+    )
+    assert asked.returncode == 0
