@@ -143,6 +143,10 @@ def _read_entry(
         value = getattr(images.settings, finding.key)
         shown = NO_VALUE if value is None else value
         reading.problems.append(Problem(place, key, shown, finding.message, finding.remedy))
+    if images.settings.skip_file_discovery.strip():
+        reading.warnings.append(
+            f"{path.name}: {where}skip_file_discovery has no effect yet: every stage scans its files"
+        )
     reading.images.append(_absolute(images.settings, folder, "instance_data_dir", "cache_dir_vae"))
 
 

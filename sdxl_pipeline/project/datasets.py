@@ -51,7 +51,7 @@ class ImageDataset(SettingsModel):
     )
     skip_file_discovery: str = Field(
         "",
-        description="Stages that trust what is recorded and scan nothing: any of vae, aspect, metadata, text.",
+        description="Stages (vae, aspect, metadata, text) not to scan again; every stage scans, and says so in a warning.",
     )
     resolution: Positive = Field(description="Size of the training crops; its unit is resolution_type.")
     resolution_type: ResolutionType = Field(
@@ -123,11 +123,6 @@ class ImageDataset(SettingsModel):
     def asset_name(self) -> str:
         """`id` with every character that an asset key cannot hold replaced by "_"."""
         return asset_name(self.id)
-
-    @property
-    def skipped_stages(self) -> frozenset[str]:
-        """The stages named in `skip_file_discovery`."""
-        return frozenset(stage for stage in SKIPPABLE_STAGES if stage in self.skip_file_discovery)
 
     @field_validator("caption_strategy", mode="before")
     @classmethod

@@ -267,11 +267,6 @@ class TrainingSettings(SettingsModel):
     )
 
     @property
-    def base_model_source(self) -> str:
-        """What the base model is loaded from: the path or Hub id if given, else the repository of `model_flavour`."""
-        return self.pretrained_model_name_or_path or MODEL_FLAVOURS[self.model_flavour]
-
-    @property
     def effective_lora_alpha(self) -> float:
         """`lora_alpha`, or the rank where it is not set."""
         return float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha

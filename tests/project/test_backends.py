@@ -173,3 +173,9 @@ def test_warm_up_without_effect_is_named(write_project):
     project = load_project(write_project({"lr_scheduler": "constant", "lr_warmup_steps": 5}))
     (warning,) = project.warnings
     assert "constant_with_warmup" in warning
+
+
+def test_skipping_file_discovery_is_named_as_without_effect(write_project):
+    project = load_project(write_project({}, [{**PICTURES, "skip_file_discovery": "vae metadata"}]))
+    (warning,) = project.warnings
+    assert '[1] "cats".skip_file_discovery has no effect yet' in warning

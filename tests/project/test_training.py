@@ -132,8 +132,3 @@ def test_alpha_and_validation_seed_follow_rank_and_seed_until_they_are_set():
     assert TrainingSettings(lora_rank=8, lora_alpha=2).effective_lora_alpha == 2.0
     assert TrainingSettings(seed=7).effective_validation_seed == 7
     assert TrainingSettings(seed=7, validation_seed=0).effective_validation_seed == 0
-
-
-def test_the_base_model_is_the_flavours_repository_unless_one_is_named():
-    assert TrainingSettings().base_model_source == "stabilityai/stable-diffusion-xl-base-1.0"
-    assert TrainingSettings(pretrained_model_name_or_path="me/mine").base_model_source == "me/mine"
