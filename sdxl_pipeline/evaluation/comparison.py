@@ -51,8 +51,9 @@ def comparison_sheet(pairs: Sequence[Pair], titles: tuple[str, str]) -> Image.Im
             left = column * block_w + 2 * gap
             sheet.paste(_resized(pair.before, edge), (left, top))
             sheet.paste(_resized(pair.after, edge), (left + edge + gap, top))
+            below = top + max(_fitted(pair.before, edge)[1], _fitted(pair.after, edge)[1]) + gap
             for number, text in enumerate(_lines(pair.caption, font, pair_w)):
-                draw.text((left, top + height + gap + number * line), text, INK, font)
+                draw.text((left, below + number * line), text, INK, font)
         top += height + text_h
     return sheet
 
@@ -70,7 +71,7 @@ def _resized(picture: Image.Image, edge: int) -> Image.Image:
 
 
 def _lines(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    characters = max(8, int(width / font.getlength("n")))
+    characters = max(8, int(width * len(text) / max(font.getlength(text), 1)) - 2)
     return textwrap.wrap(text, characters, max_lines=TEXT_LINES, placeholder=" …")
 
 

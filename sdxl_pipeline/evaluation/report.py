@@ -10,6 +10,8 @@ from sdxl_pipeline.stages.specs import ClipSummary, EvaluationReport, LossSummar
 from sdxl_pipeline.store.files import atomic_path, write_text_atomic
 
 BASE_COLOUR, LORA_COLOUR = "#8a8a8a", "#1f5fa8"
+WIDE_RANGE = 5
+"""Losses that differ by more than this factor are plotted on a logarithmic axis."""
 
 FIGURE_NAMES = {
     "base_loss": "Eval loss, base model",
@@ -168,8 +170,8 @@ def plot_losses(base: LossSummary, lora: LossSummary, path: Path) -> None:
         timesteps, after, color=LORA_COLOUR, marker="o", markersize=3.5, label=f"LoRA, mean {lora.mean:.4g}"
     )
     axes.fill_between(timesteps, before, after, color=LORA_COLOUR, alpha=0.12, linewidth=0)
-    # The loss at the first timesteps is many times that at the last: a linear axis would show only those.
-    axes.set_yscale("log")
+    if max(before + after) > WIDE_RANGE * min(before + after):
+        axes.set_yscale("log")  # a linear axis would show the largest losses only
     axes.set(xlabel="timestep (0 is a clean picture)", ylabel="eval loss", title="Eval loss by timestep")
     axes.grid(alpha=0.25, which="both")
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,148 @@
+"""The gallery: broken pictures are found and named, files never overwrite each other, one seed gives one picture."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdxl_pipeline.evaluation.comparison import Pair, comparison_sheet
+from sdxl_pipeline.evaluation.eval_pictures import choose_samples
+from sdxl_pipeline.evaluation.gallery import (
+    MAX_CAPTION_PROMPTS,
+    Drawing,
+    draw,
+    find_fault,
+    plan_caption_shots,
+    plan_shots,
+)
+from sdxl_pipeline.sdxl.components import load_pipeline
+from sdxl_pipeline.stages.program import StageError
+from sdxl_pipeline.stages.specs import ValidationPrompt
+from sdxl_pipeline.training.batches import BatchReader
+from tests.evaluation.lanes import PROMPTS, make_lane, tiny_model, tiny_settings
+
+
+def flat(value: float) -> np.ndarray:
+    return np.full((16, 16, 3), value, dtype=np.float32)
+
+
+def test_faults_are_named():
+    scene = np.random.default_rng(0).random((16, 16, 3)).astype(np.float32)
+    assert find_fault(scene) is None
+    assert find_fault(flat(0.0)) == "black"
+    assert find_fault(flat(0.7)) == "constant: one colour all over"
+    one_nan = scene.copy()
+    one_nan[3, 4, 1] = np.nan
+    assert str(find_fault(one_nan)).startswith("not finite")
+    assert find_fault(flat(np.inf)) == "not finite: 100% of its values are NaN or infinite"
+
+
+def test_a_dark_picture_and_a_pale_one_are_no_faults():
+    dark = flat(0.0)
+    dark[5:9, 5:9] = 0.05
+    pale = flat(1.0)
+    pale[5:9, 5:9, 0] = 0.9
+    assert find_fault(dark) is None
+    assert find_fault(pale) is None
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> BatchReader:
+    texts = [text for prompt in PROMPTS for text in (prompt.prompt, prompt.negative_prompt)]
+    return BatchReader((make_lane(tmp_path, "photos", {"a.png": "train"}, texts),))
+
+
+def test_every_prompt_is_drawn_at_every_size_and_seed(reader: BatchReader):
+    settings = tiny_settings(validation_resolution="64x64,96x64", num_validation_images=2)
+    shots = plan_shots(PROMPTS, settings, reader, zeros_for_empty_prompt=True)
+    assert [shot.name for shot in shots[:4]] == [
+        "circle_64x64_seed7",
+        "circle_64x64_seed8",
+        "circle_96x64_seed7",
+        "circle_96x64_seed8",
+    ]
+    assert (shots[2].height, shots[2].width) == (64, 96)
+    assert len(shots) == 8
+    assert [shot.name for shot in plan_shots(PROMPTS, tiny_settings(), reader, True)] == ["circle", "star"]
+
+
+def test_names_never_meet_in_one_file(reader: BatchReader):
+    names = ["a/b", "a b", "A b", "..", "ünï"]
+    prompts = [ValidationPrompt(name=name, prompt="a red circle") for name in names]
+    stems = [shot.name for shot in plan_shots(prompts, tiny_settings(), reader, True)]
+    assert stems == ["a_b", "a_b_2", "A_b_3", "prompt", "ünï"]
+
+
+def test_an_empty_negative_prompt_is_what_the_pipeline_makes_of_it(reader: BatchReader):
+    with_zeros = plan_shots(PROMPTS, tiny_settings(), reader, zeros_for_empty_prompt=True)
+    encoded = plan_shots(PROMPTS, tiny_settings(), reader, zeros_for_empty_prompt=False)
+    assert with_zeros[1].negative_prompt_embeds is None
+    expected = reader.prompt_embeds("")[0]
+    assert torch.equal(encoded[1].negative_prompt_embeds, expected)  # type: ignore[arg-type]
+    assert torch.equal(with_zeros[0].negative_prompt_embeds, reader.prompt_embeds("blurry")[0])  # type: ignore[arg-type]
+
+
+def test_a_prompt_that_was_not_encoded_is_named(reader: BatchReader):
+    with pytest.raises(StageError, match="a green square"):
+        plan_shots([ValidationPrompt(name="x", prompt="a green square")], tiny_settings(), reader, True)
+
+
+def test_without_prompts_some_captions_are_drawn(tmp_path: Path):
+    lanes = (make_lane(tmp_path, "photos", {f"{number}.png": "eval" for number in range(6)}),)
+    settings = tiny_settings()
+    _, samples = choose_samples(lanes, settings)
+    reader = BatchReader(lanes)
+    shots = plan_caption_shots(samples, lanes, settings, reader, True)
+    assert len(shots) == MAX_CAPTION_PROMPTS
+    by_caption = {f"picture {sample.path}": sample for sample in samples}
+    for shot in shots:
+        sample = by_caption[shot.prompt]
+        assert torch.equal(
+            shot.prompt_embeds, reader.text_embeds([sample], [sample.embed_keys[0]]).prompt_embeds
+        )
+
+
+def test_one_seed_draws_one_picture_and_nan_weights_are_seen(reader: BatchReader, tmp_path: Path):
+    settings = tiny_settings()
+    pipeline = load_pipeline(tiny_model(settings, tmp_path), torch.float32, text_encoders=False)
+    circle, star = plan_shots(PROMPTS, settings, reader, zeros_for_empty_prompt=True)
+    steps: list[int] = []
+    first = draw(pipeline, circle, settings, lambda: steps.append(1))
+    assert len(steps) == settings.validation_num_inference_steps
+    torch.manual_seed(5)
+    assert np.array_equal(first.pixels, draw(pipeline, circle, settings).pixels)
+    assert not np.array_equal(first.pixels, draw(pipeline, star, settings).pixels)
+    assert first.pixels.shape == (64, 64, 3)
+    path = first.save(tmp_path / "out")
+    assert path == tmp_path / "out" / "circle.png"
+    with Image.open(path) as saved:
+        assert np.abs(np.asarray(saved) / 255 - first.pixels).max() <= 0.5 / 255 + 1e-6
+
+    with torch.no_grad():
+        pipeline.unet.conv_out.weight[0, 0] = torch.nan
+    broken = draw(pipeline, circle, settings)
+    assert str(broken.fault).startswith("not finite")
+    assert broken.save(tmp_path / "out").is_file()
+
+
+def test_the_sheet_shows_before_left_of_after():
+    red, blue = Image.new("RGB", (64, 64), "#c00000"), Image.new("RGB", (64, 64), "#0000c0")
+    sheet = comparison_sheet([Pair(red, blue, "a prompt")] * 3, ("base model", "LoRA"))
+    pixels = np.asarray(sheet).astype(int)
+    is_red = (pixels[..., 0] > 150) & (pixels[..., 2] < 60)
+    is_blue = (pixels[..., 2] > 150) & (pixels[..., 0] < 60)
+    assert is_red.sum() == is_blue.sum() == 3 * 256 * 256
+    assert np.argwhere(is_red)[:, 1].min() < np.argwhere(is_blue)[:, 1].min()
+    with pytest.raises(ValueError, match="at least one"):
+        comparison_sheet([], ("base model", "LoRA"))
+
+
+def test_drawing_with_nan_is_black_where_it_is_not_a_number(reader: BatchReader):
+    shot = plan_shots(PROMPTS, tiny_settings(), reader, True)[0]
+    pixels = flat(1.0)
+    pixels[0, 0] = np.nan
+    image = Drawing(shot, pixels, "not finite").image
+    assert image.getpixel((0, 0)) == (0, 0, 0)
+    assert image.getpixel((1, 0)) == (255, 255, 255)
