@@ -61,9 +61,13 @@ def _usable_profile(mode: str, icc_profile: bytes | None) -> ImageCms.ImageCmsPr
         return None
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
-    except OSError:  # not a profile at all
+        colour_space = profile.profile.xcolor_space
+    except (
+        OSError,
+        ValueError,
+    ):  # not a profile at all, or one whose header holds no text where text should be
         return None
-    return profile if profile.profile.xcolor_space == _PROFILE_SPACES[mode] else None
+    return profile if colour_space == _PROFILE_SPACES[mode] else None
 
 
 def _over_white(image: Image.Image) -> Image.Image:

@@ -34,7 +34,9 @@ def contact_sheet(
         raise ValueError("a contact sheet needs at least one picture")
     if len(images) != len(captions):
         raise ValueError(f"{len(images)} pictures but {len(captions)} captions")
-    columns = columns or min(len(images), math.ceil(math.sqrt(len(images) * 1.5)))
+    if columns is None:
+        rows = max(1, round(math.sqrt(len(images) / 1.5)))
+        columns = math.ceil(len(images) / rows)  # the last row about as full as the others
     gap = max(tile // 20, 6)
     font = _font(max(tile // 16, 11))
     line_height = round(font.size * 1.3)
@@ -91,12 +93,13 @@ def bucket_histogram(rows: pd.DataFrame) -> Image.Image:
     for position, total in enumerate(a + b for a, b in zip(train, evaluation, strict=True)):
         axes.text(total + largest * 0.01, position, f"{total:,}", va="center", color=_INK, fontsize=9)
     axes.set_xlim(0, largest * 1.1)
+    axes.set_ylim(-0.7, len(labels) - 0.3)
     axes.set_xlabel("crops")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y", visible=False)
-    axes.set_title(f"{len(rows):,} crops in {len(counts)} buckets (width x height)")
+    axes.set_title(f"{len(rows):,} crops in {len(counts)} buckets (width x height)", loc="left", fontsize=11)
     if any(evaluation):
-        axes.legend(loc="lower right", frameon=False)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     return _draw(figure)
 
 
@@ -129,7 +132,7 @@ def resolution_scatter(scanned: pd.DataFrame) -> Image.Image:
     axes.axline((low, low), (high, high), color=_FAINT, linewidth=0.8, linestyle=(0, (4, 4)), zorder=0)
     axes.set_xlabel("width in pixels")
     axes.set_ylabel("height in pixels")
-    axes.set_title(f"Sizes of {len(pictures):,} pictures")
+    axes.set_title(f"Sizes of {len(pictures):,} pictures", loc="left", fontsize=11)
     if len(pictures):
         axes.legend(loc="upper left", frameon=False)
     return _draw(figure)
@@ -157,7 +160,7 @@ def caption_length_histogram(scanned: pd.DataFrame) -> Image.Image:
     axes.set_ylabel("captions")
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_locator().set_params(integer=True)
-    axes.set_title(f"Length of {len(lengths):,} captions")
+    axes.set_title(f"Length of {len(lengths):,} captions", loc="left", fontsize=11)
     return _draw(figure)
 
 
@@ -239,15 +242,16 @@ def _round_edges(low: float, high: float) -> list[int]:
 def _axes(height: float, width: float = 7.2) -> tuple[Any, Any]:
     """A figure of inches `height` x `width` with one pair of axes in the house style."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained", facecolor=_PAPER)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(width, height), dpi=120, layout=layout, facecolor=_PAPER)
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_GREY)
     axes.tick_params(colors=_FAINT, labelcolor=_INK, labelsize=9)
     axes.grid(color="#eeeeee", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.title.set_fontsize(11)
     return figure, axes
 
 

@@ -4,12 +4,14 @@ import io
 import struct
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image, ImageCms
 
-from sdxl_pipeline.images.crops import Crop, plan_crop
+from sdxl_pipeline.images.crops import Crop, plan_crop, plan_crops
 from sdxl_pipeline.images.decoding import UnreadableImage, read_header
 from sdxl_pipeline.images.pixels import load_crop, load_upright
+from sdxl_pipeline.images.scan import scan_dataset
 from tests.images.photographs import PHOTOGRAPHS, encoded, values
 
 ORIENTATION = 0x0112
@@ -85,6 +87,17 @@ def test_the_window_equals_resizing_all_and_cutting(folder, make_dataset):
         box = (plan.crop_left, plan.crop_top, plan.crop_left + plan.bucket_w, plan.crop_top + plan.bucket_h)
         difference = np.abs(values(load_crop(path, plan)) - values(resized.crop(box)))
         assert difference.max() <= 1
+
+
+def test_a_row_of_the_recorded_plan_is_cut_as_planned(folder, tmp_path, make_dataset, photograph):
+    (folder / "a.png").write_bytes(encoded(photograph, "PNG"))
+    dataset = make_dataset(crop=True, resolution=128)
+    rows, _ = plan_crops(dataset, scan_dataset(dataset), seed=5, holdout_share=0, is_eval=False)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    (row,) = pd.read_parquet(tmp_path / "rows.parquet").itertuples(index=False)
+    crop = load_crop(folder / row.path, row)
+    assert crop.shape == (128, 128, 3)
+    assert np.array_equal(crop, load_crop(folder / "a.png", plan_crop(dataset, 200, 320, row.key, seed=5)))
 
 
 def test_without_a_resize_the_pixels_are_the_files_own(folder, photograph):
@@ -257,3 +270,29 @@ def test_thumbnails_keep_the_aspect(folder, photograph):
     path = save(folder, encoded(photograph, "PNG"))
     assert load_upright(path).size == (320, 200)
     assert load_upright(path, longest_edge=80).size == (80, 50)
+
+
+@pytest.mark.parametrize("format_name", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
+@pytest.mark.filterwarnings("ignore:::PIL")  # it remarks on each odd tag
+def test_no_damage_gives_anything_but_a_picture_or_a_reason(folder, photograph, format_name):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    options = {} if format_name in ("BMP", "GIF") else {"exif": exif, "icc_profile": swapped_profile()}
+    whole_file = encoded(photograph.resize((40, 25)), format_name, **options)
+    random = np.random.default_rng(0)
+    reasons = set()
+    for _ in range(150):
+        data = bytearray(
+            whole_file[: random.integers(1, len(whole_file) + 1)] if random.random() < 0.3 else whole_file
+        )
+        for position in random.integers(0, min(len(data), 600), size=random.integers(1, 6)):
+            data[position] = random.integers(0, 256)
+        path = save(folder, bytes(data))
+        try:
+            header = read_header(bytes(data))
+            load_crop(path, whole(header.height, header.width))
+        except UnreadableImage as error:
+            reasons.add(error.reason)
+    assert "truncated" in reasons
+    named = {"truncated", "damaged picture", "damaged or unsupported picture", "content is not an image"}
+    assert all(reason in named or reason.startswith("more than") for reason in reasons)

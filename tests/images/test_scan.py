@@ -119,6 +119,7 @@ def test_half_a_file_is_named_and_a_whole_one_is_not(photograph, format_name):
         assert raised.value.reason == "truncated"
 
 
+@pytest.mark.filterwarnings("ignore:::PIL")
 def test_a_format_with_its_directory_at_the_end_is_named_by_its_first_bytes(photograph):
     data = encoded(photograph, "TIFF", compression="tiff_lzw")
     assert read_header(data).format == "TIFF"
