@@ -62,10 +62,7 @@ def _usable_profile(mode: str, icc_profile: bytes | None) -> ImageCms.ImageCmsPr
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
         colour_space = profile.profile.xcolor_space
-    except (
-        OSError,
-        ValueError,
-    ):  # not a profile at all, or one whose header holds no text where text should be
+    except (OSError, ValueError):  # no profile at all, or bytes in its header where letters belong
         return None
     return profile if colour_space == _PROFILE_SPACES[mode] else None
 
