@@ -43,7 +43,8 @@ def check_dataset(scanned: "pd.DataFrame", allows_missing: bool) -> list[dg.Asse
     """Results of `dataset_specs`. `allows_missing`: the user chose to train pictures without a caption."""
     kept = scanned[scanned["status"] == "kept"]
     dropped = scanned[scanned["status"] == "dropped"]
-    uncaptioned = scanned[scanned["caption_status"].isin(["missing", "undecodable", "empty"])]
+    # Only pictures have a caption status; other files have none.
+    uncaptioned = scanned[~scanned["caption_status"].isin(["", "ok"])]
     captionable = len(kept) + int((uncaptioned["status"] == "dropped").sum())
     share = len(uncaptioned) / captionable if captionable else 0.0
     remedy = 'Add the captions, or write "missing_captions": "empty" to train these pictures without text.'
