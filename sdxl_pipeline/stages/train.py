@@ -15,9 +15,9 @@ from sdxl_pipeline.stages.program import StageError, StopSignal, run_stage
 from sdxl_pipeline.stages.reporter import Reporter, is_main_process
 from sdxl_pipeline.stages.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.store.files import sha256_file, write_text_atomic
-from sdxl_pipeline.training.checkpoints import run_lock
 from sdxl_pipeline.training.identity import run_identity
 from sdxl_pipeline.training.metrics import METRICS_FILE, final_loss, read_metrics
+from sdxl_pipeline.training.run_lock import run_lock
 from sdxl_pipeline.training.validation_log import read_validation_log
 
 if TYPE_CHECKING:

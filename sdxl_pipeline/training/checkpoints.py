@@ -1,16 +1,13 @@
-"""Checkpoints: everything a run needs to go on as if nothing had happened, and one writer per run.
+"""Checkpoints: everything a run needs to go on as if nothing had happened.
 
 A checkpoint is a folder of safetensors and one JSON file, made beside its place and renamed into it: it is whole or absent. There is
 no pickle in it and no random state, since every random choice is a function of the step (`training.draws`).
 """
 
-import fcntl
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +15,13 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdxl_pipeline.stages.program import StageError, StopSignal
+from sdxl_pipeline.stages.program import StageError
 from sdxl_pipeline.store.files import sha256_file
 
 FORMAT = 1
 STATE = "state.json"
 PARAMETERS = "trainable.safetensors"
 OPTIMIZER = "optimizer.safetensors"
-LOCK = ".lock"
-
-LOCK_POLL_SECONDS = 0.5
-LOCK_TIMEOUT_SECONDS = 180.0
 
 
 @dataclass(frozen=True)
@@ -116,34 +109,6 @@ def clear_checkpoints(root: Path, unfinished_only: bool) -> None:
                 shutil.rmtree(place)
 
 
-@contextmanager
-def run_lock(run_dir: Path, stop: StopSignal, timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
-    """Be the only trainer in a run's folder. The kernel frees the lock when its holder dies, however that dies.
-
-    Waits for a trainer that was stopped and is still saving; raises StageError when another holds on beyond `timeout` seconds.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    give_up = time.monotonic() + timeout
-    with (run_dir / LOCK).open("a+") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                stop.raise_if_requested()
-                if time.monotonic() >= give_up:
-                    lock.seek(0)
-                    raise StageError(
-                        f"another trainer (process {lock.read().strip() or 'unknown'}) is at work in {run_dir}; "
-                        "wait for it to end, or stop it"
-                    ) from None
-                time.sleep(LOCK_POLL_SECONDS)
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
-        yield
-
-
 def _write(folder: Path, identity: str, state: TrainingState, export: Callable[[Path], None]) -> None:
     save_file(_on_cpu(state.parameters), folder / PARAMETERS)
     tensors, rest = _flatten_optimizer(state.optimizer)
@@ -180,24 +145,22 @@ def _checkpoints(root: Path) -> list[Path]:
 
 
 def _flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Torch's optimizer state as tensors named "<parameter index>.<name>", and the rest as plain data."""
+    """torch's optimizer state as tensors named "state.<parameter index>.<name>" or "group.<index>.<name>", and the rest as plain data."""
     tensors: dict[str, Tensor] = {}
-    values: dict[str, dict[str, Any]] = {}
-    for index, entries in state["state"].items():
-        values[str(index)] = {}
-        for name, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value
-            else:
-                values[str(index)][name] = value
-    return tensors, {"values": values, "param_groups": state["param_groups"]}
+
+    def plain(kind: str, index: int, entries: Mapping[str, Any]) -> dict[str, Any]:
+        tensors.update(
+            {f"{kind}.{index}.{name}": value for name, value in entries.items() if isinstance(value, Tensor)}
+        )
+        return {name: value for name, value in entries.items() if not isinstance(value, Tensor)}
+
+    values = {str(index): plain("state", index, entries) for index, entries in state["state"].items()}
+    groups = [plain("group", index, group) for index, group in enumerate(state["param_groups"])]
+    return tensors, {"values": values, "param_groups": groups}
 
 
-def _unflatten_optimizer(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+def _unflatten_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
     state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in rest["values"].items()}
-    for full_name, tensor in tensors.items():
-        index, name = full_name.split(".", 1)
-        state[int(index)][name] = tensor
     groups = [
         # JSON knows no tuples; torch's options are tuples where they are sequences, but for the parameter indices
         {
@@ -206,6 +169,9 @@ def _unflatten_optimizer(tensors: dict[str, Tensor], rest: dict[str, Any]) -> di
         }
         for group in rest["param_groups"]
     ]
+    for full_name, tensor in tensors.items():
+        kind, index, name = full_name.split(".", 2)
+        (state if kind == "state" else groups)[int(index)][name] = tensor
     return {"state": state, "param_groups": groups}
 
 

@@ -51,7 +51,7 @@ class Trainer:
     """One run of one identity: setup here, then `train`, then `write_weights`.
 
     The state that training changes is the trainable parameters, the optimizer, the schedule, the loss scaler and the step; `state` and
-    `restore` are the only ways out and in. Hold the run's lock (`checkpoints.run_lock`) on the main process meanwhile.
+    `restore` are the only ways out and in. Hold the run's lock (`run_lock`) on the main process meanwhile.
     """
 
     def __init__(self, spec: TrainSpec, identity: str, reporter: Reporter, stop: StopSignal) -> None:

@@ -1,8 +1,8 @@
 """The pictures a run trains or is measured on: crop plan, latent entry and text entries of each, joined. No torch."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -62,58 +62,61 @@ def samples_digest(samples: Sequence[Sample]) -> str:
 def _load_lane(lane: TrainingLane, split: Split, micro_conditioning: MicroConditioning) -> list[Sample]:
     rows = pd.read_parquet(lane.rows_path)
     rows = rows[rows["split"] == split].sort_values(["path", "crop_index"])
-    latents = pd.read_parquet(lane.latents.entries_path).set_index(["path", "crop_index"])
-    latent_of = {
-        place: (str(key), str(latent_key))
-        for place, key, latent_key in zip(latents.index, latents["key"], latents["latent_key"], strict=True)
+    latents = {
+        (path, crop_index): (key, latent_key)
+        for path, crop_index, key, latent_key in _read(
+            lane.latents.entries_path, "path", "crop_index", "key", "latent_key"
+        )
     }
-    captions_of: dict[str, list[tuple[str, str]]] = {}
-    for path, key, embed_key in pd.read_parquet(
-        lane.text_embeds.entries_path, columns=["path", "key", "embed_key"]
-    ).itertuples(index=False):
-        captions_of.setdefault(path, []).append((key, embed_key))
+    captions: dict[str, list[tuple[str, str]]] = {}
+    for path, key, embed_key in _read(lane.text_embeds.entries_path, "path", "key", "embed_key"):
+        captions.setdefault(path, []).append((key, embed_key))
 
     failed = {item.name for item in lane.latents.failed}
-    rows = rows[
-        [
-            (path, crop) in latent_of or path not in failed
-            for path, crop in zip(rows["path"], rows["crop_index"], strict=True)
-        ]
+    crops = [
+        row
+        for row in rows.to_dict("records")
+        if (row["path"], row["crop_index"]) in latents or row["path"] not in failed
     ]
     _require(
-        lane,
-        "latent",
-        [p for p, c in zip(rows["path"], rows["crop_index"], strict=True) if (p, c) not in latent_of],
+        lane, "latent", [row["path"] for row in crops if (row["path"], row["crop_index"]) not in latents]
     )
-    _require(lane, "caption embedding", [p for p in rows["path"] if p not in captions_of])
+    _require(lane, "caption embedding", [row["path"] for row in crops if row["path"] not in captions])
+    return [
+        _join(lane, row, latents[row["path"], row["crop_index"]], captions[row["path"]], micro_conditioning)
+        for row in crops
+    ]
 
-    original = (
-        ("original_h", "original_w") if micro_conditioning == "original" else ("resized_h", "resized_w")
-    )
-    samples = []
-    for row in rows.to_dict("records"):
-        path, crop_index, key = str(row["path"]), int(row["crop_index"]), str(row["key"])
-        latent_image, latent_key = latent_of[path, crop_index]
-        captions = captions_of[path]
-        if {key} != {latent_image, *(image for image, _ in captions)}:
-            raise StageError(
-                f"dataset {lane.dataset_id!r}: the crop plan, the latents and the caption embeddings of {path!r} come from "
-                "different versions of the picture; materialize the dataset's aspect_buckets, vae_latents and text_embeds again"
-            )
-        samples.append(
-            Sample(
-                dataset_id=lane.dataset_id,
-                path=path,
-                crop_index=crop_index,
-                key=key,
-                latent_key=latent_key,
-                embed_keys=tuple(embed_key for _, embed_key in captions),
-                bucket=(int(row["bucket_h"]), int(row["bucket_w"])),
-                original_size=(int(row[original[0]]), int(row[original[1]])),
-                crop_top_left=(int(row["crop_top"]), int(row["crop_left"])),
-            )
+
+def _join(
+    lane: TrainingLane,
+    row: Mapping[Hashable, Any],
+    latent: tuple[str, str],
+    captions: Sequence[tuple[str, str]],
+    micro_conditioning: MicroConditioning,
+) -> Sample:
+    """One sample of a row of the crop plan and of the (picture's key, tensors' key) pairs that go by the same path."""
+    if {row["key"]} != {latent[0], *(key for key, _ in captions)}:
+        raise StageError(
+            f"dataset {lane.dataset_id!r}: the crop plan, the latents and the caption embeddings of {row['path']!r} come from "
+            "different versions of the picture; materialize the dataset's aspect_buckets, vae_latents and text_embeds again"
         )
-    return samples
+    size = "original" if micro_conditioning == "original" else "resized"
+    return Sample(
+        dataset_id=lane.dataset_id,
+        path=row["path"],
+        crop_index=int(row["crop_index"]),
+        key=row["key"],
+        latent_key=latent[1],
+        embed_keys=tuple(embed_key for _, embed_key in captions),
+        bucket=(int(row["bucket_h"]), int(row["bucket_w"])),
+        original_size=(int(row[f"{size}_h"]), int(row[f"{size}_w"])),
+        crop_top_left=(int(row["crop_top"]), int(row["crop_left"])),
+    )
+
+
+def _read(path: str, *columns: str) -> Iterator[tuple[Any, ...]]:
+    return pd.read_parquet(path, columns=list(columns)).itertuples(index=False, name=None)
 
 
 def _require(lane: TrainingLane, what: str, missing: list[str]) -> None:

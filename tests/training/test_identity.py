@@ -1,0 +1,101 @@
+"""The run's identity: changed by all that changes the weights, and by nothing else."""
+
+import shutil
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.training.identity import EXCLUDED, run_identity
+from tests.training.lanes import make_lane, make_spec
+
+
+@pytest.fixture
+def spec(tmp_path):
+    return make_spec(tmp_path)
+
+
+def changed(spec, **settings):
+    values = {**spec.settings.model_dump(), **settings}
+    return spec.model_copy(update={"settings": TrainingSettings(**values)})
+
+
+def test_every_excluded_key_is_a_setting_and_stands_once():
+    keys = [key for keys in EXCLUDED.values() for key in keys]
+    assert set(keys) <= set(TrainingSettings.model_fields)
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_train_steps": 13},
+        {"learning_rate": 2e-3},
+        {"lora_rank": 3},
+        {"lora_alpha": 1.0},
+        {"lora_dropout": 0.1},
+        {"seed": 1},
+        {"train_batch_size": 1},
+        {"gradient_accumulation_steps": 2},
+        {"caption_dropout_probability": 0.1},
+        {"snr_gamma": 5.0},
+        {"prediction_type": "v_prediction"},
+        {"optimizer_config": {"weight_decay": 0.0}},
+        {"mixed_precision": "bf16"},
+        {"micro_conditioning": "resized"},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_what_changes_the_weights_changes_the_identity(spec, settings):
+    assert run_identity(changed(spec, **settings)) != run_identity(spec)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"validation_prompt": "another", "validation_step_interval": 1, "validation_disable": False},
+        {"checkpoint_step_interval": 1, "checkpoints_total_limit": 1, "resume_from_checkpoint": None},
+        {"report_to": ("tensorboard",), "logging_dir": "elsewhere", "tracker_run_name": "x"},
+        {"push_to_hub": True, "hub_model_id": "me/mine"},
+        {"gradient_checkpointing": True, "vae_batch_size": 3},
+        {"output_dir": "elsewhere"},
+        {"lora_alpha": 2.0},  # the rank, which is the default
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_what_does_not_change_the_weights_does_not(spec, settings):
+    assert run_identity(changed(spec, **settings)) == run_identity(spec)
+
+
+def test_the_number_of_processes_is_part_of_it(tmp_path, spec):
+    assert run_identity(make_spec(tmp_path, *spec.lanes, num_processes=2)) != run_identity(spec)
+
+
+def test_data_are_known_by_content_and_not_by_place(tmp_path, spec):
+    before = run_identity(spec)
+    shutil.rmtree(tmp_path / "lane")
+    moved = make_spec(tmp_path, make_lane(tmp_path / "moved"), run="elsewhere")
+    assert run_identity(moved) == before
+
+    texts = pd.read_parquet(tmp_path / "moved" / "texts.parquet")
+    texts.loc[0, "embed_key"] = texts.loc[1, "embed_key"]
+    texts.to_parquet(tmp_path / "moved" / "texts.parquet")
+    assert run_identity(moved) != before
+    assert run_identity(
+        moved.model_copy(update={"lanes": (moved.lanes[0].model_copy(update={"repeats": 1}),)})
+    ) != run_identity(moved)
+
+
+def test_the_base_model_is_known_by_content(spec):
+    model = spec.base_model
+    moved = model.model_copy(update={"source": "another name"})
+    assert run_identity(spec.model_copy(update={"base_model": moved})) == run_identity(spec)
+    other = model.model_copy(update={"digests": {**model.digests, "unet": "0" * 64}})
+    assert run_identity(spec.model_copy(update={"base_model": other})) != run_identity(spec)
+
+
+def test_it_is_told_without_torch():
+    code = "import sys, sdxl_pipeline.training.identity, sdxl_pipeline.stages.train; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
