@@ -82,7 +82,8 @@ class LocalLauncher(dg.ConfigurableResource):
 
         Raises `dagster.Failure`: not to be retried when the stage says that the user has to change something, or that memory does not
         suffice. When the run is interrupted, or anything else is raised here, the child's whole group is stopped first: after this
-        call, however it ends, no process of the stage is left.
+        call, however it ends, no process of the stage is left. (Dagster itself starts an interrupted step again when its asset has
+        a RetryPolicy and the run has one process.)
         """
         module = stage if "." in stage else f"sdxl_pipeline.stages.{stage}"
         name = module.rpartition(".")[2]

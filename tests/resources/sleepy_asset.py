@@ -1,0 +1,58 @@
+"""An asset graph of one asset that launches the sleepy stage, as told by environment variables.
+
+`python -m tests.resources.sleepy_asset` materializes it in this process; the code location is for the dagster command.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import dagster as dg
+
+from resources.launcher import LocalLauncher
+from sdxl_pipeline.project.hardware import PRESETS, Hardware
+from tests.stages.sleepy_stage import SleepyManifest, SleepySpec, note
+
+
+def launch(context: dg.AssetExecutionContext, launcher: LocalLauncher) -> dg.MaterializeResult:
+    spec = SleepySpec.model_validate_json(os.environ["SLEEPY_SPEC"])
+    note(spec.folder / "worker.pid", os.getpid())
+    hardware = Hardware.model_validate(
+        PRESETS["cpu"].model_dump() | {"num_processes": int(os.environ.get("SLEEPY_PROCESSES", "1"))}
+    )
+    manifest = launcher.run(
+        context,
+        os.environ.get("SLEEPY_STAGE", "tests.stages.sleepy_stage"),
+        spec,
+        SleepyManifest,
+        Path(os.environ["SLEEPY_WORK_DIR"]),
+        hardware,
+        {"EXTRA": "yes"},
+    )
+    return dg.MaterializeResult(metadata={"steps": manifest.steps})
+
+
+@dg.asset
+def sleepy(context: dg.AssetExecutionContext, launcher: LocalLauncher) -> dg.MaterializeResult:
+    return launch(context, launcher)
+
+
+@dg.asset(retry_policy=dg.RetryPolicy(max_retries=1))
+def sleepy_with_a_retry(context: dg.AssetExecutionContext, launcher: LocalLauncher) -> dg.MaterializeResult:
+    return launch(context, launcher)
+
+
+def launcher() -> LocalLauncher:
+    return LocalLauncher(
+        stop_timeout_seconds=float(os.environ.get("SLEEPY_STOP_TIMEOUT", "30")), metric_points=10
+    )
+
+
+defs = dg.Definitions(assets=[sleepy], resources={"launcher": launcher()})
+
+if __name__ == "__main__":
+    with dg.instance_for_test() as instance:
+        outcome = dg.materialize(
+            [sleepy], resources={"launcher": launcher()}, instance=instance, raise_on_error=False
+        )
+    sys.exit(0 if outcome.success else 1)

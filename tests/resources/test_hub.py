@@ -1,0 +1,132 @@
+"""Publishing through the real Hub client against a Hub on this machine, and every reason why it may not be possible."""
+
+import dagster as dg
+import pytest
+
+from resources.hub import HubResource, why_not_writable
+from tests.hub_server import HubServer
+
+
+@pytest.fixture(scope="module")
+def server():
+    with HubServer() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(server, monkeypatch, tmp_path):
+    server.adopt_process(monkeypatch, tmp_path)
+    return server
+
+
+@pytest.fixture
+def user(hub):
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=hub.endpoint).whoami()["name"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    release = tmp_path / "release"
+    (release / "images").mkdir(parents=True)
+    (release / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A LoRA\n")
+    (release / "pytorch_lora_weights.safetensors").write_bytes(b"weights" * 1000)
+    (release / "images" / "a.png").write_bytes(b"picture")
+    return release
+
+
+def test_a_folder_is_published_whole_as_one_commit(hub, user, folder):
+    commit, url = HubResource().upload_folder(folder, f"{user}/released", True, "A LoRA of stars")
+    published = hub.files(f"{user}/released")
+    wanted = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
+    assert {name: published[name] for name in wanted} == wanted
+    assert hub.commits(f"{user}/released").count("A LoRA of stars") == 1
+    assert commit in url
+    assert url.startswith(hub.endpoint)
+
+
+def test_publishing_again_replaces_what_changed(hub, user, folder):
+    first, _ = HubResource().upload_folder(folder, f"{user}/twice", True, "first")
+    (folder / "README.md").write_text("# Better\n")
+    second, _ = HubResource().upload_folder(folder, f"{user}/twice", True, "second")
+    assert first != second
+    assert hub.files(f"{user}/twice")["README.md"] == b"# Better\n"
+
+
+def test_a_failed_upload_is_a_failure(hub, user, folder):
+    hub.fail_next(status=403, path="/commit/")
+    with pytest.raises(dg.Failure, match=f"could not be published as {user}/refused"):
+        HubResource().upload_folder(folder, f"{user}/refused", True, "refused")
+    assert "refused" not in hub.commits(f"{user}/refused")
+
+
+def test_a_token_that_may_write_passes(hub, user):
+    HubResource().check_can_push(f"{user}/anything")
+    HubResource().check_can_push("anything")
+
+
+def test_without_a_token_nothing_is_asked_and_the_message_says_what_to_do(server, monkeypatch, tmp_path):
+    server.adopt_process(monkeypatch, tmp_path, token=None)
+    asked_before = len(server.requests)
+    with pytest.raises(
+        dg.Failure, match=r"no token to publish me/stars.*HF_TOKEN.*hf auth login.*push_to_hub"
+    ) as raised:
+        HubResource().check_can_push("me/stars")
+    assert raised.value.allow_retries is False
+    assert len(server.requests) == asked_before
+
+
+def test_a_token_the_hub_does_not_know_is_named_as_such_but_not_shown(server, monkeypatch, tmp_path):
+    server.adopt_process(monkeypatch, tmp_path, token="hf_of_somewhere_else")
+    with pytest.raises(dg.Failure, match=r"does not accept the token.*HF_TOKEN") as raised:
+        HubResource().check_can_push("me/stars")
+    assert "hf_of_somewhere_else" not in str(raised.value.description)
+
+
+def test_someone_elses_repository_is_refused_before_training(hub, user):
+    with pytest.raises(
+        dg.Failure, match=rf"belongs to someone-else, but the token belongs to {user}.*hub_model_id"
+    ):
+        HubResource().check_can_push("someone-else/stars")
+
+
+def test_a_hub_that_cannot_be_reached_is_a_failure_that_may_be_retried(hub):
+    with pytest.raises(dg.Failure, match=r"the Hub at http://127\.0\.0\.1:9 cannot be asked") as raised:
+        HubResource(endpoint="http://127.0.0.1:9").check_can_push("me/stars")
+    assert raised.value.allow_retries is True
+
+
+def account(role="write", orgs=(), scoped=()):
+    token = {"role": role, "fineGrained": {"scoped": list(scoped)}}
+    return {"name": "me", "orgs": list(orgs), "auth": {"accessToken": token}}
+
+
+def scope(name, *permissions):
+    return {"entity": {"name": name}, "permissions": list(permissions)}
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "asked", "problem"),
+    [
+        ("stars", account(), None),
+        ("me/stars", account(), None),
+        ("me/stars", account(role="read"), "may only read"),
+        ("us/stars", account(orgs=[{"name": "us", "roleInOrg": "write"}]), None),
+        ("us/stars", account(orgs=[{"name": "us"}]), None),
+        (
+            "us/stars",
+            account(orgs=[{"name": "us", "roleInOrg": "read"}]),
+            "may only read in the organization us",
+        ),
+        ("them/stars", account(orgs=[{"name": "us", "roleInOrg": "write"}]), "no member there"),
+        ("me/stars", account(role="fineGrained", scoped=[scope("me", "repo.write")]), None),
+        ("stars", account(role="fineGrained", scoped=[scope("me/stars", "repo.write")]), None),
+        ("me/stars", account(role="fineGrained", scoped=[scope("me/moons", "repo.write")]), "fine-grained"),
+        ("me/stars", account(role="fineGrained", scoped=[scope("me", "repo.content.read")]), "fine-grained"),
+        ("me/stars", {"name": "me"}, None),
+    ],
+)
+def test_what_the_hub_says_of_a_token_decides(repo_id, asked, problem):
+    answer = why_not_writable(asked, repo_id)
+    assert (answer is None) if problem is None else (problem in answer)

@@ -1,0 +1,249 @@
+"""The launcher with real stages on a real Dagster instance: what it hands on, what failures say, and that nothing outlives a stop."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import dagster as dg
+import psutil
+import pytest
+
+from tests.processes import runs, wait_for, wait_for_number
+from tests.resources.sleepy_asset import launcher, sleepy, sleepy_with_a_retry
+from tests.stages.sleepy_stage import SleepyManifest, SleepySpec
+
+REPOSITORY = Path(__file__).parents[2]
+FOREVER = 100_000
+
+
+@pytest.fixture(scope="module")
+def instance():
+    with dg.instance_for_test() as one_for_all:
+        yield one_for_all
+
+
+@pytest.fixture
+def work_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLEEPY_WORK_DIR", str(tmp_path / "work"))
+    return tmp_path / "work"
+
+
+def materialize(
+    spec: SleepySpec, monkeypatch: pytest.MonkeyPatch, instance: dg.DagsterInstance, asset=sleepy
+):
+    monkeypatch.setenv("SLEEPY_SPEC", spec.model_dump_json())
+    return dg.materialize(
+        [asset], resources={"launcher": launcher()}, instance=instance, raise_on_error=False
+    )
+
+
+def failure_of(result):
+    """The failure event of the last attempt."""
+    (event,) = [event for event in result.all_events if event.is_step_failure]
+    return event.step_failure_data
+
+
+class Worker:
+    """A process that materializes the sleepy asset, with the processes that come of it."""
+
+    started_here: ClassVar[list["Worker"]] = []
+
+    def __init__(
+        self, spec: SleepySpec, work_dir: Path, command: list[str] | None = None, **environment: str
+    ):
+        self.folder = spec.folder
+        self.process = subprocess.Popen(
+            command or [sys.executable, "-m", "tests.resources.sleepy_asset"],
+            cwd=REPOSITORY,
+            env={**os.environ, "SLEEPY_SPEC": spec.model_dump_json(), **environment},
+            stdout=(spec.folder / "worker.out").open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        self.started_here.append(self)
+
+    def started(self, *names: str) -> list[int]:
+        """The pids noted under these names, once all are there."""
+        return [wait_for_number(self.folder / f"{name}.pid") for name in names]
+
+    def end(self, seconds: float = 60) -> int:
+        return self.process.wait(timeout=seconds)
+
+    @property
+    def output(self) -> str:
+        return (self.folder / "worker.out").read_text()
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    """A test that fails half-way must not leave its processes to the others."""
+    yield
+    while Worker.started_here:
+        worker = Worker.started_here.pop()
+        pids = [int(path.read_text()) for path in worker.folder.glob("*.pid")]
+        for pid in [worker.process.pid, *pids]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        worker.process.wait()
+
+
+def wait_until_gone(pids: list[int], seconds: float = 10) -> None:
+    wait_for(lambda: not any(runs(pid) for pid in pids), seconds, f"processes {pids} gone")
+
+
+def test_a_finished_stage_hands_on_its_manifest_and_what_it_reported(
+    tmp_path, work_dir, monkeypatch, instance
+):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    result = materialize(SleepySpec(folder=tmp_path, steps=60), monkeypatch, instance)
+    assert result.success
+    records = [
+        record
+        for record in instance.fetch_observations(sleepy.key, limit=1000).records
+        if record.run_id == result.run_id
+    ]
+    points = [record.asset_observation.metadata for record in reversed(records)]
+    logged = [entry.user_message for entry in instance.all_logs(result.run_id)]
+
+    manifest = SleepyManifest.model_validate_json((work_dir / "sleepy_stage.manifest.json").read_text())
+    (materialization,) = result.asset_materializations_for_node("sleepy")
+    assert materialization.metadata["steps"].value == manifest.steps == 60
+    assert manifest.environment["HF_TOKEN"] == "hf_secret", "the environment carries the token"
+    assert "hf_secret" not in (work_dir / "sleepy_stage.spec.json").read_text()
+    assert manifest.environment["TQDM_DISABLE"] == "1"
+    assert manifest.environment["TRANSFORMERS_VERBOSITY"] == "info", "what the user has set, stands"
+    assert manifest.environment["EXTRA"] == "yes"
+
+    steps = [point["step"].value for point in points]
+    assert (steps[0], steps[-1]) == (1, 60)
+    assert len(steps) <= 12, "metric_points is 10"
+    assert all(point["loss"].value == pytest.approx(1 / point["step"].value) for point in points)
+    assert "count: 60 of 60 steps (100 %)" in logged
+    assert "counted" in logged
+    assert f"picture dot at step 60: {tmp_path}/dot.png (a dot)" in logged
+
+
+@pytest.mark.parametrize(
+    ("ending", "attempts", "message"),
+    [
+        ("user", 1, "steps: 7 is unlucky; write 8"),
+        ("out_of_memory", 1, "Lower train_batch_size"),
+        ("crash", 2, "Stage sleepy_stage failed: RuntimeError: the floor gave way"),
+        (
+            "killed",
+            2,
+            "was killed by SIGKILL. Often the kernel does this when the machine runs out of memory.",
+        ),
+    ],
+)
+def test_a_failed_stage_is_a_failure_with_its_message_retried_if_that_may_help(
+    tmp_path, work_dir, monkeypatch, instance, ending, attempts, message
+):
+    result = materialize(
+        SleepySpec(folder=tmp_path, ending=ending), monkeypatch, instance, sleepy_with_a_retry
+    )
+    assert not result.success
+    failure = failure_of(result)
+    assert message in failure.user_failure_data.description
+    assert (tmp_path / "starts").read_text() == "x" * attempts
+    if ending == "crash":
+        assert "in main" in failure.user_failure_data.metadata["traceback"].value
+
+
+def test_an_interrupted_stage_saves_and_the_whole_group_is_gone(tmp_path, work_dir):
+    spec = SleepySpec(folder=tmp_path, steps=FOREVER, save_seconds=1.5, helper=True)
+    worker = Worker(spec, work_dir)
+    pids = worker.started("stage-0", "helper-0")
+    os.kill(worker.process.pid, signal.SIGINT)
+    wait_for_number(tmp_path / "saving")
+    os.kill(worker.process.pid, signal.SIGINT)  # the impatient second Ctrl-C
+    os.kill(worker.process.pid, signal.SIGTERM)
+    assert worker.end() != 0
+    assert (tmp_path / "saved").exists()
+    assert not any(runs(pid) for pid in pids), "the step ended before its processes had"
+    assert "stopping stage sleepy_stage" in worker.output
+
+
+def test_a_stage_that_will_not_stop_is_killed_after_the_timeout(tmp_path, work_dir):
+    spec = SleepySpec(folder=tmp_path, steps=FOREVER, stubborn=True, helper=True)
+    worker = Worker(spec, work_dir, SLEEPY_STOP_TIMEOUT="1")
+    pids = worker.started("stage-0", "helper-0")
+    os.kill(worker.process.pid, signal.SIGINT)
+    assert worker.end(seconds=20) != 0
+    assert not any(runs(pid) for pid in pids)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_killed_worker_leaves_no_process_and_the_stage_has_saved(tmp_path, work_dir):
+    spec = SleepySpec(folder=tmp_path, steps=FOREVER, save_seconds=0.5, helper=True)
+    worker = Worker(spec, work_dir)
+    pids = worker.started("stage-0", "helper-0")
+    worker.process.kill()
+    worker.end()
+    wait_until_gone(pids)
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_killed_worker_leaves_not_even_a_stage_that_will_not_stop(tmp_path, work_dir):
+    spec = SleepySpec(folder=tmp_path, steps=FOREVER, stubborn=True, helper=True)
+    worker = Worker(spec, work_dir, SLEEPY_STOP_TIMEOUT="1")
+    pids = worker.started("stage-0", "helper-0")
+    worker.process.kill()
+    worker.end()
+    wait_until_gone(pids)
+
+
+TRAIN = {"SLEEPY_STAGE": "tests.stages.distributed.train", "SLEEPY_PROCESSES": "2"}
+
+
+def test_training_on_two_devices_has_two_ranks_and_one_manifest(tmp_path, work_dir):
+    worker = Worker(SleepySpec(folder=tmp_path), work_dir, **TRAIN)
+    assert worker.end() == 0, worker.output
+    assert (tmp_path / "done-1").exists()
+    manifest = SleepyManifest.model_validate_json((work_dir / "train.manifest.json").read_text())
+    assert (manifest.environment["RANK"], manifest.environment["WORLD_SIZE"]) == ("0", "2")
+
+
+def test_other_stages_use_one_device_whatever_the_hardware_has(tmp_path, work_dir, monkeypatch, instance):
+    monkeypatch.setenv("SLEEPY_PROCESSES", "2")
+    assert materialize(SleepySpec(folder=tmp_path), monkeypatch, instance).success
+    assert not (tmp_path / "done-1").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_all_ranks_save_and_are_gone_when_the_worker_is_stopped_or_killed(tmp_path, work_dir, number):
+    spec = SleepySpec(folder=tmp_path, steps=FOREVER, helper=True)
+    worker = Worker(spec, work_dir, **TRAIN)
+    pids = worker.started("stage-0", "stage-1", "helper-0", "helper-1")
+    agent = psutil.Process(pids[0]).ppid()
+    os.kill(worker.process.pid, number)
+    worker.end()
+    wait_until_gone([*pids, agent])
+    assert (tmp_path / "saved").exists()
+
+
+def test_dagsters_own_command_keeps_stdout_and_stops_the_stage(tmp_path, work_dir):
+    """As a run from the command line or the UI: the step is a process of the multiprocess executor, which gets the signal."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+    command = [
+        str(Path(sys.executable).with_name("dagster")),
+        *["asset", "materialize", "-m", "tests.resources.sleepy_asset", "--select", "sleepy"],
+    ]
+    spec = SleepySpec(folder=tmp_path, steps=FOREVER, helper=True, save_seconds=1.0)
+    worker = Worker(spec, work_dir, command, DAGSTER_HOME=str(home))
+    step, *pids = worker.started("worker", "stage-0", "helper-0")
+    assert step != worker.process.pid
+    os.kill(worker.process.pid, signal.SIGINT)
+    assert worker.end() != 0
+    assert (tmp_path / "saved").exists()
+    wait_until_gone([step, *pids])
+    kept = "".join(path.read_text() for path in (home / "storage").rglob("*.out"))
+    assert "stdout of rank 0" in kept
