@@ -14,7 +14,10 @@ from typing import Any, Literal
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+from diffusers.loaders.single_file_utils import (
+    SingleFileComponentError,
+    create_diffusers_clip_model_from_ldm,
+)
 from safetensors import safe_open
 from transformers import (
     CLIPTextModel,
@@ -181,14 +184,16 @@ def _load_text_encoder(
     if model.kind == "folder":
         folder, variant = Path(model.path) / component, model.variants.get(component)
         return _frozen(_from_folder(encoder_class, folder, variant, dtype), model.source)
-    encoder = create_diffusers_clip_model_from_ldm(
-        encoder_class,
-        _read_tensors(Path(model.path), SINGLE_FILE_PREFIXES[component]),
-        subfolder=component,
-        config=model.config_path,
-        torch_dtype=dtype,
-        local_files_only=True,
-    )
+    path = Path(model.path)
+    with _named_misfit(model, path, component):
+        encoder = create_diffusers_clip_model_from_ldm(
+            encoder_class,
+            _read_tensors(path, SINGLE_FILE_PREFIXES[component]),
+            subfolder=component,
+            config=model.config_path,
+            torch_dtype=dtype,
+            local_files_only=True,
+        )
     return _frozen(encoder, model.source)
 
 
@@ -217,16 +222,20 @@ def _from_checkpoint(
     tensors = _read_tensors(path, prefix)
     if not tensors and component == "vae":
         tensors = _read_tensors(path, "")  # a file with nothing but a VAE names its tensors without prefix
-    try:
+    with _named_misfit(model, path, component):
         return model_class.from_single_file(
             tensors, config=model.config_path, subfolder=component, torch_dtype=dtype, local_files_only=True
         )
-    except (
-        KeyError,
-        RuntimeError,
-        ValueError,
-        diffusers.loaders.single_file_utils.SingleFileComponentError,
-    ) as error:
+
+
+@contextmanager
+def _named_misfit(model: ResolvedModel, path: Path, component: str) -> Iterator[None]:
+    """Turn what diffusers' converters raise on a checkpoint that is not what it should be into an error that says so."""
+    try:
+        yield
+    except NotImplementedError as error:  # torch cannot move a weight that was never filled in
+        raise BaseModelError(f"{path} lacks weights of its {component}. Get the file again.") from error
+    except (KeyError, RuntimeError, ValueError, SingleFileComponentError) as error:
         raise BaseModelError(
             f"{path}: its {component} does not fit {model.config_path}/{component}/config.json ({error}). "
             "A model that is not built like SDXL-base needs its configurations in a folder beside the file, named like it."

@@ -1,0 +1,62 @@
+"""Holds that embeddings are those of diffusers' own pipeline, and no prompt's depend on its neighbours."""
+
+import pytest
+import torch
+
+from sdxl_pipeline.sdxl.base_model import ResolvedModel
+from sdxl_pipeline.sdxl.components import TextEncoders, load_pipeline, load_text_encoders
+from sdxl_pipeline.sdxl.text_encoding import encode_prompts, max_tokens, token_counts
+
+PROMPTS = [
+    "a red circle",
+    "",
+    "a large blue star on a yellow background",
+    "Ünïcödé 絵, (weights:1.2) & punctuation!",
+    "a very long caption " * 40,
+]
+
+
+@pytest.fixture(scope="module")
+def encoders(bundled: ResolvedModel) -> TextEncoders:
+    return load_text_encoders(bundled, torch.float32)
+
+
+def test_equal_to_the_pipelines_encode_prompt(bundled: ResolvedModel, encoders: TextEncoders):
+    pipeline = load_pipeline(bundled, torch.float32, text_encoders=encoders)
+    expected, _, expected_pooled, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+    prompt_embeds, pooled = encode_prompts(encoders, PROMPTS)
+    assert prompt_embeds.shape == (len(PROMPTS), 77, 128)
+    assert pooled.shape == (len(PROMPTS), 64)
+    assert torch.equal(prompt_embeds, expected)
+    assert torch.equal(pooled, expected_pooled)
+
+
+def test_equal_to_the_pipelines_negative_prompt(bundled: ResolvedModel, encoders: TextEncoders):
+    pipeline = load_pipeline(bundled, torch.float32, text_encoders=encoders)
+    _, negative, _, negative_pooled = pipeline.encode_prompt("a circle", negative_prompt="blurry")
+    prompt_embeds, pooled = encode_prompts(encoders, ["blurry"])
+    assert torch.equal(prompt_embeds, negative)
+    assert torch.equal(pooled, negative_pooled)
+
+
+def test_order_and_batch_do_not_change_a_prompts_embedding(encoders: TextEncoders):
+    together, pooled_together = encode_prompts(encoders, PROMPTS)
+    backwards, pooled_backwards = encode_prompts(encoders, PROMPTS[::-1])
+    torch.testing.assert_close(together, backwards.flip(0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(pooled_together, pooled_backwards.flip(0), atol=1e-5, rtol=0)
+    for index, prompt in enumerate(PROMPTS):
+        alone, pooled_alone = encode_prompts(encoders, [prompt])
+        torch.testing.assert_close(alone[0], together[index], atol=1e-5, rtol=0)
+        torch.testing.assert_close(pooled_alone[0], pooled_together[index], atol=1e-5, rtol=0)
+    assert not torch.allclose(together[0], together[2], atol=1e-2), "prompts differ, so must their embeddings"
+
+
+def test_no_gradient_is_kept(encoders: TextEncoders):
+    assert not encode_prompts(encoders, ["a"])[0].requires_grad
+
+
+def test_tokens_are_counted_with_start_and_end_and_past_the_limit(encoders: TextEncoders):
+    counts = token_counts(encoders, ["", "circle", "circle " * 75, "circle " * 76])
+    assert counts == [2, 3, 77, 78]
+    assert max_tokens(encoders) == 77
+    assert token_counts(encoders, []) == []
