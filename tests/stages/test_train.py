@@ -1,0 +1,243 @@
+"""The trainer as a program: killed at any step and run again, it leaves the very LoRA file of an unbroken run; finished, it is reused."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file
+
+from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.stages.program import EXIT_STOPPED, StageError, StopSignal
+from sdxl_pipeline.stages.reporter import Reporter
+from sdxl_pipeline.stages.specs import TrainedLora, TrainSpec
+from sdxl_pipeline.stages.train import main
+from sdxl_pipeline.store.tensor_store import TensorStore
+from sdxl_pipeline.training.metrics import read_metrics
+from tests.training.lanes import SQUARE, WIDE, digest, make_lane, make_spec
+
+STEPS = 12
+REPOSITORY = Path(__file__).parents[2]
+
+# Everything that could make a resumed run differ: dropout of adapter and captions, a choice of captions, posterior sampling,
+# accumulation, a schedule, epochs that end in the middle of a step.
+HARD = {
+    "max_train_steps": STEPS,
+    "train_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+    "lora_dropout": 0.2,
+    "caption_dropout_probability": 0.3,
+    "checkpoint_step_interval": 2,
+    "snr_gamma": 5.0,
+}
+WITH_PICTURES = {"validation_disable": False, "validation_step_interval": 3}
+
+
+def hard_spec(folder: Path, run: str, **settings) -> TrainSpec:
+    folder.mkdir(parents=True, exist_ok=True)
+    return make_spec(folder, make_lane(folder / "lane", captions=3), run=run, **{**HARD, **settings})
+
+
+def with_settings(spec: TrainSpec, run: str, **settings) -> TrainSpec:
+    values = TrainingSettings(**{**spec.settings.model_dump(), **settings})
+    return spec.model_copy(update={"settings": values, "run_dir": str(Path(spec.run_dir).with_name(run))})
+
+
+def start(spec: TrainSpec, *launcher: str) -> subprocess.Popen[bytes]:
+    spec_path = Path(spec.run_dir).with_suffix(".json")
+    spec_path.write_text(spec.model_dump_json())
+    manifest = spec_path.with_suffix(".manifest.json")
+    command = [sys.executable, *launcher, "-m", "sdxl_pipeline.stages.train", str(spec_path)]
+    return subprocess.Popen(
+        [*command, "--manifest", str(manifest)],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def finish(process: subprocess.Popen[bytes]) -> str:
+    return process.communicate(timeout=300)[0].decode()
+
+
+def run(spec: TrainSpec, *launcher: str) -> TrainedLora:
+    process = start(spec, *launcher)
+    output = finish(process)
+    assert process.returncode == 0, output
+    path = Path(spec.run_dir).with_suffix(".manifest.json")
+    return TrainedLora.model_validate_json(path.read_bytes())
+
+
+def kill_on_the_way(spec: TrainSpec, number: int) -> int:
+    """Start the run, send it a signal when a checkpoint chosen by lot is there, and give that checkpoint's step."""
+    step = random.choice(range(2, STEPS - 3, 2))
+    process = start(spec)
+    place = Path(spec.run_dir) / "checkpoints" / f"step-{step:08d}"
+    while not place.exists():
+        assert process.poll() is None, finish(process)
+        time.sleep(0.01)
+    time.sleep(random.random() * 0.2)
+    process.send_signal(number)
+    output = finish(process)
+    expected = EXIT_STOPPED if number == signal.SIGTERM else -number
+    assert process.returncode == expected, f"killed at step {step}: {output}"
+    assert not (Path(spec.run_dir) / "finished.json").exists()
+    return step
+
+
+def losses(manifest: TrainedLora) -> list[tuple[int, float]]:
+    return [(row.step, row.loss) for row in read_metrics(Path(manifest.metrics_path))]
+
+
+class Listener(Reporter):
+    """Keeps what was said."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines: list[str] = []
+
+    def _show_log(self, message: str) -> None:
+        self.lines.append(message)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> tuple[TrainSpec, TrainedLora]:
+    spec = hard_spec(tmp_path_factory.mktemp("hard"), "unbroken")
+    return spec, run(spec)
+
+
+def test_a_run_trains_and_says_what_it_did(unbroken):
+    spec, manifest = unbroken
+    assert (manifest.steps, manifest.samples, manifest.epochs) == (STEPS, 24, 24 / 5)
+    assert (manifest.reused, manifest.resumed_from_step) == (False, None)
+    rows = read_metrics(Path(manifest.metrics_path))
+    assert [row.step for row in rows] == list(range(1, STEPS + 1))
+    assert all(row.grad_norm and row.grad_norm > 0 for row in rows)
+    assert manifest.final_loss == rows[-1].loss
+    assert rows[0].lr == 0
+    assert rows[2].lr == spec.settings.learning_rate
+    weights = Path(manifest.weights_path)
+    assert manifest.weights_sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
+    tensors = load_file(weights)
+    assert manifest.trainable_parameters == sum(tensor.numel() for tensor in tensors.values())
+    assert manifest.adapted_modules == len(tensors) / 2
+    assert any(tensor.abs().max() > 1e-4 for name, tensor in tensors.items() if "lora_B" in name)
+    assert manifest.peak_memory_bytes > 50e6
+    pipeline = StableDiffusionXLPipeline.from_pretrained(spec.base_model.path)
+    pipeline.load_lora_weights(weights.parent, weight_name=weights.name)
+    assert pipeline.get_list_adapters() == {"unet": ["default_0"]}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_a_killed_and_resumed_run_leaves_the_same_bytes(unbroken, number):
+    spec, expected = unbroken
+    # with pictures, which the unbroken run does not draw: they must not change a bit either
+    spec = with_settings(spec, f"killed-{number.name}", **WITH_PICTURES)
+    step = kill_on_the_way(spec, number)
+    resumed = run(spec)
+    assert resumed.resumed_from_step is not None
+    assert step <= resumed.resumed_from_step < STEPS
+    assert resumed.identity == expected.identity
+    assert Path(resumed.weights_path).read_bytes() == Path(expected.weights_path).read_bytes()
+    assert losses(resumed) == losses(expected)
+    assert [image.step for image in resumed.validation_images] == [0, 3, 6, 9, 12]
+    assert len({Path(image.path).read_bytes() for image in resumed.validation_images}) > 1
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(unbroken):
+    spec, _ = unbroken
+    settings = {"gradient_accumulation_steps": 1, "lora_dropout": 0.0, "max_train_steps": 5, **WITH_PICTURES}
+    one = main(with_settings(spec, "one", **settings, train_batch_size=2), Listener(), StopSignal())
+    two_spec = with_settings(spec, "two", **settings)
+    two_spec = two_spec.model_copy(
+        update={"hardware": two_spec.hardware.model_copy(update={"num_processes": 2})}
+    )
+    two = run(two_spec, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    assert two.samples == one.samples == 10
+    assert [loss for _, loss in losses(two)] == pytest.approx([loss for _, loss in losses(one)], rel=1e-5)
+    assert [image.step for image in two.validation_images] == [0, 3, 5]
+    ones, twos = load_file(one.weights_path), load_file(two.weights_path)
+    assert ones.keys() == twos.keys()
+    for name, tensor in ones.items():
+        torch.testing.assert_close(twos[name], tensor, rtol=0, atol=1e-5)
+
+
+def test_a_finished_run_is_reused_until_its_weights_are_touched(unbroken):
+    spec, first = unbroken
+    before = Path(first.weights_path).stat().st_mtime_ns
+    spec = with_settings(spec, "unbroken", **WITH_PICTURES)  # no part of the identity
+    listener = Listener()
+    again = main(spec, listener, StopSignal())
+    assert again == first.model_copy(update={"reused": True})
+    assert Path(first.weights_path).stat().st_mtime_ns == before
+    assert any("Nothing to train" in line for line in listener.lines)
+
+
+def test_a_run_moved_elsewhere_is_found_and_damage_is_mended_from_the_last_checkpoint(unbroken):
+    spec, _ = unbroken
+    moved = with_settings(spec, "moved")
+    shutil.copytree(spec.run_dir, moved.run_dir)
+    found = main(moved, Listener(), StopSignal())
+    assert found.reused
+    assert Path(found.weights_path).parent == Path(moved.run_dir)
+
+    weights = Path(found.weights_path)
+    expected = weights.read_bytes()
+    weights.write_bytes(expected[:-1] + b"x")
+    mended = main(moved, Listener(), StopSignal())
+    assert (mended.reused, mended.resumed_from_step) == (False, STEPS)
+    assert weights.read_bytes() == expected
+
+
+def test_a_folder_of_another_run_is_refused(unbroken):
+    spec, _ = unbroken
+    with pytest.raises(StageError, match="holds another run"):
+        main(with_settings(spec, "unbroken", seed=1), Listener(), StopSignal())
+
+
+def test_checkpoints_are_kept_to_their_limit(tmp_path):
+    spec = make_spec(tmp_path, max_train_steps=3, checkpoint_step_interval=1, checkpoints_total_limit=2)
+    main(spec, Listener(), StopSignal())
+    kept = sorted(place.name for place in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000003"]
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_with_its_step(tmp_path):
+    lane = make_lane(tmp_path / "lane", buckets=[SQUARE] * 2 + [WIDE] * 2)
+    broken = TensorStore(tmp_path / "broken")
+    with broken.writer() as writer:
+        for index, (height, width) in enumerate([SQUARE] * 2 + [WIDE] * 2):
+            mean = torch.full((4, height // 8, width // 8), float("nan") if index > 1 else 0.5)
+            key = digest("latent", digest("image", "shapes", index))
+            writer.add(key, {"mean": mean, "logvar": torch.zeros_like(mean)})
+    latents = lane.latents.model_copy(update={"store_root": str(broken.root)})
+    spec = make_spec(tmp_path, lane.model_copy(update={"latents": latents}), max_train_steps=4)
+    with pytest.raises(StageError, match=r"the loss of step [12] is nan.*learning_rate \(0\.001\)"):
+        main(spec, Listener(), StopSignal())
+    assert not (tmp_path / "run" / "checkpoints").exists() or not any(
+        (tmp_path / "run" / "checkpoints").iterdir()
+    )
+
+
+def test_the_number_of_processes_must_be_what_the_spec_says(tmp_path):
+    with pytest.raises(StageError, match=r"2 processes, but 1 are running.*torchrun"):
+        main(make_spec(tmp_path, num_processes=2), Listener(), StopSignal())
+
+
+def test_epochs_give_the_length_where_steps_do_not(tmp_path):
+    spec = make_spec(tmp_path, max_train_steps=None, num_train_epochs=2, train_batch_size=3)
+    manifest = main(spec, Listener(), StopSignal())
+    # 3 square and 2 wide pictures are two batches an epoch
+    assert (manifest.steps, manifest.epochs) == (4, 2.0)
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json").read_text())
+    assert state["step"] == 4
