@@ -59,8 +59,8 @@ def change_since(previous_report: Path | None, now: Mapping[str, float]) -> dict
     return {name: now[name] - before[name] for name in now if name in before}
 
 
-def portable(report: EvaluationReport) -> dict[str, Any]:
-    """The report as plain data without any path of this machine, as a release publishes it."""
+def portable(report: EvaluationReport, scoring_model: str | None) -> dict[str, Any]:
+    """The report as plain data without any path of this machine, with the words to show its figures by; a release publishes it."""
     kept = report.model_dump(
         mode="json",
         exclude={
@@ -70,14 +70,17 @@ def portable(report: EvaluationReport) -> dict[str, Any]:
             "images": {"__all__": {"path"}},
         },
     )
-    return {"figures": report_figures(report), **kept}
+    found = report_figures(report)
+    names = {name: FIGURE_NAMES[name] for name in found}
+    words = {"figure_names": names, "measurement": describe_measurement(report, scoring_model)}
+    return {"figures": found, **words, **kept}
 
 
 def write_report(report: EvaluationReport, project: str, scoring_model: str | None) -> None:
     """Write report.md at `report.report_path` and report.json beside it."""
     path = Path(report.report_path)
     write_text_atomic(path, markdown(report, project, scoring_model))
-    write_text_atomic(path.with_suffix(".json"), json.dumps(portable(report), indent=2) + "\n")
+    write_text_atomic(path.with_suffix(".json"), json.dumps(portable(report, scoring_model), indent=2) + "\n")
 
 
 def markdown(report: EvaluationReport, project: str, scoring_model: str | None) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from peft import get_peft_model_state_dict
+from safetensors import safe_open
 
 from sdxl_pipeline.evaluation.clip_score import ClipScorer, summarize
 from sdxl_pipeline.evaluation.comparison import Pair, comparison_sheet
@@ -132,14 +134,24 @@ def load_subject(spec: EvaluateSpec) -> StableDiffusionXLPipeline:
         use_safetensors=True,
         local_files_only=True,
     )
-    adapted = len(adapted_module_names(unet))
-    if adapted != spec.lora.adapted_modules:
-        raise StageError(
-            f"{weights} does not load back whole: diffusers adapts {adapted} layers by it, but {spec.lora.adapted_modules} were trained"
-        )
+    _require_whole(unet, weights, spec.lora.adapted_modules)
     unet.to(spec.hardware.device).eval()
     vae.to(spec.hardware.device)
     return pipeline
+
+
+def _require_whole(unet: UNet2DConditionModel, weights: Path, trained_modules: int) -> None:
+    """Diffusers only warns of tensors it finds no place for, or that a layer lacks."""
+    loaded = {f"unet.{name}" for name in get_peft_model_state_dict(unet, adapter_name=ADAPTER)}
+    with safe_open(weights, framework="pt") as file:
+        stored = set(file.keys())
+    if loaded != stored:
+        astray = sorted(loaded ^ stored)
+        raise StageError(f"{weights} does not load back whole: {len(astray)} tensors differ, as {astray[0]}")
+    if (adapted := len(adapted_module_names(unet))) != trained_modules:
+        raise StageError(
+            f"{weights} does not load back whole: it adapts {adapted} layers, but {trained_modules} were trained"
+        )
 
 
 @contextmanager

@@ -1,0 +1,202 @@
+"""The release: one folder that holds exactly what is, or would be, published, and the check that its weights can be used."""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.release.portable import ReleaseError, portable_lineage, portable_settings, require_portable
+from sdxl_pipeline.sdxl.base_model import ResolvedModel
+from sdxl_pipeline.stages.specs import EvaluationReport, TrainedLora, ValidationImage, ValidationPrompt
+from sdxl_pipeline.store.files import sha256_file, write_text_atomic
+
+WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
+CARD_FILE = "README.md"
+SETTINGS_FILE = "training_config.json"  # not config.json: the Hub takes that for a transformers model
+REPORT_FILE = "eval.json"
+LINEAGE_FILE = "lineage.json"
+GALLERY_FILE = "gallery.png"
+LOSS_PLOT_FILE = "loss_by_timestep.png"
+LOSS_CURVE_FILE = "training_loss.png"
+IMAGES_FOLDER = "images"
+
+
+class ExportError(Exception):
+    """A LoRA file that its users could not use; the message says why."""
+
+
+def build_release(
+    folder: Path,
+    *,
+    project: str,
+    base_model: ResolvedModel,
+    settings: TrainingSettings,
+    lora: TrainedLora,
+    report: EvaluationReport,
+    prompts: Sequence[ValidationPrompt],
+    counts: Mapping[str, int],
+    lineage: Mapping[str, Any],
+) -> Path:
+    """Put the release together beside `folder` and rename it there, in the place of an earlier one; gives `folder`.
+
+    `counts` is the number of pictures by dataset, `lineage` plain data that goes into lineage.json as it is, but for local paths.
+    Raises ReleaseError when the weights are not those that were evaluated, when a local path or the Hub token would be published, or
+    when `folder` holds something that is no release.
+    """
+    if (
+        report.lora_sha256 != lora.weights_sha256
+        or sha256_file(Path(lora.weights_path)) != lora.weights_sha256
+    ):
+        raise ReleaseError(
+            f"{lora.weights_path} is not the file that was evaluated. Materialize lora and evaluation again"
+        )
+    if folder.exists() and any(folder.iterdir()) and not (folder / LINEAGE_FILE).is_file():
+        raise ReleaseError(
+            f"{folder} holds files that are no release, and would be replaced by one. Move them, or change output_dir"
+        )
+    staged = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        _fill(staged, project, base_model, settings, lora, report, prompts, counts, portable_lineage(lineage))
+        require_portable(staged, _secrets(), _places(base_model, lora, report))
+        _replace(folder, staged)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return folder
+
+
+def verify_export(path: Path, base_model: ResolvedModel) -> int:
+    """Raise ExportError unless diffusers reads the LoRA file and every tensor of it finds its place in the base model's UNet.
+
+    The UNet is built without weights, so SDXL's takes seconds and next to no memory. Numbers must be finite, and some update must not be
+    zero. Gives the number of layers that the file changes.
+    """
+    import torch
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+    from peft import get_peft_model_state_dict
+    from safetensors import SafetensorError
+
+    from sdxl_pipeline.sdxl.adapters import ADAPTER_NAME, AdapterError, load_lora_into_unet
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(
+            UNet2DConditionModel.load_config(base_model.config_path, subfolder="unet")
+        )
+    try:
+        tensors, _ = StableDiffusionXLPipeline.lora_state_dict(
+            str(path.parent), weight_name=path.name, use_safetensors=True, local_files_only=True
+        )
+        with warnings.catch_warnings():
+            # Torch warns for each tensor that none is copied into a module without weights, which is the point here.
+            warnings.filterwarnings(
+                "ignore", message=".*copying from a non-meta parameter", category=UserWarning
+            )
+            modules = load_lora_into_unet(unet, path)
+    except (OSError, SafetensorError, AdapterError, RuntimeError, ValueError) as error:
+        raise ExportError(f"{path} does not load back: {error}") from error
+    wanted = {
+        f"unet.{name}": tensor.shape
+        for name, tensor in get_peft_model_state_dict(unet, adapter_name=ADAPTER_NAME).items()
+    }
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if astray := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
+        raise ExportError(
+            f"{path} does not fit the UNet of {base_model.source}: {len(astray)} tensors are astray, as {astray[0]}"
+        )
+    if broken := sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()):
+        raise ExportError(
+            f"{path}: {len(broken)} tensors hold NaN or infinity, as {broken[0]}. The training diverged"
+        )
+    if not any(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name):
+        raise ExportError(f"{path} changes nothing: all its updates are zero")
+    return len(modules)
+
+
+def _fill(
+    folder: Path,
+    project: str,
+    base_model: ResolvedModel,
+    settings: TrainingSettings,
+    lora: TrainedLora,
+    report: EvaluationReport,
+    prompts: Sequence[ValidationPrompt],
+    counts: Mapping[str, int],
+    lineage: Mapping[str, Any],
+) -> None:
+    # The Hub's client is imported for the card only, and not with this module: the asset graph imports it.
+    from sdxl_pipeline.release.model_card import model_card
+
+    shutil.copyfile(lora.weights_path, folder / WEIGHTS_FILE)
+    files = {
+        "weights": WEIGHTS_FILE,
+        "gallery": GALLERY_FILE,
+        "settings": SETTINGS_FILE,
+        "evaluation": REPORT_FILE,
+        "lineage": LINEAGE_FILE,
+    }
+    shutil.copyfile(report.gallery_path, folder / GALLERY_FILE)
+    plots = (
+        ("loss_plot", report.loss_plot_path, LOSS_PLOT_FILE),
+        ("loss_curve", lora.loss_curve_path, LOSS_CURVE_FILE),
+    )
+    for role, source, name in plots:
+        if source is not None and Path(source).is_file():
+            shutil.copyfile(source, folder / name)
+            files[role] = name
+    pictures = _copy_pictures(folder, [image for image in report.images if image.step > 0])
+    published_report = json.loads(Path(report.report_path).with_suffix(".json").read_text(encoding="utf-8"))
+    for name, value in (
+        (SETTINGS_FILE, portable_settings(settings)),
+        (REPORT_FILE, published_report),
+        (LINEAGE_FILE, {**lineage, "pictures": dict(counts)}),
+    ):
+        write_text_atomic(folder / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    card = model_card(
+        project=project,
+        base_model=base_model,
+        settings=settings,
+        lora=lora,
+        report=published_report,
+        prompts=prompts or [ValidationPrompt(name=prompt, prompt=prompt) for prompt in pictures],
+        pictures=pictures,
+        counts=counts,
+        lineage=lineage,
+        files=files,
+    )
+    write_text_atomic(folder / CARD_FILE, card)
+
+
+def _copy_pictures(folder: Path, images: Sequence[ValidationImage]) -> dict[str, str]:
+    """Copy the LoRA's pictures into the release; gives prompt -> path in the release of its first picture."""
+    (folder / IMAGES_FOLDER).mkdir()
+    pictures: dict[str, str] = {}
+    for image in images:
+        name = f"{IMAGES_FOLDER}/{Path(image.path).name}"
+        shutil.copyfile(image.path, folder / name)
+        pictures.setdefault(image.prompt, name)
+    return pictures
+
+
+def _replace(folder: Path, staged: Path) -> None:
+    """Rename `staged` to `folder`. A kill in between leaves the earlier release under its old name beside it."""
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        folder.rename(old)
+    staged.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _secrets() -> list[str]:
+    from huggingface_hub import get_token
+
+    return [get_token() or ""]
+
+
+def _places(base_model: ResolvedModel, lora: TrainedLora, report: EvaluationReport) -> list[Path]:
+    places = [Path(lora.run_dir), Path(report.report_path).parent, Path(base_model.path).parent, Path.cwd()]
+    return [*places, *(place.parent for place in places), Path.home()]

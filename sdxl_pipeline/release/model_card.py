@@ -1,0 +1,220 @@
+"""The model card: what the Hub shows and searches by, and what a person needs to use the LoRA and to know where it came from."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.release.portable import portable_name
+from sdxl_pipeline.sdxl.base_model import BUNDLED_NAME, ResolvedModel
+from sdxl_pipeline.stages.specs import TrainedLora, ValidationPrompt
+
+LICENCES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}
+"""Licences of base models that pass on to what is derived from them, by Hub id."""
+
+SHOWN_SETTINGS = (
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "learning_rate",
+    "lr_scheduler",
+    "lr_warmup_steps",
+    "optimizer",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "caption_dropout_probability",
+    "snr_gamma",
+    "prediction_type",
+    "mixed_precision",
+    "base_model_precision",
+    "seed",
+)
+"""The settings that say most about a LoRA; all of them are in a file of the release."""
+
+
+def model_card(
+    *,
+    project: str,
+    base_model: ResolvedModel,
+    settings: TrainingSettings,
+    lora: TrainedLora,
+    report: Mapping[str, Any],
+    prompts: Sequence[ValidationPrompt],
+    pictures: Mapping[str, str],
+    counts: Mapping[str, int],
+    lineage: Mapping[str, Any],
+    files: Mapping[str, str],
+) -> str:
+    """The text of README.md.
+
+    `report` is an evaluation's report.json; `pictures` maps a prompt to its picture's path in the release; `files` names the other files
+    by role: weights, gallery, settings, evaluation, lineage, and where there is one loss_plot and loss_curve.
+    """
+    sections = [
+        f"# {project}",
+        settings.model_card_note or "",
+        _opening(project, base_model, settings, lora, counts),
+        "<Gallery />" if pictures else "",  # the Hub shows the pictures of the front matter in its place
+        f"![base model beside LoRA]({files['gallery']})",
+        "## Use",
+        _snippet(base_model, settings, prompts, files["weights"]),
+        "## Evaluation",
+        _evaluation(report, files),
+        "## Training",
+        _training(settings, lora, files),
+        "## Lineage",
+        _lineage(base_model, counts, lineage, files),
+    ]
+    body = "\n\n".join(section for section in sections if section)
+    return str(
+        ModelCard(f"---\n{_front_matter(base_model, settings, prompts, pictures).to_yaml()}\n---\n\n{body}\n")
+    )
+
+
+def hub_id(base_model: ResolvedModel) -> str | None:
+    """The base model's name on the Hub; None for a local or bundled one."""
+    return base_model.source if base_model.revision is not None else None
+
+
+def _front_matter(
+    base_model: ResolvedModel,
+    settings: TrainingSettings,
+    prompts: Sequence[ValidationPrompt],
+    pictures: Mapping[str, str],
+) -> ModelCardData:
+    base = hub_id(base_model)
+    widget = []
+    for prompt in prompts:
+        if prompt.prompt in pictures:
+            entry: dict[str, Any] = {"text": prompt.prompt, "output": {"url": pictures[prompt.prompt]}}
+            if prompt.negative_prompt:
+                entry["parameters"] = {"negative_prompt": prompt.negative_prompt}
+            widget.append(entry)
+    return ModelCardData(
+        base_model=base,
+        base_model_relation="adapter" if base else None,
+        library_name="diffusers",
+        license=LICENCES.get(base) if base else None,
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", "lora", "sdxl", "stable-diffusion-xl"],
+        instance_prompt=settings.instance_prompt,
+        widget=widget or None,
+    )
+
+
+def _opening(
+    project: str,
+    base_model: ResolvedModel,
+    settings: TrainingSettings,
+    lora: TrainedLora,
+    counts: Mapping[str, int],
+) -> str:
+    base = hub_id(base_model)
+    name = f"[{base}](https://huggingface.co/{base})" if base else f"`{portable_name(base_model.source)}`"
+    pictures = sum(counts.values())
+    return (
+        f"{project} is a LoRA of rank {settings.lora_rank} for {name}, trained on {pictures:,} captioned "
+        f"pictures for {lora.steps:,} steps. It changes {lora.adapted_modules} layers of the UNet and leaves the text encoders alone."
+    )
+
+
+def _snippet(
+    base_model: ResolvedModel, settings: TrainingSettings, prompts: Sequence[ValidationPrompt], weights: str
+) -> str:
+    base = hub_id(base_model)
+    if base_model.source == BUNDLED_NAME:
+        base_import, base_name = "from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL\n", "BUNDLED_MODEL"
+    else:
+        base_import, base_name = "", repr(base or portable_name(base_model.source))
+    loader = "from_single_file" if base_model.kind == "single_file" else "from_pretrained"
+    published = settings.hub_model_id if settings.push_to_hub else None
+    source, where = (repr(published), "") if published else ('"."', "  # the folder of this file")
+    height, width = settings.validation_sizes[0]
+    lines = [f"    height={height},", f"    width={width},"]
+    if prompts and prompts[0].negative_prompt:
+        lines.insert(0, f"    negative_prompt={prompts[0].negative_prompt!r},")
+    if settings.validation_guidance_rescale:
+        lines.append(f"    guidance_rescale={settings.validation_guidance_rescale:g},")
+    call = "\n".join(lines)
+    return f"""```python
+import torch
+from diffusers import StableDiffusionXLPipeline
+{base_import}
+device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+pipeline = StableDiffusionXLPipeline.{loader}({base_name}, torch_dtype=dtype).to(device)
+pipeline.load_lora_weights({source}, weight_name={weights!r}){where}
+image = pipeline(
+    {(prompts[0].prompt if prompts else "your prompt")!r},
+{call}
+    num_inference_steps={settings.validation_num_inference_steps},
+    guidance_scale={settings.validation_guidance:g},
+    generator=torch.Generator("cpu").manual_seed({settings.effective_validation_seed}),
+).images[0]
+image.save("picture.png")
+```"""
+
+
+def _evaluation(report: Mapping[str, Any], files: Mapping[str, str]) -> str:
+    found, names = report["figures"], report["figure_names"]
+    if not found:
+        return "Neither an eval loss nor a CLIP score was measured."
+    changes = report["change_since_release"]
+    header = ("figure", "value", "change since the last release") if changes else ("figure", "value")
+    rows = [
+        (
+            names[name],
+            f"{value:.4g}",
+            *([f"{changes[name]:+.3g}" if name in changes else ""] if changes else []),
+        )
+        for name, value in found.items()
+    ]
+    parts = [_table(header, rows), report["measurement"]]
+    if "loss_plot" in files:
+        parts.append(f"![eval loss by timestep]({files['loss_plot']})")
+    return "\n\n".join(parts)
+
+
+def _training(settings: TrainingSettings, lora: TrainedLora, files: Mapping[str, str]) -> str:
+    values = settings.model_dump(mode="json") | {"lora_alpha": settings.effective_lora_alpha}
+    rows = [
+        ("steps", f"{lora.steps:,}"),
+        ("passes over the pictures", f"{lora.epochs:.3g}"),
+        ("trainable parameters", f"{lora.trainable_parameters:,}"),
+        *((f"`{name}`", _shown(values[name])) for name in SHOWN_SETTINGS if values[name] is not None),
+    ]
+    parts = [_table(("setting", "value"), rows), f"All settings: [{files['settings']}]({files['settings']})."]
+    if "loss_curve" in files:
+        parts.append(f"![training loss]({files['loss_curve']})")
+    return "\n\n".join(parts)
+
+
+def _lineage(
+    base_model: ResolvedModel, counts: Mapping[str, int], lineage: Mapping[str, Any], files: Mapping[str, str]
+) -> str:
+    rows = [("base model", f"`{portable_name(base_model.source)}`")]
+    if base_model.revision is not None:
+        rows.append(("base model's revision", f"`{base_model.revision}`"))
+    rows += [(f"base model, {name}", f"`{digest}`") for name, digest in base_model.digests.items()]
+    rows += [(f"dataset `{dataset}`", f"{count:,} pictures") for dataset, count in counts.items()]
+    rows += [(f"`{asset}`", f"`{value}`") for asset, value in lineage.get("data_versions", {}).items()]
+    rows += [
+        (name.replace("_", " "), f"`{lineage[name]}`")
+        for name in ("training_identity", "weights_sha256")
+        if name in lineage
+    ]
+    text = "Every value is a digest of content or a commit: equal values mean equal data. "
+    return f"{text}As data: [{files['lineage']}]({files['lineage']}).\n\n{_table(('what', 'which'), rows)}"
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |"
+        for line in lines
+    )

@@ -1,0 +1,127 @@
+"""The evaluation as a program: it loads the exported file by diffusers' loader, repeats itself exactly, and stops when asked."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from sdxl_pipeline.stages.evaluate import main
+from sdxl_pipeline.stages.program import StageError, StageStopped, StopSignal
+from sdxl_pipeline.stages.reporter import Reporter
+from sdxl_pipeline.stages.specs import EvaluateSpec, EvaluationReport
+from sdxl_pipeline.store.files import sha256_file
+from tests.evaluation.lanes import make_spec
+
+
+def evaluate(spec: EvaluateSpec) -> EvaluationReport:
+    return main(spec, Reporter(), StopSignal())
+
+
+def pixels(report: EvaluationReport, name: str, step: int) -> np.ndarray:
+    (path,) = [image.path for image in report.images if image.name == name and image.step == step]
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB")).astype(int)
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory: pytest.TempPathFactory) -> tuple[EvaluateSpec, EvaluationReport]:
+    spec = make_spec(tmp_path_factory.mktemp("changed"), scale=0.1)
+    return spec, evaluate(spec)
+
+
+def test_a_lora_that_changes_nothing_equals_the_base_model(tmp_path: Path):
+    report = evaluate(make_spec(tmp_path, scale=0.0, evaluation_type="none"))
+    assert report.lora_loss == report.base_loss
+    assert np.array_equal(pixels(report, "star", 0), pixels(report, "star", 40))
+    assert report.base_clip is None
+    assert report.lora_clip is None
+
+
+def test_a_lora_that_changes_something_shows_in_loss_and_pictures(changed):
+    _, report = changed
+    assert report.lora_loss is not None
+    assert report.base_loss is not None
+    assert all(
+        a != b for a, b in zip(report.lora_loss.by_timestep, report.base_loss.by_timestep, strict=True)
+    )
+    assert not np.array_equal(pixels(report, "star", 0), pixels(report, "star", 40))
+    assert (report.eval_source, report.eval_images) == ("held-out share", 2)
+    assert {image.name for image in report.images} == {"circle", "star"}
+    assert report.lora_clip is not None
+    assert 0 <= report.lora_clip.min <= report.lora_clip.mean <= report.lora_clip.max <= 100
+
+
+def test_two_evaluations_agree_exactly(changed):
+    spec, report = changed
+    again = evaluate(spec)
+    assert again.model_copy(update={"seconds": report.seconds}) == report
+    release = Path(report.report_path).with_suffix(".json")
+    compared = evaluate(spec.model_copy(update={"previous_report_path": str(release)}))
+    assert set(compared.change_since_release.values()) == {0.0}
+    assert "lora_clip_mean" in compared.change_since_release
+
+
+def test_everything_is_where_the_report_says(changed):
+    _, report = changed
+    for path in (report.gallery_path, report.loss_plot_path, *(image.path for image in report.images)):
+        with Image.open(path) as picture:
+            picture.verify()
+    assert Path(report.report_path).read_text().startswith("# Evaluation of")
+    figures = json.loads(Path(report.report_path).with_suffix(".json").read_text())["figures"]
+    assert figures["lora_loss"] == report.lora_loss.mean
+
+
+def test_the_eval_loss_can_be_left_out_and_captions_stand_in_for_prompts(tmp_path: Path):
+    report = evaluate(make_spec(tmp_path, prompts=(), eval_loss_disable=True, evaluation_type="none"))
+    assert report.base_loss is report.lora_loss is report.loss_plot_path is None
+    assert {image.prompt for image in report.images} == {"picture c.png", "picture e.png"}
+
+
+def test_another_file_than_the_trained_one_is_refused(changed, tmp_path: Path):
+    spec, _ = changed
+    tensors = load_file(spec.lora.weights_path)
+    name = next(iter(tensors))
+    other = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(tensors | {name: tensors[name] + 1}, other)
+    lora = spec.lora.model_copy(update={"weights_path": str(other)})
+    with pytest.raises(StageError, match="SHA-256 differs"):
+        evaluate(spec.model_copy(update={"lora": lora}))
+    gone = spec.lora.model_copy(update={"weights_path": str(tmp_path / "gone.safetensors")})
+    with pytest.raises(StageError, match="is gone"):
+        evaluate(spec.model_copy(update={"lora": gone}))
+
+
+def test_a_file_that_does_not_load_back_whole_is_refused(changed, tmp_path: Path):
+    """Diffusers would only warn, and evaluate a LoRA that is not the one that was trained."""
+    spec, _ = changed
+    tensors = load_file(spec.lora.weights_path)
+    lacking = tmp_path / "pytorch_lora_weights.safetensors"
+    lost = next(name for name in tensors if name.endswith("lora_B.weight"))
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, lacking)
+    update = {"weights_path": str(lacking), "weights_sha256": sha256_file(lacking)}
+    with pytest.raises(StageError, match="does not load back whole"):
+        evaluate(spec.model_copy(update={"lora": spec.lora.model_copy(update=update)}))
+
+
+def test_it_stops_between_forward_passes(changed):
+    spec, _ = changed
+    stop = StopSignal()
+    stop.request()
+    with pytest.raises(StageStopped):
+        main(spec, Reporter(), stop)
+
+
+def test_it_runs_as_a_program(changed, tmp_path: Path):
+    spec, report = changed
+    (tmp_path / "spec.json").write_text(spec.model_dump_json())
+    command = [sys.executable, "-m", "sdxl_pipeline.stages.evaluate", str(tmp_path / "spec.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    manifest = EvaluationReport.model_validate_json((tmp_path / "manifest.json").read_text())
+    assert manifest.model_copy(update={"seconds": report.seconds}) == report
+    assert "eval loss, LoRA: 8 of 8 pairs (100 %)" in done.stdout
