@@ -1,0 +1,97 @@
+"""An evaluated LoRA of the bundled model, ready to be released."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdxl_pipeline.evaluation.report import write_report
+from sdxl_pipeline.release.export import build_release
+from sdxl_pipeline.sdxl.base_model import resolve_base_model
+from sdxl_pipeline.stages.specs import (
+    ClipSummary,
+    EvaluationReport,
+    LossSummary,
+    TrainedLora,
+    ValidationImage,
+)
+from tests.evaluation.lanes import PROMPTS, make_lora, tiny_settings
+
+LINEAGE = {
+    "data_versions": {"demo/shapes/dataset": "d1", "demo/lora": "l1"},
+    "base_model": "bundled:tiny-sdxl",
+    "training_identity": "abc123",
+}
+
+
+def make_picture(path: Path, seed: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def evaluated(folder: Path, lora: TrainedLora) -> EvaluationReport:
+    images = []
+    for number, prompt in enumerate(PROMPTS):
+        for step, kind in ((0, "base"), (lora.steps, "lora")):
+            path = make_picture(folder / "images" / kind / f"{prompt.name}.png", number + step)
+            images.append(
+                ValidationImage(step=step, name=prompt.name, prompt=prompt.prompt, path=str(path), seed=7)
+            )
+    report = EvaluationReport(
+        lora_sha256=lora.weights_sha256,
+        eval_source="held-out share",
+        eval_images=5,
+        base_loss=LossSummary(mean=0.4, by_timestep=((125, 0.6), (875, 0.2))),
+        lora_loss=LossSummary(mean=0.1, by_timestep=((125, 0.15), (875, 0.05))),
+        base_clip=ClipSummary(min=10, max=30, mean=20, std=5),
+        lora_clip=ClipSummary(min=15, max=35, mean=25, std=5),
+        gallery_path=str(make_picture(folder / "gallery.png", 50)),
+        images=tuple(images),
+        broken_images=(),
+        loss_plot_path=str(make_picture(folder / "loss_by_timestep.png", 51)),
+        report_path=str(folder / "report.md"),
+        change_since_release={"lora_loss": -0.02},
+        seconds=1.5,
+    )
+    write_report(report, "demo", "bundled:tiny-clip")
+    return report
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> dict[str, Any]:
+    """Arguments of `build_release`, its folder apart."""
+    settings = tiny_settings(
+        pretrained_model_name_or_path="bundled:tiny-sdxl",
+        output_dir=str(tmp_path / "output"),
+        logging_dir=str(tmp_path / "logs"),
+        instance_prompt="a zorp",
+        model_card_note="Made for a test.",
+        hub_model_id="someone/zorp",
+    )
+    model = resolve_base_model(settings, tmp_path, cache_dir=tmp_path / "digests")
+    lora = make_lora(tmp_path, model, settings, scale=0.1)
+    make_picture(Path(lora.loss_curve_path), 52)
+    return {
+        "project": "demo",
+        "base_model": model,
+        "settings": settings,
+        "lora": lora,
+        "report": evaluated(tmp_path / "evaluation", lora),
+        "prompts": PROMPTS,
+        "counts": {"shapes": 24, "more": 1000},
+        "lineage": LINEAGE,
+    }
+
+
+@pytest.fixture
+def release(inputs: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
+    """Builds the release, with some inputs changed."""
+
+    def build(**changes: Any) -> Path:
+        return build_release(tmp_path / "output" / "release", **(inputs | changes))
+
+    return build

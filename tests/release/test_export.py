@@ -1,0 +1,237 @@
+"""A release holds exactly what is published: weights that load back, nothing of this machine, and it reaches the Hub as it is on disk."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import load_file, save_file
+
+from sdxl_pipeline.release.export import (
+    CARD_FILE,
+    LINEAGE_FILE,
+    REPORT_FILE,
+    SETTINGS_FILE,
+    WEIGHTS_FILE,
+    ExportError,
+    verify_export,
+)
+from sdxl_pipeline.release.portable import ReleaseError, portable_name, require_portable
+from sdxl_pipeline.sdxl.adapters import adapted_module_names, add_lora, save_lora
+from sdxl_pipeline.sdxl.base_model import SDXL_BASE_CONFIGS
+from sdxl_pipeline.sdxl.components import load_pipeline
+from tests.hub_server import HubServer
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_folder_holds_what_the_card_speaks_of(release, inputs):
+    folder = release()
+    assert files_in(folder) == {
+        WEIGHTS_FILE,
+        CARD_FILE,
+        SETTINGS_FILE,
+        REPORT_FILE,
+        LINEAGE_FILE,
+        "gallery.png",
+        "loss_by_timestep.png",
+        "training_loss.png",
+        "images/circle.png",
+        "images/star.png",
+    }
+    assert (folder / WEIGHTS_FILE).read_bytes() == Path(inputs["lora"].weights_path).read_bytes()
+    drawn = next(image for image in inputs["report"].images if image.name == "star" and image.step > 0)
+    assert (folder / "images" / "star.png").read_bytes() == Path(drawn.path).read_bytes()
+    settings = json.loads((folder / SETTINGS_FILE).read_text())
+    assert settings["lora_rank"] == 4
+    assert settings["pretrained_model_name_or_path"] == "bundled:tiny-sdxl"
+    assert not {"output_dir", "logging_dir", "data_backend_config"} & settings.keys()
+    lineage = json.loads((folder / LINEAGE_FILE).read_text())
+    assert lineage["pictures"] == {"shapes": 24, "more": 1000}
+    assert lineage["data_versions"] == inputs["lineage"]["data_versions"]
+    assert json.loads((folder / REPORT_FILE).read_text())["figures"]["lora_loss"] == 0.1
+
+
+def test_a_new_release_replaces_the_old_one_whole(release, inputs, tmp_path: Path):
+    folder = release()
+    (folder / "images" / "stale.png").write_bytes(b"")
+    assert release(counts={"shapes": 25}) == folder
+    assert "images/stale.png" not in files_in(folder)
+    assert json.loads((folder / LINEAGE_FILE).read_text())["pictures"] == {"shapes": 25}
+    assert [path.name for path in folder.parent.iterdir()] == ["release"]
+
+
+def test_a_failed_build_leaves_the_old_release(release, inputs):
+    folder = release()
+    before = {name: (folder / name).read_bytes() for name in files_in(folder)}
+    Path(inputs["report"].gallery_path).unlink()
+    with pytest.raises(FileNotFoundError):
+        release()
+    assert {name: (folder / name).read_bytes() for name in files_in(folder)} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["release"]
+
+
+def test_a_folder_of_something_else_is_not_replaced(release, tmp_path: Path):
+    precious = tmp_path / "output" / "release" / "thesis.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("years of work")
+    with pytest.raises(ReleaseError, match="no release"):
+        release()
+    assert precious.read_text() == "years of work"
+
+
+def test_only_the_evaluated_weights_are_released(release, inputs):
+    with pytest.raises(ReleaseError, match="not the file that was evaluated"):
+        release(report=inputs["report"].model_copy(update={"lora_sha256": "0" * 64}))
+    with Path(inputs["lora"].weights_path).open("ab") as weights:
+        weights.write(b"!")
+    with pytest.raises(ReleaseError, match="not the file that was evaluated"):
+        release()
+
+
+def test_no_file_holds_a_local_path(release, inputs, tmp_path: Path):
+    local = inputs["base_model"].model_copy(update={"source": str(tmp_path / "models" / "mine.safetensors")})
+    lineage = inputs["lineage"] | {
+        "base_model": local.source,
+        "places": [str(tmp_path / "data"), {"at": "C:\\data\\pictures"}],
+    }
+    settings = inputs["settings"].model_copy(update={"pretrained_model_name_or_path": local.source})
+    folder = release(base_model=local, lineage=lineage, settings=settings)
+    for name in files_in(folder):
+        content = (folder / name).read_bytes()
+        assert str(tmp_path).encode() not in content, name
+        assert b"/tmp" not in content, name
+    published = json.loads((folder / LINEAGE_FILE).read_text())
+    assert published["base_model"] == "mine.safetensors"
+    assert published["places"] == ["data", {"at": "pictures"}]
+
+
+def test_a_path_or_token_that_slipped_in_stops_the_release(release, inputs, monkeypatch, tmp_path: Path):
+    note = inputs["settings"].model_copy(
+        update={"model_card_note": f"See {inputs['lora'].run_dir}/metrics.jsonl"}
+    )
+    with pytest.raises(ReleaseError, match="local path"):
+        release(settings=note)
+    monkeypatch.setenv("HF_TOKEN", "hf_verySecretToken")
+    leaked = inputs["settings"].model_copy(update={"model_card_note": "hf_verySecretToken"})
+    with pytest.raises(ReleaseError, match="Hub token") as refused:
+        release(settings=leaked)
+    assert "hf_verySecretToken" not in str(refused.value)
+    assert not (tmp_path / "output" / "release").exists()
+
+
+def test_an_empty_secret_and_a_short_place_forbid_nothing(tmp_path: Path):
+    (tmp_path / "README.md").write_text("/ and /root are no secrets")
+    require_portable(tmp_path, [""], [Path("/"), Path("/root")])
+    with pytest.raises(ReleaseError):
+        require_portable(tmp_path, ["no secrets"], [])
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("stabilityai/stable-diffusion-xl-base-1.0", "stabilityai/stable-diffusion-xl-base-1.0"),
+        ("bundled:tiny-sdxl", "bundled:tiny-sdxl"),
+        ("/home/me/models/xl", "xl"),
+        ("../models/xl", "xl"),
+        ("~/xl", "xl"),
+        ("models/mine.safetensors", "mine.safetensors"),
+        ("C:\\models\\xl", "xl"),
+        ("/", "local model"),
+    ],
+)
+def test_names_of_models(source: str, name: str):
+    assert portable_name(source) == name
+
+
+def test_a_good_export_passes(inputs):
+    lora = inputs["lora"]
+    assert verify_export(Path(lora.weights_path), inputs["base_model"]) == lora.adapted_modules
+
+
+def test_the_real_architecture_is_checked_without_its_weights(inputs, tmp_path: Path):
+    """SDXL-base's UNet: 70 transformer blocks with two attentions of four projections each."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(
+            UNet2DConditionModel.load_config(SDXL_BASE_CONFIGS, subfolder="unet")
+        )
+        add_lora(unet, 1, 1.0, 0.0, ("to_k", "to_q", "to_v", "to_out.0"), seed=0)
+    for name, parameter in unet.named_parameters():
+        if "lora_" in name:
+            owner, _, leaf = name.rpartition(".")
+            setattr(unet.get_submodule(owner), leaf, torch.nn.Parameter(torch.full(parameter.shape, 0.01)))
+    path = tmp_path / "xl.safetensors"
+    save_lora(unet, path)
+    model = inputs["base_model"].model_copy(update={"config_path": str(SDXL_BASE_CONFIGS)})
+    assert verify_export(path, model) == len(adapted_module_names(unet)) == 70 * 2 * 4
+    with pytest.raises(ExportError):
+        verify_export(path, inputs["base_model"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("nan", "NaN or infinity"),
+        ("zero", "changes nothing"),
+        ("lost tensor", "astray"),
+        ("unknown layer", "astray"),
+        ("wrong shape", "does not load back"),
+        ("no LoRA", "does not load back"),
+        ("half a file", "does not load back"),
+    ],
+)
+def test_a_bad_export_is_refused(inputs, tmp_path: Path, damage: str, message: str):
+    tensors = load_file(inputs["lora"].weights_path)
+    last = max(name for name in tensors if name.endswith("lora_B.weight"))
+    if damage == "nan":
+        tensors[last][0, 0] = torch.nan
+    elif damage == "zero":
+        tensors = {name: tensor * ("lora_A" in name) for name, tensor in tensors.items()}
+    elif damage == "lost tensor":
+        del tensors[last]
+    elif damage == "unknown layer":
+        tensors |= {f"unet.nowhere.to_q.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
+    elif damage == "wrong shape":
+        tensors[last] = tensors[last][:-1].contiguous()
+    elif damage == "no LoRA":
+        tensors = {"weight": torch.ones(3)}
+    path = tmp_path / "bad.safetensors"
+    save_file(tensors, path)
+    if damage == "half a file":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ExportError, match=message):
+        verify_export(path, inputs["base_model"])
+
+
+def test_the_hub_gets_the_folder_and_gives_a_lora_that_loads(release, inputs, monkeypatch, tmp_path: Path):
+    folder = release()
+    with HubServer() as hub:
+        hub.adopt_process(monkeypatch, tmp_path / "hf_home")
+        api = HfApi(endpoint=hub.endpoint)
+        api.create_repo("someone/zorp", private=True)
+        api.upload_folder(repo_id="someone/zorp", folder_path=folder, commit_message="Release")
+        assert hub.files("someone/zorp") == {name: (folder / name).read_bytes() for name in files_in(folder)}
+        assert ModelCard.load("someone/zorp").data.library_name == "diffusers"
+
+        pipeline: StableDiffusionXLPipeline = load_pipeline(
+            inputs["base_model"], torch.float32, text_encoders=False
+        )
+        pipeline.load_lora_weights("someone/zorp", weight_name=WEIGHTS_FILE)
+        assert len(adapted_module_names(pipeline.unet)) == inputs["lora"].adapted_modules
+
+
+def test_a_wrong_token_is_refused_in_so_many_words(release, monkeypatch, tmp_path: Path):
+    folder = release()
+    with HubServer() as hub:
+        hub.adopt_process(monkeypatch, tmp_path / "hf_home", token="hf_revoked")
+        hub.add_repo("someone/zorp")
+        with pytest.raises(HfHubHTTPError, match="Invalid credentials"):
+            HfApi(endpoint=hub.endpoint).upload_folder(repo_id="someone/zorp", folder_path=folder)
+        assert hub.files("someone/zorp") == {}

@@ -1,0 +1,112 @@
+"""The model card: the Hub reads its front matter, its links lead to files of the release, and its snippet runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from sdxl_pipeline.release.model_card import hub_id
+
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+def front_matter(folder: Path) -> dict:
+    return ModelCard.load(folder / "README.md").data.to_dict()
+
+
+def snippet(folder: Path) -> str:
+    found = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def test_the_front_matter_is_what_the_hub_reads(release):
+    data = front_matter(release())
+    assert data["library_name"] == "diffusers"
+    assert data["pipeline_tag"] == "text-to-image"
+    assert {"lora", "sdxl", "text-to-image"} <= set(data["tags"])
+    assert data["instance_prompt"] == "a zorp"
+    assert data["widget"][0] == {
+        "text": "a red circle",
+        "output": {"url": "images/circle.png"},
+        "parameters": {"negative_prompt": "blurry"},
+    }
+    assert "base_model" not in data, "a bundled model has no page on the Hub to link to"
+
+
+def test_a_model_of_the_hub_is_named_with_its_licence(release, inputs):
+    model = inputs["base_model"].model_copy(update={"source": SDXL, "revision": "ab" * 20})
+    folder = release(base_model=model)
+    data = front_matter(folder)
+    assert (data["base_model"], data["base_model_relation"], data["license"]) == (
+        SDXL,
+        "adapter",
+        "openrail++",
+    )
+    text = (folder / "README.md").read_text()
+    assert f"from_pretrained('{SDXL}'" in text
+    assert "ab" * 20 in text
+    assert hub_id(inputs["base_model"]) is None
+
+
+def test_every_link_leads_to_a_file_of_the_release(release):
+    folder = release()
+    text = (folder / "README.md").read_text()
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
+    assert {
+        "gallery.png",
+        "loss_by_timestep.png",
+        "training_loss.png",
+        "training_config.json",
+        "lineage.json",
+    } <= set(links)
+    for link in links:
+        assert (folder / link).is_file(), link
+    for entry in front_matter(folder)["widget"]:
+        assert (folder / entry["output"]["url"]).is_file()
+
+
+def test_the_figures_and_the_lineage_are_in_it(release, inputs):
+    text = (release() / "README.md").read_text()
+    assert "Made for a test." in text
+    assert "| Eval loss, LoRA | 0.1 | -0.02 |" in text
+    assert "held out of the training" in text
+    assert "1,024 captioned pictures for 40 steps" in text
+    assert "| dataset `more` | 1,000 pictures |" in text
+    assert "| `demo/shapes/dataset` | `d1` |" in text
+    for digest in inputs["base_model"].digests.values():
+        assert digest in text
+
+
+def test_prompts_cannot_break_the_table_or_the_front_matter(release, inputs):
+    wild = "a \"quoted\": | piped\n- prompt --- 'é' # no comment"
+    prompts = (inputs["prompts"][0].model_copy(update={"prompt": wild}),)
+    images = tuple(image.model_copy(update={"prompt": wild}) for image in inputs["report"].images)
+    folder = release(prompts=prompts, report=inputs["report"].model_copy(update={"images": images}))
+    assert front_matter(folder)["widget"][0]["text"] == wild
+    compile(snippet(folder), "snippet", "exec")
+
+
+def test_a_release_without_prompts_shows_the_captions_it_was_judged_by(release):
+    data = front_matter(release(prompts=()))
+    assert [entry["text"] for entry in data["widget"]] == [
+        "a red circle",
+        "a blue star on a green background",
+    ]
+
+
+def test_the_snippet_runs_as_it_stands(release, inputs, monkeypatch: pytest.MonkeyPatch):
+    folder = release()
+    monkeypatch.chdir(folder)
+    exec(compile(snippet(folder), "snippet", "exec"), {})
+    with Image.open(folder / "picture.png") as picture:
+        assert picture.size == (64, 64)
+
+
+def test_a_published_lora_is_loaded_by_its_name(release, inputs):
+    published = inputs["settings"].model_copy(update={"push_to_hub": True})
+    assert "load_lora_weights('someone/zorp', weight_name='pytorch_lora_weights.safetensors')" in snippet(
+        release(settings=published)
+    )
