@@ -51,6 +51,8 @@ class ProcessGroup:
 
     def _remember_descendants(self) -> None:
         """Some descendants lead groups of their own (torchrun's ranks), and their parent may be gone when they are looked for."""
+        if self.leader.returncode is not None:
+            return  # its pid may belong to someone else by now
         with suppress(psutil.NoSuchProcess):
             self._descendants.update(psutil.Process(self.leader.pid).children(recursive=True))
 

@@ -55,7 +55,7 @@ class Hardware(BaseModel):
     )
     mixed_precision: MixedPrecision = Field(description="Autocast type of the training and the samplers.")
     gradient_checkpointing: bool = Field(
-        description="Recompute activations in the backward pass: about 30 % slower, several times less activation memory."
+        description="Recompute activations in the backward pass: slower, several times less activation memory."
     )
     attention_mechanism: AttentionMechanism = Field(
         default="diffusers",

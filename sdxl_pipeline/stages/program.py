@@ -26,12 +26,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from sdxl_pipeline.stages.reporter import Reporter, is_main_process, open_reporter
 from sdxl_pipeline.store.files import write_text_atomic
+
+if TYPE_CHECKING:
+    import psutil
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -267,13 +270,23 @@ def _end_descendants() -> None:
     """Kill what this process started and did not end itself: loader workers, helpers of libraries."""
     import psutil
 
-    left = psutil.Process().children(recursive=True)
+    left = [process for process in psutil.Process().children(recursive=True) if not _ends_with_us(process)]
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
     for process in psutil.wait_procs(left, timeout=5)[1]:
         with suppress(psutil.NoSuchProcess):
             process.kill()
+
+
+def _ends_with_us(process: "psutil.Process") -> bool:
+    """Whether this is multiprocessing's resource tracker: it cleans up shared memory when its parent ends, and ignores SIGTERM."""
+    import psutil
+
+    try:
+        return any("multiprocessing.resource_tracker" in argument for argument in process.cmdline())
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _module_name() -> str:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,31 @@ def test_ranks_above_0_work_silently_and_write_no_manifest(tmp_path):
     assert (tmp_path / "done-1").exists()
     assert not manifest(spec).exists()
     assert "count" not in out
+
+
+def test_multiprocessings_own_tracker_does_not_hold_up_the_end(tmp_path):
+    (tmp_path / "tracked_stage.py").write_text(
+        textwrap.dedent("""
+            import time
+            from multiprocessing import resource_tracker
+            from pydantic import BaseModel
+            from sdxl_pipeline.stages.program import run_stage
+
+            class Done(BaseModel):
+                at: float
+
+            def main(spec, reporter, stop):
+                resource_tracker.ensure_running()
+                return Done(at=time.time())
+
+            run_stage(BaseModel, main)
+        """)
+    )
+    (tmp_path / "spec.json").write_text("{}")
+    command = [sys.executable, str(tmp_path / "tracked_stage.py"), str(tmp_path / "spec.json")]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), PARENT_PID_VARIABLE: str(os.getpid())}
+    subprocess.run(command, check=True, env=environment, timeout=60)
+    assert time.time() - json.loads((tmp_path / "manifest.json").read_text())["at"] < 4
 
 
 def test_cpu_threads_of_the_hardware_reach_torch(tmp_path):
