@@ -187,6 +187,9 @@ def test_multiprocessings_own_tracker_does_not_hold_up_the_end(tmp_path):
             from pydantic import BaseModel
             from sdxl_pipeline.stages.program import run_stage
 
+            class Nothing(BaseModel):
+                pass
+
             class Done(BaseModel):
                 at: float
 
@@ -194,7 +197,7 @@ def test_multiprocessings_own_tracker_does_not_hold_up_the_end(tmp_path):
                 resource_tracker.ensure_running()
                 return Done(at=time.time())
 
-            run_stage(BaseModel, main)
+            run_stage(Nothing, main)
         """)
     )
     (tmp_path / "spec.json").write_text("{}")
