@@ -51,7 +51,6 @@ def build_aspect_buckets(project: Project, dataset: ImageDataset) -> dg.AssetsDe
         kinds={"pandas"},
         ins={"scanned": dg.AssetIn(key=lane_key(project, dataset, "dataset"), dagster_type=pd.DataFrame)},
         code_version=version(CODE, [geometry, share, project.training.seed]),
-        dagster_type=pd.DataFrame,
         check_specs=checks.bucket_specs(key),
         description="A row per crop: bucket, resize, crop, original size, train or eval. Read by the VAE stage and by the size conditioning alike.",
     )

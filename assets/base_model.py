@@ -9,7 +9,7 @@ from assets.keys import project_key, version
 from assets.show import figures_table, present
 from resources.storage import Storage
 from sdxl_pipeline.project.project import Project
-from sdxl_pipeline.sdxl.base_model import ResolvedModel, resolve_base_model
+from sdxl_pipeline.sdxl.base_model import resolve_base_model
 
 CODE = "1"
 
@@ -31,7 +31,6 @@ def build_base_model(project: Project) -> dg.AssetsDefinition:
                 settings.revision,
             ],
         ),
-        dagster_type=ResolvedModel,
         description="The SDXL model that is fine-tuned: downloaded when it is a Hub id, and digested per component.",
     )
     def base_model(context: dg.AssetExecutionContext, storage: Storage) -> Iterator[Any]:

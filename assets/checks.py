@@ -79,8 +79,12 @@ def check_buckets(
     rows: "pd.DataFrame", dropped: "pd.DataFrame", pictures: int, batch_size: int
 ) -> list[dg.AssetCheckResult]:
     """Results of `bucket_specs`; `pictures` is what the dataset kept."""
-    sizes = rows[rows["split"] == "train"].groupby(["bucket_h", "bucket_w"]).size()
-    short = [f"{w}x{h} ({n})" for (h, w), n in sizes.items() if n < batch_size]
+    sizes = rows[rows["split"] == "train"].groupby(["bucket_h", "bucket_w"], as_index=False).size()
+    short = [
+        f"{bucket.bucket_w}x{bucket.bucket_h} ({bucket.pictures})"
+        for bucket in sizes.rename(columns={"size": "pictures"}).itertuples()
+        if bucket.pictures < batch_size
+    ]
     planned = rows["path"].nunique()
     return [
         _result("crops_planned", len(rows) > 0, f"{len(rows)} crops of {pictures} pictures."),

@@ -38,7 +38,6 @@ def build_dataset(project: Project, dataset: ImageDataset) -> dg.AssetsDefinitio
         group_name=project.name,
         kinds={"pandas"},
         code_version=version(CODE, dataset.model_dump(mode="json", include=SETTINGS)),
-        dagster_type=pd.DataFrame,
         check_specs=checks.dataset_specs(key),
         description=f"Every file found in `{dataset.instance_data_dir}`: kept, or dropped with a reason.",
     )

@@ -54,7 +54,6 @@ def build_evaluation(project: Project) -> dg.AssetsDefinition:
         | lane_inputs(project)
         | {"lora": dg.AssetIn(key=project_key(project, "lora"), dagster_type=TrainedLora)},
         code_version=version(CODE, [settings_read, [prompt.model_dump() for prompt in prompts]]),
-        dagster_type=EvaluationReport,
         check_specs=checks.evaluation_specs(key),
         description="Eval loss of base and LoRA at fixed timesteps and noise, CLIP score, and a gallery of base beside LoRA.",
     )

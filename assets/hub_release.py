@@ -40,7 +40,6 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
         code_version=version(
             CODE, settings.model_dump(mode="json", include={"push_to_hub", "hub_model_id", "model_card_note"})
         ),
-        dagster_type=HubRelease,
         description="What is, or would be, published: the LoRA in diffusers' format, the model card, gallery, settings, lineage.",
     )
     def hub_release(

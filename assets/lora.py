@@ -7,7 +7,6 @@ from typing import Any
 import dagster as dg
 
 from assets import checks
-
 from assets.keys import GPU_POOL, lane_key, project_key, version
 from assets.lanes import lane_inputs, model_input, training_lanes, upstream_metadata, validation_prompts
 from assets.show import picture, present
@@ -46,7 +45,6 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
         pool=GPU_POOL,
         ins=model_input(project) | lane_inputs(project),
         code_version=version(CODE, numeric_settings(project.training)),
-        dagster_type=TrainedLora,
         check_specs=checks.lora_specs(key),
         description="The trained LoRA. `settings` in the launchpad replaces keys of config.json for one run.",
     )

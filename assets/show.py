@@ -3,7 +3,7 @@
 import base64
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 from PIL import Image
@@ -68,6 +68,6 @@ def figures_table(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -
     return dg.MetadataValue.md("\n".join(lines))
 
 
-def present(metadata: Mapping[str, object | None]) -> dict[str, object]:
+def present(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that have a value: a rate of work that was not needed is left out rather than shown as zero."""
     return {name: value for name, value in metadata.items() if value is not None}

@@ -39,7 +39,6 @@ def build_text_embeds(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
             "scanned": dg.AssetIn(key=lane_key(project, dataset, "dataset"), dagster_type=pd.DataFrame),
         },
         code_version=version(CODE, prompts),
-        dagster_type=TextEmbedCache,
         check_specs=checks.text_specs(key),
         description="Embeddings of every caption, of the validation prompts and of the empty prompt, by both text encoders.",
     )

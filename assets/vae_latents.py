@@ -35,7 +35,6 @@ def build_vae_latents(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
             "rows": dg.AssetIn(key=lane_key(project, dataset, "aspect_buckets"), dagster_type=pd.DataFrame),
         },
         code_version=version(CODE, project.training.vae_dtype),
-        dagster_type=LatentCache,
         check_specs=checks.latent_specs(key),
         description="Posterior mean and log-variance of every planned crop; what is in the store already is not encoded again.",
     )

@@ -1,17 +1,28 @@
 """When a project trains again by itself: on its schedule, or when its pictures have changed. Neither runs for nothing."""
 
+from typing import TYPE_CHECKING
+
 import dagster as dg
 
 from sdxl_pipeline.images.fingerprint import METADATA_ENTRY, project_fingerprint
 from sdxl_pipeline.project.project import Project
 
+if TYPE_CHECKING:
+    # Dagster gives no public name to what define_asset_job returns.
+    from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
+
 SENSOR_INTERVAL_SECONDS = 60
 
 
-def retraining_job(project: Project) -> dg.JobDefinition | dg.UnresolvedAssetJobDefinition:
+def job_name(project: Project) -> str:
+    """Name of `retraining_job`."""
+    return f"{project.name}_train"
+
+
+def retraining_job(project: Project) -> "UnresolvedAssetJobDefinition":
     """The project's whole graph as a job."""
     return dg.define_asset_job(
-        f"{project.name}_train",
+        job_name(project),
         selection=dg.AssetSelection.groups(project.name),
         description=f"Every asset of {project.name}; stages whose inputs did not change reuse what they have.",
     )
@@ -34,7 +45,7 @@ def build_schedule(project: Project) -> dg.ScheduleDefinition | None:
 
     @dg.schedule(
         name=f"{project.name}_retraining",
-        job=retraining_job(project),
+        job_name=job_name(project),
         cron_schedule=cron,
         # The cron line in config.json is the user's switch; a second one in the UI would be easy to miss.
         default_status=dg.DefaultScheduleStatus.RUNNING,
@@ -54,7 +65,7 @@ def build_sensor(project: Project) -> dg.SensorDefinition:
 
     @dg.sensor(
         name=f"{project.name}_files",
-        job=retraining_job(project),
+        job_name=job_name(project),
         minimum_interval_seconds=SENSOR_INTERVAL_SECONDS,
         default_status=dg.DefaultSensorStatus.STOPPED,
         description="Trains again when pictures, captions or settings have changed.",

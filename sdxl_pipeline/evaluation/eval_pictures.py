@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-import pandas as pd
-
 from sdxl_pipeline.evaluation.eval_loss import EvalPicture
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.stages.specs import TrainingLane
@@ -25,28 +23,19 @@ def choose_samples(
     An eval dataset is a lane with no picture to train on. Of more than num_eval_images the first by key are taken: keys are digests,
     so that is an even choice, and the same one every time.
     """
-    training_lanes, held_out_lanes = (_lanes_with(split, lanes) for split in ("train", "eval"))
-    training = {lane.dataset_id for lane in training_lanes}
-    held_out = load_samples(held_out_lanes, "eval", settings.micro_conditioning)
-    eval_datasets = [sample for sample in held_out if sample.dataset_id not in training]
+    training = load_samples(lanes, "train", settings.micro_conditioning)
+    held_out = load_samples(lanes, "eval", settings.micro_conditioning)
+    trained_on = {sample.dataset_id for sample in training}
+    eval_datasets = [sample for sample in held_out if sample.dataset_id not in trained_on]
     source: EvalSource
     if eval_datasets:
         source, samples = "eval dataset", eval_datasets
     elif held_out:
         source, samples = "held-out share", held_out
     else:
-        source, samples = (
-            "training pictures",
-            load_samples(training_lanes, "train", settings.micro_conditioning),
-        )
+        source, samples = "training pictures", training
     samples = sorted(samples, key=lambda sample: (sample.key, sample.id))
     return source, samples[: settings.num_eval_images or DEFAULT_PICTURES]
-
-
-def _lanes_with(split: str, lanes: Sequence[TrainingLane]) -> list[TrainingLane]:
-    return [
-        lane for lane in lanes if (pd.read_parquet(lane.rows_path, columns=["split"])["split"] == split).any()
-    ]
 
 
 def read_pictures(samples: Iterable[Sample], reader: BatchReader, scaling_factor: float) -> list[EvalPicture]:

@@ -1,5 +1,6 @@
 """The model card: what the Hub shows and searches by, and what a person needs to use the LoRA and to know where it came from."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -113,10 +114,10 @@ def _opening(
 ) -> str:
     base = hub_id(base_model)
     name = f"[{base}](https://huggingface.co/{base})" if base else f"`{portable_name(base_model.source)}`"
-    pictures = sum(counts.values())
     return (
-        f"{project} is a LoRA of rank {settings.lora_rank} for {name}, trained on {pictures:,} captioned "
-        f"pictures for {lora.steps:,} steps. It changes {lora.adapted_modules} layers of the UNet and leaves the text encoders alone."
+        f"{project} is a LoRA of rank {settings.lora_rank} for {name}, trained for {lora.steps:,} steps ({lora.samples:,} samples) from "
+        f"{sum(counts.values()):,} captioned pictures, those held out for the evaluation included. It changes {lora.adapted_modules} "
+        "layers of the UNet and leaves the text encoders alone."
     )
 
 
@@ -127,26 +128,32 @@ def _snippet(
     if base_model.source == BUNDLED_NAME:
         base_import, base_name = "from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL\n", "BUNDLED_MODEL"
     else:
-        base_import, base_name = "", repr(base or portable_name(base_model.source))
+        base_import, base_name = "", _literal(base or portable_name(base_model.source))
     loader = "from_single_file" if base_model.kind == "single_file" else "from_pretrained"
     published = settings.hub_model_id if settings.push_to_hub else None
-    source, where = (repr(published), "") if published else ('"."', "  # the folder of this file")
+    source, where = (_literal(published), "") if published else ('"."', "  # the folder of this file")
     height, width = settings.validation_sizes[0]
     lines = [f"    height={height},", f"    width={width},"]
     if prompts and prompts[0].negative_prompt:
-        lines.insert(0, f"    negative_prompt={prompts[0].negative_prompt!r},")
+        lines.insert(0, f"    negative_prompt={_literal(prompts[0].negative_prompt)},")
     if settings.validation_guidance_rescale:
         lines.append(f"    guidance_rescale={settings.validation_guidance_rescale:g},")
     call = "\n".join(lines)
+    scheduler = ""
+    if settings.prediction_type is not None:
+        change = f"prediction_type={_literal(settings.prediction_type)}"
+        scheduler = (
+            f"\npipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, {change})"
+        )
     return f"""```python
 import torch
 from diffusers import StableDiffusionXLPipeline
 {base_import}
 device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 pipeline = StableDiffusionXLPipeline.{loader}({base_name}, torch_dtype=dtype).to(device)
-pipeline.load_lora_weights({source}, weight_name={weights!r}){where}
+pipeline.load_lora_weights({source}, weight_name={_literal(weights)}){where}{scheduler}
 image = pipeline(
-    {(prompts[0].prompt if prompts else "your prompt")!r},
+    {_literal(prompts[0].prompt if prompts else "your prompt")},
 {call}
     num_inference_steps={settings.validation_num_inference_steps},
     guidance_scale={settings.validation_guidance:g},
@@ -206,6 +213,11 @@ def _lineage(
     ]
     text = "Every value is a digest of content or a commit: equal values mean equal data. "
     return f"{text}As data: [{files['lineage']}]({files['lineage']}).\n\n{_table(('what', 'which'), rows)}"
+
+
+def _literal(text: str) -> str:
+    """A Python string literal in double quotes, as JSON's are."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _shown(value: Any) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
 
@@ -127,17 +128,29 @@ def load_subject(spec: EvaluateSpec) -> StableDiffusionXLPipeline:
         pipeline.scheduler = type(pipeline.scheduler).from_config(
             pipeline.scheduler.config, prediction_type=spec.settings.prediction_type
         )
-    pipeline.load_lora_weights(
-        weights.parent,
-        weight_name=weights.name,
-        adapter_name=ADAPTER,
-        use_safetensors=True,
-        local_files_only=True,
-    )
+    with _quiet_diffusers():
+        pipeline.load_lora_weights(
+            weights.parent,
+            weight_name=weights.name,
+            adapter_name=ADAPTER,
+            use_safetensors=True,
+            local_files_only=True,
+        )
     _require_whole(unet, weights, spec.lora.adapted_modules)
     unet.to(spec.hardware.device).eval()
     vae.to(spec.hardware.device)
     return pipeline
+
+
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Its loader warns that the file holds nothing for the text encoders; what it might warn of besides is checked after it."""
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
 
 
 def _require_whole(unet: UNet2DConditionModel, weights: Path, trained_modules: int) -> None:

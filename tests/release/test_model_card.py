@@ -46,7 +46,7 @@ def test_a_model_of_the_hub_is_named_with_its_licence(release, inputs):
         "openrail++",
     )
     text = (folder / "README.md").read_text()
-    assert f"from_pretrained('{SDXL}'" in text
+    assert f'from_pretrained("{SDXL}"' in text
     assert "ab" * 20 in text
     assert hub_id(inputs["base_model"]) is None
 
@@ -73,7 +73,7 @@ def test_the_figures_and_the_lineage_are_in_it(release, inputs):
     assert "Made for a test." in text
     assert "| Eval loss, LoRA | 0.1 | -0.02 |" in text
     assert "held out of the training" in text
-    assert "1,024 captioned pictures for 40 steps" in text
+    assert "trained for 40 steps (120 samples) from 1,024 captioned pictures" in text
     assert "| dataset `more` | 1,000 pictures |" in text
     assert "| `demo/shapes/dataset` | `d1` |" in text
     for digest in inputs["base_model"].digests.values():
@@ -107,6 +107,13 @@ def test_the_snippet_runs_as_it_stands(release, inputs, monkeypatch: pytest.Monk
 
 def test_a_published_lora_is_loaded_by_its_name(release, inputs):
     published = inputs["settings"].model_copy(update={"push_to_hub": True})
-    assert "load_lora_weights('someone/zorp', weight_name='pytorch_lora_weights.safetensors')" in snippet(
+    assert 'load_lora_weights("someone/zorp", weight_name="pytorch_lora_weights.safetensors")' in snippet(
         release(settings=published)
     )
+
+
+def test_a_lora_of_another_prediction_type_is_drawn_with_it(release, inputs, monkeypatch: pytest.MonkeyPatch):
+    settings = inputs["settings"].model_copy(update={"prediction_type": "v_prediction"})
+    code = snippet(release(settings=settings))
+    assert 'from_config(pipeline.scheduler.config, prediction_type="v_prediction")' in code
+    compile(code, "snippet", "exec")
