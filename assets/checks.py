@@ -1,6 +1,7 @@
 """What may go on: blocking checks stop the graph before money is spent and before shame is published."""
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,12 +80,9 @@ def check_buckets(
     rows: "pd.DataFrame", dropped: "pd.DataFrame", pictures: int, batch_size: int
 ) -> list[dg.AssetCheckResult]:
     """Results of `bucket_specs`; `pictures` is what the dataset kept."""
-    sizes = rows[rows["split"] == "train"].groupby(["bucket_h", "bucket_w"], as_index=False).size()
-    short = [
-        f"{bucket.bucket_w}x{bucket.bucket_h} ({bucket.pictures})"
-        for bucket in sizes.rename(columns={"size": "pictures"}).itertuples()
-        if bucket.pictures < batch_size
-    ]
+    train = rows[rows["split"] == "train"]
+    sizes = Counter(zip(train["bucket_h"], train["bucket_w"], strict=True))
+    short = [f"{width}x{height} ({n})" for (height, width), n in sorted(sizes.items()) if n < batch_size]
     planned = rows["path"].nunique()
     return [
         _result("crops_planned", len(rows) > 0, f"{len(rows)} crops of {pictures} pictures."),
