@@ -1,0 +1,290 @@
+"""Holds that every crop gets its own latents, once, whatever else is in the folder; and that what is done survives a stop.
+
+Pictures are scanned, planned, encoded and read back through the product's own code, with the bundled model on the CPU.
+"""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from sdxl_pipeline.images.crops import plan_crops
+from sdxl_pipeline.images.pixels import load_crop
+from sdxl_pipeline.images.scan import scan_dataset
+from sdxl_pipeline.project.datasets import ImageDataset
+from sdxl_pipeline.project.hardware import PRESETS
+from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, BUNDLED_NAME, ResolvedModel, resolve_base_model
+from sdxl_pipeline.sdxl.components import load_vae
+from sdxl_pipeline.sdxl.latents import encode_moments, pixels_from_crops
+from sdxl_pipeline.stages import encode_latents
+from sdxl_pipeline.stages.program import StageStopped, StopSignal
+from sdxl_pipeline.stages.reporter import Reporter
+from sdxl_pipeline.stages.specs import EncodeLatentsSpec, LatentCache
+from sdxl_pipeline.store.digest import digest_json
+from sdxl_pipeline.store.tensor_store import TensorStore
+
+COLOURS = ["red", "lime", "blue", "yellow", "white", "black", "orange"]
+SIZES = [(64, 64), (128, 64), (64, 128)]  # (width, height)
+
+
+def model(**settings: Any) -> ResolvedModel:
+    training = TrainingSettings(**{"pretrained_model_name_or_path": BUNDLED_NAME, **settings})
+    return resolve_base_model(training, Path.cwd())
+
+
+def draw(folder: Path, count: int = 7) -> None:
+    folder.mkdir(exist_ok=True)
+    for index in range(count):
+        image = Image.new("RGB", SIZES[index % 3], COLOURS[index % len(COLOURS)])
+        image.putpixel((index, 0), (1, 2, 3))
+        image.save(folder / f"{index:02d}.png")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    draw(tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def make_spec(tmp_path: Path, data: Path) -> Callable[..., EncodeLatentsSpec]:
+    """Scans and plans the data folder as it is now."""
+
+    def make(
+        base_model: ResolvedModel | None = None, plan: bool = True, **hardware: Any
+    ) -> EncodeLatentsSpec:
+        if plan:
+            dataset = ImageDataset(
+                id="colours", instance_data_dir=data, resolution=64, aspect_bucket_alignment=32, crop=True,
+                crop_aspect="preserve",
+            )  # fmt: skip
+            rows, _ = plan_crops(dataset, scan_dataset(dataset), seed=0, holdout_share=0.0, is_eval=False)
+            rows.to_parquet(tmp_path / "rows.parquet")
+        return EncodeLatentsSpec(
+            base_model=base_model or model(),
+            hardware=PRESETS["cpu"].model_copy(update={"vae_batch_size": 2, **hardware}),
+            data_dir=str(data),
+            rows_path=str(tmp_path / "rows.parquet"),
+            store_root=str(tmp_path / "store"),
+            entries_path=str(tmp_path / "entries.parquet"),
+            sample_path=str(tmp_path / "sample.png"),
+        )
+
+    return make
+
+
+def run(
+    spec: EncodeLatentsSpec, reporter: Reporter | None = None, stop: StopSignal | None = None
+) -> LatentCache:
+    return encode_latents.main(spec, reporter or Reporter(), stop or StopSignal())
+
+
+def counts(cache: LatentCache) -> tuple[int, int, int, int]:
+    return cache.planned, cache.encoded, cache.reused, len(cache.failed)
+
+
+def test_each_crop_has_the_latents_of_its_own_pixels(make_spec, data: Path):
+    spec = make_spec()
+    cache = run(spec)
+    assert counts(cache) == (7, 7, 0, 0)
+    entries = pd.read_parquet(spec.entries_path).set_index("path")
+    rows = list(pd.read_parquet(spec.rows_path).itertuples(index=False))
+    assert list(entries.index) == [row.path for row in rows]
+    assert len({(row.bucket_h, row.bucket_w) for row in rows}) == 3
+    vae, store = load_vae(spec.base_model, torch.float32), TensorStore(spec.store_root)
+    means = {}
+    for row in rows:
+        mean, logvar = encode_moments(vae, pixels_from_crops([load_crop(data / row.path, row)]))
+        stored = store.read(entries.loc[row.path, "latent_key"])
+        assert stored["mean"].shape == (4, row.bucket_h // 8, row.bucket_w // 8)
+        torch.testing.assert_close(stored["mean"], mean[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(stored["logvar"], logvar[0], atol=1e-4, rtol=1e-4)
+        assert entries.loc[row.path, "key"] == row.key
+        means[row.path] = stored["mean"].mean((1, 2))
+    closest = torch.pdist(torch.stack(list(means.values()))).min()
+    assert closest > 1e-3, "the pictures differ by far more than the tolerance above"
+
+
+def test_the_manifest_describes_the_dataset(make_spec, tmp_path: Path):
+    spec = make_spec()
+    cache = run(spec)
+    store, entries = TensorStore(spec.store_root), pd.read_parquet(spec.entries_path)
+    scale = load_vae(spec.base_model, torch.float32).config.scaling_factor
+    values = torch.cat([store.read(key)["mean"].flatten(1) for key in entries["latent_key"]], dim=1) * scale
+    assert cache.latent_mean == pytest.approx(values.mean(1).tolist(), abs=1e-5)
+    assert cache.latent_std == pytest.approx(values.std(1, correction=0).tolist(), abs=1e-5)
+    assert cache.bytes == sum(t.nbytes for key in entries["latent_key"] for t in store.read(key).values())
+    assert cache.digest == digest_json(list(entries["latent_key"]))
+    assert cache.images_per_second is not None
+    assert cache.images_per_second > 0
+    assert cache.seconds > 0
+    with Image.open(tmp_path / "sample.png") as sample:
+        assert len(sample.convert("RGB").getcolors(1 << 20)) > 8, "crops and their decodings are shown"
+    assert LatentCache.model_validate_json(cache.model_dump_json()) == cache
+
+
+def test_a_second_run_encodes_nothing_and_does_not_load_the_vae(make_spec, monkeypatch, tmp_path: Path):
+    spec = make_spec()
+    first = run(spec)
+    sample = (tmp_path / "sample.png").stat().st_mtime_ns
+    monkeypatch.setattr(encode_latents, "load_vae", lambda *_: pytest.fail("the VAE was loaded"))
+    second = run(spec)
+    assert counts(second) == (7, 0, 7, 0)
+    assert second.images_per_second is None
+    assert second.digest == first.digest
+    assert (second.latent_mean, second.bytes) == (first.latent_mean, first.bytes)
+    assert (tmp_path / "sample.png").stat().st_mtime_ns == sample
+
+
+def test_one_new_picture_is_one_encoding(make_spec, data: Path):
+    first = run(make_spec())
+    Image.new("RGB", (64, 64), "pink").save(data / "new.png")
+    second = run(make_spec())
+    assert counts(second) == (8, 1, 7, 0)
+    assert second.digest != first.digest
+
+
+def test_the_same_picture_twice_is_encoded_once(make_spec, data: Path):
+    shutil.copy(data / "00.png", data / "copy.png")
+    spec = make_spec()
+    assert counts(run(spec)) == (8, 7, 1, 0)
+    keys = pd.read_parquet(spec.entries_path).set_index("path")["latent_key"]
+    assert keys["00.png"] == keys["copy.png"]
+    assert keys.nunique() == 7
+
+
+def test_a_renamed_picture_keeps_its_latents(make_spec, data: Path):
+    run(make_spec())
+    (data / "03.png").rename(data / "zebra.png")
+    assert counts(run(make_spec())) == (7, 0, 7, 0)
+
+
+def test_another_vae_or_dtype_encodes_anew_and_other_text_encoders_do_not(make_spec, tmp_path: Path):
+    first = run(make_spec())
+    folder = shutil.copytree(BUNDLED_MODEL, tmp_path / "model")
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"layer_norm_eps": 1e-05', '"layer_norm_eps": 2e-05'))
+    other_text = model(pretrained_model_name_or_path=str(folder))
+    assert other_text.text_digest != model().text_digest
+    assert counts(run(make_spec(other_text))) == (7, 0, 7, 0)
+    config = folder / "vae" / "config.json"
+    config.write_text(config.read_text().replace('"act_fn": "silu"', '"act_fn": "gelu"'))
+    other_vae = run(make_spec(model(pretrained_model_name_or_path=str(folder))))
+    assert counts(other_vae) == (7, 7, 0, 0)
+    assert other_vae.digest != first.digest
+    in_bf16 = make_spec(vae_dtype="bf16")
+    assert counts(run(in_bf16)) == (7, 7, 0, 0)
+    key = pd.read_parquet(in_bf16.entries_path)["latent_key"][0]
+    assert TensorStore(in_bf16.store_root).read(key)["mean"].dtype == torch.bfloat16
+
+
+def test_pictures_that_cannot_be_read_are_named_and_the_others_stay_paired(make_spec, data: Path):
+    spec = make_spec()
+    (data / "02.png").write_bytes((data / "02.png").read_bytes()[:60])
+    (data / "04.png").unlink()
+    (data / "05.png").write_bytes((data / "06.png").read_bytes())
+    cache = run(spec)
+    assert counts(cache) == (7, 4, 0, 3)
+    reasons = {failed.name: failed.reason for failed in cache.failed}
+    assert set(reasons) == {"02.png", "04.png", "05.png"}
+    assert "changed since the dataset was scanned" in reasons["05.png"]
+    assert "No such file" in reasons["04.png"]
+    entries = pd.read_parquet(spec.entries_path)
+    assert list(entries["path"]) == ["00.png", "01.png", "03.png", "06.png"]
+    assert len(TensorStore(spec.store_root)) == 4
+    assert cache.digest == digest_json(list(entries["latent_key"]))
+
+
+def test_a_picture_whose_decoding_fails_is_named(make_spec, data: Path):
+    """Cut before the scan reads it, so that its digest is right and only the decoder can tell."""
+    image = Image.effect_noise((64, 64), 80).convert("RGB")
+    image.save(data / "noise.png")
+    spec = make_spec()
+    rows = pd.read_parquet(spec.rows_path)
+    (data / "noise.png").write_bytes((data / "noise.png").read_bytes()[:2000])
+    from sdxl_pipeline.store.files import sha256_file
+
+    rows.loc[rows["path"] == "noise.png", "key"] = sha256_file(data / "noise.png")
+    rows.to_parquet(spec.rows_path)
+    cache = run(spec)
+    assert [failed.name for failed in cache.failed] == ["noise.png"]
+    assert counts(cache) == (8, 7, 0, 1)
+
+
+def test_latents_that_are_not_finite_are_named_and_not_kept(make_spec, monkeypatch):
+    def overflowing(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, logvar = encode_moments(vae, pixels)
+        blue = (pixels[:, 2].mean((1, 2)) > 0.9) & (pixels[:, 0].mean((1, 2)) < -0.9)
+        mean[blue] = torch.inf
+        return mean, logvar
+
+    monkeypatch.setattr(encode_latents, "encode_moments", overflowing)
+    spec = make_spec()
+    cache = run(spec)
+    assert [(failed.name, "NaN" in failed.reason, "fp32" in failed.reason) for failed in cache.failed] == [
+        ("02.png", True, True)
+    ]
+    assert counts(cache) == (7, 6, 0, 1)
+    assert len(TensorStore(spec.store_root)) == 6
+
+
+def test_batch_size_changes_nothing_that_matters(make_spec, tmp_path: Path):
+    one = make_spec(vae_batch_size=1)
+    run(one)
+    keys = list(pd.read_parquet(one.entries_path)["latent_key"])
+    alone = {key: TensorStore(one.store_root).read(key)["mean"].clone() for key in keys}
+    shutil.rmtree(tmp_path / "store")
+    four = make_spec(vae_batch_size=4)
+    run(four)
+    assert list(pd.read_parquet(four.entries_path)["latent_key"]) == keys
+    store = TensorStore(four.store_root)
+    for key in keys:
+        torch.testing.assert_close(store.read(key)["mean"], alone[key], atol=1e-4, rtol=1e-4)
+
+
+def test_a_stop_between_batches_keeps_what_is_done(make_spec):
+    stop = StopSignal()
+
+    class StopAfterTwo(Reporter):
+        def progress(self, task: str, done: int, total: int, unit: str = "") -> None:
+            if done >= 3:
+                stop.request()
+
+    spec = make_spec()
+    with pytest.raises(StageStopped):
+        run(spec, StopAfterTwo(), stop)
+    kept = len(TensorStore(spec.store_root))
+    assert 3 <= kept < 7
+    assert not Path(spec.entries_path).exists()
+    assert counts(run(spec)) == (7, 7 - kept, kept, 0)
+
+
+def test_an_empty_plan_is_an_empty_cache(make_spec):
+    spec = make_spec()
+    pd.read_parquet(spec.rows_path).iloc[:0].to_parquet(spec.rows_path)
+    cache = run(spec)
+    assert counts(cache) == (0, 0, 0, 0)
+    assert (cache.latent_mean, cache.sample_path, cache.bytes) == ((), None, 0)
+    assert list(pd.read_parquet(spec.entries_path).columns) == ["path", "crop_index", "key", "latent_key"]
+
+
+def test_as_a_program(make_spec, tmp_path: Path):
+    spec = make_spec()
+    (tmp_path / "spec.json").write_text(spec.model_dump_json())
+    done = subprocess.run(
+        [sys.executable, "-m", "sdxl_pipeline.stages.encode_latents", str(tmp_path / "spec.json")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "7 crops: 7 to encode" in done.stdout
+    assert "encode latents: 7 of 7 crops" in done.stdout
+    cache = LatentCache.model_validate_json((tmp_path / "manifest.json").read_text())
+    assert counts(cache) == (7, 7, 0, 0)

@@ -1,0 +1,195 @@
+"""Holds that each caption is embedded once, found under its own key, the empty prompt among them, and that a stop loses nothing."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from sdxl_pipeline.project.hardware import PRESETS
+from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, BUNDLED_NAME, ResolvedModel, resolve_base_model
+from sdxl_pipeline.sdxl.components import load_pipeline
+from sdxl_pipeline.stages import encode_text
+from sdxl_pipeline.stages.program import StageError, StageStopped, StopSignal
+from sdxl_pipeline.stages.reporter import Reporter
+from sdxl_pipeline.stages.specs import EncodeTextSpec, TextEmbedCache
+from sdxl_pipeline.store.digest import digest_json
+from sdxl_pipeline.store.tensor_store import TensorStore
+
+CAPTIONS = [
+    ("a.png", "a red circle"),
+    ("a.png", "a round thing"),
+    ("b.png", "a blue star"),
+    ("c.png", "a red circle"),
+]
+LONG = "a large yellow square " * 30
+
+
+def model(**settings: Any) -> ResolvedModel:
+    training = TrainingSettings(**{"pretrained_model_name_or_path": BUNDLED_NAME, **settings})
+    return resolve_base_model(training, Path.cwd())
+
+
+@pytest.fixture
+def make_spec(tmp_path: Path) -> Callable[..., EncodeTextSpec]:
+    def make(
+        captions: Sequence[tuple[str, str]] = CAPTIONS,
+        prompts: tuple[str, ...] = ("a green square", "blurry"),
+        base_model: ResolvedModel | None = None,
+        shard_rows: int = 2,
+        **hardware: Any,
+    ) -> EncodeTextSpec:
+        rows = [(path, f"key-of-{path}", caption) for path, caption in captions]
+        pd.DataFrame(rows, columns=["path", "key", "caption"]).to_parquet(tmp_path / "captions.parquet")
+        return EncodeTextSpec(
+            base_model=base_model or model(),
+            hardware=PRESETS["cpu"].model_copy(update={"text_encoder_batch_size": 2, **hardware}),
+            captions_path=str(tmp_path / "captions.parquet"),
+            extra_prompts=prompts,
+            store_root=str(tmp_path / "store"),
+            entries_path=str(tmp_path / "entries.parquet"),
+            prompts_path=str(tmp_path / "prompts.parquet"),
+            shard_rows=shard_rows,
+        )
+
+    return make
+
+
+def run(
+    spec: EncodeTextSpec, reporter: Reporter | None = None, stop: StopSignal | None = None
+) -> TextEmbedCache:
+    return encode_text.main(spec, reporter or Reporter(), stop or StopSignal())
+
+
+def counts(cache: TextEmbedCache) -> tuple[int, int, int]:
+    return cache.captions, cache.encoded, cache.reused
+
+
+def test_every_caption_and_prompt_has_the_pipelines_embeddings(make_spec):
+    spec = make_spec()
+    cache = run(spec)
+    assert counts(cache) == (6, 6, 0)
+    entries, prompts = pd.read_parquet(spec.entries_path), pd.read_parquet(spec.prompts_path)
+    assert [tuple(row) for row in entries[["path", "caption"]].itertuples(index=False)] == CAPTIONS
+    assert list(entries["key"]) == [f"key-of-{path}" for path, _ in CAPTIONS]
+    assert list(prompts["prompt"]) == ["", "a green square", "blurry"]
+    store, pipeline = TensorStore(spec.store_root), load_pipeline(spec.base_model, torch.float32)
+    found = dict(zip(entries["caption"], entries["embed_key"], strict=True))
+    found |= dict(zip(prompts["prompt"], prompts["embed_key"], strict=True))
+    assert len(found) == 6
+    for caption, key in found.items():
+        expected, _, expected_pooled, _ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False)
+        stored = store.read(key)
+        torch.testing.assert_close(stored["prompt_embeds"], expected[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(stored["pooled_prompt_embeds"], expected_pooled[0], atol=1e-5, rtol=0)
+
+
+def test_the_manifest_describes_the_captions(make_spec):
+    spec = make_spec()
+    cache = run(spec)
+    entries = pd.read_parquet(spec.entries_path)
+    assert cache.digest == digest_json(entries[["key", "embed_key"]].to_numpy().tolist())
+    assert cache.bytes == 6 * (77 * 128 + 64) * 4
+    assert cache.captions_per_second is not None
+    assert cache.captions_per_second > 0
+    assert cache.truncated == ()
+    assert TextEmbedCache.model_validate_json(cache.model_dump_json()) == cache
+
+
+def test_a_second_run_encodes_nothing_and_loads_no_encoder(make_spec, monkeypatch):
+    first = run(make_spec())
+    monkeypatch.setattr(encode_text, "load_text_encoders", lambda *_: pytest.fail("encoders were loaded"))
+    second = run(make_spec())
+    assert counts(second) == (6, 0, 6)
+    assert second.captions_per_second is None
+    assert (second.digest, second.bytes) == (first.digest, first.bytes)
+
+
+def test_an_edited_caption_is_one_encoding(make_spec):
+    first = run(make_spec())
+    second = run(make_spec([*CAPTIONS[:-1], ("c.png", "a dark red circle")]))
+    assert counts(second) == (7, 1, 6)
+    assert second.digest != first.digest
+
+
+def test_other_prompts_leave_the_datasets_digest_alone(make_spec):
+    first = run(make_spec())
+    second = run(make_spec(prompts=("another prompt",)))
+    assert counts(second) == (5, 1, 4)
+    assert second.digest == first.digest
+
+
+def test_without_captions_the_empty_prompt_is_there(make_spec):
+    spec = make_spec([], prompts=("",))
+    assert counts(run(spec)) == (1, 1, 0)
+    assert list(pd.read_parquet(spec.prompts_path)["prompt"]) == [""]
+    assert list(pd.read_parquet(spec.entries_path).columns) == ["path", "key", "caption", "embed_key"]
+
+
+def test_captions_past_77_tokens_are_named_also_when_cached(make_spec):
+    captions = [*CAPTIONS, ("d.png", LONG)]
+    assert run(make_spec(captions)).truncated == (LONG,)
+    again = run(make_spec(captions))
+    assert again.encoded == 0
+    assert again.truncated == (LONG,)
+
+
+def test_another_encoder_tokenizer_or_dtype_encodes_anew_and_another_vae_does_not(make_spec, tmp_path: Path):
+    run(make_spec())
+    folder = shutil.copytree(BUNDLED_MODEL, tmp_path / "model")
+    vae = folder / "vae" / "config.json"
+    vae.write_text(vae.read_text().replace('"act_fn": "silu"', '"act_fn": "gelu"'))
+    other_vae = model(pretrained_model_name_or_path=str(folder))
+    assert other_vae.vae_digest != model().vae_digest
+    assert counts(run(make_spec(base_model=other_vae))) == (6, 0, 6)
+    text = folder / "text_encoder_2" / "config.json"
+    text.write_text(text.read_text().replace('"layer_norm_eps": 1e-05', '"layer_norm_eps": 2e-05'))
+    other_text = model(pretrained_model_name_or_path=str(folder))
+    assert counts(run(make_spec(base_model=other_text))) == (6, 6, 0)
+    in_bf16 = make_spec(mixed_precision="bf16")
+    assert counts(run(in_bf16)) == (6, 6, 0)
+    key = pd.read_parquet(in_bf16.prompts_path)["embed_key"][0]
+    assert TensorStore(in_bf16.store_root).read(key)["prompt_embeds"].dtype == torch.bfloat16
+
+
+def test_a_caption_that_overflows_is_an_error_that_names_it(make_spec, monkeypatch):
+    def overflowing(encoders: Any, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        embeds = torch.zeros(len(prompts), 77, 128)
+        embeds[[prompt == "a blue star" for prompt in prompts]] = torch.nan
+        return embeds, torch.zeros(len(prompts), 64)
+
+    monkeypatch.setattr(encode_text, "encode_prompts", overflowing)
+    with pytest.raises(StageError, match=r"'a blue star'.*mixed_precision to bf16"):
+        run(make_spec())
+
+
+def test_a_stop_between_batches_keeps_what_is_done(make_spec):
+    stop = StopSignal()
+
+    class StopAtOnce(Reporter):
+        def progress(self, task: str, done: int, total: int, unit: str = "") -> None:
+            stop.request()
+
+    spec = make_spec(shard_rows=100)
+    with pytest.raises(StageStopped):
+        run(spec, StopAtOnce(), stop)
+    assert len(TensorStore(spec.store_root)) == 2
+    assert counts(run(spec)) == (6, 4, 2)
+
+
+def test_as_a_program(make_spec, tmp_path: Path):
+    (tmp_path / "spec.json").write_text(make_spec().model_dump_json())
+    done = subprocess.run(
+        [sys.executable, "-m", "sdxl_pipeline.stages.encode_text", str(tmp_path / "spec.json")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "6 captions: 6 to encode" in done.stdout
+    cache = TextEmbedCache.model_validate_json((tmp_path / "manifest.json").read_text())
+    assert counts(cache) == (6, 6, 0)
