@@ -19,7 +19,7 @@ from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.stages.specs import ClipSummary, EvaluateSpec, EvaluationReport, TrainedLora
 
 CODE = "1"
-SETTINGS = {
+LOOKED_AT = {
     "validation_resolution",
     "validation_guidance",
     "validation_guidance_rescale",
@@ -43,7 +43,7 @@ def build_evaluation(project: Project) -> dg.AssetsDefinition:
     """`<project>/evaluation`."""
     key = project_key(project, "evaluation")
     prompts = validation_prompts(project)
-    settings_read = project.training.model_dump(mode="json", include=SETTINGS)
+    settings_read = project.training.model_dump(mode="json", include=LOOKED_AT)
 
     @dg.asset(
         key=key,
@@ -67,7 +67,7 @@ def build_evaluation(project: Project) -> dg.AssetsDefinition:
     ) -> Iterator[Any]:
         trained = read_training_spec(lora)
         # What the run was trained with stands; how it is looked at follows config.json as it is now.
-        looked_at = {name: getattr(project.training, name) for name in SETTINGS}
+        looked_at = {name: getattr(project.training, name) for name in LOOKED_AT}
         previous = release_dir(project) / REPORT_FILE
         spec = EvaluateSpec(
             base_model=model,
@@ -87,21 +87,18 @@ def build_evaluation(project: Project) -> dg.AssetsDefinition:
             storage.work_dir(project.name, "evaluation"),
             spec.hardware,
         )
+        if report.reused:
+            context.log.info(
+                "The same LoRA, pictures and settings were evaluated before: the report is reused."
+            )
         yield dg.MaterializeResult(
             value=report,
-            data_version=dg.DataVersion(version(lora.weights_sha256, _figures(report))),
+            data_version=dg.DataVersion(report.identity),
             metadata=_metadata(report),
             check_results=checks.check_evaluation(report),
         )
 
     return evaluation
-
-
-def _figures(report: EvaluationReport) -> dict[str, Any]:
-    return report.model_dump(
-        mode="json",
-        include={"base_loss", "lora_loss", "base_clip", "lora_clip", "eval_source", "eval_images"},
-    )
 
 
 def _metadata(report: EvaluationReport) -> dict[str, Any]:
@@ -129,5 +126,6 @@ def _metadata(report: EvaluationReport) -> dict[str, Any]:
             else None,
             "report": dg.MetadataValue.path(report.report_path),
             "seconds": report.seconds,
+            "reused": report.reused,
         }
     )

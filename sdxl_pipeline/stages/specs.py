@@ -35,7 +35,9 @@ class EncodeLatentsSpec(StageModel):
     data_dir: str = Field(description="Folder that the rows' `path` column is relative to.")
     rows_path: str = Field(description="Parquet of the dataset's aspect_buckets rows.")
     store_root: str = Field(description="Root of the content-addressed latent store.")
-    entries_path: str = Field(description="Parquet to write: path, crop_index, key, latent_key, one row per encoded crop.")
+    entries_path: str = Field(
+        description="Parquet to write: path, crop_index, key, latent_key, one row per encoded crop."
+    )
     sample_path: str = Field(description="PNG to write: some crops beside their decoded latents.")
 
 
@@ -48,11 +50,17 @@ class LatentCache(StageModel):
     planned: int = Field(description="Crops asked for.")
     encoded: int
     reused: int
-    failed: tuple[FailedItem, ...] = Field(description="Unreadable or non-finite; planned = encoded + reused + failed.")
+    failed: tuple[FailedItem, ...] = Field(
+        description="Unreadable or non-finite; planned = encoded + reused + failed."
+    )
     seconds: float
-    images_per_second: float | None = Field(description="Encoded crops per second; None when nothing was encoded.")
+    images_per_second: float | None = Field(
+        description="Encoded crops per second; None when nothing was encoded."
+    )
     bytes: int = Field(description="Size in bytes of this dataset's latents.")
-    latent_mean: tuple[float, ...] = Field(description="Per channel, of the scaled posterior means over this dataset.")
+    latent_mean: tuple[float, ...] = Field(
+        description="Per channel, of the scaled posterior means over this dataset."
+    )
     latent_std: tuple[float, ...]
     sample_path: str | None
 
@@ -62,11 +70,17 @@ class EncodeTextSpec(StageModel):
 
     base_model: ResolvedModel
     hardware: Hardware
-    captions_path: str = Field(description="Parquet with the columns path, key, caption; one row per (picture, caption).")
-    extra_prompts: tuple[str, ...] = Field(description="Validation and negative prompts; the empty prompt is always added.")
+    captions_path: str = Field(
+        description="Parquet with the columns path, key, caption; one row per (picture, caption)."
+    )
+    extra_prompts: tuple[str, ...] = Field(
+        description="Validation and negative prompts; the empty prompt is always added."
+    )
     store_root: str
     entries_path: str = Field(description="Parquet to write: path, key, caption, embed_key.")
-    prompts_path: str = Field(description="Parquet to write: prompt, embed_key for the empty prompt and extra_prompts.")
+    prompts_path: str = Field(
+        description="Parquet to write: prompt, embed_key for the empty prompt and extra_prompts."
+    )
     shard_rows: int = Field(default=128, ge=1, description="Captions written per shard (write_batch_size).")
 
 
@@ -80,7 +94,9 @@ class TextEmbedCache(StageModel):
     captions: int = Field(description="Distinct captions, extra prompts and the empty prompt included.")
     encoded: int
     reused: int
-    truncated: tuple[str, ...] = Field(description="Captions longer than the encoders' 77 tokens, which lose their tail.")
+    truncated: tuple[str, ...] = Field(
+        description="Captions longer than the encoders' 77 tokens, which lose their tail."
+    )
     seconds: float
     captions_per_second: float | None
     bytes: int
@@ -110,10 +126,14 @@ class TrainSpec(StageModel):
 
     base_model: ResolvedModel
     hardware: Hardware
-    settings: TrainingSettings = Field(description="Effective settings: launchpad, config.json, profile and defaults merged.")
+    settings: TrainingSettings = Field(
+        description="Effective settings: launchpad, config.json, profile and defaults merged."
+    )
     lanes: tuple[TrainingLane, ...]
     prompts: tuple[ValidationPrompt, ...]
-    run_dir: str = Field(description="Folder of this identity: checkpoints, weights, metrics, validation pictures.")
+    run_dir: str = Field(
+        description="Folder of this identity: checkpoints, weights, metrics, validation pictures."
+    )
     project: str
 
 
@@ -137,8 +157,12 @@ class TrainedLora(StageModel):
     steps: int
     epochs: float = Field(description="Passes over the training pictures.")
     samples: int = Field(description="Pictures seen.")
-    resumed_from_step: int | None = Field(description="None for a run that began at step 0; the step of the checkpoint otherwise.")
-    reused: bool = Field(description="True when a finished run of this identity was found and nothing was trained.")
+    resumed_from_step: int | None = Field(
+        description="None for a run that began at step 0; the step of the checkpoint otherwise."
+    )
+    reused: bool = Field(
+        description="True when a finished run of this identity was found and nothing was trained."
+    )
     final_loss: float = Field(description="Mean training loss over the last tenth of the steps.")
     seconds: float
     steps_per_second: float | None
@@ -161,7 +185,9 @@ class EvaluateSpec(StageModel):
     lanes: tuple[TrainingLane, ...]
     prompts: tuple[ValidationPrompt, ...]
     output_dir: str
-    previous_report_path: str | None = Field(default=None, description="The last release's report.json, to compare with.")
+    previous_report_path: str | None = Field(
+        default=None, description="The last release's report.json, to compare with."
+    )
 
 
 class LossSummary(StageModel):
@@ -183,6 +209,8 @@ class ClipSummary(StageModel):
 class EvaluationReport(StageModel):
     """Output of `evaluate`."""
 
+    identity: str = Field(description="Digest of everything the figures and pictures depend on.")
+    reused: bool = Field(description="True when this very evaluation was found finished.")
     lora_sha256: str
     eval_source: Literal["eval dataset", "held-out share", "training pictures"]
     eval_images: int
@@ -192,10 +220,14 @@ class EvaluationReport(StageModel):
     lora_clip: ClipSummary | None
     gallery_path: str = Field(description="PNG: base beside LoRA for each prompt.")
     images: tuple[ValidationImage, ...]
-    broken_images: tuple[FailedItem, ...] = Field(description="LoRA pictures that are black, constant or not finite.")
+    broken_images: tuple[FailedItem, ...] = Field(
+        description="LoRA pictures that are black, constant or not finite."
+    )
     loss_plot_path: str | None
     report_path: str = Field(description="report.md beside report.json in output_dir.")
-    change_since_release: dict[str, float] = Field(description="This minus the last release, for each figure both have.")
+    change_since_release: dict[str, float] = Field(
+        description="This minus the last release, for each figure both have."
+    )
     seconds: float
 
 

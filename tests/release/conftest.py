@@ -42,6 +42,8 @@ def evaluated(folder: Path, lora: TrainedLora) -> EvaluationReport:
                 ValidationImage(step=step, name=prompt.name, prompt=prompt.prompt, path=str(path), seed=7)
             )
     report = EvaluationReport(
+        identity="0" * 64,
+        reused=False,
         lora_sha256=lora.weights_sha256,
         eval_source="held-out share",
         eval_images=5,

@@ -1,0 +1,74 @@
+"""What an evaluation is: the digest of everything that decides its figures and pictures. No torch."""
+
+from pathlib import Path
+from typing import Final
+
+from sdxl_pipeline.evaluation.scoring_model import scoring_model_name
+from sdxl_pipeline.stages.program import StageError
+from sdxl_pipeline.stages.specs import EvaluateSpec, TrainedLora
+from sdxl_pipeline.store.digest import digest_json
+from sdxl_pipeline.store.files import sha256_file
+
+CODE_VERSION = 1
+"""Raise it when a change of the evaluation changes the numbers or pictures it gives."""
+
+SETTINGS: Final = frozenset(
+    [
+        "prediction_type",
+        "mixed_precision",
+        "vae_dtype",
+        "micro_conditioning",
+        "train_batch_size",
+        "validation_resolution",
+        "validation_guidance",
+        "validation_guidance_rescale",
+        "validation_num_inference_steps",
+        "validation_seed",
+        "num_validation_images",
+        "seed",
+        "evaluation_type",
+        "pretrained_evaluation_model_name_or_path",
+        "eval_loss_disable",
+        "eval_timesteps",
+        "num_eval_images",
+    ]
+)
+"""The settings that an evaluation reads."""
+
+
+def evaluation_identity(spec: EvaluateSpec) -> str:
+    """Hex SHA-256: the same again means the same report, but for the comparison with the release before it.
+
+    Raises StageError when the LoRA's file is not the one that was trained.
+    """
+    _require_weights(spec.lora)
+    return digest_json(
+        {
+            "code_version": CODE_VERSION,
+            "base_model": spec.base_model.digest,
+            "lora": spec.lora.weights_sha256,
+            "lanes": [
+                [
+                    lane.dataset_id,
+                    sha256_file(Path(lane.rows_path)),
+                    lane.latents.digest,
+                    lane.text_embeds.digest,
+                ]
+                for lane in spec.lanes
+            ],
+            "prompts": [prompt.model_dump() for prompt in spec.prompts],
+            "settings": spec.settings.model_dump(mode="json", include=set(SETTINGS)),
+            "scoring_model": scoring_model_name(spec.settings, spec.base_model),
+            "device": spec.hardware.device,
+        }
+    )
+
+
+def _require_weights(lora: TrainedLora) -> None:
+    weights = Path(lora.weights_path)
+    if not weights.is_file():
+        raise StageError(f"{weights} is gone; materialize lora again")
+    if sha256_file(weights) != lora.weights_sha256:
+        raise StageError(
+            f"{weights} is not the file that the training wrote: its SHA-256 differs. Materialize lora again"
+        )
