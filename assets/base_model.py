@@ -5,9 +5,11 @@ from typing import Any
 
 import dagster as dg
 
+from assets.failures import told_to_the_user
 from assets.keys import project_key, version
 from assets.show import figures_table, present
 from resources.storage import Storage
+from sdxl_pipeline.evaluation.scoring_model import scoring_model_folder
 from sdxl_pipeline.project.project import Project
 from sdxl_pipeline.sdxl.base_model import resolve_base_model
 
@@ -34,7 +36,11 @@ def build_base_model(project: Project) -> dg.AssetsDefinition:
         description="The SDXL model that is fine-tuned: downloaded when it is a Hub id, and digested per component.",
     )
     def base_model(context: dg.AssetExecutionContext, storage: Storage) -> Iterator[Any]:
-        model = resolve_base_model(settings, project.folder, cache_dir=storage.work_dir("base_models"))
+        with told_to_the_user():
+            model = resolve_base_model(settings, project.folder, cache_dir=storage.work_dir("base_models"))
+            # Found or fetched now: that it cannot be had must not turn out after the training.
+            scores = settings.evaluation_type == "clip"
+            scoring_model = str(scoring_model_folder(settings, model)) if scores else None
         context.log.info(f"{model.source}: {model.path}, revision {model.revision or 'local files'}")
         yield dg.MaterializeResult(
             value=model,
@@ -45,6 +51,7 @@ def build_base_model(project: Project) -> dg.AssetsDefinition:
                     "path": dg.MetadataValue.path(model.path),
                     "revision": model.revision,
                     "VAE": model.vae_source,
+                    "scoring_model": scoring_model,
                     "digests": figures_table(("component", "sha256"), sorted(model.digests.items())),
                 }
             ),

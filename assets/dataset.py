@@ -1,5 +1,6 @@
 """A dataset: every file found, with its digest, size, captions, and why it was left out if it was."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,6 +8,7 @@ import dagster as dg
 import pandas as pd
 
 from assets import checks
+from assets.failures import told_to_the_user
 from assets.keys import lane_key, version
 from assets.show import dropped_table, picture
 from sdxl_pipeline.images.digests import dataset_digest
@@ -27,6 +29,7 @@ SETTINGS = {
     "missing_captions",
 }
 SAMPLES = 12
+PROGRESS_SECONDS = 10.0
 
 
 def build_dataset(project: Project, dataset: ImageDataset) -> dg.AssetsDefinition:
@@ -42,12 +45,8 @@ def build_dataset(project: Project, dataset: ImageDataset) -> dg.AssetsDefinitio
         description=f"Every file found in `{dataset.instance_data_dir}`: kept, or dropped with a reason.",
     )
     def dataset_asset(context: dg.AssetExecutionContext) -> Iterator[Any]:
-        generated = generate_if_asked(project.folder)
-        if generated:
-            context.log.info(f"The project's pictures were drawn by its generator into {generated}.")
-        # Taken before the scan: a file that changes meanwhile is then seen as changed by the sensor.
-        fingerprint = folder_fingerprint(dataset.instance_data_dir)
-        scanned = scan_dataset(dataset)
+        with told_to_the_user():
+            scanned, fingerprint = _scan(context, project, dataset)
         kept = scanned[scanned["status"] == "kept"]
         context.log.info(f"{len(scanned)} files found, {len(kept)} kept, {len(scanned) - len(kept)} dropped.")
         yield dg.MaterializeResult(
@@ -58,6 +57,24 @@ def build_dataset(project: Project, dataset: ImageDataset) -> dg.AssetsDefinitio
         )
 
     return dataset_asset
+
+
+def _scan(
+    context: dg.AssetExecutionContext, project: Project, dataset: ImageDataset
+) -> tuple[pd.DataFrame, str]:
+    """Every file found, and the state of the folder when the search began."""
+    generate_if_asked(project.folder)
+    # Taken before the scan: a file that changes meanwhile is then seen as changed by the sensor.
+    fingerprint = folder_fingerprint(dataset.instance_data_dir)
+    told = time.monotonic()
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told >= PROGRESS_SECONDS:
+            told = time.monotonic()
+            context.log.info(f"{done} of {total} pictures read.")
+
+    return scan_dataset(dataset, on_progress), fingerprint
 
 
 def _metadata(dataset: ImageDataset, scanned: pd.DataFrame) -> dict[str, Any]:

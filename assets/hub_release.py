@@ -8,6 +8,7 @@ import dagster as dg
 import pandas as pd
 
 from assets.evaluation import release_dir
+from assets.failures import told_to_the_user
 from assets.keys import lane_key, project_key, version
 from assets.lanes import model_input
 from assets.lora import read_training_spec
@@ -50,30 +51,26 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
         evaluation: EvaluationReport,
         **datasets: Any,
     ) -> Iterator[Any]:
-        if evaluation.lora_sha256 != lora.weights_sha256:
-            raise dg.Failure(
-                "The evaluation is of other weights than the ones to be released. Materialize "
-                f"{project.name}/evaluation again, then {project.name}/hub_release.",
-                allow_retries=False,
-            )
-        verify_export(Path(lora.weights_path), model)
         counts = {
             dataset.id: int((datasets[f"{dataset.asset_name}__dataset"]["status"] == "kept").sum())
             for dataset in project.datasets
         }
         trained = read_training_spec(lora)
-        folder = build_release(
-            release_dir(project),
-            project=project.name,
-            base_model=model,
-            settings=trained.settings,
-            lora=lora,
-            report=evaluation,
-            prompts=trained.prompts,
-            counts=counts,
-            lineage=_lineage(context, project, model, lora),
-        )
-        release = _publish(context, project, hub, folder, _lineage(context, project, model, lora))
+        lineage = _lineage(context, project, model, lora)
+        with told_to_the_user():
+            verify_export(Path(lora.weights_path), model)
+            folder = build_release(
+                release_dir(project),
+                project=project.name,
+                base_model=model,
+                settings=trained.settings,
+                lora=lora,
+                report=evaluation,
+                prompts=trained.prompts,
+                counts=counts,
+                lineage=lineage,
+            )
+        release = _publish(context, project, hub, folder, lineage)
         yield dg.MaterializeResult(
             value=release,
             data_version=dg.DataVersion(digest_json([lora.weights_sha256, release.commit])),

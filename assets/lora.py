@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 
 from assets import checks
+from assets.failures import told_to_the_user
 from assets.keys import GPU_POOL, lane_key, project_key, version
 from assets.lanes import lane_inputs, model_input, training_lanes, upstream_metadata, validation_prompts
 from assets.show import picture, present
@@ -60,7 +61,8 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
         **lanes: Any,
     ) -> Iterator[Any]:
         profile = hardware.hardware()
-        settings, _ = resolve_settings(trackers.apply(project.training), profile, config.settings)
+        with told_to_the_user():
+            settings, _ = resolve_settings(trackers.apply(project.training), profile, config.settings)
         if settings.push_to_hub and settings.hub_model_id:
             # Hours of training must not end at a door that was closed from the beginning.
             hub.check_can_push(settings.hub_model_id)
@@ -73,7 +75,8 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
             run_dir="",
             project=project.name,
         )
-        identity = run_identity(spec)
+        with told_to_the_user():
+            identity = run_identity(spec)
         run_dir = Path(settings.output_dir) / "lora" / identity[:16]
         spec = spec.model_copy(update={"run_dir": str(run_dir)})
         run_dir.mkdir(parents=True, exist_ok=True)

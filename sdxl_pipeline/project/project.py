@@ -218,6 +218,9 @@ def _complete(training: TrainingSettings, folder: Path, datasets_file: Path) -> 
     }
     if training.user_prompt_library is not None:
         changes["user_prompt_library"] = str(_inside(folder, training.user_prompt_library))
+    scoring_model = training.pretrained_evaluation_model_name_or_path
+    if _inside(folder, scoring_model).is_dir():
+        changes["pretrained_evaluation_model_name_or_path"] = str(_inside(folder, scoring_model))
     if training.push_to_hub and training.hub_model_id is None:
         changes["hub_model_id"] = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip("-._") or "sdxl-lora"
     given = training.model_fields_set

@@ -221,7 +221,7 @@ class TrainingSettings(SettingsModel):
         "none", description="clip also scores the gallery with CLIP."
     )
     pretrained_evaluation_model_name_or_path: str = Field(
-        "openai/clip-vit-large-patch14-336",
+        "openai/clip-vit-large-patch14",
         min_length=1,
         description="CLIP that scores: Hub id, local folder or bundled:tiny-clip.",
     )

@@ -1,0 +1,24 @@
+"""What a user can mend is a failed step with a sentence, not a stack trace."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import dagster as dg
+
+from sdxl_pipeline.images.scan import DatasetFolderError
+from sdxl_pipeline.project.problems import ProjectError
+from sdxl_pipeline.release.export import ExportError
+from sdxl_pipeline.release.portable import ReleaseError
+from sdxl_pipeline.sdxl.model_files import BaseModelError
+from sdxl_pipeline.stages.program import StageError
+
+USERS_TO_MEND = (DatasetFolderError, ProjectError, ExportError, ReleaseError, BaseModelError, StageError)
+
+
+@contextmanager
+def told_to_the_user() -> Iterator[None]:
+    """Turn the library's own errors into failed steps that say what to do, and are not tried again."""
+    try:
+        yield
+    except USERS_TO_MEND as error:
+        raise dg.Failure(description=str(error), allow_retries=False) from error
