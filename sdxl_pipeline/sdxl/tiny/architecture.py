@@ -52,12 +52,12 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_tiny_autoencoder() -> AutoencoderTiny:
-    """The fast previewer of the VAE's latents (Ollin Boer Bohan's TAESD), 32 channels wide."""
+    """The fast previewer of the VAE's latents (Ollin Boer Bohan's TAESD), 16 channels wide."""
     return AutoencoderTiny(
-        encoder_block_out_channels=(32, 32, 32, 32),
-        decoder_block_out_channels=(32, 32, 32, 32),
-        num_encoder_blocks=(1, 1, 1, 2),
-        num_decoder_blocks=(2, 1, 1, 1),
+        encoder_block_out_channels=(16, 16, 16, 16),
+        decoder_block_out_channels=(16, 16, 16, 16),
+        num_encoder_blocks=(1, 1, 1, 3),
+        num_decoder_blocks=(3, 1, 1, 1),
         latent_channels=4,
         scaling_factor=1.0,  # it maps to latents which are already scaled, as TAESD does
         force_upcast=False,

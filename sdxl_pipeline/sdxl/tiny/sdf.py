@@ -83,7 +83,7 @@ def _star(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _burst(x: Tensor, y: Tensor) -> Tensor:
-    return pointed_star(x, y, 8, 1.1, 0.72)
+    return pointed_star(x, y, 8, 0.92, 0.62)
 
 
 def _moon(x: Tensor, y: Tensor) -> Tensor:

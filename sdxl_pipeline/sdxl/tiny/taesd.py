@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from sdxl_pipeline.sdxl.tiny.architecture import build_tiny_autoencoder
 from sdxl_pipeline.sdxl.tiny.budget import Budget, set_learning_rate
 from sdxl_pipeline.sdxl.tiny.render import render, render_art
-from sdxl_pipeline.sdxl.tiny.vae import psnr
+from sdxl_pipeline.sdxl.tiny.vae import psnr, random_crop
 from sdxl_pipeline.sdxl.tiny.world import BUCKETS, held_out_specs, sample_world
 
 _LOGGER = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ def train_taesd(parts: Path, budget: Budget, seed: int = 0) -> dict[str, float]:
         bucket = rng.choice((BUCKETS[0], *BUCKETS))
         world = render([sample_world(rng, 0.6) for _ in range(_BATCH * 3 // 4)], bucket, rng)
         images = torch.cat([world, render_art(_BATCH // 4, bucket, generator)])
+        if step % 4:
+            images = random_crop(images, rng)
         with torch.autocast("cpu", torch.bfloat16):
             latents = vae.encode(images).latent_dist.mean.float() * vae.config.scaling_factor
             encoded = tiny.encode(images).latents

@@ -112,14 +112,17 @@ def _batch(rng: random.Random, generator: torch.Generator, *, full: bool) -> Ten
     """Half world, half art: (16, 3, H, W) of a random bucket, or a random crop of it."""
     bucket = rng.choice((BUCKETS[0], *BUCKETS))
     half = _BATCH // 2
-    specs, frames = zip(
-        *[(sample_world(rng, _RICH_SHARE), sample_frame(rng, bucket)) for _ in range(half)], strict=True
-    )
+    specs = [sample_world(rng, _RICH_SHARE) for _ in range(half)]
+    frames = [sample_frame(rng, bucket) for _ in specs]
     images = torch.cat([render(specs, bucket, rng, frames), render_art(_BATCH - half, bucket, generator)])
-    if full:
-        return images
-    top, left = rng.randint(0, bucket[0] - _CROP), rng.randint(0, bucket[1] - _CROP)
-    return images[:, :, top : top + _CROP, left : left + _CROP].contiguous()
+    return images if full else random_crop(images, rng)
+
+
+def random_crop(images: Tensor, rng: random.Random, side: int = _CROP) -> Tensor:
+    """The same `side` x `side` window of all pictures."""
+    height, width = images.shape[-2:]
+    top, left = rng.randint(0, height - side), rng.randint(0, width - side)
+    return images[:, :, top : top + side, left : left + side].contiguous()
 
 
 def _loss(images: Tensor, decoded: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:

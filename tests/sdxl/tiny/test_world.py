@@ -90,7 +90,8 @@ def test_rich_pictures_differ_from_plain_ones_and_say_so() -> None:
         assert (spec.pattern != "dotted") or f"{spec.second_color} dots" in caption
         assert spec.mark is None or spec.size == "large"
         if spec.freeform is not None:
-            assert spec.noun is not None and spec.noun in caption
+            assert spec.noun is not None
+            assert spec.noun in caption
 
 
 def test_reserved_words_are_never_invented() -> None:
@@ -135,7 +136,8 @@ def test_outline_eyes_and_pattern_are_drawn_in_their_colours() -> None:
     def pixels_of(picture: torch.Tensor, color: torch.Tensor) -> int:
         return int(((picture - color).abs().amax(0) < 0.01).sum())
 
-    assert pixels_of(plain, yellow) == 0 and pixels_of(rim, yellow) > 300
+    assert pixels_of(plain, yellow) == 0
+    assert pixels_of(rim, yellow) > 300
     half = pixels_of(stripes, white) / pixels_of(
         plain, torch.tensor(COLORS["red"])[:, None, None] / 127.5 - 1
     )
@@ -171,11 +173,14 @@ def test_rendering_is_a_pure_function_of_its_seed() -> None:
     first = render(specs, (96, 160), random.Random(4))
     assert torch.equal(first, render(specs, (96, 160), random.Random(4)))
     assert not torch.equal(first, render(specs, (96, 160), random.Random(5)))
-    assert first.shape == (16, 3, 96, 160) and first.abs().max() <= 1
+    assert first.shape == (16, 3, 96, 160)
+    assert first.abs().max() <= 1
 
 
 def test_art_is_reproducible_and_in_range() -> None:
     art = render_art(6, (64, 96), torch.Generator().manual_seed(1))
     assert torch.equal(art, render_art(6, (64, 96), torch.Generator().manual_seed(1)))
-    assert art.shape == (6, 3, 64, 96) and art.min() >= -1 and art.max() <= 1
+    assert art.shape == (6, 3, 64, 96)
+    assert art.min() >= -1
+    assert art.max() <= 1
     assert art.flatten(1).std(1).min() > 0.01
