@@ -135,7 +135,8 @@ def _encode(
             reasons |= {k: crop for k, crop in zip(batch_keys, loaded, strict=True) if isinstance(crop, str)}
             crops = {k: crop for k, crop in zip(batch_keys, loaded, strict=True) if not isinstance(crop, str)}
             if crops:
-                mean, logvar = encode_moments(vae, pixels_from_crops(list(crops.values())))
+                moments = encode_moments(vae, pixels_from_crops(list(crops.values())))
+                mean, logvar = (moment.cpu() for moment in moments)  # one transfer a batch
                 finite = (mean.isfinite() & logvar.isfinite()).flatten(1).all(1).tolist()
                 for index, key in enumerate(crops):
                     if finite[index]:

@@ -95,7 +95,7 @@ def _encode(
         for start in range(0, len(captions), batch_size):
             stop.raise_if_requested()
             batch = captions[start : start + batch_size]
-            prompt_embeds, pooled_prompt_embeds = encode_prompts(encoders, batch)
+            prompt_embeds, pooled_prompt_embeds = (embeds.cpu() for embeds in encode_prompts(encoders, batch))
             finite = (
                 prompt_embeds.isfinite().flatten(1).all(1) & pooled_prompt_embeds.isfinite().all(1)
             ).tolist()

@@ -31,6 +31,8 @@ def stable_safetensors(tensors: "Mapping[str, Tensor]", metadata: Mapping[str, s
     return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
 
-def write_stable_safetensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str]) -> None:
+def write_stable_safetensors(
+    path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str]
+) -> None:
     """Write `stable_safetensors` beside `path` and rename it there."""
     write_bytes_atomic(path, stable_safetensors(tensors, metadata))

@@ -16,7 +16,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _INDEX_SCHEMA = pa.schema(
     [("key", pa.string()), ("shard", pa.string()), ("nbytes", pa.int64()), ("shard_bytes", pa.int64())]
 )
-_OPEN_SHARDS = 64
+_OPEN_SHARDS = 512
 # Far longer than a writer takes between putting a shard in place and its index part.
 _SWEEP_AFTER_SECONDS = 3600.0
 
@@ -65,11 +65,10 @@ class TensorStore:
 
     def refresh(self) -> None:
         """Read the index again. Entries whose shard is gone, or not of the size it was written with, count as missing."""
-        whole = _file_sizes(self._shards)
+        places = self._read_index()
+        whole = _file_sizes(self._shards)  # after the index, since a shard is there before its row
         self._places = {
-            key: place
-            for key, place in self._read_index().items()
-            if whole.get(place.shard) == place.shard_bytes
+            key: place for key, place in places.items() if whole.get(place.shard) == place.shard_bytes
         }
 
     def keys(self) -> frozenset[str]:
@@ -195,8 +194,10 @@ class TensorStore:
             for path in folder.glob("*"):
                 leftover = path.name.startswith(".") and ".tmp" in path.name
                 unused = folder == self._shards and path.name not in used
-                if (leftover or unused) and path.is_file() and path.stat().st_mtime < before:
-                    path.unlink(missing_ok=True)
+                if leftover or unused:
+                    with suppress(FileNotFoundError):  # a writer at work has just renamed it
+                        if path.stat().st_mtime < before:
+                            path.unlink()
 
 
 class StoreWriter:
@@ -256,10 +257,14 @@ def _read_places(path: Path) -> dict[str, _Place]:
 
 
 def _file_sizes(folder: Path) -> dict[str, int]:
-    if not folder.is_dir():
-        return {}
-    with os.scandir(folder) as entries:
-        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    sizes: dict[str, int] = {}
+    if folder.is_dir():
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    with suppress(FileNotFoundError):  # swept by another process meanwhile
+                        sizes[entry.name] = entry.stat().st_size
+    return sizes
 
 
 @contextmanager
