@@ -1,7 +1,7 @@
 """`python -m assets.summary <project>`: what the last materialization made, where it lies, and what it did not have to do again."""
 
 import sys
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,62 +15,79 @@ from sdxl_pipeline.project.project import Project, discover_projects
 from sdxl_pipeline.stages.specs import EvaluationReport, HubRelease, LatentCache, TextEmbedCache, TrainedLora
 
 
+@dataclass(frozen=True)
+class Results:
+    """What the stages of a project handed on when they last ran."""
+
+    latents: list[LatentCache]
+    texts: list[TextEmbedCache]
+    lora: TrainedLora
+    report: EvaluationReport
+    release: HubRelease
+
+
 def main(name: str) -> None:
     """Print the summary of one project to the terminal. Raises SystemExit when there is no such project."""
     projects = {project.name: project for project in discover_projects() if isinstance(project, Project)}
     if name not in projects:
         raise SystemExit(f"There is no project {name!r}; there are: {', '.join(projects) or 'none'}.")
+    results = load_results(projects[name])
     console = Console(highlight=False, soft_wrap=True)
-    for line in work_done(projects[name]):
+    for line in work_done(results):
         console.print(line)
     table = Table.grid(padding=(0, 2))
-    for what, where in places(projects[name]):
+    for what, where in places(results):
         table.add_row(what, where)
+    table.add_row("UI", "make ui, then http://127.0.0.1:3000")
     console.print(table)
 
 
-def work_done(project: Project) -> list[str]:
+def load_results(project: Project) -> Results:
+    """The values of a project's assets. Raises `dagster.Failure` naming the one that was never materialized."""
+    definitions = build_definitions()
+
+    def load(key: dg.AssetKey, value_type: type) -> Any:
+        return definitions.load_asset_value(key, python_type=value_type)
+
+    def of_lanes(stage: str, value_type: type) -> list[Any]:
+        return [load(lane_key(project, dataset, stage), value_type) for dataset in project.datasets]
+
+    return Results(
+        latents=of_lanes("vae_latents", LatentCache),
+        texts=of_lanes("text_embeds", TextEmbedCache),
+        lora=load(project_key(project, "lora"), TrainedLora),
+        report=load(project_key(project, "evaluation"), EvaluationReport),
+        release=load(project_key(project, "hub_release"), HubRelease),
+    )
+
+
+def work_done(results: Results) -> list[str]:
     """Sentences on what was encoded, trained and measured, and what was reused."""
-    latents = [_load(lane_key(project, dataset, "vae_latents"), LatentCache) for dataset in project.datasets]
-    texts = [_load(lane_key(project, dataset, "text_embeds"), TextEmbedCache) for dataset in project.datasets]
-    lora = _load(project_key(project, "lora"), TrainedLora)
-    report = _load(project_key(project, "evaluation"), EvaluationReport)
+    lora, report = results.lora, results.report
     lines = [
-        f"latents: {sum(c.encoded for c in latents)} encoded, {sum(c.reused for c in latents)} reused; "
-        f"captions: {sum(c.encoded for c in texts)} encoded, {sum(c.reused for c in texts)} reused",
+        f"latents: {sum(c.encoded for c in results.latents)} encoded, {sum(c.reused for c in results.latents)} reused",
+        f"captions: {sum(c.encoded for c in results.texts)} encoded, {sum(c.reused for c in results.texts)} reused",
         "training: nothing to do, this LoRA was finished before"
         if lora.reused
         else f"training: {lora.steps} steps in {lora.seconds:.0f} s",
     ]
     if report.base_loss and report.lora_loss:
+        again = ", measured before" if report.reused else ""
         lines.append(
-            f"eval loss on {report.eval_images} pictures ({report.eval_source}): "
+            f"eval loss on {report.eval_images} pictures ({report.eval_source}{again}): "
             f"base {report.base_loss.mean:.4f}, LoRA {report.lora_loss.mean:.4f}"
         )
     return lines
 
 
-def places(project: Project) -> list[tuple[str, str]]:
-    """(what, path) of everything a person wants to open, paths relative to the working directory where that is shorter."""
-    lora = _load(project_key(project, "lora"), TrainedLora)
-    report = _load(project_key(project, "evaluation"), EvaluationReport)
-    release = _load(project_key(project, "hub_release"), HubRelease)
+def places(results: Results) -> list[tuple[str, str]]:
+    """(what, path) of what a person wants to open, relative to the working directory where the files lie below it."""
     return [
-        ("before and after", _short(report.gallery_path)),
-        ("LoRA", _short(lora.weights_path)),
-        ("report", _short(report.report_path)),
-        ("release", release.url or _short(release.folder)),
-        ("UI", f"make ui, then http://127.0.0.1:3000/asset-groups ({project.name})"),
+        ("before and after", _short(results.report.gallery_path)),
+        ("LoRA", _short(results.lora.weights_path)),
+        ("report", _short(results.report.report_path)),
+        ("release", results.release.url or _short(results.release.folder)),
     ]
-
-
-def _load(key: dg.AssetKey, value_type: type) -> Any:
-    return _definitions().load_asset_value(key, python_type=value_type)
-
-
-@cache
-def _definitions() -> dg.Definitions:
-    return build_definitions()
 
 
 def _short(path: str) -> str:
@@ -79,4 +96,4 @@ def _short(path: str) -> str:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2] or ["demo"])
+    main(sys.argv[1] if len(sys.argv) > 1 else "demo")

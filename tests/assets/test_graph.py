@@ -11,6 +11,7 @@ import dagster as dg
 import pytest
 from safetensors.torch import load_file, save_file
 
+from assets import summary
 from sdxl_pipeline.definitions import build_definitions
 from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL
 from tests.conftest import draw_picture
@@ -40,9 +41,13 @@ def metadata(result: dg.ExecuteInProcessResult, *key: str) -> dict[str, Any]:
 
 
 def test_graph_makes_a_released_lora_and_a_second_run_does_no_work(
-    instance: dg.DagsterInstance, make_project: Callable[..., Path]
+    instance: dg.DagsterInstance,
+    make_project: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = make_project()
+    monkeypatch.setenv("SDXL_PIPELINE_PROJECTS", str(folder.parent))
     data_before = {path: path.read_bytes() for path in (folder / "data").rglob("*")}
 
     first = materialize(instance, folder)
@@ -55,11 +60,23 @@ def test_graph_makes_a_released_lora_and_a_second_run_does_no_work(
     assert (release / weights.name).read_bytes() == weights.read_bytes()
     assert metadata(first, "small", "evaluation")["eval_loss_base"] > 0
 
+    summary.main("small")
+    told = capsys.readouterr().out
+    assert "8 encoded, 0 reused" in told
+    assert "training: 3 steps" in told
+    for shown in (str(weights), str(release), "gallery.png", "report.md", "make ui"):
+        assert shown in told
+
     second = materialize(instance, folder)
     assert metadata(second, "small", "shapes", "vae_latents")["encoded"] == 0
     assert metadata(second, "small", "shapes", "vae_latents")["reused"] == 8
     assert metadata(second, "small", "shapes", "text_embeds")["encoded"] == 0
     assert "reused" in metadata(second, "small", "lora")["summary"]
+    assert metadata(second, "small", "evaluation")["reused"]
+    summary.main("small")
+    told = capsys.readouterr().out
+    assert "0 encoded, 8 reused" in told
+    assert "nothing to do" in told
     for key in (["small", "lora"], ["small", "evaluation"], ["small", "shapes", "vae_latents"]):
         versions = [
             result.asset_materializations_for_node("__".join(key))[0].tags["dagster/data_version"]
