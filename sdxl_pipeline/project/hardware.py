@@ -74,6 +74,11 @@ class Hardware(BaseModel):
         description="Torch's intra-op threads; None leaves torch's own choice, one per physical core.",
     )
 
+    @property
+    def text_dtype(self) -> Literal["fp32", "bf16", "fp16"]:
+        """Precision that captions are embedded in: that of the training, for which "no" means fp32."""
+        return "fp32" if self.mixed_precision == "no" else self.mixed_precision
+
     @model_validator(mode="after")
     def _combination_works(self) -> Self:
         if self.device == "mps" and self.num_processes > 1:

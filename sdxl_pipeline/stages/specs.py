@@ -44,6 +44,7 @@ class EncodeLatentsSpec(StageModel):
 class LatentCache(StageModel):
     """Output of `encode_latents`. `digest` covers the latent keys in row order: equal digests mean equal training latents."""
 
+    identity: str = Field(description="Digest of everything that was asked for.")
     store_root: str
     entries_path: str
     digest: str
@@ -87,6 +88,7 @@ class EncodeTextSpec(StageModel):
 class TextEmbedCache(StageModel):
     """Output of `encode_text`. `digest` covers caption rows and their keys."""
 
+    identity: str = Field(description="Digest of everything that was asked for.")
     store_root: str
     entries_path: str
     prompts_path: str

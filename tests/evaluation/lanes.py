@@ -120,6 +120,7 @@ def make_lane(
         dataset_id=dataset_id,
         rows_path=str(root / "rows.parquet"),
         latents=LatentCache(
+            identity="0" * 64,
             store_root=str(root / "latents"),
             entries_path=str(root / "latents.parquet"),
             digest="0" * 64,
@@ -135,6 +136,7 @@ def make_lane(
             sample_path=None,
         ),
         text_embeds=TextEmbedCache(
+            identity="0" * 64,
             store_root=str(root / "texts"),
             entries_path=str(root / "texts.parquet"),
             prompts_path=str(root / "prompts.parquet"),

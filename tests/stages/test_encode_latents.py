@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sdxl_pipeline.encoding import latents
 from sdxl_pipeline.images.crops import plan_crops
 from sdxl_pipeline.images.pixels import load_crop
 from sdxl_pipeline.images.scan import scan_dataset
@@ -135,7 +136,7 @@ def test_a_second_run_encodes_nothing_and_does_not_load_the_vae(make_spec, monke
     spec = make_spec()
     first = run(spec)
     sample = (tmp_path / "sample.png").stat().st_mtime_ns
-    monkeypatch.setattr(encode_latents, "load_vae", lambda *_: pytest.fail("the VAE was loaded"))
+    monkeypatch.setattr(latents, "load_vae", lambda *_: pytest.fail("the VAE was loaded"))
     second = run(spec)
     assert counts(second) == (7, 0, 7, 0)
     assert second.images_per_second is None
@@ -226,7 +227,7 @@ def test_latents_that_are_not_finite_are_named_and_not_kept(make_spec, monkeypat
         mean[blue] = torch.inf
         return mean, logvar
 
-    monkeypatch.setattr(encode_latents, "encode_moments", overflowing)
+    monkeypatch.setattr(latents, "encode_moments", overflowing)
     spec = make_spec()
     cache = run(spec)
     assert [(failed.name, "NaN" in failed.reason, "fp32" in failed.reason) for failed in cache.failed] == [

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
+from sdxl_pipeline.encoding import text
 from sdxl_pipeline.project.hardware import PRESETS
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, BUNDLED_NAME, ResolvedModel, resolve_base_model
@@ -104,7 +105,7 @@ def test_the_manifest_describes_the_captions(make_spec):
 
 def test_a_second_run_encodes_nothing_and_loads_no_encoder(make_spec, monkeypatch):
     first = run(make_spec())
-    monkeypatch.setattr(encode_text, "load_text_encoders", lambda *_: pytest.fail("encoders were loaded"))
+    monkeypatch.setattr(text, "load_text_encoders", lambda *_: pytest.fail("encoders were loaded"))
     second = run(make_spec())
     assert counts(second) == (6, 0, 6)
     assert second.captions_per_second is None
@@ -164,7 +165,7 @@ def test_a_caption_that_overflows_is_an_error_that_names_it(make_spec, monkeypat
         embeds[[prompt == "a blue star" for prompt in prompts]] = torch.nan
         return embeds, torch.zeros(len(prompts), 64)
 
-    monkeypatch.setattr(encode_text, "encode_prompts", overflowing)
+    monkeypatch.setattr(text, "encode_prompts", overflowing)
     with pytest.raises(StageError, match=r"'a blue star'.*mixed_precision to bf16"):
         run(make_spec())
 

@@ -138,6 +138,7 @@ def make_lane(
         repeats=repeats,
         probability=probability,
         latents=LatentCache(
+            identity="0" * 64,
             store_root=str(folder / "latents"),
             entries_path=str(folder / "latents.parquet"),
             digest=digest(latents),
@@ -153,6 +154,7 @@ def make_lane(
             sample_path=None,
         ),
         text_embeds=TextEmbedCache(
+            identity="0" * 64,
             store_root=str(folder / "texts"),
             entries_path=str(folder / "texts.parquet"),
             prompts_path=str(folder / "prompts.parquet"),
