@@ -69,7 +69,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device. From pinned memory the copy overlaps with what the device is computing."""
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def pinned(self) -> "Batch":
         """The batch in page-locked memory."""

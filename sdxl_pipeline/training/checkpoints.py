@@ -145,7 +145,7 @@ def _checkpoints(root: Path) -> list[Path]:
 
 
 def _flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """torch's optimizer state as tensors named "state.<parameter index>.<name>" or "group.<index>.<name>", and the rest as plain data."""
+    """Torch's optimizer state as tensors named "state.<parameter index>.<name>" or "group.<index>.<name>", and the rest as plain data."""
     tensors: dict[str, Tensor] = {}
 
     def plain(kind: str, index: int, entries: Mapping[str, Any]) -> dict[str, Any]:

@@ -99,8 +99,8 @@ def numeric_settings(settings: TrainingSettings) -> dict[str, Any]:
 def run_identity(spec: TrainSpec) -> str:
     """Hex SHA-256 naming the run. Reads the lanes' tables; raises StageError when they do not fit together.
 
-    The device is not part of it: a LoRA trained on a GPU is the same run on a laptop, although the last bits would differ. The
-    number of processes is, since it multiplies the batch.
+    The device is not part of it, nor is the number of CPU threads: a LoRA trained on a GPU is the same run on a laptop, although the
+    last bits would differ. The number of processes is, since it multiplies the batch.
     """
     samples = load_samples(spec.lanes, "train", spec.settings.micro_conditioning)
     return digest_json(

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from sdxl_pipeline.training.objective import Objective
 from sdxl_pipeline.training.optimizers import build_optimizer, build_schedule
 from sdxl_pipeline.training.order import SampleOrder, passes_per_epoch, require_enough
 from sdxl_pipeline.training.samples import load_samples
-from sdxl_pipeline.training.trackers import Trackers
+from sdxl_pipeline.training.trackers import Trackers, require_tracker
 from sdxl_pipeline.training.unet import base_dtype, latent_scaling_factor, trainable_unet
 from sdxl_pipeline.training.validation import draw_pictures, is_validation_step
 from sdxl_pipeline.training.validation_log import ValidationLog
@@ -57,6 +58,8 @@ class Trainer:
     def __init__(self, spec: TrainSpec, identity: str, reporter: Reporter, stop: StopSignal) -> None:
         self.spec, self.identity, self.reporter, self.stop = spec, identity, reporter, stop
         settings = spec.settings
+        for tracker in settings.report_to:
+            require_tracker(tracker)  # before minutes are spent on loading
         self.run_dir = Path(spec.run_dir)
         self.started = time.monotonic()
         self.accumulation = settings.gradient_accumulation_steps
@@ -73,7 +76,8 @@ class Trainer:
         passes = passes_per_epoch(spec.lanes, samples)
         processes = self.accelerator.num_processes
         require_enough(samples, passes, settings.train_batch_size, processes, self.accumulation)
-        self.order = SampleOrder(samples, passes, settings.seed, settings.train_batch_size, processes)
+        order = partial(SampleOrder, samples, passes, settings.seed, settings.train_batch_size, processes)
+        self.order = order()
         self._report_fillings()
         self.total_steps = settings.max_train_steps or math.ceil(
             self.order.batches_until(settings.num_train_epochs or 1) / self.accumulation
@@ -86,7 +90,7 @@ class Trainer:
             settings.snr_gamma,
         )
         self.batches = TrainingBatches(
-            order=SampleOrder(samples, passes, settings.seed, settings.train_batch_size, processes),
+            order=order(),  # its own, since a thread reads ahead with it
             reader=BatchReader(spec.lanes),
             scaling_factor=latent_scaling_factor(spec.base_model),
             num_train_timesteps=scheduler.config.num_train_timesteps,
@@ -109,9 +113,8 @@ class Trainer:
         self.metrics = MetricsLog(self.run_dir / METRICS_FILE, self.step) if self.is_main else None
         self.drawn = ValidationLog(self.run_dir, self.step) if self.is_main else None
         self.trackers = Trackers(spec, identity, self.step) if self.is_main else None
-        self._unreported: list[
-            tuple[int, Tensor, Tensor, float]
-        ] = []  # step, loss, gradient norm, learning rate
+        # of the steps since the last report: number, loss, gradient norm, learning rate
+        self._unreported: list[tuple[int, Tensor, Tensor, float]] = []
         self._clock = time.monotonic()
 
     def train(self) -> None:
@@ -223,7 +226,12 @@ class Trainer:
         save_lora(
             self.unet_module,
             path,
-            {"base_model": self.spec.base_model.source, "identity": self.identity, "step": str(self.step)},
+            # what the base model is, not where it lies: the file may be published
+            {
+                "base_model_sha256": self.spec.base_model.digest,
+                "identity": self.identity,
+                "step": str(self.step),
+            },
         )
 
     def close(self) -> None:
@@ -343,15 +351,16 @@ class Trainer:
 
 def _accelerator(spec: TrainSpec) -> Accelerator:
     hardware = spec.hardware
-    if hardware.device == "cuda" and not torch.cuda.is_available():
-        raise StageError(
-            f"the hardware profile {hardware.profile!r} asks for a GPU, but torch sees none; choose the profile 'cpu' (SDXL_HARDWARE=cpu)"
-        )
     accelerator = Accelerator(
         cpu=hardware.device == "cpu",
         mixed_precision=spec.settings.mixed_precision or "no",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
     )
+    if accelerator.device.type != hardware.device:
+        raise StageError(
+            f"the hardware profile {hardware.profile!r} asks for the device {hardware.device}, but torch has only "
+            f"{accelerator.device.type} here; choose another profile, for example SDXL_HARDWARE=cpu"
+        )
     if accelerator.num_processes != hardware.num_processes:
         raise StageError(
             f"the spec asks for {hardware.num_processes} processes, but {accelerator.num_processes} are running; "

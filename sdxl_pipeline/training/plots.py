@@ -49,7 +49,7 @@ def plot_loss_curve(rows: Sequence[StepMetrics], path: Path, title: str) -> None
         label=f"loss, average over about {span:.0f} steps",
     )
     loss_axis.set(xlabel="step", ylabel="loss", title=title)
-    loss_axis.set_ylim(bottom=0, top=1.15 * float(losses.quantile(0.995)))
+    loss_axis.set_ylim(bottom=0, top=1.15 * float(losses.quantile(0.995)) or 1.0)
     loss_axis.grid(alpha=0.25)
     lr_axis.set_ylabel("learning rate", color=LR_COLOUR)
     lr_axis.tick_params(axis="y", colors=LR_COLOUR)

@@ -15,7 +15,9 @@ from sdxl_pipeline.training.metrics import StepMetrics
 
 
 class Trackers:
-    """The trackers of `report_to`. Make one on the main process only, after accelerate's state is there.
+    """The trackers of `report_to`, whose packages are there (`require_tracker`).
+
+    Make one on the main process only, after accelerate's state.
 
     tensorboard writes under `logging_dir`, which is relative to the run's folder; wandb obeys its own environment (WANDB_MODE=offline
     needs no network). Both continue the run they had when training is resumed.
@@ -26,7 +28,6 @@ class Trackers:
         run_name = settings.tracker_run_name or identity[:12]
         self._trackers: list[GeneralTracker] = []
         for name in settings.report_to:
-            require_tracker(name)
             tracker: GeneralTracker
             if name == "tensorboard":
                 folder = Path(spec.run_dir) / settings.logging_dir

@@ -30,8 +30,6 @@ class PlannedPicture:
 def plan_pictures(spec: TrainSpec) -> list[PlannedPicture]:
     """Every prompt at every size, `num_validation_images` times with successive seeds."""
     settings = spec.settings
-    if settings.validation_disable:
-        return []
     sizes = settings.validation_sizes
     pictures = []
     for prompt in spec.prompts:
@@ -52,6 +50,8 @@ def plan_pictures(spec: TrainSpec) -> list[PlannedPicture]:
 
 def is_validation_step(spec: TrainSpec, step: int, total_steps: int) -> bool:
     """Whether pictures are drawn at a step: at the end, and every `validation_step_interval` steps from 0 on unless that is 0."""
+    if spec.settings.validation_disable or not spec.prompts:
+        return False
     interval = spec.settings.validation_step_interval
     return step == total_steps or (interval > 0 and step % interval == 0)
 
@@ -69,11 +69,8 @@ def draw_pictures(
     No text encoder is loaded: the prompts' embeddings come from the text cache. Nothing the training computes with is changed; the
     UNet is in eval mode only while a picture is being drawn.
     """
-    pictures = plan_pictures(spec)
-    if not pictures:
-        return
     pipeline = validation_pipeline(spec, unet, device)
-    for picture in pictures:
+    for picture in plan_pictures(spec):
         was_training = unet.training
         unet.eval()
         try:

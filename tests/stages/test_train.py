@@ -13,16 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.stages.program import EXIT_STOPPED, StageError, StopSignal
+from sdxl_pipeline.stages.program import EXIT_STOPPED, StageError, StageStopped, StopSignal
 from sdxl_pipeline.stages.reporter import Reporter
 from sdxl_pipeline.stages.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.metrics import read_metrics
+from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 from tests.training.lanes import SQUARE, WIDE, digest, make_lane, make_spec
 
 STEPS = 12
@@ -40,6 +42,9 @@ HARD = {
     "snr_gamma": 5.0,
 }
 WITH_PICTURES = {"validation_disable": False, "validation_step_interval": 3}
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def hard_spec(folder: Path, run: str, **settings) -> TrainSpec:
@@ -144,7 +149,8 @@ def test_a_killed_and_resumed_run_leaves_the_same_bytes(unbroken, number):
     # with pictures, which the unbroken run does not draw: they must not change a bit either
     spec = with_settings(spec, f"killed-{number.name}", **WITH_PICTURES)
     step = kill_on_the_way(spec, number)
-    resumed = run(spec)
+    # in a process of its own, and in this one, whose memory has seen other runs
+    resumed = run(spec) if number == signal.SIGTERM else main(spec, Listener(), StopSignal())
     assert resumed.resumed_from_step is not None
     assert step <= resumed.resumed_from_step < STEPS
     assert resumed.identity == expected.identity
@@ -197,6 +203,38 @@ def test_a_run_moved_elsewhere_is_found_and_damage_is_mended_from_the_last_check
     mended = main(moved, Listener(), StopSignal())
     assert (mended.reused, mended.resumed_from_step) == (False, STEPS)
     assert weights.read_bytes() == expected
+
+
+def test_a_run_stopped_before_its_first_step_goes_on_or_starts_again_as_asked(unbroken):
+    spec, expected = unbroken
+    spec = with_settings(spec, "early")
+    stop = StopSignal()
+    stop.request()
+    with pytest.raises(StageStopped):
+        main(spec, Listener(), stop)
+    assert [p.name for p in (Path(spec.run_dir) / "checkpoints").iterdir()] == ["step-00000000"]
+    again = main(with_settings(spec, "early", resume_from_checkpoint=None), Listener(), StopSignal())
+    assert again.resumed_from_step is None
+    assert again.weights_sha256 == expected.weights_sha256
+
+
+def test_gradient_checkpointing_changes_no_bit(unbroken):
+    spec, expected = unbroken
+    slow = main(with_settings(spec, "slow", gradient_checkpointing=True), Listener(), StopSignal())
+    assert slow.identity == expected.identity
+    assert slow.weights_sha256 == expected.weights_sha256
+
+
+def test_mixed_precision_trains_float32_adapters(unbroken):
+    spec, expected = unbroken
+    settings = {"mixed_precision": "bf16", "max_train_steps": 4, **WITH_PICTURES}
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision per process
+    half = main(with_settings(spec, "half", **settings), Listener(), StopSignal())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert {tensor.dtype for tensor in load_file(half.weights_path).values()} == {torch.float32}
+    for (_, loss), (_, full) in zip(losses(half), losses(expected), strict=False):
+        assert loss != full
+        assert loss == pytest.approx(full, rel=0.05)
 
 
 def test_a_folder_of_another_run_is_refused(unbroken):
