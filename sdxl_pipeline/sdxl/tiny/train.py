@@ -29,7 +29,7 @@ from sdxl_pipeline.sdxl.tiny.vae import train_vae
 _LOGGER = logging.getLogger(__name__)
 PARTS = ("tokenizer", "vae", "taesd", "clip", "unet", "bundle", "card")
 # Seconds of wall time on two cores, and the most steps any machine does.
-_BUDGETS = {"vae": (1400, 6000), "taesd": (240, 3000), "clip": (1100, 6000), "unet": (2900, 8000)}
+_BUDGETS = {"vae": (1400, 6000), "taesd": (240, 3000), "clip": (1100, 6000), "unet": (1680, 8000)}
 _UNET_PROCESSES = 2
 
 Record = dict[str, Any]

@@ -11,8 +11,8 @@ from sdxl_pipeline.sdxl.tiny.captions import ART_CAPTIONS, sample_caption
 from sdxl_pipeline.sdxl.tiny.render import render, render_art
 from sdxl_pipeline.sdxl.tiny.world import BUCKETS, Spec, sample_frame, sample_world
 
-_RICH_SHARE = 0.5
-_ART_SHARE = 0.04
+_RICH_SHARE = 0.4
+_ART_SHARE = 0.03
 _CHUNK = 64
 # How many of `count` pictures fall to each bucket, and how often a batch is of it.
 BUCKET_SHARES = (0.5, 0.25, 0.25)

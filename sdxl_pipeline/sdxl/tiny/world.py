@@ -27,6 +27,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross", "heart", "star", "moon", "arrow")
 # The radius of a shape as a share of the square root of the picture's area.
 SIZES = {"small": 0.14, "large": 0.25}
+_LARGE_SHARE = 0.65  # large pictures teach shapes best
 # Centre of the shape as (x, y) shares of the picture.
 PLACES = {
     "left": (0.27, 0.5),
@@ -100,13 +101,14 @@ def sample_plain(rng: random.Random, split: Split | None = "train") -> Spec:
         shape = rng.choice(SHAPES)
         if split is not None and is_held_out(shape, color, background) != (split == "held_out"):
             continue
-        return Spec(shape, color, background, rng.choice(list(SIZES)), rng.choice(list(PLACES)))
+        size = "large" if rng.random() < _LARGE_SHARE else "small"
+        return Spec(shape, color, background, size, rng.choice(list(PLACES)))
 
 
 def sample_rich(rng: random.Random) -> Spec:
     """Draws a training picture with at least one of: free-form silhouette, outline, pattern, mark."""
     spec = sample_plain(rng)
-    if rng.random() < 0.3:
+    if rng.random() < 0.2:
         noun = "shape" if rng.random() < 0.3 else invented_word(rng)
         spec = replace(spec, shape="freeform", freeform=sample_freeform(rng), noun=noun)
     extras = [rng.random() < p for p in (0.45, 0.3, 0.4)]
