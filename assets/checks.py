@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from sdxl_pipeline.stages.specs import EvaluationReport, LatentCache, TextEmbedCache, TrainedLora
+from sdxl_pipeline.protocol.specs import EvaluationReport, LatentCache, TextEmbedCache, TrainedLora
 from sdxl_pipeline.store.files import sha256_file
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from assets.show import figures_table, picture, present
 from resources.launcher import LocalLauncher
 from resources.storage import Storage
 from sdxl_pipeline.project.project import Project
+from sdxl_pipeline.protocol.specs import ClipSummary, EvaluateSpec, EvaluationReport, TrainedLora
 from sdxl_pipeline.release.export import REPORT_FILE
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
-from sdxl_pipeline.stages.specs import ClipSummary, EvaluateSpec, EvaluationReport, TrainedLora
 
 CODE = "1"
 LOOKED_AT = {

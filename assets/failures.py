@@ -7,10 +7,10 @@ import dagster as dg
 
 from sdxl_pipeline.images.scan import DatasetFolderError
 from sdxl_pipeline.project.problems import ProjectError
+from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.release.export import ExportError
 from sdxl_pipeline.release.portable import ReleaseError
 from sdxl_pipeline.sdxl.model_files import BaseModelError
-from sdxl_pipeline.stages.program import StageError
 
 USERS_TO_MEND = (DatasetFolderError, ProjectError, ExportError, ReleaseError, BaseModelError, StageError)
 

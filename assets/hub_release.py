@@ -15,9 +15,9 @@ from assets.lora import read_training_spec
 from assets.show import picture, present
 from resources.hub import HubResource
 from sdxl_pipeline.project.project import Project
+from sdxl_pipeline.protocol.specs import EvaluationReport, HubRelease, TrainedLora
 from sdxl_pipeline.release.export import build_release, verify_export
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
-from sdxl_pipeline.stages.specs import EvaluationReport, HubRelease, TrainedLora
 from sdxl_pipeline.store.digest import digest_json
 
 CODE = "1"

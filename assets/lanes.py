@@ -9,8 +9,8 @@ import pandas as pd
 from assets.keys import lane_key, project_key
 from resources.storage import Storage
 from sdxl_pipeline.project.project import Project
+from sdxl_pipeline.protocol.specs import LatentCache, TextEmbedCache, TrainingLane, ValidationPrompt
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
-from sdxl_pipeline.stages.specs import LatentCache, TextEmbedCache, TrainingLane, ValidationPrompt
 
 STAGES: dict[str, type] = {
     "aspect_buckets": pd.DataFrame,

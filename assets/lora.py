@@ -19,8 +19,8 @@ from resources.trackers import TrackerResource
 from sdxl_pipeline.images.fingerprint import METADATA_ENTRY, project_fingerprint
 from sdxl_pipeline.project.precedence import resolve_hardware, resolve_settings
 from sdxl_pipeline.project.project import Project
+from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
-from sdxl_pipeline.stages.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.store.files import write_text_atomic
 from sdxl_pipeline.training.identity import numeric_settings, run_identity
 

@@ -12,7 +12,13 @@ from rich.table import Table
 from assets.keys import lane_key, project_key
 from sdxl_pipeline.definitions import build_definitions
 from sdxl_pipeline.project.project import Project, discover_projects
-from sdxl_pipeline.stages.specs import EvaluationReport, HubRelease, LatentCache, TextEmbedCache, TrainedLora
+from sdxl_pipeline.protocol.specs import (
+    EvaluationReport,
+    HubRelease,
+    LatentCache,
+    TextEmbedCache,
+    TrainedLora,
+)
 
 
 @dataclass(frozen=True)

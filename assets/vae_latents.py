@@ -15,8 +15,8 @@ from resources.storage import Storage
 from sdxl_pipeline.project.datasets import ImageDataset
 from sdxl_pipeline.project.precedence import resolve_hardware
 from sdxl_pipeline.project.project import Project
+from sdxl_pipeline.protocol.specs import EncodeLatentsSpec, LatentCache
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
-from sdxl_pipeline.stages.specs import EncodeLatentsSpec, LatentCache
 
 CODE = "1"
 

@@ -18,7 +18,7 @@ import sdxl_pipeline
 from resources.process_group import ProcessGroup, interrupts_ignored
 from resources.stage_messages import MessageRelay
 from sdxl_pipeline.project.hardware import Hardware
-from sdxl_pipeline.stages.program import (
+from sdxl_pipeline.protocol.program import (
     EXIT_DONE,
     EXIT_STOPPED,
     PARENT_PID_VARIABLE,
@@ -131,7 +131,7 @@ class LocalLauncher(dg.ConfigurableResource):
             f"--nproc-per-node={processes}",
             f"--shutdown-timeout={max(1, round(self.stop_timeout_seconds))}",
         ]
-        return [sys.executable, "-m", "sdxl_pipeline.stages.torchrun", *torchrun, "-m", module, *arguments]
+        return [sys.executable, "-m", "sdxl_pipeline.protocol.torchrun", *torchrun, "-m", module, *arguments]
 
     def _environment(self, additions: Mapping[str, str]) -> dict[str, str]:
         """The environment of this process, tokens of the Hub and the trackers included, which so never stand in a spec."""

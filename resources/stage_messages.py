@@ -7,7 +7,7 @@ from typing import Any
 
 import dagster as dg
 
-from sdxl_pipeline.stages.reporter import image_line, progress_line
+from sdxl_pipeline.protocol.reporter import image_line, progress_line
 
 
 class PointThinner:

@@ -17,13 +17,13 @@ from sdxl_pipeline.encoding.keys import Row
 from sdxl_pipeline.images.decoding import UnreadableImage
 from sdxl_pipeline.images.pictures import contact_sheet
 from sdxl_pipeline.images.pixels import load_crop
+from sdxl_pipeline.protocol.program import StageError, StopSignal
+from sdxl_pipeline.protocol.reporter import Reporter
+from sdxl_pipeline.protocol.specs import EncodeLatentsSpec, FailedItem, LatentCache
 from sdxl_pipeline.sdxl.components import latent_scaling_factor, load_vae
 from sdxl_pipeline.sdxl.latents import decode, encode_moments, pixels_from_crops
 from sdxl_pipeline.sdxl.model_files import BaseModelError
 from sdxl_pipeline.sdxl.precision import dtype_from_name
-from sdxl_pipeline.stages.program import StageError, StopSignal
-from sdxl_pipeline.stages.reporter import Reporter
-from sdxl_pipeline.stages.specs import EncodeLatentsSpec, FailedItem, LatentCache
 from sdxl_pipeline.store.digest import digest_json
 from sdxl_pipeline.store.files import atomic_path, sha256_file
 from sdxl_pipeline.store.tensor_store import TensorStore

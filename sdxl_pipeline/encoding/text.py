@@ -7,13 +7,13 @@ from pathlib import Path
 import pandas as pd
 
 from sdxl_pipeline.encoding.keys import EMPTY_PROMPT, Row
+from sdxl_pipeline.protocol.program import StageError, StopSignal
+from sdxl_pipeline.protocol.reporter import Reporter
+from sdxl_pipeline.protocol.specs import EncodeTextSpec, TextEmbedCache
 from sdxl_pipeline.sdxl.components import load_text_encoders, load_tokenizers
 from sdxl_pipeline.sdxl.model_files import BaseModelError
 from sdxl_pipeline.sdxl.precision import dtype_from_name
 from sdxl_pipeline.sdxl.text_encoding import encode_prompts, max_tokens, token_counts
-from sdxl_pipeline.stages.program import StageError, StopSignal
-from sdxl_pipeline.stages.reporter import Reporter
-from sdxl_pipeline.stages.specs import EncodeTextSpec, TextEmbedCache
 from sdxl_pipeline.store.digest import digest_json
 from sdxl_pipeline.store.files import atomic_path
 from sdxl_pipeline.store.tensor_store import TensorStore

@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from sdxl_pipeline.stages.specs import LossSummary
+from sdxl_pipeline.protocol.specs import LossSummary
 from sdxl_pipeline.training.draws import seed_for
 from sdxl_pipeline.training.objective import Objective
 

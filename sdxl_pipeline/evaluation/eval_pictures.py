@@ -5,7 +5,7 @@ from typing import Literal
 
 from sdxl_pipeline.evaluation.eval_loss import EvalPicture
 from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.stages.specs import TrainingLane
+from sdxl_pipeline.protocol.specs import TrainingLane
 from sdxl_pipeline.training.batches import BatchReader
 from sdxl_pipeline.training.samples import Sample, load_samples
 

@@ -21,12 +21,9 @@ from sdxl_pipeline.evaluation.eval_pictures import choose_samples, read_pictures
 from sdxl_pipeline.evaluation.gallery import Drawing, Shot, draw, plan_caption_shots, plan_shots
 from sdxl_pipeline.evaluation.report import change_since, figures, plot_losses, write_report
 from sdxl_pipeline.evaluation.scoring_model import scoring_model_folder, scoring_model_name
-from sdxl_pipeline.sdxl.adapters import adapted_module_names
-from sdxl_pipeline.sdxl.components import load_noise_scheduler, load_pipeline, load_unet, load_vae
-from sdxl_pipeline.sdxl.precision import dtype_from_name
-from sdxl_pipeline.stages.program import StageError, StopSignal
-from sdxl_pipeline.stages.reporter import Reporter
-from sdxl_pipeline.stages.specs import (
+from sdxl_pipeline.protocol.program import StageError, StopSignal
+from sdxl_pipeline.protocol.reporter import Reporter
+from sdxl_pipeline.protocol.specs import (
     ClipSummary,
     EvaluateSpec,
     EvaluationReport,
@@ -34,6 +31,9 @@ from sdxl_pipeline.stages.specs import (
     LossSummary,
     ValidationImage,
 )
+from sdxl_pipeline.sdxl.adapters import adapted_module_names
+from sdxl_pipeline.sdxl.components import load_noise_scheduler, load_pipeline, load_unet, load_vae
+from sdxl_pipeline.sdxl.precision import dtype_from_name
 from sdxl_pipeline.store.files import atomic_path
 from sdxl_pipeline.training.batches import BatchReader
 from sdxl_pipeline.training.objective import Objective

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.protocol.specs import TrainingLane, ValidationPrompt
 from sdxl_pipeline.sdxl.latents import decode
-from sdxl_pipeline.stages.specs import TrainingLane, ValidationPrompt
 from sdxl_pipeline.store.files import atomic_path
 from sdxl_pipeline.training.batches import BatchReader
 from sdxl_pipeline.training.samples import Sample

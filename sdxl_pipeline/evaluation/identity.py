@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Final
 
 from sdxl_pipeline.evaluation.scoring_model import scoring_model_name
-from sdxl_pipeline.stages.program import StageError
-from sdxl_pipeline.stages.specs import EvaluateSpec, TrainedLora
+from sdxl_pipeline.protocol.program import StageError
+from sdxl_pipeline.protocol.specs import EvaluateSpec, TrainedLora
 from sdxl_pipeline.store.digest import digest_json
 from sdxl_pipeline.store.files import sha256_file
 

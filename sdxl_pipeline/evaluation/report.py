@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdxl_pipeline.stages.specs import ClipSummary, EvaluationReport, LossSummary
+from sdxl_pipeline.protocol.specs import ClipSummary, EvaluationReport, LossSummary
 from sdxl_pipeline.store.files import atomic_path, write_text_atomic
 
 BASE_COLOUR, LORA_COLOUR = "#8a8a8a", "#1f5fa8"

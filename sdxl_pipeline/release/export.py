@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.protocol.specs import EvaluationReport, TrainedLora, ValidationImage, ValidationPrompt
 from sdxl_pipeline.release.portable import ReleaseError, portable_lineage, portable_settings, require_portable
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
-from sdxl_pipeline.stages.specs import EvaluationReport, TrainedLora, ValidationImage, ValidationPrompt
 from sdxl_pipeline.store.files import sha256_file, write_text_atomic
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"

@@ -7,9 +7,9 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.protocol.specs import TrainedLora, ValidationPrompt
 from sdxl_pipeline.release.portable import portable_name
 from sdxl_pipeline.sdxl.base_model import BUNDLED_NAME, ResolvedModel
-from sdxl_pipeline.stages.specs import TrainedLora, ValidationPrompt
 
 LICENCES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}
 """Licences of base models that pass on to what is derived from them, by Hub id."""

@@ -13,10 +13,10 @@ from pathlib import Path
 import pandas as pd
 
 from sdxl_pipeline.encoding.keys import EMPTY_PROMPT, Row, embed_key
-from sdxl_pipeline.stages.finished import read_finished, write_finished
-from sdxl_pipeline.stages.program import StopSignal, run_stage
-from sdxl_pipeline.stages.reporter import Reporter
-from sdxl_pipeline.stages.specs import EncodeTextSpec, TextEmbedCache
+from sdxl_pipeline.protocol.finished import read_finished, write_finished
+from sdxl_pipeline.protocol.program import StopSignal, run_stage
+from sdxl_pipeline.protocol.reporter import Reporter
+from sdxl_pipeline.protocol.specs import EncodeTextSpec, TextEmbedCache
 from sdxl_pipeline.store.digest import digest_json
 from sdxl_pipeline.store.tensor_store import TensorStore
 

@@ -6,10 +6,10 @@ The report of the same evaluation is reused when its pictures are still there; n
 from pathlib import Path
 
 from sdxl_pipeline.evaluation.identity import evaluation_identity
-from sdxl_pipeline.stages.finished import read_finished, write_finished
-from sdxl_pipeline.stages.program import StopSignal, run_stage
-from sdxl_pipeline.stages.reporter import Reporter
-from sdxl_pipeline.stages.specs import EvaluateSpec, EvaluationReport
+from sdxl_pipeline.protocol.finished import read_finished, write_finished
+from sdxl_pipeline.protocol.program import StopSignal, run_stage
+from sdxl_pipeline.protocol.reporter import Reporter
+from sdxl_pipeline.protocol.specs import EvaluateSpec, EvaluationReport
 
 
 def main(spec: EvaluateSpec, reporter: Reporter, stop: StopSignal) -> EvaluationReport:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from sdxl_pipeline.stages.program import StageError, StopSignal, run_stage
-from sdxl_pipeline.stages.reporter import Reporter, is_main_process
-from sdxl_pipeline.stages.specs import TrainedLora, TrainSpec
+from sdxl_pipeline.protocol.program import StageError, StopSignal, run_stage
+from sdxl_pipeline.protocol.reporter import Reporter, is_main_process
+from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.store.files import sha256_file, write_text_atomic
 from sdxl_pipeline.training.identity import run_identity
 from sdxl_pipeline.training.metrics import METRICS_FILE, final_loss, read_metrics

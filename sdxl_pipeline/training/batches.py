@@ -10,10 +10,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from sdxl_pipeline.protocol.program import StageError
+from sdxl_pipeline.protocol.specs import TrainingLane
 from sdxl_pipeline.sdxl.latents import sample_latents
 from sdxl_pipeline.sdxl.time_ids import time_ids
-from sdxl_pipeline.stages.program import StageError
-from sdxl_pipeline.stages.specs import TrainingLane
 from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.draws import seed_for, uniform
 from sdxl_pipeline.training.order import SampleOrder

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdxl_pipeline.stages.program import StageError
+from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.store.files import sha256_file
 
 FORMAT = 1

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.stages.specs import TrainSpec
+from sdxl_pipeline.protocol.specs import TrainSpec
 from sdxl_pipeline.store.digest import digest_json
 from sdxl_pipeline.training.order import passes_per_epoch
 from sdxl_pipeline.training.samples import load_samples, samples_digest

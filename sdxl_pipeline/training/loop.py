@@ -15,11 +15,11 @@ from accelerate.utils import InitProcessGroupKwargs
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
+from sdxl_pipeline.protocol.reporter import Reporter
+from sdxl_pipeline.protocol.specs import TrainSpec
 from sdxl_pipeline.sdxl.adapters import save_lora
 from sdxl_pipeline.sdxl.components import load_noise_scheduler
-from sdxl_pipeline.stages.program import StageError, StageStopped, StopSignal
-from sdxl_pipeline.stages.reporter import Reporter
-from sdxl_pipeline.stages.specs import TrainSpec
 from sdxl_pipeline.training.batches import Batch, BatchReader, TrainingBatches, prefetched
 from sdxl_pipeline.training.checkpoints import (
     TrainingState,

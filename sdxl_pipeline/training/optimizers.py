@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.stages.program import StageError
+from sdxl_pipeline.protocol.program import StageError
 
 ADAMW_DEFAULTS: Mapping[str, Any] = {"betas": (0.9, 0.999), "weight_decay": 0.01, "eps": 1e-8}
 

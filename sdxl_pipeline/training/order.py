@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sdxl_pipeline.stages.program import StageError
-from sdxl_pipeline.stages.specs import TrainingLane
+from sdxl_pipeline.protocol.program import StageError
+from sdxl_pipeline.protocol.specs import TrainingLane
 from sdxl_pipeline.training.draws import choose, seed_for
 from sdxl_pipeline.training.samples import Sample
 

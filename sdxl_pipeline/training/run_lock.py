@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sdxl_pipeline.stages.program import StageError, StopSignal
+from sdxl_pipeline.protocol.program import StageError, StopSignal
 
 LOCK = ".lock"
 LOCK_POLL_SECONDS = 0.5

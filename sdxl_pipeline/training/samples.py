@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from sdxl_pipeline.stages.program import StageError
-from sdxl_pipeline.stages.specs import TrainingLane
+from sdxl_pipeline.protocol.program import StageError
+from sdxl_pipeline.protocol.specs import TrainingLane
 from sdxl_pipeline.store.digest import digest_json
 
 Split = Literal["train", "eval"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from sdxl_pipeline.stages.specs import ValidationImage
+from sdxl_pipeline.protocol.specs import ValidationImage
 from sdxl_pipeline.store.files import atomic_path
 
 MAX_COLUMNS = 9

@@ -9,8 +9,8 @@ import numpy as np
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from PIL import Image
 
-from sdxl_pipeline.stages.program import StageError
-from sdxl_pipeline.stages.specs import TrainSpec, ValidationImage
+from sdxl_pipeline.protocol.program import StageError
+from sdxl_pipeline.protocol.specs import TrainSpec, ValidationImage
 from sdxl_pipeline.training.metrics import StepMetrics
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from sdxl_pipeline.protocol.program import StageError
+from sdxl_pipeline.protocol.specs import TrainSpec
 from sdxl_pipeline.sdxl.adapters import AdapterError, add_lora
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.sdxl.components import load_unet
 from sdxl_pipeline.sdxl.precision import PrecisionError, dtype_from_name, quantize_base_model
-from sdxl_pipeline.stages.program import StageError
-from sdxl_pipeline.stages.specs import TrainSpec
 from sdxl_pipeline.training.draws import seed_for
 
 

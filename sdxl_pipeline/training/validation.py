@@ -9,10 +9,10 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
+from sdxl_pipeline.protocol.specs import TrainSpec, ValidationImage, ValidationPrompt
 from sdxl_pipeline.sdxl.components import load_pipeline
 from sdxl_pipeline.sdxl.latents import decode
 from sdxl_pipeline.sdxl.precision import dtype_from_name
-from sdxl_pipeline.stages.specs import TrainSpec, ValidationImage, ValidationPrompt
 from sdxl_pipeline.store.files import atomic_path
 from sdxl_pipeline.training.batches import BatchReader
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdxl_pipeline.stages.specs import ValidationImage
+from sdxl_pipeline.protocol.specs import ValidationImage
 from sdxl_pipeline.store.files import write_text_atomic
 from sdxl_pipeline.training.metrics import whole_lines
 

@@ -11,10 +11,7 @@ from diffusers import UNet2DConditionModel
 
 from sdxl_pipeline.project.hardware import PRESETS
 from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.sdxl.adapters import adapted_module_names, add_lora, save_lora
-from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, ResolvedModel, resolve_base_model
-from sdxl_pipeline.sdxl.components import load_unet
-from sdxl_pipeline.stages.specs import (
+from sdxl_pipeline.protocol.specs import (
     EvaluateSpec,
     LatentCache,
     TextEmbedCache,
@@ -22,6 +19,9 @@ from sdxl_pipeline.stages.specs import (
     TrainingLane,
     ValidationPrompt,
 )
+from sdxl_pipeline.sdxl.adapters import adapted_module_names, add_lora, save_lora
+from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, ResolvedModel, resolve_base_model
+from sdxl_pipeline.sdxl.components import load_unet
 from sdxl_pipeline.store.digest import digest_json
 from sdxl_pipeline.store.files import sha256_file
 from sdxl_pipeline.store.tensor_store import TensorStore

@@ -17,9 +17,9 @@ from sdxl_pipeline.evaluation.gallery import (
     plan_caption_shots,
     plan_shots,
 )
+from sdxl_pipeline.protocol.program import StageError
+from sdxl_pipeline.protocol.specs import ValidationPrompt
 from sdxl_pipeline.sdxl.components import load_pipeline
-from sdxl_pipeline.stages.program import StageError
-from sdxl_pipeline.stages.specs import ValidationPrompt
 from sdxl_pipeline.training.batches import BatchReader
 from tests.evaluation.lanes import PROMPTS, make_lane, tiny_model, tiny_settings
 

@@ -15,7 +15,13 @@ from sdxl_pipeline.evaluation.report import (
     report_figures,
     write_report,
 )
-from sdxl_pipeline.stages.specs import ClipSummary, EvaluationReport, FailedItem, LossSummary, ValidationImage
+from sdxl_pipeline.protocol.specs import (
+    ClipSummary,
+    EvaluationReport,
+    FailedItem,
+    LossSummary,
+    ValidationImage,
+)
 
 BASE = LossSummary(mean=0.4, by_timestep=((125, 0.6), (875, 0.2)))
 LORA = LossSummary(mean=0.1, by_timestep=((125, 0.15), (875, 0.05)))

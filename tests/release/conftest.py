@@ -9,15 +9,15 @@ import pytest
 from PIL import Image
 
 from sdxl_pipeline.evaluation.report import write_report
-from sdxl_pipeline.release.export import build_release
-from sdxl_pipeline.sdxl.base_model import resolve_base_model
-from sdxl_pipeline.stages.specs import (
+from sdxl_pipeline.protocol.specs import (
     ClipSummary,
     EvaluationReport,
     LossSummary,
     TrainedLora,
     ValidationImage,
 )
+from sdxl_pipeline.release.export import build_release
+from sdxl_pipeline.sdxl.base_model import resolve_base_model
 from tests.evaluation.lanes import PROMPTS, make_lora, tiny_settings
 
 LINEAGE = {

@@ -10,8 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from sdxl_pipeline.stages.program import StageError, StageStopped, StopSignal, run_stage
-from sdxl_pipeline.stages.reporter import Reporter, is_main_process
+from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal, run_stage
+from sdxl_pipeline.protocol.reporter import Reporter, is_main_process
 
 STEP_SECONDS = 0.02
 

@@ -22,13 +22,13 @@ from sdxl_pipeline.images.scan import scan_dataset
 from sdxl_pipeline.project.datasets import ImageDataset
 from sdxl_pipeline.project.hardware import PRESETS
 from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.protocol.program import StageStopped, StopSignal
+from sdxl_pipeline.protocol.reporter import Reporter
+from sdxl_pipeline.protocol.specs import EncodeLatentsSpec, LatentCache
 from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, BUNDLED_NAME, ResolvedModel, resolve_base_model
 from sdxl_pipeline.sdxl.components import load_vae
 from sdxl_pipeline.sdxl.latents import encode_moments, pixels_from_crops
 from sdxl_pipeline.stages import encode_latents
-from sdxl_pipeline.stages.program import StageStopped, StopSignal
-from sdxl_pipeline.stages.reporter import Reporter
-from sdxl_pipeline.stages.specs import EncodeLatentsSpec, LatentCache
 from sdxl_pipeline.store.digest import digest_json
 from sdxl_pipeline.store.tensor_store import TensorStore
 

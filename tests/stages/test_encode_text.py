@@ -14,12 +14,12 @@ import torch
 from sdxl_pipeline.encoding import text
 from sdxl_pipeline.project.hardware import PRESETS
 from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
+from sdxl_pipeline.protocol.reporter import Reporter
+from sdxl_pipeline.protocol.specs import EncodeTextSpec, TextEmbedCache
 from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, BUNDLED_NAME, ResolvedModel, resolve_base_model
 from sdxl_pipeline.sdxl.components import load_pipeline
 from sdxl_pipeline.stages import encode_text
-from sdxl_pipeline.stages.program import StageError, StageStopped, StopSignal
-from sdxl_pipeline.stages.reporter import Reporter
-from sdxl_pipeline.stages.specs import EncodeTextSpec, TextEmbedCache
 from sdxl_pipeline.store.digest import digest_json
 from sdxl_pipeline.store.tensor_store import TensorStore
 

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
+from sdxl_pipeline.protocol.reporter import Reporter
+from sdxl_pipeline.protocol.specs import EvaluateSpec, EvaluationReport
 from sdxl_pipeline.stages.evaluate import main
-from sdxl_pipeline.stages.program import StageError, StageStopped, StopSignal
-from sdxl_pipeline.stages.reporter import Reporter
-from sdxl_pipeline.stages.specs import EvaluateSpec, EvaluationReport
 from sdxl_pipeline.store.files import sha256_file
 from tests.evaluation.lanes import make_spec
 

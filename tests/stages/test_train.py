@@ -18,9 +18,9 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.stages.program import EXIT_STOPPED, StageError, StageStopped, StopSignal
-from sdxl_pipeline.stages.reporter import Reporter
-from sdxl_pipeline.stages.specs import TrainedLora, TrainSpec
+from sdxl_pipeline.protocol.program import EXIT_STOPPED, StageError, StageStopped, StopSignal
+from sdxl_pipeline.protocol.reporter import Reporter
+from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.metrics import read_metrics

@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from sdxl_pipeline.project.hardware import PRESETS
 from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, resolve_base_model
-from sdxl_pipeline.stages.specs import (
+from sdxl_pipeline.protocol.specs import (
     LatentCache,
     TextEmbedCache,
     TrainingLane,
     TrainSpec,
     ValidationPrompt,
 )
+from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, resolve_base_model
 from sdxl_pipeline.store.tensor_store import TensorStore
 
 PROMPT, NEGATIVE = "a red circle", "blurry"

@@ -6,7 +6,7 @@ from contextlib import closing
 import pytest
 import torch
 
-from sdxl_pipeline.stages.program import StageError
+from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.batches import (
     BatchReader,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdxl_pipeline.stages.program import StageError
+from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.training.checkpoints import (
     TrainingState,
     clear_checkpoints,

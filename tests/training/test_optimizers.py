@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.stages.program import StageError
+from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.training.checkpoints import TrainingState, load_checkpoint, save_checkpoint
 from sdxl_pipeline.training.optimizers import build_optimizer, build_schedule
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from sdxl_pipeline.stages.program import StageError
+from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.training.order import SampleOrder, passes_per_epoch, require_enough
 from sdxl_pipeline.training.samples import Sample
 from tests.training.lanes import SQUARE, WIDE, make_lane

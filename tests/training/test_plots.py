@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sdxl_pipeline.stages.specs import ValidationImage
+from sdxl_pipeline.protocol.specs import ValidationImage
 from sdxl_pipeline.training.metrics import StepMetrics
 from sdxl_pipeline.training.plots import plot_loss_curve
 from sdxl_pipeline.training.sheet import thinned, write_sheet

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_pipeline.stages.program import StageError, StageStopped, StopSignal
+from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
 from sdxl_pipeline.training.run_lock import run_lock
 
 

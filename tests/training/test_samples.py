@@ -5,8 +5,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from sdxl_pipeline.stages.program import StageError
-from sdxl_pipeline.stages.specs import FailedItem
+from sdxl_pipeline.protocol.program import StageError
+from sdxl_pipeline.protocol.specs import FailedItem
 from sdxl_pipeline.training.samples import load_samples, samples_digest
 from tests.training.lanes import SQUARE, WIDE, digest, make_lane
 

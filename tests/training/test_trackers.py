@@ -6,8 +6,8 @@ import pytest
 from accelerate import PartialState
 from PIL import Image
 
-from sdxl_pipeline.stages.program import StageError
-from sdxl_pipeline.stages.specs import ValidationImage
+from sdxl_pipeline.protocol.program import StageError
+from sdxl_pipeline.protocol.specs import ValidationImage
 from sdxl_pipeline.training.metrics import StepMetrics
 from sdxl_pipeline.training.trackers import Trackers, require_tracker
 from tests.training.lanes import make_spec

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from sdxl_pipeline.protocol.program import StageError
+from sdxl_pipeline.protocol.specs import ValidationImage, ValidationPrompt
 from sdxl_pipeline.sdxl.components import load_pipeline, load_text_encoders, load_unet
 from sdxl_pipeline.sdxl.text_encoding import encode_prompts
-from sdxl_pipeline.stages.program import StageError
-from sdxl_pipeline.stages.specs import ValidationImage, ValidationPrompt
 from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.batches import BatchReader
 from sdxl_pipeline.training.validation import draw_pictures, is_validation_step, plan_pictures

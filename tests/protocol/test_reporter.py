@@ -12,7 +12,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from sdxl_pipeline.stages.reporter import (
+from sdxl_pipeline.protocol.reporter import (
     MAX_EVENT_LOG_LINES,
     METRIC_INTERVAL_SECONDS,
     PROGRESS_INTERVAL_SECONDS,
@@ -167,7 +167,7 @@ def test_log_lines_beyond_the_limit_go_to_stdout_only(clock):
 
 
 SPEAKING = textwrap.dedent("""
-    from sdxl_pipeline.stages.reporter import open_reporter
+    from sdxl_pipeline.protocol.reporter import open_reporter
     with open_reporter() as reporter:
         reporter.log("[hello]")
         reporter.progress("encode", 1, 4, "images")

@@ -1,4 +1,4 @@
-"""torchrun, with its life tied to its launcher's: `python -m sdxl_pipeline.stages.torchrun <torchrun's own arguments>`.
+"""torchrun, with its life tied to its launcher's: `python -m sdxl_pipeline.protocol.torchrun <torchrun's own arguments>`.
 
 torchrun's agent stands between the launcher and the ranks and would survive a killed launcher, with all of them. So the agent follows
 the launcher, and each rank, which has the agent as its parent, follows the agent.
@@ -7,7 +7,7 @@ the launcher, and each rank, which has the agent as its parent, follows the agen
 import os
 import sys
 
-from sdxl_pipeline.stages.program import PARENT_PID_VARIABLE, follow_parent
+from sdxl_pipeline.protocol.program import PARENT_PID_VARIABLE, follow_parent
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from sdxl_pipeline.stages.specs import EvaluationReport, LatentCache, StageModel, TextEmbedCache
+from sdxl_pipeline.protocol.specs import EvaluationReport, LatentCache, StageModel, TextEmbedCache
 from sdxl_pipeline.store.files import write_text_atomic
 
 ManifestT = TypeVar("ManifestT", LatentCache, TextEmbedCache, EvaluationReport)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_pipeline.stages.program import (
+from sdxl_pipeline.protocol.program import (
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_STOPPED,
@@ -185,7 +185,7 @@ def test_multiprocessings_own_tracker_does_not_hold_up_the_end(tmp_path):
             import time
             from multiprocessing import resource_tracker
             from pydantic import BaseModel
-            from sdxl_pipeline.stages.program import run_stage
+            from sdxl_pipeline.protocol.program import run_stage
 
             class Nothing(BaseModel):
                 pass
@@ -212,7 +212,7 @@ def test_cpu_threads_of_the_hardware_reach_torch(tmp_path):
         textwrap.dedent("""
             from pydantic import BaseModel
             from sdxl_pipeline.project.hardware import Hardware
-            from sdxl_pipeline.stages.program import run_stage
+            from sdxl_pipeline.protocol.program import run_stage
 
             class Spec(BaseModel):
                 hardware: Hardware
@@ -237,7 +237,7 @@ def test_cpu_threads_of_the_hardware_reach_torch(tmp_path):
 
 
 def test_program_and_reporter_load_without_torch():
-    code = "import sys, sdxl_pipeline.stages.program; print('torch' in sys.modules, 'rich' in sys.modules)"
+    code = "import sys, sdxl_pipeline.protocol.program; print('torch' in sys.modules, 'rich' in sys.modules)"
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
     assert asked.stdout.split() == ["False", "False"]
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sdxl_pipeline.stages.reporter import Reporter, is_main_process, open_reporter
+from sdxl_pipeline.protocol.reporter import Reporter, is_main_process, open_reporter
 from sdxl_pipeline.store.files import write_text_atomic
 
 if TYPE_CHECKING:
