@@ -13,25 +13,13 @@ from assets.lora import read_training_spec
 from assets.show import figures_table, picture, present
 from resources.launcher import LocalLauncher
 from resources.storage import Storage
+from sdxl_pipeline.evaluation.identity import LOOKED_AT
 from sdxl_pipeline.project.project import Project
 from sdxl_pipeline.protocol.specs import ClipSummary, EvaluateSpec, EvaluationReport, TrainedLora
 from sdxl_pipeline.release.export import REPORT_FILE
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 
 CODE = "1"
-LOOKED_AT = {
-    "validation_resolution",
-    "validation_guidance",
-    "validation_guidance_rescale",
-    "validation_num_inference_steps",
-    "validation_seed",
-    "num_validation_images",
-    "evaluation_type",
-    "pretrained_evaluation_model_name_or_path",
-    "eval_loss_disable",
-    "eval_timesteps",
-    "num_eval_images",
-}
 
 
 def release_dir(project: Project) -> Path:
@@ -43,7 +31,7 @@ def build_evaluation(project: Project) -> dg.AssetsDefinition:
     """`<project>/evaluation`."""
     key = project_key(project, "evaluation")
     prompts = validation_prompts(project)
-    settings_read = project.training.model_dump(mode="json", include=LOOKED_AT)
+    settings_read = project.training.model_dump(mode="json", include=set(LOOKED_AT))
 
     @dg.asset(
         key=key,

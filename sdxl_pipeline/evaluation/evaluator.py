@@ -32,7 +32,8 @@ from sdxl_pipeline.protocol.specs import (
     ValidationImage,
 )
 from sdxl_pipeline.sdxl.adapters import adapted_module_names
-from sdxl_pipeline.sdxl.components import load_noise_scheduler, load_pipeline, load_unet, load_vae
+from sdxl_pipeline.sdxl.components import load_noise_scheduler, load_unet
+from sdxl_pipeline.sdxl.drawing import drawing_pipeline
 from sdxl_pipeline.sdxl.precision import dtype_from_name
 from sdxl_pipeline.store.files import atomic_path
 from sdxl_pipeline.training.batches import BatchReader
@@ -121,12 +122,8 @@ def load_subject(spec: EvaluateSpec) -> StableDiffusionXLPipeline:
     weights = Path(spec.lora.weights_path)
     dtype = dtype_from_name(spec.settings.mixed_precision or spec.hardware.mixed_precision)
     vae_dtype = dtype_from_name(spec.settings.vae_dtype or spec.hardware.vae_dtype)
-    unet, vae = load_unet(spec.base_model, dtype), load_vae(spec.base_model, vae_dtype)
-    pipeline = load_pipeline(spec.base_model, dtype, unet=unet, vae=vae, text_encoders=False)
-    if spec.settings.prediction_type is not None:
-        pipeline.scheduler = type(pipeline.scheduler).from_config(
-            pipeline.scheduler.config, prediction_type=spec.settings.prediction_type
-        )
+    unet = load_unet(spec.base_model, dtype).to(spec.hardware.device).eval()
+    pipeline = drawing_pipeline(spec.base_model, unet, vae_dtype, spec.settings.prediction_type)
     with _quiet_diffusers():
         pipeline.load_lora_weights(
             weights.parent,
@@ -136,8 +133,6 @@ def load_subject(spec: EvaluateSpec) -> StableDiffusionXLPipeline:
             local_files_only=True,
         )
     _require_whole(unet, weights, spec.lora.adapted_modules)
-    unet.to(spec.hardware.device).eval()
-    vae.to(spec.hardware.device)
     return pipeline
 
 

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
-from torch import Tensor
 
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.specs import TrainingLane, ValidationPrompt
-from sdxl_pipeline.sdxl.latents import decode
+from sdxl_pipeline.sdxl.drawing import Conditioning, draw_pixels, image_from_pixels
 from sdxl_pipeline.store.files import atomic_path
 from sdxl_pipeline.training.batches import BatchReader
 from sdxl_pipeline.training.samples import Sample
@@ -31,17 +29,14 @@ CONSTANT_DEVIATION = 1 / 255
 
 @dataclass(frozen=True)
 class Shot:
-    """One picture to draw. Embeddings have a batch dimension of 1."""
+    """One picture to draw."""
 
     name: str  # of the picture's file
     prompt: str
     height: int
     width: int
     seed: int
-    prompt_embeds: Tensor  # (1, 77, C1 + C2)
-    pooled_prompt_embeds: Tensor  # (1, C2)
-    negative_prompt_embeds: Tensor | None  # None: what the base model's pipeline takes for no negative prompt
-    negative_pooled_prompt_embeds: Tensor | None
+    conditioning: Conditioning
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ class Drawing:
     @property
     def image(self) -> Image.Image:
         """The picture in 8 bits; a value that is not a number shows black."""
-        return Image.fromarray((np.nan_to_num(self.pixels) * 255).round().clip(0, 255).astype(np.uint8))
+        return image_from_pixels(self.pixels)
 
     def save(self, folder: Path) -> Path:
         """Write the picture as a PNG named after its shot."""
@@ -78,8 +73,8 @@ def plan_shots(
     """
     shots = []
     for prompt in prompts:
-        negative = _negative(prompt.negative_prompt, reader, zeros_for_empty_prompt)
-        shots += _shots(prompt.name, prompt.prompt, settings, reader.prompt_embeds(prompt.prompt), negative)
+        conditioning = reader.conditioning(prompt.prompt, prompt.negative_prompt, zeros_for_empty_prompt)
+        shots += _shots(prompt.name, prompt.prompt, settings, conditioning)
     return _with_unique_names(shots)
 
 
@@ -99,47 +94,20 @@ def plan_caption_shots(
     shots = []
     for number, (caption, sample) in enumerate(sorted(distinct.items())[:MAX_CAPTION_PROMPTS]):
         texts = reader.text_embeds([sample], [sample.embed_keys[0]])
-        embeds = (texts.prompt_embeds, texts.pooled_prompt_embeds)
-        negative = _negative("", reader, zeros_for_empty_prompt)
-        shots += _shots(f"caption_{number}", caption, settings, embeds, negative)
+        negative = () if zeros_for_empty_prompt else reader.prompt_embeds("")
+        conditioning = Conditioning(texts.prompt_embeds, texts.pooled_prompt_embeds, *negative)
+        shots += _shots(f"caption_{number}", caption, settings, conditioning)
     return _with_unique_names(shots)
 
 
-@torch.no_grad()
 def draw(
     pipeline: StableDiffusionXLPipeline,
     shot: Shot,
     settings: TrainingSettings,
     on_step: Callable[[], None] | None = None,
 ) -> Drawing:
-    """Draw one picture with the validation settings; its noise comes from the CPU, so a seed means the same on every device."""
-
-    def after_step(
-        _pipeline: object, _step: int, _timestep: int, tensors: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        if on_step is not None:
-            on_step()
-        return tensors
-
-    def on_device(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(pipeline.unet.device, pipeline.unet.dtype)
-
-    latents = pipeline(
-        prompt_embeds=on_device(shot.prompt_embeds),
-        pooled_prompt_embeds=on_device(shot.pooled_prompt_embeds),
-        negative_prompt_embeds=on_device(shot.negative_prompt_embeds),
-        negative_pooled_prompt_embeds=on_device(shot.negative_pooled_prompt_embeds),
-        height=shot.height,
-        width=shot.width,
-        num_inference_steps=settings.validation_num_inference_steps,
-        guidance_scale=settings.validation_guidance,
-        guidance_rescale=settings.validation_guidance_rescale,
-        generator=torch.Generator("cpu").manual_seed(shot.seed),
-        callback_on_step_end=after_step,
-        output_type="latent",
-    ).images
-    # Decoded here, so that the VAE may keep a precision of its own and a NaN is seen before it is rounded away.
-    pixels = decode(pipeline.vae, latents)[0].permute(1, 2, 0).cpu().numpy()
+    """Draw one picture with the validation settings, and look whether it is broken."""
+    pixels = draw_pixels(pipeline, shot.conditioning, (shot.height, shot.width), shot.seed, settings, on_step)
     return Drawing(shot, pixels, find_fault(pixels))
 
 
@@ -154,20 +122,11 @@ def find_fault(pixels: np.ndarray) -> str | None:
     return None
 
 
-def _negative(
-    prompt: str, reader: BatchReader, zeros_for_empty_prompt: bool
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    if not prompt and zeros_for_empty_prompt:
-        return None, None
-    return reader.prompt_embeds(prompt)
-
-
 def _shots(
     name: str,
     prompt: str,
     settings: TrainingSettings,
-    embeds: tuple[Tensor, Tensor],
-    negative: tuple[Tensor | None, Tensor | None],
+    conditioning: Conditioning,
 ) -> list[Shot]:
     sizes = settings.validation_sizes
     seeds = range(
@@ -185,10 +144,7 @@ def _shots(
             height=height,
             width=width,
             seed=seed,
-            prompt_embeds=embeds[0],
-            pooled_prompt_embeds=embeds[1],
-            negative_prompt_embeds=negative[0],
-            negative_pooled_prompt_embeds=negative[1],
+            conditioning=conditioning,
         )
         for height, width in sizes
         for seed in seeds

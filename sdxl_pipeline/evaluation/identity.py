@@ -12,28 +12,27 @@ from sdxl_pipeline.store.files import sha256_file
 CODE_VERSION = 1
 """Raise it when a change of the evaluation changes the numbers or pictures it gives."""
 
-SETTINGS: Final = frozenset(
-    [
-        "prediction_type",
-        "mixed_precision",
-        "vae_dtype",
-        "micro_conditioning",
-        "train_batch_size",
+LOOKED_AT: Final = frozenset(
+    (
         "validation_resolution",
         "validation_guidance",
         "validation_guidance_rescale",
         "validation_num_inference_steps",
         "validation_seed",
         "num_validation_images",
-        "seed",
         "evaluation_type",
         "pretrained_evaluation_model_name_or_path",
         "eval_loss_disable",
         "eval_timesteps",
         "num_eval_images",
-    ]
+    )
 )
-"""The settings that an evaluation reads."""
+"""Settings that say how a LoRA is looked at; they may change after it was trained."""
+
+TRAINED_WITH: Final = frozenset(
+    ("prediction_type", "mixed_precision", "vae_dtype", "micro_conditioning", "train_batch_size", "seed")
+)
+"""Settings of the training that the evaluation's figures and pictures depend on as well."""
 
 
 def evaluation_identity(spec: EvaluateSpec) -> str:
@@ -57,7 +56,7 @@ def evaluation_identity(spec: EvaluateSpec) -> str:
                 for lane in spec.lanes
             ],
             "prompts": [prompt.model_dump() for prompt in spec.prompts],
-            "settings": spec.settings.model_dump(mode="json", include=set(SETTINGS)),
+            "settings": spec.settings.model_dump(mode="json", include=set(LOOKED_AT | TRAINED_WITH)),
             "scoring_model": scoring_model_name(spec.settings, spec.base_model),
             "device": spec.hardware.device,
         }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import TrainingLane
+from sdxl_pipeline.sdxl.drawing import Conditioning
 from sdxl_pipeline.sdxl.latents import sample_latents
 from sdxl_pipeline.sdxl.time_ids import time_ids
 from sdxl_pipeline.store.tensor_store import TensorStore
@@ -145,6 +146,17 @@ class BatchReader:
         dataset_id, key = self._prompts[prompt]
         tensors = self._texts[dataset_id].read(key)
         return tensors["prompt_embeds"][None], tensors["pooled_prompt_embeds"][None]
+
+    def conditioning(self, prompt: str, negative_prompt: str, zeros_for_empty_prompt: bool) -> Conditioning:
+        """What the pipeline needs to draw a prompt. Raises StageError for prompts that were not encoded.
+
+        `zeros_for_empty_prompt` is the base model's `force_zeros_for_empty_prompt`: without a negative prompt its pipeline takes zeros,
+        else the encoded empty prompt.
+        """
+        prompt_embeds, pooled = self.prompt_embeds(prompt)
+        if not negative_prompt and zeros_for_empty_prompt:
+            return Conditioning(prompt_embeds, pooled)
+        return Conditioning(prompt_embeds, pooled, *self.prompt_embeds(negative_prompt))
 
 
 @dataclass(frozen=True)

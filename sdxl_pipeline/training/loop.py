@@ -19,7 +19,7 @@ from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
 from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.protocol.specs import TrainSpec
 from sdxl_pipeline.sdxl.adapters import save_lora
-from sdxl_pipeline.sdxl.components import load_noise_scheduler
+from sdxl_pipeline.sdxl.components import latent_scaling_factor, load_noise_scheduler
 from sdxl_pipeline.training.batches import Batch, BatchReader, TrainingBatches, prefetched
 from sdxl_pipeline.training.checkpoints import (
     TrainingState,
@@ -35,7 +35,7 @@ from sdxl_pipeline.training.optimizers import build_optimizer, build_schedule
 from sdxl_pipeline.training.order import SampleOrder, passes_per_epoch, require_enough
 from sdxl_pipeline.training.samples import load_samples
 from sdxl_pipeline.training.trackers import Trackers, require_tracker
-from sdxl_pipeline.training.unet import base_dtype, latent_scaling_factor, trainable_unet
+from sdxl_pipeline.training.unet import base_dtype, trainable_unet
 from sdxl_pipeline.training.validation import draw_pictures, is_validation_step
 from sdxl_pipeline.training.validation_log import ValidationLog
 
@@ -328,7 +328,6 @@ class Trainer:
                 self.spec,
                 self.unet_module,
                 BatchReader(self.spec.lanes),
-                self.device,
                 self.step,
                 self.run_dir / "validation",
             ):

@@ -1,16 +1,11 @@
 """The UNet as it is trained: frozen base weights, and an adapter with trainable ones."""
 
-import inspect
-import json
-from pathlib import Path
-
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import TrainSpec
 from sdxl_pipeline.sdxl.adapters import AdapterError, add_lora
-from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.sdxl.components import load_unet
 from sdxl_pipeline.sdxl.precision import PrecisionError, dtype_from_name, quantize_base_model
 from sdxl_pipeline.training.draws import seed_for
@@ -43,13 +38,3 @@ def trainable_unet(spec: TrainSpec) -> UNet2DConditionModel:
     if settings.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return unet
-
-
-def latent_scaling_factor(model: ResolvedModel) -> float:
-    """What the VAE's latents are multiplied by to have the unit variance the UNet expects. Reads the configuration, not the VAE."""
-    folder = Path(model.config_path) / "vae"
-    if model.vae_path is not None and Path(model.vae_path).is_dir():
-        folder = Path(model.vae_path)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    default = inspect.signature(AutoencoderKL.__init__).parameters["scaling_factor"].default
-    return float(config.get("scaling_factor", default))

@@ -78,10 +78,10 @@ def test_names_never_meet_in_one_file(reader: BatchReader):
 def test_an_empty_negative_prompt_is_what_the_pipeline_makes_of_it(reader: BatchReader):
     with_zeros = plan_shots(PROMPTS, tiny_settings(), reader, zeros_for_empty_prompt=True)
     encoded = plan_shots(PROMPTS, tiny_settings(), reader, zeros_for_empty_prompt=False)
-    assert with_zeros[1].negative_prompt_embeds is None
+    assert with_zeros[1].conditioning.negative_prompt_embeds is None
     expected = reader.prompt_embeds("")[0]
-    assert torch.equal(encoded[1].negative_prompt_embeds, expected)  # type: ignore[arg-type]
-    assert torch.equal(with_zeros[0].negative_prompt_embeds, reader.prompt_embeds("blurry")[0])  # type: ignore[arg-type]
+    assert torch.equal(encoded[1].conditioning.negative_prompt_embeds, expected)  # type: ignore[arg-type]
+    assert torch.equal(with_zeros[0].conditioning.negative_prompt_embeds, reader.prompt_embeds("blurry")[0])  # type: ignore[arg-type]
 
 
 def test_a_prompt_that_was_not_encoded_is_named(reader: BatchReader):
@@ -100,7 +100,8 @@ def test_without_prompts_some_captions_are_drawn(tmp_path: Path):
     for shot in shots:
         sample = by_caption[shot.prompt]
         assert torch.equal(
-            shot.prompt_embeds, reader.text_embeds([sample], [sample.embed_keys[0]]).prompt_embeds
+            shot.conditioning.prompt_embeds,
+            reader.text_embeds([sample], [sample.embed_keys[0]]).prompt_embeds,
         )
 
 

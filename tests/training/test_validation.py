@@ -54,7 +54,7 @@ def spec(tmp_path):
 
 def draw(spec, folder: Path, unet=None) -> list[ValidationImage]:
     unet = unet if unet is not None else load_unet(spec.base_model, torch.float32)
-    return list(draw_pictures(spec, unet, BatchReader(spec.lanes), CPU, 12, folder))
+    return list(draw_pictures(spec, unet, BatchReader(spec.lanes), 12, folder))
 
 
 def pixels(path: str) -> np.ndarray:

@@ -1,0 +1,91 @@
+"""Pictures from cached prompt embeddings: no text encoder is needed, and a seed means the same picture on every device."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor
+
+from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.sdxl.base_model import ResolvedModel
+from sdxl_pipeline.sdxl.components import load_pipeline
+from sdxl_pipeline.sdxl.latents import decode
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a picture is to show, and what it is guided away from."""
+
+    prompt_embeds: Tensor  # (1, 77, C1 + C2)
+    pooled_prompt_embeds: Tensor  # (1, C2)
+    negative_prompt_embeds: Tensor | None = None
+    """None, as the next: what the pipeline itself takes for no negative prompt, which for SDXL is zeros."""
+    negative_pooled_prompt_embeds: Tensor | None = None
+
+
+def drawing_pipeline(
+    model: ResolvedModel, unet: UNet2DConditionModel, vae_dtype: torch.dtype, prediction_type: str | None
+) -> StableDiffusionXLPipeline:
+    """The base model's own pipeline, VAE and scheduler around `unet`, without text encoders, on the UNet's device.
+
+    `prediction_type` replaces what the scheduler says the UNet predicts.
+    """
+    pipeline = load_pipeline(model, vae_dtype, unet=unet, text_encoders=False)
+    if prediction_type is not None:
+        pipeline.scheduler = type(pipeline.scheduler).from_config(
+            pipeline.scheduler.config, prediction_type=prediction_type
+        )
+    pipeline.vae.to(unet.device).eval()
+    return pipeline
+
+
+@torch.no_grad()
+def draw_pixels(
+    pipeline: StableDiffusionXLPipeline,
+    conditioning: Conditioning,
+    size: tuple[int, int],
+    seed: int,
+    settings: TrainingSettings,
+    on_step: Callable[[], None] | None = None,
+) -> np.ndarray:
+    """One picture, (H, W, 3) float32 in [0, 1] unless something broke, with the validation settings. `size` is (H, W) in pixels.
+
+    The noise comes from the CPU. Decoded here and not by the pipeline, so that the VAE may keep a precision of its own and a NaN is
+    seen before it is rounded away. `on_step` is called after every denoising step; what it raises ends the drawing.
+    """
+
+    def after_step(
+        _pipe: object, _step: int, _timestep: int, tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        if on_step is not None:
+            on_step()
+        return tensors
+
+    def ready(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(pipeline.unet.device, pipeline.unet.dtype)
+
+    height, width = size
+    latents = pipeline(
+        prompt_embeds=ready(conditioning.prompt_embeds),
+        pooled_prompt_embeds=ready(conditioning.pooled_prompt_embeds),
+        negative_prompt_embeds=ready(conditioning.negative_prompt_embeds),
+        negative_pooled_prompt_embeds=ready(conditioning.negative_pooled_prompt_embeds),
+        height=height,
+        width=width,
+        num_inference_steps=settings.validation_num_inference_steps,
+        guidance_scale=settings.validation_guidance,
+        guidance_rescale=settings.validation_guidance_rescale,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        callback_on_step_end=after_step,
+        output_type="latent",
+    ).images
+    pixels: np.ndarray = decode(pipeline.vae, latents)[0].permute(1, 2, 0).cpu().numpy()
+    return pixels
+
+
+def image_from_pixels(pixels: np.ndarray) -> Image.Image:
+    """Pixels (H, W, 3) in [0, 1] as an 8-bit picture; a value that is not a number shows black."""
+    return Image.fromarray((np.nan_to_num(pixels) * 255).round().clip(0, 255).astype(np.uint8))
