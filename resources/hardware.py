@@ -31,7 +31,7 @@ class HardwareProfile(dg.ConfigurableResource):
         default=None, description="Recompute activations in the backward pass: slower, much less memory."
     )
     attention_mechanism: str | None = Field(
-        default=None, description="diffusers (PyTorch's SDPA) or an attention package's name."
+        default=None, description="Attention kernel: diffusers, which is PyTorch's SDPA."
     )
     vae_batch_size: int | None = Field(default=None, description="Pictures per VAE forward.")
     text_encoder_batch_size: int | None = Field(

@@ -18,9 +18,7 @@ Device = Literal["cpu", "cuda", "mps"]
 MixedPrecision = Literal["no", "bf16", "fp16"]
 VaeDtype = Literal["bf16", "fp32"]
 BaseModelPrecision = Literal["no_change", "int8-quanto"]
-AttentionMechanism = Literal[
-    "diffusers", "xformers", "sageattention", "flash-attention-2", "flash-attention-3"
-]
+AttentionMechanism = Literal["diffusers"]
 
 GIB = 1024**3
 
@@ -59,7 +57,7 @@ class Hardware(BaseModel):
     )
     attention_mechanism: AttentionMechanism = Field(
         default="diffusers",
-        description="`diffusers` is PyTorch's own scaled_dot_product_attention; the others need their packages.",
+        description="Attention kernel: `diffusers` is PyTorch's own scaled_dot_product_attention.",
     )
     vae_batch_size: int = Field(ge=1, description="Pictures per VAE forward when latents are encoded.")
     text_encoder_batch_size: int = Field(ge=1, description="Captions per text-encoder forward.")
