@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.models.attention_processor import AttnProcessor
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
 from sdxl_pipeline.sdxl.tiny.architecture import NOISE_SCHEDULE, build_unet
-from sdxl_pipeline.sdxl.tiny.budget import Budget, set_learning_rate, update_average
+from sdxl_pipeline.sdxl.tiny.budget import Budget, set_learning_rate
 from sdxl_pipeline.sdxl.tiny.training_set import BUCKET_SHARES, build_training_set
+from sdxl_pipeline.sdxl.tiny.unet_state import UNetState
 
 _LOGGER = logging.getLogger(__name__)
 _PICTURES = 32_000
@@ -24,6 +24,7 @@ _PEAK_RATE = 1.5e-3
 _MIN_SNR_GAMMA = 5.0
 # One caption in ten is dropped: to SDXL base's zeros, or to the encoded empty prompt that fine-tuning uses.
 _DROP, _DROP_TO_EMPTY = 0.10, 0.04
+_AVERAGE_DECAY = 0.999
 _SAVE_EVERY = 250
 
 
@@ -59,14 +60,13 @@ class TextEmbedder:
 
 def train_unet(
     parts: Path, budget_seconds: float, max_steps: int, rank: int, world_size: int, seed: int = 0
-) -> int:
+) -> tuple[int, float]:
     """One data-parallel process of the training; rank 0 saves the averaged weights to `parts`/unet.
 
-    Returns the number of steps done.
-
-    Every 250 steps rank 0 also saves weights, their average and AdamW's moments to unet-checkpoint.safetensors;
-    a training that finds this file continues from it (with fresh random numbers). The processes meet through
-    MASTER_ADDR and MASTER_PORT.
+    Returns the steps done and the seconds spent, those of an interrupted training it continued included: every
+    250 steps rank 0 saves its state to unet-checkpoint.safetensors, and a training that finds this file goes on
+    from it, with fresh random numbers and a budget of its own. The processes meet through MASTER_ADDR and
+    MASTER_PORT.
     """
     if world_size > 1:
         dist.init_process_group("gloo", rank=rank, world_size=world_size)
@@ -74,61 +74,63 @@ def train_unet(
     unet = build_unet()
     unet.set_attn_processor(
         AttnProcessor()
-    )  # plain products: faster than the fused kernel's backward on CPUs
-    parameters = list(unet.parameters())
-    average = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=_PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    )  # plain products: on CPUs faster than the fused kernel's backward
+    state = UNetState(unet, _PEAK_RATE, _AVERAGE_DECAY)
     checkpoint = parts / "unet-checkpoint.safetensors"
-    step = _load_checkpoint(checkpoint, parameters, average, optimizer) if checkpoint.exists() else 0
+    if checkpoint.exists():
+        state.load(checkpoint)
+    spent_before = state.seconds
 
     vae = AutoencoderKL.from_pretrained(parts / "vae").eval()
     embed = TextEmbedder(parts)
     buckets = build_training_set(vae, _PICTURES // world_size, seed + 1000 * (rank + 1))
-    rng, bucket_rng = random.Random(seed + 100 + rank + step), random.Random(seed + 5 + step)
-    torch.manual_seed(seed + 100 + rank + step)
+    rng, bucket_rng = random.Random(seed + 100 + rank + state.step), random.Random(seed + 5 + state.step)
+    torch.manual_seed(seed + 100 + rank + state.step)
     alphas = DDPMScheduler(**NOISE_SCHEDULE).alphas_cumprod
-    snr = alphas / (1 - alphas)
-    # Min-SNR's weights for epsilon (Hang et al. 2023) as a density to draw timesteps from, which spends no work on
-    # what counts little; leaned towards much noise, where a text decides which shape it is going to be
-    density = snr.clamp(max=_MIN_SNR_GAMMA) / snr * torch.arange(1, len(snr) + 1)
+    density = _timestep_density(alphas)
     budget = Budget(budget_seconds, max_steps)
     size = _GLOBAL_BATCH // world_size
     recent: list[float] = []
-    while (spent := _agree(budget.spent(step), world_size)) < 1:
-        rate = set_learning_rate(optimizer, _PEAK_RATE, step, spent, warmup_steps=150, hold=0.3)
+    while (spent := _agree(budget.spent(state.step), world_size)) < 1:
+        rate = set_learning_rate(state.optimizer, _PEAK_RATE, state.step, spent, warmup_steps=150, hold=0.3)
         batch = bucket_rng.choices(buckets, BUCKET_SHARES)[0].sample(size, rng)
         prompt_embeds, pooled = _drop_captions(embed, batch.captions, rng)
         timesteps = _stratified_timesteps(size, density)
         noise = torch.randn_like(batch.latents)
         alpha = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * batch.latents + (1 - alpha).sqrt() * noise
+        conditions = {"text_embeds": pooled, "time_ids": batch.time_ids}
         with torch.autocast("cpu", torch.bfloat16):
-            conditions = {"text_embeds": pooled, "time_ids": batch.time_ids}
-            predicted = unet(
-                noisy, timesteps, prompt_embeds, added_cond_kwargs=conditions, return_dict=False
-            )[0]
-        errors = (predicted.float() - noise).pow(2).mean((1, 2, 3))
-        loss = errors.mean()
-        optimizer.zero_grad()
+            predicted = unet(noisy, timesteps, prompt_embeds, added_cond_kwargs=conditions).sample
+        loss = (predicted.float() - noise).pow(2).mean()
+        state.optimizer.zero_grad()
         loss.backward()
-        _average_gradients(parameters, world_size)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        update_average(average, [p.detach() for p in parameters], step, 0.999)
-        step += 1
-        recent.append(errors.mean().item())
-        if rank == 0 and step % 50 == 0:
-            mean = sum(recent[-50:]) / 50
-            _LOGGER.info(f"unet step {step} seconds {budget.elapsed():.0f} mse {mean:.4f} rate {rate:.5f}")
-        if rank == 0 and step % _SAVE_EVERY == 0:
-            _save_checkpoint(checkpoint, parameters, average, optimizer, step)
-            _save_average(unet, parameters, average, parts / "unet")
+        _average_gradients(state.parameters, world_size)
+        state.update()
+        state.seconds = spent_before + budget.elapsed()
+        recent = [*recent[-49:], loss.item()]
+        if rank == 0 and state.step % 50 == 0:
+            mean = sum(recent) / len(recent)
+            _LOGGER.info(f"unet step {state.step} seconds {state.seconds:.0f} mse {mean:.4f} rate {rate:.5f}")
+        if rank == 0 and state.step % _SAVE_EVERY == 0:
+            state.save(checkpoint)
+            state.save_average(parts / "unet")
     if rank == 0:
-        _save_average(unet, parameters, average, parts / "unet")
+        state.save_average(parts / "unet")
         checkpoint.unlink(missing_ok=True)
     if world_size > 1:
         dist.destroy_process_group()
-    return step
+    return state.step, state.seconds
+
+
+def _timestep_density(alphas: Tensor) -> Tensor:
+    """How often each timestep is drawn, up to a factor.
+
+    Min-SNR's weights for epsilon (Hang et al. 2023), as a density instead of weights: no work is spent on what
+    counts little. Times t, which leans towards much noise, where the text decides which shape it will be.
+    """
+    snr = alphas / (1 - alphas)
+    return snr.clamp(max=_MIN_SNR_GAMMA) / snr * torch.arange(1, len(snr) + 1)
 
 
 def _agree(spent: float, world_size: int) -> float:
@@ -157,7 +159,7 @@ def _stratified_timesteps(size: int, density: Tensor) -> Tensor:
     return timesteps[torch.randperm(size)]
 
 
-def _average_gradients(parameters: list[torch.nn.Parameter], world_size: int) -> None:
+def _average_gradients(parameters: list[Tensor], world_size: int) -> None:
     if world_size == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -171,47 +173,3 @@ def _average_gradients(parameters: list[torch.nn.Parameter], world_size: int) ->
             for part, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)
         ],
     )
-
-
-@torch.no_grad()
-def _save_average(
-    unet: UNet2DConditionModel, parameters: list[torch.nn.Parameter], average: list[Tensor], folder: Path
-) -> None:
-    current = [p.detach().clone() for p in parameters]
-    torch._foreach_copy_(list[Tensor](parameters), average)
-    unet.save_pretrained(folder)
-    torch._foreach_copy_(list[Tensor](parameters), current)
-
-
-def _save_checkpoint(
-    file: Path,
-    parameters: list[torch.nn.Parameter],
-    average: list[Tensor],
-    optimizer: torch.optim.Optimizer,
-    step: int,
-) -> None:
-    tensors = {"step": torch.tensor([step])}
-    for i, (parameter, mean) in enumerate(zip(parameters, average, strict=True)):
-        state = optimizer.state[parameter]
-        tensors |= {f"{i}.weight": parameter.detach().contiguous(), f"{i}.average": mean.contiguous()}
-        tensors |= {f"{i}.exp_avg": state["exp_avg"], f"{i}.exp_avg_sq": state["exp_avg_sq"]}
-    beside = file.with_suffix(".partial")
-    save_file(tensors, beside)
-    beside.replace(file)
-
-
-@torch.no_grad()
-def _load_checkpoint(
-    file: Path, parameters: list[torch.nn.Parameter], average: list[Tensor], optimizer: torch.optim.Optimizer
-) -> int:
-    tensors = load_file(file)
-    step = int(tensors["step"].item())
-    for i, parameter in enumerate(parameters):
-        parameter.copy_(tensors[f"{i}.weight"])
-        average[i].copy_(tensors[f"{i}.average"])
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(step)),
-            "exp_avg": tensors[f"{i}.exp_avg"].clone(),
-            "exp_avg_sq": tensors[f"{i}.exp_avg_sq"].clone(),
-        }
-    return step
