@@ -20,7 +20,7 @@ from sdxl_pipeline.sdxl.tiny.unet_state import UNetState
 _LOGGER = logging.getLogger(__name__)
 _PICTURES = 32_000
 _GLOBAL_BATCH = 80
-_PEAK_RATE = 1.5e-3
+_PEAK_RATE = 1.2e-3
 _MIN_SNR_GAMMA = 5.0
 # One caption in ten is dropped: to SDXL base's zeros, or to the encoded empty prompt that fine-tuning uses.
 _DROP, _DROP_TO_EMPTY = 0.10, 0.04

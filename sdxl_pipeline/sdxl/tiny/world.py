@@ -27,7 +27,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross", "heart", "star", "moon", "arrow")
 # The radius of a shape as a share of the square root of the picture's area.
 SIZES = {"small": 0.14, "large": 0.25}
-_LARGE_SHARE = 0.65  # large pictures teach shapes best
+_LARGE_SHARE = 0.55  # large pictures teach shapes best
 # Centre of the shape as (x, y) shares of the picture.
 PLACES = {
     "left": (0.27, 0.5),
