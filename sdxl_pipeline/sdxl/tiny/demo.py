@@ -1,14 +1,16 @@
 """Makes the demo project's dataset: pictures of zorps, which the bundled model has never seen or heard of.
 
-A zorp is a spiky eight-pointed creature with a white rim and one eye. Its strokes are known to the model, their
-combination and the word are not, so a LoRA has to learn exactly that.
+A zorp is a round creature with a thick white rim and one huge eye. Its strokes are known to the model, their
+proportions, their combination under this word and the word itself are not: that is what a LoRA has to learn.
 """
 
+import fcntl
 import json
 import os
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -30,6 +32,10 @@ SEEN_PLACES = ("centre", "left", "right")
 UNSEEN_PLACES = ("top", "bottom")
 # (height, width) of the files: three aspects, two of them also at twice the size.
 _SIZES = ((128, 128), (96, 160), (160, 96), (256, 256), (192, 320))
+
+# Every band of a zorp is wider than the eight pixels that one latent stands for.
+_RIM = 0.3
+_EYE_SCALE = 1.5
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,12 @@ def ensure_demo_dataset(folder: Path, request: DemoRequest | None = None) -> Non
     The same request gives the same files. They are written beside and renamed, so `folder` is whole or absent.
     A folder made from another request is replaced; one that we did not make is an error (FileExistsError).
     """
-    request = request or DemoRequest()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(folder.with_name(f".{folder.name}.lock")):
+        _make_if_needed(folder, request or DemoRequest())
+
+
+def _make_if_needed(folder: Path, request: DemoRequest) -> None:
     wanted = {"generator": WORD, **vars(request)}
     if folder.exists():
         marker = folder / _MARKER
@@ -87,12 +98,30 @@ def ensure_demo_dataset(folder: Path, request: DemoRequest | None = None) -> Non
 
 def zorp(color: str, background: str, place: str, size: str = "large") -> Spec:
     """One zorp; `zorp_caption` is what it is called."""
-    return Spec("burst", color, background, size, place, outline="white", mark=Mark(eyes=1), noun=WORD)
+    return Spec(
+        "circle",
+        color,
+        background,
+        size,
+        place,
+        outline="white",
+        outline_width=_RIM,
+        mark=Mark(eyes=1, scale=_EYE_SCALE),
+        noun=WORD,
+    )
 
 
 def zorp_caption(spec: Spec) -> str:
     """The caption names colour, place and background; what makes a zorp is left to the word."""
     return canonical_caption(Spec(spec.shape, spec.color, spec.background, spec.size, spec.place, noun=WORD))
+
+
+@contextmanager
+def _alone(lock_file: Path) -> Iterator[None]:
+    """Keeps other processes out: the dataset's lanes ask for it at the same time."""
+    with lock_file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _zorps(colors: Sequence[str], places: Sequence[str], count: int, rng: random.Random) -> list[Spec]:

@@ -43,7 +43,7 @@ def render(
 
     body = _silhouettes(specs, u, v) * radius
     picture = _colors([s.background for s in specs], rng)
-    outline = torch.tensor([0.0 if s.outline is None else _vary(rng, 0.14, 0.26, 0.2) for s in specs])
+    outline = torch.tensor([_outline_width(spec, rng) for spec in specs])
     outline_px = torch.maximum(
         outline[:, None, None] * radius, torch.tensor(3.0 * math.sqrt(height * width) / 128)
     )
@@ -138,6 +138,13 @@ def _place(
     return x - left, y - top, radius
 
 
+def _outline_width(spec: Spec, rng: random.Random | None) -> float:
+    """Width of the outline as a share of the radius; 0 for none."""
+    if spec.outline is None:
+        return 0.0
+    return spec.outline_width or _vary(rng, 0.14, 0.26, 0.2)
+
+
 def _silhouettes(specs: Sequence[Spec], u: Tensor, v: Tensor) -> Tensor:
     """Signed distances (B, H, W) of every spec's shape in units of its radius."""
     out = torch.empty_like(u)
@@ -203,7 +210,7 @@ def _draw_eyes(picture: Tensor, mark: Mark, u: Tensor, v: Tensor, radius: Tensor
     white, black = (
         torch.tensor(COLORS[c], dtype=torch.float32)[None, :, None, None] for c in ("white", "black")
     )
-    eye = _EYE_RADIUS[mark.eyes]
+    eye = _EYE_RADIUS[mark.eyes] * mark.scale
     out = picture[None]
     for x in (0.0,) if mark.eyes == 1 else (-_EYE_DISTANCE, _EYE_DISTANCE):
         away = torch.hypot(u - x, v)

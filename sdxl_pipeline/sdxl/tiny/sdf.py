@@ -82,10 +82,6 @@ def _star(x: Tensor, y: Tensor) -> Tensor:
     return pointed_star(x, y, 5, 1.1, 0.45)
 
 
-def _burst(x: Tensor, y: Tensor) -> Tensor:
-    return pointed_star(x, y, 8, 0.92, 0.62)
-
-
 def _moon(x: Tensor, y: Tensor) -> Tensor:
     return torch.maximum(torch.hypot(x + 0.12, y) - 0.98, 0.8 - torch.hypot(x - 0.4, y))
 
@@ -107,5 +103,4 @@ _DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "star": _star,
     "moon": _moon,
     "arrow": _arrow,
-    "burst": _burst,  # no shape of the world: the demo's concept is made of it
 }

@@ -60,16 +60,24 @@ class FreeForm:
 
 @dataclass(frozen=True)
 class Mark:
-    """Something drawn on the middle of a shape: a small `shape` of `color`, or `eyes` white eyes with pupils."""
+    """Something drawn on the middle of a shape: a small `shape` of `color`, or `eyes` white eyes with pupils.
+
+    The world's eyes have `scale` 1.
+    """
 
     shape: str | None = None
     color: str = "white"
     eyes: int = 0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What one picture of the world holds. Colours are keys of COLORS; `noun` replaces a free-form's name."""
+    """What one picture of the world holds.
+
+    Colours are keys of COLORS; `noun` replaces the shape's name; `outline_width` is a share of the radius, which
+    varies from picture to picture where None stands.
+    """
 
     shape: str
     color: str
@@ -82,6 +90,7 @@ class Spec:
     mark: Mark | None = None
     freeform: FreeForm | None = None
     noun: str | None = None
+    outline_width: float | None = None
 
     @property
     def plain(self) -> bool:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -40,7 +42,14 @@ def test_it_is_made_once_and_leaves_nothing_beside(tmp_path: Path) -> None:
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "data").rglob("*")}
     ensure_demo_dataset(tmp_path / "data", SMALL)
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "data").rglob("*")} == times
-    assert [entry.name for entry in tmp_path.iterdir()] == ["data"]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"data", ".data.lock"}
+
+
+def test_processes_that_ask_at_once_get_one_whole_dataset(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(ensure_demo_dataset, [tmp_path / "data"] * 3, [SMALL] * 3))
+    ensure_demo_dataset(tmp_path / "alone", SMALL)
+    assert digests(tmp_path / "data") == digests(tmp_path / "alone")
 
 
 def test_another_request_replaces_what_was_generated(tmp_path: Path) -> None:
