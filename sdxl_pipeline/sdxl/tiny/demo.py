@@ -26,7 +26,7 @@ REQUEST_FILE = "generate_data.json"
 _MARKER = "generated.json"
 WORD = "zorp"
 # What the LoRA is shown, and what it must draw without having been shown.
-SEEN_COLORS = ("red", "green", "blue", "yellow")
+SEEN_COLORS = ("red", "green", "blue", "yellow", "black")
 UNSEEN_COLORS = ("purple", "orange")
 SEEN_PLACES = ("centre", "left", "right")
 UNSEEN_PLACES = ("top", "bottom")
@@ -42,7 +42,7 @@ _EYE_SCALE = 1.5
 class DemoRequest:
     """The parameters of generate_data.json."""
 
-    pictures: int = 36
+    pictures: int = 40
     eval_pictures: int = 12
     prior_pictures: int = 36
     seed: int = 7
@@ -134,7 +134,10 @@ def _zorps(colors: Sequence[str], places: Sequence[str], count: int, rng: random
 
 def _write_pictures(folder: Path, specs: Sequence[Spec], rng: random.Random) -> None:
     folder.mkdir(parents=True)
-    for i, (spec, size) in enumerate(zip(specs, cycle(_SIZES), strict=False)):
+    for i, spec in enumerate(specs):
+        size = _SIZES[
+            (i + i // len(_SIZES)) % len(_SIZES)
+        ]  # colours come in turn too: pair each with every size
         caption = zorp_caption(spec) if spec.noun == WORD else canonical_caption(spec)
         _draw(spec, size, rng).save(folder / f"{i:02d}.png")
         (folder / f"{i:02d}.txt").write_text(caption + "\n")

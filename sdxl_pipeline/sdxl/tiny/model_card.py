@@ -13,6 +13,7 @@ from sdxl_pipeline.sdxl.tiny.bundle import BUNDLE, bundle_bytes
 from sdxl_pipeline.sdxl.tiny.clip import CaptionIds, measure_clip
 from sdxl_pipeline.sdxl.tiny.drawing import GUIDANCE, STEPS, measure_drawing
 from sdxl_pipeline.sdxl.tiny.taesd import measure_taesd
+from sdxl_pipeline.sdxl.tiny.training_set import RICH_SHARE
 from sdxl_pipeline.sdxl.tiny.vae import measure_vae
 from sdxl_pipeline.sdxl.tiny.world import COLORS, PLACES, SHAPES, SIZES
 
@@ -87,6 +88,7 @@ def _card(figures: Figures, trainings: dict[str, dict[str, Any]]) -> str:
         for part, figures_of in trainings.items()
         if "steps" in figures_of
     )
+    notes = "".join(f"\n\n{part}: {record['note']}" for part, record in trainings.items() if "note" in record)
     return f"""---
 license: apache-2.0
 library_name: diffusers
@@ -106,10 +108,14 @@ coloured shapes and nothing else.
 All folders together: {figures["bytes"] / 1e6:.1f} MB.
 
 ## The world
-{len(SHAPES)} shapes ({", ".join(SHAPES)}), {len(COLORS)} colours ({", ".join(COLORS)}) for shape and
-background, {len(SIZES)} sizes, {len(PLACES)} places; 128x128, 160x96 and 96x160. Half of the training pictures
-are richer: outlines, stripes, dots, a smaller shape inside, one or two eyes, free-form silhouettes under
-invented words, abstract art. Example: "{_EXAMPLE}".
+- {len(SHAPES)} shapes: {", ".join(SHAPES)}
+- {len(COLORS)} colours, for shape and background: {", ".join(COLORS)}
+- {len(SIZES)} sizes, {len(PLACES)} places; pictures of 128x128, 160x96 and 96x160
+
+Of the UNet's training pictures {RICH_SHARE:.0%} are richer: outlines, stripes, dots, a smaller shape inside, one
+or two eyes, free-form silhouettes under invented words, and some abstract art. An example:
+"{_EXAMPLE}".
+
 A twelfth of the (shape, colour, background) triples is in no training picture; the figures are on those.
 
 ## Held-out figures
@@ -124,9 +130,9 @@ Measured on the shipped weights by `python -m sdxl_pipeline.sdxl.tiny.train --on
 |---|---|---|
 {trained}
 
-`python -m sdxl_pipeline.sdxl.tiny.train` on two CPU cores ({_processor()}); VAE, then tiny decoder, beside CLIP
-with the text encoders, then the UNet in two processes. The length of each training is set by the clock, so
-another machine gives other weights of the same kind.
+`python -m sdxl_pipeline.sdxl.tiny.train` on two CPU cores ({_processor()}): VAE, then tiny decoder, beside
+CLIP with the text encoders; then the UNet in two processes. The length of each training is set by the clock, so
+another machine gives other weights of the same kind.{notes}
 
 ## Limits
 It does not draw photographs, people or text. Words outside the captions of the world mean nothing to it until a

@@ -11,7 +11,7 @@ from sdxl_pipeline.sdxl.tiny.captions import ART_CAPTIONS, sample_caption
 from sdxl_pipeline.sdxl.tiny.render import render, render_art
 from sdxl_pipeline.sdxl.tiny.world import BUCKETS, Spec, sample_frame, sample_world
 
-_RICH_SHARE = 0.4
+RICH_SHARE = 0.4
 _ART_SHARE = 0.03
 _CHUNK = 64
 # How many of `count` pictures fall to each bucket, and how often a batch is of it.
@@ -42,7 +42,7 @@ class BucketSet:
         moments = []
         for _ in range(max(1, count // _CHUNK)):
             art = sum(rng.random() < _ART_SHARE for _ in range(_CHUNK))
-            specs = [sample_world(rng, _RICH_SHARE) for _ in range(_CHUNK - art)]
+            specs = [sample_world(rng, RICH_SHARE) for _ in range(_CHUNK - art)]
             frames = [sample_frame(rng, bucket) for _ in specs]
             images = torch.cat([render(specs, bucket, rng, frames), render_art(art, bucket, generator)])
             self.specs += [*specs, *[None] * art]
