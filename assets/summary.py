@@ -7,7 +7,6 @@ from typing import Any
 
 import dagster as dg
 from rich.console import Console
-from rich.table import Table
 
 from assets.keys import lane_key, project_key
 from sdxl_pipeline.definitions import build_definitions
@@ -41,11 +40,8 @@ def main(name: str) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for line in work_done(results):
         console.print(line)
-    table = Table.grid(padding=(0, 2))
-    for what, where in places(results):
-        table.add_row(what, where)
-    table.add_row("UI", "make ui, then http://127.0.0.1:3000")
-    console.print(table)
+    for what, where in [*places(results), ("UI", "make ui, then http://127.0.0.1:3000")]:
+        console.print(f"{what:<18}{where}")
 
 
 def load_results(project: Project) -> Results:

@@ -114,8 +114,8 @@ def test_one_new_picture_and_one_edited_caption_cost_one_encoding_each(
     stages = ("base_model", *LANE)
     first = materialize(instance, folder, *stages)
     assert metadata(first, "small", "shapes", "vae_latents")["encoded"] == 8
-    # Eight captions, the validation prompt and the empty prompt.
-    assert metadata(first, "small", "shapes", "text_embeds")["encoded"] == 10
+    # Eight captions, the validation prompt, the negative prompt and the empty prompt.
+    assert metadata(first, "small", "shapes", "text_embeds")["encoded"] == 11
 
     draw_picture(folder / "data", 8)
     added = materialize(instance, folder, *stages)

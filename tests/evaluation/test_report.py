@@ -32,6 +32,8 @@ def make_report(folder: Path, **changes: object) -> EvaluationReport:
         step=40, name="star", prompt="a star", path=str(folder / "images" / "star.png"), seed=1
     )
     values = {
+        "identity": "cd" * 32,
+        "reused": False,
         "lora_sha256": "ab" * 32,
         "eval_source": "held-out share",
         "eval_images": 5,

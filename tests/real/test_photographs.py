@@ -45,14 +45,16 @@ def write_dataset(folder: Path) -> None:
     faded = upright.convert("RGBA")
     faded.putalpha(Image.linear_gradient("L").resize(faded.size))
     faded.save(folder / "transparent.png")
+    # Those of the wheel are square or wide.
+    Image.open(SHIPPED / "astronaut.png").crop((80, 0, 400, 512)).save(folder / "portrait.jpg")
     upright.convert("CMYK").save(folder / "print.jpg")
     encoded = io.BytesIO()
     upright.save(encoded, "JPEG")
     (folder / "truncated.jpg").write_bytes(encoded.getvalue()[: len(encoded.getvalue()) // 2])
     (folder / "not_a_picture.jpg").write_text("This is a text file.")
     (folder / "empty.jpg").write_bytes(b"")
-    for name in ("rotated", "transparent", "print", "truncated", "not_a_picture", "empty"):
-        (folder / f"{name}.txt").write_text(f"a cup of coffee, {name}")
+    for name in ("portrait", "rotated", "transparent", "print", "truncated", "not_a_picture", "empty"):
+        (folder / f"{name}.txt").write_text(f"a photo, {name}")
 
 
 def test_photographs_become_a_lora_that_changes_the_picture(
@@ -78,7 +80,7 @@ def test_photographs_become_a_lora_that_changes_the_picture(
     scanned = result.output_for_node("photos__shapes__dataset", "result").set_index("path")
     pictures = scanned[[Path(path).suffix != ".txt" for path in scanned.index]]
     kept, dropped = pictures[pictures.status == "kept"], pictures[pictures.status == "dropped"]
-    assert len(pictures) == len(CAPTIONS) + 6
+    assert len(pictures) == len(CAPTIONS) + 7
     assert len(kept) + len(dropped) == len(pictures)
     assert set(dropped.index) == {"truncated.jpg", "not_a_picture.jpg", "empty.jpg"}
     assert dropped.reason.nunique() == 3
