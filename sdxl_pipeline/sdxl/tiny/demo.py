@@ -42,7 +42,7 @@ _EYE_SCALE = 1.5
 class DemoRequest:
     """The parameters of generate_data.json."""
 
-    pictures: int = 40
+    pictures: int = 42
     eval_pictures: int = 12
     prior_pictures: int = 36
     seed: int = 7
