@@ -54,5 +54,5 @@ lock: ## resolve all dependencies anew and write constraints.txt
 
 clean: ## remove the environment, caches, run history and the demo's results (never your data or other projects' output)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .dagster storage
-	rm -rf projects/demo/output projects/demo/data projects/demo/prior projects/demo/eval
+	rm -rf projects/demo/output projects/demo/data projects/demo/.data.lock
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
