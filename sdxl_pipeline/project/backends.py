@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdxl_pipeline.project.dataset_checks import check_images
 from sdxl_pipeline.project.datasets import (
     INHERITED,
     INHERITED_SIZES,
     ImageDataset,
     TextEmbedsDataset,
     asset_name,
-    check_images,
 )
 from sdxl_pipeline.project.json_files import read_json
 from sdxl_pipeline.project.keys import Reading, read_settings
@@ -21,6 +21,7 @@ from sdxl_pipeline.project.training import TrainingSettings
 
 _WHAT = "a list of datasets, each an object with an id and an instance_data_dir"
 _TYPES = ("image", "eval", "text_embeds")
+_TEXT_INHERITED = ("write_batch_size", "text_cache_ondemand", "text_cache_disable")
 
 
 @dataclass
@@ -104,11 +105,21 @@ def _read_entry(
     dataset_type = named.get("dataset_type", "image")
     if dataset_type == "text_embeds":
         texts = read_settings(
-            raw, TextEmbedsDataset, TEXT_EMBEDS, path, where, {"write_batch_size": training.write_batch_size}
+            raw,
+            TextEmbedsDataset,
+            TEXT_EMBEDS,
+            path,
+            where,
+            {key: getattr(training, key) for key in _TEXT_INHERITED},
         )
         _take_findings(texts, reading)
         if texts.settings:
-            reading.text_embeds.append(_absolute(texts.settings, folder, "cache_dir"))
+            reading.text_embeds.append(_absolute(texts.settings, folder, "cache_dir", "caption_filter_list"))
+        return
+    if dataset_type == "image_embeds":  # in the reference it only says where latents are kept
+        reading.warnings.append(
+            f"{path.name}: {where}dataset_type image_embeds has no effect: latents are kept in the image dataset's cache_dir_vae"
+        )
         return
     if dataset_type not in _TYPES:
         message = (
@@ -128,8 +139,6 @@ def _read_entry(
         _inherited(named, training, where, reading),
         _belongs_in_config(),
     )
-    if named.get("type", "local") != "local":  # its folder is named in another way
-        images.problems = [each for each in images.problems if each.key != f"{where}instance_data_dir"]
     _take_findings(images, reading)
     if images.settings is None:
         return
@@ -143,11 +152,17 @@ def _read_entry(
         value = getattr(images.settings, finding.key)
         shown = NO_VALUE if value is None else value
         reading.problems.append(Problem(place, key, shown, finding.message, finding.remedy))
-    if images.settings.skip_file_discovery.strip():
-        reading.warnings.append(
-            f"{path.name}: {where}skip_file_discovery has no effect yet: every stage scans its files"
+    reading.images.append(
+        _absolute(
+            images.settings,
+            folder,
+            "instance_data_dir",
+            "cache_dir_vae",
+            "csv_file",
+            "csv_cache_dir",
+            "caption_filter_list",
         )
-    reading.images.append(_absolute(images.settings, folder, "instance_data_dir", "cache_dir_vae"))
+    )
 
 
 def _take_findings(found: "Reading[Any]", reading: DatasetsReading) -> None:
@@ -210,7 +225,9 @@ def _absolute(settings: Any, folder: Path, *keys: str) -> Any:
     paths = {key: getattr(settings, key) for key in keys}
     return settings.model_copy(
         update={
-            key: (folder / value.expanduser()).resolve() for key, value in paths.items() if value is not None
+            key: (folder / value.expanduser()).resolve()
+            for key, value in paths.items()
+            if isinstance(value, Path)
         }
     )
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from sdxl_pipeline.project.datasets import Finding
+from sdxl_pipeline.project.dataset_checks import Finding
 from sdxl_pipeline.project.training import TrainingSettings
 
 

@@ -1,15 +1,14 @@
 """The entries of `multidatabackend.json`: where pictures and captions come from, and what is done to them.
 
 Entries are read by `sdxl_pipeline.project.backends`, which also fills in what `config.json` says for all of them; here stand their
-fields and the checks that need more than one field.
+fields. The checks that need more than one field are in `sdxl_pipeline.project.dataset_checks`.
 """
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from sdxl_pipeline.project.settings_model import SettingsModel
 from sdxl_pipeline.project.training import CaptionStrategy, Count, ResolutionType
@@ -25,6 +24,9 @@ INHERITED: Final = (
     "prepend_instance_prompt",
     "only_instance_prompt",
     "skip_file_discovery",
+    "vae_cache_ondemand",
+    "vae_cache_disable",
+    "vae_cache_clear_each_epoch",
 )
 """Keys of `config.json` that hold for every image dataset without its own."""
 
@@ -33,25 +35,121 @@ INHERITED_SIZES: Final = ("resolution", "minimum_image_size", "maximum_image_siz
 
 SKIPPABLE_STAGES: Final = ("vae", "aspect", "metadata", "text")
 
+CacheMode = Literal["full", "ondemand", "disable"]
+"""full: encoded before the training; ondemand: at first use, then kept; disable: at each use, never written."""
+
+
+class ParquetTable(SettingsModel):
+    """A table of captions by file: Parquet, or JSON Lines."""
+
+    path: str = Field(min_length=1, description="The table, relative to the pictures' folder or absolute.")
+    filename_column: str = Field("filename", description="Column of the file names.")
+    caption_column: str | tuple[str, ...] = Field(
+        "caption", description="Column of the captions, or several; a list in it is several captions."
+    )
+    fallback_caption_column: str | None = Field(
+        None, description="Column of the captions for rows whose caption_column is empty."
+    )
+    identifier_includes_extension: bool = Field(
+        False, description="Whether the file names stand there with their extension."
+    )
+    width_column: str | None = Field(
+        None, description="Read by SimpleTuner; sizes are read from the files here."
+    )
+    height_column: str | None = Field(
+        None, description="Read by SimpleTuner; sizes are read from the files here."
+    )
+
+
+class CaptionShuffle(SettingsModel):
+    """Further captions made by changing the order of tags."""
+
+    enable: bool = Field(False, description="Whether to make them.")
+    count: Count = Field(1, description="Shuffled captions per caption.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
+        None, description="Seed of the order; not set: the training's."
+    )
+    split_on: Literal["comma", "space", "period"] = Field("comma", description="What stands between tags.")
+    position_start: Annotated[int, Field(ge=0)] = Field(
+        0, description="Tags at the beginning that keep their place."
+    )
+    include_original: bool = Field(True, description="Keep the caption as it was written, too.")
+
 
 class ImageDataset(SettingsModel):
-    """A folder of captioned pictures."""
+    """Captioned pictures: a folder, a dataset of the Hub, a bucket, or a list of addresses."""
 
     id: str = Field(min_length=1, description="Unique name; it becomes a lane of the asset graph.")
-    type: Literal["local"] = Field("local", description="Where the pictures are: a folder.")
+    type: Literal["local", "huggingface", "aws", "csv"] = Field(
+        "local",
+        description="Where the pictures are. local: a folder; huggingface: a dataset repository; aws: a bucket or any fsspec URL; csv: a list of addresses.",
+    )
     dataset_type: Literal["image", "eval"] = Field(
         "image", description="image trains; eval is only measured with the eval loss."
     )
     disabled: bool = Field(False, description="Leave this entry out.")
-    instance_data_dir: Path = Field(
-        description="Folder of the pictures, searched recursively; nothing is written into it."
+    instance_data_dir: Path | None = Field(
+        None, description="Folder of the pictures, searched recursively; nothing is written into it."
     )
-    metadata_backend: Literal["discovery"] = Field(
-        "discovery", description="Sizes are read from the files themselves."
+    url: str | None = Field(
+        None,
+        description="For type aws: any fsspec URL of a folder, such as s3://bucket/photos, gs://..., https://...; may also be written in instance_data_dir.",
+    )
+    aws_bucket_name: str | None = Field(None, description="The bucket; with aws_data_prefix instead of url.")
+    aws_data_prefix: str | None = Field(None, description="Folder within the bucket.")
+    aws_endpoint_url: str | None = Field(
+        None, description="Address of an S3-compatible service; not set: AWS, or the environment's."
+    )
+    aws_region_name: str | None = Field(None, description="Region; not set: the environment's.")
+    aws_access_key_id: SecretStr | None = Field(
+        None, exclude=True, description="Access key; better left to the environment (AWS_ACCESS_KEY_ID)."
+    )
+    aws_secret_access_key: SecretStr | None = Field(
+        None, exclude=True, description="Secret; better left to the environment (AWS_SECRET_ACCESS_KEY)."
+    )
+    aws_session_token: SecretStr | None = Field(
+        None, exclude=True, description="Session token; better left to the environment (AWS_SESSION_TOKEN)."
+    )
+    dataset_name: str | None = Field(None, description="For type huggingface: the repository, owner/name.")
+    dataset_config: str | None = Field(
+        None, description="For type huggingface: the configuration (subset); not set: the default one."
+    )
+    revision: str | None = Field(
+        None, description="For type huggingface: branch, tag or commit; what it stands for is recorded."
+    )
+    split: str = Field("train", description="For type huggingface: the split.")
+    image_column: str = Field("image", description="For type huggingface: column of the pictures.")
+    caption_column: str | tuple[str, ...] | None = Field(
+        None,
+        description="For type huggingface: column of the captions, or several; not set: caption or text.",
+    )
+    csv_file: Path | None = Field(
+        None, description="For type csv: the list, with a header; addresses may be URLs or paths."
+    )
+    csv_url_column: str = Field("url", description="For type csv: column of the addresses.")
+    csv_caption_column: str = Field("caption", description="For type csv: column of the captions.")
+    csv_cache_dir: Path | None = Field(
+        None,
+        description="For type csv: folder that downloads are kept in; not set: the storage resource's.",
+    )
+    metadata_backend: Literal["discovery", "parquet", "huggingface"] = Field(
+        "discovery",
+        description="Where sizes are read from. They are read from the files whatever stands here, since these are hashed anyway.",
     )
     skip_file_discovery: str = Field(
         "",
-        description="Stages (vae, aspect, metadata, text) not to scan again; every stage scans, and says so in a warning.",
+        description="Stages that trust what is recorded and do not look again: metadata or aspect (files), text, vae.",
+    )
+    verify: bool = Field(
+        False,
+        description="Read and hash every file again, also those whose size, time and inode are unchanged.",
+    )
+    find_near_duplicates: bool = Field(
+        True,
+        description="Decode each new picture once, to find damaged ones and ones that look alike before anything is encoded.",
+    )
+    max_num_samples: Count | None = Field(
+        None, description="Use this many of the pictures, chosen by their content; not set: all."
     )
     resolution: Positive = Field(description="Size of the training crops; its unit is resolution_type.")
     resolution_type: ResolutionType = Field(
@@ -61,11 +159,26 @@ class ImageDataset(SettingsModel):
     crop: bool = Field(
         False, description="Crop to crop_aspect; false keeps each picture's aspect, trimmed to its bucket."
     )
-    crop_style: Literal["random", "center", "corner"] = Field(
-        "random", description="Where the crop is taken."
+    crop_style: Literal["random", "center", "corner", "face"] = Field(
+        "random", description="Where the crop is taken; face needs the extra `faces`."
     )
-    crop_aspect: Literal["square", "preserve"] = Field(
-        "square", description="Shape of the crop: square, or the bucket nearest to the picture's own."
+    crop_aspect: Literal["square", "preserve", "closest", "random"] = Field(
+        "square",
+        description="Shape of the crop: square; preserve: the picture's own; closest or random: one of crop_aspect_buckets.",
+    )
+    crop_aspect_buckets: tuple[Positive, ...] = Field(
+        (),
+        description='Aspect ratios (width / height) for crop_aspect closest and random; {"1.0": 3, "0.75": 1} weighs them for random.',
+    )
+    crop_aspect_weights: tuple[Positive, ...] = Field(
+        (),
+        description="Weights of crop_aspect_buckets for crop_aspect random, in their order; not set: equal.",
+    )
+    crops_per_image: Count = Field(
+        1, description="Crops cached per picture; successive epochs take them in turn."
+    )
+    random_flip: bool = Field(
+        False, description="Train each picture mirrored left to right half of the time."
     )
     minimum_image_size: Annotated[float, Field(ge=0)] = Field(
         0.0, description="Smaller pictures are left out; in the unit of resolution_type."
@@ -94,7 +207,19 @@ class ImageDataset(SettingsModel):
     )
     caption_strategy: CaptionStrategy = Field(
         "filename",
-        description="filename: its stem, _ as space; textfile: the .txt beside it, a caption per line; instanceprompt.",
+        description="filename: its stem, _ as space; textfile: the .txt beside it, a caption per line; instanceprompt; parquet, csv, huggingface: a column.",
+    )
+    parquet: ParquetTable | None = Field(
+        None, description="For caption_strategy parquet: the table and its columns."
+    )
+    disable_multiline_split: bool = Field(
+        False, description="A text file is one caption, line breaks and all, instead of one per line."
+    )
+    caption_shuffle: CaptionShuffle | None = Field(
+        None, description="Further captions made by changing the order of tags."
+    )
+    caption_filter_list: Path | tuple[str, ...] | None = Field(
+        None, description="What to take out of every caption; not set: that of the text_embeds entry."
     )
     instance_prompt: str | None = Field(
         None, description="The caption of instanceprompt, or the phrase to prepend."
@@ -115,6 +240,14 @@ class ImageDataset(SettingsModel):
     cache_dir_vae: Path | None = Field(
         None, description="Root of the latent store; not set: the storage resource's."
     )
+    vae_cache_ondemand: bool = Field(
+        False, description="Encode latents at first use in the training, and keep them."
+    )
+    vae_cache_disable: bool = Field(False, description="Encode latents at each use, and keep none.")
+    vae_cache_clear_each_epoch: bool = Field(
+        False,
+        description="Cut each picture anew in every epoch: latents are encoded at each use, and none kept.",
+    )
     text_embeds: str | None = Field(
         None, description="id of the text_embeds entry to use; not set: the default one."
     )
@@ -124,10 +257,53 @@ class ImageDataset(SettingsModel):
         """`id` with every character that an asset key cannot hold replaced by "_"."""
         return asset_name(self.id)
 
+    @property
+    def latent_cache(self) -> CacheMode:
+        """When latents are encoded, and whether they are kept."""
+        if self.vae_cache_disable or self.vae_cache_clear_each_epoch:
+            return "disable"
+        return "ondemand" if self.vae_cache_ondemand else "full"
+
+    @property
+    def skipped_stages(self) -> frozenset[str]:
+        """The stages named by `skip_file_discovery`."""
+        return frozenset(word for word in re.split(r"[\s,]+", self.skip_file_discovery) if word)
+
     @field_validator("caption_strategy", mode="before")
     @classmethod
     def _read_caption_strategy(cls, value: Any) -> Any:
         return "instanceprompt" if value == "instance_prompt" else value
+
+    @field_validator("caption_shuffle", mode="before")
+    @classmethod
+    def _read_caption_shuffle(cls, value: Any) -> Any:
+        return None if value is False or value == {} else {"enable": True} if value is True else value
+
+    @field_validator("instance_data_dir", mode="before")
+    @classmethod
+    def _empty_folder_is_not_set(cls, value: Any) -> Any:
+        return None if value == "" else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_entry(cls, values: Any) -> Any:
+        """Bring a URL in instance_data_dir and weighted aspect buckets into their own fields; a list of captions is read as one."""
+        values = dict(values)
+        if values.get("type") in ("csv", "huggingface") and not values.get("caption_strategy"):
+            values["caption_strategy"] = values["type"]
+        folder = values.get("instance_data_dir")
+        if isinstance(folder, str) and "://" in folder and not values.get("url"):
+            values["url"] = values.pop("instance_data_dir")
+        buckets = values.get("crop_aspect_buckets")
+        if isinstance(buckets, dict) and not values.get("crop_aspect_weights"):
+            values["crop_aspect_buckets"] = tuple(buckets)
+            values["crop_aspect_weights"] = tuple(buckets.values())
+        elif isinstance(buckets, list) and buckets and all(isinstance(item, dict) for item in buckets):
+            values["crop_aspect_buckets"] = tuple(
+                item.get("aspect", item.get("aspect_bucket")) for item in buckets
+            )
+            values.setdefault("crop_aspect_weights", tuple(item.get("weight", 1.0) for item in buckets))
+        return values
 
 
 class TextEmbedsDataset(SettingsModel):
@@ -142,89 +318,24 @@ class TextEmbedsDataset(SettingsModel):
     )
     cache_dir: Path | None = Field(None, description="Root of the store; not set: the storage resource's.")
     write_batch_size: Count = Field(128, description="Embeddings per file of the store.")
+    text_cache_ondemand: bool = Field(
+        False, description="Encode captions at first use in the training, and keep their embeddings."
+    )
+    text_cache_disable: bool = Field(False, description="Encode captions at each use, and keep none.")
+    skip_file_discovery: str = Field(
+        "", description="`text`: the datasets' captions are not looked at again."
+    )
+    caption_filter_list: Path | tuple[str, ...] | None = Field(
+        None,
+        description="What to take out of every caption: a list, or a text or JSON file; a line is literal text, a regular expression, or s/find/replace/.",
+    )
 
-
-class Finding(NamedTuple):
-    """A combination of settings that cannot be meant: the key to change, why, and what to write."""
-
-    key: str
-    message: str
-    remedy: str
+    @property
+    def text_cache(self) -> CacheMode:
+        """When captions are encoded, and whether their embeddings are kept."""
+        return "disable" if self.text_cache_disable else "ondemand" if self.text_cache_ondemand else "full"
 
 
 def asset_name(name: str) -> str:
     """`name` with every character outside [A-Za-z0-9_] replaced by "_"."""
     return re.sub(r"[^A-Za-z0-9_]", "_", name)
-
-
-def check_images(dataset: ImageDataset) -> Iterator[Finding]:
-    """What cannot be meant in one image dataset, though each value by itself could."""
-    yield from _check_sizes(dataset)
-    least, most = dataset.minimum_aspect_ratio, dataset.maximum_aspect_ratio
-    if least is not None and most is not None and least > most:
-        yield Finding(
-            "minimum_aspect_ratio",
-            f"is above maximum_aspect_ratio ({most:g}), so every picture would be left out",
-            "exchange the two",
-        )
-    prompt_user = (
-        "caption_strategy instanceprompt"
-        if dataset.caption_strategy == "instanceprompt"
-        else "only_instance_prompt"
-        if dataset.only_instance_prompt
-        else "prepend_instance_prompt"
-        if dataset.prepend_instance_prompt
-        else None
-    )
-    if prompt_user and not (dataset.instance_prompt or "").strip():
-        yield Finding(
-            "instance_prompt",
-            f"is missing, and {prompt_user} needs it",
-            "write the prompt for these pictures",
-        )
-    words = re.split(r"[\s,]+", dataset.skip_file_discovery.strip())
-    unknown = [word for word in words if word and word not in SKIPPABLE_STAGES]
-    if unknown:
-        yield Finding(
-            "skip_file_discovery",
-            f"names unknown stages: {', '.join(unknown)}",
-            f"write any of {', '.join(SKIPPABLE_STAGES)}",
-        )
-
-
-def _check_sizes(dataset: ImageDataset) -> Iterator[Finding]:
-    sizes = {key: getattr(dataset, key) for key in INHERITED_SIZES}
-    in_megapixels = dataset.resolution_type == "area"
-    for key, size in sizes.items():
-        if not size:
-            continue
-        if in_megapixels and size > (
-            10 if key == "resolution" else 5 if key == "minimum_image_size" else 100
-        ):
-            yield Finding(
-                key,
-                f"{size:g} would be megapixels, since resolution_type is area",
-                f'write megapixels, such as {size**2 / 1e6:.2g}, or "resolution_type": "pixel_area" for pixels',
-            )
-        elif not in_megapixels and size < (64 if key == "resolution" else 16):
-            yield Finding(
-                key,
-                f"{size:g} would be pixels, since resolution_type is {dataset.resolution_type}",
-                f'write pixels, such as {1000 * size**0.5:.0f}, or "resolution_type": "area" for megapixels',
-            )
-    maximum, target = sizes["maximum_image_size"], sizes["target_downsample_size"]
-    if (maximum is None) != (target is None):
-        given, absent = "maximum_image_size", "target_downsample_size"
-        if maximum is None:
-            given, absent = absent, given
-        yield Finding(
-            given,
-            f"is given without {absent}",
-            f"write both, or neither; for example {absent}: {sizes[given]:g}",
-        )
-    if maximum is not None and target is not None and target > maximum:
-        yield Finding(
-            "target_downsample_size",
-            f"is above maximum_image_size ({maximum:g}), so large pictures would be enlarged",
-            f"write at most {maximum:g}",
-        )

@@ -67,22 +67,56 @@ def read_settings(
     except ValidationError as error:
         details = error.errors(include_url=False)
     bad: set[str] = set()
+    told: set[tuple[str, ...]] = set()
     for detail in details:
         key = str(detail["loc"][0])
-        if key in bad:
-            continue
         bad.add(key)
-        if key not in reading.spelled and key in values:
-            continue  # inherited, and a problem of the file it comes from
-        message, remedy = _in_words(detail, key, values.get(key), model, vocabulary)
-        shown = values.get(key, NO_VALUE)
-        reading.problems.append(Problem(file, where + reading.spelled.get(key, key), shown, message, remedy))
+        path, owner = _place_of(detail, model)
+        if path in told or (key not in reading.spelled and key in values):
+            continue  # the latter is inherited, and a problem of the file it comes from
+        told.add(path)
+        shown = _written_at(values, path)
+        message, remedy = _in_words(detail, path[-1], shown, owner, vocabulary)
+        spelled = ".".join((reading.spelled.get(key, key), *path[1:]))
+        reading.problems.append(Problem(file, where + spelled, shown, message, remedy))
     remaining = {key: value for key, value in values.items() if key not in bad}
     try:
         reading.settings = model.model_validate(remaining)
     except ValidationError:
         reading.settings = None  # a required key is among the bad ones
     return reading
+
+
+def _place_of(
+    detail: ErrorDetails, model: type[SettingsModel]
+) -> tuple[tuple[str, ...], type[SettingsModel]]:
+    """The keys that lead to what an error is about, through objects within objects, and the model that has the last of them."""
+    steps = [str(step) for step in detail["loc"]]
+    path: tuple[str, ...] = (steps[0],)
+    for step in steps[1:]:
+        inner = _model_within(model.model_fields[path[-1]].annotation)
+        if inner is None:
+            break
+        model, path = inner, (*path, step)
+        if step not in inner.model_fields:
+            break
+    return path, model
+
+
+def _model_within(annotation: Any) -> type[SettingsModel] | None:
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return next(
+        (member for member in members if isinstance(member, type) and issubclass(member, SettingsModel)), None
+    )
+
+
+def _written_at(values: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    value: Any = values
+    for key in path:
+        if not isinstance(value, Mapping) or key not in value:
+            return NO_VALUE
+        value = value[key]
+    return value
 
 
 def _sort_in(
@@ -161,8 +195,14 @@ def _in_words(
     detail: ErrorDetails, key: str, value: Any, model: type[M], vocabulary: Vocabulary
 ) -> tuple[str, str]:
     """What is wrong and what to write instead, from one of pydantic's errors."""
-    field_info = model.model_fields[key]
     kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.6)
+        return (
+            "is not a known key",
+            f"write {near[0]}" if near else f"remove it; {', '.join(model.model_fields)} are known",
+        )
+    field_info = model.model_fields[key]
     meaning = f"{key}: {field_info.description}"
     choices = literal_values(field_info.annotation)
     if kind == "missing":
@@ -185,8 +225,21 @@ def _in_words(
         if kind.startswith(prefix):
             return f"must be {words}", f"write {words}. {meaning}"
     if kind == "path_type":
-        return "must be a path", f"write a path as text. {meaning}"
+        also = " or a list of texts" if "tuple_type" in _kinds_of(field_info.annotation) else ""
+        return f"must be a path{also}", f"write a path as text{also}. {meaning}"
+    if kind in ("model_type", "model_attributes_type"):
+        inner = _model_within(field_info.annotation)
+        listed = ", ".join(inner.model_fields) if inner else ""
+        return "must be an object", f"write an object with any of {listed}. {meaning}"
     return detail["msg"], meaning
+
+
+def _kinds_of(annotation: Any) -> set[str]:
+    return {
+        f"{get_origin(member).__name__}_type"
+        for member in get_args(annotation)
+        if get_origin(member) is tuple
+    }
 
 
 def _wrong_choice(key: str, value: Any, choices: tuple[str, ...], vocabulary: Vocabulary) -> tuple[str, str]:

@@ -78,9 +78,9 @@ TRAINING: Final = Vocabulary(
             (False, None),
             """use_dora use_ema diff2flow_enabled diff2flow_loss offset_noise use_soft_min_snr rescale_betas_zero_snr
             train_text_encoder controlnet control refiner_training urepa_enabled xm_enabled lr_scale lr_scale_sqrt
-            vae_cache_ondemand vae_cache_disable text_cache_ondemand text_cache_disable validation_preview push_checkpoints_to_hub
+            validation_preview push_checkpoints_to_hub
             validation_on_startup validation_randomize validation_using_datasets validation_disable_unconditional
-            slider_lora_target allow_dataset_oversubscription enable_nsfw_check optimizer_release_gradients
+            slider_lora_target enable_nsfw_check optimizer_release_gradients
             optimizer_offload_gradients fuse_optimizer fsdp_enable ramtorch enable_group_offload quantize_activations
             enable_watermark""",
         ),
@@ -107,7 +107,6 @@ TRAINING: Final = Vocabulary(
         "peft_lora_mode": Later(("standard",)),
         "dynamo_backend": Later(("no", None)),
         "context_parallel_size": Later((1, None)),
-        "tokenizer_max_length": Later((None, 77)),
         "gradient_precision": Later((None, "unmodified")),
         "lr_num_cycles": Later((1, 0.5, None)),
         "sdxl_validation_pipeline_mode": Later(("trained-stage", None)),
@@ -121,6 +120,8 @@ TRAINING: Final = Vocabulary(
         "trust_remote_code": Later(
             (False, None), "write false: code from a model repository is never run here"
         ),
+        "parquet_caption_column": Later((None,), "write caption_column in the dataset's parquet object"),
+        "parquet_filename_column": Later((None,), "write filename_column in the dataset's parquet object"),
         "delete_unwanted_images": _NOTHING_IS_DELETED,
         "delete_problematic_images": _NOTHING_IS_DELETED,
         "delete_nsfw_images": _NOTHING_IS_DELETED,
@@ -150,7 +151,7 @@ TRAINING: Final = Vocabulary(
             flash flash-attn flash-attn-2 flash-attn-3 flash-attention-2 flash-attention-3 flex sla"""
         ),
         "report_to": _names("simpletuner trackio swanlab comet_ml custom-tracker all"),
-        "caption_strategy": _names("parquet csv huggingface webshart"),
+        "caption_strategy": _names("webshart"),
     },
     idle={
         **_tunes(
@@ -208,7 +209,6 @@ TRAINING: Final = Vocabulary(
             "controlnet",
             "controlnet_custom_config controlnet_model_name_or_path conditioning_multidataset_sampling",
         ),
-        **_tunes("caption_strategy", "parquet_caption_column parquet_filename_column"),
         **_tunes("checkpointing_rolling_steps", "checkpoints_rolling_total_limit"),
         **_tunes("disk_low_threshold", "disk_low_action disk_low_script"),
         **_tunes("push_to_hub", "push_to_hub_background"),
@@ -296,15 +296,16 @@ IMAGES: Final = Vocabulary(
     later={
         **_off(
             (False, None),
-            """vae_cache_ondemand vae_cache_disable vae_cache_clear_each_epoch disable_multiline_split caption_shuffle
-            is_regularisation_data is_regularization_data disable_validation""",
+            "is_regularisation_data is_regularization_data disable_validation",
         ),
         **_off(
             (None, ""),
-            """max_num_samples caption_filter_list conditioning conditioning_data conditioning_type source_dataset_id image_embeds
-            train_batch_size end_epoch slider_strength""",
+            """conditioning conditioning_data conditioning_type source_dataset_id train_batch_size end_epoch slider_strength""",
         ),
-        "crops_per_image": Later((1, None)),
+        "huggingface": Later(
+            (None,),
+            "write caption_column and image_column in the entry itself; a dataset cannot be filtered here yet",
+        ),
         "start_epoch": Later((1, 0, None)),
         "start_step": Later((0, None)),
         "end_step": Later((None, 0)),
@@ -313,27 +314,16 @@ IMAGES: Final = Vocabulary(
         "delete_nsfw_images": _NOTHING_IS_DELETED,
     },
     later_values={
-        "type": _names("huggingface aws csv webshart memory"),
+        "type": _names("webshart memory"),
         "dataset_type": _names(
             "conditioning video audio image_embeds conditioning_image_embeds caption distillation_cache"
         ),
-        "crop_style": _names("face"),
-        "crop_aspect": _names("closest random"),
-        "caption_strategy": _names("parquet csv huggingface webshart"),
-        "metadata_backend": _names("parquet huggingface webshart"),
+        "caption_strategy": _names("webshart"),
+        "metadata_backend": _names("webshart"),
     },
-    idle={
-        **_tunes("crop_aspect", "crop_aspect_buckets"),
-        **_tunes("caption_strategy", "parquet"),
-        **_tunes(
-            "type",
-            """huggingface dataset_name split streaming image_column caption_column num_proc csv csv_file csv_caption_column
-            csv_url_column csv_cache_dir aws_bucket_name aws_region_name aws_endpoint_url aws_access_key_id aws_secret_access_key
-            aws_session_token aws_data_prefix aws_max_pool_connections webshart""",
-        ),
-    },
+    idle=_tunes("type", "webshart"),
     meaningless=_names(
-        """hash_filenames preserve_data_backend_cache metadata_update_interval conditioning_image_embeds
+        """streaming num_proc csv aws_max_pool_connections image_embeds hash_filenames preserve_data_backend_cache metadata_update_interval conditioning_image_embeds
         cache_dir_conditioning_image_embeds conditioning_image_embed_batch_size compress_cache compress_disk_cache video audio s2v
         num_frames min_frames max_frames is_i2v timestep_sampling_offset framerate default cache_dir write_batch_size"""
     ),
@@ -344,12 +334,11 @@ IMAGES: Final = Vocabulary(
 TEXT_EMBEDS: Final = Vocabulary(
     spellings=_ENTRY_SPELLINGS,
     later={
-        **_off((False, None), "text_cache_ondemand text_cache_disable"),
         "text_encoder_batch_size": Later(
             (None,), "write text_encoder_batch_size in config.json: it holds for all captions"
         ),
     },
-    later_values={"type": IMAGES.later_values["type"]},
+    later_values={"type": _names("aws csv huggingface webshart memory")},
     idle=_tunes(
         "type",
         """aws_bucket_name aws_region_name aws_endpoint_url aws_access_key_id aws_secret_access_key aws_session_token

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from sdxl_pipeline.project.credentials import fit_to_show
+
 
 class _NoValue:
     """Marks a problem that is not about one value, such as a missing file."""
@@ -23,7 +25,7 @@ class Problem:
 
     `file` is the file it stands in, `key` the key as the user wrote it ("" for the file as a whole; `[2] "cats".crop` for a key of
     the dataset entry with that position and id), `value` what was written (`NO_VALUE` where there is none), `message` what is wrong
-    with it, `remedy` what to write instead.
+    with it, `remedy` what to write instead. A value that is, or may hold, a secret is replaced before it is kept.
     """
 
     file: Path
@@ -31,6 +33,9 @@ class Problem:
     value: Any
     message: str
     remedy: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", fit_to_show(self.key, self.value))
 
     def __str__(self) -> str:
         where = f"{self.file}: {self.key}" if self.key else str(self.file)

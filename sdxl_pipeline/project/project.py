@@ -78,15 +78,20 @@ class BrokenProject:
     error: ProjectError
 
 
+def projects_folder(root: Path | None = None) -> Path:
+    """The folder `root`, else that of the environment variable SDXL_PIPELINE_PROJECTS, else `projects` beside the package; absolute."""
+    if root is None:
+        named = os.environ.get(PROJECTS_VARIABLE)
+        root = Path(named).expanduser() if named else DEFAULT_ROOT
+    return root.resolve()
+
+
 def discover_projects(root: Path | None = None) -> list[Project | BrokenProject]:
     """Every project folder in `root`, sorted by folder name; a folder is one if it holds either of the two files.
 
     `root` defaults to the environment variable SDXL_PIPELINE_PROJECTS, else to `projects` beside the package.
     """
-    if root is None:
-        named = os.environ.get(PROJECTS_VARIABLE)
-        root = Path(named).expanduser() if named else DEFAULT_ROOT
-    root = root.resolve()
+    root = projects_folder(root)
     if not root.is_dir():
         remedy = f"create it, or let {PROJECTS_VARIABLE} name the folder that holds the project folders"
         return [

@@ -5,10 +5,18 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
+from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from sdxl_pipeline.project.datasets import INHERITED, INHERITED_SIZES, ImageDataset, TextEmbedsDataset
+from sdxl_pipeline.project.datasets import (
+    INHERITED,
+    INHERITED_SIZES,
+    CaptionShuffle,
+    ImageDataset,
+    ParquetTable,
+    TextEmbedsDataset,
+)
 from sdxl_pipeline.project.keys import literal_values
 from sdxl_pipeline.project.known_keys import IMAGES, TEXT_EMBEDS, TRAINING, Vocabulary
 from sdxl_pipeline.project.settings_model import SettingsModel
@@ -21,6 +29,7 @@ _TYPE_NAMES = {
     str: "text",
     Path: "path",
     dict: "object",
+    SecretStr: "secret",
 }
 _LIMIT_SIGNS = {"gt": "> ", "ge": "≥ ", "lt": "< ", "le": "≤ ", "multiple_of": "multiple of "}
 
@@ -50,6 +59,10 @@ def settings_page() -> str:
             f"An entry without one of these takes it over from `config.json`: {shared}. Sizes are taken over where `resolution_type`",
             "is the same.\n",
             *_table(ImageDataset, IMAGES),
+            "\n### `parquet`: a table of captions\n",
+            *_table(ParquetTable, Vocabulary()),
+            "\n### `caption_shuffle`: the order of tags\n",
+            *_table(CaptionShuffle, Vocabulary()),
             "\n## multidatabackend.json: text embeddings\n",
             *_table(TextEmbedsDataset, TEXT_EMBEDS),
             "\n## Not available yet\n",
@@ -105,6 +118,8 @@ def _type_name(annotation: Any) -> str:
         return _type_name(annotation.__origin__)
     if origin is tuple:
         return f"list of {_type_name(get_args(annotation)[0])}"
+    if isinstance(annotation, type) and issubclass(annotation, SettingsModel):
+        return "object (below)"
     return _TYPE_NAMES[origin or annotation]
 
 

@@ -33,7 +33,7 @@ ATTENTION_PROJECTIONS: Final = ("to_k", "to_q", "to_v", "to_out.0")
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 ResolutionType = Literal["area", "pixel_area", "pixel"]
-CaptionStrategy = Literal["filename", "textfile", "instanceprompt"]
+CaptionStrategy = Literal["filename", "textfile", "instanceprompt", "parquet", "csv", "huggingface"]
 OptimizerValue = bool | float | str
 
 
@@ -170,6 +170,25 @@ class TrainingSettings(SettingsModel):
     only_instance_prompt: bool = Field(False, description="Default of the datasets' only_instance_prompt.")
     skip_file_discovery: str = Field("", description="Default of the datasets' skip_file_discovery.")
     write_batch_size: Count = Field(128, description="Default of the text_embeds entries' write_batch_size.")
+    vae_cache_ondemand: bool = Field(False, description="Default of the datasets' vae_cache_ondemand.")
+    vae_cache_disable: bool = Field(False, description="Default of the datasets' vae_cache_disable.")
+    vae_cache_clear_each_epoch: bool = Field(
+        False, description="Default of the datasets' vae_cache_clear_each_epoch."
+    )
+    text_cache_ondemand: bool = Field(
+        False, description="Default of the text_embeds entries' text_cache_ondemand."
+    )
+    text_cache_disable: bool = Field(
+        False, description="Default of the text_embeds entries' text_cache_disable."
+    )
+    tokenizer_max_length: Literal[77, 154, 231] = Field(
+        77,
+        description="Tokens a caption may have before its tail is cut: 77 is the encoders' own window; 154 and 231 encode captions in two and three windows.",
+    )
+    allow_dataset_oversubscription: bool = Field(
+        False,
+        description="Raise the repeats of datasets that are too small for one step, instead of refusing.",
+    )
 
     # --- checkpoints
     output_dir: str = Field(
@@ -267,6 +286,11 @@ class TrainingSettings(SettingsModel):
     )
 
     @property
+    def text_windows(self) -> int:
+        """Windows of 77 tokens that every caption is encoded in."""
+        return self.tokenizer_max_length // 77
+
+    @property
     def effective_lora_alpha(self) -> float:
         """`lora_alpha`, or the rank where it is not set."""
         return float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
@@ -321,6 +345,11 @@ class TrainingSettings(SettingsModel):
     @classmethod
     def _read_caption_strategy(cls, value: Any) -> Any:
         return "instanceprompt" if value == "instance_prompt" else value
+
+    @field_validator("tokenizer_max_length", mode="before")
+    @classmethod
+    def _read_number(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, str) and value.strip().isdigit() else value
 
     @field_validator("validation_resolution", mode="before")
     @classmethod

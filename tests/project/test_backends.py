@@ -92,16 +92,74 @@ def test_without_a_text_embeds_entry_one_is_made(write_project):
         ({"id": "cats"}, "", "an object, not a list"),
         ([{**PICTURES, "dataset_type": "video"}], '[1] "cats".dataset_type', "not for SDXL LoRA yet"),
         ([{**PICTURES, "dataset_type": "images"}], '[1] "cats".dataset_type', "not a known dataset_type"),
-        ([{"id": "cats", "type": "huggingface"}], '[1] "cats".type', "not available yet"),
+        ([{**PICTURES, "type": "webshart"}], '[1] "cats".type', "not available yet"),
+        ([{"id": "cats", "type": "huggingface"}], '[1] "cats".dataset_name', "type huggingface needs it"),
+        ([{"id": "cats", "type": "aws"}], '[1] "cats".aws_bucket_name', "type aws needs it"),
+        ([{"id": "cats", "type": "csv"}], '[1] "cats".csv_file', "type csv needs it"),
+        ([{**PICTURES, "instance_data_dir": "s3://b/c"}], '[1] "cats".url', "type is local"),
+        (
+            [{"id": "cats", "type": "aws", "url": "b/c"}],
+            '[1] "cats".url',
+            "no protocol",
+        ),
+        (
+            [{"id": "cats", "type": "aws", "url": "s3://b/c", "aws_bucket_name": "b"}],
+            '[1] "cats".url',
+            "together with aws_bucket_name",
+        ),
+        (
+            [{"id": "cats", "type": "aws", "url": "s3://b", "aws_access_key_id": "AK"}],
+            '[1] "cats".aws_secret_access_key',
+            "the other half",
+        ),
         ([{**PICTURES, "type": "locale"}], '[1] "cats".type', "not one of the known values"),
-        ([{**PICTURES, "crop_aspect": "closest"}], '[1] "cats".crop_aspect', "not available yet"),
-        ([{**PICTURES, "vae_cache_ondemand": True}], '[1] "cats".vae_cache_ondemand', "not available yet"),
+        (
+            [{**PICTURES, "crop": True, "crop_aspect": "closest"}],
+            '[1] "cats".crop_aspect_buckets',
+            "crop_aspect closest needs it",
+        ),
+        (
+            [{**PICTURES, "crop_aspect_buckets": [1.0, 0.5], "crop_aspect_weights": [1]}],
+            '[1] "cats".crop_aspect_weights',
+            "1 weights for 2",
+        ),
+        (
+            [{**PICTURES, "crops_per_image": 2, "vae_cache_clear_each_epoch": True}],
+            '[1] "cats".crops_per_image',
+            "new crop in every epoch",
+        ),
         (
             [{**PICTURES, "delete_unwanted_images": True}],
             '[1] "cats".delete_unwanted_images',
             "not available yet",
         ),
-        ([{**PICTURES, "caption_strategy": "parquet"}], '[1] "cats".caption_strategy', "not available yet"),
+        ([{**PICTURES, "huggingface": {"filter_func": {}}}], '[1] "cats".huggingface', "not available yet"),
+        ([{**PICTURES, "caption_strategy": "webshart"}], '[1] "cats".caption_strategy', "not available yet"),
+        ([{**PICTURES, "caption_strategy": "csv"}], '[1] "cats".caption_strategy', "a dataset of type csv"),
+        (
+            [{**PICTURES, "caption_strategy": "huggingface"}],
+            '[1] "cats".caption_strategy',
+            "a dataset of type huggingface",
+        ),
+        ([{**PICTURES, "caption_strategy": "parquet"}], '[1] "cats".parquet', "parquet needs it"),
+        ([{**PICTURES, "parquet": {}}], '[1] "cats".parquet.path', "is missing"),
+        ([{**PICTURES, "parquet": "a.parquet"}], '[1] "cats".parquet', "must be an object"),
+        (
+            [{**PICTURES, "parquet": {"path": "a", "filename_colum": "f"}}],
+            '[1] "cats".parquet.filename_colum',
+            "not a known key",
+        ),
+        (
+            [{**PICTURES, "caption_shuffle": {"enable": True, "count": 0}}],
+            '[1] "cats".caption_shuffle.count',
+            "at least 1",
+        ),
+        (
+            [{**PICTURES, "caption_shuffle": {"split_on": "comm"}}],
+            '[1] "cats".caption_shuffle.split_on',
+            "not one of the known values",
+        ),
+        ([{**PICTURES, "caption_filter_list": 3}], '[1] "cats".caption_filter_list', "a path or a list"),
         ([{**PICTURES, "skip_file_discovery": "vae, txet"}], '[1] "cats".skip_file_discovery', "txet"),
         ([{**PICTURES, "caption_strategy": "instanceprompt"}], '[1] "cats".instance_prompt', "needs it"),
         ([{**PICTURES, "prepend_instance_prompt": True}], '[1] "cats".instance_prompt', "needs it"),
@@ -175,7 +233,72 @@ def test_warm_up_without_effect_is_named(write_project):
     assert "constant_with_warmup" in warning
 
 
-def test_skipping_file_discovery_is_named_as_without_effect(write_project):
-    project = load_project(write_project({}, [{**PICTURES, "skip_file_discovery": "vae metadata"}]))
-    (warning,) = project.warnings
-    assert '[1] "cats".skip_file_discovery has no effect yet' in warning
+def test_the_stages_that_trust_what_is_recorded_are_read(write_project):
+    dataset = only_dataset(write_project({}, [{**PICTURES, "skip_file_discovery": "vae, metadata"}]))
+    assert dataset.skipped_stages == {"vae", "metadata"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "strategy"),
+    [
+        ({"type": "huggingface", "dataset_name": "someone/cats"}, "huggingface"),
+        ({"type": "csv", "csv_file": "list.csv"}, "csv"),
+        ({"type": "csv", "csv_file": "list.csv", "caption_strategy": "instanceprompt"}, "instanceprompt"),
+        ({"type": "aws", "url": "s3://bucket/cats"}, "filename"),
+    ],
+)
+def test_every_type_loads_with_its_key_and_its_own_captions(write_project, entry, strategy):
+    dataset = only_dataset(write_project({}, [{"id": "cats", "instance_prompt": "a cat", **entry}]))
+    assert (dataset.type, dataset.caption_strategy) == (entry["type"], strategy)
+    assert dataset.instance_data_dir is None
+
+
+def test_an_address_in_place_of_a_folder_is_the_url(write_project):
+    entry = {"id": "cats", "type": "aws", "instance_data_dir": "s3://bucket/cats"}
+    assert only_dataset(write_project({}, [entry])).url == "s3://bucket/cats"
+
+
+def test_weighted_aspects_are_two_lists(write_project):
+    entry = {
+        **PICTURES,
+        "crop": True,
+        "crop_aspect": "random",
+        "crop_aspect_buckets": {"1.0": 3, "0.75": "1"},
+    }
+    dataset = only_dataset(write_project({}, [entry]))
+    assert dataset.crop_aspect_buckets == (1.0, 0.75)
+    assert dataset.crop_aspect_weights == (3.0, 1.0)
+
+
+def test_a_filter_list_is_a_path_or_the_list_itself(write_project):
+    folder = write_project({}, [{**PICTURES, "caption_filter_list": "filter.txt"}])
+    assert only_dataset(folder).caption_filter_list == folder / "filter.txt"
+    folder = write_project({}, [{**PICTURES, "caption_filter_list": ["a photo of", "s/x/y/"]}])
+    assert only_dataset(folder).caption_filter_list == ("a photo of", "s/x/y/")
+
+
+def test_objects_within_an_entry_are_read_like_the_entry(write_project):
+    entry = {
+        **PICTURES,
+        "caption_strategy": "parquet",
+        "parquet": {"path": "a.parquet", "identifier_includes_extension": "true"},
+        "caption_shuffle": {"enable": "true", "count": "3", "seed": None},
+    }
+    dataset = only_dataset(write_project({}, [entry]))
+    assert dataset.parquet is not None
+    assert dataset.parquet.identifier_includes_extension is True
+    assert dataset.caption_shuffle is not None
+    assert (dataset.caption_shuffle.enable, dataset.caption_shuffle.count) == (True, 3)
+
+
+def test_an_unknown_key_within_an_object_is_answered_with_the_nearest(problems_of):
+    entry = {**PICTURES, "parquet": {"path": "a", "filename_colum": "f", "caption_column": 3}}
+    problems = problems_of({}, [entry])
+    assert problems['[1] "cats".parquet.filename_colum'].remedy == "write filename_column"
+    assert '[1] "cats".parquet.caption_column' in problems
+
+
+def test_an_entry_for_image_embeds_only_warns(write_project):
+    entry = {"id": "latents", "type": "local", "dataset_type": "image_embeds"}
+    (warning,) = load_project(write_project({}, [PICTURES, entry])).warnings
+    assert "image_embeds has no effect" in warning

@@ -50,7 +50,7 @@ def test_the_quickstarts_quantised_settings_load(write_project):
 def test_all_problems_of_both_files_are_told_at_once(write_project):
     folder = write_project(
         {"learning_rat": 1e-4, "lora_rank": "many", "optimizer": "prodigy", "--seed": -1},
-        [{"id": "cats", "instance_data_dir": "data", "crop_style": "face", "repeats": -1, "croop": True}],
+        [{"id": "cats", "instance_data_dir": "data", "crop_style": "middle", "repeats": -1, "croop": True}],
     )
     with pytest.raises(ProjectError) as caught:
         load_project(folder)
@@ -60,7 +60,7 @@ def test_all_problems_of_both_files_are_told_at_once(write_project):
         ("config.json", "lora_rank", "many"),
         ("config.json", "optimizer", "prodigy"),
         ("config.json", "--seed", -1),
-        ("multidatabackend.json", '[1] "cats".crop_style', "face"),
+        ("multidatabackend.json", '[1] "cats".crop_style', "middle"),
         ("multidatabackend.json", '[1] "cats".repeats', -1),
         ("multidatabackend.json", '[1] "cats".croop', True),
     }
@@ -71,7 +71,7 @@ def test_all_problems_of_both_files_are_told_at_once(write_project):
         in text
     )
     assert (
-        'crop_style = "face"\n    face is not available yet\n    -> write one of "random", "center", "corner"'
+        'crop_style = "middle"\n    is not one of the known values\n    -> write one of "random", "center", "corner", "face"'
         in text
     )
 

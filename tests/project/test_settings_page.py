@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sdxl_pipeline.project.datasets import ImageDataset, TextEmbedsDataset
+from sdxl_pipeline.project.datasets import CaptionShuffle, ImageDataset, ParquetTable, TextEmbedsDataset
 from sdxl_pipeline.project.settings_page import settings_page
 from sdxl_pipeline.project.training import TrainingSettings
 
@@ -17,7 +17,7 @@ def test_the_page_is_up_to_date():
 
 def test_every_key_has_a_row():
     page = settings_page()
-    for model in (TrainingSettings, ImageDataset, TextEmbedsDataset):
+    for model in (TrainingSettings, ImageDataset, ParquetTable, CaptionShuffle, TextEmbedsDataset):
         for key, field in model.model_fields.items():
             assert any(
                 line.startswith(f"| `{key}`") and str(field.description) in line for line in page.splitlines()
@@ -29,4 +29,5 @@ def test_limits_defaults_and_choices_are_shown():
     assert "| `lora_rank` | whole number ≥ 1 | `16` |" in page
     assert "| `gradient_checkpointing` (`use_gradient_checkpointing`) | true / false | not set |" in page
     assert "| `mixed_precision` | `no` / `bf16` / `fp16` | not set |" in page
-    assert "| `instance_data_dir` | path | required |" in page
+    assert "| `instance_data_dir` | path | not set |" in page
+    assert "| `aws_secret_access_key` | secret | not set |" in page
