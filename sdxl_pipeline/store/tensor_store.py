@@ -1,203 +1,221 @@
 """Tensors on disk, found by what they were made from.
 
-    <root>/shards/<name>.safetensors    some entries, whole
-    <root>/index/<name>.parquet         key, shard, nbytes: the entries of one new shard
-    <root>/index.parquet                the same for all older shards
-
 An entry's key is the digest of everything its tensors depend on, so an entry is never wrong, only unused, and one that is there twice
 is the same twice. A writer first puts a shard in place, then its part of the index, each by rename: a kill leaves at most a shard that
-nothing refers to, which a later writer sweeps away. When a writer ends it folds the parts into index.parquet under a file lock, so any
-number of processes may write at once, and read while others write.
+no index names. It is taken into the index by the next writer, which folds all parts into index.parquet under a file lock; so any number
+of processes may write at once, and read while others write. What a prune may delete is a matter of leases (`TensorStore.lease`).
 """
 
-import fcntl
-import os
-import secrets
-import time
+import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 
-from sdxl_pipeline.store.files import atomic_path
+from sdxl_pipeline.store.errors import FULL, StoreError
+from sdxl_pipeline.store.folder import StoreFolder
+from sdxl_pipeline.store.index import Index, merged, pack_keys, unpack_keys, write_index
+from sdxl_pipeline.store.shards import Group, MappedShard, ShardError, new_shard_path, write_shard
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_INDEX_SCHEMA = pa.schema(
-    [("key", pa.string()), ("shard", pa.string()), ("nbytes", pa.int64()), ("shard_bytes", pa.int64())]
-)
-_OPEN_SHARDS = 512
-# Far longer than a writer takes between putting a shard in place and its index part.
-_SWEEP_AFTER_SECONDS = 3600.0
+__all__ = ["StoreError", "StoreWriter", "TensorStore"]
 
-
-class StoreError(Exception):
-    """An entry that is not there, or cannot be read."""
-
-
-@dataclass(frozen=True)
-class _Place:
-    shard: str
-    nbytes: int
-    shard_bytes: int
+# A mapping of each, no open file: reading from a shard that is not among them costs a tenth of a millisecond more.
+_OPEN_SHARDS = 2048
+# Parts that are folded while a writer is still at work, so that opening the store stays quick.
+_FOLDED_PARTS = 256
+# Each after reading the index again: a prune may move an entry while it is looked for, but hardly twice.
+_ATTEMPTS = 3
 
 
 class TensorStore:
     """A folder of content-addressed entries; each is a small dict of named tensors.
 
-    What it knows of the index is read when it is made and by `refresh`; its own writers' entries are known at once.
+    A key is the 64 hexadecimal digits of a SHA-256; any other raises StoreError. What the store knows of its index is read when it is
+    made and by `refresh`; its own writers' entries are known at once. Threads may read from one store.
     """
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
-        self._shards = self.root / "shards"
-        self._parts = self.root / "index"
-        self._index_path = self.root / "index.parquet"
-        self._places: dict[str, _Place] = {}
-        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._folder = StoreFolder(self.root)
+        self._indices: tuple[Index, ...] = ()  # the newest last; an entry stands in one of them
+        self._open: OrderedDict[str, MappedShard] = OrderedDict()
+        self._open_lock = threading.Lock()
         self.refresh()
 
     def refresh(self) -> None:
         """Read the index again. Entries whose shard is gone, or not of the size it was written with, count as missing."""
-        places = self._read_index()
-        whole = _file_sizes(self._shards)  # after the index, since a shard is there before its row
-        self._places = {
-            key: place for key, place in places.items() if whole.get(place.shard) == place.shard_bytes
-        }
+        self._indices = (self._folder.read_index(),)
 
     def keys(self) -> frozenset[str]:
         """The keys of all entries."""
-        return frozenset(self._places)
+        return frozenset(key for index in self._indices for key in unpack_keys(index.keys))
 
     def __contains__(self, key: str) -> bool:
-        return key in self._places
+        return not self.missing([key])
 
     def __len__(self) -> int:
-        return len(self._places)
+        return sum(map(len, self._indices))
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Those of `keys` that have no entry, each once, in the order given."""
-        return [key for key in dict.fromkeys(keys) if key not in self._places]
+        distinct = list(dict.fromkeys(keys))
+        packed = _packed(distinct)
+        absent = np.ones(len(distinct), bool)
+        for index in self._indices:
+            absent &= index.find(packed) < 0
+        return [distinct[position] for position in np.flatnonzero(absent).tolist()]
 
     def entry_nbytes(self, keys: Iterable[str]) -> int:
         """Bytes of the tensors of these entries, each counted once. Raises StoreError for a key without entry."""
-        return sum(self._place(key).nbytes for key in dict.fromkeys(keys))
+        distinct = list(dict.fromkeys(keys))
+        packed = _packed(distinct)
+        total, absent = 0, np.ones(len(distinct), bool)
+        for index in self._indices:
+            places = index.find(packed)
+            total += int(index.nbytes[places[places >= 0]].sum())
+            absent &= places < 0
+        if absent.any():
+            raise self._no_entry(distinct[int(absent.argmax())])
+        return total
 
     def read(self, key: str) -> "dict[str, Tensor]":
         """The tensors of an entry, in the dtype and shape they were added with. Raises StoreError when there is none.
 
-        The shard is mapped into memory, so only the pages of this entry are read from the disk.
+        They lie in the mapped shard: nothing is read from the disk before they are looked at, and then only their own pages.
         """
-        place = self._place(key)
-        shard, names = self._open_shard(place.shard)
-        return {name: shard.get_tensor(f"{key}/{name}") for name in names[key]}
+        ((group, row),) = self._located([key])
+        return {name: tensor[row] for name, tensor in group.tensors.items()}
+
+    def read_batch(self, keys: Sequence[str]) -> "dict[str, Tensor]":
+        """The tensors of some entries stacked: row i of each (B, ...) tensor is that of the entry `keys[i]`.
+
+        They are copied once, from the mapped shards into the batch. A key may stand there twice. Raises StoreError, naming the key,
+        when there is no such entry, or when it differs from the first in names, shapes or dtypes.
+        """
+        import torch
+
+        if not keys:
+            raise StoreError("a batch has at least one entry")
+        located = self._located(keys)
+        layout, sizes = located[0][0].layout, located[0][0].row_bytes
+        batch = {name: torch.empty((len(keys), *shape), dtype=dtype) for name, dtype, shape in layout}
+        rows = [
+            tensor.view(-1).view(torch.uint8).numpy().reshape(len(keys), size)
+            for tensor, size in zip(batch.values(), sizes, strict=True)
+        ]
+        for position, (group, row) in enumerate(located):
+            if group.layout != layout:
+                raise StoreError(
+                    f"{self.root}: the entries {keys[0]} and {keys[position]} cannot stand in one batch: "
+                    f"{_told(layout)} and {_told(group.layout)}"
+                )
+            for target, source in zip(rows, group.bytes, strict=True):
+                target[position] = source[row]
+        return batch
+
+    @contextmanager
+    def lease(self, keys: Iterable[str], *, purpose: str) -> Iterator[None]:
+        """Keep these entries, those there and those yet to be written, from being pruned while the block runs.
+
+        The index is read again first, so an entry that is there when the block begins is there until it ends. See `StoreFolder.lease`.
+        """
+        with self._folder.lease(keys, purpose=purpose):
+            self.refresh()
+            yield
 
     @contextmanager
     def writer(self, shard_rows: int = 128) -> Iterator["StoreWriter"]:
-        """Add entries; they are on disk `shard_rows` at a time, and all of them when the block ends, even by an exception."""
+        """Add entries; they are on disk `shard_rows` at a time, and all of them when the block ends, even by an exception.
+
+        Nothing that was written since the block began is pruned before it ends. Raises StoreError when the disk is full; what was
+        written before is kept.
+        """
         if shard_rows < 1:
             raise ValueError(f"shard_rows is {shard_rows}; a shard holds at least one entry")
         writer = StoreWriter(self, shard_rows)
-        try:
-            yield writer
-        finally:
-            writer.flush()
-            self._fold_parts()
-
-    def _place(self, key: str) -> _Place:
-        try:
-            return self._places[key]
-        except KeyError:
-            raise StoreError(
-                f"{self.root} holds no entry {key}. Run the stage that writes it again."
-            ) from None
-
-    def _open_shard(self, name: str) -> tuple[Any, dict[str, list[str]]]:
-        """An open shard with the tensor names of each of its entries; the least recently used one is closed for it."""
-        from safetensors import SafetensorError, safe_open
-
-        if name not in self._open:
-            path = self._shards / name
+        with self._folder.lease((), purpose="writing entries", writes=True):
             try:
-                shard = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise StoreError(
-                    f"{path} cannot be read ({error}). Delete it, and run the stage that writes it again."
-                ) from error
-            names: dict[str, list[str]] = {}
-            for full_name in shard.keys():  # noqa: SIM118 (not a mapping)
-                key, _, tensor_name = full_name.rpartition("/")
-                names.setdefault(key, []).append(tensor_name)
-            self._open[name] = (shard, names)
+                yield writer
+            finally:
+                try:
+                    writer.flush()
+                finally:
+                    self._folder.fold()
+
+    def _no_entry(self, key: str) -> StoreError:
+        return StoreError(f"{self.root} holds no entry {key}. Run the stage that writes it again.")
+
+    def _located(self, keys: Sequence[str]) -> list[tuple[Group, int]]:
+        """The group and row of each key, in a mapped shard."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                return self._look_up(keys)
+            except KeyError as error:
+                if attempt == _ATTEMPTS - 1:
+                    raise self._no_entry(error.args[0]) from None
+            except FileNotFoundError as error:
+                if attempt == _ATTEMPTS - 1:
+                    raise StoreError(
+                        f"{self.root} has lost a shard ({error}). Run the stage that writes it again."
+                    ) from error
+            self.refresh()  # another process has written the entry since, or moved it to another shard
+        raise AssertionError("the last attempt returns or raises")
+
+    def _look_up(self, keys: Sequence[str]) -> list[tuple[Group, int]]:
+        """Raises KeyError for a key that is in no index, and FileNotFoundError when its shard is gone."""
+        packed = _packed(keys)
+        found: list[tuple[str, int] | None] = [None] * len(keys)
+        for index in self._indices:
+            for position, place in enumerate(index.find(packed).tolist()):
+                if place >= 0:
+                    found[position] = (index.shards[index.shard[place]], int(index.row[place]))
+        located = []
+        for key, place in zip(keys, found, strict=True):
+            if place is None:
+                raise KeyError(key)
+            try:
+                located.append(self._open_shard(place[0]).place(bytes.fromhex(key), place[1]))
+            except ShardError as error:
+                raise StoreError(f"{error}. Delete it, and run the stage that writes it again.") from error
+        return located
+
+    def _open_shard(self, name: str) -> MappedShard:
+        """A mapped shard; the least recently used one is unmapped for it."""
+        with self._open_lock:
+            shard = self._open.get(name)
+            if shard is not None:
+                self._open.move_to_end(name)
+                return shard
+        shard = MappedShard(self._folder.shards / name)
+        with self._open_lock:
+            self._open[name] = shard
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
-        self._open.move_to_end(name)
-        found: tuple[Any, dict[str, list[str]]] = self._open[name]
-        return found
+        return shard
 
-    def _add_shard(self, entries: "dict[str, dict[str, Tensor]]") -> None:
-        from safetensors.torch import save_file
-
-        stem = f"{time.time_ns():x}-{os.getpid():x}-{secrets.token_hex(4)}"
-        shard = self._shards / f"{stem}.safetensors"
-        flat = {
-            f"{key}/{name}": tensor for key, tensors in entries.items() for name, tensor in tensors.items()
-        }
-        with atomic_path(shard) as temporary:
-            save_file(flat, temporary)
-        shard_bytes = shard.stat().st_size
-        places = {
-            key: _Place(shard.name, sum(t.numel() * t.element_size() for t in tensors.values()), shard_bytes)
-            for key, tensors in entries.items()
-        }
-        _write_index(self._parts / f"{stem}.parquet", places)
-        self._places |= places
-
-    def _read_index(self) -> dict[str, _Place]:
-        # Parts first: one that vanishes between listing and reading has been folded into the index that is read afterwards.
-        places: dict[str, _Place] = {}
-        for part in sorted(self._parts.glob("[!.]*.parquet")):
-            places |= _read_places(part)
-        return places | _read_places(self._index_path)
-
-    def _fold_parts(self) -> None:
-        """Move the parts' rows into index.parquet, and sweep away what killed writers left."""
-        if not self._parts.is_dir():
-            return
-        with _locked(self.root / ".lock"):
-            parts = sorted(self._parts.glob("[!.]*.parquet"))
-            if parts:
-                places: dict[str, _Place] = {}
-                for part in parts:
-                    places |= _read_places(part)
-                whole = _file_sizes(self._shards)
-                places = {
-                    key: place
-                    for key, place in (_read_places(self._index_path) | places).items()
-                    if whole.get(place.shard) == place.shard_bytes
-                }
-                _write_index(self._index_path, places)
-                for part in parts:
-                    part.unlink(missing_ok=True)
-            self._sweep()
-
-    def _sweep(self) -> None:
-        used = {place.shard for place in self._read_index().values()}
-        before = time.time() - _SWEEP_AFTER_SECONDS
-        for folder in (self._shards, self._parts, self.root):
-            for path in folder.glob("*"):
-                leftover = path.name.startswith(".") and ".tmp" in path.name
-                unused = folder == self._shards and path.name not in used
-                if leftover or unused:
-                    with suppress(FileNotFoundError):  # a writer at work has just renamed it
-                        if path.stat().st_mtime < before:
-                            path.unlink()
+    def _add_shard(self, entries: "Mapping[str, Mapping[str, Tensor]]") -> None:
+        shard = new_shard_path(self._folder.shards)
+        try:
+            index = write_shard(shard, entries)
+            write_index(self._folder.parts / f"{shard.stem}.parquet", index)
+        except OSError as error:
+            shard.unlink(missing_ok=True)
+            if error.errno in FULL:
+                needed = sum(tensor.nbytes for tensors in entries.values() for tensor in tensors.values())
+                raise self._folder.disk_full(needed, len(entries)) from error
+            raise
+        levels = [*self._indices, index]
+        while len(levels) > 1 and 4 * len(levels[-1]) > len(
+            levels[-2]
+        ):  # each entry is moved only a few times
+            levels[-2:] = [merged(levels[-2:])]
+        self._indices = tuple(levels)
 
 
 class StoreWriter:
@@ -206,14 +224,16 @@ class StoreWriter:
     def __init__(self, store: TensorStore, shard_rows: int) -> None:
         self._store = store
         self._shard_rows = shard_rows
+        self._shards = 0
         self._entries: dict[str, dict[str, Tensor]] = {}
 
     def add(self, key: str, tensors: "dict[str, Tensor]") -> None:
-        """Add one entry; its tensors are copied to the CPU, so a slice of a batch may be given. A key that is there is skipped."""
+        """Add one entry; its tensors are copied to the CPU, so a slice of a batch may be given. A key that is there is skipped.
+
+        Raises StoreError when the disk is full.
+        """
         import torch
 
-        if not key or "/" in key:
-            raise ValueError(f"{key!r} is not a digest")
         if not tensors:
             raise ValueError(f"entry {key} has no tensors")
         if key in self._store or key in self._entries:
@@ -227,50 +247,23 @@ class StoreWriter:
 
     def flush(self) -> None:
         """Write what was added since the last shard."""
-        if self._entries:
-            self._store._add_shard(self._entries)
-            self._entries = {}
+        if not self._entries:
+            return
+        entries, self._entries = self._entries, {}  # what cannot be written now is not tried again
+        self._store._add_shard(entries)
+        self._shards += 1
+        if self._shards % _FOLDED_PARTS == 0:
+            self._store._folder.fold()
 
 
-def _write_index(path: Path, places: dict[str, _Place]) -> None:
-    columns = {
-        "key": list(places),
-        "shard": [place.shard for place in places.values()],
-        "nbytes": [place.nbytes for place in places.values()],
-        "shard_bytes": [place.shard_bytes for place in places.values()],
-    }
-    with atomic_path(path) as temporary:
-        pq.write_table(pa.table(columns, schema=_INDEX_SCHEMA), temporary)
-
-
-def _read_places(path: Path) -> dict[str, _Place]:
+def _packed(keys: Sequence[str]) -> np.ndarray:
     try:
-        table = pq.read_table(path, schema=_INDEX_SCHEMA)
-    except FileNotFoundError:
-        return {}
-    except pa.ArrowInvalid as error:
-        raise StoreError(
-            f"{path} is damaged ({error}). Delete it: what it indexes will be made again."
-        ) from error
-    columns = [table.column(name).to_pylist() for name in _INDEX_SCHEMA.names]
-    return {key: _Place(*rest) for key, *rest in zip(*columns, strict=True)}
+        return pack_keys(keys)
+    except ValueError as error:
+        raise StoreError(str(error)) from error
 
 
-def _file_sizes(folder: Path) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    if folder.is_dir():
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if not entry.name.startswith("."):
-                    with suppress(FileNotFoundError):  # swept by another process meanwhile
-                        sizes[entry.name] = entry.stat().st_size
-    return sizes
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock between processes; the system lets go of it when the process dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _told(layout: "Sequence[tuple[str, object, tuple[int, ...]]]") -> str:
+    return ", ".join(
+        f"{name} {tuple(shape)} {str(dtype).removeprefix('torch.')}" for name, dtype, shape in layout
+    )

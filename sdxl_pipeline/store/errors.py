@@ -1,0 +1,22 @@
+"""What goes wrong with a store and can be mended."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Error numbers of a disk, or a quota, that is full."""
+
+
+class StoreError(Exception):
+    """An entry that is not there or cannot be read, or a store that cannot be written. The message says what to do."""
+
+
+@contextmanager
+def full_disk_tolerated() -> Iterator[None]:
+    """Go on when a disk is full; any other failure is raised."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
