@@ -1,6 +1,6 @@
 """A Hugging Face Hub on 127.0.0.1: enough of its API for the real huggingface_hub client to download and to publish.
 
-What it speaks: whoami, repository creation, model info by revision, tree listing, `resolve` by HEAD and GET with ETag, `X-Repo-Commit`
+What it speaks: whoami, repository creation, models' and datasets' info by revision, tree listing, `resolve` by HEAD and GET with ETag, `X-Repo-Commit`
 and ranges (large files by redirect, as the Hub does), YAML validation of model cards, preupload, the git-lfs batch API and commits.
 It does not speak Xet, so the client must run with `HF_HUB_DISABLE_XET=1`; both helpers below see to that:
 
@@ -30,7 +30,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 import yaml
 
-LFS_SUFFIXES = frozenset({".safetensors", ".bin", ".png", ".jpg", ".gz"})
+LFS_SUFFIXES = frozenset({".safetensors", ".bin", ".png", ".jpg", ".gz", ".parquet"})
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Commit:
 class Repo:
     private: bool
     commits: list[Commit] = field(default_factory=list)
+    gated: bool = False
 
     @property
     def head(self) -> Commit:
@@ -159,6 +160,12 @@ class HubServer:
             repo = self.repos.setdefault(repo_id, Repo(private))
             self.lfs_objects |= {blob.sha256: blob.data for blob in files.values() if blob.lfs}
             return repo.commit("Initial commit" if not repo.commits else "Replace the files", files).oid
+
+    def add_dataset(self, repo_id: str, folder: Path, private: bool = False, gated: bool = False) -> str:
+        """The same for a dataset repository; nobody has accepted the terms of a gated one."""
+        commit = self.add_repo(f"datasets/{repo_id}", folder, private)
+        self.repos[f"datasets/{repo_id}"].gated = gated
+        return commit
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         """Content by path, of the branch or of one commit."""
@@ -331,6 +338,8 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.hub.repos.get(repo_id)
         if repo is None or (repo.private and caller is None):
             raise HubError(404 if caller else 401, "RepoNotFound", "Repository not found")
+        if repo.gated:
+            raise HubError(403, "GatedRepo", "Access to this repository is restricted")
         return repo
 
     def whoami(self) -> None:
@@ -372,14 +381,18 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [
             {"rfilename": path, "size": len(blob.data)} for path, blob in sorted(commit.files.items())
         ]
+        name = repo_id.removeprefix("datasets/")
         about = {
-            "id": repo_id,
-            "modelId": repo_id,
+            "id": name,
+            **({} if name != repo_id else {"modelId": name}),
             "sha": commit.oid,
             "private": repo.private,
             "siblings": siblings,
         }
         self._send_json({**about, "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0})
+
+    def info_of_head(self, repo_id: str) -> None:
+        self.info(repo_id, "")
 
     def tree(self, repo_id: str, revision: str, path: str) -> None:
         commit = self._repo(repo_id).at(revision)
@@ -517,6 +530,7 @@ def _tree_file(path: str, blob: Blob) -> dict[str, Any]:
 
 
 REPO = r"(?P<repo_id>[^/]+(?:/[^/]+)?)"
+DATASET = r"(?P<repo_id>datasets/[^/]+(?:/[^/]+)?)"
 REVISION = r"(?P<revision>[^/]+)"
 READ = ("GET", "HEAD")
 ROUTES: tuple[tuple[tuple[str, ...], str, Callable[..., None]], ...] = (
@@ -528,8 +542,12 @@ ROUTES: tuple[tuple[tuple[str, ...], str, Callable[..., None]], ...] = (
     (("POST",), rf"/api/models/{REPO}/preupload/{REVISION}", _Handler.preupload),
     (("POST",), rf"/api/models/{REPO}/commit/{REVISION}", _Handler.commit),
     (("GET",), rf"/api/models/{REPO}(?:/revision/{REVISION})?", _Handler.info),
+    (("GET",), rf"/api/{DATASET}/tree/{REVISION}(?:/(?P<path>.+))?", _Handler.tree),
+    (("GET",), rf"/api/{DATASET}/revision/{REVISION}", _Handler.info),
+    (("GET",), r"/api/(?P<repo_id>datasets/[^/]+/[^/]+)", _Handler.info_of_head),
     (("POST",), rf"/{REPO}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     (("PUT",), r"/lfs/(?P<sha256>[0-9a-f]{64})", _Handler.upload_object),
     (READ, r"/lfs/(?P<sha256>[0-9a-f]{64})", _Handler.download_object),
+    (READ, rf"/{DATASET}/resolve/{REVISION}/(?P<path>.+)", _Handler.resolve),
     (READ, rf"/{REPO}/resolve/{REVISION}/(?P<path>.+)", _Handler.resolve),
 )

@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HfHubHTTPError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
@@ -175,3 +176,14 @@ def test_another_process_is_pointed_here_by_its_environment(
     assert done.returncode == 0, done.stderr
     assert contents(Path(done.stdout.strip())) == contents(folder)
     assert hub.files("someone/out") == {"a.txt": b"hi"}
+
+
+def test_datasets_are_repositories_of_their_own(hub: HubServer, folder: Path) -> None:
+    hub.add_repo("someone/cats", folder)
+    (folder / "README.md").write_text("# Cats\n")
+    commit = hub.add_dataset("someone/cats", folder)
+    path = Path(snapshot_download("someone/cats", repo_type="dataset", endpoint=hub.endpoint))
+    assert (path.name, contents(path)) == (commit, contents(folder))
+    hub.add_dataset("someone/gated", folder, gated=True)
+    with pytest.raises(GatedRepoError):
+        HfApi(endpoint=hub.endpoint).dataset_info("someone/gated")

@@ -1,114 +1,197 @@
 """Aspect buckets: the size each picture is trained at, and which pictures are not worth training on.
 
 The formula is SimpleTuner's, kept for every aspect: a target area as a square edge rounded to the alignment, spread over the
-picture's rounded aspect ratio, each edge rounded again. Sizes are (height, width) in pixels.
+picture's rounded aspect ratio, each edge rounded again. Sizes are (height, width) in pixels. Functions in the plural take arrays, an
+element per picture, since a dataset may have millions; what they give is to the last bit what the formula gives for each by itself.
 """
 
 import math
 
+import numpy as np
+
+from sdxl_pipeline.images.draws import fractions
 from sdxl_pipeline.project.datasets import ImageDataset
+
+MAX_BUCKET_AREAS = 8
+"""A picture whose own bucket would hold more pixels than this many square ones is left out: aspects beyond about 1:16,000 at 1024."""
 
 
 def bucket_size(
-    width: int, height: int, resolution: float, resolution_type: str, alignment: int = 64, rounding: int = 2
+    aspect: float, resolution: float, resolution_type: str, alignment: int = 64
 ) -> tuple[int, int]:
-    """(height, width) of the bucket for a picture of `width` x `height` pixels, both multiples of `alignment`.
+    """(height, width) of the bucket for an aspect ratio (width / height, already rounded), both multiples of `alignment`.
 
     `resolution` is megapixels for `area`; for `pixel_area` an edge N that stands for N*N pixels; for `pixel` the shorter edge.
-    The aspect ratio is rounded to `rounding` decimals first, so that pictures of nearly the same shape share a bucket.
     """
-    ratio = aspect_ratio(width, height, rounding)
     if resolution_type == "area":
         edge = _round_to_multiple(math.isqrt(round(resolution * 1e6)), alignment)
     else:
         edge = _round_to_multiple(resolution, alignment)
     if resolution_type == "pixel":
-        if ratio < 1:
-            return _round_to_multiple(edge / ratio, alignment), edge
-        return edge, _round_to_multiple(edge * ratio, alignment)
-    stretch = math.sqrt(ratio)
+        if aspect < 1:
+            return _round_to_multiple(edge / aspect, alignment), edge
+        return edge, _round_to_multiple(edge * aspect, alignment)
+    stretch = math.sqrt(aspect)
     return _round_to_multiple(edge / stretch, alignment), _round_to_multiple(edge * stretch, alignment)
 
 
-def aspect_ratio(width: int, height: int, rounding: int = 2) -> float:
-    """Width over height, rounded; a picture too narrow for that many decimals keeps its own ratio rather than 0."""
-    return round(width / height, rounding) or width / height
+def aspect_ratios(heights: np.ndarray, widths: np.ndarray, rounding: int) -> np.ndarray:
+    """Width over height, rounded so that pictures of nearly one shape share a bucket: float64 of shape (N,).
+
+    A picture too narrow for that many decimals keeps its own ratio rather than 0.
+    """
+    exact = widths / heights
+    scaled = exact * 10.0**rounding
+    rounded = np.rint(scaled) / 10.0**rounding
+    # so near to a tie the product's own rounding could decide; Python's round looks at every decimal of the ratio
+    close = np.abs(scaled - np.floor(scaled) - 0.5) <= 1e-6 + scaled * 1e-15
+    rounded[close] = [round(ratio, rounding) for ratio in exact[close].tolist()]
+    return np.where(rounded == 0, exact, rounded)
 
 
-def dataset_bucket(dataset: ImageDataset, height: int, width: int) -> tuple[int, int]:
-    """(height, width) of the bucket that this dataset's settings give a picture: square crops all share one."""
-    if takes_square_crops(dataset):
-        height = width = 1
-    return bucket_size(
-        width,
-        height,
-        dataset.resolution,
-        dataset.resolution_type,
-        dataset.aspect_bucket_alignment,
-        dataset.aspect_bucket_rounding,
+def bucket_sizes(dataset: ImageDataset, aspects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Heights and widths of the buckets for rounded aspect ratios, at the dataset's resolution: int64 of shape (N,)."""
+    distinct, places = np.unique(aspects, return_inverse=True)
+    sizes = np.array([_bucket(dataset, aspect) for aspect in distinct.tolist()], dtype=np.int64)
+    heights, widths = sizes.reshape(-1, 2).T
+    return heights[places], widths[places]
+
+
+def bucket_aspects(
+    dataset: ImageDataset,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    keys: list[str],
+    draws: np.ndarray,
+    seed: int,
+) -> np.ndarray:
+    """The aspect ratio that each crop is given: float64 of shape (N,).
+
+    `square`: 1. `preserve`, and without cropping: the picture's own. `closest`: the one of `crop_aspect_buckets` that crops the least
+    away. `random`: one of them by their weights, drawn from (seed, key, draw). With a `max_upscale_threshold` these two choose only
+    from aspects whose bucket needs no more enlarging; `filter_reasons` leaves out pictures for which there is none.
+    """
+    if not dataset.crop or dataset.crop_aspect == "preserve":
+        return aspect_ratios(heights, widths, dataset.aspect_bucket_rounding)
+    if dataset.crop_aspect == "square":
+        return np.ones(len(heights))
+    aspects = np.array(_listed_aspects(dataset))
+    allowed = _allowed_aspects(dataset, heights, widths)
+    allowed[~allowed.any(axis=1)] = True
+    if dataset.crop_aspect == "closest":
+        exact = (widths / heights)[:, None]
+        kept_share = np.minimum(aspects / exact, exact / aspects)
+        return aspects[np.where(allowed, kept_share, 0).argmax(axis=1)]
+    weights = np.array(dataset.crop_aspect_weights or [1.0] * len(aspects))
+    ends = np.cumsum(np.where(allowed, weights, 0.0), axis=1)
+    names = (f"aspect/{seed}/{key}/{draw}" for key, draw in zip(keys, draws.tolist(), strict=True))
+    lots = fractions(names)[:, 0] / 2.0**64 * ends[:, -1]
+    last = len(aspects) - 1 - allowed[:, ::-1].argmax(axis=1)
+    return aspects[np.minimum((ends <= lots[:, None]).sum(axis=1), last)]
+
+
+def covering_sizes(
+    heights: np.ndarray, widths: np.ndarray, bucket_h: np.ndarray, bucket_w: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The smallest sizes of the pictures' own aspects that cover their buckets: one edge meets it exactly, the other is rounded."""
+    by_width = bucket_w * heights >= bucket_h * widths
+    return (
+        np.where(by_width, _scale(heights, bucket_w, widths), bucket_h),
+        np.where(by_width, bucket_w, _scale(widths, bucket_h, heights)),
     )
 
 
-def takes_square_crops(dataset: ImageDataset) -> bool:
-    """Whether every picture is cropped to a square, whatever its aspect."""
-    return dataset.crop and dataset.crop_aspect == "square"
-
-
-def covering_size(height: int, width: int, bucket_h: int, bucket_w: int) -> tuple[int, int]:
-    """The smallest size of the picture's own aspect that covers the bucket: one edge meets it exactly, the other is rounded."""
-    if bucket_w * height >= bucket_h * width:
-        return _scale(height, bucket_w, width), bucket_w
-    return bucket_h, _scale(width, bucket_h, height)
-
-
-def downsampled_size(dataset: ImageDataset, height: int, width: int) -> tuple[int, int]:
-    """The picture's size after `maximum_image_size`: one above it is shrunk, aspect kept, to `target_downsample_size`.
+def downsampled_sizes(
+    dataset: ImageDataset, heights: np.ndarray, widths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pictures' sizes after `maximum_image_size`: one above it is shrunk, aspect kept, to `target_downsample_size`.
 
     Both are in the unit of `resolution_type` (megapixels; N for N*N pixels; the shorter edge). A picture at or below the maximum,
     or already at or below the target, keeps its size.
     """
     if dataset.maximum_image_size is None or dataset.target_downsample_size is None:
-        return height, width
-    measure = _measure(dataset.resolution_type, height, width)
-    if measure <= _threshold(dataset.resolution_type, dataset.maximum_image_size):
-        return height, width
+        return heights, widths
+    measure = _measures(dataset.resolution_type, heights, widths)
     scale = _threshold(dataset.resolution_type, dataset.target_downsample_size) / measure
     if dataset.resolution_type != "pixel":
-        scale = math.sqrt(scale)
-    if scale >= 1:
-        return height, width
-    return max(round(height * scale), 1), max(round(width * scale), 1)
+        scale = np.sqrt(scale)
+    shrinks = (measure > _threshold(dataset.resolution_type, dataset.maximum_image_size)) & (scale < 1)
+    small_h, small_w = (np.maximum(np.rint(edges * scale), 1).astype(np.int64) for edges in (heights, widths))
+    return np.where(shrinks, small_h, heights), np.where(shrinks, small_w, widths)
 
 
-def filter_reason(dataset: ImageDataset, height: int, width: int) -> str:
-    """Why the dataset's filters leave this picture out, naming the key; empty when they let it pass."""
-    minimum = dataset.minimum_image_size
-    if minimum and _below_minimum(dataset, height, width, minimum):
-        return "smaller than minimum_image_size"
-    ratio = aspect_ratio(width, height, dataset.aspect_bucket_rounding)
-    if dataset.minimum_aspect_ratio is not None and ratio < dataset.minimum_aspect_ratio:
-        return "narrower than minimum_aspect_ratio"
-    if dataset.maximum_aspect_ratio is not None and ratio > dataset.maximum_aspect_ratio:
-        return "wider than maximum_aspect_ratio"
+def filter_reasons(dataset: ImageDataset, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """Why the dataset leaves each picture out, naming the key; empty where it does not: an array of str of shape (N,)."""
+    ratios = aspect_ratios(heights, widths, dataset.aspect_bucket_rounding)
+    reasons: dict[str, np.ndarray] = {
+        "smaller than minimum_image_size": _below_minimum(dataset, heights, widths)
+    }
+    if dataset.minimum_aspect_ratio is not None:
+        reasons["narrower than minimum_aspect_ratio"] = ratios < dataset.minimum_aspect_ratio
+    if dataset.maximum_aspect_ratio is not None:
+        reasons["wider than maximum_aspect_ratio"] = ratios > dataset.maximum_aspect_ratio
+    chooses = dataset.crop and dataset.crop_aspect in ("closest", "random")
+    square = dataset.crop and dataset.crop_aspect == "square"
+    if not chooses:
+        bucket_h, bucket_w = bucket_sizes(dataset, np.ones(len(heights)) if square else ratios)
     if dataset.max_upscale_threshold is not None:
-        bucket_h, bucket_w = dataset_bucket(dataset, height, width)
-        if max(bucket_h / height, bucket_w / width) - 1 > dataset.max_upscale_threshold:
-            return "needs more enlarging than max_upscale_threshold"
-    return ""
+        fits: np.ndarray
+        if chooses:
+            fits = np.asarray(_allowed_aspects(dataset, heights, widths).any(axis=1))
+        else:
+            fits = _enlarging(heights, widths, bucket_h, bucket_w) <= dataset.max_upscale_threshold
+        reasons["needs more enlarging than max_upscale_threshold"] = ~fits
+    if not chooses and not square:
+        square_h, square_w = _bucket(dataset, 1.0)
+        # in floats, since edges of such buckets may be of any length
+        areas: np.ndarray = bucket_h * 1.0 * bucket_w
+        reasons["too long and narrow for a bucket of its own aspect"] = (
+            areas > MAX_BUCKET_AREAS * square_h * square_w
+        )
+    return np.select(list(reasons.values()), list(reasons), "")
 
 
-def _below_minimum(dataset: ImageDataset, height: int, width: int, minimum: float) -> bool:
-    if _measure(dataset.resolution_type, height, width) < _threshold(dataset.resolution_type, minimum):
-        return True
-    if dataset.resolution_type == "pixel" or not takes_square_crops(dataset):
-        return False
-    # a long narrow picture may have the area and yet no square of that area in it
-    return min(height, width) < math.isqrt(round(_threshold(dataset.resolution_type, minimum)))
+def _bucket(dataset: ImageDataset, aspect: float) -> tuple[int, int]:
+    return bucket_size(aspect, dataset.resolution, dataset.resolution_type, dataset.aspect_bucket_alignment)
 
 
-def _measure(resolution_type: str, height: int, width: int) -> float:
+def _listed_aspects(dataset: ImageDataset) -> list[float]:
+    return [round(aspect, dataset.aspect_bucket_rounding) or aspect for aspect in dataset.crop_aspect_buckets]
+
+
+def _allowed_aspects(dataset: ImageDataset, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """Which of `crop_aspect_buckets` each picture fills without too much enlarging: bool of shape (N, aspects)."""
+    aspects = _listed_aspects(dataset)
+    if dataset.max_upscale_threshold is None:
+        return np.full((len(heights), len(aspects)), True)
+    sizes = np.array([_bucket(dataset, aspect) for aspect in aspects])
+    return (
+        _enlarging(heights[:, None], widths[:, None], sizes[:, 0], sizes[:, 1])
+        <= dataset.max_upscale_threshold
+    )
+
+
+def _enlarging(
+    heights: np.ndarray, widths: np.ndarray, bucket_h: np.ndarray, bucket_w: np.ndarray
+) -> np.ndarray:
+    """By what share the pictures must grow to cover the buckets."""
+    return np.maximum(bucket_h / heights, bucket_w / widths) - 1
+
+
+def _below_minimum(dataset: ImageDataset, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    if not dataset.minimum_image_size:
+        return np.full(len(heights), False)
+    threshold = _threshold(dataset.resolution_type, dataset.minimum_image_size)
+    below: np.ndarray = _measures(dataset.resolution_type, heights, widths) < threshold
+    if dataset.resolution_type != "pixel" and dataset.crop and dataset.crop_aspect == "square":
+        # a long narrow picture may have the area and yet no square of that area in it
+        below |= np.minimum(heights, widths) < math.isqrt(round(threshold))
+    return below
+
+
+def _measures(resolution_type: str, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
     """What sizes in this unit are compared by: the area, or the shorter edge."""
-    return min(height, width) if resolution_type == "pixel" else height * width
+    return np.minimum(heights, widths) if resolution_type == "pixel" else heights * widths
 
 
 def _threshold(resolution_type: str, size: float) -> float:
@@ -124,6 +207,6 @@ def _round_to_multiple(value: float, multiple: int) -> int:
     return max(round(value / multiple) * multiple, multiple)
 
 
-def _scale(length: int, numerator: int, denominator: int) -> int:
+def _scale(lengths: np.ndarray, numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
     # in integers, rounding half up: never below the edge it must cover
-    return (2 * length * numerator + denominator) // (2 * denominator)
+    return (2 * lengths * numerators + denominators) // (2 * denominators)

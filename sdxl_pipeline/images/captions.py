@@ -1,89 +1,126 @@
-"""Captions of one picture, by SimpleTuner's strategies: the file's name, a text file beside it, or one prompt for all."""
+"""Captions of pictures, by SimpleTuner's strategies: what a file's name, a text file, a table or one prompt for all makes of them.
 
-import codecs
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+What is read from files stands apart (sdxl_pipeline.images.reading, .caption_tables); here the dataset's settings make captions of it,
+in this order: the filter list, the shuffled variants, the instance prompt before each.
+"""
 
-from sdxl_pipeline.project.datasets import ImageDataset
+from collections.abc import Sequence
+from typing import NamedTuple
 
-OK = "ok"
-MISSING = "missing"
+from sdxl_pipeline.images.caption_filters import CaptionFilter, caption_filter_of
+from sdxl_pipeline.images.caption_shuffle import shuffled_captions
+from sdxl_pipeline.images.caption_tables import AMBIGUOUS, MISSING
+from sdxl_pipeline.images.file_roles import split_suffix
+from sdxl_pipeline.images.text_files import OK, UNDECODABLE
+from sdxl_pipeline.project.datasets import ImageDataset, TextEmbedsDataset
+
 EMPTY = "empty"
-UNDECODABLE = "undecodable"
+FILTERED = "filtered"
 UNREADABLE = "unreadable"
+TOO_LARGE = "too large"
 
-DROP_REASONS = {
-    MISSING: "no caption file",
+_DROP_REASONS = {
     EMPTY: "caption is empty",
+    FILTERED: "caption is empty after the filter list",
     UNDECODABLE: "caption file is neither UTF-8 nor UTF-16 with a byte order mark",
     UNREADABLE: "caption file cannot be read",
+    TOO_LARGE: "caption file is larger than 1 MB",
+    AMBIGUOUS: "caption table names several pictures by this bare name",
+}
+_MISSING_FROM = {
+    "textfile": "no caption file",
+    "parquet": "no caption in the table",
+    "csv": "no caption in the list",
+    "huggingface": "no caption in the column",
 }
 
 
-@dataclass(frozen=True)
-class Captions:
+class Captions(NamedTuple):
     """The captions of one picture, and how they were come by."""
 
     texts: tuple[str, ...]
+    """None when the picture cannot be trained on; the empty caption when it has none and its dataset allows that."""
     status: str
-    """"ok", or why there was no caption to be had: "missing", "empty", "undecodable", "unreadable"."""
-
-    @property
-    def drop_reason(self) -> str:
-        """Why the picture cannot be trained on; empty when it has a caption, if only the empty one by its policy."""
-        return "" if self.texts else DROP_REASONS[self.status]
+    """"ok", or why there was none to be had: "missing", "empty", "filtered", "undecodable", "unreadable", "too large", "ambiguous"."""
 
 
-def captions_of(dataset: ImageDataset, picture: str, text_file: Path | None) -> Captions:
-    """Captions of the picture at the relative path `picture`; `text_file` is the caption file found beside it, if any.
+class CaptionRules:
+    """What a dataset's settings make of the texts that were read for a picture."""
 
-    `only_instance_prompt` and the strategy `instanceprompt` give the instance prompt, whatever the files say.
-    `prepend_instance_prompt` gives "prompt caption". A picture without caption follows the dataset's `missing_captions`: "drop"
-    gives no texts, "empty" the empty caption (prefixed like any other).
-    """
-    prompt = dataset.instance_prompt or ""
+    def __init__(self, dataset: ImageDataset, caption_filter: CaptionFilter | None) -> None:
+        self.dataset = dataset
+        self.reads = _reads(dataset)
+        """Where texts come from: "name", "textfile", "parquet", "csv", "huggingface"; "" when the instance prompt is all."""
+        self._filter = caption_filter
+        self._shuffle = (
+            dataset.caption_shuffle if dataset.caption_shuffle and dataset.caption_shuffle.enable else None
+        )
+        self._prompt = dataset.instance_prompt or ""
+
+    def captions_of(self, picture: str, texts: Sequence[str] = (), status: str = OK) -> Captions:
+        """Captions of the picture at the relative path `picture`, for which `texts` were read with this status.
+
+        `only_instance_prompt` and the strategy `instanceprompt` give the instance prompt, whatever was read.
+        `prepend_instance_prompt` gives "prompt caption". A picture without caption follows the dataset's `missing_captions`: "drop"
+        gives no texts, "empty" the empty caption (prefixed like any other). Equal captions of a picture are one.
+        """
+        if not self.reads:
+            return Captions((self._prompt,), OK)
+        if self.reads == "name":
+            texts, status = (caption_from_filename(picture),), OK
+        made = [text for text in texts if text and not text.isspace()]
+        if status == OK and not made:
+            status = EMPTY
+        if self._filter is not None and made:
+            made = [left for text in made if (left := self._filter.apply(text))]
+            status = status if made else FILTERED
+        if not made:
+            made = [""] if self.dataset.missing_captions == "empty" else []
+        elif self._shuffle is not None:
+            made = [variant for text in made for variant in shuffled_captions(text, self._shuffle)]
+        if self.dataset.prepend_instance_prompt:
+            made = [f"{self._prompt} {text}" if text else self._prompt for text in made]
+        return Captions(tuple(dict.fromkeys(made)) if len(made) > 1 else tuple(made), status)
+
+    def drop_reason(self, captions: Captions) -> str:
+        """Why a picture with these captions cannot be trained on; empty when it can."""
+        if captions.texts:
+            return ""
+        if captions.status == MISSING:
+            return _MISSING_FROM.get(self.dataset.caption_strategy, "no caption")
+        return _DROP_REASONS[captions.status]
+
+
+def _reads(dataset: ImageDataset) -> str:
     if dataset.only_instance_prompt or dataset.caption_strategy == "instanceprompt":
-        return _captions([prompt], OK, dataset)
-    if dataset.caption_strategy == "filename":
-        found = _captions([caption_from_filename(picture)], OK, dataset)
-    else:
-        found = _captions(*read_text_file(text_file), dataset)
-    if not dataset.prepend_instance_prompt:
-        return found
-    return Captions(tuple(f"{prompt} {text}" if text else prompt for text in found.texts), found.status)
+        return ""
+    return "name" if dataset.caption_strategy == "filename" else dataset.caption_strategy
+
+
+def caption_rules(dataset: ImageDataset) -> CaptionRules:
+    """The caption settings of a dataset, its filter list read. Raises CaptionError."""
+    return CaptionRules(dataset, caption_filter_of(dataset))
+
+
+def complete_caption_settings(
+    dataset: ImageDataset, text_embeds: TextEmbedsDataset, seed: int | None
+) -> ImageDataset:
+    """The dataset with what its captions take from elsewhere: its text_embeds entry's filter list, the training's seed for shuffling."""
+    taken: dict[str, object] = {}
+    if dataset.caption_filter_list is None:
+        taken["caption_filter_list"] = text_embeds.caption_filter_list
+    if dataset.caption_shuffle is not None and dataset.caption_shuffle.seed is None:
+        taken["caption_shuffle"] = dataset.caption_shuffle.model_copy(update={"seed": seed or 0})
+    return dataset.model_copy(update=taken)
 
 
 def caption_from_filename(picture: str) -> str:
     """The file's stem with underscores as spaces, and nothing else changed."""
-    return PurePosixPath(picture).stem.replace("_", " ")
+    return split_suffix(picture)[0].rpartition("/")[2].replace("_", " ")
 
 
-def read_text_file(path: Path | None) -> tuple[list[str], str]:
-    """One caption per line that is not blank, and the status. Any line ends; UTF-8, or UTF-16 with a byte order mark."""
-    if path is None:
-        return [], MISSING
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return [], MISSING
-    except OSError:
-        return [], UNREADABLE
-    try:
-        text = data.decode(
-            "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-        )
-    except UnicodeDecodeError:
-        return [], UNDECODABLE
-    if "\0" in text:  # UTF-16 without its mark, or no text at all
-        return [], UNDECODABLE
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    return [line.strip() for line in lines], OK
-
-
-def _captions(texts: list[str], status: str, dataset: ImageDataset) -> Captions:
-    filled = tuple(text for text in texts if text.strip())
-    if status == OK and not filled:
-        status = EMPTY
-    if not filled and dataset.missing_captions == "empty":
-        filled = ("",)
-    return Captions(filled, status)
+def captions_in(text: str, one: bool) -> list[str]:
+    """The captions that a text file holds: one per line that is not blank, or the whole text as `one`, trimmed."""
+    if one or "\n" not in text:
+        return [text.strip()]
+    return [line.strip() for line in text.split("\n")]

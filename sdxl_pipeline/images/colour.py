@@ -5,6 +5,7 @@ colour space, which can be resampled; `to_srgb` then has only the crop to conver
 """
 
 import io
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -12,6 +13,7 @@ from PIL import Image, ImageCms
 _SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 _LAB = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
 _PROFILE_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}
+_VALUES_AT_ONCE = 1 << 22
 _UNIT, _EIGHT_BITS, _SIXTEEN_BITS, _THIRTY_TWO_BITS = 1.0, 255.0, 65535.0, 4294967295.0
 
 
@@ -22,9 +24,9 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
     smallest of 16 and 32 bits, or of [0, 1], 8 and 16 bits for floats, that holds all values; a NaN or infinity counts as black.
     """
     if image.mode.startswith("I;16"):
-        return _scaled(np.asarray(image).astype(np.float64), _SIXTEEN_BITS)
+        return _scaled(np.asarray(image), _SIXTEEN_BITS)
     if image.mode == "I":
-        values = np.asarray(image).view(np.uint32).astype(np.float64)
+        values = np.asarray(image).view(np.uint32)
         return _scaled(values, _SIXTEEN_BITS if values.max() <= _SIXTEEN_BITS else _THIRTY_TWO_BITS)
     if image.mode == "F":
         values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
@@ -41,19 +43,36 @@ def to_srgb(image: Image.Image, icc_profile: bytes | None) -> Image.Image:
     """An 8-bit picture as sRGB, mode RGB, through its embedded ICC profile (relative colorimetric, as browsers show it).
 
     Without a profile, or with one that is broken or describes another colour space than the pixels have, RGB and grey are held to
-    be sRGB already, and CMYK is converted as plain inverse RGB.
+    be sRGB already, and CMYK is converted as plain inverse RGB. A profile that describes sRGB itself, which most photographs carry,
+    is not applied: that would cost half as much as decoding the picture, to move a colour in seven hundred by one level.
     """
+    if image.mode == "RGB" and icc_profile and _describes_srgb(icc_profile):
+        return image
     profile = _LAB if image.mode == "LAB" else _usable_profile(image.mode, icc_profile)
     if profile is not None:
-        try:
-            converted = ImageCms.profileToProfile(
-                image, profile, _SRGB, renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC, outputMode="RGB"
-            )
-        except ImageCms.PyCMSError:  # a profile whose tables cannot be used in this direction
-            converted = None
+        converted = _converted(image, profile)
         if converted is not None:
             return converted
     return image.convert("RGB")
+
+
+def _converted(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image | None:
+    try:
+        return ImageCms.profileToProfile(
+            image, profile, _SRGB, renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC, outputMode="RGB"
+        )
+    except ImageCms.PyCMSError:  # a profile whose tables cannot be used in this direction
+        return None
+
+
+@lru_cache(maxsize=32)
+def _describes_srgb(icc_profile: bytes) -> bool:
+    """Whether a profile moves no colour, of 4,913 evenly spread ones, by more than one level."""
+    profile = _usable_profile("RGB", icc_profile)
+    levels = np.linspace(0, 255, 17).round().astype(np.uint8)
+    colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(17, -1, 3)
+    converted = None if profile is None else _converted(Image.fromarray(colours), profile)
+    return converted is not None and bool(np.abs(np.asarray(converted).astype(int) - colours).max() <= 1)
 
 
 def _usable_profile(mode: str, icc_profile: bytes | None) -> ImageCms.ImageCmsProfile | None:
@@ -75,5 +94,9 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def _scaled(values: np.ndarray, full_range: float) -> Image.Image:
-    eight_bits = np.clip(np.rint(values * (255.0 / full_range)), 0, 255).astype(np.uint8)
+    eight_bits = np.empty(values.shape, np.uint8)
+    rows = max(1, _VALUES_AT_ONCE // max(values.shape[1], 1))
+    for start in range(0, len(values), rows):  # so that a large picture takes no eight bytes per pixel
+        scaled = values[start : start + rows].astype(np.float64) * (255.0 / full_range)
+        eight_bits[start : start + rows] = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
     return Image.fromarray(eight_bits)

@@ -1,9 +1,17 @@
-"""Has anything changed? Answered from names, sizes and times alone, so that a sensor can ask every minute."""
+"""Has anything changed? Answered from names, sizes and times on this machine alone, so that a sensor can ask every minute.
 
+What lies elsewhere is not asked: a sensor would list a bucket of a million files every minute, and take a broken connection for a
+change. The schedule does not need to know; its run looks, downloads what is new, and reuses everything else if there is nothing.
+"""
+
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from sdxl_pipeline.images.caption_tables import table_path
+from sdxl_pipeline.images.captions import complete_caption_settings
 from sdxl_pipeline.images.walk import find_files
+from sdxl_pipeline.project.datasets import ImageDataset
 from sdxl_pipeline.project.project import Project
 from sdxl_pipeline.store.digest import digest_json
 
@@ -14,11 +22,42 @@ METADATA_ENTRY = "fingerprint"
 def folder_fingerprint(folder: Path) -> str:
     """Digest of the name, size and modification time of every file below `folder`; "absent" when there is none.
 
-    Reads no file, so an edit that keeps size and time is not seen; the scan, which hashes contents, sees it.
+    Reads no file, so an edit that keeps size and time is not seen.
     """
     if not folder.is_dir():
         return "absent"
-    return digest_json([[file.path, file.size, file.mtime_ns] for file in find_files(folder)])
+    files = find_files(folder)
+    return digest_json(
+        [
+            list(row)
+            for row in zip(files["path"], files["size"].tolist(), files["mtime_ns"].tolist(), strict=True)
+        ]
+    )
+
+
+def dataset_fingerprint(dataset: ImageDataset) -> str:
+    """State of everything on this machine that a dataset is read from: its folder or list, its caption table, its filter list.
+
+    "not watched" for the pictures of one that lies elsewhere, and of one whose files `skip_file_discovery` says are not to be looked
+    at. No secret of the dataset goes in.
+    """
+    if dataset.skipped_stages & {"metadata", "aspect"}:
+        return "not watched"
+    pictures, beside = "not watched", [dataset.caption_filter_list, dataset.csv_file]
+    if dataset.type == "local" and dataset.instance_data_dir is not None:
+        pictures = folder_fingerprint(dataset.instance_data_dir)
+        beside = [dataset.caption_filter_list, table_path(dataset, dataset.instance_data_dir)]
+    states = [_state(path) for path in beside if isinstance(path, Path)]
+    return digest_json([pictures, states]) if states else pictures
+
+
+def lies_elsewhere(project: Project) -> bool:
+    """Whether the project has pictures whose changes cannot be seen from this machine. One pinned commit never changes."""
+    return any(
+        dataset.type != "local"
+        and not (dataset.type == "huggingface" and re.fullmatch("[0-9a-f]{40}", dataset.revision or ""))
+        for dataset in project.datasets
+    )
 
 
 def project_fingerprint(project: Project, folders: Mapping[str, str] | None = None) -> str:
@@ -26,14 +65,26 @@ def project_fingerprint(project: Project, folders: Mapping[str, str] | None = No
 
     `folders` gives states recorded earlier, by dataset asset key; without it the folders are looked at now.
     """
+    datasets = [
+        complete_caption_settings(dataset, project.text_embeds_of(dataset), project.training.seed)
+        for dataset in project.datasets
+    ]
     if folders is None:
         folders = {
-            f"{project.name}/{dataset.asset_name}/dataset": folder_fingerprint(dataset.instance_data_dir)
-            for dataset in project.datasets
+            f"{project.name}/{dataset.asset_name}/dataset": dataset_fingerprint(dataset)
+            for dataset in datasets
         }
     settings = [
         project.training.model_dump(mode="json"),
-        [dataset.model_dump(mode="json") for dataset in project.datasets],
+        [dataset.model_dump(mode="json") for dataset in datasets],
         [list(prompt) for prompt in project.prompts],
     ]
     return digest_json([dict(folders), settings])
+
+
+def _state(file: Path) -> list[int]:
+    try:
+        info = file.stat()
+    except OSError:
+        return []
+    return [info.st_size, info.st_mtime_ns]

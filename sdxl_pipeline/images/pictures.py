@@ -6,7 +6,7 @@ matplotlib is imported when the first plot is drawn, and through its object inte
 import functools
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from sdxl_pipeline.images.decoding import UnreadableImage
 from sdxl_pipeline.images.pixels import load_upright
 
 _INK, _FAINT, _PAPER, _EMPTY = "#222222", "#767676", "#ffffff", "#e6e6e6"
-_BLUE, _ORANGE, _GREY = "#3b6fb6", "#e08214", "#b5b5b5"
+_BLUE, _ORANGE, _GREY, _RED = "#3b6fb6", "#e08214", "#b5b5b5", "#c0392b"
 _MAX_BARS = 24
 
 
@@ -53,6 +53,21 @@ def contact_sheet(
     return sheet
 
 
+def grouped_sheet(
+    groups: Sequence[Sequence[tuple[Image.Image | Path, str]]], columns: int = 4, tile: int = 160
+) -> Image.Image:
+    """Groups of captioned pictures side by side, a row for each; of a group of more than `columns` the first ones.
+
+    Raises ValueError when there is no group.
+    """
+    blank = Image.new("RGB", (1, 1), _PAPER)
+    cells: list[tuple[Image.Image | Path, str]] = []
+    columns = min(columns, max((len(group) for group in groups), default=0))
+    for group in groups:
+        cells += [*group[:columns], *[(blank, "")] * (columns - len(group))]
+    return contact_sheet([image for image, _ in cells], [caption for _, caption in cells], columns, tile)
+
+
 def to_jpeg(image: Image.Image, max_bytes: int = 300_000) -> bytes:
     """The picture as a JPEG of at most `max_bytes`: of lower quality first, and smaller only when that is not enough."""
     if image.mode != "RGB":
@@ -69,15 +84,20 @@ def to_jpeg(image: Image.Image, max_bytes: int = 300_000) -> bytes:
         )
 
 
-def bucket_histogram(rows: pd.DataFrame) -> Image.Image:
+def bucket_histogram(rows: pd.DataFrame, short: Collection[tuple[int, int]] = ()) -> Image.Image:
     """How many crops each bucket has, from tallest to widest, training and evaluation crops apart.
 
-    `rows` is a crop plan. Past 24 buckets the least filled are summed up in one bar.
+    `rows` is a crop plan. Past 24 buckets the least filled are summed up in one bar. The bars of `short`, buckets (width, height)
+    that do not fill a batch, are red; some of them are shown even when there are many fuller ones.
     """
+    from matplotlib.patches import Patch
+
     counts = rows.groupby(["bucket_w", "bucket_h", "split"]).size().unstack("split", fill_value=0)
     counts = counts.reindex(columns=["train", "eval"], fill_value=0)
     totals = counts.sum(axis=1)
-    shown = counts.loc[totals.sort_values(ascending=False, kind="stable").index[:_MAX_BARS]]
+    fullest = totals.sort_values(ascending=False, kind="stable").index.tolist()
+    poorest = [size for size in reversed(fullest[_MAX_BARS:]) if size in short][: _MAX_BARS // 4]
+    shown = counts.loc[fullest[: _MAX_BARS - len(poorest)] + poorest]
     shown = shown.loc[sorted(shown.index, key=lambda size: (size[0] / size[1], size[0]), reverse=True)]
     labels = [f"{width}x{height}" for width, height in shown.index]
     train, evaluation = shown["train"].tolist(), shown["eval"].tolist()
@@ -88,8 +108,10 @@ def bucket_histogram(rows: pd.DataFrame) -> Image.Image:
         evaluation.insert(0, int(rest["eval"]))
     figure, axes = _axes(height=1.5 + 0.3 * max(len(labels), 3))
     largest = max([a + b for a, b in zip(train, evaluation, strict=True)], default=1)
-    axes.barh(labels, train, color=_BLUE, label="train", height=0.72)
-    axes.barh(labels, evaluation, left=train, color=_ORANGE, label="eval", height=0.72)
+    names = {f"{width}x{height}" for width, height in short}
+    red = [label in names for label in labels]
+    axes.barh(labels, train, color=[_RED if bad else _BLUE for bad in red], height=0.72)
+    axes.barh(labels, evaluation, left=train, color=_ORANGE, height=0.72)
     for position, total in enumerate(a + b for a, b in zip(train, evaluation, strict=True)):
         axes.text(total + largest * 0.01, position, f"{total:,}", va="center", color=_INK, fontsize=9)
     axes.set_xlim(0, largest * 1.1)
@@ -98,8 +120,11 @@ def bucket_histogram(rows: pd.DataFrame) -> Image.Image:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y", visible=False)
     axes.set_title(f"{len(rows):,} crops in {len(counts)} buckets (width x height)", loc="left", fontsize=11)
-    if any(evaluation):
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
+    legend = {"train": _BLUE} | ({"too few for a batch": _RED} if any(red) else {})
+    legend |= {"eval": _ORANGE} if any(evaluation) else {}
+    if len(legend) > 1:
+        handles = [Patch(color=colour, label=label) for label, colour in legend.items()]
+        figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), frameon=False)
     return _draw(figure)
 
 

@@ -1,5 +1,6 @@
 """The pixels a crop is trained on: 8-bit sRGB, upright, opaque, resampled once."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +11,27 @@ from sdxl_pipeline.images.crops import Crop
 from sdxl_pipeline.images.decoding import UnreadableImage, decode, open_picture, upright
 
 
-def load_crop(path: Path, crop: Crop) -> np.ndarray:
-    """The planned crop of the picture at `path`: uint8 sRGB of shape (bucket_h, bucket_w, 3).
+def load_crop(picture: Path | bytes, crop: Crop) -> np.ndarray:
+    """The planned crop of a picture, given as its file or the file's content: uint8 sRGB of shape (bucket_h, bucket_w, 3).
 
     `crop` may be anything with Crop's attributes, such as a row of the plan from `itertuples`. The window is resampled once, by
-    Lanczos, straight from the full-size picture: the same pixels as resizing the whole and cutting the window, for less work.
+    Lanczos, straight from the full-size picture: the same pixels as resizing the whole and cutting the window, for less work. Of a
+    mirrored picture the window is cut where it lies in the picture as it is, and then mirrored.
 
     Raises UnreadableImage when the file cannot be read or decoded, or is no longer of the size it was planned for.
     """
-    with _open(path) as image:
+    return load_crops(picture, [crop])[0]
+
+
+def load_crops(picture: Path | bytes, crops: Sequence[Crop]) -> list[np.ndarray]:
+    """`load_crop` of several crops of one picture, which is decoded once."""
+    with _open(picture) as image:
         icc_profile = image.info.get("icc_profile")
-        picture = to_eight_bits(upright(image))
+        whole = to_eight_bits(upright(image))
+    return [_cut(whole, crop, icc_profile) for crop in crops]
+
+
+def _cut(picture: Image.Image, crop: Crop, icc_profile: bytes | None) -> np.ndarray:
     if (picture.height, picture.width) != (crop.original_h, crop.original_w):
         raise UnreadableImage(
             f"changed since the scan: {picture.width}x{picture.height} pixels, "
@@ -28,16 +39,18 @@ def load_crop(path: Path, crop: Crop) -> np.ndarray:
         )
     scale_h = crop.original_h / crop.resized_h
     scale_w = crop.original_w / crop.resized_w
+    left = crop.resized_w - crop.bucket_w - crop.crop_left if crop.flipped else crop.crop_left
     window = (
-        crop.crop_left * scale_w,
+        left * scale_w,
         crop.crop_top * scale_h,
-        (crop.crop_left + crop.bucket_w) * scale_w,
+        (left + crop.bucket_w) * scale_w,
         (crop.crop_top + crop.bucket_h) * scale_h,
     )
     # the product above may end a rounding error outside the picture, which Pillow refuses
     window = (*window[:2], min(window[2], picture.width), min(window[3], picture.height))
     cut = picture.resize((crop.bucket_w, crop.bucket_h), Image.Resampling.LANCZOS, box=window)
-    return np.asarray(to_srgb(cut, icc_profile))
+    pixels = np.asarray(to_srgb(cut, icc_profile))
+    return np.ascontiguousarray(pixels[:, ::-1]) if crop.flipped else pixels
 
 
 def load_upright(path: Path, longest_edge: int | None = None) -> Image.Image:
@@ -53,10 +66,10 @@ def load_upright(path: Path, longest_edge: int | None = None) -> Image.Image:
     return to_srgb(picture, icc_profile)
 
 
-def _open(path: Path) -> Image.Image:
+def _open(picture: Path | bytes) -> Image.Image:
     """The decoded first frame."""
     try:
-        data = path.read_bytes()
+        data = picture if isinstance(picture, bytes) else picture.read_bytes()
     except OSError as error:
         raise UnreadableImage(f"cannot be read: {error.strerror}") from error
     image = open_picture(data)

@@ -2,111 +2,137 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from sdxl_pipeline.images.captions import captions_of
-from sdxl_pipeline.images.decoding import UnreadableImage, read_header
-from sdxl_pipeline.images.walk import FoundFile, find_files
+from sdxl_pipeline.images.caption_tables import MISSING, captions_from_table, table_path
+from sdxl_pipeline.images.captions import OK, UNREADABLE, CaptionRules, caption_rules, captions_in
+from sdxl_pipeline.images.file_roles import FileRoles, file_roles
+from sdxl_pipeline.images.reading import ReadFile, read_picture, read_text
+from sdxl_pipeline.images.recorded_scan import (
+    RACY_NS,
+    RecordedScan,
+    origin_of,
+    read_recorded,
+    recall,
+    write_recorded,
+)
+from sdxl_pipeline.images.walk import find_files
 from sdxl_pipeline.project.datasets import ImageDataset
 
 KEPT = "kept"
 DROPPED = "dropped"
+NOT_SAMPLED = "left out by max_num_samples"
 
-_PICTURE_SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"}
+SCAN_COLUMNS = (
+    "path",
+    "key",
+    "size",
+    "mtime_ns",
+    "width",
+    "height",
+    "format",
+    "captions",
+    "caption_status",
+    "status",
+    "reason",
+    "phash",
 )
-_OTHER_PICTURE_SUFFIXES = frozenset(
-    {
-        ".heic",
-        ".heif",
-        ".avif",
-        ".jxl",
-        ".jp2",
-        ".psd",
-        ".svg",
-        ".exr",
-        ".hdr",
-        ".tga",
-        ".ico",
-        ".ppm",
-        ".pgm",
-    }
-    | {".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"}
+
+_FILES_PER_TASK = 16  # so that handing tasks to threads costs nothing beside reading
+_READ_COLUMNS = (
+    "size",
+    "mtime_ns",
+    "inode",
+    "key",
+    "width",
+    "height",
+    "format",
+    "unreadable",
+    "text",
+    "text_status",
 )
-_CAPTION_SUFFIX = ".txt"
 
 
 class DatasetFolderError(Exception):
     """A dataset's folder cannot be scanned at all. The message names the dataset, the key, the folder and the remedy."""
 
 
-@dataclass(frozen=True)
-class _Row:
-    path: str
-    key: str = ""
-    size: int = 0
-    mtime_ns: int = 0
-    width: int = 0
-    height: int = 0
-    format: str = ""
-    captions: list[str] = field(default_factory=list)
-    caption_status: str = ""
-    status: str = DROPPED
-    reason: str = ""
-
-
-SCAN_COLUMNS = tuple(_Row.__dataclass_fields__)
-
-
 def scan_dataset(
-    dataset: ImageDataset, on_progress: Callable[[int, int], None] | None = None
+    dataset: ImageDataset,
+    folder: Path,
+    *,
+    captions: Mapping[str, tuple[str, ...]] | None = None,
+    failed: Sequence[tuple[str, str]] = (),
+    recorded: Path | None = None,
+    verify: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame:
-    """One row per file found under the dataset's folder, sorted by path, with SCAN_COLUMNS.
+    """One row per file found under `folder`, sorted by path, with SCAN_COLUMNS.
 
     - `path` relative to the folder, with forward slashes; `key` the SHA-256 of the file's bytes ("" when it was not read);
       `size` in bytes; `mtime_ns`.
     - `width`, `height` in pixels after the EXIF orientation, `format` by content; 0 and "" when there is no picture.
-    - `captions`, one or more for each kept picture, and `caption_status` ("ok", "missing", "empty", "undecodable", "unreadable").
-    - `status` "kept" or "dropped", and the `reason` for the latter.
+    - `captions`, one or more for each kept picture, and `caption_status` (see `Captions.status`).
+    - `status` "kept" or "dropped", and the `reason` for the latter. `phash` "": nobody has looked at the pixels.
 
     A text file that shares its name with a picture is that picture's caption and no row of its own. Links are followed. Nothing
-    is written. `on_progress(done, total)` is called after each picture read. Raises DatasetFolderError when there is no folder,
-    when it cannot be listed, or when it is empty.
+    is written into the folder. `captions` are those that the dataset's source gives, by path; `failed`, names and reasons of what it
+    could not fetch, become dropped rows.
+
+    `recorded` is a file in which the scan leaves what it read. The next scan reads again only files that are new or changed, by
+    size, modification time and inode; with `verify` all of them. `on_progress(done, total)` is called after each file read, of
+    those to be read.
+
+    Raises DatasetFolderError when there is no folder, when it cannot be listed, or when it is empty; CaptionError when the caption
+    settings name something that cannot be used.
     """
-    files = _list_folder(dataset)
-    pictures: list[FoundFile] = []
-    texts: list[FoundFile] = []
-    rows: list[_Row] = []
-    owners: set[str] = set()  # a caption belongs to its picture even when that picture is dropped
-    for file in files:
-        if reason := _drop_reason(file):
-            rows.append(_row(file, reason))
-        elif file.suffix == _CAPTION_SUFFIX:
-            texts.append(file)
-        else:
-            pictures.append(file)
-        if file.suffix in _PICTURE_SUFFIXES | _OTHER_PICTURE_SUFFIXES:
-            owners.add(file.stem_path)
-    caption_files = {file.stem_path: file for file in texts if file.stem_path in owners}
-    for file in texts:
-        if caption_files.get(file.stem_path) is not file:
-            rows.append(_row(file, "caption without picture"))
-    rows += _read_pictures(dataset, pictures, caption_files, on_progress)
-    rows.sort(key=lambda row: row.path)
-    frame = pd.DataFrame([asdict(row) for row in rows], columns=list(SCAN_COLUMNS))
-    integers = {"size", "mtime_ns", "width", "height"}
-    types = {name: "int64" if name in integers else "str" for name in SCAN_COLUMNS if name != "captions"}
-    return frame.astype(types)
+    began_ns = time.time_ns()
+    rules = caption_rules(dataset)
+    listing = _list_folder(dataset, folder, bool(failed))
+    origin = origin_of(dataset, folder)
+    known = None if recorded is None or verify else read_recorded(recorded, origin)
+    files = recall(listing, known)
+    roles = _roles_of(dataset, folder, files)
+    files = _read_changed(files, roles, folder, began_ns, rules.reads == "textfile", on_progress)
+    scan = RecordedScan(files, tuple(failed), captions)
+    if recorded is not None and (
+        known is None or captions is not None or known.failed != scan.failed or not known.files.equals(files)
+    ):
+        write_recorded(recorded, origin, scan)
+    return _frame(scan, roles, rules, folder)
 
 
-def _list_folder(dataset: ImageDataset) -> list[FoundFile]:
-    folder = dataset.instance_data_dir
-    where = f"dataset {dataset.id!r} in multidatabackend.json: instance_data_dir {str(folder)!r}"
+def recall_dataset(dataset: ImageDataset, folder: Path, recorded: Path) -> pd.DataFrame | None:
+    """What `scan_dataset` would give if nothing had changed since it recorded that scan: neither folder nor files are looked at.
+
+    The caption settings are those of today. None when there is no such record, or when it lacks the captions, which were never read.
+    """
+    scan = read_recorded(recorded, origin_of(dataset, folder), with_captions=True)
+    if scan is None:
+        return None
+    rules = caption_rules(dataset)
+    roles = _roles_of(dataset, folder, scan.files)
+    if rules.reads == "textfile":
+        read = scan.files["text_status"].ne("").to_numpy()
+        if not all(read[position] for position in roles.companions):
+            return None
+    elif rules.reads in ("csv", "huggingface") and scan.captions is None:
+        return None
+    return _frame(scan, roles, rules, folder)
+
+
+def _list_folder(dataset: ImageDataset, folder: Path, may_be_empty: bool) -> pd.DataFrame:
+    where = f"dataset {dataset.id!r} in multidatabackend.json: "
+    where += (
+        "instance_data_dir " if dataset.type == "local" else f"the download folder of type {dataset.type}, "
+    )
+    where += repr(str(folder))
     if not folder.exists():
         raise DatasetFolderError(
             f"{where} does not exist. Create the folder, or write the path of the one that has the pictures."
@@ -119,68 +145,142 @@ def _list_folder(dataset: ImageDataset) -> list[FoundFile]:
         raise DatasetFolderError(
             f"{where} cannot be read: {error.strerror}. Give this user the right to read it."
         ) from error
-    if not files:
+    if files.empty and not may_be_empty:
         raise DatasetFolderError(
             f"{where} is empty. Put pictures into it (PNG, JPEG, WebP, BMP, GIF or TIFF), or set disabled: true on this dataset."
         )
     return files
 
 
-def _drop_reason(file: FoundFile) -> str:
-    """Why a file is left out without reading it."""
-    if file.problem:
-        return file.problem
-    if file.hidden:
-        return "hidden file"
-    if file.suffix in _OTHER_PICTURE_SUFFIXES:
-        return f"picture format {file.suffix} is not supported"
-    if file.suffix not in _PICTURE_SUFFIXES and file.suffix != _CAPTION_SUFFIX:
-        return "not an image"
-    return ""
+def _roles_of(dataset: ImageDataset, folder: Path, files: pd.DataFrame) -> FileRoles:
+    table = table_path(dataset, folder)
+    inside = table is not None and table.is_relative_to(folder)
+    name = table.relative_to(folder).as_posix() if table is not None and inside else None
+    return file_roles(files["path"].tolist(), files["problem"].tolist(), name)
 
 
-def _read_pictures(
-    dataset: ImageDataset,
-    pictures: list[FoundFile],
-    caption_files: dict[str, FoundFile],
+def _read_changed(
+    files: pd.DataFrame,
+    roles: FileRoles,
+    folder: Path,
+    began_ns: int,
+    read_texts: bool,
     on_progress: Callable[[int, int], None] | None,
-) -> list[_Row]:
-    def read(file: FoundFile) -> _Row:
-        caption = caption_files.get(file.stem_path)
-        return _read_picture(dataset, file, dataset.instance_data_dir / caption.path if caption else None)
+) -> pd.DataFrame:
+    """`files` with everything read that is not settled."""
+    settled = files["settled"].tolist()
+    companions = roles.companions if read_texts else frozenset()
+    pending = [position for position in roles.pictures if not settled[position]]
+    pending += sorted(position for position in companions if not settled[position])
+    if not pending:
+        return files
+    columns = {name: files[name].tolist() for name in _READ_COLUMNS}
+    paths = files["path"].tolist()
+    root = os.fspath(folder) + "/"
 
-    rows: list[_Row] = []
+    def read(positions: Sequence[int]) -> list[ReadFile]:
+        return [
+            (read_text if position in companions else read_picture)(root + paths[position])
+            for position in positions
+        ]
+
+    tasks = [pending[start : start + _FILES_PER_TASK] for start in range(0, len(pending), _FILES_PER_TASK)]
+    done = 0
     # Reading and hashing release the interpreter's lock.
-    with ThreadPoolExecutor(max_workers=min(8, max(2, os.cpu_count() or 2))) as pool:
-        for row in pool.map(read, pictures):
-            rows.append(row)
-            if on_progress is not None:
-                on_progress(len(rows), len(pictures))
+    with ThreadPoolExecutor(max_workers=_threads()) as pool:
+        for positions, results in zip(tasks, pool.map(read, tasks), strict=True):
+            for position, result in zip(positions, results, strict=True):
+                for name in _READ_COLUMNS:
+                    columns[name][position] = getattr(result, name)
+                failed = result.unreadable or result.text_status == UNREADABLE
+                settled[position] = not failed and result.mtime_ns < began_ns - RACY_NS
+                done += 1
+                if on_progress is not None:
+                    on_progress(done, len(pending))
+    read_columns = {name: pd.Series(values, dtype=files[name].dtype) for name, values in columns.items()}
+    return files.assign(**read_columns, settled=settled)
+
+
+def _threads() -> int:
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(
+        32, max(4, available + 2)
+    )  # more than cores: while one waits for its file, or for the interpreter
+
+
+def _frame(scan: RecordedScan, roles: FileRoles, rules: CaptionRules, folder: Path) -> pd.DataFrame:
+    """The rows of a scan, as today's settings have them."""
+    files = scan.files
+    paths, reasons = files["path"].tolist(), files["unreadable"].tolist()
+    captions: list[list[str]] = [[]] * len(files)
+    statuses = [""] * len(files)
+    readable = [position for position in roles.pictures if not reasons[position]]
+    for position, (texts, status) in zip(readable, _texts(scan, roles, rules, readable, folder), strict=True):
+        made = rules.captions_of(paths[position], texts, status)
+        captions[position], statuses[position] = list(made.texts), made.status
+        reasons[position] = rules.drop_reason(made)
+    for position, reason in roles.left_out.items():
+        reasons[position] = reason
+    found = ("path", "key", "size", "mtime_ns", "width", "height", "format")
+    columns = {name: files[name] for name in found} | {
+        "captions": pd.Series(captions, dtype="object"),
+        "caption_status": pd.Series(statuses, dtype="str"),
+        "reason": pd.Series(reasons, dtype="str"),
+    }
+    frame = pd.DataFrame(columns)
+    if roles.companions:
+        is_row = np.ones(len(files), dtype=bool)
+        is_row[list(roles.companions)] = False
+        frame = frame[is_row]
+    if scan.failed:
+        frame = pd.concat([frame, _failed_rows(scan.failed)]).sort_values("path", kind="stable")
+    frame = frame.reset_index(drop=True)
+    if rules.dataset.max_num_samples is not None:
+        frame["reason"] = _sampled_reasons(frame, rules.dataset.max_num_samples)
+    frame["status"] = pd.Series(np.where(frame["reason"] == "", KEPT, DROPPED), dtype="str")
+    frame["phash"] = pd.Series("", index=frame.index, dtype="str")
+    return frame[list(SCAN_COLUMNS)]
+
+
+def _texts(
+    scan: RecordedScan, roles: FileRoles, rules: CaptionRules, readable: Sequence[int], folder: Path
+) -> Iterable[tuple[Sequence[str], str]]:
+    """What was read for the captions of each of the readable pictures, and how that went."""
+    match rules.reads:
+        case "textfile":
+            texts, statuses = scan.files["text"].tolist(), scan.files["text_status"].tolist()
+            one = rules.dataset.disable_multiline_split
+            owned = map(roles.caption_files.get, readable)
+            return (
+                ((), MISSING) if file is None else (captions_in(texts[file], one), statuses[file])
+                for file in owned
+            )
+        case "parquet":
+            paths = scan.files["path"].tolist()
+            pictures = [paths[position] for position in readable]
+            found = captions_from_table(rules.dataset, folder, pictures)
+            return map(found.__getitem__, pictures)
+        case "csv" | "huggingface":
+            paths, given = scan.files["path"].tolist(), scan.captions or {}
+            return (
+                (given[path], OK) if path in given else ((), MISSING) for path in (paths[i] for i in readable)
+            )
+    return [((), OK)] * len(readable)
+
+
+def _sampled_reasons(frame: pd.DataFrame, count: int) -> pd.Series:
+    """Reasons by which only `count` rows are kept: a matter of each one's content, so that others come and go without changing sides."""
+    kept = frame[frame["reason"] == ""]
+    drawn = [hashlib.sha256(f"sample/{key}".encode()).digest() for key in kept["key"]]
+    order = sorted(zip(drawn, kept["path"], kept.index, strict=True))
+    return frame["reason"].mask(frame.index.isin([row for *_, row in order[count:]]), NOT_SAMPLED)
+
+
+def _failed_rows(failed: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    rows = pd.DataFrame(failed, columns=["path", "reason"], dtype="str")
+    for name in ("key", "format", "caption_status"):
+        rows[name] = pd.Series("", index=rows.index, dtype="str")
+    for name in ("size", "mtime_ns", "width", "height"):
+        rows[name] = 0
+    rows["captions"] = [[] for _ in rows.index]
     return rows
-
-
-def _read_picture(dataset: ImageDataset, file: FoundFile, caption_file: Path | None) -> _Row:
-    try:
-        data = (dataset.instance_data_dir / file.path).read_bytes()
-    except OSError as error:
-        return _row(file, f"cannot be read: {error.strerror}")
-    row = replace(_row(file), key=hashlib.sha256(data).hexdigest())
-    try:
-        header = read_header(data)
-    except UnreadableImage as error:
-        return replace(row, reason=error.reason)
-    captions = captions_of(dataset, file.path, caption_file)
-    return replace(
-        row,
-        width=header.width,
-        height=header.height,
-        format=header.format,
-        captions=list(captions.texts),
-        caption_status=captions.status,
-        status=DROPPED if captions.drop_reason else KEPT,
-        reason=captions.drop_reason,
-    )
-
-
-def _row(file: FoundFile, reason: str = "") -> _Row:
-    return _Row(file.path, size=file.size, mtime_ns=file.mtime_ns, reason=reason)

@@ -3,98 +3,112 @@
 import os
 import stat
 from collections import deque
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+LISTING_COLUMNS = {"path": "str", "size": "int64", "mtime_ns": "int64", "inode": "uint64", "problem": "str"}
+"""Columns of `find_files`, with their types.
+
+`path` is relative to the root, with forward slashes; bytes that are no UTF-8 are shown as backslash escapes. `problem` says why a
+file cannot be used whatever it holds; it is empty for an ordinary readable-looking file, and the numbers are 0 when it is not.
+"""
+
+Folders = list[tuple[Path, str]]
+"""Folders to be listed, each with the beginning of its files' relative paths."""
 
 
-@dataclass(frozen=True)
-class FoundFile:
-    """One entry of a folder that is not itself a folder that could be entered."""
+class _Found:
+    """The columns, as they grow: a list each, since a million files as objects of their own would cost their creation."""
 
-    path: str
-    """Relative to the root, with forward slashes; bytes that are no UTF-8 are shown as backslash escapes."""
-    size: int
-    mtime_ns: int
-    problem: str = ""
-    """Why the file cannot be used whatever it holds; empty when it is an ordinary readable-looking file."""
+    def __init__(self) -> None:
+        self.paths: list[str] = []
+        self.sizes: list[int] = []
+        self.mtimes: list[int] = []
+        self.inodes: list[int] = []
+        self.problems: list[str] = []
 
-    @property
-    def suffix(self) -> str:
-        """Extension in lower case with its dot."""
-        return PurePosixPath(self.path).suffix.lower()
+    def add_problem(self, path: str, problem: str) -> None:
+        self.paths.append(os.fsencode(path).decode("utf-8", "backslashreplace"))
+        self.sizes.append(0)
+        self.mtimes.append(0)
+        self.inodes.append(0)
+        self.problems.append(problem)
 
-    @property
-    def stem_path(self) -> str:
-        """The path without its extension: what a picture and its caption file share."""
-        return str(PurePosixPath(self.path).with_suffix(""))
+    def table(self) -> pd.DataFrame:
+        order = sorted(range(len(self.paths)), key=self.paths.__getitem__)
+        columns = (self.sizes, self.mtimes, self.inodes)
+        numbers = {
+            name: np.array(column, dtype=LISTING_COLUMNS[name])[order]
+            for name, column in zip(("size", "mtime_ns", "inode"), columns, strict=True)
+        }
+        return pd.DataFrame(
+            {
+                "path": pd.Series([self.paths[row] for row in order], dtype="str"),
+                **numbers,
+                "problem": pd.Series([self.problems[row] for row in order], dtype="str"),
+            }
+        )
 
-    @property
-    def hidden(self) -> bool:
-        """Whether the file or a folder above it (below the root) begins with a dot, as macOS's `._` twins do."""
-        return any(part.startswith(".") for part in PurePosixPath(self.path).parts)
 
-
-def find_files(root: Path) -> list[FoundFile]:
-    """Every file under `root`, at any depth, sorted by path.
+def find_files(root: Path) -> pd.DataFrame:
+    """Every file under `root`, at any depth, sorted by path: a row each, with LISTING_COLUMNS.
 
     Links to files and folders are followed. A folder reachable by several ways, or by a loop of links, is entered once: by its own
     path if that lies under `root`, else by the first link to it. A folder that cannot be listed is returned as one entry with its
     problem, so that it is not overlooked. Raises OSError when `root` itself cannot be listed.
     """
-    found: list[FoundFile] = []
+    found = _Found()
     entered: set[tuple[int, int]] = set()
     folders: deque[tuple[Path, str]] = deque([(root, "")])
-    linked_folders: deque[tuple[Path, str]] = (
+    linked: deque[tuple[Path, str]] = (
         deque()
     )  # after all real ones, so that a real path wins over a link to it
-    while folders or linked_folders:
-        folder, prefix = folders.popleft() if folders else linked_folders.popleft()
+    while folders or linked:
+        folder, prefix = folders.popleft() if folders else linked.popleft()
         try:
             info = folder.stat()
             if (info.st_dev, info.st_ino) in entered:
                 continue
             entered.add((info.st_dev, info.st_ino))
-            with os.scandir(folder) as listing:
-                entries = sorted(listing, key=lambda entry: entry.name)
+            real_folders, linked_folders = _list(folder, prefix, found)
         except OSError as error:
             if not prefix:
                 raise
-            found.append(_problem_file(prefix, f"folder cannot be read: {error.strerror}"))
+            found.add_problem(prefix, f"folder cannot be read: {error.strerror}")
             continue
+        folders.extend(real_folders)
+        linked.extend(linked_folders)
+    return found.table()
+
+
+def _list(folder: Path, prefix: str, found: _Found) -> tuple[Folders, Folders]:
+    """Add the files of one folder to `found`, and give its folders: real ones, and links to folders."""
+    real: Folders = []
+    linked: Folders = []
+    with os.scandir(folder) as entries:
         for entry in entries:
             path = prefix + entry.name
-            if not _is_folder(entry):
-                found.append(_examine(entry, path))
-            elif entry.is_symlink():
-                linked_folders.append((Path(entry.path), path + "/"))
-            else:
-                folders.append((Path(entry.path), path + "/"))
-    return sorted(found, key=lambda file: file.path)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _examine(entry: os.DirEntry[str], path: str) -> FoundFile:
-    try:
-        info = entry.stat()
-    except OSError as error:
-        return _problem_file(
-            path, "broken link" if entry.is_symlink() else f"cannot be read: {error.strerror}"
-        )
-    if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
-        return _problem_file(path, "not a regular file")
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return _problem_file(path, "file name is not UTF-8")
-    return FoundFile(path, info.st_size, info.st_mtime_ns)
-
-
-def _problem_file(path: str, problem: str) -> FoundFile:
-    printable = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return FoundFile(printable, size=0, mtime_ns=0, problem=problem)
+            try:
+                if entry.is_dir():
+                    (linked if entry.is_symlink() else real).append((Path(entry.path), path + "/"))
+                    continue
+                info = entry.stat()
+                path.encode()
+            except UnicodeEncodeError:
+                found.add_problem(path, "file name is not UTF-8")
+                continue
+            except OSError as error:  # is_dir() raises it for a link to itself
+                link = entry.is_symlink()
+                found.add_problem(path, "broken link" if link else f"cannot be read: {error.strerror}")
+                continue
+            if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
+                found.add_problem(path, "not a regular file")
+                continue
+            found.paths.append(path)
+            found.sizes.append(info.st_size)
+            found.mtimes.append(info.st_mtime_ns)
+            found.inodes.append(info.st_ino)
+            found.problems.append("")
+    return sorted(real), sorted(linked)

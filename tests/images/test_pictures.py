@@ -11,6 +11,7 @@ from sdxl_pipeline.images.pictures import (
     bucket_histogram,
     caption_length_histogram,
     contact_sheet,
+    grouped_sheet,
     resolution_scatter,
     to_jpeg,
 )
@@ -21,7 +22,7 @@ def colour_share(image: Image.Image, colour: tuple[int, int, int], tolerance: in
     return float((np.abs(values(image) - np.array(colour)).max(axis=2) <= tolerance).mean())
 
 
-BLUE, ORANGE = (0x3B, 0x6F, 0xB6), (0xE0, 0x82, 0x14)
+BLUE, ORANGE, RED = (0x3B, 0x6F, 0xB6), (0xE0, 0x82, 0x14), (0xC0, 0x39, 0x2B)
 
 
 def test_a_sheet_shows_every_picture_and_its_caption(folder, photograph):
@@ -109,6 +110,34 @@ def test_many_buckets_stay_legible():
     image = bucket_histogram(plan({(64 * number, 1024): (number, 0) for number in range(1, 61)}))
     assert image.height < 1200
     assert colour_share(image, BLUE) > 0.05
+
+
+def test_buckets_too_small_for_a_batch_are_red():
+    counts = {(1024, 1024): (30, 0), (832, 1280): (20, 0)}
+    assert colour_share(bucket_histogram(plan(counts)), RED) == 0
+    marked = bucket_histogram(plan(counts), {(832, 1280)})
+    assert colour_share(marked, BLUE) / colour_share(marked, RED) == pytest.approx(1.5, rel=0.2)
+    # shown even when two dozen others are fuller
+    counts |= {(64 * number, 768): (40, 0) for number in range(1, 41)}
+    assert (
+        colour_share(bucket_histogram(plan(counts), {(832, 1280)}), RED) > 0.0006
+    )  # more than in the legend
+
+
+def test_groups_stand_in_rows_of_their_own(photograph):
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 0, 255), (0, 255, 255)]
+    red, green, blue, pink, cyan = [(Image.new("RGB", (8, 8), colour), "") for colour in colours]
+    sheet = grouped_sheet([[red, green], [blue, pink, cyan, red, red, red]], columns=3, tile=100)
+    places = []
+    for colour in colours:
+        ys, xs = np.nonzero((values(sheet) == colour).all(axis=2))
+        places.append(
+            (round(ys.mean() / (sheet.height / 2) - 0.5), round(xs.mean() / (sheet.width / 3) - 0.5))
+        )
+        assert len(ys) == 10_000
+    assert places == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+    with pytest.raises(ValueError, match="at least one"):
+        grouped_sheet([])
 
 
 def test_plots_of_nothing_are_drawn():

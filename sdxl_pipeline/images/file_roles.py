@@ -1,0 +1,107 @@
+"""What each file of a folder is by its name: a picture, the caption file of one, or something that is left out, and why."""
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_PICTURE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"}
+)
+_OTHER_PICTURE_SUFFIXES = frozenset(
+    {
+        ".heic",
+        ".heif",
+        ".avif",
+        ".jxl",
+        ".jp2",
+        ".psd",
+        ".svg",
+        ".exr",
+        ".hdr",
+        ".tga",
+        ".ico",
+        ".ppm",
+        ".pgm",
+    }
+    | {".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"}
+)
+_CAPTION_SUFFIX = ".txt"
+
+
+@dataclass(frozen=True)
+class FileRoles:
+    """The roles of the files of a listing, by their position in it."""
+
+    pictures: list[int]
+    caption_files: dict[int, int]
+    """Caption file of each picture that has one."""
+    companions: frozenset[int]
+    """Caption files that belong to a picture, be it one that is left out."""
+    left_out: dict[int, str]
+    """Why, of every file that is neither a picture nor a companion."""
+
+
+def file_roles(paths: Sequence[str], problems: Sequence[str], table: str | None = None) -> FileRoles:
+    """The roles of the files at `paths`, relative and sorted; `problems` says what is wrong with one as a file.
+
+    A caption file has the name of its picture, but for the extension, whose case does not matter (where both are there, .txt goes
+    before .TXT). The case of the name itself does, since A.jpg and a.jpg may be two pictures. One that differs only in how its
+    accents are encoded (Unicode's normal forms) is the picture's, unless another one fits exactly. Pictures that differ only in
+    their extension share it. `table` is the path of a caption table, which is left out under that name.
+    """
+    pictures: list[int] = []
+    stems: dict[int, str] = {}
+    texts: dict[str, int] = {}
+    left_out: dict[int, str] = {}
+    owners: set[str] = set()  # a caption belongs to its picture even when that picture is left out
+    for position, path in enumerate(paths):
+        stem, suffix = split_suffix(path)
+        is_picture = suffix in _PICTURE_SUFFIXES
+        if is_picture or suffix in _OTHER_PICTURE_SUFFIXES:
+            owners.add(stem)
+        if problems[position]:
+            left_out[position] = problems[position]
+        elif path[0] == "." or "/." in path:
+            left_out[position] = "hidden file"
+        elif is_picture:
+            pictures.append(position)
+            stems[position] = stem
+        elif suffix == _CAPTION_SUFFIX:
+            if stem in texts:
+                left_out[texts[stem]] = "caption without picture"
+            texts[stem] = position
+        elif path == table:
+            left_out[position] = "caption table"
+        elif suffix in _OTHER_PICTURE_SUFFIXES:
+            left_out[position] = f"picture format {suffix} is not supported"
+        else:
+            left_out[position] = "not an image"
+    accented = {_composed(stem): position for stem, position in texts.items() if not stem.isascii()}
+
+    def caption_of(stem: str) -> int | None:
+        found = texts.get(stem)
+        return accented.get(_composed(stem)) if found is None and accented and not stem.isascii() else found
+
+    companions = frozenset(found for stem in owners if (found := caption_of(stem)) is not None)
+    orphans = {stem: position for stem, position in texts.items() if position not in companions}
+    if orphans:
+        folded = {stem.casefold() for stem in owners}
+        for stem, position in orphans.items():
+            hint = "; a picture's name differs in case only" if stem.casefold() in folded else ""
+            left_out[position] = "caption without picture" + hint
+    caption_files = {
+        position: found for position in pictures if (found := caption_of(stems[position])) is not None
+    }
+    return FileRoles(pictures, caption_files, companions, left_out)
+
+
+def split_suffix(path: str) -> tuple[str, str]:
+    """The path without its extension, and the extension in lower case with its dot; as os.path.splitext, in half its time."""
+    dot = path.rfind(".")
+    if dot <= path.rfind("/") + 1:  # none, or one that only hides the file
+        return path, ""
+    return path[:dot], path[dot:].lower()
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)

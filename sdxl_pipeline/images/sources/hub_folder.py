@@ -1,0 +1,133 @@
+"""A dataset repository that is a folder of pictures, with a table of metadata or text files beside them."""
+
+import csv
+import io
+import json
+import posixpath
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+from sdxl_pipeline.images.captions import captions_in
+from sdxl_pipeline.images.sources.fetched import SourceError
+from sdxl_pipeline.images.sources.hub_captions import caption_columns, captions_of_row
+from sdxl_pipeline.images.sources.hub_files import Content, HubRepository
+from sdxl_pipeline.images.sources.hub_splits import PICTURE_SUFFIXES
+from sdxl_pipeline.images.sources.names import why_not_local
+from sdxl_pipeline.images.text_files import OK, decode_text
+from sdxl_pipeline.project.datasets import ImageDataset
+
+_METADATA: Final = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_NAME_COLUMN: Final = "file_name"
+
+
+def needed(repository: HubRepository, files: Iterable[str]) -> list[str]:
+    """What of the repository a split of these files is made of: its pictures, the text files beside, the tables of metadata above."""
+    files = list(files)
+    pictures = [path for path in files if is_picture(path)]
+    stems = {posixpath.splitext(path)[0] for path in pictures}
+    texts = [
+        path
+        for path in files
+        if PurePosixPath(path).suffix.lower() == ".txt" and posixpath.splitext(path)[0] in stems
+    ]
+    folders = {str(folder) for path in pictures for folder in PurePosixPath(path).parents}
+    tables = [
+        path
+        for path in repository.files
+        if posixpath.basename(path) in _METADATA and (posixpath.dirname(path) or ".") in folders
+    ]
+    return sorted({*pictures, *texts, *tables})
+
+
+def is_picture(path: str) -> bool:
+    """Whether a file is a picture by its name."""
+    return PurePosixPath(path).suffix.lower() in PICTURE_SUFFIXES
+
+
+def build(dataset: ImageDataset, local: Mapping[str, Path], folder: Path) -> Content:
+    """Lay links to the files at `local`, by their path in the repository, into `folder`, and read their captions. Raises SourceError."""
+    failed: dict[str, str] = {}
+    placed: list[str] = []
+    for path, cached in local.items():
+        if posixpath.basename(path) in _METADATA:
+            continue
+        if reason := why_not_local(path):
+            failed[path] = f"cannot be a file here: {reason}"
+            continue
+        link = folder / path
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(cached)
+        placed.append(path)
+    pictures = [path for path in placed if is_picture(path)]
+    captions = _captions(dataset, local, pictures) if dataset.caption_strategy == "huggingface" else None
+    return Content(len(pictures), captions, failed)
+
+
+def _captions(
+    dataset: ImageDataset, local: Mapping[str, Path], pictures: list[str]
+) -> dict[str, tuple[str, ...]]:
+    tables = [path for path in local if posixpath.basename(path) in _METADATA]
+    if not tables:
+        return _captions_beside(dataset, local, pictures)
+    captions: dict[str, tuple[str, ...]] = {}
+    for table in tables:
+        rows = list(_rows(dataset, table, local[table]))
+        known = list(dict.fromkeys(column for row in rows for column in row if column))
+        if _NAME_COLUMN not in known:
+            raise SourceError(
+                f"dataset {dataset.id!r} in multidatabackend.json: {table} of {dataset.dataset_name} has no column {_NAME_COLUMN}, so "
+                f"its rows belong to no picture; it has {', '.join(known) or 'none'}. Write another caption_strategy, or another dataset."
+            )
+        columns = caption_columns(dataset, known, table)
+        for row in rows:
+            path = posixpath.normpath(posixpath.join(posixpath.dirname(table), str(row.get(_NAME_COLUMN))))
+            texts = captions_of_row(row, columns)
+            if texts:
+                captions[path] = tuple(dict.fromkeys((*captions.get(path, ()), *texts)))
+    return captions
+
+
+def _captions_beside(
+    dataset: ImageDataset, local: Mapping[str, Path], pictures: list[str]
+) -> dict[str, tuple[str, ...]]:
+    captions: dict[str, tuple[str, ...]] = {}
+    texts = {posixpath.splitext(path)[0]: path for path in local if path.lower().endswith(".txt")}
+    for path in pictures:
+        beside = texts.get(posixpath.splitext(path)[0])
+        text, status = decode_text(local[beside].read_bytes()) if beside else ("", "")
+        if status == OK:
+            captions[path] = tuple(filter(None, captions_in(text, dataset.disable_multiline_split)))
+    if not texts:
+        raise SourceError(
+            f"dataset {dataset.id!r} in multidatabackend.json: {dataset.dataset_name} has neither {', '.join(_METADATA)} nor text files "
+            'beside its pictures, so there are no captions. Write "caption_strategy": "filename" or "instanceprompt".'
+        )
+    return captions
+
+
+def _rows(dataset: ImageDataset, table: str, path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if table.endswith(".parquet"):
+            yield from pq.read_table(path).to_pylist()
+            return
+        text, status = decode_text(path.read_bytes())
+        if status != OK:
+            raise ValueError("it is neither UTF-8 nor UTF-16 with a byte order mark")
+        if table.endswith(".csv"):
+            yield from csv.DictReader(io.StringIO(text, newline=""))
+        else:
+            for number, line in enumerate(text.split("\n"), start=1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError(f"line {number} is no object")
+                    yield row
+    except (ValueError, csv.Error, pa.ArrowException) as error:
+        raise SourceError(
+            f"dataset {dataset.id!r} in multidatabackend.json: {table} of {dataset.dataset_name} cannot be read: {error}. "
+            'Write "caption_strategy": "filename" or "instanceprompt", or another revision.'
+        ) from error

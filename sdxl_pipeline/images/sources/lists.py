@@ -1,0 +1,154 @@
+"""Pictures from a list of addresses with captions: a CSV file."""
+
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+from urllib.parse import unquote, urlsplit
+
+from sdxl_pipeline.images.sources.addresses import protocol_of
+from sdxl_pipeline.images.sources.buckets import fetch_remote, open_file
+from sdxl_pipeline.images.sources.fetched import Fetched, SourceError
+from sdxl_pipeline.images.sources.names import name_of_address, picture_suffix
+from sdxl_pipeline.images.sources.transfer import Depot, Progress, fetch_all
+from sdxl_pipeline.images.sources.web import download
+from sdxl_pipeline.images.text_files import OK, decode_text
+from sdxl_pipeline.project.credentials import without_credentials
+from sdxl_pipeline.project.datasets import ImageDataset
+from sdxl_pipeline.store.files import sha256_file
+
+_DELIMITERS: Final = ",;\t|"
+_LONGEST_FIELD: Final = 1 << 24
+
+
+def fetch_list(dataset: ImageDataset, folder: Path, on_progress: Progress | None) -> Fetched:
+    """Bring the pictures at the list's addresses into `folder`/files; paths, seen from the list's folder, become links to the files.
+
+    What has come once is not asked for again, and what has left the list goes. Raises SourceError when the list cannot be read or
+    lacks a column.
+    """
+    captions_of, revision = read_list(dataset)
+    with Depot(folder).opened() as depot:
+        known = {str(stamp): name for name, stamp in depot.stamps.items() if depot.holds(name, stamp)}
+        names, lost, jobs = {}, {}, {}
+        for address in captions_of:
+            if protocol_of(address) in ("", "file"):
+                if (path := local_file(dataset, address)) is not None:
+                    names[address] = name_of_address(address, _suffix_of(path.as_uri()))
+                    depot.link(path, names[address])
+                else:
+                    lost[address] = "there is no such file"
+                continue
+            identity = name_of_address(address, "")  # the ledger holds no address, which may be a signed one
+            if identity in known:
+                names[address] = known[identity]
+            else:
+                jobs[address] = _job(dataset, depot, address, identity, names)
+        received, not_had = fetch_all(jobs, on_progress, len(captions_of) - len(jobs), len(captions_of))
+        depot.keep_only(set(names.values()))
+    lost |= {address: f"download failed: {reason}" for address, reason in not_had.items()}
+    return Fetched(
+        depot.files,
+        captions={
+            names[address]: texts for address, texts in captions_of.items() if address in names and texts
+        },
+        revision=revision,
+        files=len(captions_of),
+        downloaded=len(jobs) - len(not_had),
+        downloaded_bytes=received,
+        failed=tuple(sorted((without_credentials(address), reason) for address, reason in lost.items())),
+    )
+
+
+def read_list(dataset: ImageDataset) -> tuple[dict[str, tuple[str, ...]], str]:
+    """The captions of each address, in the list's order, and the list's SHA-256. Rows of one address are captions of one picture.
+
+    The list has a header, is UTF-8 or UTF-16 with a byte order mark, and parts its columns by comma, semicolon, tab or bar.
+    """
+    path = dataset.csv_file
+    if path is None:
+        raise AssertionError("a dataset of type csv without list passes no check of the settings")
+    where = f"dataset {dataset.id!r} in multidatabackend.json: csv_file {str(path)!r}"
+    try:
+        text, status = decode_text(path.read_bytes())
+        revision = sha256_file(path)
+    except FileNotFoundError as error:
+        raise SourceError(f"{where} does not exist. Write the path of the list.") from error
+    except OSError as error:
+        raise SourceError(
+            f"{where} cannot be read: {error.strerror}. Give this user the right to read it."
+        ) from error
+    if status != OK:
+        raise SourceError(f"{where} is neither UTF-8 nor UTF-16 with a byte order mark. Save it as UTF-8.")
+    csv.field_size_limit(_LONGEST_FIELD)
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=_delimiter(text, dataset.csv_url_column))
+    columns = list(rows.fieldnames or [])
+    wanted = {"csv_url_column": dataset.csv_url_column}
+    if dataset.caption_strategy == "csv":
+        wanted["csv_caption_column"] = dataset.csv_caption_column
+    for key, column in wanted.items():
+        if column not in columns:
+            raise SourceError(
+                f"{where} has no column {column!r}, which {key} names; it has {', '.join(columns) or 'none'}. Write one of them in {key}."
+            )
+    captions: dict[str, dict[str, None]] = {}
+    try:
+        for row in rows:
+            if address := (row[dataset.csv_url_column] or "").strip():
+                caption = (row.get(dataset.csv_caption_column) or "").strip()
+                captions.setdefault(address, {}).update({caption: None} if caption else {})
+    except csv.Error as error:
+        raise SourceError(
+            f"{where} is broken at line {rows.line_num}: {error}. Mend the quotation marks there."
+        ) from error
+    if not captions:
+        raise SourceError(
+            f"{where} names no pictures. Write a row for each, with its address in {dataset.csv_url_column}."
+        )
+    return {address: tuple(texts) for address, texts in captions.items()}, revision
+
+
+def local_file(dataset: ImageDataset, address: str) -> Path | None:
+    """The file of this machine that an address of the list is of, seen from the list's folder; None when there is none."""
+    if dataset.csv_file is None:
+        return None
+    try:
+        path = Path(unquote(urlsplit(address).path) if protocol_of(address) == "file" else address)
+        path = dataset.csv_file.parent / path.expanduser()
+        return path.absolute() if path.is_file() else None
+    except (OSError, ValueError, RuntimeError):  # too long, no valid URL, the home of a user who is not there
+        return None
+
+
+def _delimiter(text: str, url_column: str) -> str:
+    """What parts the header's columns: the first mark that makes the address column one of them, else a comma."""
+    header = text.lstrip("\n").split("\n", 1)[0]
+    for mark in _DELIMITERS:
+        if url_column in next(csv.reader([header], delimiter=mark), []):
+            return mark
+    return max(_DELIMITERS, key=header.count)
+
+
+def _job(
+    dataset: ImageDataset, depot: Depot, address: str, identity: str, names: dict[str, str]
+) -> Callable[[], int]:
+    def fetch() -> int:
+        with depot.incoming() as temporary:
+            if protocol_of(address) in ("http", "https"):
+                download(address, temporary)
+            else:
+                fetch_remote(dataset, *open_file(dataset, address), temporary)
+            with temporary.open("rb") as file:
+                suffix = picture_suffix(file.read(16)) or _suffix_of(address)
+            name = identity + suffix
+            size = depot.put(temporary, name, identity)
+            names[address] = name
+            return size
+
+    return fetch
+
+
+def _suffix_of(address: str) -> str:
+    suffix = Path(unquote(urlsplit(address).path)).suffix.lower()
+    return suffix if suffix[1:].isalnum() and len(suffix) <= 6 else ""

@@ -1,0 +1,332 @@
+"""Every kind of file that people have in their folders by accident, each with what must become of it."""
+
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from tests.corpus.profiles import ADOBE_GAMMA, ADOBE_RGB, DISPLAY_P3, profile, to_srgb
+from tests.images.photographs import PHOTOGRAPHS, encoded
+
+SIZE = (96, 64)  # width, height
+NEIGHBOURS = ("00 first.png", "zz last.jpg")
+EXIF_ORIENTATION = 0x0112
+TURNS = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+"""How a picture is stored when its orientation shall turn it back."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A correct entry: these pixels upright, in sRGB, and this caption."""
+
+    picture: Image.Image
+    caption: str
+    tolerance: float = 1.5
+    """Mean difference that the format itself makes."""
+    planned: bool = True
+    """Whether the plan that keeps each picture's own aspect has a crop of it."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Files of one kind, and what becomes of each: an entry, or a named reason."""
+
+    name: str
+    write: Callable[[Path], None]
+    outcomes: dict[str, Kept | str]
+
+
+def caption_of(name: str) -> str:
+    """Each file's own caption, so that a wrong pairing is seen."""
+    return f"the picture {zlib.crc32(os.fsencode(name)):08x}"
+
+
+def put(folder: Path, name: str, data: bytes) -> None:
+    """A file and its caption."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    path.with_suffix(".txt").write_text(caption_of(name))
+
+
+@cache
+def photograph(name: str = "astronaut", size: tuple[int, int] = SIZE) -> Image.Image:
+    """A real photograph that is symmetric in no way."""
+    with Image.open(PHOTOGRAPHS / f"{name}.png") as image:
+        return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+
+def write_neighbours(folder: Path) -> dict[str, Kept]:
+    """Two sound pictures, one before and one behind all others, and what becomes of them."""
+    first, last = photograph("chelsea"), photograph("coffee", (64, 96))
+    put(folder, NEIGHBOURS[0], encoded(first, "PNG"))
+    put(folder, NEIGHBOURS[1], encoded(last, "JPEG", quality=95, subsampling=0))
+    return {
+        NEIGHBOURS[0]: Kept(first, caption_of(NEIGHBOURS[0])),
+        NEIGHBOURS[1]: Kept(last, caption_of(NEIGHBOURS[1]), 3),
+    }
+
+
+def sound(
+    name: str, data: bytes, picture: Image.Image | None = None, tolerance: float = 1.5, file: str = ""
+) -> Case:
+    """A file that must come through as `picture`."""
+    file = file or f"{name}.png"
+    outcome = Kept(picture or photograph(), caption_of(file), tolerance)
+    return Case(name, lambda folder: put(folder, file, data), {file: outcome})
+
+
+def broken(name: str, data: bytes, reason: str, file: str = "") -> Case:
+    """A file that must be dropped for `reason`."""
+    file = file or f"{name}.png"
+    return Case(name, lambda folder: put(folder, file, data), {file: reason})
+
+
+def cases() -> list[Case]:
+    """All of them; each writes files of other names."""
+    return [
+        *_cut(),
+        *_contents(),
+        *_pixel_types(),
+        *_colours(),
+        *_turned(),
+        *_extents(),
+        *_names(),
+        *_special_files(),
+    ]
+
+
+def _cut() -> Iterator[Case]:
+    large = photograph(size=(192, 128))
+    files = {
+        "png": encoded(large, "PNG"),
+        "jpg": encoded(large, "JPEG", quality=90),
+        "progressive.jpg": encoded(large, "JPEG", quality=90, progressive=True),
+    }
+    for suffix, data in files.items():
+        for tenth in range(1, 10):
+            end = len(data) * tenth // 10
+            yield broken(f"cut at {tenth}0 % of {suffix}", data[:end], "truncated", f"cut {tenth}.{suffix}")
+    hole = bytearray(files["jpg"])
+    hole[len(hole) // 2 :][:512] = bytes(512)
+    middle = len(hole) // 2
+    hole[middle : middle + 512] = bytes(512)
+    yield broken("a hole in a JPEG", bytes(hole), "damaged picture", "hole.jpg")
+    flipped = bytearray(files["png"])
+    flipped[len(flipped) // 2] ^= 1
+    yield broken("a flipped bit in a PNG", bytes(flipped), "damaged picture", "flipped.png")
+
+
+def _contents() -> Iterator[Case]:
+    picture = photograph()
+    yield sound("a PNG by the name of a JPEG", encoded(picture, "PNG"), file="is png.jpg")
+    yield sound(
+        "a JPEG by the name of a PNG",
+        encoded(picture, "JPEG", quality=95, subsampling=0),
+        tolerance=3,
+        file="is jpeg.png",
+    )
+    yield broken("text by the name of a picture", b"Dear diary,\n", "content is not an image", "diary.png")
+    yield broken("nothing at all", b"", "empty file", "nothing.jpg")
+    yield broken(
+        "a web page", b"<!DOCTYPE html><title>404</title>", "content is not an image", "not found.jpg"
+    )
+    yield broken("only a signature", b"\x89PNG\r\n\x1a\n", "damaged or unsupported picture", "signature.png")
+    yield broken("another format", b"P5 1 1 255 \0", "picture format .pgm is not supported", "portable.pgm")
+    others = [picture.transpose(Image.Transpose.ROTATE_180), Image.new("RGB", SIZE, "red")]
+    gif = encoded(picture, "GIF", save_all=True, append_images=others, duration=100, loop=0)
+    yield sound("an animated GIF", gif, picture.quantize(256).convert("RGB"), 4, "moving.gif")
+    webp = encoded(picture, "WEBP", save_all=True, append_images=others, duration=100, lossless=True)
+    yield sound("an animated WebP", webp, file="moving too.webp")
+
+
+def _pixel_types() -> Iterator[Case]:
+    picture = photograph()
+    grey = picture.convert("L")
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    yield sound("16 bits", encoded(deep, "PNG"), grey.convert("RGB"))
+    yield sound("1 bit", encoded(picture.convert("1"), "PNG"), picture.convert("1").convert("RGB"))
+    alpha = Image.linear_gradient("L").resize(SIZE)
+    see_through = picture.copy()
+    see_through.putalpha(alpha)
+    white = Image.new("RGB", SIZE, "white")
+    yield sound("RGBA", encoded(see_through, "PNG"), Image.composite(picture, white, alpha))
+    grey_alpha = grey.copy()
+    grey_alpha.putalpha(alpha)
+    yield sound("LA", encoded(grey_alpha, "PNG"), Image.composite(grey.convert("RGB"), white, alpha))
+    palette = picture.quantize(255)
+    opaque = np.asarray(palette) != 7
+    keyed = Image.composite(palette.convert("RGB"), white, Image.fromarray(opaque))
+    yield sound("P with transparency", encoded(palette, "PNG", transparency=7), keyed)
+
+
+def _colours() -> Iterator[Case]:
+    picture = photograph()
+    inks = picture.convert("CMYK")
+    yield sound("CMYK", encoded(inks, "JPEG", quality=95, subsampling=0), tolerance=4, file="CMYK.jpg")
+    # TurboJPEG stores inks as YCCK; Adobe's marker says that they are inverted
+    inverted = np.ascontiguousarray(255 - np.asarray(inks))
+    ycck = simplejpeg.encode_jpeg(inverted, quality=95, colorspace="CMYK", colorsubsampling="444")
+    yield sound("YCCK", ycck, tolerance=4, file="YCCK.jpg")
+    pixels = np.asarray(picture)
+    for name, primaries, gamma in (("Display P3", DISPLAY_P3, None), ("Adobe RGB", ADOBE_RGB, ADOBE_GAMMA)):
+        expected = Image.fromarray(to_srgb(pixels, primaries, gamma))
+        yield sound(name, encoded(picture, "PNG", icc_profile=profile(primaries, gamma)), expected)
+    jpeg = encoded(picture, "JPEG", quality=95, subsampling=0, icc_profile=profile(DISPLAY_P3))
+    yield sound("Display P3 in a JPEG", jpeg, Image.fromarray(to_srgb(pixels, DISPLAY_P3)), 3, "P3.jpg")
+
+
+def _turned() -> Iterator[Case]:
+    picture = photograph()
+    for orientation, turn in TURNS.items():
+        exif = Image.Exif()
+        exif[EXIF_ORIENTATION] = orientation
+        stored = picture if turn is None else picture.transpose(turn)
+        data = encoded(stored, "JPEG", quality=95, subsampling=0, exif=exif)
+        yield sound(f"EXIF orientation {orientation}", data, tolerance=3, file=f"turned {orientation}.jpg")
+
+
+def _extents() -> Iterator[Case]:
+    colours = np.linspace(0, 255, 20_000).astype(np.uint8)
+    line = np.stack([colours, colours[::-1], np.full(20_000, 90, np.uint8)], axis=1)
+    for name, shape in (("20000 x 1", line[None]), ("1 x 20000", line[:, None])):
+        picture, file = Image.fromarray(shape), f"{name}.png"
+        outcome = Kept(picture, caption_of(file), planned=False)
+        yield Case(name, partial(put, name=file, data=encoded(picture, "PNG")), {file: outcome})
+    yield sound(
+        "one pixel", encoded(Image.new("RGB", (1, 1), "teal"), "PNG"), Image.new("RGB", (1, 1), "teal")
+    )
+    yield broken(
+        "a bomb",
+        bomb(40_000, 40_000),
+        "40000x40000 pixels are more than 178 million pixels, too large to decode safely (a decompression bomb?)",
+        "bomb.png",
+    )
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A sound black PNG of 1 bit per pixel, of few bytes."""
+    packer = zlib.compressobj(9)
+    row = bytes(1 + (width + 7) // 8)
+    pixels = b"".join([packer.compress(row * 100) for _ in range(height // 100)] + [packer.flush()])
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+
+
+def _names() -> Iterator[Case]:
+    names = {
+        "spaces": "  two  spaces .png",
+        "a newline": "first line\nsecond line.png",
+        "emoji": "🦊 in the ❄️.png",
+        "right to left": "תמונה של חתול.png",
+        "right to left and back": "صورة cat قطة.png",
+        "quotes": 'it\'s "quoted" & <b>bold</b> | $HOME; `ls`.png',
+        "a percent sign and backslashes": "100%\\n C:\\x.png",
+        "over 200 bytes": "é" * 110 + ".png",
+        "the longest there can be": "x" * 251 + ".png",
+        "several dots": "a.b..c.png.png",
+        "an upper-case extension": "SHOUTED.PNG",
+        "a deep folder": "/".join(f"folder {number}" for number in range(20)) + "/deep.png",
+    }
+    for number, (name, file) in enumerate(names.items()):
+        picture = photograph().rotate(10 * number)
+        yield sound(f"a name with {name}", encoded(picture, "PNG"), picture, file=file)
+    one, other = photograph(), photograph().transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+
+    def write_cases(folder: Path) -> None:
+        put(folder, "case.png", encoded(one, "PNG"))
+        put(folder, "CASE.png", encoded(other, "PNG"))
+
+    yield Case(
+        "names that differ in case only",
+        write_cases,
+        {"case.png": Kept(one, caption_of("case.png")), "CASE.png": Kept(other, caption_of("CASE.png"))},
+    )
+
+    def write_twins(folder: Path) -> None:
+        put(folder, "twin.png", encoded(one, "PNG"))
+        (folder / "twin.jpg").write_bytes(encoded(other, "JPEG", quality=95, subsampling=0))
+
+    yield Case(
+        "a.png beside a.jpg share their caption",
+        write_twins,
+        {"twin.png": Kept(one, caption_of("twin.png")), "twin.jpg": Kept(other, caption_of("twin.png"), 3)},
+    )
+
+
+def _special_files() -> Iterator[Case]:
+    picture = photograph().rotate(5)
+
+    def write_links(folder: Path) -> None:
+        target = folder.parent / f"{folder.name} elsewhere"
+        target.mkdir(exist_ok=True)
+        put(target, "linked to.png", encoded(picture, "PNG"))
+        (folder / "link.png").symlink_to(target / "linked to.png")
+        (folder / "link.txt").symlink_to(target / "linked to.txt")
+        (folder / "lost.png").symlink_to(target / "not there.png")
+        (folder / "itself.png").symlink_to(folder / "itself.png")
+        (folder / "around").symlink_to(folder)
+        (folder / "there.png").symlink_to(folder / "and back.png")
+        (folder / "and back.png").symlink_to(folder / "there.png")
+
+    links: dict[str, Kept | str] = dict.fromkeys(
+        ("lost.png", "itself.png", "there.png", "and back.png"), "broken link"
+    )
+    yield Case("links", write_links, links | {"link.png": Kept(picture, caption_of("linked to.png"))})
+
+    def write_pipe(folder: Path) -> None:
+        os.mkfifo(folder / "pipe.png")
+        os.mkfifo(folder / "pipe.txt")
+
+    yield Case("pipes", write_pipe, {"pipe.png": "not a regular file", "pipe.txt": "not a regular file"})
+
+    def write_folder(folder: Path) -> None:
+        (folder / "folder.png").mkdir()
+        put(folder / "folder.png", "inside.png", encoded(picture.rotate(5), "PNG"))
+
+    yield Case(
+        "a folder by the name of a picture",
+        write_folder,
+        {"folder.png/inside.png": Kept(picture.rotate(5), caption_of("inside.png"))},
+    )
+
+    def write_bytes_name(folder: Path) -> None:
+        with open(os.fsencode(folder) + b"/caf\xe9.png", "wb") as file:  # noqa: PTH123 - a name that is no UTF-8
+            file.write(encoded(picture, "PNG"))
+
+    yield Case("a name that is not UTF-8", write_bytes_name, {"caf\\xe9.png": "file name is not UTF-8"})
+
+    def write_hidden(folder: Path) -> None:
+        (folder / "._twin of a Mac.png").write_bytes(b"\0\5\x16\7")
+        (folder / "Thumbs.db").write_bytes(b"\xd0\xcf")
+        (folder / "alone.txt").write_text("whose am I?")
+
+    yield Case(
+        "what systems leave behind",
+        write_hidden,
+        {
+            "._twin of a Mac.png": "hidden file",
+            "Thumbs.db": "not an image",
+            "alone.txt": "caption without picture",
+        },
+    )

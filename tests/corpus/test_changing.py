@@ -1,0 +1,271 @@
+"""Files that change, go and come while they are read: the entry is of one state of the file, or there is a reason."""
+
+import hashlib
+import io
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from sdxl_pipeline.encoding.keys import latent_keys
+from sdxl_pipeline.images.crops import plan_crops
+from sdxl_pipeline.images.looks import look_at
+from sdxl_pipeline.images.pixels import load_crop
+from sdxl_pipeline.images.scan import DatasetFolderError, scan_dataset
+from sdxl_pipeline.protocol.program import StageError, StopSignal
+from sdxl_pipeline.protocol.reporter import Reporter
+from sdxl_pipeline.sdxl.components import load_vae
+from sdxl_pipeline.sdxl.latents import encode_moments, pixels_from_crops
+from sdxl_pipeline.stages import encode_latents
+from sdxl_pipeline.store.tensor_store import TensorStore
+from tests.corpus.cases import NEIGHBOURS, photograph, put, write_neighbours
+from tests.corpus.pipeline import check_frame, dataset_of, encode, scan, spec_of
+from tests.images.photographs import encoded
+
+MOVING = "moving.png"
+STATES = [
+    encoded(photograph(), "PNG"),
+    encoded(photograph("coins", (128, 64)), "PNG"),
+    encoded(photograph("moon", (64, 128)).transpose(Image.Transpose.ROTATE_90), "PNG"),
+]
+CHANGED = "changed since the dataset was scanned; materialize the dataset again"
+
+
+def replaced(path: Path, data: bytes) -> None:
+    """As careful programs write: beside, and renamed."""
+    beside = path.with_suffix(".new")
+    beside.write_bytes(data)
+    beside.replace(path)
+
+
+def overwritten(path: Path, data: bytes) -> None:
+    """As most programs write: in place, in pieces."""
+    with path.open("wb", buffering=0) as file:
+        for start in range(0, len(data), 2000):
+            file.write(data[start : start + 2000])
+
+
+@contextmanager
+def rewriting(path: Path, write: Callable[[Path, bytes], None]) -> Iterator[None]:
+    """The file goes from one state to the next all the time."""
+    stop = threading.Event()
+
+    def run() -> None:
+        number = 0
+        while not stop.wait(0.0005):
+            number += 1
+            write(path, STATES[number % len(STATES)])
+
+    writer = threading.Thread(target=run)
+    writer.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        writer.join()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    write_neighbours(tmp_path / "data")
+    put(tmp_path / "data", MOVING, STATES[0])
+    return tmp_path / "data"
+
+
+def plan(folder: Path, frame: pd.DataFrame) -> pd.DataFrame:
+    rows, _ = plan_crops(dataset_of(folder), frame, 0, 0.0, False)
+    return rows
+
+
+@pytest.mark.parametrize("write", [replaced, overwritten])
+def test_a_file_that_changes_during_the_scan_is_taken_in_one_state_or_named(data, write):
+    sizes = {hashlib.sha256(state).hexdigest(): Image.open(io.BytesIO(state)).size for state in STATES}
+    seen = set()
+    with rewriting(data / MOVING, write):
+        for _ in range(30):
+            frame = scan_dataset(dataset_of(data), data).set_index("path")
+            assert set(frame.loc[list(NEIGHBOURS), "status"]) == {"kept"}
+            if MOVING not in frame.index:  # the folder was listed while there was none
+                continue
+            row = frame.loc[MOVING]
+            seen.add(row["status"])
+            if row["status"] == "kept":
+                assert (row["width"], row["height"]) == sizes[row["key"]]
+                assert row["size"] in map(len, STATES)
+            else:
+                assert row["reason"] in {
+                    "changed while it was read", "vanished during the scan", "truncated", "empty file",
+                    "damaged or unsupported picture",
+                }  # fmt: skip
+    assert "kept" in seen or write is overwritten
+
+
+def test_a_file_that_changes_between_scan_and_encoding_is_named_and_nothing_is_kept_under_its_old_key(
+    data, tmp_path
+):
+    rows = plan(data, scan(data))
+    replaced(data / MOVING, STATES[1])
+    spec = spec_of(tmp_path, data, rows)
+    cache = encode(spec)
+    assert [(item.name, item.reason) for item in cache.failed] == [(MOVING, CHANGED)]
+    assert (cache.planned, cache.encoded) == (3, 2)
+    keys = dict(
+        zip(rows["path"], latent_keys(rows, spec.base_model.vae_digest, spec.hardware.vae_dtype), strict=True)
+    )
+    store = TensorStore(spec.store_root)
+    assert [keys[path] in store for path in (*NEIGHBOURS, MOVING)] == [True, True, False]
+    rows = plan(data, scan(data))
+    cache = encode(spec_of(tmp_path, data, rows))
+    assert (cache.failed, cache.encoded, cache.reused) == ((), 1, 2)
+
+
+@pytest.mark.parametrize("write", [replaced, overwritten])
+def test_latents_are_of_the_state_their_key_says_however_the_file_changes_meanwhile(data, tmp_path, write):
+    """Every state of the file is planned; each encoding gets the one it happens to meet."""
+    frame = scan(data)
+    plans = []
+    for state in STATES:
+        (data / MOVING).write_bytes(state)
+        plans.append(plan(data, scan(data)).query("path == @MOVING").iloc[0])
+    rows = plan(data, frame)
+    neighbours = rows[rows["path"] != MOVING]
+    for attempt in range(4):
+        planned = pd.concat([neighbours, plans[attempt % 3].to_frame().T.astype(rows.dtypes.to_dict())])
+        spec = spec_of(tmp_path, data, planned)
+        with rewriting(data / MOVING, write):
+            cache = encode(spec)
+        assert {item.name for item in cache.failed} <= {MOVING}
+    everything = pd.DataFrame(plans).astype(rows.dtypes.to_dict())
+    vae, store = load_vae(spec.base_model, torch.float32), TensorStore(spec.store_root)
+    keys = latent_keys(everything, spec.base_model.vae_digest, spec.hardware.vae_dtype)
+    for state, row, key in zip(STATES, everything.itertuples(index=False), keys, strict=True):
+        if key in store:
+            mean, _ = encode_moments(vae, pixels_from_crops([load_crop(state, row)]))
+            assert (store.read(key)["mean"] - mean[0]).abs().max() < 1e-3
+
+
+def test_a_folder_that_is_gone_when_it_is_encoded_is_one_sentence(data, tmp_path):
+    spec = spec_of(tmp_path, data, plan(data, scan(data)))
+    data.rename(tmp_path / "away")
+    with pytest.raises(StageError, match="does not exist; it was there when the dataset was scanned") as told:
+        encode(spec)
+    assert str(data) in str(told.value)
+    assert not Path(spec.entries_path).exists()
+    (tmp_path / "away").rename(data)
+    assert encode(spec).encoded == 3
+
+
+def test_a_part_of_the_folder_that_is_gone_is_named_file_by_file(data, tmp_path):
+    for number in range(3):
+        put(data, f"part/{number}.png", encoded(photograph().rotate(number + 1), "PNG"))
+    rows = plan(data, scan(data))
+    shutil.rmtree(data / "part")
+    cache = encode(spec_of(tmp_path, data, rows))
+    assert sorted(item.name for item in cache.failed) == [f"part/{number}.png" for number in range(3)]
+    assert {item.reason for item in cache.failed} == {"cannot be read: No such file or directory"}
+    assert cache.encoded == 3
+
+
+def test_a_folder_that_goes_while_it_is_encoded_keeps_what_was_done(data, tmp_path):
+    for number in range(20):
+        put(data, f"{number}.png", encoded(photograph().rotate(number + 1), "PNG"))
+    spec = spec_of(tmp_path, data, plan(data, scan(data)))
+
+    class GoingAway(Reporter):
+        def progress(self, task: str, done: int, total: int, unit: str = "") -> None:
+            if data.exists():
+                data.rename(tmp_path / "away")
+
+    with pytest.raises(StageError, match="does not exist"):
+        encode_latents.main(spec, GoingAway(), StopSignal())
+    kept = len(TensorStore(spec.store_root))
+    assert 4 <= kept < 23
+    (tmp_path / "away").rename(data)
+    cache = encode(spec)
+    assert (cache.encoded, cache.reused, cache.failed) == (23 - kept, kept, ())
+
+
+def test_a_folder_that_goes_while_it_is_scanned_or_looked_at_leaves_a_reason_for_each_file(data, tmp_path):
+    for number in range(40):
+        put(data, f"{number}.png", encoded(photograph().rotate(number + 1), "PNG"))
+    away = tmp_path / "away"
+
+    def go(done: int, total: int) -> None:
+        if data.exists():
+            data.rename(away)
+
+    frame = scan_dataset(dataset_of(data), data, on_progress=go)
+    pictures = frame[frame["path"].str.endswith((".png", ".jpg"))]
+    assert len(pictures) == 43
+    assert set(pictures["status"]) <= {"kept", "dropped"}
+    assert set(pictures.loc[pictures["status"] == "dropped", "reason"]) <= {
+        "vanished during the scan", "caption file cannot be read", "no caption file",
+    }  # fmt: skip
+    with pytest.raises(DatasetFolderError, match="does not exist"):
+        scan_dataset(dataset_of(data), data)
+    away.rename(data)
+    frame = scan_dataset(dataset_of(data), data)
+    looked = look_at(data, frame, tmp_path / "looks.parquet", go)
+    dropped = looked[looked["status"] == "dropped"]
+    assert set(dropped["reason"]) <= {"cannot be read: No such file or directory"}
+    away.rename(data)
+    looked = look_at(data, frame, tmp_path / "looks.parquet")
+    assert (looked["status"] == "kept").all(), "nothing of it was remembered"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process of another user")
+def test_files_that_may_not_be_read_are_named():
+    """Root may read everything, so another user scans."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "data"
+        outcomes = dict(write_neighbours(folder))
+        put(folder, "secret.png", STATES[0])
+        put(folder, "silent.png", STATES[1])
+        put(folder, "closed/inside.png", STATES[2])
+        (folder / "secret.png").chmod(0)
+        (folder / "silent.txt").chmod(0)
+        (folder / "closed").chmod(0)
+        Path(name).chmod(0o755)
+        try:
+            frame = as_nobody(lambda: scan_dataset(dataset_of(folder), folder))
+        finally:
+            (folder / "closed").chmod(0o755)
+    check_frame(
+        frame,
+        outcomes
+        | {
+            "secret.png": "cannot be read: Permission denied",
+            "silent.png": "caption file cannot be read",
+            "closed/": "folder cannot be read: Permission denied",
+        },
+    )
+
+
+def as_nobody(work: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """What `work` gives when a user without rights does it; as whoever runs the tests, unless that is root."""
+    if os.geteuid() != 0:
+        return work()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgid(65534)
+            os.setuid(65534)
+            with os.fdopen(writing, "w") as pipe:
+                pipe.write(work().to_json())
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        told = pipe.read()
+    assert os.waitpid(child, 0)[1] == 0
+    return pd.read_json(io.StringIO(told), dtype=False)
