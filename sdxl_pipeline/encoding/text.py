@@ -1,123 +1,142 @@
-"""The captions of a dataset, and the prompts that will be drawn, through both text encoders into the text store."""
+"""Captions and prompts through both text encoders into the text store."""
 
-import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from time import perf_counter
 
-import pandas as pd
+from torch import Tensor
 
-from sdxl_pipeline.encoding.keys import EMPTY_PROMPT, Row
+from sdxl_pipeline.encoding.batches import own_share
+from sdxl_pipeline.encoding.devices import Computed, load_encoders
 from sdxl_pipeline.protocol.program import StageError, StopSignal
 from sdxl_pipeline.protocol.reporter import Reporter
-from sdxl_pipeline.protocol.specs import EncodeTextSpec, TextEmbedCache
-from sdxl_pipeline.sdxl.components import load_text_encoders, load_tokenizers
-from sdxl_pipeline.sdxl.model_files import BaseModelError
-from sdxl_pipeline.sdxl.precision import dtype_from_name
-from sdxl_pipeline.sdxl.text_encoding import encode_prompts, max_tokens, token_counts
-from sdxl_pipeline.store.digest import digest_json
-from sdxl_pipeline.store.files import atomic_path
-from sdxl_pipeline.store.tensor_store import TensorStore
+from sdxl_pipeline.protocol.specs import EncodeTextSpec, StageModel
+from sdxl_pipeline.sdxl.components import load_tokenizers
+from sdxl_pipeline.sdxl.prompt_tokens import PromptReader, Tokens
+from sdxl_pipeline.sdxl.text_encoding import encode_tokens
+from sdxl_pipeline.store.tensor_store import StoreError, StoreWriter, TensorStore
+
+_COUNTED_AT_A_TIME = 4096
+
+Text = tuple[str, str]
+"""A key of the store, and the caption or prompt that belongs there."""
 
 
-def encode_captions(
+class EncodedTexts(StageModel):
+    """What one process did."""
+
+    encoded: int
+    seconds: float
+    """From the first caption to the last entry, loading of the encoders apart."""
+    tokens: tuple[int, ...]
+    """Of each caption of its batches (`own_texts`), as `token_counts` gives them."""
+
+
+def encode_share(
     spec: EncodeTextSpec,
-    rows: list[Row],
-    keys: dict[str, str],
-    identity: str,
-    reporter: Reporter,
-    stop: StopSignal,
-) -> TextEmbedCache:
-    """Embed the captions that the store lacks, and list where each one's embeddings are.
-
-    `keys` gives the store key of every caption and prompt. Raises StageError when the encoders cannot be had, or overflow.
-    """
-    started = time.monotonic()
-    captions = list(keys)
-    store = TensorStore(spec.store_root)
-    missing = set(store.missing(keys.values()))
-    to_encode = [caption for caption in captions if keys[caption] in missing]
-    reporter.log(
-        f"{len(captions)} captions: {len(to_encode)} to encode, {len(captions) - len(to_encode)} cached."
-    )
-
-    encoding_seconds = _encode(spec, to_encode, keys, store, reporter, stop) if to_encode else 0.0
-
-    _write_table(
-        Path(spec.entries_path),
-        ["path", "key", "caption", "embed_key"],
-        [(row.path, row.key, row.caption, keys[row.caption]) for row in rows],
-    )
-    prompts = list(dict.fromkeys((EMPTY_PROMPT, *spec.extra_prompts)))
-    _write_table(
-        Path(spec.prompts_path), ["prompt", "embed_key"], [(prompt, keys[prompt]) for prompt in prompts]
-    )
-    return TextEmbedCache(
-        identity=identity,
-        store_root=spec.store_root,
-        entries_path=spec.entries_path,
-        prompts_path=spec.prompts_path,
-        digest=digest_json([[row.key, keys[row.caption]] for row in rows]),
-        captions=len(captions),
-        encoded=len(to_encode),
-        reused=len(captions) - len(to_encode),
-        truncated=_truncated(spec, captions),
-        seconds=time.monotonic() - started,
-        captions_per_second=len(to_encode) / encoding_seconds if to_encode else None,
-        bytes=store.entry_nbytes(keys.values()),
-    )
-
-
-def _encode(
-    spec: EncodeTextSpec,
-    captions: list[str],
-    keys: dict[str, str],
+    texts: Sequence[Text],
+    rank: int,
+    processes: int,
     store: TensorStore,
     reporter: Reporter,
     stop: StopSignal,
-) -> float:
-    """Embed captions into the store and give the seconds it took, loading apart. What is finished when a stop comes is kept."""
+) -> EncodedTexts:
+    """Encode this process's share of some (key, caption) into the store, in batches that are the same for any number of processes.
+
+    Raises StageError when the encoders cannot be had, give what is not finite, or the store's disk is full. What was encoded before
+    any end is kept.
+    """
+    own = own_texts(spec, texts, rank, processes)
+    total = sum(map(len, own))
+    if not own:
+        return EncodedTexts(encoded=0, seconds=0.0, tokens=())
+    encoders = load_encoders(spec.base_model, spec.hardware)
+    reader = PromptReader(encoders, spec.windows)
+    device = encoders.text_encoder.device
+    started, taken = perf_counter(), 0
+    tokens: list[int] = []
     try:
-        encoders = load_text_encoders(spec.base_model, dtype_from_name(spec.hardware.text_dtype)).to(
-            spec.hardware.device
-        )
-    except BaseModelError as error:
+        with (
+            store.writer(spec.shard_rows) as writer,
+            ThreadPoolExecutor(1, thread_name_prefix="store") as storing,
+        ):
+            # The last batch is copied back and stored while the encoders have the next one.
+            last: Future[None] | None = None
+            for batch, ids, counts in _read_ahead(own, reader):
+                stop.raise_if_requested()
+                embeds = Computed(device, partial(encode_tokens, encoders, *ids))
+                if last is not None:
+                    last.result()
+                    reporter.progress("encode text", taken, total, "captions")
+                last = storing.submit(_store, writer, batch, embeds, spec.hardware.text_dtype)
+                taken += len(batch)
+                tokens += counts
+            if last is not None:
+                last.result()
+    except StoreError as error:
         raise StageError(str(error)) from error
-    started = time.monotonic()
-    batch_size = spec.hardware.text_encoder_batch_size
-    with store.writer(spec.shard_rows) as writer:
-        for start in range(0, len(captions), batch_size):
-            stop.raise_if_requested()
-            batch = captions[start : start + batch_size]
-            prompt_embeds, pooled_prompt_embeds = (embeds.cpu() for embeds in encode_prompts(encoders, batch))
-            finite = (
-                prompt_embeds.isfinite().flatten(1).all(1) & pooled_prompt_embeds.isfinite().all(1)
-            ).tolist()
-            for index, caption in enumerate(batch):
-                if not finite[index]:
-                    raise StageError(
-                        f"the text encoders gave NaN or infinite embeddings in {spec.hardware.text_dtype} for the caption {caption!r}. "
-                        "Set mixed_precision to bf16 or no."
-                    )
-                writer.add(
-                    keys[caption],
-                    {
-                        "prompt_embeds": prompt_embeds[index],
-                        "pooled_prompt_embeds": pooled_prompt_embeds[index],
-                    },
-                )
-            reporter.progress("encode text", start + len(batch), len(captions), "captions")
-    return time.monotonic() - started
+    reporter.progress("encode text", taken, total, "captions")
+    return EncodedTexts(encoded=taken, seconds=perf_counter() - started, tokens=tuple(tokens))
 
 
-def _truncated(spec: EncodeTextSpec, captions: list[str]) -> tuple[str, ...]:
-    """The captions that lose their tail, whether they were encoded now or before."""
-    tokenizers = load_tokenizers(spec.base_model)
-    limit = max_tokens(tokenizers)
-    counts = token_counts(tokenizers, captions)
-    return tuple(caption for caption, count in zip(captions, counts, strict=True) if count > limit)
+def token_counts(spec: EncodeTextSpec, captions: Sequence[str], stop: StopSignal) -> list[int]:
+    """Tokens of each caption, start and end apart; the larger number where the two tokenizers differ."""
+    reader = PromptReader(load_tokenizers(spec.base_model), spec.windows)
+    counts: list[int] = []
+    for start in range(0, len(captions), _COUNTED_AT_A_TIME):
+        stop.raise_if_requested()
+        counts += _lengths(reader.read(captions[start : start + _COUNTED_AT_A_TIME]))
+    return counts
 
 
-def _write_table(path: Path, columns: list[str], rows: Sequence[tuple[str, ...]]) -> None:
-    table = pd.DataFrame(rows, columns=columns).astype("str")
-    with atomic_path(path) as temporary:
-        table.to_parquet(temporary, index=False)
+def lost_tails(
+    spec: EncodeTextSpec, counts: Mapping[str, int], named: int
+) -> tuple[list[str], tuple[str, ...]]:
+    """The captions with more tokens than their windows hold, and what the first `named` of them lose."""
+    reader = PromptReader(load_tokenizers(spec.base_model), spec.windows)
+    truncated = [caption for caption, count in counts.items() if count > reader.capacity]
+    return truncated, tuple(reader.lost_tail(caption) for caption in truncated[:named])
+
+
+def own_texts(spec: EncodeTextSpec, texts: Sequence[Text], rank: int, processes: int) -> list[Sequence[Text]]:
+    """The batches of some texts that one of several processes takes; they are planned for all at once, so all get the same bits."""
+    size = spec.hardware.text_encoder_batch_size
+    batches = [texts[start : start + size] for start in range(0, len(texts), size)]
+    return [batches[number] for number in own_share([len(batch) for batch in batches], rank, processes)]
+
+
+def _read_ahead(
+    batches: Sequence[Sequence[Text]], reader: PromptReader
+) -> Iterator[tuple[Sequence[Text], tuple[Tensor, Tensor], list[int]]]:
+    """Each batch with its tokens in windows, and how many they were; a thread tokenizes the next one meanwhile."""
+
+    def read(batch: Sequence[Text]) -> tuple[tuple[Tensor, Tensor], list[int]]:
+        tokens = reader.read([caption for _, caption in batch])
+        return reader.in_windows(tokens), _lengths(tokens)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as pool:
+        coming = pool.submit(read, batches[0])
+        for batch, following in zip(batches, [*batches[1:], None], strict=True):
+            ids, counts = coming.result()
+            if following is not None:
+                coming = pool.submit(read, following)
+            yield batch, ids, counts
+
+
+def _lengths(tokens: tuple[Tokens, Tokens]) -> list[int]:
+    return [max(len(one), len(other)) for one, other in zip(*tokens, strict=True)]
+
+
+def _store(writer: StoreWriter, batch: Sequence[Text], embeds: Computed, dtype: str) -> None:
+    (prompt_embeds, pooled_prompt_embeds), _ = embeds.result()
+    finite = (prompt_embeds.isfinite().flatten(1).all(1) & pooled_prompt_embeds.isfinite().all(1)).tolist()
+    for index, (key, caption) in enumerate(batch):
+        if not finite[index]:
+            raise StageError(
+                f"the text encoders gave NaN or infinite embeddings in {dtype} for the caption {caption!r}. "
+                "Set mixed_precision to bf16 or no."
+            )
+        writer.add(
+            key, {"prompt_embeds": prompt_embeds[index], "pooled_prompt_embeds": pooled_prompt_embeds[index]}
+        )

@@ -5,7 +5,7 @@ The LoRA is loaded from its exported file by diffusers' own loader, as its users
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from safetensors import safe_open
 from sdxl_pipeline.evaluation.clip_score import ClipScorer, summarize
 from sdxl_pipeline.evaluation.comparison import Pair, comparison_sheet
 from sdxl_pipeline.evaluation.eval_loss import eval_loss, eval_timesteps
-from sdxl_pipeline.evaluation.eval_pictures import choose_samples, read_pictures
+from sdxl_pipeline.evaluation.eval_pictures import read_pictures
+from sdxl_pipeline.evaluation.eval_samples import EvalSource, choose_samples
 from sdxl_pipeline.evaluation.gallery import Drawing, Shot, draw, plan_caption_shots, plan_shots
 from sdxl_pipeline.evaluation.report import change_since, figures, plot_losses, write_report
 from sdxl_pipeline.evaluation.scoring_model import scoring_model_folder, scoring_model_name
@@ -38,7 +39,8 @@ from sdxl_pipeline.sdxl.precision import dtype_from_name
 from sdxl_pipeline.store.files import atomic_path
 from sdxl_pipeline.training.batches import BatchReader
 from sdxl_pipeline.training.objective import Objective
-from sdxl_pipeline.training.samples import Sample
+from sdxl_pipeline.training.on_demand import OnDemandEncoders
+from sdxl_pipeline.training.samples import Samples
 
 ADAPTER = "evaluated"
 
@@ -50,7 +52,7 @@ class Work:
     spec: EvaluateSpec
     pipeline: StableDiffusionXLPipeline
     reader: BatchReader
-    samples: list[Sample]
+    samples: Samples
     reporter: Reporter
     stop: StopSignal
 
@@ -61,7 +63,7 @@ def evaluate(spec: EvaluateSpec, identity: str, reporter: Reporter, stop: StopSi
     Raises StageError when there is nothing to evaluate on, no scoring model, or a LoRA file that does not load back.
     """
     started = time.monotonic()
-    settings, output_dir = spec.settings, Path(spec.output_dir)
+    settings = spec.settings
     # Before anything is computed, so that a missing scoring model costs nothing.
     clip_folder = (
         scoring_model_folder(settings, spec.base_model) if settings.evaluation_type == "clip" else None
@@ -69,9 +71,19 @@ def evaluate(spec: EvaluateSpec, identity: str, reporter: Reporter, stop: StopSi
     source, samples = choose_samples(spec.lanes, settings)
     if not samples:
         raise StageError("there is no picture to evaluate on: the datasets' aspect_buckets have no rows")
-    work = Work(spec, load_subject(spec), BatchReader(spec.lanes), samples, reporter, stop)
     reporter.log(f"Evaluating on {len(samples)} pictures ({source}).")
+    reader = BatchReader(spec.lanes, OnDemandEncoders(spec.base_model, spec.hardware))
+    with closing(reader):
+        work = Work(spec, load_subject(spec), reader, samples, reporter, stop)
+        return _measure(work, identity, source, clip_folder, started)
 
+
+def _measure(
+    work: Work, identity: str, source: EvalSource, clip_folder: Path | None, started: float
+) -> EvaluationReport:
+    """The report; its seconds count from `started`."""
+    spec, settings, reporter, samples = work.spec, work.spec.settings, work.reporter, work.samples
+    output_dir = Path(spec.output_dir)
     base_loss = lora_loss = None
     loss_plot_path = output_dir / "loss_by_timestep.png"
     if not settings.eval_loss_disable:

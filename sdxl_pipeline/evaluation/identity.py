@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Final
 
+from sdxl_pipeline.evaluation.eval_samples import choose_samples
 from sdxl_pipeline.evaluation.scoring_model import scoring_model_name
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import EvaluateSpec, TrainedLora
 from sdxl_pipeline.store.digest import digest_json
 from sdxl_pipeline.store.files import sha256_file
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raise it when a change of the evaluation changes the numbers or pictures it gives."""
 
 LOOKED_AT: Final = frozenset(
@@ -41,20 +42,13 @@ def evaluation_identity(spec: EvaluateSpec) -> str:
     Raises StageError when the LoRA's file is not the one that was trained.
     """
     _require_weights(spec.lora)
+    source, samples = choose_samples(spec.lanes, spec.settings)
     return digest_json(
         {
             "code_version": CODE_VERSION,
             "base_model": spec.base_model.digest,
             "lora": spec.lora.weights_sha256,
-            "lanes": [
-                [
-                    lane.dataset_id,
-                    sha256_file(Path(lane.rows_path)),
-                    lane.latents.digest,
-                    lane.text_embeds.digest,
-                ]
-                for lane in spec.lanes
-            ],
+            "pictures": [source, samples.digest()],
             "prompts": [prompt.model_dump() for prompt in spec.prompts],
             "settings": spec.settings.model_dump(mode="json", include=set(LOOKED_AT | TRAINED_WITH)),
             "scoring_model": scoring_model_name(spec.settings, spec.base_model),

@@ -15,6 +15,7 @@ A stage never outlives its launcher: when that dies, even by SIGKILL, the stage 
 """
 
 import argparse
+import errno
 import fcntl
 import os
 import signal
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from sdxl_pipeline.protocol.reporter import Reporter, is_main_process, open_reporter
+from sdxl_pipeline.store.errors import StoreError
 from sdxl_pipeline.store.files import write_text_atomic
 
 if TYPE_CHECKING:
@@ -100,14 +102,19 @@ def error_path(manifest_path: Path) -> Path:
     return manifest_path.with_suffix(".error.json")
 
 
-def run_stage(spec_type: type[SpecT], work: Callable[[SpecT, Reporter, StopSignal], BaseModel]) -> None:
-    """Run a stage as a program: arguments from sys.argv, result as the exit code. Never returns."""
+def run_stage(
+    spec_type: type[SpecT], work: Callable[[SpecT, Reporter, StopSignal], BaseModel | None]
+) -> None:
+    """Run a stage as a program: arguments from sys.argv, result as the exit code. Never returns.
+
+    Of a stage's several processes only the first one's manifest is written; the others may give None.
+    """
     sys.exit(_run(spec_type, work, sys.argv[1:]))
 
 
 def _run(
     spec_type: type[SpecT],
-    work: Callable[[SpecT, Reporter, StopSignal], BaseModel],
+    work: Callable[[SpecT, Reporter, StopSignal], BaseModel | None],
     arguments: list[str],
 ) -> int:
     launched = follow_parent()
@@ -130,7 +137,7 @@ def _run(
 
 def _work(
     spec_type: type[SpecT],
-    work: Callable[[SpecT, Reporter, StopSignal], BaseModel],
+    work: Callable[[SpecT, Reporter, StopSignal], BaseModel | None],
     spec_path: Path,
     manifest_path: Path,
     reporter: Reporter,
@@ -143,16 +150,23 @@ def _work(
             _limit_threads(spec)
             manifest = work(spec, reporter, stop)
             if is_main_process():
+                assert manifest is not None, "the first process of a stage gives its manifest"
                 write_text_atomic(manifest_path, manifest.model_dump_json(indent=2) + "\n")
         return EXIT_DONE
     except StageStopped:
         reporter.log("Stopped at a safe point; the next run takes up from here.")
         return EXIT_STOPPED
-    except StageError as error:
+    except (StageError, StoreError) as error:  # a store's own words say what to do, too
         sys.stderr.write(f"{error}\n")
         _write_failure(manifest_path, StageFailure(kind="user", message=str(error)))
         return EXIT_FAILED
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            place = error.filename2 or error.filename or manifest_path.parent
+            message = f"no space left on the disk of {place}. Free some, and run this again: what was finished before is kept."
+            sys.stderr.write(f"{message}\n")
+            _write_failure(manifest_path, StageFailure(kind="user", message=message))
+            return EXIT_FAILED
         traceback.print_exc()
         # torch.OutOfMemoryError and its kin, told by name so that stages without torch need not import it
         kind: Literal["out_of_memory", "crash"] = (

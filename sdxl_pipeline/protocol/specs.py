@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sdxl_pipeline.project.datasets import CacheMode
 from sdxl_pipeline.project.hardware import Hardware
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
@@ -39,10 +40,17 @@ class EncodeLatentsSpec(StageModel):
         description="Parquet to write: path, crop_index, key, latent_key, one row per encoded crop."
     )
     sample_path: str = Field(description="PNG to write: some crops beside their decoded latents.")
+    mode: CacheMode = Field(
+        default="full", description="full encodes now; ondemand and disable leave it to the training."
+    )
+    trust_recorded: bool = Field(
+        default=False,
+        description="Take a finished manifest of these rows at its word (skip_file_discovery: vae).",
+    )
 
 
 class LatentCache(StageModel):
-    """Output of `encode_latents`. `digest` covers the latent keys in row order: equal digests mean equal training latents."""
+    """Output of `encode_latents`. `digest` covers pictures, crop numbers and latent keys, in any order and under any file names."""
 
     identity: str = Field(description="Digest of everything that was asked for.")
     store_root: str
@@ -51,18 +59,26 @@ class LatentCache(StageModel):
     planned: int = Field(description="Crops asked for.")
     encoded: int
     reused: int
+    deferred: int = Field(default=0, description="Left to the training by the cache mode.")
     failed: tuple[FailedItem, ...] = Field(
-        description="Unreadable or non-finite; planned = encoded + reused + failed."
+        description="Unreadable or non-finite; planned = encoded + reused + deferred + failed."
     )
     seconds: float
     images_per_second: float | None = Field(
-        description="Encoded crops per second; None when nothing was encoded."
+        description="Encoded crops per second of all processes, loading of the VAE apart; None when nothing was encoded."
     )
-    bytes: int = Field(description="Size in bytes of this dataset's latents.")
+    vae_busy: float | None = Field(
+        default=None, description="Share of that time in which the VAE was encoding; None with it."
+    )
+    bytes: int = Field(description="Size in bytes of this dataset's latents that are in the store.")
     latent_mean: tuple[float, ...] = Field(
-        description="Per channel, of the scaled posterior means over this dataset."
+        description="Per channel, of the scaled posterior means of `measured` crops; empty when none was looked at."
     )
     latent_std: tuple[float, ...]
+    measured: int = Field(
+        default=0,
+        description="Latents that mean and deviation are of: all, or a sample of them drawn by their keys.",
+    )
     sample_path: str | None
 
 
@@ -83,10 +99,23 @@ class EncodeTextSpec(StageModel):
         description="Parquet to write: prompt, embed_key for the empty prompt and extra_prompts."
     )
     shard_rows: int = Field(default=128, ge=1, description="Captions written per shard (write_batch_size).")
+    windows: int = Field(
+        default=1,
+        ge=1,
+        description="Windows of 77 tokens that every caption is encoded in, one after the other.",
+    )
+    mode: CacheMode = Field(
+        default="full",
+        description="full encodes now; ondemand and disable leave the captions to the training.",
+    )
+    trust_recorded: bool = Field(
+        default=False,
+        description="Take a finished manifest of these captions at its word (skip_file_discovery: text).",
+    )
 
 
 class TextEmbedCache(StageModel):
-    """Output of `encode_text`. `digest` covers caption rows and their keys."""
+    """Output of `encode_text`. `digest` covers pictures and their captions' keys, in any order and under any file names."""
 
     identity: str = Field(description="Digest of everything that was asked for.")
     store_root: str
@@ -96,23 +125,43 @@ class TextEmbedCache(StageModel):
     captions: int = Field(description="Distinct captions, extra prompts and the empty prompt included.")
     encoded: int
     reused: int
+    deferred: int = Field(default=0, description="Left to the training by the cache mode.")
+    windows: int = Field(default=1, description="Windows of 77 tokens per caption.")
     truncated: tuple[str, ...] = Field(
-        description="Captions longer than the encoders' 77 tokens, which lose their tail."
+        description="The first captions that are longer than their windows, and so lose their tail."
+    )
+    truncated_tails: tuple[str, ...] = Field(
+        default=(), description="What each of `truncated` loses, in the same order."
+    )
+    truncated_count: int | None = Field(
+        default=0,
+        description="How many captions lose their tail; None where the training encodes them, and counts none.",
     )
     seconds: float
-    captions_per_second: float | None
-    bytes: int
+    captions_per_second: float | None = Field(
+        description="Encoded captions per second of all processes, loading of the encoders apart; None when none was encoded."
+    )
+    bytes: int = Field(description="Size in bytes of these embeddings that are in the store.")
 
 
 class TrainingLane(StageModel):
     """One dataset as the trainer sees it: its crop plan joined with its caches on `path`."""
 
     dataset_id: str
+    data_dir: str = Field(
+        description="Folder of the pictures, for latents that are encoded during the training."
+    )
     rows_path: str = Field(description="Parquet of aspect_buckets rows; `split` says train or eval.")
     latents: LatentCache
     text_embeds: TextEmbedCache
     repeats: int = Field(default=0, ge=0, description="Extra passes per epoch: 0 is once.")
     probability: float = Field(default=1.0, gt=0, description="Relative sampling weight.")
+    latent_cache: CacheMode = "full"
+    text_cache: CacheMode = "full"
+    fresh_crops: bool = Field(
+        default=False,
+        description="Draw the crop's place within its resized picture anew in every epoch (vae_cache_clear_each_epoch).",
+    )
 
 
 class ValidationPrompt(StageModel):
@@ -159,6 +208,15 @@ class TrainedLora(StageModel):
     steps: int
     epochs: float = Field(description="Passes over the training pictures.")
     samples: int = Field(description="Pictures seen.")
+    pictures_per_epoch: dict[str, float] = Field(
+        default={}, description="Appearances of pictures in an epoch, by dataset."
+    )
+    crops_per_picture: dict[str, float] = Field(
+        default={}, description="Mean number of crops that take turns, by dataset."
+    )
+    raised_repeats: dict[str, int] = Field(
+        default={}, description="What allow_dataset_oversubscription made of the datasets' repeats."
+    )
     resumed_from_step: int | None = Field(
         description="None for a run that began at step 0; the step of the checkpoint otherwise."
     )

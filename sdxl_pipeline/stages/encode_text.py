@@ -3,44 +3,240 @@
     python -m sdxl_pipeline.stages.encode_text spec.json
 
 A caption that stands under many pictures, or was embedded before, is encoded once. An entry's key is the digest of the caption, both
-encoders and tokenizers, the dtype and the version of the code; as with latents, the device and the batch are not in it. Torch is imported
-only when there is something to encode.
+encoders and tokenizers, the dtype, the number of windows and the version of the code; as with latents, the device and the batch are not
+in it. Under torchrun several processes share the work; their number changes no bit. Torch is imported only when there is something to
+encode.
 """
 
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
-from sdxl_pipeline.encoding.keys import EMPTY_PROMPT, Row, embed_key
+from sdxl_pipeline.encoding.keys import EMPTY_PROMPT, embed_key
+from sdxl_pipeline.images.digests import frame_digest
 from sdxl_pipeline.protocol.finished import read_finished, write_finished
 from sdxl_pipeline.protocol.program import StopSignal, run_stage
+from sdxl_pipeline.protocol.ranks import Ranks
 from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.protocol.specs import EncodeTextSpec, TextEmbedCache
 from sdxl_pipeline.store.digest import digest_json
+from sdxl_pipeline.store.files import atomic_path
+from sdxl_pipeline.store.folder import StoreFolder
 from sdxl_pipeline.store.tensor_store import TensorStore
 
+if TYPE_CHECKING:
+    from sdxl_pipeline.encoding.text import EncodedTexts
 
-def main(spec: EncodeTextSpec, reporter: Reporter, stop: StopSignal) -> TextEmbedCache:
-    """Embed the captions that the store lacks, and list where each one's embeddings are."""
+NAMED_CAPTIONS = 20
+_ENTRY_COLUMNS = ["path", "key", "caption", "embed_key"]
+_CONTENT = ("key", "embed_key")
+
+
+def main(spec: EncodeTextSpec, reporter: Reporter, stop: StopSignal) -> TextEmbedCache | None:
+    """Embed the captions that the store lacks, and list where each one's embeddings are. None from all processes but the first."""
     started = time.monotonic()
-    rows: list[Row] = list(pd.read_parquet(spec.captions_path).itertuples(index=False, name="Row"))
-    texts = dict.fromkeys((EMPTY_PROMPT, *spec.extra_prompts, *(row.caption for row in rows)))
-    keys = {text: embed_key(text, spec.base_model.text_digest, spec.hardware.text_dtype) for text in texts}
-    identity = digest_json(
-        [spec.store_root, list(spec.extra_prompts), [[row.path, row.key, keys[row.caption]] for row in rows]]
-    )
-    finished = read_finished(Path(spec.entries_path), TextEmbedCache, identity)
-    if finished is not None and not TensorStore(spec.store_root).missing(keys.values()):
-        reporter.log(f"Nothing to encode: all {len(keys)} captions are in the store.")
-        update = {"encoded": 0, "reused": len(keys), "captions_per_second": None}
-        return finished.model_copy(update=update | {"seconds": time.monotonic() - started})
+    captions = pd.read_parquet(spec.captions_path, columns=["path", "key", "caption"])
+    keys = _embed_keys(spec, captions["caption"])
+    ranks = Ranks(Path(spec.entries_path), stop)
+    # What is found in the store now must be there when the manifest names it; the first process's word is enough.
+    lease = StoreFolder(Path(spec.store_root)).lease(keys.values(), purpose="encode text")
+    with lease if ranks.is_main and spec.mode == "full" else nullcontext():
+        return _encode(spec, captions, keys, ranks, started, reporter, stop)
 
-    from sdxl_pipeline.encoding.text import encode_captions
 
-    cache = encode_captions(spec, rows, keys, identity, reporter, stop)
+def _encode(
+    spec: EncodeTextSpec,
+    captions: pd.DataFrame,
+    keys: dict[str, str],
+    ranks: Ranks,
+    started: float,
+    reporter: Reporter,
+    stop: StopSignal,
+) -> TextEmbedCache | None:
+    # Sorted by key: which captions share a batch is a matter of their content.
+    texts = sorted((key, text) for text, key in keys.items())
+    if ranks.is_main:
+        entries = captions.assign(embed_key=captions["caption"].map(keys).astype("str"))
+        identity = _identity(spec, entries)
+        cache = _without_encoding(spec, entries, keys, identity, reporter)
+        if cache is not None:
+            ranks.tell(b"")
+            write_finished(Path(spec.entries_path), cache)
+            return cache.model_copy(update={"seconds": time.monotonic() - started})
+        store = TensorStore(spec.store_root)
+        missing = set(store.missing(keys.values()))
+        reporter.log(f"{len(keys)} captions: {len(missing)} to encode, {len(keys) - len(missing)} cached.")
+        wanted = np.array([key in missing for key, _ in texts])
+        ranks.tell(np.packbits(wanted).tobytes())
+    else:
+        plan = ranks.hear()
+        if not plan:
+            return None
+        wanted = np.unpackbits(np.frombuffer(plan, np.uint8), count=len(texts)).astype(bool)
+        store = TensorStore(spec.store_root)
+
+    from sdxl_pipeline.encoding.text import EncodedTexts, encode_share
+
+    to_encode = [texts[index] for index in np.flatnonzero(wanted)]
+    share = encode_share(spec, to_encode, ranks.rank, ranks.count, store, reporter, stop)
+    results = ranks.gather(share.model_dump_json().encode())
+    if results is None:
+        return None
+    shares = [EncodedTexts.model_validate_json(text) for text in results]
+    cache = _finish(spec, entries, keys, to_encode, identity, shares, stop)
+    cache = cache.model_copy(update={"seconds": time.monotonic() - started})
     write_finished(Path(spec.entries_path), cache)
     return cache
+
+
+def _embed_keys(spec: EncodeTextSpec, captions: "pd.Series[str]") -> dict[str, str]:
+    """The store's key of every caption and prompt, each once."""
+    texts = dict.fromkeys((EMPTY_PROMPT, *spec.extra_prompts, *captions))
+    digest, dtype = spec.base_model.text_digest, spec.hardware.text_dtype
+    return {text: embed_key(text, digest, dtype, spec.windows) for text in texts}
+
+
+def _identity(spec: EncodeTextSpec, entries: pd.DataFrame) -> str:
+    model = [spec.base_model.text_digest, spec.hardware.text_dtype, spec.windows]
+    rows = frame_digest(entries, ("path", "key", "embed_key"))
+    return digest_json([spec.store_root, model, list(spec.extra_prompts), rows])
+
+
+def _without_encoding(
+    spec: EncodeTextSpec,
+    entries: pd.DataFrame,
+    keys: Mapping[str, str],
+    identity: str,
+    reporter: Reporter,
+) -> TextEmbedCache | None:
+    """The manifest where nothing is to be encoded: all is in the store, or left to the training. None where something is."""
+    if spec.mode != "full":
+        return _deferred(spec, entries, keys, identity, reporter)
+    finished = read_finished(Path(spec.entries_path), TextEmbedCache, identity)
+    if finished is None or finished.deferred:
+        return None
+    if spec.trust_recorded:
+        reporter.log(f"{len(keys)} captions, recorded as encoded; the store is not looked at.")
+    elif not TensorStore(spec.store_root).missing(keys.values()):
+        reporter.log(f"Nothing to encode: all {len(keys)} captions are in the store.")
+    else:
+        return None
+    update = {"encoded": 0, "reused": len(keys), "captions_per_second": None}
+    return finished.model_copy(update=update)
+
+
+def _deferred(
+    spec: EncodeTextSpec,
+    entries: pd.DataFrame,
+    keys: Mapping[str, str],
+    identity: str,
+    reporter: Reporter,
+) -> TextEmbedCache:
+    """The manifest of captions and prompts that the training encodes: at first use those that the store lacks, or at each use all."""
+    reused, held = 0, 0
+    if spec.mode == "ondemand":
+        store = TensorStore(spec.store_root)
+        missing = set(store.missing(keys.values()))
+        reused, held = len(keys) - len(missing), store.entry_nbytes(set(keys.values()) - missing)
+    deferred = len(keys) - reused
+    reporter.log(
+        f"{len(keys)} captions: {reused} cached, {deferred} left to the training (mode {spec.mode})."
+    )
+    _write_tables(spec, entries, keys)
+    return TextEmbedCache(
+        identity=identity,
+        store_root=spec.store_root,
+        entries_path=spec.entries_path,
+        prompts_path=spec.prompts_path,
+        digest=frame_digest(entries, _CONTENT),
+        captions=len(keys),
+        encoded=0,
+        reused=reused,
+        deferred=deferred,
+        windows=spec.windows,
+        truncated=(),
+        truncated_count=None,
+        seconds=0.0,
+        captions_per_second=None,
+        bytes=held,
+    )
+
+
+def _finish(
+    spec: EncodeTextSpec,
+    entries: pd.DataFrame,
+    keys: Mapping[str, str],
+    encoded: "Sequence[tuple[str, str]]",
+    identity: str,
+    shares: "list[EncodedTexts]",
+    stop: StopSignal,
+) -> TextEmbedCache:
+    """Write the tables, count the captions that lose their tail, and tell what all processes did."""
+    from sdxl_pipeline.encoding.text import lost_tails, own_texts
+
+    _write_tables(spec, entries, keys)
+    counted: dict[str, int] = {}
+    for rank, share in enumerate(shares):
+        own = [key for batch in own_texts(spec, encoded, rank, len(shares)) for key, _ in batch]
+        counted |= zip(own, share.tokens, strict=True)
+    counts = _token_counts(spec, keys, counted, stop)
+    truncated, tails = lost_tails(spec, counts, NAMED_CAPTIONS)
+    total = sum(share.encoded for share in shares)
+    return TextEmbedCache(
+        identity=identity,
+        store_root=spec.store_root,
+        entries_path=spec.entries_path,
+        prompts_path=spec.prompts_path,
+        digest=frame_digest(entries, _CONTENT),
+        captions=len(keys),
+        encoded=total,
+        reused=len(keys) - total,
+        windows=spec.windows,
+        truncated=tuple(truncated[:NAMED_CAPTIONS]),
+        truncated_tails=tails,
+        truncated_count=len(truncated),
+        seconds=0.0,
+        captions_per_second=total / max(share.seconds for share in shares) if total else None,
+        bytes=TensorStore(spec.store_root).entry_nbytes(keys.values()),
+    )
+
+
+def _token_counts(
+    spec: EncodeTextSpec, keys: Mapping[str, str], counted: dict[str, int], stop: StopSignal
+) -> dict[str, int]:
+    """Tokens of every caption and prompt. Counted are those that neither this run nor the last one has read; all are then recorded."""
+    from sdxl_pipeline.encoding.text import token_counts
+
+    path = Path(spec.entries_path).with_suffix(".tokens.parquet")
+    if path.exists():
+        recorded = pd.read_parquet(path)
+        counted = dict(zip(recorded["embed_key"], recorded["tokens"], strict=True)) | counted
+    unread = [text for text, key in keys.items() if key not in counted]
+    counted |= {
+        keys[text]: count for text, count in zip(unread, token_counts(spec, unread, stop), strict=True)
+    }
+    table = pd.DataFrame(
+        {"embed_key": list(keys.values()), "tokens": [int(counted[key]) for key in keys.values()]}
+    )
+    _write(table, path)
+    return dict(zip(keys, table["tokens"].tolist(), strict=True))
+
+
+def _write_tables(spec: EncodeTextSpec, entries: pd.DataFrame, keys: Mapping[str, str]) -> None:
+    _write(entries[_ENTRY_COLUMNS].astype("str"), Path(spec.entries_path))
+    prompts = list(dict.fromkeys((EMPTY_PROMPT, *spec.extra_prompts)))
+    table = pd.DataFrame({"prompt": prompts, "embed_key": [keys[prompt] for prompt in prompts]}, dtype="str")
+    _write(table, Path(spec.prompts_path))
+
+
+def _write(table: pd.DataFrame, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        table.to_parquet(temporary, index=False)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sdxl_pipeline.evaluation.identity import evaluation_identity
 from sdxl_pipeline.protocol.finished import read_finished, write_finished
+from sdxl_pipeline.protocol.leases import leased_lanes
 from sdxl_pipeline.protocol.program import StopSignal, run_stage
 from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.protocol.specs import EvaluateSpec, EvaluationReport
@@ -23,7 +24,8 @@ def main(spec: EvaluateSpec, reporter: Reporter, stop: StopSignal) -> Evaluation
 
     from sdxl_pipeline.evaluation.evaluator import evaluate
 
-    report = evaluate(spec, identity, reporter, stop)
+    with leased_lanes(spec.lanes, "evaluate"):
+        report = evaluate(spec, identity, reporter, stop)
     write_finished(result, report)
     return report
 

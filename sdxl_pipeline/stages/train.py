@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from sdxl_pipeline.protocol.leases import leased_lanes
 from sdxl_pipeline.protocol.program import StageError, StopSignal, run_stage
 from sdxl_pipeline.protocol.reporter import Reporter, is_main_process
 from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
@@ -40,12 +41,13 @@ def main(spec: TrainSpec, reporter: Reporter, stop: StopSignal) -> TrainedLora:
 
         from sdxl_pipeline.training.loop import Trainer
 
-        trainer = Trainer(spec, identity, reporter, stop)
-        try:
-            trainer.train()
-            return _finish(trainer)
-        finally:
-            trainer.close()
+        with leased_lanes(spec.lanes, f"train {spec.project}") if is_main_process() else nullcontext():
+            trainer = Trainer(spec, identity, reporter, stop)
+            try:
+                trainer.train()
+                return _finish(trainer)
+            finally:
+                trainer.close()
 
 
 def finished_run(run_dir: Path, identity: str) -> TrainedLora | None:
@@ -98,6 +100,9 @@ def _finish(trainer: "Trainer") -> TrainedLora:
         steps=trainer.step,
         epochs=trainer.epochs,
         samples=trainer.samples,
+        pictures_per_epoch=trainer.pictures_per_epoch,
+        crops_per_picture=trainer.order.samples.crops_per_picture(),
+        raised_repeats=dict(trainer.passes.raised_repeats),
         resumed_from_step=trainer.resumed_from,
         reused=False,
         final_loss=final_loss(rows),

@@ -3,13 +3,16 @@
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import Tensor
 
+from sdxl_pipeline.images.crops import fresh_place
+from sdxl_pipeline.project.datasets import CacheMode
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import TrainingLane
 from sdxl_pipeline.sdxl.drawing import Conditioning
@@ -17,19 +20,9 @@ from sdxl_pipeline.sdxl.latents import sample_latents
 from sdxl_pipeline.sdxl.time_ids import time_ids
 from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.draws import seed_for, uniform
-from sdxl_pipeline.training.order import SampleOrder
-from sdxl_pipeline.training.samples import Sample, load_samples
-
-__all__ = [
-    "Batch",
-    "BatchReader",
-    "Posteriors",
-    "Sample",
-    "TextEmbeds",
-    "TrainingBatches",
-    "load_samples",
-    "prefetched",
-]
+from sdxl_pipeline.training.on_demand import Cache, OnDemandEncoders, Tensors, read_from
+from sdxl_pipeline.training.order import Draw, SampleOrder
+from sdxl_pipeline.training.samples import Sample
 
 PREFETCHED_BATCHES = 2
 
@@ -52,7 +45,7 @@ class TextEmbeds:
     """The encoded captions of some pictures."""
 
     keys: tuple[str, ...]
-    prompt_embeds: Tensor  # (B, 77, C1 + C2), in the dtype of the cache
+    prompt_embeds: Tensor  # (B, 77 * windows, C1 + C2), in the dtype of the cache
     pooled_prompt_embeds: Tensor  # (B, C2), in the dtype of the cache
 
 
@@ -64,7 +57,7 @@ class Batch:
     latents: Tensor  # (B, 4, H/8, W/8) float32, scaled
     noise: Tensor  # (B, 4, H/8, W/8) float32, standard normal
     timesteps: Tensor  # (B,) int64
-    prompt_embeds: Tensor  # (B, 77, C1 + C2)
+    prompt_embeds: Tensor  # (B, 77 * windows, C1 + C2)
     pooled_prompt_embeds: Tensor  # (B, C2)
     time_ids: Tensor  # (B, 6) float32
 
@@ -88,16 +81,16 @@ class Batch:
 
 
 class BatchReader:
-    """Reads the encoded forms of pictures and prompts from the stores of all lanes."""
+    """Reads the encoded forms of pictures and prompts from the stores of all lanes, and has encoded what these leave to the training.
 
-    def __init__(self, lanes: Sequence[TrainingLane]) -> None:
-        stores: dict[str, TensorStore] = {}
-        for root in {
-            root for lane in lanes for root in (lane.latents.store_root, lane.text_embeds.store_root)
-        }:
-            stores[root] = TensorStore(Path(root))
-        self._latents = {lane.dataset_id: stores[lane.latents.store_root] for lane in lanes}
-        self._texts = {lane.dataset_id: stores[lane.text_embeds.store_root] for lane in lanes}
+    Threads may read from one. `encoders` makes what a lane's cache mode leaves out; without them every entry must be there.
+    """
+
+    def __init__(self, lanes: Sequence[TrainingLane], encoders: OnDemandEncoders | None = None) -> None:
+        self._lanes = {lane.dataset_id: lane for lane in lanes}
+        self.fresh_crops = frozenset(lane.dataset_id for lane in lanes if lane.fresh_crops)
+        """The datasets whose crops are drawn anew at each appearance."""
+        self._encoders = encoders
         self._prompts: dict[str, tuple[str, str]] = {}  # prompt -> dataset, embed key
         self._empty_prompts: dict[str, str] = {}  # dataset -> embed key
         for lane in lanes:
@@ -110,26 +103,72 @@ class BatchReader:
             self._empty_prompts[lane.dataset_id] = keys[""]
             for prompt, key in keys.items():
                 self._prompts.setdefault(prompt, (lane.dataset_id, key))
+        prompts = frozenset((*self._empty_prompts.values(), *(key for _, key in self._prompts.values())))
+        caches: dict[tuple[str, CacheMode], Cache] = {}
+        stores: dict[str, TensorStore] = {}
+
+        def cache(root: str, mode: CacheMode, remembered: frozenset[str] = frozenset()) -> Cache:
+            if root not in stores:
+                stores[root] = TensorStore(Path(root))
+            return caches.setdefault((root, mode), Cache(stores[root], mode, remembered))
+
+        self._latents = {lane.dataset_id: cache(lane.latents.store_root, lane.latent_cache) for lane in lanes}
+        self._texts = {
+            lane.dataset_id: cache(lane.text_embeds.store_root, lane.text_cache, prompts) for lane in lanes
+        }
+        self._caches = list(caches.values())
 
     def posteriors(self, samples: Sequence[Sample]) -> Posteriors:
-        """The latents of samples of one bucket, as mean and log-variance."""
-        read = [self._latents[sample.dataset_id].read(sample.latent_key) for sample in samples]
+        """The latents of samples of one bucket, as mean and log-variance. Raises StageError for a picture that cannot be encoded."""
+        read = read_from(
+            [self._latents[sample.dataset_id] for sample in samples],
+            [sample.latent_key for sample in samples],
+            [partial(self._encode_crop, sample) for sample in samples],
+        )
         return Posteriors(
             keys=tuple(sample.key for sample in samples),
-            mean=torch.stack([tensors["mean"] for tensors in read]).float(),
-            logvar=torch.stack([tensors["logvar"] for tensors in read]).float(),
+            mean=read["mean"].float(),
+            logvar=read["logvar"].float(),
         )
 
     def text_embeds(self, samples: Sequence[Sample], embed_keys: Sequence[str]) -> TextEmbeds:
         """The embeddings `embed_keys[i]` as the text of `samples[i]`."""
-        read = [
-            self._texts[sample.dataset_id].read(embed_key)
-            for sample, embed_key in zip(samples, embed_keys, strict=True)
-        ]
+        datasets = [sample.dataset_id for sample in samples]
+        read = self._read_texts(datasets, embed_keys)
         return TextEmbeds(
             keys=tuple(sample.key for sample in samples),
-            prompt_embeds=torch.stack([tensors["prompt_embeds"] for tensors in read]),
-            pooled_prompt_embeds=torch.stack([tensors["pooled_prompt_embeds"] for tensors in read]),
+            prompt_embeds=read["prompt_embeds"],
+            pooled_prompt_embeds=read["pooled_prompt_embeds"],
+        )
+
+    def flush(self) -> None:
+        """Write what was encoded on demand and is to be kept."""
+        for cache in self._caches:
+            cache.flush()
+
+    def close(self) -> None:
+        """Write what was encoded on demand, and end writing."""
+        for cache in self._caches:
+            cache.close()
+
+    def _encode_crop(self, sample: Sample) -> Tensors:
+        lane = self._lanes[sample.dataset_id]
+        return self._require_encoders(lane).latents(lane, sample)
+
+    def _encode_text(self, dataset_id: str, embed_key: str) -> Tensors:
+        lane = self._lanes[dataset_id]
+        return self._require_encoders(lane).text(lane, embed_key)
+
+    def _require_encoders(self, lane: TrainingLane) -> OnDemandEncoders:
+        if self._encoders is None:
+            raise ValueError(f"dataset {lane.dataset_id!r} is encoded on demand, which takes encoders")
+        return self._encoders
+
+    def _read_texts(self, datasets: Sequence[str], embed_keys: Sequence[str]) -> Tensors:
+        return read_from(
+            [self._texts[dataset_id] for dataset_id in datasets],
+            embed_keys,
+            [partial(self._encode_text, *named) for named in zip(datasets, embed_keys, strict=True)],
         )
 
     def empty_prompt_key(self, dataset_id: str) -> str:
@@ -137,15 +176,15 @@ class BatchReader:
         return self._empty_prompts[dataset_id]
 
     def prompt_embeds(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """(prompt_embeds (1, 77, C1 + C2), pooled_prompt_embeds (1, C2)) of the empty prompt or one of the extra prompts.
+        """(prompt_embeds (1, 77 * windows, C1 + C2), pooled_prompt_embeds (1, C2)) of the empty prompt or one of the extra prompts.
 
         Raises StageError for a prompt that the text stage was not asked to encode.
         """
         if prompt not in self._prompts:
             raise StageError(f"the prompt {prompt!r} has not been encoded; materialize text_embeds again")
         dataset_id, key = self._prompts[prompt]
-        tensors = self._texts[dataset_id].read(key)
-        return tensors["prompt_embeds"][None], tensors["pooled_prompt_embeds"][None]
+        tensors = self._read_texts([dataset_id], [key])
+        return tensors["prompt_embeds"], tensors["pooled_prompt_embeds"]
 
     def conditioning(self, prompt: str, negative_prompt: str, zeros_for_empty_prompt: bool) -> Conditioning:
         """What the pipeline needs to draw a prompt. Raises StageError for prompts that were not encoded.
@@ -177,7 +216,7 @@ class TrainingBatches:
     def read(self, index: int) -> Batch:
         """The batch of this process in the global batch `index`, in ordinary memory."""
         draws = self.order.batch(index, self.rank)
-        samples = [draw.sample for draw in draws]
+        samples = [self._drawn(draw) for draw in draws]
         slots = range(self.rank * len(draws), (self.rank + 1) * len(draws))
         embed_keys = [
             self.reader.empty_prompt_key(draw.sample.dataset_id)
@@ -221,10 +260,25 @@ class TrainingBatches:
             pooled_prompt_embeds=texts.pooled_prompt_embeds,
             time_ids=time_ids(
                 [sample.original_size for sample in samples],
-                [sample.crop_top_left for sample in samples],
+                [(sample.crop.crop_top, sample.crop.crop_left) for sample in samples],
                 [sample.bucket for sample in samples],
             ),
         )
+
+    def _drawn(self, draw: Draw) -> Sample:
+        """The sample, cut anew where its dataset says so."""
+        sample, crop = draw.sample, draw.sample.crop
+        if sample.dataset_id not in self.reader.fresh_crops:
+            return sample
+        top, left = fresh_place(
+            "random",
+            crop.resized_h - crop.bucket_h,
+            crop.resized_w - crop.bucket_w,
+            self.order.seed,
+            sample.key,
+            f"fresh/{draw.epoch}/{draw.occurrence}/{sample.copy}",
+        )
+        return replace(sample, crop=replace(crop, crop_top=top, crop_left=left), latent_key=None)
 
     def _drops_caption(self, index: int, slot: int) -> bool:
         return uniform(self.order.seed, "caption dropout", index, slot) < self.caption_dropout_probability

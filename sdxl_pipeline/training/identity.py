@@ -11,10 +11,10 @@ from typing import Any
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.specs import TrainSpec
 from sdxl_pipeline.store.digest import digest_json
-from sdxl_pipeline.training.order import passes_per_epoch
-from sdxl_pipeline.training.samples import load_samples, samples_digest
+from sdxl_pipeline.training.passes import planned_passes
+from sdxl_pipeline.training.samples import load_samples
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raise it when a change of the trainer changes the numbers it computes."""
 
 EXCLUDED: Mapping[str, tuple[str, ...]] = {
@@ -40,10 +40,17 @@ EXCLUDED: Mapping[str, tuple[str, ...]] = {
         "prepend_instance_prompt",
         "only_instance_prompt",
         "skip_file_discovery",
+        "tokenizer_max_length",
+        "vae_cache_ondemand",
+        "vae_cache_disable",
+        "vae_cache_clear_each_epoch",
+        "text_cache_ondemand",
+        "text_cache_disable",
         "eval_holdout_share",
         "micro_conditioning",
         "vae_dtype",
     ),
+    "the passes stand for it": ("allow_dataset_oversubscription",),
     "they say how fast or in what portions to compute, not what": (
         "gradient_checkpointing",
         "vae_batch_size",
@@ -103,12 +110,18 @@ def run_identity(spec: TrainSpec) -> str:
     last bits would differ. The number of processes is, since it multiplies the batch.
     """
     samples = load_samples(spec.lanes, "train", spec.settings.micro_conditioning)
+    trained = samples.pictures_by_dataset()
     return digest_json(
         {
             "code_version": CODE_VERSION,
             "base_model": spec.base_model.digest,
-            "samples": samples_digest(samples),
-            "passes": passes_per_epoch(spec.lanes, samples),
+            "samples": samples.digest(),
+            "passes": planned_passes(
+                spec.lanes, samples, spec.settings, spec.hardware.num_processes
+            ).by_dataset,
+            "fresh_crops": sorted(
+                lane.dataset_id for lane in spec.lanes if lane.fresh_crops and lane.dataset_id in trained
+            ),
             "settings": numeric_settings(spec.settings),
             "num_processes": spec.hardware.num_processes,
         }

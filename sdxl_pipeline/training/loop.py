@@ -31,8 +31,10 @@ from sdxl_pipeline.training.checkpoints import (
 from sdxl_pipeline.training.draws import seed_for
 from sdxl_pipeline.training.metrics import METRICS_FILE, MetricsLog, StepMetrics
 from sdxl_pipeline.training.objective import Objective
+from sdxl_pipeline.training.on_demand import OnDemandEncoders
 from sdxl_pipeline.training.optimizers import build_optimizer, build_schedule
-from sdxl_pipeline.training.order import SampleOrder, passes_per_epoch, require_enough
+from sdxl_pipeline.training.order import SampleOrder
+from sdxl_pipeline.training.passes import planned_passes
 from sdxl_pipeline.training.samples import load_samples
 from sdxl_pipeline.training.trackers import Trackers, require_tracker
 from sdxl_pipeline.training.unet import base_dtype, trainable_unet
@@ -73,12 +75,18 @@ class Trainer:
         )
 
         samples = load_samples(spec.lanes, "train", settings.micro_conditioning)
-        passes = passes_per_epoch(spec.lanes, samples)
         processes = self.accelerator.num_processes
-        require_enough(samples, passes, settings.train_batch_size, processes, self.accumulation)
-        order = partial(SampleOrder, samples, passes, settings.seed, settings.train_batch_size, processes)
+        self.passes = planned_passes(spec.lanes, samples, settings, processes)
+        order = partial(
+            SampleOrder,
+            samples,
+            self.passes.by_dataset,
+            settings.seed,
+            settings.train_batch_size,
+            processes,
+        )
         self.order = order()
-        self._report_fillings()
+        self._report_order()
         self.total_steps = settings.max_train_steps or math.ceil(
             self.order.batches_until(settings.num_train_epochs or 1) / self.accumulation
         )
@@ -89,9 +97,10 @@ class Trainer:
             settings.prediction_type or scheduler.config.prediction_type,
             settings.snr_gamma,
         )
+        self.reader = BatchReader(spec.lanes, OnDemandEncoders(spec.base_model, spec.hardware))
         self.batches = TrainingBatches(
             order=order(),  # its own, since a thread reads ahead with it
-            reader=BatchReader(spec.lanes),
+            reader=self.reader,
             scaling_factor=latent_scaling_factor(spec.base_model),
             num_train_timesteps=scheduler.config.num_train_timesteps,
             caption_dropout_probability=settings.caption_dropout_probability,
@@ -211,10 +220,16 @@ class Trainer:
         return self.step * self.accumulation * self.order.global_batch_size
 
     @property
+    def pictures_per_epoch(self) -> dict[str, float]:
+        """Appearances of pictures in an epoch, by dataset."""
+        counts = self.order.samples.pictures_by_dataset()
+        return {name: count * self.passes.by_dataset[name] for name, count in counts.items()}
+
+    @property
     def epochs(self) -> float:
         """Passes over the training pictures."""
         epoch, place = self.order.locate(self.step * self.accumulation)
-        return epoch + place / len(self.order.epoch(epoch))
+        return epoch + place / self.order.batches_in(epoch)
 
     @property
     def unet_module(self) -> UNet2DConditionModel:
@@ -236,6 +251,7 @@ class Trainer:
 
     def close(self) -> None:
         """End the trackers and leave the process group."""
+        self.reader.close()
         if self.trackers is not None:
             self.trackers.close()
         self.accelerator.end_training()
@@ -258,6 +274,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._report()
+        self.reader.flush()
         if self.is_main:
             save_checkpoint(
                 self.run_dir / "checkpoints",
@@ -323,13 +340,8 @@ class Trainer:
         self._report()
         if self.drawn is not None and self.trackers is not None and not self.drawn.has(self.step):
             images = []
-            # a reader of its own: the training's is in use by the thread that reads ahead
             for image in draw_pictures(
-                self.spec,
-                self.unet_module,
-                BatchReader(self.spec.lanes),
-                self.step,
-                self.run_dir / "validation",
+                self.spec, self.unet_module, self.reader, self.step, self.run_dir / "validation"
             ):
                 images.append(image)
                 self.reporter.image(image.name, image.path, image.prompt, self.step)
@@ -341,7 +353,11 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self._clock = time.monotonic()
 
-    def _report_fillings(self) -> None:
+    def _report_order(self) -> None:
+        for dataset_id, repeats in self.passes.raised_repeats.items():
+            self.reporter.log(
+                f"The datasets do not fill a step: repeats of {dataset_id} is raised to {repeats} (allow_dataset_oversubscription)."
+            )
         for (height, width), (have, added) in self.order.fillings().items():
             self.reporter.log(
                 f"Bucket {width}x{height} has {have} pictures an epoch; {added} more are taken from its start to fill its last batch."

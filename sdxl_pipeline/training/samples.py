@@ -1,14 +1,24 @@
-"""The pictures a run trains or is measured on: crop plan, latent entry and text entries of each, joined. No torch."""
+"""The pictures a run trains or is measured on: crop plan, latent entry and text entries of each, joined. No torch.
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+A picture is known by its content. Nothing here depends on what the files are called, nor on the order they were found in: where one
+content stands twice in a dataset, the copies are numbered by their captions.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from sdxl_pipeline.images.crops import Crop
+from sdxl_pipeline.images.digests import frame_digest
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import TrainingLane
-from sdxl_pipeline.store.digest import digest_json
+from sdxl_pipeline.training.draws import seed_for
 
 Split = Literal["train", "eval"]
 MicroConditioning = Literal["original", "resized"]
@@ -16,113 +26,244 @@ MicroConditioning = Literal["original", "resized"]
 NAMED_IN_ERRORS = 5
 """How many pictures an error names before it only counts the rest."""
 
+_GEOMETRY = tuple(Crop.__dataclass_fields__)
+_PICTURE = ["dataset_id", "key", "copy"]
+_DIGESTED = (
+    *_PICTURE,
+    "crop_index",
+    "latent_key",
+    "told_h",
+    "told_w",
+    "crop_top",
+    "crop_left",
+    "bucket_h",
+    "bucket_w",
+    "flipped",
+    "embed_keys",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One crop of one picture, with the keys of everything that was encoded from it. Sizes and places are (height, width), pixels."""
 
     dataset_id: str
-    path: str
-    crop_index: int
     key: str  # digest of the picture's bytes
-    latent_key: str
+    copy: int  # 0, or its number among pictures of this content in the dataset
+    crop_index: int
+    path: str  # within the dataset's folder; nothing but reading the file depends on it
+    crop: Crop
+    latent_key: str | None  # None for a crop that is not kept
     embed_keys: tuple[str, ...]  # one per caption
-    bucket: tuple[int, int]
     original_size: tuple[int, int]  # SDXL's micro-conditioning, see `load_samples`
-    crop_top_left: tuple[int, int]
+
+    @property
+    def picture(self) -> str:
+        """Names the picture within its run; random choices about it are drawn from this name."""
+        return f"{self.dataset_id}/{self.key}" + (f"~{self.copy}" if self.copy else "")
 
     @property
     def id(self) -> str:
-        """Names the sample within its run; every random choice about it is drawn from this name."""
-        return f"{self.dataset_id}/{self.path}#{self.crop_index}"
+        """Names the sample within its run."""
+        return f"{self.picture}#{self.crop_index}"
+
+    @property
+    def bucket(self) -> tuple[int, int]:
+        """Size of the crop."""
+        return self.crop.bucket_h, self.crop.bucket_w
 
     @property
     def time_ids(self) -> tuple[int, int, int, int, int, int]:
         """(original height, original width, crop top, crop left, target height, target width): SDXL's size conditioning."""
-        return (*self.original_size, *self.crop_top_left, *self.bucket)
+        return (*self.original_size, self.crop.crop_top, self.crop.crop_left, *self.bucket)
+
+
+class Samples(Sequence[Sample]):
+    """Samples in columns, since a run may have millions; those of one picture stand together, by their crop_index.
+
+    `frame` has a row per sample: dataset_id, key, copy, crop_index, path, latent_key, the fields of Crop, told_h and told_w (the size
+    that SDXL is told), and embed_keys, joined by spaces. It is sorted by the first four, which makes the order a matter of content.
+    """
+
+    def __init__(self, frame: pd.DataFrame) -> None:
+        by = [*_PICTURE, "crop_index"]
+        order = pc.sort_indices(
+            pa.table({name: pa.array(frame[name]) for name in by}),
+            sort_keys=[(name, "ascending") for name in by],
+        )
+        self._frame = frame.iloc[order.to_numpy()].reset_index(drop=True)
+        self._columns: dict[str, Any] = {
+            name: column.array if pd.api.types.is_string_dtype(column) else column.to_numpy()
+            for name, column in self._frame.items()
+        }
+
+    def __len__(self) -> int:
+        return len(self._frame)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[index] for index in range(*place.indices(len(self)))]
+        row = {name: values[place] for name, values in self._columns.items()}
+        return Sample(
+            dataset_id=str(row["dataset_id"]),
+            key=str(row["key"]),
+            copy=int(row["copy"]),
+            crop_index=int(row["crop_index"]),
+            path=str(row["path"]),
+            crop=Crop(
+                **{name: int(row[name]) for name in _GEOMETRY if name != "flipped"},
+                flipped=bool(row["flipped"]),
+            ),
+            latent_key=str(row["latent_key"]),
+            embed_keys=tuple(str(row["embed_keys"]).split(" ")),
+            original_size=(int(row["told_h"]), int(row["told_w"])),
+        )
+
+    @cached_property
+    def first(self) -> np.ndarray:
+        """Where each picture's samples begin: int64 of shape (pictures,)."""
+        if not len(self):
+            return np.empty(0, np.int64)
+        begins = np.zeros(len(self), bool)
+        begins[0] = True
+        for name in _PICTURE:
+            codes, _ = pd.factorize(self._frame[name])
+            begins[1:] |= codes[1:] != codes[:-1]
+        return np.flatnonzero(begins)
+
+    @cached_property
+    def crops(self) -> np.ndarray:
+        """How many samples each picture has: int64 of shape (pictures,)."""
+        return np.diff(self.first, append=len(self))
+
+    @cached_property
+    def datasets(self) -> tuple[np.ndarray, list[str]]:
+        """The dataset of each picture, as its number in the sorted list of names: ((pictures,), names)."""
+        codes, names = pd.factorize(self._frame["dataset_id"].iloc[self.first], sort=True)
+        return codes, [str(name) for name in names]
+
+    @cached_property
+    def buckets(self) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """The bucket of each sample, as its number in the sorted list of sizes: ((samples,), sizes)."""
+        height, width = (self._columns[name].astype(np.int64) for name in ("bucket_h", "bucket_w"))
+        sizes, codes = np.unique(height << 32 | width, return_inverse=True)
+        return codes, [(size >> 32, size & (2**32 - 1)) for size in sizes.tolist()]
+
+    @cached_property
+    def lots(self) -> np.ndarray:
+        """A random number below 2**64 for each picture, a function of its name alone: uint64 of shape (pictures,)."""
+        pictures = self._frame.iloc[self.first]
+        digests = bytes.fromhex("".join(pictures["key"].tolist()))
+        content = np.frombuffer(digests, ">u8").reshape(len(pictures), -1)[:, 0].astype(np.uint64)
+        codes, names = self.datasets
+        copies, number = np.unique(pictures["copy"].to_numpy(), return_inverse=True)
+        salts = np.array(
+            [[seed_for("picture", name, copy) for copy in copies.tolist()] for name in names], np.uint64
+        ).reshape(len(names), -1)
+        return content ^ salts[codes, number]
+
+    def pictures_by_dataset(self) -> dict[str, int]:
+        """How many pictures each dataset has."""
+        codes, names = self.datasets
+        return dict(zip(names, np.bincount(codes, minlength=len(names)).tolist(), strict=True))
+
+    def crops_per_picture(self) -> dict[str, float]:
+        """Mean number of crops of the pictures of each dataset."""
+        codes, names = self.datasets
+        return {name: float(self.crops[codes == code].mean()) for code, name in enumerate(names)}
+
+    def one_of_each(self) -> "Samples":
+        """Of each picture the first crop that is not mirrored: what pictures are measured by."""
+        mirrored = self._frame["flipped"].to_numpy().astype(bool)
+        place = np.where(mirrored, len(self), 0) + np.arange(len(self))
+        best = np.minimum.reduceat(place, self.first) if len(self) else place
+        return Samples(self._frame.iloc[best % max(len(self), 1)])
+
+    def first_by_key(self, count: int, datasets: Collection[str] | None = None) -> "Samples":
+        """The first `count` by the digests of their pictures, of all datasets or some."""
+        frame = (
+            self._frame if datasets is None else self._frame[self._frame["dataset_id"].isin(list(datasets))]
+        )
+        return Samples(frame.sort_values(["key", "dataset_id", "copy", "crop_index"]).head(count))
+
+    def digest(self) -> str:
+        """Hex SHA-256 over everything training reads of the samples: equal digests mean equal latents, embeddings and time ids."""
+        return frame_digest(self._frame, _DIGESTED)
 
 
 def load_samples(
-    lanes: Sequence[TrainingLane], split: Split, micro_conditioning: MicroConditioning = "original"
-) -> list[Sample]:
-    """The samples of one split of all lanes, ordered by dataset, path and crop.
+    lanes: Iterable[TrainingLane], split: Split, micro_conditioning: MicroConditioning = "original"
+) -> Samples:
+    """The samples of one split of all lanes. Of pictures to be measured by, one that is not mirrored.
 
     `micro_conditioning` says what SDXL is told as the picture's original size: the file's own, or the size it was resized to.
     Pictures that the latent stage reported as failed are left out. Raises StageError when a picture has no latent or no caption
-    embedding otherwise, or when the stages saw different bytes under one path: the caches are then older than the dataset.
+    embedding otherwise: the caches are then older than the dataset.
     """
-    return [sample for lane in lanes for sample in _load_lane(lane, split, micro_conditioning)]
+    frames = [_load_lane(lane, split, micro_conditioning) for lane in lanes]
+    samples = Samples(pd.concat(frames, ignore_index=True))
+    return samples if split == "train" else samples.one_of_each()
 
 
-def samples_digest(samples: Sequence[Sample]) -> str:
-    """Hex SHA-256 over everything training reads of the samples: equal digests mean equal latents, embeddings and time ids."""
-    return digest_json([[s.id, s.key, s.latent_key, s.embed_keys, s.time_ids] for s in samples])
+def _load_lane(lane: TrainingLane, split: Split, micro_conditioning: MicroConditioning) -> pd.DataFrame:
+    rows = pd.read_parquet(lane.rows_path, columns=["path", "key", "crop_index", *_GEOMETRY, "split"])
+    rows = rows[rows["split"] == split].drop(columns="split").reset_index(drop=True)
+    rows["copy"] = rows.groupby(["key", "crop_index"], sort=False).cumcount()
+    entries = pd.read_parquet(lane.latents.entries_path, columns=["key", "crop_index", "latent_key"])
+    entries = entries.drop_duplicates(["key", "crop_index"])
+    rows = rows.merge(entries, on=["key", "crop_index"], how="left", sort=False)
+    lacking = rows["latent_key"].isna()
+    if lacking.any():
+        failed = {item.name for item in lane.latents.failed}
+        _require(lane, "latent", [path for path in rows.loc[lacking, "path"] if path not in failed])
+        rows = rows[~lacking]
+    captions = _captions_by_copy(lane)
+    rows = rows.merge(captions, on=["key", "copy"], how="left", sort=False)
+    _require(lane, "caption embedding", rows.loc[rows["embed_keys"].isna(), "path"].tolist())
+    _require_as_many(lane, rows, captions)
+    told = "original" if micro_conditioning == "original" else "resized"
+    rows["told_h"], rows["told_w"] = rows[f"{told}_h"], rows[f"{told}_w"]
+    rows["dataset_id"] = pd.Series(lane.dataset_id, index=rows.index, dtype="str")
+    return rows
 
 
-def _load_lane(lane: TrainingLane, split: Split, micro_conditioning: MicroConditioning) -> list[Sample]:
-    rows = pd.read_parquet(lane.rows_path)
-    rows = rows[rows["split"] == split].sort_values(["path", "crop_index"])
-    latents = {
-        (path, crop_index): (key, latent_key)
-        for path, crop_index, key, latent_key in _read(
-            lane.latents.entries_path, "path", "crop_index", "key", "latent_key"
+def _captions_by_copy(lane: TrainingLane) -> pd.DataFrame:
+    """key, copy and embed_keys (joined by spaces) of every picture; copies of one content are numbered by them."""
+    texts = pd.read_parquet(lane.text_embeds.entries_path, columns=["path", "key", "embed_key"])
+    places, _ = pd.factorize(texts["path"])
+    if (np.bincount(places) > 1).any() if len(places) else False:
+        pictures = texts.groupby(["path", "key"], sort=False)["embed_key"].agg(" ".join).reset_index()
+    else:
+        pictures = texts
+    pictures = pictures.drop(columns="path").rename(columns={"embed_key": "embed_keys"}, errors="ignore")
+    if pictures["key"].duplicated().any():
+        pictures = pictures.sort_values(["key", "embed_keys"])
+    pictures["copy"] = pictures.groupby("key", sort=False).cumcount()
+    return pictures
+
+
+def _require_as_many(lane: TrainingLane, rows: pd.DataFrame, captions: pd.DataFrame) -> None:
+    """Raise StageError when captions are known of a copy that is not in the plan: the rest would be paired by guessing."""
+    if captions["copy"].any():
+        further = captions[captions["copy"] > 0]
+        known = set(zip(rows["key"], rows["copy"], strict=True))
+        kept = set(rows["key"])
+        _require(
+            lane,
+            "place for each caption of their copies",
+            [
+                key
+                for key, copy in zip(further["key"], further["copy"], strict=True)
+                if key in kept and (key, copy) not in known
+            ],
         )
-    }
-    captions: dict[str, list[tuple[str, str]]] = {}
-    for path, key, embed_key in _read(lane.text_embeds.entries_path, "path", "key", "embed_key"):
-        captions.setdefault(path, []).append((key, embed_key))
-
-    failed = {item.name for item in lane.latents.failed}
-    crops = [
-        row
-        for row in rows.to_dict("records")
-        if (row["path"], row["crop_index"]) in latents or row["path"] not in failed
-    ]
-    _require(
-        lane, "latent", [row["path"] for row in crops if (row["path"], row["crop_index"]) not in latents]
-    )
-    _require(lane, "caption embedding", [row["path"] for row in crops if row["path"] not in captions])
-    return [
-        _join(lane, row, latents[row["path"], row["crop_index"]], captions[row["path"]], micro_conditioning)
-        for row in crops
-    ]
-
-
-def _join(
-    lane: TrainingLane,
-    row: Mapping[Hashable, Any],
-    latent: tuple[str, str],
-    captions: Sequence[tuple[str, str]],
-    micro_conditioning: MicroConditioning,
-) -> Sample:
-    """One sample of a row of the crop plan and of the (picture's key, tensors' key) pairs that go by the same path."""
-    if {row["key"]} != {latent[0], *(key for key, _ in captions)}:
-        raise StageError(
-            f"dataset {lane.dataset_id!r}: the crop plan, the latents and the caption embeddings of {row['path']!r} come from "
-            "different versions of the picture; materialize the dataset's aspect_buckets, vae_latents and text_embeds again"
-        )
-    size = "original" if micro_conditioning == "original" else "resized"
-    return Sample(
-        dataset_id=lane.dataset_id,
-        path=row["path"],
-        crop_index=int(row["crop_index"]),
-        key=row["key"],
-        latent_key=latent[1],
-        embed_keys=tuple(embed_key for _, embed_key in captions),
-        bucket=(int(row["bucket_h"]), int(row["bucket_w"])),
-        original_size=(int(row[f"{size}_h"]), int(row[f"{size}_w"])),
-        crop_top_left=(int(row["crop_top"]), int(row["crop_left"])),
-    )
-
-
-def _read(path: str, *columns: str) -> Iterator[tuple[Any, ...]]:
-    return pd.read_parquet(path, columns=list(columns)).itertuples(index=False, name=None)
 
 
 def _require(lane: TrainingLane, what: str, missing: list[str]) -> None:
     if missing:
-        names = ", ".join(missing[:NAMED_IN_ERRORS]) + (", ..." if len(missing) > NAMED_IN_ERRORS else "")
+        distinct = list(dict.fromkeys(missing))
+        names = ", ".join(distinct[:NAMED_IN_ERRORS]) + (", ..." if len(distinct) > NAMED_IN_ERRORS else "")
         raise StageError(
-            f"dataset {lane.dataset_id!r}: {len(missing)} pictures of the crop plan have no {what} ({names}); "
+            f"dataset {lane.dataset_id!r}: {len(distinct)} pictures of the crop plan have no {what} ({names}); "
             "materialize the dataset's vae_latents and text_embeds again"
         )

@@ -14,7 +14,7 @@ from sdxl_pipeline.evaluation.clip_score import BATCH_SIZE, ClipScorer, summariz
 from sdxl_pipeline.evaluation.scoring_model import choose_files, scoring_model_folder, scoring_model_name
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.sdxl.base_model import BUNDLED_CLIP
-from tests.evaluation.lanes import tiny_model, tiny_settings
+from tests.evaluation.subjects import tiny_model, tiny_settings
 from tests.hub_server import HubServer
 
 

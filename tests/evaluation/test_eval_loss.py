@@ -9,12 +9,14 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from sdxl_pipeline.evaluation.eval_loss import EvalPicture, eval_loss, eval_timesteps, fixed_noise
-from sdxl_pipeline.evaluation.eval_pictures import choose_samples, read_pictures
+from sdxl_pipeline.evaluation.eval_pictures import read_pictures
+from sdxl_pipeline.evaluation.eval_samples import choose_samples
 from sdxl_pipeline.sdxl.adapters import add_lora
 from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.batches import BatchReader
 from sdxl_pipeline.training.objective import Objective
-from tests.evaluation.lanes import make_lane, tiny_settings
+from tests.evaluation.subjects import tiny_settings
+from tests.lanes import make_lane
 
 SCHEDULE = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 EPSILON = Objective(SCHEDULE.alphas_cumprod, "epsilon")
@@ -145,8 +147,8 @@ def splits(**named: str) -> dict[str, str]:
 
 
 def test_an_eval_dataset_comes_before_a_held_out_share(tmp_path: Path):
-    mixed = make_lane(tmp_path, "photos", splits(a="train", b="eval"))
-    apart = make_lane(tmp_path, "test_set", splits(c="eval", d="eval"))
+    mixed = make_lane(tmp_path / "photos", "photos", splits=splits(a="train", b="eval"))
+    apart = make_lane(tmp_path / "test_set", "test_set", splits=splits(c="eval", d="eval"))
     settings = tiny_settings()
     source, samples = choose_samples((mixed, apart), settings)
     assert source == "eval dataset"
@@ -157,22 +159,22 @@ def test_an_eval_dataset_comes_before_a_held_out_share(tmp_path: Path):
 
 
 def test_without_either_the_training_pictures_are_used_and_said_to_be(tmp_path: Path):
-    lane = make_lane(tmp_path, "photos", splits(a="train", b="train"))
+    lane = make_lane(tmp_path / "photos", "photos", splits=splits(a="train", b="train"))
     source, samples = choose_samples((lane,), tiny_settings())
     assert source == "training pictures"
     assert {sample.path for sample in samples} == {"a.png", "b.png"}
 
 
 def test_num_eval_images_takes_the_first_by_key(tmp_path: Path):
-    lane = make_lane(tmp_path, "photos", {f"{number}.png": "eval" for number in range(8)})
+    lane = make_lane(tmp_path / "photos", "photos", splits={f"{number}.png": "eval" for number in range(8)})
     _, everything = choose_samples((lane,), tiny_settings())
     _, some = choose_samples((lane,), tiny_settings(num_eval_images=3))
     assert [sample.key for sample in everything] == sorted(sample.key for sample in everything)
-    assert some == everything[:3]
+    assert list(some) == everything[:3]
 
 
 def test_pictures_are_the_scaled_posterior_mean_and_the_first_caption(tmp_path: Path):
-    lane = make_lane(tmp_path, "photos", splits(a="eval", b="eval"))
+    lane = make_lane(tmp_path / "photos", "photos", splits=splits(a="eval", b="eval"))
     _, samples = choose_samples((lane,), tiny_settings())
     found = read_pictures(samples, BatchReader((lane,)), scaling_factor=0.5)
     latents, texts = (

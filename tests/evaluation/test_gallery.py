@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from sdxl_pipeline.evaluation.comparison import Pair, comparison_sheet
-from sdxl_pipeline.evaluation.eval_pictures import choose_samples
+from sdxl_pipeline.evaluation.eval_samples import choose_samples
 from sdxl_pipeline.evaluation.gallery import (
     MAX_CAPTION_PROMPTS,
     Drawing,
@@ -21,7 +21,8 @@ from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import ValidationPrompt
 from sdxl_pipeline.sdxl.components import load_pipeline
 from sdxl_pipeline.training.batches import BatchReader
-from tests.evaluation.lanes import PROMPTS, make_lane, tiny_model, tiny_settings
+from tests.evaluation.subjects import PROMPTS, tiny_model, tiny_settings
+from tests.lanes import make_lane
 
 
 def flat(value: float) -> np.ndarray:
@@ -51,7 +52,7 @@ def test_a_dark_picture_and_a_pale_one_are_no_faults():
 @pytest.fixture
 def reader(tmp_path: Path) -> BatchReader:
     texts = [text for prompt in PROMPTS for text in (prompt.prompt, prompt.negative_prompt)]
-    return BatchReader((make_lane(tmp_path, "photos", {"a.png": "train"}, texts),))
+    return BatchReader((make_lane(tmp_path / "photos", "photos", splits={"a.png": "train"}, prompts=texts),))
 
 
 def test_every_prompt_is_drawn_at_every_size_and_seed(reader: BatchReader):
@@ -90,13 +91,15 @@ def test_a_prompt_that_was_not_encoded_is_named(reader: BatchReader):
 
 
 def test_without_prompts_some_captions_are_drawn(tmp_path: Path):
-    lanes = (make_lane(tmp_path, "photos", {f"{number}.png": "eval" for number in range(6)}),)
+    lanes = (
+        make_lane(tmp_path / "photos", "photos", splits={f"{number}.png": "eval" for number in range(6)}),
+    )
     settings = tiny_settings()
     _, samples = choose_samples(lanes, settings)
     reader = BatchReader(lanes)
     shots = plan_caption_shots(samples, lanes, settings, reader, True)
     assert len(shots) == MAX_CAPTION_PROMPTS
-    by_caption = {f"picture {sample.path}": sample for sample in samples}
+    by_caption = {f"photos {sample.path[0]} 0": sample for sample in samples}
     for shot in shots:
         sample = by_caption[shot.prompt]
         assert torch.equal(

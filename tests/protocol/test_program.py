@@ -70,13 +70,17 @@ def test_without_an_argument_the_manifest_lies_beside_the_spec(tmp_path):
     assert json.loads((tmp_path / "manifest.json").read_text())["steps"] == 5
 
 
-def test_a_user_error_shows_its_message_and_no_traceback(tmp_path):
-    spec = SleepySpec(folder=tmp_path, ending="user")
+@pytest.mark.parametrize(
+    ("ending", "message"),
+    [("user", "steps: 7 is unlucky; write 8"), ("store", "no space left on the moon")],
+)
+def test_a_user_error_shows_its_message_and_no_traceback(tmp_path, ending, message):
+    spec = SleepySpec(folder=tmp_path, ending=ending)
     stage = start(spec)
     _, err = stage.communicate(timeout=60)
     assert stage.returncode == EXIT_FAILED
-    assert err.strip() == "steps: 7 is unlucky; write 8"
-    assert failure(spec) == StageFailure(kind="user", message="steps: 7 is unlucky; write 8")
+    assert err.strip() == message
+    assert failure(spec) == StageFailure(kind="user", message=message)
 
 
 @pytest.mark.parametrize(

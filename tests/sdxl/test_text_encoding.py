@@ -5,7 +5,8 @@ import torch
 
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.sdxl.components import TextEncoders, load_pipeline, load_text_encoders
-from sdxl_pipeline.sdxl.text_encoding import encode_prompts, max_tokens, token_counts
+from sdxl_pipeline.sdxl.prompt_tokens import PromptReader
+from sdxl_pipeline.sdxl.text_encoding import encode_prompts
 
 PROMPTS = [
     "a red circle",
@@ -13,6 +14,7 @@ PROMPTS = [
     "a large blue star on a yellow background",
     "Ünïcödé 絵, (weights:1.2) & punctuation!",
     "a very long caption " * 40,
+    "exclamation! marks!! are padding!!! of the second encoder",
 ]
 
 
@@ -55,8 +57,18 @@ def test_no_gradient_is_kept(encoders: TextEncoders):
     assert not encode_prompts(encoders, ["a"])[0].requires_grad
 
 
-def test_tokens_are_counted_with_start_and_end_and_past_the_limit(encoders: TextEncoders):
-    counts = token_counts(encoders, ["", "circle", "circle " * 75, "circle " * 76])
-    assert counts == [2, 3, 77, 78]
-    assert max_tokens(encoders) == 77
-    assert token_counts(encoders, []) == []
+def test_a_long_prompt_in_windows_is_each_window_as_a_prompt_of_its_own(encoders: TextEncoders):
+    words = [f"circle{'!' * (index % 3 == 0)}" for index in range(200)]
+    reader = PromptReader(encoders)
+    lengths = [len(reader.read([" ".join(words[:count])])[1][0]) for count in range(len(words))]
+    first = lengths.index(75)
+    second = next(count for count in range(first, 200) if lengths[count] == 150)
+    text = " ".join(words)
+    embeds, pooled = encode_prompts(encoders, [text, "a star"], windows=2)
+    assert embeds.shape == (2, 154, 128)
+    parts = [" ".join(words[:first]), " ".join(words[first:second])]
+    alone, pooled_alone = encode_prompts(encoders, parts)
+    torch.testing.assert_close(embeds[0], alone.flatten(0, 1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(pooled[0], pooled_alone[0], atol=1e-5, rtol=0)
+    short, _ = encode_prompts(encoders, ["a star", ""])
+    torch.testing.assert_close(embeds[1], short.flatten(0, 1), atol=1e-5, rtol=0)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal, run_stage
 from sdxl_pipeline.protocol.reporter import Reporter, is_main_process
+from sdxl_pipeline.store.errors import StoreError
 
 STEP_SECONDS = 0.02
 
@@ -25,7 +26,7 @@ class SleepySpec(BaseModel):
 
     folder: Path
     steps: int = 5
-    ending: Literal["done", "user", "crash", "out_of_memory", "killed"] = "done"
+    ending: Literal["done", "user", "store", "crash", "out_of_memory", "killed"] = "done"
     stubborn: bool = False
     save_seconds: float = 0.0
     helper: bool = False
@@ -60,6 +61,8 @@ def main(spec: SleepySpec, reporter: Reporter, stop: StopSignal) -> SleepyManife
     match spec.ending:
         case "user":
             raise StageError("steps: 7 is unlucky; write 8")
+        case "store":
+            raise StoreError("no space left on the moon")
         case "crash":
             raise RuntimeError("the floor gave way")
         case "out_of_memory":

@@ -15,21 +15,21 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_pipeline.encoding import latents
+from sdxl_pipeline.encoding import devices, latents
 from sdxl_pipeline.images.crops import plan_crops
+from sdxl_pipeline.images.digests import frame_digest
 from sdxl_pipeline.images.pixels import load_crop
 from sdxl_pipeline.images.scan import scan_dataset
 from sdxl_pipeline.project.datasets import ImageDataset
 from sdxl_pipeline.project.hardware import PRESETS
 from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.program import StageStopped, StopSignal
+from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
 from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.protocol.specs import EncodeLatentsSpec, LatentCache
 from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, BUNDLED_NAME, ResolvedModel, resolve_base_model
 from sdxl_pipeline.sdxl.components import load_vae
 from sdxl_pipeline.sdxl.latents import encode_moments, pixels_from_crops
 from sdxl_pipeline.stages import encode_latents
-from sdxl_pipeline.store.digest import digest_json
 from sdxl_pipeline.store.tensor_store import TensorStore
 
 COLOURS = ["red", "lime", "blue", "yellow", "white", "black", "orange"]
@@ -67,7 +67,9 @@ def make_spec(tmp_path: Path, data: Path) -> Callable[..., EncodeLatentsSpec]:
                 id="colours", instance_data_dir=data, resolution=64, aspect_bucket_alignment=32, crop=True,
                 crop_aspect="preserve",
             )  # fmt: skip
-            rows, _ = plan_crops(dataset, scan_dataset(dataset), seed=0, holdout_share=0.0, is_eval=False)
+            rows, _ = plan_crops(
+                dataset, scan_dataset(dataset, data), seed=0, holdout_share=0.0, is_eval=False
+            )
             rows.to_parquet(tmp_path / "rows.parquet")
         return EncodeLatentsSpec(
             base_model=base_model or model(),
@@ -123,9 +125,12 @@ def test_the_manifest_describes_the_dataset(make_spec, tmp_path: Path):
     assert cache.latent_mean == pytest.approx(values.mean(1).tolist(), abs=1e-5)
     assert cache.latent_std == pytest.approx(values.std(1, correction=0).tolist(), abs=1e-5)
     assert cache.bytes == sum(t.nbytes for key in entries["latent_key"] for t in store.read(key).values())
-    assert cache.digest == digest_json(list(entries["latent_key"]))
+    assert cache.digest == frame_digest(entries, ("key", "crop_index", "latent_key"))
+    assert cache.measured == 7
     assert cache.images_per_second is not None
     assert cache.images_per_second > 0
+    assert cache.vae_busy is not None
+    assert 0 < cache.vae_busy <= 1
     assert cache.seconds > 0
     with Image.open(tmp_path / "sample.png") as sample:
         assert len(sample.convert("RGB").getcolors(1 << 20)) > 8, "crops and their decodings are shown"
@@ -136,7 +141,7 @@ def test_a_second_run_encodes_nothing_and_does_not_load_the_vae(make_spec, monke
     spec = make_spec()
     first = run(spec)
     sample = (tmp_path / "sample.png").stat().st_mtime_ns
-    monkeypatch.setattr(latents, "load_vae", lambda *_: pytest.fail("the VAE was loaded"))
+    monkeypatch.setattr(devices, "load_vae", lambda *_: pytest.fail("the VAE was loaded"))
     second = run(spec)
     assert counts(second) == (7, 0, 7, 0)
     assert second.images_per_second is None
@@ -162,10 +167,99 @@ def test_the_same_picture_twice_is_encoded_once(make_spec, data: Path):
     assert keys.nunique() == 7
 
 
-def test_a_renamed_picture_keeps_its_latents(make_spec, data: Path):
-    run(make_spec())
+def test_renamed_pictures_keep_their_latents_and_the_datasets_digest(make_spec, data: Path):
+    first = run(make_spec())
     (data / "03.png").rename(data / "zebra.png")
-    assert counts(run(make_spec())) == (7, 0, 7, 0)
+    (data / "deep").mkdir()
+    (data / "05.png").rename(data / "deep" / "a.png")
+    spec = make_spec()
+    second = run(spec)
+    assert counts(second) == (7, 0, 7, 0)
+    assert second.digest == first.digest
+    assert {"zebra.png", "deep/a.png"} < set(pd.read_parquet(spec.entries_path)["path"])
+
+
+def test_where_one_copy_of_a_picture_is_gone_the_other_is_encoded(make_spec, data: Path):
+    shutil.copy(data / "00.png", data / "copy.png")
+    spec = make_spec()
+    (data / "00.png").unlink()
+    assert counts(run(spec)) == (8, 7, 1, 0)
+
+
+def test_a_folder_that_is_gone_is_one_sentence(make_spec, data: Path):
+    spec = make_spec()
+    data.rename(data.with_name("moved"))
+    with pytest.raises(StageError, match=r"folder .*data does not exist.*instance_data_dir"):
+        run(spec)
+
+
+@pytest.mark.parametrize("mode", ["ondemand", "disable"])
+def test_a_cache_mode_lists_what_is_left_to_the_training(make_spec, mode: str):
+    full = run(make_spec())
+    store = TensorStore(make_spec().store_root)
+    entries = pd.read_parquet(make_spec().entries_path)
+    before, held = len(store), store.entry_nbytes(entries["latent_key"])
+    other = make_spec(vae_dtype="bf16", plan=False).model_copy(update={"mode": mode})
+    cache = run(other)
+    assert (cache.planned, cache.encoded, cache.reused, cache.deferred) == (7, 0, 0, 7)
+    assert cache.digest != full.digest
+    listed = pd.read_parquet(other.entries_path)
+    assert list(listed.columns) == list(entries.columns)
+    assert list(listed["path"]) == list(entries["path"])
+    same = run(make_spec(plan=False).model_copy(update={"mode": mode}))
+    assert same.digest == full.digest
+    assert (same.reused, same.deferred) == ((7, 0) if mode == "ondemand" else (0, 7))
+    assert same.bytes == (held if mode == "ondemand" else 0)
+    assert len(TensorStore(other.store_root)) == before
+    assert counts(run(make_spec(plan=False))) == (7, 0, 7, 0), "back in full mode"
+
+
+def test_a_recorded_manifest_is_taken_at_its_word_only_where_asked(make_spec):
+    first = run(make_spec())
+    shutil.rmtree(make_spec(plan=False).store_root)
+    trusted = run(make_spec(plan=False).model_copy(update={"trust_recorded": True}))
+    assert counts(trusted) == (7, 0, 7, 0)
+    assert trusted.digest == first.digest
+    assert counts(run(make_spec(plan=False))) == (7, 7, 0, 0)
+
+
+def test_what_was_left_to_the_training_is_not_taken_for_encoded(make_spec):
+    run(make_spec().model_copy(update={"mode": "ondemand"}))
+    assert counts(run(make_spec().model_copy(update={"trust_recorded": True}))) == (7, 7, 0, 0)
+
+
+def test_nothing_to_encode_imports_no_torch(make_spec, tmp_path: Path):
+    run(make_spec())
+    for mode in ("full", "ondemand", "disable"):
+        spec = make_spec(plan=False).model_copy(update={"mode": mode})
+        (tmp_path / "spec.json").write_text(spec.model_dump_json())
+        program = (
+            "import sys; from pathlib import Path; from sdxl_pipeline.stages.encode_latents import *;"
+            f"spec = EncodeLatentsSpec.model_validate_json(Path({str(tmp_path / 'spec.json')!r}).read_text());"
+            "cache = main(spec, Reporter(), StopSignal()); assert cache.planned == 7; assert 'torch' not in sys.modules"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_several_crops_of_a_picture_are_decoded_once(make_spec, data: Path, monkeypatch):
+    spec = make_spec(vae_batch_size=8)
+    rows = pd.read_parquet(spec.rows_path).iloc[[0, 3]]
+    pd.concat([rows, rows.assign(crop_index=1, flipped=True)]).to_parquet(spec.rows_path)
+    read: list[str] = []
+    original = latents.read_crops
+    monkeypatch.setattr(
+        latents,
+        "read_crops",
+        lambda path, key, crops: read.append(path.name) or original(path, key, crops),
+    )
+    assert counts(run(spec)) == (4, 4, 0, 0)
+    assert sorted(read) == ["00.png", "03.png"]
+    entries = pd.read_parquet(spec.entries_path)
+    store = TensorStore(spec.store_root)
+    for path in ("00.png", "03.png"):
+        plain, mirrored = entries.loc[entries["path"] == path, "latent_key"]
+        assert not torch.equal(store.read(plain)["mean"], store.read(mirrored)["mean"])
 
 
 def test_another_vae_or_dtype_encodes_anew_and_other_text_encoders_do_not(make_spec, tmp_path: Path):
@@ -201,7 +295,7 @@ def test_pictures_that_cannot_be_read_are_named_and_the_others_stay_paired(make_
     entries = pd.read_parquet(spec.entries_path)
     assert list(entries["path"]) == ["00.png", "01.png", "03.png", "06.png"]
     assert len(TensorStore(spec.store_root)) == 4
-    assert cache.digest == digest_json(list(entries["latent_key"]))
+    assert cache.digest == frame_digest(entries, ("key", "crop_index", "latent_key"))
 
 
 def test_a_picture_whose_decoding_fails_is_named(make_spec, data: Path):

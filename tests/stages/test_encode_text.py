@@ -11,16 +11,17 @@ import pandas as pd
 import pytest
 import torch
 
-from sdxl_pipeline.encoding import text
+from sdxl_pipeline.encoding import devices, text
+from sdxl_pipeline.images.digests import frame_digest
 from sdxl_pipeline.project.hardware import PRESETS
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
 from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.protocol.specs import EncodeTextSpec, TextEmbedCache
 from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, BUNDLED_NAME, ResolvedModel, resolve_base_model
-from sdxl_pipeline.sdxl.components import load_pipeline
+from sdxl_pipeline.sdxl.components import load_pipeline, load_tokenizers
+from sdxl_pipeline.sdxl.prompt_tokens import PromptReader
 from sdxl_pipeline.stages import encode_text
-from sdxl_pipeline.store.digest import digest_json
 from sdxl_pipeline.store.tensor_store import TensorStore
 
 CAPTIONS = [
@@ -95,7 +96,7 @@ def test_the_manifest_describes_the_captions(make_spec):
     spec = make_spec()
     cache = run(spec)
     entries = pd.read_parquet(spec.entries_path)
-    assert cache.digest == digest_json(entries[["key", "embed_key"]].to_numpy().tolist())
+    assert cache.digest == frame_digest(entries, ("key", "embed_key"))
     assert cache.bytes == 6 * (77 * 128 + 64) * 4
     assert cache.captions_per_second is not None
     assert cache.captions_per_second > 0
@@ -105,7 +106,7 @@ def test_the_manifest_describes_the_captions(make_spec):
 
 def test_a_second_run_encodes_nothing_and_loads_no_encoder(make_spec, monkeypatch):
     first = run(make_spec())
-    monkeypatch.setattr(text, "load_text_encoders", lambda *_: pytest.fail("encoders were loaded"))
+    monkeypatch.setattr(devices, "load_text_encoders", lambda *_: pytest.fail("encoders were loaded"))
     second = run(make_spec())
     assert counts(second) == (6, 0, 6)
     assert second.captions_per_second is None
@@ -133,12 +134,93 @@ def test_without_captions_the_empty_prompt_is_there(make_spec):
     assert list(pd.read_parquet(spec.entries_path).columns) == ["path", "key", "caption", "embed_key"]
 
 
-def test_captions_past_77_tokens_are_named_also_when_cached(make_spec):
+def test_captions_past_77_tokens_are_named_with_what_they_lose_also_when_cached(make_spec):
     captions = [*CAPTIONS, ("d.png", LONG)]
-    assert run(make_spec(captions)).truncated == (LONG,)
-    again = run(make_spec(captions))
-    assert again.encoded == 0
+    first = run(make_spec(captions))
+    assert (first.truncated, first.truncated_count) == ((LONG,), 1)
+    assert LONG.endswith(first.truncated_tails[0] + " ")
+    kept = LONG[: -len(first.truncated_tails[0]) - 1]
+    assert run(make_spec([("d.png", kept)])).truncated_count == 0, "exactly the tail is lost"
+    again = run(make_spec([*captions, ("e.png", "a star")]))
+    assert again.encoded == 1
     assert again.truncated == (LONG,)
+    assert run(make_spec([*captions, ("e.png", "a star")])).truncated == (LONG,)
+
+
+def test_no_caption_is_tokenized_that_was_counted_before(make_spec, monkeypatch):
+    captions = [*CAPTIONS, ("d.png", LONG)]
+    run(make_spec(captions))
+    counted: list[str] = []
+    original = text.token_counts
+    monkeypatch.setattr(
+        text, "token_counts", lambda spec, new, stop: counted.extend(new) or original(spec, new, stop)
+    )
+    assert run(make_spec([*captions, ("e.png", "a star")])).truncated_count == 1
+    assert counted == []
+    Path(make_spec(captions).entries_path).with_suffix(".tokens.parquet").unlink()
+    assert run(make_spec([*captions, ("e.png", "a sun")])).truncated_count == 1
+    assert LONG in counted
+
+
+def test_all_truncated_captions_are_counted_and_the_first_named(make_spec):
+    captions = [(f"{index}.png", f"number {index} of " + LONG) for index in range(25)]
+    cache = run(make_spec(captions, text_encoder_batch_size=32))
+    assert cache.truncated_count == 25
+    assert len(cache.truncated) == len(cache.truncated_tails) == 20
+
+
+def test_in_two_windows_captions_are_longer_and_have_keys_of_their_own(make_spec):
+    captions = [*CAPTIONS, ("d.png", LONG)]
+    one = run(make_spec(captions))
+    spec = make_spec(captions).model_copy(update={"windows": 2})
+    two = run(spec)
+    assert counts(two) == (7, 7, 0)
+    assert (two.windows, two.truncated_count) == (2, 0)
+    assert two.digest != one.digest
+    entries, prompts = pd.read_parquet(spec.entries_path), pd.read_parquet(spec.prompts_path)
+    store = TensorStore(spec.store_root)
+    for key in (*entries["embed_key"], *prompts["embed_key"]):
+        assert store.read(key)["prompt_embeds"].shape == (154, 128)
+        assert store.read(key)["pooled_prompt_embeds"].shape == (64,)
+    assert run(make_spec(captions)).encoded == 0, "the entries of one window are still there"
+
+
+@pytest.mark.parametrize("mode", ["ondemand", "disable"])
+def test_a_cache_mode_lists_what_is_left_to_the_training(make_spec, mode: str):
+    deferred = run(make_spec().model_copy(update={"mode": mode}))
+    assert (deferred.captions, deferred.encoded, deferred.reused, deferred.deferred) == (6, 0, 0, 6)
+    assert deferred.truncated_count is None
+    spec = make_spec()
+    assert not Path(spec.store_root).exists()
+    left = pd.read_parquet(spec.entries_path), pd.read_parquet(spec.prompts_path)
+    full = run(spec)
+    assert counts(full) == (6, 6, 0)
+    assert full.digest == deferred.digest
+    pd.testing.assert_frame_equal(left[0], pd.read_parquet(spec.entries_path))
+    pd.testing.assert_frame_equal(left[1], pd.read_parquet(spec.prompts_path))
+    again = run(make_spec().model_copy(update={"mode": mode}))
+    assert (again.reused, again.deferred) == ((6, 0) if mode == "ondemand" else (0, 6))
+
+
+def test_a_recorded_manifest_is_taken_at_its_word_only_where_asked(make_spec):
+    first = run(make_spec())
+    shutil.rmtree(make_spec().store_root)
+    trusted = run(make_spec().model_copy(update={"trust_recorded": True}))
+    assert counts(trusted) == (6, 0, 6)
+    assert trusted.digest == first.digest
+    assert counts(run(make_spec())) == (6, 6, 0)
+
+
+def test_renamed_pictures_leave_the_digest_alone(make_spec):
+    first = run(make_spec())
+    spec = make_spec()
+    table = pd.read_parquet(spec.captions_path)
+    table["path"] = table["path"].map({"a.png": "z.png", "b.png": "deep/b.png", "c.png": "c.png"})
+    table.iloc[::-1].to_parquet(spec.captions_path)
+    second = run(spec)
+    assert counts(second) == (6, 0, 6)
+    assert second.digest == first.digest
+    assert "z.png" in set(pd.read_parquet(spec.entries_path)["path"])
 
 
 def test_another_encoder_tokenizer_or_dtype_encodes_anew_and_another_vae_does_not(make_spec, tmp_path: Path):
@@ -160,12 +242,15 @@ def test_another_encoder_tokenizer_or_dtype_encodes_anew_and_another_vae_does_no
 
 
 def test_a_caption_that_overflows_is_an_error_that_names_it(make_spec, monkeypatch):
-    def overflowing(encoders: Any, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        embeds = torch.zeros(len(prompts), 77, 128)
-        embeds[[prompt == "a blue star" for prompt in prompts]] = torch.nan
-        return embeds, torch.zeros(len(prompts), 64)
+    star = PromptReader(load_tokenizers(model()))
+    ids = star.in_windows(star.read(["a blue star"]))[0][0]
 
-    monkeypatch.setattr(text, "encode_prompts", overflowing)
+    def overflowing(encoders: Any, input_ids: torch.Tensor, _: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        embeds = torch.zeros(len(input_ids), 77, 128)
+        embeds[(input_ids == ids).flatten(1).all(1)] = torch.nan
+        return embeds, torch.zeros(len(input_ids), 64)
+
+    monkeypatch.setattr(text, "encode_tokens", overflowing)
     with pytest.raises(StageError, match=r"'a blue star'.*mixed_precision to bf16"):
         run(make_spec())
 
@@ -180,8 +265,9 @@ def test_a_stop_between_batches_keeps_what_is_done(make_spec):
     spec = make_spec(shard_rows=100)
     with pytest.raises(StageStopped):
         run(spec, StopAtOnce(), stop)
-    assert len(TensorStore(spec.store_root)) == 2
-    assert counts(run(spec)) == (6, 4, 2)
+    kept = len(TensorStore(spec.store_root))
+    assert 2 <= kept < 6
+    assert counts(run(spec)) == (6, 6 - kept, kept)
 
 
 def test_as_a_program(make_spec, tmp_path: Path):

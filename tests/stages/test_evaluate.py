@@ -6,16 +6,18 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from sdxl_pipeline.evaluation.identity import evaluation_identity
 from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
 from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.protocol.specs import EvaluateSpec, EvaluationReport
 from sdxl_pipeline.stages.evaluate import main
 from sdxl_pipeline.store.files import sha256_file
-from tests.evaluation.lanes import make_spec
+from tests.evaluation.subjects import make_spec
 
 
 def evaluate(spec: EvaluateSpec) -> EvaluationReport:
@@ -82,6 +84,20 @@ def test_the_same_evaluation_is_reused_until_something_differs(tmp_path: Path):
     assert not evaluate(spec).reused
 
 
+def test_names_of_files_make_no_difference(tmp_path: Path):
+    spec = make_spec(tmp_path, scale=0.1, evaluation_type="none")
+    before = evaluate(spec)
+    (lane,) = spec.lanes
+    for table in (lane.rows_path, lane.latents.entries_path, lane.text_embeds.entries_path):
+        named = pd.read_parquet(table)
+        turned = named.assign(path=[f"moved/{ord('z') - ord(path[0])}.png" for path in named["path"]])
+        turned.sort_values("path").to_parquet(table)
+    assert evaluation_identity(spec) == before.identity
+    again = evaluate(spec.model_copy(update={"output_dir": str(tmp_path / "again")}))
+    assert not again.reused
+    assert (again.base_loss, again.lora_loss) == (before.base_loss, before.lora_loss)
+
+
 def test_everything_is_where_the_report_says(changed):
     _, report = changed
     for path in (report.gallery_path, report.loss_plot_path, *(image.path for image in report.images)):
@@ -95,7 +111,7 @@ def test_everything_is_where_the_report_says(changed):
 def test_the_eval_loss_can_be_left_out_and_captions_stand_in_for_prompts(tmp_path: Path):
     report = evaluate(make_spec(tmp_path, prompts=(), eval_loss_disable=True, evaluation_type="none"))
     assert report.base_loss is report.lora_loss is report.loss_plot_path is None
-    assert {image.prompt for image in report.images} == {"picture c.png", "picture e.png"}
+    assert {image.prompt for image in report.images} == {"shapes 2 0", "shapes 4 0"}
 
 
 def test_another_file_than_the_trained_one_is_refused(changed, tmp_path: Path):

@@ -24,8 +24,8 @@ from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.metrics import read_metrics
+from tests.lanes import SQUARE, WIDE, digest, make_lane, make_spec
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
-from tests.training.lanes import SQUARE, WIDE, digest, make_lane, make_spec
 
 STEPS = 12
 REPOSITORY = Path(__file__).parents[2]

@@ -12,11 +12,11 @@ from sdxl_pipeline.training.batches import (
     BatchReader,
     MismatchedBatchError,
     TrainingBatches,
-    load_samples,
     prefetched,
 )
 from sdxl_pipeline.training.order import SampleOrder
-from tests.training.lanes import PROMPT, digest, make_lane
+from sdxl_pipeline.training.samples import load_samples
+from tests.lanes import PROMPT, digest, make_lane
 
 SCALE = 0.25
 

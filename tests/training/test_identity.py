@@ -9,7 +9,7 @@ import pytest
 
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.training.identity import EXCLUDED, run_identity
-from tests.training.lanes import make_lane, make_spec
+from tests.lanes import make_lane, make_spec
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import ValidationImage
 from sdxl_pipeline.training.metrics import StepMetrics
 from sdxl_pipeline.training.trackers import Trackers, require_tracker
-from tests.training.lanes import make_spec
+from tests.lanes import make_spec
 
 
 def rows(first: int, last: int, loss: float) -> list[StepMetrics]:

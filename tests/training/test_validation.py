@@ -16,7 +16,7 @@ from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.batches import BatchReader
 from sdxl_pipeline.training.validation import draw_pictures, is_validation_step, plan_pictures
 from sdxl_pipeline.training.validation_log import ValidationLog
-from tests.training.lanes import NEGATIVE, PROMPT, digest, make_spec
+from tests.lanes import NEGATIVE, PROMPT, digest, make_spec
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""Training lanes made without any encoding stage: tables and stores filled with generated latents and embeddings."""
+"""Lanes as the trainer and the evaluation read them, made without any encoding stage: tables and stores filled with generated latents and embeddings."""
 
 import atexit
 import hashlib
@@ -24,6 +24,7 @@ from sdxl_pipeline.protocol.specs import (
 )
 from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, resolve_base_model
 from sdxl_pipeline.store.tensor_store import TensorStore
+from sdxl_pipeline.training.samples import Sample, Samples
 
 PROMPT, NEGATIVE = "a red circle", "blurry"
 SQUARE, WIDE = (64, 64), (64, 96)  # (height, width), pixels
@@ -78,10 +79,21 @@ def make_lane(
     captions: int = 1,
     repeats: int = 0,
     probability: float = 1.0,
-    splits: Sequence[str] | None = None,
+    splits: Sequence[str] | Mapping[str, str] | None = None,
+    crops: int = 1,
+    prompts: Sequence[str] = (PROMPT, NEGATIVE),
 ) -> TrainingLane:
-    """A lane with one picture per entry of `buckets`; each of its tensors is filled from its own seed."""
+    """A lane with one picture per entry of `buckets`; each of its tensors is filled from its own seed.
+
+    `splits` gives each one's split; by path, the pictures are those of its paths, and `buckets` go round. Of several `crops` every
+    other one is mirrored.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    by_path = (
+        dict(splits)
+        if isinstance(splits, Mapping)
+        else {f"picture_{i:02d}.png": splits[i] if splits else "train" for i in range(len(buckets))}
+    )
     latent_store, text_store = TensorStore(folder / "latents"), TensorStore(folder / "texts")
     rows, latents, texts = [], [], []
     with latent_store.writer() as write_latent, text_store.writer() as write_text:
@@ -98,42 +110,46 @@ def make_lane(
             )
             return key
 
-        for index, (height, width) in enumerate(buckets):
-            path, key = f"picture_{index:02d}.png", digest("image", dataset_id, index)
-            latent_key = digest("latent", key)
-            generator = torch.Generator().manual_seed(index)
-            mean = torch.randn(4, height // 8, width // 8, generator=generator)
-            write_latent.add(latent_key, {"mean": mean, "logvar": torch.full_like(mean, -4.0)})
-            rows.append(
-                {
-                    "path": path,
-                    "key": key,
-                    "crop_index": 0,
-                    "bucket_h": height,
-                    "bucket_w": width,
-                    "resized_h": height + 4,
-                    "resized_w": width,
-                    "crop_top": index % 4,
-                    "crop_left": 0,
-                    "original_h": 3 * height + 12,
-                    "original_w": 3 * width,
-                    "source_h": 3 * height + 12,
-                    "source_w": 3 * width,
-                    "split": splits[index] if splits else "train",
-                }
-            )
-            latents.append({"path": path, "crop_index": 0, "key": key, "latent_key": latent_key})
+        for index, (path, split) in enumerate(by_path.items()):
+            height, width = buckets[index % len(buckets)]
+            key = digest("image", dataset_id, index)
+            for crop_index in range(crops):
+                latent_key = digest("latent", key, *([crop_index] if crop_index else []))
+                generator = torch.Generator().manual_seed(index + 1000 * crop_index)
+                mean = torch.randn(4, height // 8, width // 8, generator=generator)
+                write_latent.add(latent_key, {"mean": mean, "logvar": torch.full_like(mean, -4.0)})
+                rows.append(
+                    {
+                        "path": path,
+                        "key": key,
+                        "crop_index": crop_index,
+                        "bucket_h": height,
+                        "bucket_w": width,
+                        "resized_h": height + 4,
+                        "resized_w": width,
+                        "crop_top": index % 4,
+                        "crop_left": 0,
+                        "original_h": 3 * height + 12,
+                        "original_w": 3 * width,
+                        "source_h": 3 * height + 12,
+                        "source_w": 3 * width,
+                        "flipped": crop_index % 2 == 1,
+                        "split": split,
+                    }
+                )
+                latents.append({"path": path, "crop_index": crop_index, "key": key, "latent_key": latent_key})
             for number in range(captions):
                 caption = f"{dataset_id} {index} {number}"
                 texts.append(
                     {"path": path, "key": key, "caption": caption, "embed_key": add_text("caption", caption)}
                 )
-        prompts = [{"prompt": p, "embed_key": add_text("prompt", p)} for p in ("", PROMPT, NEGATIVE)]
+        known = [{"prompt": p, "embed_key": add_text("prompt", p)} for p in dict.fromkeys(("", *prompts))]
 
-    for name, table in (("rows", rows), ("latents", latents), ("texts", texts), ("prompts", prompts)):
+    for name, table in (("rows", rows), ("latents", latents), ("texts", texts), ("prompts", known)):
         pd.DataFrame(table).to_parquet(folder / f"{name}.parquet")
     return TrainingLane(
         dataset_id=dataset_id,
+        data_dir=str(folder / "pictures"),
         rows_path=str(folder / "rows.parquet"),
         repeats=repeats,
         probability=probability,
@@ -159,8 +175,8 @@ def make_lane(
             entries_path=str(folder / "texts.parquet"),
             prompts_path=str(folder / "prompts.parquet"),
             digest=digest(texts),
-            captions=len(texts) + 3,
-            encoded=len(texts) + 3,
+            captions=len(texts) + len(known),
+            encoded=len(texts) + len(known),
             reused=0,
             truncated=(),
             seconds=1.0,
@@ -168,6 +184,11 @@ def make_lane(
             bytes=1,
         ),
     )
+
+
+def by_path(samples: Samples) -> dict[str, Sample]:
+    """Samples of one crop each by the names of their files, in whose order they were made."""
+    return {sample.path: sample for sample in sorted(samples, key=lambda sample: sample.path)}
 
 
 def make_spec(

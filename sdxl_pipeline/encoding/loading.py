@@ -1,0 +1,43 @@
+"""Pictures from the data folder: read once, checked against the plan, decoded and cut. No torch."""
+
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+from sdxl_pipeline.images.crops import Crop
+from sdxl_pipeline.images.decoding import UnreadableImage
+from sdxl_pipeline.images.pixels import load_crops
+from sdxl_pipeline.protocol.program import StageError
+
+
+def read_crops(path: Path, key: str | None, crops: Sequence[Crop]) -> list[np.ndarray]:
+    """Crops of the picture at `path`: uint8 sRGB, (bucket_h, bucket_w, 3) each.
+
+    The file is read once: what is decoded is what was hashed. Raises UnreadableImage, with a reason to show, when it cannot be read or
+    decoded, or is no longer the picture whose digest is `key` (None: not looked at).
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UnreadableImage(f"cannot be read: {error.strerror}") from error
+    # an edited picture must not be stored under the old one's key, where it would stay
+    if key is not None and sha256(data).hexdigest() != key:
+        raise UnreadableImage("changed since the dataset was scanned; materialize the dataset again")
+    return load_crops(data, crops)
+
+
+def require_folder(data_dir: Path) -> None:
+    """Raise StageError when the pictures' folder is not there: one sentence, rather than one for each picture."""
+    try:
+        if data_dir.is_dir():
+            next(data_dir.iterdir(), None)
+            return
+        reason = "does not exist"
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+    raise StageError(
+        f"the pictures' folder {data_dir} {reason}; it was there when the dataset was scanned. Mount it or put it back, or mend "
+        "instance_data_dir in multidatabackend.json, and materialize this again"
+    )

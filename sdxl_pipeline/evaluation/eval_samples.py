@@ -1,0 +1,33 @@
+"""Which pictures a LoRA is measured on. No torch."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.protocol.specs import TrainingLane
+from sdxl_pipeline.training.samples import Samples, load_samples
+
+EvalSource = Literal["eval dataset", "held-out share", "training pictures"]
+
+DEFAULT_PICTURES = 32
+"""Pictures used when num_eval_images is not set. Each costs eval_timesteps forward passes, twice."""
+
+
+def choose_samples(lanes: Sequence[TrainingLane], settings: TrainingSettings) -> tuple[EvalSource, Samples]:
+    """The samples of the eval loss and where they come from: eval datasets, else the held-out share, else the training pictures.
+
+    An eval dataset is a lane with no picture to train on. Of more than num_eval_images the first by key are taken: keys are digests,
+    so that is an even choice, and the same one every time.
+    """
+    training = load_samples(lanes, "train", settings.micro_conditioning)
+    held_out = load_samples(lanes, "eval", settings.micro_conditioning)
+    eval_datasets = held_out.pictures_by_dataset().keys() - training.pictures_by_dataset().keys()
+    count = settings.num_eval_images or DEFAULT_PICTURES
+    source: EvalSource
+    if eval_datasets:
+        source, samples = "eval dataset", held_out.first_by_key(count, eval_datasets)
+    elif held_out:
+        source, samples = "held-out share", held_out.first_by_key(count)
+    else:
+        source, samples = "training pictures", training.one_of_each().first_by_key(count)
+    return source, samples

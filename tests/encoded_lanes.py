@@ -1,0 +1,131 @@
+"""Lanes of real pictures, as the stages before the training leave them under each cache mode."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image, ImageDraw
+
+from sdxl_pipeline.images.crops import plan_crops
+from sdxl_pipeline.images.scan import scan_dataset
+from sdxl_pipeline.project.datasets import CacheMode, ImageDataset
+from sdxl_pipeline.project.hardware import PRESETS
+from sdxl_pipeline.protocol.program import StopSignal
+from sdxl_pipeline.protocol.reporter import Reporter
+from sdxl_pipeline.protocol.specs import EncodeLatentsSpec, EncodeTextSpec, TrainingLane
+from sdxl_pipeline.sdxl.base_model import ResolvedModel
+from sdxl_pipeline.stages import encode_latents, encode_text
+from tests.lanes import NEGATIVE, PROMPT
+
+HARDWARE = PRESETS["cpu"]
+
+
+class Silent(Reporter):
+    """Says nothing."""
+
+    def _show_log(self, message: str) -> None:
+        pass
+
+
+def draw_pictures(folder: Path, count: int = 6, size: tuple[int, int] = (128, 96)) -> None:
+    """`count` different pictures of `size` (width, height), every other one upright, with a caption beside each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(5)
+    for number in range(count):
+        width, height = size if number % 2 else size[::-1]
+        picture = Image.new("RGB", (width, height), tuple(random.integers(0, 255, 3).tolist()))
+        x, y = random.integers(0, 60, 2).tolist()
+        ImageDraw.Draw(picture).ellipse(
+            (x, y, x + 30, y + 40), fill=tuple(random.integers(0, 255, 3).tolist())
+        )
+        picture.save(folder / f"drawing_{number}.png")
+        (folder / f"drawing_{number}.txt").write_text(f"a drawing, number {number}, of an ellipse\n")
+
+
+def prepare_lane(
+    folder: Path,
+    pictures: Path,
+    model: ResolvedModel,
+    *,
+    latent_cache: CacheMode = "full",
+    text_cache: CacheMode = "full",
+    holdout: float = 0.0,
+    windows: int = 1,
+    repeats: int = 0,
+    fresh_crops: bool = False,
+    **settings: object,
+) -> TrainingLane:
+    """Scan, plan and run both encode stages in `folder`, the stores being `folder`/latents and `folder`/texts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dataset = ImageDataset.model_validate(
+        {
+            "id": "drawings",
+            "type": "local",
+            "instance_data_dir": str(pictures),
+            "caption_strategy": "textfile",
+            "resolution": 64,
+            "resolution_type": "pixel_area",
+            "aspect_bucket_alignment": 16,
+            "crop": False,
+        }
+        | settings
+    )
+    scanned = scan_dataset(dataset, pictures)
+    rows, _ = plan_crops(dataset, scanned, 42, holdout, is_eval=dataset.dataset_type == "eval")
+    rows.to_parquet(folder / "rows.parquet")
+    kept = scanned[scanned["status"] == "kept"][["path", "key", "captions"]]
+    captions = kept.explode("captions").rename(columns={"captions": "caption"})
+    captions.astype("str").to_parquet(folder / "captions.parquet")
+    latents = encode_latents.main(
+        EncodeLatentsSpec(
+            base_model=model,
+            hardware=HARDWARE,
+            data_dir=str(pictures),
+            rows_path=str(folder / "rows.parquet"),
+            store_root=str(folder / "latents"),
+            entries_path=str(folder / "latents.parquet"),
+            sample_path=str(folder / "sample.png"),
+            mode=latent_cache,
+        ),
+        Silent(),
+        StopSignal(),
+    )
+    texts = encode_text.main(
+        EncodeTextSpec(
+            base_model=model,
+            hardware=HARDWARE,
+            captions_path=str(folder / "captions.parquet"),
+            extra_prompts=(PROMPT, NEGATIVE),
+            store_root=str(folder / "texts"),
+            entries_path=str(folder / "texts.parquet"),
+            prompts_path=str(folder / "prompts.parquet"),
+            windows=windows,
+            mode=text_cache,
+        ),
+        Silent(),
+        StopSignal(),
+    )
+    assert latents is not None
+    assert texts is not None
+    return TrainingLane(
+        dataset_id=dataset.id,
+        data_dir=str(pictures),
+        rows_path=str(folder / "rows.parquet"),
+        latents=latents,
+        text_embeds=texts,
+        repeats=repeats,
+        latent_cache=latent_cache,
+        text_cache=text_cache,
+        fresh_crops=fresh_crops,
+    )
+
+
+def listing(root: Path) -> dict[str, tuple[int, int]]:
+    """Every file under `root` with its size and time of writing."""
+    files = [path for path in root.rglob("*") if path.is_file()] if root.exists() else []
+    return {str(path.relative_to(root)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def rows_of(lane: TrainingLane) -> pd.DataFrame:
+    """The lane's crop plan."""
+    return pd.read_parquet(lane.rows_path)

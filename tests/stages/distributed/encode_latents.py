@@ -1,0 +1,31 @@
+"""The latent stage, of which the second process fails or dawdles: `python -m tests.stages.distributed.encode_latents spec.json`."""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from sdxl_pipeline.encoding import latents
+from sdxl_pipeline.protocol.program import StageError, run_stage
+from sdxl_pipeline.protocol.specs import EncodeLatentsSpec
+from sdxl_pipeline.stages.encode_latents import main
+
+encode_share = latents.encode_share
+
+
+def troubled(*arguments: Any) -> latents.EncodedShare:
+    if os.environ["RANK"] == "1":
+        if os.environ["TROUBLE"] == "fails":
+            raise StageError("the second process cannot go on")
+        Path(os.environ["TROUBLE"]).write_text(str(os.getpid()))
+        stop = arguments[-1]
+        while True:
+            stop.raise_if_requested()
+            time.sleep(0.05)
+    return encode_share(*arguments)
+
+
+if __name__ == "__main__":
+    sys.modules["sdxl_pipeline.encoding.latents"].encode_share = troubled
+    run_stage(EncodeLatentsSpec, main)

@@ -1,0 +1,198 @@
+"""What a training reads, end to end: real pictures through the stages before it, in every cache mode, under any file names."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
+from sdxl_pipeline.protocol.specs import TrainedLora, TrainingLane, TrainSpec
+from sdxl_pipeline.stages.train import main
+from sdxl_pipeline.store.tensor_store import TensorStore
+from sdxl_pipeline.training.batches import BatchReader
+from sdxl_pipeline.training.identity import run_identity
+from sdxl_pipeline.training.order import SampleOrder
+from sdxl_pipeline.training.samples import load_samples
+from tests.encoded_lanes import Silent, draw_pictures, listing, prepare_lane, rows_of
+from tests.lanes import make_spec
+from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STEPS = 5
+SETTINGS = {
+    "max_train_steps": STEPS,
+    "checkpoint_step_interval": 2,
+    "caption_dropout_probability": 0.3,
+    "lr_warmup_steps": 0,
+}
+WITH_PICTURES = {"validation_disable": False, "validation_step_interval": 0}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("drawings")
+    draw_pictures(folder)
+    return folder
+
+
+def spec_of(folder: Path, *lanes: TrainingLane, run: str = "run", **settings: object) -> TrainSpec:
+    folder.mkdir(parents=True, exist_ok=True)
+    return make_spec(folder, *lanes, run=run, **{**SETTINGS, **settings})
+
+
+def spec_in_mode(folder: Path, pictures: Path, mode: str, **settings: object) -> TrainSpec:
+    spec = spec_of(folder, **settings)
+    lane = prepare_lane(folder / "drawings", pictures, spec.base_model, latent_cache=mode, text_cache=mode)
+    return spec.model_copy(update={"lanes": (lane,)})
+
+
+def train(spec: TrainSpec) -> TrainedLora:
+    return main(spec, Silent(), StopSignal())
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> tuple[TrainSpec, TrainedLora]:
+    spec = spec_in_mode(tmp_path_factory.mktemp("full"), pictures, "full", **WITH_PICTURES)
+    return spec, train(spec)
+
+
+@pytest.fixture(scope="module")
+def lazy(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> tuple[TrainSpec, TrainedLora]:
+    spec = spec_in_mode(tmp_path_factory.mktemp("lazy"), pictures, "ondemand", **WITH_PICTURES)
+    return spec, train(spec)
+
+
+def test_every_cache_mode_trains_the_same_lora(full, lazy, tmp_path, pictures):
+    kept_spec, kept = full
+    spec = spec_in_mode(tmp_path, pictures, "disable", **WITH_PICTURES)
+    stores = [tmp_path / "drawings" / name for name in ("latents", "texts")]
+    before = [listing(store) for store in stores]
+    never = train(spec)
+    assert [listing(store) for store in stores] == before
+    assert kept.identity == lazy[1].identity == never.identity == run_identity(kept_spec)
+    assert never.weights_sha256 == lazy[1].weights_sha256
+    for name, tensor in load_file(kept.weights_path).items():
+        torch.testing.assert_close(load_file(never.weights_path)[name], tensor, rtol=1e-3, atol=1e-5)
+    lane = lazy[0].lanes[0]
+    seen = {sample.latent_key for sample in load_samples([lane], "train")}
+    assert not TensorStore(lane.latents.store_root).missing(seen)
+    assert (
+        len({Path(image.path).read_bytes() for run in (kept, never) for image in run.validation_images}) <= 2
+    )
+    assert len(never.validation_images) == 1
+
+
+def test_an_interrupted_run_that_encodes_on_demand_goes_on_bit_for_bit(lazy, tmp_path, pictures):
+    spec = spec_in_mode(tmp_path, pictures, "ondemand")
+    stop = StopSignal()
+
+    class StoppedReporter(Silent):
+        def progress(self, what: str, done: int, total: int, unit: str) -> None:
+            if done == 3:
+                stop.request()
+
+    with pytest.raises(StageStopped):
+        main(spec, StoppedReporter(), stop)
+    resumed = train(spec)
+    assert resumed.resumed_from_step == 3
+    assert resumed.weights_sha256 == lazy[1].weights_sha256
+
+
+def test_fresh_crops_are_another_run(full, tmp_path, pictures):
+    spec, _ = full
+    fresh = spec.lanes[0].model_copy(update={"latent_cache": "disable", "fresh_crops": True})
+    assert run_identity(spec.model_copy(update={"lanes": (fresh,)})) != run_identity(spec)
+
+
+def test_names_of_files_make_no_difference(full, tmp_path, pictures):
+    """The same pictures under other names, in other folders, found in another order."""
+    spec, trained = full
+    moved = tmp_path / "moved"
+    for number, path in enumerate(sorted(pictures.glob("*.png"), reverse=True)):
+        place = moved / f"folder {number % 2}" / f"{number:02d} renamed.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place)
+        shutil.copy(path.with_suffix(".txt"), place.with_suffix(".txt"))
+    lane = prepare_lane(tmp_path / "drawings", moved, spec.base_model)
+    before, after = (load_samples(lanes, "train") for lanes in (spec.lanes, (lane,)))
+    assert {sample.path for sample in before}.isdisjoint(sample.path for sample in after)
+    assert after.digest() == before.digest()
+    assert [sample.id for sample in after] == [sample.id for sample in before]
+    order, again = (SampleOrder(samples, {"drawings": 1.0}, 42, 2) for samples in (before, after))
+    for index in range(12):
+        ours, theirs = order.batch(index, 0), again.batch(index, 0)
+        assert [(d.sample.id, d.embed_key) for d in ours] == [(d.sample.id, d.embed_key) for d in theirs]
+    renamed = spec_of(tmp_path, lane)
+    assert run_identity(renamed) == trained.identity
+    assert train(renamed).weights_sha256 == trained.weights_sha256
+
+
+def test_copies_of_a_picture_are_told_apart_by_their_captions(tmp_path, pictures):
+    spec = spec_of(tmp_path / "spec")
+    captions = ("a drawing, number 0, of an ellipse", "another caption")
+    found = []
+    for number, names in enumerate(
+        (("a", "x"), ("y", "b"))
+    ):  # in the order of their captions, and against it
+        folder = shutil.copytree(pictures, tmp_path / f"pictures {number}")
+        for name, caption in zip(names, captions, strict=True):
+            shutil.copy(folder / "drawing_0.png", folder / f"{name}.png")
+            (folder / f"{name}.txt").write_text(caption)
+        (folder / "drawing_0.png").unlink()
+        (folder / "drawing_0.txt").unlink()
+        lane = prepare_lane(tmp_path / f"lane {number}", folder, spec.base_model)
+        found.append(load_samples([lane], "train"))
+    one, other = found
+    assert len({sample.id for sample in one}) == len(one) == 7
+    assert len({sample.key for sample in one}) == 6
+    assert one.digest() == other.digest()
+    assert [(s.id, s.embed_keys) for s in one] == [(s.id, s.embed_keys) for s in other]
+
+
+def test_two_resolutions_of_one_folder_are_two_datasets(tmp_path, pictures):
+    spec = spec_of(tmp_path, train_batch_size=1, max_train_steps=3)
+    lanes = tuple(
+        prepare_lane(tmp_path / name, pictures, spec.base_model, holdout=0.4, id=name, resolution=resolution)
+        for name, resolution in (("small", 48), ("large", 80))
+    )
+    trained, held_out = (load_samples(lanes, split) for split in ("train", "eval"))
+    assert set(trained.pictures_by_dataset()) == {"small", "large"}
+    assert {s.key for s in trained}.isdisjoint({s.key for s in held_out})
+    for samples in (trained, held_out):
+        keys = [{s.key for s in samples if s.dataset_id == name} for name in ("small", "large")]
+        assert keys[0] == keys[1]
+        assert keys[0]
+    assert len({s.latent_key for s in trained}) == len(trained)
+    assert all(rows_of(lane)["split"].value_counts().min() > 0 for lane in lanes)
+    order = SampleOrder(trained, {"small": 1.0, "large": 1.0}, 42, 1)
+    shown = [order.batch(index, 0)[0].sample.dataset_id for index in range(order.batches_until(1))]
+    assert sorted(shown) == sorted(s.dataset_id for s in trained)
+    assert train(spec.model_copy(update={"lanes": lanes})).steps == 3
+
+
+def test_captions_of_two_windows_train_and_draw(tmp_path, pictures):
+    spec = spec_of(tmp_path, **WITH_PICTURES)
+    lane = prepare_lane(tmp_path / "drawings", pictures, spec.base_model, windows=2)
+    reader = BatchReader([lane])
+    samples = list(load_samples([lane], "train"))[:2]
+    texts = reader.text_embeds(samples, [sample.embed_keys[0] for sample in samples])
+    assert texts.prompt_embeds.shape == (2, 154, 128)
+    assert reader.prompt_embeds("")[0].shape == (1, 154, 128)
+    result = train(spec.model_copy(update={"lanes": (lane,)}))
+    assert result.steps == STEPS
+    assert len(result.validation_images) == 1
+
+
+def test_too_small_datasets_are_repeated_if_that_is_allowed(tmp_path, pictures):
+    spec = spec_of(tmp_path, train_batch_size=4, gradient_accumulation_steps=4, max_train_steps=1)
+    lane = prepare_lane(tmp_path / "drawings", pictures, spec.base_model)
+    with pytest.raises(StageError, match="give 6 pictures an epoch, but one step takes 16"):
+        train(spec.model_copy(update={"lanes": (lane,)}))
+    settings = spec.settings.model_copy(update={"allow_dataset_oversubscription": True})
+    result = train(spec.model_copy(update={"lanes": (lane,), "settings": settings}))
+    assert result.steps == 1
+    assert result.raised_repeats == {"drawings": 2}
+    assert result.pictures_per_epoch == {"drawings": 18.0}
