@@ -4,6 +4,7 @@ import dagster as dg
 
 from assets.aspect_buckets import build_aspect_buckets
 from assets.base_model import build_base_model
+from assets.data_checks import build_leak_checks
 from assets.dataset import build_dataset
 from assets.evaluation import build_evaluation
 from assets.hub_release import build_hub_release
@@ -14,7 +15,10 @@ from sdxl_pipeline.project.project import BrokenProject, Project
 
 
 def build_assets(project: Project) -> list[dg.AssetsDefinition]:
-    """All assets of one project: a lane per image dataset, then the model, its evaluation and its release."""
+    """All assets of one project: a lane per image dataset, then the model, its evaluation and its release.
+
+    Among them stand the checks that compare one lane with others.
+    """
     lanes = [
         build(project, dataset)
         for dataset in project.datasets
@@ -23,6 +27,7 @@ def build_assets(project: Project) -> list[dg.AssetsDefinition]:
     return [
         build_base_model(project),
         *lanes,
+        *build_leak_checks(project),
         build_lora(project),
         build_evaluation(project),
         build_hub_release(project),

@@ -1,21 +1,26 @@
 """The crop plan: which bucket each picture goes to, how it is resized, where it is cropped, on which side it stands."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
+import numpy as np
 import pandas as pd
 
-from assets import checks
+from assets import data_checks as checks
+from assets.failures import told_to_the_user
 from assets.keys import lane_key, version
 from assets.show import dropped_table, picture
-from sdxl_pipeline.images.crops import plan_crops
+from resources.storage import Storage
+from sdxl_pipeline.images.crops import pictures_per_bucket, plan_crops
 from sdxl_pipeline.images.digests import rows_digest
+from sdxl_pipeline.images.faces import DETECTOR, find_faces, require_detector
 from sdxl_pipeline.images.pictures import bucket_histogram
 from sdxl_pipeline.project.datasets import ImageDataset
 from sdxl_pipeline.project.project import Project
 
-CODE = "1"
+CODE = "2"
 SETTINGS = {
     "dataset_type",
     "resolution",
@@ -23,6 +28,10 @@ SETTINGS = {
     "crop",
     "crop_style",
     "crop_aspect",
+    "crop_aspect_buckets",
+    "crop_aspect_weights",
+    "crops_per_image",
+    "random_flip",
     "minimum_image_size",
     "maximum_image_size",
     "target_downsample_size",
@@ -32,6 +41,7 @@ SETTINGS = {
     "aspect_bucket_alignment",
     "aspect_bucket_rounding",
 }
+PROGRESS_SECONDS = 10.0
 
 
 def holdout_share(project: Project) -> float:
@@ -43,7 +53,11 @@ def build_aspect_buckets(project: Project, dataset: ImageDataset) -> dg.AssetsDe
     """`<project>/<dataset>/aspect_buckets`."""
     key = lane_key(project, dataset, "aspect_buckets")
     share = holdout_share(project)
+    held_out = share > 0 and dataset.dataset_type != "eval"
     geometry = dataset.model_dump(mode="json", include=SETTINGS)
+    around_faces = dataset.crop and dataset.crop_style == "face"
+    if around_faces:
+        geometry["detector"] = DETECTOR
 
     @dg.asset(
         key=key,
@@ -51,24 +65,55 @@ def build_aspect_buckets(project: Project, dataset: ImageDataset) -> dg.AssetsDe
         kinds={"pandas"},
         ins={"scanned": dg.AssetIn(key=lane_key(project, dataset, "dataset"), dagster_type=pd.DataFrame)},
         code_version=version(CODE, [geometry, share, project.training.seed]),
-        check_specs=checks.bucket_specs(key),
+        check_specs=checks.bucket_specs(key, held_out=held_out),
         description="A row per crop: bucket, resize, crop, original size, train or eval. Read by the VAE stage and by the size conditioning alike.",
     )
-    def aspect_buckets(context: dg.AssetExecutionContext, scanned: pd.DataFrame) -> Iterator[Any]:
+    def aspect_buckets(
+        context: dg.AssetExecutionContext, storage: Storage, scanned: pd.DataFrame
+    ) -> Iterator[Any]:
         kept = scanned[scanned["status"] == "kept"]
+        faces = _find_faces(context, storage, project, dataset, kept) if around_faces else None
         rows, dropped = plan_crops(
-            dataset, kept, project.training.seed, share, is_eval=dataset.dataset_type == "eval"
+            dataset, kept, project.training.seed, share, dataset.dataset_type == "eval", faces
         )
         context.log.info(f"{len(rows)} crops planned, {len(dropped)} pictures filtered out.")
         batch_size = project.training.train_batch_size
+        metadata = _metadata(rows, dropped, dataset.repeats, batch_size)
+        if faces is not None:
+            faceless = faces.loc[faces["height"] == 0, "key"]
+            metadata["pictures_without_face"] = int(kept["key"].isin(faceless).sum())
         yield dg.MaterializeResult(
             value=rows,
             data_version=dg.DataVersion(rows_digest(rows)),
-            metadata=_metadata(rows, dropped, dataset.repeats, batch_size),
-            check_results=checks.check_buckets(rows, dropped, len(kept), batch_size),
+            metadata=metadata,
+            check_results=[
+                *checks.check_buckets(rows, dropped, kept, batch_size),
+                *([checks.check_held_out(rows, kept, storage.data_dir(dataset))] if held_out else []),
+            ],
         )
 
     return aspect_buckets
+
+
+def _find_faces(
+    context: dg.AssetExecutionContext,
+    storage: Storage,
+    project: Project,
+    dataset: ImageDataset,
+    kept: pd.DataFrame,
+) -> pd.DataFrame:
+    told = time.monotonic()
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told >= PROGRESS_SECONDS:
+            told = time.monotonic()
+            context.log.info(f"{done} of {total} pictures searched for faces.")
+
+    with told_to_the_user():
+        require_detector(dataset)
+    table = storage.work_dir(project.name, dataset.asset_name, "aspect_buckets") / "faces.parquet"
+    return find_faces(storage.data_dir(dataset), kept, table, on_progress)
 
 
 def _metadata(rows: pd.DataFrame, dropped: pd.DataFrame, repeats: int, batch_size: int) -> dict[str, Any]:
@@ -82,12 +127,19 @@ def _metadata(rows: pd.DataFrame, dropped: pd.DataFrame, repeats: int, batch_siz
     if rows.empty:
         return metadata
     resized = rows["resized_h"] * rows["resized_w"]
-    # Each bucket fills its last batch by wrapping around.
-    per_bucket = train.groupby(["bucket_h", "bucket_w"]).size() * (repeats + 1)
+    # A pass takes one crop of each picture, the crops in turn; each bucket fills its last batch by wrapping around.
+    picture_of = (train["crop_index"] == 0).cumsum().to_numpy()
+    crops = np.bincount(picture_of)[1:]
+    turns = train[["bucket_h", "bucket_w"]].assign(share=(repeats + 1) / crops[picture_of - 1])
+    draws = turns.groupby(["bucket_h", "bucket_w"])["share"].sum().round(6)
+    pictures = pictures_per_bucket(rows)
+    short = [(width, height) for height, width in pictures.index[pictures < batch_size]]
     upscaled = (rows["resized_h"] > rows["source_h"]) | (rows["resized_w"] > rows["source_w"])
     return metadata | {
-        "buckets": picture(bucket_histogram(rows), "pictures per bucket"),
+        "buckets": picture(bucket_histogram(rows, short), "crops per bucket"),
+        "crops_per_picture": float(crops.mean()) if len(crops) else 1.0,
+        "mirrored": int(rows["flipped"].sum()),
         "cropped_away": float(1 - (rows["bucket_h"] * rows["bucket_w"]).sum() / resized.sum()),
         "upscaled": int(upscaled.sum()),
-        "batches_per_epoch": int((-(-per_bucket // batch_size)).sum()),
+        "batches_per_epoch": int(np.ceil(draws / batch_size).sum()),
     }

@@ -1,84 +1,210 @@
-"""A dataset: every file found, with its digest, size, captions, and why it was left out if it was."""
+"""A dataset: fetched if need be, and every file of it with its digest, size, captions, and why it was left out if it was."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import dagster as dg
 import pandas as pd
+from pydantic import Field
 
-from assets import checks
+from assets import data_checks as checks
 from assets.failures import told_to_the_user
 from assets.keys import lane_key, version
-from assets.show import dropped_table, picture
+from assets.show import dropped_table, names_list, picture
+from resources.storage import Storage
+from sdxl_pipeline.images.caption_filters import caption_filter_of, filter_digest
+from sdxl_pipeline.images.captions import complete_caption_settings
 from sdxl_pipeline.images.digests import dataset_digest
-from sdxl_pipeline.images.fingerprint import METADATA_ENTRY, folder_fingerprint
+from sdxl_pipeline.images.fingerprint import METADATA_ENTRY, dataset_fingerprint
+from sdxl_pipeline.images.looks import look_at
 from sdxl_pipeline.images.pictures import caption_length_histogram, contact_sheet, resolution_scatter
-from sdxl_pipeline.images.scan import scan_dataset
+from sdxl_pipeline.images.scan import recall_dataset, scan_dataset
+from sdxl_pipeline.images.sources import Fetched, fetch_source
 from sdxl_pipeline.project.datasets import ImageDataset
 from sdxl_pipeline.project.project import Project
 from sdxl_pipeline.sdxl.tiny.demo import generate_if_asked
 
-CODE = "1"
+CODE = "2"
 SETTINGS = {
+    "type",
     "instance_data_dir",
+    "url",
+    "aws_bucket_name",
+    "aws_data_prefix",
+    "aws_endpoint_url",
+    "dataset_name",
+    "dataset_config",
+    "revision",
+    "split",
+    "image_column",
+    "caption_column",
+    "csv_file",
+    "csv_url_column",
+    "csv_caption_column",
+    "find_near_duplicates",
+    "max_num_samples",
     "caption_strategy",
+    "parquet",
+    "disable_multiline_split",
+    "caption_shuffle",
     "instance_prompt",
     "prepend_instance_prompt",
     "only_instance_prompt",
     "missing_captions",
 }
+TRUSTING = {"metadata", "aspect"}
+"""Stages of skip_file_discovery with which the recorded files are taken at their word."""
 SAMPLES = 12
 PROGRESS_SECONDS = 10.0
 
 
-def build_dataset(project: Project, dataset: ImageDataset) -> dg.AssetsDefinition:
+class Launchpad(dg.Config):
+    """What can be asked of one run."""
+
+    verify: bool = Field(
+        default=False,
+        description="Read and hash every file again, also those whose size, time and inode are unchanged.",
+    )
+
+
+def build_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefinition:
     """`<project>/<dataset>/dataset`."""
-    key = lane_key(project, dataset, "dataset")
+    key = lane_key(project, entry, "dataset")
+    dataset = complete_caption_settings(entry, project.text_embeds_of(entry), project.training.seed)
+    settings = dataset.model_dump(mode="json", include=SETTINGS)
 
     @dg.asset(
         key=key,
         group_name=project.name,
         kinds={"pandas"},
-        code_version=version(CODE, dataset.model_dump(mode="json", include=SETTINGS)),
+        code_version=version(CODE, [settings, filter_digest(dataset.caption_filter_list)]),
         check_specs=checks.dataset_specs(key),
-        description=f"Every file found in `{dataset.instance_data_dir}`: kept, or dropped with a reason.",
+        description=f"Every file of {_source(dataset)}: kept, or dropped with a reason.",
     )
-    def dataset_asset(context: dg.AssetExecutionContext) -> Iterator[Any]:
+    def dataset_asset(
+        context: dg.AssetExecutionContext, storage: Storage, config: Launchpad
+    ) -> Iterator[Any]:
         with told_to_the_user():
-            scanned, fingerprint = _scan(context, project, dataset)
+            generate_if_asked(project.folder)
+            # Taken before the scan: a file that changes meanwhile is then seen as changed by the sensor.
+            fingerprint = dataset_fingerprint(dataset)
+            scanned, told = _scan(context, storage, project, dataset, config.verify or dataset.verify)
+            told |= _filter_notes(context, dataset)
         kept = scanned[scanned["status"] == "kept"]
         context.log.info(f"{len(scanned)} files found, {len(kept)} kept, {len(scanned) - len(kept)} dropped.")
         yield dg.MaterializeResult(
             value=scanned,
             data_version=dg.DataVersion(dataset_digest(scanned)),
-            metadata=_metadata(dataset, scanned) | {METADATA_ENTRY: fingerprint},
-            check_results=checks.check_dataset(scanned, allows_missing=dataset.missing_captions == "empty"),
+            metadata=_metadata(storage, dataset, scanned) | told | {METADATA_ENTRY: fingerprint},
+            check_results=checks.check_dataset(scanned, dataset, storage.data_dir(dataset)),
         )
 
     return dataset_asset
 
 
 def _scan(
-    context: dg.AssetExecutionContext, project: Project, dataset: ImageDataset
-) -> tuple[pd.DataFrame, str]:
-    """Every file found, and the state of the folder when the search began."""
-    generate_if_asked(project.folder)
-    # Taken before the scan: a file that changes meanwhile is then seen as changed by the sensor.
-    fingerprint = folder_fingerprint(dataset.instance_data_dir)
+    context: dg.AssetExecutionContext, storage: Storage, project: Project, dataset: ImageDataset, verify: bool
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Every file of the dataset, fetched, read and looked at as far as that is needed, and what to tell of how it went."""
+    work_dir = storage.work_dir(project.name, dataset.asset_name, "dataset")
+    recorded = work_dir / "scan.parquet"
+    folder = storage.data_dir(dataset)
+    scanned, told = None, {}
+    if dataset.skipped_stages & TRUSTING and not verify:
+        scanned = recall_dataset(dataset, folder, recorded)
+        if scanned is not None:
+            told["discovery"] = "skipped: the files are those recorded by the last scan (skip_file_discovery)"
+            context.log.info(
+                f"Files are not looked at, as skip_file_discovery says: {len(scanned)} are recorded."
+            )
+        else:
+            context.log.info("skip_file_discovery: nothing is recorded yet, so the files are looked at.")
+    if scanned is None:
+        fetched = fetch_source(dataset, storage.path / "sources", _progress(context, "files fetched"))
+        told = _fetch_notes(context, dataset, fetched)
+        folder = fetched.folder
+        scanned = scan_dataset(
+            dataset,
+            folder,
+            captions=fetched.captions,
+            failed=fetched.failed,
+            recorded=recorded,
+            verify=verify,
+            on_progress=_progress(context, "new or changed files read"),
+        )
+    if dataset.find_near_duplicates:
+        looked = _progress(context, "new pictures looked at")
+        scanned = look_at(folder, scanned, work_dir / "looks.parquet", looked)
+    return scanned, told
+
+
+def _progress(context: dg.AssetExecutionContext, what: str) -> Callable[[int, int], None]:
+    """A line in the log every ten seconds."""
     told = time.monotonic()
 
     def on_progress(done: int, total: int) -> None:
         nonlocal told
         if time.monotonic() - told >= PROGRESS_SECONDS:
             told = time.monotonic()
-            context.log.info(f"{done} of {total} pictures read.")
+            context.log.info(f"{done} of {total} {what}.")
 
-    return scan_dataset(dataset, on_progress), fingerprint
+    return on_progress
 
 
-def _metadata(dataset: ImageDataset, scanned: pd.DataFrame) -> dict[str, Any]:
+def _source(dataset: ImageDataset) -> str:
+    match dataset.type:
+        case "local":
+            return f"`{dataset.instance_data_dir}`"
+        case "huggingface":
+            return f"`{dataset.dataset_name}` on the Hugging Face Hub"
+        case "csv":
+            return f"the list `{dataset.csv_file}`"
+        case _:
+            return f"`{dataset.url}`" if dataset.url else f"the bucket `{dataset.aws_bucket_name}`"
+
+
+def _fetch_notes(
+    context: dg.AssetExecutionContext, dataset: ImageDataset, fetched: Fetched
+) -> dict[str, Any]:
+    if dataset.type == "local":
+        return {}
+    megabytes = fetched.downloaded_bytes / 1e6
+    context.log.info(
+        f"{fetched.downloaded} of {fetched.files} files downloaded, {megabytes:.1f} MB in {fetched.seconds:.1f} s; "
+        f"{len(fetched.failed)} failed."
+    )
+    notes = {
+        "revision": fetched.revision,
+        "fetched_from": _source(dataset),
+        "files_at_source": fetched.files,
+        "downloaded": fetched.downloaded,
+        "downloaded_bytes": fetched.downloaded_bytes,
+        "download_mb_per_second": megabytes / fetched.seconds
+        if fetched.downloaded and fetched.seconds
+        else None,
+        "failed_downloads": len(fetched.failed),
+    }
+    return {name: value for name, value in notes.items() if value is not None}
+
+
+def _filter_notes(context: dg.AssetExecutionContext, dataset: ImageDataset) -> dict[str, Any]:
+    found = caption_filter_of(dataset)
+    if found is None:
+        return {}
+    notes: dict[str, Any] = {"caption_filter_lines": len(found.rules)}
+    if found.taken_literally:
+        context.log.warning(
+            f"{found.where}: these lines are no regular expressions, and are taken as literal text: "
+            + ", ".join(map(repr, found.taken_literally))
+        )
+        notes["filter_lines_taken_literally"] = names_list(f"`{line}`" for line in found.taken_literally)
+    return notes
+
+
+def _metadata(storage: Storage, dataset: ImageDataset, scanned: pd.DataFrame) -> dict[str, Any]:
     kept = scanned[scanned["status"] == "kept"]
+    captionless = kept[kept["caption_status"] != "ok"]
     metadata: dict[str, Any] = {
         "found": len(scanned),
         "kept": len(kept),
@@ -86,10 +212,14 @@ def _metadata(dataset: ImageDataset, scanned: pd.DataFrame) -> dict[str, Any]:
         "bytes": int(kept["size"].sum()),
         "dropped": dropped_table(scanned[scanned["status"] == "dropped"]),
     }
+    if len(captionless):  # those that were dropped for it are among the dropped
+        metadata["trained_without_caption"] = dropped_table(
+            captionless[["path"]].assign(reason="caption " + captionless["caption_status"])
+        )
     if kept.empty:
         return metadata
     sample = kept.iloc[:: max(1, len(kept) // SAMPLES)].head(SAMPLES)
-    paths = [dataset.instance_data_dir / path for path in sample["path"]]
+    paths = [storage.data_dir(dataset) / path for path in sample["path"]]
     captions = [next(iter(texts), "") for texts in sample["captions"]]
     return metadata | {
         "sample": picture(contact_sheet(paths, captions), "some of the pictures with their captions"),

@@ -5,14 +5,27 @@ from contextlib import contextmanager
 
 import dagster as dg
 
+from sdxl_pipeline.images.caption_errors import CaptionError
+from sdxl_pipeline.images.faces import FaceDetectorError
 from sdxl_pipeline.images.scan import DatasetFolderError
+from sdxl_pipeline.images.sources import SourceError
 from sdxl_pipeline.project.problems import ProjectError
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.release.export import ExportError
 from sdxl_pipeline.release.portable import ReleaseError
 from sdxl_pipeline.sdxl.model_files import BaseModelError
 
-USERS_TO_MEND = (DatasetFolderError, ProjectError, ExportError, ReleaseError, BaseModelError, StageError)
+USERS_TO_MEND = (
+    CaptionError,
+    DatasetFolderError,
+    FaceDetectorError,
+    ProjectError,
+    SourceError,
+    ExportError,
+    ReleaseError,
+    BaseModelError,
+    StageError,
+)
 
 
 @contextmanager

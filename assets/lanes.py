@@ -40,6 +40,13 @@ def training_lanes(project: Project, storage: Storage, inputs: Mapping[str, Any]
     return tuple(
         TrainingLane(
             dataset_id=dataset.id,
+            data_dir=str(storage.data_dir(dataset)),
+            latent_cache=dataset.latent_cache,
+            text_cache=project.text_embeds_of(dataset).text_cache,
+            # any other crop has but one place
+            fresh_crops=dataset.vae_cache_clear_each_epoch
+            and dataset.crop
+            and dataset.crop_style == "random",
             rows_path=str(
                 storage.keep_table(
                     inputs[f"{dataset.asset_name}__aspect_buckets"],

@@ -10,7 +10,7 @@ from assets import checks
 from assets.failures import told_to_the_user
 from assets.keys import GPU_POOL, lane_key, project_key, version
 from assets.lanes import lane_inputs, model_input, training_lanes, upstream_metadata, validation_prompts
-from assets.show import picture, present
+from assets.show import figures_table, picture, present
 from resources.hardware import HardwareProfile
 from resources.hub import HubResource
 from resources.launcher import LocalLauncher
@@ -125,6 +125,20 @@ def _metadata(result: TrainedLora) -> dict[str, Any]:
             "steps": result.steps,
             "epochs": result.epochs,
             "pictures_seen": result.samples,
+            "datasets": figures_table(
+                ("dataset", "pictures an epoch", "crops a picture", "repeats raised to"),
+                [
+                    (
+                        name,
+                        f"{pictures:,.0f}",
+                        result.crops_per_picture[name],
+                        result.raised_repeats.get(name, ""),
+                    )
+                    for name, pictures in sorted(result.pictures_per_epoch.items())
+                ],
+            )
+            if result.pictures_per_epoch
+            else None,
             "steps_per_second": result.steps_per_second,
             "seconds": result.seconds,
             "peak_memory_bytes": result.peak_memory_bytes,

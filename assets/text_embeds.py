@@ -7,8 +7,9 @@ import dagster as dg
 import pandas as pd
 
 from assets import checks
+from assets.device_stage import materialized
 from assets.keys import GPU_POOL, lane_key, project_key, version
-from assets.show import names_list, present
+from assets.show import names_list
 from resources.hardware import HardwareProfile
 from resources.launcher import LocalLauncher
 from resources.storage import Storage
@@ -18,13 +19,14 @@ from sdxl_pipeline.project.project import Project
 from sdxl_pipeline.protocol.specs import EncodeTextSpec, TextEmbedCache
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 
-CODE = "1"
+CODE = "2"
 
 
 def build_text_embeds(project: Project, dataset: ImageDataset) -> dg.AssetsDefinition:
     """`<project>/<dataset>/text_embeds`."""
     key = lane_key(project, dataset, "text_embeds")
     cache_entry = project.text_embeds_of(dataset)
+    windows = project.training.text_windows
     prompts = tuple(
         dict.fromkeys(text for prompt in project.prompts for text in (prompt.prompt, prompt.negative_prompt))
     )
@@ -38,7 +40,7 @@ def build_text_embeds(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
             "model": dg.AssetIn(key=project_key(project, "base_model"), dagster_type=ResolvedModel),
             "scanned": dg.AssetIn(key=lane_key(project, dataset, "dataset"), dagster_type=pd.DataFrame),
         },
-        code_version=version(CODE, prompts),
+        code_version=version(CODE, [prompts, cache_entry.text_cache, windows]),
         check_specs=checks.text_specs(key),
         description="Embeddings of every caption, of the validation prompts and of the empty prompt, by both text encoders.",
     )
@@ -65,25 +67,43 @@ def build_text_embeds(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
             entries_path=str(work_dir / "entries.parquet"),
             prompts_path=str(work_dir / "prompts.parquet"),
             shard_rows=cache_entry.write_batch_size,
+            windows=windows,
+            mode=cache_entry.text_cache,
+            trust_recorded="text" in dataset.skipped_stages or "text" in cache_entry.skip_file_discovery,
         )
-        cache = launcher.run(context, "encode_text", spec, TextEmbedCache, work_dir, profile)
-        context.log.info(f"{cache.encoded} encoded, {cache.reused} reused of {cache.captions} texts.")
-        yield dg.MaterializeResult(
-            value=cache,
-            data_version=dg.DataVersion(cache.digest),
-            metadata=present(
-                {
-                    "captions": cache.captions,
-                    "encoded": cache.encoded,
-                    "reused": cache.reused,
-                    "truncated": names_list(cache.truncated),
-                    "captions_per_second": cache.captions_per_second,
-                    "bytes": cache.bytes,
-                    "seconds": cache.seconds,
-                    "store": dg.MetadataValue.path(cache.store_root),
-                }
+        yield materialized(
+            context,
+            launcher,
+            "encode_text",
+            spec,
+            TextEmbedCache,
+            work_dir,
+            told=lambda cache: (
+                f"{cache.encoded} encoded, {cache.reused} reused, {cache.deferred} deferred of {cache.captions} texts."
             ),
-            check_results=checks.check_text(cache),
+            data_version=lambda cache: cache.digest,
+            metadata=_metadata,
+            checked=checks.check_text,
         )
 
     return text_embeds
+
+
+def _metadata(cache: TextEmbedCache) -> dict[str, Any]:
+    lost = [
+        f"{caption} **loses:** {tail}"
+        for caption, tail in zip(cache.truncated, cache.truncated_tails, strict=True)
+    ]
+    return {
+        "captions": cache.captions,
+        "encoded": cache.encoded,
+        "reused": cache.reused,
+        "deferred": cache.deferred or None,
+        "truncated_count": cache.truncated_count,
+        "truncated": names_list(lost),
+        "windows_of_77_tokens": cache.windows,
+        "captions_per_second": cache.captions_per_second,
+        "bytes": cache.bytes,
+        "seconds": cache.seconds,
+        "store": dg.MetadataValue.path(cache.store_root),
+    }

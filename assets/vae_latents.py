@@ -7,8 +7,9 @@ import dagster as dg
 import pandas as pd
 
 from assets import checks
+from assets.device_stage import materialized
 from assets.keys import GPU_POOL, lane_key, project_key, version
-from assets.show import figures_table, names_list, picture, present
+from assets.show import figures_table, names_list, picture
 from resources.hardware import HardwareProfile
 from resources.launcher import LocalLauncher
 from resources.storage import Storage
@@ -18,7 +19,7 @@ from sdxl_pipeline.project.project import Project
 from sdxl_pipeline.protocol.specs import EncodeLatentsSpec, LatentCache
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 
-CODE = "1"
+CODE = "2"
 
 
 def build_vae_latents(project: Project, dataset: ImageDataset) -> dg.AssetsDefinition:
@@ -34,7 +35,7 @@ def build_vae_latents(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
             "model": dg.AssetIn(key=project_key(project, "base_model"), dagster_type=ResolvedModel),
             "rows": dg.AssetIn(key=lane_key(project, dataset, "aspect_buckets"), dagster_type=pd.DataFrame),
         },
-        code_version=version(CODE, project.training.vae_dtype),
+        code_version=version(CODE, [project.training.vae_dtype, dataset.latent_cache]),
         check_specs=checks.latent_specs(key),
         description="Posterior mean and log-variance of every planned crop; what is in the store already is not encoded again.",
     )
@@ -51,19 +52,27 @@ def build_vae_latents(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
         spec = EncodeLatentsSpec(
             base_model=model,
             hardware=profile,
-            data_dir=str(dataset.instance_data_dir),
+            data_dir=str(storage.data_dir(dataset)),
             rows_path=str(storage.keep_table(rows, work_dir, "rows")),
             store_root=str(storage.latent_store_root(dataset)),
             entries_path=str(work_dir / "entries.parquet"),
             sample_path=str(work_dir / "sample.png"),
+            mode=dataset.latent_cache,
+            trust_recorded="vae" in dataset.skipped_stages,
         )
-        cache = launcher.run(context, "encode_latents", spec, LatentCache, work_dir, profile)
-        context.log.info(f"{cache.encoded} encoded, {cache.reused} reused, {len(cache.failed)} failed.")
-        yield dg.MaterializeResult(
-            value=cache,
-            data_version=dg.DataVersion(cache.digest),
-            metadata=_metadata(cache),
-            check_results=checks.check_latents(cache),
+        yield materialized(
+            context,
+            launcher,
+            "encode_latents",
+            spec,
+            LatentCache,
+            work_dir,
+            told=lambda cache: (
+                f"{cache.encoded} encoded, {cache.reused} reused, {cache.deferred} deferred, {len(cache.failed)} failed."
+            ),
+            data_version=lambda cache: cache.digest,
+            metadata=_metadata,
+            checked=checks.check_latents,
         )
 
     return vae_latents
@@ -71,21 +80,23 @@ def build_vae_latents(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
 
 def _metadata(cache: LatentCache) -> dict[str, Any]:
     channels = range(len(cache.latent_mean))
-    return present(
-        {
-            "encoded": cache.encoded,
-            "reused": cache.reused,
-            "failed": names_list(f"{item.name}: {item.reason}" for item in cache.failed),
-            "images_per_second": cache.images_per_second,
-            "bytes": cache.bytes,
-            "seconds": cache.seconds,
-            "scaled_latents": figures_table(
-                ("channel", "mean", "standard deviation"),
-                [(channel, cache.latent_mean[channel], cache.latent_std[channel]) for channel in channels],
-            ),
-            "sample": picture(cache.sample_path, "crops beside their decoded latents")
-            if cache.sample_path
-            else None,
-            "store": dg.MetadataValue.path(cache.store_root),
-        }
+    scaled_latents = figures_table(
+        ("channel", "mean", "standard deviation"),
+        [(channel, cache.latent_mean[channel], cache.latent_std[channel]) for channel in channels],
     )
+    return {
+        "encoded": cache.encoded,
+        "reused": cache.reused,
+        "deferred": cache.deferred or None,
+        "failed": names_list(f"{item.name}: {item.reason}" for item in cache.failed),
+        "images_per_second": cache.images_per_second,
+        "vae_busy": cache.vae_busy,
+        "bytes": cache.bytes,
+        "seconds": cache.seconds,
+        "scaled_latents": scaled_latents if cache.measured else None,
+        "scaled_latents_of": f"{cache.measured} of {cache.planned} crops" if cache.measured else None,
+        "sample": picture(cache.sample_path, "crops beside their decoded latents")
+        if cache.sample_path
+        else None,
+        "store": dg.MetadataValue.path(cache.store_root),
+    }

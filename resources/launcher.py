@@ -32,7 +32,7 @@ ManifestT = TypeVar("ManifestT", bound=BaseModel)
 
 POLL_SECONDS = 0.5
 REPOSITORY = Path(sdxl_pipeline.__file__).parents[1]
-DISTRIBUTED_STAGES = ("train",)
+DISTRIBUTED_STAGES = ("train", "encode_latents", "encode_text")
 
 # Bars of libraries fill a log with thousands of lines; the stages report progress themselves. What the user has set, stands.
 QUIET_LIBRARIES = {

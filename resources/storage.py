@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,11 @@ import dagster as dg
 import pandas as pd
 from pydantic import BaseModel, Field, ValidationError
 
-import sdxl_pipeline
+from sdxl_pipeline.images.sources import data_folder
 from sdxl_pipeline.project.datasets import ImageDataset, TextEmbedsDataset
+from sdxl_pipeline.project.project import projects_folder
 from sdxl_pipeline.store.files import write_bytes_atomic, write_text_atomic
-
-ROOT_VARIABLE = "SDXL_PIPELINE_STORAGE"
-DEFAULT_ROOT = Path(sdxl_pipeline.__file__).parents[1] / "storage"
+from sdxl_pipeline.store.places import ROOT_VARIABLE, Places, storage_root
 
 
 class Storage(dg.ConfigurableResource):
@@ -29,33 +29,42 @@ class Storage(dg.ConfigurableResource):
     @property
     def path(self) -> Path:
         """The root as an absolute path."""
-        return Path(self.root or os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT).expanduser().resolve()
+        return storage_root(self.root)
+
+    @property
+    def places(self) -> Places:
+        """The folders under the root."""
+        return Places(self.path)
+
+    def data_dir(self, dataset: ImageDataset) -> Path:
+        """Folder that a dataset's pictures lie in: the user's own, or where they are downloaded to."""
+        return data_folder(dataset, self.places.sources)
 
     def latent_store_root(self, dataset: ImageDataset) -> Path:
-        """Root of the latent store: the dataset's own `cache_dir_vae`, or the one that all others share.
-
-        Sharing is safe, since an entry's key is the digest of everything it depends on, and spares encoding a picture twice that is
-        part of two datasets or projects.
-        """
-        return dataset.cache_dir_vae or self.path / "latents"
+        """Root of the latent store of a dataset."""
+        return self.places.latent_store_root(dataset)
 
     def text_store_root(self, text_embeds: TextEmbedsDataset | None) -> Path:
-        """Root of the text-embedding store: the entry's own `cache_dir`, or the shared one."""
-        return (text_embeds.cache_dir if text_embeds else None) or self.path / "text_embeds"
+        """Root of the text-embedding store of an entry, or of those that have none."""
+        return self.places.text_store_root(text_embeds)
 
     def work_dir(self, *parts: str) -> Path:
         """A folder for specs, manifests and what stages write beside them; made if need be."""
-        folder = self.path.joinpath("work", *parts)
+        folder = self.places.work.joinpath(*parts)
         folder.mkdir(parents=True, exist_ok=True)
+        self.places.remember_projects(projects_folder())
         return folder
 
     def keep_table(self, table: pd.DataFrame, folder: Path, name: str) -> Path:
         """Write a table as Parquet into a folder, under a name that holds its digest, and give the path.
 
-        A manifest that names such a file keeps meaning the same rows after the table has changed.
+        A manifest that names such a file keeps meaning the same rows after the table has changed. A prune deletes those that nobody names,
+        if they are old: one that is there already is made young.
         """
         data = parquet_bytes(table)
         path = folder / f"{name}-{hashlib.sha256(data).hexdigest()[:16]}.parquet"
+        with suppress(FileNotFoundError):
+            os.utime(path)
         if not path.exists():
             write_bytes_atomic(path, data)
         return path

@@ -1,4 +1,4 @@
-"""The console script `sdxl-pipeline`: what the settings of a project come to, and what they may be.
+"""The console script `sdxl-pipeline`: what the settings of a project come to, what they may be, and what is left over.
 
 Torch is never imported here: a doctor must answer at once, and also where the installation is what is ill.
 """
@@ -8,12 +8,15 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
+from sdxl_pipeline.images.sources.addresses import bucket_url, missing_extra
 from sdxl_pipeline.project.datasets import ImageDataset
 from sdxl_pipeline.project.hardware import PRESETS, Hardware, HardwareError, hardware_from_name
 from sdxl_pipeline.project.precedence import resolve_settings
@@ -25,9 +28,14 @@ from sdxl_pipeline.project.project import (
     Project,
     discover_projects,
     load_project,
+    projects_folder,
 )
 from sdxl_pipeline.project.settings_page import settings_page
 from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.store.places import ROOT_VARIABLE, storage_root
+
+if TYPE_CHECKING:
+    from sdxl_pipeline.pruning.prune import PruneReport
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,11 +62,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--set-only", action="store_true", help="leave out settings that are at their default"
     )
     commands.add_parser("settings", help="print the page of every accepted key (docs/settings.md)")
+    prune = commands.add_parser(
+        "prune",
+        help="free what no project refers to",
+        description="Show what no project refers to in stores, work folders and downloads, and free it when that is confirmed.",
+    )
+    prune.add_argument(
+        "--storage",
+        metavar="FOLDER",
+        help=f"the storage's root (default: {ROOT_VARIABLE}, else `storage` in the repository)",
+    )
+    answer = prune.add_mutually_exclusive_group()
+    answer.add_argument("--dry-run", action="store_true", help="only show what would be freed")
+    answer.add_argument("--yes", action="store_true", help="free it without asking")
     options = parser.parse_args(arguments)
     if options.command == "settings":
         sys.stdout.write(settings_page())
         return 0
+    if options.command == "prune":
+        return _prune(options.storage, options.dry_run, options.yes, Console(highlight=False))
     return _doctor(options.projects, options.hardware, options.set_only, Console(highlight=False))
+
+
+def _prune(storage: str | None, dry_run: bool, yes: bool, console: Console) -> int:
+    from sdxl_pipeline.pruning.prune import prune
+    from sdxl_pipeline.pruning.references import PruneError
+
+    root, projects = storage_root(storage), projects_folder()
+    try:
+        foreseen = prune(root, projects, dry_run=True)
+        _show_prune(foreseen, root, console)
+        if dry_run or not foreseen.freed:
+            return 0
+        if not yes:
+            if not sys.stdin.isatty():
+                console.print("Nothing was freed: nobody is there to ask. Add --yes to free it.")
+                return 1
+            if console.input("Free it? \\[y/N] ").strip().lower() not in ("y", "yes"):
+                console.print("Nothing was freed.")
+                return 1
+        done = prune(root, projects)
+    except PruneError as error:
+        console.print(f"[bold red]Nothing is freed: {escape(str(error))}[/]", soft_wrap=True)
+        return 1
+    console.print(f"Freed {decimal(done.bytes)}.")
+    return 0
+
+
+def _show_prune(report: "PruneReport", root: Path, console: Console) -> None:
+    """What a prune would free, and what it keeps against expectation."""
+    console.print(escape(str(root)), style="dim", soft_wrap=True)
+    for note in report.notes:
+        console.print(f"[yellow]kept[/] {escape(note)}", soft_wrap=True)
+    if not report.freed:
+        console.print("Nothing to free: all that is there is referred to, in use, or younger than an hour.")
+        return
+    table = Table("what", "where", box=SIMPLE_HEAD, show_footer=True)
+    table.add_column("count", justify="right")
+    table.add_column("size", justify="right", footer=decimal(report.bytes))
+    for item in report.freed:
+        table.add_row(item.what, escape(str(item.where)), f"{item.count:,}", decimal(item.bytes))
+    console.print(table)
 
 
 def _doctor(names: Sequence[str], hardware_name: str, set_only: bool, console: Console) -> int:
@@ -115,15 +179,20 @@ def _examine(project: Project | BrokenProject, hardware: Hardware, set_only: boo
     for warning in project.warnings:
         console.print(f"[yellow]warning[/] {escape(warning)}")
     for dataset in project.datasets:
-        if not dataset.instance_data_dir.is_dir():
-            folder = escape(str(dataset.instance_data_dir))
-            console.print(
-                f"[yellow]warning[/] {escape(dataset.id)}: no pictures yet, {folder} does not exist",
-                soft_wrap=True,
-            )
+        if lack := _lack(dataset):
+            console.print(f"[yellow]warning[/] {escape(dataset.id)}: {escape(lack)}", soft_wrap=True)
     console.print(_datasets_table(project))
     console.print(_settings_table(settings, sources, hardware, set_only))
     return True
+
+
+def _lack(dataset: ImageDataset) -> str:
+    """What the source of a dataset still lacks on this machine; empty when nothing does."""
+    if dataset.type == "local" and dataset.instance_data_dir and not dataset.instance_data_dir.is_dir():
+        return f"no pictures yet, {dataset.instance_data_dir} does not exist"
+    if dataset.type == "csv" and dataset.csv_file and not dataset.csv_file.is_file():
+        return f"no list yet, {dataset.csv_file} does not exist"
+    return missing_extra(bucket_url(dataset)) if dataset.type == "aws" else ""
 
 
 def _settings_table(
@@ -149,6 +218,7 @@ def _datasets_table(project: Project) -> Table:
     table = Table(
         "dataset",
         "use",
+        "source",
         "size",
         "crop",
         "captions",
@@ -160,7 +230,15 @@ def _datasets_table(project: Project) -> Table:
     for dataset in project.datasets:
         use = "train" if dataset.dataset_type == "image" else "eval"
         captions = dataset.caption_strategy
-        table.add_row(escape(dataset.id), use, _size(dataset), _crop(dataset), captions, str(dataset.repeats))
+        table.add_row(
+            escape(dataset.id),
+            use,
+            dataset.type,
+            _size(dataset),
+            _crop(dataset),
+            captions,
+            str(dataset.repeats),
+        )
     return table
 
 

@@ -11,10 +11,12 @@ from resources.hub import HubResource
 from resources.launcher import LocalLauncher
 from resources.storage import Storage, ValueIOManager
 from resources.trackers import TrackerResource
-from sdxl_pipeline.automation import build_schedule, build_sensor, retraining_job
+from sdxl_pipeline.automation import build_prune_job, build_schedule, build_sensor, retraining_job
 from sdxl_pipeline.project.project import BrokenProject, discover_projects
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+PRELOADED = ["dagster._cli", "sdxl_pipeline.definitions", "pyarrow.parquet", "matplotlib.figure"]
+"""What every step needs, imported once per run and inherited by its step processes; never torch, whose threads do not survive a fork."""
 
 
 def check_packages() -> None:
@@ -38,9 +40,12 @@ def build_definitions(root: Path | None = None) -> dg.Definitions:
     return dg.Definitions(
         assets=[asset for project in sound for asset in assets.build_assets(project)]
         + [assets.build_broken_project(project) for project in broken],
-        jobs=[retraining_job(project) for project in sound],
+        jobs=[*(retraining_job(project) for project in sound), build_prune_job(root)],
         schedules=[schedule for schedule in schedules if schedule is not None],
         sensors=[build_sensor(project) for project in sound],
+        executor=dg.multiprocess_executor.configured(
+            {"start_method": {"forkserver": {"preload_modules": PRELOADED}}}
+        ),
         resources={
             "hardware": HardwareProfile.configure_at_launch(),
             "launcher": LocalLauncher(),

@@ -1,13 +1,19 @@
 """Schedule and sensor start a training when something changed, and only then."""
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import dagster as dg
+import pytest
+import torch
 
-from sdxl_pipeline.automation import build_schedule, build_sensor
+from resources.storage import Storage
+from sdxl_pipeline.automation import build_prune_job, build_schedule, build_sensor
+from sdxl_pipeline.definitions import build_definitions
 from sdxl_pipeline.images.fingerprint import METADATA_ENTRY, project_fingerprint
 from sdxl_pipeline.project.project import load_project
+from sdxl_pipeline.store.tensor_store import TensorStore
 from tests.conftest import draw_picture
 
 
@@ -86,3 +92,70 @@ def test_schedule_is_off_without_a_cron_line_and_idle_without_a_change(
     assert isinstance(schedule(context), dg.SkipReason)
     draw_picture(folder / "data", 30)
     assert isinstance(schedule(context), dg.RunRequest)
+
+
+def test_a_schedule_looks_at_pictures_that_lie_elsewhere(
+    instance: dg.DagsterInstance, make_project: Callable[..., Path]
+) -> None:
+    elsewhere = {"type": "huggingface", "dataset_name": "someone/cats", "instance_data_dir": ""}
+    folder = make_project("remote", config={"retraining_cron": "0 3 * * *"}, dataset=elsewhere)
+    schedule = build_schedule(load_project(folder))
+    assert schedule is not None
+    record_training(instance, folder)
+    keys = set()
+    for day in (1, 2):
+        at = datetime(2026, 1, day, 3, tzinfo=UTC)
+        request = schedule(dg.build_schedule_context(instance=instance, scheduled_execution_time=at))
+        assert isinstance(request, dg.RunRequest)
+        keys.add(request.run_key)
+    assert len(keys) == 2
+    assert isinstance(tick(instance, folder), dg.SkipReason)  # and the sensor asks nobody
+
+
+def prune_event(
+    instance: dg.DagsterInstance, root: Path, storage: Path, **config: bool
+) -> dg.AssetObservation:
+    job = build_prune_job(root)
+    result = job.execute_in_process(
+        instance=instance,
+        resources={"storage": Storage(root=str(storage))},
+        run_config={"ops": {"free_what_no_project_refers_to": {"config": config}}},
+    )
+    (event,) = (
+        event.event_specific_data
+        for event in result.all_events
+        if event.is_step_materialization or event.event_type_value == "ASSET_OBSERVATION"
+    )
+    return getattr(event, "materialization", None) or event.asset_observation
+
+
+def test_the_prune_job_shows_what_it_freed(
+    instance: dg.DagsterInstance, make_project: Callable[..., Path], tmp_path: Path
+) -> None:
+    root, storage = make_project(pictures=0).parent, tmp_path / "storage"
+    store = TensorStore(storage / "latents")
+    with store.writer() as writer:
+        writer.add("a" * 64, {"mean": torch.zeros(1000)})
+    (shard,) = (storage / "latents" / "shards").iterdir()
+    size = shard.stat().st_size
+
+    seen = prune_event(instance, root, storage, dry_run=True)
+    assert isinstance(seen, dg.AssetObservation)
+    assert seen.metadata["bytes_to_free"].value == size
+    assert shard.exists()
+
+    freed = prune_event(instance, root, storage)
+    assert isinstance(freed, dg.AssetMaterialization)
+    assert freed.metadata["bytes_freed"].value == size
+    assert freed.metadata["entries"].value == 1
+    assert not shard.exists()
+
+
+def test_the_prune_job_fails_with_a_sentence(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    with pytest.raises(dg.Failure, match="Nothing is freed: there is no folder of projects"):
+        prune_event(instance, tmp_path / "typo", tmp_path / "storage")
+
+
+def test_every_code_location_has_the_prune_job(make_project: Callable[..., Path]) -> None:
+    definitions = build_definitions(make_project(pictures=0).parent)
+    assert definitions.get_job_def("prune").name == "prune"

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sdxl_pipeline.cli import main
 from sdxl_pipeline.project.project import PROJECTS_VARIABLE
@@ -57,6 +58,19 @@ def test_a_dataset_folder_that_does_not_exist_is_named(make_project, capsys):
     assert f"{folder / 'elsewhere'} does not exist" in capsys.readouterr().out
 
 
+def test_a_source_is_shown_with_what_it_lacks(make_project, capsys, monkeypatch):
+    elsewhere = {"instance_data_dir": "", "type": "csv", "csv_file": "list.csv"}
+    folder = make_project(dataset=elsewhere)
+    assert main(["doctor", str(folder)]) == 0
+    output = capsys.readouterr().out
+    assert f"no list yet, {folder / 'list.csv'} does not exist" in output
+    assert rows(output)["shapes"][:2] == ["train", "csv"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    elsewhere = {"instance_data_dir": "", "type": "aws", "url": "s3://bucket/cats"}
+    assert main(["doctor", str(make_project("bucket", dataset=elsewhere))]) == 0
+    assert "pip install 'sdxl-pipeline[s3]'" in capsys.readouterr().out
+
+
 def test_the_profile_can_be_chosen_and_must_exist(make_project, capsys):
     folder = str(make_project())
     assert main(["doctor", "--hardware", "cuda-24gb", folder]) == 0
@@ -91,3 +105,49 @@ def test_the_doctor_does_not_load_torch(make_project):
         check=False,
     )
     assert asked.returncode == 0
+
+
+def leave_entries(storage):
+    """Two entries that no project refers to, and the bytes they take."""
+    from sdxl_pipeline.store.tensor_store import TensorStore
+
+    store = TensorStore(storage / "latents")
+    with store.writer() as writer:
+        for digit in "ab":
+            writer.add(digit * 64, {"mean": torch.zeros(1000)})
+    return sum(path.stat().st_size for path in (storage / "latents" / "shards").iterdir())
+
+
+def test_a_prune_shows_what_would_go_and_frees_it_when_told(make_project, monkeypatch, capsys, own_storage):
+    monkeypatch.setenv(PROJECTS_VARIABLE, str(make_project(pictures=0).parent))
+    size = leave_entries(own_storage)
+    assert main(["prune", "--dry-run"]) == 0
+    assert main(["prune"]) == 1, "nobody is there to say yes"
+    output = capsys.readouterr().out
+    assert "entries" in output
+    assert f"{size / 1000:.1f} kB" in output
+    assert "Add --yes" in output
+    assert list((own_storage / "latents" / "shards").iterdir())
+    assert main(["prune", "--yes"]) == 0
+    assert f"Freed {size / 1000:.1f} kB" in capsys.readouterr().out
+    assert not list((own_storage / "latents" / "shards").iterdir())
+    assert main(["prune"]) == 0
+    assert "Nothing to free" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("answer", "freed"), [("y", True), ("n", False), ("", False)])
+def test_a_prune_asks_a_person(make_project, monkeypatch, capsys, own_storage, answer, freed):
+    monkeypatch.setenv(PROJECTS_VARIABLE, str(make_project(pictures=0).parent))
+    leave_entries(own_storage)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda prompt="": answer)
+    assert main(["prune"]) == (0 if freed else 1)
+    assert (not list((own_storage / "latents" / "shards").iterdir())) == freed
+
+
+def test_a_prune_without_projects_frees_nothing_and_says_why(monkeypatch, capsys, own_storage, tmp_path):
+    monkeypatch.setenv(PROJECTS_VARIABLE, str(tmp_path / "typo"))
+    leave_entries(own_storage)
+    assert main(["prune", "--yes"]) == 1
+    assert "Nothing is freed: there is no folder of projects" in capsys.readouterr().out
+    assert list((own_storage / "latents" / "shards").iterdir())

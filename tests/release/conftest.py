@@ -18,7 +18,7 @@ from sdxl_pipeline.protocol.specs import (
 )
 from sdxl_pipeline.release.export import build_release
 from sdxl_pipeline.sdxl.base_model import resolve_base_model
-from tests.evaluation.lanes import PROMPTS, make_lora, tiny_settings
+from tests.evaluation.subjects import PROMPTS, make_lora, tiny_settings
 
 LINEAGE = {
     "data_versions": {"demo/shapes/dataset": "d1", "demo/lora": "l1"},

@@ -1,0 +1,130 @@
+"""The crop plan as an asset: what it shows of a plan of several crops, and what it says when faces cannot be found."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pandas as pd
+import pytest
+
+from assets.aspect_buckets import build_aspect_buckets
+from assets.keys import lane_key
+from resources.storage import Storage, ValueIOManager
+from sdxl_pipeline.project.project import load_project
+
+
+def scan_of(sizes: list[tuple[int, int]]) -> pd.DataFrame:
+    """A scan of pictures of these (height, width), of which only the headers matter."""
+    rows = [(f"{n}.png", f"{n:064x}", height, width, "", "kept") for n, (height, width) in enumerate(sizes)]
+    return pd.DataFrame(rows, columns=["path", "key", "height", "width", "phash", "status"])
+
+
+def planned(folder: Path, scanned: pd.DataFrame) -> dg.ExecuteInProcessResult:
+    """Materialize the crop plan of a project's dataset, its scan being this one."""
+    project = load_project(folder)
+    (dataset,) = project.datasets
+
+    @dg.asset(key=lane_key(project, dataset, "dataset"))
+    def scan() -> pd.DataFrame:
+        return scanned
+
+    storage = Storage()
+    with dg.DagsterInstance.ephemeral() as instance:
+        return dg.materialize(
+            [scan, build_aspect_buckets(project, dataset)],
+            resources={"storage": storage, "io_manager": ValueIOManager(storage=storage)},
+            instance=instance,
+            raise_on_error=False,
+        )
+
+
+def materialization(result: dg.ExecuteInProcessResult) -> dg.AssetMaterialization:
+    assert result.success
+    (event,) = result.asset_materializations_for_node("small__shapes__aspect_buckets")
+    return event
+
+
+def shown(result: dg.ExecuteInProcessResult) -> dict[str, Any]:
+    return {name: value.value for name, value in materialization(result).metadata.items()}
+
+
+def test_several_mirrored_crops_are_counted_and_an_epoch_takes_each_picture_once(
+    make_project: Callable[..., Path],
+) -> None:
+    folder = make_project(
+        pictures=1,
+        config={"eval_holdout_share": 0.0, "train_batch_size": 4},
+        dataset={
+            "crop_aspect": "square",
+            "crops_per_image": 3,
+            "random_flip": True,
+            "repeats": 1,
+            "maximum_aspect_ratio": 10,
+        },
+    )
+    # five that can be cropped anywhere, one that cannot, one that the filters leave out
+    metadata = shown(planned(folder, scan_of([(400, 900)] * 4 + [(100, 300)] + [(512, 512), (10, 900)])))
+    assert metadata["crops"] == metadata["train"] == 5 * 3 * 2 + 2
+    assert metadata["mirrored"] == 5 * 3 + 1
+    assert metadata["crops_per_picture"] == 32 / 6
+    assert metadata["batches_per_epoch"] == 3  # six pictures twice, in one bucket, four at a time
+    assert metadata["upscaled"] == 6  # the crops of the fifth picture
+    area = 128 * 128
+    kept = (4 * 6 * 128 * 288 + 6 * 128 * 384 + 2 * area) / (32 * area)
+    assert metadata["cropped_away"] == pytest.approx(1 - 1 / kept)
+    assert metadata["filtered_out"].records[0].data["files"] == 1
+
+
+def test_a_bucket_of_fewer_pictures_than_a_batch_warns_however_many_crops_it_has(
+    make_project: Callable[..., Path],
+) -> None:
+    folder = make_project(
+        pictures=1,
+        config={"eval_holdout_share": 0.0, "train_batch_size": 3},
+        dataset={"crops_per_image": 4, "resolution": 256},
+    )
+    result = planned(folder, scan_of([(256, 256)] * 3 + [(400, 801)] * 2))
+    checks = {check.check_name: check for check in result.get_asset_check_evaluations()}
+    short = checks.pop("may_fill_a_batch")
+    assert not short.passed
+    assert short.severity == dg.AssetCheckSeverity.WARN
+    assert "352x192 (2)" in str(short.description)
+    assert "256x256" not in str(short.description)
+    assert all(check.passed for check in checks.values())
+
+
+def test_renaming_changes_the_rows_and_not_their_version(make_project: Callable[..., Path]) -> None:
+    def version(scanned: pd.DataFrame) -> str:
+        return materialization(planned(folder, scanned)).tags["dagster/data_version"]
+
+    folder = make_project(pictures=1)
+    scanned = scan_of([(400, 900), (512, 300), (128, 128)])
+    before = version(scanned)
+    renamed = scanned.assign(path=["z.png", "sub/b.png", "a.png"]).iloc[[2, 0, 1]]
+    assert version(renamed) == before
+    rows = pd.read_parquet(Storage().path / "values" / "small" / "shapes" / "aspect_buckets.parquet")
+    assert rows["path"].tolist() == ["a.png", "z.png", "sub/b.png"]
+    assert version(scanned.assign(width=[901, 300, 128])) != before
+
+
+def test_faces_without_opencv_fail_the_step_with_the_remedy(
+    make_project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_project(pictures=1, dataset={"crop_style": "face"})
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    result = planned(folder, scan_of([(400, 900)]))
+    (failure,) = result.get_step_failure_events()
+    told = str(failure.step_failure_data.user_failure_data.description)
+    assert "'shapes'" in told
+    assert '"crop_style": "face"' in told
+    assert "pip install 'sdxl-pipeline[faces]'" in told
+
+
+def test_pictures_without_a_face_are_counted(make_project: Callable[..., Path]) -> None:
+    pytest.importorskip("cv2", reason="the extra `faces` is not installed")
+    folder = make_project(pictures=1, dataset={"crop_style": "face"})
+    metadata = shown(planned(folder, scan_of([(128, 128)])))
+    assert metadata["pictures_without_face"] == 1
+    assert list((Storage().path / "work").rglob("faces.parquet"))

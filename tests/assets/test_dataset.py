@@ -1,0 +1,183 @@
+"""The dataset asset: what it fetches and reads, what it says of that, and when it is stale."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pandas as pd
+import pytest
+
+from resources.storage import read_parquet
+from sdxl_pipeline.definitions import build_definitions
+from tests.conftest import draw_picture
+
+LONG_AGO = 1_600_000_000
+
+
+class Lane:
+    """The dataset asset of one project, materialized again and again."""
+
+    def __init__(self, instance: dg.DagsterInstance, folder: Path, storage: Path) -> None:
+        self.instance, self.folder, self.storage = instance, folder, storage
+        self.data = folder / "data"
+
+    def settle(self) -> None:
+        """As if nobody had touched the files for years: what was just written is not trusted."""
+        for path in self.data.iterdir():
+            os.utime(path, (LONG_AGO, LONG_AGO))
+
+    def change(self, **settings: Any) -> None:
+        file = self.folder / "multidatabackend.json"
+        entries = json.loads(file.read_text())
+        file.write_text(json.dumps([entries[0] | settings, *entries[1:]]))
+
+    def load(self) -> tuple[dg.AssetsDefinition, Mapping[str, Any]]:
+        definitions = build_definitions(self.folder.parent)
+        assets = (asset for asset in definitions.assets or [] if isinstance(asset, dg.AssetsDefinition))
+        return next(asset for asset in assets if asset.key.path[-1] == "dataset"), definitions.resources or {}
+
+    def run(self, **config: Any) -> tuple[dict[str, Any], pd.DataFrame]:
+        """The metadata and the value."""
+        asset, resources = self.load()
+        result = dg.materialize(
+            [asset],
+            resources=resources,
+            instance=self.instance,
+            run_config={"ops": {asset.node_def.name: {"config": config}}} if config else None,
+        )
+        event = result.asset_materializations_for_node(asset.node_def.name)[0]
+        told = {name: entry.value for name, entry in event.metadata.items()}
+        tags = event.tags or {}
+        return told | {"version": tags["dagster/data_version"]}, read_parquet(Path(str(told["path"])))
+
+    def code_version(self) -> str:
+        asset, _ = self.load()
+        return str(asset.code_versions_by_key[asset.key])
+
+
+@pytest.fixture
+def lane(instance: dg.DagsterInstance, make_project: Callable[..., Path], own_storage: Path) -> Lane:
+    lane = Lane(instance, make_project(pictures=4, dataset={"find_near_duplicates": False}), own_storage)
+    lane.settle()
+    return lane
+
+
+def test_a_second_run_trusts_what_is_recorded_and_verify_asks_otherwise(lane: Lane) -> None:
+    first, before = lane.run()
+    assert (first["found"], first["kept"], first["captions"]) == (4, 4, 4)
+    assert (lane.storage / "work" / "small" / "shapes" / "dataset" / "scan.parquet").exists()
+    caption = lane.data / "picture_00.txt"
+    caption.write_text(caption.read_text().upper())  # size, inode and time stay as they were
+    lane.settle()
+    again, trusted = lane.run()
+    assert again["version"] == first["version"]
+    pd.testing.assert_frame_equal(trusted, before)
+    verified, read = lane.run(verify=True)
+    assert verified["version"] != first["version"]
+    assert read["captions"].tolist()[0] == [caption.read_text()]
+    caption.write_text(caption.read_text().lower())
+    lane.settle()
+    lane.change(verify=True)
+    assert lane.run()[0]["version"] == first["version"]
+
+
+def test_skip_file_discovery_takes_the_record_at_its_word(lane: Lane) -> None:
+    lane.change(skip_file_discovery="vae,aspect")
+    first, before = lane.run()
+    assert "discovery" not in first  # nothing was recorded yet
+    draw_picture(lane.data, 9)
+    again, same = lane.run()
+    assert again["discovery"].startswith("skipped")
+    pd.testing.assert_frame_equal(same, before)
+    assert len(lane.run(verify=True)[1]) == 5
+
+
+def test_what_the_captions_depend_on_makes_the_asset_stale(lane: Lane) -> None:
+    versions = [lane.code_version()]
+    filters = lane.folder / "filters.txt"
+    filters.write_text("a large\n")
+    entries = [{"id": "texts", "dataset_type": "text_embeds", "caption_filter_list": "filters.txt"}]
+    file = lane.folder / "multidatabackend.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) + entries))
+    versions.append(lane.code_version())
+    filters.write_text("a small\n")
+    versions.append(lane.code_version())
+    for change in (
+        {"caption_filter_list": ["red"]},
+        {"caption_shuffle": {"enable": True, "split_on": "space"}},
+        {"max_num_samples": 3},
+        {"disable_multiline_split": True},
+        {"find_near_duplicates": True},
+    ):
+        lane.change(**change)
+        versions.append(lane.code_version())
+    assert len(set(versions)) == len(versions)
+    lane.change(verify=True, skip_file_discovery="vae", repeats=3)
+    assert lane.code_version() == versions[-1]
+
+
+def test_filters_shuffles_and_samples_arrive_in_the_value(lane: Lane) -> None:
+    lane.change(
+        caption_filter_list=["a ", "(on", "s/background/wall/"],
+        caption_shuffle={"enable": True, "count": 1},
+        max_num_samples=2,
+    )
+    told, scanned = lane.run()
+    assert (told["kept"], told["captions"], told["caption_filter_lines"]) == (2, 4, 3)
+    assert "`(on`" in told["filter_lines_taken_literally"]
+    for texts in scanned.loc[scanned["status"] == "kept", "captions"]:
+        words = [sorted(text.split(", ")) for text in texts]
+        assert words == [words[0]] * 2
+        assert "wall, number" in texts[0]
+    assert set(scanned.loc[scanned["status"] == "dropped", "reason"]) == {"left out by max_num_samples"}
+
+
+def test_pictures_trained_without_caption_are_named(lane: Lane) -> None:
+    (lane.data / "picture_01.txt").unlink()
+    lane.change(missing_captions="empty")
+    told, _ = lane.run()
+    rows = told["trained_without_caption"]
+    assert [(row.data["reason"], row.data["names"]) for row in rows.records] == [
+        ("caption missing", "picture_01.png")
+    ]
+
+
+def test_a_list_of_pictures_is_fetched_and_its_failures_are_rows(lane: Lane) -> None:
+    listed = lane.folder / "list.csv"
+    names = [f"picture_{number:02d}.png" for number in range(4)]
+    rows = [f"{lane.data / name},caption of {name}" for name in names] + [f"{lane.data / 'gone.png'},gone"]
+    listed.write_text("\n".join(["url,caption", *rows]))
+    lane.change(type="csv", csv_file="list.csv", instance_data_dir=None, caption_strategy="csv")
+    told, scanned = lane.run()
+    assert (told["files_at_source"], told["kept"], told["failed_downloads"]) == (5, 4, 1)
+    assert told["revision"]
+    kept = scanned[scanned["status"] == "kept"]
+    assert sorted(text for texts in kept["captions"] for text in texts) == [
+        f"caption of {name}" for name in names
+    ]
+    again, _ = lane.run()
+    assert again["version"] == told["version"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"caption_filter_list": "gone.txt"}, "caption_filter_list .*gone.txt' cannot be read"),
+        ({"caption_strategy": "parquet", "parquet": {"path": "gone.parquet"}}, "there is no file"),
+        (
+            {"type": "csv", "csv_file": "gone.csv", "instance_data_dir": None, "caption_strategy": "csv"},
+            "gone.csv",
+        ),
+        ({"instance_data_dir": "gone"}, "does not exist. Create the folder"),
+    ],
+)
+def test_what_the_user_can_mend_is_told_in_a_sentence(
+    lane: Lane, settings: dict[str, Any], message: str
+) -> None:
+    lane.change(**settings)
+    with pytest.raises(dg.Failure, match=message) as raised:
+        lane.run()
+    assert raised.value.allow_retries is False

@@ -1,0 +1,166 @@
+"""Every change of pictures, captions or settings costs exactly the encodings that depend on it, and going back costs none.
+
+The stages' programs are called inside the test's process, which spares each of the many runs the import of torch; what they are told
+and what they return is what the launcher would hand over.
+"""
+
+import importlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from pydantic import BaseModel
+from safetensors.torch import load_file, save_file
+
+from resources.launcher import LocalLauncher
+from sdxl_pipeline.definitions import build_definitions
+from sdxl_pipeline.project.hardware import Hardware
+from sdxl_pipeline.protocol.program import StopSignal
+from sdxl_pipeline.protocol.reporter import PlainReporter
+from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL
+from tests.conftest import draw_picture
+
+
+class InProcessLauncher(LocalLauncher):
+    def run(
+        self,
+        context: dg.AssetExecutionContext,
+        stage: str,
+        spec: BaseModel,
+        manifest_type: type[Any],
+        work_dir: Path,
+        hardware: Hardware,
+        environment: Mapping[str, str] | None = None,
+    ) -> Any:
+        module = importlib.import_module(f"sdxl_pipeline.stages.{stage}")
+        sent = type(spec).model_validate_json(spec.model_dump_json())
+        returned = module.main(sent, PlainReporter(), StopSignal())
+        return manifest_type.model_validate_json(returned.model_dump_json())
+
+
+class Lane:
+    """One project, materialized up to its caches or its LoRA again and again."""
+
+    def __init__(self, instance: dg.DagsterInstance, folder: Path) -> None:
+        self.instance, self.folder, self.data = instance, folder, folder / "data"
+
+    def run(self, *, train: bool = False) -> dict[str, Any]:
+        """(latents encoded, captions encoded) and what the lora asset says of its training, by name."""
+        definitions = build_definitions(self.folder.parent)
+        stages = [
+            ["base_model"],
+            *(["shapes", stage] for stage in ("dataset", "aspect_buckets", "vae_latents", "text_embeds")),
+        ]
+        selection = dg.AssetSelection.assets(
+            *(dg.AssetKey(["small", *stage]) for stage in [*stages, *([["lora"]] if train else [])])
+        )
+        result = dg.materialize(
+            list(definitions.assets or []),
+            selection=selection,
+            resources={**(definitions.resources or {}), "launcher": InProcessLauncher()},
+            instance=self.instance,
+        )
+        assert result.success
+
+        def shown(node: str, name: str) -> Any:
+            return result.asset_materializations_for_node(node)[0].metadata[name].value
+
+        told = {
+            "latents": shown("small__shapes__vae_latents", "encoded"),
+            "captions": shown("small__shapes__text_embeds", "encoded"),
+        }
+        return told | ({"training": shown("small__lora", "summary")} if train else {})
+
+    def cost(self) -> tuple[int, int]:
+        told = self.run()
+        return told["latents"], told["captions"]
+
+    def configure(self, **settings: Any) -> None:
+        path = self.folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+    def configure_dataset(self, **settings: Any) -> None:
+        path = self.folder / "multidatabackend.json"
+        path.write_text(json.dumps([{**json.loads(path.read_text())[0], **settings}]))
+
+
+@pytest.fixture
+def lane(instance: dg.DagsterInstance, make_project: Callable[..., Path]) -> Lane:
+    # no picture is held out, so that every one has mirrored crops where these are asked for
+    return Lane(instance, make_project(config={"eval_holdout_share": 0, "evaluation_type": "none"}))
+
+
+def test_changes_of_files_cost_exactly_their_encodings(lane: Lane) -> None:
+    # Eight captions, the validation prompt, the negative prompt and the empty prompt.
+    assert lane.cost() == (8, 11)
+    assert lane.cost() == (0, 0)
+
+    added = draw_picture(lane.data, 8)
+    assert lane.cost() == (1, 1)
+
+    draw_picture(lane.data, 15).replace(lane.data / "picture_03.png")  # other pixels under an old name
+    (lane.data / "picture_15.txt").unlink()
+    assert lane.cost() == (1, 0)
+
+    (lane.data / "picture_03.txt").write_text("a picture with another caption")
+    assert lane.cost() == (0, 1)
+
+    for suffix in (".png", ".txt"):
+        (lane.data / f"picture_02{suffix}").rename(lane.data / f"another name{suffix}")
+        (lane.data / "sub").mkdir(exist_ok=True)
+        (lane.data / f"picture_04{suffix}").rename(lane.data / "sub" / f"picture_04{suffix}")
+    assert lane.cost() == (0, 0)
+
+    kept = added.read_bytes()
+    added.unlink()
+    assert lane.cost() == (0, 0)
+    added.write_bytes(kept)
+    assert lane.cost() == (0, 0)
+
+
+def test_renamed_and_moved_pictures_are_the_same_training(lane: Lane) -> None:
+    assert "3 steps" in lane.run(train=True)["training"]
+    (lane.data / "moved").mkdir()
+    for path in sorted(lane.data.glob("picture_*")):
+        path.rename(lane.data / "moved" / path.name.replace("picture", "renamed"))
+    told = lane.run(train=True)
+    assert (told["latents"], told["captions"]) == (0, 0)
+    assert "reused, nothing trained" in told["training"]
+
+
+def test_changes_of_settings_cost_what_depends_on_them_and_going_back_costs_nothing(lane: Lane) -> None:
+    lane.cost()
+    for there, cost in [
+        ({"resolution": 96}, (8, 0)),
+        ({"resolution": 128, "caption_strategy": "filename"}, (0, 8)),
+        ({"caption_strategy": "textfile", "repeats": 3}, (0, 0)),
+        ({"repeats": 0, "random_flip": True}, (8, 0)),
+        ({"random_flip": False}, (0, 0)),
+    ]:
+        lane.configure_dataset(**there)
+        assert lane.cost() == cost, there
+
+    lane.configure(vae_dtype="bf16")
+    assert lane.cost() == (8, 0)
+    lane.configure(vae_dtype="fp32", tokenizer_max_length=154)
+    assert lane.cost() == (0, 11)
+    lane.configure(tokenizer_max_length=77)
+    assert lane.cost() == (0, 0)
+
+
+def test_another_text_encoder_encodes_the_captions_and_no_picture(lane: Lane, tmp_path: Path) -> None:
+    lane.cost()
+    other = tmp_path / "other"
+    shutil.copytree(BUNDLED_MODEL, other)
+    weights = next((other / "text_encoder").glob("*.safetensors"))
+    tensors = load_file(weights)
+    name = next(iter(sorted(tensors)))
+    save_file(tensors | {name: tensors[name] + 0.01}, weights, metadata={"format": "pt"})
+    lane.configure(pretrained_model_name_or_path=str(other))
+    assert lane.cost() == (0, 11)
+    lane.configure(pretrained_model_name_or_path="bundled:tiny-sdxl")
+    assert lane.cost() == (0, 0)
