@@ -1,0 +1,129 @@
+"""The crop plan of a million pictures: planning, digests, latent keys, and the memory it takes, in a process of its own."""
+
+import hashlib
+import io
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.figures import Figure, Options
+
+PICTURES = 1_000_000
+SECONDS = 10.0
+BYTES = 2 * 2**30
+BUCKETING = ("plan", "rows digest", "checks", "metadata with its picture", "Parquet file")
+REPOSITORY = Path(__file__).resolve().parents[2]
+SETTINGS = {
+    "square": {"crop_aspect": "square"},
+    "preserve": {"crop_aspect": "preserve"},
+    "random": {
+        "crop_aspect": "random",
+        "crop_aspect_buckets": [1.0, 0.67, 0.75, 1.33, 1.5],
+        "max_upscale_threshold": 0.25,
+    },
+}
+
+
+def measure(options: Options) -> list[Figure]:
+    """Seconds and bytes for one million rows of realistic sizes, for three of the crop aspects."""
+    pictures = 20_000 if options.quick else PICTURES
+    figures = []
+    for name, settings in SETTINGS.items():
+        told = subprocess.run(
+            [sys.executable, "-m", "benchmarks.data_parts.buckets", str(pictures), json.dumps(settings)],
+            cwd=REPOSITORY,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        seconds, peak, with_leaks = json.loads(told.splitlines()[-1])
+        note = f"{pictures:,} pictures, crop_aspect {name}"
+        bucketing = sum(seconds[what] for what in BUCKETING)
+        figures += [Figure("buckets", what, value, "s", note=note) for what, value in seconds.items()]
+        figures += [
+            Figure("buckets", "bucketing", bucketing, "s", "under 10 s", bucketing < SECONDS, f"{note}: {', '.join(BUCKETING)}"),
+            Figure("buckets", "peak memory", peak / 2**30, "GiB", "under 2 GiB", peak < BYTES, note),
+            Figure("buckets", "peak memory with the search", with_leaks / 2**30, "GiB", note=note),
+        ]  # fmt: skip
+    return figures
+
+
+def scan_of(pictures: int) -> pd.DataFrame:
+    """What a scan gives for so many pictures: half in the sizes of cameras and phones, half cut to any size, as the web has them."""
+    random = np.random.default_rng(0)
+    cameras = np.array([(3000, 4000), (4000, 6000), (1080, 1920), (3024, 4032), (2448, 3264), (1365, 2048)])
+    height, width = cameras[random.integers(0, len(cameras), pictures)].T
+    upright = random.random(pictures) < 0.3
+    height, width = np.where(upright, width, height), np.where(upright, height, width)
+    edge, aspect = np.exp(random.normal(6.9, 0.5, pictures)), np.exp(random.normal(0.1, 0.4, pictures))
+    cut = random.random(pictures) < 0.5
+    numbers = range(pictures)
+    return pd.DataFrame(
+        {
+            "path": [f"part_{n % 1000:03d}/picture_{n:09d}.jpg" for n in numbers],
+            "key": [hashlib.sha256(b"%d" % n).hexdigest() for n in numbers],
+            "height": np.where(cut, np.maximum(edge / np.sqrt(aspect), 64), height).astype(np.int64),
+            "width": np.where(cut, np.maximum(edge * np.sqrt(aspect), 64), width).astype(np.int64),
+            "captions": [[f"a photograph of the thing that has the number {n}, in colour"] for n in numbers],
+            "phash": [
+                hashlib.sha512(b"look %d" % n).hexdigest()[:80] for n in numbers
+            ],  # 40 bytes, as look_at fills them
+            "status": "kept",
+        }
+    ).astype({"path": "str", "key": "str", "phash": "str", "status": "str"})
+
+
+def _plan(pictures: int, settings: dict[str, Any]) -> None:
+    """Plan in this process, and print ({what: seconds}, peak bytes, peak bytes with the search for leaks)."""
+    from assets.aspect_buckets import _metadata
+    from assets.data_checks import check_buckets, check_held_out
+    from sdxl_pipeline.encoding.keys import latent_keys
+    from sdxl_pipeline.images.crops import plan_crops
+    from sdxl_pipeline.images.digests import dataset_digest, rows_digest
+    from sdxl_pipeline.project.datasets import ImageDataset
+
+    seconds: dict[str, float] = {}
+
+    def timed(what: str, work: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        result = work()
+        seconds[what] = time.perf_counter() - started
+        return result
+
+    scanned = scan_of(pictures)
+    dataset = ImageDataset.model_validate(
+        {"id": "bench", "instance_data_dir": "data", "resolution": 1024, "crop": True} | settings
+    )
+    timed("dataset digest", lambda: dataset_digest(scanned))
+    rows, dropped = timed("plan", lambda: plan_crops(dataset, scanned, 42, 0.02, is_eval=False))
+    timed("rows digest", lambda: rows_digest(rows))
+    timed("checks", lambda: check_buckets(rows, dropped, scanned, 4))
+    timed("metadata with its picture", lambda: _metadata(rows, dropped, 0, 4))
+    timed("Parquet file", lambda: rows.to_parquet(io.BytesIO()))
+    timed("latent keys", lambda: latent_keys(rows, "0" * 64, "bf16"))
+    peak = _peak()
+    timed("search for leaks", lambda: check_held_out(rows, scanned, Path("data")))
+    print(json.dumps([seconds, peak, _peak()]))
+
+
+def _peak() -> int:
+    """The most bytes this process has held; what getrusage tells a child may be its parent's."""
+    status = Path("/proc/self/status")
+    if not status.exists():  # macOS, which counts in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (
+        next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        * 1024
+    )
+
+
+if __name__ == "__main__":
+    _plan(int(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,0 +1,236 @@
+"""The tensor store: random batches from page cache, what a batch costs beyond its bytes, bytes on disk, and a million entries."""
+
+import hashlib
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.figures import Figure, Options
+from sdxl_pipeline.store.tensor_store import TensorStore
+
+BATCH = 8
+LATENTS = {"mean": (4, 128, 128), "logvar": (4, 128, 128)}
+TEXT = {"prompt_embeds": (77, 2048), "pooled_prompt_embeds": (1280,)}
+SMALL_LATENTS = {"mean": (4, 32, 32), "logvar": (4, 32, 32)}
+
+# Makes an index of the number of entries given and opens the store in a process of its own; prints seconds and bytes as JSON.
+OPENING = """
+import json, os, sys, time
+import numpy as np
+import pyarrow.parquet
+from sdxl_pipeline.store.index import index_of_shard, merged, unpack_keys, write_index
+from sdxl_pipeline.store.tensor_store import TensorStore
+from pathlib import Path
+
+root, count, make = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "make"
+rows = 128
+if make:
+    draw = np.random.default_rng(0)
+    (root / "shards").mkdir(parents=True)
+    parts = []
+    for number in range(0, count, rows):
+        name = f"{number:016x}-1234-abcdef01.safetensors"
+        with open(root / "shards" / name, "wb") as file:
+            file.truncate(33_562_832)
+        keys = np.frombuffer(draw.bytes(32 * rows), "S32")
+        parts.append(index_of_shard(name, 33_562_832, keys, np.full(rows, 262_144)))
+    write_index(root / "index.parquet", merged(parts))
+    sys.exit()
+def memory():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def peak():
+    # not ru_maxrss, which a child inherits
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+before = memory()
+started = time.perf_counter()
+store = TensorStore(root)
+seconds = time.perf_counter() - started
+held, highest = memory() - before, peak() - before
+keys = unpack_keys(store._indices[0].keys)
+np.random.default_rng(1).shuffle(keys)
+started = time.perf_counter()
+assert not store.missing(keys)
+print(json.dumps({"seconds": seconds, "held": held, "peak": highest, "missing": time.perf_counter() - started, "entries": len(store)}))
+"""
+
+
+def measure(options: Options) -> list[Figure]:
+    """The store's figures. Data lies in a folder of its own below the work folder, deleted afterwards."""
+    Path(options.workdir).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="store-", dir=options.workdir) as folder:
+        root = Path(folder)
+        entries = 64 if options.quick else 2048
+        figures = []
+        for name, shapes in [("latents", LATENTS), ("text embeddings", TEXT)]:
+            figures += _reading(root / name, name, shapes, entries, options.repeats)
+        figures.append(_fixed_cost(root / "tiny", options.repeats))
+        for name, shapes in [
+            ("1024 px latents", LATENTS),
+            ("text embeddings", TEXT),
+            ("256 px latents", SMALL_LATENTS),
+        ]:
+            figures.append(_disk(root / f"{name} on disk", name, shapes, 64 if options.quick else 512))
+        figures += _opening(root / "opening", 10_000 if options.quick else 1_000_000)
+        return figures
+
+
+def _fill(root: Path, shapes: dict[str, tuple[int, ...]], count: int) -> tuple[TensorStore, list[str]]:
+    generator = torch.Generator().manual_seed(0)
+    keys = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(count)]
+    store = TensorStore(root)
+    with store.writer() as writer:
+        for key in keys:
+            writer.add(
+                key,
+                {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()},
+            )
+    return TensorStore(root), keys
+
+
+def _reading(
+    root: Path, name: str, shapes: dict[str, tuple[int, ...]], count: int, repeats: int
+) -> list[Figure]:
+    store, keys = _fill(root, shapes, count)
+    draw = random.Random(0)
+    order = [draw.sample(keys, BATCH) for _ in range(count // BATCH)]
+    batch_bytes = store.entry_nbytes(keys) // count * BATCH
+    in_memory = {key: {n: t.clone() for n, t in store.read(key).items()} for key in keys}
+    bare = [[in_memory[key] for key in batch] for batch in order]  # looked up now: only the stacking is timed
+
+    def read(which: TensorStore) -> None:
+        for batch in order:
+            which.read_batch(batch)
+
+    def stack() -> None:
+        for batch in bare:
+            for name_of_tensor in shapes:
+                torch.stack([entry[name_of_tensor] for entry in batch])
+
+    first = _seconds(lambda: read(TensorStore(root)), repeats)
+    again = _seconds(lambda: read(store), repeats)
+    stacking = _seconds(stack, repeats)
+    rate = batch_bytes * len(order) / first / 1e9
+    overhead = (again - stacking) / len(order) * 1e6
+    return [
+        Figure(
+            "store",
+            f"{name}, random batches of {BATCH}",
+            rate,
+            "GB/s",
+            "at least 1",
+            rate >= 1,
+            f"from page cache, opening the store and its shards included; {batch_bytes / 1e6:.2f} MB a batch",
+        ),
+        Figure(
+            "store",
+            f"{name}, shards mapped before",
+            batch_bytes * len(order) / again / 1e9,
+            "GB/s",
+            note=f"torch.stack of the same tensors in memory: {batch_bytes * len(order) / stacking / 1e9:.3g} GB/s",
+        ),
+        Figure(
+            "store",
+            f"{name}, batch of {BATCH} beyond torch.stack",
+            overhead,
+            "us",
+            note="negative: faster than stacking tensors that are in memory",
+        ),
+    ]
+
+
+def _fixed_cost(root: Path, repeats: int) -> Figure:
+    """What a batch costs whatever its size: measured on entries that are almost nothing."""
+    store, keys = _fill(root, {"mean": (2,), "logvar": (2,)}, 512)
+    draw = random.Random(0)
+    order = [draw.sample(keys, BATCH) for _ in range(500)]
+    entries = [[{n: t.clone() for n, t in store.read(key).items()} for key in batch] for batch in order]
+
+    def stack() -> None:
+        for batch in entries:
+            for name in ("mean", "logvar"):
+                torch.stack([entry[name] for entry in batch])
+
+    def read() -> None:
+        for batch in order:
+            store.read_batch(batch)
+
+    stacking, reading = (_seconds(work, repeats) / len(order) * 1e6 for work in (stack, read))
+    return Figure(
+        "store",
+        f"fixed cost of a batch of {BATCH}",
+        reading - stacking,
+        "us",
+        note=f"beyond the {stacking:.3g} us of a bare torch.stack of the same tensors in memory",
+    )
+
+
+def _disk(root: Path, name: str, shapes: dict[str, tuple[int, ...]], count: int) -> Figure:
+    store, keys = _fill(root, shapes, count)
+    used = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+    ratio = used / store.entry_nbytes(keys)
+    return Figure(
+        "store",
+        f"bytes on disk, {name}",
+        ratio,
+        "of the tensors'",
+        "at most 1.02",
+        ratio <= 1.02,
+        "shards and index",
+    )
+
+
+def _opening(root: Path, count: int) -> list[Figure]:
+    command = [sys.executable, "-c", OPENING, str(root), str(count)]
+    subprocess.run([*command, "make"], check=True)
+    seen = [
+        json.loads(subprocess.run([*command, "open"], check=True, capture_output=True).stdout)
+        for _ in range(3)
+    ]
+    middle = {key: statistics.median(run[key] for run in seen) for key in seen[0]}
+    entries = f"{int(middle['entries']):,} entries"
+    return [
+        Figure(
+            "store",
+            f"opening, {entries}",
+            middle["seconds"],
+            "s",
+            "about 1",
+            middle["seconds"] <= 1.2,
+            f"in {-(-count // 128):,} shards",
+        ),
+        Figure(
+            "store",
+            f"memory for {entries}",
+            middle["held"] / 1e6,
+            "MB",
+            "below 300",
+            middle["peak"] < 300e6,
+            f"{middle['peak'] / 1e6:.0f} MB at most while opening",
+        ),
+        Figure(
+            "store",
+            f"which of {entries} are missing",
+            middle["missing"],
+            "s",
+            note="asked for all at once, in no order",
+        ),
+    ]
+
+
+def _seconds(work: Callable[[], object], repeats: int) -> float:
+    """Median seconds of one call, after one that is not counted."""
+    work()
+    taken = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
