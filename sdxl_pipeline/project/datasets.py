@@ -10,8 +10,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from sdxl_pipeline.project.settings_model import SettingsModel
-from sdxl_pipeline.project.training import CaptionStrategy, Count, ResolutionType
+from sdxl_pipeline.project.sections.data import CaptionStrategy, ResolutionType
+from sdxl_pipeline.project.settings_model import Count, SettingsModel
 
 Positive = Annotated[float, Field(gt=0)]
 

@@ -4,10 +4,14 @@ Files of this family of trainers write numbers and booleans as strings as often 
 for "not set". Pydantic turns the strings into numbers; this base says what counts as not set, and keeps booleans out of numbers.
 """
 
+import json
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 _NOT_SET = {"", "none", "null"}
 
@@ -50,3 +54,25 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
     if hasattr(annotation, "__metadata__"):
         return _alternatives(annotation.__origin__)
     return (annotation,)
+
+
+def none_for_zero(value: Any) -> Any:
+    """The value, or None for a 0 in whatever spelling: these files write 0 for "off"."""
+    try:
+        return None if not isinstance(value, bool) and float(value) == 0 else value
+    except (TypeError, ValueError):
+        return value
+
+
+def read_list(value: Any) -> Any:
+    """Text such as 'a,b' or '["a", "b"]' as its parts; anything else as it is. Raises BadValueError for a broken list."""
+    if not isinstance(value, str):
+        return value
+    if value.strip().startswith("["):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise BadValueError(
+                f"is not a list: {error.msg}", 'write a list such as ["to_k", "to_q"], or "to_k,to_q"'
+            ) from error
+    return tuple(part.strip() for part in value.split(",") if part.strip() not in ("", "none"))

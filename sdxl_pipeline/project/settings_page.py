@@ -20,7 +20,7 @@ from sdxl_pipeline.project.datasets import (
 from sdxl_pipeline.project.keys import literal_values
 from sdxl_pipeline.project.known_keys import IMAGES, TEXT_EMBEDS, TRAINING, Vocabulary
 from sdxl_pipeline.project.settings_model import SettingsModel
-from sdxl_pipeline.project.training import PROFILE_KEYS, TrainingSettings
+from sdxl_pipeline.project.training import PROFILE_KEYS, SECTIONS
 
 _TYPE_NAMES = {
     bool: "true / false",
@@ -54,8 +54,12 @@ def settings_page() -> str:
             _INTRODUCTION,
             "## config.json\n",
             f"Not set, these are the hardware profile's: {profile}.\n",
-            *_table(TrainingSettings, TRAINING),
-            "\n## multidatabackend.json: pictures\n",
+            *(
+                line
+                for section in SECTIONS
+                for line in (f"### {(section.__doc__ or '').rstrip('.')}\n", *_table(section, TRAINING), "")
+            ),
+            "## multidatabackend.json: pictures\n",
             f"An entry without one of these takes it over from `config.json`: {shared}. Sizes are taken over where `resolution_type`",
             "is the same.\n",
             *_table(ImageDataset, IMAGES),

@@ -18,7 +18,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sdxl_pipeline.project.training import MODEL_FLAVOURS, TrainingSettings
+from sdxl_pipeline.project.sections.model import MODEL_FLAVOURS
+from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.sdxl.hub_download import download_snapshot
 from sdxl_pipeline.sdxl.model_digests import (
     SINGLE_FILE_PREFIXES,

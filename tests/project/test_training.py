@@ -5,7 +5,9 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from sdxl_pipeline.project.training import TrainingSettings, parse_assignments, parse_sizes
+from sdxl_pipeline.project.sections.optimisation import parse_assignments
+from sdxl_pipeline.project.sections.validation import parse_sizes
+from sdxl_pipeline.project.training import TrainingSettings
 
 
 def test_strings_are_read_as_the_values_they_spell():

@@ -12,7 +12,7 @@ from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 
-from sdxl_pipeline.project.training import ATTENTION_PROJECTIONS
+from sdxl_pipeline.project.sections.adapter import ATTENTION_PROJECTIONS
 from sdxl_pipeline.sdxl.adapters import (
     AdapterError,
     adapted_module_names,

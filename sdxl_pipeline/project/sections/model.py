@@ -1,0 +1,31 @@
+"""The model."""
+
+from typing import Final, Literal
+
+from pydantic import Field
+
+from sdxl_pipeline.project.settings_model import SettingsModel
+
+MODEL_FLAVOURS: Final = {"base-1.0": "stabilityai/stable-diffusion-xl-base-1.0"}
+"""Hub repository of each `model_flavour`."""
+
+
+class ModelSettings(SettingsModel):
+    """The model."""
+
+    model_type: Literal["lora"] = Field("lora", description="What is trained: a LoRA on the UNet.")
+    model_family: Literal["sdxl"] = Field("sdxl", description="This project trains Stable Diffusion XL.")
+    model_flavour: Literal["base-1.0"] = Field(
+        "base-1.0", description="Which released SDXL; base-1.0 is stabilityai/stable-diffusion-xl-base-1.0."
+    )
+    pretrained_model_name_or_path: str | None = Field(
+        None,
+        description="Hub id, diffusers folder, .safetensors checkpoint or bundled:tiny-sdxl; replaces model_flavour.",
+    )
+    pretrained_vae_model_name_or_path: str | None = Field(
+        None, description="Hub id or folder of another VAE."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of the base model on the Hub.")
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+        None, description="What the UNet predicts; not set: what the base model's scheduler says."
+    )

@@ -1,0 +1,91 @@
+"""Pictures drawn during training."""
+
+import math
+import re
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+
+from sdxl_pipeline.project.settings_model import (
+    BadValueError,
+    Count,
+    SettingsModel,
+    Share,
+)
+
+
+class ValidationSettings(SettingsModel):
+    """Pictures drawn during training."""
+
+    validation_disable: bool = Field(False, description="Draw no pictures during training.")
+    validation_prompt: str | None = Field(
+        None, description="Prompt drawn during training and in the evaluation."
+    )
+    user_prompt_library: str | None = Field(
+        None,
+        description='JSON file of more prompts: {"name": "prompt"} or {"name": {"prompt": ..., "negative_prompt": ...}}.',
+    )
+    validation_negative_prompt: str = Field(
+        "blurry, cropped, ugly", description="Negative prompt of the validation pictures."
+    )
+    validation_resolution: str = Field(
+        "1024x1024",
+        description='Sizes of the validation pictures: "1024x1024,1280x768" (WxH), one edge, or megapixels when under 128.',
+    )
+    validation_guidance: Annotated[float, Field(ge=0)] = Field(
+        7.5, description="Classifier-free guidance scale."
+    )
+    validation_guidance_rescale: Share = Field(
+        0.0, description="Guidance rescale of Lin et al. 2023; 0 is off."
+    )
+    validation_num_inference_steps: Count = Field(30, description="Sampler steps per picture.")
+    validation_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
+        None, description="Seed of the validation pictures; not set: `seed`."
+    )
+    validation_step_interval: Annotated[int, Field(ge=0)] = Field(
+        100, description="Steps between validation pictures; 0 draws them only at the end."
+    )
+    num_validation_images: Count = Field(1, description="Pictures per prompt, with successive seeds.")
+
+    @property
+    def validation_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) in pixels of each entry of `validation_resolution`."""
+        return parse_sizes(self.validation_resolution)
+
+    @field_validator("validation_resolution", mode="before")
+    @classmethod
+    def _read_validation_resolution(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = f"{value:g}"
+        if isinstance(value, str):
+            parse_sizes(value)
+        return value
+
+
+def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
+    """(height, width) in pixels of each part of `text`, such as "1024x1024,1280x768" (WxH), "768" (an edge) or "1.0" (megapixels).
+
+    A bare number under 128 is megapixels of a square whose edge is rounded to a multiple of 64. Raises BadValueError for anything else,
+    and for an edge that is not a multiple of 8, which the VAE could not decode to.
+    """
+    sizes = tuple(_parse_size(part.strip()) for part in text.split(","))
+    for height, width in sizes:
+        if height % 8 or width % 8 or min(height, width) < 8:
+            near = "x".join(str(max(8, round(edge / 8) * 8)) for edge in (width, height))
+            raise BadValueError(f"{width}x{height} is not a multiple of 8 on both edges", f"write {near}")
+    return sizes
+
+
+def _parse_size(part: str) -> tuple[int, int]:
+    if match := re.fullmatch(r"(\d+)\s*[xX×]\s*(\d+)", part):
+        return int(match[2]), int(match[1])
+    try:
+        number = float(part)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise BadValueError(
+            f"{part!r} is not a size", 'write "1024x1024", "1024" or megapixels such as "1.0"'
+        )
+    edge = max(64, round(math.sqrt(number * 1e6) / 64) * 64) if number < 128 else int(number)
+    return edge, edge
