@@ -107,7 +107,7 @@ def _finish(trainer: "Trainer") -> TrainedLora:
         reused=False,
         final_loss=final_loss(rows),
         seconds=trainer.seconds,
-        steps_per_second=trainer.step / trainer.training_seconds,
+        steps_per_second=trainer.step / trainer.log.training_seconds,
         peak_memory_bytes=peak_memory_bytes(spec.hardware.device),
         trainable_parameters=sum(parameter.numel() for parameter in trainer.parameters.values()),
         adapted_modules=len(adapted_module_names(trainer.unet_module)),

@@ -4,14 +4,10 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
@@ -29,14 +25,13 @@ from sdxl_pipeline.training.checkpoints import (
     save_checkpoint,
 )
 from sdxl_pipeline.training.draws import seed_for
-from sdxl_pipeline.training.metrics import METRICS_FILE, MetricsLog, StepMetrics
+from sdxl_pipeline.training.metrics import METRICS_FILE, MetricsLog
 from sdxl_pipeline.training.objective import Objective
 from sdxl_pipeline.training.on_demand import OnDemandEncoders
 from sdxl_pipeline.training.optimizers import build_optimizer, build_schedule
-from sdxl_pipeline.training.order import SampleOrder
-from sdxl_pipeline.training.passes import planned_passes
-from sdxl_pipeline.training.samples import load_samples
+from sdxl_pipeline.training.step_log import StepLog, TakenStep
 from sdxl_pipeline.training.trackers import Trackers, require_tracker
+from sdxl_pipeline.training.trainer_setup import build_accelerator, plan_order
 from sdxl_pipeline.training.unet import base_dtype, trainable_unet
 from sdxl_pipeline.training.validation import draw_pictures, is_validation_step
 from sdxl_pipeline.training.validation_log import ValidationLog
@@ -45,9 +40,6 @@ WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 
 REPORT_INTERVAL = 10
 """Optimizer steps between two looks at the losses, the only moments when the loop waits for the device."""
-
-COLLECTIVE_TIMEOUT = timedelta(hours=2)
-"""How long a process waits for the others: as long as the first may draw validation pictures."""
 
 
 class Trainer:
@@ -65,7 +57,7 @@ class Trainer:
         self.run_dir = Path(spec.run_dir)
         self.started = time.monotonic()
         self.accumulation = settings.gradient_accumulation_steps
-        self.accelerator = _accelerator(spec)
+        self.accelerator = build_accelerator(spec)
         self.is_main: bool = self.accelerator.is_main_process
         self.device: torch.device = self.accelerator.device
         self.dtype = base_dtype(spec)
@@ -74,19 +66,9 @@ class Trainer:
             torch.distributed.new_group(backend="gloo") if self.accelerator.num_processes > 1 else None
         )
 
-        samples = load_samples(spec.lanes, "train", settings.micro_conditioning)
-        processes = self.accelerator.num_processes
-        self.passes = planned_passes(spec.lanes, samples, settings, processes)
-        order = partial(
-            SampleOrder,
-            samples,
-            self.passes.by_dataset,
-            settings.seed,
-            settings.train_batch_size,
-            processes,
-        )
-        self.order = order()
-        self._report_order()
+        planned = plan_order(spec, self.accelerator.num_processes, reporter)
+        self.order, self.passes = planned.order, planned.passes
+        self.pictures_per_epoch = planned.pictures_per_epoch
         self.total_steps = settings.max_train_steps or math.ceil(
             self.order.batches_until(settings.num_train_epochs or 1) / self.accumulation
         )
@@ -99,7 +81,7 @@ class Trainer:
         )
         self.reader = BatchReader(spec.lanes, OnDemandEncoders(spec.base_model, spec.hardware))
         self.batches = TrainingBatches(
-            order=order(),  # its own, since a thread reads ahead with it
+            order=planned.read_ahead,
             reader=self.reader,
             scaling_factor=latent_scaling_factor(spec.base_model),
             num_train_timesteps=scheduler.config.num_train_timesteps,
@@ -114,17 +96,21 @@ class Trainer:
         self.unet = self.accelerator.prepare(unet)
 
         self.step = 0
-        self.seconds_before = 0.0  # spent by earlier sessions
-        self.training_seconds = 0.0  # spent in optimizer steps, by all sessions
+        self._seconds_before = self._training_seconds_before = 0.0  # spent by earlier sessions
         self.resumed_from: int | None = None
         self._resume()
 
-        self.metrics = MetricsLog(self.run_dir / METRICS_FILE, self.step) if self.is_main else None
         self.drawn = ValidationLog(self.run_dir, self.step) if self.is_main else None
         self.trackers = Trackers(spec, identity, self.step) if self.is_main else None
-        # of the steps since the last report: number, loss, gradient norm, learning rate
-        self._unreported: list[tuple[int, Tensor, Tensor, float]] = []
-        self._clock = time.monotonic()
+        self.log = StepLog(
+            self.accelerator,
+            reporter,
+            samples_per_step=self.accumulation * self.order.global_batch_size,
+            total_steps=self.total_steps,
+            training_seconds=self._training_seconds_before,
+            metrics=MetricsLog(self.run_dir / METRICS_FILE, self.step) if self.is_main else None,
+            trackers=self.trackers,
+        )
 
     def train(self) -> None:
         """Train from where the run stands to its end. Raises StageStopped, after a checkpoint, when asked to stop."""
@@ -133,13 +119,13 @@ class Trainer:
         self._draw_if_due()
         self._stop_if_asked()
         first, last = self.step * self.accumulation, self.total_steps * self.accumulation
-        self._clock = time.monotonic()
+        self.log.restart_clock()
         with closing(prefetched(self.batches, first, last, pin=self.device.type == "cuda")) as batches:
             while self.step < self.total_steps:
                 self._optimizer_step(batches)
                 self.reporter.progress("train", self.step, self.total_steps, "steps")
                 if self.step % REPORT_INTERVAL == 0:
-                    self._report()
+                    self.log.report()
                 if self._checkpoint_is_due():
                     self._save()
                 self._draw_if_due()
@@ -161,7 +147,7 @@ class Trainer:
         self.schedule.step()
         self.optimizer.zero_grad()
         self.step += 1
-        self._unreported.append((self.step, torch.stack(losses).mean(), grad_norm, lr))
+        self.log.add(TakenStep(self.step, torch.stack(losses).mean(), grad_norm, lr))
 
     def _loss(self, batch: Batch, index: int) -> Tensor:
         """Mean loss of one batch, the `index`-th of this process since the start of the run."""
@@ -186,7 +172,7 @@ class Trainer:
         return TrainingState(
             step=self.step,
             seconds=self.seconds,
-            training_seconds=self.training_seconds,
+            training_seconds=self.log.training_seconds,
             parameters={name: parameter.detach() for name, parameter in self.parameters.items()},
             optimizer=self.optimizer.state_dict(),
             schedule=self.schedule.state_dict(),
@@ -207,23 +193,17 @@ class Trainer:
         if state.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.step = state.step
-        self.seconds_before, self.training_seconds = state.seconds, state.training_seconds
+        self._seconds_before, self._training_seconds_before = state.seconds, state.training_seconds
 
     @property
     def seconds(self) -> float:
         """Spent on the run by all its sessions, up to their last checkpoints."""
-        return self.seconds_before + time.monotonic() - self.started
+        return self._seconds_before + time.monotonic() - self.started
 
     @property
     def samples(self) -> int:
         """Pictures seen."""
         return self.step * self.accumulation * self.order.global_batch_size
-
-    @property
-    def pictures_per_epoch(self) -> dict[str, float]:
-        """Appearances of pictures in an epoch, by dataset."""
-        counts = self.order.samples.pictures_by_dataset()
-        return {name: count * self.passes.by_dataset[name] for name, count in counts.items()}
 
     @property
     def epochs(self) -> float:
@@ -273,7 +253,7 @@ class Trainer:
         return self.step == self.total_steps or (interval > 0 and self.step % interval == 0)
 
     def _save(self) -> None:
-        self._report()
+        self.log.report()
         self.reader.flush()
         if self.is_main:
             save_checkpoint(
@@ -283,7 +263,7 @@ class Trainer:
                 export=lambda folder: self.write_weights(folder / WEIGHTS_FILE),
                 limit=self.spec.settings.checkpoints_total_limit,
             )
-        self._clock = time.monotonic()
+        self.log.restart_clock()
 
     def _stop_if_asked(self) -> None:
         if self._anyone_asked_to_stop():
@@ -298,46 +278,10 @@ class Trainer:
         torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self._host_group)
         return bool(asked.item())
 
-    def _report(self) -> None:
-        """Fetch the losses since the last report; write, show and check them."""
-        if not self._unreported:
-            return
-        steps, losses, norms, rates = zip(*self._unreported, strict=True)
-        self._unreported = []
-        mean_losses = self.accelerator.reduce(torch.stack(losses), reduction="mean").tolist()
-        grad_norms = torch.stack(norms).tolist()
-        elapsed = time.monotonic() - self._clock
-        self.training_seconds += elapsed
-        self._clock += elapsed
-        per_step = self.accumulation * self.order.global_batch_size
-        speed = per_step * len(steps) / elapsed
-        for step, loss in zip(steps, mean_losses, strict=True):
-            if not math.isfinite(loss):
-                raise StageError(
-                    f"the loss of step {step} is {loss}. Lower learning_rate ({self.spec.settings.learning_rate:g}), lengthen "
-                    "lr_warmup_steps, or set mixed_precision to bf16 or no; the checkpoints written before that step are sound"
-                )
-        rows = [
-            StepMetrics(step, loss, rate, norm if math.isfinite(norm) else None, speed)
-            for step, loss, norm, rate in zip(steps, mean_losses, grad_norms, rates, strict=True)
-        ]
-        if self.metrics is not None and self.trackers is not None:
-            self.metrics.append(rows)
-            self.trackers.log(rows)
-        shown = {
-            "loss": sum(mean_losses) / len(rows),
-            "lr": rows[-1].lr,
-            "samples_per_second": speed,
-            "eta_seconds": (self.total_steps - self.step) * per_step / speed,
-        }
-        if rows[-1].grad_norm is not None:
-            shown["grad_norm"] = rows[-1].grad_norm
-        self.reporter.metric(self.step, shown)
-
     def _draw_if_due(self) -> None:
         if not is_validation_step(self.spec, self.step, self.total_steps):
             return
-        self._report()
+        self.log.report()
         if self.drawn is not None and self.trackers is not None and not self.drawn.has(self.step):
             images = []
             for image in draw_pictures(
@@ -351,34 +295,4 @@ class Trainer:
                 self.drawn.add(images)
                 self.trackers.log_images(images)
         self.accelerator.wait_for_everyone()
-        self._clock = time.monotonic()
-
-    def _report_order(self) -> None:
-        for dataset_id, repeats in self.passes.raised_repeats.items():
-            self.reporter.log(
-                f"The datasets do not fill a step: repeats of {dataset_id} is raised to {repeats} (allow_dataset_oversubscription)."
-            )
-        for (height, width), (have, added) in self.order.fillings().items():
-            self.reporter.log(
-                f"Bucket {width}x{height} has {have} pictures an epoch; {added} more are taken from its start to fill its last batch."
-            )
-
-
-def _accelerator(spec: TrainSpec) -> Accelerator:
-    hardware = spec.hardware
-    accelerator = Accelerator(
-        cpu=hardware.device == "cpu",
-        mixed_precision=spec.settings.mixed_precision or "no",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
-    )
-    if accelerator.device.type != hardware.device:
-        raise StageError(
-            f"the hardware profile {hardware.profile!r} asks for the device {hardware.device}, but torch has only "
-            f"{accelerator.device.type} here; choose another profile, for example SDXL_HARDWARE=cpu"
-        )
-    if accelerator.num_processes != hardware.num_processes:
-        raise StageError(
-            f"the spec asks for {hardware.num_processes} processes, but {accelerator.num_processes} are running; "
-            "start it with torchrun --nproc-per-node of that number"
-        )
-    return accelerator
+        self.log.restart_clock()

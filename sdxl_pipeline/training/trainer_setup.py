@@ -1,0 +1,75 @@
+"""What a trainer starts from: its devices, and the order of its samples."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from sdxl_pipeline.protocol.program import StageError
+from sdxl_pipeline.protocol.reporter import Reporter
+from sdxl_pipeline.protocol.specs import TrainSpec
+from sdxl_pipeline.training.order import SampleOrder
+from sdxl_pipeline.training.passes import Passes, planned_passes
+from sdxl_pipeline.training.samples import load_samples
+
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+"""How long a process waits for the others: as long as the first may draw validation pictures."""
+
+
+def build_accelerator(spec: TrainSpec) -> Accelerator:
+    """The devices that the spec asks for. Raises StageError when they are not there, or the processes not as many."""
+    hardware = spec.hardware
+    accelerator = Accelerator(
+        cpu=hardware.device == "cpu",
+        mixed_precision=spec.settings.mixed_precision or "no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
+    )
+    if accelerator.device.type != hardware.device:
+        raise StageError(
+            f"the hardware profile {hardware.profile!r} asks for the device {hardware.device}, but torch has only "
+            f"{accelerator.device.type} here; choose another profile, for example SDXL_HARDWARE=cpu"
+        )
+    if accelerator.num_processes != hardware.num_processes:
+        raise StageError(
+            f"the spec asks for {hardware.num_processes} processes, but {accelerator.num_processes} are running; "
+            "start it with torchrun --nproc-per-node of that number"
+        )
+    return accelerator
+
+
+@dataclass(frozen=True)
+class PlannedOrder:
+    """The samples of a run in their order, and how often an epoch shows them."""
+
+    passes: Passes
+    order: SampleOrder
+    read_ahead: SampleOrder
+    """The same order again, for the thread that reads ahead: an order remembers the epoch it planned last."""
+
+    @property
+    def pictures_per_epoch(self) -> dict[str, float]:
+        """Appearances of pictures in an epoch, by dataset."""
+        counts = self.order.samples.pictures_by_dataset()
+        return {name: count * self.passes.by_dataset[name] for name, count in counts.items()}
+
+
+def plan_order(spec: TrainSpec, num_processes: int, reporter: Reporter) -> PlannedOrder:
+    """The order of the spec's training pictures; what is repeated to fill a step or a bucket's last batch is reported."""
+    settings = spec.settings
+    samples = load_samples(spec.lanes, "train", settings.micro_conditioning)
+    passes = planned_passes(spec.lanes, samples, settings, num_processes)
+    order = partial(
+        SampleOrder, samples, passes.by_dataset, settings.seed, settings.train_batch_size, num_processes
+    )
+    planned = PlannedOrder(passes, order(), order())
+    for dataset_id, repeats in passes.raised_repeats.items():
+        reporter.log(
+            f"The datasets do not fill a step: repeats of {dataset_id} is raised to {repeats} (allow_dataset_oversubscription)."
+        )
+    for (height, width), (have, added) in planned.order.fillings().items():
+        reporter.log(
+            f"Bucket {width}x{height} has {have} pictures an epoch; {added} more are taken from its start to fill its last batch."
+        )
+    return planned
