@@ -81,7 +81,7 @@ def verify_export(path: Path, base_model: ResolvedModel) -> int:
     from peft import get_peft_model_state_dict
     from safetensors import SafetensorError
 
-    from sdxl_pipeline.sdxl.adapters import ADAPTER_NAME, AdapterError, load_lora_into_unet
+    from sdxl_pipeline.sdxl.adapters import ADAPTER_NAME, UNET, AdapterError, load_adapter
 
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(
@@ -96,7 +96,7 @@ def verify_export(path: Path, base_model: ResolvedModel) -> int:
             warnings.filterwarnings(
                 "ignore", message=".*copying from a non-meta parameter", category=UserWarning
             )
-            modules = load_lora_into_unet(unet, path)
+            modules = load_adapter({UNET: unet}, path)[UNET]
     except (OSError, SafetensorError, AdapterError, RuntimeError, ValueError) as error:
         raise ExportError(f"{path} does not load back: {error}") from error
     wanted = {

@@ -13,7 +13,7 @@ from sdxl_pipeline.protocol.specs import (
     TrainedLora,
     ValidationPrompt,
 )
-from sdxl_pipeline.sdxl.adapters import adapted_module_names, add_lora, save_lora
+from sdxl_pipeline.sdxl.adapters import adapted_module_names, add_lora, save_adapter
 from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, ResolvedModel, resolve_base_model
 from sdxl_pipeline.sdxl.components import load_unet
 from sdxl_pipeline.store.files import sha256_file
@@ -73,7 +73,7 @@ def make_lora(
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     path = folder / "run" / "pytorch_lora_weights.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_lora(unet, path)
+    save_adapter({"unet": unet}, path)
     modules = adapted_module_names(unet)
     return TrainedLora(
         identity="abc123",

@@ -20,7 +20,7 @@ from sdxl_pipeline.release.export import (
     verify_export,
 )
 from sdxl_pipeline.release.portable import ReleaseError, portable_name, require_portable
-from sdxl_pipeline.sdxl.adapters import adapted_module_names, add_lora, save_lora
+from sdxl_pipeline.sdxl.adapters import adapted_module_names, add_lora, save_adapter
 from sdxl_pipeline.sdxl.base_model import SDXL_BASE_CONFIGS
 from sdxl_pipeline.sdxl.components import load_pipeline
 from tests.hub_server import HubServer
@@ -168,7 +168,7 @@ def test_the_real_architecture_is_checked_without_its_weights(inputs, tmp_path: 
             owner, _, leaf = name.rpartition(".")
             setattr(unet.get_submodule(owner), leaf, torch.nn.Parameter(torch.full(parameter.shape, 0.01)))
     path = tmp_path / "xl.safetensors"
-    save_lora(unet, path)
+    save_adapter({"unet": unet}, path)
     model = inputs["base_model"].model_copy(update={"config_path": str(SDXL_BASE_CONFIGS)})
     assert verify_export(path, model) == len(adapted_module_names(unet)) == 70 * 2 * 4
     with pytest.raises(ExportError):

@@ -16,10 +16,10 @@ from sdxl_pipeline.project.sections.adapter import ATTENTION_PROJECTIONS
 from sdxl_pipeline.sdxl.adapters import (
     AdapterError,
     adapted_module_names,
+    adapter_parameters,
     add_lora,
-    load_lora_into_unet,
-    lora_parameters,
-    save_lora,
+    load_adapter,
+    save_adapter,
 )
 from sdxl_pipeline.sdxl.base_model import SDXL_BASE_CONFIGS, ResolvedModel
 from sdxl_pipeline.sdxl.components import load_pipeline, load_unet
@@ -34,7 +34,7 @@ def unet_with_lora(
     add_lora(unet, rank, alpha, 0.0, ATTENTION_PROJECTIONS, seed)
     if trained:
         generator = torch.Generator().manual_seed(seed)
-        for parameter in lora_parameters(unet):
+        for parameter in adapter_parameters(unet):
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
     return unet
 
@@ -87,11 +87,11 @@ def test_only_the_adapter_trains_and_the_model_starts_unchanged(lively: Resolved
 def test_the_start_depends_on_the_seed_alone(lively: ResolvedModel):
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first = lora_parameters(unet_with_lora(lively, trained=False))
+    first = adapter_parameters(unet_with_lora(lively, trained=False))
     assert torch.equal(torch.get_rng_state(), state), "the global random state is left alone"
     torch.manual_seed(2)
-    again = lora_parameters(unet_with_lora(lively, trained=False))
-    other = lora_parameters(unet_with_lora(lively, seed=1, trained=False))
+    again = adapter_parameters(unet_with_lora(lively, trained=False))
+    other = adapter_parameters(unet_with_lora(lively, seed=1, trained=False))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
@@ -106,7 +106,7 @@ def test_the_file_loads_through_diffusers_with_its_alpha(lively: ResolvedModel, 
     trained = unet_with_lora(lively, rank, alpha)
     expected = output(trained)
     path = tmp_path / "pytorch_lora_weights.safetensors"
-    save_lora(trained, path, {"note": "anything"})
+    save_adapter({"unet": trained}, path, {"note": "anything"})
 
     pipeline = load_pipeline(lively, torch.float32)
     before = output(pipeline.unet)
@@ -117,15 +117,15 @@ def test_the_file_loads_through_diffusers_with_its_alpha(lively: ResolvedModel, 
     assert torch.equal(output(pipeline.unet), before)
 
     unet = load_unet(lively, torch.float32)
-    assert load_lora_into_unet(unet, path) == adapted_module_names(trained)
+    assert load_adapter({"unet": unet}, path)["unet"] == adapted_module_names(trained)
     assert torch.equal(output(unet), expected)
-    save_lora(unet, tmp_path / "again.safetensors", {"note": "anything"})
+    save_adapter({"unet": unet}, tmp_path / "again.safetensors", {"note": "anything"})
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
 def test_the_file_names_its_tensors_as_diffusers_does(lively: ResolvedModel, tmp_path: Path):
     unet = unet_with_lora(lively)
-    save_lora(unet, tmp_path / "lora.safetensors", {"b": "2", "a": "1"})
+    save_adapter({"unet": unet}, tmp_path / "lora.safetensors", {"b": "2", "a": "1"})
     with safe_open(tmp_path / "lora.safetensors", "pt") as file:
         names, metadata = set(file.keys()), file.metadata()
     assert names == {
@@ -141,10 +141,10 @@ import sys
 from pathlib import Path
 from tests.sdxl.test_adapters import unet_with_lora
 from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.sdxl.adapters import save_lora
+from sdxl_pipeline.sdxl.adapters import save_adapter
 from sdxl_pipeline.sdxl.base_model import BUNDLED_NAME, resolve_base_model
 model = resolve_base_model(TrainingSettings(pretrained_model_name_or_path=BUNDLED_NAME), Path("."), Path(sys.argv[1]).parent)
-save_lora(unet_with_lora(model), Path(sys.argv[1]), {str(number): "x" for number in range(20)})
+save_adapter({'unet': unet_with_lora(model)}, Path(sys.argv[1]), {str(number): "x" for number in range(20)})
 """
     digests = set()
     for index in range(2):
@@ -159,7 +159,7 @@ def test_a_kohya_file_is_understood(lively: ResolvedModel, tmp_path: Path):
     from safetensors.torch import load_file, save_file
 
     trained = unet_with_lora(lively, rank=4, alpha=4)
-    save_lora(trained, tmp_path / "lora.safetensors")
+    save_adapter({"unet": trained}, tmp_path / "lora.safetensors")
     peft = {
         name.replace("unet.", "base_model.model.", 1): tensor
         for name, tensor in load_file(tmp_path / "lora.safetensors").items()
@@ -171,7 +171,9 @@ def test_a_kohya_file_is_understood(lively: ResolvedModel, tmp_path: Path):
     kohya = {name.replace("base_model_model_", "lora_unet_"): tensor for name, tensor in kohya.items()}
     save_file(kohya, tmp_path / "kohya.safetensors")
     unet = load_unet(lively, torch.float32)
-    assert load_lora_into_unet(unet, tmp_path / "kohya.safetensors") == adapted_module_names(trained)
+    assert load_adapter({"unet": unet}, tmp_path / "kohya.safetensors")["unet"] == adapted_module_names(
+        trained
+    )
     torch.testing.assert_close(output(unet), output(trained))
 
 
@@ -180,7 +182,7 @@ def test_a_file_without_unet_layers_is_refused(lively: ResolvedModel, tmp_path: 
 
     save_file({"text_encoder.layer.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "text.safetensors")
     with pytest.raises(AdapterError, match=r"text\.safetensors holds no LoRA for the UNet"):
-        load_lora_into_unet(load_unet(lively, torch.float32), tmp_path / "text.safetensors")
+        load_adapter({"unet": load_unet(lively, torch.float32)}, tmp_path / "text.safetensors")
 
 
 def test_a_quantized_unet_takes_an_adapter_that_trains(lively: ResolvedModel):
