@@ -123,6 +123,7 @@ def _metadata(result: TrainedLora) -> dict[str, Any]:
             "summary": _summary(result),
             "final_loss": result.final_loss,
             "steps": result.steps,
+            "skipped_steps": result.skipped_steps or None,
             "epochs": result.epochs,
             "pictures_seen": result.samples,
             "datasets": figures_table(

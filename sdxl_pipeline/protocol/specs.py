@@ -198,13 +198,20 @@ class ValidationImage(StageModel):
     seed: int
 
 
+WeightsKind = Literal["lora", "unet"]
+"""What a training leaves: an adapter's file, or the folder of a whole UNet."""
+
+
 class TrainedLora(StageModel):
-    """Output of `train`."""
+    """Output of `train`; for `model_type: full` a trained UNet."""
 
     identity: str
     run_dir: str
-    weights_path: str = Field(description="pytorch_lora_weights.safetensors in diffusers' format.")
-    weights_sha256: str
+    weights_kind: WeightsKind = "lora"
+    weights_path: str = Field(
+        description="pytorch_lora_weights.safetensors in diffusers' format, or the folder `unet`."
+    )
+    weights_sha256: str = Field(description="Of the file, or of the folder's files and their names.")
     steps: int
     epochs: float = Field(description="Passes over the training pictures.")
     samples: int = Field(description="Pictures seen.")
@@ -223,12 +230,15 @@ class TrainedLora(StageModel):
     reused: bool = Field(
         description="True when a finished run of this identity was found and nothing was trained."
     )
+    skipped_steps: int = Field(
+        default=0, description="Steps that changed nothing, since their loss or gradients were not finite."
+    )
     final_loss: float = Field(description="Mean training loss over the last tenth of the steps.")
     seconds: float
     steps_per_second: float | None
     peak_memory_bytes: int
     trainable_parameters: int
-    adapted_modules: int
+    adapted_modules: int = Field(description="Layers that have an adapter, or of a UNet those trained.")
     metrics_path: str = Field(description="metrics.jsonl, one line per logged step.")
     loss_curve_path: str = Field(description="PNG.")
     validation_sheet_path: str | None = Field(description="PNG: prompts down, steps across.")

@@ -1,4 +1,4 @@
-"""Trains a LoRA: `python -m sdxl_pipeline.stages.train spec.json`, or the same under torchrun for several processes.
+"""Trains a LoRA or a UNet: `python -m sdxl_pipeline.stages.train spec.json`, or the same under torchrun for several processes.
 
 A run's folder belongs to one identity. Finished, it is reused; unfinished, it is resumed from its latest checkpoint.
 """
@@ -15,7 +15,7 @@ from sdxl_pipeline.protocol.leases import leased_lanes
 from sdxl_pipeline.protocol.program import StageError, StopSignal, run_stage
 from sdxl_pipeline.protocol.reporter import Reporter, is_main_process
 from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
-from sdxl_pipeline.store.files import sha256_file, write_text_atomic
+from sdxl_pipeline.store.files import sha256_path, write_text_atomic
 from sdxl_pipeline.training.identity import run_identity
 from sdxl_pipeline.training.metrics import METRICS_FILE, final_loss, read_metrics
 from sdxl_pipeline.training.run_lock import run_lock
@@ -28,7 +28,7 @@ FINISHED = "finished.json"
 
 
 def main(spec: TrainSpec, reporter: Reporter, stop: StopSignal) -> TrainedLora:
-    """Train a LoRA as the spec says, or find that it has been."""
+    """Train as the spec says, or find that it has been."""
     identity = run_identity(spec)
     run_dir = Path(spec.run_dir)
     with run_lock(run_dir, stop) if is_main_process() else nullcontext():
@@ -66,15 +66,13 @@ def finished_run(run_dir: Path, identity: str) -> TrainedLora | None:
         )
     manifest = _relocated(manifest, run_dir)
     weights = Path(manifest.weights_path)
-    if not weights.exists() or sha256_file(weights) != manifest.weights_sha256:
+    if not weights.exists() or sha256_path(weights) != manifest.weights_sha256:
         return None
     return manifest
 
 
 def _finish(trainer: "Trainer") -> TrainedLora:
     """Write the weights and the plots, on the main process, and give the manifest."""
-    from sdxl_pipeline.sdxl.adapters import adapted_module_names
-    from sdxl_pipeline.training.loop import WEIGHTS_FILE
     from sdxl_pipeline.training.plots import plot_loss_curve
     from sdxl_pipeline.training.sheet import write_sheet
 
@@ -82,12 +80,12 @@ def _finish(trainer: "Trainer") -> TrainedLora:
     rows = read_metrics(run_dir / METRICS_FILE)
     images = tuple(read_validation_log(run_dir))
     weights, loss_curve, sheet = (
-        run_dir / WEIGHTS_FILE,
+        run_dir / trainer.trainable.weights_name,
         run_dir / "loss_curve.png",
         run_dir / "validation.png",
     )
     if trainer.is_main:
-        trainer.write_weights(weights)
+        trainer.write_weights(run_dir)
         plot_loss_curve(rows, loss_curve, title=f"{spec.project}: {trainer.step} steps")
         if images:
             write_sheet(images, sheet)
@@ -95,8 +93,9 @@ def _finish(trainer: "Trainer") -> TrainedLora:
     manifest = TrainedLora(
         identity=trainer.identity,
         run_dir=str(run_dir),
+        weights_kind=trainer.trainable.kind,
         weights_path=str(weights),
-        weights_sha256=sha256_file(weights),
+        weights_sha256=sha256_path(weights),
         steps=trainer.step,
         epochs=trainer.epochs,
         samples=trainer.samples,
@@ -105,12 +104,13 @@ def _finish(trainer: "Trainer") -> TrainedLora:
         raised_repeats=dict(trainer.passes.raised_repeats),
         resumed_from_step=trainer.resumed_from,
         reused=False,
+        skipped_steps=trainer.step - len(rows),
         final_loss=final_loss(rows),
         seconds=trainer.seconds,
         steps_per_second=trainer.step / trainer.log.training_seconds,
         peak_memory_bytes=peak_memory_bytes(spec.hardware.device),
         trainable_parameters=sum(parameter.numel() for parameter in trainer.parameters.values()),
-        adapted_modules=len(adapted_module_names(trainer.unet_module)),
+        adapted_modules=trainer.trainable.changed_modules,
         metrics_path=str(run_dir / METRICS_FILE),
         loss_curve_path=str(loss_curve),
         validation_sheet_path=str(sheet) if images else None,

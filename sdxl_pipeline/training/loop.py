@@ -14,7 +14,6 @@ from torch import Tensor
 from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
 from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.protocol.specs import TrainSpec
-from sdxl_pipeline.sdxl.adapters import save_lora
 from sdxl_pipeline.sdxl.components import latent_scaling_factor, load_noise_scheduler
 from sdxl_pipeline.training.batches import Batch, BatchReader, TrainingBatches, prefetched
 from sdxl_pipeline.training.checkpoints import (
@@ -26,17 +25,18 @@ from sdxl_pipeline.training.checkpoints import (
 )
 from sdxl_pipeline.training.draws import seed_for
 from sdxl_pipeline.training.metrics import METRICS_FILE, MetricsLog
+from sdxl_pipeline.training.non_finite import poisoned, step_if_finite
 from sdxl_pipeline.training.objective import Objective
 from sdxl_pipeline.training.on_demand import OnDemandEncoders
-from sdxl_pipeline.training.optimizers import build_optimizer, build_schedule
+from sdxl_pipeline.training.optimizers import build_optimizer, hold_parameters, rate_of
+from sdxl_pipeline.training.schedules import build_schedule
 from sdxl_pipeline.training.step_log import StepLog, TakenStep
 from sdxl_pipeline.training.trackers import Trackers, require_tracker
+from sdxl_pipeline.training.trainable import build_trainable
 from sdxl_pipeline.training.trainer_setup import build_accelerator, plan_order
-from sdxl_pipeline.training.unet import base_dtype, trainable_unet
+from sdxl_pipeline.training.unet import base_dtype
 from sdxl_pipeline.training.validation import draw_pictures, is_validation_step
 from sdxl_pipeline.training.validation_log import ValidationLog
-
-WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 
 REPORT_INTERVAL = 10
 """Optimizer steps between two looks at the losses, the only moments when the loop waits for the device."""
@@ -89,11 +89,14 @@ class Trainer:
             rank=self.accelerator.process_index,
         )
 
-        unet = trainable_unet(spec).to(self.device)
-        self.parameters = {name: p for name, p in unet.named_parameters() if p.requires_grad}
-        self.optimizer = self.accelerator.prepare(build_optimizer(settings, self.parameters.values()))
+        self.trainable = build_trainable(spec).to(self.device)
+        self.parameters = self.trainable.parameters
+        hold_parameters(settings, self.parameters.values())
+        self.optimizer = self.accelerator.prepare(
+            build_optimizer(settings, self.parameters.values(), self.accelerator.num_processes)
+        )
         self.schedule = build_schedule(settings, self.optimizer.optimizer, self.total_steps)
-        self.unet = self.accelerator.prepare(unet)
+        self.unet = self.accelerator.prepare(self.trainable.module)
 
         self.step = 0
         self._seconds_before = self._training_seconds_before = 0.0  # spent by earlier sessions
@@ -105,7 +108,7 @@ class Trainer:
         self.log = StepLog(
             self.accelerator,
             reporter,
-            samples_per_step=self.accumulation * self.order.global_batch_size,
+            order=self.order,
             total_steps=self.total_steps,
             training_seconds=self._training_seconds_before,
             metrics=MetricsLog(self.run_dir / METRICS_FILE, self.step) if self.is_main else None,
@@ -137,17 +140,17 @@ class Trainer:
             is_last = part == self.accumulation - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.unet):
                 loss = self._loss(next(batches), self.step * self.accumulation + part)
-                self.accelerator.backward(loss / self.accumulation)
+                self.accelerator.backward(poisoned(loss) / self.accumulation)
             losses.append(loss.detach())
         grad_norm = self.accelerator.clip_grad_norm_(
             self.parameters.values(), self.spec.settings.max_grad_norm or math.inf
         )
         lr = float(self.schedule.get_last_lr()[0])
-        self.optimizer.step()
+        step_if_finite(self.optimizer, grad_norm)
         self.schedule.step()
         self.optimizer.zero_grad()
         self.step += 1
-        self.log.add(TakenStep(self.step, torch.stack(losses).mean(), grad_norm, lr))
+        self.log.add(TakenStep(self.step, torch.stack(losses), grad_norm, rate_of(self.optimizer, lr)))
 
     def _loss(self, batch: Batch, index: int) -> Tensor:
         """Mean loss of one batch, the `index`-th of this process since the start of the run."""
@@ -214,12 +217,12 @@ class Trainer:
     @property
     def unet_module(self) -> UNet2DConditionModel:
         """The UNet itself, without what data parallelism wraps around it."""
-        return self.accelerator.unwrap_model(self.unet)
+        return self.trainable.unet
 
-    def write_weights(self, path: Path) -> None:
-        """Write the LoRA in diffusers' format; the same run gives the same bytes."""
-        save_lora(
-            self.unet_module,
+    def write_weights(self, folder: Path) -> Path:
+        """Write what was trained into `folder`, as users load it, and give its place; the same run gives the same bytes."""
+        path = folder / self.trainable.weights_name
+        self.trainable.write(
             path,
             # what the base model is, not where it lies: the file may be published
             {
@@ -228,6 +231,7 @@ class Trainer:
                 "step": str(self.step),
             },
         )
+        return path
 
     def close(self) -> None:
         """End the trackers and leave the process group."""
@@ -260,7 +264,8 @@ class Trainer:
                 self.run_dir / "checkpoints",
                 self.identity,
                 self.state(),
-                export=lambda folder: self.write_weights(folder / WEIGHTS_FILE),
+                export=self.write_weights,
+                exports_parameters=self.trainable.holds_parameters,
                 limit=self.spec.settings.checkpoints_total_limit,
             )
         self.log.restart_clock()

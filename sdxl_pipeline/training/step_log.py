@@ -2,24 +2,26 @@
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.training.metrics import MetricsLog, StepMetrics
+from sdxl_pipeline.training.non_finite import SkippedSteps
+from sdxl_pipeline.training.order import Draw, SampleOrder
 from sdxl_pipeline.training.trackers import Trackers
 
 
 @dataclass(frozen=True, slots=True)
 class TakenStep:
-    """One optimizer step, as the device knows it."""
+    """One optimizer step, taken or skipped, as the device knows it."""
 
     number: int  # 1 for the first
-    loss: Tensor  # (), of this process, mean over accumulation
+    losses: Tensor  # (accumulation,), of this process
     grad_norm: Tensor  # (), of all processes together, before clipping
     lr: float
 
@@ -34,16 +36,17 @@ class StepLog:
         self,
         accelerator: Accelerator,
         reporter: Reporter,
-        samples_per_step: int,
+        order: SampleOrder,
         total_steps: int,
         training_seconds: float,
         metrics: MetricsLog | None,
         trackers: Trackers | None,
     ) -> None:
         self._accelerator, self._reporter = accelerator, reporter
-        self._samples_per_step, self._total_steps = samples_per_step, total_steps
+        self._order, self._total_steps = order, total_steps
         self._metrics, self._trackers = metrics, trackers
         self._kept: list[TakenStep] = []
+        self._skipped = SkippedSteps(total_steps)
         self.training_seconds = training_seconds
         """Spent in optimizer steps, by all sessions."""
         self.restart_clock()
@@ -57,40 +60,72 @@ class StepLog:
         self._clock = time.monotonic()
 
     def report(self) -> None:
-        """Fetch the steps kept since the last report; write, show and check them."""
+        """Fetch the steps kept since the last report; write and show those taken, and name those skipped.
+
+        Raises StageError when too many were skipped in a row.
+        """
         if not self._kept:
             return
         kept, self._kept = self._kept, []
         losses: list[float] = self._accelerator.reduce(
-            torch.stack([step.loss for step in kept]), reduction="mean"
+            torch.stack([step.losses.mean() for step in kept]), reduction="mean"
         ).tolist()
         norms: list[float] = torch.stack([step.grad_norm for step in kept]).tolist()
         elapsed = time.monotonic() - self._clock
         self.training_seconds += elapsed
         self._clock += elapsed
-        speed = self._samples_per_step * len(kept) / elapsed
-        for step, loss in zip(kept, losses, strict=True):
-            if not math.isfinite(loss):
-                raise StageError(
-                    f"the loss of step {step.number} is {loss}. Lower learning_rate ({step.lr:g}), lengthen "
-                    "lr_warmup_steps, or set mixed_precision to bf16 or no; the checkpoints written before that step are sound"
-                )
+        speed = len(kept) * self._samples_in(kept[0]) / elapsed
         rows = [
             StepMetrics(step.number, loss, step.lr, norm if math.isfinite(norm) else None, speed)
             for step, loss, norm in zip(kept, losses, norms, strict=True)
         ]
+        taken = [row for row in rows if self._was_taken(row)]
         if self._metrics is not None and self._trackers is not None:
-            self._metrics.append(rows)
-            self._trackers.log(rows)
-        self._show(rows)
+            self._metrics.append(taken)
+            self._trackers.log(taken)
+        if taken:
+            self._show(taken, self._samples_in(kept[0]))
+        self._count_skipped(kept, rows)
 
-    def _show(self, rows: list[StepMetrics]) -> None:
-        last, speed = rows[-1], rows[-1].samples_per_second
+    def _was_taken(self, row: StepMetrics) -> bool:
+        """Whether loss and gradients were finite; gradients that overflow under loss scaling belong to it until its scale has gone below 1."""
+        if row.grad_norm is not None or not math.isfinite(row.loss):
+            return math.isfinite(row.loss)
+        scaler = self._accelerator.scaler
+        return scaler is not None and scaler.get_scale() >= 1
+
+    def _count_skipped(self, kept: list[TakenStep], rows: list[StepMetrics]) -> None:
+        if all(map(self._was_taken, rows)):
+            self._skipped.taken()
+            return
+        # (processes, steps, accumulation); every process comes here together, since they share their losses and norms
+        finite = self._accelerator.gather(torch.stack([step.losses.isfinite() for step in kept])[None]).cpu()
+        for index, (step, row) in enumerate(zip(kept, rows, strict=True)):
+            if self._was_taken(row):
+                self._skipped.taken()
+            else:
+                self._reporter.log(
+                    self._skipped.skipped(step.number, row.loss, self._suspects(step, finite[:, index]))
+                )
+
+    def _suspects(self, step: TakenStep, finite: Tensor) -> Iterator[list[Draw]]:
+        """The batches of a step whose loss was not finite, or all of them; `finite` is (processes, accumulation)."""
+        processes, accumulation = finite.shape
+        for part in range(accumulation):
+            for rank in range(processes):
+                if finite.all() or not finite[rank, part]:
+                    yield self._order.batch((step.number - 1) * accumulation + part, rank)
+
+    def _samples_in(self, step: TakenStep) -> int:
+        return len(step.losses) * self._order.global_batch_size
+
+    def _show(self, rows: list[StepMetrics], samples_per_step: int) -> None:
+        last = rows[-1]
         shown = {
             "loss": sum(row.loss for row in rows) / len(rows),
             "lr": last.lr,
-            "samples_per_second": speed,
-            "eta_seconds": (self._total_steps - last.step) * self._samples_per_step / speed,
+            "samples_per_second": last.samples_per_second,
+            "eta_seconds": (self._total_steps - last.step) * samples_per_step / last.samples_per_second,
         }
         if last.grad_norm is not None:
             shown["grad_norm"] = last.grad_norm

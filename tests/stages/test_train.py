@@ -250,21 +250,69 @@ def test_checkpoints_are_kept_to_their_limit(tmp_path):
     assert kept == ["step-00000002", "step-00000003"]
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_with_its_step(tmp_path):
-    lane = make_lane(tmp_path / "lane", buckets=[SQUARE] * 2 + [WIDE] * 2)
-    broken = TensorStore(tmp_path / "broken")
-    with broken.writer() as writer:
-        for index, (height, width) in enumerate([SQUARE] * 2 + [WIDE] * 2):
-            mean = torch.full((4, height // 8, width // 8), float("nan") if index > 1 else 0.5)
+def with_broken_pictures(folder: Path, broken: set[int], **settings) -> TrainSpec:
+    """A run over 3 square pictures and 2 wide ones, of which some have latents of NaN."""
+    lane = make_lane(folder / "lane")
+    store = TensorStore(folder / "broken")
+    with store.writer() as writer:
+        for index, (height, width) in enumerate([SQUARE] * 3 + [WIDE] * 2):
+            mean = torch.full((4, height // 8, width // 8), float("nan") if index in broken else 0.5)
             key = digest("latent", digest("image", "shapes", index))
             writer.add(key, {"mean": mean, "logvar": torch.zeros_like(mean)})
-    latents = lane.latents.model_copy(update={"store_root": str(broken.root)})
-    spec = make_spec(tmp_path, lane.model_copy(update={"latents": latents}), max_train_steps=4)
-    with pytest.raises(StageError, match=r"the loss of step [12] is nan.*learning_rate \(0\.001\)"):
-        main(spec, Listener(), StopSignal())
-    assert not (tmp_path / "run" / "checkpoints").exists() or not any(
-        (tmp_path / "run" / "checkpoints").iterdir()
+    latents = lane.latents.model_copy(update={"store_root": str(store.root)})
+    return make_spec(folder, lane.model_copy(update={"latents": latents}), **settings)
+
+
+def test_a_step_that_is_not_finite_is_skipped_named_and_leaves_no_trace(tmp_path):
+    settings = {
+        "max_train_steps": 10,
+        "train_batch_size": 1,
+        "checkpoint_step_interval": 1,
+        "lr_scheduler": "constant",
+    }
+    spec, listener = with_broken_pictures(tmp_path, {4}, **settings), Listener()
+    manifest = main(spec, listener, StopSignal())
+    taken = [step for step, _ in losses(manifest)]
+    skipped = sorted(set(range(1, 11)) - set(taken))
+    assert len(skipped) == manifest.skipped_steps == 2, "the broken picture comes once an epoch"
+    warnings = [line for line in listener.lines if "is skipped" in line]
+    key = digest("image", "shapes", 4)[:12]
+    assert [
+        f"step {step} is skipped, since its loss is nan. Its pictures: shapes/picture_04.png (key {key})."
+        in line
+        for step, line in zip(skipped, warnings, strict=True)
+    ] == [True, True]
+    folder = Path(spec.run_dir) / "checkpoints"
+    for step in range(2, 11):
+        same = [
+            (folder / f"step-{step:08d}" / name).read_bytes()
+            == (folder / f"step-{step - 1:08d}" / name).read_bytes()
+            for name in ("trainable.safetensors", "optimizer.safetensors")
+        ]
+        assert same == [step in skipped] * 2
+    assert all(tensor.isfinite().all() for tensor in load_file(manifest.weights_path).values())
+
+
+def test_nothing_but_skipped_steps_end_a_run_and_keep_its_last_checkpoint(tmp_path):
+    sound = with_broken_pictures(tmp_path / "sound", set(), max_train_steps=30, checkpoint_step_interval=2)
+    stop = StopSignal()
+    stop.request()
+    with pytest.raises(StageStopped):
+        main(sound, Listener(), stop)
+    broken = with_broken_pictures(
+        tmp_path / "broken", set(range(5)), max_train_steps=30, checkpoint_step_interval=2
     )
+    listener = Listener()
+    with pytest.raises(
+        StageError, match=r"steps 1 to 10 were skipped one after the other.*picture_0.*learning_rate"
+    ):
+        main(broken.model_copy(update={"run_dir": sound.run_dir}), listener, StopSignal())
+    assert sum("is skipped" in line for line in listener.lines) == 9
+    kept = sorted((Path(sound.run_dir) / "checkpoints").iterdir())
+    first, last = (load_file(place / "trainable.safetensors") for place in (kept[0], kept[-1]))
+    assert first.keys() == last.keys()
+    assert all(torch.equal(first[name], last[name]) for name in first)
+    assert not (Path(sound.run_dir) / "finished.json").exists()
 
 
 def test_the_number_of_processes_must_be_what_the_spec_says(tmp_path):
