@@ -3,11 +3,15 @@
 from collections.abc import Iterator
 
 from sdxl_pipeline.project.dataset_checks import Finding
+from sdxl_pipeline.project.optimisation_checks import advise_on_optimisation, check_optimisation
+from sdxl_pipeline.project.trained_checks import check_what_is_trained
 from sdxl_pipeline.project.training import TrainingSettings
 
 
 def check_training(training: TrainingSettings) -> Iterator[Finding]:
     """What is wrong between the keys of `config.json`."""
+    yield from check_what_is_trained(training)
+    yield from check_optimisation(training)
     steps = training.max_train_steps
     if steps is not None and training.num_train_epochs is not None:
         yield Finding(
@@ -27,7 +31,8 @@ def check_training(training: TrainingSettings) -> Iterator[Finding]:
 
 
 def idle_settings(training: TrainingSettings) -> Iterator[str]:
-    """Settings that have no effect beside the others, each named with the reason."""
+    """Settings that have no effect beside the others, or hardly the one that is meant, each named with the reason."""
+    yield from advise_on_optimisation(training)
     if training.lr_scheduler == "constant" and training.lr_warmup_steps > 0:
         yield (
             f"lr_warmup_steps = {training.lr_warmup_steps} has no effect with lr_scheduler constant; "
@@ -35,3 +40,12 @@ def idle_settings(training: TrainingSettings) -> Iterator[str]:
         )
     if training.hub_model_id is not None and not training.push_to_hub:
         yield f"hub_model_id = {training.hub_model_id} has no effect while push_to_hub is false"
+    drawn = not training.validation_disable and (
+        training.validation_prompt or training.user_prompt_library or training.validation_prompt_library
+    )
+    if training.validation_preview and not drawn:
+        yield "validation_preview = true has no effect while no validation pictures are drawn"
+    if training.webhook_reporting_interval is not None and training.webhook_config is None:
+        yield "webhook_reporting_interval has no effect without webhook_config"
+    if training.eval_loss_disable and (training.eval_steps_interval or training.eval_epoch_interval):
+        yield "eval_steps_interval and eval_epoch_interval have no effect while eval_loss_disable is true"

@@ -88,7 +88,7 @@ TRAINING: Final = Vocabulary(
             (None, ""),
             """init_lora webhook_config publishing_config distillation_method eval_dataset_id validation_input
             validation_adapter_path validation_adapter_config validation_guidance_skip_layers validation_noise_scheduler
-            timestep_bias_strategy layer_freeze_strategy deepspeed_config accelerate_config optimizer_cpu_offload_method
+            timestep_bias_strategy deepspeed_config accelerate_config optimizer_cpu_offload_method
             quantization_config pretrained_unet_model_name_or_path assistant_lora_path custom_tracker post_checkpoint_script
             post_upload_script sdnq_weights_dtype""",
         ),
@@ -137,7 +137,6 @@ TRAINING: Final = Vocabulary(
         "optimizer_beta2": Later((None,), _IN_OPTIMIZER_CONFIG),
     },
     later_values={
-        "model_type": _names("full"),
         "model_flavour": _names("refiner-1.0 base-0.9 refiner-0.9"),
         "lora_type": _names("lycoris"),
         "optimizer": _OPTIMIZERS,

@@ -51,6 +51,15 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sha256_path(path: Path) -> str:
+    """`sha256_file` of a file; of a folder the digest of its files' names and contents, in the form that `sha256sum` prints."""
+    if not path.is_dir():
+        return sha256_file(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    lines = [f"{sha256_file(file)}  {file.relative_to(path).as_posix()}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def _flush(path: Path) -> None:
     """Ask the disk to keep a file's content, or a folder's entries."""
     descriptor = os.open(path, os.O_RDONLY)

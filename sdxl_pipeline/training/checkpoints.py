@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.store.files import sha256_file
+from sdxl_pipeline.training.optimizer_state import flatten_optimizer, unflatten_optimizer
 
 FORMAT = 1
 STATE = "state.json"
@@ -41,20 +42,22 @@ def save_checkpoint(
     root: Path,
     identity: str,
     state: TrainingState,
-    export: Callable[[Path], None],
+    export: Callable[[Path], Path],
     limit: int | None = None,
+    exports_parameters: bool = False,
 ) -> Path:
     """Write `root/step-00000500` and delete the oldest checkpoints beyond `limit`.
 
-    `export` writes the weights as users load them into the folder it is given. An existing checkpoint of the same step is left alone,
-    since the same step of the same run has the same content.
+    `export` writes the weights as users load them into the folder it is given, and gives their place. With `exports_parameters` this
+    is a folder whose safetensors hold `state.parameters` by name, which then are not written a second time. An existing checkpoint of
+    the same step is left alone, since the same step of the same run has the same content.
     """
     place = root / f"step-{state.step:08d}"
     if not place.exists():
         unfinished = root / f".{place.name}.{os.getpid()}.tmp"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        _write(unfinished, identity, state, export)
+        _write(unfinished, identity, state, export, exports_parameters)
         unfinished.rename(place)
         _flush(root)
     if limit is not None:
@@ -94,8 +97,8 @@ def load_checkpoint(place: Path) -> TrainingState:
         step=state["step"],
         seconds=state["seconds"],
         training_seconds=state["training_seconds"],
-        parameters=load_file(place / PARAMETERS),
-        optimizer=_unflatten_optimizer(load_file(place / OPTIMIZER), state["optimizer"]),
+        parameters=_read_parameters(place / state.get("parameters", PARAMETERS)),
+        optimizer=unflatten_optimizer(load_file(place / OPTIMIZER), state["optimizer"]),
         schedule=state["schedule"],
         scaler=state["scaler"],
     )
@@ -109,26 +112,44 @@ def clear_checkpoints(root: Path, unfinished_only: bool) -> None:
                 shutil.rmtree(place)
 
 
-def _write(folder: Path, identity: str, state: TrainingState, export: Callable[[Path], None]) -> None:
-    save_file(_on_cpu(state.parameters), folder / PARAMETERS)
-    tensors, rest = _flatten_optimizer(state.optimizer)
+def _write(
+    folder: Path,
+    identity: str,
+    state: TrainingState,
+    export: Callable[[Path], Path],
+    exports_parameters: bool,
+) -> None:
+    exported = export(folder)
+    parameters = exported if exports_parameters else folder / PARAMETERS
+    if not exports_parameters:
+        save_file(_on_cpu(state.parameters), parameters)
+    tensors, rest = flatten_optimizer(state.optimizer)
     save_file(_on_cpu(tensors), folder / OPTIMIZER)
-    export(folder)
     content = {
         "format": FORMAT,
         "identity": identity,
         "step": state.step,
         "seconds": state.seconds,
         "training_seconds": state.training_seconds,
+        "parameters": parameters.name,
         "optimizer": rest,
         "schedule": state.schedule,
         "scaler": state.scaler,
-        "sha256": {file.name: sha256_file(file) for file in sorted(folder.iterdir())},
+        "sha256": {file.relative_to(folder).as_posix(): sha256_file(file) for file in _files(folder)},
     }
     (folder / STATE).write_text(json.dumps(content, indent=1))
-    for file in folder.iterdir():
-        _flush(file)
-    _flush(folder)
+    for place in (*_files(folder), *(path for path in folder.rglob("*") if path.is_dir()), folder):
+        _flush(place)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _read_parameters(place: Path) -> dict[str, Tensor]:
+    """Of a file, or of all the safetensors of a folder. Mapped into memory, and not read before they are used."""
+    shards = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
+    return {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
 
 
 def _is_intact(place: Path) -> bool:
@@ -142,37 +163,6 @@ def _is_intact(place: Path) -> bool:
 def _checkpoints(root: Path) -> list[Path]:
     """Oldest first: the names sort by step."""
     return sorted(root.glob("step-*")) if root.exists() else []
-
-
-def _flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Torch's optimizer state as tensors named "state.<parameter index>.<name>" or "group.<index>.<name>", and the rest as plain data."""
-    tensors: dict[str, Tensor] = {}
-
-    def plain(kind: str, index: int, entries: Mapping[str, Any]) -> dict[str, Any]:
-        tensors.update(
-            {f"{kind}.{index}.{name}": value for name, value in entries.items() if isinstance(value, Tensor)}
-        )
-        return {name: value for name, value in entries.items() if not isinstance(value, Tensor)}
-
-    values = {str(index): plain("state", index, entries) for index, entries in state["state"].items()}
-    groups = [plain("group", index, group) for index, group in enumerate(state["param_groups"])]
-    return tensors, {"values": values, "param_groups": groups}
-
-
-def _unflatten_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in rest["values"].items()}
-    groups = [
-        # JSON knows no tuples; torch's options are tuples where they are sequences, but for the parameter indices
-        {
-            key: tuple(value) if isinstance(value, list) and key != "params" else value
-            for key, value in group.items()
-        }
-        for group in rest["param_groups"]
-    ]
-    for full_name, tensor in tensors.items():
-        kind, index, name = full_name.split(".", 2)
-        (state if kind == "state" else groups)[int(index)][name] = tensor
-    return {"state": state, "param_groups": groups}
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -56,7 +56,6 @@ def test_a_key_in_the_wrong_file_is_sent_to_the_other(problems_of):
         {"input_perturbation": "0.1"},
         {"loss_type": "huber"},
         {"timestep_bias_strategy": "later"},
-        {"model_type": "full"},
         {"lora_type": "lycoris"},
         {"optimizer": "adamw_bf16"},
         {"text_encoder_1_precision": "int8-quanto"},

@@ -13,7 +13,12 @@ MODEL_FLAVOURS: Final = {"base-1.0": "stabilityai/stable-diffusion-xl-base-1.0"}
 class ModelSettings(SettingsModel):
     """The model."""
 
-    model_type: Literal["lora"] = Field("lora", description="What is trained: a LoRA on the UNet.")
+    model_type: Literal["lora", "full"] = Field(
+        "lora", description="What is trained: an adapter, or in full all weights of the UNet."
+    )
+    layer_freeze_strategy: Literal["bitfit"] | None = Field(
+        None, description="bitfit trains only the biases of the UNet; for model_type full."
+    )
     model_family: Literal["sdxl"] = Field("sdxl", description="This project trains Stable Diffusion XL.")
     model_flavour: Literal["base-1.0"] = Field(
         "base-1.0", description="Which released SDXL; base-1.0 is stabilityai/stable-diffusion-xl-base-1.0."
