@@ -25,9 +25,11 @@ from sdxl_pipeline.training.checkpoints import (
 )
 from sdxl_pipeline.training.draws import seed_for
 from sdxl_pipeline.training.metrics import METRICS_FILE, MetricsLog
+from sdxl_pipeline.training.non_finite import poisoned, step_if_finite
 from sdxl_pipeline.training.objective import Objective
 from sdxl_pipeline.training.on_demand import OnDemandEncoders
-from sdxl_pipeline.training.optimizers import build_optimizer, build_schedule
+from sdxl_pipeline.training.optimizers import build_optimizer, hold_parameters, rate_of
+from sdxl_pipeline.training.schedules import build_schedule
 from sdxl_pipeline.training.step_log import StepLog, TakenStep
 from sdxl_pipeline.training.trackers import Trackers, require_tracker
 from sdxl_pipeline.training.trainable import build_trainable
@@ -89,7 +91,10 @@ class Trainer:
 
         self.trainable = build_trainable(spec).to(self.device)
         self.parameters = self.trainable.parameters
-        self.optimizer = self.accelerator.prepare(build_optimizer(settings, self.parameters.values()))
+        hold_parameters(settings, self.parameters.values())
+        self.optimizer = self.accelerator.prepare(
+            build_optimizer(settings, self.parameters.values(), self.accelerator.num_processes)
+        )
         self.schedule = build_schedule(settings, self.optimizer.optimizer, self.total_steps)
         self.unet = self.accelerator.prepare(self.trainable.module)
 
@@ -103,7 +108,7 @@ class Trainer:
         self.log = StepLog(
             self.accelerator,
             reporter,
-            samples_per_step=self.accumulation * self.order.global_batch_size,
+            order=self.order,
             total_steps=self.total_steps,
             training_seconds=self._training_seconds_before,
             metrics=MetricsLog(self.run_dir / METRICS_FILE, self.step) if self.is_main else None,
@@ -135,17 +140,17 @@ class Trainer:
             is_last = part == self.accumulation - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.unet):
                 loss = self._loss(next(batches), self.step * self.accumulation + part)
-                self.accelerator.backward(loss / self.accumulation)
+                self.accelerator.backward(poisoned(loss) / self.accumulation)
             losses.append(loss.detach())
         grad_norm = self.accelerator.clip_grad_norm_(
             self.parameters.values(), self.spec.settings.max_grad_norm or math.inf
         )
         lr = float(self.schedule.get_last_lr()[0])
-        self.optimizer.step()
+        step_if_finite(self.optimizer, grad_norm)
         self.schedule.step()
         self.optimizer.zero_grad()
         self.step += 1
-        self.log.add(TakenStep(self.step, torch.stack(losses).mean(), grad_norm, lr))
+        self.log.add(TakenStep(self.step, torch.stack(losses), grad_norm, rate_of(self.optimizer, lr)))
 
     def _loss(self, batch: Batch, index: int) -> Tensor:
         """Mean loss of one batch, the `index`-th of this process since the start of the run."""
