@@ -25,7 +25,7 @@ def load_crop(picture: Path | bytes, crop: Crop) -> np.ndarray:
 
 def load_crops(picture: Path | bytes, crops: Sequence[Crop]) -> list[np.ndarray]:
     """`load_crop` of several crops of one picture, which is decoded once."""
-    with _open(picture) as image:
+    with decoded(picture) as image:
         icc_profile = image.info.get("icc_profile")
         whole = to_eight_bits(upright(image))
     return [_cut(whole, crop, icc_profile) for crop in crops]
@@ -37,8 +37,19 @@ def _cut(picture: Image.Image, crop: Crop, icc_profile: bytes | None) -> np.ndar
             f"changed since the scan: {picture.width}x{picture.height} pixels, "
             f"planned at {crop.original_w}x{crop.original_h}"
         )
-    scale_h = crop.original_h / crop.resized_h
-    scale_w = crop.original_w / crop.resized_w
+    window = crop_window(crop, picture.height, picture.width)
+    cut = picture.resize((crop.bucket_w, crop.bucket_h), Image.Resampling.LANCZOS, box=window)
+    pixels = np.asarray(to_srgb(cut, icc_profile))
+    return np.ascontiguousarray(pixels[:, ::-1]) if crop.flipped else pixels
+
+
+def crop_window(crop: Crop, height: int, width: int) -> tuple[float, float, float, float]:
+    """Where a crop lies in the upright picture, or in a mask of it, of `height` x `width` pixels: (left, top, right, bottom).
+
+    Of a mirrored picture it is the window in the picture as it is, before the mirroring.
+    """
+    scale_h = height / crop.resized_h
+    scale_w = width / crop.resized_w
     left = crop.resized_w - crop.bucket_w - crop.crop_left if crop.flipped else crop.crop_left
     window = (
         left * scale_w,
@@ -47,10 +58,7 @@ def _cut(picture: Image.Image, crop: Crop, icc_profile: bytes | None) -> np.ndar
         (crop.crop_top + crop.bucket_h) * scale_h,
     )
     # the product above may end a rounding error outside the picture, which Pillow refuses
-    window = (*window[:2], min(window[2], picture.width), min(window[3], picture.height))
-    cut = picture.resize((crop.bucket_w, crop.bucket_h), Image.Resampling.LANCZOS, box=window)
-    pixels = np.asarray(to_srgb(cut, icc_profile))
-    return np.ascontiguousarray(pixels[:, ::-1]) if crop.flipped else pixels
+    return (*window[:2], min(window[2], width), min(window[3], height))
 
 
 def load_upright(path: Path, longest_edge: int | None = None) -> Image.Image:
@@ -58,7 +66,7 @@ def load_upright(path: Path, longest_edge: int | None = None) -> Image.Image:
 
     Raises UnreadableImage.
     """
-    with _open(path) as image:
+    with decoded(path) as image:
         icc_profile = image.info.get("icc_profile")
         picture = to_eight_bits(upright(image))
     if longest_edge is not None:
@@ -66,8 +74,8 @@ def load_upright(path: Path, longest_edge: int | None = None) -> Image.Image:
     return to_srgb(picture, icc_profile)
 
 
-def _open(picture: Path | bytes) -> Image.Image:
-    """The decoded first frame."""
+def decoded(picture: Path | bytes) -> Image.Image:
+    """The first frame of a picture, given as its file or the file's content, as it is stored. Raises UnreadableImage."""
     try:
         data = picture if isinstance(picture, bytes) else picture.read_bytes()
     except OSError as error:

@@ -1,6 +1,6 @@
 """`multidatabackend.json` read into datasets: every entry, what it takes over from `config.json`, and what entries say of each other."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,17 @@ from sdxl_pipeline.project.datasets import (
 from sdxl_pipeline.project.json_files import read_json
 from sdxl_pipeline.project.keys import Reading, read_settings
 from sdxl_pipeline.project.known_keys import IMAGES, TEXT_EMBEDS
+from sdxl_pipeline.project.mask_links import (
+    check_mask_entry,
+    check_mask_links,
+    check_picture_entry,
+    mask_source,
+)
 from sdxl_pipeline.project.problems import NO_VALUE, Problem
 from sdxl_pipeline.project.training import TrainingSettings
 
 _WHAT = "a list of datasets, each an object with an id and an instance_data_dir"
-_TYPES = ("image", "eval", "text_embeds")
+_TYPES = ("image", "eval", "conditioning", "text_embeds")
 _TEXT_INHERITED = ("write_batch_size", "text_cache_ondemand", "text_cache_disable")
 
 
@@ -29,9 +35,12 @@ class DatasetsReading:
     """The entries of a datasets file that are not disabled, in the file's order, and what is wrong with the file."""
 
     images: list[ImageDataset] = field(default_factory=list)
+    masks: list[ImageDataset] = field(default_factory=list)
     text_embeds: list[TextEmbedsDataset] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    written: dict[str, Collection[str]] = field(default_factory=dict)
+    """The keys that stand in each entry of pictures or masks, by its id."""
 
 
 def read_datasets(path: Path, folder: Path, training: TrainingSettings, config_file: Path) -> DatasetsReading:
@@ -142,19 +151,23 @@ def _read_entry(
     _take_findings(images, reading)
     if images.settings is None:
         return
-    for finding in check_images(images.settings):
+    is_mask = images.settings.dataset_type == "conditioning"
+    entry = mask_source(images.settings) if is_mask else images.settings
+    beside = check_mask_entry(entry) if is_mask else check_picture_entry(entry)
+    for finding in (*check_images(entry), *beside):
         if finding.key in images.spelled:
             place, key = path, f"{where}{images.spelled[finding.key]}"
         elif getattr(training, finding.key, None) is not None and finding.key in training.model_fields_set:
             place, key = config_file, finding.key
         else:
             place, key = path, f"{where}{finding.key}"
-        value = getattr(images.settings, finding.key)
+        value = getattr(entry, finding.key)
         shown = NO_VALUE if value is None else value
         reading.problems.append(Problem(place, key, shown, finding.message, finding.remedy))
-    reading.images.append(
+    reading.written[entry.id] = frozenset(images.spelled)
+    (reading.masks if is_mask else reading.images).append(
         _absolute(
-            images.settings,
+            entry,
             folder,
             "instance_data_dir",
             "cache_dir_vae",
@@ -206,6 +219,13 @@ def _check_together(places: Mapping[str, str], path: Path, reading: DatasetsRead
     for other in defaults[1:]:
         message = f"entry {places[defaults[0]]} is the default already"
         problems.append(Problem(path, f"{places[other]}.default", True, message, "keep one default"))
+    for link in check_mask_links(reading.images, reading.masks, reading.written):
+        where = f"{places[link.id]}.{link.key}" if link.key else places[link.id]
+        if link.remedy:
+            entry = next(each for each in (*reading.images, *reading.masks) if each.id == link.id)
+            problems.append(Problem(path, where, getattr(entry, link.key), link.message, link.remedy))
+        else:
+            reading.warnings.append(f"{path.name}: {where}: {link.message}")
     known = [entry.id for entry in reading.text_embeds]
     for dataset in reading.images:
         if dataset.text_embeds is not None and dataset.text_embeds not in known:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from sdxl_pipeline.project.sections.data import CaptionStrategy, ResolutionType
-from sdxl_pipeline.project.settings_model import Count, SettingsModel
+from sdxl_pipeline.project.settings_model import BadValueError, Count, SettingsModel
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -37,6 +37,9 @@ SKIPPABLE_STAGES: Final = ("vae", "aspect", "metadata", "text")
 
 CacheMode = Literal["full", "ondemand", "disable"]
 """full: encoded before the training; ondemand: at first use, then kept; disable: at each use, never written."""
+
+MaskKind = Literal["mask", "segmentation"]
+"""mask: a place counts as much as it is white; segmentation: it counts in full where it is not black."""
 
 
 class ParquetTable(SettingsModel):
@@ -84,8 +87,9 @@ class ImageDataset(SettingsModel):
         "local",
         description="Where the pictures are. local: a folder; huggingface: a dataset repository; aws: a bucket or any fsspec URL; csv: a list of addresses.",
     )
-    dataset_type: Literal["image", "eval"] = Field(
-        "image", description="image trains; eval is only measured with the eval loss."
+    dataset_type: Literal["image", "eval", "conditioning"] = Field(
+        "image",
+        description="image trains; eval is only measured with the eval loss; conditioning holds the masks of an image dataset.",
     )
     disabled: bool = Field(False, description="Leave this entry out.")
     instance_data_dir: Path | None = Field(
@@ -231,6 +235,25 @@ class ImageDataset(SettingsModel):
     missing_captions: Literal["drop", "empty"] = Field(
         "drop", description="Pictures without a caption: drop them, or train them with the empty prompt."
     )
+    conditioning_data: str | None = Field(
+        None, description="id of the entry that holds the masks of these pictures; not set: they have none."
+    )
+    missing_masks: Literal["refuse", "unmasked"] = Field(
+        "refuse",
+        description="Pictures without a mask, where there is conditioning_data: stop and name them, or train them whole.",
+    )
+    conditioning_type: MaskKind | None = Field(
+        None,
+        description="For dataset_type conditioning. mask: the loss of each place is weighted from black (0) to white (1); segmentation: all that is not black counts in full.",
+    )
+    source_dataset_id: str | None = Field(
+        None,
+        description="For dataset_type conditioning: the image dataset whose conditioning_data names this entry; may be left out.",
+    )
+    is_regularisation_data: bool = Field(
+        False,
+        description="Prior preservation: these pictures are trained towards what the base model predicts of them, without the adapter.",
+    )
     repeats: Annotated[int, Field(ge=0)] = Field(
         0, description="Extra passes per epoch: 0 sees each picture once."
     )
@@ -273,6 +296,15 @@ class ImageDataset(SettingsModel):
     @classmethod
     def _read_caption_strategy(cls, value: Any) -> Any:
         return "instanceprompt" if value == "instance_prompt" else value
+
+    @field_validator("conditioning_data", mode="before")
+    @classmethod
+    def _read_conditioning_data(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        if len(value) > 1:
+            raise BadValueError("names several entries", "name one: a picture has one mask")
+        return value[0] if value else None
 
     @field_validator("caption_shuffle", mode="before")
     @classmethod

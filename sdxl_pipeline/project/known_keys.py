@@ -51,12 +51,6 @@ def _tunes(switch: str, names: str) -> dict[str, str]:
     return dict.fromkeys(names.split(), switch)
 
 
-_OPTIMIZERS = _names(
-    """adamw_bf16 ao-adamw8bit ao-adamw4bit ao-adamfp8 ao-adamwfp8 adamw_schedulefree adamw_schedulefree+aggressive
-    adamw_schedulefree+no_kahan optimi-radam optimi-ranger optimi-adan optimi-adam optimi-sgd soap bnb-adagrad bnb-adagrad8bit
-    bnb-adam bnb-adam8bit bnb-adamw bnb-adamw8bit bnb-adamw-paged bnb-adamw8bit-paged bnb-lion bnb-lion8bit bnb-lion-paged
-    bnb-lion8bit-paged bnb-ademamix bnb-ademamix8bit bnb-ademamix-paged bnb-ademamix8bit-paged prodigy adafactor"""
-)
 _PRECISIONS = _names(
     """int4-quanto int2-quanto fp8-quanto fp8uz-quanto int8-torchao int8dq-torchao int8dq-int4-torchao int4-torchao fp8-torchao
     fp8wo-torchao fp8-int4-torchao nf4-bnb fp8-native fp8-transformerengine"""
@@ -77,25 +71,25 @@ TRAINING: Final = Vocabulary(
         **_off(
             (False, None),
             """use_dora use_ema diff2flow_enabled diff2flow_loss offset_noise use_soft_min_snr rescale_betas_zero_snr
-            train_text_encoder controlnet control refiner_training urepa_enabled xm_enabled lr_scale lr_scale_sqrt
-            validation_preview push_checkpoints_to_hub
-            validation_on_startup validation_randomize validation_using_datasets validation_disable_unconditional
+            train_text_encoder controlnet control refiner_training urepa_enabled xm_enabled
+            push_checkpoints_to_hub
+            validation_using_datasets
             slider_lora_target enable_nsfw_check optimizer_release_gradients
             optimizer_offload_gradients fuse_optimizer fsdp_enable ramtorch enable_group_offload quantize_activations
             enable_watermark""",
         ),
         **_off(
             (None, ""),
-            """init_lora webhook_config publishing_config distillation_method eval_dataset_id validation_input
-            validation_adapter_path validation_adapter_config validation_guidance_skip_layers validation_noise_scheduler
+            """init_lora publishing_config distillation_method validation_input
+            validation_adapter_path validation_adapter_config validation_guidance_skip_layers
             timestep_bias_strategy deepspeed_config accelerate_config optimizer_cpu_offload_method
             quantization_config pretrained_unet_model_name_or_path assistant_lora_path custom_tracker post_checkpoint_script
             post_upload_script sdnq_weights_dtype""",
         ),
         **_off(
             (None, 0),
-            """scheduled_sampling_max_step_offset noise_offset input_perturbation validation_epoch_interval
-            checkpoint_epoch_interval eval_steps_interval eval_epoch_interval validate_after_step validate_after_epoch
+            """scheduled_sampling_max_step_offset noise_offset input_perturbation
+            checkpoint_epoch_interval validate_after_step validate_after_epoch
             checkpointing_rolling_steps gradient_checkpointing_interval gradient_checkpointing_segment_stride
             disk_low_threshold prodigy_steps""",
         ),
@@ -107,15 +101,10 @@ TRAINING: Final = Vocabulary(
         "peft_lora_mode": Later(("standard",)),
         "dynamo_backend": Later(("no", None)),
         "context_parallel_size": Later((1, None)),
-        "gradient_precision": Later((None, "unmodified")),
-        "lr_num_cycles": Later((1, 0.5, None)),
         "sdxl_validation_pipeline_mode": Later(("trained-stage", None)),
         "validation_method": Later(("simpletuner-local", None)),
         "grad_clip_method": Later(
             ("norm",), 'write "norm": max_grad_norm bounds the norm of all gradients together'
-        ),
-        "validation_prompt_library": Later(
-            (False, None), "write the path of a JSON file of prompts in user_prompt_library"
         ),
         "trust_remote_code": Later(
             (False, None), "write false: code from a model repository is never run here"
@@ -139,10 +128,10 @@ TRAINING: Final = Vocabulary(
     later_values={
         "model_flavour": _names("refiner-1.0 base-0.9 refiner-0.9"),
         "lora_type": _names("lycoris"),
-        "optimizer": _OPTIMIZERS,
-        "lr_scheduler": _names("linear sine cosine_with_restarts polynomial"),
+        "optimizer": _names("soap muon"),
         "base_model_precision": _PRECISIONS,
         "mixed_precision": _names("fp8"),
+        "validation_noise_scheduler": _names("perflow"),
         "vae_dtype": _names("fp16"),
         "prediction_type": _names("sample flow_matching"),
         "attention_mechanism": _names(
@@ -179,9 +168,6 @@ TRAINING: Final = Vocabulary(
             scheduled_sampling_strategy scheduled_sampling_order scheduled_sampling_reflexflow scheduled_sampling_reflexflow_alpha
             scheduled_sampling_reflexflow_beta1 scheduled_sampling_reflexflow_beta2""",
         ),
-        **_tunes("lr_scheduler", "lr_end lr_power"),
-        **_tunes("validation_preview", "validation_preview_steps"),
-        **_tunes("webhook_config", "webhook_reporting_interval"),
         **_tunes("distillation_method", "distillation_config"),
         **_tunes(
             "validation_adapter_path",
@@ -264,7 +250,7 @@ TRAINING: Final = Vocabulary(
         disable_benchmark disable_bucket_pruning disable_segmented_timestep_sampling disable_tf32 enable_chunked_feed_forward
         enable_multiprocessing eval_dataset_pooling feed_forward_chunk_size find_unused_parameters framerate
         fully_unload_text_encoder fuse_qkv_projections fused_qkv_projections i_know_what_i_am_doing ignore_missing_files
-        image_processing_batch_size inference_scheduler_timestep_spacing keep_vae_loaded masked_loss_probability
+        image_processing_batch_size inference_scheduler_timestep_spacing keep_vae_loaded
         max_grounding_entities max_workers merge_environment_config metadata_update_interval model_card_safe_for_work
         modelspec_comment musubi_block_swap_device musubi_blocks_to_swap offload_during_save offload_during_startup
         offload_param_path override_dataset_config preserve_data_backend_cache pretrained_gemma_model_name_or_path
@@ -291,16 +277,10 @@ TRAINING: Final = Vocabulary(
 _ENTRY_SPELLINGS = {"disable": "disabled"}
 
 IMAGES: Final = Vocabulary(
-    spellings=_ENTRY_SPELLINGS,
+    spellings={**_ENTRY_SPELLINGS, "is_regularization_data": "is_regularisation_data"},
     later={
-        **_off(
-            (False, None),
-            "is_regularisation_data is_regularization_data disable_validation",
-        ),
-        **_off(
-            (None, ""),
-            """conditioning conditioning_data conditioning_type source_dataset_id train_batch_size end_epoch slider_strength""",
-        ),
+        **_off((False, None), "disable_validation"),
+        **_off((None, ""), "conditioning train_batch_size end_epoch slider_strength"),
         "huggingface": Later(
             (None,),
             "write caption_column and image_column in the entry itself; a dataset cannot be filtered here yet",
@@ -315,8 +295,9 @@ IMAGES: Final = Vocabulary(
     later_values={
         "type": _names("webshart memory"),
         "dataset_type": _names(
-            "conditioning video audio image_embeds conditioning_image_embeds caption distillation_cache"
+            "video audio image_embeds conditioning_image_embeds caption distillation_cache"
         ),
+        "conditioning_type": _names("controlnet reference_strict reference_loose"),
         "caption_strategy": _names("webshart"),
         "metadata_backend": _names("webshart"),
     },

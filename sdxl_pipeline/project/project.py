@@ -1,6 +1,7 @@
 """A project: one folder, one LoRA. Both of its files are read here, and everything wrong with them is told at once."""
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -16,11 +17,13 @@ from sdxl_pipeline.project.keys import read_settings
 from sdxl_pipeline.project.known_keys import TRAINING
 from sdxl_pipeline.project.problems import NO_VALUE, Problem, ProjectError
 from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.project.webhook_file import read_webhooks
 
 CONFIG_FILE: Final = "config.json"
 DATASETS_FILE: Final = "multidatabackend.json"
 PROJECTS_VARIABLE: Final = "SDXL_PIPELINE_PROJECTS"
 DEFAULT_ROOT: Final = Path(__file__).resolve().parents[2] / "projects"
+GENERAL_PROMPTS: Final = Path(__file__).with_name("prompt_library.json")
 
 _WHAT_CONFIG = "an object of training settings"
 _DATASET_KEYS = dict.fromkeys(ImageDataset.model_fields, f"the dataset's entry in {DATASETS_FILE}")
@@ -38,8 +41,8 @@ class Prompt(NamedTuple):
 class Project:
     """A project whose files are right.
 
-    `name` is safe as an asset key and group; `folder` is absolute, as are all paths in the settings. `datasets` and `text_embeds`
-    leave out disabled entries. `warnings` name what was read and has no effect.
+    `name` is safe as an asset key and group; `folder` is absolute, as are all paths in the settings. `datasets` (of pictures),
+    `mask_datasets` and `text_embeds` leave out disabled entries. `warnings` name what was read and has no effect.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Project:
     text_embeds: tuple[TextEmbedsDataset, ...]
     prompts: tuple[Prompt, ...]
     warnings: tuple[str, ...]
+    mask_datasets: tuple[ImageDataset, ...] = ()
 
     @property
     def train_datasets(self) -> tuple[ImageDataset, ...]:
@@ -59,6 +63,10 @@ class Project:
     def eval_datasets(self) -> tuple[ImageDataset, ...]:
         """The datasets that only the eval loss sees."""
         return tuple(dataset for dataset in self.datasets if dataset.dataset_type == "eval")
+
+    def masks_of(self, dataset: ImageDataset) -> ImageDataset | None:
+        """The masks of the pictures of `dataset`; None where it names none."""
+        return next((entry for entry in self.mask_datasets if entry.id == dataset.conditioning_data), None)
 
     def text_embeds_of(self, dataset: ImageDataset) -> TextEmbedsDataset:
         """Where the captions of `dataset` are kept: the entry it names, else the default one, else the first, else one made up."""
@@ -145,7 +153,18 @@ def load_project(folder: Path) -> Project:
     datasets = read_datasets(datasets_file, folder, training, config_file)
     problems += datasets.problems
     warnings += datasets.warnings
+    evaluated = [dataset.id for dataset in datasets.images if dataset.dataset_type == "eval"]
+    if training.eval_dataset_id is not None and training.eval_dataset_id not in evaluated:
+        remedy = (
+            f"write one of {', '.join(evaluated)}" if evaluated else 'add one with "dataset_type": "eval"'
+        )
+        spelled = config.spelled.get("eval_dataset_id", "eval_dataset_id")
+        problems.append(
+            Problem(config_file, spelled, training.eval_dataset_id, "is the id of no eval dataset", remedy)
+        )
     prompts = _read_prompts(training, folder, problems)
+    if training.webhook_config is not None:
+        problems += read_webhooks(_inside(folder, training.webhook_config))[1]
     if problems:
         raise ProjectError(problems)
     return Project(
@@ -156,6 +175,7 @@ def load_project(folder: Path) -> Project:
         text_embeds=tuple(datasets.text_embeds),
         prompts=prompts,
         warnings=tuple(warnings),
+        mask_datasets=tuple(datasets.masks),
     )
 
 
@@ -182,6 +202,9 @@ def _read_prompts(training: TrainingSettings, folder: Path, problems: list[Probl
     prompts = (
         [Prompt("validation", training.validation_prompt, negative)] if training.validation_prompt else []
     )
+    if training.validation_prompt_library:
+        general = json.loads(GENERAL_PROMPTS.read_text(encoding="utf-8"))
+        prompts += [Prompt(name, prompt, negative) for name, prompt in general.items()]
     if training.user_prompt_library is None:
         return tuple(prompts)
     path = _inside(folder, training.user_prompt_library)
@@ -207,7 +230,7 @@ def _read_prompts(training: TrainingSettings, folder: Path, problems: list[Probl
             continue
         if any(prompt.name == name for prompt in prompts):
             problems.append(
-                Problem(path, name, entry, "is the name of validation_prompt itself", "give it another name")
+                Problem(path, name, entry, "is the name of another validation prompt", "give it another name")
             )
             continue
         prompts.append(Prompt(name, fields["prompt"], fields.get("negative_prompt", negative)))
@@ -223,6 +246,11 @@ def _complete(training: TrainingSettings, folder: Path, datasets_file: Path) -> 
     }
     if training.user_prompt_library is not None:
         changes["user_prompt_library"] = str(_inside(folder, training.user_prompt_library))
+    if training.webhook_config is not None:
+        changes["webhook_config"] = str(_inside(folder, training.webhook_config))
+    tiny_autoencoder = training.validation_preview_model_name_or_path
+    if tiny_autoencoder is not None and _inside(folder, tiny_autoencoder).is_dir():
+        changes["validation_preview_model_name_or_path"] = str(_inside(folder, tiny_autoencoder))
     scoring_model = training.pretrained_evaluation_model_name_or_path
     if _inside(folder, scoring_model).is_dir():
         changes["pretrained_evaluation_model_name_or_path"] = str(_inside(folder, scoring_model))

@@ -11,6 +11,7 @@ from sdxl_pipeline.project.sections.automation import AutomationSettings
 from sdxl_pipeline.project.sections.checkpoints import CheckpointSettings
 from sdxl_pipeline.project.sections.data import DataSettings
 from sdxl_pipeline.project.sections.evaluation import EvaluationSettings
+from sdxl_pipeline.project.sections.masks import MaskSettings
 from sdxl_pipeline.project.sections.memory import MemorySettings
 from sdxl_pipeline.project.sections.model import ModelSettings
 from sdxl_pipeline.project.sections.objective import ObjectiveSettings
@@ -36,6 +37,7 @@ SECTIONS: Final[tuple[type[SettingsModel], ...]] = (
     AdapterSettings,
     OptimisationSettings,
     ObjectiveSettings,
+    MaskSettings,
     MemorySettings,
     DataSettings,
     CheckpointSettings,
@@ -57,6 +59,7 @@ class TrainingSettings(
     CheckpointSettings,
     DataSettings,
     MemorySettings,
+    MaskSettings,
     ObjectiveSettings,
     OptimisationSettings,
     AdapterSettings,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sdxl_pipeline.project.datasets import CacheMode
+from sdxl_pipeline.project.datasets import CacheMode, MaskKind
 from sdxl_pipeline.project.hardware import Hardware
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
@@ -144,6 +144,16 @@ class TextEmbedCache(StageModel):
     bytes: int = Field(description="Size in bytes of these embeddings that are in the store.")
 
 
+class LaneMasks(StageModel):
+    """The masks of one dataset's pictures."""
+
+    kind: MaskKind
+    data_dir: str = Field(description="Folder that `mask_path` is relative to.")
+    pairs_path: str = Field(
+        description="Parquet: path, key, mask_path, mask_key, one row per picture that has a mask."
+    )
+
+
 class TrainingLane(StageModel):
     """One dataset as the trainer sees it: its crop plan joined with its caches on `path`."""
 
@@ -161,6 +171,10 @@ class TrainingLane(StageModel):
     fresh_crops: bool = Field(
         default=False,
         description="Draw the crop's place within its resized picture anew in every epoch (vae_cache_clear_each_epoch).",
+    )
+    masks: LaneMasks | None = Field(default=None, description="None where the whole pictures are learned.")
+    is_regularisation: bool = Field(
+        default=False, description="Train its pictures towards what the base model predicts of them."
     )
 
 

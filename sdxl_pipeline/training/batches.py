@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -20,6 +21,7 @@ from sdxl_pipeline.sdxl.latents import sample_latents
 from sdxl_pipeline.sdxl.time_ids import time_ids
 from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.draws import seed_for, uniform
+from sdxl_pipeline.training.masks import MaskReader
 from sdxl_pipeline.training.on_demand import Cache, OnDemandEncoders, Tensors, read_from
 from sdxl_pipeline.training.order import Draw, SampleOrder
 from sdxl_pipeline.training.samples import Sample
@@ -60,6 +62,10 @@ class Batch:
     prompt_embeds: Tensor  # (B, 77 * windows, C1 + C2)
     pooled_prompt_embeds: Tensor  # (B, C2)
     time_ids: Tensor  # (B, 6) float32
+    masks: Tensor | None = (
+        None  # (B, 1, H/8, W/8) float32: what each place counts in the loss; None: all the same
+    )
+    prior: tuple[bool, ...] = ()  # whether the target is the base model's prediction; (): of none
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device. From pinned memory the copy overlaps with what the device is computing."""
@@ -70,14 +76,9 @@ class Batch:
         return self._mapped(Tensor.pin_memory)
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch(
-            self.keys,
-            **{
-                field.name: change(getattr(self, field.name))
-                for field in fields(self)
-                if field.name != "keys"
-            },
-        )
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        changed: dict[str, Any] = {name: change(value) for name, value in values if isinstance(value, Tensor)}
+        return replace(self, **changed)
 
 
 class BatchReader:
@@ -212,6 +213,11 @@ class TrainingBatches:
     num_train_timesteps: int
     caption_dropout_probability: float = 0.0
     rank: int = 0
+    masks: MaskReader | None = None
+    """None where no dataset has masks."""
+    masked_loss_probability: float = 1.0
+    prior: frozenset[str] = frozenset()
+    """The datasets whose target is the base model's prediction."""
 
     def read(self, index: int) -> Batch:
         """The batch of this process in the global batch `index`, in ordinary memory."""
@@ -226,10 +232,12 @@ class TrainingBatches:
         ]
         posteriors = self.reader.posteriors(samples)
         texts = self.reader.text_embeds(samples, embed_keys)
+        masks = self.masks.read(samples, self._masked(index, slots)) if self.masks else None
         keys = tuple(sample.key for sample in samples)
-        if not keys == posteriors.keys == texts.keys:
+        if not keys == posteriors.keys == texts.keys == (masks.keys if masks else keys):
             raise MismatchedBatchError(
                 f"batch {index}: crops of {keys}, latents of {posteriors.keys}, captions of {texts.keys}"
+                + (f", masks of {masks.keys}" if masks else "")
             )
         shape = posteriors.mean.shape[1:]
         return Batch(
@@ -263,6 +271,8 @@ class TrainingBatches:
                 [(sample.crop.crop_top, sample.crop.crop_left) for sample in samples],
                 [sample.bucket for sample in samples],
             ),
+            masks=masks.weights if masks else None,
+            prior=tuple(sample.dataset_id in self.prior for sample in samples) if self.prior else (),
         )
 
     def _drawn(self, draw: Draw) -> Sample:
@@ -279,6 +289,10 @@ class TrainingBatches:
             f"fresh/{draw.epoch}/{draw.occurrence}/{sample.copy}",
         )
         return replace(sample, crop=replace(crop, crop_top=top, crop_left=left), latent_key=None)
+
+    def _masked(self, index: int, slots: range) -> list[bool]:
+        share = self.masked_loss_probability
+        return [uniform(self.order.seed, "masked loss", index, slot) < share for slot in slots]
 
     def _drops_caption(self, index: int, slot: int) -> bool:
         return uniform(self.order.seed, "caption dropout", index, slot) < self.caption_dropout_probability

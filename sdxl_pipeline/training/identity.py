@@ -11,6 +11,7 @@ from typing import Any
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.specs import TrainSpec
 from sdxl_pipeline.store.digest import digest_json
+from sdxl_pipeline.training.mask_tables import masks_identity
 from sdxl_pipeline.training.passes import planned_passes
 from sdxl_pipeline.training.samples import load_samples
 
@@ -67,19 +68,31 @@ EXCLUDED: Mapping[str, tuple[str, ...]] = {
         "validation_disable",
         "validation_prompt",
         "user_prompt_library",
+        "validation_prompt_library",
+        "validation_disable_unconditional",
         "validation_negative_prompt",
         "validation_resolution",
         "validation_guidance",
         "validation_guidance_rescale",
         "validation_num_inference_steps",
+        "validation_noise_scheduler",
         "validation_seed",
         "validation_step_interval",
+        "validation_epoch_interval",
+        "validation_on_startup",
         "num_validation_images",
+        "validation_randomize",
+        "validation_preview",
+        "validation_preview_steps",
+        "validation_preview_model_name_or_path",
         "evaluation_type",
         "pretrained_evaluation_model_name_or_path",
         "eval_loss_disable",
         "eval_timesteps",
         "num_eval_images",
+        "eval_dataset_id",
+        "eval_steps_interval",
+        "eval_epoch_interval",
     ),
     "they say who is told, and when to run": (
         "push_to_hub",
@@ -90,6 +103,8 @@ EXCLUDED: Mapping[str, tuple[str, ...]] = {
         "tracker_project_name",
         "tracker_run_name",
         "logging_dir",
+        "webhook_config",
+        "webhook_reporting_interval",
         "retraining_cron",
     ),
     "it stands there with its default filled in": ("lora_alpha",),
@@ -121,6 +136,12 @@ def run_identity(spec: TrainSpec) -> str:
             ).by_dataset,
             "fresh_crops": sorted(
                 lane.dataset_id for lane in spec.lanes if lane.fresh_crops and lane.dataset_id in trained
+            ),
+            "masks": masks_identity(spec.lanes, samples),
+            "regularisation": sorted(
+                lane.dataset_id
+                for lane in spec.lanes
+                if lane.is_regularisation and lane.dataset_id in trained
             ),
             "settings": numeric_settings(spec.settings),
             "num_processes": spec.hardware.num_processes,

@@ -167,6 +167,11 @@ class Samples(Sequence[Sample]):
         codes, names = self.datasets
         return dict(zip(names, np.bincount(codes, minlength=len(names)).tolist(), strict=True))
 
+    def keys_by_dataset(self) -> dict[str, set[str]]:
+        """The digests of the pictures of each dataset."""
+        groups = self._frame.groupby("dataset_id", sort=False)["key"]
+        return {str(name): set(keys) for name, keys in groups}
+
     def crops_per_picture(self) -> dict[str, float]:
         """Mean number of crops of the pictures of each dataset."""
         codes, names = self.datasets

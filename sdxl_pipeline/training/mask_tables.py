@@ -1,0 +1,57 @@
+"""Which training picture is masked by which file. No torch."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from sdxl_pipeline.images.digests import frame_digest
+from sdxl_pipeline.project.datasets import MaskKind
+from sdxl_pipeline.protocol.specs import TrainingLane
+from sdxl_pipeline.training.samples import Samples
+
+
+@dataclass(frozen=True)
+class MaskTable:
+    """The masks of one dataset."""
+
+    kind: MaskKind
+    folder: Path
+    files: Mapping[str, tuple[str, str]]
+    """By the digest of a picture's bytes: path of its mask within `folder`, and the digest of that one's bytes."""
+
+
+def mask_tables(lanes: Iterable[TrainingLane]) -> dict[str, MaskTable]:
+    """The masks of each dataset that has some, by its id."""
+    tables = {}
+    for lane in lanes:
+        if lane.masks is not None:
+            pairs = pd.read_parquet(lane.masks.pairs_path, columns=["key", "mask_path", "mask_key"])
+            files = zip(pairs["mask_path"].tolist(), pairs["mask_key"].tolist(), strict=True)
+            tables[lane.dataset_id] = MaskTable(
+                lane.masks.kind,
+                Path(lane.masks.data_dir),
+                dict(zip(pairs["key"].tolist(), files, strict=True)),
+            )
+    return tables
+
+
+def masks_identity(lanes: Iterable[TrainingLane], samples: Samples) -> dict[str, list[str]]:
+    """By dataset, the kind of its masks and a digest of which of its pictures among `samples` is masked by which content."""
+    trained = samples.keys_by_dataset()
+    return {
+        name: [
+            table.kind,
+            frame_digest(
+                pd.DataFrame(
+                    [(key, table.files[key][1]) for key in sorted(trained[name] & table.files.keys())],
+                    columns=["key", "mask_key"],
+                    dtype="str",
+                ),
+                ("key", "mask_key"),
+            ),
+        ]
+        for name, table in mask_tables(lanes).items()
+        if name in trained
+    }
