@@ -16,9 +16,6 @@ from safetensors import safe_open
 
 from sdxl_pipeline.evaluation.clip_score import ClipScorer, summarize
 from sdxl_pipeline.evaluation.comparison import Pair, comparison_sheet
-from sdxl_pipeline.evaluation.eval_loss import eval_loss, eval_timesteps
-from sdxl_pipeline.evaluation.eval_pictures import read_pictures
-from sdxl_pipeline.evaluation.eval_samples import EvalSource, choose_samples
 from sdxl_pipeline.evaluation.gallery import Drawing, Shot, draw, plan_caption_shots, plan_shots
 from sdxl_pipeline.evaluation.report import change_since, figures, plot_losses, write_report
 from sdxl_pipeline.evaluation.scoring_model import scoring_model_folder, scoring_model_name
@@ -38,6 +35,9 @@ from sdxl_pipeline.sdxl.drawing import drawing_pipeline
 from sdxl_pipeline.sdxl.precision import dtype_from_name
 from sdxl_pipeline.store.files import atomic_path
 from sdxl_pipeline.training.batches import BatchReader
+from sdxl_pipeline.training.eval_loss import eval_loss, eval_timesteps
+from sdxl_pipeline.training.eval_pictures import read_pictures
+from sdxl_pipeline.training.eval_samples import EvalSource, choose_samples
 from sdxl_pipeline.training.objective import Objective
 from sdxl_pipeline.training.on_demand import OnDemandEncoders
 from sdxl_pipeline.training.samples import Samples

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Final
 
-from sdxl_pipeline.evaluation.eval_samples import choose_samples
 from sdxl_pipeline.evaluation.scoring_model import scoring_model_name
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import EvaluateSpec, TrainedLora
 from sdxl_pipeline.store.digest import digest_json
 from sdxl_pipeline.store.files import sha256_file
+from sdxl_pipeline.training.eval_samples import choose_samples
 
 CODE_VERSION = 2
 """Raise it when a change of the evaluation changes the numbers or pictures it gives."""

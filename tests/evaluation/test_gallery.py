@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from sdxl_pipeline.evaluation.comparison import Pair, comparison_sheet
-from sdxl_pipeline.evaluation.eval_samples import choose_samples
 from sdxl_pipeline.evaluation.gallery import (
     MAX_CAPTION_PROMPTS,
     Drawing,
@@ -21,6 +20,7 @@ from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import ValidationPrompt
 from sdxl_pipeline.sdxl.components import load_pipeline
 from sdxl_pipeline.training.batches import BatchReader
+from sdxl_pipeline.training.eval_samples import choose_samples
 from tests.evaluation.subjects import PROMPTS, tiny_model, tiny_settings
 from tests.lanes import make_lane
 

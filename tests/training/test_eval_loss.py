@@ -8,12 +8,12 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from sdxl_pipeline.evaluation.eval_loss import EvalPicture, eval_loss, eval_timesteps, fixed_noise
-from sdxl_pipeline.evaluation.eval_pictures import read_pictures
-from sdxl_pipeline.evaluation.eval_samples import choose_samples
 from sdxl_pipeline.sdxl.adapters import add_lora
 from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.batches import BatchReader
+from sdxl_pipeline.training.eval_loss import EvalPicture, eval_loss, eval_timesteps, fixed_noise
+from sdxl_pipeline.training.eval_pictures import read_pictures
+from sdxl_pipeline.training.eval_samples import choose_samples
 from sdxl_pipeline.training.objective import Objective
 from tests.evaluation.subjects import tiny_settings
 from tests.lanes import make_lane

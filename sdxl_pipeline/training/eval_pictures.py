@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from sdxl_pipeline.evaluation.eval_loss import EvalPicture
 from sdxl_pipeline.training.batches import BatchReader
+from sdxl_pipeline.training.eval_loss import EvalPicture
 from sdxl_pipeline.training.samples import Sample
 
 
