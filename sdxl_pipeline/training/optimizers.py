@@ -1,88 +1,136 @@
-"""Optimizers and learning-rate schedules, by the names of the settings."""
+"""Optimizers, by the names of the settings, each built by the library it comes from."""
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from diffusers.optimization import get_scheduler
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.program import StageError
-
-ADAMW_DEFAULTS: Mapping[str, Any] = {"betas": (0.9, 0.999), "weight_decay": 0.01, "eps": 1e-8}
-
-# Class in torch-optimi and the options it starts from; Kahan summation keeps the low bits of parameters held in bf16.
-OPTIMI: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "optimi-adamw": ("AdamW", {"betas": (0.9, 0.99), "weight_decay": 0.01, "eps": 1e-6}),
-    "optimi-lion": ("Lion", {"betas": (0.9, 0.99), "weight_decay": 0.0, "kahan_sum": True}),
-    "optimi-stableadamw": ("StableAdamW", {"betas": (0.9, 0.99), "weight_decay": 0.01, "eps": 1e-6}),
-}
+from sdxl_pipeline.training.optimizer_recipes import DISTRIBUTIONS, RECIPES, Recipe
 
 
-def build_optimizer(settings: TrainingSettings, parameters: Iterable[Parameter]) -> Optimizer:
+def trainable_dtype(settings: TrainingSettings) -> torch.dtype:
+    """What trained parameters are held in: float32, but bf16 for the optimizer whose stochastic rounding is made for that.
+
+    A whole UNet whose passes are in bf16 is held in it under optimi's too, whose Kahan summation keeps what a bf16 weight cannot: of
+    the 8 bytes that a parameter and its gradient take in float32, that leaves 4, and half of the moments.
+    """
+    kahan = settings.optimizer.startswith("optimi-") and settings.mixed_precision == "bf16"
+    in_bf16 = settings.optimizer == "adamw_bf16" or (settings.model_type == "full" and kahan)
+    return torch.bfloat16 if in_bf16 else torch.float32
+
+
+def hold_parameters(settings: TrainingSettings, parameters: Iterable[Parameter]) -> None:
+    """Bring trained parameters to `trainable_dtype`, in place, and their gradients to `gradient_precision`."""
+    dtype = trainable_dtype(settings)
+    for parameter in parameters:
+        parameter.data = parameter.data.to(dtype)
+        if settings.gradient_precision == "fp32" and dtype != torch.float32:
+            # so that the sum over gradient accumulation loses nothing
+            parameter.grad_dtype = torch.float32
+
+
+def effective_learning_rate(settings: TrainingSettings, num_processes: int) -> float:
+    """`learning_rate`, times the pictures per optimizer step under `lr_scale`, or their square root under `lr_scale_sqrt`."""
+    if not settings.lr_scale:
+        return settings.learning_rate
+    pictures = settings.train_batch_size * settings.gradient_accumulation_steps * num_processes
+    return settings.learning_rate * (math.sqrt(pictures) if settings.lr_scale_sqrt else pictures)
+
+
+def build_optimizer(
+    settings: TrainingSettings, parameters: Iterable[Parameter], num_processes: int = 1
+) -> Optimizer:
     """The optimizer that the settings name, over `parameters`, which already lie on the device.
 
-    Raises StageError when the package it comes from is missing, or when `optimizer_config` has an option it does not know.
+    Raises StageError when the package it comes from is missing, or when `optimizer_config` has an option or a value it does not take.
     """
-    trainable = list(parameters)
+    recipe, trainable = RECIPES[settings.optimizer], list(parameters)
+    kind = _load(settings.optimizer, recipe)
+    options: dict[str, Any] = {**recipe.defaults, **_options(settings, recipe, kind)}
     if settings.optimizer == "adamw":
-        # fused: one kernel for all parameters, where torch has one for the device
+        # one kernel for all parameters, where torch has one for the device
         fused = all(parameter.device.type in ("cpu", "cuda", "mps") for parameter in trainable)
-        return _construct(torch.optim.AdamW, trainable, settings, {**ADAMW_DEFAULTS, "fused": fused})
-    class_name, defaults = OPTIMI[settings.optimizer]
+        options.setdefault("fused", fused)
+    if settings.is_schedule_free and settings.lr_scheduler != "constant":
+        options["warmup_steps"] = settings.lr_warmup_steps
     try:
-        optimi = importlib.import_module("optimi")
-    except ModuleNotFoundError as error:
-        raise StageError(
-            f"config.json: optimizer {settings.optimizer!r} comes from torch-optimi, which is not installed; "
-            'install the extra with `pip install \'sdxl-pipeline[optimizers]\'`, or write "optimizer": "adamw"'
-        ) from error
-    return _construct(getattr(optimi, class_name), trainable, settings, defaults)
-
-
-def build_schedule(settings: TrainingSettings, optimizer: Optimizer, total_steps: int) -> LambdaLR:
-    """The learning rate over the run; step it once per optimizer step, whatever the number of processes.
-
-    `constant` ignores the warm-up, as its name says; the others rise linearly from 0 over `lr_warmup_steps`, and `cosine` then falls
-    to 0 at `total_steps`.
-    """
-    return get_scheduler(
-        settings.lr_scheduler,
-        optimizer,
-        num_warmup_steps=settings.lr_warmup_steps,
-        num_training_steps=total_steps,
-    )
-
-
-def _construct(
-    kind: Callable[..., Optimizer],
-    parameters: list[Parameter],
-    settings: TrainingSettings,
-    defaults: Mapping[str, Any],
-) -> Optimizer:
-    options = {**defaults, **_options(settings.optimizer_config, defaults)}
-    known = set(inspect.signature(kind).parameters) - {"params", "lr"}
-    if unknown := sorted(set(options) - known):
-        raise StageError(
-            f"config.json: optimizer_config has {', '.join(map(repr, unknown))}, which {settings.optimizer!r} does not take; "
-            f"it takes beta1, beta2, {', '.join(sorted(known - {'betas'}))}"
-        )
-    try:
-        return kind(parameters, lr=settings.learning_rate, **options)
+        optimizer = kind(trainable, lr=effective_learning_rate(settings, num_processes), **options)
     except (TypeError, ValueError) as error:
         raise StageError(f"config.json: optimizer_config {settings.optimizer_config!r}: {error}") from error
+    if recipe.package == "torchao":
+        from sdxl_pipeline.training.torchao_optimizers import make_repeatable
+
+        make_repeatable(optimizer, settings.seed)
+    return optimizer
 
 
-def _options(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The user's options, with `beta1` and `beta2` brought into torch's pair `betas`."""
-    options = dict(config)
-    betas = list(defaults["betas"])
-    for place, name in enumerate(("beta1", "beta2")):
-        if name in options:
-            betas[place] = options.pop(name)
-    return {**options, "betas": tuple(betas)}
+def rate_of(optimizer: Optimizer, scheduled: float) -> float:
+    """The learning rate a step is really taken with: those that find or warm up their own say so themselves."""
+    group = optimizer.param_groups[0]
+    return float(group.get("scheduled_lr") or scheduled * group.get("d", 1.0))
+
+
+def _load(name: str, recipe: Recipe) -> Callable[..., Optimizer]:
+    try:
+        module = importlib.import_module(recipe.module)
+        return getattr(module, recipe.class_name)
+    except (ImportError, AttributeError) as error:
+        distribution = DISTRIBUTIONS.get(recipe.package, recipe.package)
+        raise StageError(
+            f"config.json: optimizer {name!r} comes from {distribution}, which is not installed, or not in a version that has it "
+            f'({error}); install the extra with `pip install \'sdxl-pipeline[optimizers]\'`, or write "optimizer": "adamw"'
+        ) from error
+
+
+def _options(settings: TrainingSettings, recipe: Recipe, kind: Callable[..., Optimizer]) -> dict[str, Any]:
+    """The user's options as the class takes them, `beta1`, `beta2`, `beta3` gathered into `betas` where it asks for that."""
+    signature = inspect.signature(kind).parameters
+    known = set(signature) - {"params", "lr"} - recipe.reserved
+    betas = list(recipe.defaults.get("betas", ()))
+    single = [f"beta{place + 1}" for place in range(len(betas)) if f"beta{place + 1}" not in known]
+    options: dict[str, Any] = {}
+    unknown = []
+    for name, value in settings.optimizer_config.items():
+        if name in single:
+            betas[single.index(name)] = value
+        elif name in known:
+            options[name] = _typed(name, value, signature[name].default)
+        else:
+            unknown.append(name)
+    if unknown:
+        raise StageError(
+            f"config.json: optimizer_config has {', '.join(map(repr, sorted(unknown)))}, which {settings.optimizer!r} does not take; "
+            f"it takes {', '.join([*single, *sorted(known - {'betas'})])}"
+        )
+    if betas and "betas" not in options:
+        options["betas"] = tuple(betas)
+    return options
+
+
+def _typed(name: str, value: Any, default: Any) -> Any:
+    """A value of `optimizer_config`, where every number is a float, as the type of the option's default."""
+    if isinstance(value, str) and value.lower() == "none":
+        return None
+    if isinstance(default, bool):
+        fits = isinstance(value, bool)
+    elif isinstance(default, int):
+        # 0 stands as the default of many a float
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        value = int(value) if fits and float(value).is_integer() else value
+    elif isinstance(default, float):
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+    else:
+        fits = True
+        value = int(value) if isinstance(value, float) and value.is_integer() and default is None else value
+    if not fits:
+        raise StageError(
+            f"config.json: optimizer_config {name} = {value!r} does not fit its default, {default!r}"
+        )
+    return value

@@ -57,7 +57,7 @@ def test_a_key_in_the_wrong_file_is_sent_to_the_other(problems_of):
         {"loss_type": "huber"},
         {"timestep_bias_strategy": "later"},
         {"lora_type": "lycoris"},
-        {"optimizer": "adamw_bf16"},
+        {"optimizer": "soap"},
         {"text_encoder_1_precision": "int8-quanto"},
         {"validation_prompt_library": True},
         {"webhook_config": {"webhook_type": "discord"}},

@@ -49,7 +49,7 @@ def test_the_quickstarts_quantised_settings_load(write_project):
 
 def test_all_problems_of_both_files_are_told_at_once(write_project):
     folder = write_project(
-        {"learning_rat": 1e-4, "lora_rank": "many", "optimizer": "prodigy", "--seed": -1},
+        {"learning_rat": 1e-4, "lora_rank": "many", "optimizer": "soap", "--seed": -1},
         [{"id": "cats", "instance_data_dir": "data", "crop_style": "middle", "repeats": -1, "croop": True}],
     )
     with pytest.raises(ProjectError) as caught:
@@ -58,7 +58,7 @@ def test_all_problems_of_both_files_are_told_at_once(write_project):
     assert told == {
         ("config.json", "learning_rat", 1e-4),
         ("config.json", "lora_rank", "many"),
-        ("config.json", "optimizer", "prodigy"),
+        ("config.json", "optimizer", "soap"),
         ("config.json", "--seed", -1),
         ("multidatabackend.json", '[1] "cats".crop_style', "middle"),
         ("multidatabackend.json", '[1] "cats".repeats', -1),

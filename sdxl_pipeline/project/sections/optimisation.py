@@ -2,11 +2,53 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from sdxl_pipeline.project.settings_model import BadValueError, Count, SettingsModel, none_for_zero
 
-OptimizerValue = bool | float | str
+OptimizerValue = bool | float | str | tuple[float, ...]
+
+OptimizerName = Literal[
+    "adamw",
+    "adamw_bf16",
+    "adamw_schedulefree",
+    "adamw_schedulefree+aggressive",
+    "adamw_schedulefree+no_kahan",
+    "optimi-adam",
+    "optimi-adamw",
+    "optimi-adan",
+    "optimi-lion",
+    "optimi-radam",
+    "optimi-ranger",
+    "optimi-sgd",
+    "optimi-stableadamw",
+    "ao-adamw8bit",
+    "ao-adamw4bit",
+    "ao-adamfp8",
+    "ao-adamwfp8",
+    "bnb-adagrad",
+    "bnb-adagrad8bit",
+    "bnb-adam",
+    "bnb-adam8bit",
+    "bnb-adamw",
+    "bnb-adamw8bit",
+    "bnb-adamw-paged",
+    "bnb-adamw8bit-paged",
+    "bnb-lion",
+    "bnb-lion8bit",
+    "bnb-lion-paged",
+    "bnb-lion8bit-paged",
+    "bnb-ademamix",
+    "bnb-ademamix8bit",
+    "bnb-ademamix-paged",
+    "bnb-ademamix8bit-paged",
+    "prodigy",
+    "adafactor",
+]
+
+ScheduleName = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "sine"
+]
 
 
 class OptimisationSettings(SettingsModel):
@@ -15,19 +57,36 @@ class OptimisationSettings(SettingsModel):
     learning_rate: Annotated[float, Field(gt=0, le=10)] = Field(
         1e-4, description="Learning rate after warm-up."
     )
-    optimizer: Literal["adamw", "optimi-adamw", "optimi-lion", "optimi-stableadamw"] = Field(
-        "adamw", description="Optimizer; optimi-* need the extra `optimizers`."
+    optimizer: OptimizerName = Field(
+        "adamw", description="Optimizer; all but adamw and adafactor need the extra `optimizers`."
     )
     optimizer_config: dict[str, OptimizerValue] = Field(
         default_factory=dict,
         description='The optimizer\'s own settings, as "beta1=0.9,weight_decay=0.01" or an object.',
     )
-    lr_scheduler: Literal["constant", "constant_with_warmup", "cosine"] = Field(
+    gradient_precision: Literal["unmodified", "fp32"] = Field(
+        "unmodified",
+        description="fp32 sums the gradients of weights held in bf16 (adamw_bf16) in fp32; all others have fp32 gradients anyway.",
+    )
+    lr_scheduler: ScheduleName = Field(
         "constant_with_warmup", description="Shape of the learning rate over the run."
     )
     lr_warmup_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="Steps over which the learning rate rises from 0."
+        0,
+        description="Steps over which the learning rate rises from 0; for sine, from its peak to its trough.",
     )
+    lr_end: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="Learning rate at the end of cosine, cosine_with_restarts and polynomial, and at sine's troughs; not set, it is 4e-7 for polynomial and sine, 0 for the others.",
+    )
+    lr_power: Annotated[float, Field(gt=0)] = Field(
+        0.8, description="Exponent of polynomial: 1 is a straight line, more falls sooner."
+    )
+    lr_num_cycles: Count = Field(1, description="Descents of cosine_with_restarts.")
+    lr_scale: bool = Field(
+        False, description="Multiply learning_rate by the pictures per optimizer step, over all processes."
+    )
+    lr_scale_sqrt: bool = Field(False, description="With lr_scale: by the square root of their number.")
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(
         2.0, description="Gradients are scaled down to this norm; 0 leaves them alone."
     )
@@ -54,6 +113,25 @@ class OptimisationSettings(SettingsModel):
         if isinstance(value, dict):
             return {key: _scalar(item) if isinstance(item, str) else item for key, item in value.items()}
         return value
+
+    @field_validator("gradient_precision", "lr_num_cycles", mode="before")
+    @classmethod
+    def _not_set_is_the_default(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, str) and value.strip().lower() in ("", "none", "null"):
+            return cls.model_fields[info.field_name or ""].default
+        return value
+
+    @property
+    def is_schedule_free(self) -> bool:
+        """Whether the optimizer averages its weights instead of following a schedule (Defazio et al. 2024)."""
+        return self.optimizer.startswith("adamw_schedulefree")
+
+    @property
+    def effective_lr_end(self) -> float:
+        """`lr_end`, or the schedule's default."""
+        if self.lr_end is not None:
+            return self.lr_end
+        return 4e-7 if self.lr_scheduler in ("polynomial", "sine") else 0.0
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

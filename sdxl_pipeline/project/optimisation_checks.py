@@ -1,0 +1,52 @@
+"""Combinations of an optimizer, a schedule, averaged weights and precisions that cannot work, each with the reason."""
+
+from collections.abc import Iterator
+
+from sdxl_pipeline.project.dataset_checks import Finding
+from sdxl_pipeline.project.training import TrainingSettings
+
+
+def check_optimisation(training: TrainingSettings) -> Iterator[Finding]:
+    """What is wrong between the settings of the optimisation and their neighbours."""
+    yield from _check_schedule(training)
+    if training.optimizer == "adamw_bf16" and training.mixed_precision in ("no", "fp16"):
+        yield Finding(
+            "optimizer",
+            f"holds what is trained in bf16, which does not go with mixed_precision {training.mixed_precision}",
+            'write "mixed_precision": "bf16", or "optimizer": "adamw"',
+        )
+
+
+def advise_on_optimisation(training: TrainingSettings) -> Iterator[str]:
+    """What works, and is rarely meant."""
+    if training.optimizer == "prodigy" and training.learning_rate < 0.1:
+        yield (
+            f"learning_rate = {training.learning_rate:g} multiplies the step size that prodigy finds by itself, and so makes it tiny; "
+            "write 1, and d_coef in optimizer_config to make its steps larger or smaller"
+        )
+    if training.lr_scale_sqrt and not training.lr_scale:
+        yield "lr_scale_sqrt has no effect without lr_scale"
+
+
+def _check_schedule(training: TrainingSettings) -> Iterator[Finding]:
+    name = training.lr_scheduler
+    if name == "sine" and training.lr_warmup_steps == 0:
+        yield Finding(
+            "lr_warmup_steps",
+            "is 0, but lr_scheduler sine takes it for half the length of its wave",
+            "write the number of steps from the learning rate's peak to its trough, for example 100",
+        )
+    if name in ("cosine", "cosine_with_restarts", "polynomial", "sine") and (
+        training.effective_lr_end >= training.learning_rate
+    ):
+        yield Finding(
+            "lr_end",
+            f"must be below learning_rate ({training.learning_rate:g}), from which lr_scheduler {name} descends",
+            f"write a smaller number, for example {training.learning_rate / 100:g}",
+        )
+    if training.is_schedule_free and name not in ("constant", "constant_with_warmup"):
+        yield Finding(
+            "lr_scheduler",
+            f"lowers the learning rate, but optimizer {training.optimizer} averages its weights in place of that, and needs it constant",
+            "write constant_with_warmup, which leaves lr_warmup_steps to the optimizer, or another optimizer",
+        )

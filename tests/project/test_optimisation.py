@@ -1,0 +1,40 @@
+"""Holds which optimizers, schedules and precisions may stand together, and what is said of those that may not."""
+
+import typing
+
+import pytest
+
+from sdxl_pipeline.project.checks import idle_settings
+from sdxl_pipeline.project.sections.optimisation import OptimizerName
+from sdxl_pipeline.project.training import TrainingSettings
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "told"),
+    [
+        ({"optimizer": "adamw_bf16", "mixed_precision": "fp16"}, "optimizer", "mixed_precision fp16"),
+        ({"optimizer": "adamw_bf16", "mixed_precision": "no"}, "optimizer", "bf16"),
+        ({"optimizer": "adamw_schedulefree", "lr_scheduler": "polynomial"}, "lr_scheduler", "averages"),
+        ({"lr_scheduler": "sine"}, "lr_warmup_steps", "half the length of its wave"),
+        ({"lr_scheduler": "cosine", "lr_end": "1e-4"}, "lr_end", "below learning_rate"),
+        ({"lr_scheduler": "polynomial", "learning_rate": 1e-7}, "lr_end", "below learning_rate"),
+    ],
+)
+def test_what_cannot_work_together_is_refused_with_the_reason(problems_of, config, key, told):
+    assert told in problems_of(config)[key].message
+
+
+@pytest.mark.parametrize("name", typing.get_args(OptimizerName))
+def test_every_optimizer_is_let_in(name):
+    assert TrainingSettings(optimizer=name).optimizer == name
+
+
+def test_values_that_spell_a_default_are_understood():
+    settings = TrainingSettings(gradient_precision="none", lr_num_cycles="none", lr_end="none")
+    assert (settings.gradient_precision, settings.lr_num_cycles, settings.lr_end) == ("unmodified", 1, None)
+
+
+def test_a_tiny_rate_under_prodigy_is_spoken_of():
+    told = list(idle_settings(TrainingSettings(optimizer="prodigy", learning_rate=1e-4)))
+    assert any("write 1" in line for line in told)
+    assert not list(idle_settings(TrainingSettings(optimizer="prodigy", learning_rate=1.0)))
