@@ -20,27 +20,15 @@ from sdxl_pipeline.images.fingerprint import METADATA_ENTRY, dataset_fingerprint
 from sdxl_pipeline.images.looks import look_at
 from sdxl_pipeline.images.pictures import caption_length_histogram, contact_sheet, resolution_scatter
 from sdxl_pipeline.images.scan import recall_dataset, scan_dataset
-from sdxl_pipeline.images.sources import Fetched, fetch_source
+from sdxl_pipeline.images.sources import SOURCE_SETTINGS, Fetched, fetch_source
 from sdxl_pipeline.project.datasets import ImageDataset
 from sdxl_pipeline.project.project import Project
 from sdxl_pipeline.sdxl.tiny.demo import generate_if_asked
 
 CODE = "2"
-SETTINGS = {
-    "type",
+SETTINGS = SOURCE_SETTINGS | {
     "instance_data_dir",
-    "url",
-    "aws_bucket_name",
-    "aws_data_prefix",
-    "aws_endpoint_url",
-    "dataset_name",
-    "dataset_config",
-    "revision",
-    "split",
-    "image_column",
     "caption_column",
-    "csv_file",
-    "csv_url_column",
     "csv_caption_column",
     "find_near_duplicates",
     "max_num_samples",

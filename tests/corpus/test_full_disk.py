@@ -1,14 +1,11 @@
 """The encoder on a disk that is really full: a sentence, a sound store, and the next run goes on."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
+from tests.small_disk import run_on_small_disk
 
 PROGRAM = """
-import ctypes, os, sys
+import os, sys
 from pathlib import Path
 
 from PIL import Image
@@ -17,17 +14,11 @@ from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.images.crops import plan_crops
 from sdxl_pipeline.store.tensor_store import TensorStore
 from tests.corpus.pipeline import dataset_of, encode, scan, spec_of
+from tests.small_disk import enlarge_disk, mount_small_disk
 
 here, store = Path(sys.argv[1]), Path(sys.argv[1]) / "store"
 store.mkdir()
-# In a mount namespace of this process's own, which ends with it.
-libc = ctypes.CDLL(None, use_errno=True)
-CLONE_NEWNS, MS_REC_PRIVATE = 0x20000, (1 << 14) | (1 << 18)
-if libc.unshare(CLONE_NEWNS) or libc.mount(b"none", b"/", None, MS_REC_PRIVATE, None) or libc.mount(
-    b"tmpfs", str(store).encode(), b"tmpfs", 0, b"size=128k"
-):
-    print("cannot mount:", os.strerror(ctypes.get_errno()))
-    sys.exit(77)
+mount_small_disk(store, "128k")
 
 (here / "data").mkdir()
 for number in range(24):
@@ -52,7 +43,7 @@ assert kept < 24, kept
 hidden = [name for _, _, names in os.walk(store) for name in names if ".tmp" in name]
 assert not hidden, hidden
 
-libc.mount(b"tmpfs", str(store).encode(), b"tmpfs", 1 << 5, b"size=20m")  # remounted larger
+enlarge_disk(store, "20m")
 cache = encode(spec)
 assert (cache.encoded, cache.reused, cache.failed) == (24 - kept, kept, ()), cache
 fresh = encode(spec_of(here, here / "data", rows, here / "elsewhere"))
@@ -63,17 +54,7 @@ for key in pd.read_parquet(spec.entries_path)["latent_key"]:
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
 def test_a_full_disk_ends_the_stage_with_a_sentence_and_the_next_run_completes_it(tmp_path: Path):
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
-    if os.geteuid() != 0:
-        command = ["unshare", "--map-root-user", "--mount", *command]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    except FileNotFoundError:
-        pytest.skip("neither root nor `unshare` to mount a tmpfs with")
-    if run.returncode == 77 or "unshare" in run.stderr:
-        pytest.skip(f"no tmpfs can be mounted here: {run.stdout}{run.stderr}")
-    assert run.returncode == 0, run.stderr
-    assert f"no space left on {tmp_path / 'store'}" in run.stdout
-    assert "cache_dir_vae" in run.stdout
+    told = run_on_small_disk(PROGRAM, tmp_path)
+    assert f"no space left on {tmp_path / 'store'}" in told
+    assert "cache_dir_vae" in told

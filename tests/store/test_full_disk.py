@@ -1,25 +1,16 @@
 """Holds what becomes of a store when its disk is full: on a small file system of its own, which really is."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
+from tests.small_disk import run_on_small_disk
 
 PROGRAM = """
-import ctypes, hashlib, os, sys, torch
+import hashlib, os, sys, torch
 from sdxl_pipeline.store.tensor_store import StoreError, TensorStore
+from tests.small_disk import enlarge_disk, mount_small_disk
 
 root = sys.argv[1]
-# In a mount namespace of this process's own, which ends with it.
-libc = ctypes.CDLL(None, use_errno=True)
-CLONE_NEWNS, MS_REC_PRIVATE = 0x20000, (1 << 14) | (1 << 18)
-if libc.unshare(CLONE_NEWNS) or libc.mount(b"none", b"/", None, MS_REC_PRIVATE, None) or libc.mount(
-    b"tmpfs", root.encode(), b"tmpfs", 0, b"size=2m"
-):
-    print("cannot mount:", os.strerror(ctypes.get_errno()))
-    sys.exit(77)
+mount_small_disk(root, "2m")
 
 key = lambda number: hashlib.sha256(str(number).encode()).hexdigest()
 entry = lambda number: {"mean": torch.full((50_000,), float(number))}
@@ -61,7 +52,7 @@ assert len(TensorStore(root)) == len(kept)
 assert not hidden(), hidden()
 os.unlink(os.path.join(root, "ballast"))
 
-libc.mount(b"tmpfs", root.encode(), b"tmpfs", 1 << 5, b"size=20m")  # remounted larger
+enlarge_disk(root, "20m")
 write(range(20))
 store = TensorStore(root)
 assert all(bool((store.read(key(n))["mean"] == n).all()) for n in range(20))
@@ -69,17 +60,7 @@ assert not os.listdir(os.path.join(root, "index"))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
 def test_a_full_disk_is_told_keeps_what_was_written_and_the_next_run_goes_on(tmp_path: Path):
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
-    if os.geteuid() != 0:
-        command = ["unshare", "--map-root-user", "--mount", *command]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    except FileNotFoundError:
-        pytest.skip("neither root nor `unshare` to mount a tmpfs with")
-    if run.returncode == 77 or "unshare" in run.stderr:
-        pytest.skip(f"no tmpfs can be mounted here: {run.stdout}{run.stderr}")
-    assert run.returncode == 0, run.stderr
-    assert f"no space left on {tmp_path}: 0.4 MB needed for the next 2 entries" in run.stdout
-    assert "cache_dir_vae" in run.stdout
+    told = run_on_small_disk(PROGRAM, tmp_path)
+    assert f"no space left on {tmp_path}: 0.4 MB needed for the next 2 entries" in told
+    assert "cache_dir_vae" in told

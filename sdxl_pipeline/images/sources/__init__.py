@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from sdxl_pipeline.images.sources.fetched import Fetched, SourceError, data_folder
+from sdxl_pipeline.images.sources.fetched import SOURCE_SETTINGS, Fetched, SourceError, data_folder
 from sdxl_pipeline.project.datasets import ImageDataset
 
-__all__ = ["Fetched", "SourceError", "data_folder", "fetch_source"]
+__all__ = ["SOURCE_SETTINGS", "Fetched", "SourceError", "data_folder", "fetch_source"]
 
 
 def fetch_source(

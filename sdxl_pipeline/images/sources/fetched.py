@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from sdxl_pipeline.project.datasets import ImageDataset
 from sdxl_pipeline.store.digest import digest_json
 
-_IDENTITY = {
+SOURCE_SETTINGS: Final = {
     "type",
     "url",
     "aws_bucket_name",
@@ -21,6 +22,7 @@ _IDENTITY = {
     "csv_file",
     "csv_url_column",
 }
+"""The settings that say where a dataset's pictures come from, its own folder apart."""
 
 
 class SourceError(Exception):
@@ -50,6 +52,6 @@ def data_folder(dataset: ImageDataset, sources: Path) -> Path:
         if dataset.instance_data_dir is None:
             raise AssertionError("a local dataset without folder passes no check of the settings")
         return dataset.instance_data_dir
-    identity = digest_json(dataset.model_dump(mode="json", include=_IDENTITY))
+    identity = digest_json(dataset.model_dump(mode="json", include=SOURCE_SETTINGS))
     root = dataset.csv_cache_dir if dataset.type == "csv" and dataset.csv_cache_dir else sources
     return root / f"{dataset.asset_name}-{identity[:12]}" / "files"
