@@ -9,13 +9,14 @@ from assets.dataset import build_dataset
 from assets.evaluation import build_evaluation
 from assets.hub_release import build_hub_release
 from assets.lora import build_lora
+from assets.masks import build_mask_dataset, build_masks
 from assets.text_embeds import build_text_embeds
 from assets.vae_latents import build_vae_latents
 from sdxl_pipeline.project.project import BrokenProject, Project
 
 
 def build_assets(project: Project) -> list[dg.AssetsDefinition]:
-    """All assets of one project: a lane per image dataset, then the model, its evaluation and its release.
+    """All assets of one project: a lane per image dataset, its masks, then the model, its evaluation and its release.
 
     Among them stand the checks that compare one lane with others.
     """
@@ -24,9 +25,16 @@ def build_assets(project: Project) -> list[dg.AssetsDefinition]:
         for dataset in project.datasets
         for build in (build_dataset, build_aspect_buckets, build_vae_latents, build_text_embeds)
     ]
+    masks = [
+        build_masks(project, dataset, entry)
+        for dataset in project.datasets
+        if (entry := project.masks_of(dataset))
+    ]
     return [
         build_base_model(project),
         *lanes,
+        *(build_mask_dataset(project, entry) for entry in project.mask_datasets),
+        *masks,
         *build_leak_checks(project),
         build_lora(project),
         build_evaluation(project),

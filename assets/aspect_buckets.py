@@ -44,15 +44,19 @@ SETTINGS = {
 PROGRESS_SECONDS = 10.0
 
 
-def holdout_share(project: Project) -> float:
-    """Share of each training dataset kept back for the eval loss: none when the project has an eval dataset."""
-    return 0.0 if project.eval_datasets else project.training.eval_holdout_share
+def holdout_share(project: Project, dataset: ImageDataset) -> float:
+    """Share of a training dataset kept back for the eval loss: none when the project has an eval dataset.
+
+    None of regularisation pictures either: of them the LoRA is to learn nothing, so no loss can say how well it did.
+    """
+    none = project.eval_datasets or dataset.is_regularisation_data
+    return 0.0 if none else project.training.eval_holdout_share
 
 
 def build_aspect_buckets(project: Project, dataset: ImageDataset) -> dg.AssetsDefinition:
     """`<project>/<dataset>/aspect_buckets`."""
     key = lane_key(project, dataset, "aspect_buckets")
-    share = holdout_share(project)
+    share = holdout_share(project, dataset)
     held_out = share > 0 and dataset.dataset_type != "eval"
     geometry = dataset.model_dump(mode="json", include=SETTINGS)
     around_faces = dataset.crop and dataset.crop_style == "face"

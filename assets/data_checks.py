@@ -45,7 +45,7 @@ def check_dataset(scanned: pd.DataFrame, dataset: ImageDataset, folder: Path) ->
     return [
         result("usable_pictures", len(kept) > 0, f"{len(kept)} of {len(scanned)} files are kept."),
         _captions_present(scanned, kept, dataset),
-        _files_accounted_for(scanned, kept),
+        files_accounted_for(scanned, kept),
         _look_alikes(kept, dataset, folder),
         _shared_captions(kept, dataset),
     ]
@@ -144,7 +144,8 @@ def _captions_present(
     )
 
 
-def _files_accounted_for(scanned: pd.DataFrame, kept: pd.DataFrame) -> dg.AssetCheckResult:
+def files_accounted_for(scanned: pd.DataFrame, kept: pd.DataFrame) -> dg.AssetCheckResult:
+    """Whether every file that was found is kept or has a reason why not, and stands once."""
     dropped = scanned[scanned["status"] == "dropped"]
     unexplained = int((dropped["reason"] == "").sum())
     twice = int(scanned["path"].duplicated().sum())

@@ -68,7 +68,7 @@ def build_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefinition:
         kinds={"pandas"},
         code_version=version(CODE, [settings, filter_digest(dataset.caption_filter_list)]),
         check_specs=checks.dataset_specs(key),
-        description=f"Every file of {_source(dataset)}: kept, or dropped with a reason.",
+        description=f"Every file of {source_of(dataset)}: kept, or dropped with a reason.",
     )
     def dataset_asset(
         context: dg.AssetExecutionContext, storage: Storage, config: Launchpad
@@ -77,7 +77,7 @@ def build_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefinition:
             generate_if_asked(project.folder)
             # Taken before the scan: a file that changes meanwhile is then seen as changed by the sensor.
             fingerprint = dataset_fingerprint(dataset)
-            scanned, told = _scan(context, storage, project, dataset, config.verify or dataset.verify)
+            scanned, told = scan_files(context, storage, project, dataset, config.verify or dataset.verify)
             told |= _filter_notes(context, dataset)
         kept = scanned[scanned["status"] == "kept"]
         context.log.info(f"{len(scanned)} files found, {len(kept)} kept, {len(scanned) - len(kept)} dropped.")
@@ -91,10 +91,10 @@ def build_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefinition:
     return dataset_asset
 
 
-def _scan(
+def scan_files(
     context: dg.AssetExecutionContext, storage: Storage, project: Project, dataset: ImageDataset, verify: bool
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Every file of the dataset, fetched, read and looked at as far as that is needed, and what to tell of how it went."""
+    """Every file of a dataset, fetched, read and looked at as far as that is needed, and what to tell of how it went."""
     work_dir = storage.work_dir(project.name, dataset.asset_name, "dataset")
     recorded = work_dir / "scan.parquet"
     folder = storage.data_dir(dataset)
@@ -140,7 +140,8 @@ def _progress(context: dg.AssetExecutionContext, what: str) -> Callable[[int, in
     return on_progress
 
 
-def _source(dataset: ImageDataset) -> str:
+def source_of(dataset: ImageDataset) -> str:
+    """Where a dataset's files come from, in words."""
     match dataset.type:
         case "local":
             return f"`{dataset.instance_data_dir}`"
@@ -164,7 +165,7 @@ def _fetch_notes(
     )
     notes = {
         "revision": fetched.revision,
-        "fetched_from": _source(dataset),
+        "fetched_from": source_of(dataset),
         "files_at_source": fetched.files,
         "downloaded": fetched.downloaded,
         "downloaded_bytes": fetched.downloaded_bytes,

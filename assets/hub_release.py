@@ -130,7 +130,13 @@ def _lineage(
     stages = [project_key(project, "base_model"), project_key(project, "lora")] + [
         lane_key(project, dataset, stage)
         for dataset in project.datasets
-        for stage in ("dataset", "aspect_buckets", "vae_latents", "text_embeds")
+        for stage in (
+            "dataset",
+            "aspect_buckets",
+            "vae_latents",
+            "text_embeds",
+            *(["masks"] if project.masks_of(dataset) else []),
+        )
     ]
     versions = {}
     for key in stages:

@@ -7,9 +7,17 @@ import dagster as dg
 import pandas as pd
 
 from assets.keys import lane_key, project_key
+from assets.masks import kind_of
 from resources.storage import Storage
+from sdxl_pipeline.project.datasets import ImageDataset
 from sdxl_pipeline.project.project import Project
-from sdxl_pipeline.protocol.specs import LatentCache, TextEmbedCache, TrainingLane, ValidationPrompt
+from sdxl_pipeline.protocol.specs import (
+    LaneMasks,
+    LatentCache,
+    TextEmbedCache,
+    TrainingLane,
+    ValidationPrompt,
+)
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 
 STAGES: dict[str, type] = {
@@ -30,13 +38,24 @@ def lane_inputs(project: Project) -> dict[str, dg.AssetIn]:
     }
 
 
+def mask_inputs(project: Project) -> dict[str, dg.AssetIn]:
+    """The masks of the datasets that have some, by the names `training_lanes` takes them back from."""
+    return {
+        f"{dataset.asset_name}__masks": dg.AssetIn(
+            key=lane_key(project, dataset, "masks"), dagster_type=pd.DataFrame
+        )
+        for dataset in project.datasets
+        if project.masks_of(dataset)
+    }
+
+
 def model_input(project: Project) -> dict[str, dg.AssetIn]:
     """The base model as an input named `model`."""
     return {"model": dg.AssetIn(key=project_key(project, "base_model"), dagster_type=ResolvedModel)}
 
 
 def training_lanes(project: Project, storage: Storage, inputs: Mapping[str, Any]) -> tuple[TrainingLane, ...]:
-    """The lanes of a project as specs hold them, from the loaded `lane_inputs`."""
+    """The lanes of a project as specs hold them, from the loaded `lane_inputs` and, where masks matter, `mask_inputs`."""
     return tuple(
         TrainingLane(
             dataset_id=dataset.id,
@@ -58,8 +77,24 @@ def training_lanes(project: Project, storage: Storage, inputs: Mapping[str, Any]
             text_embeds=inputs[f"{dataset.asset_name}__text_embeds"],
             repeats=dataset.repeats,
             probability=dataset.probability,
+            masks=_lane_masks(project, dataset, storage, inputs),
+            is_regularisation=dataset.is_regularisation_data,
         )
         for dataset in project.datasets
+    )
+
+
+def _lane_masks(
+    project: Project, dataset: ImageDataset, storage: Storage, inputs: Mapping[str, Any]
+) -> LaneMasks | None:
+    entry, pairs = project.masks_of(dataset), inputs.get(f"{dataset.asset_name}__masks")
+    if entry is None or pairs is None:
+        return None
+    folder = storage.work_dir(project.name, dataset.asset_name, "masks")
+    return LaneMasks(
+        kind=kind_of(entry),
+        data_dir=str(storage.data_dir(entry)),
+        pairs_path=str(storage.keep_table(pairs, folder, "masks")),
     )
 
 

@@ -9,7 +9,14 @@ import dagster as dg
 from assets import checks
 from assets.failures import told_to_the_user
 from assets.keys import GPU_POOL, lane_key, project_key, version
-from assets.lanes import lane_inputs, model_input, training_lanes, upstream_metadata, validation_prompts
+from assets.lanes import (
+    lane_inputs,
+    mask_inputs,
+    model_input,
+    training_lanes,
+    upstream_metadata,
+    validation_prompts,
+)
 from assets.show import figures_table, picture, present
 from resources.hardware import HardwareProfile
 from resources.hub import HubResource
@@ -44,7 +51,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
         group_name=project.name,
         kinds={"torch", "safetensors"},
         pool=GPU_POOL,
-        ins=model_input(project) | lane_inputs(project),
+        ins=model_input(project) | lane_inputs(project) | mask_inputs(project),
         code_version=version(CODE, numeric_settings(project.training)),
         check_specs=checks.lora_specs(key),
         description="The trained LoRA. `settings` in the launchpad replaces keys of config.json for one run.",
@@ -92,7 +99,12 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
         )
         context.log.info(_summary(result))
         seen = upstream_metadata(
-            context, (lane_key(project, dataset, "dataset") for dataset in project.datasets), METADATA_ENTRY
+            context,
+            (
+                lane_key(project, dataset, "dataset")
+                for dataset in (*project.datasets, *project.mask_datasets)
+            ),
+            METADATA_ENTRY,
         )
         yield dg.MaterializeResult(
             value=result,

@@ -178,7 +178,7 @@ def _examine(project: Project | BrokenProject, hardware: Hardware, set_only: boo
         return _show_error(error, console)
     for warning in project.warnings:
         console.print(f"[yellow]warning[/] {escape(warning)}")
-    for dataset in project.datasets:
+    for dataset in (*project.datasets, *project.mask_datasets):
         if lack := _lack(dataset):
             console.print(f"[yellow]warning[/] {escape(dataset.id)}: {escape(lack)}", soft_wrap=True)
     console.print(_datasets_table(project))
@@ -229,6 +229,10 @@ def _datasets_table(project: Project) -> Table:
     )
     for dataset in project.datasets:
         use = "train" if dataset.dataset_type == "image" else "eval"
+        if dataset.is_regularisation_data:
+            use = "preserve"
+        if dataset.conditioning_data is not None:
+            use += f", masked by {escape(dataset.conditioning_data)}"
         captions = dataset.caption_strategy
         table.add_row(
             escape(dataset.id),
@@ -239,6 +243,8 @@ def _datasets_table(project: Project) -> Table:
             captions,
             str(dataset.repeats),
         )
+    for dataset in project.mask_datasets:
+        table.add_row(escape(dataset.id), dataset.conditioning_type, dataset.type, "", "", "", "")
     return table
 
 

@@ -56,7 +56,7 @@ def lies_elsewhere(project: Project) -> bool:
     return any(
         dataset.type != "local"
         and not (dataset.type == "huggingface" and re.fullmatch("[0-9a-f]{40}", dataset.revision or ""))
-        for dataset in project.datasets
+        for dataset in (*project.datasets, *project.mask_datasets)
     )
 
 
@@ -67,7 +67,7 @@ def project_fingerprint(project: Project, folders: Mapping[str, str] | None = No
     """
     datasets = [
         complete_caption_settings(dataset, project.text_embeds_of(dataset), project.training.seed)
-        for dataset in project.datasets
+        for dataset in (*project.datasets, *project.mask_datasets)
     ]
     if folders is None:
         folders = {

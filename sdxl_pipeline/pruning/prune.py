@@ -21,7 +21,7 @@ from sdxl_pipeline.store.places import Places
 Progress = Callable[[str, int, int], None]
 
 YOUNG_SECONDS = 3600.0
-_KEPT_TABLE = re.compile(r"(rows|captions)-[0-9a-f]{16}\.parquet")
+_KEPT_TABLE = re.compile(r"(rows|captions|masks)-[0-9a-f]{16}\.parquet")
 _DOWNLOAD = re.compile(r".+-[0-9a-f]{12}")
 
 

@@ -90,11 +90,12 @@ def _note_broken(found: References, project: BrokenProject) -> None:
 
 
 def _note_settings(found: References, places: Places, project: Project) -> None:
-    names = frozenset(dataset.asset_name for dataset in project.datasets)
+    datasets = (*project.datasets, *project.mask_datasets)
+    names = frozenset(dataset.asset_name for dataset in datasets)
     others = found.projects.get(project.name, frozenset())
     # Of two projects of one name, in two folders, both are meant.
     found.projects[project.name] = None if others is None else names | others
-    for dataset in project.datasets:
+    for dataset in datasets:
         found.keys.setdefault(places.latent_store_root(dataset).resolve(), [])
         if dataset.type != "local" and found.sources is not None:
             found.sources.add(data_folder(dataset, places.sources).parent)

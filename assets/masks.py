@@ -1,0 +1,172 @@
+"""Masks: every file of a dataset of masks, and which picture each belongs to. No latent depends on them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pandas as pd
+
+from assets.checks import result, specs
+from assets.data_checks import files_accounted_for
+from assets.dataset import Launchpad, scan_files, source_of
+from assets.failures import told_to_the_user
+from assets.keys import lane_key, version
+from assets.show import NAMES_SHOWN, dropped_table, picture
+from resources.storage import Storage
+from sdxl_pipeline.images.decoding import UnreadableImage
+from sdxl_pipeline.images.digests import dataset_digest
+from sdxl_pipeline.images.fingerprint import METADATA_ENTRY, dataset_fingerprint
+from sdxl_pipeline.images.masks import MaskPairs, overlaid, pair_masks
+from sdxl_pipeline.images.pictures import contact_sheet
+from sdxl_pipeline.project.datasets import ImageDataset, MaskKind
+from sdxl_pipeline.project.project import Project
+from sdxl_pipeline.store.digest import digest_json
+
+CODE = "1"
+SOURCE = {"type", "instance_data_dir", "url", "aws_bucket_name", "aws_data_prefix", "aws_endpoint_url"}
+SAMPLES = 12
+
+
+def build_mask_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefinition:
+    """`<project>/<masks>/dataset`."""
+    key = lane_key(project, entry, "dataset")
+
+    @dg.asset(
+        key=key,
+        group_name=project.name,
+        kinds={"pandas"},
+        code_version=version(CODE, entry.model_dump(mode="json", include=SOURCE)),
+        check_specs=specs(
+            key,
+            usable_masks="At least one mask can be read.",
+            files_accounted_for="Files found = kept + dropped, each once, and every dropped one has a reason.",
+        ),
+        description=f"Every file of {source_of(entry)}: a mask, or dropped with a reason.",
+    )
+    def mask_dataset(context: dg.AssetExecutionContext, storage: Storage, config: Launchpad) -> Iterator[Any]:
+        with told_to_the_user():
+            fingerprint = dataset_fingerprint(entry)  # before the scan, as that of pictures
+            scanned, told = scan_files(context, storage, project, entry, config.verify or entry.verify)
+        kept = scanned[scanned["status"] == "kept"]
+        context.log.info(f"{len(scanned)} files found, {len(kept)} masks.")
+        yield dg.MaterializeResult(
+            value=scanned,
+            # names count, since they say which picture a mask belongs to
+            data_version=dg.DataVersion(
+                digest_json([dataset_digest(scanned), sorted(kept["path"] + "/" + kept["key"])])
+            ),
+            metadata={
+                "found": len(scanned),
+                "kept": len(kept),
+                "bytes": int(kept["size"].sum()),
+                "dropped": dropped_table(scanned[scanned["status"] == "dropped"]),
+                METADATA_ENTRY: fingerprint,
+                **told,
+            },
+            check_results=[
+                result("usable_masks", len(kept) > 0, f"{len(kept)} of {len(scanned)} files are masks."),
+                files_accounted_for(scanned, kept),
+            ],
+        )
+
+    return mask_dataset
+
+
+def build_masks(project: Project, dataset: ImageDataset, entry: ImageDataset) -> dg.AssetsDefinition:
+    """`<project>/<dataset>/masks`: the masks of `entry` as those of the pictures of `dataset`."""
+    key = lane_key(project, dataset, "masks")
+    kind = kind_of(entry)
+
+    @dg.asset(
+        key=key,
+        group_name=project.name,
+        kinds={"pandas"},
+        ins={
+            "scanned": dg.AssetIn(key=lane_key(project, dataset, "dataset"), dagster_type=pd.DataFrame),
+            "found": dg.AssetIn(key=lane_key(project, entry, "dataset"), dagster_type=pd.DataFrame),
+        },
+        code_version=version(CODE, [kind, dataset.missing_masks]),
+        check_specs=specs(
+            key,
+            masks_paired="Every picture has a mask of its own shape, unless missing_masks lets it be trained whole.",
+            may_lack_a_picture="Every mask belongs to a picture that is trained.",
+        ),
+        description=f"Which picture of {dataset.id} is masked by which file of {entry.id}: white is learned, black is ignored.",
+    )
+    def masks(
+        context: dg.AssetExecutionContext, storage: Storage, scanned: pd.DataFrame, found: pd.DataFrame
+    ) -> Iterator[Any]:
+        paired = pair_masks(scanned, found)
+        context.log.info(
+            f"{len(paired.pairs)} pictures with a mask, {len(paired.without)} without, {len(paired.unused)} files that are no picture's mask."
+        )
+        shown = _overlays(paired.pairs, storage.data_dir(dataset), storage.data_dir(entry), kind)
+        yield dg.MaterializeResult(
+            value=paired.pairs,
+            data_version=dg.DataVersion(digest_json([kind, paired.digest()])),
+            metadata={
+                "masked": len(paired.pairs),
+                "without_mask": dropped_table(paired.without),
+                "unused": dropped_table(paired.unused),
+                **shown,
+            },
+            check_results=[_paired(paired, dataset), _used(paired)],
+        )
+
+    return masks
+
+
+def kind_of(entry: ImageDataset) -> MaskKind:
+    """How the masks of an entry are read; the settings have it for every one."""
+    if entry.conditioning_type is None:
+        raise AssertionError(f"{entry.id} has no conditioning_type")
+    return entry.conditioning_type
+
+
+def _paired(paired: MaskPairs, dataset: ImageDataset) -> dg.AssetCheckResult:
+    refuses = dataset.missing_masks == "refuse"
+    faulty = paired.without if refuses else paired.refused
+    told = [f"{path}: {reason}" for path, reason in zip(faulty["path"], faulty["reason"], strict=True)]
+    remedy = (
+        " Add the masks (all white to learn everything)"
+        + (
+            ', or write "missing_masks": "unmasked" to train pictures that have none whole.'
+            if refuses
+            else "."
+        )
+        if told
+        else ""
+    )
+    return result(
+        "masks_paired",
+        not told,
+        f"{len(paired.pairs)} pictures have a mask, {len(paired.without)} have none{_named(told)}.{remedy}",
+    )
+
+
+def _used(paired: MaskPairs) -> dg.AssetCheckResult:
+    told = [
+        f"{path}: {reason}"
+        for path, reason in zip(paired.unused["path"], paired.unused["reason"], strict=True)
+    ]
+    return result("may_lack_a_picture", not told, f"{len(told)} files are no picture's mask{_named(told)}.")
+
+
+def _named(told: list[str]) -> str:
+    more = f", and {len(told) - NAMES_SHOWN} more" if len(told) > NAMES_SHOWN else ""
+    return f" ({'; '.join(told[:NAMES_SHOWN])}{more})" if told else ""
+
+
+def _overlays(pairs: pd.DataFrame, pictures: Path, masks: Path, kind: MaskKind) -> dict[str, Any]:
+    """Some of the pictures with what is ignored in red."""
+    shown, names = [], []
+    for row in pairs.iloc[:: max(1, len(pairs) // SAMPLES)].head(SAMPLES).itertuples():
+        try:
+            shown.append(overlaid(pictures / str(row.path), masks / str(row.mask_path), kind))
+        except UnreadableImage:  # changed since the scan: the training says so, with its name
+            continue
+        names.append(str(row.path))
+    if not shown:
+        return {}
+    return {"sample": picture(contact_sheet(shown, names), "pictures, what their masks ignore in red")}
