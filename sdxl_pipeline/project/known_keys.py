@@ -70,7 +70,7 @@ TRAINING: Final = Vocabulary(
     later={
         **_off(
             (False, None),
-            """use_dora use_ema diff2flow_enabled diff2flow_loss offset_noise use_soft_min_snr rescale_betas_zero_snr
+            """use_ema diff2flow_enabled diff2flow_loss offset_noise use_soft_min_snr rescale_betas_zero_snr
             train_text_encoder controlnet control refiner_training urepa_enabled xm_enabled
             push_checkpoints_to_hub
             validation_using_datasets
@@ -80,7 +80,7 @@ TRAINING: Final = Vocabulary(
         ),
         **_off(
             (None, ""),
-            """init_lora publishing_config distillation_method validation_input
+            """publishing_config distillation_method validation_input
             validation_adapter_path validation_adapter_config validation_guidance_skip_layers
             timestep_bias_strategy deepspeed_config accelerate_config optimizer_cpu_offload_method
             quantization_config pretrained_unet_model_name_or_path assistant_lora_path custom_tracker post_checkpoint_script
@@ -89,15 +89,20 @@ TRAINING: Final = Vocabulary(
         **_off(
             (None, 0),
             """scheduled_sampling_max_step_offset noise_offset input_perturbation
-            checkpoint_epoch_interval validate_after_step validate_after_epoch
-            checkpointing_rolling_steps gradient_checkpointing_interval gradient_checkpointing_segment_stride
-            disk_low_threshold prodigy_steps""",
+            validate_after_step validate_after_epoch
+            gradient_checkpointing_interval gradient_checkpointing_segment_stride
+            prodigy_steps""",
         ),
         **_off(("no_change", None), "text_encoder_1_precision text_encoder_2_precision"),
         "loss_type": Later(("l2",)),
         "snr_weight": Later((1.0,)),
-        "lora_init_type": Later(("default", True)),
+        "disk_low_script": Later((None, ""), "write stop or wait in disk_low_action: no script is run here"),
         "lora_format": Later(("diffusers",)),
+        "validation_lycoris_strength": Later(
+            (1.0, None), "write 1.0: pictures are drawn with the adapter as its file holds it"
+        ),
+        "init_lora_step": Later((None, 0)),
+        "init_lora_ema": Later((None, "")),
         "peft_lora_mode": Later(("standard",)),
         "dynamo_backend": Later(("no", None)),
         "context_parallel_size": Later((1, None)),
@@ -127,7 +132,6 @@ TRAINING: Final = Vocabulary(
     },
     later_values={
         "model_flavour": _names("refiner-1.0 base-0.9 refiner-0.9"),
-        "lora_type": _names("lycoris"),
         "optimizer": _names("soap muon"),
         "base_model_precision": _PRECISIONS,
         "mixed_precision": _names("fp8"),
@@ -140,14 +144,13 @@ TRAINING: Final = Vocabulary(
         ),
         "report_to": _names("simpletuner trackio swanlab comet_ml custom-tracker all"),
         "caption_strategy": _names("webshart"),
+        "disk_low_action": _names("script"),
     },
     idle={
         **_tunes(
             "use_ema",
             "ema_decay ema_device ema_cpu_only ema_update_interval ema_foreach_disable ema_warmup_steps ema_validation",
         ),
-        **_tunes("lora_type", "lycoris_config init_lokr_norm validation_lycoris_strength"),
-        **_tunes("init_lora", "init_lora_step init_lora_ema"),
         **_tunes("peft_lora_mode", "singlora_ramp_up_steps"),
         **_tunes(
             "assistant_lora_path",
@@ -194,8 +197,6 @@ TRAINING: Final = Vocabulary(
             "controlnet",
             "controlnet_custom_config controlnet_model_name_or_path conditioning_multidataset_sampling",
         ),
-        **_tunes("checkpointing_rolling_steps", "checkpoints_rolling_total_limit"),
-        **_tunes("disk_low_threshold", "disk_low_action disk_low_script"),
         **_tunes("push_to_hub", "push_to_hub_background"),
         **_tunes("xm_enabled", "xm_candidate_count xm_training_target xm_selection_scope xm_block_size"),
         **_tunes(

@@ -13,6 +13,7 @@ from sdxl_pipeline.project.backends import read_datasets
 from sdxl_pipeline.project.checks import check_training, idle_settings
 from sdxl_pipeline.project.datasets import ImageDataset, TextEmbedsDataset, asset_name
 from sdxl_pipeline.project.json_files import read_json
+from sdxl_pipeline.project.lycoris_file import read_lycoris_file
 from sdxl_pipeline.project.keys import read_settings
 from sdxl_pipeline.project.known_keys import TRAINING
 from sdxl_pipeline.project.problems import NO_VALUE, Problem, ProjectError
@@ -149,6 +150,9 @@ def load_project(folder: Path) -> Project:
         spelled = config.spelled.get(finding.key, finding.key)
         problems.append(Problem(config_file, spelled, shown, finding.message, finding.remedy))
 
+    if training.lora_type == "lycoris" and isinstance(training.lycoris_config, str):
+        lycoris = read_lycoris_file(training.lycoris_config, folder, problems, warnings)
+        training = training.model_copy(update={"lycoris_config": lycoris})
     datasets_file = _find_datasets_file(training, folder, config_file, warnings)
     datasets = read_datasets(datasets_file, folder, training, config_file)
     problems += datasets.problems
@@ -254,6 +258,8 @@ def _complete(training: TrainingSettings, folder: Path, datasets_file: Path) -> 
     scoring_model = training.pretrained_evaluation_model_name_or_path
     if _inside(folder, scoring_model).is_dir():
         changes["pretrained_evaluation_model_name_or_path"] = str(_inside(folder, scoring_model))
+    if training.init_lora is not None and _inside(folder, training.init_lora).exists():
+        changes["init_lora"] = str(_inside(folder, training.init_lora))
     if training.push_to_hub and training.hub_model_id is None:
         changes["hub_model_id"] = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip("-._") or "sdxl-lora"
     given = training.model_fields_set

@@ -19,6 +19,12 @@ from sdxl_pipeline.project.datasets import (
 )
 from sdxl_pipeline.project.keys import literal_values
 from sdxl_pipeline.project.known_keys import IMAGES, TEXT_EMBEDS, TRAINING, Vocabulary
+from sdxl_pipeline.project.sections.lycoris import (
+    LYCORIS,
+    LycorisOverride,
+    LycorisPreset,
+    LycorisSettings,
+)
 from sdxl_pipeline.project.settings_model import SettingsModel
 from sdxl_pipeline.project.training import PROFILE_KEYS, SECTIONS
 
@@ -59,7 +65,13 @@ def settings_page() -> str:
                 for section in SECTIONS
                 for line in (f"### {(section.__doc__ or '').rstrip('.')}\n", *_table(section, TRAINING), "")
             ),
-            "## multidatabackend.json: pictures\n",
+            "## The file of lycoris_config\n",
+            *_table(LycorisSettings, LYCORIS),
+            "\n### `apply_preset`: the layers\n",
+            *_table(LycorisPreset, Vocabulary()),
+            "\n### An entry of `module_algo_map` or `name_algo_map`\n",
+            *_table(LycorisOverride, Vocabulary()),
+            "\n## multidatabackend.json: pictures\n",
             f"An entry without one of these takes it over from `config.json`: {shared}. Sizes are taken over where `resolution_type`",
             "is the same.\n",
             *_table(ImageDataset, IMAGES),
@@ -90,7 +102,12 @@ def _table(model: type[SettingsModel], vocabulary: Vocabulary) -> list[str]:
 
 def _later_table() -> list[str]:
     rows = ["| file | key | off |", "|---|---|---|"]
-    places = (("config.json", TRAINING), ("pictures", IMAGES), ("text embeddings", TEXT_EMBEDS))
+    places = (
+        ("config.json", TRAINING),
+        ("lycoris_config", LYCORIS),
+        ("pictures", IMAGES),
+        ("text embeddings", TEXT_EMBEDS),
+    )
     for place, vocabulary in places:
         for key, later in sorted(vocabulary.later.items()):
             rows.append(f"| {place} | `{key}` | `{json.dumps(later.off[0])}` |")

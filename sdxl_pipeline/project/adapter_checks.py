@@ -1,0 +1,81 @@
+"""Kinds of adapters and settings that do not go together, each with the reason."""
+
+from collections.abc import Iterator
+
+from sdxl_pipeline.project.dataset_checks import Finding
+from sdxl_pipeline.project.lycoris_file import EXAMPLE, check_lycoris
+from sdxl_pipeline.project.sections.adapter import AdapterSettings
+from sdxl_pipeline.project.sections.lycoris import LycorisSettings
+from sdxl_pipeline.project.training import TrainingSettings
+
+_STANDARD_ONLY = {
+    "lora_dropout": "dropout",
+    "lora_target_modules": "apply_preset.target_module",
+    "lora_init_type": None,
+    "use_dora": "dora_wd",
+}
+"""Keys of PEFT's LoRA, and what says the same in a LyCORIS configuration."""
+
+
+def check_adapter(training: TrainingSettings) -> Iterator[Finding]:
+    """What is wrong between the adapter's kind and the other keys."""
+    if training.lora_type == "lycoris":
+        yield from _check_lycoris_keys(training)
+    elif training.init_lokr_norm is not None:
+        yield Finding(
+            "init_lokr_norm", "is about a LoKr, and lora_type is standard", 'write "lora_type": "lycoris"'
+        )
+    quantized = training.base_model_precision not in (None, "no_change")
+    if quantized and training.use_dora:
+        yield Finding("use_dora", *_needs_whole_weights(training))
+    if (
+        quantized
+        and isinstance(training.lycoris_config, LycorisSettings)
+        and training.lora_type == "lycoris"
+        and (training.lycoris_config.dora_wd or training.lycoris_config.bypass_mode is False)
+    ):
+        yield Finding("lycoris_config", *_needs_whole_weights(training))
+
+
+def idle_adapter_settings(training: TrainingSettings) -> Iterator[str]:
+    """Settings of one kind of adapter that have no effect beside another kind."""
+    if training.lora_type == "lycoris":
+        for key in ("lora_rank", "lora_alpha"):
+            if key in training.model_fields_set and getattr(training, key) is not None:
+                yield f"{key} = {getattr(training, key):g} has no effect with lora_type lycoris; lycoris_config says it"
+    elif training.lycoris_config is not None:
+        yield "lycoris_config has no effect with lora_type standard"
+
+
+def _check_lycoris_keys(training: TrainingSettings) -> Iterator[Finding]:
+    config = training.lycoris_config
+    if config is None:
+        yield Finding(
+            "lycoris_config", "is missing, and lora_type is lycoris", f"name a JSON file that holds {EXAMPLE}"
+        )
+    for key, instead in _STANDARD_ONLY.items():
+        field = AdapterSettings.model_fields[key]
+        if getattr(training, key) != field.get_default(call_default_factory=True):
+            yield Finding(
+                key,
+                "is about lora_type standard, and would have no effect",
+                f"leave it out; {instead} in lycoris_config says it" if instead else "leave it out",
+            )
+    if not isinstance(config, LycorisSettings):
+        return
+    for finding in check_lycoris(config):
+        yield Finding("lycoris_config", f"{finding.key} {finding.message}", finding.remedy)
+    if training.init_lokr_norm is not None:
+        if training.init_lora is not None:
+            yield Finding(
+                "init_lokr_norm", "and init_lora both say how the LoKr starts", "leave one of the two out"
+            )
+        if config.algorithms != {"lokr"}:
+            yield Finding("init_lokr_norm", "is about algo lokr alone", "leave it out")
+
+
+def _needs_whole_weights(training: TrainingSettings) -> tuple[str, str]:
+    return (
+        f"needs the weights themselves at each step, and base_model_precision {training.base_model_precision} holds them in fewer bits",
+        "leave it out, or write base_model_precision no_change",
+    )
