@@ -161,6 +161,8 @@ def _read_entry(
             place, key = config_file, finding.key
         else:
             place, key = path, f"{where}{finding.key}"
+        if any(problem.key == key for problem in images.problems):
+            continue  # a value that could not be read stands there
         value = getattr(entry, finding.key)
         shown = NO_VALUE if value is None else value
         reading.problems.append(Problem(place, key, shown, finding.message, finding.remedy))
