@@ -10,8 +10,14 @@ from typing import Any
 
 import dagster as dg
 
-from sdxl_pipeline.protocol.specs import EvaluationReport, LatentCache, TextEmbedCache, TrainedLora
-from sdxl_pipeline.store.files import sha256_file
+from sdxl_pipeline.protocol.specs import (
+    SPOKEN_KINDS,
+    EvaluationReport,
+    LatentCache,
+    TextEmbedCache,
+    TrainedLora,
+)
+from sdxl_pipeline.store.files import sha256_file, sha256_path
 
 
 def specs(key: dg.AssetKey, **descriptions: str) -> list[dg.AssetCheckSpec]:
@@ -95,12 +101,14 @@ def lora_specs(key: dg.AssetKey) -> list[dg.AssetCheckSpec]:
     """Checks of a trained LoRA."""
     return specs(
         key,
-        weights_sound="The file has the recorded digest, and its tensors are finite and not all zero.",
+        weights_sound="The weights have the recorded digest, and are finite; those of an adapter are not all zero.",
     )
 
 
 def check_lora(lora: TrainedLora) -> list[dg.AssetCheckResult]:
-    """Results of `lora_specs`; reads the whole file."""
+    """Results of `lora_specs`; reads all weights."""
+    if lora.weights_kind == "unet":
+        return [_check_unet(lora)]
     import numpy as np
     from safetensors.numpy import load_file  # a LoRA is float32: no torch is needed to look at it
 
@@ -121,12 +129,24 @@ def check_lora(lora: TrainedLora) -> list[dg.AssetCheckResult]:
     ]
 
 
+def _check_unet(lora: TrainedLora) -> dg.AssetCheckResult:
+    from sdxl_pipeline.release.unet_folder import non_finite_weights
+
+    intact = sha256_path(Path(lora.weights_path)) == lora.weights_sha256
+    weights, unsound = non_finite_weights(Path(lora.weights_path))
+    return result(
+        "weights_sound",
+        intact and not unsound,
+        f"{weights} weights, digest {'as recorded' if intact else 'NOT as recorded'}, {len(unsound)} with NaN or Inf.",
+    )
+
+
 def evaluation_specs(key: dg.AssetKey) -> list[dg.AssetCheckSpec]:
     """Checks of an evaluation."""
     return specs(
         key,
-        better_than_base="The LoRA's eval loss is below the base model's.",
-        pictures_sound="No picture drawn with the LoRA is black, constant or not finite.",
+        better_than_base="The trained model's eval loss is below the base model's.",
+        pictures_sound="No picture drawn with the trained model is black, constant or not finite.",
     )
 
 
@@ -136,7 +156,7 @@ def check_evaluation(report: EvaluationReport) -> list[dg.AssetCheckResult]:
         better, message = True, "The eval loss was switched off by eval_loss_disable."
     else:
         better = report.lora_loss.mean < report.base_loss.mean
-        message = f"base {report.base_loss.mean:.4f}, LoRA {report.lora_loss.mean:.4f} on {report.eval_images} pictures ({report.eval_source})."
+        message = f"base {report.base_loss.mean:.4f}, {SPOKEN_KINDS[report.weights_kind]} {report.lora_loss.mean:.4f} on {report.eval_images} pictures ({report.eval_source})."
     broken = "; ".join(f"{item.name}: {item.reason}" for item in report.broken_images)
     return [
         result("better_than_base", better, message),

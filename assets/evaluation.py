@@ -15,7 +15,13 @@ from resources.launcher import LocalLauncher
 from resources.storage import Storage
 from sdxl_pipeline.evaluation.identity import LOOKED_AT
 from sdxl_pipeline.project.project import Project
-from sdxl_pipeline.protocol.specs import ClipSummary, EvaluateSpec, EvaluationReport, TrainedLora
+from sdxl_pipeline.protocol.specs import (
+    SPOKEN_KINDS,
+    ClipSummary,
+    EvaluateSpec,
+    EvaluationReport,
+    TrainedLora,
+)
 from sdxl_pipeline.release.export import REPORT_FILE
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 
@@ -77,7 +83,7 @@ def build_evaluation(project: Project) -> dg.AssetsDefinition:
         )
         if report.reused:
             context.log.info(
-                "The same LoRA, pictures and settings were evaluated before: the report is reused."
+                "The same weights, pictures and settings were evaluated before: the report is reused."
             )
         yield dg.MaterializeResult(
             value=report,
@@ -91,12 +97,15 @@ def build_evaluation(project: Project) -> dg.AssetsDefinition:
 
 def _metadata(report: EvaluationReport) -> dict[str, Any]:
     base, lora = report.base_loss, report.lora_loss
-    scores: list[tuple[str, ClipSummary | None]] = [("base", report.base_clip), ("LoRA", report.lora_clip)]
+    scores: list[tuple[str, ClipSummary | None]] = [
+        ("base", report.base_clip),
+        (SPOKEN_KINDS[report.weights_kind], report.lora_clip),
+    ]
     rows = [(name, clip.min, clip.mean, clip.max, clip.std) for name, clip in scores if clip]
     header = ("CLIP score", "minimum", "mean", "maximum", "standard deviation")
     return present(
         {
-            "gallery": picture(report.gallery_path, "base beside LoRA"),
+            "gallery": picture(report.gallery_path, f"base beside {SPOKEN_KINDS[report.weights_kind]}"),
             "eval_loss_base": base.mean if base else None,
             "eval_loss_lora": lora.mean if lora else None,
             "eval_loss_ratio": lora.mean / base.mean if base and lora else None,

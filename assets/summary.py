@@ -12,6 +12,7 @@ from assets.keys import lane_key, project_key
 from sdxl_pipeline.definitions import build_definitions
 from sdxl_pipeline.project.project import Project, discover_projects
 from sdxl_pipeline.protocol.specs import (
+    SPOKEN_KINDS,
     EvaluationReport,
     HubRelease,
     LatentCache,
@@ -66,10 +67,11 @@ def load_results(project: Project) -> Results:
 def work_done(results: Results) -> list[str]:
     """Sentences on what was encoded, trained and measured, and what was reused."""
     lora, report = results.lora, results.report
+    called = SPOKEN_KINDS[lora.weights_kind]
     lines = [
         f"latents: {sum(c.encoded for c in results.latents)} encoded, {sum(c.reused for c in results.latents)} reused",
         f"captions: {sum(c.encoded for c in results.texts)} encoded, {sum(c.reused for c in results.texts)} reused",
-        "training: nothing to do, this LoRA was finished before"
+        f"training: nothing to do, this {called} was finished before"
         if lora.reused
         else f"training: {lora.steps} steps in {lora.seconds:.0f} s",
     ]
@@ -77,7 +79,7 @@ def work_done(results: Results) -> list[str]:
         again = ", measured before" if report.reused else ""
         lines.append(
             f"eval loss on {report.eval_images} pictures ({report.eval_source}{again}): "
-            f"base {report.base_loss.mean:.4f}, LoRA {report.lora_loss.mean:.4f}"
+            f"base {report.base_loss.mean:.4f}, {called} {report.lora_loss.mean:.4f}"
         )
     return lines
 
@@ -86,7 +88,7 @@ def places(results: Results) -> list[tuple[str, str]]:
     """(what, path) of what a person wants to open, relative to the working directory where the files lie below it."""
     return [
         ("before and after", _short(results.report.gallery_path)),
-        ("LoRA", _short(results.lora.weights_path)),
+        (SPOKEN_KINDS[results.lora.weights_kind], _short(results.lora.weights_path)),
         ("report", _short(results.report.report_path)),
         ("release", results.release.url or _short(results.release.folder)),
     ]

@@ -1,27 +1,20 @@
-"""The evaluation itself: eval loss, gallery and CLIP score of a LoRA beside its base model's.
-
-The LoRA is loaded from its exported file by diffusers' own loader, as its users will load it: a file that does not load back fails here.
-"""
+"""The evaluation itself: eval loss, gallery and CLIP score of what was trained beside its base model's."""
 
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.utils import logging as diffusers_logging
-from peft import get_peft_model_state_dict
-from safetensors import safe_open
-
 from sdxl_pipeline.evaluation.clip_score import ClipScorer, summarize
 from sdxl_pipeline.evaluation.comparison import Pair, comparison_sheet
-from sdxl_pipeline.evaluation.gallery import Drawing, Shot, draw, plan_caption_shots, plan_shots
+from sdxl_pipeline.evaluation.gallery import Drawing, draw, plan_caption_shots, plan_shots
 from sdxl_pipeline.evaluation.report import change_since, figures, plot_losses, write_report
 from sdxl_pipeline.evaluation.scoring_model import scoring_model_folder, scoring_model_name
+from sdxl_pipeline.evaluation.subject import Subject, load_subject
 from sdxl_pipeline.protocol.program import StageError, StopSignal
 from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.protocol.specs import (
+    SPOKEN_KINDS,
     ClipSummary,
     EvaluateSpec,
     EvaluationReport,
@@ -29,10 +22,7 @@ from sdxl_pipeline.protocol.specs import (
     LossSummary,
     ValidationImage,
 )
-from sdxl_pipeline.sdxl.adapters import adapted_module_names
-from sdxl_pipeline.sdxl.components import load_noise_scheduler, load_unet
-from sdxl_pipeline.sdxl.drawing import drawing_pipeline
-from sdxl_pipeline.sdxl.precision import dtype_from_name
+from sdxl_pipeline.sdxl.components import load_noise_scheduler
 from sdxl_pipeline.store.files import atomic_path
 from sdxl_pipeline.training.batches import BatchReader
 from sdxl_pipeline.training.eval_loss import eval_loss, eval_timesteps
@@ -42,15 +32,13 @@ from sdxl_pipeline.training.objective import Objective
 from sdxl_pipeline.training.on_demand import OnDemandEncoders
 from sdxl_pipeline.training.samples import Samples
 
-ADAPTER = "evaluated"
-
 
 @dataclass(frozen=True)
 class Work:
     """What every part of the evaluation needs."""
 
     spec: EvaluateSpec
-    pipeline: StableDiffusionXLPipeline
+    subject: Subject
     reader: BatchReader
     samples: Samples
     reporter: Reporter
@@ -58,9 +46,9 @@ class Work:
 
 
 def evaluate(spec: EvaluateSpec, identity: str, reporter: Reporter, stop: StopSignal) -> EvaluationReport:
-    """Measure a LoRA against its base model, and write the report, which bears `identity`.
+    """Measure what was trained against its base model, and write the report, which bears `identity`.
 
-    Raises StageError when there is nothing to evaluate on, no scoring model, or a LoRA file that does not load back.
+    Raises StageError when there is nothing to evaluate on, no scoring model, or weights that do not load back.
     """
     started = time.monotonic()
     settings = spec.settings
@@ -84,25 +72,27 @@ def _measure(
     """The report; its seconds count from `started`."""
     spec, settings, reporter, samples = work.spec, work.spec.settings, work.reporter, work.samples
     output_dir = Path(spec.output_dir)
+    called = SPOKEN_KINDS[spec.lora.weights_kind]
     base_loss = lora_loss = None
     loss_plot_path = output_dir / "loss_by_timestep.png"
     if not settings.eval_loss_disable:
         base_loss, lora_loss = measure_losses(work)
-        plot_losses(base_loss, lora_loss, loss_plot_path)
-        reporter.image("loss_by_timestep", loss_plot_path, "Eval loss of the base model and the LoRA")
-        reporter.log(f"Eval loss: base model {base_loss.mean:.5f}, LoRA {lora_loss.mean:.5f}.")
+        plot_losses(base_loss, lora_loss, called, loss_plot_path)
+        reporter.image("loss_by_timestep", loss_plot_path, f"Eval loss of the base model and the {called}")
+        reporter.log(f"Eval loss: base model {base_loss.mean:.5f}, {called} {lora_loss.mean:.5f}.")
 
     drawings = draw_gallery(work)
     images, gallery_path = save_gallery(work, drawings)
     base_clip = lora_clip = None
     if clip_folder is not None:
         base_clip, lora_clip = score_gallery(clip_folder, spec.hardware.device, drawings)
-        reporter.log(f"CLIP score: base model {base_clip.mean:.2f}, LoRA {lora_clip.mean:.2f}.")
+        reporter.log(f"CLIP score: base model {base_clip.mean:.2f}, {called} {lora_clip.mean:.2f}.")
 
     previous = Path(spec.previous_report_path) if spec.previous_report_path else None
     report = EvaluationReport(
         identity=identity,
         reused=False,
+        weights_kind=spec.lora.weights_kind,
         lora_sha256=spec.lora.weights_sha256,
         eval_source=source,
         eval_images=len(samples),
@@ -126,106 +116,52 @@ def _measure(
     return report
 
 
-def load_subject(spec: EvaluateSpec) -> StableDiffusionXLPipeline:
-    """The base model's pipeline, without text encoders, with the exported LoRA loaded into it and switched on.
-
-    Raises StageError when the file does not change as many layers as were trained.
-    """
-    weights = Path(spec.lora.weights_path)
-    dtype = dtype_from_name(spec.settings.mixed_precision or spec.hardware.mixed_precision)
-    vae_dtype = dtype_from_name(spec.settings.vae_dtype or spec.hardware.vae_dtype)
-    unet = load_unet(spec.base_model, dtype).to(spec.hardware.device).eval()
-    pipeline = drawing_pipeline(spec.base_model, unet, vae_dtype, spec.settings.prediction_type)
-    with _quiet_diffusers():
-        pipeline.load_lora_weights(
-            weights.parent,
-            weight_name=weights.name,
-            adapter_name=ADAPTER,
-            use_safetensors=True,
-            local_files_only=True,
-        )
-    _require_whole(unet, weights, spec.lora.adapted_modules)
-    return pipeline
-
-
-@contextmanager
-def _quiet_diffusers() -> Iterator[None]:
-    """Its loader warns that the file holds nothing for the text encoders; what it might warn of besides is checked after it."""
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(verbosity)
-
-
-def _require_whole(unet: UNet2DConditionModel, weights: Path, trained_modules: int) -> None:
-    """Diffusers only warns of tensors it finds no place for, or that a layer lacks."""
-    loaded = {f"unet.{name}" for name in get_peft_model_state_dict(unet, adapter_name=ADAPTER)}
-    with safe_open(weights, framework="pt") as file:
-        stored = set(file.keys())
-    if loaded != stored:
-        astray = sorted(loaded ^ stored)
-        raise StageError(f"{weights} does not load back whole: {len(astray)} tensors differ, as {astray[0]}")
-    if (adapted := len(adapted_module_names(unet))) != trained_modules:
-        raise StageError(
-            f"{weights} does not load back whole: it adapts {adapted} layers, but {trained_modules} were trained"
-        )
-
-
-@contextmanager
-def without_lora(unet: UNet2DConditionModel) -> Iterator[None]:
-    """The UNet as the base model has it."""
-    unet.disable_adapters()
-    try:
-        yield
-    finally:
-        unet.enable_adapters()
-
-
 def measure_losses(work: Work) -> tuple[LossSummary, LossSummary]:
-    """Eval loss of the base model and of the LoRA, on the same pictures, timesteps and noise."""
-    spec, unet = work.spec, work.pipeline.unet
+    """Eval loss of the base model and of what was trained, on the same pictures, timesteps and noise."""
+    spec, pipeline = work.spec, work.subject.pipeline
     scheduler = load_noise_scheduler(spec.base_model)
     objective = Objective(
         alphas_cumprod=scheduler.alphas_cumprod.float(),
         prediction_type=spec.settings.prediction_type or scheduler.config.prediction_type,
     )
     timesteps = eval_timesteps(spec.settings.eval_timesteps, scheduler.config.num_train_timesteps)
-    pictures = read_pictures(work.samples, work.reader, work.pipeline.vae.config.scaling_factor)
+    pictures = read_pictures(work.samples, work.reader, pipeline.vae.config.scaling_factor)
 
     def measure(name: str) -> LossSummary:
         def on_batch(done: int, total: int) -> None:
             work.reporter.progress(f"eval loss, {name}", done, total, "pairs")
             work.stop.raise_if_requested()
 
-        return eval_loss(unet, objective, pictures, timesteps, spec.settings.train_batch_size, on_batch)
+        return eval_loss(
+            pipeline.unet, objective, pictures, timesteps, spec.settings.train_batch_size, on_batch
+        )
 
-    with without_lora(unet):
+    with work.subject.base():
         base = measure("base model")
-    return base, measure("LoRA")
+    return base, measure(SPOKEN_KINDS[spec.lora.weights_kind])
 
 
 def draw_gallery(work: Work) -> list[tuple[Drawing, Drawing]]:
-    """(base model's, LoRA's) picture of every shot: of the validation prompts, or of some captions where there are none."""
-    spec, pipeline = work.spec, work.pipeline
+    """(base model's, trained model's) picture of every shot: of the validation prompts, or of some captions where there are none."""
+    spec, pipeline = work.spec, work.subject.pipeline
     zeros = bool(pipeline.config.force_zeros_for_empty_prompt)
     if spec.prompts:
         shots = plan_shots(spec.prompts, spec.settings, work.reader, zeros)
     else:
         shots = plan_caption_shots(work.samples, spec.lanes, spec.settings, work.reader, zeros)
 
-    def picture(shot: Shot) -> Drawing:
-        return draw(pipeline, shot, spec.settings, work.stop.raise_if_requested)
+    def pictures(already: int) -> list[Drawing]:
+        drawings = []
+        for done, shot in enumerate(shots, already):
+            work.reporter.progress("gallery", done, 2 * len(shots), "pictures")
+            drawings.append(draw(pipeline, shot, spec.settings, work.stop.raise_if_requested))
+        return drawings
 
-    drawings = []
-    for done, shot in enumerate(shots):
-        work.reporter.progress("gallery", done, len(shots), "prompts")
-        with without_lora(pipeline.unet):
-            before = picture(shot)
-        drawings.append((before, picture(shot)))
-    work.reporter.progress("gallery", len(shots), len(shots), "prompts")
-    return drawings
+    with work.subject.base():
+        before = pictures(0)
+    after = pictures(len(shots))
+    work.reporter.progress("gallery", 2 * len(shots), 2 * len(shots), "pictures")
+    return list(zip(before, after, strict=True))
 
 
 def save_gallery(
@@ -233,6 +169,7 @@ def save_gallery(
 ) -> tuple[tuple[ValidationImage, ...], Path]:
     """Write every picture, those of the base model as step 0, and the sheet that shows them side by side."""
     output_dir, steps = Path(work.spec.output_dir), work.spec.lora.steps
+    called = SPOKEN_KINDS[work.spec.lora.weights_kind]
     images = []
     for before, after in drawings:
         for drawing, folder, step in ((before, "base", 0), (after, "lora", steps)):
@@ -242,19 +179,19 @@ def save_gallery(
                 ValidationImage(step=step, name=shot.name, prompt=shot.prompt, path=str(path), seed=shot.seed)
             )
         if after.fault is not None:
-            work.reporter.log(f"The LoRA's picture {after.shot.name} is broken: {after.fault}.")
+            work.reporter.log(f"The {called}'s picture {after.shot.name} is broken: {after.fault}.")
     pairs = [Pair(before.image, after.image, after.shot.prompt) for before, after in drawings]
     gallery_path = output_dir / "gallery.png"
     with atomic_path(gallery_path) as temporary:
-        comparison_sheet(pairs, ("base model", f"LoRA, {steps} steps")).save(temporary, format="PNG")
-    work.reporter.image("gallery", gallery_path, "Base model beside LoRA", step=steps)
+        comparison_sheet(pairs, ("base model", f"{called}, {steps} steps")).save(temporary, format="PNG")
+    work.reporter.image("gallery", gallery_path, f"Base model beside {called}", step=steps)
     return tuple(images), gallery_path
 
 
 def score_gallery(
     clip_folder: Path, device: str, drawings: list[tuple[Drawing, Drawing]]
 ) -> tuple[ClipSummary, ClipSummary]:
-    """CLIP score of the base model's and of the LoRA's pictures."""
+    """CLIP score of the base model's and of the trained model's pictures."""
     scorer = ClipScorer(clip_folder, device)
     prompts = [before.shot.prompt for before, _ in drawings]
     base = summarize(scorer.scores([before.image for before, _ in drawings], prompts))

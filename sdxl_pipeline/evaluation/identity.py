@@ -7,7 +7,7 @@ from sdxl_pipeline.evaluation.scoring_model import scoring_model_name
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import EvaluateSpec, TrainedLora
 from sdxl_pipeline.store.digest import digest_json
-from sdxl_pipeline.store.files import sha256_file
+from sdxl_pipeline.store.files import sha256_path
 from sdxl_pipeline.training.eval_samples import choose_samples
 
 CODE_VERSION = 2
@@ -39,7 +39,7 @@ TRAINED_WITH: Final = frozenset(
 def evaluation_identity(spec: EvaluateSpec) -> str:
     """Hex SHA-256: the same again means the same report, but for the comparison with the release before it.
 
-    Raises StageError when the LoRA's file is not the one that was trained.
+    Raises StageError when the weights are not those that were trained.
     """
     _require_weights(spec.lora)
     source, samples = choose_samples(spec.lanes, spec.settings)
@@ -59,9 +59,9 @@ def evaluation_identity(spec: EvaluateSpec) -> str:
 
 def _require_weights(lora: TrainedLora) -> None:
     weights = Path(lora.weights_path)
-    if not weights.is_file():
+    if not weights.exists():
         raise StageError(f"{weights} is gone; materialize lora again")
-    if sha256_file(weights) != lora.weights_sha256:
+    if sha256_path(weights) != lora.weights_sha256:
         raise StageError(
-            f"{weights} is not the file that the training wrote: its SHA-256 differs. Materialize lora again"
+            f"{weights} is not what the training wrote: its SHA-256 differs. Materialize lora again"
         )

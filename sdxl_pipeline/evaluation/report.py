@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdxl_pipeline.protocol.specs import ClipSummary, EvaluationReport, LossSummary
+from sdxl_pipeline.protocol.specs import SPOKEN_KINDS, ClipSummary, EvaluationReport, LossSummary
 from sdxl_pipeline.store.files import atomic_path, write_text_atomic
 
 BASE_COLOUR, LORA_COLOUR = "#8a8a8a", "#1f5fa8"
@@ -15,13 +15,13 @@ WIDE_RANGE = 5
 
 FIGURE_NAMES = {
     "base_loss": "Eval loss, base model",
-    "lora_loss": "Eval loss, LoRA",
-    "loss_ratio": "Eval loss, LoRA / base model",
+    "lora_loss": "Eval loss, {trained}",
+    "loss_ratio": "Eval loss, {trained} / base model",
     "base_clip_mean": "CLIP score, base model, mean",
-    "lora_clip_mean": "CLIP score, LoRA, mean",
-    "lora_clip_min": "CLIP score, LoRA, lowest",
+    "lora_clip_mean": "CLIP score, {trained}, mean",
+    "lora_clip_min": "CLIP score, {trained}, lowest",
 }
-"""Every figure that two reports can be compared by, and what people call it."""
+"""Every figure that two reports can be compared by, and what people call it; `trained` is one of SPOKEN_KINDS."""
 
 
 def figures(
@@ -39,6 +39,11 @@ def figures(
         found["base_clip_mean"], found["lora_clip_mean"] = base_clip.mean, lora_clip.mean
         found["lora_clip_min"] = lora_clip.min
     return found
+
+
+def figure_name(name: str, report: EvaluationReport) -> str:
+    """What people call a figure of a report."""
+    return FIGURE_NAMES[name].format(trained=SPOKEN_KINDS[report.weights_kind])
 
 
 def report_figures(report: EvaluationReport) -> dict[str, float]:
@@ -71,7 +76,7 @@ def portable(report: EvaluationReport, scoring_model: str | None) -> dict[str, A
         },
     )
     found = report_figures(report)
-    names = {name: FIGURE_NAMES[name] for name in found}
+    names = {name: figure_name(name, report) for name in found}
     words = {"figure_names": names, "measurement": describe_measurement(report, scoring_model)}
     return {"figures": found, **words, **kept}
 
@@ -90,7 +95,8 @@ def markdown(report: EvaluationReport, project: str, scoring_model: str | None) 
     def link(path: str) -> str:
         return Path(os.path.relpath(path, folder)).as_posix()
 
-    parts = [f"# Evaluation of {project}\n", f"![base model beside LoRA]({link(report.gallery_path)})\n"]
+    called = SPOKEN_KINDS[report.weights_kind]
+    parts = [f"# Evaluation of {project}\n", f"![base model beside {called}]({link(report.gallery_path)})\n"]
     if report.broken_images:
         parts.append("**Broken pictures:**\n")
         parts.append("".join(f"- {item.name}: {item.reason}\n" for item in report.broken_images))
@@ -100,7 +106,7 @@ def markdown(report: EvaluationReport, project: str, scoring_model: str | None) 
         parts.append("## Eval loss by timestep\n")
         if report.loss_plot_path is not None:
             parts.append(f"![eval loss by timestep]({link(report.loss_plot_path)})\n")
-        parts.append(loss_table(report.base_loss, report.lora_loss))
+        parts.append(loss_table(report.base_loss, report.lora_loss, called))
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -113,7 +119,7 @@ def figures_table(report: EvaluationReport) -> str:
     lines = ["| figure | value |" + (" change since the last release |" if compared else "")]
     lines.append("|---|---:|" + ("---:|" if compared else ""))
     for name, value in found.items():
-        row = f"| {FIGURE_NAMES[name]} | {value:.4g} |"
+        row = f"| {figure_name(name, report)} | {value:.4g} |"
         if compared:
             change = report.change_since_release.get(name)
             row += f" {change:+.3g} |" if change is not None else " |"
@@ -128,7 +134,7 @@ def describe_measurement(report: EvaluationReport, scoring_model: str | None) ->
         source = {
             "eval dataset": "of the eval datasets",
             "held-out share": "held out of the training",
-            "training pictures": "**the LoRA was trained on** (there is neither an eval dataset nor a held-out share)",
+            "training pictures": f"**the {SPOKEN_KINDS[report.weights_kind]} was trained on** (there is neither an eval dataset nor a held-out share)",
         }[report.eval_source]
         sentences.append(
             f"The eval loss is the mean squared error of the denoising prediction over {report.eval_images} pictures {source} and "
@@ -142,16 +148,16 @@ def describe_measurement(report: EvaluationReport, scoring_model: str | None) ->
     return " ".join(sentences)
 
 
-def loss_table(base: LossSummary, lora: LossSummary) -> str:
+def loss_table(base: LossSummary, lora: LossSummary, called: str) -> str:
     """Eval loss by timestep as a Markdown table."""
-    lines = ["| timestep | base model | LoRA | change |", "|---:|---:|---:|---:|"]
+    lines = [f"| timestep | base model | {called} | change |", "|---:|---:|---:|---:|"]
     for (timestep, before), (_, after) in zip(base.by_timestep, lora.by_timestep, strict=True):
         lines.append(f"| {timestep} | {before:.5f} | {after:.5f} | {after / before - 1:+.1%} |")
     return "\n".join(lines) + "\n"
 
 
-def plot_losses(base: LossSummary, lora: LossSummary, path: Path) -> None:
-    """Write a PNG of both losses over the timesteps; the area between them is what the LoRA learned, or unlearned."""
+def plot_losses(base: LossSummary, lora: LossSummary, called: str, path: Path) -> None:
+    """Write a PNG of both losses over the timesteps; the area between them is what the training learned, or unlearned."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -170,7 +176,12 @@ def plot_losses(base: LossSummary, lora: LossSummary, path: Path) -> None:
         label=f"base model, mean {base.mean:.4g}",
     )
     axes.plot(
-        timesteps, after, color=LORA_COLOUR, marker="o", markersize=3.5, label=f"LoRA, mean {lora.mean:.4g}"
+        timesteps,
+        after,
+        color=LORA_COLOUR,
+        marker="o",
+        markersize=3.5,
+        label=f"{called}, mean {lora.mean:.4g}",
     )
     axes.fill_between(timesteps, before, after, color=LORA_COLOUR, alpha=0.12, linewidth=0)
     if max(before + after) > WIDE_RANGE * min(before + after):

@@ -31,5 +31,11 @@ def _check_full(training: TrainingSettings) -> Iterator[Finding]:
         yield Finding(
             "base_model_precision",
             "holds the UNet in fewer bits than a gradient step needs, but model_type full trains these very weights",
-            "write no_change; less memory take mixed_precision bf16 and an optimizer made for it, such as optimi-lion",
+            "write no_change; mixed_precision bf16 with an optimizer made for it, such as optimi-lion, takes less memory",
+        )
+    if training.optimizer == "adamw_bf16" and training.mixed_precision not in (None, "bf16"):
+        yield Finding(
+            "mixed_precision",
+            "does not go with optimizer adamw_bf16 under model_type full, which holds the whole UNet in bf16",
+            "write bf16, or another optimizer",
         )

@@ -5,7 +5,8 @@ data: paths are absolute strings, no tensor and no secret stands in them. Torch 
 read manifests without loading it.
 """
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -215,6 +216,13 @@ class ValidationImage(StageModel):
 WeightsKind = Literal["lora", "unet"]
 """What a training leaves: an adapter's file, or the folder of a whole UNet."""
 
+SPOKEN_KINDS: Final[Mapping[WeightsKind, str]] = {"lora": "LoRA", "unet": "trained UNet"}
+"""What people call them."""
+
+
+EMA_FOLDER = "ema"
+"""Beside the trained weights: their average, under the same name."""
+
 
 class TrainedLora(StageModel):
     """Output of `train`; for `model_type: full` a trained UNet."""
@@ -226,6 +234,10 @@ class TrainedLora(StageModel):
         description="pytorch_lora_weights.safetensors in diffusers' format, or the folder `unet`."
     )
     weights_sha256: str = Field(description="Of the file, or of the folder's files and their names.")
+    released_weights: Literal["trained", "ema"] = Field(
+        default="trained",
+        description="What weights_path holds: the weights as trained, or their average; both lie in run_dir under use_ema.",
+    )
     steps: int
     epochs: float = Field(description="Passes over the training pictures.")
     samples: int = Field(description="Pictures seen.")
@@ -248,6 +260,9 @@ class TrainedLora(StageModel):
         default=0, description="Steps that changed nothing, since their loss or gradients were not finite."
     )
     final_loss: float = Field(description="Mean training loss over the last tenth of the steps.")
+    eval_losses: tuple[tuple[int, float], ...] = Field(
+        default=(), description="(step, eval loss) taken during the training; step 0 is the base model."
+    )
     seconds: float
     steps_per_second: float | None
     peak_memory_bytes: int
@@ -295,6 +310,7 @@ class EvaluationReport(StageModel):
 
     identity: str = Field(description="Digest of everything the figures and pictures depend on.")
     reused: bool = Field(description="True when this very evaluation was found finished.")
+    weights_kind: WeightsKind = "lora"
     lora_sha256: str
     eval_source: Literal["eval dataset", "held-out share", "training pictures"]
     eval_images: int
@@ -302,7 +318,7 @@ class EvaluationReport(StageModel):
     lora_loss: LossSummary | None
     base_clip: ClipSummary | None = Field(description="None when evaluation_type is none.")
     lora_clip: ClipSummary | None
-    gallery_path: str = Field(description="PNG: base beside LoRA for each prompt.")
+    gallery_path: str = Field(description="PNG: for each prompt the base model's picture beside the other.")
     images: tuple[ValidationImage, ...]
     broken_images: tuple[FailedItem, ...] = Field(
         description="LoRA pictures that are black, constant or not finite."

@@ -12,9 +12,10 @@ from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.specs import EvaluationReport, TrainedLora, ValidationImage, ValidationPrompt
 from sdxl_pipeline.release.portable import ReleaseError, portable_lineage, portable_settings, require_portable
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
-from sdxl_pipeline.store.files import sha256_file, write_text_atomic
+from sdxl_pipeline.store.files import sha256_path, write_text_atomic
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
+UNET_FOLDER = "unet"
 CARD_FILE = "README.md"
 SETTINGS_FILE = "training_config.json"  # not config.json: the Hub takes that for a transformers model
 REPORT_FILE = "eval.json"
@@ -26,7 +27,7 @@ IMAGES_FOLDER = "images"
 
 
 class ExportError(Exception):
-    """A LoRA file that its users could not use; the message says why."""
+    """Weights that their users could not use; the message says why."""
 
 
 def build_release(
@@ -49,10 +50,10 @@ def build_release(
     """
     if (
         report.lora_sha256 != lora.weights_sha256
-        or sha256_file(Path(lora.weights_path)) != lora.weights_sha256
+        or sha256_path(Path(lora.weights_path)) != lora.weights_sha256
     ):
         raise ReleaseError(
-            f"{lora.weights_path} is not the file that was evaluated. Materialize lora and evaluation again"
+            f"{lora.weights_path} is not what was evaluated. Materialize lora and evaluation again"
         )
     if folder.exists() and any(folder.iterdir()) and not (folder / LINEAGE_FILE).is_file():
         raise ReleaseError(
@@ -71,11 +72,13 @@ def build_release(
 
 
 def verify_export(path: Path, base_model: ResolvedModel) -> int:
-    """Raise ExportError unless diffusers reads the LoRA file and every tensor of it finds its place in the base model's UNet.
+    """Raise ExportError unless diffusers reads the LoRA file, or the folder of a UNet, and every tensor finds its place in the base model's.
 
-    The UNet is built without weights, so SDXL's takes seconds and next to no memory. Numbers must be finite, and some update must not be
-    zero. Gives the number of layers that the file changes.
+    The UNet is built without weights, so SDXL's takes seconds and next to no memory. Numbers must be finite, and some update of a LoRA
+    must not be zero. Gives the number of layers that the file changes, or of weights in the folder.
     """
+    if path.is_dir():
+        return _verify_unet(path, base_model)
     import torch
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
     from peft import get_peft_model_state_dict
@@ -117,6 +120,27 @@ def verify_export(path: Path, base_model: ResolvedModel) -> int:
     return len(modules)
 
 
+def _verify_unet(folder: Path, base_model: ResolvedModel) -> int:
+    from safetensors import SafetensorError
+
+    from sdxl_pipeline.release.unet_folder import misfits, non_finite_weights
+
+    try:
+        astray = misfits(folder, base_model)
+        weights, broken = non_finite_weights(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ExportError(f"{folder} does not load back: {error}") from error
+    if astray:
+        raise ExportError(
+            f"{folder} does not fit the UNet of {base_model.source}: {len(astray)} weights are astray, as {astray[0]}"
+        )
+    if broken:
+        raise ExportError(
+            f"{folder}: {len(broken)} weights hold NaN or infinity, as {broken[0]}. The training diverged"
+        )
+    return weights
+
+
 def _fill(
     folder: Path,
     project: str,
@@ -131,9 +155,12 @@ def _fill(
     # The Hub's client is imported for the card only, and not with this module: the asset graph imports it.
     from sdxl_pipeline.release.model_card import model_card
 
-    shutil.copyfile(lora.weights_path, folder / WEIGHTS_FILE)
+    if lora.weights_kind == "unet":
+        shutil.copytree(lora.weights_path, folder / UNET_FOLDER)
+    else:
+        shutil.copyfile(lora.weights_path, folder / WEIGHTS_FILE)
     files = {
-        "weights": WEIGHTS_FILE,
+        "weights": UNET_FOLDER if lora.weights_kind == "unet" else WEIGHTS_FILE,
         "gallery": GALLERY_FILE,
         "settings": SETTINGS_FILE,
         "evaluation": REPORT_FILE,
@@ -172,7 +199,7 @@ def _fill(
 
 
 def _copy_pictures(folder: Path, images: Sequence[ValidationImage]) -> dict[str, str]:
-    """Copy the LoRA's pictures into the release; gives prompt -> path in the release of its first picture."""
+    """Copy the trained model's pictures into the release; gives prompt -> path in the release of its first picture."""
     (folder / IMAGES_FOLDER).mkdir()
     pictures: dict[str, str] = {}
     for image in images:

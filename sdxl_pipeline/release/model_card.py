@@ -1,18 +1,21 @@
-"""The model card: what the Hub shows and searches by, and what a person needs to use the LoRA and to know where it came from."""
+"""The model card: what the Hub shows and searches by, and what a person needs to use the weights and to know where they came from."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.specs import TrainedLora, ValidationPrompt
+from sdxl_pipeline.protocol.specs import SPOKEN_KINDS, TrainedLora, ValidationPrompt, WeightsKind
 from sdxl_pipeline.release.portable import portable_name
-from sdxl_pipeline.sdxl.base_model import BUNDLED_NAME, ResolvedModel
+from sdxl_pipeline.release.snippet import hub_id, snippet
+from sdxl_pipeline.sdxl.base_model import ResolvedModel
 
 LICENCES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}
 """Licences of base models that pass on to what is derived from them, by Hub id."""
+
+_RELATIONS: Mapping[WeightsKind, str] = {"lora": "adapter", "unet": "finetune"}
+_TAGS: Mapping[WeightsKind, tuple[str, ...]] = {"lora": ("lora",), "unet": ()}
 
 SHOWN_SETTINGS = (
     "lora_rank",
@@ -32,7 +35,7 @@ SHOWN_SETTINGS = (
     "base_model_precision",
     "seed",
 )
-"""The settings that say most about a LoRA; all of them are in a file of the release."""
+"""The settings that say most about a training; all of them are in a file of the release."""
 
 
 def model_card(
@@ -58,9 +61,9 @@ def model_card(
         settings.model_card_note or "",
         _opening(project, base_model, settings, lora, counts),
         "<Gallery />" if pictures else "",  # the Hub shows the pictures of the front matter in its place
-        f"![base model beside LoRA]({files['gallery']})",
+        f"![base model beside {SPOKEN_KINDS[lora.weights_kind]}]({files['gallery']})",
         "## Use",
-        _snippet(base_model, settings, prompts, files["weights"]),
+        snippet(base_model, settings, prompts, lora.weights_kind, files["weights"]),
         "## Evaluation",
         _evaluation(report, files),
         "## Training",
@@ -70,18 +73,16 @@ def model_card(
     ]
     body = "\n\n".join(section for section in sections if section)
     return str(
-        ModelCard(f"---\n{_front_matter(base_model, settings, prompts, pictures).to_yaml()}\n---\n\n{body}\n")
+        ModelCard(
+            f"---\n{_front_matter(base_model, settings, lora, prompts, pictures).to_yaml()}\n---\n\n{body}\n"
+        )
     )
-
-
-def hub_id(base_model: ResolvedModel) -> str | None:
-    """The base model's name on the Hub; None for a local or bundled one."""
-    return base_model.source if base_model.revision is not None else None
 
 
 def _front_matter(
     base_model: ResolvedModel,
     settings: TrainingSettings,
+    lora: TrainedLora,
     prompts: Sequence[ValidationPrompt],
     pictures: Mapping[str, str],
 ) -> ModelCardData:
@@ -95,11 +96,11 @@ def _front_matter(
             widget.append(entry)
     return ModelCardData(
         base_model=base,
-        base_model_relation="adapter" if base else None,
+        base_model_relation=_RELATIONS[lora.weights_kind] if base else None,
         library_name="diffusers",
         license=LICENCES.get(base) if base else None,
         pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers", "lora", "sdxl", "stable-diffusion-xl"],
+        tags=["text-to-image", "diffusers", *_TAGS[lora.weights_kind], "sdxl", "stable-diffusion-xl"],
         instance_prompt=settings.instance_prompt,
         widget=widget or None,
     )
@@ -114,53 +115,17 @@ def _opening(
 ) -> str:
     base = hub_id(base_model)
     name = f"[{base}](https://huggingface.co/{base})" if base else f"`{portable_name(base_model.source)}`"
-    return (
-        f"{project} is a LoRA of rank {settings.lora_rank} for {name}, trained for {lora.steps:,} steps ({lora.samples:,} samples) from "
-        f"{sum(counts.values()):,} captioned pictures, those held out for the evaluation included. It changes {lora.adapted_modules} "
-        "layers of the UNet and leaves the text encoders alone."
-    )
-
-
-def _snippet(
-    base_model: ResolvedModel, settings: TrainingSettings, prompts: Sequence[ValidationPrompt], weights: str
-) -> str:
-    base = hub_id(base_model)
-    if base_model.source == BUNDLED_NAME:
-        base_import, base_name = "from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL\n", "BUNDLED_MODEL"
+    if lora.weights_kind == "unet":
+        which = "the biases" if settings.layer_freeze_strategy == "bitfit" else "all weights"
+        what = f"the UNet of {name} with {which} trained further"
+        change = "The text encoders and the VAE are the base model's."
     else:
-        base_import, base_name = "", _literal(base or portable_name(base_model.source))
-    loader = "from_single_file" if base_model.kind == "single_file" else "from_pretrained"
-    published = settings.hub_model_id if settings.push_to_hub else None
-    source, where = (_literal(published), "") if published else ('"."', "  # the folder of this file")
-    height, width = settings.validation_sizes[0]
-    lines = [f"    height={height},", f"    width={width},"]
-    if prompts and prompts[0].negative_prompt:
-        lines.insert(0, f"    negative_prompt={_literal(prompts[0].negative_prompt)},")
-    if settings.validation_guidance_rescale:
-        lines.append(f"    guidance_rescale={settings.validation_guidance_rescale:g},")
-    call = "\n".join(lines)
-    scheduler = ""
-    if settings.prediction_type is not None:
-        change = f"prediction_type={_literal(settings.prediction_type)}"
-        scheduler = (
-            f"\npipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, {change})"
-        )
-    return f"""```python
-import torch
-from diffusers import StableDiffusionXLPipeline
-{base_import}
-device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-pipeline = StableDiffusionXLPipeline.{loader}({base_name}, torch_dtype=dtype).to(device)
-pipeline.load_lora_weights({source}, weight_name={_literal(weights)}){where}{scheduler}
-image = pipeline(
-    {_literal(prompts[0].prompt if prompts else "your prompt")},
-{call}
-    num_inference_steps={settings.validation_num_inference_steps},
-    guidance_scale={settings.validation_guidance:g},
-    generator=torch.Generator("cpu").manual_seed({settings.effective_validation_seed}),
-).images[0]
-image.save("picture.png")
-```"""
+        what = f"a LoRA of rank {settings.lora_rank} for {name}, trained"
+        change = f"It changes {lora.adapted_modules} layers of the UNet and leaves the text encoders alone."
+    return (
+        f"{project} is {what} for {lora.steps:,} steps ({lora.samples:,} samples) from {sum(counts.values()):,} captioned pictures, those "
+        f"held out for the evaluation included. {change}"
+    )
 
 
 def _evaluation(report: Mapping[str, Any], files: Mapping[str, str]) -> str:
@@ -189,7 +154,11 @@ def _training(settings: TrainingSettings, lora: TrainedLora, files: Mapping[str,
         ("steps", f"{lora.steps:,}"),
         ("passes over the pictures", f"{lora.epochs:.3g}"),
         ("trainable parameters", f"{lora.trainable_parameters:,}"),
-        *((f"`{name}`", _shown(values[name])) for name in SHOWN_SETTINGS if values[name] is not None),
+        *(
+            (f"`{name}`", _shown(values[name]))
+            for name in SHOWN_SETTINGS
+            if values[name] is not None and not (lora.weights_kind == "unet" and name.startswith("lora_"))
+        ),
     ]
     parts = [_table(("setting", "value"), rows), f"All settings: [{files['settings']}]({files['settings']})."]
     if "loss_curve" in files:
@@ -213,11 +182,6 @@ def _lineage(
     ]
     text = "Every value is a digest of content or a commit: equal values mean equal data. "
     return f"{text}As data: [{files['lineage']}]({files['lineage']}).\n\n{_table(('what', 'which'), rows)}"
-
-
-def _literal(text: str) -> str:
-    """A Python string literal in double quotes, as JSON's are."""
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _shown(value: Any) -> str:

@@ -3,30 +3,18 @@
 import torch
 from diffusers import UNet2DConditionModel
 
-from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import TrainSpec
 from sdxl_pipeline.sdxl.adapters import AdapterError, add_lora
 from sdxl_pipeline.sdxl.components import load_unet
 from sdxl_pipeline.sdxl.precision import PrecisionError, dtype_from_name, quantize_base_model
 from sdxl_pipeline.training.draws import seed_for
-
-KEEPS_LOW_BITS = ("optimi-", "adamw_bf16")
-"""How the names begin of the optimizers whose updates are not lost in bf16: by Kahan summation or stochastic rounding."""
+from sdxl_pipeline.training.optimizers import trainable_dtype
 
 
 def base_dtype(spec: TrainSpec) -> torch.dtype:
     """Of the frozen weights: the autocast type, since nothing would be gained by holding them wider."""
     return dtype_from_name(spec.settings.mixed_precision or "no")
-
-
-def master_dtype(settings: TrainingSettings) -> torch.dtype:
-    """Of weights that are trained themselves: float32, or bf16 where the passes are and the optimizer does not lose small updates in it.
-
-    A parameter and its gradient take 8 bytes in float32 and 4 in bf16; an optimizer of two moments takes as much again.
-    """
-    in_bf16 = settings.mixed_precision == "bf16" and settings.optimizer.startswith(KEEPS_LOW_BITS)
-    return torch.bfloat16 if in_bf16 else torch.float32
 
 
 def trainable_unet(spec: TrainSpec) -> UNet2DConditionModel:
@@ -54,9 +42,9 @@ def trainable_unet(spec: TrainSpec) -> UNet2DConditionModel:
 
 
 def full_unet(spec: TrainSpec) -> UNet2DConditionModel:
-    """The base model's UNet on the CPU in `master_dtype`; every weight asks for gradients, or only the biases (bitfit)."""
+    """The base model's UNet on the CPU in `trainable_dtype`; every weight asks for gradients, or only the biases (bitfit)."""
     settings = spec.settings
-    unet: UNet2DConditionModel = load_unet(spec.base_model, master_dtype(settings))
+    unet: UNet2DConditionModel = load_unet(spec.base_model, trainable_dtype(settings))
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(settings.layer_freeze_strategy is None or name.endswith(".bias"))
     if settings.gradient_checkpointing:

@@ -119,7 +119,7 @@ def test_a_report_without_measurements_says_so(tmp_path: Path):
 
 def test_the_plot_is_a_picture(tmp_path: Path):
     path = tmp_path / "plot.png"
-    plot_losses(BASE, LORA, path)
+    plot_losses(BASE, LORA, "LoRA", path)
     with Image.open(path) as plot:
         assert plot.width > 600
         colours = {colour for _, colour in plot.convert("RGB").getcolors(1 << 20) or []}

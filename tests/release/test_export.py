@@ -86,11 +86,11 @@ def test_a_folder_of_something_else_is_not_replaced(release, tmp_path: Path):
 
 
 def test_only_the_evaluated_weights_are_released(release, inputs):
-    with pytest.raises(ReleaseError, match="not the file that was evaluated"):
+    with pytest.raises(ReleaseError, match="not what was evaluated"):
         release(report=inputs["report"].model_copy(update={"lora_sha256": "0" * 64}))
     with Path(inputs["lora"].weights_path).open("ab") as weights:
         weights.write(b"!")
-    with pytest.raises(ReleaseError, match="not the file that was evaluated"):
+    with pytest.raises(ReleaseError, match="not what was evaluated"):
         release()
 
 
