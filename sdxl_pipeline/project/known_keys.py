@@ -70,8 +70,7 @@ TRAINING: Final = Vocabulary(
     later={
         **_off(
             (False, None),
-            """use_ema diff2flow_enabled diff2flow_loss offset_noise use_soft_min_snr rescale_betas_zero_snr
-            train_text_encoder controlnet control refiner_training urepa_enabled xm_enabled
+            """train_text_encoder controlnet control refiner_training urepa_enabled xm_enabled
             push_checkpoints_to_hub
             validation_using_datasets
             slider_lora_target enable_nsfw_check optimizer_release_gradients
@@ -82,20 +81,17 @@ TRAINING: Final = Vocabulary(
             (None, ""),
             """publishing_config distillation_method validation_input
             validation_adapter_path validation_adapter_config validation_guidance_skip_layers
-            timestep_bias_strategy deepspeed_config accelerate_config optimizer_cpu_offload_method
+            deepspeed_config accelerate_config optimizer_cpu_offload_method
             quantization_config pretrained_unet_model_name_or_path assistant_lora_path custom_tracker post_checkpoint_script
             post_upload_script sdnq_weights_dtype""",
         ),
         **_off(
             (None, 0),
-            """scheduled_sampling_max_step_offset noise_offset input_perturbation
-            validate_after_step validate_after_epoch
+            """            validate_after_step validate_after_epoch
             gradient_checkpointing_interval gradient_checkpointing_segment_stride
             prodigy_steps""",
         ),
         **_off(("no_change", None), "text_encoder_1_precision text_encoder_2_precision"),
-        "loss_type": Later(("l2",)),
-        "snr_weight": Later((1.0,)),
         "disk_low_script": Later((None, ""), "write stop or wait in disk_low_action: no script is run here"),
         "lora_format": Later(("diffusers",)),
         "validation_lycoris_strength": Later(
@@ -137,7 +133,7 @@ TRAINING: Final = Vocabulary(
         "mixed_precision": _names("fp8"),
         "validation_noise_scheduler": _names("perflow"),
         "vae_dtype": _names("fp16"),
-        "prediction_type": _names("sample flow_matching"),
+        "prediction_type": _names("flow_matching"),
         "attention_mechanism": _names(
             """xformers sageattention sageattention-int8-fp16-triton sageattention-int8-fp16-cuda sageattention-int8-fp8-cuda
             flash flash-attn flash-attn-2 flash-attn-3 flash-attention-2 flash-attention-3 flex sla"""
@@ -147,29 +143,10 @@ TRAINING: Final = Vocabulary(
         "disk_low_action": _names("script"),
     },
     idle={
-        **_tunes(
-            "use_ema",
-            "ema_decay ema_device ema_cpu_only ema_update_interval ema_foreach_disable ema_warmup_steps ema_validation",
-        ),
         **_tunes("peft_lora_mode", "singlora_ramp_up_steps"),
         **_tunes(
             "assistant_lora_path",
             "assistant_lora_strength assistant_lora_inference_strength disable_assistant_lora",
-        ),
-        **_tunes("loss_type", "huber_schedule huber_c"),
-        **_tunes("use_soft_min_snr", "soft_min_snr_sigma_data"),
-        **_tunes("offset_noise", "noise_offset_probability"),
-        **_tunes("input_perturbation", "input_perturbation_steps"),
-        **_tunes(
-            "timestep_bias_strategy",
-            "timestep_bias_begin timestep_bias_end timestep_bias_multiplier timestep_bias_portion",
-        ),
-        **_tunes(
-            "scheduled_sampling_max_step_offset",
-            """scheduled_sampling_probability scheduled_sampling_prob_start scheduled_sampling_prob_end
-            scheduled_sampling_ramp_steps scheduled_sampling_start_step scheduled_sampling_ramp_shape scheduled_sampling_sampler
-            scheduled_sampling_strategy scheduled_sampling_order scheduled_sampling_reflexflow scheduled_sampling_reflexflow_alpha
-            scheduled_sampling_reflexflow_beta1 scheduled_sampling_reflexflow_beta2""",
         ),
         **_tunes("distillation_method", "distillation_config"),
         **_tunes(
@@ -248,8 +225,8 @@ TRAINING: Final = Vocabulary(
         base_model_default_dtype cache_dir cache_dir_text cache_dir_vae checkpointing_use_tempdir compress_disk_cache
         custom_text_encoder_intermediary_layers data_backend_sampling dataloader_prefetch dataloader_prefetch_qlen
         debug_aspect_buckets debug_dataset_loader delete_invalid_checkpoints delete_model_after_load diffusion_blocks_config
-        disable_benchmark disable_bucket_pruning disable_segmented_timestep_sampling disable_tf32 enable_chunked_feed_forward
-        enable_multiprocessing eval_dataset_pooling feed_forward_chunk_size find_unused_parameters framerate
+        disable_benchmark disable_bucket_pruning disable_tf32 enable_chunked_feed_forward
+        enable_multiprocessing ema_cpu_only ema_foreach_disable eval_dataset_pooling feed_forward_chunk_size find_unused_parameters framerate
         fully_unload_text_encoder fuse_qkv_projections fused_qkv_projections i_know_what_i_am_doing ignore_missing_files
         image_processing_batch_size inference_scheduler_timestep_spacing keep_vae_loaded
         max_grounding_entities max_workers merge_environment_config metadata_update_interval model_card_safe_for_work

@@ -8,21 +8,24 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.store.files import sha256_file
+from sdxl_pipeline.training.checkpoint_times import CheckpointKind
+from sdxl_pipeline.training.disk import require_room
 from sdxl_pipeline.training.optimizer_state import flatten_optimizer, unflatten_optimizer
 
 FORMAT = 1
 STATE = "state.json"
 PARAMETERS = "trainable.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+AVERAGE = "average.safetensors"
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class TrainingState:
     optimizer: dict[str, Any]  # torch's state_dict
     schedule: dict[str, Any]
     scaler: dict[str, Any] | None  # loss scaling, under fp16
+    average: dict[str, Tensor] = field(default_factory=dict)  # of the parameters, under use_ema
 
 
 def save_checkpoint(
@@ -45,27 +49,45 @@ def save_checkpoint(
     export: Callable[[Path], Path],
     limit: int | None = None,
     exports_parameters: bool = False,
+    kind: CheckpointKind = "step",
 ) -> Path:
-    """Write `root/step-00000500` and delete the oldest checkpoints beyond `limit`.
+    """Write `root/step-00000500`, or `rolling-...` by its kind, and delete the oldest checkpoints of the kind beyond `limit`.
 
     `export` writes the weights as users load them into the folder it is given, and gives their place. With `exports_parameters` this
     is a folder whose safetensors hold `state.parameters` by name, which then are not written a second time. An existing checkpoint of
-    the same step is left alone, since the same step of the same run has the same content.
+    the same step is left alone, since the same step of the same run has the same content. Raises StageError before it would fill the disk.
     """
-    place = root / f"step-{state.step:08d}"
+    place = root / f"{kind}-{state.step:08d}"
     if not place.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        require_room(
+            root, checkpoint_bytes(state, exports_parameters), f"the checkpoint of step {state.step}"
+        )
         unfinished = root / f".{place.name}.{os.getpid()}.tmp"
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        _write(unfinished, identity, state, export, exports_parameters)
+        unfinished.mkdir()
+        try:
+            _write(unfinished, identity, state, export, exports_parameters)
+        except OSError:  # half a checkpoint would keep the room that is lacking
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
         unfinished.rename(place)
         _flush(root)
     if limit is not None:
-        for old in _checkpoints(root)[:-limit]:
+        for old in [other for other in _checkpoints(root) if other.name.startswith(kind)][:-limit]:
             # renamed first: half a deletion must not look like a checkpoint
             doomed = old.rename(root / f".{old.name}.{os.getpid()}.tmp")
             shutil.rmtree(doomed)
     return place
+
+
+def checkpoint_bytes(state: TrainingState, exports_parameters: bool = False) -> int:
+    """What a checkpoint of `state` takes on the disk, but for a few kilobytes: parameters, their export, and the optimizer's state."""
+    tensors, _ = flatten_optimizer(state.optimizer)
+    parameters = sum(tensor.nbytes for tensor in state.parameters.values())
+    average = 2 * sum(tensor.nbytes for tensor in state.average.values())
+    optimizer = sum(tensor.nbytes for tensor in tensors.values())
+    return parameters * (1 if exports_parameters else 2) + average + optimizer
 
 
 def latest_checkpoint(root: Path, identity: str, report: Callable[[str], None]) -> Path | None:
@@ -86,6 +108,11 @@ def latest_checkpoint(root: Path, identity: str, report: Callable[[str], None]) 
     return None
 
 
+def checkpoint_step(place: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(place.name.partition("-")[2])
+
+
 def load_checkpoint(place: Path) -> TrainingState:
     """Read a checkpoint, tensors on the CPU."""
     state = json.loads((place / STATE).read_bytes())
@@ -101,6 +128,7 @@ def load_checkpoint(place: Path) -> TrainingState:
         optimizer=unflatten_optimizer(load_file(place / OPTIMIZER), state["optimizer"]),
         schedule=state["schedule"],
         scaler=state["scaler"],
+        average=load_file(place / AVERAGE) if (place / AVERAGE).exists() else {},
     )
 
 
@@ -125,6 +153,8 @@ def _write(
         save_file(_on_cpu(state.parameters), parameters)
     tensors, rest = flatten_optimizer(state.optimizer)
     save_file(_on_cpu(tensors), folder / OPTIMIZER)
+    if state.average:
+        save_file(_on_cpu(state.average), folder / AVERAGE)
     content = {
         "format": FORMAT,
         "identity": identity,
@@ -161,8 +191,9 @@ def _is_intact(place: Path) -> bool:
 
 
 def _checkpoints(root: Path) -> list[Path]:
-    """Oldest first: the names sort by step."""
-    return sorted(root.glob("step-*")) if root.exists() else []
+    """Oldest first; of one step the rolling one."""
+    places = (place for kind in get_args(CheckpointKind) for place in root.glob(f"{kind}-*"))
+    return sorted(places, key=lambda place: (checkpoint_step(place), place.name))
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

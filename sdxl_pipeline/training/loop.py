@@ -16,6 +16,7 @@ from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.protocol.specs import TrainSpec
 from sdxl_pipeline.sdxl.components import latent_scaling_factor, load_noise_scheduler
 from sdxl_pipeline.training.batches import Batch, BatchReader, TrainingBatches, prefetched
+from sdxl_pipeline.training.checkpoint_times import CheckpointKind, checkpoint_due
 from sdxl_pipeline.training.checkpoints import (
     TrainingState,
     clear_checkpoints,
@@ -23,20 +24,22 @@ from sdxl_pipeline.training.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
+from sdxl_pipeline.training.disk import DiskWatch
 from sdxl_pipeline.training.draws import seed_for
+from sdxl_pipeline.training.looks import Looks, LookTimes
 from sdxl_pipeline.training.metrics import METRICS_FILE, MetricsLog
 from sdxl_pipeline.training.non_finite import poisoned, step_if_finite
 from sdxl_pipeline.training.objective import Objective
 from sdxl_pipeline.training.on_demand import OnDemandEncoders
 from sdxl_pipeline.training.optimizers import build_optimizer, hold_parameters, rate_of
 from sdxl_pipeline.training.schedules import build_schedule
+from sdxl_pipeline.training.shown_weights import ShownWeights
 from sdxl_pipeline.training.step_log import StepLog, TakenStep
-from sdxl_pipeline.training.trackers import Trackers, require_tracker
+from sdxl_pipeline.training.trackers import require_tracker
 from sdxl_pipeline.training.trainable import build_trainable
-from sdxl_pipeline.training.trainer_setup import build_accelerator, plan_order
+from sdxl_pipeline.training.trainer_setup import LOOK_TIMEOUT, build_accelerator, plan_order
 from sdxl_pipeline.training.unet import base_dtype
-from sdxl_pipeline.training.validation import draw_pictures, is_validation_step
-from sdxl_pipeline.training.validation_log import ValidationLog
+from sdxl_pipeline.training.watch import Watch
 
 REPORT_INTERVAL = 10
 """Optimizer steps between two looks at the losses, the only moments when the loop waits for the device."""
@@ -55,6 +58,7 @@ class Trainer:
         for tracker in settings.report_to:
             require_tracker(tracker)  # before minutes are spent on loading
         self.run_dir = Path(spec.run_dir)
+        self.disk = DiskWatch(self.run_dir, settings)
         self.started = time.monotonic()
         self.accumulation = settings.gradient_accumulation_steps
         self.accelerator = build_accelerator(spec)
@@ -63,7 +67,9 @@ class Trainer:
         self.dtype = base_dtype(spec)
         # for what the processes say to each other without their devices
         self._host_group = (
-            torch.distributed.new_group(backend="gloo") if self.accelerator.num_processes > 1 else None
+            torch.distributed.new_group(backend="gloo", timeout=LOOK_TIMEOUT)
+            if self.accelerator.num_processes > 1
+            else None
         )
 
         planned = plan_order(spec, self.accelerator.num_processes, reporter)
@@ -97,14 +103,29 @@ class Trainer:
         )
         self.schedule = build_schedule(settings, self.optimizer.optimizer, self.total_steps)
         self.unet = self.accelerator.prepare(self.trainable.module)
+        self.shown = ShownWeights(settings, self.optimizer.optimizer, self.parameters, self.device)
 
         self.step = 0
         self._seconds_before = self._training_seconds_before = 0.0  # spent by earlier sessions
         self.resumed_from: int | None = None
         self._resume()
 
-        self.drawn = ValidationLog(self.run_dir, self.step) if self.is_main else None
-        self.trackers = Trackers(spec, identity, self.step) if self.is_main else None
+        self.watch = Watch(spec, identity, self.step, self.total_steps, reporter) if self.is_main else None
+        self.look_times = LookTimes(spec, self.total_steps, self.epochs_at)
+        self.looks = (
+            Looks(
+                self.look_times,
+                self.reader,
+                self.objective,
+                self.device,
+                self.step,
+                self.watch,
+                reporter,
+                stop,
+            )
+            if self.watch is not None
+            else None
+        )
         self.log = StepLog(
             self.accelerator,
             reporter,
@@ -112,14 +133,14 @@ class Trainer:
             total_steps=self.total_steps,
             training_seconds=self._training_seconds_before,
             metrics=MetricsLog(self.run_dir / METRICS_FILE, self.step) if self.is_main else None,
-            trackers=self.trackers,
+            watch=self.watch,
         )
 
     def train(self) -> None:
         """Train from where the run stands to its end. Raises StageStopped, after a checkpoint, when asked to stop."""
         self.unet.train()
         self.reporter.progress("train", self.step, self.total_steps, "steps")
-        self._draw_if_due()
+        self._look_if_due()
         self._stop_if_asked()
         first, last = self.step * self.accumulation, self.total_steps * self.accumulation
         self.log.restart_clock()
@@ -129,9 +150,10 @@ class Trainer:
                 self.reporter.progress("train", self.step, self.total_steps, "steps")
                 if self.step % REPORT_INTERVAL == 0:
                     self.log.report()
-                if self._checkpoint_is_due():
-                    self._save()
-                self._draw_if_due()
+                due = checkpoint_due(self.spec.settings, self.step, self.total_steps, self.epochs_at)
+                if due is not None:
+                    self._save(due)
+                self._look_if_due()
                 self._stop_if_asked()
 
     def _optimizer_step(self, batches: Iterator[Batch]) -> None:
@@ -150,6 +172,7 @@ class Trainer:
         self.schedule.step()
         self.optimizer.zero_grad()
         self.step += 1
+        self.shown.update(self.step)
         self.log.add(TakenStep(self.step, torch.stack(losses), grad_norm, rate_of(self.optimizer, lr)))
 
     def _loss(self, batch: Batch, index: int) -> Tensor:
@@ -180,6 +203,7 @@ class Trainer:
             optimizer=self.optimizer.state_dict(),
             schedule=self.schedule.state_dict(),
             scaler=None if scaler is None else scaler.state_dict(),
+            average=self.shown.state(),
         )
 
     def restore(self, state: TrainingState) -> None:
@@ -195,6 +219,7 @@ class Trainer:
         self.schedule.load_state_dict(state.schedule)
         if state.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
+        self.shown.restore(state.average)
         self.step = state.step
         self._seconds_before, self._training_seconds_before = state.seconds, state.training_seconds
 
@@ -211,7 +236,11 @@ class Trainer:
     @property
     def epochs(self) -> float:
         """Passes over the training pictures."""
-        epoch, place = self.order.locate(self.step * self.accumulation)
+        return self.epochs_at(self.step)
+
+    def epochs_at(self, step: int) -> float:
+        """Passes over the training pictures after a step."""
+        epoch, place = self.order.locate(step * self.accumulation)
         return epoch + place / self.order.batches_in(epoch)
 
     @property
@@ -236,8 +265,8 @@ class Trainer:
     def close(self) -> None:
         """End the trackers and leave the process group."""
         self.reader.close()
-        if self.trackers is not None:
-            self.trackers.close()
+        if self.watch is not None:
+            self.watch.close()
         self.accelerator.end_training()
 
     def _resume(self) -> None:
@@ -252,52 +281,52 @@ class Trainer:
             self.resumed_from = self.step
             self.reporter.log(f"Resuming from {place}, step {self.step} of {self.total_steps}.")
 
-    def _checkpoint_is_due(self) -> bool:
-        interval = self.spec.settings.checkpoint_step_interval
-        return self.step == self.total_steps or (interval > 0 and self.step % interval == 0)
-
-    def _save(self) -> None:
+    def _save(self, kind: CheckpointKind = "step") -> None:
         self.log.report()
         self.reader.flush()
+        settings = self.spec.settings
         if self.is_main:
             save_checkpoint(
                 self.run_dir / "checkpoints",
                 self.identity,
                 self.state(),
                 export=self.write_weights,
-                exports_parameters=self.trainable.holds_parameters,
-                limit=self.spec.settings.checkpoints_total_limit,
+                exports_parameters=self.trainable.holds_parameters and self.shown.are_trained,
+                limit=settings.checkpoints_rolling_total_limit
+                if kind == "rolling"
+                else settings.checkpoints_total_limit,
+                kind=kind,
             )
         self.log.restart_clock()
 
     def _stop_if_asked(self) -> None:
-        if self._anyone_asked_to_stop():
+        asked, disk_is_low = self._on_any_process(
+            self.stop.requested, self.is_main and self.disk.must_stop(self.stop, self.reporter.log)
+        )
+        if asked or disk_is_low:
             self._save()
+        if asked:
             raise StageStopped
+        if disk_is_low:
+            raise StageError(
+                f"{self.disk.what_is_wrong()}. Step {self.step} is saved; free some, and run this again to go on from there"
+            )
 
-    def _anyone_asked_to_stop(self) -> bool:
-        """The same answer on every process, so that none goes on to wait for one that has left. Does not wait for the device."""
+    def _on_any_process(self, *flags: bool) -> list[bool]:
+        """The same answer everywhere, so that no process goes on to wait for one that has left. Does not wait for the device."""
         if self.accelerator.num_processes == 1:
-            return self.stop.requested
-        asked = torch.tensor([int(self.stop.requested)])
-        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self._host_group)
-        return bool(asked.item())
+            return list(flags)
+        raised = torch.tensor(flags, dtype=torch.int32)
+        torch.distributed.all_reduce(raised, torch.distributed.ReduceOp.MAX, group=self._host_group)
+        return [bool(flag) for flag in raised.tolist()]
 
-    def _draw_if_due(self) -> None:
-        if not is_validation_step(self.spec, self.step, self.total_steps):
+    def _look_if_due(self) -> None:
+        if not self.look_times.are_due(self.step):
             return
         self.log.report()
-        if self.drawn is not None and self.trackers is not None and not self.drawn.has(self.step):
-            images = []
-            for image in draw_pictures(
-                self.spec, self.unet_module, self.reader, self.step, self.run_dir / "validation"
-            ):
-                images.append(image)
-                self.reporter.image(image.name, image.path, image.prompt, self.step)
-                if self.stop.requested:
-                    break
-            else:
-                self.drawn.add(images)
-                self.trackers.log_images(images)
-        self.accelerator.wait_for_everyone()
+        if self.looks is not None:
+            self.looks.take(self.step, self.unet_module, self.shown)
+        if self._host_group is not None:
+            # by the host, which may wait for days: a device gives up after COLLECTIVE_TIMEOUT
+            torch.distributed.barrier(group=self._host_group)
         self.log.restart_clock()

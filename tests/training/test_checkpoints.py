@@ -1,15 +1,19 @@
 """Checkpoints: whole or absent, of their own run, and as many as asked for."""
 
+import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from sdxl_pipeline.protocol.program import StageError
+from sdxl_pipeline.training.checkpoint_times import CheckpointKind
 from sdxl_pipeline.training.checkpoints import (
     TrainingState,
+    checkpoint_bytes,
     clear_checkpoints,
     latest_checkpoint,
     load_checkpoint,
@@ -33,12 +37,13 @@ def make_state(step: int) -> TrainingState:
     )
 
 
-def export(folder: Path) -> None:
-    (folder / "weights.safetensors").write_bytes(b"for users")
+def export(folder: Path, content: bytes = b"for users") -> Path:
+    (folder / "weights.safetensors").write_bytes(content)
+    return folder / "weights.safetensors"
 
 
-def save(root: Path, step: int, limit: int | None = None) -> Path:
-    return save_checkpoint(root, "me", make_state(step), export, limit)
+def save(root: Path, step: int, limit: int | None = None, kind: CheckpointKind = "step") -> Path:
+    return save_checkpoint(root, "me", make_state(step), export, limit, kind=kind)
 
 
 def test_a_state_comes_back_as_it_was(tmp_path):
@@ -62,6 +67,39 @@ def test_the_oldest_go_beyond_the_limit(tmp_path):
         save(tmp_path, step, limit=2)
     assert sorted(place.name for place in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
     assert latest_checkpoint(tmp_path, "me", print) == tmp_path / "step-00000100"
+
+
+def test_rolling_ones_are_counted_apart_and_resumed_from_like_the_others(tmp_path):
+    save(tmp_path, 2)
+    for step in (3, 4, 5):
+        save(tmp_path, step, limit=1, kind="rolling")
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["rolling-00000005", "step-00000002"]
+    assert latest_checkpoint(tmp_path, "me", print) == tmp_path / "rolling-00000005"
+    save(tmp_path, 6, limit=1)
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["rolling-00000005", "step-00000006"]
+    assert latest_checkpoint(tmp_path, "me", print) == tmp_path / "step-00000006"
+
+
+def test_the_size_foretold_is_the_size_written(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(500, 1000))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    state = replace(make_state(1), parameters={"weight": weight.detach()}, optimizer=optimizer.state_dict())
+    place = save_checkpoint(tmp_path, "me", state, lambda folder: export(folder, bytes(weight.nbytes)))
+    written = sum(file.stat().st_size for file in place.iterdir())
+    assert checkpoint_bytes(state) == 4 * weight.nbytes + 4  # and the count of steps
+    assert written == pytest.approx(checkpoint_bytes(state), abs=8192)
+
+
+def test_a_write_that_fails_half_way_leaves_no_half(tmp_path):
+    def fail(folder: Path) -> Path:
+        (folder / "weights").write_bytes(bytes(1000))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(tmp_path, "me", make_state(2), fail)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path):

@@ -1,10 +1,15 @@
 """Checkpoints."""
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from sdxl_pipeline.project.settings_model import Count, SettingsModel
+from sdxl_pipeline.project.settings_model import BadValueError, Count, SettingsModel, none_for_zero
+
+LATEST: Final = "latest"
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
 class CheckpointSettings(SettingsModel):
@@ -16,9 +21,52 @@ class CheckpointSettings(SettingsModel):
     checkpoint_step_interval: Annotated[int, Field(ge=0)] = Field(
         500, description="Steps between checkpoints; 0 writes only the one at the end."
     )
+    checkpoint_epoch_interval: Count | None = Field(
+        None, description="Epochs between checkpoints, beside those by steps. Not set: none by epochs."
+    )
     checkpoints_total_limit: Count | None = Field(
         None, description="Checkpoints kept; the oldest goes first. Not set: all."
     )
-    resume_from_checkpoint: Literal["latest"] | None = Field(
-        "latest", description='"latest" continues an unfinished run of the same identity; none starts again.'
+    checkpointing_rolling_steps: Count | None = Field(
+        None,
+        description="Steps between rolling checkpoints, which soon make room for the next. Not set: none.",
     )
+    checkpoints_rolling_total_limit: Count = Field(
+        1, description="Rolling checkpoints kept, beside checkpoints_total_limit."
+    )
+    resume_from_checkpoint: str | None = Field(
+        LATEST,
+        description='"latest" continues an unfinished run of the same identity, or one that differs in its length alone; the path of a '
+        "checkpoint's folder begins there; none starts again.",
+    )
+    disk_low_threshold: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description='Free space, as "100G" or in bytes, below which disk_low_action is taken. Not set: any that holds a checkpoint will do.',
+    )
+    disk_low_action: Literal["stop", "wait"] = Field(
+        "stop", description="stop saves a checkpoint and ends the run; wait holds it until there is space."
+    )
+
+    @field_validator("checkpoint_epoch_interval", "checkpointing_rolling_steps", mode="before")
+    @classmethod
+    def _zero_is_off(cls, value: Any) -> Any:
+        return none_for_zero(value)
+
+    @field_validator("resume_from_checkpoint", mode="after")
+    @classmethod
+    def _none_or_latest_in_any_case(cls, value: str | None) -> str | None:
+        word = (value or "none").strip().lower()
+        return None if word in ("none", "null") else LATEST if word == LATEST else value
+
+    @field_validator("disk_low_threshold", mode="before")
+    @classmethod
+    def _read_size(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return none_for_zero(value)
+        match = _SIZE.fullmatch(value.strip())
+        if match is None:
+            raise BadValueError(
+                "is not a size", 'write bytes, or a number with K, M, G or T, such as "100G" (1024 each)'
+            )
+        number, unit = match.groups()
+        return none_for_zero(int(float(number) * 1024 ** "_KMGT".index(unit.upper() or "_")))
