@@ -7,8 +7,16 @@ from typing import Any, Final
 
 HIDDEN: Final = "(hidden)"
 
-_SECRET_KEYS: Final = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+_SECRET_KEYS: Final = (
+    "aws_access_key_id",
+    "aws_secret_access_key",
+    "aws_session_token",
+    "webhook_url",
+    "callback_url",
+)
 _SECRET_WORD = re.compile(r"secret|token(?!izer)|passw|credential|access_?key|api_?key", re.IGNORECASE)
+# Who knows the address of a webhook may post there, and it may stand in the place of the file that holds it.
+_ADDRESS_KEY = re.compile(r"webhook|callback", re.IGNORECASE)
 # The second form is a password with a slash in it, as AWS makes them; what looks like a port is none.
 _USER_INFO = re.compile(
     r"""(?<=://)(?:[^/?#\s"'<>]*@|[^/:@\s"'<>]+:(?!\d+/)[^?#\s"'<>]*@)""",
@@ -29,6 +37,8 @@ def holds_credentials(url: str) -> bool:
 def fit_to_show(key: str, value: Any) -> Any:
     """A value as it may stand in a message: hidden where the key, however it is misspelled, speaks of a secret."""
     if _is_secret(key.rsplit(".", 1)[-1]) and not isinstance(value, bool | None):
+        return HIDDEN
+    if _ADDRESS_KEY.search(key) and "://" in str(value):
         return HIDDEN
     if isinstance(value, str):
         return without_credentials(value)

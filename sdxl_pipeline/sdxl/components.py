@@ -13,7 +13,13 @@ from typing import Any, Literal
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDPMScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.loaders.single_file_utils import (
     SingleFileComponentError,
     create_diffusers_clip_model_from_ldm,
@@ -67,6 +73,12 @@ def load_vae(model: ResolvedModel, dtype: torch.dtype) -> AutoencoderKL:
             "or fp32, or pretrained_vae_model_name_or_path to one made for fp16, as madebyollin/sdxl-vae-fp16-fix."
         )
     return vae
+
+
+def load_tiny_autoencoder(folder: Path, dtype: torch.dtype) -> AutoencoderTiny:
+    """The autoencoder of previews from its folder, see `sdxl_pipeline.sdxl.tiny_autoencoder`."""
+    loaded: AutoencoderTiny = _frozen(_from_folder(AutoencoderTiny, folder, None, dtype), str(folder))
+    return loaded
 
 
 def latent_scaling_factor(model: ResolvedModel) -> float:

@@ -1,18 +1,36 @@
 """Pictures from cached prompt embeddings: no text encoder is needed, and a seed means the same picture on every device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any, Final
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
+from sdxl_pipeline.project.sections.validation import Sampler
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.sdxl.components import load_pipeline
 from sdxl_pipeline.sdxl.latents import decode
+
+SAMPLERS: Final[Mapping[Sampler, type[diffusers.SchedulerMixin]]] = {
+    "ddim": diffusers.DDIMScheduler,
+    "ddpm": diffusers.DDPMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "euler-a": diffusers.EulerAncestralDiscreteScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+    "dpm++": diffusers.DPMSolverMultistepScheduler,
+}
+"""The values of validation_noise_scheduler."""
+
+LEAST_SIGNAL: Final = 1e-4
+"""Below this share of signal (alpha-bar) an estimate of the clean latents from predicted noise is divided by no less."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +45,21 @@ class Conditioning:
 
 
 def drawing_pipeline(
-    model: ResolvedModel, unet: UNet2DConditionModel, vae_dtype: torch.dtype, prediction_type: str | None
+    model: ResolvedModel,
+    unet: UNet2DConditionModel,
+    vae_dtype: torch.dtype,
+    prediction_type: str | None,
+    sampler: Sampler | None = None,
 ) -> StableDiffusionXLPipeline:
     """The base model's own pipeline, VAE and scheduler around `unet`, without text encoders, on the UNet's device.
 
-    `prediction_type` replaces what the scheduler says the UNet predicts.
+    `prediction_type` replaces what the scheduler says the UNet predicts, `sampler` the scheduler itself.
     """
     pipeline = load_pipeline(model, vae_dtype, unet=unet, text_encoders=False)
-    if prediction_type is not None:
-        pipeline.scheduler = type(pipeline.scheduler).from_config(
-            pipeline.scheduler.config, prediction_type=prediction_type
-        )
+    changed = {} if prediction_type is None else {"prediction_type": prediction_type}
+    if changed or sampler is not None:
+        kind = type(pipeline.scheduler) if sampler is None else SAMPLERS[sampler]
+        pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **changed)
     pipeline.vae.to(unet.device).eval()
     return pipeline
 
@@ -50,11 +72,13 @@ def draw_pixels(
     seed: int,
     settings: TrainingSettings,
     on_step: Callable[[], None] | None = None,
+    on_estimate: Callable[[int, Tensor], None] | None = None,
 ) -> np.ndarray:
     """One picture, (H, W, 3) float32 in [0, 1] unless something broke, with the validation settings. `size` is (H, W) in pixels.
 
     The noise comes from the CPU. Decoded here and not by the pipeline, so that the VAE may keep a precision of its own and a NaN is
-    seen before it is rounded away. `on_step` is called after every denoising step; what it raises ends the drawing.
+    seen before it is rounded away. `on_step` is called after every denoising step; what it raises ends the drawing. `on_estimate` gets
+    the number of each step, from 1, and the clean latents that the sampler expects at it, (1, 4, H/8, W/8) scaled.
     """
 
     def after_step(
@@ -68,20 +92,21 @@ def draw_pixels(
         return None if tensor is None else tensor.to(pipeline.unet.device, pipeline.unet.dtype)
 
     height, width = size
-    latents = pipeline(
-        prompt_embeds=ready(conditioning.prompt_embeds),
-        pooled_prompt_embeds=ready(conditioning.pooled_prompt_embeds),
-        negative_prompt_embeds=ready(conditioning.negative_prompt_embeds),
-        negative_pooled_prompt_embeds=ready(conditioning.negative_pooled_prompt_embeds),
-        height=height,
-        width=width,
-        num_inference_steps=settings.validation_num_inference_steps,
-        guidance_scale=settings.validation_guidance,
-        guidance_rescale=settings.validation_guidance_rescale,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        callback_on_step_end=after_step,
-        output_type="latent",
-    ).images
+    with nullcontext() if on_estimate is None else _estimates(pipeline.scheduler, on_estimate):
+        latents = pipeline(
+            prompt_embeds=ready(conditioning.prompt_embeds),
+            pooled_prompt_embeds=ready(conditioning.pooled_prompt_embeds),
+            negative_prompt_embeds=ready(conditioning.negative_prompt_embeds),
+            negative_pooled_prompt_embeds=ready(conditioning.negative_pooled_prompt_embeds),
+            height=height,
+            width=width,
+            num_inference_steps=settings.validation_num_inference_steps,
+            guidance_scale=settings.validation_guidance,
+            guidance_rescale=settings.validation_guidance_rescale,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            callback_on_step_end=after_step,
+            output_type="latent",
+        ).images
     pixels: np.ndarray = decode(pipeline.vae, latents)[0].permute(1, 2, 0).cpu().numpy()
     return pixels
 
@@ -89,3 +114,39 @@ def draw_pixels(
 def image_from_pixels(pixels: np.ndarray) -> Image.Image:
     """Pixels (H, W, 3) in [0, 1] as an 8-bit picture; a value that is not a number shows black."""
     return Image.fromarray((np.nan_to_num(pixels) * 255).round().clip(0, 255).astype(np.uint8))
+
+
+@contextmanager
+def _estimates(scheduler: Any, take: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Give each step's number and estimate to `take`; the pipeline's own callback has nothing but the noisy latents."""
+    own, number = scheduler.step, 0
+
+    @wraps(own)  # the pipeline reads its signature
+    def step(model_output: Tensor, timestep: Tensor, sample: Tensor, **options: Any) -> Any:
+        nonlocal number
+        number += 1
+        take(number, expected_latents(scheduler, model_output, timestep, sample))
+        return own(model_output, timestep, sample, **options)
+
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+def expected_latents(scheduler: Any, prediction: Tensor, timestep: Tensor, sample: Tensor) -> Tensor:
+    """The clean latents that a prediction at a timestep implies, in float32: (B, 4, h, w) as `prediction` and `sample`.
+
+    Of noise, x0 = (x_t - sqrt(1 - abar) eps) / sqrt(abar); of velocity, x0 = sqrt(abar) x_t - sqrt(1 - abar) v (Salimans and Ho 2022).
+    """
+    if scheduler.config.prediction_type == "sample":
+        return prediction.float()
+    noisy = scheduler.scale_model_input(
+        sample, timestep
+    ).float()  # of variance 1, whatever the sampler counts in
+    alpha_bar = scheduler.alphas_cumprod[round(float(timestep))].to(noisy).clamp_min(LEAST_SIGNAL)
+    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    if scheduler.config.prediction_type == "v_prediction":
+        return signal * noisy - noise * prediction.float()
+    return (noisy - noise * prediction.float()) / signal

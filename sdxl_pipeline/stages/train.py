@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.leases import leased_lanes
 from sdxl_pipeline.protocol.program import StageError, StopSignal, run_stage
 from sdxl_pipeline.protocol.reporter import Reporter, is_main_process
-from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
+from sdxl_pipeline.protocol.specs import EMA_FOLDER, TrainedLora, TrainSpec
 from sdxl_pipeline.store.files import sha256_path, write_text_atomic
+from sdxl_pipeline.training.eval_log import read_eval_log
 from sdxl_pipeline.training.identity import run_identity
 from sdxl_pipeline.training.metrics import METRICS_FILE, final_loss, read_metrics
 from sdxl_pipeline.training.run_lock import run_lock
@@ -33,6 +35,7 @@ def main(spec: TrainSpec, reporter: Reporter, stop: StopSignal) -> TrainedLora:
     run_dir = Path(spec.run_dir)
     with run_lock(run_dir, stop) if is_main_process() else nullcontext():
         finished = finished_run(run_dir, identity)
+        finished = finished and _released(finished, spec.settings)
         if finished is not None:
             reporter.log(
                 f"Nothing to train: the run {identity[:12]} is finished, and its weights are as it left them."
@@ -44,8 +47,9 @@ def main(spec: TrainSpec, reporter: Reporter, stop: StopSignal) -> TrainedLora:
         with leased_lanes(spec.lanes, f"train {spec.project}") if is_main_process() else nullcontext():
             trainer = Trainer(spec, identity, reporter, stop)
             try:
-                trainer.train()
-                return _finish(trainer)
+                with trainer.watch or nullcontext():
+                    trainer.train()
+                    return _finish(trainer)
             finally:
                 trainer.close()
 
@@ -78,6 +82,7 @@ def _finish(trainer: "Trainer") -> TrainedLora:
 
     spec, run_dir = trainer.spec, trainer.run_dir
     rows = read_metrics(run_dir / METRICS_FILE)
+    eval_losses = tuple((row.step, row.loss.mean) for row in read_eval_log(run_dir))
     images = tuple(read_validation_log(run_dir))
     weights, loss_curve, sheet = (
         run_dir / trainer.trainable.weights_name,
@@ -86,7 +91,9 @@ def _finish(trainer: "Trainer") -> TrainedLora:
     )
     if trainer.is_main:
         trainer.write_weights(run_dir)
-        plot_loss_curve(rows, loss_curve, title=f"{spec.project}: {trainer.step} steps")
+        plot_loss_curve(
+            rows, loss_curve, title=f"{spec.project}: {trainer.step} steps", eval_losses=eval_losses
+        )
         if images:
             write_sheet(images, sheet)
     trainer.accelerator.wait_for_everyone()
@@ -106,6 +113,7 @@ def _finish(trainer: "Trainer") -> TrainedLora:
         reused=False,
         skipped_steps=trainer.step - len(rows),
         final_loss=final_loss(rows),
+        eval_losses=eval_losses,
         seconds=trainer.seconds,
         steps_per_second=trainer.step / trainer.log.training_seconds,
         peak_memory_bytes=peak_memory_bytes(spec.hardware.device),
@@ -116,9 +124,29 @@ def _finish(trainer: "Trainer") -> TrainedLora:
         validation_sheet_path=str(sheet) if images else None,
         validation_images=images,
     )
+    manifest = _released(manifest, spec.settings) or manifest
     if trainer.is_main:
         write_text_atomic(run_dir / FINISHED, manifest.model_dump_json(indent=2) + "\n")
+    if trainer.watch is not None:
+        trainer.watch.finished(manifest)
     return manifest
+
+
+def _released(manifest: TrainedLora, settings: TrainingSettings) -> TrainedLora | None:
+    """The manifest with those of the run's weights that `released_weights` asks for; None when they are not there."""
+    if not settings.use_ema:
+        return manifest
+    folder = Path(manifest.run_dir) / (EMA_FOLDER if settings.released_weights == "ema" else "")
+    weights = folder / Path(manifest.weights_path).name
+    if not weights.exists():
+        return None
+    return manifest.model_copy(
+        update={
+            "weights_path": str(weights),
+            "weights_sha256": sha256_path(weights),
+            "released_weights": settings.released_weights,
+        }
+    )
 
 
 def peak_memory_bytes(device: str) -> int:

@@ -21,6 +21,13 @@ class StepMetrics:
     lr: float  # that the step was taken with
     grad_norm: float | None  # before clipping; None where fp16 overflowed and the step was skipped
     samples_per_second: float  # over the steps since the last report
+    steps_per_second: float | None = None  # likewise
+    eta_seconds: float | None = None  # to the end of the run, at that speed
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What is known of the step, by name."""
+        return {name: value for name, value in asdict(self).items() if name != "step" and value is not None}
 
 
 class MetricsLog:

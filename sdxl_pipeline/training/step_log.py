@@ -13,7 +13,7 @@ from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.training.metrics import MetricsLog, StepMetrics
 from sdxl_pipeline.training.non_finite import SkippedSteps
 from sdxl_pipeline.training.order import Draw, SampleOrder
-from sdxl_pipeline.training.trackers import Trackers
+from sdxl_pipeline.training.watch import Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class TakenStep:
 class StepLog:
     """Keeps steps on the device until `report`, the only moment when the training waits for it.
 
-    Each process has one; `metrics` and `trackers` are the main process's alone.
+    Each process has one; `metrics` and `watch` are the main process's alone.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class StepLog:
         total_steps: int,
         training_seconds: float,
         metrics: MetricsLog | None,
-        trackers: Trackers | None,
+        watch: Watch | None,
     ) -> None:
         self._accelerator, self._reporter = accelerator, reporter
         self._order, self._total_steps = order, total_steps
-        self._metrics, self._trackers = metrics, trackers
+        self._metrics, self._watch = metrics, watch
         self._kept: list[TakenStep] = []
         self._skipped = SkippedSteps(total_steps)
         self.training_seconds = training_seconds
@@ -74,17 +74,25 @@ class StepLog:
         elapsed = time.monotonic() - self._clock
         self.training_seconds += elapsed
         self._clock += elapsed
-        speed = len(kept) * self._samples_in(kept[0]) / elapsed
+        speed = len(kept) / elapsed  # in steps
         rows = [
-            StepMetrics(step.number, loss, step.lr, norm if math.isfinite(norm) else None, speed)
+            StepMetrics(
+                step.number,
+                loss,
+                step.lr,
+                norm if math.isfinite(norm) else None,
+                samples_per_second=speed * self._samples_in(step),
+                steps_per_second=speed,
+                eta_seconds=(self._total_steps - step.number) / speed,
+            )
             for step, loss, norm in zip(kept, losses, norms, strict=True)
         ]
         taken = [row for row in rows if self._was_taken(row)]
-        if self._metrics is not None and self._trackers is not None:
+        if self._metrics is not None and self._watch is not None:
             self._metrics.append(taken)
-            self._trackers.log(taken)
+            self._watch.steps(taken)
         if taken:
-            self._show(taken, self._samples_in(kept[0]))
+            self._show(taken)
         self._count_skipped(kept, rows)
 
     def _was_taken(self, row: StepMetrics) -> bool:
@@ -119,14 +127,7 @@ class StepLog:
     def _samples_in(self, step: TakenStep) -> int:
         return len(step.losses) * self._order.global_batch_size
 
-    def _show(self, rows: list[StepMetrics], samples_per_step: int) -> None:
+    def _show(self, rows: list[StepMetrics]) -> None:
         last = rows[-1]
-        shown = {
-            "loss": sum(row.loss for row in rows) / len(rows),
-            "lr": last.lr,
-            "samples_per_second": last.samples_per_second,
-            "eta_seconds": (self._total_steps - last.step) * samples_per_step / last.samples_per_second,
-        }
-        if last.grad_norm is not None:
-            shown["grad_norm"] = last.grad_norm
-        self._reporter.metric(last.step, shown)
+        mean_loss = sum(row.loss for row in rows) / len(rows)
+        self._reporter.metric(last.step, last.figures | {"loss": mean_loss})

@@ -1,17 +1,18 @@
-"""Sends metrics and pictures to tensorboard and wandb, when the settings ask for them."""
+"""Sends figures and pictures to tensorboard, wandb and trackio, when the settings ask for them."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from PIL import Image
 
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import TrainSpec, ValidationImage
 from sdxl_pipeline.training.metrics import StepMetrics
+from sdxl_pipeline.training.previews import Preview
 
 
 class Trackers:
@@ -19,57 +20,72 @@ class Trackers:
 
     Make one on the main process only, after accelerate's state.
 
-    tensorboard writes under `logging_dir`, which is relative to the run's folder; wandb obeys its own environment (WANDB_MODE=offline
-    needs no network). Both continue the run they had when training is resumed.
+    tensorboard writes under `logging_dir`, which is relative to the run's folder; wandb and trackio obey their own environment
+    (WANDB_MODE=offline needs no network, trackio keeps its figures under TRACKIO_DIR). All continue the run they had when training
+    is resumed.
     """
 
     def __init__(self, spec: TrainSpec, identity: str, resumed_at: int) -> None:
-        settings = spec.settings
-        run_name = settings.tracker_run_name or identity[:12]
         self._trackers: list[GeneralTracker] = []
-        for name in settings.report_to:
-            tracker: GeneralTracker
-            if name == "tensorboard":
-                folder = Path(spec.run_dir) / settings.logging_dir
-                # purge_step hides what the interrupted session logged past the checkpoint
-                tracker = TensorBoardTracker(run_name, str(folder), purge_step=resumed_at + 1)
-            else:
-                tracker = WandBTracker(
-                    settings.tracker_project_name or spec.project,
-                    name=run_name,
-                    id=identity[:32],
-                    resume="allow",
-                    dir=spec.run_dir,
-                )
+        for name in spec.settings.report_to:
+            tracker = _build(name, spec, identity, resumed_at)
             tracker.start()
             self._trackers.append(tracker)
 
     def log(self, rows: Sequence[StepMetrics]) -> None:
-        """Log the metrics of some steps."""
+        """Log the figures of some steps."""
+        for row in rows:
+            self.log_figures(row.step, {f"train/{name}": value for name, value in row.figures.items()})
+
+    def log_figures(self, step: int, figures: Mapping[str, float]) -> None:
+        """Log any figures at a step, by their full names such as "eval/loss"."""
         for tracker in self._trackers:
-            for row in rows:
-                values: dict[str, Any] = {
-                    "train/loss": row.loss,
-                    "train/lr": row.lr,
-                    "train/samples_per_second": row.samples_per_second,
-                }
-                if row.grad_norm is not None:
-                    values["train/grad_norm"] = row.grad_norm
-                tracker.log(values, step=row.step)
+            tracker.log(dict(figures), step=step)
 
     def log_images(self, images: Sequence[ValidationImage]) -> None:
         """Log validation pictures under their prompts' names."""
-        for tracker in self._trackers:
-            for image in images:
-                with Image.open(image.path) as picture:
-                    pixels = np.asarray(picture.convert("RGB"))[None]  # (1, H, W, 3)
-                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({f"validation/{image.name}": pixels}, step=image.step, **options)
+        for image in images:
+            self._log_picture(f"validation/{image.name}", image.path, image.step)
+
+    def log_preview(self, preview: Preview) -> None:
+        """Log a picture that is forming. Those of one training step go under a name each, by their sampler steps."""
+        number = f"{preview.sampler_step:0{len(str(preview.sampler_steps))}d}"
+        self._log_picture(f"preview/{preview.name}/{number}", preview.path, preview.step)
 
     def close(self) -> None:
         """Flush and end."""
         for tracker in self._trackers:
             tracker.finish()
+
+    def _log_picture(self, name: str, path: str, step: int) -> None:
+        if not self._trackers:
+            return
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        for tracker in self._trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")  # (1, H, W, 3)
+            elif tracker.name == "wandb":
+                tracker.log_images({name: pixels[None]}, step=step)
+            else:
+                import trackio
+
+                tracker.log({name: trackio.Image(pixels)}, step=step)
+
+
+def _build(name: str, spec: TrainSpec, identity: str, resumed_at: int) -> GeneralTracker:
+    settings = spec.settings
+    project, run_name = settings.tracker_project_name or spec.project, settings.tracker_run_name
+    if name == "tensorboard":
+        folder = Path(spec.run_dir) / settings.logging_dir
+        # purge_step hides what the interrupted session logged past the checkpoint
+        return TensorBoardTracker(run_name or identity[:12], str(folder), purge_step=resumed_at + 1)
+    if name == "wandb":
+        options: dict[str, Any] = {"id": identity[:32], "resume": "allow", "dir": spec.run_dir}
+        return WandBTracker(project, name=run_name or identity[:12], **options)
+    # It knows runs by their names alone, so a name of one's own needs the identity beside it.
+    unique = f"{run_name}-{identity[:12]}" if run_name else identity[:12]
+    return TrackioTracker(project, name=unique, resume="allow", embed=False)
 
 
 def require_tracker(name: str) -> None:

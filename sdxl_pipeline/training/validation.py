@@ -1,7 +1,8 @@
 """Pictures drawn while training, always from the same seeds, so that one sees what the LoRA learns."""
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,11 @@ from sdxl_pipeline.sdxl.drawing import draw_pixels, drawing_pipeline, image_from
 from sdxl_pipeline.sdxl.precision import dtype_from_name
 from sdxl_pipeline.store.files import atomic_path
 from sdxl_pipeline.training.batches import BatchReader
+from sdxl_pipeline.training.draws import seed_for
+from sdxl_pipeline.training.previews import Previews
+
+UNCONDITIONAL = ValidationPrompt(name="unconditional", prompt="")
+"""What validation_disable_unconditional leaves out."""
 
 
 @dataclass(frozen=True)
@@ -24,33 +30,49 @@ class PlannedPicture:
     seed: int
 
 
-def plan_pictures(spec: TrainSpec) -> list[PlannedPicture]:
-    """Every prompt at every size, `num_validation_images` times with successive seeds."""
+def plan_pictures(spec: TrainSpec, step: int) -> list[PlannedPicture]:
+    """Every prompt at every size, `num_validation_images` times with successive seeds: the same ones at each step unless randomized."""
     settings = spec.settings
     sizes = settings.validation_sizes
+    first_seed = settings.effective_validation_seed
+    if settings.validation_randomize:
+        first_seed = seed_for(first_seed, "validation", step) % 2**32
+    prompts = spec.prompts if settings.validation_disable_unconditional else (*spec.prompts, UNCONDITIONAL)
     pictures = []
-    for prompt in spec.prompts:
+    for prompt in prompts:
         for height, width in sizes:
             for number in range(settings.num_validation_images):
                 size = f" {width}x{height}" if len(sizes) > 1 else ""
                 count = f" {number + 1}" if settings.num_validation_images > 1 else ""
-                pictures.append(
-                    PlannedPicture(
-                        f"{prompt.name}{size}{count}",
-                        prompt,
-                        (height, width),
-                        settings.effective_validation_seed + number,
-                    )
-                )
+                name = f"{prompt.name}{size}{count}"
+                pictures.append(PlannedPicture(name, prompt, (height, width), first_seed + number))
     return pictures
 
 
-def is_validation_step(spec: TrainSpec, step: int, total_steps: int) -> bool:
-    """Whether pictures are drawn at a step: at the end, and every `validation_step_interval` steps from 0 on unless that is 0."""
-    if spec.settings.validation_disable or not spec.prompts:
+def is_validation_step(
+    spec: TrainSpec, step: int, total_steps: int, epochs_at: Callable[[int], float]
+) -> bool:
+    """Whether pictures are drawn at a step: at the end, by the intervals in steps and epochs, and at 0 as validation_on_startup says."""
+    settings = spec.settings
+    if settings.validation_disable or not plan_pictures(spec, step):
         return False
-    interval = spec.settings.validation_step_interval
-    return step == total_steps or (interval > 0 and step % interval == 0)
+    by_steps, by_epochs = settings.validation_step_interval, settings.validation_epoch_interval
+    if step == 0 and settings.validation_on_startup is not None:
+        return settings.validation_on_startup
+    return step == total_steps or is_due(step, by_steps, by_epochs, epochs_at)
+
+
+def is_due(
+    step: int, by_steps: int | None, by_epochs: float | None, epochs_at: Callable[[int], float]
+) -> bool:
+    """Whether a step ends an interval of steps, or is the first that completes one of epochs; step 0 ends one of steps only."""
+    if by_steps and step % by_steps == 0:
+        return True
+    if not by_epochs or step == 0:
+        return False
+    # a third of an epoch, thrice, is a hair less than one
+    done, before = (math.floor(epochs_at(at) / by_epochs + 1e-9) for at in (step, step - 1))
+    return done > before
 
 
 def draw_pictures(
@@ -59,30 +81,41 @@ def draw_pictures(
     reader: BatchReader,
     step: int,
     folder: Path,
+    previews: Previews | None = None,
+    label: str = "",
 ) -> Iterator[ValidationImage]:
-    """Draw the planned pictures with the UNet as it stands, one by one, into `folder`.
+    """Draw the planned pictures with the UNet as it stands, one by one, into `folder`, and show them forming through `previews`.
+
+    `label` is added to their names, to tell the same pictures of other weights apart.
+
+    `label` is added to their names, where other weights of the same step draw them too.
 
     No text encoder is loaded: the prompts' embeddings come from the text cache. Nothing the training computes with is changed; the
     UNet is in eval mode only while a picture is being drawn.
     """
     settings = spec.settings
     vae_dtype = dtype_from_name(settings.vae_dtype or spec.hardware.vae_dtype)
-    pipeline = drawing_pipeline(spec.base_model, unet, vae_dtype, settings.prediction_type)
+    pipeline = drawing_pipeline(
+        spec.base_model, unet, vae_dtype, settings.prediction_type, settings.validation_noise_scheduler
+    )
     zeros = bool(pipeline.config.force_zeros_for_empty_prompt)
-    for picture in plan_pictures(spec):
-        conditioning = reader.conditioning(picture.prompt.prompt, picture.prompt.negative_prompt, zeros)
+    for picture in plan_pictures(spec, step):
+        name, prompt = picture.name + label, picture.prompt.prompt
+        stem = _file_stem(name)
+        forming = None if previews is None else previews.of(name, stem, prompt, step)
+        conditioning = reader.conditioning(prompt, picture.prompt.negative_prompt, zeros)
         was_training = unet.training
         unet.eval()
         try:
-            pixels = draw_pixels(pipeline, conditioning, picture.size, picture.seed, settings)
+            pixels = draw_pixels(
+                pipeline, conditioning, picture.size, picture.seed, settings, on_estimate=forming
+            )
         finally:
             unet.train(was_training)
-        path = folder / f"step-{step:08d}" / f"{_file_stem(picture.name)}.png"
+        path = folder / f"step-{step:08d}" / f"{stem}.png"
         with atomic_path(path) as temporary:
             image_from_pixels(pixels).save(temporary, format="PNG")
-        yield ValidationImage(
-            step=step, name=picture.name, prompt=picture.prompt.prompt, path=str(path), seed=picture.seed
-        )
+        yield ValidationImage(step=step, name=name, prompt=prompt, path=str(path), seed=picture.seed)
 
 
 def _file_stem(name: str) -> str:

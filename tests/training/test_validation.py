@@ -1,6 +1,8 @@
 """Validation pictures: what diffusers' own pipeline draws from the prompts' text, drawn without text encoders, at the right steps."""
 
+import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -8,13 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
+from sdxl_pipeline.project.sections.validation import Sampler
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import ValidationImage, ValidationPrompt
 from sdxl_pipeline.sdxl.components import load_pipeline, load_text_encoders, load_unet
+from sdxl_pipeline.sdxl.drawing import SAMPLERS
 from sdxl_pipeline.sdxl.text_encoding import encode_prompts
 from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.batches import BatchReader
-from sdxl_pipeline.training.validation import draw_pictures, is_validation_step, plan_pictures
+from sdxl_pipeline.training.validation import draw_pictures, is_due, is_validation_step, plan_pictures
 from sdxl_pipeline.training.validation_log import ValidationLog
 from tests.lanes import NEGATIVE, PROMPT, digest, make_spec
 
@@ -104,7 +108,7 @@ def test_every_prompt_size_and_number_is_a_picture_of_its_own(tmp_path):
         num_validation_images=2,
         seed=3,
     )
-    assert [(p.name, p.size, p.seed) for p in plan_pictures(spec)] == [
+    assert [(p.name, p.size, p.seed) for p in plan_pictures(spec, 0)] == [
         ("circle 64x64 1", (64, 64), 3),
         ("circle 64x64 2", (64, 64), 4),
         ("circle 96x64 1", (64, 96), 3),
@@ -112,14 +116,68 @@ def test_every_prompt_size_and_number_is_a_picture_of_its_own(tmp_path):
     ]
 
 
-def test_steps(tmp_path):
-    def steps(interval, disable=False):
-        spec = make_spec(tmp_path, validation_step_interval=interval, validation_disable=disable)
-        return [step for step in range(12) if is_validation_step(spec, step, 11)]
+def at_four_steps_an_epoch(step: int) -> float:
+    return step / 4
 
-    assert steps(4) == [0, 4, 8, 11]
-    assert steps(0) == [11]
-    assert steps(4, disable=True) == []
+
+def drawn_steps(folder: Path, **settings) -> list[int]:
+    spec = make_spec(folder, **{"validation_disable": False, **settings})
+    return [step for step in range(12) if is_validation_step(spec, step, 11, at_four_steps_an_epoch)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"validation_step_interval": 4}, [0, 4, 8, 11]),
+        ({"validation_step_interval": 0}, [11]),
+        ({"validation_step_interval": 4, "validation_disable": True}, []),
+        ({"validation_step_interval": 6, "validation_epoch_interval": 1}, [0, 4, 6, 8, 11]),
+        ({"validation_step_interval": 0, "validation_epoch_interval": 2}, [8, 11]),
+        ({"validation_step_interval": 4, "validation_on_startup": False}, [4, 8, 11]),
+        ({"validation_step_interval": 0, "validation_on_startup": True}, [0, 11]),
+    ],
+)
+def test_steps(tmp_path, settings, expected):
+    assert drawn_steps(tmp_path, **settings) == expected
+
+
+def test_parts_of_an_epoch_come_when_they_are_whole():
+    def due(by_epochs: float, steps_an_epoch: int, steps: int) -> list[int]:
+        return [step for step in range(steps) if is_due(step, None, by_epochs, lambda s: s / steps_an_epoch)]
+
+    assert due(0.5, 10, 21) == [5, 10, 15, 20]
+    assert due(0.1, 30, 16) == [3, 6, 9, 12, 15]
+    assert due(0.5, 3, 10) == [2, 3, 5, 6, 8, 9]  # half an epoch of three steps is over after the second
+    assert due(1, 1, 4) == [1, 2, 3]
+
+
+def test_the_empty_prompt_is_drawn_when_asked_for(spec, tmp_path):
+    assert [p.name for p in plan_pictures(spec, 0)] == ["circle"]
+    values = {**spec.settings.model_dump(), "validation_disable_unconditional": False}
+    both = spec.model_copy(update={"settings": type(spec.settings)(**values)})
+    images = draw(both, tmp_path / "pictures")
+    assert [(image.name, image.prompt) for image in images] == [("circle", PROMPT), ("unconditional", "")]
+
+
+def test_randomized_seeds_are_a_function_of_the_step(tmp_path):
+    spec = make_spec(tmp_path, validation_randomize=True, validation_seed=7)
+    seeds = [plan_pictures(spec, step)[0].seed for step in (0, 100, 0)]
+    assert seeds[0] == seeds[2]
+    assert len({*seeds, 7}) == 3
+
+
+@pytest.mark.parametrize("sampler", get_args(Sampler))
+def test_every_sampler_draws_a_picture_of_its_own(spec, tmp_path, sampler):
+    (own,) = draw(spec, tmp_path / "own")
+    values = {**spec.settings.model_dump(), "validation_noise_scheduler": sampler}
+    other_spec = spec.model_copy(update={"settings": type(spec.settings)(**values)})
+    (first,) = draw(other_spec, tmp_path / "first")
+    (again,) = draw(other_spec, tmp_path / "again")
+    assert np.array_equal(pixels(first.path), pixels(again.path))
+    assert pixels(first.path).std() > 1
+    model_has = json.loads((Path(spec.base_model.path) / "scheduler/scheduler_config.json").read_text())
+    is_own = SAMPLERS[sampler].__name__ == model_has["_class_name"]
+    assert np.array_equal(pixels(own.path), pixels(first.path)) == is_own
 
 
 def test_another_prediction_type_reaches_the_sampler(spec, tmp_path):

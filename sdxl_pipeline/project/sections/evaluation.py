@@ -1,10 +1,10 @@
 """Evaluation."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from sdxl_pipeline.project.settings_model import Count, SettingsModel
+from sdxl_pipeline.project.settings_model import Count, SettingsModel, none_for_zero
 
 
 class EvaluationSettings(SettingsModel):
@@ -25,7 +25,28 @@ class EvaluationSettings(SettingsModel):
     num_eval_images: Count | None = Field(
         None, description="Most pictures used for the eval loss; not set: all."
     )
+    eval_dataset_id: str | None = Field(
+        None, description="The eval dataset that is used; not set: all of them."
+    )
+    eval_steps_interval: Count | None = Field(
+        None, description="Steps between eval losses taken during training; not set or 0: none by steps."
+    )
+    eval_epoch_interval: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Epochs between eval losses taken during training, 0.5 for two an epoch; not set or 0: none by epochs.",
+    )
     eval_holdout_share: Annotated[float, Field(ge=0, le=0.5)] = Field(
         0.1,
         description="Share of each dataset kept out of training for the eval loss when no eval dataset is given.",
     )
+
+    @property
+    def eval_loss_in_training(self) -> bool:
+        """Whether the eval loss is taken while the training goes on."""
+        intervals = (self.eval_steps_interval, self.eval_epoch_interval)
+        return not self.eval_loss_disable and any(interval is not None for interval in intervals)
+
+    @field_validator("eval_steps_interval", "eval_epoch_interval", mode="before")
+    @classmethod
+    def _read_eval_intervals(cls, value: Any) -> Any:
+        return none_for_zero(value)

@@ -4,7 +4,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from sdxl_pipeline.project.settings_model import SettingsModel, read_list
+from sdxl_pipeline.project.settings_model import (
+    BadValueError,
+    Count,
+    SettingsModel,
+    none_for_zero,
+    read_list,
+)
 
 
 class TrackingSettings(SettingsModel):
@@ -20,8 +26,34 @@ class TrackingSettings(SettingsModel):
         None, description="Run name in the trackers; not set: the run's identity."
     )
     logging_dir: str = Field("logs", min_length=1, description="Folder of the tensorboard logs.")
+    webhook_config: str | None = Field(
+        None,
+        min_length=1,
+        description="JSON file that says where messages and pictures of the training go: one webhook, or a list of them.",
+    )
+    webhook_reporting_interval: Count | None = Field(
+        None,
+        description="Steps between the figures sent to raw webhooks; not set or 0: no figures. Discord gets none.",
+    )
 
     @field_validator("report_to", mode="before")
     @classmethod
     def _read_trackers(cls, value: Any) -> Any:
         return read_list(value)
+
+    @field_validator("webhook_config", mode="before")
+    @classmethod
+    def _read_webhook_config(cls, value: Any) -> Any:
+        if isinstance(value, dict | list) or (
+            isinstance(value, str) and value.strip().startswith(("{", "["))
+        ):
+            raise BadValueError(
+                "is the webhook itself, and its address is a secret that config.json would carry into logs and specs",
+                "write it into a JSON file of its own, and the path of that file here",
+            )
+        return value
+
+    @field_validator("webhook_reporting_interval", mode="before")
+    @classmethod
+    def _read_webhook_reporting_interval(cls, value: Any) -> Any:
+        return none_for_zero(value)

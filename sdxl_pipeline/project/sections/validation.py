@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -11,7 +11,10 @@ from sdxl_pipeline.project.settings_model import (
     Count,
     SettingsModel,
     Share,
+    none_for_zero,
 )
+
+Sampler = Literal["ddim", "ddpm", "euler", "euler-a", "unipc", "dpm++"]
 
 
 class ValidationSettings(SettingsModel):
@@ -24,6 +27,12 @@ class ValidationSettings(SettingsModel):
     user_prompt_library: str | None = Field(
         None,
         description='JSON file of more prompts: {"name": "prompt"} or {"name": {"prompt": ..., "negative_prompt": ...}}.',
+    )
+    validation_prompt_library: bool = Field(
+        False, description="Also draw the general prompts that come with this program."
+    )
+    validation_disable_unconditional: bool = Field(
+        True, description="Leave out the picture of the empty prompt; false draws it during training."
     )
     validation_negative_prompt: str = Field(
         "blurry, cropped, ugly", description="Negative prompt of the validation pictures."
@@ -39,18 +48,46 @@ class ValidationSettings(SettingsModel):
         0.0, description="Guidance rescale of Lin et al. 2023; 0 is off."
     )
     validation_num_inference_steps: Count = Field(30, description="Sampler steps per picture.")
+    validation_noise_scheduler: Sampler | None = Field(
+        None, description="Sampler of the pictures; not set: the base model's own."
+    )
     validation_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
         None, description="Seed of the validation pictures; not set: `seed`."
     )
     validation_step_interval: Annotated[int, Field(ge=0)] = Field(
         100, description="Steps between validation pictures; 0 draws them only at the end."
     )
+    validation_epoch_interval: Count | None = Field(
+        None, description="Epochs between validation pictures, beside the steps; not set or 0: steps alone."
+    )
+    validation_on_startup: bool | None = Field(
+        None,
+        description="Draw before the first step; not set: when validation_step_interval is not 0.",
+    )
     num_validation_images: Count = Field(1, description="Pictures per prompt, with successive seeds.")
+    validation_randomize: bool = Field(
+        False, description="Draw from other seeds at each validation, instead of the same ones."
+    )
+    validation_preview: bool = Field(
+        False, description="Show the pictures while they form, decoded by a tiny autoencoder."
+    )
+    validation_preview_steps: Count = Field(1, description="Sampler steps between previews.")
+    validation_preview_model_name_or_path: str | None = Field(
+        None,
+        min_length=1,
+        description="Tiny autoencoder of the previews: Hub id, local folder or bundled:tiny-taesd; not set: madebyollin/taesdxl, "
+        "and the bundled one for the bundled model.",
+    )
 
     @property
     def validation_sizes(self) -> tuple[tuple[int, int], ...]:
         """(height, width) in pixels of each entry of `validation_resolution`."""
         return parse_sizes(self.validation_resolution)
+
+    @field_validator("validation_epoch_interval", mode="before")
+    @classmethod
+    def _read_validation_epoch_interval(cls, value: Any) -> Any:
+        return none_for_zero(value)
 
     @field_validator("validation_resolution", mode="before")
     @classmethod

@@ -1,0 +1,137 @@
+"""The looks a training takes at what it has learnt: validation pictures and the eval loss. They change nothing it computes with."""
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from sdxl_pipeline.protocol.program import StageError, StopSignal
+from sdxl_pipeline.protocol.reporter import Reporter
+from sdxl_pipeline.protocol.specs import LossSummary, TrainSpec
+from sdxl_pipeline.sdxl.components import latent_scaling_factor
+from sdxl_pipeline.training.batches import BatchReader
+from sdxl_pipeline.training.eval_log import EvalLog, EvalRow
+from sdxl_pipeline.training.eval_loss import eval_loss, eval_timesteps
+from sdxl_pipeline.training.eval_pictures import read_pictures
+from sdxl_pipeline.training.eval_samples import choose_samples
+from sdxl_pipeline.training.objective import Objective
+from sdxl_pipeline.training.previews import Previews
+from sdxl_pipeline.training.shown_weights import ShownWeights
+from sdxl_pipeline.training.validation import draw_pictures, is_due, is_validation_step
+from sdxl_pipeline.training.validation_log import ValidationLog
+from sdxl_pipeline.training.watch import Watch
+
+
+class _Stopped(Exception):  # noqa: N818  # the look is given up, the run has still to save
+    pass
+
+
+@dataclass(frozen=True)
+class LookTimes:
+    """When looks are due; every process knows."""
+
+    spec: TrainSpec
+    total_steps: int
+    epochs_at: Callable[[int], float]  # passes over the training pictures after a step
+
+    def pictures_are_due(self, step: int) -> bool:
+        """Whether validation pictures are drawn after a step; step 0 is before the first."""
+        return is_validation_step(self.spec, step, self.total_steps, self.epochs_at)
+
+    def eval_loss_is_due(self, step: int) -> bool:
+        """Whether the eval loss is taken after a step: when it is asked for at all, of the base model and at the end as well."""
+        settings = self.spec.settings
+        if not settings.eval_loss_in_training:
+            return False
+        intervals = settings.eval_steps_interval, settings.eval_epoch_interval
+        return step in (0, self.total_steps) or is_due(step, *intervals, self.epochs_at)
+
+    def are_due(self, step: int) -> bool:
+        """Whether any look is."""
+        return self.pictures_are_due(step) or self.eval_loss_is_due(step)
+
+
+class Looks:
+    """Takes the looks that are due, on the main process, and records and tells what it saw; a run that resumes repeats none.
+
+    What they need is found when this is made: raises StageError for a tiny autoencoder that cannot be had, and when there is no picture
+    to take the eval loss of.
+    """
+
+    def __init__(
+        self,
+        times: LookTimes,
+        reader: BatchReader,
+        objective: Objective,
+        device: torch.device,
+        resumed_at: int,
+        watch: Watch,
+        reporter: Reporter,
+        stop: StopSignal,
+    ) -> None:
+        spec = times.spec
+        run_dir = Path(spec.run_dir)
+        self._times, self._spec, self._reader = times, spec, reader
+        self._watch, self._stop = watch, stop
+        self._folder = run_dir / "validation"
+        self._drawn = ValidationLog(run_dir, resumed_at)
+        self._taken = EvalLog(run_dir, resumed_at)
+        draws = times.pictures_are_due(times.total_steps)
+        self._previews = (
+            Previews(spec, device, run_dir / "previews", watch.preview)
+            if spec.settings.validation_preview and draws
+            else None
+        )
+        # Of the objective only what decides target and noise: weights, offsets and their like stay out of the eval loss.
+        self._objective = Objective(objective.alphas_cumprod.cpu(), objective.prediction_type)
+        if spec.settings.eval_loss_in_training:
+            source, samples = choose_samples(spec.lanes, spec.settings)
+            if not samples:
+                raise StageError(
+                    "there is no picture to take the eval loss of: the datasets' aspect_buckets have no rows"
+                )
+            reporter.log(f"The eval loss is taken of {len(samples)} pictures ({source}).")
+            self._pictures = read_pictures(samples, reader, latent_scaling_factor(spec.base_model))
+
+    def take(self, step: int, unet: UNet2DConditionModel, shown: ShownWeights) -> None:
+        """Take what is due after a step with those weights of the UNet that `shown` says, and leave it as it was. A stop ends it early."""
+        if self._times.eval_loss_is_due(step) and not self._taken.has(step):
+            try:
+                with shown.released():
+                    loss = self._eval_loss(unet)
+            except _Stopped:
+                return
+            self._taken.add(EvalRow(step=step, loss=loss))
+            self._watch.eval_loss(step, loss)
+        if self._times.pictures_are_due(step) and not self._drawn.has(step):
+            self._draw(step, unet, shown)
+
+    def _eval_loss(self, unet: UNet2DConditionModel) -> LossSummary:
+        timesteps = eval_timesteps(self._spec.settings.eval_timesteps, len(self._objective.alphas_cumprod))
+        batch_size = self._spec.settings.train_batch_size
+
+        def on_batch(_done: int, _total: int) -> None:
+            if self._stop.requested:
+                raise _Stopped
+
+        was_training = unet.training
+        try:
+            return eval_loss(unet, self._objective, self._pictures, timesteps, batch_size, on_batch)
+        finally:
+            unet.train(was_training)
+
+    def _draw(self, step: int, unet: UNet2DConditionModel, shown: ShownWeights) -> None:
+        draw = partial(draw_pictures, self._spec, unet, self._reader, step, self._folder, self._previews)
+        images = []
+        with closing(shown.drawn(draw)) as drawn:  # so that a stop, too, puts the weights back at once
+            for image in drawn:
+                images.append(image)
+                self._watch.picture(image)
+                if self._stop.requested:
+                    return
+        self._drawn.add(images)
+        self._watch.pictures(images)

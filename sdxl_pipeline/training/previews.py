@@ -1,0 +1,89 @@
+"""Validation pictures while they form: what the sampler expects at a step, decoded by a tiny autoencoder."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny
+from PIL import Image
+from torch import Tensor
+
+from sdxl_pipeline.protocol.program import StageError
+from sdxl_pipeline.protocol.specs import TrainSpec
+from sdxl_pipeline.sdxl.components import load_tiny_autoencoder
+from sdxl_pipeline.sdxl.drawing import image_from_pixels
+from sdxl_pipeline.sdxl.model_files import BaseModelError
+from sdxl_pipeline.sdxl.precision import dtype_from_name
+from sdxl_pipeline.sdxl.tiny_autoencoder import tiny_autoencoder_folder
+from sdxl_pipeline.store.files import atomic_path
+
+LONGEST_EDGE = 512
+"""Of a preview, in pixels: it is sent at every few sampler steps, and looked at for a second."""
+
+JPEG_QUALITY = 85
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A picture that is not finished."""
+
+    name: str  # of the validation picture
+    prompt: str
+    path: str  # JPEG; the next preview of this picture takes its place
+    step: int  # of the training
+    sampler_step: int
+    sampler_steps: int
+
+    @property
+    def caption(self) -> str:
+        """The prompt, and how far the picture is."""
+        return f"{self.prompt} (sampler step {self.sampler_step} of {self.sampler_steps})"
+
+
+class Previews:
+    """Decodes what a picture will be at every few sampler steps and the last, writes it into `folder`, and hands it to `show`.
+
+    The autoencoder is loaded when this is made, so that one that is missing or broken is a StageError before the first step.
+    """
+
+    def __init__(
+        self, spec: TrainSpec, device: torch.device, folder: Path, show: Callable[[Preview], None]
+    ) -> None:
+        settings = spec.settings
+        dtype = dtype_from_name(settings.vae_dtype or spec.hardware.vae_dtype)
+        try:
+            place = tiny_autoencoder_folder(settings, spec.base_model)
+            self._autoencoder: AutoencoderTiny = load_tiny_autoencoder(place, dtype).to(device)
+        except BaseModelError as error:
+            raise StageError(f"config.json: validation_preview: {error}") from error
+        except (OSError, ValueError, RuntimeError) as error:  # as diffusers tells of a file that does not fit
+            raise StageError(
+                f"config.json: validation_preview: {place} is no tiny autoencoder that can be loaded ({error})"
+            ) from error
+        self._every = settings.validation_preview_steps
+        self._sampler_steps = settings.validation_num_inference_steps
+        self._folder, self._show = folder, show
+
+    def of(self, name: str, stem: str, prompt: str, step: int) -> Callable[[int, Tensor], None]:
+        """What `draw_pixels` is to call with each sampler step and estimate of one picture; `stem` is its file's name."""
+        path = self._folder / f"{stem}.jpg"
+
+        def on_estimate(number: int, latents: Tensor) -> None:
+            if number % self._every and number != self._sampler_steps:
+                return
+            picture = self._decode(latents)
+            with atomic_path(path) as temporary:
+                picture.save(temporary, format="JPEG", quality=JPEG_QUALITY)
+            self._show(Preview(name, prompt, str(path), step, number, self._sampler_steps))
+
+        return on_estimate
+
+    @torch.no_grad()
+    def _decode(self, latents: Tensor) -> Image.Image:
+        """Latents (1, 4, h, w), scaled, as a picture of at most LONGEST_EDGE."""
+        autoencoder = self._autoencoder
+        pixels = autoencoder.decode(latents.to(autoencoder.device, autoencoder.dtype)).sample  # in [-1, 1]
+        picture = image_from_pixels(pixels[0].float().div(2).add(0.5).permute(1, 2, 0).cpu().numpy())
+        picture.thumbnail((LONGEST_EDGE, LONGEST_EDGE), Image.Resampling.BILINEAR)
+        return picture

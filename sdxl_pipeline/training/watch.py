@@ -1,0 +1,126 @@
+"""What a run tells those who watch it: its page, the trackers and the webhooks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from sdxl_pipeline.project.problems import ProjectError
+from sdxl_pipeline.protocol.program import StageError, StageStopped
+from sdxl_pipeline.protocol.reporter import Reporter
+from sdxl_pipeline.protocol.specs import LossSummary, TrainedLora, TrainSpec, ValidationImage
+from sdxl_pipeline.protocol.webhook import Level, Message, Origin, Picture, Webhooks, load_webhooks
+from sdxl_pipeline.training.metrics import StepMetrics
+from sdxl_pipeline.training.previews import Preview
+from sdxl_pipeline.training.trackers import Trackers
+
+
+class Watch:
+    """Tells everyone. Make one on the main process only; as a context manager it also tells how the run begins and what ends it early.
+
+    Raises StageError for webhooks that cannot be used.
+    """
+
+    def __init__(
+        self, spec: TrainSpec, identity: str, resumed_at: int, total_steps: int, reporter: Reporter
+    ) -> None:
+        self._spec, self._reporter = spec, reporter
+        self._step, self._total_steps = resumed_at, total_steps
+        config = spec.settings.webhook_config
+        try:
+            webhooks = load_webhooks(Path(config) if config else None)
+        except ProjectError as error:
+            raise StageError(str(error)) from error
+        self._trackers = Trackers(spec, identity, resumed_at)
+        self._webhooks = Webhooks(webhooks, Origin(spec.project, identity[:12]), reporter.log)
+
+    def __enter__(self) -> "Watch":
+        begins = "starts" if self._step == 0 else f"goes on from step {self._step}"
+        self._send("training.started", f"The training {begins}: {self._total_steps} steps.")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, StageStopped):
+            self._send("training.stopped", "The training was stopped; the next run goes on.", "warning")
+        elif error is not None:
+            # Only the words of an error that was made for users are known to hold nothing private.
+            reason = str(error) if isinstance(error, StageError) else type(error).__name__
+            self._send("training.failed", f"The training failed: {reason}", "error")
+
+    def steps(self, rows: Sequence[StepMetrics]) -> None:
+        """Steps were taken. The reporter hears of them from the step log, which thins them."""
+        self._trackers.log(rows)
+        interval = self._spec.settings.webhook_reporting_interval
+        for row in rows:
+            self._step = row.step
+            if interval and row.step % interval == 0:
+                text = f"step {row.step} of {self._total_steps}: loss {row.loss:.4f}, lr {row.lr:.3g}"
+                message = Message("training.progress", text, "info", row.step, row.figures, for_people=False)
+                self._webhooks.send(message)
+
+    def figures(self, step: int, figures: dict[str, float]) -> None:
+        """Anything else there is to plot, by its full name such as "train/ema_decay"."""
+        self._trackers.log_figures(step, figures)
+        self._reporter.metric(step, figures)
+
+    def eval_loss(self, step: int, loss: LossSummary) -> None:
+        """The eval loss was taken."""
+        self._step = step
+        self.figures(step, {"eval/loss": loss.mean})
+        self._reporter.log(f"Eval loss after step {step}: {loss.mean:.5f}.")
+        text = f"step {step} of {self._total_steps}: eval loss {loss.mean:.5f}"
+        self._send("eval.loss", text, figures={"eval/loss": loss.mean})
+
+    def picture(self, image: ValidationImage) -> None:
+        """A validation picture is finished; those of a step follow together in `pictures`."""
+        self._reporter.image(image.name, image.path, image.prompt, image.step)
+
+    def pictures(self, images: Sequence[ValidationImage]) -> None:
+        """All validation pictures of a step are drawn."""
+        self._trackers.log_images(images)
+        if not images:
+            return
+        self._step = images[0].step
+        names = ", ".join(image.name for image in images)
+        self._send(
+            "validation.images",
+            f"step {self._step} of {self._total_steps}: {names}",
+            paths=[image.path for image in images],
+        )
+
+    def preview(self, preview: Preview) -> None:
+        """A validation picture is forming."""
+        self._step = preview.step
+        self._reporter.image(f"{preview.name}, forming", preview.path, preview.caption, preview.step)
+        self._trackers.log_preview(preview)
+        text = f"step {preview.step} of {self._total_steps}: {preview.name}: {preview.caption}"
+        self._send("validation.preview", text, paths=[preview.path])
+
+    def finished(self, manifest: TrainedLora) -> None:
+        """The run is at its end, its files are written."""
+        self._step = manifest.steps
+        self._send(
+            "training.finished",
+            f"The training is finished: {manifest.steps} steps in {manifest.seconds:.0f} s, final loss {manifest.final_loss:.4f}.",
+            figures={"final_loss": manifest.final_loss, "seconds": manifest.seconds},
+            paths=[manifest.loss_curve_path],
+        )
+
+    def close(self) -> None:
+        """Flush and end the trackers and the webhooks."""
+        self._trackers.close()
+        self._webhooks.close()
+
+    def _send(
+        self,
+        kind: str,
+        text: str,
+        level: Level = "info",
+        figures: dict[str, float] | None = None,
+        paths: Sequence[str] = (),
+    ) -> None:
+        if not len(self._webhooks):
+            return  # and read no pictures
+        pictures = tuple(Picture.read(path) for path in paths)
+        self._webhooks.send(Message(kind, text, level, self._step, figures or {}, pictures))
