@@ -4,10 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
 from sdxl_pipeline.release.model_card import hub_id
+from sdxl_pipeline.sdxl.components import load_unet
+from sdxl_pipeline.store.files import sha256_path
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
@@ -117,3 +120,30 @@ def test_a_lora_of_another_prediction_type_is_drawn_with_it(release, inputs, mon
     code = snippet(release(settings=settings))
     assert 'from_config(pipeline.scheduler.config, prediction_type="v_prediction")' in code
     compile(code, "snippet", "exec")
+
+
+def test_a_whole_unet_is_released_as_a_folder_that_the_snippet_loads(
+    release, inputs, tmp_path: Path, monkeypatch
+):
+    unet = load_unet(inputs["base_model"], torch.float32)
+    unet.register_to_config(_name_or_path="")
+    unet.save_pretrained(tmp_path / "run" / "unet")
+    digest = sha256_path(tmp_path / "run" / "unet")
+    update = {"weights_kind": "unet", "weights_sha256": digest}
+    lora = inputs["lora"].model_copy(update={**update, "weights_path": str(tmp_path / "run" / "unet")})
+    report = inputs["report"].model_copy(update={"weights_kind": "unet", "lora_sha256": digest})
+    settings = inputs["settings"].model_copy(update={"model_type": "full"})
+    model = inputs["base_model"].model_copy(update={"source": SDXL, "revision": "ab" * 20})
+    hub = release(lora=lora, report=report, settings=settings, base_model=model)
+    assert front_matter(hub)["base_model_relation"] == "finetune"
+    assert "lora" not in front_matter(hub)["tags"]
+
+    folder = release(lora=lora, report=report, settings=settings)
+    assert sha256_path(folder / "unet") == digest
+    text = (folder / "README.md").read_text()
+    assert "with all weights trained further for 40 steps" in text
+    assert "lora_rank" not in text
+    monkeypatch.chdir(folder)
+    exec(compile(snippet(folder), "snippet", "exec"), {})
+    with Image.open(folder / "picture.png") as picture:
+        assert picture.size == (64, 64)

@@ -1,0 +1,177 @@
+"""Holds: a whole UNet trained by the stage: every weight moves, a stopped run ends in the same bytes, users draw what the trainer drew."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from sdxl_pipeline.protocol.program import StageStopped, StopSignal
+from sdxl_pipeline.protocol.reporter import Reporter
+from sdxl_pipeline.protocol.specs import EvaluateSpec, TrainedLora, TrainSpec
+from sdxl_pipeline.release.export import ExportError, verify_export
+from sdxl_pipeline.sdxl.components import load_unet
+from sdxl_pipeline.stages import evaluate, train
+from sdxl_pipeline.store.files import sha256_path
+from tests.lanes import NEGATIVE, PROMPT, make_lane, make_spec
+from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STEPS = 4
+
+
+class Stopping(Reporter):
+    """Asks to stop when so many steps are done."""
+
+    def __init__(self, stop: StopSignal, after: int):
+        super().__init__()
+        self._stop, self._after = stop, after
+
+    def _show_log(self, message: str) -> None:
+        pass
+
+    def progress(self, task: str, done: int, total: int, unit: str = "") -> None:
+        if (task, done) == ("train", self._after):
+            self._stop.request()
+
+
+def full_spec(folder: Path, run: str, **settings: object) -> TrainSpec:
+    splits = ["train"] * 4 + ["eval"]
+    values = {
+        "model_type": "full",
+        "lora_rank": 16,
+        "learning_rate": 1e-4,
+        "max_train_steps": STEPS,
+        "lr_warmup_steps": 0,
+        "checkpoint_step_interval": 2,
+        "caption_dropout_probability": 0.3,
+        "validation_disable": False,
+        "validation_step_interval": STEPS,
+        "validation_guidance": 3.0,
+        "num_eval_images": 1,
+        "eval_timesteps": 2,
+        "evaluation_type": "none",
+    }
+    return make_spec(folder, make_lane(folder / "lane", splits=splits), run=run, **{**values, **settings})
+
+
+def run(spec: TrainSpec, stop_after: int | None = None) -> TrainedLora:
+    stop = StopSignal()
+    return train.main(spec, Stopping(stop, STEPS + 1 if stop_after is None else stop_after), stop)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[TrainSpec, TrainedLora]:
+    spec = full_spec(tmp_path_factory.mktemp("full"), "unbroken")
+    return spec, run(spec)
+
+
+def test_every_weight_moves_and_the_manifest_says_what_lies_where(trained):
+    spec, manifest = trained
+    before = load_unet(spec.base_model, torch.float32).state_dict()
+    (shard,) = Path(manifest.weights_path).glob("*.safetensors")
+    after = load_file(shard)
+    assert after.keys() == before.keys()
+    assert [name for name, tensor in after.items() if torch.equal(tensor, before[name])] == []
+    assert (manifest.weights_kind, Path(manifest.weights_path).name) == ("unet", "unet")
+    assert manifest.weights_sha256 == sha256_path(Path(manifest.weights_path))
+    assert manifest.trainable_parameters == sum(tensor.numel() for tensor in before.values())
+
+
+def test_a_checkpoint_holds_the_weights_once_in_the_form_that_users_load(trained):
+    _, manifest = trained
+    place = Path(manifest.run_dir) / "checkpoints" / "step-00000002"
+    assert sorted(path.name for path in place.iterdir()) == ["optimizer.safetensors", "state.json", "unet"]
+    assert UNet2DConditionModel.from_pretrained(place, subfolder="unet", use_safetensors=True)
+
+
+@pytest.mark.parametrize("settings", [{}, {"layer_freeze_strategy": "bitfit"}], ids=["all", "bitfit"])
+def test_a_stopped_run_ends_in_the_same_bytes(trained, settings):
+    spec, expected = trained
+    folder = Path(spec.run_dir).parent
+    if settings:
+        expected = run(full_spec(folder, "unbroken-bitfit", **settings, validation_disable=True))
+    stopped = full_spec(folder, f"stopped{len(settings)}", **settings)
+    with pytest.raises(StageStopped):
+        run(stopped, stop_after=1)
+    with pytest.raises(StageStopped):
+        run(stopped, stop_after=3)
+    resumed = run(stopped)
+    assert resumed.resumed_from_step == 3
+    assert resumed.weights_sha256 == expected.weights_sha256
+
+
+def test_diffusers_draws_what_the_trainer_drew(trained):
+    spec, manifest = trained
+    unet = UNet2DConditionModel.from_pretrained(manifest.weights_path, use_safetensors=True)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        spec.base_model.path, unet=unet, torch_dtype=torch.float32
+    )
+    settings = spec.settings
+    with torch.no_grad():
+        embeds = _embeddings(spec)
+        pixels = pipeline(
+            **embeds,
+            height=64,
+            width=64,
+            num_inference_steps=settings.validation_num_inference_steps,
+            guidance_scale=settings.validation_guidance,
+            generator=torch.Generator().manual_seed(settings.effective_validation_seed),
+            output_type="np",
+        ).images[0]
+    drawn = next(image for image in manifest.validation_images if image.step == STEPS)
+    with Image.open(drawn.path) as picture:
+        assert np.array_equal(np.asarray(picture), (pixels * 255).round().astype(np.uint8))
+    first = next(image for image in manifest.validation_images if image.step == 0)
+    assert Path(first.path).read_bytes() != Path(drawn.path).read_bytes()
+
+
+def test_the_evaluation_measures_it_beside_its_base_model(trained, tmp_path):
+    spec, manifest = trained
+    work = EvaluateSpec(
+        base_model=spec.base_model,
+        hardware=spec.hardware,
+        settings=spec.settings,
+        lora=manifest,
+        lanes=spec.lanes,
+        prompts=spec.prompts,
+        output_dir=str(tmp_path),
+    )
+    report = evaluate.main(work, Reporter(), StopSignal())
+    assert report.weights_kind == "unet"
+    assert report.lora_loss.mean < report.base_loss.mean
+    before, after = (Path(image.path).read_bytes() for image in report.images)
+    assert before != after
+    assert "Eval loss, trained UNet" in Path(report.report_path).read_text()
+    untrained = manifest.model_copy(update={"weights_path": f"{spec.base_model.path}/unet"})
+    untrained = untrained.model_copy(update={"weights_sha256": sha256_path(Path(untrained.weights_path))})
+    update = {"lora": untrained, "output_dir": str(tmp_path / "base")}
+    same = evaluate.main(work.model_copy(update=update), Reporter(), StopSignal())
+    assert same.lora_loss == same.base_loss == report.base_loss
+
+
+def test_a_release_of_it_is_verified_without_loading_it(trained, tmp_path):
+    spec, manifest = trained
+    assert verify_export(Path(manifest.weights_path), spec.base_model) == len(
+        load_unet(spec.base_model, torch.float32).state_dict()
+    )
+    (tmp_path / "unet").mkdir()
+    with pytest.raises(ExportError, match="does not load back"):
+        verify_export(tmp_path / "unet", spec.base_model)
+
+
+def _embeddings(spec: TrainSpec) -> dict[str, torch.Tensor]:
+    from sdxl_pipeline.training.batches import BatchReader
+
+    reader = BatchReader(spec.lanes)
+    (prompt, pooled), (negative, negative_pooled) = map(reader.prompt_embeds, (PROMPT, NEGATIVE))
+    return {
+        "prompt_embeds": prompt,
+        "pooled_prompt_embeds": pooled,
+        "negative_prompt_embeds": negative,
+        "negative_pooled_prompt_embeds": negative_pooled,
+    }

@@ -1,0 +1,70 @@
+"""Holds: what each model_type trains, in which precision, and the files it leaves, read back by diffusers' own loaders."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+
+from sdxl_pipeline.training.trainable import build_trainable
+from tests.lanes import make_spec
+
+
+def full_spec(folder: Path, **settings: object):
+    # an adapter's settings are refused beside model_type full
+    return make_spec(folder, model_type="full", lora_rank=16, **settings)
+
+
+def test_a_full_training_trains_every_weight_in_float32(tmp_path):
+    trainable = build_trainable(full_spec(tmp_path))
+    assert trainable.kind == "unet"
+    assert trainable.parameters.keys() == trainable.unet.state_dict().keys()
+    assert {parameter.dtype for parameter in trainable.parameters.values()} == {torch.float32}
+    assert trainable.holds_parameters
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"),
+    [("adamw", torch.float32), ("optimi-lion", torch.bfloat16), ("adamw_bf16", torch.bfloat16)],
+)
+def test_bf16_weights_are_for_optimizers_that_lose_nothing_in_them(tmp_path, optimizer, dtype):
+    trainable = build_trainable(full_spec(tmp_path, mixed_precision="bf16", optimizer=optimizer))
+    assert {parameter.dtype for parameter in trainable.unet.parameters()} == {dtype}
+
+
+def test_bitfit_trains_the_biases_alone(tmp_path):
+    trainable = build_trainable(full_spec(tmp_path, layer_freeze_strategy="bitfit"))
+    assert trainable.parameters
+    assert all(name.endswith(".bias") for name in trainable.parameters)
+    assert not trainable.holds_parameters, "a checkpoint must hold them by themselves"
+
+
+def test_the_folder_of_a_unet_is_diffusers_own_and_says_nothing_of_this_machine(tmp_path):
+    trainable = build_trainable(full_spec(tmp_path))
+    with torch.no_grad():
+        for number, parameter in enumerate(trainable.parameters.values()):
+            parameter += 0.001 * (number + 1)
+    for name in ("first", "second"):
+        trainable.write(tmp_path / name / "unet", {})
+    again = UNet2DConditionModel.from_pretrained(tmp_path / "first", subfolder="unet", use_safetensors=True)
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, trainable.parameters[name]), name
+    config = (tmp_path / "first" / "unet" / "config.json").read_text()
+    assert str(tmp_path) not in config
+    assert "/tmp" not in config
+    assert json.loads(config)["_class_name"] == "UNet2DConditionModel"
+    first, second = (sorted((tmp_path / name / "unet").iterdir()) for name in ("first", "second"))
+    assert [file.read_bytes() for file in first] == [file.read_bytes() for file in second]
+    assert [file.name for file in first] == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
+def test_an_older_folder_is_replaced_whole(tmp_path):
+    trainable = build_trainable(full_spec(tmp_path))
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "diffusion_pytorch_model-00001-of-00002.safetensors").write_bytes(b"")
+    trainable.write(tmp_path / "unet", {})
+    (shard,) = (tmp_path / "unet").glob("*.safetensors")
+    assert load_file(shard).keys() == trainable.parameters.keys()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
