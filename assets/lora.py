@@ -23,6 +23,7 @@ from resources.hub import HubResource
 from resources.launcher import LocalLauncher
 from resources.storage import Storage
 from resources.trackers import TrackerResource
+from resources.webhook import WebhookResource
 from sdxl_pipeline.images.fingerprint import METADATA_ENTRY, project_fingerprint
 from sdxl_pipeline.project.precedence import resolve_hardware, resolve_settings
 from sdxl_pipeline.project.project import Project
@@ -52,7 +53,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
         kinds={"torch", "safetensors"},
         pool=GPU_POOL,
         ins=model_input(project) | lane_inputs(project) | mask_inputs(project),
-        code_version=version(CODE, numeric_settings(project.training)),
+        code_version=version(CODE, [numeric_settings(project.training), project.training.released_weights]),
         check_specs=checks.lora_specs(key),
         description="The trained LoRA. `settings` in the launchpad replaces keys of config.json for one run.",
     )
@@ -64,6 +65,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
         storage: Storage,
         hub: HubResource,
         trackers: TrackerResource,
+        webhook: WebhookResource,
         model: ResolvedModel,
         **lanes: Any,
     ) -> Iterator[Any]:
@@ -95,7 +97,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
             TrainedLora,
             storage.work_dir(project.name, "lora"),
             spec.hardware,
-            trackers.environment(),
+            trackers.environment() | webhook.environment(settings),
         )
         context.log.info(_summary(result))
         seen = upstream_metadata(
@@ -134,6 +136,10 @@ def _metadata(result: TrainedLora) -> dict[str, Any]:
         {
             "summary": _summary(result),
             "final_loss": result.final_loss,
+            "eval_loss": result.eval_losses[-1][1] if result.eval_losses else None,
+            "eval_losses": figures_table(("step", "eval loss"), result.eval_losses)
+            if result.eval_losses
+            else None,
             "steps": result.steps,
             "skipped_steps": result.skipped_steps or None,
             "epochs": result.epochs,
@@ -157,9 +163,10 @@ def _metadata(result: TrainedLora) -> dict[str, Any]:
             "peak_memory_bytes": result.peak_memory_bytes,
             "trainable_parameters": result.trainable_parameters,
             "adapted_modules": result.adapted_modules,
-            "loss_curve": picture(result.loss_curve_path, "loss and learning rate over steps"),
+            "loss_curve": picture(result.loss_curve_path, "loss, gradient norm and learning rate over steps"),
             "validation": picture(sheet, "validation pictures over steps") if sheet else None,
             "weights": dg.MetadataValue.path(result.weights_path),
+            "released_weights": result.released_weights,
             "metrics": dg.MetadataValue.path(result.metrics_path),
             "sha256": result.weights_sha256,
             "identity": result.identity,

@@ -246,7 +246,8 @@ TRAINING: Final = Vocabulary(
     meaningless_prefixes=tuple(
         _names(
             """acestep_ audio_ cosmos3_ crepa_ deepfloyd_ flow_ flux_ hidream_ ideogram_ internal_guidance_ irepa_
-            krea2_ layersync_ ltx2_ ltx_ lyrics_ minimax_ mixflow_ nextlat_ pixart_ sana_ sd3_ twinflow_ wan_"""
+            krea2_ layersync_ ltx2_ ltx_ lyrics_ minimax_ mixflow_ nextlat_ pixart_ sana_ scheduled_sampling_reflexflow sd3_ twinflow_
+            wan_"""
         )
     ),
 )

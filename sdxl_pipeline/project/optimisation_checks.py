@@ -3,12 +3,19 @@
 from collections.abc import Iterator
 
 from sdxl_pipeline.project.dataset_checks import Finding
+from sdxl_pipeline.project.sections.ema import EmaSettings
 from sdxl_pipeline.project.training import TrainingSettings
 
 
 def check_optimisation(training: TrainingSettings) -> Iterator[Finding]:
     """What is wrong between the settings of the optimisation and their neighbours."""
     yield from _check_schedule(training)
+    if training.use_ema and training.is_schedule_free:
+        yield Finding(
+            "use_ema",
+            f"averages the weights that optimizer {training.optimizer} has averaged already",
+            "write false, or another optimizer",
+        )
     if training.optimizer == "adamw_bf16" and training.mixed_precision in ("no", "fp16"):
         yield Finding(
             "optimizer",
@@ -24,8 +31,15 @@ def advise_on_optimisation(training: TrainingSettings) -> Iterator[str]:
             f"learning_rate = {training.learning_rate:g} multiplies the step size that prodigy finds by itself, and so makes it tiny; "
             "write 1, and d_coef in optimizer_config to make its steps larger or smaller"
         )
+    if not training.use_ema:
+        changed = [key for key in _EMA_KEYS if getattr(training, key) != _EMA_KEYS[key].default]
+        if changed:
+            yield f"{', '.join(changed)} has no effect while use_ema is false"
     if training.lr_scale_sqrt and not training.lr_scale:
         yield "lr_scale_sqrt has no effect without lr_scale"
+
+
+_EMA_KEYS = {key: field for key, field in EmaSettings.model_fields.items() if key != "use_ema"}
 
 
 def _check_schedule(training: TrainingSettings) -> Iterator[Finding]:

@@ -4,16 +4,18 @@ A hardware profile may set the keys of `PROFILE_KEYS`; `None` there means that t
 leading dashes or under another spelling are brought to these names before they reach the model (`sdxl_pipeline.project.keys`).
 """
 
-from typing import Final
+from typing import Any, Final
 
 from sdxl_pipeline.project.sections.adapter import AdapterSettings
 from sdxl_pipeline.project.sections.automation import AutomationSettings
 from sdxl_pipeline.project.sections.checkpoints import CheckpointSettings
 from sdxl_pipeline.project.sections.data import DataSettings
+from sdxl_pipeline.project.sections.ema import EmaSettings
 from sdxl_pipeline.project.sections.evaluation import EvaluationSettings
 from sdxl_pipeline.project.sections.masks import MaskSettings
 from sdxl_pipeline.project.sections.memory import MemorySettings
 from sdxl_pipeline.project.sections.model import ModelSettings
+from sdxl_pipeline.project.sections.noise import NoiseSettings, ScheduledSamplingSettings
 from sdxl_pipeline.project.sections.objective import ObjectiveSettings
 from sdxl_pipeline.project.sections.optimisation import OptimisationSettings
 from sdxl_pipeline.project.sections.release import ReleaseSettings
@@ -36,7 +38,10 @@ SECTIONS: Final[tuple[type[SettingsModel], ...]] = (
     ModelSettings,
     AdapterSettings,
     OptimisationSettings,
+    EmaSettings,
     ObjectiveSettings,
+    NoiseSettings,
+    ScheduledSamplingSettings,
     MaskSettings,
     MemorySettings,
     DataSettings,
@@ -60,7 +65,10 @@ class TrainingSettings(
     DataSettings,
     MemorySettings,
     MaskSettings,
+    ScheduledSamplingSettings,
+    NoiseSettings,
     ObjectiveSettings,
+    EmaSettings,
     OptimisationSettings,
     AdapterSettings,
     ModelSettings,
@@ -74,3 +82,9 @@ class TrainingSettings(
     def effective_validation_seed(self) -> int:
         """`validation_seed`, or `seed` where it is not set."""
         return self.seed if self.validation_seed is None else self.validation_seed
+
+    @property
+    def scheduler_changes(self) -> dict[str, Any]:
+        """What these settings change in the base model's scheduler_config.json, for training and for drawing alike."""
+        keys = ("prediction_type", "rescale_betas_zero_snr")
+        return {key: getattr(self, key) for key in keys if getattr(self, key) is not None}

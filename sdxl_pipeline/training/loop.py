@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,14 +25,16 @@ from sdxl_pipeline.training.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
+from sdxl_pipeline.training.corruption import build_corruption
 from sdxl_pipeline.training.disk import DiskWatch
 from sdxl_pipeline.training.draws import seed_for
 from sdxl_pipeline.training.looks import Looks, LookTimes
 from sdxl_pipeline.training.metrics import METRICS_FILE, MetricsLog
 from sdxl_pipeline.training.non_finite import poisoned, step_if_finite
-from sdxl_pipeline.training.objective import Objective
+from sdxl_pipeline.training.objective import build_objective
 from sdxl_pipeline.training.on_demand import OnDemandEncoders
 from sdxl_pipeline.training.optimizers import build_optimizer, hold_parameters, rate_of
+from sdxl_pipeline.training.scheduled_sampling import build_solver, roll_out
 from sdxl_pipeline.training.schedules import build_schedule
 from sdxl_pipeline.training.shown_weights import ShownWeights
 from sdxl_pipeline.training.step_log import StepLog, TakenStep
@@ -40,6 +43,8 @@ from sdxl_pipeline.training.trainable import build_trainable
 from sdxl_pipeline.training.trainer_setup import LOOK_TIMEOUT, build_accelerator, plan_order
 from sdxl_pipeline.training.unet import base_dtype
 from sdxl_pipeline.training.watch import Watch
+
+ALL = slice(None)
 
 REPORT_INTERVAL = 10
 """Optimizer steps between two looks at the losses, the only moments when the loop waits for the device."""
@@ -79,18 +84,15 @@ class Trainer:
             self.order.batches_until(settings.num_train_epochs or 1) / self.accumulation
         )
 
-        scheduler = load_noise_scheduler(spec.base_model)
-        self.objective = Objective(
-            scheduler.alphas_cumprod.to(self.device),
-            settings.prediction_type or scheduler.config.prediction_type,
-            settings.snr_gamma,
-        )
+        scheduler = load_noise_scheduler(spec.base_model, settings.scheduler_changes)
+        self.objective = build_objective(settings, scheduler).to(self.device)
+        self.solver = build_solver(settings, scheduler)
         self.reader = BatchReader(spec.lanes, OnDemandEncoders(spec.base_model, spec.hardware))
         self.batches = TrainingBatches(
             order=planned.read_ahead,
             reader=self.reader,
             scaling_factor=latent_scaling_factor(spec.base_model),
-            num_train_timesteps=scheduler.config.num_train_timesteps,
+            corruption=build_corruption(settings, scheduler.config.num_train_timesteps),
             caption_dropout_probability=settings.caption_dropout_probability,
             rank=self.accelerator.process_index,
         )
@@ -180,17 +182,46 @@ class Trainer:
         # The adapter's dropout is the one random choice that torch's global state makes.
         torch.manual_seed(seed_for(self.spec.settings.seed, "dropout", index, self.accelerator.process_index))
         batch = batch.to(self.device)
-        prediction = self.unet(
-            self.objective.add_noise(batch.latents, batch.noise, batch.timesteps).to(self.dtype),
-            batch.timesteps,
-            encoder_hidden_states=batch.prompt_embeds.to(self.dtype),
+        noisy_latents = self.objective.add_noise(batch.latents, batch.input_noise, batch.timesteps)
+        if batch.rollouts:
+            noisy_latents = self._rolled_out(batch, noisy_latents)
+        prediction = self._predict(self.unet, batch, noisy_latents, batch.timesteps)
+        judged = self.objective.judged(prediction, noisy_latents, batch.timesteps)
+        wanted = self.objective.wanted(batch.latents, batch.noise, batch.timesteps)
+        errors = self.objective.errors(judged, wanted, batch.timesteps)
+        return self.objective.losses(errors, batch.timesteps).mean()
+
+    def _predict(
+        self,
+        unet: torch.nn.Module,
+        batch: Batch,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        items: Tensor | slice = ALL,
+    ) -> Tensor:
+        """The UNet's answer to `noisy_latents` at `timesteps`, for these items of the batch."""
+        prediction: Tensor = unet(
+            noisy_latents.to(self.dtype),
+            timesteps,
+            encoder_hidden_states=batch.prompt_embeds[items].to(self.dtype),
             added_cond_kwargs={
-                "text_embeds": batch.pooled_prompt_embeds.to(self.dtype),
-                "time_ids": batch.time_ids,  # float32: in bf16 an original width of 1820 would read as 1824
+                "text_embeds": batch.pooled_prompt_embeds[items].to(self.dtype),
+                "time_ids": batch.time_ids[items],  # float32: in bf16 an original width of 1820 would read as 1824
             },
             return_dict=False,
         )[0]
-        return self.objective.losses(prediction, batch.latents, batch.noise, batch.timesteps).mean()
+        return prediction
+
+    def _rolled_out(self, batch: Batch, noisy_latents: Tensor) -> Tensor:
+        """`noisy_latents` with the batch's rollouts in them, by the UNet as it draws: without dropout, and on this process alone."""
+        predict = partial(self._predict, self.unet_module, batch)
+        self.unet_module.eval()
+        try:
+            return roll_out(
+                noisy_latents, batch.latents, batch.input_noise, batch.rollouts, self.solver, predict
+            )
+        finally:
+            self.unet_module.train()
 
     def state(self) -> TrainingState:
         """Everything training has changed, as of now."""
@@ -250,17 +281,14 @@ class Trainer:
 
     def write_weights(self, folder: Path) -> Path:
         """Write what was trained into `folder`, as users load it, and give its place; the same run gives the same bytes."""
-        path = folder / self.trainable.weights_name
-        self.trainable.write(
-            path,
-            # what the base model is, not where it lies: the file may be published
-            {
-                "base_model_sha256": self.spec.base_model.digest,
-                "identity": self.identity,
-                "step": str(self.step),
-            },
-        )
-        return path
+        # what the base model is, not where it lies: the file may be published
+        metadata = {
+            "base_model_sha256": self.spec.base_model.digest,
+            "identity": self.identity,
+            "step": str(self.step),
+        }
+        write = partial(self.trainable.write, metadata=metadata)
+        return self.shown.write(folder, write, self.trainable.weights_name)
 
     def close(self) -> None:
         """End the trackers and leave the process group."""

@@ -86,8 +86,6 @@ def draw_pictures(
 ) -> Iterator[ValidationImage]:
     """Draw the planned pictures with the UNet as it stands, one by one, into `folder`, and show them forming through `previews`.
 
-    `label` is added to their names, to tell the same pictures of other weights apart.
-
     `label` is added to their names, where other weights of the same step draw them too.
 
     No text encoder is loaded: the prompts' embeddings come from the text cache. Nothing the training computes with is changed; the

@@ -49,7 +49,6 @@ def test_a_key_in_the_wrong_file_is_sent_to_the_other(problems_of):
     "config",
     [
         {"use_dora": True},
-        {"use_ema": "true"},
         {"diff2flow_enabled": True},
         {"scheduled_sampling_max_step_offset": 5},
         {"noise_offset": 0.05},
