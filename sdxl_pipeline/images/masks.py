@@ -107,7 +107,7 @@ def mask_crop(mask: Path | bytes, crop: Crop, kind: MaskKind) -> np.ndarray:
     height, width = crop.bucket_h // LATENT_SCALE, crop.bucket_w // LATENT_SCALE
     places = cut.reshape(height, LATENT_SCALE, width, LATENT_SCALE)
     if kind == "segmentation":
-        return places.any(axis=(1, 3)).astype(np.float32)
+        return np.asarray(places.any(axis=(1, 3)), dtype=np.float32)
     # a sum of integers: all white gives exactly 1
     total = places.sum(axis=(1, 3), dtype=np.int64)
     return np.asarray(total / (255 * LATENT_SCALE**2), dtype=np.float32)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import TrainingLane
 from sdxl_pipeline.training.samples import Samples, load_samples
 
@@ -16,12 +17,18 @@ DEFAULT_PICTURES = 32
 def choose_samples(lanes: Sequence[TrainingLane], settings: TrainingSettings) -> tuple[EvalSource, Samples]:
     """The samples of the eval loss and where they come from: eval datasets, else the held-out share, else the training pictures.
 
-    An eval dataset is a lane with no picture to train on. Of more than num_eval_images the first by key are taken: keys are digests,
+    An eval dataset is a lane with no picture to train on; eval_dataset_id chooses one, and StageError is raised where it is empty. Of more than num_eval_images the first by key are taken: keys are digests,
     so that is an even choice, and the same one every time.
     """
     training = load_samples(lanes, "train", settings.micro_conditioning)
     held_out = load_samples(lanes, "eval", settings.micro_conditioning)
     eval_datasets = held_out.pictures_by_dataset().keys() - training.pictures_by_dataset().keys()
+    if settings.eval_dataset_id is not None:
+        if settings.eval_dataset_id not in eval_datasets:
+            raise StageError(
+                f"config.json: eval_dataset_id: {settings.eval_dataset_id!r} has no pictures to evaluate on"
+            )
+        eval_datasets = {settings.eval_dataset_id}
     count = settings.num_eval_images or DEFAULT_PICTURES
     source: EvalSource
     if eval_datasets:
@@ -29,5 +36,6 @@ def choose_samples(lanes: Sequence[TrainingLane], settings: TrainingSettings) ->
     elif held_out:
         source, samples = "held-out share", held_out.first_by_key(count)
     else:
-        source, samples = "training pictures", training.one_of_each().first_by_key(count)
+        learned = [lane.dataset_id for lane in lanes if not lane.is_regularisation]
+        source, samples = "training pictures", training.one_of_each().first_by_key(count, learned)
     return source, samples
