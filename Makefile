@@ -24,7 +24,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tensorboard,optimizers,quantization,s3,http,faces]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tensorboard,optimizers,quantization,lycoris,s3,http,faces]'
 	@touch $@
 
 demo: $(VENV)/.ready ## train, evaluate and package the demo LoRA (a few minutes on 2 CPU cores)
@@ -48,7 +48,7 @@ lint: $(VENV)/.ready-dev ## format, lint, types, dependency rule
 
 lock: ## resolve all dependencies anew and write constraints.txt
 	$(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/python -m pip install --quiet --dry-run --ignore-installed --report .venv-lock/report.json '.[dev,wandb,tensorboard,quantization,optimizers,ray,kubernetes,s3,gs,http,faces]' torch==2.13.0
+	.venv-lock/bin/python -m pip install --quiet --dry-run --ignore-installed --report .venv-lock/report.json '.[dev,wandb,tensorboard,quantization,optimizers,lycoris,ray,kubernetes,s3,gs,http,faces]' torch==2.13.0
 	.venv-lock/bin/python -c 'import json; r = json.load(open(".venv-lock/report.json")); print("# Every package of the project and of its extras, pinned. `make lock` writes this file anew."); [print(l) for l in sorted({i["metadata"]["name"].lower().replace("_", "-") + "==" + i["metadata"]["version"].split("+")[0] for i in r["install"] if i["metadata"]["name"] != "sdxl-pipeline"})]' > constraints.txt
 	rm -rf .venv-lock
 

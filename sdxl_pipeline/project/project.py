@@ -13,9 +13,9 @@ from sdxl_pipeline.project.backends import read_datasets
 from sdxl_pipeline.project.checks import check_training, idle_settings
 from sdxl_pipeline.project.datasets import ImageDataset, TextEmbedsDataset, asset_name
 from sdxl_pipeline.project.json_files import read_json
-from sdxl_pipeline.project.lycoris_file import read_lycoris_file
 from sdxl_pipeline.project.keys import read_settings
 from sdxl_pipeline.project.known_keys import TRAINING
+from sdxl_pipeline.project.lycoris_file import read_lycoris_file
 from sdxl_pipeline.project.problems import NO_VALUE, Problem, ProjectError
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.project.webhook_file import read_webhooks

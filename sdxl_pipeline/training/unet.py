@@ -1,11 +1,14 @@
 """The UNet as it is trained: frozen base weights with an adapter, or all of its own."""
 
+from pathlib import Path
+
 import torch
 from diffusers import UNet2DConditionModel
 
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import TrainSpec
-from sdxl_pipeline.sdxl.adapters import AdapterError, add_lora
+from sdxl_pipeline.sdxl.adapter_start import start_from_file
+from sdxl_pipeline.sdxl.adapters import UNET, AdapterError, add_adapter
 from sdxl_pipeline.sdxl.components import load_unet
 from sdxl_pipeline.sdxl.precision import PrecisionError, dtype_from_name, quantize_base_model
 from sdxl_pipeline.training.draws import seed_for
@@ -18,7 +21,7 @@ def base_dtype(spec: TrainSpec) -> torch.dtype:
 
 
 def trainable_unet(spec: TrainSpec) -> UNet2DConditionModel:
-    """The base model's UNet on the CPU, with a new LoRA in float32; only the LoRA asks for gradients.
+    """The base model's UNet on the CPU, with a new adapter in float32; only the adapter asks for gradients.
 
     Raises StageError for target modules that are not there, and for a precision whose package is missing.
     """
@@ -26,14 +29,9 @@ def trainable_unet(spec: TrainSpec) -> UNet2DConditionModel:
     unet: UNet2DConditionModel = load_unet(spec.base_model, base_dtype(spec))
     try:
         quantize_base_model(unet, settings.base_model_precision or "no_change")
-        add_lora(
-            unet,
-            rank=settings.lora_rank,
-            alpha=settings.effective_lora_alpha,
-            dropout=settings.lora_dropout,
-            target_modules=settings.lora_target_modules,
-            seed=seed_for(settings.seed, "adapter"),
-        )
+        add_adapter(unet, settings, seed_for(settings.seed, "adapter"))
+        if settings.init_lora is not None:
+            start_from_file({UNET: unet}, Path(settings.init_lora))
     except (AdapterError, PrecisionError) as error:
         raise StageError(f"config.json: {error}") from error
     if settings.gradient_checkpointing:

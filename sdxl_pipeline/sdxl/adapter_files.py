@@ -1,0 +1,58 @@
+"""What is common to the files of every kind of adapter, before a tensor of them is read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from safetensors import SafetensorError, safe_open
+
+UNET: Final = "unet"
+PREFIXES: Final = (UNET, "text_encoder", "text_encoder_2")
+"""Of tensors in a file, by the model that they belong to; diffusers' own."""
+
+AdapterKind = Literal["lora", "dora", "lycoris"]
+
+_LYCORIS_PARTS = (".lokr_", ".hada_")
+
+
+class AdapterError(Exception):
+    """An adapter that cannot be made or loaded; the message says why."""
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What the header of a file tells."""
+
+    path: Path
+    names: frozenset[str]
+    metadata: Mapping[str, str]
+
+    @property
+    def kind(self) -> AdapterKind:
+        """LyCORIS' own format, or one that diffusers reads: a LoRA, or a DoRA, which has norms besides."""
+        if any(
+            name.startswith("lycoris_") or any(part in name for part in _LYCORIS_PARTS) for name in self.names
+        ):
+            return "lycoris"
+        if any("lora_magnitude_vector" in name or name.endswith(".dora_scale") for name in self.names):
+            return "dora"
+        return "lora"
+
+
+def read_header(path: Path) -> AdapterFile:
+    """The names in a file of weights. Raises AdapterError for one that is absent or no safetensors."""
+    if path.suffix != ".safetensors":
+        raise AdapterError(f"{path} is no .safetensors file. No other format is read: it could run code.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return AdapterFile(path, frozenset(file.keys()), file.metadata() or {})
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path} does not exist.") from error
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def spoken(prefix: str) -> str:
+    """The model of a prefix, for a message."""
+    return "UNet" if prefix == UNET else prefix.replace("_", " ")

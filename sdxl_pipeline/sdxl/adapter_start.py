@@ -1,0 +1,213 @@
+"""`init_lora`: a new adapter that starts as one in a file."""
+
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
+from torch import Tensor, nn
+
+from sdxl_pipeline.sdxl.adapter_files import PREFIXES, UNET, AdapterError, AdapterFile, read_header, spoken
+from sdxl_pipeline.sdxl.lora import ADAPTER_NAME, lora_layers, lora_tensors, set_magnitudes
+from sdxl_pipeline.sdxl.lycoris import lycoris_network, lycoris_tensors, read_lycoris_tensors
+
+_MAGNITUDE: Final = "lora_magnitude_vector"
+
+
+def start_from_file(models: Mapping[str, nn.Module], path: Path) -> None:
+    """Give the adapters of `models`, by prefix, the values that a file holds for them; the models are then as with the file loaded.
+
+    A LoRA's file may be diffusers', PEFT's or kohya's, of any alpha: its strength is kept. A DoRA may start from a LoRA. Raises AdapterError
+    for a file of another kind or rank, of other layers, or with a part for a model that is not among `models`.
+    """
+    file = read_header(path)
+    network = lycoris_network(models[UNET]) if UNET in models else None
+    if (file.kind == "lycoris") != (network is not None):
+        held, wanted = (
+            ("a LyCORIS adapter", "lycoris") if network is None else ("no LyCORIS adapter", "standard")
+        )
+        raise AdapterError(f"init_lora: {path} holds {held}. Write lora_type {wanted}, or name another file.")
+    if network is not None:
+        _start_lycoris(models[UNET], network, path)
+    else:
+        _start_lora(models, file)
+
+
+def _start_lora(models: Mapping[str, nn.Module], file: AdapterFile) -> None:
+    if any(name.endswith(".dora_scale") for name in file.names):
+        raise AdapterError(
+            f"init_lora: {file.path} is a DoRA in kohya's format, whose norms diffusers does not read. Name a file in diffusers' format."
+        )
+    tensors, alphas, metadata = _read_lora(file.path)
+    for prefix in PREFIXES:
+        if prefix not in models and any(name.startswith(f"{prefix}.") for name in tensors):
+            switch = "leave train_text_encoder out" if prefix == UNET else "write train_text_encoder true"
+            raise AdapterError(
+                f"init_lora: {file.path} holds an adapter of the {spoken(prefix)} as well, which is not trained; {switch}, or name a "
+                "file without it."
+            )
+    for prefix, model in models.items():
+        config: Any = model.peft_config[ADAPTER_NAME]  # type: ignore[index]
+        wanted = {name: tensor.shape for name, tensor in lora_tensors(model, prefix).items()}
+        found = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
+        holds_norms = any(_MAGNITUDE in name for name in found)
+        if holds_norms and not config.use_dora:
+            raise AdapterError(
+                f"init_lora: {file.path} is a DoRA. Write use_dora true, or name another file."
+            )
+        if config.use_dora and not holds_norms:
+            wanted = {name: shape for name, shape in wanted.items() if _MAGNITUDE not in name}
+        _require_same(file.path, wanted, found)
+        _copy_lora(model, prefix, found, _scales(prefix, found, alphas, metadata, file.path))
+        if config.use_dora and not holds_norms:
+            set_magnitudes(model)
+
+
+def _read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Any]]:
+    """The tensors by the names that our own files give them, alphas by "<prefix>.<layer>", and diffusers' metadata."""
+    tensors, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
+        str(path.parent),
+        weight_name=path.name,
+        use_safetensors=True,
+        local_files_only=True,
+        return_lora_metadata=True,
+    )
+    named: dict[str, Tensor] = {}
+    for prefix in PREFIXES:
+        part = {
+            name.removeprefix(f"{prefix}."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(f"{prefix}.")
+        }
+        if not part:
+            continue
+        if prefix != UNET:
+            part = convert_state_dict_to_peft(convert_state_dict_to_diffusers(part))
+            part = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in part.items()}
+        elif not any("lora_A" in name for name in part):
+            part = convert_unet_state_dict_to_peft(part)
+        named |= {f"{prefix}.{name}": tensor for name, tensor in part.items()}
+    plain_alphas = {name.removesuffix(".alpha"): float(alpha) for name, alpha in (alphas or {}).items()}
+    return named, plain_alphas, metadata or {}
+
+
+def _scales(
+    prefix: str,
+    tensors: Mapping[str, Tensor],
+    alphas: Mapping[str, float],
+    metadata: Mapping[str, Any],
+    path: Path,
+) -> dict[str, float]:
+    """What the file's updates are multiplied by, by layer."""
+    if metadata.get(f"{prefix}.alpha_pattern"):
+        raise AdapterError(
+            f"init_lora: {path} has another alpha for each layer (alpha_pattern), which is not read."
+        )
+    root = math.sqrt if metadata.get(f"{prefix}.use_rslora") else float
+    scales = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".lora_A.weight"):
+            layer, rank = name.removesuffix(".lora_A.weight"), tensor.shape[0]
+            alpha = alphas.get(layer, metadata.get(f"{prefix}.lora_alpha", rank))
+            scales[layer] = alpha / root(rank)
+    return scales
+
+
+def _copy_lora(
+    model: nn.Module, prefix: str, tensors: Mapping[str, Tensor], scales: Mapping[str, float]
+) -> None:
+    for name, layer in lora_layers(model).items():
+        path = name if prefix == UNET else f"text_model.{name.removeprefix('text_model.')}"
+        place = f"{prefix}.{path}"
+        with torch.no_grad():
+            layer.lora_A[ADAPTER_NAME].weight.copy_(tensors[f"{place}.lora_A.weight"])
+            layer.lora_B[ADAPTER_NAME].weight.copy_(tensors[f"{place}.lora_B.weight"])
+            if scales[place] != layer.scaling[ADAPTER_NAME]:
+                layer.lora_B[ADAPTER_NAME].weight.mul_(scales[place] / layer.scaling[ADAPTER_NAME])
+            if f"{place}.{_MAGNITUDE}" in tensors:
+                layer.lora_magnitude_vector[ADAPTER_NAME].weight.copy_(tensors[f"{place}.{_MAGNITUDE}"])
+
+
+def _start_lycoris(model: nn.Module, network: Any, path: Path) -> None:
+    tensors = read_lycoris_tensors(path)
+    own = lycoris_tensors(model)
+    _require_same(path, {name: tensor.shape for name, tensor in own.items()}, tensors)
+    for name, tensor in tensors.items():
+        if name.endswith(".alpha") and float(tensor) != float(own[name]):
+            raise AdapterError(
+                f"init_lora: the alpha in {path} is {float(tensor):g}, and {float(own[name]):g} here, in {name}. Write linear_alpha (of "
+                "convolutions conv_alpha) as it was."
+            )
+    network.load_state_dict(tensors, strict=False)
+
+
+def _require_same(path: Path, wanted: Mapping[str, torch.Size], found: Mapping[str, Tensor]) -> None:
+    """Raise AdapterError unless the file holds exactly the wanted tensors."""
+    if lacking := sorted(wanted.keys() - found.keys()):
+        raise AdapterError(
+            f"init_lora: {path} holds nothing for {len(lacking)} tensors that are trained here, as {lacking[0]}. Name the layers that it "
+            f"was trained on in {_TARGETS}."
+        )
+    if more := sorted(found.keys() - wanted.keys()):
+        raise AdapterError(
+            f"init_lora: {path} holds {len(more)} tensors that are not trained here, as {more[0]}. Name the layers that it was trained on "
+            f"in {_TARGETS}."
+        )
+    for name, shape in sorted(wanted.items()):
+        if found[name].shape != shape:
+            rank = f" Write lora_rank {found[name].shape[0]}." if name.endswith("lora_A.weight") else ""
+            raise AdapterError(
+                f"init_lora: {name} is {tuple(found[name].shape)} in {path}, and {tuple(shape)} here: another rank, or another base "
+                f"model.{rank}"
+            )
+
+
+_TARGETS: Final = "lora_target_modules, or for LyCORIS in lycoris_config"
+
+
+def find_initial_adapter(written: str) -> Path:
+    """The file that `init_lora` names: a local one, or one of a repository of the Hub, which is downloaded into this machine's cache.
+
+    Of a repository named without a file, it is pytorch_lora_weights.safetensors, or the only .safetensors there. Raises AdapterError.
+    """
+    from sdxl_pipeline.sdxl.hub_download import download_snapshot
+    from sdxl_pipeline.sdxl.model_files import BaseModelError
+
+    local = Path(written).expanduser()
+    if local.is_file():
+        return local.resolve()
+    owner, _, rest = written.partition("/")
+    name, _, file = rest.partition("/")
+    if (
+        local.is_absolute()
+        or written.startswith((".", "~"))
+        or not (owner and name)
+        or name.endswith(".safetensors")
+    ):
+        raise AdapterError(f"init_lora: {written} does not exist.")
+    usual = file or "pytorch_lora_weights.safetensors"
+
+    chosen: list[str] = []
+
+    def choose(listing: Collection[str]) -> list[str]:
+        held = [other for other in listing if PurePosixPath(other).suffix == ".safetensors"]
+        chosen[:] = [usual] if usual in held else held
+        if usual not in held and (file or len(held) != 1):
+            listed = ", ".join(sorted(held)) or "none"
+            raise AdapterError(
+                f"init_lora: {owner}/{name} has no {usual}. Its .safetensors files: {listed}. Write one of them as {owner}/{name}/FILE."
+            )
+        return chosen
+
+    try:
+        snapshot = download_snapshot(f"{owner}/{name}", None, [".gitattributes", "README.md", usual], choose)
+    except BaseModelError as error:
+        raise AdapterError(f"init_lora: {error}") from error
+    return snapshot.folder / chosen[0]
