@@ -138,7 +138,7 @@ TRAINING: Final = Vocabulary(
             """xformers sageattention sageattention-int8-fp16-triton sageattention-int8-fp16-cuda sageattention-int8-fp8-cuda
             flash flash-attn flash-attn-2 flash-attn-3 flash-attention-2 flash-attention-3 flex sla"""
         ),
-        "report_to": _names("simpletuner trackio swanlab comet_ml custom-tracker all"),
+        "report_to": _names("simpletuner swanlab comet_ml custom-tracker all"),
         "caption_strategy": _names("webshart"),
         "disk_low_action": _names("script"),
     },

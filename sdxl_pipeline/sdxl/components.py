@@ -5,10 +5,11 @@ Whatever lacks a weight is refused: a library that fills it with random numbers 
 
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import diffusers
@@ -120,9 +121,14 @@ def load_text_encoders(model: ResolvedModel, dtype: torch.dtype) -> TextEncoders
     )
 
 
-def load_noise_scheduler(model: ResolvedModel) -> DDPMScheduler:
-    """The forward process the model was trained with (betas, prediction type), for adding noise in training."""
-    return DDPMScheduler.from_config(_scheduler_config(model))
+def load_noise_scheduler(
+    model: ResolvedModel, changes: Mapping[str, Any] = MappingProxyType({})
+) -> DDPMScheduler:
+    """The forward process the model was trained with (betas, prediction type), for adding noise in training.
+
+    `changes` go before the model's own configuration (`TrainingSettings.scheduler_changes`).
+    """
+    return DDPMScheduler.from_config(_scheduler_config(model) | dict(changes))
 
 
 def load_pipeline(

@@ -20,11 +20,13 @@ from sdxl_pipeline.sdxl.drawing import Conditioning
 from sdxl_pipeline.sdxl.latents import sample_latents
 from sdxl_pipeline.sdxl.time_ids import time_ids
 from sdxl_pipeline.store.tensor_store import TensorStore
+from sdxl_pipeline.training.corruption import Corruption
 from sdxl_pipeline.training.draws import seed_for, uniform
-from sdxl_pipeline.training.masks import MaskReader
+from sdxl_pipeline.training.loss_weights import ALL_ALIKE, LossWeights
 from sdxl_pipeline.training.on_demand import Cache, OnDemandEncoders, Tensors, read_from
 from sdxl_pipeline.training.order import Draw, SampleOrder
 from sdxl_pipeline.training.samples import Sample
+from sdxl_pipeline.training.scheduled_sampling import Rollout
 
 PREFETCHED_BATCHES = 2
 
@@ -62,10 +64,15 @@ class Batch:
     prompt_embeds: Tensor  # (B, 77 * windows, C1 + C2)
     pooled_prompt_embeds: Tensor  # (B, C2)
     time_ids: Tensor  # (B, 6) float32
-    masks: Tensor | None = (
-        None  # (B, 1, H/8, W/8) float32: what each place counts in the loss; None: all the same
-    )
+    loss_weights: Tensor | None = None  # (B, 1, H/8, W/8) or (B, 1, 1, 1): what each place counts
     prior: tuple[bool, ...] = ()  # whether the target is the base model's prediction; (): of none
+    perturbed_noise: Tensor | None = None  # (B, 4, H/8, W/8) float32: what the UNet sees in place of `noise`
+    rollouts: tuple[Rollout, ...] = ()  # the items that the model itself brings to their timesteps
+
+    @property
+    def input_noise(self) -> Tensor:
+        """The noise that the UNet sees, (B, 4, H/8, W/8); `noise` is what it is asked for."""
+        return self.noise if self.perturbed_noise is None else self.perturbed_noise
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device. From pinned memory the copy overlaps with what the device is computing."""
@@ -210,14 +217,10 @@ class TrainingBatches:
     order: SampleOrder
     reader: BatchReader
     scaling_factor: float
-    num_train_timesteps: int
+    corruption: Corruption
     caption_dropout_probability: float = 0.0
     rank: int = 0
-    masks: MaskReader | None = None
-    """None where no dataset has masks."""
-    masked_loss_probability: float = 1.0
-    prior: frozenset[str] = frozenset()
-    """The datasets whose target is the base model's prediction."""
+    loss_weights: LossWeights = ALL_ALIKE
 
     def read(self, index: int) -> Batch:
         """The batch of this process in the global batch `index`, in ordinary memory."""
@@ -232,14 +235,14 @@ class TrainingBatches:
         ]
         posteriors = self.reader.posteriors(samples)
         texts = self.reader.text_embeds(samples, embed_keys)
-        masks = self.masks.read(samples, self._masked(index, slots)) if self.masks else None
+        weighed = self.loss_weights.of(samples, self.order.seed, index, slots)
         keys = tuple(sample.key for sample in samples)
-        if not keys == posteriors.keys == texts.keys == (masks.keys if masks else keys):
+        if not keys == posteriors.keys == texts.keys == weighed.keys:
             raise MismatchedBatchError(
-                f"batch {index}: crops of {keys}, latents of {posteriors.keys}, captions of {texts.keys}"
-                + (f", masks of {masks.keys}" if masks else "")
+                f"batch {index}: crops of {keys}, latents of {posteriors.keys}, captions of {texts.keys}, masks of {weighed.keys}"
             )
         shape = posteriors.mean.shape[1:]
+        corrupted = self.corruption.draw(shape, self.order.seed, index, slots, self.order.global_batch_size)
         return Batch(
             keys=keys,
             latents=torch.cat(
@@ -253,17 +256,10 @@ class TrainingBatches:
                     for i, slot in enumerate(slots)
                 ]
             ),
-            noise=torch.stack(
-                [torch.randn(shape, generator=self._generator("noise", index, slot)) for slot in slots]
-            ),
-            timesteps=torch.cat(
-                [
-                    torch.randint(
-                        self.num_train_timesteps, (1,), generator=self._generator("timestep", index, slot)
-                    )
-                    for slot in slots
-                ]
-            ),
+            noise=corrupted.noise,
+            perturbed_noise=corrupted.perturbed_noise,
+            timesteps=corrupted.timesteps,
+            rollouts=corrupted.rollouts,
             prompt_embeds=texts.prompt_embeds,
             pooled_prompt_embeds=texts.pooled_prompt_embeds,
             time_ids=time_ids(
@@ -271,8 +267,8 @@ class TrainingBatches:
                 [(sample.crop.crop_top, sample.crop.crop_left) for sample in samples],
                 [sample.bucket for sample in samples],
             ),
-            masks=masks.weights if masks else None,
-            prior=tuple(sample.dataset_id in self.prior for sample in samples) if self.prior else (),
+            loss_weights=weighed.weights,
+            prior=weighed.prior,
         )
 
     def _drawn(self, draw: Draw) -> Sample:
@@ -289,10 +285,6 @@ class TrainingBatches:
             f"fresh/{draw.epoch}/{draw.occurrence}/{sample.copy}",
         )
         return replace(sample, crop=replace(crop, crop_top=top, crop_left=left), latent_key=None)
-
-    def _masked(self, index: int, slots: range) -> list[bool]:
-        share = self.masked_loss_probability
-        return [uniform(self.order.seed, "masked loss", index, slot) < share for slot in slots]
 
     def _drops_caption(self, index: int, slot: int) -> bool:
         return uniform(self.order.seed, "caption dropout", index, slot) < self.caption_dropout_probability

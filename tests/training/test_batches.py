@@ -14,8 +14,10 @@ from sdxl_pipeline.training.batches import (
     TrainingBatches,
     prefetched,
 )
+from sdxl_pipeline.training.corruption import Corruption
 from sdxl_pipeline.training.order import SampleOrder
 from sdxl_pipeline.training.samples import load_samples
+from sdxl_pipeline.training.timesteps import TimestepDraw
 from tests.lanes import PROMPT, digest, make_lane
 
 SCALE = 0.25
@@ -27,7 +29,7 @@ def make_batches(lane, batch_size=2, num_processes=1, rank=0, dropout=0.0, seed=
         order=SampleOrder(samples, {lane.dataset_id: 1.0}, seed, batch_size, num_processes),
         reader=BatchReader([lane]),
         scaling_factor=SCALE,
-        num_train_timesteps=1000,
+        corruption=Corruption(TimestepDraw(1000)),
         caption_dropout_probability=dropout,
         rank=rank,
     )

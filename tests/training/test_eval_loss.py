@@ -14,7 +14,9 @@ from sdxl_pipeline.training.batches import BatchReader
 from sdxl_pipeline.training.eval_loss import EvalPicture, eval_loss, eval_timesteps, fixed_noise
 from sdxl_pipeline.training.eval_pictures import read_pictures
 from sdxl_pipeline.training.eval_samples import choose_samples
+from sdxl_pipeline.training.losses import HuberLoss
 from sdxl_pipeline.training.objective import Objective
+from sdxl_pipeline.training.weighting import debiased_estimation
 from tests.evaluation.subjects import tiny_settings
 from tests.lanes import make_lane
 
@@ -117,8 +119,9 @@ def test_v_prediction_has_its_own_target(unet, pictures):
     assert found.mean == pytest.approx(torch.nn.functional.mse_loss(predicted, velocity).item(), rel=1e-5)
 
 
-def test_min_snr_does_not_weigh_the_eval_loss(unet, pictures):
-    weighted = replace(EPSILON, snr_gamma=1.0)
+def test_neither_weighting_nor_another_loss_reaches_the_eval_loss(unet, pictures):
+    huber = HuberLoss("huber", "snr", 0.1)
+    weighted = replace(EPSILON, weighting=debiased_estimation, scale=2.0, huber=huber, diff2flow=True)
     assert eval_loss(unet, weighted, pictures, (20,), 4) == eval_loss(unet, EPSILON, pictures, (20,), 4)
 
 

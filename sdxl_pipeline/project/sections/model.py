@@ -31,6 +31,6 @@ class ModelSettings(SettingsModel):
         None, description="Hub id or folder of another VAE."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of the base model on the Hub.")
-    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = Field(
         None, description="What the UNet predicts; not set: what the base model's scheduler says."
     )
