@@ -12,6 +12,7 @@ from resources.storage import Storage
 from sdxl_pipeline.evaluation.scoring_model import scoring_model_folder
 from sdxl_pipeline.project.project import Project
 from sdxl_pipeline.sdxl.base_model import resolve_base_model
+from sdxl_pipeline.sdxl.tiny_autoencoder import tiny_autoencoder_folder
 
 CODE = "1"
 
@@ -41,6 +42,8 @@ def build_base_model(project: Project) -> dg.AssetsDefinition:
             # Found or fetched now: that it cannot be had must not turn out after the training.
             scores = settings.evaluation_type == "clip"
             scoring_model = str(scoring_model_folder(settings, model)) if scores else None
+            previews = settings.validation_preview
+            preview_model = str(tiny_autoencoder_folder(settings, model)) if previews else None
         context.log.info(f"{model.source}: {model.path}, revision {model.revision or 'local files'}")
         yield dg.MaterializeResult(
             value=model,
@@ -52,6 +55,7 @@ def build_base_model(project: Project) -> dg.AssetsDefinition:
                     "revision": model.revision,
                     "VAE": model.vae_source,
                     "scoring_model": scoring_model,
+                    "preview_model": preview_model,
                     "digests": figures_table(("component", "sha256"), sorted(model.digests.items())),
                 }
             ),

@@ -142,6 +142,9 @@ def _metadata(result: TrainedLora) -> dict[str, Any]:
             else None,
             "steps": result.steps,
             "skipped_steps": result.skipped_steps or None,
+            "begun_from": f"step {result.ancestor.step} of the run {result.ancestor.identity[:16]}"
+            if result.ancestor
+            else None,
             "epochs": result.epochs,
             "pictures_seen": result.samples,
             "datasets": figures_table(

@@ -10,7 +10,7 @@ from pydantic import Field
 from sdxl_pipeline.project.training import TrainingSettings
 
 # Name in `report_to` -> module it needs. Each is an extra of this project by the same name.
-TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 WANDB_MODES = ("online", "offline", "disabled")
 
 

@@ -11,6 +11,7 @@ from resources.hub import HubResource
 from resources.launcher import LocalLauncher
 from resources.storage import Storage, ValueIOManager
 from resources.trackers import TrackerResource
+from resources.webhook import WebhookResource
 from sdxl_pipeline.automation import build_prune_job, build_schedule, build_sensor, retraining_job
 from sdxl_pipeline.project.project import BrokenProject, discover_projects
 
@@ -53,6 +54,7 @@ def build_definitions(root: Path | None = None) -> dg.Definitions:
             "io_manager": ValueIOManager(storage=storage),
             "hub": HubResource(),
             "trackers": TrackerResource(),
+            "webhook": WebhookResource(),
         },
     )
 

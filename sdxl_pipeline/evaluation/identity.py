@@ -19,6 +19,7 @@ LOOKED_AT: Final = frozenset(
         "validation_guidance",
         "validation_guidance_rescale",
         "validation_num_inference_steps",
+        "validation_noise_scheduler",
         "validation_seed",
         "num_validation_images",
         "evaluation_type",
@@ -26,6 +27,7 @@ LOOKED_AT: Final = frozenset(
         "eval_loss_disable",
         "eval_timesteps",
         "num_eval_images",
+        "eval_dataset_id",
     )
 )
 """Settings that say how a LoRA is looked at; they may change after it was trained."""

@@ -213,6 +213,27 @@ class ValidationImage(StageModel):
     seed: int
 
 
+class Ancestor(StageModel):
+    """The run that another one began from, at one of its checkpoints."""
+
+    identity: str
+    step: int
+    same_trajectory: bool = Field(
+        description="Whether the two differ in their length alone, so that the later one has the weights it would have had by itself."
+    )
+    takes_optimizer: bool = Field(description="Whether the optimizer's state was taken over with the weights.")
+
+
+class RunLineage(StageModel):
+    """lineage.json in a run's folder."""
+
+    identity: str
+    trajectory: str = Field(description="Digest of all that decides the steps, whatever their number.")
+    family: str = Field(description="Digest of all but the length, even where a step depends on it.")
+    optimizer: str
+    ancestor: Ancestor | None
+
+
 WeightsKind = Literal["lora", "unet"]
 """What a training leaves: an adapter's file, or the folder of a whole UNet."""
 
@@ -252,6 +273,9 @@ class TrainedLora(StageModel):
     )
     resumed_from_step: int | None = Field(
         description="None for a run that began at step 0; the step of the checkpoint otherwise."
+    )
+    ancestor: Ancestor | None = Field(
+        default=None, description="The run it began from; None for one that began at step 0."
     )
     reused: bool = Field(
         description="True when a finished run of this identity was found and nothing was trained."

@@ -228,7 +228,10 @@ class _Line:
             return
         prefix = self._webhook.message_prefix or self._origin.project
         for body, files in discord_posts(message, prefix):
-            self._post(session, data={"payload_json": json.dumps(body)}, files=files)
+            if files:
+                self._post(session, data={"payload_json": json.dumps(body)}, files=files)
+            else:
+                self._post(session, json=body)
 
     def _post(self, session: requests.Session, **content: Any) -> None:
         for attempt in (1, 2):
@@ -278,7 +281,7 @@ def raw_body(message: Message, origin: Origin) -> dict[str, Any]:
 def discord_posts(
     message: Message, prefix: str
 ) -> list[tuple[dict[str, Any], dict[str, tuple[str, bytes, str]]]]:
-    """(payload_json, files) of each post that a message takes: a post holds so many pictures and bytes, and the first the text."""
+    """(body, files) of each post that a message takes: a post holds so many pictures and bytes, and the first the text."""
     lots: list[list[Picture]] = [[]]
     for picture in message.pictures:
         size = sum(len(other.content) for other in lots[-1])

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import dagster as dg
 import pytest
+from PIL import Image
 
-from resources.stage_messages import MessageRelay, PointThinner
+from resources.stage_messages import PICTURE_BYTES, MessageRelay, PointThinner
 
 
 class Context:
@@ -107,3 +108,30 @@ def test_an_unknown_message_is_an_error(context):
 def test_a_thinner_keeps_everything_of_a_short_curve():
     thinner = PointThinner(limit=100)
     assert all(thinner.keeps(step, total=50) for step in range(50))
+
+
+def test_a_picture_is_put_on_the_runs_page_and_one_that_forms_not_at_every_step(context, tmp_path):
+    path = tmp_path / "star.png"
+    Image.effect_noise((1024, 1024), 90).save(path)
+    now = [0.0]
+    relay = relay_for(context, clock=lambda: now[0])
+    messages = []
+    for second in range(12):
+        now[0] = float(second)
+        message = {
+            "type": "image",
+            "name": "star, forming",
+            "path": str(path),
+            "caption": "a star",
+            "step": 4,
+        }
+        messages.append(message)
+        relay.relay(messages)
+    shown = context.observations
+    assert [(seen["name"], seen["step"]) for seen in shown] == [("star, forming", 4)] * 3  # at 0, 5 and 10 s
+    assert shown[0]["picture"].startswith("![star, forming](data:image/jpeg;base64,")
+    assert 1_000 < len(shown[0]["picture"]) < 1.4 * PICTURE_BYTES
+    assert len(context.lines) == 3
+    relay.relay([*messages, {**messages[0], "name": "star", "path": str(tmp_path / "gone.png")}])
+    assert len(context.observations) == 3  # the file is not there, and that is no reason to fail
+    assert len(context.lines) == 4

@@ -1,6 +1,8 @@
-"""Trackers: tensorboard's events can be read back and start anew where a run resumes; a tracker that is not there is said so."""
+"""Holds: each tracker gets figures and pictures that can be read back, a resumed run goes on in it, and one that is not there is said so."""
 
 import importlib.util
+import sqlite3
+from pathlib import Path
 
 import pytest
 from accelerate import PartialState
@@ -9,12 +11,16 @@ from PIL import Image
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import ValidationImage
 from sdxl_pipeline.training.metrics import StepMetrics
+from sdxl_pipeline.training.previews import Preview
 from sdxl_pipeline.training.trackers import Trackers, require_tracker
 from tests.lanes import make_spec
 
 
 def rows(first: int, last: int, loss: float) -> list[StepMetrics]:
-    return [StepMetrics(step, loss, 1e-4, None if step == 1 else 0.5, 3.0) for step in range(first, last)]
+    return [
+        StepMetrics(step, loss, 1e-4, None if step == 1 else 0.5, 4.0, 2.0, 7.0)
+        for step in range(first, last)
+    ]
 
 
 def test_tensorboard_gets_metrics_and_pictures_and_a_resumed_run_goes_on(tmp_path):
@@ -57,6 +63,76 @@ def test_tensorboard_shows_the_pictures(tmp_path):
     events.Reload()
     (image,) = events.Images("validation/red")
     assert (image.step, image.width, image.height) == (5, 16, 8)
+
+
+@pytest.fixture
+def preview(tmp_path) -> Preview:
+    Image.new("RGB", (16, 8), "blue").save(tmp_path / "forming.jpg")
+    return Preview("red", "a red thing", str(tmp_path / "forming.jpg"), 5, 2, 20)
+
+
+def test_what_else_is_known_and_forming_pictures_reach_tensorboard(tmp_path, preview):
+    pytest.importorskip("tensorboard", reason="needs the extra `tensorboard`")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    PartialState(cpu=True)
+    trackers = Trackers(make_spec(tmp_path, report_to="tensorboard"), "0123456789abcdef", resumed_at=0)
+    trackers.log_figures(5, {"eval/loss": 0.25, "train/ema_decay": 0.75})
+    trackers.log_preview(preview)
+    trackers.close()
+    events = EventAccumulator(str(tmp_path / "run" / "logs" / "0123456789ab"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("eval/loss")] == [(5, 0.25)]
+    assert [(e.step, e.value) for e in events.Scalars("train/ema_decay")] == [(5, 0.75)]
+    assert [e.step for e in events.Images("preview/red/02")] == [5]
+
+
+def test_wandb_offline_keeps_a_run_by_its_identity(tmp_path, monkeypatch, preview):
+    pytest.importorskip("wandb", reason="needs the extra `wandb`")
+    for name, value in (
+        ("WANDB_MODE", "offline"),
+        ("WANDB_SILENT", "true"),
+        ("WANDB_CONFIG_DIR", str(tmp_path)),
+    ):
+        monkeypatch.setenv(name, value)
+    PartialState(cpu=True)
+    spec = make_spec(tmp_path, report_to="wandb", tracker_run_name="mine", tracker_project_name="kittens")
+    Path(spec.run_dir).mkdir()
+    trackers = Trackers(spec, "0123456789abcdef", resumed_at=0)
+    import wandb
+
+    run = wandb.run
+    assert run is not None
+    assert (run.project, run.name, run.id) == ("kittens", "mine", "0123456789abcdef")
+    trackers.log(rows(1, 4, loss=0.5))
+    trackers.log_preview(preview)
+    assert run.summary["train/loss"] == 0.5
+    assert run.summary["train/steps_per_second"] == 2.0
+    assert run.step == 5
+    trackers.close()
+    (folder,) = (Path(spec.run_dir) / "wandb").glob("offline-run-*-0123456789abcdef")
+    assert list(folder.glob("*.wandb"))
+    assert [path.suffix for path in (folder / "files" / "media").rglob("*.*")] == [".png"]
+
+
+def test_trackio_keeps_a_run_on_this_disk_and_goes_on_with_it(tmp_path, monkeypatch, preview):
+    trackio = pytest.importorskip("trackio", reason="needs the extra `trackio`")
+    for module in (trackio.sqlite_storage, trackio.utils, trackio.media.media, trackio.run):
+        monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "kept", raising=False)
+        monkeypatch.setattr(module, "MEDIA_DIR", tmp_path / "kept" / "media", raising=False)
+    PartialState(cpu=True)
+    spec = make_spec(tmp_path, report_to="trackio", tracker_run_name="mine")
+    for first, last in ((1, 4), (4, 6)):
+        trackers = Trackers(spec, "0123456789abcdef", resumed_at=first - 1)
+        trackers.log(rows(first, last, loss=0.5))
+        if first == 4:
+            trackers.log_preview(preview)
+        trackers.close()
+    (database,) = (tmp_path / "kept").glob("*.db")
+    with sqlite3.connect(database) as connection:
+        found = connection.execute("select distinct run_name, step from metrics order by step").fetchall()
+    assert found == [("mine-0123456789ab", step) for step in range(1, 6)]
+    assert list((tmp_path / "kept" / "media").rglob("*.png"))
 
 
 def test_without_trackers_nothing_is_written(tmp_path):

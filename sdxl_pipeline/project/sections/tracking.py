@@ -16,8 +16,8 @@ from sdxl_pipeline.project.settings_model import (
 class TrackingSettings(SettingsModel):
     """Tracking."""
 
-    report_to: tuple[Literal["tensorboard", "wandb"], ...] = Field(
-        (), description='Trackers, joined by commas: tensorboard, wandb; "none" for none.'
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (), description='Trackers, joined by commas: tensorboard, wandb, trackio; "none" for none.'
     )
     tracker_project_name: str | None = Field(
         None, description="Project name in the trackers; not set: the project's name."
