@@ -19,28 +19,33 @@ from sdxl_pipeline.sdxl.components import latent_scaling_factor, load_noise_sche
 from sdxl_pipeline.training.batches import Batch, BatchReader, TrainingBatches, prefetched
 from sdxl_pipeline.training.checkpoint_times import CheckpointKind, checkpoint_due
 from sdxl_pipeline.training.checkpoints import (
+    CHECKPOINTS,
     TrainingState,
     clear_checkpoints,
     latest_checkpoint,
     load_checkpoint,
+    require_same_parameters,
     save_checkpoint,
 )
 from sdxl_pipeline.training.corruption import build_corruption
 from sdxl_pipeline.training.disk import DiskWatch
 from sdxl_pipeline.training.draws import seed_for
 from sdxl_pipeline.training.looks import Looks, LookTimes
+from sdxl_pipeline.training.loss_weights import build_loss_weights
 from sdxl_pipeline.training.metrics import METRICS_FILE, MetricsLog
 from sdxl_pipeline.training.non_finite import poisoned, step_if_finite
 from sdxl_pipeline.training.objective import build_objective
 from sdxl_pipeline.training.on_demand import OnDemandEncoders
 from sdxl_pipeline.training.optimizers import build_optimizer, hold_parameters, rate_of
+from sdxl_pipeline.training.prior import towards_base
 from sdxl_pipeline.training.scheduled_sampling import build_solver, roll_out
 from sdxl_pipeline.training.schedules import build_schedule
 from sdxl_pipeline.training.shown_weights import ShownWeights
 from sdxl_pipeline.training.step_log import StepLog, TakenStep
 from sdxl_pipeline.training.trackers import require_tracker
+from sdxl_pipeline.training.taking_over import under_own_settings
 from sdxl_pipeline.training.trainable import build_trainable
-from sdxl_pipeline.training.trainer_setup import LOOK_TIMEOUT, build_accelerator, plan_order
+from sdxl_pipeline.training.trainer_setup import LOOK_TIMEOUT, build_accelerator, plan_order, planned_steps
 from sdxl_pipeline.training.unet import base_dtype
 from sdxl_pipeline.training.watch import Watch
 
@@ -80,9 +85,7 @@ class Trainer:
         planned = plan_order(spec, self.accelerator.num_processes, reporter)
         self.order, self.passes = planned.order, planned.passes
         self.pictures_per_epoch = planned.pictures_per_epoch
-        self.total_steps = settings.max_train_steps or math.ceil(
-            self.order.batches_until(settings.num_train_epochs or 1) / self.accumulation
-        )
+        self.total_steps = planned_steps(settings, self.order)
 
         scheduler = load_noise_scheduler(spec.base_model, settings.scheduler_changes)
         self.objective = build_objective(settings, scheduler).to(self.device)
@@ -95,6 +98,7 @@ class Trainer:
             corruption=build_corruption(settings, scheduler.config.num_train_timesteps),
             caption_dropout_probability=settings.caption_dropout_probability,
             rank=self.accelerator.process_index,
+            loss_weights=build_loss_weights(spec),
         )
 
         self.trainable = build_trainable(spec).to(self.device)
@@ -185,10 +189,15 @@ class Trainer:
         noisy_latents = self.objective.add_noise(batch.latents, batch.input_noise, batch.timesteps)
         if batch.rollouts:
             noisy_latents = self._rolled_out(batch, noisy_latents)
+        wanted = self.objective.wanted(batch.latents, batch.noise, batch.timesteps)
+        if any(batch.prior):
+            predict = partial(self._predict, self.unet_module, batch)
+            wanted = towards_base(wanted, batch, noisy_latents, self.objective, self.unet_module, predict)
         prediction = self._predict(self.unet, batch, noisy_latents, batch.timesteps)
         judged = self.objective.judged(prediction, noisy_latents, batch.timesteps)
-        wanted = self.objective.wanted(batch.latents, batch.noise, batch.timesteps)
         errors = self.objective.errors(judged, wanted, batch.timesteps)
+        if batch.loss_weights is not None:
+            errors = errors * batch.loss_weights
         return self.objective.losses(errors, batch.timesteps).mean()
 
     def _predict(
@@ -206,7 +215,9 @@ class Trainer:
             encoder_hidden_states=batch.prompt_embeds[items].to(self.dtype),
             added_cond_kwargs={
                 "text_embeds": batch.pooled_prompt_embeds[items].to(self.dtype),
-                "time_ids": batch.time_ids[items],  # float32: in bf16 an original width of 1820 would read as 1824
+                "time_ids": batch.time_ids[
+                    items
+                ],  # float32: in bf16 an original width of 1820 would read as 1824
             },
             return_dict=False,
         )[0]
@@ -239,10 +250,9 @@ class Trainer:
 
     def restore(self, state: TrainingState) -> None:
         """Be as `state` was."""
-        if state.parameters.keys() != self.parameters.keys():
-            raise StageError(
-                f"the checkpoints in {self.run_dir} hold other parameters than this version trains; delete them to train from the start"
-            )
+        require_same_parameters(state, self.parameters)
+        if not state.same_trajectory:
+            state = under_own_settings(state, self.optimizer.optimizer, self.schedule)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(state.parameters[name])
@@ -298,7 +308,7 @@ class Trainer:
         self.accelerator.end_training()
 
     def _resume(self) -> None:
-        root = self.run_dir / "checkpoints"
+        root = self.run_dir / CHECKPOINTS
         resumes = self.spec.settings.resume_from_checkpoint is not None
         if self.is_main:
             clear_checkpoints(root, unfinished_only=resumes)
@@ -315,7 +325,7 @@ class Trainer:
         settings = self.spec.settings
         if self.is_main:
             save_checkpoint(
-                self.run_dir / "checkpoints",
+                self.run_dir / CHECKPOINTS,
                 self.identity,
                 self.state(),
                 export=self.write_weights,

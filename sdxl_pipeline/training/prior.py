@@ -1,31 +1,19 @@
 """Prior preservation: pictures of which the adapter is to change nothing, trained towards what the base model predicts of them.
 
 In DreamBooth (Ruiz et al. 2023) such pictures are drawn by the base model and trained on as they are. Here any pictures will do: their
-target is the prediction of the model without its adapter, for the same x_t and caption, so that the loss is exactly zero before the
+target is the prediction of the model without its adapter, for the same x_t and caption, so that the loss is zero before the
 first step and whatever the adapter changes of them is undone. Where the UNet itself is trained there is no base model left to ask, and
 the pictures' own targets stay.
 """
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from sdxl_pipeline.sdxl.adapters import without_adapter
 from sdxl_pipeline.training.batches import Batch
 from sdxl_pipeline.training.objective import Objective
 from sdxl_pipeline.training.scheduled_sampling import Predict
-
-
-@contextmanager
-def adapter_disabled(unet: UNet2DConditionModel) -> Iterator[None]:
-    """The UNet as the base model has it, while the block runs."""
-    unet.disable_adapters()
-    try:
-        yield
-    finally:
-        unet.enable_adapters()
 
 
 @torch.no_grad()
@@ -46,6 +34,6 @@ def towards_base(
         return wanted
     items = torch.tensor(prior, device=noisy_latents.device)
     noisy, timesteps = noisy_latents[items], batch.timesteps[items]
-    with adapter_disabled(unet):
+    with without_adapter(unet):
         prediction = predict(noisy, timesteps, items)
     return wanted.index_copy(0, items, objective.judged(prediction, noisy, timesteps))
