@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from sdxl_pipeline.project.adapter_checks import check_adapter, idle_adapter_settings
 from sdxl_pipeline.project.dataset_checks import Finding
+from sdxl_pipeline.project.objective_checks import check_objective, idle_objective
 from sdxl_pipeline.project.optimisation_checks import advise_on_optimisation, check_optimisation
 from sdxl_pipeline.project.trained_checks import check_what_is_trained
 from sdxl_pipeline.project.training import TrainingSettings
@@ -14,6 +15,7 @@ def check_training(training: TrainingSettings) -> Iterator[Finding]:
     yield from check_what_is_trained(training)
     yield from check_adapter(training)
     yield from check_optimisation(training)
+    yield from check_objective(training)
     steps = training.max_train_steps
     if steps is not None and training.num_train_epochs is not None:
         yield Finding(
@@ -36,6 +38,7 @@ def idle_settings(training: TrainingSettings) -> Iterator[str]:
     """Settings that have no effect beside the others, or hardly the one that is meant, each named with the reason."""
     yield from advise_on_optimisation(training)
     yield from idle_adapter_settings(training)
+    yield from idle_objective(training)
     if training.lr_scheduler == "constant" and training.lr_warmup_steps > 0:
         yield (
             f"lr_warmup_steps = {training.lr_warmup_steps} has no effect with lr_scheduler constant; "

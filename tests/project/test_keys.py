@@ -48,14 +48,8 @@ def test_a_key_in_the_wrong_file_is_sent_to_the_other(problems_of):
 @pytest.mark.parametrize(
     "config",
     [
-        {"use_dora": True},
-        {"diff2flow_enabled": True},
-        {"scheduled_sampling_max_step_offset": 5},
-        {"noise_offset": 0.05},
-        {"input_perturbation": "0.1"},
-        {"loss_type": "huber"},
-        {"timestep_bias_strategy": "later"},
-        {"lora_type": "lycoris"},
+        {"lora_format": "comfyui"},
+        {"peft_lora_mode": "singlora"},
         {"optimizer": "soap"},
         {"text_encoder_1_precision": "int8-quanto"},
         {"validation_prompt_library": True},
@@ -75,15 +69,8 @@ def test_what_is_not_available_yet_may_be_spelled_out_as_off(write_project):
         "use_dora": False,
         "use_ema": "false",
         "ema_decay": 0.999,
-        "loss_type": "l2",
-        "huber_c": 0.1,
-        "noise_offset": 0,
-        "timestep_bias_strategy": "none",
-        "scheduled_sampling_max_step_offset": "0",
-        "scheduled_sampling_sampler": "unipc",
         "webhook_config": None,
         "validation_prompt_library": False,
-        "snr_weight": "1.0",
         "num_processes": 1,
     }
     project = load_project(write_project(config))
