@@ -1,0 +1,209 @@
+"""Holds: a run's looks at itself change no bit of it, are what an evaluation would give, are not repeated, and reach all who watch."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
+from sdxl_pipeline.protocol.reporter import Reporter
+from sdxl_pipeline.protocol.specs import LossSummary, TrainedLora, TrainSpec
+from sdxl_pipeline.sdxl.components import latent_scaling_factor, load_noise_scheduler
+from sdxl_pipeline.stages.train import main
+from sdxl_pipeline.training.batches import BatchReader
+from sdxl_pipeline.training.eval_log import EVAL_FILE, EvalLog, EvalRow, read_eval_log
+from sdxl_pipeline.training.eval_loss import eval_loss, eval_timesteps
+from sdxl_pipeline.training.eval_pictures import read_pictures
+from sdxl_pipeline.training.eval_samples import choose_samples
+from sdxl_pipeline.training.metrics import read_metrics
+from sdxl_pipeline.training.objective import Objective
+from tests.lanes import make_lane, make_spec
+
+SECRET = "t0ken-nobody-may-see"
+
+# What must not leak into an eval loss, and what looking must not disturb.
+RANDOM = {
+    "max_train_steps": 6,
+    "lora_dropout": 0.3,
+    "caption_dropout_probability": 0.5,
+    "snr_gamma": 5.0,
+    "checkpoint_step_interval": 2,
+}
+LOOKING = {
+    "eval_steps_interval": 4,
+    "eval_timesteps": 3,
+    "validation_disable": False,
+    "validation_step_interval": 3,
+    "validation_preview": True,
+    "validation_preview_model_name_or_path": "bundled:tiny-taesd",
+    "webhook_reporting_interval": 2,
+}
+
+
+class Listener(Reporter):
+    """Keeps what was said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self.images: list[tuple[str, int | None]] = []
+        self.figures: set[str] = set()
+
+    def _show_log(self, message: str) -> None:
+        self.lines.append(message)
+
+    def _show_image(self, name: str, path: str, caption: str, step: int | None) -> None:
+        assert Path(path).is_file()
+        self.images.append((name, step))
+
+    def _show_metric(self, step: int, values: dict[str, float]) -> None:
+        self.figures |= values.keys()
+
+
+@pytest.fixture
+def posts(tmp_path, monkeypatch) -> Iterator[list[dict[str, Any]]]:
+    """What a raw webhook gets, whose file is webhooks.json."""
+    kept: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            kept.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}/{SECRET}"
+    path = tmp_path / "webhooks.json"
+    path.write_text(json.dumps({"webhook_type": "raw", "callback_url": address}))
+    yield kept
+    server.shutdown()
+    server.server_close()
+
+
+def spec_of(folder: Path, run: str, **settings: Any) -> TrainSpec:
+    folder = folder / run  # apart from the other runs, whose checkpoints would be taken up
+    lanes = (
+        make_lane(folder / "shapes", "shapes", captions=2),
+        make_lane(folder / "held", "held", splits=["eval"] * 5),
+        make_lane(folder / "spare", "spare", splits=["eval"] * 5),
+    )
+    return make_spec(folder, *lanes, **{**RANDOM, **settings})
+
+
+def evaluated_afterwards(spec: TrainSpec, manifest: TrainedLora) -> float:
+    """The eval loss of the file that was left, loaded by diffusers' own loader."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(spec.base_model.path, torch_dtype=torch.float32)
+    weights = Path(manifest.weights_path)
+    pipeline.load_lora_weights(weights.parent, weight_name=weights.name)
+    scheduler = load_noise_scheduler(spec.base_model)
+    objective = Objective(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+    source, samples = choose_samples(spec.lanes, spec.settings)
+    assert source == "eval dataset"
+    assert set(samples.pictures_by_dataset()) == {"held"}
+    pictures = read_pictures(samples, BatchReader(spec.lanes), latent_scaling_factor(spec.base_model))
+    return eval_loss(pipeline.unet, objective, pictures, eval_timesteps(3), batch_size=1).mean
+
+
+def test_a_watched_run_is_the_same_run_and_everyone_hears_of_it(tmp_path, posts):
+    alone = main(spec_of(tmp_path, "alone"), Reporter(), StopSignal())
+    webhook = {"webhook_config": str(tmp_path / "webhooks.json"), "eval_dataset_id": "held"}
+    spec, listener = spec_of(tmp_path, "watched", **LOOKING, **webhook), Listener()
+    watched = main(spec, listener, StopSignal())
+
+    assert watched.identity == alone.identity
+    assert watched.weights_sha256 == alone.weights_sha256
+    assert alone.eval_losses == ()
+
+    assert [step for step, _ in watched.eval_losses] == [0, 4, 6]
+    base, _, final = (loss for _, loss in watched.eval_losses)
+    assert final == pytest.approx(evaluated_afterwards(spec, watched), rel=1e-6)
+    assert final < base
+
+    forming = [("circle, forming", step) for step in (0, 0, 3, 3, 6, 6)]  # two sampler steps each
+    pictures = [("circle", step) for step in (0, 3, 6)]
+    assert sorted(listener.images) == sorted(forming + pictures)
+    wanted = {"loss", "lr", "grad_norm", "steps_per_second", "samples_per_second", "eta_seconds", "eval/loss"}
+    assert wanted <= listener.figures
+    row = read_metrics(Path(watched.metrics_path))[-1]
+    assert row.steps_per_second is not None
+    assert row.samples_per_second == pytest.approx(2 * row.steps_per_second)
+    assert row.eta_seconds == 0
+
+    kinds = [post["message_type"] for post in posts]
+    assert kinds[0] == "training.started"
+    assert kinds[-1] == "training.finished"
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        "training.started": 1,
+        "eval.loss": 3,
+        "validation.preview": 6,
+        "validation.images": 3,
+        "training.progress": 3,
+        "training.finished": 1,
+    }
+    progress = [post for post in posts if post["message_type"] == "training.progress"]
+    assert [post["step"] for post in progress] == [2, 4, 6]
+    assert progress[0]["values"].keys() >= {"loss", "lr", "grad_norm"}
+    assert all(post["images"] for post in posts if post["message_type"].startswith("validation"))
+
+    said = "\n".join(listener.lines) + watched.model_dump_json() + spec.model_dump_json() + repr(spec)
+    assert SECRET not in said
+    for path in Path(spec.run_dir).rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes()
+
+
+def test_an_interrupted_run_repeats_no_look(tmp_path, posts):
+    spec = spec_of(tmp_path, "stopped", **LOOKING, webhook_config=str(tmp_path / "webhooks.json"))
+
+    class StopAtFour(Listener):
+        def _show_image(self, name: str, path: str, caption: str, step: int | None) -> None:
+            super()._show_image(name, path, caption, step)
+            if step == 3:
+                stop.request()
+
+    stop = StopSignal()
+    with pytest.raises(StageStopped):
+        main(spec, StopAtFour(), stop)
+    assert [post["message_type"] for post in posts][-1] == "training.stopped"
+    listener = Listener()
+    resumed = main(spec, listener, StopSignal())
+    assert resumed.resumed_from_step == 3
+    assert [row.step for row in read_eval_log(Path(spec.run_dir))] == [0, 4, 6]
+    assert [image.step for image in resumed.validation_images] == [0, 3, 6]
+    assert ("circle", 0) not in listener.images
+    assert (
+        resumed.weights_sha256 == main(spec_of(tmp_path, "unbroken"), Reporter(), StopSignal()).weights_sha256
+    )
+
+
+def test_the_log_of_eval_losses_forgets_what_will_be_taken_again(tmp_path):
+    log = EvalLog(tmp_path, resumed_at=0)
+    assert not (tmp_path / EVAL_FILE).exists()
+    rows = [EvalRow(step=step, loss=LossSummary(mean=0.1, by_timestep=((500, 0.1),))) for step in (0, 4, 8)]
+    for row in rows:
+        log.add(row)
+    with (tmp_path / EVAL_FILE).open("a") as file:
+        file.write('{"step": 12, "lo')
+    assert EvalLog(tmp_path, resumed_at=6).rows == rows[:2]
+    assert read_eval_log(tmp_path) == rows[:2]
+
+
+def test_what_looking_needs_is_missed_at_the_start(tmp_path):
+    missing = spec_of(tmp_path, "run", **{**LOOKING, "validation_preview_model_name_or_path": "/nowhere"})
+    with pytest.raises(StageError, match="which is no folder"):
+        main(missing, Reporter(), StopSignal())
+    nobody = spec_of(tmp_path, "run", **LOOKING, eval_dataset_id="shapes")
+    with pytest.raises(StageError, match="eval_dataset_id: 'shapes' has no pictures to evaluate on"):
+        main(nobody, Reporter(), StopSignal())
+    broken = spec_of(tmp_path, "run", webhook_config=str(tmp_path / "absent.json"))
+    with pytest.raises(StageError, match=r"absent\.json"):
+        main(broken, Reporter(), StopSignal())
