@@ -17,6 +17,7 @@ from sdxl_pipeline.project.keys import read_settings
 from sdxl_pipeline.project.known_keys import TRAINING
 from sdxl_pipeline.project.lycoris_file import read_lycoris_file
 from sdxl_pipeline.project.problems import NO_VALUE, Problem, ProjectError
+from sdxl_pipeline.project.sections.checkpoints import LATEST
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.project.webhook_file import read_webhooks
 
@@ -250,6 +251,8 @@ def _complete(training: TrainingSettings, folder: Path, datasets_file: Path) -> 
     }
     if training.user_prompt_library is not None:
         changes["user_prompt_library"] = str(_inside(folder, training.user_prompt_library))
+    if training.resume_from_checkpoint not in (None, LATEST):
+        changes["resume_from_checkpoint"] = str(_inside(folder, training.resume_from_checkpoint))
     if training.webhook_config is not None:
         changes["webhook_config"] = str(_inside(folder, training.webhook_config))
     tiny_autoencoder = training.validation_preview_model_name_or_path

@@ -15,8 +15,9 @@ MODEL_KEYS = (
     "pretrained_model_name_or_path",
     "pretrained_vae_model_name_or_path",
     "pretrained_evaluation_model_name_or_path",
+    "resume_from_checkpoint",
 )
-"""Settings that name a model: a Hub id, which is published, or a local path, of which only the last name is."""
+"""Settings that name a model or a checkpoint: a Hub id, which is published, or a local path, of which only the last name is."""
 
 TEXT_SUFFIXES = frozenset({".md", ".json", ".txt"})
 

@@ -18,7 +18,8 @@ from sdxl_pipeline.protocol.reporter import Reporter, is_main_process
 from sdxl_pipeline.protocol.specs import EMA_FOLDER, TrainedLora, TrainSpec
 from sdxl_pipeline.store.files import sha256_path, write_text_atomic
 from sdxl_pipeline.training.eval_log import read_eval_log
-from sdxl_pipeline.training.identity import run_identity
+from sdxl_pipeline.training.identity import run_names
+from sdxl_pipeline.training.lineage import read_lineage
 from sdxl_pipeline.training.metrics import METRICS_FILE, final_loss, read_metrics
 from sdxl_pipeline.training.run_lock import run_lock
 from sdxl_pipeline.training.validation_log import read_validation_log
@@ -31,8 +32,8 @@ FINISHED = "finished.json"
 
 def main(spec: TrainSpec, reporter: Reporter, stop: StopSignal) -> TrainedLora:
     """Train as the spec says, or find that it has been."""
-    identity = run_identity(spec)
-    run_dir = Path(spec.run_dir)
+    names = run_names(spec)
+    identity, run_dir = names.identity, Path(spec.run_dir)
     with run_lock(run_dir, stop) if is_main_process() else nullcontext():
         finished = finished_run(run_dir, identity)
         finished = finished and _released(finished, spec.settings)
@@ -42,8 +43,11 @@ def main(spec: TrainSpec, reporter: Reporter, stop: StopSignal) -> TrainedLora:
             )
             return finished.model_copy(update={"reused": True})
 
+        from sdxl_pipeline.training.beginning import begin_run
         from sdxl_pipeline.training.loop import Trainer
 
+        if is_main_process():
+            begin_run(spec, names, reporter)
         with leased_lanes(spec.lanes, f"train {spec.project}") if is_main_process() else nullcontext():
             trainer = Trainer(spec, identity, reporter, stop)
             try:
@@ -84,6 +88,10 @@ def _finish(trainer: "Trainer") -> TrainedLora:
     rows = read_metrics(run_dir / METRICS_FILE)
     eval_losses = tuple((row.step, row.loss.mean) for row in read_eval_log(run_dir))
     images = tuple(read_validation_log(run_dir))
+    lineage = read_lineage(run_dir)
+    ancestor = lineage and lineage.ancestor
+    # steps of an ancestor whose records did not lie beside its checkpoint
+    unknown = ancestor.step if ancestor and not any(row.step <= ancestor.step for row in rows) else 0
     weights, loss_curve, sheet = (
         run_dir / trainer.trainable.weights_name,
         run_dir / "loss_curve.png",
@@ -111,7 +119,8 @@ def _finish(trainer: "Trainer") -> TrainedLora:
         raised_repeats=dict(trainer.passes.raised_repeats),
         resumed_from_step=trainer.resumed_from,
         reused=False,
-        skipped_steps=trainer.step - len(rows),
+        ancestor=ancestor,
+        skipped_steps=trainer.step - unknown - len(rows),
         final_loss=final_loss(rows),
         eval_losses=eval_losses,
         seconds=trainer.seconds,

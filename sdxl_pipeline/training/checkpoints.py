@@ -16,13 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdxl_pipeline.protocol.program import StageError
-from sdxl_pipeline.store.files import sha256_file
+from sdxl_pipeline.protocol.specs import Ancestor
+from sdxl_pipeline.store.files import link_or_copy, sha256_file, write_text_atomic
 from sdxl_pipeline.training.checkpoint_times import CheckpointKind
 from sdxl_pipeline.training.disk import require_room
+from sdxl_pipeline.training.lineage import STATE
 from sdxl_pipeline.training.optimizer_state import flatten_optimizer, unflatten_optimizer
 
+CHECKPOINTS = "checkpoints"
+"""The folder of a run's checkpoints in the run's own."""
+
 FORMAT = 1
-STATE = "state.json"
 PARAMETERS = "trainable.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 AVERAGE = "average.safetensors"
@@ -40,6 +44,9 @@ class TrainingState:
     schedule: dict[str, Any]
     scaler: dict[str, Any] | None  # loss scaling, under fp16
     average: dict[str, Tensor] = field(default_factory=dict)  # of the parameters, under use_ema
+    same_trajectory: bool = (
+        True  # False where another run's checkpoint was taken over; its optimizer may be empty
+    )
 
 
 def save_checkpoint(
@@ -74,7 +81,7 @@ def save_checkpoint(
         unfinished.rename(place)
         _flush(root)
     if limit is not None:
-        for old in [other for other in _checkpoints(root) if other.name.startswith(kind)][:-limit]:
+        for old in [other for other in checkpoints(root) if other.name.startswith(kind)][:-limit]:
             # renamed first: half a deletion must not look like a checkpoint
             doomed = old.rename(root / f".{old.name}.{os.getpid()}.tmp")
             shutil.rmtree(doomed)
@@ -95,11 +102,11 @@ def latest_checkpoint(root: Path, identity: str, report: Callable[[str], None]) 
 
     Raises StageError when a checkpoint belongs to a run of another identity.
     """
-    for place in reversed(_checkpoints(root)):
-        if not _is_intact(place):
+    for place in reversed(checkpoints(root)):
+        if not is_intact(place):
             report(f"checkpoint {place} is damaged and is passed over")
             continue
-        found = json.loads((place / STATE).read_bytes())["identity"]
+        found = checkpoint_identity(place)
         if found != identity:
             raise StageError(
                 f"{place} belongs to another run (identity {found[:12]}, not {identity[:12]}); give each run a folder of its own"
@@ -108,9 +115,49 @@ def latest_checkpoint(root: Path, identity: str, report: Callable[[str], None]) 
     return None
 
 
+def checkpoints(root: Path) -> list[Path]:
+    """Oldest first; of one step the rolling one."""
+    places = (place for kind in get_args(CheckpointKind) for place in root.glob(f"{kind}-*"))
+    return sorted(places, key=lambda place: (checkpoint_step(place), place.name))
+
+
+def is_intact(place: Path) -> bool:
+    """Whether a checkpoint's files are what they were when written."""
+    try:
+        digests: Mapping[str, str] = json.loads((place / STATE).read_bytes())["sha256"]
+        return all(sha256_file(place / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
 def checkpoint_step(place: Path) -> int:
     """The step in a checkpoint's name."""
     return int(place.name.partition("-")[2])
+
+
+def checkpoint_identity(place: Path) -> str:
+    """The identity of the run that a checkpoint belongs to."""
+    identity: str = json.loads((place / STATE).read_bytes())["identity"]
+    return identity
+
+
+def adopt_checkpoint(source: Path, root: Path, identity: str, ancestor: Ancestor) -> None:
+    """Make the intact checkpoint `source` of another run one of the run `identity`, whose checkpoints lie in `root`.
+
+    What is not taken over is left out. Of another trajectory, it says so, for `load_checkpoint` to tell.
+    """
+    unfinished = root / f".{source.name}.{os.getpid()}.tmp"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    root.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(source, unfinished, copy_function=link_or_copy)
+    state = json.loads((unfinished / STATE).read_bytes())
+    state |= {"identity": identity, "same_trajectory": ancestor.same_trajectory}
+    if not ancestor.takes_optimizer:
+        (unfinished / OPTIMIZER).unlink()
+        del state["optimizer"], state["sha256"][OPTIMIZER]
+    write_text_atomic(unfinished / STATE, json.dumps(state, indent=1))
+    unfinished.rename(root / f"step-{state['step']:08d}")
+    _flush(root)
 
 
 def load_checkpoint(place: Path) -> TrainingState:
@@ -125,10 +172,28 @@ def load_checkpoint(place: Path) -> TrainingState:
         seconds=state["seconds"],
         training_seconds=state["training_seconds"],
         parameters=_read_parameters(place / state.get("parameters", PARAMETERS)),
-        optimizer=unflatten_optimizer(load_file(place / OPTIMIZER), state["optimizer"]),
+        optimizer=unflatten_optimizer(load_file(place / OPTIMIZER), state["optimizer"])
+        if "optimizer" in state
+        else {},
         schedule=state["schedule"],
         scaler=state["scaler"],
+        same_trajectory=state.get("same_trajectory", True),
         average=load_file(place / AVERAGE) if (place / AVERAGE).exists() else {},
+    )
+
+
+def require_same_parameters(state: TrainingState, parameters: Mapping[str, Tensor]) -> None:
+    """Raise StageError unless `state` is of parameters of these names and shapes."""
+    theirs, ours = (
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for tensors in (state.parameters, parameters)
+    )
+    if theirs == ours:
+        return
+    name = min(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+    raise StageError(
+        f"the checkpoint of step {state.step} holds other parameters than this run trains: {name} is {theirs.get(name, 'not there')}, and "
+        f"not {ours.get(name, 'trained')}. Name a checkpoint of the same adapter in resume_from_checkpoint, or delete it to train from the start"
     )
 
 
@@ -180,20 +245,6 @@ def _read_parameters(place: Path) -> dict[str, Tensor]:
     """Of a file, or of all the safetensors of a folder. Mapped into memory, and not read before they are used."""
     shards = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
     return {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
-
-
-def _is_intact(place: Path) -> bool:
-    try:
-        digests: Mapping[str, str] = json.loads((place / STATE).read_bytes())["sha256"]
-        return all(sha256_file(place / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _checkpoints(root: Path) -> list[Path]:
-    """Oldest first; of one step the rolling one."""
-    places = (place for kind in get_args(CheckpointKind) for place in root.glob(f"{kind}-*"))
-    return sorted(places, key=lambda place: (checkpoint_step(place), place.name))
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

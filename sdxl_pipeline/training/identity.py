@@ -6,17 +6,24 @@ the worst that a forgotten entry can do is to train again.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.specs import TrainSpec
 from sdxl_pipeline.store.digest import digest_json
+from sdxl_pipeline.store.files import sha256_file
+from sdxl_pipeline.training.lineage import STATE, chosen_checkpoint, lineage_of_checkpoint
 from sdxl_pipeline.training.mask_tables import masks_identity
 from sdxl_pipeline.training.passes import planned_passes
 from sdxl_pipeline.training.samples import load_samples
 
 CODE_VERSION = 2
 """Raise it when a change of the trainer changes the numbers it computes."""
+
+LENGTH = ("max_train_steps", "num_train_epochs")
+
+CONSTANT_SCHEDULES = frozenset({"constant", "constant_with_warmup", "sine"})
+"""The values of lr_scheduler whose learning rate at a step does not depend on the number of steps."""
 
 EXCLUDED: Mapping[str, tuple[str, ...]] = {
     "the base model's digest stands for them": (
@@ -54,6 +61,7 @@ EXCLUDED: Mapping[str, tuple[str, ...]] = {
     "the passes stand for it": ("allow_dataset_oversubscription",),
     "they say how fast or in what portions to compute, not what": (
         "gradient_checkpointing",
+        "gradient_checkpointing_interval",
         "ema_device",
         "vae_batch_size",
         "text_encoder_batch_size",
@@ -126,32 +134,60 @@ def numeric_settings(settings: TrainingSettings) -> dict[str, Any]:
     return kept | {"lora_alpha": settings.effective_lora_alpha}
 
 
+class RunNames(NamedTuple):
+    """Digests that name a run, hex SHA-256 each."""
+
+    identity: str
+    trajectory: str
+    """Runs of one trajectory take the same steps as far as both of them go."""
+    family: str
+    """Runs of one family differ in their length alone, on which the steps may depend."""
+
+
 def run_identity(spec: TrainSpec) -> str:
-    """Hex SHA-256 naming the run. Reads the lanes' tables; raises StageError when they do not fit together.
+    """The first of `run_names`."""
+    return run_names(spec).identity
+
+
+def run_names(spec: TrainSpec) -> RunNames:
+    """What the run is called. Reads the lanes' tables; raises StageError when they do not fit together.
 
     The device is not part of it, nor is the number of CPU threads: a LoRA trained on a GPU is the same run on a laptop, although the
-    last bits would differ. The number of processes is, since it multiplies the batch.
+    last bits would differ. The number of processes is, since it multiplies the batch. A checkpoint to begin from is part of it, unless
+    its run is of the same trajectory.
     """
+    settings, content = spec.settings, _content(spec)
+    names = _names(settings, content)
+    chosen = chosen_checkpoint(settings)
+    if chosen is not None:
+        lineage = lineage_of_checkpoint(chosen)
+        if lineage is None or lineage.trajectory != names.trajectory:
+            return _names(settings, content | {"begins_from": sha256_file(chosen / STATE)})
+    return names
+
+
+def _names(settings: TrainingSettings, content: Mapping[str, Any]) -> RunNames:
+    lengthless = {key: value for key, value in content["settings"].items() if key not in LENGTH}
+    identity, family = digest_json(content), digest_json({**content, "settings": lengthless})
+    constant = settings.is_schedule_free or settings.lr_scheduler in CONSTANT_SCHEDULES
+    return RunNames(identity, family if constant else identity, family)
+
+
+def _content(spec: TrainSpec) -> dict[str, Any]:
     samples = load_samples(spec.lanes, "train", spec.settings.micro_conditioning)
     trained = samples.pictures_by_dataset()
-    return digest_json(
-        {
-            "code_version": CODE_VERSION,
-            "base_model": spec.base_model.digest,
-            "samples": samples.digest(),
-            "passes": planned_passes(
-                spec.lanes, samples, spec.settings, spec.hardware.num_processes
-            ).by_dataset,
-            "fresh_crops": sorted(
-                lane.dataset_id for lane in spec.lanes if lane.fresh_crops and lane.dataset_id in trained
-            ),
-            "masks": masks_identity(spec.lanes, samples),
-            "regularisation": sorted(
-                lane.dataset_id
-                for lane in spec.lanes
-                if lane.is_regularisation and lane.dataset_id in trained
-            ),
-            "settings": numeric_settings(spec.settings),
-            "num_processes": spec.hardware.num_processes,
-        }
-    )
+    return {
+        "code_version": CODE_VERSION,
+        "base_model": spec.base_model.digest,
+        "samples": samples.digest(),
+        "passes": planned_passes(spec.lanes, samples, spec.settings, spec.hardware.num_processes).by_dataset,
+        "fresh_crops": sorted(
+            lane.dataset_id for lane in spec.lanes if lane.fresh_crops and lane.dataset_id in trained
+        ),
+        "masks": masks_identity(spec.lanes, samples),
+        "regularisation": sorted(
+            lane.dataset_id for lane in spec.lanes if lane.is_regularisation and lane.dataset_id in trained
+        ),
+        "settings": numeric_settings(spec.settings),
+        "num_processes": spec.hardware.num_processes,
+    }

@@ -42,8 +42,8 @@ from sdxl_pipeline.training.scheduled_sampling import build_solver, roll_out
 from sdxl_pipeline.training.schedules import build_schedule
 from sdxl_pipeline.training.shown_weights import ShownWeights
 from sdxl_pipeline.training.step_log import StepLog, TakenStep
-from sdxl_pipeline.training.trackers import require_tracker
 from sdxl_pipeline.training.taking_over import under_own_settings
+from sdxl_pipeline.training.trackers import require_tracker
 from sdxl_pipeline.training.trainable import build_trainable
 from sdxl_pipeline.training.trainer_setup import LOOK_TIMEOUT, build_accelerator, plan_order, planned_steps
 from sdxl_pipeline.training.unet import base_dtype
@@ -90,7 +90,9 @@ class Trainer:
         scheduler = load_noise_scheduler(spec.base_model, settings.scheduler_changes)
         self.objective = build_objective(settings, scheduler).to(self.device)
         self.solver = build_solver(settings, scheduler)
-        self.reader = BatchReader(spec.lanes, OnDemandEncoders(spec.base_model, spec.hardware))
+        self.trainable = build_trainable(spec).to(self.device)
+        encoders = OnDemandEncoders(spec.base_model, spec.hardware)
+        self.reader = BatchReader(spec.lanes, encoders, self.trainable.live_texts)
         self.batches = TrainingBatches(
             order=planned.read_ahead,
             reader=self.reader,
@@ -101,11 +103,15 @@ class Trainer:
             loss_weights=build_loss_weights(spec),
         )
 
-        self.trainable = build_trainable(spec).to(self.device)
         self.parameters = self.trainable.parameters
         hold_parameters(settings, self.parameters.values())
         self.optimizer = self.accelerator.prepare(
-            build_optimizer(settings, self.parameters.values(), self.accelerator.num_processes)
+            build_optimizer(
+                settings,
+                self.trainable.unet_parameters,
+                self.accelerator.num_processes,
+                self.trainable.text_parameters,
+            )
         )
         self.schedule = build_schedule(settings, self.optimizer.optimizer, self.total_steps)
         self.unet = self.accelerator.prepare(self.trainable.module)
@@ -191,8 +197,16 @@ class Trainer:
             noisy_latents = self._rolled_out(batch, noisy_latents)
         wanted = self.objective.wanted(batch.latents, batch.noise, batch.timesteps)
         if any(batch.prior):
-            predict = partial(self._predict, self.unet_module, batch)
-            wanted = towards_base(wanted, batch, noisy_latents, self.objective, self.unet_module, predict)
+            predict = partial(self._predict, self.trainable.module, batch)
+            wanted = towards_base(
+                wanted,
+                batch,
+                noisy_latents,
+                self.objective,
+                self.unet_module,
+                predict,
+                self.trainable.encoders,
+            )
         prediction = self._predict(self.unet, batch, noisy_latents, batch.timesteps)
         judged = self.objective.judged(prediction, noisy_latents, batch.timesteps)
         errors = self.objective.errors(judged, wanted, batch.timesteps)
@@ -212,27 +226,21 @@ class Trainer:
         prediction: Tensor = unet(
             noisy_latents.to(self.dtype),
             timesteps,
-            encoder_hidden_states=batch.prompt_embeds[items].to(self.dtype),
-            added_cond_kwargs={
-                "text_embeds": batch.pooled_prompt_embeds[items].to(self.dtype),
-                "time_ids": batch.time_ids[
-                    items
-                ],  # float32: in bf16 an original width of 1820 would read as 1824
-            },
+            **batch.conditioning(self.dtype, items),
             return_dict=False,
         )[0]
         return prediction
 
     def _rolled_out(self, batch: Batch, noisy_latents: Tensor) -> Tensor:
         """`noisy_latents` with the batch's rollouts in them, by the UNet as it draws: without dropout, and on this process alone."""
-        predict = partial(self._predict, self.unet_module, batch)
-        self.unet_module.eval()
+        predict = partial(self._predict, self.trainable.module, batch)
+        self.trainable.module.eval()
         try:
             return roll_out(
                 noisy_latents, batch.latents, batch.input_noise, batch.rollouts, self.solver, predict
             )
         finally:
-            self.unet_module.train()
+            self.trainable.module.train()
 
     def state(self) -> TrainingState:
         """Everything training has changed, as of now."""

@@ -1,5 +1,6 @@
 """What a trainer starts from: its devices, and the order of its samples."""
 
+import math
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -7,6 +8,7 @@ from functools import partial
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.protocol.specs import TrainSpec
@@ -76,3 +78,11 @@ def plan_order(spec: TrainSpec, num_processes: int, reporter: Reporter) -> Plann
             f"Bucket {width}x{height} has {have} pictures an epoch; {added} more are taken from its start to fill its last batch."
         )
     return planned
+
+
+def planned_steps(settings: TrainingSettings, order: SampleOrder) -> int:
+    """The optimizer steps of a run: as many as are asked for, or as its epochs take."""
+    if settings.max_train_steps is not None:
+        return settings.max_train_steps
+    batches = order.batches_until(settings.num_train_epochs or 1)
+    return math.ceil(batches / settings.gradient_accumulation_steps)
