@@ -6,7 +6,7 @@ from sdxl_pipeline.project.adapter_checks import check_adapter, idle_adapter_set
 from sdxl_pipeline.project.dataset_checks import Finding
 from sdxl_pipeline.project.objective_checks import check_objective, idle_objective
 from sdxl_pipeline.project.optimisation_checks import advise_on_optimisation, check_optimisation
-from sdxl_pipeline.project.trained_checks import check_what_is_trained
+from sdxl_pipeline.project.trained_checks import check_what_is_trained, idle_for_what_is_trained
 from sdxl_pipeline.project.training import TrainingSettings
 
 
@@ -36,6 +36,7 @@ def check_training(training: TrainingSettings) -> Iterator[Finding]:
 
 def idle_settings(training: TrainingSettings) -> Iterator[str]:
     """Settings that have no effect beside the others, or hardly the one that is meant, each named with the reason."""
+    yield from idle_for_what_is_trained(training)
     yield from advise_on_optimisation(training)
     yield from idle_adapter_settings(training)
     yield from idle_objective(training)

@@ -51,10 +51,6 @@ def _tunes(switch: str, names: str) -> dict[str, str]:
     return dict.fromkeys(names.split(), switch)
 
 
-_PRECISIONS = _names(
-    """int4-quanto int2-quanto fp8-quanto fp8uz-quanto int8-torchao int8dq-torchao int8dq-int4-torchao int4-torchao fp8-torchao
-    fp8wo-torchao fp8-int4-torchao nf4-bnb fp8-native fp8-transformerengine"""
-)
 _NOTHING_IS_DELETED = Later((False, None), "write false: the pictures are never changed or deleted here")
 _IN_OPTIMIZER_CONFIG = (
     'write it in optimizer_config, for example "beta1=0.9,beta2=0.99,weight_decay=0.01,eps=1e-8"'
@@ -70,7 +66,7 @@ TRAINING: Final = Vocabulary(
     later={
         **_off(
             (False, None),
-            """train_text_encoder controlnet control refiner_training urepa_enabled xm_enabled
+            """controlnet control refiner_training urepa_enabled xm_enabled
             push_checkpoints_to_hub
             validation_using_datasets
             slider_lora_target enable_nsfw_check optimizer_release_gradients
@@ -88,10 +84,9 @@ TRAINING: Final = Vocabulary(
         **_off(
             (None, 0),
             """            validate_after_step validate_after_epoch
-            gradient_checkpointing_interval gradient_checkpointing_segment_stride
+            gradient_checkpointing_segment_stride
             prodigy_steps""",
         ),
-        **_off(("no_change", None), "text_encoder_1_precision text_encoder_2_precision"),
         "disk_low_script": Later((None, ""), "write stop or wait in disk_low_action: no script is run here"),
         "lora_format": Later(("diffusers",)),
         "validation_lycoris_strength": Later(
@@ -129,7 +124,6 @@ TRAINING: Final = Vocabulary(
     later_values={
         "model_flavour": _names("refiner-1.0 base-0.9 refiner-0.9"),
         "optimizer": _names("soap muon"),
-        "base_model_precision": _PRECISIONS,
         "mixed_precision": _names("fp8"),
         "validation_noise_scheduler": _names("perflow"),
         "vae_dtype": _names("fp16"),
@@ -164,11 +158,6 @@ TRAINING: Final = Vocabulary(
         **_tunes(
             "refiner_training",
             """refiner_training_invert_schedule refiner_training_strength sdxl_refiner_uses_full_range data_aesthetic_score""",
-        ),
-        **_tunes(
-            "train_text_encoder",
-            """text_encoder_lr text_encoder_limit save_text_encoder freeze_encoder_before freeze_encoder_after
-            freeze_encoder_strategy""",
         ),
         **_tunes(
             "controlnet",
@@ -211,7 +200,7 @@ TRAINING: Final = Vocabulary(
             group_offload_text_encoder group_offload_vae""",
         ),
         **_tunes(
-            "gradient_checkpointing_interval",
+            "gradient_checkpointing_segment_stride",
             """gradient_checkpointing_backend gradient_checkpointing_offload_attention
             gradient_checkpointing_offload_pin_memory_max_buckets gradient_checkpointing_offload_prefetch""",
         ),
@@ -226,7 +215,8 @@ TRAINING: Final = Vocabulary(
         custom_text_encoder_intermediary_layers data_backend_sampling dataloader_prefetch dataloader_prefetch_qlen
         debug_aspect_buckets debug_dataset_loader delete_invalid_checkpoints delete_model_after_load diffusion_blocks_config
         disable_benchmark disable_bucket_pruning disable_tf32 enable_chunked_feed_forward
-        enable_multiprocessing ema_cpu_only ema_foreach_disable eval_dataset_pooling feed_forward_chunk_size find_unused_parameters framerate
+        enable_multiprocessing ema_cpu_only ema_foreach_disable eval_dataset_pooling feed_forward_chunk_size freeze_encoder_after freeze_encoder_before freeze_encoder_strategy save_text_encoder
+        text_encoder_limit find_unused_parameters framerate
         fully_unload_text_encoder fuse_qkv_projections fused_qkv_projections i_know_what_i_am_doing ignore_missing_files
         image_processing_batch_size inference_scheduler_timestep_spacing keep_vae_loaded
         max_grounding_entities max_workers merge_environment_config metadata_update_interval model_card_safe_for_work

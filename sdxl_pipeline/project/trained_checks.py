@@ -11,7 +11,9 @@ def check_what_is_trained(training: TrainingSettings) -> Iterator[Finding]:
     """What is wrong between `model_type` and the other keys."""
     if training.model_type == "full":
         yield from _check_full(training)
-    elif training.layer_freeze_strategy is not None:
+    elif training.train_text_encoder:
+        yield from _check_text_encoders(training)
+    if training.model_type == "lora" and training.layer_freeze_strategy is not None:
         yield Finding(
             "layer_freeze_strategy",
             "says which weights of the UNet are trained, but model_type lora trains none of them",
@@ -19,7 +21,34 @@ def check_what_is_trained(training: TrainingSettings) -> Iterator[Finding]:
         )
 
 
+def idle_for_what_is_trained(training: TrainingSettings) -> Iterator[str]:
+    """Settings of what is not trained."""
+    if training.text_encoder_lr is not None and not training.train_text_encoder:
+        yield "text_encoder_lr has no effect while train_text_encoder is false"
+
+
+def _check_text_encoders(training: TrainingSettings) -> Iterator[Finding]:
+    if training.lora_type == "lycoris":
+        yield Finding(
+            "train_text_encoder",
+            "gives the text encoders a LoRA, and a file of LyCORIS holds the UNet's adapter alone",
+            'write false, or "lora_type": "standard"',
+        )
+    if training.optimizer == "prodigy" and training.text_encoder_lr not in (None, 0, training.learning_rate):
+        yield Finding(
+            "text_encoder_lr",
+            f"is another than learning_rate ({training.learning_rate:g}), but optimizer prodigy finds one rate for all",
+            "leave it out, or write 0",
+        )
+
+
 def _check_full(training: TrainingSettings) -> Iterator[Finding]:
+    if training.train_text_encoder:
+        yield Finding(
+            "train_text_encoder",
+            "gives the text encoders a LoRA, but model_type full trains the UNet itself and makes no file that could hold it",
+            'write false, or "model_type": "lora"',
+        )
     for key, field in AdapterSettings.model_fields.items():
         if getattr(training, key) != field.get_default(call_default_factory=True):
             yield Finding(

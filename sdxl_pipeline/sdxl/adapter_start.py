@@ -1,8 +1,8 @@
 """`init_lora`: a new adapter that starts as one in a file."""
 
 import math
-from collections.abc import Collection, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -38,6 +38,11 @@ def start_from_file(models: Mapping[str, nn.Module], path: Path) -> None:
         _start_lycoris(models[UNET], network, path)
     else:
         _start_lora(models, file)
+
+
+def has_text_part(path: Path) -> bool:
+    """Whether a file holds an adapter of a text encoder as well; in kohya's files these begin with lora_te."""
+    return any(name.startswith(("text_encoder", "lora_te")) for name in read_header(path).names)
 
 
 def _start_lora(models: Mapping[str, nn.Module], file: AdapterFile) -> None:
@@ -170,44 +175,3 @@ def _require_same(path: Path, wanted: Mapping[str, torch.Size], found: Mapping[s
 
 
 _TARGETS: Final = "lora_target_modules, or for LyCORIS in lycoris_config"
-
-
-def find_initial_adapter(written: str) -> Path:
-    """The file that `init_lora` names: a local one, or one of a repository of the Hub, which is downloaded into this machine's cache.
-
-    Of a repository named without a file, it is pytorch_lora_weights.safetensors, or the only .safetensors there. Raises AdapterError.
-    """
-    from sdxl_pipeline.sdxl.hub_download import download_snapshot
-    from sdxl_pipeline.sdxl.model_files import BaseModelError
-
-    local = Path(written).expanduser()
-    if local.is_file():
-        return local.resolve()
-    owner, _, rest = written.partition("/")
-    name, _, file = rest.partition("/")
-    if (
-        local.is_absolute()
-        or written.startswith((".", "~"))
-        or not (owner and name)
-        or name.endswith(".safetensors")
-    ):
-        raise AdapterError(f"init_lora: {written} does not exist.")
-    usual = file or "pytorch_lora_weights.safetensors"
-
-    chosen: list[str] = []
-
-    def choose(listing: Collection[str]) -> list[str]:
-        held = [other for other in listing if PurePosixPath(other).suffix == ".safetensors"]
-        chosen[:] = [usual] if usual in held else held
-        if usual not in held and (file or len(held) != 1):
-            listed = ", ".join(sorted(held)) or "none"
-            raise AdapterError(
-                f"init_lora: {owner}/{name} has no {usual}. Its .safetensors files: {listed}. Write one of them as {owner}/{name}/FILE."
-            )
-        return chosen
-
-    try:
-        snapshot = download_snapshot(f"{owner}/{name}", None, [".gitattributes", "README.md", usual], choose)
-    except BaseModelError as error:
-        raise AdapterError(f"init_lora: {error}") from error
-    return snapshot.folder / chosen[0]

@@ -20,6 +20,11 @@ def encode_prompts(encoders: TextEncoders, prompts: Sequence[str], windows: int 
 
 @torch.no_grad()
 def encode_tokens(encoders: TextEncoders, input_ids: Tensor, input_ids_2: Tensor) -> tuple[Tensor, Tensor]:
+    """`embed_tokens` without gradient."""
+    return embed_tokens(encoders, input_ids, input_ids_2)
+
+
+def embed_tokens(encoders: TextEncoders, input_ids: Tensor, input_ids_2: Tensor) -> tuple[Tensor, Tensor]:
     """`prompt_embeds` (B, 77 * W, C1 + C2) and `pooled_prompt_embeds` (B, C2) of `PromptReader.in_windows`, (B, W, 77) for each encoder.
 
     The former are the penultimate hidden states of both encoders side by side, the latter the second encoder's projected output at the

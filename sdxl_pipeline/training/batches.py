@@ -27,8 +27,10 @@ from sdxl_pipeline.training.on_demand import Cache, OnDemandEncoders, Tensors, r
 from sdxl_pipeline.training.order import Draw, SampleOrder
 from sdxl_pipeline.training.samples import Sample
 from sdxl_pipeline.training.scheduled_sampling import Rollout
+from sdxl_pipeline.training.text_encoders import LiveTexts
 
 PREFETCHED_BATCHES = 2
+ALL = slice(None)
 
 
 class MismatchedBatchError(AssertionError):
@@ -54,6 +56,14 @@ class TextEmbeds:
 
 
 @dataclass(frozen=True)
+class CaptionTokens:
+    """The captions of some pictures, not encoded yet."""
+
+    keys: tuple[str, ...]
+    input_ids: Tensor  # (B, 2, windows, 77) int64
+
+
+@dataclass(frozen=True)
 class Batch:
     """One forward pass: everything about picture `keys[i]` at index i."""
 
@@ -61,9 +71,10 @@ class Batch:
     latents: Tensor  # (B, 4, H/8, W/8) float32, scaled
     noise: Tensor  # (B, 4, H/8, W/8) float32, standard normal
     timesteps: Tensor  # (B,) int64
-    prompt_embeds: Tensor  # (B, 77 * windows, C1 + C2)
-    pooled_prompt_embeds: Tensor  # (B, C2)
     time_ids: Tensor  # (B, 6) float32
+    prompt_embeds: Tensor | None = None  # (B, 77 * windows, C1 + C2); None with input_ids
+    pooled_prompt_embeds: Tensor | None = None  # (B, C2); None with input_ids
+    input_ids: Tensor | None = None  # (B, 2, windows, 77) int64: tokens, where text encoders are trained
     loss_weights: Tensor | None = None  # (B, 1, H/8, W/8) or (B, 1, 1, 1): what each place counts
     prior: tuple[bool, ...] = ()  # whether the target is the base model's prediction; (): of none
     perturbed_noise: Tensor | None = None  # (B, 4, H/8, W/8) float32: what the UNet sees in place of `noise`
@@ -73,6 +84,21 @@ class Batch:
     def input_noise(self) -> Tensor:
         """The noise that the UNet sees, (B, 4, H/8, W/8); `noise` is what it is asked for."""
         return self.noise if self.perturbed_noise is None else self.perturbed_noise
+
+    def conditioning(self, dtype: torch.dtype, items: Tensor | slice = ALL) -> dict[str, Any]:
+        """What the UNet is told beside latents and timesteps, as its keyword arguments, for these items of the batch.
+
+        Embeddings are cast to `dtype`, and time ids stay in float32: in bf16 an original width of 1820 would read as 1824.
+        """
+        told = {"time_ids": self.time_ids[items]}
+        if self.input_ids is not None:
+            return {"encoder_hidden_states": self.input_ids[items], "added_cond_kwargs": told}
+        if self.prompt_embeds is None or self.pooled_prompt_embeds is None:
+            raise ValueError("a batch has either embeddings or tokens")
+        return {
+            "encoder_hidden_states": self.prompt_embeds[items].to(dtype),
+            "added_cond_kwargs": {"text_embeds": self.pooled_prompt_embeds[items].to(dtype), **told},
+        }
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device. From pinned memory the copy overlaps with what the device is computing."""
@@ -91,10 +117,17 @@ class Batch:
 class BatchReader:
     """Reads the encoded forms of pictures and prompts from the stores of all lanes, and has encoded what these leave to the training.
 
-    Threads may read from one. `encoders` makes what a lane's cache mode leaves out; without them every entry must be there.
+    Threads may read from one. `encoders` makes what a lane's cache mode leaves out; without them every entry must be there. With
+    `live_texts` no text is read from a store: it is encoded at each use, by encoders that are trained.
     """
 
-    def __init__(self, lanes: Sequence[TrainingLane], encoders: OnDemandEncoders | None = None) -> None:
+    def __init__(
+        self,
+        lanes: Sequence[TrainingLane],
+        encoders: OnDemandEncoders | None = None,
+        live_texts: LiveTexts | None = None,
+    ) -> None:
+        self.live_texts = live_texts
         self._lanes = {lane.dataset_id: lane for lane in lanes}
         self.fresh_crops = frozenset(lane.dataset_id for lane in lanes if lane.fresh_crops)
         """The datasets whose crops are drawn anew at each appearance."""
@@ -149,6 +182,13 @@ class BatchReader:
             pooled_prompt_embeds=read["pooled_prompt_embeds"],
         )
 
+    def tokens(self, samples: Sequence[Sample], embed_keys: Sequence[str]) -> CaptionTokens:
+        """The caption that `embed_keys[i]` stands for as the text of `samples[i]`, for text encoders that are trained."""
+        if self.live_texts is None:
+            raise ValueError("captions are tokenized where text encoders are trained")
+        captions = self._captions([sample.dataset_id for sample in samples], embed_keys)
+        return CaptionTokens(tuple(sample.key for sample in samples), self.live_texts.input_ids(captions))
+
     def flush(self) -> None:
         """Write what was encoded on demand and is to be kept."""
         for cache in self._caches:
@@ -172,7 +212,16 @@ class BatchReader:
             raise ValueError(f"dataset {lane.dataset_id!r} is encoded on demand, which takes encoders")
         return self._encoders
 
+    def _captions(self, datasets: Sequence[str], embed_keys: Sequence[str]) -> list[str]:
+        lanes = [self._lanes[dataset_id] for dataset_id in datasets]
+        return [
+            self._require_encoders(lane).caption(lane, key)
+            for lane, key in zip(lanes, embed_keys, strict=True)
+        ]
+
     def _read_texts(self, datasets: Sequence[str], embed_keys: Sequence[str]) -> Tensors:
+        if self.live_texts is not None:
+            return self.live_texts.encode(self._captions(datasets, embed_keys))
         return read_from(
             [self._texts[dataset_id] for dataset_id in datasets],
             embed_keys,
@@ -234,7 +283,8 @@ class TrainingBatches:
             for draw, slot in zip(draws, slots, strict=True)
         ]
         posteriors = self.reader.posteriors(samples)
-        texts = self.reader.text_embeds(samples, embed_keys)
+        reads = self.reader.text_embeds if self.reader.live_texts is None else self.reader.tokens
+        texts = reads(samples, embed_keys)
         weighed = self.loss_weights.of(samples, self.order.seed, index, slots)
         keys = tuple(sample.key for sample in samples)
         if not keys == posteriors.keys == texts.keys == weighed.keys:
@@ -260,8 +310,7 @@ class TrainingBatches:
             perturbed_noise=corrupted.perturbed_noise,
             timesteps=corrupted.timesteps,
             rollouts=corrupted.rollouts,
-            prompt_embeds=texts.prompt_embeds,
-            pooled_prompt_embeds=texts.pooled_prompt_embeds,
+            **{name: value for name, value in vars(texts).items() if name != "keys"},
             time_ids=time_ids(
                 [sample.original_size for sample in samples],
                 [(sample.crop.crop_top, sample.crop.crop_left) for sample in samples],

@@ -51,12 +51,16 @@ class OnDemandEncoders:
 
     def text(self, lane: TrainingLane, key: str) -> Tensors:
         """`prompt_embeds` and `pooled_prompt_embeds` of the caption or prompt whose embeddings go by `key`."""
-        caption = self._captions_of(lane)[key]
+        caption = self.caption(lane, key)
         windows = lane.text_embeds.windows
-        made = embed_key(caption, self._base_model.text_digest, self._hardware.text_dtype, windows)
+        made = embed_key(caption, self._base_model.text_digest, self._hardware.text_precision, windows)
         _require_same_name(lane, made, key, "text_embeds")
         with self._lock:
             return self._caption_encoder(windows).encode(caption)
+
+    def caption(self, lane: TrainingLane, key: str) -> str:
+        """The caption or prompt whose embeddings go by `key`."""
+        return self._captions_of(lane)[key]
 
     @cached_property
     def _latent_encoder(self) -> "LatentEncoder":

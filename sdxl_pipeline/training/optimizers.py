@@ -45,13 +45,18 @@ def effective_learning_rate(settings: TrainingSettings, num_processes: int) -> f
 
 
 def build_optimizer(
-    settings: TrainingSettings, parameters: Iterable[Parameter], num_processes: int = 1
+    settings: TrainingSettings,
+    parameters: Iterable[Parameter],
+    num_processes: int = 1,
+    text_parameters: Iterable[Parameter] = (),
 ) -> Optimizer:
     """The optimizer that the settings name, over `parameters`, which already lie on the device.
 
+    `text_parameters` are those of text encoders, whose rate is `text_encoder_lr` where that is given.
+
     Raises StageError when the package it comes from is missing, or when `optimizer_config` has an option or a value it does not take.
     """
-    recipe, trainable = RECIPES[settings.optimizer], list(parameters)
+    recipe, trainable, texts = RECIPES[settings.optimizer], list(parameters), list(text_parameters)
     kind = _load(settings.optimizer, recipe)
     options: dict[str, Any] = {**recipe.defaults, **_options(settings, recipe, kind)}
     if settings.optimizer == "adamw":
@@ -61,7 +66,11 @@ def build_optimizer(
     if settings.is_schedule_free and settings.lr_scheduler != "constant":
         options["warmup_steps"] = settings.lr_warmup_steps
     try:
-        optimizer = kind(trainable, lr=effective_learning_rate(settings, num_processes), **options)
+        rate = effective_learning_rate(settings, num_processes)
+        groups: list[Any] = (
+            [{"params": trainable}, _text_group(settings, texts, rate)] if texts else trainable
+        )
+        optimizer = kind(groups, lr=rate, **options)
     except (TypeError, ValueError) as error:
         raise StageError(f"config.json: optimizer_config {settings.optimizer_config!r}: {error}") from error
     if recipe.package == "torchao":
@@ -69,6 +78,14 @@ def build_optimizer(
 
         make_repeatable(optimizer, settings.seed)
     return optimizer
+
+
+def _text_group(settings: TrainingSettings, parameters: list[Parameter], rate: float) -> dict[str, Any]:
+    own = settings.text_encoder_lr
+    return {
+        "params": parameters,
+        "lr": rate if own is None else rate * own / settings.learning_rate,
+    }
 
 
 def rate_of(optimizer: Optimizer, scheduled: float) -> float:

@@ -6,9 +6,11 @@ first step and whatever the adapter changes of them is undone. Where the UNet it
 the pictures' own targets stay.
 """
 
+from collections.abc import Iterable
+
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdxl_pipeline.sdxl.adapters import without_adapter
 from sdxl_pipeline.training.batches import Batch
@@ -24,16 +26,17 @@ def towards_base(
     objective: Objective,
     unet: UNet2DConditionModel,
     predict: Predict,
+    encoders: Iterable[nn.Module] = (),
 ) -> Tensor:
     """`wanted` (B, C, H, W), what the objective wants of each picture; of those that are `prior`, what `unet` gives without its adapter.
 
-    `predict` is how `unet` is asked about items of the batch. Only the pictures that are `prior` are asked about.
+    `predict` is how `unet` is asked about items of the batch; `encoders` are text encoders with an adapter of their own. Only the pictures that are `prior` are asked about.
     """
     prior = [item for item, is_prior in enumerate(batch.prior) if is_prior]
     if not prior:
         return wanted
     items = torch.tensor(prior, device=noisy_latents.device)
     noisy, timesteps = noisy_latents[items], batch.timesteps[items]
-    with without_adapter(unet):
+    with without_adapter(unet, *encoders):
         prediction = predict(noisy, timesteps, items)
     return wanted.index_copy(0, items, objective.judged(prediction, noisy, timesteps))

@@ -8,30 +8,51 @@ from typing import ClassVar, Self
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 from torch.nn import Parameter
 
 from sdxl_pipeline.protocol.specs import TrainSpec, WeightsKind
 from sdxl_pipeline.sdxl.adapters import UNET, adapted_module_names, save_adapter
+from sdxl_pipeline.sdxl.components import TextEncoders
+from sdxl_pipeline.training.text_encoders import (
+    CaptionedUNet,
+    LiveTexts,
+    named_encoders,
+    trainable_text_encoders,
+)
 from sdxl_pipeline.training.unet import full_unet, trainable_unet
 
 
 class Trainable(ABC):
-    """What is trained. `parameters` are those that ask for gradients, in the order of the optimizer."""
+    """What is trained. `parameters` are those that ask for gradients, in the order of the optimizer.
+
+    `module` is what a step calls, as it calls the UNet; to be prepared for data parallelism.
+    """
 
     kind: ClassVar[WeightsKind]
     weights_name: ClassVar[str]
     """The name that `write` is given in a run's folder and in its checkpoints."""
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        self.unet = unet
+    live_texts: LiveTexts | None = None
+    """How captions and prompts are encoded while the text encoders are trained; None where they are not."""
+    encoders: tuple[nn.Module, ...] = ()
+    """The text encoders that are trained."""
+
+    def __init__(self, unet: UNet2DConditionModel, module: nn.Module) -> None:
+        self.unet, self.module = unet, module
         self.parameters: dict[str, Parameter] = {
             name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad
         }
 
     @property
-    def module(self) -> torch.nn.Module:
-        """What a step calls, as it calls the UNet; to be prepared for data parallelism."""
-        return self.unet
+    def unet_parameters(self) -> list[Parameter]:
+        """Those of the UNet."""
+        return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+
+    @property
+    def text_parameters(self) -> list[Parameter]:
+        """Those of the text encoders; they come after the UNet's."""
+        return [each for encoder in self.encoders for each in encoder.parameters() if each.requires_grad]
 
     def to(self, device: torch.device) -> Self:
         """Move everything, in place."""
@@ -54,19 +75,29 @@ class Trainable(ABC):
 
 
 class TrainableLora(Trainable):
-    """An adapter on the UNet."""
+    """An adapter on the UNet, and on the text encoders if these are given."""
 
     kind = "lora"
     weights_name = "pytorch_lora_weights.safetensors"
 
+    def __init__(
+        self, unet: UNet2DConditionModel, encoders: TextEncoders | None = None, windows: int = 1
+    ) -> None:
+        super().__init__(unet, unet if encoders is None else CaptionedUNet(unet, encoders))
+        self._models: dict[str, nn.Module] = {UNET: unet}
+        if encoders is not None:
+            self._models |= named_encoders(encoders)
+            self.encoders = tuple(named_encoders(encoders).values())
+            self.live_texts = LiveTexts(encoders, windows)
+
     @property
     def changed_modules(self) -> int:
         """How many layers have an adapter."""
-        return len(adapted_module_names(self.unet))
+        return sum(len(adapted_module_names(model)) for model in self._models.values())
 
     def write(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Write the file that `load_lora_weights` reads."""
-        save_adapter({UNET: self.unet}, path, metadata)
+        """Write the file that `load_lora_weights` reads, or of a LyCORIS adapter lycoris-lora."""
+        save_adapter(self._models, path, metadata)
 
 
 class TrainableUNet(Trainable):
@@ -74,6 +105,9 @@ class TrainableUNet(Trainable):
 
     kind = "unet"
     weights_name = "unet"
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__(unet, unet)
 
     @property
     def holds_parameters(self) -> bool:
@@ -101,6 +135,11 @@ class TrainableUNet(Trainable):
 
 def build_trainable(spec: TrainSpec) -> Trainable:
     """What the settings say is trained, on the CPU. Raises StageError for settings that the model or this machine cannot do."""
-    if spec.settings.model_type == "full":
+    settings = spec.settings
+    if settings.model_type == "full":
         return TrainableUNet(full_unet(spec))
-    return TrainableLora(trainable_unet(spec))
+    if not settings.train_text_encoder:
+        return TrainableLora(trainable_unet(spec))
+    encoders = trainable_text_encoders(spec)
+    windows = max(lane.text_embeds.windows for lane in spec.lanes)
+    return TrainableLora(trainable_unet(spec, named_encoders(encoders)), encoders, windows)

@@ -1,16 +1,20 @@
 """The UNet as it is trained: frozen base weights with an adapter, or all of its own."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import TrainSpec
-from sdxl_pipeline.sdxl.adapter_start import start_from_file
+from sdxl_pipeline.sdxl.activation_checkpointing import enable_checkpointing
+from sdxl_pipeline.sdxl.adapter_start import has_text_part, start_from_file
 from sdxl_pipeline.sdxl.adapters import UNET, AdapterError, add_adapter
 from sdxl_pipeline.sdxl.components import load_unet
-from sdxl_pipeline.sdxl.precision import PrecisionError, dtype_from_name, quantize_base_model
+from sdxl_pipeline.sdxl.precision import PrecisionError, dtype_from_name, quantize_model
 from sdxl_pipeline.training.draws import seed_for
 from sdxl_pipeline.training.optimizers import trainable_dtype
 
@@ -20,22 +24,26 @@ def base_dtype(spec: TrainSpec) -> torch.dtype:
     return dtype_from_name(spec.settings.mixed_precision or "no")
 
 
-def trainable_unet(spec: TrainSpec) -> UNet2DConditionModel:
+def trainable_unet(
+    spec: TrainSpec, encoders: Mapping[str, nn.Module] = MappingProxyType({})
+) -> UNet2DConditionModel:
     """The base model's UNet on the CPU, with a new adapter in float32; only the adapter asks for gradients.
 
+    `encoders` are text encoders with new adapters, by prefix, which start as the UNet's does where `init_lora`'s file has a part for them.
     Raises StageError for target modules that are not there, and for a precision whose package is missing.
     """
     settings = spec.settings
     unet: UNet2DConditionModel = load_unet(spec.base_model, base_dtype(spec))
     try:
-        quantize_base_model(unet, settings.base_model_precision or "no_change")
+        quantize_model(unet, settings.base_model_precision or "no_change")
         add_adapter(unet, settings, seed_for(settings.seed, "adapter"))
         if settings.init_lora is not None:
-            start_from_file({UNET: unet}, Path(settings.init_lora))
+            held = has_text_part(Path(settings.init_lora))
+            start_from_file({UNET: unet, **(encoders if held else {})}, Path(settings.init_lora))
     except (AdapterError, PrecisionError) as error:
         raise StageError(f"config.json: {error}") from error
     if settings.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        enable_checkpointing(unet, settings.gradient_checkpointing_interval)
     return unet
 
 
@@ -46,5 +54,5 @@ def full_unet(spec: TrainSpec) -> UNet2DConditionModel:
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(settings.layer_freeze_strategy is None or name.endswith(".bias"))
     if settings.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        enable_checkpointing(unet, settings.gradient_checkpointing_interval)
     return unet

@@ -1,6 +1,6 @@
 """The model."""
 
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,13 @@ class ModelSettings(SettingsModel):
 
     model_type: Literal["lora", "full"] = Field(
         "lora", description="What is trained: an adapter, or in full all weights of the UNet."
+    )
+    train_text_encoder: bool = Field(
+        False,
+        description="Give both text encoders a LoRA as well; captions are then encoded anew at every step, and no text cache is used.",
+    )
+    text_encoder_lr: Annotated[float, Field(ge=0, le=10)] | None = Field(
+        None, description="Learning rate of the text encoders; not set: learning_rate."
     )
     layer_freeze_strategy: Literal["bitfit"] | None = Field(
         None, description="bitfit trains only the biases of the UNet; for model_type full."
