@@ -51,9 +51,6 @@ def test_a_key_in_the_wrong_file_is_sent_to_the_other(problems_of):
         {"lora_format": "comfyui"},
         {"peft_lora_mode": "singlora"},
         {"optimizer": "soap"},
-        {"text_encoder_1_precision": "int8-quanto"},
-        {"validation_prompt_library": True},
-        {"webhook_config": {"webhook_type": "discord"}},
         {"num_processes": 2},
     ],
 )

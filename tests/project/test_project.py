@@ -128,6 +128,44 @@ def test_prompts_come_from_the_prompt_and_the_library(write_project):
     )
 
 
+def test_the_general_prompts_stand_between_the_projects_own(write_project):
+    folder = write_project(
+        {
+            "validation_prompt": "a cat",
+            "validation_prompt_library": "true",
+            "user_prompt_library": "prompts.json",
+        }
+    )
+    (folder / "prompts.json").write_text(json.dumps({"night": "a cat at night"}))
+    prompts = load_project(folder).prompts
+    assert (prompts[0].name, prompts[-1].name) == ("validation", "night")
+    assert len(prompts) > 8
+    assert len({prompt.name for prompt in prompts}) == len(prompts)
+    (folder / "prompts.json").write_text(json.dumps({prompts[1].name: "a cat"}))
+    with pytest.raises(ProjectError, match="is the name of another validation prompt"):
+        load_project(folder)
+
+
+def test_the_eval_dataset_that_is_named_must_be_one(write_project):
+    tests = {**PICTURES, "id": "tests", "dataset_type": "eval"}
+    training = load_project(write_project({"eval_dataset_id": "tests"}, [PICTURES, tests])).training
+    assert training.eval_dataset_id == "tests"
+    with pytest.raises(ProjectError, match=r"is the id of no eval dataset\n.*write one of tests"):
+        load_project(write_project({"eval_dataset_id": PICTURES["id"]}, [PICTURES, tests], name="other"))
+
+
+def test_what_watches_nothing_is_said_so(write_project):
+    config = {
+        "validation_preview": True,
+        "webhook_reporting_interval": 5,
+        "eval_steps_interval": 5,
+        "eval_loss_disable": True,
+    }
+    warnings = "\n".join(load_project(write_project(config)).warnings)
+    for key in ("validation_preview", "webhook_reporting_interval", "eval_steps_interval"):
+        assert key in warnings
+
+
 @pytest.mark.parametrize(
     ("library", "key"),
     [

@@ -38,10 +38,30 @@ def test_the_loss_curve_is_drawn_and_reproducible(tmp_path):
     assert red > 200
 
 
+def green(path: Path) -> np.ndarray:
+    """Where the eval loss is drawn: (H, W) bool."""
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    return (pixels[..., 1] > 110) & (pixels[..., 0] < 90) & (pixels[..., 2] < 120)
+
+
+def test_eval_losses_are_drawn_beside_the_training_loss_on_an_axis_of_their_own_where_need_be(tmp_path):
+    rows = make_rows(200)
+    eval_losses = [(0, 0.9), (100, 0.5), (200, 0.3)]
+    plot_loss_curve(rows, tmp_path / "none.png", "demo")
+    plot_loss_curve(rows, tmp_path / "same.png", "demo", eval_losses)
+    plot_loss_curve(rows, tmp_path / "apart.png", "demo", [(step, 50 * loss) for step, loss in eval_losses])
+    assert green(tmp_path / "none.png").sum() == 0
+    right = (slice(None), slice(990, None))  # beyond the axes: an axis of its own has its numbers there
+    assert green(tmp_path / "same.png").sum() > 500
+    assert green(tmp_path / "same.png")[right].sum() < 200
+    assert green(tmp_path / "apart.png")[right].sum() > 400
+
+
 def test_one_step_and_a_rate_of_zero_are_a_curve_too(tmp_path):
     plot_loss_curve([StepMetrics(1, 0.0, 0.0, None, 1.0)], tmp_path / "a.png", "one")
     with Image.open(tmp_path / "a.png") as picture:
-        assert picture.size == (1080, 540)
+        assert picture.size == (1080, 720)
 
 
 def make_images(folder: Path) -> list[ValidationImage]:

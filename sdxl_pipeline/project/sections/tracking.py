@@ -44,9 +44,8 @@ class TrackingSettings(SettingsModel):
     @field_validator("webhook_config", mode="before")
     @classmethod
     def _read_webhook_config(cls, value: Any) -> Any:
-        if isinstance(value, dict | list) or (
-            isinstance(value, str) and value.strip().startswith(("{", "["))
-        ):
+        text = value.strip() if isinstance(value, str) else ""
+        if isinstance(value, dict | list) or text.startswith(("{", "[")) or "://" in text:
             raise BadValueError(
                 "is the webhook itself, and its address is a secret that config.json would carry into logs and specs",
                 "write it into a JSON file of its own, and the path of that file here",
