@@ -119,11 +119,8 @@ def _measure(
 def measure_losses(work: Work) -> tuple[LossSummary, LossSummary]:
     """Eval loss of the base model and of what was trained, on the same pictures, timesteps and noise."""
     spec, pipeline = work.spec, work.subject.pipeline
-    scheduler = load_noise_scheduler(spec.base_model)
-    objective = Objective(
-        alphas_cumprod=scheduler.alphas_cumprod.float(),
-        prediction_type=spec.settings.prediction_type or scheduler.config.prediction_type,
-    )
+    scheduler = load_noise_scheduler(spec.base_model, spec.settings.scheduler_changes)
+    objective = Objective(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
     timesteps = eval_timesteps(spec.settings.eval_timesteps, scheduler.config.num_train_timesteps)
     pictures = read_pictures(work.samples, work.reader, pipeline.vae.config.scaling_factor)
 

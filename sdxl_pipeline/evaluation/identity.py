@@ -33,7 +33,15 @@ LOOKED_AT: Final = frozenset(
 """Settings that say how a LoRA is looked at; they may change after it was trained."""
 
 TRAINED_WITH: Final = frozenset(
-    ("prediction_type", "mixed_precision", "vae_dtype", "micro_conditioning", "train_batch_size", "seed")
+    (
+        "prediction_type",
+        "rescale_betas_zero_snr",
+        "mixed_precision",
+        "vae_dtype",
+        "micro_conditioning",
+        "train_batch_size",
+        "seed",
+    )
 )
 """Settings of the training that the evaluation's figures and pictures depend on as well."""
 

@@ -81,10 +81,7 @@ def load_subject(spec: EvaluateSpec) -> Subject:
 
 def _pipeline(spec: EvaluateSpec, unet: UNet2DConditionModel) -> StableDiffusionXLPipeline:
     vae_dtype = dtype_from_name(spec.settings.vae_dtype or spec.hardware.vae_dtype)
-    settings = spec.settings
-    return drawing_pipeline(
-        spec.base_model, unet, vae_dtype, settings.prediction_type, settings.validation_noise_scheduler
-    )
+    return drawing_pipeline(spec.base_model, unet, vae_dtype, spec.settings)
 
 
 def _exchanged(

@@ -7,6 +7,7 @@ from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.specs import ValidationPrompt, WeightsKind
 from sdxl_pipeline.release.portable import portable_name
 from sdxl_pipeline.sdxl.base_model import BUNDLED_NAME, ResolvedModel
+from sdxl_pipeline.sdxl.drawing import scheduler_changes
 
 
 def hub_id(base_model: ResolvedModel) -> str | None:
@@ -30,10 +31,12 @@ def snippet(
         lines.append(f"    guidance_rescale={settings.validation_guidance_rescale:g},")
     call = "\n".join(lines)
     scheduler = ""
-    if settings.prediction_type is not None:
-        change = f"prediction_type={_literal(settings.prediction_type)}"
+    if changes := scheduler_changes(base_model, settings):
+        written = ", ".join(
+            f"{key}={_literal(value) if isinstance(value, str) else value}" for key, value in changes.items()
+        )
         scheduler = (
-            f"\npipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, {change})"
+            f"\npipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, {written})"
         )
     imported = "StableDiffusionXLPipeline" + (", UNet2DConditionModel" if kind == "unet" else "")
     base_import = (

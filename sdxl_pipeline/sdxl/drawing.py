@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
+from inspect import signature
 from typing import Any, Final
 
 import diffusers
@@ -18,6 +19,7 @@ from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.sdxl.components import load_pipeline
 from sdxl_pipeline.sdxl.latents import decode
+from sdxl_pipeline.sdxl.model_files import BaseModelError
 
 SAMPLERS: Final[Mapping[Sampler, type[diffusers.SchedulerMixin]]] = {
     "ddim": diffusers.DDIMScheduler,
@@ -48,20 +50,37 @@ def drawing_pipeline(
     model: ResolvedModel,
     unet: UNet2DConditionModel,
     vae_dtype: torch.dtype,
-    prediction_type: str | None,
-    sampler: Sampler | None = None,
+    settings: TrainingSettings,
 ) -> StableDiffusionXLPipeline:
     """The base model's own pipeline, VAE and scheduler around `unet`, without text encoders, on the UNet's device.
 
-    `prediction_type` replaces what the scheduler says the UNet predicts, `sampler` the scheduler itself.
+    The settings may choose another scheduler (validation_noise_scheduler), and change its schedule as they change the training's.
+    Raises BaseModelError for a scheduler that cannot sample that schedule.
     """
     pipeline = load_pipeline(model, vae_dtype, unet=unet, text_encoders=False)
-    changed = {} if prediction_type is None else {"prediction_type": prediction_type}
+    changed, sampler = scheduler_changes(model, settings), settings.validation_noise_scheduler
     if changed or sampler is not None:
         kind = type(pipeline.scheduler) if sampler is None else SAMPLERS[sampler]
+        if (
+            changed.get("rescale_betas_zero_snr")
+            and "rescale_betas_zero_snr" not in signature(kind).parameters
+        ):
+            raise BaseModelError(
+                f"the base model's sampler {kind.__name__} cannot draw from a noise schedule that ends in pure noise "
+                '(rescale_betas_zero_snr). Set validation_noise_scheduler to "euler" or "ddim"'
+            )
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **changed)
     pipeline.vae.to(unet.device).eval()
     return pipeline
+
+
+def scheduler_changes(model: ResolvedModel, settings: TrainingSettings) -> dict[str, Any]:
+    """What is to be changed in the base model's scheduler_config.json to draw with what was trained: nothing, usually.
+
+    A schedule that ends in pure noise has to be sampled from its very end (Lin et al. 2023, section 3.3), hence the spacing.
+    """
+    changes = model.scheduler_overrides | settings.scheduler_changes
+    return changes | ({"timestep_spacing": "trailing"} if changes.get("rescale_betas_zero_snr") else {})
 
 
 @torch.no_grad()

@@ -93,9 +93,7 @@ def draw_pictures(
     """
     settings = spec.settings
     vae_dtype = dtype_from_name(settings.vae_dtype or spec.hardware.vae_dtype)
-    pipeline = drawing_pipeline(
-        spec.base_model, unet, vae_dtype, settings.prediction_type, settings.validation_noise_scheduler
-    )
+    pipeline = drawing_pipeline(spec.base_model, unet, vae_dtype, settings)
     zeros = bool(pipeline.config.force_zeros_for_empty_prompt)
     for picture in plan_pictures(spec, step):
         name, prompt = picture.name + label, picture.prompt.prompt

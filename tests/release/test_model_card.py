@@ -120,6 +120,11 @@ def test_a_lora_of_another_prediction_type_is_drawn_with_it(release, inputs, mon
     code = snippet(release(settings=settings))
     assert 'from_config(pipeline.scheduler.config, prediction_type="v_prediction")' in code
     compile(code, "snippet", "exec")
+    settings = settings.model_copy(update={"rescale_betas_zero_snr": True})
+    assert (
+        'config, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")'
+        in snippet(release(settings=settings))
+    )
 
 
 def test_a_whole_unet_is_released_as_a_folder_that_the_snippet_loads(

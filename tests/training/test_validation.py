@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from sdxl_pipeline.project.sections.validation import Sampler
+from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import ValidationImage, ValidationPrompt
-from sdxl_pipeline.sdxl.components import load_pipeline, load_text_encoders, load_unet
-from sdxl_pipeline.sdxl.drawing import SAMPLERS
+from sdxl_pipeline.sdxl.components import load_noise_scheduler, load_pipeline, load_text_encoders, load_unet
+from sdxl_pipeline.sdxl.drawing import SAMPLERS, drawing_pipeline
 from sdxl_pipeline.sdxl.text_encoding import encode_prompts
 from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.batches import BatchReader
@@ -186,6 +187,23 @@ def test_another_prediction_type_reaches_the_sampler(spec, tmp_path):
     velocity_spec = spec.model_copy(update={"settings": type(spec.settings)(**values)})
     (velocity,) = draw(velocity_spec, tmp_path / "b")
     assert np.abs(pixels(epsilon.path) - pixels(velocity.path)).max() > 10
+
+
+def test_zero_terminal_snr_is_drawn_from_pure_noise(spec, tmp_path):
+    unet = load_unet(spec.base_model, torch.float32)
+    settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    with_zero_snr = TrainingSettings(**{**spec.settings.model_dump(), **settings})
+    pipeline = drawing_pipeline(spec.base_model, unet, torch.float32, with_zero_snr)
+    pipeline.scheduler.set_timesteps(4)
+    assert pipeline.scheduler.timesteps.tolist() == [999, 749, 499, 249]  # Lin et al. 2023, table 2
+    trained_on = load_noise_scheduler(spec.base_model, with_zero_snr.scheduler_changes)
+    assert trained_on.alphas_cumprod[999] == 0
+    torch.testing.assert_close(pipeline.scheduler.alphas_cumprod[:999], trained_on.alphas_cumprod[:999])
+    (picture,) = draw(spec.model_copy(update={"settings": with_zero_snr}), tmp_path)
+    assert pixels(picture.path).std() > 1
+
+    with_own = drawing_pipeline(spec.base_model, unet, torch.float32, spec.settings)
+    assert with_own.scheduler.config == load_pipeline(spec.base_model, torch.float32).scheduler.config
 
 
 def test_a_prompt_that_was_not_encoded_is_an_error(spec, tmp_path):
