@@ -13,6 +13,7 @@ from sdxl_pipeline.project.problems import ProjectError
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.release.export import ExportError
 from sdxl_pipeline.release.portable import ReleaseError
+from sdxl_pipeline.sdxl.adapter_files import AdapterError
 from sdxl_pipeline.sdxl.model_files import BaseModelError
 
 USERS_TO_MEND = (
@@ -23,6 +24,7 @@ USERS_TO_MEND = (
     SourceError,
     ExportError,
     ReleaseError,
+    AdapterError,
     BaseModelError,
     StageError,
 )

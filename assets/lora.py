@@ -29,6 +29,7 @@ from sdxl_pipeline.project.precedence import resolve_hardware, resolve_settings
 from sdxl_pipeline.project.project import Project
 from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
+from sdxl_pipeline.sdxl.initial_adapter import with_initial_adapter
 from sdxl_pipeline.store.files import write_text_atomic
 from sdxl_pipeline.training.identity import numeric_settings, run_identity
 
@@ -72,6 +73,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
         profile = hardware.hardware()
         with told_to_the_user():
             settings, _ = resolve_settings(trackers.apply(project.training), profile, config.settings)
+            settings = with_initial_adapter(settings)
         if settings.push_to_hub and settings.hub_model_id:
             # Hours of training must not end at a door that was closed from the beginning.
             hub.check_can_push(settings.hub_model_id)

@@ -8,6 +8,10 @@ from sdxl_pipeline.project.sections.adapter import AdapterSettings
 from sdxl_pipeline.project.sections.lycoris import LycorisSettings
 from sdxl_pipeline.project.training import TrainingSettings
 
+DORA_PRECISIONS = ("int8-torchao", "int8dq-torchao", "fp8wo-torchao", "nf4-bnb")
+"""Of `base_model_precision`: those over which PEFT's DoRA gives what it gives over the same weights held whole. (Quanto's refuse to be cast
+to another dtype, which it does to them under mixed precision.)"""
+
 _STANDARD_ONLY = {
     "lora_dropout": "dropout",
     "lora_target_modules": "apply_preset.target_module",
@@ -25,16 +29,8 @@ def check_adapter(training: TrainingSettings) -> Iterator[Finding]:
         yield Finding(
             "init_lokr_norm", "is about a LoKr, and lora_type is standard", 'write "lora_type": "lycoris"'
         )
-    quantized = training.base_model_precision not in (None, "no_change")
-    if quantized and training.use_dora:
-        yield Finding("use_dora", *_needs_whole_weights(training))
-    if (
-        quantized
-        and isinstance(training.lycoris_config, LycorisSettings)
-        and training.lora_type == "lycoris"
-        and (training.lycoris_config.dora_wd or training.lycoris_config.bypass_mode is False)
-    ):
-        yield Finding("lycoris_config", *_needs_whole_weights(training))
+    if training.base_model_precision not in (None, "no_change"):
+        yield from _check_over_fewer_bits(training, training.base_model_precision)
 
 
 def idle_adapter_settings(training: TrainingSettings) -> Iterator[str]:
@@ -74,8 +70,27 @@ def _check_lycoris_keys(training: TrainingSettings) -> Iterator[Finding]:
             yield Finding("init_lokr_norm", "is about algo lokr alone", "leave it out")
 
 
-def _needs_whole_weights(training: TrainingSettings) -> tuple[str, str]:
-    return (
-        f"needs the weights themselves at each step, and base_model_precision {training.base_model_precision} holds them in fewer bits",
-        "leave it out, or write base_model_precision no_change",
+def _check_over_fewer_bits(training: TrainingSettings, precision: str) -> Iterator[Finding]:
+    remedy = "or write base_model_precision no_change"
+    if training.use_dora and precision not in DORA_PRECISIONS:
+        yield Finding(
+            "use_dora",
+            f"takes norms of the base weights at each step, for which PEFT cannot read those of base_model_precision {precision}",
+            f"leave it out, or write base_model_precision {' or '.join(DORA_PRECISIONS)}, {remedy}",
+        )
+    config = training.lycoris_config
+    if training.lora_type == "standard" or not isinstance(config, LycorisSettings):
+        return
+    rebuilds = (
+        f"rebuilds each weight at each step, and base_model_precision {precision} holds them in fewer bits"
     )
+    if config.dora_wd:
+        yield Finding("lycoris_config", f"dora_wd {rebuilds}", f"leave dora_wd out, {remedy}")
+    if config.bypass_mode is False:
+        yield Finding("lycoris_config", f"bypass_mode false {rebuilds}", f"write bypass_mode true, {remedy}")
+    if training.init_lokr_norm is not None:
+        yield Finding(
+            "init_lokr_norm",
+            f"takes the weights' deviations, and base_model_precision {precision} holds them in fewer bits",
+            f"leave it out, {remedy}",
+        )

@@ -16,6 +16,7 @@ MODEL_KEYS = (
     "pretrained_vae_model_name_or_path",
     "pretrained_evaluation_model_name_or_path",
     "resume_from_checkpoint",
+    "init_lora",
 )
 """Settings that name a model or a checkpoint: a Hub id, which is published, or a local path, of which only the last name is."""
 

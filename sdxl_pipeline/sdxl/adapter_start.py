@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from sdxl_pipeline.sdxl.adapter_files import PREFIXES, UNET, AdapterError, AdapterFile, read_header, spoken
 from sdxl_pipeline.sdxl.lora import ADAPTER_NAME, lora_layers, lora_tensors, set_magnitudes
 from sdxl_pipeline.sdxl.lycoris import lycoris_network, lycoris_tensors, read_lycoris_tensors
+
+V = TypeVar("V")
 
 _MAGNITUDE: Final = "lora_magnitude_vector"
 
@@ -76,7 +78,7 @@ def _start_lora(models: Mapping[str, nn.Module], file: AdapterFile) -> None:
 
 
 def _read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Any]]:
-    """The tensors by the names that our own files give them, alphas by "<prefix>.<layer>", and diffusers' metadata."""
+    """The tensors by the names that our own files give them, alphas by those of their `lora_A`, and diffusers' metadata."""
     tensors, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
         str(path.parent),
         weight_name=path.name,
@@ -84,23 +86,23 @@ def _read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, float], dict[st
         local_files_only=True,
         return_lora_metadata=True,
     )
-    named: dict[str, Tensor] = {}
+    of_down = {name.removesuffix(".alpha"): float(alpha) for name, alpha in (alphas or {}).items()}
+    return _renamed(tensors), _renamed(of_down), metadata or {}
+
+
+def _renamed(values: Mapping[str, V]) -> dict[str, V]:
+    """From the names of any format that diffusers reads to PEFT's, each after its model's prefix."""
+    renamed: dict[str, V] = {}
     for prefix in PREFIXES:
-        part = {
-            name.removeprefix(f"{prefix}."): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(f"{prefix}.")
-        }
-        if not part:
-            continue
-        if prefix != UNET:
-            part = convert_state_dict_to_peft(convert_state_dict_to_diffusers(part))
-            part = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in part.items()}
-        elif not any("lora_A" in name for name in part):
+        start = f"{prefix}."
+        part = {name.removeprefix(start): value for name, value in values.items() if name.startswith(start)}
+        if prefix == UNET and not any("lora_A" in name for name in part):
             part = convert_unet_state_dict_to_peft(part)
-        named |= {f"{prefix}.{name}": tensor for name, tensor in part.items()}
-    plain_alphas = {name.removesuffix(".alpha"): float(alpha) for name, alpha in (alphas or {}).items()}
-    return named, plain_alphas, metadata or {}
+        elif prefix != UNET and part:
+            part = convert_state_dict_to_peft(convert_state_dict_to_diffusers(part))
+            part = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in part.items()}
+        renamed |= {start + name: value for name, value in part.items()}
+    return renamed
 
 
 def _scales(
@@ -120,7 +122,7 @@ def _scales(
     for name, tensor in tensors.items():
         if name.endswith(".lora_A.weight"):
             layer, rank = name.removesuffix(".lora_A.weight"), tensor.shape[0]
-            alpha = alphas.get(layer, metadata.get(f"{prefix}.lora_alpha", rank))
+            alpha = alphas.get(name, metadata.get(f"{prefix}.lora_alpha", rank))
             scales[layer] = alpha / root(rank)
     return scales
 

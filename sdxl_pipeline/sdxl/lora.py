@@ -47,6 +47,7 @@ def add_lora(
         raise AdapterError(
             f"lora_target_modules: no layer of the {spoken(kind)} ends in {', '.join(map(repr, absent))}. {_TYPICAL_NAMES[kind]}"
         )
+    _require_plain_convolutions(model, target_modules, use_dora)
     model.requires_grad_(False)
     config = LoraConfig(
         r=rank,
@@ -141,6 +142,23 @@ def set_magnitudes(model: nn.Module) -> None:
             lora_B=layer.lora_B[ADAPTER_NAME].weight,
             scaling=layer.scaling[ADAPTER_NAME],
         )
+
+
+def _require_plain_convolutions(model: nn.Module, target_modules: Sequence[str], use_dora: bool) -> None:
+    """Raise AdapterError for targeted convolutions on which PEFT makes no adapter, or one that is not right."""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Conv2d) or not any(_ends_in(name, target) for target in target_modules):
+            continue
+        if type(module) is not nn.Conv2d:
+            raise AdapterError(
+                f"lora_target_modules: {name} is a convolution held in fewer bits, on which PEFT makes no LoRA. Write "
+                "base_model_precision no_change, or leave convolutions out."
+            )
+        if use_dora and module.weight.dtype != torch.float32:
+            raise AdapterError(
+                f"use_dora: PEFT takes the norms of a convolution, as {name}, in {module.weight.dtype}, in which they would not match from "
+                "the start. Write mixed_precision no, or leave convolutions out of lora_target_modules."
+            )
 
 
 def _name_in_file(model: nn.Module, name: str) -> str:

@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import TrainSpec
+from sdxl_pipeline.sdxl.adapter_files import AdapterError
+from sdxl_pipeline.sdxl.initial_adapter import initial_adapter_digest
 from sdxl_pipeline.store.digest import digest_json
 from sdxl_pipeline.store.files import sha256_file
 from sdxl_pipeline.training.lineage import STATE, chosen_checkpoint, lineage_of_checkpoint
@@ -123,6 +126,7 @@ EXCLUDED: Mapping[str, tuple[str, ...]] = {
         "webhook_reporting_interval",
         "retraining_cron",
     ),
+    "the digest of its file's content stands for it": ("init_lora",),
     "it stands there with its default filled in": ("lora_alpha",),
 }
 
@@ -173,6 +177,13 @@ def _names(settings: TrainingSettings, content: Mapping[str, Any]) -> RunNames:
     return RunNames(identity, family if constant else identity, family)
 
 
+def _start(settings: TrainingSettings) -> str | None:
+    try:
+        return initial_adapter_digest(settings.init_lora)
+    except AdapterError as error:
+        raise StageError(f"config.json: init_lora: {error}") from error
+
+
 def _content(spec: TrainSpec) -> dict[str, Any]:
     samples = load_samples(spec.lanes, "train", spec.settings.micro_conditioning)
     trained = samples.pictures_by_dataset()
@@ -188,6 +199,7 @@ def _content(spec: TrainSpec) -> dict[str, Any]:
         "regularisation": sorted(
             lane.dataset_id for lane in spec.lanes if lane.is_regularisation and lane.dataset_id in trained
         ),
+        "starts_from": _start(spec.settings),
         "settings": numeric_settings(spec.settings),
         "num_processes": spec.hardware.num_processes,
     }

@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.sdxl.adapters import add_adapter, adapter_parameters
+from sdxl_pipeline.sdxl.adapters import adapter_parameters, add_adapter
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.sdxl.components import load_unet
 
@@ -18,7 +18,8 @@ CONVOLUTIONS: Final = {"target_module": ["ResnetBlock2D"]}
 def lycoris(algo: str, **config: Any) -> dict[str, Any]:
     return {
         "lora_type": "lycoris",
-        "lycoris_config": {"algo": algo, "linear_dim": 4, "linear_alpha": 1, "apply_preset": ATTENTION} | config,
+        "lycoris_config": {"algo": algo, "linear_dim": 4, "linear_alpha": 1, "apply_preset": ATTENTION}
+        | config,
     }
 
 

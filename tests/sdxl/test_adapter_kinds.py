@@ -2,19 +2,15 @@
 own loader as the model that was trained, and what cannot be had is refused with the reason.
 """
 
-import hashlib
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from sdxl_pipeline.sdxl.adapters import (
     UNET,
-    AdapterError,
     adapted_module_names,
     adapter_kind,
-    adapter_parameters,
     add_adapter,
     load_adapter,
     require_whole,
@@ -23,7 +19,7 @@ from sdxl_pipeline.sdxl.adapters import (
 )
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.sdxl.components import load_pipeline, load_unet
-from tests.sdxl.adapted_unets import KINDS, adapted_unet, lycoris, output, settings_of, train
+from tests.sdxl.adapted_unets import KINDS, adapted_unet, output, settings_of, train
 
 LYCORIS = [kind for kind, settings in KINDS.items() if "lycoris_config" in settings]
 PEFT = [kind for kind in KINDS if kind not in LYCORIS]

@@ -23,7 +23,7 @@ from sdxl_pipeline.sdxl.adapters import (
 )
 from sdxl_pipeline.sdxl.base_model import SDXL_BASE_CONFIGS, ResolvedModel
 from sdxl_pipeline.sdxl.components import load_pipeline, load_unet
-from sdxl_pipeline.sdxl.precision import quantize_base_model
+from sdxl_pipeline.sdxl.precision import quantize_model
 
 
 def unet_with_lora(
@@ -188,7 +188,7 @@ def test_a_file_without_unet_layers_is_refused(lively: ResolvedModel, tmp_path: 
 def test_a_quantized_unet_takes_an_adapter_that_trains(lively: ResolvedModel):
     pytest.importorskip("optimum.quanto")
     unet = load_unet(lively, torch.float32)
-    quantize_base_model(unet, "int8-quanto")
+    quantize_model(unet, "int8-quanto")
     parameters = add_lora(unet, 4, 4, 0.0, ATTENTION_PROJECTIONS, seed=0)
     assert len(adapted_module_names(unet)) == len(adapted_module_names(unet_with_lora(lively)))
     generator = torch.Generator().manual_seed(5)

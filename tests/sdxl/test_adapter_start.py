@@ -1,0 +1,157 @@
+"""Holds `init_lora`: the adapter starts as the file's, whatever its format and alpha, or the reason why it cannot is given."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.utils import convert_state_dict_to_kohya
+from safetensors.torch import load_file, save_file
+
+from sdxl_pipeline.sdxl.adapter_start import start_from_file
+from sdxl_pipeline.sdxl.adapters import UNET, AdapterError, add_adapter, add_lora, save_adapter
+from sdxl_pipeline.sdxl.base_model import ResolvedModel
+from sdxl_pipeline.sdxl.components import load_text_encoders, load_unet
+from sdxl_pipeline.sdxl.initial_adapter import find_initial_adapter, initial_adapter_digest
+from sdxl_pipeline.sdxl.lora import lora_tensors
+from tests.sdxl.adapted_unets import KINDS, adapted_unet, lycoris, output, settings_of
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "first.safetensors"
+
+
+def started(model: ResolvedModel, path: Path, kind: str, dtype: torch.dtype = torch.float32, **more):
+    unet = load_unet(model, dtype)
+    add_adapter(unet, settings_of(kind, **more), seed=1)
+    start_from_file({UNET: unet}, path)
+    return unet
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_finished_file_is_the_start_exactly(lively: ResolvedModel, file: Path, kind: str):
+    unet = adapted_unet(lively, settings_of(kind))
+    save_adapter({UNET: unet}, file)
+    again = started(lively, file, kind)
+    if "scalar" in kind:  # the scale is multiplied into the file, and starts as one
+        torch.testing.assert_close(output(again), output(unet), rtol=0, atol=5e-6)
+    else:
+        assert torch.equal(output(again), output(unet))
+    save_adapter({UNET: again}, file.with_name("again.safetensors"))
+    assert file.with_name("again.safetensors").read_bytes() == file.read_bytes()
+
+
+def test_the_strength_is_kept_whatever_lora_alpha_says(lively: ResolvedModel, file: Path):
+    unet = adapted_unet(lively, settings_of("lora, alpha above rank"))
+    save_adapter({UNET: unet}, file)
+    again = started(lively, file, "lora, alpha above rank", lora_alpha=3)
+    torch.testing.assert_close(output(again), output(unet), rtol=0, atol=5e-6)
+
+
+def test_nothing_is_rounded_to_a_bf16_base(lively: ResolvedModel, file: Path):
+    unet = adapted_unet(lively, settings_of("dora"))
+    save_adapter({UNET: unet}, file)
+    tensors = lora_tensors(started(lively, file, "dora", torch.bfloat16), UNET)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in load_file(file).items())
+
+
+def test_a_dora_starts_from_a_lora(lively: ResolvedModel, file: Path):
+    unet = adapted_unet(lively, settings_of("lora"))
+    save_adapter({UNET: unet}, file)
+    again = started(lively, file, "lora", use_dora=True)
+    torch.testing.assert_close(output(again), output(unet), rtol=0, atol=5e-6)
+
+
+def kohya_file(unet: torch.nn.Module, path: Path, alpha: float) -> None:
+    """As kohya's trainer names it."""
+    tensors = {
+        name.replace("unet.", "base_model.model.", 1): tensor
+        for name, tensor in lora_tensors(unet, UNET).items()
+    }
+    named = {
+        name.replace("lora_te", "lora_unet").replace("base_model_model_", "lora_unet_"): tensor
+        for name, tensor in convert_state_dict_to_kohya(tensors).items()
+    }
+    for name in [name for name in named if name.endswith(".alpha")]:
+        named[name] = torch.tensor(alpha)
+    save_file({name: tensor.contiguous() for name, tensor in named.items()}, path)
+
+
+def test_kohyas_files_are_read_with_their_alpha(lively: ResolvedModel, file: Path):
+    unet = adapted_unet(lively, settings_of("lora, alpha above rank"))
+    kohya_file(unet, file, alpha=10)
+    assert torch.equal(output(started(lively, file, "lora, alpha above rank")), output(unet))
+
+
+def test_a_lycoris_file_of_kohyas_trainer_is_read(lively: ResolvedModel, file: Path):
+    unet = adapted_unet(lively, settings_of("loha"))
+    save_adapter({UNET: unet}, file)
+    save_file({name.replace("lycoris_", "lora_unet_", 1): t for name, t in load_file(file).items()}, file)
+    assert torch.equal(output(started(lively, file, "loha")), output(unet))
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "more", "words"),
+    [
+        ("lora", "lora", {"lora_rank": 8}, r"another rank.*Write lora_rank 4"),
+        ("lora", "lora", {"lora_target_modules": ["to_q"]}, r"not trained here.*lora_target_modules"),
+        (
+            "lora",
+            "lora",
+            {"lora_target_modules": ["to_k", "to_q", "to_v", "to_out.0", "conv1"]},
+            "holds nothing for",
+        ),
+        ("dora", "lora", {}, "is a DoRA. Write use_dora true"),
+        ("lora", "lokr", {}, "no LyCORIS adapter. Write lora_type standard"),
+        ("lokr", "lora", {}, "a LyCORIS adapter. Write lora_type lycoris"),
+        ("lokr", "lokr", lycoris("lokr", factor=4, linear_alpha=2), r"alpha in .* is 1, and 2 here"),
+        ("lokr", "lokr", lycoris("lokr", factor=2), "another rank"),
+        ("loha", "lokr", {}, "holds nothing for"),
+    ],
+)
+def test_another_shape_is_refused_with_what_to_write(
+    lively: ResolvedModel, file: Path, first, then, more, words
+):
+    save_adapter({UNET: adapted_unet(lively, settings_of(first), steps=0)}, file)
+    with pytest.raises(AdapterError, match=f"(?s)init_lora.*{words}"):
+        started(lively, file, then, **more)
+
+
+def test_a_part_that_is_not_trained_is_refused(lively: ResolvedModel, file: Path):
+    encoder = load_text_encoders(lively, torch.float32).text_encoder
+    add_lora(encoder, 4, 4, 0.0, ["q_proj"], seed=0)
+    unet = adapted_unet(lively, settings_of("lora"), steps=0)
+    save_adapter({UNET: unet, "text_encoder": encoder}, file)
+    with pytest.raises(
+        AdapterError, match="text encoder as well, which is not trained; write train_text_encoder"
+    ):
+        started(lively, file, "lora")
+    again = load_text_encoders(lively, torch.float32).text_encoder
+    add_lora(again, 4, 4, 0.0, ["q_proj"], seed=2)
+    fresh = load_unet(lively, torch.float32)
+    add_adapter(fresh, settings_of("lora"), seed=1)
+    start_from_file({UNET: fresh, "text_encoder": again}, file)
+    one, other = lora_tensors(encoder, "text_encoder"), lora_tensors(again, "text_encoder")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_kohyas_dora_is_refused(lively: ResolvedModel, file: Path):
+    kohya_file(adapted_unet(lively, settings_of("lora"), steps=0), file, alpha=4)
+    tensors = load_file(file)
+    name = next(iter(tensors)).split(".")[0]
+    save_file({**tensors, f"{name}.dora_scale": torch.ones(4, 1)}, file)
+    with pytest.raises(AdapterError, match="DoRA in kohya's format"):
+        started(lively, file, "lora", use_dora=True)
+
+
+def test_only_safetensors_are_opened(tmp_path: Path):
+    (tmp_path / "lora.bin").write_bytes(b"x")
+    with pytest.raises(AdapterError, match="it could run code"):
+        initial_adapter_digest(str(tmp_path / "lora.bin"))
+    (tmp_path / "lora.safetensors").write_bytes(b"x")
+    with pytest.raises(AdapterError, match="cannot be read as safetensors"):
+        initial_adapter_digest(str(tmp_path / "lora.safetensors"))
+    with pytest.raises(AdapterError, match="does not exist"):
+        find_initial_adapter(str(tmp_path / "absent.safetensors"))
+    with pytest.raises(AdapterError, match="does not exist"):
+        find_initial_adapter("loras/absent.safetensors")
