@@ -37,7 +37,11 @@ class HardwareProfile(dg.ConfigurableResource):
     text_encoder_batch_size: int | None = Field(
         default=None, description="Captions per text-encoder forward."
     )
-    base_model_precision: str | None = Field(default=None, description="no_change or int8-quanto.")
+    base_model_precision: str | None = Field(
+        default=None, description="no_change, int8-quanto, int8-torchao, nf4-bnb and so on."
+    )
+    text_encoder_1_precision: str | None = Field(default=None, description="The same values.")
+    text_encoder_2_precision: str | None = Field(default=None, description="The same values.")
     vae_dtype: str | None = Field(default=None, description="bf16 or fp32.")
     cpu_threads: int | None = Field(default=None, description="Torch's threads; not set: torch's own choice.")
 

@@ -13,7 +13,7 @@ from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.sdxl.components import TextEncoders, load_text_encoders, load_vae
 from sdxl_pipeline.sdxl.model_files import BaseModelError
-from sdxl_pipeline.sdxl.precision import dtype_from_name
+from sdxl_pipeline.sdxl.precision import PrecisionError, dtype_from_name, quantize_model
 
 
 def own_device(hardware: Hardware) -> torch.device:
@@ -38,7 +38,9 @@ def load_encoders(model: ResolvedModel, hardware: Hardware) -> TextEncoders:
     """Both text encoders on this process's device. Raises StageError when they cannot be had."""
     try:
         encoders = load_text_encoders(model, dtype_from_name(hardware.text_dtype))
-    except BaseModelError as error:
+        quantize_model(encoders.text_encoder, hardware.text_encoder_1_precision, "text_encoder_1_precision")
+        quantize_model(encoders.text_encoder_2, hardware.text_encoder_2_precision, "text_encoder_2_precision")
+    except (BaseModelError, PrecisionError) as error:
         raise StageError(str(error)) from error
     return encoders.to(own_device(hardware))
 

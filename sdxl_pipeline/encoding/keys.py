@@ -56,7 +56,7 @@ def _quoted(text: str) -> str:
 
 
 def embed_key(caption: str, text_digest: str, dtype: str, windows: int = 1) -> str:
-    """The store's key for the embeddings of one caption in so many windows of 77 tokens."""
+    """The store's key for the embeddings of one caption in so many windows of 77 tokens; `dtype` is `Hardware.text_precision`."""
     asked = {"caption": caption, "text": text_digest, "dtype": dtype, "version": TEXT_VERSION}
     # said only where there are several: what was encoded before captions could be long is still found
     return digest_json(asked if windows == 1 else asked | {"windows": windows})

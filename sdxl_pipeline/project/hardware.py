@@ -17,7 +17,17 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Device = Literal["cpu", "cuda", "mps"]
 MixedPrecision = Literal["no", "bf16", "fp16"]
 VaeDtype = Literal["bf16", "fp32"]
-BaseModelPrecision = Literal["no_change", "int8-quanto"]
+BaseModelPrecision = Literal[
+    "no_change",
+    "int8-quanto",
+    "int4-quanto",
+    "int2-quanto",
+    "fp8-quanto",
+    "fp8uz-quanto",
+    "int8-torchao",
+    "fp8wo-torchao",
+    "nf4-bnb",
+]
 AttentionMechanism = Literal["diffusers"]
 
 GIB = 1024**3
@@ -63,7 +73,13 @@ class Hardware(BaseModel):
     text_encoder_batch_size: int = Field(ge=1, description="Captions per text-encoder forward.")
     base_model_precision: BaseModelPrecision = Field(
         default="no_change",
-        description="`int8-quanto` holds the frozen UNet in 8 bits (extra `quantization`).",
+        description="Bits of the frozen UNet's weights; all but no_change need the extra `quantization`.",
+    )
+    text_encoder_1_precision: BaseModelPrecision = Field(
+        default="no_change", description="The same of the first text encoder, while captions are embedded."
+    )
+    text_encoder_2_precision: BaseModelPrecision = Field(
+        default="no_change", description="The same of the second text encoder."
     )
     vae_dtype: VaeDtype = Field(description="SDXL's VAE overflows in fp16, so that is not offered.")
     cpu_threads: int | None = Field(
@@ -77,12 +93,23 @@ class Hardware(BaseModel):
         """Precision that captions are embedded in: that of the training, for which "no" means fp32."""
         return "fp32" if self.mixed_precision == "no" else self.mixed_precision
 
+    @property
+    def text_precision(self) -> str:
+        """What decides the bits of an embedding beside the caption and the encoders: `text_dtype`, and the encoders' own precisions."""
+        own = (self.text_encoder_1_precision, self.text_encoder_2_precision)
+        return self.text_dtype if set(own) == {"no_change"} else "+".join((self.text_dtype, *own))
+
     @model_validator(mode="after")
     def _combination_works(self) -> Self:
         if self.device == "mps" and self.num_processes > 1:
             raise ValueError(
                 "num_processes must be 1 on device 'mps': Apple silicon has one GPU and no collective backend"
             )
+        for key in ("base_model_precision", "text_encoder_1_precision", "text_encoder_2_precision"):
+            if self.device == "mps" and getattr(self, key).startswith(("fp8", "nf4")):
+                raise ValueError(
+                    f"{key} {getattr(self, key)!r} cannot be had on device 'mps', which has no 8-bit floats; write 'int8-quanto'"
+                )
         if self.device == "cpu" and self.mixed_precision == "fp16":
             raise ValueError(
                 "mixed_precision 'fp16' needs a GPU's loss scaling; on device 'cpu' write 'no' or 'bf16'"

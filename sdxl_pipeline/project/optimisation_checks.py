@@ -31,6 +31,8 @@ def advise_on_optimisation(training: TrainingSettings) -> Iterator[str]:
             f"learning_rate = {training.learning_rate:g} multiplies the step size that prodigy finds by itself, and so makes it tiny; "
             "write 1, and d_coef in optimizer_config to make its steps larger or smaller"
         )
+    if training.gradient_checkpointing_interval and training.gradient_checkpointing is False:
+        yield "gradient_checkpointing_interval has no effect while gradient_checkpointing is false"
     if not training.use_ema:
         changed = [key for key in _EMA_KEYS if getattr(training, key) != _EMA_KEYS[key].default]
         if changed:

@@ -28,6 +28,8 @@ PROFILE_KEYS: Final = (
     "gradient_checkpointing",
     "attention_mechanism",
     "base_model_precision",
+    "text_encoder_1_precision",
+    "text_encoder_2_precision",
     "vae_dtype",
     "vae_batch_size",
     "text_encoder_batch_size",

@@ -97,12 +97,12 @@ def _encode(
 def _embed_keys(spec: EncodeTextSpec, captions: "pd.Series[str]") -> dict[str, str]:
     """The store's key of every caption and prompt, each once."""
     texts = dict.fromkeys((EMPTY_PROMPT, *spec.extra_prompts, *captions))
-    digest, dtype = spec.base_model.text_digest, spec.hardware.text_dtype
+    digest, dtype = spec.base_model.text_digest, spec.hardware.text_precision
     return {text: embed_key(text, digest, dtype, spec.windows) for text in texts}
 
 
 def _identity(spec: EncodeTextSpec, entries: pd.DataFrame) -> str:
-    model = [spec.base_model.text_digest, spec.hardware.text_dtype, spec.windows]
+    model = [spec.base_model.text_digest, spec.hardware.text_precision, spec.windows]
     rows = frame_digest(entries, ("path", "key", "embed_key"))
     return digest_json([spec.store_root, model, list(spec.extra_prompts), rows])
 

@@ -29,6 +29,28 @@ def test_every_optimizer_is_let_in(name):
     assert TrainingSettings(optimizer=name).optimizer == name
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("int8dq-torchao", "no gradient comes back"),
+        ("fp8-torchao", "no gradient comes back"),
+        ("int4-torchao", "mslk"),
+        ("fp8-transformerengine", "Transformer Engine"),
+    ],
+)
+@pytest.mark.parametrize("key", ["base_model_precision", "text_encoder_1_precision"])
+def test_precisions_that_cannot_be_had_are_refused_with_the_reason(problems_of, key, name, told):
+    problem = problems_of({key: name})[key]
+    assert told in problem.message
+    assert "int8-quanto" in problem.remedy
+
+
+def test_no_interval_is_every_layer():
+    assert TrainingSettings(gradient_checkpointing_interval=0).gradient_checkpointing_interval is None
+    idle = idle_settings(TrainingSettings(gradient_checkpointing=False, gradient_checkpointing_interval=2))
+    assert any("gradient_checkpointing_interval" in line for line in idle)
+
+
 def test_values_that_spell_a_default_are_understood():
     settings = TrainingSettings(gradient_precision="none", lr_num_cycles="none", lr_end="none")
     assert (settings.gradient_precision, settings.lr_num_cycles, settings.lr_end) == ("unmodified", 1, None)

@@ -71,7 +71,7 @@ def test_what_the_project_filled_in_is_kept(write_project):
     [
         ({"lora_rnk": 4}, "lora_rnk"),
         ({"lora_rank": "x"}, "lora_rank"),
-        ({"use_ema": True}, "use_ema"),
+        ({"fsdp_enable": True}, "fsdp_enable"),
         ({"resolution": 512}, "resolution"),
         ({"--validation_prompt": "x"}, "--validation_prompt"),
         ({"max_train_steps": 3, "lr_warmup_steps": 4}, "lr_warmup_steps"),

@@ -1,14 +1,42 @@
-"""Holds the names of number formats, and that 8-bit weights are small, close, and refused with a remedy where they cannot be had."""
+"""Holds the names of number formats; that weights in few bits are small, close, and can be trained through with an adapter that then
+works on the whole ones; and that what cannot be had is refused with a remedy."""
 
+import inspect
 import sys
+import typing
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from sdxl_pipeline.project.hardware import BaseModelPrecision
+from sdxl_pipeline.sdxl.adapters import UNET, add_lora, load_adapter, save_adapter
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
-from sdxl_pipeline.sdxl.components import load_unet
-from sdxl_pipeline.sdxl.precision import PrecisionError, dtype_from_name, dtype_name, quantize_base_model
+from sdxl_pipeline.sdxl.components import load_text_encoders, load_unet
+from sdxl_pipeline.sdxl.precision import PrecisionError, dtype_from_name, dtype_name, quantize_model
 from tests.sdxl.test_adapters import output
+
+PACKAGES = {"quanto": "optimum.quanto", "torchao": "torchao", "bnb": "bitsandbytes"}
+# relative error of the prediction with untrained base weights, and bytes per weight of a linear layer with its scales
+EXPECTED = {
+    "int8-quanto": (0.05, 1.1),
+    "int4-quanto": (0.5, 0.7),
+    "int2-quanto": (2.0, 0.45),
+    "fp8-quanto": (0.1, 1.1),
+    "fp8uz-quanto": (0.1, 1.1),
+    "int8-torchao": (0.05, 1.1),
+    "fp8wo-torchao": (0.1, 1.1),
+    "nf4-bnb": (0.5, 0.65),  # tables of one kilobyte weigh in so small a layer
+}
+
+
+def predict(unet) -> torch.Tensor:
+    """`output` with its graph."""
+    return inspect.unwrap(output)(unet)
+
+
+def require(name: str) -> None:
+    pytest.importorskip(PACKAGES[name.rpartition("-")[2]], reason="needs the extra `quantization`")
 
 
 @pytest.mark.parametrize(
@@ -30,32 +58,78 @@ def test_an_unknown_name_is_refused():
         dtype_from_name("fp8")
 
 
-def test_int8_weights_are_a_quarter_of_fp32_and_predict_nearly_the_same(lively: ResolvedModel):
-    quanto = pytest.importorskip("optimum.quanto")
+def test_all_names_of_the_settings_are_tried_here():
+    assert set(typing.get_args(BaseModelPrecision)) == {"no_change", *EXPECTED}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_an_adapter_trained_on_few_bits_works_on_the_whole_weights(name, lively: ResolvedModel, tmp_path):
+    require(name)
     unet = load_unet(lively, torch.float32)
     exact = output(unet)
-    quantize_base_model(unet, "int8-quanto")
-    weight = unet.get_submodule("mid_block.attentions.0.proj_in").weight
-    assert isinstance(weight, quanto.QTensor)
-    assert weight._data.dtype == torch.int8
-    assert not isinstance(unet.conv_out.weight, quanto.QTensor)
+    quantize_model(unet, name)
     error = (output(unet) - exact).square().mean().sqrt() / exact.std()
-    assert 0 < error < 0.05
+    assert 0 < error < EXPECTED[name][0]
+
+    parameters = add_lora(unet, 2, 2.0, 0.0, ["to_q", "to_k", "to_v", "to_out.0"], seed=0)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    losses = []
+    for _ in range(3):
+        loss = predict(unet).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
+
+    save_adapter({UNET: unet}, tmp_path / "lora.safetensors")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "lora.safetensors").values()} == {torch.float32}
+    whole = load_unet(lively, torch.float32)
+    load_adapter({UNET: whole}, tmp_path / "lora.safetensors")
+    assert output(whole).square().mean() < exact.square().mean()
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_few_bits_take_few_bytes(name, lively: ResolvedModel):
+    from sdxl_pipeline.training.memory import held_bytes
+
+    require(name)
+    unet = load_unet(lively, torch.float32)
+    quantize_model(unet, name)
+    layer = unet.get_submodule("mid_block.attentions.0.proj_in")
+    assert held_bytes(layer.weight) / (96 * 96) < EXPECTED[name][1]
+    assert unet.conv_out.weight.dtype == torch.float32
+    assert type(unet.conv_out.weight) is torch.nn.Parameter
+
+
+@pytest.mark.parametrize("name", ["int8-quanto", "int8-torchao", "nf4-bnb"])
+def test_text_encoders_take_them_too(name, lively: ResolvedModel):
+    require(name)
+    ids = torch.arange(77)[None] % 50
+    encoder = load_text_encoders(lively, torch.float32).text_encoder
+    exact = encoder(ids).last_hidden_state
+    quantize_model(encoder, name, "text_encoder_1_precision")
+    error = (encoder(ids).last_hidden_state - exact).square().mean().sqrt() / exact.std()
+    assert 0 < error < 0.5
 
 
 def test_no_change_changes_nothing(lively: ResolvedModel):
     unet = load_unet(lively, torch.float32)
     before = output(unet)
-    quantize_base_model(unet, "no_change")
+    quantize_model(unet, "no_change")
     assert torch.equal(output(unet), before)
 
 
-def test_without_the_package_the_extra_is_named(lively: ResolvedModel, monkeypatch):
-    monkeypatch.setitem(sys.modules, "optimum.quanto", None)
-    with pytest.raises(PrecisionError, match=r"sdxl-pipeline\[quantization\]"):
-        quantize_base_model(load_unet(lively, torch.float32), "int8-quanto")
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("int8-quanto", "optimum"), ("int8-torchao", "torchao.quantization"), ("nf4-bnb", "bitsandbytes.nn")],
+)
+def test_without_the_package_the_extra_is_named(name, module, lively: ResolvedModel, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(PrecisionError, match=rf"{name}.*sdxl-pipeline\[quantization\]"):
+        quantize_model(load_unet(lively, torch.float32), name)
 
 
 def test_an_unknown_quantization_is_refused(lively: ResolvedModel):
-    with pytest.raises(PrecisionError, match="Write no_change or int8-quanto"):
-        quantize_base_model(load_unet(lively, torch.float32), "nf4-bnb")
+    with pytest.raises(PrecisionError, match="Write one of no_change, int8-quanto"):
+        quantize_model(load_unet(lively, torch.float32), "int3-nothing")
