@@ -37,7 +37,7 @@ PICTURES = "validation"
 
 
 class _Source(NamedTuple):
-    """A checkpoint that a run may begin from, and the lineage of its own run, as far as that is known."""
+    """A checkpoint that a run may begin from, and the lineage of its own run, if that is known."""
 
     place: Path
     lineage: RunLineage | None
@@ -77,7 +77,7 @@ def _find_source(spec: TrainSpec, names: RunNames, reporter: Reporter) -> _Sourc
         source = _Source(chosen, lineage_of_checkpoint(chosen))
         _require_fitting(source, names, _planned_steps(spec))
         return source
-    others = list(_beside(Path(spec.run_dir)))
+    others = list(_beside(Path(spec.run_dir), names))
     if same := [source for source in others if source.is_of_trajectory(names)]:
         end = _planned_steps(spec)
         fitting = [source for source in same if source.step <= end and is_intact(source.place)]
@@ -108,12 +108,12 @@ def _planned_steps(spec: TrainSpec) -> int:
     return planned_steps(spec.settings, order)
 
 
-def _beside(run_dir: Path) -> Iterator[_Source]:
-    """The checkpoints of the runs whose folders lie beside this one."""
-    for other in sorted(run_dir.parent.iterdir()):
-        lineage = None if other == run_dir else read_lineage(other)
-        if lineage is not None:
-            yield from (_Source(place, lineage) for place in checkpoints(other / CHECKPOINTS))
+def _beside(run_dir: Path, names: RunNames) -> Iterator[_Source]:
+    """The checkpoints of the other runs whose folders lie beside this one's."""
+    for folder in sorted(run_dir.parent.iterdir()):
+        lineage = read_lineage(folder)
+        if lineage is not None and lineage.identity != names.identity:
+            yield from (_Source(place, lineage) for place in checkpoints(folder / CHECKPOINTS))
 
 
 def _ancestor(source: _Source, names: RunNames, optimizer: str) -> Ancestor:

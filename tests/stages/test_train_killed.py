@@ -1,0 +1,102 @@
+"""Holds: twenty steps killed at a random one and resumed leave the very files of twenty unbroken ones, whatever the optimizer and however many processes."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from sdxl_pipeline.protocol.program import StopSignal
+from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
+from sdxl_pipeline.stages.train import main
+from tests.lanes import make_lane, make_spec
+from tests.train_programs import (
+    TWO_PROCESSES,
+    Listener,
+    kill_group_on_the_way,
+    kill_on_the_way,
+    losses,
+    on_two_processes,
+    run,
+    with_settings,
+)
+from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STEPS, LAST = 20, 15
+
+# Everything that could make a resumed run differ: dropout of adapter and captions, a choice of captions, posterior sampling,
+# accumulation, a schedule, an average, epochs that end in the middle of a step.
+HARD = {
+    "max_train_steps": STEPS,
+    "train_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+    "lora_dropout": 0.2,
+    "caption_dropout_probability": 0.3,
+    "checkpoint_step_interval": 3,
+    "snr_gamma": 5.0,
+    "noise_offset": 0.1,
+    "use_ema": True,
+}
+WITH_PICTURES = {"validation_disable": False, "validation_step_interval": 10, "ema_validation": "ema_only"}
+LION = {"optimizer": "optimi-lion", "learning_rate": 1e-4}
+OTHERS = ["adamw_bf16", "prodigy", "adamw_schedulefree", "adafactor", "optimi-stableadamw", "ao-adamw8bit"]
+
+
+def hard_spec(folder: Path, **settings: object) -> TrainSpec:
+    return make_spec(folder, make_lane(folder / "lane", captions=3), run="unbroken", **{**HARD, **settings})
+
+
+def files(manifest: TrainedLora) -> dict[str, bytes]:
+    """The weights, those of their average, and the last checkpoint."""
+    folder = Path(manifest.run_dir)
+    weights = [*folder.glob("*.safetensors"), *folder.glob("ema/*")]
+    weights += (folder / "checkpoints" / f"step-{STEPS:08d}").rglob("*.safetensors")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(weights)}
+
+
+def assert_equal(resumed: TrainedLora, unbroken: TrainedLora, step: int) -> None:
+    assert resumed.resumed_from_step is not None
+    assert step <= resumed.resumed_from_step < STEPS
+    assert resumed.identity == unbroken.identity
+    expected = files(unbroken)
+    assert len(expected) > 4
+    assert files(resumed) == expected
+    assert losses(resumed) == losses(unbroken)
+
+
+@pytest.mark.parametrize(
+    ("number", "settings"),
+    [(signal.SIGTERM, {}), (signal.SIGKILL, LION)],
+    ids=["SIGTERM-adamw", "SIGKILL-optimi-lion"],
+)
+def test_a_killed_run_leaves_the_bytes_of_an_unbroken_one(tmp_path, number, settings):
+    spec = hard_spec(tmp_path, **settings)
+    unbroken = main(spec, Listener(), StopSignal())
+    # with pictures, which the unbroken run does not draw: they must not change a bit either
+    spec = with_settings(spec, "killed", **WITH_PICTURES)
+    step = kill_on_the_way(spec, number, LAST)
+    resumed = main(spec, Listener(), StopSignal())
+    assert_equal(resumed, unbroken, step)
+    assert sorted({image.step for image in resumed.validation_images}) == [0, 10, 20]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("optimizer", OTHERS)
+def test_so_does_a_run_with_any_optimizer(tmp_path, optimizer, number):
+    spec = hard_spec(tmp_path, optimizer=optimizer, use_ema=optimizer != "adamw_schedulefree")
+    unbroken = main(spec, Listener(), StopSignal())
+    spec = with_settings(spec, "killed")
+    step = kill_on_the_way(spec, number, LAST)
+    assert_equal(main(spec, Listener(), StopSignal()), unbroken, step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_so_does_a_run_on_two_processes(tmp_path, number):
+    spec = on_two_processes(hard_spec(tmp_path))
+    unbroken = run(spec, *TWO_PROCESSES)
+    spec = with_settings(spec, "killed", **WITH_PICTURES)
+    step = kill_group_on_the_way(spec, number, LAST, *TWO_PROCESSES)
+    assert_equal(run(spec, *TWO_PROCESSES), unbroken, step)

@@ -1,0 +1,133 @@
+"""Trainings as processes of their own, to be killed."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.protocol.program import EXIT_STOPPED
+from sdxl_pipeline.protocol.reporter import Reporter
+from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
+from sdxl_pipeline.training.metrics import read_metrics
+
+REPOSITORY = Path(__file__).parents[1]
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["sdxl_pipeline.training.loop", "sdxl_pipeline.stages.train"])
+
+
+class Listener(Reporter):
+    """Keeps what was said."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines: list[str] = []
+
+    def _show_log(self, message: str) -> None:
+        self.lines.append(message)
+
+
+def with_settings(spec: TrainSpec, run: str, **settings: object) -> TrainSpec:
+    """The spec of another run beside this one."""
+    values = TrainingSettings(**{**spec.settings.model_dump(), **settings})
+    return spec.model_copy(update={"settings": values, "run_dir": str(Path(spec.run_dir).with_name(run))})
+
+
+def on_two_processes(spec: TrainSpec) -> TrainSpec:
+    """The same run, to be started with TWO_PROCESSES."""
+    return spec.model_copy(update={"hardware": spec.hardware.model_copy(update={"num_processes": 2})})
+
+
+def losses(manifest: TrainedLora) -> list[tuple[int, float]]:
+    """(step, loss) of all steps."""
+    return [(row.step, row.loss) for row in read_metrics(Path(manifest.metrics_path))]
+
+
+def start(spec: TrainSpec, *launcher: str) -> subprocess.Popen[bytes]:
+    """The training as users start it, in a process group of its own."""
+    spec_path = Path(spec.run_dir).with_suffix(".json")
+    spec_path.write_text(spec.model_dump_json())
+    command = [sys.executable, *launcher, "-m", "sdxl_pipeline.stages.train", str(spec_path)]
+    return subprocess.Popen(
+        [*command, "--manifest", str(_manifest_path(spec))],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def run(spec: TrainSpec, *launcher: str) -> TrainedLora:
+    """Train in a process of its own, to the end."""
+    process = start(spec, *launcher)
+    output = finish(process)
+    assert process.returncode == 0, output
+    return TrainedLora.model_validate_json(_manifest_path(spec).read_bytes())
+
+
+def finish(process: subprocess.Popen[bytes]) -> str:
+    """What the process said, when it has ended."""
+    return process.communicate(timeout=300)[0].decode()
+
+
+def kill_on_the_way(spec: TrainSpec, number: signal.Signals, last: int) -> int:
+    """Start the run, send it a signal a while after a checkpoint chosen by lot, of step `last` at most, and give that step.
+
+    The process is forked from one that has imported everything, which takes a tenth of the time of a new one.
+    """
+    spec_path = Path(spec.run_dir).with_suffix(".json")
+    spec_path.write_text(spec.model_dump_json())
+    process = _FORKS.Process(target=_program, args=(str(spec_path), str(_manifest_path(spec))))
+    process.start()
+    step = _wait_for_a_checkpoint(spec, last, process.is_alive)
+    os.kill(process.pid, number)
+    process.join(timeout=120)
+    expected = EXIT_STOPPED if number == signal.SIGTERM else -number
+    assert process.exitcode == expected, f"killed after step {step}"
+    assert not (Path(spec.run_dir) / "finished.json").exists()
+    return step
+
+
+def kill_group_on_the_way(spec: TrainSpec, number: signal.Signals, last: int, *launcher: str) -> int:
+    """The same of a launcher and all that it started; SIGTERM goes to the launcher alone, which hands it on."""
+    process = start(spec, *launcher)
+    step = _wait_for_a_checkpoint(spec, last, lambda: process.poll() is None)
+    (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
+    output = finish(process)
+    assert process.returncode != 0, f"killed after step {step}: {output}"
+    assert not (Path(spec.run_dir) / "finished.json").exists()
+    return step
+
+
+def _wait_for_a_checkpoint(spec: TrainSpec, last: int, is_alive: Callable[[], bool]) -> int:
+    interval = spec.settings.checkpoint_step_interval
+    step = random.choice(range(interval, last + 1, interval))
+    place = Path(spec.run_dir) / "checkpoints" / f"step-{step:08d}"
+    while not place.exists():
+        assert is_alive(), f"ended before step {step}"
+        time.sleep(0.01)
+    time.sleep(random.random() * 0.2)
+    return step
+
+
+def _manifest_path(spec: TrainSpec) -> Path:
+    return Path(spec.run_dir).with_suffix(".manifest.json")
+
+
+def _program(spec_path: str, manifest_path: str) -> None:
+    import torch
+
+    from sdxl_pipeline.protocol.program import run_stage
+    from sdxl_pipeline.stages.train import main
+
+    torch.set_num_threads(1)
+    sys.argv = ["train", spec_path, "--manifest", manifest_path]
+    run_stage(TrainSpec, main)
