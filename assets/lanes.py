@@ -61,7 +61,7 @@ def training_lanes(project: Project, storage: Storage, inputs: Mapping[str, Any]
             dataset_id=dataset.id,
             data_dir=str(storage.data_dir(dataset)),
             latent_cache=dataset.latent_cache,
-            text_cache=project.text_embeds_of(dataset).text_cache,
+            text_cache=project.text_cache_of(dataset),
             # any other crop has but one place
             fresh_crops=dataset.vae_cache_clear_each_epoch
             and dataset.crop

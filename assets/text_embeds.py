@@ -40,7 +40,7 @@ def build_text_embeds(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
             "model": dg.AssetIn(key=project_key(project, "base_model"), dagster_type=ResolvedModel),
             "scanned": dg.AssetIn(key=lane_key(project, dataset, "dataset"), dagster_type=pd.DataFrame),
         },
-        code_version=version(CODE, [prompts, cache_entry.text_cache, windows]),
+        code_version=version(CODE, [prompts, project.text_cache_of(dataset), windows]),
         check_specs=checks.text_specs(key),
         description="Embeddings of every caption, of the validation prompts and of the empty prompt, by both text encoders.",
     )
@@ -68,7 +68,7 @@ def build_text_embeds(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
             prompts_path=str(work_dir / "prompts.parquet"),
             shard_rows=cache_entry.write_batch_size,
             windows=windows,
-            mode=cache_entry.text_cache,
+            mode=project.text_cache_of(dataset),
             trust_recorded="text" in dataset.skipped_stages or "text" in cache_entry.skip_file_discovery,
         )
         yield materialized(

@@ -60,9 +60,10 @@ def evaluate(spec: EvaluateSpec, identity: str, reporter: Reporter, stop: StopSi
     if not samples:
         raise StageError("there is no picture to evaluate on: the datasets' aspect_buckets have no rows")
     reporter.log(f"Evaluating on {len(samples)} pictures ({source}).")
-    reader = BatchReader(spec.lanes, OnDemandEncoders(spec.base_model, spec.hardware))
-    with closing(reader):
-        work = Work(spec, load_subject(spec), reader, samples, reporter, stop)
+    subject = load_subject(spec)
+    encoders = OnDemandEncoders(spec.base_model, spec.hardware)
+    with closing(BatchReader(spec.lanes, encoders, subject.live_texts)) as reader:
+        work = Work(spec, subject, reader, samples, reporter, stop)
         return _measure(work, identity, source, clip_folder, started)
 
 
@@ -122,13 +123,14 @@ def measure_losses(work: Work) -> tuple[LossSummary, LossSummary]:
     scheduler = load_noise_scheduler(spec.base_model, spec.settings.scheduler_changes)
     objective = Objective(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
     timesteps = eval_timesteps(spec.settings.eval_timesteps, scheduler.config.num_train_timesteps)
-    pictures = read_pictures(work.samples, work.reader, pipeline.vae.config.scaling_factor)
 
     def measure(name: str) -> LossSummary:
         def on_batch(done: int, total: int) -> None:
             work.reporter.progress(f"eval loss, {name}", done, total, "pairs")
             work.stop.raise_if_requested()
 
+        # read for each model, since each may have text encoders of its own
+        pictures = read_pictures(work.samples, work.reader, pipeline.vae.config.scaling_factor)
         return eval_loss(
             pipeline.unet, objective, pictures, timesteps, spec.settings.train_batch_size, on_batch
         )
@@ -142,12 +144,12 @@ def draw_gallery(work: Work) -> list[tuple[Drawing, Drawing]]:
     """(base model's, trained model's) picture of every shot: of the validation prompts, or of some captions where there are none."""
     spec, pipeline = work.spec, work.subject.pipeline
     zeros = bool(pipeline.config.force_zeros_for_empty_prompt)
-    if spec.prompts:
-        shots = plan_shots(spec.prompts, spec.settings, work.reader, zeros)
-    else:
-        shots = plan_caption_shots(work.samples, spec.lanes, spec.settings, work.reader, zeros)
 
     def pictures(already: int) -> list[Drawing]:
+        if spec.prompts:
+            shots = plan_shots(spec.prompts, spec.settings, work.reader, zeros)
+        else:
+            shots = plan_caption_shots(work.samples, spec.lanes, spec.settings, work.reader, zeros)
         drawings = []
         for done, shot in enumerate(shots, already):
             work.reporter.progress("gallery", done, 2 * len(shots), "pictures")
@@ -156,8 +158,8 @@ def draw_gallery(work: Work) -> list[tuple[Drawing, Drawing]]:
 
     with work.subject.base():
         before = pictures(0)
-    after = pictures(len(shots))
-    work.reporter.progress("gallery", 2 * len(shots), 2 * len(shots), "pictures")
+    after = pictures(len(before))
+    work.reporter.progress("gallery", 2 * len(after), 2 * len(after), "pictures")
     return list(zip(before, after, strict=True))
 
 

@@ -4,45 +4,61 @@ What was trained is loaded from its exported files by diffusers' own loader, as 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
-from peft import get_peft_model_state_dict
-from safetensors import safe_open
+from torch import nn
 
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import EvaluateSpec
-from sdxl_pipeline.sdxl.adapters import adapted_module_names, without_adapter
-from sdxl_pipeline.sdxl.components import load_unet
+from sdxl_pipeline.sdxl.adapters import (
+    UNET,
+    AdapterError,
+    load_adapter,
+    require_whole,
+    without_adapter,
+)
+from sdxl_pipeline.sdxl.components import load_text_encoders, load_unet
 from sdxl_pipeline.sdxl.drawing import drawing_pipeline
 from sdxl_pipeline.sdxl.precision import dtype_from_name
+from sdxl_pipeline.training.text_encoders import LiveTexts, named_encoders, text_windows
 
 ADAPTER = "evaluated"
 
 
 class Subject(ABC):
-    """The trained model in a pipeline without text encoders, and its base model in its place."""
+    """The trained model in a pipeline without text encoders, and its base model in its place.
 
-    def __init__(self, pipeline: StableDiffusionXLPipeline) -> None:
-        self.pipeline = pipeline
+    `live_texts` encodes captions and prompts where the text encoders were trained; else their embeddings are in the caches.
+    """
+
+    def __init__(self, pipeline: StableDiffusionXLPipeline, live_texts: LiveTexts | None = None) -> None:
+        self.pipeline, self.live_texts = pipeline, live_texts
 
     @abstractmethod
     def base(self) -> AbstractContextManager[None]:
         """Have the base model in the pipeline while the block runs."""
 
 
-class AdaptedUNet(Subject):
-    """A UNet with an adapter, which can be switched off."""
+class AdaptedModels(Subject):
+    """A UNet, and perhaps text encoders, with adapters that can be switched off."""
 
-    @contextmanager
-    def base(self) -> Iterator[None]:
-        """Switch the adapter off."""
-        with without_adapter(self.pipeline.unet):
-            yield
+    def __init__(
+        self,
+        pipeline: StableDiffusionXLPipeline,
+        models: Mapping[str, nn.Module],
+        live_texts: LiveTexts | None,
+    ) -> None:
+        super().__init__(pipeline, live_texts)
+        self._models = models
+
+    def base(self) -> AbstractContextManager[None]:
+        """Switch the adapters off."""
+        return without_adapter(*self._models.values())
 
 
 class WholeUNet(Subject):
@@ -74,9 +90,14 @@ def load_subject(spec: EvaluateSpec) -> Subject:
     if spec.lora.weights_kind == "unet":
         unet = _load_unet(Path(spec.lora.weights_path), base, dtype)
         return WholeUNet(_pipeline(spec, unet.to(spec.hardware.device)), base)
-    pipeline = _pipeline(spec, base.to(spec.hardware.device))
-    _load_lora(pipeline, Path(spec.lora.weights_path), spec.lora.adapted_modules)
-    return AdaptedUNet(pipeline)
+    models: dict[str, nn.Module] = {UNET: base.to(spec.hardware.device)}
+    live_texts = None
+    if spec.settings.train_text_encoder:
+        encoders = load_text_encoders(spec.base_model, dtype).to(spec.hardware.device)
+        models |= named_encoders(encoders)
+        live_texts = LiveTexts(encoders, text_windows(spec.lanes))
+    _load_adapter(models, Path(spec.lora.weights_path), spec.lora.adapted_modules)
+    return AdaptedModels(_pipeline(spec, base), models, live_texts)
 
 
 def _pipeline(spec: EvaluateSpec, unet: UNet2DConditionModel) -> StableDiffusionXLPipeline:
@@ -106,38 +127,25 @@ def _load_unet(folder: Path, base: UNet2DConditionModel, dtype: torch.dtype) -> 
     return unet.eval().requires_grad_(False)
 
 
-def _load_lora(pipeline: StableDiffusionXLPipeline, weights: Path, trained_modules: int) -> None:
-    with _quiet_diffusers():
-        pipeline.load_lora_weights(
-            weights.parent,
-            weight_name=weights.name,
-            adapter_name=ADAPTER,
-            use_safetensors=True,
-            local_files_only=True,
+def _load_adapter(models: dict[str, nn.Module], weights: Path, trained_modules: int) -> None:
+    try:
+        with _quiet_diffusers():
+            changed = load_adapter(models, weights, ADAPTER)
+        require_whole(models, weights, ADAPTER)
+    except AdapterError as error:
+        raise StageError(f"{weights} does not load back whole: {error}") from error
+    if (adapted := sum(map(len, changed.values()))) != trained_modules:
+        raise StageError(
+            f"{weights} does not load back whole: it adapts {adapted} layers, but {trained_modules} were trained"
         )
-    _require_whole(pipeline.unet, weights, trained_modules)
 
 
 @contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """Its loader warns that the file holds nothing for the text encoders; what it might warn of besides is checked after it."""
+    """Its loader warns of parts of a file that it is not asked to load; what it might warn of besides is checked after it."""
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
     try:
         yield
     finally:
         diffusers_logging.set_verbosity(verbosity)
-
-
-def _require_whole(unet: UNet2DConditionModel, weights: Path, trained_modules: int) -> None:
-    """Diffusers only warns of tensors it finds no place for, or that a layer lacks."""
-    loaded = {f"unet.{name}" for name in get_peft_model_state_dict(unet, adapter_name=ADAPTER)}
-    with safe_open(weights, framework="pt") as file:
-        stored = set(file.keys())
-    if loaded != stored:
-        astray = sorted(loaded ^ stored)
-        raise StageError(f"{weights} does not load back whole: {len(astray)} tensors differ, as {astray[0]}")
-    if (adapted := len(adapted_module_names(unet))) != trained_modules:
-        raise StageError(
-            f"{weights} does not load back whole: it adapts {adapted} layers, but {trained_modules} were trained"
-        )

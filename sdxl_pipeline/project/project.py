@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 
 from sdxl_pipeline.project.backends import read_datasets
 from sdxl_pipeline.project.checks import check_training, idle_settings
-from sdxl_pipeline.project.datasets import ImageDataset, TextEmbedsDataset, asset_name
+from sdxl_pipeline.project.datasets import CacheMode, ImageDataset, TextEmbedsDataset, asset_name
 from sdxl_pipeline.project.json_files import read_json
 from sdxl_pipeline.project.keys import read_settings
 from sdxl_pipeline.project.known_keys import TRAINING
@@ -77,6 +77,10 @@ class Project:
             return by_id[dataset.text_embeds]
         default = next((entry for entry in self.text_embeds if entry.default), None)
         return default or next(iter(self.text_embeds), TextEmbedsDataset(id="text-embeds", default=True))
+
+    def text_cache_of(self, dataset: ImageDataset) -> CacheMode:
+        """The cache mode of the captions of `dataset`: none is made while the text encoders are trained, which would outdate it."""
+        return "disable" if self.training.train_text_encoder else self.text_embeds_of(dataset).text_cache
 
 
 @dataclass(frozen=True)

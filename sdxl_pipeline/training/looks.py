@@ -95,7 +95,11 @@ class Looks:
                     "there is no picture to take the eval loss of: the datasets' aspect_buckets have no rows"
                 )
             reporter.log(f"The eval loss is taken of {len(samples)} pictures ({source}).")
-            self._pictures = read_pictures(samples, reader, latent_scaling_factor(spec.base_model))
+            self._read_pictures = partial(
+                read_pictures, samples, reader, latent_scaling_factor(spec.base_model)
+            )
+            # text encoders that are trained read the captions anew at each look
+            self._pictures = None if reader.live_texts else self._read_pictures()
 
     def take(self, step: int, unet: UNet2DConditionModel, shown: ShownWeights) -> None:
         """Take what is due after a step with those weights of the UNet that `shown` says, and leave it as it was. A stop ends it early."""
@@ -120,7 +124,8 @@ class Looks:
 
         was_training = unet.training
         try:
-            return eval_loss(unet, self._objective, self._pictures, timesteps, batch_size, on_batch)
+            pictures = self._pictures or self._read_pictures()
+            return eval_loss(unet, self._objective, pictures, timesteps, batch_size, on_batch)
         finally:
             unet.train(was_training)
 

@@ -4,7 +4,7 @@ What the text cache holds would be out of date after one step, so nothing is rea
 same code that fills the cache.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from sdxl_pipeline.protocol.program import StageError
-from sdxl_pipeline.protocol.specs import TrainSpec
+from sdxl_pipeline.protocol.specs import TrainingLane, TrainSpec
 from sdxl_pipeline.sdxl.adapters import AdapterError, add_lora
 from sdxl_pipeline.sdxl.components import TextEncoders, load_text_encoders
 from sdxl_pipeline.sdxl.precision import dtype_from_name
@@ -61,6 +61,11 @@ def trainable_text_encoders(spec: TrainSpec) -> TextEncoders:
 def named_encoders(encoders: TextEncoders) -> dict[str, CLIPTextModel]:
     """Both, by the prefixes that a LoRA file knows them under."""
     return {"text_encoder": encoders.text_encoder, "text_encoder_2": encoders.text_encoder_2}
+
+
+def text_windows(lanes: Iterable[TrainingLane]) -> int:
+    """Windows of 77 tokens that captions are encoded in: those of the text stage, which is asked the same for all datasets."""
+    return max(lane.text_embeds.windows for lane in lanes)
 
 
 class CaptionedUNet(nn.Module):

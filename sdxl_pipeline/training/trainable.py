@@ -18,6 +18,7 @@ from sdxl_pipeline.training.text_encoders import (
     CaptionedUNet,
     LiveTexts,
     named_encoders,
+    text_windows,
     trainable_text_encoders,
 )
 from sdxl_pipeline.training.unet import full_unet, trainable_unet
@@ -141,5 +142,5 @@ def build_trainable(spec: TrainSpec) -> Trainable:
     if not settings.train_text_encoder:
         return TrainableLora(trainable_unet(spec))
     encoders = trainable_text_encoders(spec)
-    windows = max(lane.text_embeds.windows for lane in spec.lanes)
-    return TrainableLora(trainable_unet(spec, named_encoders(encoders)), encoders, windows)
+    unet = trainable_unet(spec, named_encoders(encoders))
+    return TrainableLora(unet, encoders, text_windows(spec.lanes))
