@@ -16,6 +16,7 @@ from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
 from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.protocol.specs import TrainSpec
 from sdxl_pipeline.sdxl.components import latent_scaling_factor, load_noise_scheduler
+from sdxl_pipeline.training.batch_loss import BatchLoss
 from sdxl_pipeline.training.batches import Batch, BatchReader, TrainingBatches, prefetched
 from sdxl_pipeline.training.checkpoint_times import CheckpointKind, checkpoint_due
 from sdxl_pipeline.training.checkpoints import (
@@ -34,11 +35,8 @@ from sdxl_pipeline.training.looks import Looks, LookTimes
 from sdxl_pipeline.training.loss_weights import build_loss_weights
 from sdxl_pipeline.training.metrics import METRICS_FILE, MetricsLog
 from sdxl_pipeline.training.non_finite import poisoned, step_if_finite
-from sdxl_pipeline.training.objective import build_objective
 from sdxl_pipeline.training.on_demand import OnDemandEncoders
 from sdxl_pipeline.training.optimizers import build_optimizer, hold_parameters, rate_of
-from sdxl_pipeline.training.prior import towards_base
-from sdxl_pipeline.training.scheduled_sampling import build_solver, roll_out
 from sdxl_pipeline.training.schedules import build_schedule
 from sdxl_pipeline.training.shown_weights import ShownWeights
 from sdxl_pipeline.training.step_log import StepLog, TakenStep
@@ -48,8 +46,6 @@ from sdxl_pipeline.training.trainable import build_trainable
 from sdxl_pipeline.training.trainer_setup import LOOK_TIMEOUT, build_accelerator, plan_order, planned_steps
 from sdxl_pipeline.training.unet import base_dtype
 from sdxl_pipeline.training.watch import Watch
-
-ALL = slice(None)
 
 REPORT_INTERVAL = 10
 """Optimizer steps between two looks at the losses, the only moments when the loop waits for the device."""
@@ -74,7 +70,6 @@ class Trainer:
         self.accelerator = build_accelerator(spec)
         self.is_main: bool = self.accelerator.is_main_process
         self.device: torch.device = self.accelerator.device
-        self.dtype = base_dtype(spec)
         # for what the processes say to each other without their devices
         self._host_group = (
             torch.distributed.new_group(backend="gloo", timeout=LOOK_TIMEOUT)
@@ -88,9 +83,8 @@ class Trainer:
         self.total_steps = planned_steps(settings, self.order)
 
         scheduler = load_noise_scheduler(spec.base_model, settings.scheduler_changes)
-        self.objective = build_objective(settings, scheduler).to(self.device)
-        self.solver = build_solver(settings, scheduler)
         self.trainable = build_trainable(spec).to(self.device)
+        self.batch_loss = BatchLoss(settings, scheduler, self.trainable, base_dtype(spec), self.device)
         encoders = OnDemandEncoders(spec.base_model, spec.hardware)
         self.reader = BatchReader(spec.lanes, encoders, self.trainable.live_texts)
         self.batches = TrainingBatches(
@@ -128,7 +122,7 @@ class Trainer:
             Looks(
                 self.look_times,
                 self.reader,
-                self.objective,
+                self.batch_loss.objective,
                 self.device,
                 self.step,
                 self.watch,
@@ -191,56 +185,7 @@ class Trainer:
         """Mean loss of one batch, the `index`-th of this process since the start of the run."""
         # The adapter's dropout is the one random choice that torch's global state makes.
         torch.manual_seed(seed_for(self.spec.settings.seed, "dropout", index, self.accelerator.process_index))
-        batch = batch.to(self.device)
-        noisy_latents = self.objective.add_noise(batch.latents, batch.input_noise, batch.timesteps)
-        if batch.rollouts:
-            noisy_latents = self._rolled_out(batch, noisy_latents)
-        wanted = self.objective.wanted(batch.latents, batch.noise, batch.timesteps)
-        if any(batch.prior):
-            predict = partial(self._predict, self.trainable.module, batch)
-            wanted = towards_base(
-                wanted,
-                batch,
-                noisy_latents,
-                self.objective,
-                self.unet_module,
-                predict,
-                self.trainable.encoders,
-            )
-        prediction = self._predict(self.unet, batch, noisy_latents, batch.timesteps)
-        judged = self.objective.judged(prediction, noisy_latents, batch.timesteps)
-        errors = self.objective.errors(judged, wanted, batch.timesteps)
-        if batch.loss_weights is not None:
-            errors = errors * batch.loss_weights
-        return self.objective.losses(errors, batch.timesteps).mean()
-
-    def _predict(
-        self,
-        unet: torch.nn.Module,
-        batch: Batch,
-        noisy_latents: Tensor,
-        timesteps: Tensor,
-        items: Tensor | slice = ALL,
-    ) -> Tensor:
-        """The UNet's answer to `noisy_latents` at `timesteps`, for these items of the batch."""
-        prediction: Tensor = unet(
-            noisy_latents.to(self.dtype),
-            timesteps,
-            **batch.conditioning(self.dtype, items),
-            return_dict=False,
-        )[0]
-        return prediction
-
-    def _rolled_out(self, batch: Batch, noisy_latents: Tensor) -> Tensor:
-        """`noisy_latents` with the batch's rollouts in them, by the UNet as it draws: without dropout, and on this process alone."""
-        predict = partial(self._predict, self.trainable.module, batch)
-        self.trainable.module.eval()
-        try:
-            return roll_out(
-                noisy_latents, batch.latents, batch.input_noise, batch.rollouts, self.solver, predict
-            )
-        finally:
-            self.trainable.module.train()
+        return self.batch_loss(self.unet, batch.to(self.device))
 
     def state(self) -> TrainingState:
         """Everything training has changed, as of now."""
