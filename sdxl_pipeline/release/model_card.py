@@ -23,6 +23,7 @@ SHOWN_SETTINGS = (
     "lora_dropout",
     "lora_target_modules",
     "learning_rate",
+    "text_encoder_lr",
     "lr_scheduler",
     "lr_warmup_steps",
     "optimizer",
@@ -121,7 +122,8 @@ def _opening(
         change = "The text encoders and the VAE are the base model's."
     else:
         what = f"a LoRA of rank {settings.lora_rank} for {name}, trained"
-        change = f"It changes {lora.adapted_modules} layers of the UNet and leaves the text encoders alone."
+        texts = "of both text encoders" if settings.train_text_encoder else "leaves the text encoders alone"
+        change = f"It changes {lora.adapted_modules} layers of the UNet and {texts}."
     return (
         f"{project} is {what} for {lora.steps:,} steps ({lora.samples:,} samples) from {sum(counts.values()):,} captioned pictures, those "
         f"held out for the evaluation included. {change}"

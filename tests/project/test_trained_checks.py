@@ -2,7 +2,8 @@
 
 import pytest
 
-from sdxl_pipeline.project.checks import check_training
+from sdxl_pipeline.project.checks import check_training, idle_settings
+from sdxl_pipeline.project.project import load_project
 from sdxl_pipeline.project.training import TrainingSettings
 
 
@@ -28,6 +29,36 @@ def test_a_full_training_alone_is_fine():
 )
 def test_what_a_full_training_cannot_have(settings, key, reason):
     assert reason in findings(model_type="full", **settings)[key]
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "reason"),
+    [
+        ({"model_type": "full"}, "train_text_encoder", "makes no file that could hold it"),
+        (
+            {"lora_type": "lycoris", "lycoris_config": {"algo": "lokr"}},
+            "train_text_encoder",
+            "UNet's adapter alone",
+        ),
+        ({"optimizer": "prodigy", "text_encoder_lr": 1e-5}, "text_encoder_lr", "one rate for all"),
+    ],
+)
+def test_what_trained_text_encoders_cannot_have(settings, key, reason):
+    assert reason in findings(train_text_encoder=True, **settings)[key]
+
+
+def test_a_rate_of_encoders_that_are_not_trained_is_said_to_be_idle():
+    settings = TrainingSettings.model_validate({"text_encoder_lr": 1e-6})
+    assert [line for line in idle_settings(settings) if "text_encoder_lr" in line]
+    trained = TrainingSettings.model_validate({"text_encoder_lr": 1e-6, "train_text_encoder": "true"})
+    assert not [line for line in idle_settings(trained) if "text_encoder_lr" in line]
+
+
+def test_no_text_cache_is_made_for_encoders_that_are_trained(make_project):
+    trained = load_project(make_project("trained", config={"train_text_encoder": True}))
+    frozen = load_project(make_project("frozen"))
+    assert [trained.text_cache_of(dataset) for dataset in trained.datasets] == ["disable"]
+    assert [frozen.text_cache_of(dataset) for dataset in frozen.datasets] == ["full"]
 
 
 def test_an_adapter_freezes_no_layers():
