@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,52 +71,19 @@ def build_release(
 
 
 def verify_export(path: Path, base_model: ResolvedModel) -> int:
-    """Raise ExportError unless diffusers reads the LoRA file, or the folder of a UNet, and every tensor finds its place in the base model's.
+    """Raise ExportError unless the file of an adapter, or the folder of a UNet, loads back and every tensor finds its place in the base model.
 
-    The UNet is built without weights, so SDXL's takes seconds and next to no memory. Numbers must be finite, and some update of a LoRA
-    must not be zero. Gives the number of layers that the file changes, or of weights in the folder.
+    Nothing is loaded of the base model but its architecture. Numbers must be finite, and some update of an adapter must not be zero. Gives the number of layers that the file changes, or of weights in the folder.
     """
     if path.is_dir():
         return _verify_unet(path, base_model)
-    import torch
-    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-    from peft import get_peft_model_state_dict
-    from safetensors import SafetensorError
+    from sdxl_pipeline.release.adapter_check import count_changed_layers
+    from sdxl_pipeline.sdxl.adapter_files import AdapterError
 
-    from sdxl_pipeline.sdxl.adapters import ADAPTER_NAME, UNET, AdapterError, load_adapter
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(
-            UNet2DConditionModel.load_config(base_model.config_path, subfolder="unet")
-        )
     try:
-        tensors, _ = StableDiffusionXLPipeline.lora_state_dict(
-            str(path.parent), weight_name=path.name, use_safetensors=True, local_files_only=True
-        )
-        with warnings.catch_warnings():
-            # Torch warns for each tensor that none is copied into a module without weights, which is the point here.
-            warnings.filterwarnings(
-                "ignore", message=".*copying from a non-meta parameter", category=UserWarning
-            )
-            modules = load_adapter({UNET: unet}, path)[UNET]
-    except (OSError, SafetensorError, AdapterError, RuntimeError, ValueError) as error:
-        raise ExportError(f"{path} does not load back: {error}") from error
-    wanted = {
-        f"unet.{name}": tensor.shape
-        for name, tensor in get_peft_model_state_dict(unet, adapter_name=ADAPTER_NAME).items()
-    }
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    if astray := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
-        raise ExportError(
-            f"{path} does not fit the UNet of {base_model.source}: {len(astray)} tensors are astray, as {astray[0]}"
-        )
-    if broken := sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()):
-        raise ExportError(
-            f"{path}: {len(broken)} tensors hold NaN or infinity, as {broken[0]}. The training diverged"
-        )
-    if not any(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name):
-        raise ExportError(f"{path} changes nothing: all its updates are zero")
-    return len(modules)
+        return count_changed_layers(path, base_model)
+    except AdapterError as error:
+        raise ExportError(str(error)) from error
 
 
 def _verify_unet(folder: Path, base_model: ResolvedModel) -> int:

@@ -23,6 +23,8 @@ from sdxl_pipeline.sdxl.adapter_files import AdapterError
 NETWORK: Final = "lycoris"
 """The child of a model that holds its adapter, and what the names in a file begin with."""
 
+_NORMS: Final = ".dora_scale"
+
 KOHYA_PREFIX: Final = "lora_unet_"
 """What they begin with in files of kohya's trainer."""
 
@@ -118,17 +120,41 @@ def load_lycoris(model: nn.Module, path: Path) -> None:
     Updates are added to the layers' outputs where that is the same function (all but weight decomposition), so that they are not
     rounded together with a bf16 weight. Raises AdapterError for a file of which a tensor finds no place.
     """
-    package = _package()
-    tensors = read_lycoris_tensors(path)
-    with _quiet(), _preset(package, LycorisPreset()):
-        try:
-            network, _ = package.create_lycoris_from_weights(1.0, "", model, weights_sd=tensors)
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise AdapterError(f"{path} is not loaded by lycoris-lora: {error}") from error
+    network = _network_of(model, read_lycoris_tensors(path), path)
     for lora in network.loras:
         lora.bypass_mode = not lora.wd
     _attach(model, network)
-    loaded = {name: tensor.shape for name, tensor in network.state_dict().items()}
+
+
+def count_lycoris_layers(model: nn.Module, path: Path) -> int:
+    """How many layers of a model, which may be without weights (on the meta device), a file changes.
+
+    Raises AdapterError for a file of which a tensor finds no place.
+    """
+    tensors = read_lycoris_tensors(path)
+    # lycoris-lora makes norms from the weights, which are not there
+    norms = {name: tensor for name, tensor in tensors.items() if name.endswith(_NORMS)}
+    network = _network_of(
+        model, {name: tensor for name, tensor in tensors.items() if name not in norms}, path
+    )
+    rows = {f"{lora.lora_name}{_NORMS}": (lora.dim, *[1] * (len(lora.shape) - 1)) for lora in network.loras}
+    if astray := sorted(name for name, tensor in norms.items() if tensor.shape != rows.get(name)):
+        raise AdapterError(f"{path} does not fit this model: {len(astray)} norms are astray, as {astray[0]}.")
+    return len(network.loras)
+
+
+def _network_of(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> Any:
+    package = _package()
+    with _preset(package, LycorisPreset()), torch.random.fork_rng(devices=[]):
+        try:
+            network, _ = package.create_lycoris_from_weights(1.0, "", model, weights_sd=dict(tensors))
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise AdapterError(f"{path} is not loaded by lycoris-lora: {error}") from error
+    loaded = {
+        f"{lora.lora_name}.{name}": tensor.shape
+        for lora in network.loras
+        for name, tensor in lora.state_dict().items()
+    }
     stored = {name: tensor.shape for name, tensor in tensors.items()}
     if astray := sorted(
         name for name in loaded.keys() | stored.keys() if loaded.get(name) != stored.get(name)
@@ -136,6 +162,7 @@ def load_lycoris(model: nn.Module, path: Path) -> None:
         raise AdapterError(
             f"{path} does not fit this model: {len(astray)} tensors are astray, as {astray[0]}."
         )
+    return network
 
 
 @contextmanager

@@ -22,8 +22,9 @@ from sdxl_pipeline.release.export import (
 from sdxl_pipeline.release.portable import ReleaseError, portable_name, require_portable
 from sdxl_pipeline.sdxl.adapters import adapted_module_names, add_lora, save_adapter
 from sdxl_pipeline.sdxl.base_model import SDXL_BASE_CONFIGS
-from sdxl_pipeline.sdxl.components import load_pipeline
+from sdxl_pipeline.sdxl.components import load_pipeline, load_text_encoders
 from tests.hub_server import HubServer
+from tests.sdxl.adapted_unets import adapted_unet, settings_of
 
 
 def files_in(folder: Path) -> set[str]:
@@ -172,6 +173,37 @@ def test_the_real_architecture_is_checked_without_its_weights(inputs, tmp_path: 
     model = inputs["base_model"].model_copy(update={"config_path": str(SDXL_BASE_CONFIGS)})
     assert verify_export(path, model) == len(adapted_module_names(unet)) == 70 * 2 * 4
     with pytest.raises(ExportError):
+        verify_export(path, inputs["base_model"])
+
+
+@pytest.mark.parametrize("kind", ["dora", "lokr", "lokr, norms", "loha, tucker", "locon"])
+def test_every_kind_is_checked_against_the_architecture_alone(inputs, tmp_path: Path, kind: str):
+    unet = adapted_unet(inputs["base_model"], settings_of(kind), steps=1)
+    path = tmp_path / "adapter.safetensors"
+    save_adapter({"unet": unet}, path)
+    assert verify_export(path, inputs["base_model"]) == len(adapted_module_names(unet))
+    tensors = load_file(path)
+    name = next(name for name in sorted(tensors) if tensors[name].ndim >= 1)
+    save_file({**tensors, name: torch.zeros(3, 5)}, path)
+    with pytest.raises(ExportError, match="does not load back"):
+        verify_export(path, inputs["base_model"])
+    save_file({name: tensor * 0 if tensor.ndim else tensor for name, tensor in tensors.items()}, path)
+    with pytest.raises(ExportError, match="changes nothing"):
+        verify_export(path, inputs["base_model"])
+
+
+def test_the_text_encoders_part_is_checked_as_well(inputs, tmp_path: Path):
+    unet = adapted_unet(inputs["base_model"], settings_of("lora"), steps=1)
+    encoder = load_text_encoders(inputs["base_model"], torch.float32).text_encoder_2
+    add_lora(encoder, 2, 2.0, 0.0, ("q_proj",), seed=0)
+    path = tmp_path / "adapter.safetensors"
+    save_adapter({"unet": unet, "text_encoder_2": encoder}, path)
+    changed = len(adapted_module_names(unet)) + len(adapted_module_names(encoder))
+    assert verify_export(path, inputs["base_model"]) == changed
+    tensors = load_file(path)
+    tensors["text_encoder_2.text_model.nowhere.q_proj.lora_A.weight"] = torch.ones(2, 2)
+    save_file(tensors, path)
+    with pytest.raises(ExportError, match="does not load back"):
         verify_export(path, inputs["base_model"])
 
 

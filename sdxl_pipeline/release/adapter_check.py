@@ -1,0 +1,77 @@
+"""Whether an adapter's file can be used: against models without weights, so that SDXL's are made in seconds and next to no memory."""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from sdxl_pipeline.sdxl.adapter_files import PREFIXES, UNET, AdapterError, AdapterFile, read_header
+from sdxl_pipeline.sdxl.adapters import load_adapter, require_whole
+from sdxl_pipeline.sdxl.base_model import ResolvedModel
+from sdxl_pipeline.sdxl.lycoris import count_lycoris_layers
+
+_FACTORS = (".lora_", ".lokr_", ".hada_")
+
+
+def count_changed_layers(path: Path, base_model: ResolvedModel) -> int:
+    """How many layers of the base model an adapter's file changes, when its users' own loader finds a place for every tensor.
+
+    Numbers must be finite, and some update must not be zero. Raises AdapterError, which says what is wrong.
+    """
+    try:
+        file = read_header(path)
+        models = _models_without_weights(file, base_model)
+        if file.kind == "lycoris":
+            layers = count_lycoris_layers(models[UNET], path)
+        else:
+            with _without_copies():
+                layers = sum(len(names) for names in load_adapter(models, path).values())
+            require_whole(models, path)
+        tensors = load_file(path)
+    except (AdapterError, OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise AdapterError(f"{path} does not load back: {error}") from error
+    if broken := sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()):
+        raise AdapterError(
+            f"{path}: {len(broken)} tensors hold NaN or infinity, as {broken[0]}. The training diverged"
+        )
+    if not _changes_something(tensors):
+        raise AdapterError(f"{path} changes nothing: all its updates are zero")
+    return layers
+
+
+def _models_without_weights(file: AdapterFile, base_model: ResolvedModel) -> dict[str, nn.Module]:
+    """The UNet, and those text encoders that the file has a part for, by prefix."""
+    encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    with torch.device("meta"):
+        config = UNet2DConditionModel.load_config(base_model.config_path, subfolder="unet")
+        models: dict[str, nn.Module] = {UNET: UNet2DConditionModel.from_config(config)}
+        for prefix in PREFIXES[1:]:
+            if any(name.startswith(f"{prefix}.") for name in file.names):
+                folder = Path(base_model.config_path) / prefix
+                models[prefix] = encoders[prefix](CLIPTextConfig.from_pretrained(folder))
+    return models
+
+
+@contextmanager
+def _without_copies() -> Iterator[None]:
+    # torch warns for each tensor that none is copied into a module without weights, which is the point here
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter", category=UserWarning)
+        yield
+
+
+def _changes_something(tensors: dict[str, Tensor]) -> bool:
+    """An update is a product: it is not zero when none of a layer's factors is."""
+    factors: defaultdict[str, list[bool]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        if part := next((part for part in _FACTORS if part in name), None):
+            factors[name.rpartition(part)[0]].append(bool(tensor.any()))
+    return any(map(all, factors.values()))
