@@ -77,7 +77,7 @@ def test_its_target_is_what_the_base_model_predicts(tmp_path, start, settings):
     assert sorted(batch.prior) == [False, False, True, True]
     loss = trainer._loss(batch, 0)
 
-    noisy_latents = trainer.objective.add_noise(batch.latents, batch.noise, batch.timesteps)
+    noisy_latents = trainer.batch_loss.objective.add_noise(batch.latents, batch.noise, batch.timesteps)
     torch.manual_seed(torch.initial_seed())  # the step drew its dropout from it, and none for the base model
     trained = answer(trainer.unet_module, batch, noisy_latents)
     with torch.no_grad():
@@ -86,14 +86,14 @@ def test_its_target_is_what_the_base_model_predicts(tmp_path, start, settings):
     wanted = torch.where(prior, base, batch.noise)
     errors = (trained - wanted).square().mean(dim=(1, 2, 3))
     assert errors.min() > 1e-4
-    expected = (trainer.objective.weights(batch.timesteps) * errors).mean()
+    expected = (trainer.batch_loss.objective.weights(batch.timesteps) * errors).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_asking_the_base_model_leaves_the_adapter_as_it_was(tmp_path, start):
     trainer = stirred(start(spec_of(tmp_path)))
     batch = trainer.batches.read(0)
-    noisy_latents = trainer.objective.add_noise(batch.latents, batch.noise, batch.timesteps)
+    noisy_latents = trainer.batch_loss.objective.add_noise(batch.latents, batch.noise, batch.timesteps)
     before = answer(trainer.unet_module, batch, noisy_latents)
     trainer._loss(batch, 0).backward()
     assert torch.equal(answer(trainer.unet_module, batch, noisy_latents), before)
