@@ -1,0 +1,106 @@
+"""Holds: a training with masks and regularisation pictures, through the stage's own door: white masks train what none would, a stopped run
+goes on bit for bit, and two processes train as one."""
+
+from hashlib import sha256
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from sdxl_pipeline.protocol.program import StageStopped, StopSignal
+from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
+from sdxl_pipeline.stages.train import main
+from tests.encoded_lanes import Silent
+from tests.lanes import SQUARE, WIDE, make_lane, make_spec
+from tests.train_programs import TWO_PROCESSES, losses, on_two_processes, run, with_settings
+from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
+from tests.training.test_loss_weights import masked_lane
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STEPS = 4
+SETTINGS = {
+    "max_train_steps": STEPS,
+    "train_batch_size": 2,
+    "lr_warmup_steps": 0,
+    "masked_loss_probability": 0.8,
+    "prior_loss_weight": 0.5,
+    "lora_dropout": 0.2,
+}
+
+
+def spec_of(folder: Path, run: str = "run") -> TrainSpec:
+    """Four masked pictures and three regularisation ones, in buckets that they share."""
+    folder.mkdir(parents=True, exist_ok=True)
+    buckets = [SQUARE, SQUARE, WIDE, WIDE]
+    subject = masked_lane(make_lane(folder / "subject", "subject", buckets), folder / "masks")
+    people = make_lane(folder / "people", "people", buckets[:3])
+    people = people.model_copy(update={"is_regularisation": True})
+    return make_spec(folder, subject, people, run=run, **SETTINGS)
+
+
+def train(spec: TrainSpec) -> TrainedLora:
+    return main(spec, Silent(), StopSignal())
+
+
+def weights(manifest: TrainedLora) -> dict[str, torch.Tensor]:
+    return load_file(manifest.weights_path)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
+    unbroken = train(spec_of(tmp_path))
+    stop = StopSignal()
+
+    class Stopping(Silent):
+        def progress(self, what: str, done: int, total: int, unit: str) -> None:
+            if done == 2:
+                stop.request()
+
+    again = spec_of(tmp_path, run="stopped")
+    with pytest.raises(StageStopped):
+        main(again, Stopping(), stop)
+    resumed = train(again)
+    assert resumed.resumed_from_step == 2
+    assert resumed.weights_sha256 == unbroken.weights_sha256
+
+
+def test_white_masks_train_what_none_would(tmp_path):
+    lane = make_lane(tmp_path / "lane", buckets=[SQUARE, SQUARE, WIDE])
+    settings = {"max_train_steps": 2, "lr_warmup_steps": 0}
+    plain = train(make_spec(tmp_path, lane, run="plain", **settings))
+    masked = masked_lane(lane, tmp_path / "masks")
+    white = _white(tmp_path / "white.png")
+    pairs = pd.read_parquet(masked.masks.pairs_path)
+    pairs[["mask_path", "mask_key"]] = [white.name, _digest(white)]
+    pairs.to_parquet(tmp_path / "pairs.parquet")
+    update = {"data_dir": str(tmp_path), "pairs_path": str(tmp_path / "pairs.parquet")}
+    masked = masked.model_copy(update={"masks": masked.masks.model_copy(update=update)})
+    same = train(make_spec(tmp_path, masked, run="white", **settings))
+    assert same.identity != plain.identity
+    assert all(torch.equal(tensor, weights(same)[name]) for name, tensor in weights(plain).items())
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
+    # where a gradient is next to nothing, as towards the base model in the first steps, Adam would make much of its last bits
+    alike = {"lora_dropout": 0.0, "optimizer_config": {"eps": 1e-6}}
+    spec = with_settings(spec_of(tmp_path), "one", **alike)
+    one = train(spec)
+    two = run(on_two_processes(with_settings(spec, "two", train_batch_size=1)), *TWO_PROCESSES)
+    assert [loss for _, loss in losses(two)] == pytest.approx(
+        [loss for _, loss in losses(one)], rel=1e-5, abs=1e-8
+    )
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(weights(two)[name], tensor, rtol=0, atol=1e-5)
+
+
+def _white(path: Path) -> Path:
+    Image.new("L", (50, 50), 255).save(path)
+    return path
+
+
+def _digest(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
