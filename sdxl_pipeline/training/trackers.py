@@ -56,6 +56,10 @@ class Trackers:
         """Flush and end."""
         for tracker in self._trackers:
             tracker.finish()
+            if tracker.name == "wandb":
+                import wandb
+
+                wandb.teardown()  # its service would be ended with this program's other children, and complain
 
     def _log_picture(self, name: str, path: str, step: int) -> None:
         if not self._trackers:
@@ -76,15 +80,15 @@ class Trackers:
 def _build(name: str, spec: TrainSpec, identity: str, resumed_at: int) -> GeneralTracker:
     settings = spec.settings
     project, run_name = settings.tracker_project_name or spec.project, settings.tracker_run_name
+    # tensorboard and trackio know runs by their names alone
+    unique = f"{run_name}-{identity[:12]}" if run_name else identity[:12]
     if name == "tensorboard":
         folder = Path(spec.run_dir) / settings.logging_dir
         # purge_step hides what the interrupted session logged past the checkpoint
-        return TensorBoardTracker(run_name or identity[:12], str(folder), purge_step=resumed_at + 1)
+        return TensorBoardTracker(unique, str(folder), purge_step=resumed_at + 1)
     if name == "wandb":
         options: dict[str, Any] = {"id": identity[:32], "resume": "allow", "dir": spec.run_dir}
         return WandBTracker(project, name=run_name or identity[:12], **options)
-    # It knows runs by their names alone, so a name of one's own needs the identity beside it.
-    unique = f"{run_name}-{identity[:12]}" if run_name else identity[:12]
     return TrackioTracker(project, name=unique, resume="allow", embed=False)
 
 

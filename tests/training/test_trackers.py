@@ -40,7 +40,7 @@ def test_tensorboard_gets_metrics_and_pictures_and_a_resumed_run_goes_on(tmp_pat
     resumed.log(rows(4, 8, loss=2.0))
     resumed.close()
 
-    events = EventAccumulator(str(tmp_path / "run" / "logs" / "mine"))
+    events = EventAccumulator(str(tmp_path / "run" / "logs" / "mine-identity"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
         (step, 1.0 if step < 4 else 2.0) for step in range(1, 8)
