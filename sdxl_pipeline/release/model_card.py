@@ -5,9 +5,11 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from sdxl_pipeline.project.sections.adapter import AdapterSettings
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.specs import SPOKEN_KINDS, TrainedLora, ValidationPrompt, WeightsKind
-from sdxl_pipeline.release.portable import portable_name
+from sdxl_pipeline.release.adapter_words import adapter_name, adapter_tags, is_shown
+from sdxl_pipeline.release.portable import portable_name, portable_settings
 from sdxl_pipeline.release.snippet import hub_id, snippet
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 
@@ -15,13 +17,16 @@ LICENCES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}
 """Licences of base models that pass on to what is derived from them, by Hub id."""
 
 _RELATIONS: Mapping[WeightsKind, str] = {"lora": "adapter", "unet": "finetune"}
-_TAGS: Mapping[WeightsKind, tuple[str, ...]] = {"lora": ("lora",), "unet": ()}
 
 SHOWN_SETTINGS = (
     "lora_rank",
     "lora_alpha",
     "lora_dropout",
     "lora_target_modules",
+    "use_dora",
+    "lycoris_config",
+    "init_lokr_norm",
+    "init_lora",
     "learning_rate",
     "text_encoder_lr",
     "lr_scheduler",
@@ -95,13 +100,14 @@ def _front_matter(
             if prompt.negative_prompt:
                 entry["parameters"] = {"negative_prompt": prompt.negative_prompt}
             widget.append(entry)
+    tags = adapter_tags(settings) if lora.weights_kind == "lora" else ()
     return ModelCardData(
         base_model=base,
         base_model_relation=_RELATIONS[lora.weights_kind] if base else None,
         library_name="diffusers",
         license=LICENCES.get(base) if base else None,
         pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers", *_TAGS[lora.weights_kind], "sdxl", "stable-diffusion-xl"],
+        tags=["text-to-image", "diffusers", *tags, "sdxl", "stable-diffusion-xl"],
         instance_prompt=settings.instance_prompt,
         widget=widget or None,
     )
@@ -121,7 +127,7 @@ def _opening(
         what = f"the UNet of {name} with {which} trained further"
         change = "The text encoders and the VAE are the base model's."
     else:
-        what = f"a LoRA of rank {settings.lora_rank} for {name}, trained"
+        what = f"{adapter_name(settings)} for {name}, trained"
         texts = "of both text encoders" if settings.train_text_encoder else "leaves the text encoders alone"
         change = f"It changes {lora.adapted_modules} layers of the UNet and {texts}."
     return (
@@ -151,7 +157,9 @@ def _evaluation(report: Mapping[str, Any], files: Mapping[str, str]) -> str:
 
 
 def _training(settings: TrainingSettings, lora: TrainedLora, files: Mapping[str, str]) -> str:
-    values = settings.model_dump(mode="json") | {"lora_alpha": settings.effective_lora_alpha}
+    values = portable_settings(settings) | {"lora_alpha": settings.effective_lora_alpha}
+    if settings.lora_type == "lycoris":
+        values["lycoris_config"] = settings.lycoris.model_dump_json(exclude_defaults=True)
     rows = [
         ("steps", f"{lora.steps:,}"),
         ("passes over the pictures", f"{lora.epochs:.3g}"),
@@ -159,13 +167,19 @@ def _training(settings: TrainingSettings, lora: TrainedLora, files: Mapping[str,
         *(
             (f"`{name}`", _shown(values[name]))
             for name in SHOWN_SETTINGS
-            if values[name] is not None and not (lora.weights_kind == "unet" and name.startswith("lora_"))
+            if values[name] is not None and _says_something(name, settings, lora)
         ),
     ]
     parts = [_table(("setting", "value"), rows), f"All settings: [{files['settings']}]({files['settings']})."]
     if "loss_curve" in files:
         parts.append(f"![training loss]({files['loss_curve']})")
     return "\n\n".join(parts)
+
+
+def _says_something(name: str, settings: TrainingSettings, lora: TrainedLora) -> bool:
+    if lora.weights_kind == "lora":
+        return is_shown(name, settings)
+    return name not in AdapterSettings.model_fields
 
 
 def _lineage(

@@ -44,10 +44,16 @@ def snippet(
         if base_model.source == BUNDLED_NAME
         else ""
     )
+    lycoris = kind == "lora" and settings.lora_type == "lycoris"
+    lycoris_import = (
+        "from huggingface_hub import hf_hub_download\n"
+        if lycoris and settings.push_to_hub and settings.hub_model_id
+        else ""
+    ) + ("from lycoris import create_lycoris_from_weights  # pip install lycoris-lora\n" if lycoris else "")
     return f"""```python
 import torch
 from diffusers import {imported}
-{base_import}
+{lycoris_import}{base_import}
 device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 {_loading(base_model, settings, kind, weights)}{scheduler}
 image = pipeline(
@@ -72,6 +78,15 @@ def _loading(base_model: ResolvedModel, settings: TrainingSettings, kind: Weight
         return (
             f"unet = UNet2DConditionModel.from_pretrained({source}, subfolder={_literal(weights)}, torch_dtype=dtype){where}\n"
             f"pipeline = StableDiffusionXLPipeline.{loader}({base}, unet=unet, torch_dtype=dtype).to(device)"
+        )
+    if settings.lora_type == "lycoris":
+        # not merge_to: with lycoris-lora 4.1 it applies alpha / rank of a LoKr or LoHa twice
+        file = f"hf_hub_download({source}, {_literal(weights)})" if published else _literal(weights)
+        return (
+            f"pipeline = StableDiffusionXLPipeline.{loader}({base}, torch_dtype=dtype).to(device)\n"
+            f"adapter, _ = create_lycoris_from_weights(1.0, {file}, pipeline.unet){where}\n"
+            "adapter.apply_to()\n"
+            "adapter.to(device, dtype)"
         )
     return (
         f"pipeline = StableDiffusionXLPipeline.{loader}({base}, torch_dtype=dtype).to(device)\n"

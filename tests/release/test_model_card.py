@@ -8,9 +8,12 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.release.model_card import hub_id
+from sdxl_pipeline.sdxl.adapters import save_adapter
 from sdxl_pipeline.sdxl.components import load_unet
 from sdxl_pipeline.store.files import sha256_path
+from tests.sdxl.adapted_unets import KINDS, adapted_unet, output
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
@@ -152,3 +155,40 @@ def test_a_whole_unet_is_released_as_a_folder_that_the_snippet_loads(
     exec(compile(snippet(folder), "snippet", "exec"), {})
     with Image.open(folder / "picture.png") as picture:
         assert picture.size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "tags"),
+    [
+        ("dora", "a DoRA of rank 4 for", {"lora", "dora"}),
+        ("lokr, whole matrices", "a LoKr (LyCORIS) for", {"lycoris", "lokr"}),
+        ("loha and lokr", "a LoHa and LoKr (LyCORIS) for", {"lycoris", "loha", "lokr"}),
+    ],
+)
+def test_every_kind_of_adapter_is_released_with_the_code_that_loads_it(
+    release, inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, words: str, tags: set[str]
+):
+    settings = TrainingSettings.model_validate({**inputs["settings"].model_dump(), **KINDS[kind]})
+    path = tmp_path / "run" / "adapter.safetensors"
+    unet = adapted_unet(inputs["base_model"], settings, steps=1)
+    save_adapter({"unet": unet}, path)
+    digest = sha256_path(path)
+    lora = inputs["lora"].model_copy(update={"weights_path": str(path), "weights_sha256": digest})
+    report = inputs["report"].model_copy(update={"lora_sha256": digest})
+    folder = release(lora=lora, report=report, settings=settings)
+    text = (folder / "README.md").read_text()
+    assert words in text
+    assert tags <= set(front_matter(folder)["tags"])
+    assert ("| `lora_rank` |" in text) == (kind == "dora")
+    assert ("`lycoris_config`" in text) == (kind != "dora")
+
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    exec(compile(snippet(folder), "snippet", "exec"), names)
+    expected = output(unet)
+    torch.testing.assert_close(output(names["pipeline"].unet), expected, rtol=0, atol=1e-4)
+    published = snippet(
+        release(lora=lora, report=report, settings=settings.model_copy(update={"push_to_hub": True}))
+    )
+    assert "someone/zorp" in published
+    compile(published, "snippet", "exec")
