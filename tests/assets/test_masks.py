@@ -1,0 +1,189 @@
+"""Holds: masks in the graph, from multidatabackend.json: pairs, names and overlays are shown, and an edited mask costs a training and no encoding."""
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from PIL import Image, ImageDraw
+
+from resources.storage import read_parquet
+from sdxl_pipeline.definitions import build_definitions
+from sdxl_pipeline.images.fingerprint import project_fingerprint
+from sdxl_pipeline.project.project import load_project
+from tests.assets.test_incremental import InProcessLauncher
+from tests.conftest import DATASET, draw_picture
+
+LANE = ("dataset", "aspect_buckets", "vae_latents", "text_embeds")
+MASKS = {
+    "id": "shape-masks",
+    "dataset_type": "conditioning",
+    "conditioning_type": "mask",
+    "instance_data_dir": "masks",
+}
+
+
+def draw_mask(folder: Path, picture: Path, radius: int = 40) -> Path:
+    """A white disc in the middle of a picture's size, under its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with Image.open(picture) as image:
+        mask = Image.new("L", image.size, 0)
+    x, y = mask.width // 2, mask.height // 2
+    ImageDraw.Draw(mask).ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
+    path = folder / picture.name
+    mask.save(path)
+    return path
+
+
+class Masked:
+    """A project of masked pictures and regularisation pictures, materialized again and again."""
+
+    def __init__(self, instance: dg.DagsterInstance, folder: Path) -> None:
+        self.instance, self.folder = instance, folder
+
+    def run(self, *keys: str) -> dict[str, dict[str, Any]]:
+        """What the assets of these keys, `/`-joined below the project, show, with their data version and checks."""
+        definitions = build_definitions(self.folder.parent)
+        wanted = [dg.AssetKey([self.folder.name, *key.split("/")]) for key in keys]
+        result = dg.materialize(
+            list(definitions.assets or []),
+            selection=dg.AssetSelection.assets(*wanted),
+            resources={**(definitions.resources or {}), "launcher": InProcessLauncher()},
+            instance=self.instance,
+            raise_on_error=False,
+        )
+        shown = {}
+        for key in wanted:
+            events = result.asset_materializations_for_node("__".join(key.path))
+            if events:
+                entries = {name: entry.value for name, entry in events[0].metadata.items()}
+                version = {"version": (events[0].tags or {})["dagster/data_version"]}
+                shown["/".join(key.path[1:])] = entries | version
+        self.checks = {
+            evaluation.check_name: evaluation for evaluation in result.get_asset_check_evaluations()
+        }
+        return shown
+
+    def masks(self) -> dict[str, Any]:
+        shown = self.run("shapes/dataset", "shape_masks/dataset", "shapes/masks")
+        return shown["shapes/masks"] | {"files": shown["shape_masks/dataset"]}
+
+
+@pytest.fixture
+def masked(instance: dg.DagsterInstance, make_project: Callable[..., Path]) -> Masked:
+    config = {"eval_holdout_share": 0, "evaluation_type": "none", "validation_disable": True}
+    folder = make_project(pictures=6, config=config)
+    for picture in sorted((folder / "data").glob("*.png")):
+        draw_mask(folder / "masks", picture)
+    for index in range(20, 23):
+        draw_picture(folder / "people", index)
+    people = {**DATASET, "id": "people", "instance_data_dir": "people", "is_regularisation_data": True}
+    entries = [{**DATASET, "conditioning_data": "shape-masks"}, MASKS, people]
+    (folder / "multidatabackend.json").write_text(json.dumps(entries))
+    return Masked(instance, folder)
+
+
+def test_pairs_are_counted_and_shown_with_their_overlays(masked):
+    shown = masked.masks()
+    assert shown["masked"] == 6
+    jpeg = base64.b64decode(shown["sample"].split("base64,")[1].removesuffix(")"))
+    assert jpeg.startswith(b"\xff\xd8")
+    assert masked.checks["masks_paired"].passed
+    assert masked.checks["may_lack_a_picture"].passed
+    assert (shown["files"]["found"], shown["files"]["kept"]) == (6, 6)
+    pairs = read_parquet(Path(shown["path"]))
+    assert pairs["path"].tolist() == pairs["mask_path"].tolist()
+
+
+def test_a_picture_without_mask_stops_the_training_with_its_name_unless_that_is_meant(masked):
+    (masked.folder / "masks" / "picture_03.png").unlink()
+    draw_mask(masked.folder / "masks", masked.folder / "data" / "picture_00.png").rename(
+        masked.folder / "masks" / "stray.png"
+    )
+    draw_mask(masked.folder / "masks", masked.folder / "data" / "picture_00.png")
+    masked.masks()
+    refused = masked.checks["masks_paired"]
+    assert not refused.passed
+    assert refused.blocking
+    assert "picture_03.png: no mask" in refused.description
+    assert "missing_masks" in refused.description
+    assert "stray.png: mask without picture" in masked.checks["may_lack_a_picture"].description
+    assert not masked.checks["may_lack_a_picture"].blocking
+
+    file = masked.folder / "multidatabackend.json"
+    first, *others = json.loads(file.read_text())
+    file.write_text(json.dumps([{**first, "missing_masks": "unmasked"}, *others]))
+    assert masked.masks()["masked"] == 5
+    assert masked.checks["masks_paired"].passed
+
+
+def test_a_mask_of_another_shape_is_refused_and_a_damaged_one_is_named(masked):
+    Image.new("L", (50, 51), 255).save(masked.folder / "masks" / "picture_01.png")
+    (masked.folder / "masks" / "picture_02.png").write_bytes(b"\x89PNG no more")
+    shown = masked.masks()
+    told = masked.checks["masks_paired"].description
+    assert "picture_01.png: the mask has another shape" in told
+    assert "picture_02.png: no mask" in told
+    assert shown["files"]["kept"] == 5
+    reasons = {record.data["names"] for record in shown["files"]["dropped"].records}
+    assert "picture_02.png" in reasons
+
+
+def test_an_edited_mask_changes_the_pairs_and_a_renamed_pair_does_not(masked):
+    before = masked.masks()["version"]
+    for folder in ("data", "masks"):
+        for path in (masked.folder / folder).glob("picture_04.*"):
+            path.rename(path.with_stem("renamed"))
+    assert masked.masks()["version"] == before
+    draw_mask(masked.folder / "masks", masked.folder / "data" / "renamed.png", radius=20)
+    assert masked.masks()["version"] != before
+
+
+def test_the_sensor_sees_an_edited_mask(masked):
+    before = project_fingerprint(load_project(masked.folder))
+    draw_mask(masked.folder / "masks", masked.folder / "data" / "picture_00.png", radius=11)
+    assert project_fingerprint(load_project(masked.folder)) != before
+
+
+def test_masks_stand_upstream_of_the_training_and_of_no_latents(masked):
+    graph = build_definitions(masked.folder.parent).get_repository_def().asset_graph
+
+    def upstream(*key: str) -> set[dg.AssetKey]:
+        return graph.get(dg.AssetKey(["small", *key])).parent_keys
+
+    masks = dg.AssetKey(["small", "shapes", "masks"])
+    assert masks in upstream("lora")
+    assert upstream("shapes", "masks") == {
+        dg.AssetKey(["small", "shapes", "dataset"]),
+        dg.AssetKey(["small", "shape_masks", "dataset"]),
+    }
+    for stage in LANE:
+        assert masks not in upstream("shapes", stage)
+    assert masks not in upstream("evaluation")
+
+
+@pytest.mark.slow
+def test_an_edited_mask_costs_a_training_and_no_encoding(masked):
+    lanes = [f"{lane}/{stage}" for lane in ("shapes", "people") for stage in LANE]
+    keys = ["base_model", *lanes, "shape_masks/dataset", "shapes/masks", "lora"]
+    first = masked.run(*keys)
+    assert "3 steps" in first["lora"]["summary"]
+    assert first["shapes/vae_latents"]["encoded"] == 6
+    assert first["people/aspect_buckets"]["eval"] == 0
+    assert "reused" in masked.run(*keys)["lora"]["summary"]
+
+    path = draw_mask(masked.folder / "masks", masked.folder / "data" / "picture_00.png", radius=15)
+    edited = masked.run(*keys)
+    assert "3 steps" in edited["lora"]["summary"]
+    assert edited["lora"]["identity"] != first["lora"]["identity"]
+    assert edited["lora"]["sha256"] != first["lora"]["sha256"]
+    for lane in ("shapes", "people"):
+        assert edited[f"{lane}/vae_latents"]["encoded"] == 0
+        assert edited[f"{lane}/vae_latents"]["version"] == first[f"{lane}/vae_latents"]["version"]
+    draw_mask(path.parent, masked.folder / "data" / "picture_00.png")
+    again = masked.run(*keys)
+    assert again["lora"]["identity"] == first["lora"]["identity"]
+    assert "reused" in again["lora"]["summary"]
