@@ -1,14 +1,8 @@
-"""The trainer as a program: killed at any step and run again, it leaves the very LoRA file of an unbroken run; finished, it is reused."""
+"""Holds the trainer as a program: what it leaves and says, reuse, moves, damage, limits, several processes; test_train_killed.py has the rest."""
 
 import hashlib
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,21 +11,18 @@ from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.program import EXIT_STOPPED, StageError, StageStopped, StopSignal
-from sdxl_pipeline.protocol.reporter import Reporter
+from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
 from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.metrics import read_metrics
 from tests.lanes import SQUARE, WIDE, digest, make_lane, make_spec
+from tests.train_programs import TWO_PROCESSES, Listener, losses, on_two_processes, run, with_settings
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
 STEPS = 12
-REPOSITORY = Path(__file__).parents[2]
 
-# Everything that could make a resumed run differ: dropout of adapter and captions, a choice of captions, posterior sampling,
-# accumulation, a schedule, epochs that end in the middle of a step.
+# dropout of adapter and captions, a choice of captions, posterior sampling, accumulation, a schedule, epochs that end within a step
 HARD = {
     "max_train_steps": STEPS,
     "train_batch_size": 1,
@@ -50,69 +41,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def hard_spec(folder: Path, run: str, **settings) -> TrainSpec:
     folder.mkdir(parents=True, exist_ok=True)
     return make_spec(folder, make_lane(folder / "lane", captions=3), run=run, **{**HARD, **settings})
-
-
-def with_settings(spec: TrainSpec, run: str, **settings) -> TrainSpec:
-    values = TrainingSettings(**{**spec.settings.model_dump(), **settings})
-    return spec.model_copy(update={"settings": values, "run_dir": str(Path(spec.run_dir).with_name(run))})
-
-
-def start(spec: TrainSpec, *launcher: str) -> subprocess.Popen[bytes]:
-    spec_path = Path(spec.run_dir).with_suffix(".json")
-    spec_path.write_text(spec.model_dump_json())
-    manifest = spec_path.with_suffix(".manifest.json")
-    command = [sys.executable, *launcher, "-m", "sdxl_pipeline.stages.train", str(spec_path)]
-    return subprocess.Popen(
-        [*command, "--manifest", str(manifest)],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
-def finish(process: subprocess.Popen[bytes]) -> str:
-    return process.communicate(timeout=300)[0].decode()
-
-
-def run(spec: TrainSpec, *launcher: str) -> TrainedLora:
-    process = start(spec, *launcher)
-    output = finish(process)
-    assert process.returncode == 0, output
-    path = Path(spec.run_dir).with_suffix(".manifest.json")
-    return TrainedLora.model_validate_json(path.read_bytes())
-
-
-def kill_on_the_way(spec: TrainSpec, number: int) -> int:
-    """Start the run, send it a signal when a checkpoint chosen by lot is there, and give that checkpoint's step."""
-    step = random.choice(range(2, STEPS - 3, 2))
-    process = start(spec)
-    place = Path(spec.run_dir) / "checkpoints" / f"step-{step:08d}"
-    while not place.exists():
-        assert process.poll() is None, finish(process)
-        time.sleep(0.01)
-    time.sleep(random.random() * 0.2)
-    process.send_signal(number)
-    output = finish(process)
-    expected = EXIT_STOPPED if number == signal.SIGTERM else -number
-    assert process.returncode == expected, f"killed at step {step}: {output}"
-    assert not (Path(spec.run_dir) / "finished.json").exists()
-    return step
-
-
-def losses(manifest: TrainedLora) -> list[tuple[int, float]]:
-    return [(row.step, row.loss) for row in read_metrics(Path(manifest.metrics_path))]
-
-
-class Listener(Reporter):
-    """Keeps what was said."""
-
-    def __init__(self):
-        super().__init__()
-        self.lines: list[str] = []
-
-    def _show_log(self, message: str) -> None:
-        self.lines.append(message)
 
 
 @pytest.fixture(scope="module")
@@ -143,35 +71,26 @@ def test_a_run_trains_and_says_what_it_did(unbroken):
     assert pipeline.get_list_adapters() == {"unet": ["default_0"]}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-def test_a_killed_and_resumed_run_leaves_the_same_bytes(unbroken, number):
-    spec, expected = unbroken
-    # with pictures, which the unbroken run does not draw: they must not change a bit either
-    spec = with_settings(spec, f"killed-{number.name}", **WITH_PICTURES)
-    step = kill_on_the_way(spec, number)
-    # in a process of its own, and in this one, whose memory has seen other runs
-    resumed = run(spec) if number == signal.SIGTERM else main(spec, Listener(), StopSignal())
-    assert resumed.resumed_from_step is not None
-    assert step <= resumed.resumed_from_step < STEPS
-    assert resumed.identity == expected.identity
-    assert Path(resumed.weights_path).read_bytes() == Path(expected.weights_path).read_bytes()
-    assert losses(resumed) == losses(expected)
-    assert [image.step for image in resumed.validation_images] == [0, 3, 6, 9, 12]
-    assert len({Path(image.path).read_bytes() for image in resumed.validation_images}) > 1
-
-
-def test_two_processes_train_as_one_with_twice_the_batch(unbroken):
-    spec, _ = unbroken
-    settings = {"gradient_accumulation_steps": 1, "lora_dropout": 0.0, "max_train_steps": 5, **WITH_PICTURES}
-    one = main(with_settings(spec, "one", **settings, train_batch_size=2), Listener(), StopSignal())
-    two_spec = with_settings(spec, "two", **settings)
-    two_spec = two_spec.model_copy(
-        update={"hardware": two_spec.hardware.model_copy(update={"num_processes": 2})}
+def test_two_processes_train_as_one_with_twice_the_batch_and_neither_starves_on_a_bucket_of_one(tmp_path):
+    lane = make_lane(tmp_path / "lane", buckets=[SQUARE] * 3 + [WIDE])
+    settings = {
+        "train_batch_size": 1,
+        "max_train_steps": 6,
+        "caption_dropout_probability": 0.3,
+        "snr_gamma": 5.0,
+    }
+    spec = make_spec(tmp_path, lane, **settings, **WITH_PICTURES)
+    listener = Listener()
+    one = main(with_settings(spec, "one", train_batch_size=2), listener, StopSignal())
+    assert (
+        "Bucket 96x64 has 1 pictures an epoch; 1 more are taken from its start to fill its last batch."
+        in listener.lines
     )
-    two = run(two_spec, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    assert two.samples == one.samples == 10
+    two = run(on_two_processes(with_settings(spec, "two")), *TWO_PROCESSES)
+    assert two.samples == one.samples == 12
+    assert two.epochs == one.epochs == 2.0
     assert [loss for _, loss in losses(two)] == pytest.approx([loss for _, loss in losses(one)], rel=1e-5)
-    assert [image.step for image in two.validation_images] == [0, 3, 5]
+    assert [image.step for image in two.validation_images] == [0, 3, 6]
     ones, twos = load_file(one.weights_path), load_file(two.weights_path)
     assert ones.keys() == twos.keys()
     for name, tensor in ones.items():
