@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 LAYERS = (ResnetBlock2D, BasicTransformerBlock)
-"""What diffusers' UNets recompute, one at a time."""
+"""What diffusers' UNets recompute, one at a time, but for the first of the middle block."""
 
 
 def enable_checkpointing(unet: UNet2DConditionModel, interval: int | None = None) -> None:
