@@ -227,7 +227,9 @@ def _read_prompts(training: TrainingSettings, folder: Path, problems: list[Probl
         return tuple(prompts)
     for name, entry in content.items():
         fields = {"prompt": entry} if isinstance(entry, str) else entry
-        if not isinstance(fields, Mapping) or not all(isinstance(value, str) for value in fields.values()):
+        if not isinstance(fields, Mapping) or not all(
+            isinstance(fields.get(key, ""), str) for key in ("prompt", "negative_prompt")
+        ):
             problems.append(Problem(path, name, entry, "is not a prompt", f"write {what}"))
             continue
         for key in fields.keys() - {"prompt", "negative_prompt"}:

@@ -1,7 +1,7 @@
 """The looks a training takes at what it has learnt: validation pictures and the eval loss. They change nothing it computes with."""
 
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -118,25 +118,38 @@ class Looks:
         timesteps = eval_timesteps(self._spec.settings.eval_timesteps, len(self._objective.alphas_cumprod))
         batch_size = self._spec.settings.train_batch_size
 
-        def on_batch(_done: int, _total: int) -> None:
-            if self._stop.requested:
-                raise _Stopped
-
         was_training = unet.training
         try:
             pictures = self._pictures or self._read_pictures()
-            return eval_loss(unet, self._objective, pictures, timesteps, batch_size, on_batch)
+            return eval_loss(
+                unet, self._objective, pictures, timesteps, batch_size, lambda *_: self._give_up_if_stopped()
+            )
         finally:
             unet.train(was_training)
 
+    def _give_up_if_stopped(self) -> None:
+        if self._stop.requested:
+            raise _Stopped
+
     def _draw(self, step: int, unet: UNet2DConditionModel, shown: ShownWeights) -> None:
-        draw = partial(draw_pictures, self._spec, unet, self._reader, step, self._folder, self._previews)
+        draw = partial(
+            draw_pictures,
+            self._spec,
+            unet,
+            self._reader,
+            step,
+            self._folder,
+            self._previews,
+            on_step=self._give_up_if_stopped,
+        )
         images = []
-        with closing(shown.drawn(draw)) as drawn:  # so that a stop, too, puts the weights back at once
+        # closed, so that a stop, too, puts the weights back at once
+        with suppress(_Stopped), closing(shown.drawn(draw)) as drawn:
             for image in drawn:
                 images.append(image)
                 self._watch.picture(image)
-                if self._stop.requested:
-                    return
+                self._give_up_if_stopped()
+        if self._stop.requested:
+            return
         self._drawn.add(images)
         self._watch.pictures(images)

@@ -83,10 +83,11 @@ def draw_pictures(
     folder: Path,
     previews: Previews | None = None,
     label: str = "",
+    on_step: Callable[[], None] | None = None,
 ) -> Iterator[ValidationImage]:
     """Draw the planned pictures with the UNet as it stands, one by one, into `folder`, and show them forming through `previews`.
 
-    `label` is added to their names, where other weights of the same step draw them too.
+    `label` is added to their names, where other weights of the same step draw them too. What `on_step`, called after every sampler step, raises ends the drawing.
 
     No text encoder is loaded: the prompts' embeddings come from the text cache. Nothing the training computes with is changed; the
     UNet is in eval mode only while a picture is being drawn.
@@ -104,7 +105,7 @@ def draw_pictures(
         unet.eval()
         try:
             pixels = draw_pixels(
-                pipeline, conditioning, picture.size, picture.seed, settings, on_estimate=forming
+                pipeline, conditioning, picture.size, picture.seed, settings, on_step, forming
             )
         finally:
             unet.train(was_training)

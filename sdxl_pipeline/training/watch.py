@@ -1,5 +1,6 @@
 """What a run tells those who watch it: its page, the trackers and the webhooks."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,9 @@ from sdxl_pipeline.training.metrics import StepMetrics
 from sdxl_pipeline.training.previews import Preview
 from sdxl_pipeline.training.trackers import Trackers
 
+PREVIEW_SECONDS = 2.0
+"""Between two previews of a picture on the run's page and in its log; trackers and webhooks get them all."""
+
 
 class Watch:
     """Tells everyone. Make one on the main process only; as a context manager it also tells how the run begins and what ends it early.
@@ -25,6 +29,7 @@ class Watch:
     ) -> None:
         self._spec, self._reporter = spec, reporter
         self._step, self._total_steps = resumed_at, total_steps
+        self._previewed: tuple[str, int, float] | None = None  # picture, step and time last shown on the page
         config = spec.settings.webhook_config
         try:
             webhooks = load_webhooks(Path(config) if config else None)
@@ -92,7 +97,10 @@ class Watch:
     def preview(self, preview: Preview) -> None:
         """A validation picture is forming."""
         self._step = preview.step
-        self._reporter.image(f"{preview.name}, forming", preview.path, preview.caption, preview.step)
+        now, last = time.monotonic(), self._previewed
+        if last is None or last[:2] != (preview.name, preview.step) or now - last[2] >= PREVIEW_SECONDS:
+            self._previewed = preview.name, preview.step, now
+            self._reporter.image(f"{preview.name}, forming", preview.path, preview.caption, preview.step)
         self._trackers.log_preview(preview)
         text = f"step {preview.step} of {self._total_steps}: {preview.name}: {preview.caption}"
         self._send("validation.preview", text, paths=[preview.path])
