@@ -1,0 +1,166 @@
+"""Holds: the trainer's loss is the objective's, recomputed from the batch; rollouts of 0 steps change no bit; all of it together resumes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
+
+from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
+from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
+from sdxl_pipeline.sdxl.components import latent_scaling_factor
+from sdxl_pipeline.stages.train import main
+from sdxl_pipeline.training.batches import Batch, BatchReader, TrainingBatches
+from sdxl_pipeline.training.corruption import build_corruption
+from sdxl_pipeline.training.order import SampleOrder
+from sdxl_pipeline.training.samples import load_samples
+from sdxl_pipeline.training.scheduled_sampling import RolloutDraw
+from tests.lanes import make_spec
+from tests.train_programs import Listener, losses, run, with_settings
+from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EVERYTHING = {
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "diff2flow_enabled": True,
+    "diff2flow_loss": True,
+    "offset_noise": True,
+    "noise_offset_probability": 0.5,
+    "input_perturbation": 0.1,
+    "input_perturbation_steps": 4,
+    "timestep_bias_strategy": "later",
+    "timestep_bias_multiplier": 2.0,
+    "disable_segmented_timestep_sampling": False,
+    "scheduled_sampling_max_step_offset": 3,
+    "scheduled_sampling_ramp_steps": 3,
+    "scheduled_sampling_prob_end": 1.0,
+}
+
+
+def train(spec: TrainSpec, stop: StopSignal | None = None) -> TrainedLora:
+    return main(spec, Listener(), stop or StopSignal())
+
+
+def batches_of(spec: TrainSpec) -> TrainingBatches:
+    samples = load_samples(spec.lanes, "train")
+    (lane,) = spec.lanes
+    settings = spec.settings
+    return TrainingBatches(
+        SampleOrder(samples, {lane.dataset_id: 1.0}, settings.seed, settings.train_batch_size, 1),
+        BatchReader(spec.lanes),
+        latent_scaling_factor(spec.base_model),
+        build_corruption(settings, 1000),
+    )
+
+
+def answer_of(spec: TrainSpec, batch: Batch, noisy: torch.Tensor) -> torch.Tensor:
+    """The base model's, which an adapter does not change before its first step."""
+    unet = UNet2DConditionModel.from_pretrained(spec.base_model.path, subfolder="unet")
+    added = {"text_embeds": batch.pooled_prompt_embeds, "time_ids": batch.time_ids}
+    with torch.no_grad():
+        return unet(noisy, batch.timesteps, batch.prompt_embeds, added_cond_kwargs=added).sample
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"snr_gamma": 5.0},
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+        {
+            "loss_type": "huber",
+            "input_perturbation": 0.3,
+            "offset_noise": True,
+            "noise_offset_probability": 1,
+        },
+    ],
+    ids=["plain", "min-SNR", "v with zero SNR", "huber of a perturbed input"],
+)
+def test_the_first_loss_is_recomputed_from_its_batch(tmp_path: Path, settings):
+    spec = make_spec(tmp_path, max_train_steps=1, **settings)
+    ((_, loss),) = losses(train(spec))
+
+    batch = batches_of(spec).read(0)
+    rescaled = settings.get("rescale_betas_zero_snr", False)
+    config = {**DDPMScheduler.load_config(spec.base_model.path, subfolder="scheduler")}
+    scheduler = DDPMScheduler.from_config(config, rescale_betas_zero_snr=rescaled)
+    noise = batch.noise if batch.perturbed_noise is None else batch.perturbed_noise
+    answer = answer_of(spec, batch, scheduler.add_noise(batch.latents, noise, batch.timesteps))
+    target = batch.noise
+    if "prediction_type" in settings:
+        target = scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
+    abar = scheduler.alphas_cumprod[batch.timesteps][:, None, None, None]
+    errors = (answer - target) ** 2
+    if "loss_type" in settings:
+        c = (1 - 0.1) / (1 + ((1 - abar) / abar).sqrt()) ** 2 + 0.1
+        errors = 2 * c * ((errors + c**2).sqrt() - c)
+    weights = (5 * (1 - abar) / abar).clamp(max=1) if "snr_gamma" in settings else torch.ones(())
+    assert loss == pytest.approx((weights * errors).mean().item(), rel=2e-6)
+
+
+def test_rollouts_of_no_step_are_plain_training_bit_for_bit(tmp_path: Path, monkeypatch):
+    settings = {"max_train_steps": 3, "lora_dropout": 0.2, "snr_gamma": 5.0}
+    spec = make_spec(tmp_path, run="plain", **settings)
+    plain = train(spec)
+    rolling = {"scheduled_sampling_max_step_offset": 4, "scheduled_sampling_probability": 1.0}
+    rolled = train(with_settings(spec, "rolled", **rolling))
+    assert losses(rolled) != losses(plain)
+
+    monkeypatch.setattr(RolloutDraw, "_offset", lambda *_: 0)
+    still = train(with_settings(spec, "still", **rolling))
+    assert losses(still) == losses(plain)
+    ones, others = load_file(plain.weights_path), load_file(still.weights_path)
+    assert all(torch.equal(tensor, others[name]) for name, tensor in ones.items())
+
+
+class StopAt(Listener):
+    """Asks to stop when a step is done."""
+
+    def __init__(self, step: int, stop: StopSignal):
+        super().__init__()
+        self.step, self.stop = step, stop
+
+    def progress(self, task: str, done: int, total: int, unit: str = "") -> None:
+        if done == self.step:
+            self.stop.request()
+
+
+def test_everything_at_once_trains_stops_and_goes_on_to_the_same_bits(tmp_path: Path):
+    settings = {"max_train_steps": 5, "train_batch_size": 2, "gradient_accumulation_steps": 2}
+    spec = make_spec(tmp_path, run="unbroken", lora_dropout=0.2, **settings, **EVERYTHING)
+    read = [batches_of(spec).read(index) for index in range(10)]
+    assert any(batch.rollouts for batch in read)
+    assert [batch.perturbed_noise is not None for batch in read] == [True] * 8 + [False] * 2
+
+    unbroken = train(spec)
+    stop = StopSignal()
+    with pytest.raises(StageStopped):
+        main(with_settings(spec, "broken"), StopAt(2, stop), stop)
+    resumed = train(with_settings(spec, "broken"))
+    assert resumed.resumed_from_step == 2
+    assert losses(resumed) == losses(unbroken)
+    assert Path(resumed.weights_path).read_bytes() == Path(unbroken.weights_path).read_bytes()
+
+
+@pytest.mark.slow
+def test_everything_at_once_on_two_processes_as_on_one(tmp_path: Path):
+    settings = {"max_train_steps": 3, "train_batch_size": 2}
+    spec = make_spec(tmp_path, run="one", **settings, **EVERYTHING)
+    one = train(spec)
+    two_spec = with_settings(spec, "two", train_batch_size=1)
+    two_spec = two_spec.model_copy(
+        update={"hardware": two_spec.hardware.model_copy(update={"num_processes": 2})}
+    )
+    two = run(two_spec, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    assert [loss for _, loss in losses(two)] == pytest.approx([loss for _, loss in losses(one)], rel=1e-5)
+    ones, twos = load_file(one.weights_path), load_file(two.weights_path)
+    for name, tensor in ones.items():
+        torch.testing.assert_close(twos[name], tensor, rtol=0, atol=1e-5)
+
+
+def test_a_base_model_that_predicts_noise_is_not_trained_with_zero_terminal_snr(tmp_path: Path):
+    with pytest.raises(StageError, match="v_prediction"):
+        train(make_spec(tmp_path, max_train_steps=1, rescale_betas_zero_snr=True))
