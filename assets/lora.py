@@ -1,6 +1,6 @@
 """The training: one LoRA per identity of inputs and settings, resumed when it was interrupted, reused when it is finished."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from resources.webhook import WebhookResource
 from sdxl_pipeline.images.fingerprint import METADATA_ENTRY, project_fingerprint
 from sdxl_pipeline.project.precedence import resolve_hardware, resolve_settings
 from sdxl_pipeline.project.project import Project
-from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
+from sdxl_pipeline.protocol.specs import TrainedLora, TrainingLane, TrainSpec
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.sdxl.initial_adapter import with_initial_adapter
 from sdxl_pipeline.store.files import write_text_atomic
@@ -113,7 +113,9 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
         yield dg.MaterializeResult(
             value=result,
             data_version=dg.DataVersion(result.weights_sha256),
-            metadata=_metadata(result) | {METADATA_ENTRY: project_fingerprint(project, seen)},
+            metadata=_metadata(result)
+            | _uses(spec.lanes)
+            | {METADATA_ENTRY: project_fingerprint(project, seen)},
             check_results=checks.check_lora(result),
         )
 
@@ -123,6 +125,13 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
 def read_training_spec(lora: TrainedLora) -> TrainSpec:
     """The spec that made these weights."""
     return TrainSpec.model_validate_json((Path(lora.run_dir) / SPEC_FILE).read_text(encoding="utf-8"))
+
+
+def _uses(lanes: Sequence[TrainingLane]) -> dict[str, Any]:
+    """The datasets that are masked, and those that are regularisation."""
+    masked = ", ".join(lane.dataset_id for lane in lanes if lane.masks)
+    preserved = ", ".join(lane.dataset_id for lane in lanes if lane.is_regularisation)
+    return present({"masked_datasets": masked or None, "regularisation_datasets": preserved or None})
 
 
 def _summary(result: TrainedLora) -> str:

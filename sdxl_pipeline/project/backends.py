@@ -20,6 +20,7 @@ from sdxl_pipeline.project.mask_links import (
     check_mask_entry,
     check_mask_links,
     check_picture_entry,
+    idle_mask_settings,
     mask_source,
 )
 from sdxl_pipeline.project.problems import NO_VALUE, Problem
@@ -72,6 +73,9 @@ def read_datasets(path: Path, folder: Path, training: TrainingSettings, config_f
         if not _is_true(named.get("disabled", named.get("disable", False))):
             _read_entry(raw, named, f"{where}.", path, folder, training, config_file, reading)
     _check_together(seen, path, reading)
+    reading.warnings += [
+        f"{config_file.name}: {idle}" for idle in idle_mask_settings(training, reading.images)
+    ]
     return reading
 
 

@@ -5,6 +5,7 @@ from typing import Final, NamedTuple
 
 from sdxl_pipeline.project.dataset_checks import Finding
 from sdxl_pipeline.project.datasets import ImageDataset
+from sdxl_pipeline.project.sections.masks import MaskSettings
 
 GEOMETRY: Final = (
     "resolution",
@@ -128,6 +129,14 @@ def check_mask_links(
             "is true for every dataset, so that there would be nothing to learn",
             "leave it out for the pictures that are to be learned",
         )
+
+
+def idle_mask_settings(training: MaskSettings, images: Sequence[ImageDataset]) -> Iterator[str]:
+    """Settings of masks and regularisation that have no effect, since no dataset has any."""
+    if training.masked_loss_probability != 1 and not any(each.conditioning_data for each in images):
+        yield f"masked_loss_probability = {training.masked_loss_probability:g} has no effect: no dataset has conditioning_data"
+    if training.prior_loss_weight != 1 and not any(each.is_regularisation_data for each in images):
+        yield f"prior_loss_weight = {training.prior_loss_weight:g} has no effect: no dataset has is_regularisation_data"
 
 
 def _check_users(

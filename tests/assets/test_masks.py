@@ -10,7 +10,9 @@ import dagster as dg
 import pytest
 from PIL import Image, ImageDraw
 
+from assets.aspect_buckets import holdout_share
 from resources.storage import read_parquet
+from sdxl_pipeline.cli import main
 from sdxl_pipeline.definitions import build_definitions
 from sdxl_pipeline.images.fingerprint import project_fingerprint
 from sdxl_pipeline.project.project import load_project
@@ -165,12 +167,30 @@ def test_masks_stand_upstream_of_the_training_and_of_no_latents(masked):
     assert masks not in upstream("evaluation")
 
 
+def test_regularisation_pictures_are_not_held_out(masked):
+    config = masked.folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "eval_holdout_share": 0.25}))
+    project = load_project(masked.folder)
+    assert [holdout_share(project, dataset) for dataset in project.datasets] == [0.25, 0.0]
+
+
+def test_the_doctor_says_what_each_dataset_is_for(masked, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["doctor", str(masked.folder)]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.split()}
+    assert "train, masked by shape-masks" in lines["shapes"]
+    assert "preserve" in lines["people"]
+    assert "mask" in lines["shape-masks"].removeprefix(" shape-masks")
+
+
 @pytest.mark.slow
 def test_an_edited_mask_costs_a_training_and_no_encoding(masked):
     lanes = [f"{lane}/{stage}" for lane in ("shapes", "people") for stage in LANE]
     keys = ["base_model", *lanes, "shape_masks/dataset", "shapes/masks", "lora"]
     first = masked.run(*keys)
     assert "3 steps" in first["lora"]["summary"]
+    assert first["lora"]["masked_datasets"] == "shapes"
+    assert first["lora"]["regularisation_datasets"] == "people"
     assert first["shapes/vae_latents"]["encoded"] == 6
     assert first["people/aspect_buckets"]["eval"] == 0
     assert "reused" in masked.run(*keys)["lora"]["summary"]

@@ -61,6 +61,15 @@ def test_masks_that_nobody_names_are_told(write_project):
     assert "no dataset names it in conditioning_data" in warning
 
 
+def test_settings_of_what_is_not_there_are_told(write_project):
+    config = {"masked_loss_probability": 0.5, "prior_loss_weight": 2}
+    warnings = load_project(write_project(config, [PICTURES])).warnings
+    assert len(warnings) == 2
+    assert all("has no effect" in warning for warning in warnings)
+    people = {**PICTURES, "id": "people", "is_regularisation_data": True}
+    assert not load_project(write_project(config, [MASKED, MASKS, people])).warnings
+
+
 @pytest.mark.parametrize(
     ("entries", "key", "words"),
     [
