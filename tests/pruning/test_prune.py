@@ -272,6 +272,26 @@ def test_tables_that_no_manifest_and_no_spec_names_go_once_they_are_old(world: W
     assert all(path.exists() for path in (named, by_run, young, other))
 
 
+def test_what_a_dataset_of_masks_leaves_stays_while_it_is_one(world: World):
+    folder = world.project("small", dataset={"conditioning_data": "disc-masks"})
+    file = folder / "multidatabackend.json"
+    masks = {"dataset_type": "conditioning", "conditioning_type": "mask", "instance_data_dir": "masks"}
+    entries = [*json.loads(file.read_text()), {"id": "disc-masks", **masks}]
+    file.write_text(json.dumps(entries))
+    work = world.places.work / "small" / "disc_masks" / "dataset"
+    value = world.places.values / "small" / "disc_masks"
+    for place in (work, value):
+        place.mkdir(parents=True)
+        (place / "scan.parquet").write_bytes(b"x")
+    superseded = world.table("small", f"masks-{digest(1)[:16]}")
+    assert kinds(world.prune()) == {"superseded tables": 1}
+    assert not superseded.exists()
+    file.write_text(json.dumps([{**entries[0], "conditioning_data": None}]))
+    assert kinds(world.prune()) == {"gone datasets": 2}
+    assert not work.exists()
+    assert not value.exists()
+
+
 def test_downloads_that_no_dataset_reads_go(world: World):
     folder = world.project(
         "small",
