@@ -27,6 +27,7 @@ from resources.webhook import WebhookResource
 from sdxl_pipeline.images.fingerprint import METADATA_ENTRY, project_fingerprint
 from sdxl_pipeline.project.precedence import resolve_hardware, resolve_settings
 from sdxl_pipeline.project.project import Project
+from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.specs import TrainedLora, TrainingLane, TrainSpec
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.sdxl.initial_adapter import with_initial_adapter
@@ -115,6 +116,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
             data_version=dg.DataVersion(result.weights_sha256),
             metadata=_metadata(result)
             | _uses(spec.lanes)
+            | _objective(settings)
             | {METADATA_ENTRY: project_fingerprint(project, seen)},
             check_results=checks.check_lora(result),
         )
@@ -132,6 +134,12 @@ def _uses(lanes: Sequence[TrainingLane]) -> dict[str, Any]:
     masked = ", ".join(lane.dataset_id for lane in lanes if lane.masks)
     preserved = ", ".join(lane.dataset_id for lane in lanes if lane.is_regularisation)
     return present({"masked_datasets": masked or None, "regularisation_datasets": preserved or None})
+
+
+def _objective(settings: TrainingSettings) -> dict[str, Any]:
+    """What is taught other than by default."""
+    changed = [(key, str(value)) for key, value in settings.changed_objective.items()]
+    return present({"objective": figures_table(("setting", "value"), changed) if changed else None})
 
 
 def _summary(result: TrainedLora) -> str:

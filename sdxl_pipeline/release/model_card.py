@@ -166,7 +166,7 @@ def _training(settings: TrainingSettings, lora: TrainedLora, files: Mapping[str,
         ("trainable parameters", f"{lora.trainable_parameters:,}"),
         *(
             (f"`{name}`", _shown(values[name]))
-            for name in SHOWN_SETTINGS
+            for name in dict.fromkeys((*SHOWN_SETTINGS, *settings.changed_objective))
             if values[name] is not None and _says_something(name, settings, lora)
         ),
     ]
