@@ -1,6 +1,7 @@
 """Holds: a regularisation picture is trained towards the UNet without its adapter; all others are trained as if it were not there."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +60,38 @@ def answer(unet: torch.nn.Module, batch: Any, noisy_latents: torch.Tensor) -> to
     ).sample
 
 
-def test_its_loss_is_exactly_zero_before_the_first_step_and_so_is_its_gradient(tmp_path, start):
-    trainer = start(spec_of(tmp_path, prior=(SUBJECT, PRIOR)))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"loss_type": "huber", "huber_schedule": "snr"},
+        {"diff2flow_enabled": True, "diff2flow_loss": True},
+        {"train_text_encoder": True},
+    ],
+    ids=lambda settings: next(iter(settings), "plain"),
+)
+def test_its_loss_is_exactly_zero_before_the_first_step_and_so_is_its_gradient(tmp_path, start, settings):
+    trainer = start(spec_of(tmp_path, prior=(SUBJECT, PRIOR), **settings))
     loss = trainer._loss(trainer.batches.read(0), 0)
     assert loss.item() == 0.0
     loss.backward()
     assert all((parameter.grad == 0).all() for parameter in trainer.parameters.values())
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"use_dora": True}, {"lora_dropout": 0.3}, {"snr_gamma": 5.0}], ids=str
-)
+LOKR = {
+    "lora_type": "lycoris",
+    "lycoris_config": {"algo": "lokr", "factor": 4, "apply_preset": {"target_module": ["Attention"]}},
+}
+KINDS = [
+    {},
+    {"use_dora": True},
+    LOKR,
+    {"lora_dropout": 0.3},
+    {"snr_gamma": 5.0},
+]
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=lambda settings: next(iter(settings), "lora"))
 def test_its_target_is_what_the_base_model_predicts(tmp_path, start, settings):
     spec = spec_of(tmp_path, **settings)
     trainer = stirred(start(spec))
@@ -104,35 +126,32 @@ def test_asking_the_base_model_leaves_the_adapter_as_it_was(tmp_path, start):
 
 def test_other_pictures_are_trained_as_ever(tmp_path, start):
     plain, mixed = (stirred(start(spec_of(tmp_path, prior=prior))) for prior in ((), (PRIOR,)))
-    assert mixed.batches.read(0).prior != ()
+    prior = mixed.batches.read(0).prior
     assert plain.batches.read(0).prior == ()
-    batch = mixed.batches.read(0)
-    losses = []
-    for trainer in (plain, mixed):
-        one = trainer.batches.read(0)
-        weights = torch.tensor([0.0 if prior else 1.0 for prior in batch.prior])[:, None, None, None]
-        object.__setattr__(one, "loss_weights", weights)
-        losses.append(trainer._loss(one, 0))
+    others = torch.tensor([float(not each) for each in prior])[:, None, None, None]
+    losses = [
+        trainer._loss(replace(trainer.batches.read(0), loss_weights=others), 0) for trainer in (plain, mixed)
+    ]
+    assert losses[0] > 0
     assert torch.equal(*losses)
 
 
+def loss_of(trainer: Trainer) -> torch.Tensor:
+    return trainer._loss(trainer.batches.read(0), 0)
+
+
 def test_a_weight_counts_its_loss_and_no_other(tmp_path, start):
-    losses = {
-        weight: stirred(start(spec_of(tmp_path, prior_loss_weight=weight)))._loss(
-            start(spec_of(tmp_path, prior_loss_weight=weight)).batches.read(0), 0
-        )
-        for weight in (1.0, 2.0, 4.0)
-    }
-    torch.testing.assert_close(losses[4.0] - losses[2.0], 2 * (losses[2.0] - losses[1.0]))
-    assert losses[2.0] > losses[1.0]
+    trainer = stirred(start(spec_of(tmp_path, prior_loss_weight=3.0)))
+    batch = trainer.batches.read(0)
+    assert batch.loss_weights.flatten().tolist() == [3.0 if prior else 1.0 for prior in batch.prior]
+    parts = []
+    for counted in (True, False):
+        weights = torch.tensor([float(prior is counted) for prior in batch.prior])[:, None, None, None]
+        parts.append(trainer._loss(replace(batch, loss_weights=weights), 0))
+    torch.testing.assert_close(loss_of(trainer), 3 * parts[0] + parts[1])
 
 
 def test_where_the_unet_itself_is_trained_its_pictures_keep_their_own_target(tmp_path, start):
     full = {"model_type": "full", "prior_loss_weight": 1.0}
-    losses = [
-        start(spec_of(tmp_path, prior=prior, **full))._loss(
-            start(spec_of(tmp_path, prior=prior, **full)).batches.read(0), 0
-        )
-        for prior in ((), (PRIOR,))
-    ]
+    losses = [loss_of(start(spec_of(tmp_path, prior=prior, **full))) for prior in ((), (PRIOR,))]
     assert torch.equal(*losses)
