@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from sdxl_pipeline.project.acceleration_checks import check_acceleration, idle_acceleration
 from sdxl_pipeline.project.adapter_checks import check_adapter, idle_adapter_settings
 from sdxl_pipeline.project.dataset_checks import Finding
 from sdxl_pipeline.project.objective_checks import check_objective, idle_objective
@@ -16,6 +17,7 @@ def check_training(training: TrainingSettings) -> Iterator[Finding]:
     yield from check_adapter(training)
     yield from check_optimisation(training)
     yield from check_objective(training)
+    yield from check_acceleration(training)
     steps = training.max_train_steps
     if steps is not None and training.num_train_epochs is not None:
         yield Finding(
@@ -40,6 +42,7 @@ def idle_settings(training: TrainingSettings) -> Iterator[str]:
     yield from advise_on_optimisation(training)
     yield from idle_adapter_settings(training)
     yield from idle_objective(training)
+    yield from idle_acceleration(training)
     if training.lr_scheduler == "constant" and training.lr_warmup_steps > 0:
         yield (
             f"lr_warmup_steps = {training.lr_warmup_steps} has no effect with lr_scheduler constant; "

@@ -28,7 +28,7 @@ BaseModelPrecision = Literal[
     "fp8wo-torchao",
     "nf4-bnb",
 ]
-AttentionMechanism = Literal["diffusers"]
+AttentionMechanism = Literal["diffusers", "xformers", "flash-attn-2", "flex"]
 
 GIB = 1024**3
 
@@ -110,6 +110,10 @@ class Hardware(BaseModel):
                 raise ValueError(
                     f"{key} {getattr(self, key)!r} cannot be had on device 'mps', which has no 8-bit floats; write 'int8-quanto'"
                 )
+        if self.device != "cuda" and self.attention_mechanism != "diffusers":
+            raise ValueError(
+                f"attention_mechanism {self.attention_mechanism!r} has kernels for device 'cuda' only; on {self.device!r} write 'diffusers'"
+            )
         if self.device == "cpu" and self.mixed_precision == "fp16":
             raise ValueError(
                 "mixed_precision 'fp16' needs a GPU's loss scaling; on device 'cpu' write 'no' or 'bf16'"

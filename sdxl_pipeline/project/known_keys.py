@@ -70,7 +70,7 @@ TRAINING: Final = Vocabulary(
             push_checkpoints_to_hub
             validation_using_datasets
             slider_lora_target enable_nsfw_check optimizer_release_gradients
-            optimizer_offload_gradients fuse_optimizer fsdp_enable ramtorch enable_group_offload quantize_activations
+            optimizer_offload_gradients fuse_optimizer fsdp_cpu_offload fsdp_activation_checkpointing ramtorch enable_group_offload quantize_activations
             enable_watermark""",
         ),
         **_off(
@@ -95,7 +95,6 @@ TRAINING: Final = Vocabulary(
         "init_lora_step": Later((None, 0)),
         "init_lora_ema": Later((None, "")),
         "peft_lora_mode": Later(("standard",)),
-        "dynamo_backend": Later(("no", None)),
         "context_parallel_size": Later((1, None)),
         "sdxl_validation_pipeline_mode": Later(("trained-stage", None)),
         "validation_method": Later(("simpletuner-local", None)),
@@ -128,10 +127,6 @@ TRAINING: Final = Vocabulary(
         "validation_noise_scheduler": _names("perflow"),
         "vae_dtype": _names("fp16"),
         "prediction_type": _names("flow_matching"),
-        "attention_mechanism": _names(
-            """xformers sageattention sageattention-int8-fp16-triton sageattention-int8-fp16-cuda sageattention-int8-fp8-cuda
-            flash flash-attn flash-attn-2 flash-attn-3 flash-attention-2 flash-attention-3 flex sla"""
-        ),
         "report_to": _names("simpletuner swanlab comet_ml custom-tracker all"),
         "caption_strategy": _names("webshart"),
         "disk_low_action": _names("script"),
@@ -176,14 +171,6 @@ TRAINING: Final = Vocabulary(
             urepa_warmup_steps urepa_decay_steps urepa_lambda_end urepa_power urepa_cutoff_step urepa_similarity_threshold
             urepa_similarity_ema_decay urepa_threshold_mode""",
         ),
-        **_tunes(
-            "dynamo_backend", "dynamo_mode dynamo_fullgraph dynamo_dynamic dynamo_use_regional_compilation"
-        ),
-        **_tunes(
-            "fsdp_enable",
-            """fsdp_version fsdp_reshard_after_forward fsdp_state_dict_type fsdp_cpu_ram_efficient_loading fsdp_auto_wrap_policy
-            fsdp_limit_all_gathers fsdp_cpu_offload fsdp_activation_checkpointing fsdp_transformer_layer_cls_to_wrap""",
-        ),
         **_tunes("context_parallel_size", "context_parallel_comm_strategy"),
         **_tunes(
             "num_machines",
@@ -216,7 +203,8 @@ TRAINING: Final = Vocabulary(
         debug_aspect_buckets debug_dataset_loader delete_invalid_checkpoints delete_model_after_load diffusion_blocks_config
         disable_benchmark disable_bucket_pruning disable_tf32 enable_chunked_feed_forward
         enable_multiprocessing ema_cpu_only ema_foreach_disable eval_dataset_pooling feed_forward_chunk_size freeze_encoder_after freeze_encoder_before freeze_encoder_strategy save_text_encoder
-        text_encoder_limit find_unused_parameters framerate
+        text_encoder_limit fsdp_auto_wrap_policy fsdp_cpu_ram_efficient_loading fsdp_limit_all_gathers fsdp_state_dict_type
+        fsdp_transformer_layer_cls_to_wrap find_unused_parameters framerate
         fully_unload_text_encoder fuse_qkv_projections fused_qkv_projections i_know_what_i_am_doing ignore_missing_files
         image_processing_batch_size inference_scheduler_timestep_spacing keep_vae_loaded
         max_grounding_entities max_workers merge_environment_config metadata_update_interval model_card_safe_for_work

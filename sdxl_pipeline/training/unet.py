@@ -13,6 +13,8 @@ from sdxl_pipeline.protocol.specs import TrainSpec
 from sdxl_pipeline.sdxl.activation_checkpointing import enable_checkpointing
 from sdxl_pipeline.sdxl.adapter_start import has_text_part, start_from_file
 from sdxl_pipeline.sdxl.adapters import UNET, AdapterError, add_adapter
+from sdxl_pipeline.sdxl.attention_kernels import AttentionKernelError, use_attention_kernel
+from sdxl_pipeline.sdxl.compilation import compile_unet
 from sdxl_pipeline.sdxl.components import load_unet
 from sdxl_pipeline.sdxl.precision import PrecisionError, dtype_from_name, quantize_model
 from sdxl_pipeline.training.draws import seed_for
@@ -42,8 +44,7 @@ def trainable_unet(
             start_from_file({UNET: unet, **(encoders if held else {})}, Path(settings.init_lora))
     except (AdapterError, PrecisionError) as error:
         raise StageError(f"config.json: {error}") from error
-    if settings.gradient_checkpointing:
-        enable_checkpointing(unet, settings.gradient_checkpointing_interval)
+    _prepare_passes(unet, spec)
     return unet
 
 
@@ -53,6 +54,26 @@ def full_unet(spec: TrainSpec) -> UNet2DConditionModel:
     unet: UNet2DConditionModel = load_unet(spec.base_model, trainable_dtype(settings))
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(settings.layer_freeze_strategy is None or name.endswith(".bias"))
+    _prepare_passes(unet, spec)
+    return unet
+
+
+def _prepare_passes(unet: UNet2DConditionModel, spec: TrainSpec) -> None:
+    """How the UNet computes: its attention, what it recomputes, what is compiled."""
+    settings = spec.settings
+    try:
+        use_attention_kernel(
+            unet, settings.attention_mechanism or "diffusers", torch.device(spec.hardware.device)
+        )
+    except AttentionKernelError as error:
+        raise StageError(f"config.json: attention_mechanism: {error}") from error
     if settings.gradient_checkpointing:
         enable_checkpointing(unet, settings.gradient_checkpointing_interval)
-    return unet
+    compile_unet(
+        unet,
+        settings.dynamo_backend,
+        regional=settings.dynamo_use_regional_compilation,
+        mode=settings.dynamo_mode,
+        fullgraph=settings.dynamo_fullgraph,
+        dynamic=settings.dynamo_dynamic,
+    )

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from sdxl_pipeline.project.hardware import BaseModelPrecision
+from sdxl_pipeline.project.hardware import AttentionMechanism, BaseModelPrecision
 from sdxl_pipeline.project.settings_model import BadValueError, Count, SettingsModel, none_for_zero
 
 _INFERENCE = (
@@ -21,6 +21,15 @@ _REFUSED_PRECISIONS = {
     "fp8-transformerengine": "needs NVIDIA's Transformer Engine, which this project does not use",
 }
 
+_FLASH = ("flash", "flash-attn", "flash-attention-2")
+_NO_GRADIENT = "has a forward pass only: no gradient comes back through it"
+_REFUSED_KERNELS = {
+    "flash-attn-3": f"as diffusers calls it {_NO_GRADIENT}",
+    "flash-attention-3": f"as diffusers calls it {_NO_GRADIENT}",
+    "sla": "attends to part of the picture, which changes the model",
+}
+_CUDA_GRAPHS = "replays CUDA graphs, which expect every tensor where it was, and buckets and validation pictures move them"
+
 
 class MemorySettings(SettingsModel):
     """Speed and memory; a hardware profile may set these."""
@@ -31,8 +40,25 @@ class MemorySettings(SettingsModel):
     gradient_checkpointing: bool | None = Field(
         None, description="Recompute activations in the backward pass: less memory, slower."
     )
-    attention_mechanism: Literal["diffusers"] | None = Field(
-        None, description="Attention kernel: diffusers is PyTorch's scaled_dot_product_attention."
+    attention_mechanism: AttentionMechanism | None = Field(
+        None,
+        description="Attention kernel. diffusers: PyTorch's scaled_dot_product_attention; xformers and flash-attn-2 need their packages, flex needs dynamo_backend inductor, and all three a GPU.",
+    )
+    dynamo_backend: Literal["no", "inductor", "eager"] = Field(
+        "no",
+        description="torch.compile for the UNet: faster steps after a first one that takes minutes. eager only traces, to find what breaks.",
+    )
+    dynamo_mode: Literal["default", "max-autotune-no-cudagraphs"] | None = Field(
+        None, description="How long inductor searches for the fastest kernels; not set: default."
+    )
+    dynamo_fullgraph: bool = Field(False, description="Fail where torch.compile would leave a gap.")
+    dynamo_dynamic: bool | None = Field(
+        None,
+        description="Compile for any size at once (true) or for each (false). Not set: for any from the second size on.",
+    )
+    dynamo_use_regional_compilation: bool = Field(
+        True,
+        description="Compile the transformer blocks alone, one for all: the first step comes after a fraction of the time.",
     )
     gradient_checkpointing_interval: Count | None = Field(
         None,
@@ -66,6 +92,23 @@ class MemorySettings(SettingsModel):
             raise BadValueError(
                 f"{value} {reason}", "write int8-quanto, int8-torchao, fp8wo-torchao or nf4-bnb"
             )
+        return value
+
+    @field_validator("attention_mechanism", mode="before")
+    @classmethod
+    def _kernel_can_be_trained_through(cls, value: Any) -> Any:
+        reason = _REFUSED_KERNELS.get(str(value))
+        if str(value).startswith("sageattention"):
+            reason = _NO_GRADIENT
+        if reason:
+            raise BadValueError(f"{value} {reason}", "write diffusers, xformers or flash-attn-2")
+        return "flash-attn-2" if value in _FLASH else value
+
+    @field_validator("dynamo_mode", mode="before")
+    @classmethod
+    def _mode_leaves_tensors_free(cls, value: Any) -> Any:
+        if value in ("reduce-overhead", "max-autotune"):
+            raise BadValueError(f"{value} {_CUDA_GRAPHS}", "write max-autotune-no-cudagraphs or default")
         return value
 
     @field_validator("vae_dtype", mode="before")
