@@ -1,0 +1,1 @@
+"""One module per part of `benchmarks.train`, and the loops they hold against each other."""

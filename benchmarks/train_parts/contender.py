@@ -1,0 +1,136 @@
+"""One contender as a process: `python -m benchmarks.train_parts.contender trainer|bare|example SPEC`; see `interleaved`."""
+
+import sys
+from collections.abc import Iterator
+from itertools import cycle
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from benchmarks.train_parts.interleaved import Watch, allowances, report_peak, serve
+from benchmarks.train_parts.loops import BareLoop, ExampleLoop, ExampleModels, Tensors
+from sdxl_pipeline.protocol.program import StopSignal
+from sdxl_pipeline.protocol.reporter import PlainReporter
+from sdxl_pipeline.protocol.specs import TrainSpec
+from sdxl_pipeline.sdxl.components import load_noise_scheduler, load_text_encoders, load_vae
+from sdxl_pipeline.training.identity import run_identity
+from sdxl_pipeline.training.loop import Trainer
+
+BATCHES_IN_MEMORY = 16
+
+
+class Gate(PlainReporter):
+    """Says what a launched stage says, and holds the training when it has taken the steps it was let take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._allowances = allowances()
+        self._allowed, self._watch = 0, Watch()
+
+    def progress(self, task: str, done: int, total: int, unit: str = "") -> None:
+        """As the reporter's; between two allowances this does not return."""
+        super().progress(task, done, total, unit)
+        if task != "train" or done != self._allowed:
+            return
+        if done:
+            self._watch.tell()
+        more = next(self._allowances, None)
+        if more is None:
+            raise _Enough
+        self._allowed += more
+        self._watch = Watch()
+
+
+class _Enough(Exception):  # noqa: N818  # not an error
+    """No more steps are asked for."""
+
+
+def serve_trainer(spec: TrainSpec) -> None:
+    """The Trainer's own `train`: batches from the caches, reports, progress, metrics.jsonl, stop signals and all."""
+    Path(spec.run_dir).mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(spec, run_identity(spec), Gate(), StopSignal())
+    try:
+        trainer.train()
+    except _Enough:
+        report_peak()
+
+
+def bare_loop(spec: TrainSpec) -> BareLoop:
+    """The bare loop on what the Trainer trains: its UNet and its first batches."""
+    trainer = Trainer(spec, run_identity(spec), PlainReporter(sys.stderr), StopSignal())
+    batches = [trainer.batches.read(index) for index in range(BATCHES_IN_MEMORY)]
+    scheduler = load_noise_scheduler(spec.base_model)
+    return BareLoop(
+        trainer.unet_module,
+        list(trainer.parameters.values()),
+        scheduler.alphas_cumprod,
+        [Tensors(**{name: getattr(batch, name) for name in Tensors._fields}) for batch in batches],
+        torch.float32,
+    )
+
+
+def example_loop(spec: TrainSpec) -> ExampleLoop:
+    """The example's loop on the pictures of the Trainer."""
+    trainer = Trainer(spec, run_identity(spec), PlainReporter(sys.stderr), StopSignal())
+    encoders = load_text_encoders(spec.base_model, torch.float32)
+    models = ExampleModels(
+        unet=trainer.unet_module,
+        vae=load_vae(spec.base_model, torch.float32),
+        tokenizers=(encoders.tokenizer, encoders.tokenizer_2),
+        text_encoders=(encoders.text_encoder, encoders.text_encoder_2),
+        scheduler=load_noise_scheduler(spec.base_model),
+    )
+    loader = _pictures(Path(spec.lanes[0].data_dir), spec.settings.train_batch_size, _bucket(trainer))
+    return ExampleLoop(models, loader, Accelerator(cpu=True), torch.float32)
+
+
+def _bucket(trainer: Trainer) -> int:
+    return 8 * trainer.batches.read(0).latents.shape[-1]
+
+
+def _pictures(folder: Path, batch_size: int, size: int) -> Iterator[tuple[Tensor, list[str]]]:
+    """(pixels (B, 3, H, W), captions), read from the files at each appearance, as the example's dataset does."""
+    loader = DataLoader(
+        [(path, size) for path in sorted(folder.glob("*.jpg"))],
+        batch_size=batch_size,
+        shuffle=True,
+        drop_last=True,
+        collate_fn=_read,
+    )
+    for _ in cycle([None]):
+        yield from loader
+
+
+def _read(items: list[tuple[Path, int]]) -> tuple[Tensor, list[str]]:
+    pixels, captions = [], []
+    for path, size in items:
+        picture = Image.open(path).convert("RGB")
+        scale = size / min(picture.size)
+        resized = picture.resize((round(picture.width * scale), round(picture.height * scale)))
+        left, top = (resized.width - size) // 2, (resized.height - size) // 2
+        crop = np.asarray(resized.crop((left, top, left + size, top + size)), np.float32)
+        pixels.append(torch.from_numpy(crop).permute(2, 0, 1) / 127.5 - 1)
+        captions.append(path.with_suffix(".txt").read_text())
+    return torch.stack(pixels).contiguous(), captions
+
+
+def main(name: str, spec_path: str) -> NoReturn:
+    """Be a contender until stdin ends."""
+    torch.set_num_threads(1)
+    spec = TrainSpec.model_validate_json(Path(spec_path).read_text())
+    spec = spec.model_copy(update={"run_dir": f"{spec.run_dir}-{name}"})
+    if name == "trainer":
+        serve_trainer(spec)
+    else:
+        serve({"bare": bare_loop, "example": example_loop}[name](spec).take)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

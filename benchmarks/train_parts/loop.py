@@ -1,0 +1,64 @@
+"""Steps per second of the Trainer against the bare loop and against diffusers' example loop, taking turns on one machine."""
+
+import shutil
+import statistics
+from pathlib import Path
+
+from benchmarks.figures import Figure, Options
+from benchmarks.train_parts.interleaved import ratio, take_turns
+from benchmarks.train_parts.prepared import BATCH_SIZE, prepared_run
+
+RESOLUTION = 128
+TARGET = 0.97
+ROUNDS, STEPS, WARM_UP = 21, 20, 10
+CONTENDERS = ("trainer", "bare", "example")
+
+
+def measure(options: Options) -> list[Figure]:
+    """Ratios of steps per second on the bundled model, batch 4, float32, one thread; peak memory of each process."""
+    rounds, steps, warm_up = (1, 2, 1) if options.quick else (max(ROUNDS, options.repeats), STEPS, WARM_UP)
+    root = Path(options.workdir) / "loop"
+    shutil.rmtree(root, ignore_errors=True)
+    total = warm_up + rounds * steps + 1  # one more, so that the run never ends by itself
+    spec = prepared_run(root, total, RESOLUTION, 8 if options.quick else 64)
+    path = root / "spec.json"
+    path.write_text(spec.model_dump_json())
+    commands = {name: ("-m", "benchmarks.train_parts.contender", name, str(path)) for name in CONTENDERS}
+    taken = take_turns(commands, rounds, steps, warm_up)
+    note = f"batch {BATCH_SIZE}, {RESOLUTION} px, {rounds} rounds of {steps} steps"
+    trainer, bare, example = (taken[name] for name in CONTENDERS)
+    to_bare, to_example = ratio(trainer.seconds, bare.seconds), ratio(trainer.seconds, example.seconds)
+    speeds = [
+        Figure("loop", name, steps / statistics.median(taken[name].seconds), "steps/s", note=note)
+        for name in CONTENDERS
+    ]
+    return [
+        *speeds,
+        Figure(
+            "loop",
+            "trainer, of the bare loop's speed",
+            to_bare,
+            "",
+            f"at least {TARGET}",
+            to_bare >= TARGET,
+            "bare: noising, UNet, loss, backward, clipping, AdamW; batches in memory",
+        ),
+        Figure(
+            "loop",
+            "the same, by CPU seconds of all threads",
+            ratio(trainer.cpu_seconds, bare.cpu_seconds),
+            "",
+            note="steadier on a busy machine; the thread that reads ahead counts in full",
+        ),
+        Figure(
+            "loop",
+            "trainer, of the example's speed",
+            to_example,
+            "",
+            "above 1",
+            to_example > 1,
+            "diffusers' example for LoRAs: VAE and text encoders in the loop",
+        ),
+        Figure("loop", "trainer, peak memory", trainer.peak / 1e9, "GB"),
+        Figure("loop", "example, peak memory", example.peak / 1e9, "GB"),
+    ]

@@ -1,0 +1,104 @@
+"""A run that could start at once: photographs, their caches and the spec of their training, made through the stages' own code."""
+
+from pathlib import Path
+
+from benchmarks.photographs import write_dataset
+from sdxl_pipeline.images.crops import plan_crops
+from sdxl_pipeline.images.scan import scan_dataset
+from sdxl_pipeline.project.datasets import ImageDataset
+from sdxl_pipeline.project.hardware import PRESETS, Hardware
+from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.protocol.program import StopSignal
+from sdxl_pipeline.protocol.reporter import Reporter
+from sdxl_pipeline.protocol.specs import EncodeLatentsSpec, EncodeTextSpec, TrainingLane, TrainSpec
+from sdxl_pipeline.sdxl.base_model import BUNDLED_NAME, ResolvedModel, resolve_base_model
+from sdxl_pipeline.stages import encode_latents, encode_text
+
+HARDWARE = PRESETS["cpu"].model_copy(update={"cpu_threads": 1})
+PICTURES = 64
+BATCH_SIZE = 4
+RANK = 16
+
+
+def prepared_run(root: Path, steps: int, resolution: int, pictures: int = PICTURES) -> TrainSpec:
+    """A run of `steps` steps on square crops of `resolution` pixels, its caches complete, nothing of it trained."""
+    model = resolve_base_model(TrainingSettings(pretrained_model_name_or_path=BUNDLED_NAME), root)
+    settings = TrainingSettings(
+        pretrained_model_name_or_path=BUNDLED_NAME,
+        train_batch_size=BATCH_SIZE,
+        max_train_steps=steps,
+        lora_rank=RANK,
+        learning_rate=1e-4,
+        mixed_precision=HARDWARE.mixed_precision,
+        gradient_checkpointing=False,
+        base_model_precision="no_change",
+        checkpoint_step_interval=0,
+        validation_disable=True,
+    )
+    return TrainSpec(
+        base_model=model,
+        hardware=HARDWARE,
+        settings=settings,
+        lanes=(_lane(root, model, HARDWARE, resolution, pictures),),
+        prompts=(),
+        run_dir=str(root / "run"),
+        project="benchmark",
+    )
+
+
+def _lane(
+    root: Path, model: ResolvedModel, hardware: Hardware, resolution: int, pictures: int
+) -> TrainingLane:
+    data = root / "data"
+    write_dataset(data, pictures)
+    dataset = ImageDataset.model_validate(
+        {
+            "id": "photos",
+            "instance_data_dir": str(data),
+            "caption_strategy": "textfile",
+            "resolution": resolution,
+            "resolution_type": "pixel_area",
+            "crop": True,
+            "crop_aspect": "square",
+        }
+    )
+    scanned = scan_dataset(dataset, data)
+    rows, _ = plan_crops(dataset, scanned, seed=0, holdout_share=0.0, is_eval=False)
+    rows.to_parquet(root / "rows.parquet")
+    captions = scanned[["path", "key", "captions"]].explode("captions")
+    captions.rename(columns={"captions": "caption"}).astype("str").to_parquet(root / "captions.parquet")
+    latents = encode_latents.main(
+        EncodeLatentsSpec(
+            base_model=model,
+            hardware=hardware,
+            data_dir=str(data),
+            rows_path=str(root / "rows.parquet"),
+            store_root=str(root / "latents"),
+            entries_path=str(root / "latents.parquet"),
+            sample_path=str(root / "sample.png"),
+        ),
+        Reporter(),
+        StopSignal(),
+    )
+    texts = encode_text.main(
+        EncodeTextSpec(
+            base_model=model,
+            hardware=hardware,
+            captions_path=str(root / "captions.parquet"),
+            extra_prompts=(),
+            store_root=str(root / "texts"),
+            entries_path=str(root / "texts.parquet"),
+            prompts_path=str(root / "prompts.parquet"),
+        ),
+        Reporter(),
+        StopSignal(),
+    )
+    assert latents is not None
+    assert texts is not None
+    return TrainingLane(
+        dataset_id=dataset.id,
+        data_dir=str(data),
+        rows_path=str(root / "rows.parquet"),
+        latents=latents,
+        text_embeds=texts,
+    )
