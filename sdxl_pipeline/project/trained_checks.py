@@ -13,11 +13,53 @@ def check_what_is_trained(training: TrainingSettings) -> Iterator[Finding]:
         yield from _check_full(training)
     elif training.train_text_encoder:
         yield from _check_text_encoders(training)
+    if training.fsdp_enable:
+        yield from _check_fsdp(training)
     if training.model_type == "lora" and training.layer_freeze_strategy is not None:
         yield Finding(
             "layer_freeze_strategy",
             "says which weights of the UNet are trained, but model_type lora trains none of them",
             'leave it out, or write "model_type": "full"',
+        )
+
+
+def _check_fsdp(training: TrainingSettings) -> Iterator[Finding]:
+    """What goes with FSDP is what has been seen to give the same weights as training without it."""
+    if training.model_type != "full":
+        yield Finding(
+            "fsdp_enable",
+            "divides what is trained among the processes, but an adapter is so small that nothing would be gained",
+            'write false, or "model_type": "full"',
+        )
+    if training.layer_freeze_strategy is not None:
+        yield Finding(
+            "layer_freeze_strategy",
+            "leaves hardly anything to divide among the processes by fsdp_enable",
+            'leave it out, or write "fsdp_enable": false',
+        )
+    if training.optimizer != "adamw":
+        yield Finding(
+            "optimizer",
+            "has not been tried on weights that are divided among the processes by fsdp_enable",
+            'write "adamw", or "fsdp_enable": false',
+        )
+    if training.mixed_precision == "fp16":
+        yield Finding(
+            "mixed_precision",
+            "scales the loss in fp16 on each process by itself, which cannot be with weights divided by fsdp_enable",
+            "write bf16 or no",
+        )
+    if training.use_ema:
+        yield Finding(
+            "use_ema",
+            "would keep a whole average beside weights that fsdp_enable divides among the processes",
+            'write false, or "fsdp_enable": false',
+        )
+    if training.scheduled_sampling_max_step_offset:
+        yield Finding(
+            "scheduled_sampling_max_step_offset",
+            "rolls pictures out on one process alone, but weights divided by fsdp_enable answer only to all together",
+            'write 0, or "fsdp_enable": false',
         )
 
 

@@ -19,6 +19,7 @@ from sdxl_pipeline.project.sections.noise import NoiseSettings, ScheduledSamplin
 from sdxl_pipeline.project.sections.objective import ObjectiveSettings
 from sdxl_pipeline.project.sections.optimisation import OptimisationSettings
 from sdxl_pipeline.project.sections.release import ReleaseSettings
+from sdxl_pipeline.project.sections.sharding import ShardingSettings
 from sdxl_pipeline.project.sections.tracking import TrackingSettings
 from sdxl_pipeline.project.sections.validation import ValidationSettings
 from sdxl_pipeline.project.settings_model import SettingsModel
@@ -46,6 +47,7 @@ SECTIONS: Final[tuple[type[SettingsModel], ...]] = (
     ScheduledSamplingSettings,
     MaskSettings,
     MemorySettings,
+    ShardingSettings,
     DataSettings,
     CheckpointSettings,
     ValidationSettings,
@@ -65,6 +67,7 @@ class TrainingSettings(
     ValidationSettings,
     CheckpointSettings,
     DataSettings,
+    ShardingSettings,
     MemorySettings,
     MaskSettings,
     ScheduledSamplingSettings,
@@ -90,3 +93,12 @@ class TrainingSettings(
         """What these settings change in the base model's scheduler_config.json, for training and for drawing alike."""
         keys = ("prediction_type", "rescale_betas_zero_snr")
         return {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
+
+    @property
+    def changed_objective(self) -> dict[str, Any]:
+        """The settings of objective, noise and scheduled sampling that are not the defaults, by key."""
+        sections = (ObjectiveSettings, NoiseSettings, ScheduledSamplingSettings)
+        fields = {key: field for section in sections for key, field in section.model_fields.items()}
+        return {
+            key: getattr(self, key) for key, field in fields.items() if getattr(self, key) != field.default
+        }

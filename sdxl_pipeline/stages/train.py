@@ -81,6 +81,8 @@ def finished_run(run_dir: Path, identity: str) -> TrainedLora | None:
 
 def _finish(trainer: "Trainer") -> TrainedLora:
     """Write the weights and the plots, on the main process, and give the manifest."""
+    import torch
+
     from sdxl_pipeline.training.plots import plot_loss_curve
     from sdxl_pipeline.training.sheet import write_sheet
 
@@ -97,8 +99,10 @@ def _finish(trainer: "Trainer") -> TrainedLora:
         run_dir / "loss_curve.png",
         run_dir / "validation.png",
     )
+    with trainer.trainable.gathered(torch.device("cpu")):
+        if trainer.is_main:
+            trainer.write_weights(run_dir)
     if trainer.is_main:
-        trainer.write_weights(run_dir)
         plot_loss_curve(
             rows, loss_curve, title=f"{spec.project}: {trainer.step} steps", eval_losses=eval_losses
         )

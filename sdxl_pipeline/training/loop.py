@@ -38,6 +38,7 @@ from sdxl_pipeline.training.non_finite import poisoned, step_if_finite
 from sdxl_pipeline.training.on_demand import OnDemandEncoders
 from sdxl_pipeline.training.optimizers import build_optimizer, hold_parameters, rate_of
 from sdxl_pipeline.training.schedules import build_schedule
+from sdxl_pipeline.training.sharding import own_part, whole_number
 from sdxl_pipeline.training.shown_weights import ShownWeights
 from sdxl_pipeline.training.step_log import StepLog, TakenStep
 from sdxl_pipeline.training.taking_over import under_own_settings
@@ -108,7 +109,7 @@ class Trainer:
             )
         )
         self.schedule = build_schedule(settings, self.optimizer.optimizer, self.total_steps)
-        self.unet = self.accelerator.prepare(self.trainable.module)
+        self.unet = self.trainable.prepared(self.accelerator)
         self.shown = ShownWeights(settings, self.optimizer.optimizer, self.parameters, self.device)
 
         self.step = 0
@@ -173,6 +174,7 @@ class Trainer:
         grad_norm = self.accelerator.clip_grad_norm_(
             self.parameters.values(), self.spec.settings.max_grad_norm or math.inf
         )
+        grad_norm = whole_number(grad_norm)
         lr = float(self.schedule.get_last_lr()[0])
         step_if_finite(self.optimizer, grad_norm)
         self.schedule.step()
@@ -188,14 +190,14 @@ class Trainer:
         return self.batch_loss(self.unet, batch.to(self.device))
 
     def state(self) -> TrainingState:
-        """Everything training has changed, as of now."""
+        """Everything training has changed, as of now; to be asked of all processes together while what they train is `gathered`."""
         scaler = self.accelerator.scaler
         return TrainingState(
             step=self.step,
             seconds=self.seconds,
             training_seconds=self.log.training_seconds,
-            parameters={name: parameter.detach() for name, parameter in self.parameters.items()},
-            optimizer=self.optimizer.state_dict(),
+            parameters=self.trainable.whole_parameters(),
+            optimizer=self.trainable.whole_optimizer(self.optimizer.state_dict()),
             schedule=self.schedule.state_dict(),
             scaler=None if scaler is None else scaler.state_dict(),
             average=self.shown.state(),
@@ -208,8 +210,8 @@ class Trainer:
             state = under_own_settings(state, self.optimizer.optimizer, self.schedule)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(state.parameters[name])
-        self.optimizer.load_state_dict(state.optimizer)
+                parameter.copy_(own_part(state.parameters[name], parameter))
+        self.optimizer.load_state_dict(self.trainable.divided_optimizer(state.optimizer))
         self.schedule.load_state_dict(state.schedule)
         if state.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
@@ -276,18 +278,20 @@ class Trainer:
         self.log.report()
         self.reader.flush()
         settings = self.spec.settings
-        if self.is_main:
-            save_checkpoint(
-                self.run_dir / CHECKPOINTS,
-                self.identity,
-                self.state(),
-                export=self.write_weights,
-                exports_parameters=self.trainable.holds_parameters and self.shown.are_trained,
-                limit=settings.checkpoints_rolling_total_limit
-                if kind == "rolling"
-                else settings.checkpoints_total_limit,
-                kind=kind,
-            )
+        with self.trainable.gathered(torch.device("cpu")):
+            state = self.state()
+            if self.is_main:
+                save_checkpoint(
+                    self.run_dir / CHECKPOINTS,
+                    self.identity,
+                    state,
+                    export=self.write_weights,
+                    exports_parameters=self.trainable.holds_parameters and self.shown.are_trained,
+                    limit=settings.checkpoints_rolling_total_limit
+                    if kind == "rolling"
+                    else settings.checkpoints_total_limit,
+                    kind=kind,
+                )
         self.log.restart_clock()
 
     def _stop_if_asked(self) -> None:
@@ -315,8 +319,9 @@ class Trainer:
         if not self.look_times.are_due(self.step):
             return
         self.log.report()
-        if self.looks is not None:
-            self.looks.take(self.step, self.unet_module, self.shown)
+        with self.trainable.gathered(self.device):
+            if self.looks is not None:
+                self.looks.take(self.step, self.unet_module, self.shown)
         if self._host_group is not None:
             # by the host, which may wait for days: a device gives up after COLLECTIVE_TIMEOUT
             torch.distributed.barrier(group=self._host_group)

@@ -2,13 +2,15 @@
 
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
+from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from sdxl_pipeline.protocol.specs import TrainSpec, WeightsKind
@@ -59,6 +61,28 @@ class Trainable(ABC):
         """Move everything, in place."""
         self.module.to(device)
         return self
+
+    def prepared(self, accelerator: Accelerator) -> nn.Module:
+        """`module` as the steps call it, ready for several processes."""
+        module: nn.Module = accelerator.prepare(self.module)
+        return module
+
+    @contextmanager
+    def gathered(self, device: torch.device) -> Iterator[None]:
+        """Have `unet` whole, on the main process at least, to be drawn with or written. To be entered by all processes together."""
+        yield
+
+    def whole_parameters(self) -> dict[str, Tensor]:
+        """`parameters` as a checkpoint holds them; on the main process, while `gathered` runs."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def whole_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state of the optimizer as a checkpoint holds it. To be called by all processes together."""
+        return state
+
+    def divided_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What of a checkpoint's optimizer state is this process's own."""
+        return state
 
     @property
     def holds_parameters(self) -> bool:
@@ -137,6 +161,10 @@ class TrainableUNet(Trainable):
 def build_trainable(spec: TrainSpec) -> Trainable:
     """What the settings say is trained, on the CPU. Raises StageError for settings that the model or this machine cannot do."""
     settings = spec.settings
+    if settings.model_type == "full" and settings.fsdp_enable:
+        from sdxl_pipeline.training.sharding import ShardedUNet
+
+        return ShardedUNet(full_unet(spec), settings.fsdp_reshard_after_forward)
     if settings.model_type == "full":
         return TrainableUNet(full_unet(spec))
     if not settings.train_text_encoder:
