@@ -74,7 +74,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
         profile = hardware.hardware()
         with told_to_the_user():
             settings, _ = resolve_settings(trackers.apply(project.training), profile, config.settings)
-            settings = with_initial_adapter(settings)
+            settings = with_initial_adapter(settings, project.folder)
         if settings.push_to_hub and settings.hub_model_id:
             # Hours of training must not end at a door that was closed from the beginning.
             hub.check_can_push(settings.hub_model_id)
@@ -149,6 +149,18 @@ def _summary(result: TrainedLora) -> str:
     return f"{result.steps} steps in {result.seconds:.0f} s{resumed}, final loss {result.final_loss:.4f}."
 
 
+def _memory(result: TrainedLora) -> dg.MetadataValue | None:
+    """The estimate from before the first step beside what was measured."""
+    if result.estimated_memory_bytes is None:
+        return None
+    rows = [(name, size / 2**30) for name, size in result.memory_estimate.items()]
+    peaks = [
+        ("**estimated, at one time**", result.estimated_memory_bytes / 2**30),
+        ("**measured peak**", result.peak_memory_bytes / 2**30),
+    ]
+    return figures_table(("memory of the main process", "GiB"), [*rows, *peaks])
+
+
 def _metadata(result: TrainedLora) -> dict[str, Any]:
     sheet = result.validation_sheet_path
     return present(
@@ -183,6 +195,7 @@ def _metadata(result: TrainedLora) -> dict[str, Any]:
             "steps_per_second": result.steps_per_second,
             "seconds": result.seconds,
             "peak_memory_bytes": result.peak_memory_bytes,
+            "memory": _memory(result),
             "trainable_parameters": result.trainable_parameters,
             "adapted_modules": result.adapted_modules,
             "loss_curve": picture(result.loss_curve_path, "loss, gradient norm and learning rate over steps"),

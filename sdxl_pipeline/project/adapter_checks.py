@@ -8,7 +8,7 @@ from sdxl_pipeline.project.sections.adapter import AdapterSettings
 from sdxl_pipeline.project.sections.lycoris import LycorisSettings
 from sdxl_pipeline.project.training import TrainingSettings
 
-DORA_PRECISIONS = ("int8-torchao", "int8dq-torchao", "fp8wo-torchao", "nf4-bnb")
+DORA_PRECISIONS = ("int8-torchao", "fp8wo-torchao", "nf4-bnb")
 """Of `base_model_precision`: those over which PEFT's DoRA gives what it gives over the same weights held whole. (Quanto's refuse to be cast
 to another dtype, which it does to them under mixed precision.)"""
 
@@ -48,6 +48,12 @@ def _check_lycoris_keys(training: TrainingSettings) -> Iterator[Finding]:
     if config is None:
         yield Finding(
             "lycoris_config", "is missing, and lora_type is lycoris", f"name a JSON file that holds {EXAMPLE}"
+        )
+    elif isinstance(config, str):
+        yield Finding(
+            "lycoris_config",
+            "names a file, which is read with the project, before a run is launched",
+            "write it in config.json, or the content of the file here",
         )
     for key, instead in _STANDARD_ONLY.items():
         field = AdapterSettings.model_fields[key]

@@ -8,6 +8,7 @@ from sdxl_pipeline.project.json_files import read_json
 from sdxl_pipeline.project.keys import read_settings
 from sdxl_pipeline.project.problems import NO_VALUE, Problem
 from sdxl_pipeline.project.sections.lycoris import LYCORIS, LycorisSettings
+from sdxl_pipeline.project.training import TrainingSettings
 
 EXAMPLE = (
     '{"algo": "lokr", "linear_dim": 10000, "linear_alpha": 1, "factor": 12, '
@@ -15,33 +16,37 @@ EXAMPLE = (
 )
 
 
-def read_lycoris_file(
-    written: str, folder: Path, problems: list[Problem], warnings: list[str]
-) -> LycorisSettings | None:
-    """The settings in the file that `written` names, from the project's `folder`; None when something in it is wrong.
+def with_lycoris_file(
+    training: TrainingSettings, folder: Path, problems: list[Problem], warnings: list[str]
+) -> TrainingSettings:
+    """The settings with the content of the file that lycoris_config names, from the project's `folder`, in its place.
 
-    Where it is absent, the file of the same name in the folder is read: the reference's paths begin at its own repository.
+    What is wrong in it goes to `problems`; the content is then nothing that other keys need be compared with. Where the file is absent,
+    the one of the same name in the folder is read: the reference's paths begin at its own repository.
     """
+    written = training.lycoris_config
+    if training.lora_type != "lycoris" or not isinstance(written, str):
+        return training
     path = (folder / Path(written).expanduser()).resolve()
     if not path.exists() and (folder / path.name).exists():
         warnings.append(
             f"config.json: lycoris_config names {written}, which does not exist; {path.name} of the project folder is read instead"
         )
         path = folder / path.name
-    content, found = read_json(path, EXAMPLE)
-    if content is not None and not isinstance(content, Mapping):
-        found = [Problem(path, "", NO_VALUE, "does not hold an object", f"write {EXAMPLE}")]
-    problems += found
-    if not isinstance(content, Mapping):
-        return None
-    reading = read_settings(content, LycorisSettings, LYCORIS, path)
-    problems += reading.problems
-    warnings += reading.warnings
-    if reading.settings is None:
-        return None
-    for finding in check_lycoris(reading.settings):
-        problems.append(Problem(path, finding.key, NO_VALUE, finding.message, finding.remedy))
-    return reading.settings
+    found = len(problems)
+    content, unreadable = read_json(path, EXAMPLE)
+    problems += unreadable
+    if isinstance(content, Mapping):
+        reading = read_settings(content, LycorisSettings, LYCORIS, path)
+        problems += reading.problems
+        warnings += reading.warnings
+        for finding in () if reading.settings is None else check_lycoris(reading.settings):
+            problems.append(Problem(path, finding.key, NO_VALUE, finding.message, finding.remedy))
+        if len(problems) == found:
+            return training.model_copy(update={"lycoris_config": reading.settings})
+    elif content is not None:
+        problems.append(Problem(path, "", NO_VALUE, "does not hold an object", f"write {EXAMPLE}"))
+    return training.model_copy(update={"lycoris_config": LycorisSettings(algo="lokr")})
 
 
 def check_lycoris(settings: LycorisSettings) -> Iterator[Finding]:

@@ -12,12 +12,14 @@ from typing import Any, Final, NamedTuple
 from sdxl_pipeline.project.backends import read_datasets
 from sdxl_pipeline.project.checks import check_training, idle_settings
 from sdxl_pipeline.project.datasets import CacheMode, ImageDataset, TextEmbedsDataset, asset_name
+from sdxl_pipeline.project.initial_adapter import check_init_lora
 from sdxl_pipeline.project.json_files import read_json
 from sdxl_pipeline.project.keys import read_settings
 from sdxl_pipeline.project.known_keys import TRAINING
-from sdxl_pipeline.project.lycoris_file import read_lycoris_file
+from sdxl_pipeline.project.lycoris_file import with_lycoris_file
 from sdxl_pipeline.project.problems import NO_VALUE, Problem, ProjectError
 from sdxl_pipeline.project.sections.checkpoints import LATEST
+from sdxl_pipeline.project.settings_model import SettingsModel
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.project.webhook_file import read_webhooks
 
@@ -150,14 +152,13 @@ def load_project(folder: Path) -> Project:
     if training is None:  # every key of config.json has a default, so the remaining keys always make settings
         raise AssertionError("TrainingSettings has a required key")
     warnings = [*config.warnings, *(f"{CONFIG_FILE}: {idle}" for idle in idle_settings(training))]
-    for finding in check_training(training):
-        shown = getattr(training, finding.key)
+    training = with_lycoris_file(training, folder, problems, warnings)
+    for finding in (*check_training(training), *check_init_lora(training.init_lora, folder)):
         spelled = config.spelled.get(finding.key, finding.key)
+        shown = getattr(training, finding.key)
+        shown = raw.get(spelled) if isinstance(shown, SettingsModel) else shown
         problems.append(Problem(config_file, spelled, shown, finding.message, finding.remedy))
 
-    if training.lora_type == "lycoris" and isinstance(training.lycoris_config, str):
-        lycoris = read_lycoris_file(training.lycoris_config, folder, problems, warnings)
-        training = training.model_copy(update={"lycoris_config": lycoris})
     datasets_file = _find_datasets_file(training, folder, config_file, warnings)
     datasets = read_datasets(datasets_file, folder, training, config_file)
     problems += datasets.problems

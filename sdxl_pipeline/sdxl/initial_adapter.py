@@ -4,6 +4,7 @@ from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+from sdxl_pipeline.project.initial_adapter import hub_file
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.sdxl.adapter_files import AdapterError, read_header
 from sdxl_pipeline.sdxl.hub_download import download_snapshot
@@ -13,49 +14,42 @@ from sdxl_pipeline.store.files import sha256_file
 USUAL_NAME: Final = "pytorch_lora_weights.safetensors"
 
 
-def find_initial_adapter(written: str) -> Path:
-    """The file that `init_lora` names: a local one, or one of a repository of the Hub, which is downloaded into this machine's cache.
+def find_initial_adapter(written: str, folder: Path) -> Path:
+    """The file that `init_lora` names: a local one, seen from `folder`, or one of a repository of the Hub, which is downloaded into this machine's cache.
 
     Of a repository named without a file, it is pytorch_lora_weights.safetensors, or the only .safetensors there. Raises AdapterError.
     """
-    local = Path(written).expanduser()
+    local = folder / Path(written).expanduser()
     if local.is_file():
         return local.resolve()
-    owner, _, rest = written.partition("/")
-    name, _, file = rest.partition("/")
-    if (
-        local.is_absolute()
-        or written.startswith((".", "~"))
-        or not (owner and name)
-        or name.endswith(".safetensors")
-    ):
+    place = hub_file(written)
+    if place is None:
         raise AdapterError(f"init_lora: {written} does not exist.")
-    usual = file or USUAL_NAME
-
+    repo_id, usual = place.repo_id, place.file or USUAL_NAME
     chosen: list[str] = []
 
     def choose(listing: Collection[str]) -> list[str]:
         held = [other for other in listing if PurePosixPath(other).suffix == ".safetensors"]
         chosen[:] = [usual] if usual in held else held
-        if usual not in held and (file or len(held) != 1):
+        if usual not in held and (place.file or len(held) != 1):
             listed = ", ".join(sorted(held)) or "none"
             raise AdapterError(
-                f"init_lora: {owner}/{name} has no {usual}. Its .safetensors files: {listed}. Write one of them as {owner}/{name}/FILE."
+                f"init_lora: {repo_id} has no {usual}. Its .safetensors files: {listed}. Write one of them as {repo_id}/FILE."
             )
         return chosen
 
     try:
-        snapshot = download_snapshot(f"{owner}/{name}", None, [".gitattributes", "README.md", usual], choose)
+        snapshot = download_snapshot(repo_id, None, [".gitattributes", "README.md", usual], choose)
     except BaseModelError as error:
         raise AdapterError(f"init_lora: {error}") from error
     return snapshot.folder / chosen[0]
 
 
-def with_initial_adapter(settings: TrainingSettings) -> TrainingSettings:
+def with_initial_adapter(settings: TrainingSettings, folder: Path) -> TrainingSettings:
     """The settings with the place of the file in `init_lora`, where they name one. Raises AdapterError."""
     if settings.init_lora is None:
         return settings
-    place = str(find_initial_adapter(settings.init_lora))
+    place = str(find_initial_adapter(settings.init_lora, folder))
     return settings.model_copy(update={"init_lora": place})
 
 

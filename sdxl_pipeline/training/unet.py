@@ -38,6 +38,15 @@ def trainable_unet(
     unet: UNet2DConditionModel = load_unet(spec.base_model, base_dtype(spec))
     try:
         quantize_model(unet, settings.base_model_precision or "no_change")
+        if (
+            settings.lora_type == "lycoris"
+            and settings.lycoris.module_dropout
+            and spec.hardware.num_processes > 1
+        ):
+            raise AdapterError(
+                "lycoris_config: module_dropout leaves out other layers on each process, which would wait for each other's gradients. "
+                "Write 0, or train on one device."
+            )
         add_adapter(unet, settings, seed_for(settings.seed, "adapter"))
         if settings.init_lora is not None:
             held = has_text_part(Path(settings.init_lora))

@@ -13,6 +13,7 @@ from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.sdxl.components import load_text_encoders, load_unet
 from sdxl_pipeline.sdxl.initial_adapter import find_initial_adapter, initial_adapter_digest
 from sdxl_pipeline.sdxl.lora import lora_tensors
+from tests.hub_server import HubServer
 from tests.sdxl.adapted_unets import KINDS, adapted_unet, lycoris, output, settings_of
 
 
@@ -152,6 +153,28 @@ def test_only_safetensors_are_opened(tmp_path: Path):
     with pytest.raises(AdapterError, match="cannot be read as safetensors"):
         initial_adapter_digest(str(tmp_path / "lora.safetensors"))
     with pytest.raises(AdapterError, match="does not exist"):
-        find_initial_adapter(str(tmp_path / "absent.safetensors"))
+        find_initial_adapter(str(tmp_path / "absent.safetensors"), tmp_path)
     with pytest.raises(AdapterError, match="does not exist"):
-        find_initial_adapter("loras/absent.safetensors")
+        find_initial_adapter("loras/absent.safetensors", tmp_path)
+
+
+def test_a_file_of_the_hub_is_found_by_its_name_or_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, files in {"one": ["zorp"], "two": ["a", "b"]}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text(f"# {name}")
+        for file in files:
+            save_file(
+                {f"unet.{file}.lora_A.weight": torch.ones(1, 1)}, tmp_path / name / f"{file}.safetensors"
+            )
+    with HubServer() as hub:
+        hub.adopt_process(monkeypatch, tmp_path / "hf_home")
+        for name in ("one", "two"):
+            hub.add_repo(f"someone/{name}", tmp_path / name)
+        only = find_initial_adapter("someone/one", tmp_path)
+        assert only.read_bytes() == (tmp_path / "one" / "zorp.safetensors").read_bytes()
+        named = find_initial_adapter("someone/two/b.safetensors", tmp_path)
+        assert named.read_bytes() == (tmp_path / "two" / "b.safetensors").read_bytes()
+        with pytest.raises(AdapterError, match=r"has no pytorch_lora.*Its \.safetensors files: a.*, b"):
+            find_initial_adapter("someone/two", tmp_path)
+        with pytest.raises(AdapterError, match="init_lora: someone/none is not a repository"):
+            find_initial_adapter("someone/none", tmp_path)

@@ -22,7 +22,7 @@ from sdxl_pipeline.training.identity import run_identity
 from sdxl_pipeline.training.validation import draw_pictures
 from tests.lanes import make_lane, make_spec
 from tests.sdxl.adapted_unets import KINDS
-from tests.train_programs import TWO_PROCESSES, Listener, on_two_processes, run, with_settings
+from tests.train_programs import TWO_PROCESSES, Listener, losses, on_two_processes, run, with_settings
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,7 +122,9 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path, kind: s
     spec = adapter_spec(tmp_path, kind, train_batch_size=1, validation_disable=True, learning_rate=1e-3)
     one = main(with_settings(spec, "one", train_batch_size=2), Listener(), StopSignal())
     two: TrainedLora = run(on_two_processes(with_settings(spec, "two")), *TWO_PROCESSES)
+    assert [loss for _, loss in losses(two)] == pytest.approx([loss for _, loss in losses(one)], rel=1e-5)
     ones, twos = load_file(one.weights_path), load_file(two.weights_path)
     assert ones.keys() == twos.keys()
     for name, tensor in ones.items():
-        torch.testing.assert_close(twos[name], tensor, rtol=0, atol=1e-5)
+        # AdamW makes a step of the learning rate of a gradient that is all rounding
+        torch.testing.assert_close(twos[name], tensor, rtol=0, atol=5e-4)
