@@ -16,6 +16,12 @@ from sdxl_pipeline.definitions import build_definitions
 from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL
 from tests.conftest import draw_picture
 
+OBJECTIVE = {
+    "snr_gamma": 5.0,
+    "offset_noise": True,
+    "scheduled_sampling_max_step_offset": 2,
+    "scheduled_sampling_probability": 1.0,
+}
 LANE = ["dataset", "aspect_buckets", "vae_latents", "text_embeds"]
 
 
@@ -46,7 +52,7 @@ def test_graph_makes_a_released_lora_and_a_second_run_does_no_work(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    folder = make_project()
+    folder = make_project(config=OBJECTIVE)
     monkeypatch.setenv("SDXL_PIPELINE_PROJECTS", str(folder.parent))
     data_before = {path: path.read_bytes() for path in (folder / "data").rglob("*")}
 
@@ -56,7 +62,11 @@ def test_graph_makes_a_released_lora_and_a_second_run_does_no_work(
     weights = Path(metadata(first, "small", "lora")["weights"])
     release = Path(metadata(first, "small", "hub_release")["folder"])
     assert load_file(weights)
-    assert (release / "README.md").is_file()
+    card = (release / "README.md").read_text()
+    objective = metadata(first, "small", "lora")["objective"]
+    for key, value in OBJECTIVE.items():
+        assert f"| {key} | {value} |" in objective
+        assert f"| `{key}` | {value} |" in card
     assert (release / weights.name).read_bytes() == weights.read_bytes()
     assert metadata(first, "small", "evaluation")["eval_loss_base"] > 0
 
