@@ -102,7 +102,7 @@ def test_the_first_loss_is_recomputed_from_its_batch(tmp_path: Path, settings):
 
 
 def test_rollouts_of_no_step_are_plain_training_bit_for_bit(tmp_path: Path, monkeypatch):
-    settings = {"max_train_steps": 3, "lora_dropout": 0.2, "snr_gamma": 5.0}
+    settings = {"max_train_steps": 2, "lora_dropout": 0.2, "snr_gamma": 5.0}
     spec = make_spec(tmp_path, run="plain", **settings)
     plain = train(spec)
     rolling = {"scheduled_sampling_max_step_offset": 4, "scheduled_sampling_probability": 1.0}

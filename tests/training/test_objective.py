@@ -212,6 +212,12 @@ def test_zero_terminal_snr_is_lin_et_al(batch, prediction_type):
     close(losses_of(batch, prediction_type, zero_snr=True), expected)
 
 
+def test_the_flow_of_a_predicted_sample_is_refused():
+    settings = TrainingSettings(diff2flow_enabled=True, diff2flow_loss=True)
+    with pytest.raises(StageError, match="predicts the sample"):
+        build_objective(settings, scheduler_of(prediction_type="sample"))
+
+
 def test_epsilon_with_zero_terminal_snr_is_refused():
     with pytest.raises(StageError, match=r"pure noise.*v_prediction"):
         build_objective(TrainingSettings(), scheduler_of(rescale_betas_zero_snr=True))

@@ -29,7 +29,7 @@ class ObjectiveSettings(SettingsModel):
         False, description="Weigh the error in eps by 1 / sqrt(SNR) (Yu et al. 2023)."
     )
     snr_weight: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="Factor of the plain squared error; an optimizer like AdamW does not notice it."
+        1.0, description="Factor of the plain squared error, which optimizers like AdamW hardly notice."
     )
     loss_type: Literal["l2", "huber", "smooth_l1"] = Field(
         "l2", description="What an error costs: its square, or less than that where it is large."
