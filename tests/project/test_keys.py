@@ -63,9 +63,6 @@ def test_what_is_not_available_yet_is_refused(problems_of, config):
 
 def test_what_is_not_available_yet_may_be_spelled_out_as_off(write_project):
     config = {
-        "use_dora": False,
-        "use_ema": "false",
-        "ema_decay": 0.999,
         "webhook_config": None,
         "validation_prompt_library": False,
         "num_processes": 1,
