@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.program import EXIT_STOPPED
 from sdxl_pipeline.protocol.reporter import Reporter
@@ -51,7 +53,7 @@ def losses(manifest: TrainedLora) -> list[tuple[int, float]]:
 
 
 def start(spec: TrainSpec, *launcher: str) -> subprocess.Popen[bytes]:
-    """The training as users start it, in a process group of its own."""
+    """The training as users start it."""
     spec_path = Path(spec.run_dir).with_suffix(".json")
     spec_path.write_text(spec.model_dump_json())
     command = [sys.executable, *launcher, "-m", "sdxl_pipeline.stages.train", str(spec_path)]
@@ -61,7 +63,6 @@ def start(spec: TrainSpec, *launcher: str) -> subprocess.Popen[bytes]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,
     )
 
 
@@ -96,11 +97,15 @@ def kill_on_the_way(spec: TrainSpec, number: signal.Signals, last: int) -> int:
     return step
 
 
-def kill_group_on_the_way(spec: TrainSpec, number: signal.Signals, last: int, *launcher: str) -> int:
-    """The same of a launcher and all that it started; SIGTERM goes to the launcher alone, which hands it on."""
+def kill_all_on_the_way(spec: TrainSpec, number: signal.Signals, last: int, *launcher: str) -> int:
+    """The same of what a launcher has started; SIGTERM goes to the launcher, which hands it on."""
     process = start(spec, *launcher)
     step = _wait_for_a_checkpoint(spec, last, lambda: process.poll() is None)
-    (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
+    launcher_process = psutil.Process(process.pid)
+    # torchrun gives its workers groups of their own
+    killed = [launcher_process] if number == signal.SIGTERM else launcher_process.children(recursive=True)
+    for each in killed:
+        each.send_signal(number)
     output = finish(process)
     assert process.returncode != 0, f"killed after step {step}: {output}"
     assert not (Path(spec.run_dir) / "finished.json").exists()

@@ -24,5 +24,10 @@ def checkpoint_due(
     return "rolling" if _divides(settings.checkpointing_rolling_steps, step) else None
 
 
+def checkpoint_limit(settings: TrainingSettings, kind: CheckpointKind) -> int | None:
+    """How many checkpoints of a kind are kept; None: all."""
+    return settings.checkpoints_rolling_total_limit if kind == "rolling" else settings.checkpoints_total_limit
+
+
 def _divides(interval: int | None, step: int) -> bool:
     return bool(interval) and step % (interval or 1) == 0

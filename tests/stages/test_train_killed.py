@@ -12,7 +12,7 @@ from tests.lanes import make_lane, make_spec
 from tests.train_programs import (
     TWO_PROCESSES,
     Listener,
-    kill_group_on_the_way,
+    kill_all_on_the_way,
     kill_on_the_way,
     losses,
     on_two_processes,
@@ -60,7 +60,7 @@ def assert_equal(resumed: TrainedLora, unbroken: TrainedLora, step: int) -> None
     assert step <= resumed.resumed_from_step < STEPS
     assert resumed.identity == unbroken.identity
     expected = files(unbroken)
-    assert len(expected) > 4
+    assert len(expected) >= 4
     assert files(resumed) == expected
     assert losses(resumed) == losses(unbroken)
 
@@ -98,5 +98,5 @@ def test_so_does_a_run_on_two_processes(tmp_path, number):
     spec = on_two_processes(hard_spec(tmp_path))
     unbroken = run(spec, *TWO_PROCESSES)
     spec = with_settings(spec, "killed", **WITH_PICTURES)
-    step = kill_group_on_the_way(spec, number, LAST, *TWO_PROCESSES)
+    step = kill_all_on_the_way(spec, number, LAST, *TWO_PROCESSES)
     assert_equal(run(spec, *TWO_PROCESSES), unbroken, step)

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.training.identity import EXCLUDED, run_identity
+from sdxl_pipeline.training.identity import EXCLUDED, run_identity, run_names
 from tests.lanes import make_lane, make_spec
 
 
@@ -67,6 +67,37 @@ def test_what_changes_the_weights_changes_the_identity(spec, settings):
 )
 def test_what_does_not_change_the_weights_does_not(spec, settings):
     assert run_identity(changed(spec, **settings)) == run_identity(spec)
+
+
+@pytest.mark.parametrize(
+    ("settings", "goes_on"),
+    [
+        ({"lr_scheduler": "constant", "lr_warmup_steps": 0}, True),
+        ({"lr_scheduler": "constant_with_warmup"}, True),
+        ({"lr_scheduler": "sine"}, True),
+        ({"lr_scheduler": "cosine"}, False),
+        ({"lr_scheduler": "linear"}, False),
+        ({"lr_scheduler": "polynomial"}, False),
+        ({"optimizer": "adamw_schedulefree", "lr_scheduler": "constant"}, True),
+    ],
+    ids=lambda value: value.get("lr_scheduler") if isinstance(value, dict) else None,
+)
+def test_a_run_of_another_length_is_of_the_same_trajectory_where_the_rate_does_not_depend_on_it(
+    spec, settings, goes_on
+):
+    short, long, epochs, other = (
+        run_names(changed(spec, **settings, **more))
+        for more in (
+            {"max_train_steps": 12},
+            {"max_train_steps": 13},
+            {"max_train_steps": None, "num_train_epochs": 2},
+            {"max_train_steps": 12, "seed": 7},
+        )
+    )
+    assert len({short.identity, long.identity, epochs.identity}) == 3
+    assert short.family == long.family == epochs.family != other.family
+    assert (short.trajectory == long.trajectory == epochs.trajectory) is goes_on
+    assert short.trajectory != other.trajectory
 
 
 def test_the_number_of_processes_is_part_of_it(tmp_path, spec):

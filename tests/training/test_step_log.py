@@ -1,0 +1,74 @@
+"""Holds what is reported of steps: those taken are written, those skipped are named by the batch to blame, and overflows under loss scaling are neither."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sdxl_pipeline.training.metrics import METRICS_FILE, MetricsLog, read_metrics
+from sdxl_pipeline.training.order import SampleOrder
+from sdxl_pipeline.training.samples import load_samples
+from sdxl_pipeline.training.step_log import StepLog, TakenStep
+from tests.lanes import SQUARE, make_lane
+from tests.train_programs import Listener
+
+NAN = float("nan")
+
+
+class OneProcess(SimpleNamespace):
+    """As much of an accelerator as a report asks for."""
+
+    @staticmethod
+    def reduce(tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        return tensor
+
+    gather = staticmethod(lambda tensor: tensor)
+
+
+def scaled(scale: float) -> SimpleNamespace:
+    return SimpleNamespace(get_scale=lambda: scale)
+
+
+@pytest.fixture
+def reported(tmp_path: Path):
+    lane = make_lane(tmp_path / "lane", buckets=[SQUARE] * 4)
+    order = SampleOrder(load_samples([lane], "train"), {lane.dataset_id: 1.0}, seed=3, batch_size=1)
+
+    def report(steps, scaler=None):
+        listener, metrics = Listener(), MetricsLog(tmp_path / METRICS_FILE, 0)
+        watch = SimpleNamespace(steps=lambda rows: None)
+        log = StepLog(OneProcess(scaler=scaler), listener, order, 100, 0.0, metrics, watch)
+        for number, (losses, norm) in enumerate(steps, start=1):
+            log.add(TakenStep(number, torch.tensor(losses), torch.tensor(norm), 1e-3))
+        log.report()
+        rows = [(row.step, row.loss, row.grad_norm) for row in read_metrics(tmp_path / METRICS_FILE)]
+        return rows, listener.lines, order
+
+    return report
+
+
+def test_the_part_of_an_accumulated_step_that_is_not_finite_is_named_and_no_other(reported):
+    rows, lines, order = reported([((0.5, 0.25), 1.0), ((0.5, NAN), NAN), ((0.25, 0.25), 2.0)])
+    assert rows == [(1, 0.375, 1.0), (3, 0.25, 2.0)]
+    (line,) = lines
+    (blamed,), (other,) = order.batch(3, 0), order.batch(2, 0)
+    assert "step 2 is skipped, since its loss is nan" in line
+    assert blamed.sample.key[:12] in line
+    assert other.sample.key[:12] not in line
+
+
+def test_of_gradients_alone_the_whole_step_is_named(reported):
+    rows, (line,), order = reported([((0.5, 0.25), float("inf"))])
+    assert rows == []
+    assert "its gradients are not finite" in line
+    for index in (0, 1):
+        assert order.batch(index, 0)[0].sample.key[:12] in line
+
+
+def test_an_overflow_belongs_to_loss_scaling_until_its_scale_is_gone(reported):
+    step = ((0.5, 0.5), float("inf"))
+    assert reported([step] * 12, scaled(64.0))[:2] == ([(n, 0.5, None) for n in range(1, 13)], [])
+    rows, lines, _ = reported([step], scaled(0.5))
+    assert rows == []
+    assert "step 1 is skipped" in lines[0]
