@@ -43,6 +43,12 @@ def _check_fsdp(training: TrainingSettings) -> Iterator[Finding]:
             "has not been tried on weights that are divided among the processes by fsdp_enable",
             'write "adamw", or "fsdp_enable": false',
         )
+    if training.dynamo_backend not in (None, "no"):
+        yield Finding(
+            "dynamo_backend",
+            "has not been tried on weights that are divided among the processes by fsdp_enable",
+            'write "no", or "fsdp_enable": false',
+        )
     if training.mixed_precision == "fp16":
         yield Finding(
             "mixed_precision",
@@ -76,6 +82,13 @@ def _check_text_encoders(training: TrainingSettings) -> Iterator[Finding]:
             "gives the text encoders a LoRA, and a file of LyCORIS holds the UNet's adapter alone",
             'write false, or "lora_type": "standard"',
         )
+    for key in ("text_encoder_1_precision", "text_encoder_2_precision"):
+        if getattr(training, key) not in (None, "no_change"):
+            yield Finding(
+                key,
+                "holds a text encoder in fewer bits, which has not been tried with one that train_text_encoder adapts",
+                'write no_change, or "train_text_encoder": false',
+            )
     if training.optimizer == "prodigy" and training.text_encoder_lr not in (None, 0, training.learning_rate):
         yield Finding(
             "text_encoder_lr",

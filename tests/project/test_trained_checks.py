@@ -40,6 +40,7 @@ def test_what_a_full_training_cannot_have(settings, key, reason):
             "train_text_encoder",
             "UNet's adapter alone",
         ),
+        ({"text_encoder_2_precision": "int8-quanto"}, "text_encoder_2_precision", "has not been tried"),
         ({"optimizer": "prodigy", "text_encoder_lr": 1e-5}, "text_encoder_lr", "one rate for all"),
     ],
 )

@@ -115,6 +115,7 @@ def test_one_process_has_nothing_to_divide(tmp_path):
         ({"mixed_precision": "fp16"}, "mixed_precision"),
         ({"layer_freeze_strategy": "bitfit"}, "layer_freeze_strategy"),
         ({"use_ema": True}, "use_ema"),
+        ({"dynamo_backend": "inductor"}, "dynamo_backend"),
         ({"scheduled_sampling_max_step_offset": 5}, "scheduled_sampling_max_step_offset"),
     ],
 )
