@@ -31,6 +31,12 @@ def advise_on_optimisation(training: TrainingSettings) -> Iterator[str]:
             f"learning_rate = {training.learning_rate:g} multiplies the step size that prodigy finds by itself, and so makes it tiny; "
             "write 1, and d_coef in optimizer_config to make its steps larger or smaller"
         )
+    precision = training.base_model_precision or ""
+    if precision.endswith("-torchao") and training.gradient_checkpointing is False:
+        yield (
+            f"base_model_precision = {precision} saves no memory while gradient_checkpointing is false: torchao keeps its weights "
+            "unpacked from the forward pass to the backward one; int8-quanto and nf4-bnb do not"
+        )
     if training.gradient_checkpointing_interval and training.gradient_checkpointing is False:
         yield "gradient_checkpointing_interval has no effect while gradient_checkpointing is false"
     if not training.use_ema:

@@ -289,7 +289,13 @@ class TrainedLora(StageModel):
     )
     seconds: float
     steps_per_second: float | None
-    peak_memory_bytes: int
+    peak_memory_bytes: int = Field(description="Most that the main process held, as measured.")
+    memory_estimate: dict[str, int] = Field(
+        default={}, description="Bytes by what they are for, estimated before the first step."
+    )
+    estimated_memory_bytes: int | None = Field(
+        default=None, description="Of these, what is held at one time at the most."
+    )
     trainable_parameters: int
     adapted_modules: int = Field(description="Layers that have an adapter, or of a UNet those trained.")
     metrics_path: str = Field(description="metrics.jsonl, one line per logged step.")

@@ -130,6 +130,8 @@ def _finish(trainer: "Trainer") -> TrainedLora:
         seconds=trainer.seconds,
         steps_per_second=trainer.step / trainer.log.training_seconds,
         peak_memory_bytes=peak_memory_bytes(spec.hardware.device),
+        memory_estimate=trainer.memory.parts(),
+        estimated_memory_bytes=trainer.memory.total,
         trainable_parameters=sum(parameter.numel() for parameter in trainer.parameters.values()),
         adapted_modules=trainer.trainable.changed_modules,
         metrics_path=str(run_dir / METRICS_FILE),

@@ -1,4 +1,4 @@
-"""The training loop, and what it needs to start, save and go on."""
+"""The training loop, and what it needs to start, save and go on. The loss of a batch is in batch_loss.py, the setup in trainer_setup.py."""
 
 import math
 import time
@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from sdxl_pipeline.protocol.specs import TrainSpec
 from sdxl_pipeline.sdxl.components import latent_scaling_factor, load_noise_scheduler
 from sdxl_pipeline.training.batch_loss import BatchLoss
 from sdxl_pipeline.training.batches import Batch, BatchReader, TrainingBatches, prefetched
-from sdxl_pipeline.training.checkpoint_times import CheckpointKind, checkpoint_due
+from sdxl_pipeline.training.checkpoint_times import CheckpointKind, checkpoint_due, checkpoint_limit
 from sdxl_pipeline.training.checkpoints import (
     CHECKPOINTS,
     TrainingState,
@@ -31,8 +30,10 @@ from sdxl_pipeline.training.checkpoints import (
 from sdxl_pipeline.training.corruption import build_corruption
 from sdxl_pipeline.training.disk import DiskWatch
 from sdxl_pipeline.training.draws import seed_for
+from sdxl_pipeline.training.host_group import HostGroup
 from sdxl_pipeline.training.looks import Looks, LookTimes
 from sdxl_pipeline.training.loss_weights import build_loss_weights
+from sdxl_pipeline.training.memory import announce_estimate
 from sdxl_pipeline.training.metrics import METRICS_FILE, MetricsLog
 from sdxl_pipeline.training.non_finite import poisoned, step_if_finite
 from sdxl_pipeline.training.on_demand import OnDemandEncoders
@@ -44,7 +45,7 @@ from sdxl_pipeline.training.step_log import StepLog, TakenStep
 from sdxl_pipeline.training.taking_over import under_own_settings
 from sdxl_pipeline.training.trackers import require_tracker
 from sdxl_pipeline.training.trainable import build_trainable
-from sdxl_pipeline.training.trainer_setup import LOOK_TIMEOUT, build_accelerator, plan_order, planned_steps
+from sdxl_pipeline.training.trainer_setup import build_accelerator, plan_order, planned_steps
 from sdxl_pipeline.training.unet import base_dtype
 from sdxl_pipeline.training.watch import Watch
 
@@ -55,8 +56,8 @@ REPORT_INTERVAL = 10
 class Trainer:
     """One run of one identity: setup here, then `train`, then `write_weights`.
 
-    The state that training changes is the trainable parameters, the optimizer, the schedule, the loss scaler and the step; `state` and
-    `restore` are the only ways out and in. Hold the run's lock (`run_lock`) on the main process meanwhile.
+    The state that training changes is the trained parameters and their average, the optimizer, the schedule, the loss scaler and the
+    step; `state` and `restore` are the only ways out and in. Hold the run's lock (`run_lock`) on the main process meanwhile.
     """
 
     def __init__(self, spec: TrainSpec, identity: str, reporter: Reporter, stop: StopSignal) -> None:
@@ -71,12 +72,7 @@ class Trainer:
         self.accelerator = build_accelerator(spec)
         self.is_main: bool = self.accelerator.is_main_process
         self.device: torch.device = self.accelerator.device
-        # for what the processes say to each other without their devices
-        self._host_group = (
-            torch.distributed.new_group(backend="gloo", timeout=LOOK_TIMEOUT)
-            if self.accelerator.num_processes > 1
-            else None
-        )
+        self.hosts = HostGroup(self.accelerator.num_processes)
 
         planned = plan_order(spec, self.accelerator.num_processes, reporter)
         self.order, self.passes = planned.order, planned.passes
@@ -111,6 +107,9 @@ class Trainer:
         self.schedule = build_schedule(settings, self.optimizer.optimizer, self.total_steps)
         self.unet = self.trainable.prepared(self.accelerator)
         self.shown = ShownWeights(settings, self.optimizer.optimizer, self.parameters, self.device)
+        self.memory = announce_estimate(
+            spec, self.trainable, self.order.samples, self.device, reporter.log if self.is_main else None
+        )
 
         self.step = 0
         self._seconds_before = self._training_seconds_before = 0.0  # spent by earlier sessions
@@ -119,19 +118,9 @@ class Trainer:
 
         self.watch = Watch(spec, identity, self.step, self.total_steps, reporter) if self.is_main else None
         self.look_times = LookTimes(spec, self.total_steps, self.epochs_at)
-        self.looks = (
-            Looks(
-                self.look_times,
-                self.reader,
-                self.batch_loss.objective,
-                self.device,
-                self.step,
-                self.watch,
-                reporter,
-                stop,
-            )
-            if self.watch is not None
-            else None
+        objective = self.batch_loss.objective
+        self.looks = self.watch and Looks(
+            self.look_times, self.reader, objective, self.device, self.step, self.watch, reporter, stop
         )
         self.log = StepLog(
             self.accelerator,
@@ -171,10 +160,8 @@ class Trainer:
                 loss = self._loss(next(batches), self.step * self.accumulation + part)
                 self.accelerator.backward(poisoned(loss) / self.accumulation)
             losses.append(loss.detach())
-        grad_norm = self.accelerator.clip_grad_norm_(
-            self.parameters.values(), self.spec.settings.max_grad_norm or math.inf
-        )
-        grad_norm = whole_number(grad_norm)
+        max_norm = self.spec.settings.max_grad_norm or math.inf
+        grad_norm = whole_number(self.accelerator.clip_grad_norm_(self.parameters.values(), max_norm))
         lr = float(self.schedule.get_last_lr()[0])
         step_if_finite(self.optimizer, grad_norm)
         self.schedule.step()
@@ -277,7 +264,6 @@ class Trainer:
     def _save(self, kind: CheckpointKind = "step") -> None:
         self.log.report()
         self.reader.flush()
-        settings = self.spec.settings
         with self.trainable.gathered(torch.device("cpu")):
             state = self.state()
             if self.is_main:
@@ -287,15 +273,13 @@ class Trainer:
                     state,
                     export=self.write_weights,
                     exports_parameters=self.trainable.holds_parameters and self.shown.are_trained,
-                    limit=settings.checkpoints_rolling_total_limit
-                    if kind == "rolling"
-                    else settings.checkpoints_total_limit,
+                    limit=checkpoint_limit(self.spec.settings, kind),
                     kind=kind,
                 )
         self.log.restart_clock()
 
     def _stop_if_asked(self) -> None:
-        asked, disk_is_low = self._on_any_process(
+        asked, disk_is_low = self.hosts.any_of(
             self.stop.requested, self.is_main and self.disk.must_stop(self.stop, self.reporter.log)
         )
         if asked or disk_is_low:
@@ -307,14 +291,6 @@ class Trainer:
                 f"{self.disk.what_is_wrong()}. Step {self.step} is saved; free some, and run this again to go on from there"
             )
 
-    def _on_any_process(self, *flags: bool) -> list[bool]:
-        """The same answer everywhere, so that no process goes on to wait for one that has left. Does not wait for the device."""
-        if self.accelerator.num_processes == 1:
-            return list(flags)
-        raised = torch.tensor(flags, dtype=torch.int32)
-        torch.distributed.all_reduce(raised, torch.distributed.ReduceOp.MAX, group=self._host_group)
-        return [bool(flag) for flag in raised.tolist()]
-
     def _look_if_due(self) -> None:
         if not self.look_times.are_due(self.step):
             return
@@ -322,7 +298,5 @@ class Trainer:
         with self.trainable.gathered(self.device):
             if self.looks is not None:
                 self.looks.take(self.step, self.unet_module, self.shown)
-        if self._host_group is not None:
-            # by the host, which may wait for days: a device gives up after COLLECTIVE_TIMEOUT
-            torch.distributed.barrier(group=self._host_group)
+        self.hosts.wait()
         self.log.restart_clock()

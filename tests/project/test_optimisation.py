@@ -51,6 +51,14 @@ def test_no_interval_is_every_layer():
     assert any("gradient_checkpointing_interval" in line for line in idle)
 
 
+def test_few_bits_that_save_nothing_are_spoken_of():
+    values = {"base_model_precision": "int8-torchao"}
+    assert not list(idle_settings(TrainingSettings(**values, gradient_checkpointing=True)))
+    assert any(
+        "unpacked" in line for line in idle_settings(TrainingSettings(**values, gradient_checkpointing=False))
+    )
+
+
 def test_values_that_spell_a_default_are_understood():
     settings = TrainingSettings(gradient_precision="none", lr_num_cycles="none", lr_end="none")
     assert (settings.gradient_precision, settings.lr_num_cycles, settings.lr_end) == ("unmodified", 1, None)

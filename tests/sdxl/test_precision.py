@@ -28,6 +28,7 @@ EXPECTED = {
     "fp8wo-torchao": (0.1, 1.1),
     "nf4-bnb": (0.5, 0.65),  # tables of one kilobyte weigh in so small a layer
 }
+BY_DEFAULT = ("int8-quanto", "int8-torchao", "nf4-bnb")
 
 
 def predict(unet) -> torch.Tensor:
@@ -62,7 +63,10 @@ def test_all_names_of_the_settings_are_tried_here():
     assert set(typing.get_args(BaseModelPrecision)) == {"no_change", *EXPECTED}
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in EXPECTED],
+)
 def test_an_adapter_trained_on_few_bits_works_on_the_whole_weights(name, lively: ResolvedModel, tmp_path):
     require(name)
     unet = load_unet(lively, torch.float32)

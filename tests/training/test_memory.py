@@ -1,0 +1,307 @@
+"""Holds the estimate of a training's memory: against what torch keeps, what an optimizer holds, what a run takes, and SDXL's own figures."""
+
+import functools
+import json
+
+import psutil
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.protocol.program import StageStopped, StopSignal
+from sdxl_pipeline.protocol.reporter import Reporter
+from sdxl_pipeline.sdxl.activation_checkpointing import enable_checkpointing
+from sdxl_pipeline.sdxl.adapters import add_lora
+from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, SDXL_BASE_CONFIGS
+from sdxl_pipeline.sdxl.precision import quantize_model
+from sdxl_pipeline.stages.train import main
+from sdxl_pipeline.training import memory
+from sdxl_pipeline.training.activations import Pass, _layers, activation_bytes
+from sdxl_pipeline.training.memory import MemoryEstimate, estimate_memory, optimizer_bytes, remedies
+from tests.lanes import make_lane, make_spec
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def settings_of(**values) -> TrainingSettings:
+    return TrainingSettings(
+        **{
+            "max_train_steps": 6,
+            "mixed_precision": "bf16",
+            "gradient_checkpointing": True,
+            "train_batch_size": 1,
+            **values,
+        }
+    )
+
+
+def without_weights(folder, dtype: torch.dtype, full: bool = False) -> UNet2DConditionModel:
+    """A UNet of shapes alone, with a LoRA of rank 16 unless it is trained itself."""
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(config)
+    finally:
+        torch.set_default_dtype(before)
+    if not full:
+        with torch.device("meta"):
+            add_lora(unet, 16, 16.0, 0.0, TARGETS, seed=0)
+    return unet.train()
+
+
+def kept_by_torch(unet: UNet2DConditionModel, asked: Pass) -> int:
+    """Bytes that autograd saves of one forward pass beside the weights: asked of torch, which runs it on tensors without content."""
+    if asked.checkpointing:
+        enable_checkpointing(unet, asked.interval)
+    dtype = next(unet.parameters()).dtype
+    config, saved = unet.config, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved.setdefault(storage._cdata, (storage.nbytes(), storage))
+        return tensor
+
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    batch = asked.batch_size
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
+        weights = {
+            name: torch.empty(p.shape, dtype=p.dtype).requires_grad_(p.requires_grad)
+            for name, p in unet.named_parameters()
+        }
+        conditioning = {
+            "text_embeds": torch.empty(batch, pooled, dtype=dtype),
+            "time_ids": torch.zeros(batch, 6),
+        }
+        inputs = {
+            "encoder_hidden_states": torch.empty(batch, 77, config.cross_attention_dim, dtype=dtype),
+            "added_cond_kwargs": conditioning,
+        }
+        latents = torch.empty(batch, 4, asked.height // 8, asked.width // 8, dtype=dtype)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16),
+        ):
+            torch.func.functional_call(unet, weights, (latents, torch.zeros(batch, dtype=torch.long)), inputs)
+        own = {tensor.untyped_storage()._cdata for tensor in weights.values()}
+        return sum(size for place, (size, _) in saved.items() if place not in own)
+
+
+CASES = [
+    pytest.param(torch.float32, False, False, 1, id="adapter fp32"),
+    pytest.param(torch.bfloat16, False, False, 1, id="adapter bf16"),
+    pytest.param(torch.bfloat16, False, True, 1, id="adapter bf16 checkpointed"),
+    pytest.param(torch.bfloat16, False, True, 2, id="adapter bf16 every second"),
+    pytest.param(torch.float32, True, True, 1, id="full fp32 checkpointed"),
+]
+
+
+def compare(folder, edge: int, dtype, full: bool, checkpointing: bool, interval: int) -> tuple[int, int]:
+    """What the rule says is kept, without the largest layer that it adds for what is there for a moment; and what torch keeps."""
+    unet = without_weights(folder, dtype, full)
+    asked = Pass(edge, edge, 2, dtype.itemsize, full, checkpointing, interval)
+    kept = activation_bytes(unet, asked)
+    largest = max(size * factor for size, factor in _layers(unet, asked))
+    return kept - round(2 * largest), kept_by_torch(unet, asked)
+
+
+@pytest.mark.parametrize(("dtype", "full", "checkpointing", "interval"), CASES)
+def test_the_rule_for_activations_is_what_torch_keeps_of_the_bundled_unet(
+    dtype, full, checkpointing, interval
+):
+    ruled, kept = compare(BUNDLED_MODEL, 128, dtype, full, checkpointing, interval)
+    assert ruled == pytest.approx(kept, rel=0.12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "full", "checkpointing", "interval"), CASES)
+def test_the_rule_for_activations_is_what_torch_keeps_of_sdxls_unet(dtype, full, checkpointing, interval):
+    ruled, kept = compare(SDXL_BASE_CONFIGS, 1024, dtype, full, checkpointing, interval)
+    assert ruled == pytest.approx(kept, rel=0.06)
+
+
+@pytest.mark.parametrize("precision", ["int8-quanto", "int8-torchao", "nf4-bnb"])
+def test_what_quantized_layers_keep_beside_their_weights_is_counted(precision):
+    unet = UNet2DConditionModel.from_pretrained(BUNDLED_MODEL / "unet").requires_grad_(False)
+    quantize_model(unet, precision)
+    add_lora(unet.train(), 16, 16.0, 0.0, TARGETS, seed=0)
+    own = {place for weight in unet.parameters() for place, _ in storages(weight)}
+    saved = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.update({place: storage for place, storage in storages(tensor) if place not in own})
+        return tensor
+
+    inputs = {"text_embeds": torch.zeros(2, 64), "time_ids": torch.zeros(2, 6)}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        unet(
+            torch.zeros(2, 4, 16, 16),
+            torch.zeros(2, dtype=torch.long),
+            torch.zeros(2, 77, 128),
+            added_cond_kwargs=inputs,
+        )
+    settings = settings_of(
+        base_model_precision=precision, mixed_precision="no", gradient_checkpointing=False, train_batch_size=2
+    )
+    estimate = estimate_memory(settings, unet, unet, [(128, 128)])
+    asked = Pass(128, 128, 2, 4, False, False)
+    largest = 2 * max(size * factor for size, factor in _layers(unet, asked))
+    kept = sum(storage.nbytes() for storage in saved.values())
+    assert estimate.activations - largest == pytest.approx(kept, rel=0.15)
+
+
+def storages(tensor: torch.Tensor):
+    """Of a tensor, or of those that it is made of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from storages(getattr(tensor, name))
+    else:
+        storage = tensor.untyped_storage()
+        yield storage._cdata, storage
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("adamw", 8),
+        ("adamw_bf16", 6),
+        ("optimi-lion", 4),
+        ("optimi-sgd", 0),
+        ("optimi-adan", 16),
+        ("ao-adamw8bit", 2),
+        ("ao-adamw4bit", 1),
+        ("bnb-adamw", 8),
+        ("bnb-adamw8bit-paged", 2),
+        ("prodigy", 16),
+        ("adafactor", 0),
+        ("adamw_schedulefree", 8),
+    ],
+)
+def test_an_optimizers_state_is_asked_of_itself(name, expected):
+    state = torch.random.get_rng_state()
+    assert optimizer_bytes(settings_of(optimizer=name)) == pytest.approx(expected, abs=0.1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_sdxl_base_takes_what_is_known_of_it():
+    """2 567 463 684 parameters; a rank-16 LoRA of the attention has 23.2 million more. At 1024 pixels with batch 1, bf16 and checkpointing
+    people train it within 8 GB, and without checkpointing not within 10; all weights with AdamW in float32 take 4 x 10.3 GB."""
+    unet = without_weights(SDXL_BASE_CONFIGS, torch.bfloat16)
+    frozen = [parameter for parameter in unet.parameters() if not parameter.requires_grad]
+    assert sum(parameter.numel() for parameter in frozen) == 2_567_463_684
+    settings = settings_of()
+    light = estimate_memory(settings, unet, unet, [(1024, 1024), (832, 1216)])
+    assert light.frozen_weights == 2 * 2_567_463_684
+    assert light.trained_weights == light.gradients == 4 * 23_224_320
+    assert light.optimizer == pytest.approx(2 * light.trained_weights, rel=0.01)
+    assert 5.5e9 < light.total < 8e9
+    heavy = estimate_memory(settings_of(gradient_checkpointing=False), unet, unet, [(1024, 1024)])
+    assert 10e9 < heavy.total < 16e9
+    full = settings_of(model_type="full", optimizer="adamw")
+    whole = without_weights(SDXL_BASE_CONFIGS, torch.float32, full=True)
+    assert estimate_memory(full, whole, whole, [(1024, 1024)]).total == pytest.approx(4 * 10.27e9, rel=0.1)
+
+
+def test_a_picture_between_steps_counts_where_it_takes_more():
+    common = {"process": 1, "frozen_weights": 10, "trained_weights": 2, "optimizer": 4, "average": 2}
+    assert MemoryEstimate(**common, gradients=2, activations=5, picture=3).total == 26
+    assert MemoryEstimate(**common, gradients=2, activations=5, picture=30).total == 49
+
+
+def test_what_is_advised_is_what_is_not_done_yet():
+    estimate = MemoryEstimate(0, 10, 1, 2, 0, 1, 20, 0)
+    light = settings_of(base_model_precision="int8-quanto")
+    assert remedies(light, estimate) == []
+    heavy = settings_of(gradient_checkpointing=False, train_batch_size=4, mixed_precision="no")
+    assert remedies(heavy, estimate) == [
+        "gradient_checkpointing true",
+        "a smaller train_batch_size, and more gradient_accumulation_steps for it",
+        "mixed_precision bf16",
+        "base_model_precision int8-quanto",
+    ]
+
+
+class Listener(Reporter):
+    def __init__(self):
+        super().__init__()
+        self.lines: list[str] = []
+
+    def _show_log(self, message: str) -> None:
+        self.lines.append(message)
+
+
+@pytest.fixture(scope="module")
+def lane(tmp_path_factory):
+    return make_lane(tmp_path_factory.mktemp("lane"))
+
+
+def test_a_run_says_before_and_after_and_warns_of_a_small_device(lane, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "device_bytes", lambda device: 2**20)
+    heard = Listener()
+    manifest = main(make_spec(tmp_path, lane, max_train_steps=2), heard, StopSignal())
+    said = next(line for line in heard.lines if line.startswith("Memory:"))
+    assert "activations" in said
+    warned = next(line for line in heard.lines if line.startswith("Warning: the device has"))
+    assert "gradient_checkpointing true" in warned
+    parts = manifest.memory_estimate
+    assert parts["frozen weights"] == 4 * 5_348_996
+    assert manifest.estimated_memory_bytes < sum(parts.values()) + 1
+    # of a process that has run other tests too
+    assert manifest.peak_memory_bytes > psutil.Process().memory_info().rss / 2
+
+
+class StopsAtTheFirstCheckpoint(StopSignal):
+    """Of a run's folder."""
+
+    def __init__(self, folder) -> None:
+        super().__init__()
+        self.folder = folder
+
+    @property
+    def requested(self) -> bool:
+        return any((self.folder / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "package"),
+    [
+        ("int8-torchao", "torchao"),
+        pytest.param("int8-quanto", "optimum.quanto", marks=pytest.mark.slow),
+        pytest.param("nf4-bnb", "bitsandbytes", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_on_quantized_weights_that_was_resumed_leaves_the_same_bytes(
+    precision, package, lane, tmp_path
+):
+    pytest.importorskip(package, reason="needs the extra `quantization`")
+    settings = {"max_train_steps": 4, "checkpoint_step_interval": 2, "base_model_precision": precision}
+    unbroken = main(make_spec(tmp_path, lane, run="unbroken", **settings), Reporter(), StopSignal())
+    spec = make_spec(tmp_path, lane, run="broken", **settings)
+    with pytest.raises(StageStopped):
+        main(spec, Reporter(), StopsAtTheFirstCheckpoint(tmp_path / "broken"))
+    resumed = main(spec, Reporter(), StopSignal())
+    assert resumed.resumed_from_step == 2
+    assert resumed.weights_sha256 == unbroken.weights_sha256
+
+
+def test_with_complete_caches_no_text_encoder_is_made_and_a_vae_for_pictures_alone(
+    lane, tmp_path, monkeypatch
+):
+    made = []
+    for kind in (CLIPTextModel, CLIPTextModelWithProjection, AutoencoderKL):
+
+        @functools.wraps(kind.__init__)
+        def counted(self, *arguments, kind=kind, make=kind.__init__, **named):
+            made.append(kind)
+            make(self, *arguments, **named)
+
+        monkeypatch.setattr(kind, "__init__", counted)
+    main(make_spec(tmp_path, lane, run="blind", max_train_steps=1), Reporter(), StopSignal())
+    assert made == []
+    seeing = {"validation_disable": False, "validation_step_interval": 0}
+    main(make_spec(tmp_path, lane, run="seeing", max_train_steps=1, **seeing), Reporter(), StopSignal())
+    assert set(made) == {AutoencoderKL}
