@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
+import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
@@ -60,6 +61,21 @@ KINDS: Final[Mapping[str, Mapping[str, Any]]] = {
     ),
 }  # fmt: skip
 
+_QUICK = (
+    "lora, alpha above rank",
+    "lora, gaussian, convolutions",
+    "dora",
+    "lokr",
+    "lokr, whole matrices",
+    "lokr, norms",
+    "loha",
+    "locon",
+)
+EVERY_KIND: Final = [
+    pytest.param(kind, id=kind, marks=() if kind in _QUICK else pytest.mark.slow) for kind in KINDS
+]
+"""For `parametrize`: variants of a type that is there already are slow tests."""
+
 
 def settings_of(kind: str, **more: Any) -> TrainingSettings:
     return TrainingSettings.model_validate({**KINDS[kind], **more})
@@ -96,7 +112,7 @@ def train(unet: UNet2DConditionModel, steps: int = 3) -> None:
         optimizer.zero_grad()
 
 
-def adapted_unet(model: ResolvedModel, settings: TrainingSettings, steps: int = 3) -> UNet2DConditionModel:
+def adapted_unet(model: ResolvedModel, settings: TrainingSettings, steps: int = 2) -> UNet2DConditionModel:
     """The UNet with the adapter of the settings, after some steps."""
     unet = load_unet(model, torch.float32)
     add_adapter(unet, settings, seed=0)

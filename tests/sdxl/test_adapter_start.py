@@ -14,7 +14,7 @@ from sdxl_pipeline.sdxl.components import load_text_encoders, load_unet
 from sdxl_pipeline.sdxl.initial_adapter import find_initial_adapter, initial_adapter_digest
 from sdxl_pipeline.sdxl.lora import lora_tensors
 from tests.hub_server import HubServer
-from tests.sdxl.adapted_unets import KINDS, adapted_unet, lycoris, output, settings_of
+from tests.sdxl.adapted_unets import EVERY_KIND, adapted_unet, lycoris, output, settings_of
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def started(model: ResolvedModel, path: Path, kind: str, dtype: torch.dtype = to
     return unet
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_a_finished_file_is_the_start_exactly(lively: ResolvedModel, file: Path, kind: str):
     unet = adapted_unet(lively, settings_of(kind))
     save_adapter({UNET: unet}, file)
@@ -43,21 +43,21 @@ def test_a_finished_file_is_the_start_exactly(lively: ResolvedModel, file: Path,
 
 
 def test_the_strength_is_kept_whatever_lora_alpha_says(lively: ResolvedModel, file: Path):
-    unet = adapted_unet(lively, settings_of("lora, alpha above rank"))
+    unet = adapted_unet(lively, settings_of("lora, alpha above rank"), steps=1)
     save_adapter({UNET: unet}, file)
     again = started(lively, file, "lora, alpha above rank", lora_alpha=3)
     torch.testing.assert_close(output(again), output(unet), rtol=0, atol=5e-6)
 
 
 def test_nothing_is_rounded_to_a_bf16_base(lively: ResolvedModel, file: Path):
-    unet = adapted_unet(lively, settings_of("dora"))
+    unet = adapted_unet(lively, settings_of("dora"), steps=1)
     save_adapter({UNET: unet}, file)
     tensors = lora_tensors(started(lively, file, "dora", torch.bfloat16), UNET)
     assert all(torch.equal(tensors[name], tensor) for name, tensor in load_file(file).items())
 
 
 def test_a_dora_starts_from_a_lora(lively: ResolvedModel, file: Path):
-    unet = adapted_unet(lively, settings_of("lora"))
+    unet = adapted_unet(lively, settings_of("lora"), steps=1)
     save_adapter({UNET: unet}, file)
     again = started(lively, file, "lora", use_dora=True)
     torch.testing.assert_close(output(again), output(unet), rtol=0, atol=5e-6)
@@ -79,13 +79,13 @@ def kohya_file(unet: torch.nn.Module, path: Path, alpha: float) -> None:
 
 
 def test_kohyas_files_are_read_with_their_alpha(lively: ResolvedModel, file: Path):
-    unet = adapted_unet(lively, settings_of("lora, alpha above rank"))
+    unet = adapted_unet(lively, settings_of("lora, alpha above rank"), steps=1)
     kohya_file(unet, file, alpha=10)
     assert torch.equal(output(started(lively, file, "lora, alpha above rank")), output(unet))
 
 
 def test_a_lycoris_file_of_kohyas_trainer_is_read(lively: ResolvedModel, file: Path):
-    unet = adapted_unet(lively, settings_of("loha"))
+    unet = adapted_unet(lively, settings_of("loha"), steps=1)
     save_adapter({UNET: unet}, file)
     save_file({name.replace("lycoris_", "lora_unet_", 1): t for name, t in load_file(file).items()}, file)
     assert torch.equal(output(started(lively, file, "loha")), output(unet))
