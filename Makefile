@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Two torch threads on a two-core machine fight with any neighbour; one per process is the steady choice.
 export OMP_NUM_THREADS ?= 1
+# Each with one torch thread; more take more memory, not only more cores.
+TEST_PROCESSES ?= 2
 # Run history lies in this repository (dagster.yaml), wherever a DAGSTER_HOME of the shell points.
 export DAGSTER_HOME := $(CURDIR)
 export PYTHONWARNINGS ?= ignore
@@ -35,10 +37,10 @@ ui: $(VENV)/.ready ## the Dagster UI on http://127.0.0.1:3000
 	$(BIN)/dagster dev
 
 test: $(VENV)/.ready-dev ## the test suite (at most 12 minutes on 2 cores)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 test-all: $(VENV)/.ready-dev ## the test suite with the slow tests
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m ''
 
 lint: $(VENV)/.ready-dev ## format, lint, types, dependency rule
 	$(BIN)/ruff format --check .
