@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from sdxl_pipeline.protocol.program import StageStopped, StopSignal
 from sdxl_pipeline.protocol.reporter import Reporter
-from sdxl_pipeline.protocol.specs import EvaluateSpec, TrainedLora, TrainSpec
+from sdxl_pipeline.protocol.specs import EMA_FOLDER, EvaluateSpec, TrainedLora, TrainSpec
 from sdxl_pipeline.release.export import ExportError, verify_export
 from sdxl_pipeline.sdxl.components import load_unet
 from sdxl_pipeline.stages import evaluate, train
@@ -89,13 +89,16 @@ def test_a_checkpoint_holds_the_weights_once_in_the_form_that_users_load(trained
     assert UNet2DConditionModel.from_pretrained(place, subfolder="unet", use_safetensors=True)
 
 
-@pytest.mark.parametrize("settings", [{}, {"layer_freeze_strategy": "bitfit"}], ids=["all", "bitfit"])
-def test_a_stopped_run_ends_in_the_same_bytes(trained, settings):
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("all", {}), ("bitfit", {"layer_freeze_strategy": "bitfit"}), ("averaged", {"use_ema": True})],
+)
+def test_a_stopped_run_ends_in_the_same_bytes(trained, name, settings):
     spec, expected = trained
     folder = Path(spec.run_dir).parent
     if settings:
-        expected = run(full_spec(folder, "unbroken-bitfit", **settings, validation_disable=True))
-    stopped = full_spec(folder, f"stopped{len(settings)}", **settings)
+        expected = run(full_spec(folder, f"unbroken-{name}", **settings, validation_disable=True))
+    stopped = full_spec(folder, f"stopped-{name}", **settings, validation_disable=bool(settings))
     with pytest.raises(StageStopped):
         run(stopped, stop_after=1)
     with pytest.raises(StageStopped):
@@ -103,6 +106,11 @@ def test_a_stopped_run_ends_in_the_same_bytes(trained, settings):
     resumed = run(stopped)
     assert resumed.resumed_from_step == 3
     assert resumed.weights_sha256 == expected.weights_sha256
+    if name == "averaged":
+        for place in ("unet", f"{EMA_FOLDER}/unet"):
+            ours, theirs = (sha256_path(Path(made.run_dir) / place) for made in (resumed, expected))
+            assert ours == theirs
+        assert Path(resumed.weights_path).relative_to(resumed.run_dir) == Path(EMA_FOLDER, "unet")
 
 
 def test_diffusers_draws_what_the_trainer_drew(trained):
