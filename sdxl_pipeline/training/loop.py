@@ -119,8 +119,10 @@ class Trainer:
         self.watch = Watch(spec, identity, self.step, self.total_steps, reporter) if self.is_main else None
         self.look_times = LookTimes(spec, self.total_steps, self.epochs_at)
         objective = self.batch_loss.objective
-        self.looks = self.watch and Looks(
-            self.look_times, self.reader, objective, self.device, self.step, self.watch, reporter, stop
+        self.looks = (
+            Looks(self.look_times, self.reader, objective, self.device, self.step, self.watch, reporter, stop)
+            if self.watch is not None
+            else None
         )
         self.log = StepLog(
             self.accelerator,
@@ -168,7 +170,8 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         self.shown.update(self.step)
-        self.log.add(TakenStep(self.step, torch.stack(losses), grad_norm, rate_of(self.optimizer, lr)))
+        rate, scalars = rate_of(self.optimizer, lr), self.shown.scalars(self.step)
+        self.log.add(TakenStep(self.step, torch.stack(losses), grad_norm, rate, scalars))
 
     def _loss(self, batch: Batch, index: int) -> Tensor:
         """Mean loss of one batch, the `index`-th of this process since the start of the run."""

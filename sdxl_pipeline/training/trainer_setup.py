@@ -19,9 +19,6 @@ from sdxl_pipeline.training.samples import load_samples
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """How long a process waits for the others with its device."""
 
-LOOK_TIMEOUT = timedelta(days=7)
-"""How long it waits with its host: as long as the first may draw validation pictures and measure."""
-
 
 def build_accelerator(spec: TrainSpec) -> Accelerator:
     """The devices that the spec asks for. Raises StageError when they are not there, or the processes not as many."""
