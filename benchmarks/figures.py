@@ -7,9 +7,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from rich.console import Console
-from rich.table import Table
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -34,7 +31,14 @@ class Options:
 
 
 def show(figures: Sequence[Figure]) -> None:
-    """Print the figures, and the machine they were measured on."""
+    """Print the figures, and the machine they were measured on; without rich, which a GPU's machine may lack, a line for each."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ModuleNotFoundError:
+        for figure in figures:
+            print(f"{figure.part} | {figure.name} | {figure.value:,.4g} {figure.unit} | {figure.note}")
+        return
     table = Table("part", "figure", "value", "unit", "target", "", "note")
     for figure in figures:
         verdict = "" if figure.met is None else "met" if figure.met else "MISSED"

@@ -1,0 +1,197 @@
+"""Training steps of SDXL-base's architecture on a GPU: `python -m benchmarks.train --gpu [options]`.
+
+Needs torch, diffusers, transformers, peft and accelerate, and this repository; no network. The cached loop is the arithmetic of this
+project's step on a batch that lies on the device, which is what its caches and its reading ahead come to; the trainer itself needs more
+packages. Against it stands the loop of diffusers' example, with the VAE and both text encoders in it.
+
+`--device cpu --tiny` shows that it runs.
+"""
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+
+from benchmarks.figures import Figure, as_json, show
+from benchmarks.train_parts import sdxl_base
+from benchmarks.train_parts.loops import BareLoop, ExampleLoop
+from sdxl_pipeline.sdxl.attention_kernels import AttentionKernelError, use_backend
+from sdxl_pipeline.sdxl.compilation import compile_unet
+
+KERNELS = ("_native_flash", "_native_efficient", "_native_cudnn", "xformers", "flash")
+"""diffusers' names; the first three are PyTorch's, among which it chooses by itself where none is named."""
+
+
+class Bench:
+    """One UNet on one device, and what was measured on it."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.device = torch.device(options.device)
+        self.dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
+        self.configs: Path = sdxl_base.TINY_CONFIGS if options.tiny else sdxl_base.CONFIGS
+        self.unet: UNet2DConditionModel = sdxl_base.random_unet(self.configs, self.device, self.dtype)
+        self.peak = sdxl_base.peak_flops(self.device)
+        self.flops: dict[int, int] = {}
+        self.figures: list[Figure] = []
+
+    def cached_loop(self, batch_size: int) -> BareLoop:
+        """The loop of a batch that lies on the device."""
+        batch = sdxl_base.random_batch(
+            self.unet, batch_size, self.options.resolution, self.device, self.dtype
+        )
+        return BareLoop(
+            self.unet,
+            sdxl_base.trained_parameters(self.unet),
+            sdxl_base.scheduler(self.configs).alphas_cumprod,
+            [batch],
+            self.dtype,
+        )
+
+    def count_flops(self) -> None:
+        """Count at batch 1; what a picture takes does not depend on its neighbours."""
+        loop = self.cached_loop(1)
+        counted = sdxl_base.flops_per_step(loop, next(loop.batches))
+        self.flops = {size: size * counted for size in self.options.batches}
+        self.add("model FLOPs of a picture", counted / 1e12, "TFLOP", "forward and backward")
+
+    def variant(self, name: str, batch_size: int, note: str = "") -> None:
+        """Measure the cached loop as the UNet stands; out of memory is a result too."""
+        self.free()
+        label = f"{name}, batch {batch_size}"
+        try:
+            loop = self.cached_loop(batch_size)
+            started = time.perf_counter()
+            self.timed(loop.take, 1)
+            first = time.perf_counter() - started
+            seconds = [self.timed(loop.take, self.options.steps) for _ in range(self.options.rounds)]
+        except torch.OutOfMemoryError:
+            self.add(label, float("nan"), "", "out of memory")
+            return
+        per_step = statistics.median(seconds) / self.options.steps
+        self.add(label, 1 / per_step, "steps/s", note)
+        self.add(label, batch_size / per_step, "images/s", f"first step after {first:.1f} s")
+        if self.device.type == "cuda":
+            self.add(label, torch.cuda.max_memory_allocated(self.device) / 1e9, "GB", "peak memory")
+        if self.peak is not None:
+            used = self.flops[batch_size] / per_step / self.peak
+            self.add(label, used, "", f"model FLOPs utilisation of {self.peak / 1e12:.0f} TFLOP/s")
+
+    def against_example(self, batch_size: int) -> None:
+        """The cached loop and the example's taking turns, on the same UNet."""
+        self.free()
+        label = f"cached loop, of the example's speed, batch {batch_size}"
+        try:
+            cached = self.cached_loop(batch_size)
+            accelerator = Accelerator(
+                cpu=self.device.type == "cpu",
+                mixed_precision="no" if self.dtype == torch.float32 else "bf16",
+            )
+            models = sdxl_base.example_models(self.unet, self.configs, self.device, self.dtype)
+            pictures = sdxl_base.random_pictures(batch_size, self.options.resolution)
+            example = ExampleLoop(models, pictures, accelerator, self.dtype)
+            self.timed(cached.take, 1)
+            self.timed(example.take, 1)
+            ratios = []
+            for _ in range(self.options.rounds):
+                own = self.timed(cached.take, self.options.steps)
+                ratios.append(self.timed(example.take, self.options.steps) / own)
+        except torch.OutOfMemoryError:
+            self.add(label, float("nan"), "", "out of memory")
+            return
+        self.add(label, statistics.median(ratios), "", "VAE in float32 and text encoders in the loop")
+
+    def timed(self, take: Callable[[int], None], steps: int) -> float:
+        """Seconds until the device has finished `steps` steps."""
+        self.wait()
+        started = time.perf_counter()
+        take(steps)
+        self.wait()
+        return time.perf_counter() - started
+
+    def wait(self) -> None:
+        """Until the device has nothing to do."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def free(self) -> None:
+        """Forget the last variant's memory."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def add(self, name: str, value: float, unit: str, note: str = "") -> None:
+        """Keep a figure, and show it at once: a later variant may take the process with it."""
+        self.figures.append(Figure("gpu", name, value, unit, note=note))
+        print(f"{name}: {value:.4g} {unit} {note}".rstrip(), flush=True)
+
+
+def measure(options: argparse.Namespace) -> list[Figure]:
+    """Every variant of the options, one after the other."""
+    bench = Bench(options)
+    bench.count_flops()
+    for checkpointing in (True, False):
+        name = "checkpointing" if checkpointing else "no checkpointing"
+        _switch(bench.unet.enable_gradient_checkpointing, bench.unet.disable_gradient_checkpointing, checkpointing)  # fmt: skip
+        for size in options.batches:
+            bench.variant(name, size)
+        bench.against_example(options.batches[0])
+    if options.kernels:
+        _measure_kernels(bench, options)
+    compile_unet(bench.unet, options.compiler, regional=True)
+    for size in options.batches if options.compiler != "no" else ():
+        bench.variant(f"compiled blocks ({options.compiler}), no checkpointing", size)
+    return bench.figures
+
+
+def _measure_kernels(bench: Bench, options: argparse.Namespace) -> None:
+    size = options.batches[min(1, len(options.batches) - 1)]
+    for kernel in options.kernels:
+        try:
+            use_backend(bench.unet, kernel)
+            bench.variant(f"attention {kernel}", size, "no checkpointing")
+        except (AttentionKernelError, RuntimeError, ValueError) as error:  # not for this device or dtype
+            bench.add(f"attention {kernel}", float("nan"), "", str(error).splitlines()[0][:80])
+    bench.unet.set_attn_processor(AttnProcessor2_0())
+
+
+def _switch(on: Callable[[], None], off: Callable[[], None], wanted: bool) -> None:
+    (on if wanted else off)()
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.train --gpu", description=__doc__.splitlines()[0]
+    )
+    add = partial(parser.add_argument, metavar="")
+    add("--device", default="cuda", help="cuda (default) or cpu")
+    parser.add_argument("--tiny", action="store_true", help="the bundled model's architecture")
+    add("--batches", type=int, nargs="+", default=[1, 4, 8], help="pictures per step (default 1 4 8)")
+    add("--resolution", type=int, default=1024, help="pixels (default 1024)")
+    add("--rounds", type=int, default=5, help="timed rounds of a variant (default 5)")
+    add("--steps", type=int, default=5, help="steps in a round (default 5)")
+    add("--kernels", nargs="*", default=list(KERNELS), help="diffusers' attention backends")
+    add("--compiler", default="inductor", help="inductor (default), eager or no")
+    add("--json", type=Path, help="also write the figures here")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure and show."""
+    options = _parsed(arguments)
+    torch.manual_seed(0)
+    figures = measure(options)
+    name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}, {options.resolution} px")
+    show(figures)
+    if options.json:
+        options.json.write_text(as_json(figures) + "\n")
