@@ -26,7 +26,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tensorboard,optimizers,quantization,lycoris,s3,http,faces]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tensorboard,wandb,optimizers,quantization,lycoris,s3,http,faces]'
 	@touch $@
 
 demo: $(VENV)/.ready ## train, evaluate and package the demo LoRA (a few minutes on 2 CPU cores)

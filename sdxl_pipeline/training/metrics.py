@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,16 @@ class StepMetrics:
     samples_per_second: float  # over the steps since the last report
     steps_per_second: float | None = None  # likewise
     eta_seconds: float | None = None  # to the end of the run, at that speed
+    scalars: Mapping[str, float] = field(default_factory=dict)  # whatever else changes from step to step
 
     @property
     def figures(self) -> dict[str, float]:
         """What is known of the step, by name."""
-        return {name: value for name, value in asdict(self).items() if name != "step" and value is not None}
+        known = {name: getattr(self, name) for name in _FIGURES}
+        return {name: value for name, value in known.items() if value is not None} | dict(self.scalars)
+
+
+_FIGURES = tuple(item.name for item in fields(StepMetrics) if item.name not in ("step", "scalars"))
 
 
 class MetricsLog:

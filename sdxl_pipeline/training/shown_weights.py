@@ -32,6 +32,10 @@ class ShownWeights:
         if settings.is_schedule_free:
             optimizer.train()  # type: ignore[attr-defined]
 
+    def scalars(self, step: int) -> dict[str, float]:
+        """What is to be logged of optimizer step `step` beside its loss."""
+        return {} if self.ema is None else {"ema_decay": self.ema.decay(step)}
+
     @property
     def are_trained(self) -> bool:
         """Whether the weights that are written are those that the next step starts from."""

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +24,7 @@ class TakenStep:
     losses: Tensor  # (accumulation,), of this process
     grad_norm: Tensor  # (), of all processes together, before clipping
     lr: float
+    scalars: Mapping[str, float] = field(default_factory=dict)  # to be logged as they are, known to the host
 
 
 class StepLog:
@@ -84,6 +85,7 @@ class StepLog:
                 samples_per_second=speed * self._samples_in(step),
                 steps_per_second=speed,
                 eta_seconds=(self._total_steps - step.number) / speed,
+                scalars=step.scalars,
             )
             for step, loss, norm in zip(kept, losses, norms, strict=True)
         ]

@@ -11,6 +11,7 @@ from PIL import Image
 
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import TrainSpec, ValidationImage
+from sdxl_pipeline.training.identity import numeric_settings
 from sdxl_pipeline.training.metrics import StepMetrics
 from sdxl_pipeline.training.previews import Preview
 
@@ -80,6 +81,7 @@ class Trackers:
 def _build(name: str, spec: TrainSpec, identity: str, resumed_at: int) -> GeneralTracker:
     settings = spec.settings
     project, run_name = settings.tracker_project_name or spec.project, settings.tracker_run_name
+    config = numeric_settings(settings)  # no places on this disk, no addresses
     # tensorboard and trackio know runs by their names alone
     unique = f"{run_name}-{identity[:12]}" if run_name else identity[:12]
     if name == "tensorboard":
@@ -88,8 +90,8 @@ def _build(name: str, spec: TrainSpec, identity: str, resumed_at: int) -> Genera
         return TensorBoardTracker(unique, str(folder), purge_step=resumed_at + 1)
     if name == "wandb":
         options: dict[str, Any] = {"id": identity[:32], "resume": "allow", "dir": spec.run_dir}
-        return WandBTracker(project, name=run_name or identity[:12], **options)
-    return TrackioTracker(project, name=unique, resume="allow", embed=False)
+        return WandBTracker(project, name=run_name or identity[:12], config=config, **options)
+    return TrackioTracker(project, name=unique, resume="allow", embed=False, config=config)
 
 
 def require_tracker(name: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from diffusers import StableDiffusionXLPipeline
 
 from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
@@ -23,6 +24,7 @@ from sdxl_pipeline.training.eval_pictures import read_pictures
 from sdxl_pipeline.training.eval_samples import choose_samples
 from sdxl_pipeline.training.metrics import read_metrics
 from sdxl_pipeline.training.objective import Objective
+from sdxl_pipeline.training.watch import Watch
 from tests.lanes import make_lane, make_spec
 
 SECRET = "t0ken-nobody-may-see"
@@ -195,6 +197,24 @@ def test_the_log_of_eval_losses_forgets_what_will_be_taken_again(tmp_path):
         file.write('{"step": 12, "lo')
     assert EvalLog(tmp_path, resumed_at=6).rows == rows[:2]
     assert read_eval_log(tmp_path) == rows[:2]
+
+
+def test_what_ends_a_run_is_told_and_only_words_made_for_users(tmp_path, posts):
+    PartialState(cpu=True)
+    spec = spec_of(tmp_path, "failing", webhook_config=str(tmp_path / "webhooks.json"))
+    for error in (StageError("lower learning_rate"), RuntimeError("a private path")):
+        watch = Watch(spec, "0" * 64, resumed_at=4, total_steps=6, reporter=Reporter())
+        with pytest.raises(type(error)), watch:
+            raise error
+        watch.close()
+    told = [(post["message_type"], post["level"], post["message"]) for post in posts]
+    goes_on = ("training.started", "info", "The training goes on from step 4: 6 steps.")
+    assert told == [
+        goes_on,
+        ("training.failed", "error", "The training failed: lower learning_rate"),
+        goes_on,
+        ("training.failed", "error", "The training failed: RuntimeError"),
+    ]
 
 
 def test_what_looking_needs_is_missed_at_the_start(tmp_path):

@@ -23,6 +23,20 @@ def test_rows_come_back(path):
     assert read_metrics(path) == [row(1), row(2), row(3)]
 
 
+def test_what_else_is_known_of_a_step_is_kept_and_is_a_figure(path):
+    known = StepMetrics(1, 0.5, 1e-4, None, 8.0, 2.0, 30.0, {"ema_decay": 0.75})
+    MetricsLog(path, 0).append([known])
+    assert read_metrics(path) == [known]
+    assert known.figures == {
+        "loss": 0.5,
+        "lr": 1e-4,
+        "samples_per_second": 8.0,
+        "steps_per_second": 2.0,
+        "eta_seconds": 30.0,
+        "ema_decay": 0.75,
+    }
+
+
 def test_resuming_drops_what_will_be_written_again(path):
     MetricsLog(path, 0).append([row(step, loss=1.0) for step in range(1, 8)])
     MetricsLog(path, 4).append([row(step, loss=2.0) for step in range(5, 8)])

@@ -108,6 +108,7 @@ def test_wandb_offline_keeps_a_run_by_its_identity(tmp_path, monkeypatch, previe
     trackers.log_preview(preview)
     assert run.summary["train/loss"] == 0.5
     assert run.summary["train/steps_per_second"] == 2.0
+    assert (run.config["lora_rank"], "output_dir" in run.config) == (2, False)
     assert run.step == 5
     trackers.close()
     (folder,) = (Path(spec.run_dir) / "wandb").glob("offline-run-*-0123456789abcdef")
