@@ -32,7 +32,7 @@ run.mkdir()
 libc = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNS, MS_REC_PRIVATE, MS_REMOUNT = 0x20000, (1 << 14) | (1 << 18), 1 << 5
 if libc.unshare(CLONE_NEWNS) or libc.mount(b"none", b"/", None, MS_REC_PRIVATE, None) or libc.mount(
-    b"tmpfs", str(run).encode(), b"tmpfs", 0, b"size=4m"
+    b"tmpfs", str(run).encode(), b"tmpfs", 0, b"size=12m"
 ):
     print("cannot mount:", os.strerror(ctypes.get_errno()))
     sys.exit(77)
@@ -51,16 +51,16 @@ kept = sorted(place.name for place in (run / "checkpoints").iterdir())
 assert kept and all(name.startswith("step-") for name in kept), kept
 print("kept:", len(kept))
 
-libc.mount(b"tmpfs", str(run).encode(), b"tmpfs", MS_REMOUNT, b"size=8m")
+libc.mount(b"tmpfs", str(run).encode(), b"tmpfs", MS_REMOUNT, b"size=16m")
 try:
-    train(disk_low_threshold="6M")
+    train(disk_low_threshold="12M")
 except StageError as error:
     print("low:", error)
 else:
     sys.exit("no error")
 
 libc.mount(b"tmpfs", str(run).encode(), b"tmpfs", MS_REMOUNT, b"size=64m")
-done = train(disk_low_threshold="6M")
+done = train(disk_low_threshold="12M")
 assert done.resumed_from_step == len(kept), (done.resumed_from_step, kept)
 print("done:", done.steps)
 """
@@ -83,7 +83,7 @@ def test_a_small_disk_ends_the_run_before_a_write_that_would_fill_it_and_the_nex
     assert f"no space left on the disk of {tmp_path / 'run' / 'checkpoints'}" in full
     assert f"for the checkpoint of step {step + 1}: it takes" in full
     assert "checkpoints_total_limit" in full
-    assert "below disk_low_threshold (6.0 MiB)" in low
+    assert "below disk_low_threshold (12.0 MiB)" in low
     assert f"Step {step} is saved" in low
     assert done == "done: 12"
 
