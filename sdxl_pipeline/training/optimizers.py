@@ -56,6 +56,15 @@ def build_optimizer(
 
     Raises StageError when the package it comes from is missing, or when `optimizer_config` has an option or a value it does not take.
     """
+    if (
+        settings.gradient_precision == "fp32"
+        and trainable_dtype(settings) != torch.float32
+        and num_processes > 1
+    ):
+        raise StageError(
+            f"config.json: gradient_precision fp32 holds gradients wider than weights in bf16 are, which {num_processes} processes "
+            'cannot average; write "unmodified"'
+        )
     recipe, trainable, texts = RECIPES[settings.optimizer], list(parameters), list(text_parameters)
     kind = _load(settings.optimizer, recipe)
     options: dict[str, Any] = {**recipe.defaults, **_options(settings, recipe, kind)}

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
 
 from sdxl_pipeline.protocol.specs import TrainSpec, WeightsKind
 from sdxl_pipeline.sdxl.adapters import UNET, adapted_module_names, save_adapter
@@ -63,7 +64,12 @@ class Trainable(ABC):
         return self
 
     def prepared(self, accelerator: Accelerator) -> nn.Module:
-        """`module` as the steps call it, ready for several processes."""
+        """`module` as the steps call it, ready for several processes.
+
+        What is frozen is left out of what they tell each other: all have loaded the same, and weights in few bits cannot be sent.
+        """
+        frozen = [name for name, parameter in self.module.named_parameters() if not parameter.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.module, frozen)
         module: nn.Module = accelerator.prepare(self.module)
         return module
 

@@ -165,6 +165,13 @@ def test_gradients_of_bf16_weights_are_summed_in_fp32_when_asked():
         assert bool(parameters[0].grad > 1) is grown
 
 
+def test_several_processes_cannot_average_gradients_wider_than_the_weights():
+    settings = settings_of(optimizer="adamw_bf16", mixed_precision="bf16", gradient_precision="fp32")
+    with pytest.raises(StageError, match='write "unmodified"'):
+        build_optimizer(settings, make_parameters(), num_processes=2)
+    assert build_optimizer(settings_of(gradient_precision="fp32"), make_parameters(), num_processes=2)
+
+
 def test_averaged_weights_are_not_those_that_are_trained():
     """x = (1 - 1/k) x + z/k over the steps (Defazio et al. 2024); y lies between x and z, one part in ten from x."""
     pytest.importorskip("schedulefree", reason="needs the extra `optimizers`")
