@@ -17,6 +17,7 @@ from sdxl_pipeline.protocol.specs import (
     TextEmbedCache,
     TrainedLora,
 )
+from sdxl_pipeline.sdxl.adapter_files import changes_something
 from sdxl_pipeline.store.files import sha256_file, sha256_path
 
 
@@ -114,9 +115,7 @@ def check_lora(lora: TrainedLora) -> list[dg.AssetCheckResult]:
 
     weights = load_file(lora.weights_path)
     unsound = [name for name, tensor in weights.items() if not np.isfinite(tensor).all()]
-    changed = any(
-        bool(tensor.any()) for name, tensor in weights.items() if ".lora_B." in name or ".lora.up." in name
-    )
+    changed = changes_something(weights)
     intact = sha256_file(Path(lora.weights_path)) == lora.weights_sha256
     return [
         result(

@@ -29,8 +29,9 @@ from sdxl_pipeline.project.precedence import resolve_hardware, resolve_settings
 from sdxl_pipeline.project.project import Project
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.specs import TrainedLora, TrainingLane, TrainSpec
+from sdxl_pipeline.release.adapter_words import adapter_name
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
-from sdxl_pipeline.sdxl.initial_adapter import with_initial_adapter
+from sdxl_pipeline.sdxl.initial_adapter import initial_adapter_digest, with_initial_adapter
 from sdxl_pipeline.store.files import write_text_atomic
 from sdxl_pipeline.training.identity import numeric_settings, run_identity
 
@@ -117,6 +118,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
             metadata=_metadata(result)
             | _uses(spec.lanes)
             | _objective(settings)
+            | _adapter(settings)
             | {METADATA_ENTRY: project_fingerprint(project, seen)},
             check_results=checks.check_lora(result),
         )
@@ -159,6 +161,13 @@ def _memory(result: TrainedLora) -> dg.MetadataValue | None:
         ("**measured peak**", result.peak_memory_bytes / 2**30),
     ]
     return figures_table(("memory of the main process", "GiB"), [*rows, *peaks])
+
+
+def _adapter(settings: TrainingSettings) -> dict[str, Any]:
+    if settings.model_type != "lora":
+        return {}
+    start = initial_adapter_digest(settings.init_lora)
+    return present({"adapter": adapter_name(settings).partition(" ")[2], "started_from_sha256": start})
 
 
 def _metadata(result: TrainedLora) -> dict[str, Any]:

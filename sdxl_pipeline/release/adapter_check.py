@@ -1,7 +1,6 @@
 """Whether an adapter's file can be used: against models without weights, so that SDXL's are made in seconds and next to no memory."""
 
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,15 +9,20 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdxl_pipeline.sdxl.adapter_files import PREFIXES, UNET, AdapterError, AdapterFile, read_header
+from sdxl_pipeline.sdxl.adapter_files import (
+    PREFIXES,
+    UNET,
+    AdapterError,
+    AdapterFile,
+    changes_something,
+    read_header,
+)
 from sdxl_pipeline.sdxl.adapters import load_adapter, require_whole
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.sdxl.lycoris import count_lycoris_layers
-
-_FACTORS = (".lora_", ".lokr_", ".hada_")
 
 
 def count_changed_layers(path: Path, base_model: ResolvedModel) -> int:
@@ -42,7 +46,7 @@ def count_changed_layers(path: Path, base_model: ResolvedModel) -> int:
         raise AdapterError(
             f"{path}: {len(broken)} tensors hold NaN or infinity, as {broken[0]}. The training diverged"
         )
-    if not _changes_something(tensors):
+    if not changes_something(tensors):
         raise AdapterError(f"{path} changes nothing: all its updates are zero")
     return layers
 
@@ -66,12 +70,3 @@ def _without_copies() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter", category=UserWarning)
         yield
-
-
-def _changes_something(tensors: dict[str, Tensor]) -> bool:
-    """An update is a product: it is not zero when none of a layer's factors is."""
-    factors: defaultdict[str, list[bool]] = defaultdict(list)
-    for name, tensor in tensors.items():
-        if part := next((part for part in _FACTORS if part in name), None):
-            factors[name.rpartition(part)[0]].append(bool(tensor.any()))
-    return any(map(all, factors.values()))

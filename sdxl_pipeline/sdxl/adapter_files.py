@@ -1,9 +1,10 @@
 """What is common to the files of every kind of adapter, before a tensor of them is read."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from safetensors import SafetensorError, safe_open
 
@@ -14,6 +15,7 @@ PREFIXES: Final = (UNET, "text_encoder", "text_encoder_2")
 AdapterKind = Literal["lora", "dora", "lycoris"]
 
 _LYCORIS_PARTS = (".lokr_", ".hada_")
+_FACTORS = (".lora_A", ".lora_B", ".lora_up", ".lora_down", ".lora_mid", *_LYCORIS_PARTS)
 
 
 class AdapterError(Exception):
@@ -51,6 +53,15 @@ def read_header(path: Path) -> AdapterFile:
         raise AdapterError(f"{path} does not exist.") from error
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def changes_something(tensors: Mapping[str, Any]) -> bool:
+    """Whether some layer's update is not zero. An update is a product, and is not zero when none of its factors is."""
+    factors: defaultdict[str, list[bool]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        if part := next((part for part in _FACTORS if part in name), None):
+            factors[name.rpartition(part)[0]].append(bool(tensor.any()))
+    return any(map(all, factors.values()))
 
 
 def spoken(prefix: str) -> str:

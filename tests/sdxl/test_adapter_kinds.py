@@ -44,7 +44,7 @@ def test_a_file_loads_through_its_users_loader_as_the_model_that_was_trained(
 ):
     trained = adapted_unet(lively, settings_of(kind))
     expected = output(trained)
-    assert (expected - plain).abs().max() > 1e-2
+    assert (expected - plain).abs().max() > 1e-3
     path = tmp_path / "pytorch_lora_weights.safetensors"
     save_adapter({UNET: trained}, path, {"note": "anything"})
 
