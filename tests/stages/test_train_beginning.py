@@ -200,6 +200,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(runs, tmp_path, step, setting
         train(spec)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over_among_others(runs, tmp_path):
     folder = tmp_path / "runs"
     train(spec_of(folder, "four"))
@@ -211,6 +212,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over_among_others(ru
     assert train(spec_of(folder, "five", max_train_steps=5)).resumed_from_step == 2
 
 
+@pytest.mark.slow
 def test_nothing_of_the_ancestor_changes(runs, tmp_path):
     folder = tmp_path / "runs"
     train(spec_of(folder, "two", max_train_steps=2))
