@@ -221,7 +221,9 @@ class Ancestor(StageModel):
     same_trajectory: bool = Field(
         description="Whether the two differ in their length alone, so that the later one has the weights it would have had by itself."
     )
-    takes_optimizer: bool = Field(description="Whether the optimizer's state was taken over with the weights.")
+    takes_optimizer: bool = Field(
+        description="Whether the optimizer's state was taken over with the weights."
+    )
 
 
 class RunLineage(StageModel):
