@@ -1,0 +1,72 @@
+"""Holds: a training launched from the graph shows its pictures on the run's page, tells its webhook, and leaves the address nowhere."""
+
+import json
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from tests.assets.test_graph import LANE, materialize
+
+SECRET = "t0ken-nobody-may-see"
+WATCHED = {
+    "webhook_config": "webhooks.json",
+    "webhook_reporting_interval": 1,
+    "validation_preview": True,
+    "eval_steps_interval": 2,
+}
+
+
+@pytest.mark.slow
+def test_a_launched_training_is_watched(
+    instance: dg.DagsterInstance,
+    make_project: Callable[..., Path],
+    own_storage: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kinds: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            kinds.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["message_type"])
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    folder = make_project(config=WATCHED)
+    address = f"http://127.0.0.1:{server.server_address[1]}/{SECRET}"
+    file = folder / "webhooks.json"
+    file.write_text(json.dumps({"webhook_type": "raw", "callback_url": address}))
+    monkeypatch.setenv("SDXL_PIPELINE_PROJECTS", str(folder.parent))
+    result = materialize(instance, folder, "base_model", *LANE, "lora")
+    server.shutdown()
+    server.server_close()
+
+    assert result.success
+    assert (kinds[0], kinds[-1]) == ("training.started", "training.finished")
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == {
+        "training.started": 1,
+        "training.progress": 3,
+        "eval.loss": 3,  # before the first step, after the second, and at the end
+        "validation.preview": 4,
+        "validation.images": 2,
+        "training.finished": 1,
+    }
+    seen = [event.asset_observation_data.asset_observation for event in result.get_asset_observation_events()]
+    shown = {str(item.metadata["name"].value) for item in seen if "picture" in item.metadata}
+    assert {"validation", "validation, forming"} <= shown
+    assert "eval/loss" in {name for item in seen for name in item.metadata}
+    (lora,) = result.asset_materializations_for_node("small__lora")
+    assert lora.metadata["eval_loss"].value > 0
+    for place in (folder / "output", own_storage):
+        for path in place.rglob("*"):
+            assert not path.is_file() or SECRET.encode() not in path.read_bytes()
+    assert SECRET not in str(instance.all_logs(result.run_id))
