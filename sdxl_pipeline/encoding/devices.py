@@ -1,11 +1,13 @@
 """The encoders on the device that is this process's own, and what goes there and comes back."""
 
+from __future__ import annotations
+
 import os
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from sdxl_pipeline.project.hardware import Hardware
@@ -14,6 +16,9 @@ from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.sdxl.components import TextEncoders, load_text_encoders, load_vae
 from sdxl_pipeline.sdxl.model_files import BaseModelError
 from sdxl_pipeline.sdxl.precision import PrecisionError, dtype_from_name, quantize_model
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 
 def own_device(hardware: Hardware) -> torch.device:

@@ -1,7 +1,11 @@
 """The parts of a base model as torch modules: from a folder or a single checkpoint, frozen, in eval mode, never from the network.
 
 Whatever lacks a weight is refused: a library that fills it with random numbers and a warning would train on noise.
+
+Diffusers is imported where it is needed: that takes seconds, and text encoders in a folder need only transformers.
 """
+
+from __future__ import annotations
 
 import inspect
 import json
@@ -10,21 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderTiny,
-    DDPMScheduler,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from diffusers.loaders.single_file_utils import (
-    SingleFileComponentError,
-    create_diffusers_clip_model_from_ldm,
-)
 from safetensors import safe_open
 from transformers import (
     CLIPTextModel,
@@ -38,6 +30,15 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.sdxl.model_digests import SINGLE_FILE_PREFIXES
 from sdxl_pipeline.sdxl.model_files import MODEL_INDEX, SCHEDULER_CONFIG, BaseModelError
+
+if TYPE_CHECKING:
+    from diffusers import (
+        AutoencoderKL,
+        AutoencoderTiny,
+        DDPMScheduler,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class TextEncoders(Tokenizers):
     text_encoder: CLIPTextModel
     text_encoder_2: CLIPTextModelWithProjection
 
-    def to(self, device: torch.device | str) -> "TextEncoders":
+    def to(self, device: torch.device | str) -> TextEncoders:
         """Move both encoders, in place."""
         self.text_encoder.to(device)
         self.text_encoder_2.to(device)
@@ -78,19 +79,26 @@ def load_vae(model: ResolvedModel, dtype: torch.dtype) -> AutoencoderKL:
 
 def load_tiny_autoencoder(folder: Path, dtype: torch.dtype) -> AutoencoderTiny:
     """The autoencoder of previews from its folder, see `sdxl_pipeline.sdxl.tiny_autoencoder`."""
+    from diffusers import AutoencoderTiny
+
     loaded: AutoencoderTiny = _frozen(_from_folder(AutoencoderTiny, folder, None, dtype), str(folder))
     return loaded
 
 
 def latent_scaling_factor(model: ResolvedModel) -> float:
     """What latents are multiplied by to have the unit variance the UNet expects; read without loading the VAE."""
+    from diffusers import AutoencoderKL
+
     own = model.vae_path is None or Path(model.vae_path).is_file()
     folder = Path(model.config_path) / "vae" if own else Path(str(model.vae_path))
-    return float(AutoencoderKL.load_config(folder).get("scaling_factor", _default_scaling_factor()))
+    default = inspect.signature(AutoencoderKL.__init__).parameters["scaling_factor"].default
+    return float(AutoencoderKL.load_config(folder).get("scaling_factor", default))
 
 
 def load_unet(model: ResolvedModel, dtype: torch.dtype) -> UNet2DConditionModel:
     """The UNet."""
+    from diffusers import UNet2DConditionModel
+
     if model.kind == "folder":
         unet = _from_folder(
             UNet2DConditionModel, Path(model.path) / "unet", model.variants.get("unet"), dtype
@@ -128,6 +136,8 @@ def load_noise_scheduler(
 
     `changes` go before the model's own configuration (`TrainingSettings.scheduler_changes`).
     """
+    from diffusers import DDPMScheduler
+
     return DDPMScheduler.from_config(_scheduler_config(model) | dict(changes))
 
 
@@ -143,6 +153,8 @@ def load_pipeline(
     Parts that are given are used as they are; what is None is loaded. `text_encoders=False` leaves the encoders out, for calls with
     `prompt_embeds`. With fp16, diffusers itself decodes in fp32 where the VAE needs it.
     """
+    from diffusers import StableDiffusionXLPipeline
+
     config = _scheduler_config(model)
     index = json.loads((Path(model.config_path) / MODEL_INDEX).read_text(encoding="utf-8"))
     encoders = load_text_encoders(model, dtype) if text_encoders is None else text_encoders or None
@@ -161,10 +173,6 @@ def load_pipeline(
     return pipeline
 
 
-def _default_scaling_factor() -> float:
-    return float(inspect.signature(AutoencoderKL.__init__).parameters["scaling_factor"].default)
-
-
 def _scheduler_config(model: ResolvedModel) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(
         (Path(model.config_path) / SCHEDULER_CONFIG).read_text(encoding="utf-8")
@@ -173,6 +181,8 @@ def _scheduler_config(model: ResolvedModel) -> dict[str, Any]:
 
 
 def _scheduler_class(model: ResolvedModel, config: dict[str, Any]) -> Any:
+    import diffusers
+
     name = str(config.get("_class_name"))
     found = getattr(diffusers, name, None)
     if isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin):
@@ -181,6 +191,8 @@ def _scheduler_class(model: ResolvedModel, config: dict[str, Any]) -> Any:
 
 
 def _load_vae(model: ResolvedModel, dtype: torch.dtype) -> AutoencoderKL:
+    from diffusers import AutoencoderKL
+
     path = Path(model.vae_path) if model.vae_path else Path(model.path)
     if path.is_file():
         vae = _from_checkpoint(AutoencoderKL, model, path, "vae", dtype)
@@ -202,6 +214,8 @@ def _load_text_encoder(
     if model.kind == "folder":
         folder, variant = Path(model.path) / component, model.variants.get(component)
         return _frozen(_from_folder(encoder_class, folder, variant, dtype), model.source)
+    from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+
     path = Path(model.path)
     with _named_misfit(model, path, component):
         encoder = create_diffusers_clip_model_from_ldm(
@@ -249,6 +263,8 @@ def _from_checkpoint(
 @contextmanager
 def _named_misfit(model: ResolvedModel, path: Path, component: str) -> Iterator[None]:
     """Turn what diffusers' converters raise on a checkpoint that is not what it should be into an error that says so."""
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
     try:
         yield
     except NotImplementedError as error:  # torch cannot move a weight that was never filled in
