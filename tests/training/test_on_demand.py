@@ -14,9 +14,11 @@ from sdxl_pipeline.protocol.specs import TrainingLane
 from sdxl_pipeline.sdxl.base_model import ResolvedModel, resolve_base_model
 from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.batches import BatchReader, TrainingBatches
+from sdxl_pipeline.training.corruption import Corruption
 from sdxl_pipeline.training.on_demand import OnDemandEncoders
 from sdxl_pipeline.training.order import SampleOrder
 from sdxl_pipeline.training.samples import Sample, load_samples
+from sdxl_pipeline.training.timesteps import TimestepDraw
 from tests.encoded_lanes import HARDWARE, draw_pictures, listing, prepare_lane
 from tests.lanes import NEGATIVE, PROMPT, model_folder
 
@@ -147,7 +149,7 @@ def test_prompts_are_had_in_every_mode(tmp_path, pictures, model, caption_encode
 def batches_of(lane: TrainingLane, model: ResolvedModel, dropout: float = 0.0) -> TrainingBatches:
     samples = load_samples([lane], "train")
     order = SampleOrder(samples, {lane.dataset_id: 1.0}, seed=3, batch_size=2)
-    return TrainingBatches(order, reader_of(lane, model), 0.5, 1000, dropout)
+    return TrainingBatches(order, reader_of(lane, model), 0.5, Corruption(TimestepDraw(1000)), dropout)
 
 
 def test_disable_touches_no_store(tmp_path, pictures, model):
