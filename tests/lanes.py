@@ -41,6 +41,7 @@ SETTINGS: Mapping[str, Any] = {
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 2,
     "lora_rank": 2,
+    "caption_dropout_probability": 0.0,
     "checkpoint_step_interval": 4,
     "validation_disable": True,
     "validation_resolution": "64x64",

@@ -67,6 +67,23 @@ def test_a_batch_holds_what_the_stores_hold_of_its_pictures(lane):
         assert batch.timesteps.dtype == torch.int64
 
 
+def test_latents_are_drawn_anew_from_their_posterior_at_each_appearance(lane):
+    batches, store = make_batches(lane), TensorStore(lane.latents.store_root)
+    drawn: dict[str, list[torch.Tensor]] = {}
+    for index in range(60):
+        batch = batches.read(index)
+        for key, latents in zip(batch.keys, batch.latents, strict=True):
+            stored = store.read(digest("latent", key))
+            deviation = (latents / SCALE - stored["mean"]) / torch.exp(stored["logvar"] / 2)
+            drawn.setdefault(key, []).append(deviation)
+    assert min(map(len, drawn.values())) > 1
+    for deviations in drawn.values():
+        assert not torch.equal(deviations[0], deviations[1])
+    values = torch.cat([deviation.flatten() for some in drawn.values() for deviation in some])
+    assert abs(values.mean()) < 0.02
+    assert abs(values.std() - 1) < 0.02
+
+
 def test_reading_is_a_pure_function_of_the_index(lane):
     straight = [make_batches(lane).read(index) for index in range(5)]
     other = make_batches(lane)
