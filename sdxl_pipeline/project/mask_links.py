@@ -132,8 +132,11 @@ def check_mask_links(
 
 
 def idle_mask_settings(training: MaskSettings, images: Sequence[ImageDataset]) -> Iterator[str]:
-    """Settings of masks and regularisation that have no effect, since no dataset has any."""
-    if training.masked_loss_probability != 1 and not any(each.conditioning_data for each in images):
+    """Settings of masks and regularisation that have no effect, or leave the datasets' own without one."""
+    has_masks = any(each.conditioning_data for each in images)
+    if training.masked_loss_probability == 0 and has_masks:
+        yield "masked_loss_probability = 0: the masks are read, and never used"
+    if training.masked_loss_probability != 1 and not has_masks:
         yield f"masked_loss_probability = {training.masked_loss_probability:g} has no effect: no dataset has conditioning_data"
     if training.prior_loss_weight != 1 and not any(each.is_regularisation_data for each in images):
         yield f"prior_loss_weight = {training.prior_loss_weight:g} has no effect: no dataset has is_regularisation_data"

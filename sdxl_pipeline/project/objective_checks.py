@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from sdxl_pipeline.project.dataset_checks import Finding
 from sdxl_pipeline.project.training import TrainingSettings
 
+TIMESTEPS = 1000
+"""Of SDXL's noise schedule, as long as no base model has been looked at."""
+
 
 def check_objective(training: TrainingSettings) -> Iterator[Finding]:
     """What is wrong between the keys of the objective, the noise and scheduled sampling."""
@@ -124,22 +127,43 @@ def idle_objective(training: TrainingSettings) -> Iterator[str]:
             if key not in told and _is_changed(training, key):
                 told.add(key)
                 yield f"{key} = {getattr(training, key)} has no effect without {switch}"
-    if training.offset_noise and not training.noise_offset:
-        yield "offset_noise has no effect with noise_offset 0"
+    if training.offset_noise:
+        for key in ("noise_offset", "noise_offset_probability"):
+            if not getattr(training, key):
+                yield f"offset_noise has no effect with {key} 0"
     if training.loss_type == "l2":
         for key in ("huber_c", "huber_schedule"):
             if _is_changed(training, key):
                 yield f"{key} = {getattr(training, key)} has no effect with loss_type l2"
+    elif training.huber_c == 1 and _is_changed(training, "huber_schedule"):
+        yield f"huber_schedule = {training.huber_schedule} has no effect with huber_c 1: the threshold is 1 everywhere"
     if training.diff2flow_enabled and not training.diff2flow_loss:
         yield "diff2flow_enabled has no effect without diff2flow_loss"
-    if training.timestep_bias_strategy and training.timestep_bias_multiplier == 1.0:
-        yield "timestep_bias_strategy has no effect with timestep_bias_multiplier 1: all timesteps are drawn alike"
+    yield from _idle_bias(training)
     yield from _idle_rollouts(training)
-    if training.rescale_betas_zero_snr and (training.snr_gamma or training.debiased_estimation_loss):
+    by_snr = training.snr_gamma or training.use_soft_min_snr or training.debiased_estimation_loss
+    if training.rescale_betas_zero_snr and by_snr:
         yield (
             "rescale_betas_zero_snr gives the last timestep an SNR of 0, and so weighting by SNR gives it the weight 0: the answer to "
             "pure noise is not trained"
         )
+
+
+def _idle_bias(training: TrainingSettings) -> Iterator[str]:
+    strategy, favoured = training.timestep_bias_strategy, training.favoured_timesteps(TIMESTEPS)
+    if strategy is None or favoured is None:
+        return
+    others = (
+        ("timestep_bias_begin", "timestep_bias_end") if strategy != "range" else ("timestep_bias_portion",)
+    )
+    for key in others:
+        if _is_changed(training, key):
+            yield f"{key} = {getattr(training, key)} has no effect with timestep_bias_strategy {strategy}"
+    if training.timestep_bias_multiplier == 1.0:
+        yield "timestep_bias_strategy has no effect with timestep_bias_multiplier 1: all timesteps are drawn alike"
+    elif len(favoured) in (0, TIMESTEPS):
+        whole = "none" if not favoured else "all"
+        yield f"timestep_bias_strategy has no effect: it favours {whole} of the {TIMESTEPS} timesteps, which are then drawn alike"
 
 
 def _idle_rollouts(training: TrainingSettings) -> Iterator[str]:
@@ -149,6 +173,9 @@ def _idle_rollouts(training: TrainingSettings) -> Iterator[str]:
         yield "scheduled_sampling_probability has no effect with scheduled_sampling_ramp_steps: prob_start and prob_end say it"
     if not training.scheduled_sampling_ramp_steps and not training.scheduled_sampling_probability:
         yield "scheduled_sampling_max_step_offset has no effect with scheduled_sampling_probability 0"
+    ends = training.scheduled_sampling_prob_start, training.scheduled_sampling_prob_end
+    if training.scheduled_sampling_ramp_steps and not any(ends):
+        yield "scheduled_sampling_max_step_offset has no effect with prob_start and prob_end 0"
     if training.scheduled_sampling_sampler == "euler" and _is_changed(training, "scheduled_sampling_order"):
         yield "scheduled_sampling_order has no effect with scheduled_sampling_sampler euler"
 

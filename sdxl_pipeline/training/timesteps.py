@@ -44,17 +44,10 @@ class TimestepDraw:
 
 
 def build_timestep_draw(settings: TrainingSettings, num_train_timesteps: int) -> TimestepDraw:
-    """The draw that the settings ask for. "earlier" timesteps are those with less noise, as in diffusers' training scripts."""
-    portion = int(settings.timestep_bias_portion * num_train_timesteps)
-    favoured = {
-        None: None,
-        "earlier": range(portion),
-        "later": range(num_train_timesteps - portion, num_train_timesteps),
-        "range": range(settings.timestep_bias_begin, min(settings.timestep_bias_end, num_train_timesteps)),
-    }[settings.timestep_bias_strategy]
+    """The draw that the settings ask for."""
     return TimestepDraw(
         num_train_timesteps,
-        favoured,
+        settings.favoured_timesteps(num_train_timesteps),
         settings.timestep_bias_multiplier,
         segmented=not settings.disable_segmented_timestep_sampling,
     )

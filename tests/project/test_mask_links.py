@@ -70,6 +70,11 @@ def test_settings_of_what_is_not_there_are_told(write_project):
     assert not load_project(write_project(config, [MASKED, MASKS, people])).warnings
 
 
+def test_masks_that_are_never_used_are_told(write_project):
+    (warning,) = load_project(write_project({"masked_loss_probability": 0}, [MASKED, MASKS])).warnings
+    assert "never used" in warning
+
+
 @pytest.mark.parametrize(
     ("entries", "key", "words"),
     [

@@ -122,7 +122,59 @@ def test_what_cannot_be_meant_is_refused(problems_of, config, key, said, remedy)
             {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "snr_gamma": 5},
             "the answer to pure noise is not trained",
         ),
+        (
+            {
+                "rescale_betas_zero_snr": True,
+                "prediction_type": "v_prediction",
+                "use_soft_min_snr": True,
+                "soft_min_snr_sigma_data": 1,
+            },
+            "the answer to pure noise is not trained",
+        ),
         ({"scheduled_sampling_reflexflow": True}, "no meaning"),
+        (
+            {"offset_noise": True, "noise_offset_probability": 0},
+            "offset_noise has no effect with noise_offset_probability 0",
+        ),
+        (
+            {"loss_type": "huber", "huber_c": 1, "huber_schedule": "constant"},
+            "huber_schedule = constant has no effect",
+        ),
+        ({"timestep_bias_strategy": "range", "timestep_bias_multiplier": 3}, "favours all of the 1000"),
+        (
+            {"timestep_bias_strategy": "later", "timestep_bias_multiplier": 3, "timestep_bias_portion": 0},
+            "favours none",
+        ),
+        (
+            {
+                "timestep_bias_strategy": "earlier",
+                "timestep_bias_multiplier": 3,
+                "timestep_bias_portion": 0.0004,
+            },
+            "favours none",
+        ),
+        (
+            {"timestep_bias_strategy": "later", "timestep_bias_multiplier": 3, "timestep_bias_begin": 200},
+            "timestep_bias_begin = 200 has no effect with timestep_bias_strategy later",
+        ),
+        (
+            {
+                "timestep_bias_strategy": "range",
+                "timestep_bias_multiplier": 3,
+                "timestep_bias_begin": 100,
+                "timestep_bias_end": 200,
+                "timestep_bias_portion": 0.5,
+            },
+            "timestep_bias_portion = 0.5 has no effect with timestep_bias_strategy range",
+        ),
+        (
+            {
+                "scheduled_sampling_max_step_offset": 4,
+                "scheduled_sampling_ramp_steps": 5,
+                "scheduled_sampling_prob_end": 0,
+            },
+            "prob_start and prob_end 0",
+        ),
     ],
 )
 def test_what_has_no_effect_is_said_once(write_project, config, said):

@@ -39,7 +39,7 @@ def test_every_excluded_key_is_a_setting_and_stands_once():
         {"seed": 1},
         {"train_batch_size": 1},
         {"gradient_accumulation_steps": 2},
-        {"caption_dropout_probability": 0.1},
+        {"caption_dropout_probability": 0.2},
         {"snr_gamma": 5.0},
         {"prediction_type": "v_prediction"},
         {"optimizer_config": {"weight_decay": 0.0}},

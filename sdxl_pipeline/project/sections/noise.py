@@ -40,6 +40,22 @@ class NoiseSettings(SettingsModel):
         description="false cuts the schedule into one segment for each sample of a global batch, and draws a timestep from each.",
     )
 
+    def favoured_timesteps(self, num_train_timesteps: int) -> range | None:
+        """The timesteps that are drawn more often than the others; None without a bias.
+
+        "earlier" timesteps are those with less noise, as in diffusers' training scripts.
+        """
+        portion = int(self.timestep_bias_portion * num_train_timesteps)
+        match self.timestep_bias_strategy:
+            case None:
+                return None
+            case "earlier":
+                return range(portion)
+            case "later":
+                return range(num_train_timesteps - portion, num_train_timesteps)
+            case "range":
+                return range(self.timestep_bias_begin, min(self.timestep_bias_end, num_train_timesteps))
+
 
 class ScheduledSamplingSettings(SettingsModel):
     """Scheduled sampling."""

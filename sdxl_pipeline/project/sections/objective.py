@@ -35,7 +35,7 @@ class ObjectiveSettings(SettingsModel):
         "l2", description="What an error costs: its square, or less than that where it is large."
     )
     huber_schedule: Literal["snr", "exponential", "constant"] = Field(
-        "snr", description="How the threshold of huber and smooth_l1 falls from 1 to huber_c with more noise."
+        "snr", description="How the threshold of huber and smooth_l1 goes from 1 to huber_c with more noise."
     )
     huber_c: Annotated[float, Field(gt=0)] = Field(
         0.1, description="Error from which on huber and smooth_l1 are linear."
@@ -46,7 +46,7 @@ class ObjectiveSettings(SettingsModel):
         description="Judge the flow that the prediction amounts to, against noise - latents (Schusterbauer et al. 2025).",
     )
     caption_dropout_probability: Share = Field(
-        0.0, description="Share of samples trained with the empty prompt; size conditioning is kept."
+        0.1, description="Share of samples trained with the empty prompt; size conditioning is kept."
     )
     micro_conditioning: Literal["original", "resized"] = Field(
         "original",
