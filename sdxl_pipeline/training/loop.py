@@ -163,11 +163,12 @@ class Trainer:
                 self.accelerator.backward(poisoned(loss) / self.accumulation)
             losses.append(loss.detach())
         max_norm = self.spec.settings.max_grad_norm or math.inf
-        grad_norm = whole_number(self.accelerator.clip_grad_norm_(self.parameters.values(), max_norm))
+        self.accelerator.unscale_gradients()
+        grad_norm = whole_number(torch.nn.utils.clip_grad_norm_(self.parameters.values(), max_norm))
         lr = float(self.schedule.get_last_lr()[0])
         step_if_finite(self.optimizer, grad_norm)
         self.schedule.step()
-        self.optimizer.zero_grad()
+        self.optimizer.optimizer.zero_grad()  # accelerate's own asks at each step what arguments this one takes
         self.step += 1
         self.shown.update(self.step)
         rate, scalars = rate_of(self.optimizer, lr), self.shown.scalars(self.step)
@@ -176,7 +177,10 @@ class Trainer:
     def _loss(self, batch: Batch, index: int) -> Tensor:
         """Mean loss of one batch, the `index`-th of this process since the start of the run."""
         # The adapter's dropout is the one random choice that torch's global state makes.
-        torch.manual_seed(seed_for(self.spec.settings.seed, "dropout", index, self.accelerator.process_index))
+        _seed(
+            self.device,
+            seed_for(self.spec.settings.seed, "dropout", index, self.accelerator.process_index),
+        )
         return self.batch_loss(self.unet, batch.to(self.device))
 
     def state(self) -> TrainingState:
@@ -303,3 +307,10 @@ class Trainer:
                 self.looks.take(self.step, self.unet_module, self.shown)
         self.hosts.wait()
         self.log.restart_clock()
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """`torch.manual_seed` for this device and the CPU, where LyCORIS decides on whole modules; that asks devices that are not there too."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
