@@ -74,7 +74,9 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
     ) -> Iterator[Any]:
         profile = hardware.hardware()
         with told_to_the_user():
-            settings, _ = resolve_settings(trackers.apply(project.training), profile, config.settings)
+            settings, _ = resolve_settings(
+                trackers.apply(project.training), profile, config.settings, project.folder
+            )
             settings = with_initial_adapter(settings, project.folder)
         if settings.push_to_hub and settings.hub_model_id:
             # Hours of training must not end at a door that was closed from the beginning.

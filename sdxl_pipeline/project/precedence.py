@@ -11,6 +11,7 @@ from sdxl_pipeline.project.datasets import INHERITED, INHERITED_SIZES
 from sdxl_pipeline.project.hardware import Hardware
 from sdxl_pipeline.project.keys import read_settings
 from sdxl_pipeline.project.known_keys import TRAINING
+from sdxl_pipeline.project.paths import with_absolute_paths
 from sdxl_pipeline.project.problems import NO_VALUE, Problem, ProjectError
 from sdxl_pipeline.project.training import PROFILE_KEYS, TrainingSettings
 
@@ -36,12 +37,15 @@ _LENGTH = ("max_train_steps", "num_train_epochs")
 
 
 def resolve_settings(
-    training: TrainingSettings, hardware: Hardware, overrides: Mapping[str, Any]
+    training: TrainingSettings,
+    hardware: Hardware,
+    overrides: Mapping[str, Any],
+    folder: Path = Path(),
 ) -> tuple[TrainingSettings, dict[str, str]]:
     """The settings of one run, and where each value came from.
 
-    `training` is what `config.json` says, `overrides` what the launchpad says, under any spelling that `config.json` allows. In the
-    result no key of `PROFILE_KEYS` is None. Sources read "launchpad", "config.json", "hardware profile <name>" or "default". Raises
+    `training` is what `config.json` says, `overrides` what the launchpad says, under any spelling that `config.json` allows; its
+    relative paths are seen from `folder`, the project's. In the result no key of `PROFILE_KEYS` is None. Sources read "launchpad", "config.json", "hardware profile <name>" or "default". Raises
     ProjectError for overrides that are wrong, or that do not go together with the rest.
     """
     reading = read_settings(overrides, TrainingSettings, TRAINING, LAUNCHPAD)
@@ -64,7 +68,8 @@ def resolve_settings(
     sources = dict.fromkeys(TrainingSettings.model_fields, "default")
     for key in PROFILE_KEYS:
         values[key], sources[key] = getattr(hardware, key), f"hardware profile {hardware.profile}"
-    for settings, source in ((training, "config.json"), (reading.settings, "launchpad")):
+    launched = with_absolute_paths(reading.settings, folder)
+    for settings, source in ((training, "config.json"), (launched, "launchpad")):
         given = {key: getattr(settings, key) for key in settings.model_fields_set}
         if any(given.get(key) is not None for key in _LENGTH):
             for key in _LENGTH:  # whoever says how long to train decides it alone

@@ -17,8 +17,8 @@ from sdxl_pipeline.project.json_files import read_json
 from sdxl_pipeline.project.keys import read_settings
 from sdxl_pipeline.project.known_keys import TRAINING
 from sdxl_pipeline.project.lycoris_file import with_lycoris_file
+from sdxl_pipeline.project.paths import inside, with_absolute_paths
 from sdxl_pipeline.project.problems import NO_VALUE, Problem, ProjectError
-from sdxl_pipeline.project.sections.checkpoints import LATEST
 from sdxl_pipeline.project.settings_model import SettingsModel
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.project.webhook_file import read_webhooks
@@ -174,7 +174,7 @@ def load_project(folder: Path) -> Project:
         )
     prompts = _read_prompts(training, folder, problems)
     if training.webhook_config is not None:
-        problems += read_webhooks(_inside(folder, training.webhook_config))[1]
+        problems += read_webhooks(inside(folder, training.webhook_config))[1]
     if problems:
         raise ProjectError(problems)
     return Project(
@@ -193,7 +193,7 @@ def _find_datasets_file(
     training: TrainingSettings, folder: Path, config_file: Path, warnings: list[str]
 ) -> Path:
     """The file that data_backend_config names; where that is absent, the one of the same name, or the usual one, in the folder."""
-    named = _inside(folder, training.data_backend_config)
+    named = inside(folder, training.data_backend_config)
     if named.exists():
         return named
     for other in (folder / named.name, folder / DATASETS_FILE):
@@ -217,7 +217,7 @@ def _read_prompts(training: TrainingSettings, folder: Path, problems: list[Probl
         prompts += [Prompt(name, prompt, negative) for name, prompt in general.items()]
     if training.user_prompt_library is None:
         return tuple(prompts)
-    path = _inside(folder, training.user_prompt_library)
+    path = inside(folder, training.user_prompt_library)
     what = '{"name": "prompt"} or {"name": {"prompt": "...", "negative_prompt": "..."}}'
     content, found = read_json(path, what)
     problems += found
@@ -251,36 +251,12 @@ def _read_prompts(training: TrainingSettings, folder: Path, problems: list[Probl
 
 def _complete(training: TrainingSettings, folder: Path, datasets_file: Path) -> TrainingSettings:
     """The settings with absolute paths, and a repository name where one is needed and none is given."""
-    changes: dict[str, Any] = {
-        "data_backend_config": str(datasets_file),
-        "output_dir": str(_inside(folder, training.output_dir)),
-        "logging_dir": str(_inside(folder, training.logging_dir)),
-    }
-    if training.user_prompt_library is not None:
-        changes["user_prompt_library"] = str(_inside(folder, training.user_prompt_library))
-    if training.resume_from_checkpoint not in (None, LATEST):
-        changes["resume_from_checkpoint"] = str(_inside(folder, training.resume_from_checkpoint))
-    if training.webhook_config is not None:
-        changes["webhook_config"] = str(_inside(folder, training.webhook_config))
-    tiny_autoencoder = training.validation_preview_model_name_or_path
-    if tiny_autoencoder is not None and _inside(folder, tiny_autoencoder).is_dir():
-        changes["validation_preview_model_name_or_path"] = str(_inside(folder, tiny_autoencoder))
-    scoring_model = training.pretrained_evaluation_model_name_or_path
-    if _inside(folder, scoring_model).is_dir():
-        changes["pretrained_evaluation_model_name_or_path"] = str(_inside(folder, scoring_model))
-    if training.init_lora is not None and _inside(folder, training.init_lora).exists():
-        changes["init_lora"] = str(_inside(folder, training.init_lora))
+    changes: dict[str, Any] = {"data_backend_config": str(datasets_file)}
     if training.push_to_hub and training.hub_model_id is None:
         changes["hub_model_id"] = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip("-._") or "sdxl-lora"
-    given = training.model_fields_set
-    completed = training.model_copy(update=changes)
-    # Keep apart what the file says and what was filled in, so that every value's source can be told.
-    completed.model_fields_set.intersection_update(given)
+    completed = with_absolute_paths(training, folder).model_copy(update=changes)
+    completed.model_fields_set.intersection_update(training.model_fields_set)
     return completed
-
-
-def _inside(folder: Path, written: str) -> Path:
-    return (folder / Path(written).expanduser()).resolve()
 
 
 def _broken(name: str, folder: Path, message: str, remedy: str) -> BrokenProject:

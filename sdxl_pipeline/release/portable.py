@@ -4,21 +4,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from sdxl_pipeline.project.paths import PLACES, SOURCES
 from sdxl_pipeline.project.training import TrainingSettings
 
-LOCAL_KEYS = frozenset(
-    {"output_dir", "logging_dir", "data_backend_config", "user_prompt_library", "retraining_cron"}
-)
+LOCAL_KEYS = frozenset({*PLACES, "retraining_cron"})
 """Settings that say where things lie on this machine, or when it works; they are no part of what made the weights."""
-
-MODEL_KEYS = (
-    "pretrained_model_name_or_path",
-    "pretrained_vae_model_name_or_path",
-    "pretrained_evaluation_model_name_or_path",
-    "resume_from_checkpoint",
-    "init_lora",
-)
-"""Settings that name a model or a checkpoint: a Hub id, which is published, or a local path, of which only the last name is."""
 
 TEXT_SUFFIXES = frozenset({".md", ".json", ".txt"})
 
@@ -30,7 +20,7 @@ class ReleaseError(Exception):
 def portable_settings(settings: TrainingSettings) -> dict[str, Any]:
     """The effective settings as plain data that means something on another machine."""
     kept = settings.model_dump(mode="json", exclude=set(LOCAL_KEYS))
-    return kept | {key: portable_name(kept[key]) for key in MODEL_KEYS if kept.get(key) is not None}
+    return kept | {key: portable_name(kept[key]) for key in SOURCES if isinstance(kept[key], str)}
 
 
 def portable_lineage(value: Any) -> Any:

@@ -10,6 +10,8 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
+from sdxl_pipeline.project.paths import PLACES, SOURCES
+from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.release.export import (
     CARD_FILE,
     LINEAGE_FILE,
@@ -19,7 +21,7 @@ from sdxl_pipeline.release.export import (
     ExportError,
     verify_export,
 )
-from sdxl_pipeline.release.portable import ReleaseError, portable_name, require_portable
+from sdxl_pipeline.release.portable import ReleaseError, portable_name, portable_settings, require_portable
 from sdxl_pipeline.sdxl.adapters import adapted_module_names, add_lora, save_adapter
 from sdxl_pipeline.sdxl.base_model import SDXL_BASE_CONFIGS
 from sdxl_pipeline.sdxl.components import load_pipeline, load_text_encoders
@@ -148,6 +150,15 @@ def test_an_empty_secret_and_a_short_place_forbid_nothing(tmp_path: Path):
 )
 def test_names_of_models(source: str, name: str):
     assert portable_name(source) == name
+
+
+def test_no_setting_keeps_a_path_of_this_machine(tmp_path: Path):
+    place = str(tmp_path / "it.safetensors")
+    settings = TrainingSettings.model_validate(dict.fromkeys((*PLACES, *SOURCES), place))
+    published = portable_settings(settings)
+    assert str(tmp_path) not in json.dumps(published)
+    assert {key: published[key] for key in SOURCES} == dict.fromkeys(SOURCES, "it.safetensors")
+    assert not published.keys() & {*PLACES}
 
 
 def test_a_good_export_passes(inputs):
