@@ -1,6 +1,5 @@
 """The gallery: each prompt drawn by the base model and by the LoRA from the same noise, and the check that no picture is broken."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from sdxl_pipeline.protocol.specs import TrainingLane, ValidationPrompt
 from sdxl_pipeline.sdxl.drawing import Conditioning, draw_pixels, image_from_pixels
 from sdxl_pipeline.store.files import atomic_path
 from sdxl_pipeline.training.batches import BatchReader
+from sdxl_pipeline.training.picture_names import distinct_stems, file_stem
 from sdxl_pipeline.training.samples import Sample
 
 MAX_CAPTION_PROMPTS = 4
@@ -136,7 +136,7 @@ def _shots(
     return [
         Shot(
             name="_".join(
-                [_file_stem(name)]
+                [file_stem(name)]
                 + ([f"{width}x{height}"] if len(sizes) > 1 else [])
                 + ([f"seed{seed}"] if len(seeds) > 1 else [])
             ),
@@ -151,16 +151,7 @@ def _shots(
     ]
 
 
-def _file_stem(name: str) -> str:
-    return re.sub(r"[^\w-]+", "_", name).strip("_")[:80] or "prompt"
-
-
 def _with_unique_names(shots: Sequence[Shot]) -> list[Shot]:
-    """Names that differ only in characters no file name holds get a number, so that no picture overwrites another."""
-    unique: dict[str, Shot] = {}
-    for shot in shots:
-        name, number = shot.name, 2
-        while name.lower() in unique:
-            name, number = f"{shot.name}_{number}", number + 1
-        unique[name.lower()] = replace(shot, name=name)
-    return list(unique.values())
+    """No picture overwrites another."""
+    names = distinct_stems(shot.name for shot in shots)
+    return [replace(shot, name=name) for shot, name in zip(shots, names, strict=True)]

@@ -1,9 +1,8 @@
 """Pictures drawn while training, always from the same seeds, so that one sees what the LoRA learns."""
 
 import math
-import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffusers import UNet2DConditionModel
@@ -14,7 +13,9 @@ from sdxl_pipeline.sdxl.precision import dtype_from_name
 from sdxl_pipeline.store.files import atomic_path
 from sdxl_pipeline.training.batches import BatchReader
 from sdxl_pipeline.training.draws import seed_for
+from sdxl_pipeline.training.picture_names import distinct_names, distinct_stems, file_stem
 from sdxl_pipeline.training.previews import Previews
+from sdxl_pipeline.training.shown_weights import EMA_LABEL
 
 UNCONDITIONAL = ValidationPrompt(name="unconditional", prompt="")
 """What validation_disable_unconditional leaves out."""
@@ -24,7 +25,8 @@ UNCONDITIONAL = ValidationPrompt(name="unconditional", prompt="")
 class PlannedPicture:
     """One picture of every validation."""
 
-    name: str  # of its file and its row in the sheet
+    name: str  # of its row in the sheet
+    stem: str  # of its file's name
     prompt: ValidationPrompt
     size: tuple[int, int]  # (height, width), pixels
     seed: int
@@ -42,11 +44,17 @@ def plan_pictures(spec: TrainSpec, step: int) -> list[PlannedPicture]:
     for prompt in prompts:
         for height, width in sizes:
             for number in range(settings.num_validation_images):
-                size = f" {width}x{height}" if len(sizes) > 1 else ""
-                count = f" {number + 1}" if settings.num_validation_images > 1 else ""
-                name = f"{prompt.name}{size}{count}"
-                pictures.append(PlannedPicture(name, prompt, (height, width), first_seed + number))
-    return pictures
+                size = [f"{width}x{height}"] if len(sizes) > 1 else []
+                count = [str(number + 1)] if settings.num_validation_images > 1 else []
+                name = " ".join([prompt.name, *size, *count])
+                stem = "_".join([file_stem(prompt.name), *size, *count])
+                pictures.append(PlannedPicture(name, stem, prompt, (height, width), first_seed + number))
+    names = distinct_names([picture.name for picture in pictures], EMA_LABEL)
+    stems = distinct_stems([picture.stem for picture in pictures], _ending(EMA_LABEL))
+    return [
+        replace(picture, name=name, stem=stem)
+        for picture, name, stem in zip(pictures, names, stems, strict=True)
+    ]
 
 
 def is_validation_step(
@@ -98,7 +106,7 @@ def draw_pictures(
     zeros = bool(pipeline.config.force_zeros_for_empty_prompt)
     for picture in plan_pictures(spec, step):
         name, prompt = picture.name + label, picture.prompt.prompt
-        stem = _file_stem(name)
+        stem = picture.stem + _ending(label)
         forming = None if previews is None else previews.of(name, stem, prompt, step)
         conditioning = reader.conditioning(prompt, picture.prompt.negative_prompt, zeros)
         was_training = unet.training
@@ -115,5 +123,5 @@ def draw_pictures(
         yield ValidationImage(step=step, name=name, prompt=prompt, path=str(path), seed=picture.seed)
 
 
-def _file_stem(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._") or "picture"
+def _ending(label: str) -> str:
+    return f"_{file_stem(label)}" if label else ""

@@ -73,7 +73,7 @@ def test_names_never_meet_in_one_file(reader: BatchReader):
     names = ["a/b", "a b", "A b", "..", "ünï"]
     prompts = [ValidationPrompt(name=name, prompt="a red circle") for name in names]
     stems = [shot.name for shot in plan_shots(prompts, tiny_settings(), reader, True)]
-    assert stems == ["a_b", "a_b_2", "A_b_3", "prompt", "ünï"]
+    assert stems == ["a_b", "a_b_2", "A_b_3", "picture", "ünï"]
 
 
 def test_an_empty_negative_prompt_is_what_the_pipeline_makes_of_it(reader: BatchReader):

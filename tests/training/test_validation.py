@@ -19,6 +19,7 @@ from sdxl_pipeline.sdxl.drawing import SAMPLERS, drawing_pipeline
 from sdxl_pipeline.sdxl.text_encoding import encode_prompts
 from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.batches import BatchReader
+from sdxl_pipeline.training.shown_weights import EMA_LABEL
 from sdxl_pipeline.training.validation import draw_pictures, is_due, is_validation_step, plan_pictures
 from sdxl_pipeline.training.validation_log import ValidationLog
 from tests.lanes import NEGATIVE, PROMPT, digest, make_spec
@@ -115,6 +116,44 @@ def test_every_prompt_size_and_number_is_a_picture_of_its_own(tmp_path):
         ("circle 96x64 1", (64, 96), 3),
         ("circle 96x64 2", (64, 96), 4),
     ]
+
+
+def test_no_picture_takes_the_place_of_another(spec, tmp_path):
+    """Names in any script, alike but for signs or case, longer than a file's, of the empty prompt, and of the average's pictures."""
+    names = [
+        "赤い円",
+        "青い円",
+        "a b",
+        "a_b",
+        "A b",
+        "ab" * 150,
+        "ab" * 150 + "c",
+        "円" * 300,
+        "unconditional",
+        "cat",
+        "cat EMA",
+    ]
+    prompts = [ValidationPrompt(name=name, prompt=PROMPT, negative_prompt=NEGATIVE) for name in names]
+    values = {
+        **spec.settings.model_dump(),
+        "validation_disable_unconditional": False,
+        "validation_resolution": "32x32",
+        "validation_num_inference_steps": 1,
+    }
+    many = spec.model_copy(update={"settings": TrainingSettings(**values), "prompts": tuple(prompts)})
+    unet, reader = load_unet(spec.base_model, torch.float32), BatchReader(spec.lanes)
+    images = [
+        image
+        for label in ("", EMA_LABEL)
+        for image in draw_pictures(many, unet, reader, 12, tmp_path, None, label)
+    ]
+    assert len({image.name for image in images}) == len({image.path.lower() for image in images}) == 24
+    assert all(Path(image.path).is_file() for image in images)
+    assert [image.name for image in images[:12]] == [*names[:10], "cat EMA 2", "unconditional 2"]
+    stems = [Path(image.path).stem for image in images]
+    assert stems[:5] == ["赤い円", "青い円", "a_b", "a_b_2", "A_b_3"]
+    assert stems[9:11] == ["cat", "cat_EMA_2"]
+    assert (stems[21], len(stems[5])) == ("cat_EMA", 80)
 
 
 def at_four_steps_an_epoch(step: int) -> float:
