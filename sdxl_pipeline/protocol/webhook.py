@@ -25,7 +25,12 @@ WEBHOOKS_VARIABLE: Final = "SDXL_PIPELINE_WEBHOOKS"
 """Environment variable with the webhooks as JSON, secrets included: how a launcher hands them to a stage on another machine."""
 
 QUEUE_LENGTH: Final = 64
-"""Messages that wait for one webhook; of more the oldest are dropped, since the newest tell most."""
+"""Messages that wait for one webhook; of more, one is dropped: the oldest of the most EXPENDABLE, since the newest tell most."""
+
+PREVIEW: Final = "validation.preview"
+PROGRESS: Final = "training.progress"
+EXPENDABLE: Final = (PREVIEW, PROGRESS)
+"""Kinds of messages that are dropped before all others, in this order."""
 
 TIMEOUT_SECONDS: Final = (5.0, 20.0)  # to connect, and between two signs of life
 CLOSING_SECONDS: Final = 15.0
@@ -67,6 +72,13 @@ class Message:
     figures: Mapping[str, float] = field(default_factory=dict)
     pictures: Sequence[Picture] = ()
     for_people: bool = True  # False: only raw webhooks get it
+    replaces: str | None = None  # of those with the same words here only the newest waits
+    made_at: float = field(default_factory=time.time)  # seconds since 1970
+
+    @property
+    def rank(self) -> int:
+        """The higher, the later it is dropped."""
+        return EXPENDABLE.index(self.kind) if self.kind in EXPENDABLE else len(EXPENDABLE)
 
 
 @dataclass(frozen=True)
@@ -130,10 +142,13 @@ class Webhooks:
                 self._tell(complaint)
 
     def close(self, seconds: float = CLOSING_SECONDS) -> None:
-        """End sending: wait at most so long, all webhooks together, then say what was lost."""
-        for line in self._lines:
-            line.finish()
+        """End sending: wait at most so long, all webhooks together, then say what was lost.
+
+        Previews that still wait are given up: the pictures they show forming are finished.
+        """
         give_up = time.monotonic() + seconds
+        for line in self._lines:
+            line.finish(give_up)
         for line in self._lines:
             line.join(max(0.0, give_up - time.monotonic()))
             if loss := line.loss():
@@ -148,6 +163,7 @@ class _Line:
         self._waiting: deque[Message] = deque()
         self._changed = threading.Condition()
         self._finishing = False
+        self._give_up = math.inf  # when the sending ends, by time.monotonic
         self._under_way = False
         self._dropped = self._failed = 0
         self._first_failure: str | None = None
@@ -163,16 +179,22 @@ class _Line:
 
     def put(self, message: Message) -> None:
         with self._changed:
+            if message.replaces is not None:
+                self._keep(lambda other: other.replaces != message.replaces)
             self._waiting.append(message)
             if len(self._waiting) > QUEUE_LENGTH:
-                self._waiting.popleft()
+                self._waiting.remove(min(self._waiting, key=lambda other: other.rank))  # the first of them
                 self._dropped += 1
             self._changed.notify()
 
-    def finish(self) -> None:
+    def finish(self, give_up: float) -> None:
         with self._changed:
-            self._finishing = True
+            self._keep(lambda other: other.kind != PREVIEW)
+            self._finishing, self._give_up = True, give_up
             self._changed.notify()
+
+    def _keep(self, wanted: Callable[[Message], bool]) -> None:
+        self._waiting = deque(filter(wanted, self._waiting))
 
     def join(self, seconds: float) -> None:
         self._thread.join(seconds)
@@ -246,10 +268,14 @@ class _Line:
                 if 200 <= answer.status_code < 300:
                     return
                 wait = _retry_seconds(answer) if attempt == 1 else None
-                if wait is None:
+                if wait is None or not self._waited(wait):
                     raise _Failure(f"HTTP status {answer.status_code}")
-            with self._changed:
-                self._changed.wait_for(lambda: self._finishing, timeout=wait)
+
+    def _waited(self, seconds: float) -> bool:
+        """Wait so long; False, at once, when the sending will have ended by then."""
+        until = time.monotonic() + seconds
+        with self._changed:
+            return not self._changed.wait_for(lambda: until >= self._give_up, timeout=seconds)
 
 
 def _retry_seconds(answer: requests.Response) -> float | None:
@@ -271,7 +297,7 @@ def raw_body(message: Message, origin: Origin) -> dict[str, Any]:
         "level": message.level,
         "project": origin.project,
         "job_id": origin.job_id,
-        "timestamp": int(time.time()),
+        "timestamp": int(message.made_at),
         "step": message.step,
         "values": {name: value if math.isfinite(value) else None for name, value in message.figures.items()},
         "images": [base64.b64encode(picture.content).decode("ascii") for picture in message.pictures],

@@ -9,7 +9,16 @@ from sdxl_pipeline.project.problems import ProjectError
 from sdxl_pipeline.protocol.program import StageError, StageStopped
 from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.protocol.specs import LossSummary, TrainedLora, TrainSpec, ValidationImage
-from sdxl_pipeline.protocol.webhook import Level, Message, Origin, Picture, Webhooks, load_webhooks
+from sdxl_pipeline.protocol.webhook import (
+    PREVIEW,
+    PROGRESS,
+    Level,
+    Message,
+    Origin,
+    Picture,
+    Webhooks,
+    load_webhooks,
+)
 from sdxl_pipeline.training.metrics import StepMetrics
 from sdxl_pipeline.training.previews import Preview
 from sdxl_pipeline.training.trackers import Trackers
@@ -61,7 +70,7 @@ class Watch:
             self._step = row.step
             if interval and row.step % interval == 0:
                 text = f"step {row.step} of {self._total_steps}: loss {row.loss:.4f}, lr {row.lr:.3g}"
-                message = Message("training.progress", text, "info", row.step, row.figures, for_people=False)
+                message = Message(PROGRESS, text, "info", row.step, row.figures, for_people=False)
                 self._webhooks.send(message)
 
     def figures(self, step: int, figures: dict[str, float]) -> None:
@@ -103,7 +112,7 @@ class Watch:
             self._reporter.image(f"{preview.name}, forming", preview.path, preview.caption, preview.step)
         self._trackers.log_preview(preview)
         text = f"step {preview.step} of {self._total_steps}: {preview.name}: {preview.caption}"
-        self._send("validation.preview", text, paths=[preview.path])
+        self._send(PREVIEW, text, paths=[preview.path], replaces=preview.name)
 
     def finished(self, manifest: TrainedLora) -> None:
         """The run is at its end, its files are written."""
@@ -127,8 +136,10 @@ class Watch:
         level: Level = "info",
         figures: dict[str, float] | None = None,
         paths: Sequence[str] = (),
+        replaces: str | None = None,
     ) -> None:
         if not len(self._webhooks):
             return  # and read no pictures
         pictures = tuple(Picture.read(path) for path in paths)
-        self._webhooks.send(Message(kind, text, level, self._step, figures or {}, pictures))
+        message = Message(kind, text, level, self._step, figures or {}, pictures, replaces=replaces)
+        self._webhooks.send(message)

@@ -52,11 +52,12 @@ def test_a_launched_training_is_watched(
 
     assert result.success
     assert (kinds[0], kinds[-1]) == ("training.started", "training.finished")
-    assert {kind: kinds.count(kind) for kind in set(kinds)} == {
+    # a preview takes the place of one that still waits
+    assert 1 <= kinds.count("validation.preview") <= 4
+    assert {kind: kinds.count(kind) for kind in kinds if kind != "validation.preview"} == {
         "training.started": 1,
         "training.progress": 3,
         "eval.loss": 3,  # before the first step, after the second, and at the end
-        "validation.preview": 4,
         "validation.images": 2,
         "training.finished": 1,
     }

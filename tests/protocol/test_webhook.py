@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from sdxl_pipeline.project.webhook_file import Webhook
 from sdxl_pipeline.protocol import webhook as module
 from sdxl_pipeline.protocol.webhook import (
     DISCORD_BYTES,
+    PREVIEW,
+    PROGRESS,
     QUEUE_LENGTH,
     Message,
     Origin,
@@ -25,6 +28,7 @@ from sdxl_pipeline.protocol.webhook import (
     discord_posts,
     in_environment,
     load_webhooks,
+    raw_body,
 )
 
 SECRET = "t0ken-nobody-may-see"
@@ -38,8 +42,19 @@ class Listener:
 
     posts: list[tuple[str, str, bytes]] = field(default_factory=list)  # path, content type, body
     answers: list[tuple[int, dict[str, str]]] = field(default_factory=list)
+    statuses: list[int] = field(default_factory=list)  # of the answers given
     silence: threading.Event | None = None  # it answers only when this is set
+    pace: float = 0.0  # seconds between two posts that it takes; one that comes sooner is told to wait
     port: int = 0
+
+    def answer(self) -> tuple[int, dict[str, str]]:
+        left = self._taken_at + self.pace - time.monotonic()
+        if left > 0:
+            return 429, {"Retry-After": f"{left:.3f}"}
+        self._taken_at = time.monotonic()
+        return self.answers.pop(0) if self.answers else (204, {})
+
+    _taken_at: float = -math.inf
 
     @property
     def address(self) -> str:
@@ -56,7 +71,8 @@ def listener() -> Iterator[Listener]:
             kept.posts.append((self.path, self.headers["Content-Type"], body))
             if kept.silence is not None:
                 kept.silence.wait(30)
-            status, headers = kept.answers.pop(0) if kept.answers else (204, {})
+            status, headers = kept.answer()
+            kept.statuses.append(status)
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
@@ -151,6 +167,84 @@ def test_a_busy_webhook_is_asked_again_after_the_time_it_wants(listener):
     listener.answers = [(429, {"Retry-After": "0.05"})]
     assert sent(listener, "raw", Message("x", "one")) == []
     assert len(listener.posts) == 2
+
+
+def texts(listener: Listener) -> list[str]:
+    """What a raw listener has taken, in order."""
+    posts = zip(listener.posts, listener.statuses, strict=True)
+    return [json.loads(body)["message"] for (_, _, body), status in posts if status == 204]
+
+
+def test_the_last_messages_wait_for_a_busy_webhook_and_arrive(listener):
+    listener.pace = 0.2
+    messages = [Message("training.finished", str(number)) for number in range(4)]
+    assert sent(listener, "raw", *messages) == []
+    assert texts(listener) == ["0", "1", "2", "3"]
+    assert listener.statuses.count(429) == 3
+
+
+def test_a_wait_beyond_the_end_is_not_begun(listener):
+    told: list[str] = []
+    listener.answers = [(429, {"Retry-After": "20"})]
+    webhooks = Webhooks([Webhook(webhook_type="raw", webhook_url=listener.address)], ORIGIN, told.append)
+    webhooks.send(Message("x", "one"))
+    webhooks.send(Message("x", "two"))
+    while not listener.statuses:
+        time.sleep(0.01)
+    began = time.monotonic()
+    webhooks.close(seconds=5)
+    assert time.monotonic() - began < 4
+    assert texts(listener) == ["two"]
+    assert "lost 1 messages (1 failed" in told[-1]
+
+
+@pytest.fixture
+def hanging(listener) -> Webhooks:
+    """A webhook that hangs on its first message."""
+    listener.silence = threading.Event()
+    webhooks = Webhooks([Webhook(webhook_type="raw", webhook_url=listener.address)], ORIGIN, [].append)
+    webhooks.send(Message("x", "first"))
+    while not listener.posts:
+        time.sleep(0.01)
+    return webhooks
+
+
+def test_of_a_forming_picture_only_the_newest_preview_waits_and_none_beyond_the_end(listener, hanging):
+    for number in range(3):
+        for name in ("star", "moon"):
+            hanging.send(Message(PREVIEW, f"{name} {number}", replaces=name))
+    hanging.send(Message("validation.images", "all"))
+    listener.silence.set()
+    while len(listener.statuses) < 4:
+        time.sleep(0.01)
+    assert texts(listener) == ["first", "star 2", "moon 2", "all"]
+    listener.silence.clear()
+    hanging.send(Message("x", "second"))
+    while len(listener.posts) < 5:
+        time.sleep(0.01)
+    hanging.send(Message(PREVIEW, "star 3", replaces="star"))
+    hanging.send(Message("training.finished", "end"))
+    threading.Timer(0.1, listener.silence.set).start()
+    hanging.close()
+    assert texts(listener)[4:] == ["second", "end"]
+
+
+def test_a_full_queue_drops_previews_then_figures_then_the_oldest(listener, hanging):
+    for number in range(5):
+        hanging.send(Message(PREVIEW, f"preview {number}", replaces=str(number)))
+        hanging.send(Message(PROGRESS, f"progress {number}"))
+    for number in range(QUEUE_LENGTH - 3):
+        hanging.send(Message("validation.images", f"pictures {number}"))
+    hanging.send(Message(PREVIEW, "preview at last", replaces="at last"))
+    listener.silence.set()
+    hanging.close()
+    pictures = [f"pictures {number}" for number in range(QUEUE_LENGTH - 3)]
+    assert texts(listener) == ["first", "progress 2", "progress 3", "progress 4", *pictures]
+
+
+def test_a_raw_message_bears_the_time_it_was_made_at():
+    assert abs(raw_body(Message("x", "now"), ORIGIN)["timestamp"] - time.time()) < 60
+    assert raw_body(Message("x", "delivered late", made_at=1e9 + 0.5), ORIGIN)["timestamp"] == 1_000_000_000
 
 
 @pytest.mark.parametrize("answer", [(500, {}), (302, {"Location": "/elsewhere"}), (429, {})])

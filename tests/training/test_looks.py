@@ -144,10 +144,11 @@ def test_a_watched_run_is_the_same_run_and_everyone_hears_of_it(tmp_path, posts)
     kinds = [post["message_type"] for post in posts]
     assert kinds[0] == "training.started"
     assert kinds[-1] == "training.finished"
-    assert {kind: kinds.count(kind) for kind in kinds} == {
+    # a preview takes the place of one that still waits
+    assert 1 <= kinds.count("validation.preview") <= 6
+    assert {kind: kinds.count(kind) for kind in kinds if kind != "validation.preview"} == {
         "training.started": 1,
         "eval.loss": 3,
-        "validation.preview": 6,
         "validation.images": 3,
         "training.progress": 3,
         "training.finished": 1,
