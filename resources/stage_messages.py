@@ -115,10 +115,11 @@ class MessageRelay:
 
     def _observe_picture(self, name: str, path: Path, caption: str, step: int | None) -> None:
         """Put the picture itself on the run's page; one that is gone by now was a forming one."""
-        if not path.is_file():
+        try:
+            with Image.open(path) as opened:
+                content = to_jpeg(opened.convert("RGB"), max_bytes=PICTURE_BYTES)
+        except FileNotFoundError:
             return
-        with Image.open(path) as opened:
-            content = to_jpeg(opened.convert("RGB"), max_bytes=PICTURE_BYTES)
         encoded = base64.b64encode(content).decode("ascii")
         metadata: dict[str, Any] = {
             "picture": dg.MetadataValue.md(f"![{name}](data:image/jpeg;base64,{encoded})"),

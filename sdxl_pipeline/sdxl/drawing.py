@@ -91,13 +91,14 @@ def draw_pixels(
     seed: int,
     settings: TrainingSettings,
     on_step: Callable[[], None] | None = None,
-    on_estimate: Callable[[int, Tensor], None] | None = None,
+    on_estimate: Callable[[int, int, Tensor], None] | None = None,
 ) -> np.ndarray:
     """One picture, (H, W, 3) float32 in [0, 1] unless something broke, with the validation settings. `size` is (H, W) in pixels.
 
     The noise comes from the CPU. Decoded here and not by the pipeline, so that the VAE may keep a precision of its own and a NaN is
     seen before it is rounded away. `on_step` is called after every denoising step; what it raises ends the drawing. `on_estimate` gets
-    the number of each step, from 1, and the clean latents that the sampler expects at it, (1, 4, H/8, W/8) scaled.
+    the number of each step, from 1, how many the sampler takes (some take two where one is asked for), and the clean latents that it
+    expects at that step, (1, 4, H/8, W/8) scaled.
     """
 
     def after_step(
@@ -136,15 +137,15 @@ def image_from_pixels(pixels: np.ndarray) -> Image.Image:
 
 
 @contextmanager
-def _estimates(scheduler: Any, take: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Give each step's number and estimate to `take`; the pipeline's own callback has nothing but the noisy latents."""
+def _estimates(scheduler: Any, take: Callable[[int, int, Tensor], None]) -> Iterator[None]:
+    """Give each step's number, their count and the estimate to `take`; the pipeline's own callback has nothing but the noisy latents."""
     own, number = scheduler.step, 0
 
     @wraps(own)  # the pipeline reads its signature
     def step(model_output: Tensor, timestep: Tensor, sample: Tensor, **options: Any) -> Any:
         nonlocal number
         number += 1
-        take(number, expected_latents(scheduler, model_output, timestep, sample))
+        take(number, len(scheduler.timesteps), expected_latents(scheduler, model_output, timestep, sample))
         return own(model_output, timestep, sample, **options)
 
     scheduler.step = step

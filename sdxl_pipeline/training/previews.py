@@ -1,5 +1,6 @@
 """Validation pictures while they form: what the sampler expects at a step, decoded by a tiny autoencoder."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ class Preview:
 
     name: str  # of the validation picture
     prompt: str
-    path: str  # JPEG; the next preview of this picture takes its place
+    path: str  # JPEG; gone when the next look begins
     step: int  # of the training
     sampler_step: int
     sampler_steps: int
@@ -43,6 +44,8 @@ class Preview:
 
 class Previews:
     """Decodes what a picture will be at every few sampler steps and the last, writes it into `folder`, and hands it to `show`.
+
+    Each has a file of its own, so that whoever reads it late sees what he was told of; those of one training step make room for the next.
 
     The autoencoder is loaded when this is made, so that one that is missing or broken is a StageError before the first step.
     """
@@ -62,20 +65,24 @@ class Previews:
                 f"config.json: validation_preview: {place} is no tiny autoencoder that can be loaded ({error})"
             ) from error
         self._every = settings.validation_preview_steps
-        self._sampler_steps = settings.validation_num_inference_steps
         self._folder, self._show = folder, show
+        self._step: int | None = None
 
-    def of(self, name: str, stem: str, prompt: str, step: int) -> Callable[[int, Tensor], None]:
-        """What `draw_pixels` is to call with each sampler step and estimate of one picture; `stem` is its file's name."""
-        path = self._folder / f"{stem}.jpg"
+    def of(self, name: str, stem: str, prompt: str, step: int) -> Callable[[int, int, Tensor], None]:
+        """What `draw_pixels` is to call with each sampler step, their count and the estimate of one picture; `stem` begins its files' names."""
+        folder = self._folder / f"step-{step:08d}"
+        if step != self._step:
+            self._step = step
+            shutil.rmtree(self._folder, ignore_errors=True)
 
-        def on_estimate(number: int, latents: Tensor) -> None:
-            if number % self._every and number != self._sampler_steps:
+        def on_estimate(number: int, total: int, latents: Tensor) -> None:
+            if number % self._every and number != total:
                 return
+            path = folder / f"{stem}-{number:0{len(str(total))}d}.jpg"
             picture = self._decode(latents)
             with atomic_path(path) as temporary:
                 picture.save(temporary, format="JPEG", quality=JPEG_QUALITY)
-            self._show(Preview(name, prompt, str(path), step, number, self._sampler_steps))
+            self._show(Preview(name, prompt, str(path), step, number, total))
 
         return on_estimate
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
 
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.sdxl.base_model import BUNDLED_NAME, BUNDLED_TAESD
 from sdxl_pipeline.sdxl.components import load_unet
-from sdxl_pipeline.sdxl.drawing import expected_latents
+from sdxl_pipeline.sdxl.drawing import SAMPLERS, expected_latents
 from sdxl_pipeline.training.batches import BatchReader
 from sdxl_pipeline.training.previews import Preview, Previews
 from sdxl_pipeline.training.validation import draw_pictures
@@ -44,6 +44,11 @@ def test_a_true_prediction_gives_the_clean_latents_whatever_the_sampler_counts_i
         torch.testing.assert_close(found, clean, rtol=0, atol=2e-3)
 
 
+def pixels_of(path: str) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB")).astype(float)
+
+
 def draw(folder: Path, **settings) -> tuple[np.ndarray, list[tuple[Preview, np.ndarray]]]:
     """The picture and, where the settings ask for them, its previews, each read when it was shown."""
     spec = make_spec(
@@ -57,14 +62,12 @@ def draw(folder: Path, **settings) -> tuple[np.ndarray, list[tuple[Preview, np.n
     shown: list[tuple[Preview, np.ndarray]] = []
 
     def show(preview: Preview) -> None:
-        with Image.open(preview.path) as picture:
-            shown.append((preview, np.asarray(picture.convert("RGB")).astype(float)))
+        shown.append((preview, pixels_of(preview.path)))
 
     previews = Previews(spec, CPU, folder / "previews", show) if settings else None
     unet = load_unet(spec.base_model, torch.float32)
     (image,) = draw_pictures(spec, unet, BatchReader(spec.lanes), 40, folder / "pictures", previews, " (b)")
-    with Image.open(image.path) as picture:
-        return np.asarray(picture).astype(float), shown
+    return pixels_of(image.path), shown
 
 
 def test_previews_come_closer_to_the_picture_and_leave_it_as_it_is(tmp_path):
@@ -76,11 +79,33 @@ def test_previews_come_closer_to_the_picture_and_leave_it_as_it_is(tmp_path):
     first = shown[0][0]
     assert (first.name, first.step, first.sampler_steps) == ("circle (b)", 40, 7)
     assert first.caption == "a red circle (sampler step 3 of 7)"
-    assert {preview.path for preview, _ in shown} == {str(tmp_path / "watched" / "previews" / "circle_b.jpg")}
     errors = [np.abs(pixels - picture).mean() for _, pixels in shown]
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 12  # of 255: what the tiny autoencoder and JPEG leave out
-    assert [path.name for path in (tmp_path / "watched" / "previews").iterdir()] == ["circle_b.jpg"]
+
+
+def test_who_reads_late_sees_the_sampler_step_he_was_told_of(tmp_path):
+    _, shown = draw(tmp_path, validation_preview=True, validation_preview_steps=3)
+    for preview, pixels in shown:
+        assert np.array_equal(pixels_of(preview.path), pixels), preview.caption
+    folder = tmp_path / "previews"
+    assert sorted(path.name for path in folder.rglob("*.jpg")) == [f"circle_b-{n}.jpg" for n in (3, 6, 7)]
+    previews = made(folder, validation_preview_model_name_or_path=TINY)
+    for step in (80, 80, 120):  # two pictures of one look, and the next look
+        previews.of("star", "star", "a star", step)(7, 7, torch.zeros(1, 4, 8, 8))
+        assert [path.parent.name for path in folder.rglob("*.jpg")] == [f"step-{step:08d}"]
+
+
+def test_the_steps_of_a_sampler_that_takes_two_for_one_are_counted_as_it_takes_them(tmp_path, monkeypatch):
+    monkeypatch.setitem(SAMPLERS, "euler", HeunDiscreteScheduler)
+    _, shown = draw(
+        tmp_path, validation_preview=True, validation_preview_steps=5, validation_noise_scheduler="euler"
+    )
+    assert [(preview.sampler_step, preview.sampler_steps) for preview, _ in shown] == [
+        (5, 13),
+        (10, 13),
+        (13, 13),
+    ]
 
 
 def made(folder: Path, **settings) -> Previews:
