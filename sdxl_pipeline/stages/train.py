@@ -5,7 +5,7 @@ A run's folder belongs to one identity. Finished, it is reused; unfinished, it i
 
 import resource
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,17 +45,17 @@ def main(spec: TrainSpec, reporter: Reporter, stop: StopSignal) -> TrainedLora:
 
         from sdxl_pipeline.training.beginning import begin_run
         from sdxl_pipeline.training.loop import Trainer
+        from sdxl_pipeline.training.watch import Watch
 
-        if is_main_process():
-            begin_run(spec, names, reporter)
-        with leased_lanes(spec.lanes, f"train {spec.project}") if is_main_process() else nullcontext():
-            trainer = Trainer(spec, identity, reporter, stop)
-            try:
-                with trainer.watch or nullcontext():
-                    trainer.train()
-                    return _finish(trainer)
-            finally:
-                trainer.close()
+        watch = Watch(spec, identity, reporter) if is_main_process() else None
+        with ExitStack() as afterwards, watch or nullcontext():
+            if is_main_process():
+                begin_run(spec, names, reporter)
+                afterwards.enter_context(leased_lanes(spec.lanes, f"train {spec.project}"))
+            trainer = Trainer(spec, identity, reporter, stop, watch)
+            afterwards.callback(trainer.close)
+            trainer.train()
+            return _finish(trainer)
 
 
 def finished_run(run_dir: Path, identity: str) -> TrainedLora | None:

@@ -43,7 +43,6 @@ from sdxl_pipeline.training.sharding import own_part, whole_number
 from sdxl_pipeline.training.shown_weights import ShownWeights
 from sdxl_pipeline.training.step_log import StepLog, TakenStep
 from sdxl_pipeline.training.taking_over import under_own_settings
-from sdxl_pipeline.training.trackers import require_tracker
 from sdxl_pipeline.training.trainable import build_trainable
 from sdxl_pipeline.training.trainer_setup import build_accelerator, plan_order, planned_steps
 from sdxl_pipeline.training.unet import base_dtype
@@ -57,14 +56,21 @@ class Trainer:
     """One run of one identity: setup here, then `train`, then `write_weights`.
 
     The state that training changes is the trained parameters and their average, the optimizer, the schedule, the loss scaler and the
-    step; `state` and `restore` are the only ways out and in. Hold the run's lock (`run_lock`) on the main process meanwhile.
+    step; `state` and `restore` are the only ways out and in. Hold the run's lock (`run_lock`) on the main process meanwhile, and enter
+    its `watch`, without which the run takes no looks.
     """
 
-    def __init__(self, spec: TrainSpec, identity: str, reporter: Reporter, stop: StopSignal) -> None:
+    def __init__(
+        self,
+        spec: TrainSpec,
+        identity: str,
+        reporter: Reporter,
+        stop: StopSignal,
+        watch: Watch | None = None,
+    ) -> None:
         self.spec, self.identity, self.reporter, self.stop = spec, identity, reporter, stop
+        self.watch = watch
         settings = spec.settings
-        for tracker in settings.report_to:
-            require_tracker(tracker)  # before minutes are spent on loading
         self.run_dir = Path(spec.run_dir)
         self.disk = DiskWatch(self.run_dir, settings)
         self.started = time.monotonic()
@@ -116,7 +122,6 @@ class Trainer:
         self.resumed_from: int | None = None
         self._resume()
 
-        self.watch = Watch(spec, identity, self.step, self.total_steps, reporter) if self.is_main else None
         self.look_times = LookTimes(spec, self.total_steps, self.epochs_at)
         objective = self.batch_loss.objective
         self.looks = (
@@ -137,6 +142,8 @@ class Trainer:
     def train(self) -> None:
         """Train from where the run stands to its end. Raises StageStopped, after a checkpoint, when asked to stop."""
         self.unet.train()
+        if self.watch is not None:
+            self.watch.begin(self.step, self.total_steps)
         self.reporter.progress("train", self.step, self.total_steps, "steps")
         self._look_if_due()
         self._stop_if_asked()
@@ -250,10 +257,8 @@ class Trainer:
         return self.shown.write(folder, write, self.trainable.weights_name)
 
     def close(self) -> None:
-        """End the trackers and leave the process group."""
+        """Close the data and leave the process group."""
         self.reader.close()
-        if self.watch is not None:
-            self.watch.close()
         self.accelerator.end_training()
 
     def _resume(self) -> None:

@@ -90,8 +90,9 @@ class StepLog:
             for step, loss, norm in zip(kept, losses, norms, strict=True)
         ]
         taken = [row for row in rows if self._was_taken(row)]
-        if self._metrics is not None and self._watch is not None:
+        if self._metrics is not None:
             self._metrics.append(taken)
+        if self._watch is not None:
             self._watch.steps(taken)
         if taken:
             self._show(taken)

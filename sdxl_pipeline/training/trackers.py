@@ -1,7 +1,9 @@
 """Sends figures and pictures to tensorboard, wandb and trackio, when the settings ask for them."""
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,28 +11,37 @@ import numpy as np
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from PIL import Image
 
+from sdxl_pipeline.project.credentials import HIDDEN, without_credentials
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import TrainSpec, ValidationImage
 from sdxl_pipeline.training.identity import numeric_settings
 from sdxl_pipeline.training.metrics import StepMetrics
 from sdxl_pipeline.training.previews import Preview
 
+KEY_VARIABLES = ("WANDB_API_KEY", "HF_TOKEN")
+"""Environment variables that hold the trackers' keys."""
+
 
 class Trackers:
-    """The trackers of `report_to`, whose packages are there (`require_tracker`).
+    """The trackers of `report_to`. Make one on the main process only; raises StageError for one that cannot be used.
 
-    Make one on the main process only, after accelerate's state.
-
-    tensorboard writes under `logging_dir`, which is relative to the run's folder; wandb and trackio obey their own environment
-    (WANDB_MODE=offline needs no network, trackio keeps its figures under TRACKIO_DIR). All continue the run they had when training
-    is resumed.
+    tensorboard writes under `logging_dir`: the graph gives an absolute one, a relative one is seen from the run's folder. wandb and
+    trackio obey their own environment (WANDB_MODE=offline needs no network, trackio keeps its figures under TRACKIO_DIR). All continue
+    the run they had when training is resumed.
     """
 
-    def __init__(self, spec: TrainSpec, identity: str, resumed_at: int) -> None:
+    def __init__(self, spec: TrainSpec, identity: str) -> None:
+        self._spec, self._identity = spec, identity
         self._trackers: list[GeneralTracker] = []
         for name in spec.settings.report_to:
-            tracker = _build(name, spec, identity, resumed_at)
-            tracker.start()
+            require_tracker(name)
+
+    def start(self, resumed_at: int) -> None:
+        """Begin, after accelerate's state is there; until then nothing is logged. Raises StageError for a tracker that will not."""
+        for name in self._spec.settings.report_to:
+            with _told(name):
+                tracker = _build(name, self._spec, self._identity, resumed_at)
+                tracker.start()
             self._trackers.append(tracker)
 
     def log(self, rows: Sequence[StepMetrics]) -> None:
@@ -57,10 +68,10 @@ class Trackers:
         """Flush and end."""
         for tracker in self._trackers:
             tracker.finish()
-            if tracker.name == "wandb":
-                import wandb
+        if "wandb" in self._spec.settings.report_to:
+            import wandb
 
-                wandb.teardown()  # its service would be ended with this program's other children, and complain
+            wandb.teardown()  # its service would be ended with this program's other children, and complain
 
     def _log_picture(self, name: str, path: str, step: int) -> None:
         if not self._trackers:
@@ -95,9 +106,40 @@ def _build(name: str, spec: TrainSpec, identity: str, resumed_at: int) -> Genera
 
 
 def require_tracker(name: str) -> None:
-    """Raise StageError when the package of a tracker is not installed."""
+    """Raise StageError when the package of a tracker is not installed, or wandb has no key."""
     if importlib.util.find_spec(name) is None:
         raise StageError(
             f"config.json: report_to asks for {name}, which is not installed; install the extra with "
             f"`pip install 'sdxl-pipeline[{name}]'`, or take {name} out of report_to"
         )
+    if name == "wandb":
+        _require_key()
+
+
+def _require_key() -> None:
+    """Without one wandb would fail when it begins, after minutes of loading. Whether the key is good is seen there."""
+    import wandb
+
+    with _told("wandb"):
+        offline = wandb.setup().settings.mode in ("offline", "dryrun", "disabled")
+        usable = offline or wandb.login(prompt=False, verify=False)
+    if not usable:
+        raise StageError(
+            "config.json: report_to asks for wandb, which has no key on this machine; run `wandb login` there, set WANDB_API_KEY, or "
+            "set WANDB_MODE=offline to keep the figures in the run's folder"
+        )
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Whatever a tracker raises becomes a StageError that names it, without the keys it was given."""
+    try:
+        yield
+    except Exception as error:
+        words = without_credentials(str(error))
+        for variable in KEY_VARIABLES:
+            words = words.replace(os.environ.get(variable) or HIDDEN, HIDDEN)
+        raise StageError(
+            f"config.json: report_to asks for {name}, which cannot be started ({type(error).__name__}: {words}); mend that, or take "
+            f"{name} out of report_to"
+        ) from error

@@ -28,29 +28,33 @@ PREVIEW_SECONDS = 2.0
 
 
 class Watch:
-    """Tells everyone. Make one on the main process only; as a context manager it also tells how the run begins and what ends it early.
+    """Tells everyone. Make one on the main process only.
 
-    Raises StageError for webhooks that cannot be used.
+    As a context manager around all that may fail it tells what ends the run early, and closes the trackers and the webhooks. Raises StageError for trackers and webhooks that cannot be used.
     """
 
-    def __init__(
-        self, spec: TrainSpec, identity: str, resumed_at: int, total_steps: int, reporter: Reporter
-    ) -> None:
+    def __init__(self, spec: TrainSpec, identity: str, reporter: Reporter) -> None:
         self._spec, self._reporter = spec, reporter
-        self._step, self._total_steps = resumed_at, total_steps
+        self._step: int | None = None  # until it begins
+        self._total_steps = 0
         self._previewed: tuple[str, int, float] | None = None  # picture, step and time last shown on the page
         config = spec.settings.webhook_config
         try:
             webhooks = load_webhooks(Path(config) if config else None)
         except ProjectError as error:
             raise StageError(str(error)) from error
-        self._trackers = Trackers(spec, identity, resumed_at)
+        self._trackers = Trackers(spec, identity)
         self._webhooks = Webhooks(webhooks, Origin(spec.project, identity[:12]), reporter.log)
 
     def __enter__(self) -> "Watch":
-        begins = "starts" if self._step == 0 else f"goes on from step {self._step}"
-        self._send("training.started", f"The training {begins}: {self._total_steps} steps.")
         return self
+
+    def begin(self, resumed_at: int, total_steps: int) -> None:
+        """All is loaded, and the first step comes next. Raises StageError for a tracker that does not begin."""
+        self._trackers.start(resumed_at)
+        self._step, self._total_steps = resumed_at, total_steps
+        begins = "starts" if resumed_at == 0 else f"goes on from step {resumed_at}"
+        self._send("training.started", f"The training {begins}: {total_steps} steps.")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -61,6 +65,10 @@ class Watch:
             # Only the words of an error that was made for users are known to hold nothing private.
             reason = str(error) if isinstance(error, StageError) else type(error).__name__
             self._send("training.failed", f"The training failed: {reason}", "error")
+        try:
+            self._trackers.close()
+        finally:
+            self._webhooks.close()
 
     def steps(self, rows: Sequence[StepMetrics]) -> None:
         """Steps were taken. The reporter hears of them from the step log, which thins them."""
@@ -123,11 +131,6 @@ class Watch:
             figures={"final_loss": manifest.final_loss, "seconds": manifest.seconds},
             paths=[manifest.loss_curve_path],
         )
-
-    def close(self) -> None:
-        """Flush and end the trackers and the webhooks."""
-        self._trackers.close()
-        self._webhooks.close()
 
     def _send(
         self,

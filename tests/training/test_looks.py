@@ -204,10 +204,10 @@ def test_what_ends_a_run_is_told_and_only_words_made_for_users(tmp_path, posts):
     PartialState(cpu=True)
     spec = spec_of(tmp_path, "failing", webhook_config=str(tmp_path / "webhooks.json"))
     for error in (StageError("lower learning_rate"), RuntimeError("a private path")):
-        watch = Watch(spec, "0" * 64, resumed_at=4, total_steps=6, reporter=Reporter())
+        watch = Watch(spec, "0" * 64, Reporter())
+        watch.begin(resumed_at=4, total_steps=6)
         with pytest.raises(type(error)), watch:
             raise error
-        watch.close()
     told = [(post["message_type"], post["level"], post["message"]) for post in posts]
     goes_on = ("training.started", "info", "The training goes on from step 4: 6 steps.")
     assert told == [
@@ -216,6 +216,27 @@ def test_what_ends_a_run_is_told_and_only_words_made_for_users(tmp_path, posts):
         goes_on,
         ("training.failed", "error", "The training failed: RuntimeError"),
     ]
+
+
+def test_a_failure_of_the_setup_is_told_and_ends_the_sending(tmp_path, posts, monkeypatch):
+    webhook = {"webhook_config": str(tmp_path / "webhooks.json"), "report_to": "tensorboard"}
+    threads = threading.active_count()
+    monkeypatch.setattr("sdxl_pipeline.training.loop.build_trainable", out_of_memory)
+    with pytest.raises(MemoryError):
+        main(spec_of(tmp_path, "large", **webhook), Reporter(), StopSignal())
+    unseen = {**LOOKING, "validation_preview_model_name_or_path": "/nowhere"}
+    monkeypatch.undo()
+    with pytest.raises(StageError, match="which is no folder"):
+        main(spec_of(tmp_path, "run", **unseen, **webhook), Reporter(), StopSignal())
+    memory, folder = posts
+    assert (memory["message_type"], memory["step"]) == ("training.failed", None)
+    assert memory["message"] == "The training failed: MemoryError"
+    assert "validation_preview" in folder["message"]
+    assert threading.active_count() == threads
+
+
+def out_of_memory(spec: TrainSpec) -> None:
+    raise MemoryError("a private path")
 
 
 def test_what_looking_needs_is_missed_at_the_start(tmp_path):

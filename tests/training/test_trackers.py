@@ -2,14 +2,16 @@
 
 import importlib.util
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from accelerate import PartialState
+from accelerate.tracking import TensorBoardTracker
 from PIL import Image
 
 from sdxl_pipeline.protocol.program import StageError
-from sdxl_pipeline.protocol.specs import ValidationImage
+from sdxl_pipeline.protocol.specs import TrainSpec, ValidationImage
 from sdxl_pipeline.training.metrics import StepMetrics
 from sdxl_pipeline.training.previews import Preview
 from sdxl_pipeline.training.trackers import Trackers, require_tracker
@@ -23,20 +25,26 @@ def rows(first: int, last: int, loss: float) -> list[StepMetrics]:
     ]
 
 
+def started(spec: TrainSpec, identity: str, resumed_at: int) -> Trackers:
+    trackers = Trackers(spec, identity)
+    trackers.start(resumed_at)
+    return trackers
+
+
 def test_tensorboard_gets_metrics_and_pictures_and_a_resumed_run_goes_on(tmp_path):
     pytest.importorskip("tensorboard", reason="needs the extra `tensorboard`")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     PartialState(cpu=True)
     spec = make_spec(tmp_path, report_to="tensorboard", tracker_run_name="mine")
-    trackers = Trackers(spec, "identity", resumed_at=0)
+    trackers = started(spec, "identity", 0)
     trackers.log(rows(1, 6, loss=1.0))
     Image.new("RGB", (16, 8), "red").save(tmp_path / "red.png")
     trackers.log_images(
         [ValidationImage(step=5, name="red", prompt="red", path=str(tmp_path / "red.png"), seed=0)]
     )
     trackers.close()
-    resumed = Trackers(spec, "identity", resumed_at=3)
+    resumed = started(spec, "identity", 3)
     resumed.log(rows(4, 8, loss=2.0))
     resumed.close()
 
@@ -53,7 +61,7 @@ def test_tensorboard_shows_the_pictures(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     PartialState(cpu=True)
-    trackers = Trackers(make_spec(tmp_path, report_to="tensorboard"), "0123456789abcdef", resumed_at=0)
+    trackers = started(make_spec(tmp_path, report_to="tensorboard"), "0123456789abcdef", 0)
     Image.new("RGB", (16, 8), "red").save(tmp_path / "red.png")
     trackers.log_images(
         [ValidationImage(step=5, name="red", prompt="red", path=str(tmp_path / "red.png"), seed=0)]
@@ -76,7 +84,7 @@ def test_what_else_is_known_and_forming_pictures_reach_tensorboard(tmp_path, pre
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     PartialState(cpu=True)
-    trackers = Trackers(make_spec(tmp_path, report_to="tensorboard"), "0123456789abcdef", resumed_at=0)
+    trackers = started(make_spec(tmp_path, report_to="tensorboard"), "0123456789abcdef", 0)
     trackers.log_figures(5, {"eval/loss": 0.25, "train/ema_decay": 0.75})
     trackers.log_preview(preview)
     trackers.close()
@@ -98,7 +106,7 @@ def test_wandb_offline_keeps_a_run_by_its_identity(tmp_path, monkeypatch, previe
     PartialState(cpu=True)
     spec = make_spec(tmp_path, report_to="wandb", tracker_run_name="mine", tracker_project_name="kittens")
     Path(spec.run_dir).mkdir()
-    trackers = Trackers(spec, "0123456789abcdef", resumed_at=0)
+    trackers = started(spec, "0123456789abcdef", 0)
     import wandb
 
     run = wandb.run
@@ -124,7 +132,7 @@ def test_trackio_keeps_a_run_on_this_disk_and_goes_on_with_it(tmp_path, monkeypa
     PartialState(cpu=True)
     spec = make_spec(tmp_path, report_to="trackio", tracker_run_name="mine")
     for first, last in ((1, 4), (4, 6)):
-        trackers = Trackers(spec, "0123456789abcdef", resumed_at=first - 1)
+        trackers = started(spec, "0123456789abcdef", first - 1)
         trackers.log(rows(first, last, loss=0.5))
         if first == 4:
             trackers.log_preview(preview)
@@ -137,7 +145,7 @@ def test_trackio_keeps_a_run_on_this_disk_and_goes_on_with_it(tmp_path, monkeypa
 
 
 def test_without_trackers_nothing_is_written(tmp_path):
-    trackers = Trackers(make_spec(tmp_path), "identity", resumed_at=0)
+    trackers = started(make_spec(tmp_path), "identity", 0)
     trackers.log(rows(1, 3, 1.0))
     trackers.close()
     assert not (tmp_path / "run").exists()
@@ -147,3 +155,61 @@ def test_a_missing_tracker_is_an_error_that_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(StageError, match=r"report_to asks for wandb.*sdxl-pipeline\[wandb\]"):
         require_tracker("wandb")
+
+
+@pytest.fixture
+def wandb_without_a_key(tmp_path, monkeypatch) -> Iterator[None]:
+    """wandb as on a machine where nobody has logged in."""
+    wandb = pytest.importorskip("wandb", reason="needs the extra `wandb`")
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+def test_wandb_without_a_key_is_refused_before_anything_is_loaded(wandb_without_a_key, tmp_path, monkeypatch):
+    with pytest.raises(StageError, match=r"wandb login.*WANDB_API_KEY.*WANDB_MODE=offline"):
+        Trackers(make_spec(tmp_path, report_to="wandb"), "identity")
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    with pytest.raises(StageError, match="wandb, which cannot be started"):
+        require_tracker("wandb")
+
+
+@pytest.mark.parametrize("mode", ["offline", "dryrun", "disabled"])
+def test_wandb_needs_no_key_offline(wandb_without_a_key, monkeypatch, mode):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    require_tracker("wandb")
+
+
+# an address each, since wandb remembers keys by it; nobody there is asked whether the key is good
+@pytest.mark.parametrize(("place", "host"), [("environment", "127.0.0.1:9"), ("netrc", "127.0.0.1:7")])
+def test_wandb_finds_its_key_where_wandb_login_leaves_it(
+    wandb_without_a_key, tmp_path, monkeypatch, place, host
+):
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://{host}")
+    key = "0123456789" * 4
+    if place == "netrc":
+        (tmp_path / "netrc").write_text(f"machine {host}\n  login user\n  password {key}\n")
+        (tmp_path / "netrc").chmod(0o600)
+    else:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    require_tracker("wandb")
+
+
+def test_a_tracker_that_does_not_begin_is_named_without_its_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "s3cret-key")
+
+    def refuse(*_):
+        raise PermissionError("s3cret-key may not write at https://me:pass@example.com/logs?key=1")
+
+    monkeypatch.setattr(TensorBoardTracker, "start", refuse)
+    trackers = Trackers(make_spec(tmp_path, report_to="tensorboard"), "identity")
+    with pytest.raises(StageError, match=r"tensorboard, which cannot be started \(PermissionError") as told:
+        trackers.start(0)
+    trackers.close()
+    for secret in ("s3cret-key", "pass", "key=1"):
+        assert secret not in str(told.value)
