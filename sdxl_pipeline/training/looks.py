@@ -1,7 +1,9 @@
 """The looks a training takes at what it has learnt: validation pictures and the eval loss. They change nothing it computes with."""
 
-from collections.abc import Callable
-from contextlib import closing, suppress
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,6 +57,33 @@ class LookTimes:
         return self.pictures_are_due(step) or self.eval_loss_is_due(step)
 
 
+class LookCosts:
+    """How long the looks to come will take, going by those that this session has taken. Each kind costs its own."""
+
+    def __init__(self, times: LookTimes, clock: Callable[[], float] = time.monotonic) -> None:
+        self._last, self._clock = times.total_steps, clock
+        self._are_due = {"pictures": times.pictures_are_due, "eval_loss": times.eval_loss_is_due}
+        self._taken: dict[str, list[float]] = {}  # seconds each
+        self._due: dict[str, list[int]] = {}  # steps
+
+    @contextmanager
+    def timed(self, kind: str) -> Iterator[None]:
+        """Take a look of one kind within; one that raises is not counted."""
+        began = self._clock()
+        yield
+        self._taken.setdefault(kind, []).append(self._clock() - began)
+
+    def to_come(self, step: int) -> float:
+        """Seconds that the looks after this step and all later ones will take; those of a kind not yet taken count as nothing."""
+        seconds = 0.0
+        for kind, taken in self._taken.items():
+            if kind not in self._due:
+                self._due[kind] = list(filter(self._are_due[kind], range(self._last + 1)))
+            left = len(self._due[kind]) - bisect_left(self._due[kind], step)
+            seconds += left * sum(taken) / len(taken)
+        return seconds
+
+
 class Looks:
     """Takes the looks that are due, on the main process, and records and tells what it saw; a run that resumes repeats none.
 
@@ -76,6 +105,7 @@ class Looks:
         spec = times.spec
         run_dir = Path(spec.run_dir)
         self._times, self._spec, self._reader = times, spec, reader
+        self._costs = LookCosts(times)
         self._watch, self._stop = watch, stop
         self._folder = run_dir / "validation"
         self._drawn = ValidationLog(run_dir, resumed_at)
@@ -105,14 +135,19 @@ class Looks:
         """Take what is due after a step with those weights of the UNet that `shown` says, and leave it as it was. A stop ends it early."""
         if self._times.eval_loss_is_due(step) and not self._taken.has(step):
             try:
-                with shown.released():
+                with self._costs.timed("eval_loss"), shown.released():
                     loss = self._eval_loss(unet)
             except _Stopped:
                 return
             self._taken.add(EvalRow(step=step, loss=loss))
             self._watch.eval_loss(step, loss)
         if self._times.pictures_are_due(step) and not self._drawn.has(step):
-            self._draw(step, unet, shown)
+            with self._costs.timed("pictures"):
+                self._draw(step, unet, shown)
+
+    def seconds_to_come(self, step: int) -> float:
+        """What the looks after this step and all later ones will take."""
+        return self._costs.to_come(step)
 
     def _eval_loss(self, unet: UNet2DConditionModel) -> LossSummary:
         timesteps = eval_timesteps(self._spec.settings.eval_timesteps, len(self._objective.alphas_cumprod))

@@ -137,6 +137,7 @@ class Trainer:
             training_seconds=self._training_seconds_before,
             metrics=MetricsLog(self.run_dir / METRICS_FILE, self.step) if self.is_main else None,
             watch=self.watch,
+            looks=self.looks,
         )
 
     def train(self) -> None:

@@ -22,7 +22,7 @@ class StepMetrics:
     grad_norm: float | None  # before clipping; None where fp16 overflowed and the step was skipped
     samples_per_second: float  # over the steps since the last report
     steps_per_second: float | None = None  # likewise
-    eta_seconds: float | None = None  # to the end of the run, at that speed
+    eta_seconds: float | None = None  # to the end of the run, at that speed and with the looks to come
     scalars: Mapping[str, float] = field(default_factory=dict)  # whatever else changes from step to step
 
     @property

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sdxl_pipeline.protocol.reporter import Reporter
+from sdxl_pipeline.training.looks import Looks
 from sdxl_pipeline.training.metrics import MetricsLog, StepMetrics
 from sdxl_pipeline.training.non_finite import SkippedSteps
 from sdxl_pipeline.training.order import Draw, SampleOrder
@@ -30,7 +31,7 @@ class TakenStep:
 class StepLog:
     """Keeps steps on the device until `report`, the only moment when the training waits for it.
 
-    Each process has one; `metrics` and `watch` are the main process's alone.
+    Each process has one; `metrics`, `watch` and `looks` are the main process's alone.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class StepLog:
         training_seconds: float,
         metrics: MetricsLog | None,
         watch: Watch | None,
+        looks: Looks | None = None,
     ) -> None:
         self._accelerator, self._reporter = accelerator, reporter
         self._order, self._total_steps = order, total_steps
-        self._metrics, self._watch = metrics, watch
+        self._metrics, self._watch, self._looks = metrics, watch, looks
         self._kept: list[TakenStep] = []
         self._skipped = SkippedSteps(total_steps)
         self.training_seconds = training_seconds
@@ -84,7 +86,7 @@ class StepLog:
                 norm if math.isfinite(norm) else None,
                 samples_per_second=speed * self._samples_in(step),
                 steps_per_second=speed,
-                eta_seconds=(self._total_steps - step.number) / speed,
+                eta_seconds=(self._total_steps - step.number) / speed + self._looking(step.number),
                 scalars=step.scalars,
             )
             for step, loss, norm in zip(kept, losses, norms, strict=True)
@@ -97,6 +99,9 @@ class StepLog:
         if taken:
             self._show(taken)
         self._count_skipped(kept, rows)
+
+    def _looking(self, step: int) -> float:
+        return 0.0 if self._looks is None else self._looks.seconds_to_come(step)
 
     def _was_taken(self, row: StepMetrics) -> bool:
         """Whether loss and gradients were finite; gradients that overflow under loss scaling belong to it until its scale has gone below 1."""

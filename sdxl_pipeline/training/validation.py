@@ -62,7 +62,8 @@ def is_validation_step(
 ) -> bool:
     """Whether pictures are drawn at a step: at the end, by the intervals in steps and epochs, and at 0 as validation_on_startup says."""
     settings = spec.settings
-    if settings.validation_disable or not plan_pictures(spec, step):
+    draws_any = spec.prompts or not settings.validation_disable_unconditional
+    if settings.validation_disable or not draws_any:
         return False
     by_steps, by_epochs = settings.validation_step_interval, settings.validation_epoch_interval
     if step == 0 and settings.validation_on_startup is not None:

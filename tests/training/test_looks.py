@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from sdxl_pipeline.training.eval_log import EVAL_FILE, EvalLog, EvalRow, read_ev
 from sdxl_pipeline.training.eval_loss import eval_loss, eval_timesteps
 from sdxl_pipeline.training.eval_pictures import read_pictures
 from sdxl_pipeline.training.eval_samples import choose_samples
+from sdxl_pipeline.training.looks import LookCosts, LookTimes
 from sdxl_pipeline.training.metrics import read_metrics
 from sdxl_pipeline.training.objective import Objective
 from sdxl_pipeline.training.watch import Watch
@@ -139,7 +141,7 @@ def test_a_watched_run_is_the_same_run_and_everyone_hears_of_it(tmp_path, posts)
     row = read_metrics(Path(watched.metrics_path))[-1]
     assert row.steps_per_second is not None
     assert row.samples_per_second == pytest.approx(2 * row.steps_per_second)
-    assert row.eta_seconds == 0
+    assert 0 < row.eta_seconds < watched.seconds  # the last look is to come
 
     kinds = [post["message_type"] for post in posts]
     assert kinds[0] == "training.started"
@@ -162,6 +164,35 @@ def test_a_watched_run_is_the_same_run_and_everyone_hears_of_it(tmp_path, posts)
     assert SECRET not in said
     for path in Path(spec.run_dir).rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes()
+
+
+def test_the_time_to_the_end_counts_the_looks_to_come(tmp_path):
+    settings = {
+        "eval_steps_interval": 5,
+        "validation_disable": False,
+        "validation_step_interval": 10,
+        "validation_epoch_interval": 1,
+    }
+    times = LookTimes(make_spec(tmp_path, **settings), 23, epochs_at=lambda step: step / 7)
+    now = [0.0]
+    costs = LookCosts(times, clock=lambda: now[0])
+    assert costs.to_come(0) == 0.0  # nothing is known yet
+
+    def take(kind: str, seconds: float) -> None:
+        with costs.timed(kind):
+            now[0] += seconds
+
+    take("eval_loss", 4.0)  # after steps 0, 5, 10, 15, 20, 23
+    assert costs.to_come(0) == 6 * 4.0
+    assert costs.to_come(1) == 5 * 4.0
+    for seconds in (100.0, 60.0):  # after steps 0, 7, 10, 14, 20, 21, 23
+        take("pictures", seconds)
+    assert costs.to_come(10) == 4 * 4.0 + 5 * 80.0
+    assert costs.to_come(11) == 3 * 4.0 + 4 * 80.0
+    assert costs.to_come(23) == 4.0 + 80.0
+    with suppress(StageStopped), costs.timed("eval_loss"):
+        raise StageStopped  # at once, and yet it is not counted
+    assert costs.to_come(23) == 4.0 + 80.0
 
 
 def test_an_interrupted_run_repeats_no_look(tmp_path, posts):

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sdxl_pipeline.training.metrics import METRICS_FILE, MetricsLog, read_metrics
+from sdxl_pipeline.training import step_log
+from sdxl_pipeline.training.metrics import METRICS_FILE, MetricsLog, StepMetrics, read_metrics
 from sdxl_pipeline.training.order import SampleOrder
 from sdxl_pipeline.training.samples import load_samples
 from sdxl_pipeline.training.step_log import StepLog, TakenStep
@@ -56,6 +57,24 @@ def test_the_part_of_an_accumulated_step_that_is_not_finite_is_named_and_no_othe
     assert "step 2 is skipped, since its loss is nan" in line
     assert blamed.sample.key[:12] in line
     assert other.sample.key[:12] not in line
+
+
+def test_the_time_to_the_end_is_that_of_the_steps_and_of_the_looks(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(step_log, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    lane = make_lane(tmp_path / "lane", buckets=[SQUARE] * 4)
+    order = SampleOrder(load_samples([lane], "train"), {lane.dataset_id: 1.0}, seed=3, batch_size=1)
+    seen: list[StepMetrics] = []
+    watch, looks = (
+        SimpleNamespace(steps=seen.extend),
+        SimpleNamespace(seconds_to_come=lambda step: 7.0 * step),
+    )
+    log = StepLog(OneProcess(scaler=None), Listener(), order, 100, 0.0, None, watch, looks)
+    for number in (1, 2):
+        log.add(TakenStep(number, torch.ones(1), torch.tensor(1.0), 1e-3))
+    now[0] += 4.0
+    log.report()
+    assert [row.eta_seconds for row in seen] == [99 * 2.0 + 7.0, 98 * 2.0 + 14.0]
 
 
 def test_of_gradients_alone_the_whole_step_is_named(reported):
