@@ -68,6 +68,7 @@ def pixels(path: str) -> np.ndarray:
         return np.asarray(picture).astype(int)
 
 
+# An empty negative prompt is none, for which the pipeline takes zeros; it would encode one that is given to it.
 @pytest.mark.parametrize("negative", [NEGATIVE, ""])
 def test_pictures_are_the_pipelines(spec, tmp_path, negative):
     prompt = ValidationPrompt(name="a circle!", prompt=PROMPT, negative_prompt=negative)

@@ -35,7 +35,8 @@ class ValidationSettings(SettingsModel):
         True, description="Leave out the picture of the empty prompt; false draws it during training."
     )
     validation_negative_prompt: str = Field(
-        "blurry, cropped, ugly", description="Negative prompt of the validation pictures."
+        "blurry, cropped, ugly",
+        description='Negative prompt of the validation pictures; "" is none, for which SDXL\'s pipeline takes zeros.',
     )
     validation_resolution: str = Field(
         "1024x1024",
