@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from assets import summary
 from sdxl_pipeline.definitions import build_definitions
+from sdxl_pipeline.release.export import SETTINGS_FILE
 from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL
 from tests.conftest import draw_picture
 
@@ -21,6 +22,12 @@ OBJECTIVE = {
     "offset_noise": True,
     "scheduled_sampling_max_step_offset": 2,
     "scheduled_sampling_probability": 1.0,
+}
+WATCHED = {
+    "user_prompt_library": "prompts.json",
+    "validation_resolution": "64x64,96x64",
+    "validation_preview": True,
+    "webhook_config": "webhooks.json",
 }
 LANE = ["dataset", "aspect_buckets", "vae_latents", "text_embeds"]
 
@@ -52,7 +59,10 @@ def test_graph_makes_a_released_lora_and_a_second_run_does_no_work(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    folder = make_project(config=OBJECTIVE)
+    folder = make_project(config=OBJECTIVE | WATCHED)
+    (folder / "prompts.json").write_text(json.dumps({"赤い円": "a red circle", "青い円": "a blue circle"}))
+    nobody = {"webhook_type": "raw", "callback_url": "http://127.0.0.1:9/hook"}  # which stops no training
+    (folder / "webhooks.json").write_text(json.dumps(nobody))
     monkeypatch.setenv("SDXL_PIPELINE_PROJECTS", str(folder.parent))
     data_before = {path: path.read_bytes() for path in (folder / "data").rglob("*")}
 
@@ -69,6 +79,14 @@ def test_graph_makes_a_released_lora_and_a_second_run_does_no_work(
         assert f"| `{key}` | {value} |" in card
     assert (release / weights.name).read_bytes() == weights.read_bytes()
     assert metadata(first, "small", "evaluation")["eval_loss_base"] > 0
+    pictures = {
+        f"{name}_{size}.png" for name in ("validation", "赤い円", "青い円") for size in ("64x64", "96x64")
+    }
+    for place in (weights.parent / "validation" / "step-00000003", release / "images"):
+        drawn = {path.name: path.read_bytes() for path in place.iterdir()}
+        assert drawn.keys() == pictures
+        assert len(set(drawn.values())) == len(pictures)
+    assert str(folder) not in (release / SETTINGS_FILE).read_text()
 
     summary.main("small")
     told = capsys.readouterr().out
