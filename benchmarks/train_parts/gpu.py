@@ -64,7 +64,7 @@ class Bench:
         self.add("model FLOPs of a picture", counted / 1e12, "TFLOP", "forward and backward")
 
     def variant(self, name: str, batch_size: int, note: str = "") -> None:
-        """Measure the cached loop as the UNet stands; out of memory is a result too."""
+        """Measure the cached loop as the UNet stands. What does not run is a result too, and the next variant has its turn."""
         self.free()
         label = f"{name}, batch {batch_size}"
         try:
@@ -73,8 +73,8 @@ class Bench:
             self.timed(loop.take, 1)
             first = time.perf_counter() - started
             seconds = [self.timed(loop.take, self.options.steps) for _ in range(self.options.rounds)]
-        except torch.OutOfMemoryError:
-            self.add(label, float("nan"), "", "out of memory")
+        except (RuntimeError, ValueError) as error:
+            self.add_failure(label, error)
             return
         per_step = statistics.median(seconds) / self.options.steps
         self.add(label, 1 / per_step, "steps/s", note)
@@ -104,8 +104,8 @@ class Bench:
             for _ in range(self.options.rounds):
                 own = self.timed(cached.take, self.options.steps)
                 ratios.append(self.timed(example.take, self.options.steps) / own)
-        except torch.OutOfMemoryError:
-            self.add(label, float("nan"), "", "out of memory")
+        except RuntimeError as error:
+            self.add_failure(label, error)
             return
         self.add(label, statistics.median(ratios), "", "VAE in float32 and text encoders in the loop")
 
@@ -134,6 +134,12 @@ class Bench:
         self.figures.append(Figure("gpu", name, value, unit, note=note))
         print(f"{name}: {value:.4g} {unit} {note}".rstrip(), flush=True)
 
+    def add_failure(self, name: str, error: Exception) -> None:
+        """Keep the reason why there is no figure: too little memory, no kernel for this device or type, no compiler."""
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        reason = "out of memory" if out_of_memory else (str(error).splitlines() or [type(error).__name__])[0]
+        self.add(name, float("nan"), "", reason[:100])
+
 
 def measure(options: argparse.Namespace) -> list[Figure]:
     """Every variant of the options, one after the other."""
@@ -147,7 +153,8 @@ def measure(options: argparse.Namespace) -> list[Figure]:
         bench.against_example(options.batches[0])
     if options.kernels:
         _measure_kernels(bench, options)
-    compile_unet(bench.unet, options.compiler, regional=True)
+    # a form for each batch size: one for all of them, which torch makes of its own accord, is a slower one
+    compile_unet(bench.unet, options.compiler, regional=True, dynamic=False)
     for size in options.batches if options.compiler != "no" else ():
         bench.variant(f"compiled blocks ({options.compiler}), no checkpointing", size)
     return bench.figures
@@ -158,9 +165,10 @@ def _measure_kernels(bench: Bench, options: argparse.Namespace) -> None:
     for kernel in options.kernels:
         try:
             use_backend(bench.unet, kernel)
-            bench.variant(f"attention {kernel}", size, "no checkpointing")
-        except (AttentionKernelError, RuntimeError, ValueError) as error:  # not for this device or dtype
-            bench.add(f"attention {kernel}", float("nan"), "", str(error).splitlines()[0][:80])
+        except AttentionKernelError as error:
+            bench.add_failure(f"attention {kernel}", error)
+            continue
+        bench.variant(f"attention {kernel}", size, "no checkpointing")
     bench.unet.set_attn_processor(AttnProcessor2_0())
 
 

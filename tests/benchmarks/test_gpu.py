@@ -1,6 +1,7 @@
 """Holds that the GPU's benchmark runs where only torch, diffusers, transformers, peft and accelerate are installed, on small shapes."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -41,5 +42,8 @@ def test_every_variant_is_measured_without_this_projects_other_packages(tmp_path
     ):
         assert figures[f"{name}, batch 1", "images/s"]["value"] > 0
     assert figures["attention _native_math, batch 1", "steps/s"]["value"] > 0
+    (absent,) = [figure for (name, _), figure in figures.items() if "_native_cudnn" in name]
+    assert math.isnan(absent["value"])
+    assert absent["note"]  # says why
     assert figures["cached loop, of the example's speed, batch 1", ""]["value"] > 0
     assert figures["model FLOPs of a picture", "TFLOP"]["value"] > 0
