@@ -13,6 +13,7 @@ from sdxl_pipeline.project.keys import read_settings
 from sdxl_pipeline.project.known_keys import TRAINING
 from sdxl_pipeline.project.paths import with_absolute_paths
 from sdxl_pipeline.project.problems import NO_VALUE, Problem, ProjectError
+from sdxl_pipeline.project.sections.release import ReleaseSettings
 from sdxl_pipeline.project.training import PROFILE_KEYS, TrainingSettings
 
 LAUNCHPAD: Final = Path("launchpad")
@@ -21,17 +22,30 @@ LAUNCHPAD: Final = Path("launchpad")
 READ_WITH_THE_PROJECT: Final = (
     *INHERITED,
     *INHERITED_SIZES,
+    *ReleaseSettings.model_fields,
+    "model_family",
+    "model_flavour",
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    "revision",
     "resolution_type",
     "write_batch_size",
+    "tokenizer_max_length",
+    "text_cache_ondemand",
+    "text_cache_disable",
     "data_backend_config",
     "output_dir",
     "logging_dir",
     "validation_prompt",
     "validation_negative_prompt",
+    "validation_prompt_library",
     "user_prompt_library",
+    "evaluation_type",
+    "pretrained_evaluation_model_name_or_path",
     "retraining_cron",
 )
-"""Settings that have shaped the datasets, prompts or schedules before a run is launched, so that a run cannot change them."""
+"""Settings that have shaped the base model, the datasets, prompts or schedules before a run is launched, or that other assets read, so
+that a training's launchpad cannot change them."""
 
 _LENGTH = ("max_train_steps", "num_train_epochs")
 
@@ -45,13 +59,14 @@ def resolve_settings(
     """The settings of one run, and where each value came from.
 
     `training` is what `config.json` says, `overrides` what the launchpad says, under any spelling that `config.json` allows; its
-    relative paths are seen from `folder`, the project's. In the result no key of `PROFILE_KEYS` is None. Sources read "launchpad", "config.json", "hardware profile <name>" or "default". Raises
-    ProjectError for overrides that are wrong, or that do not go together with the rest.
+    relative paths are seen from `folder`, the project's. In the result no key of `PROFILE_KEYS` is None. Sources read "launchpad",
+    "config.json", "hardware profile <name>" or "default". Raises ProjectError for overrides that are wrong, or that do not go together
+    with the rest.
     """
     reading = read_settings(overrides, TrainingSettings, TRAINING, LAUNCHPAD)
     problems = list(reading.problems)
     for key in filter(reading.spelled.get, READ_WITH_THE_PROJECT):
-        message = "is read together with the project, before a run is launched"
+        message = "is read before a training is launched, or by other assets"
         problems.append(
             Problem(
                 LAUNCHPAD,

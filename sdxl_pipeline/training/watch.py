@@ -30,7 +30,8 @@ PREVIEW_SECONDS = 2.0
 class Watch:
     """Tells everyone. Make one on the main process only.
 
-    As a context manager around all that may fail it tells what ends the run early, and closes the trackers and the webhooks. Raises StageError for trackers and webhooks that cannot be used.
+    As a context manager around all that may fail it tells what ends the run early, and closes the trackers and the webhooks. Raises
+    StageError for trackers and webhooks that cannot be used.
     """
 
     def __init__(self, spec: TrainSpec, identity: str, reporter: Reporter) -> None:
