@@ -102,3 +102,23 @@ def test_the_stages_hardware_has_what_config_json_says():
     hardware = resolve_hardware(TrainingSettings(vae_batch_size=3, vae_dtype="fp32"), CARD)
     assert (hardware.vae_batch_size, hardware.vae_dtype) == (3, "fp32")
     assert hardware.text_encoder_batch_size == CARD.text_encoder_batch_size
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("pretrained_model_name_or_path", "owner/other"),
+        ("--model_flavour", "base-1.0"),
+        ("push_to_hub", True),
+        ("validation_prompt_library", True),
+        ("tokenizer_max_length", 154),
+        ("evaluation_type", "none"),
+    ],
+)
+def test_the_launchpad_cannot_change_what_is_read_before_it_or_elsewhere(write_project, key, value):
+    project = load_project(write_project())
+    with pytest.raises(ProjectError) as caught:
+        resolve_settings(project.training, PRESETS["cpu"], {key: value})
+    (problem,) = caught.value.problems
+    assert problem.key == key
+    assert "config.json" in problem.remedy
