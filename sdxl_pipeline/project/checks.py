@@ -25,7 +25,8 @@ def check_training(training: TrainingSettings) -> Iterator[Finding]:
             f"is given together with max_train_steps ({steps})",
             "write 0 for the one that should not decide how long the training is",
         )
-    if steps is not None and training.lr_warmup_steps > steps:
+    warms_up = training.lr_scheduler not in ("constant", "sine")
+    if steps is not None and warms_up and training.lr_warmup_steps > steps:
         yield Finding(
             "lr_warmup_steps",
             f"is more than max_train_steps ({steps}), so learning_rate would never be reached",
@@ -43,11 +44,6 @@ def idle_settings(training: TrainingSettings) -> Iterator[str]:
     yield from idle_adapter_settings(training)
     yield from idle_objective(training)
     yield from idle_acceleration(training)
-    if training.lr_scheduler == "constant" and training.lr_warmup_steps > 0:
-        yield (
-            f"lr_warmup_steps = {training.lr_warmup_steps} has no effect with lr_scheduler constant; "
-            "constant_with_warmup would use it"
-        )
     if training.hub_model_id is not None and not training.push_to_hub:
         yield f"hub_model_id = {training.hub_model_id} has no effect while push_to_hub is false"
     drawn = not training.validation_disable and (

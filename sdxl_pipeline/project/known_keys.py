@@ -122,7 +122,10 @@ TRAINING: Final = Vocabulary(
     },
     later_values={
         "model_flavour": _names("refiner-1.0 base-0.9 refiner-0.9"),
-        "optimizer": _names("soap muon"),
+        "optimizer": _names(
+            """soap muon sdnq-adamw sdnq-adamw+no_quant sdnq-adafactor sdnq-came sdnq-lion sdnq-muon
+            sdnq-muon+quantized_matmul"""
+        ),
         "mixed_precision": _names("fp8"),
         "validation_noise_scheduler": _names("perflow"),
         "vae_dtype": _names("fp16"),

@@ -1,8 +1,10 @@
 """Combinations of an optimizer, a schedule, averaged weights and precisions that cannot work, each with the reason."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from sdxl_pipeline.project.dataset_checks import Finding
+from sdxl_pipeline.project.optimizer_recipes import INSTALL, RECIPES
 from sdxl_pipeline.project.sections.ema import EmaSettings
 from sdxl_pipeline.project.training import TrainingSettings
 
@@ -10,6 +12,13 @@ from sdxl_pipeline.project.training import TrainingSettings
 def check_optimisation(training: TrainingSettings) -> Iterator[Finding]:
     """What is wrong between the settings of the optimisation and their neighbours."""
     yield from _check_schedule(training)
+    recipe = RECIPES[training.optimizer]
+    if find_spec(recipe.package) is None:
+        yield Finding(
+            "optimizer",
+            f"comes from {recipe.distribution}, which is not installed",
+            f'{INSTALL}, or write "adamw"',
+        )
     if training.use_ema and training.is_schedule_free:
         yield Finding(
             "use_ema",
@@ -45,9 +54,40 @@ def advise_on_optimisation(training: TrainingSettings) -> Iterator[str]:
             yield f"{', '.join(changed)} has no effect while use_ema is false"
     if training.lr_scale_sqrt and not training.lr_scale:
         yield "lr_scale_sqrt has no effect without lr_scale"
+    if training.gradient_precision == "fp32" and not _may_hold_bf16(training):
+        yield "gradient_precision = fp32 has no effect: the weights that are trained are float32, and so are their gradients"
+    yield from _idle_schedule(training)
 
+
+_WITH_AN_END = ("cosine", "cosine_with_restarts", "polynomial", "sine")
+"""Those that lead to `lr_end`."""
 
 _EMA_KEYS = {key: field for key, field in EmaSettings.model_fields.items() if key != "use_ema"}
+
+
+def _may_hold_bf16(training: TrainingSettings) -> bool:
+    """Whether weights that are trained are held in bf16, if the hardware profile has it."""
+    kahan = training.model_type == "full" and training.optimizer.startswith("optimi-")
+    return training.optimizer == "adamw_bf16" or (kahan and training.mixed_precision in (None, "bf16"))
+
+
+def _idle_schedule(training: TrainingSettings) -> Iterator[str]:
+    """Numbers of other learning-rate schedules than the one there is."""
+    name = training.lr_scheduler
+    if training.lr_warmup_steps > 0 and name == "constant":
+        yield (
+            f"lr_warmup_steps = {training.lr_warmup_steps} has no effect with lr_scheduler constant; "
+            "constant_with_warmup would use it"
+        )
+    if training.lr_end is not None and name not in _WITH_AN_END:
+        yield f"lr_end = {training.lr_end:g} has no effect with lr_scheduler {name}; {', '.join(_WITH_AN_END)} would use it"
+    if training.lr_num_cycles != 1 and name != "cosine_with_restarts":
+        yield (
+            f"lr_num_cycles = {training.lr_num_cycles} has no effect with lr_scheduler {name}; "
+            "cosine_with_restarts would use it"
+        )
+    if "lr_power" in training.model_fields_set and name != "polynomial":
+        yield f"lr_power = {training.lr_power:g} has no effect with lr_scheduler {name}; polynomial would use it"
 
 
 def _check_schedule(training: TrainingSettings) -> Iterator[Finding]:
@@ -58,9 +98,7 @@ def _check_schedule(training: TrainingSettings) -> Iterator[Finding]:
             "is 0, but lr_scheduler sine takes it for half the length of its wave",
             "write the number of steps from the learning rate's peak to its trough, for example 100",
         )
-    if name in ("cosine", "cosine_with_restarts", "polynomial", "sine") and (
-        training.effective_lr_end >= training.learning_rate
-    ):
+    if name in _WITH_AN_END and (training.effective_lr_end >= training.learning_rate):
         yield Finding(
             "lr_end",
             f"must be below learning_rate ({training.learning_rate:g}), from which lr_scheduler {name} descends",

@@ -19,6 +19,7 @@ from sdxl_pipeline.project.known_keys import TRAINING
 from sdxl_pipeline.project.lycoris_file import with_lycoris_file
 from sdxl_pipeline.project.paths import inside, with_absolute_paths
 from sdxl_pipeline.project.problems import NO_VALUE, Problem, ProjectError
+from sdxl_pipeline.project.resume_from import check_resume_from
 from sdxl_pipeline.project.settings_model import SettingsModel
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.project.webhook_file import read_webhooks
@@ -153,7 +154,11 @@ def load_project(folder: Path) -> Project:
         raise AssertionError("TrainingSettings has a required key")
     warnings = [*config.warnings, *(f"{CONFIG_FILE}: {idle}" for idle in idle_settings(training))]
     training = with_lycoris_file(training, folder, problems, warnings)
-    for finding in (*check_training(training), *check_init_lora(training.init_lora, folder)):
+    named_files = (
+        *check_init_lora(training.init_lora, folder),
+        *check_resume_from(training.resume_from_checkpoint, folder),
+    )
+    for finding in (*check_training(training), *named_files):
         spelled = config.spelled.get(finding.key, finding.key)
         shown = getattr(training, finding.key)
         shown = raw.get(spelled) if isinstance(shown, SettingsModel) else shown

@@ -1,6 +1,5 @@
 """What a training takes of its device's memory: estimated before the first step, so that it can be compared with what there is."""
 
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,13 +8,13 @@ import psutil
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.specs import TrainSpec
 from sdxl_pipeline.sdxl.precision import dtype_from_name
 from sdxl_pipeline.training.activations import Pass, activation_bytes
-from sdxl_pipeline.training.optimizers import build_optimizer, trainable_dtype
+from sdxl_pipeline.training.optimizers import after_a_step, trainable_dtype
 from sdxl_pipeline.training.samples import Samples
 from sdxl_pipeline.training.trainable import Trainable
 
@@ -188,17 +187,10 @@ def remedies(settings: TrainingSettings, estimate: MemoryEstimate) -> list[str]:
 
 def optimizer_bytes(settings: TrainingSettings) -> float:
     """What the optimizer keeps for each number it trains: asked of itself, with a step on a small matrix on the CPU."""
-    probe = Parameter(torch.ones(_PROBE_SIDE, _PROBE_SIDE, dtype=trainable_dtype(settings)))
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
-        optimizer = build_optimizer(settings, [probe])
-        if settings.is_schedule_free:
-            optimizer.train()  # type: ignore[attr-defined]
-        probe.grad = torch.zeros_like(probe)
-        optimizer.step()
-    kept = [value for value in optimizer.state[probe].values() if isinstance(value, Tensor)]
+    state = after_a_step(settings, (_PROBE_SIDE, _PROBE_SIDE)).state
+    kept = [value for entries in state.values() for value in entries.values() if isinstance(value, Tensor)]
     # tables that all parameters share, or that are small whatever the parameter, are not for each number
-    return sum(held_bytes(tensor) for tensor in kept if tensor.numel() >= _PROBE_SIDE) / probe.numel()
+    return sum(held_bytes(tensor) for tensor in kept if tensor.numel() >= _PROBE_SIDE) / _PROBE_SIDE**2
 
 
 def held_bytes(tensor: Tensor) -> int:

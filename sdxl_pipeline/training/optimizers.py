@@ -3,16 +3,17 @@
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from sdxl_pipeline.project.optimizer_recipes import INSTALL, RECIPES, Recipe
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.program import StageError
-from sdxl_pipeline.training.optimizer_recipes import DISTRIBUTIONS, RECIPES, Recipe
 
 
 def trainable_dtype(settings: TrainingSettings) -> torch.dtype:
@@ -68,7 +69,7 @@ def build_optimizer(
     recipe, trainable, texts = RECIPES[settings.optimizer], list(parameters), list(text_parameters)
     kind = _load(settings.optimizer, recipe)
     options: dict[str, Any] = {**recipe.defaults, **_options(settings, recipe, kind)}
-    if settings.optimizer == "adamw":
+    if recipe.package == "torch" and recipe.class_name in ("Adam", "AdamW") and not options.get("foreach"):
         # one kernel for all parameters, where torch has one for the device
         fused = all(parameter.device.type in ("cpu", "cuda", "mps") for parameter in trainable)
         options.setdefault("fused", fused)
@@ -80,12 +81,27 @@ def build_optimizer(
             [{"params": trainable}, _text_group(settings, texts, rate)] if texts else trainable
         )
         optimizer = kind(groups, lr=rate, **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise StageError(f"config.json: optimizer_config {settings.optimizer_config!r}: {error}") from error
     if recipe.package == "torchao":
         from sdxl_pipeline.training.torchao_optimizers import make_repeatable
 
         make_repeatable(optimizer, settings.seed)
+    return optimizer
+
+
+def after_a_step(
+    settings: TrainingSettings, shape: Sequence[int], device: str | torch.device = "cpu"
+) -> Optimizer:
+    """The optimizer that the settings name after a step on one parameter of `shape`, so that it can be asked what it keeps."""
+    parameter = Parameter(torch.ones(*shape, dtype=trainable_dtype(settings), device=device))
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+        optimizer = build_optimizer(settings, [parameter])
+        if settings.is_schedule_free:
+            optimizer.train()  # type: ignore[attr-defined]
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
     return optimizer
 
 
@@ -108,10 +124,9 @@ def _load(name: str, recipe: Recipe) -> Callable[..., Optimizer]:
         module = importlib.import_module(recipe.module)
         return getattr(module, recipe.class_name)
     except (ImportError, AttributeError) as error:
-        distribution = DISTRIBUTIONS.get(recipe.package, recipe.package)
         raise StageError(
-            f"config.json: optimizer {name!r} comes from {distribution}, which is not installed, or not in a version that has it "
-            f'({error}); install the extra with `pip install \'sdxl-pipeline[optimizers]\'`, or write "optimizer": "adamw"'
+            f"config.json: optimizer {name!r} comes from {recipe.distribution}, which is not installed, or not in a version that has it "
+            f'({error}); {INSTALL}, or write "optimizer": "adamw"'
         ) from error
 
 

@@ -1,10 +1,13 @@
 """Holds which optimizers, schedules and precisions may stand together, and what is said of those that may not."""
 
+import importlib.util
 import typing
 
 import pytest
 
+from sdxl_pipeline.project import optimisation_checks
 from sdxl_pipeline.project.checks import idle_settings
+from sdxl_pipeline.project.project import load_project
 from sdxl_pipeline.project.sections.optimisation import OptimizerName
 from sdxl_pipeline.project.training import TrainingSettings
 
@@ -18,6 +21,10 @@ from sdxl_pipeline.project.training import TrainingSettings
         ({"lr_scheduler": "sine"}, "lr_warmup_steps", "half the length of its wave"),
         ({"lr_scheduler": "cosine", "lr_end": "1e-4"}, "lr_end", "below learning_rate"),
         ({"lr_scheduler": "polynomial", "learning_rate": 1e-7}, "lr_end", "below learning_rate"),
+        ({"max_train_steps": 10, "lr_warmup_steps": 11}, "lr_warmup_steps", "never be reached"),
+        ({"optimizer": "torch-sparseadam"}, "optimizer", "sparse gradients"),
+        ({"optimizer": "muon"}, "optimizer", "not available yet"),
+        ({"optimizer": "sdnq-adamw+no_quant"}, "optimizer", "not available yet"),
     ],
 )
 def test_what_cannot_work_together_is_refused_with_the_reason(problems_of, config, key, told):
@@ -27,6 +34,61 @@ def test_what_cannot_work_together_is_refused_with_the_reason(problems_of, confi
 @pytest.mark.parametrize("name", typing.get_args(OptimizerName))
 def test_every_optimizer_is_let_in(name):
     assert TrainingSettings(optimizer=name).optimizer == name
+
+
+@pytest.mark.parametrize("name", ["sine", "constant"])
+def test_a_schedule_without_a_warm_up_has_none_that_is_too_long(write_project, name):
+    """A wave whose half is longer than the run, and a number that has no effect: both train in the reference."""
+    load_project(write_project({"lr_scheduler": name, "max_train_steps": 10, "lr_warmup_steps": 11}))
+
+
+def test_an_optimizer_whose_package_is_missing_is_told_before_anything_is_encoded(problems_of, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        optimisation_checks, "find_spec", lambda name: None if name == "optimi" else found(name)
+    )
+    problem = problems_of({"optimizer": "optimi-lion"})["optimizer"]
+    assert "comes from torch-optimi, which is not installed" in problem.message
+    assert "pip install 'sdxl-pipeline[optimizers]'" in problem.remedy
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"lr_scheduler": "linear", "lr_end": 1e-6}, "lr_end = 1e-06 has no effect with lr_scheduler linear"),
+        ({"lr_end": 1e-6}, "lr_end = 1e-06 has no effect with lr_scheduler constant_with_warmup"),
+        ({"optimizer": "adamw_schedulefree", "lr_end": 0}, "lr_end = 0 has no effect"),
+        (
+            {"lr_scheduler": "cosine", "lr_num_cycles": 3},
+            "lr_num_cycles = 3 has no effect with lr_scheduler cosine",
+        ),
+        ({"lr_scheduler": "cosine", "lr_power": 2}, "lr_power = 2 has no effect with lr_scheduler cosine"),
+        ({"lr_scheduler": "constant", "lr_warmup_steps": 3}, "lr_warmup_steps = 3 has no effect"),
+        ({"gradient_precision": "fp32"}, "gradient_precision = fp32 has no effect"),
+        (
+            {"gradient_precision": "fp32", "optimizer": "optimi-lion"},
+            "gradient_precision = fp32 has no effect",
+        ),
+    ],
+)
+def test_numbers_of_another_schedule_are_spoken_of(config, told):
+    (line,) = idle_settings(TrainingSettings(**config))
+    assert line.startswith(told)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"lr_scheduler": "cosine", "lr_end": 1e-6},
+        {"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 3},
+        {"lr_scheduler": "polynomial", "lr_power": 2, "lr_end": 1e-6},
+        {"lr_scheduler": "linear", "lr_num_cycles": 1, "lr_warmup_steps": 3},
+        {"gradient_precision": "fp32", "optimizer": "adamw_bf16"},
+        {"gradient_precision": "fp32", "optimizer": "optimi-lion", "model_type": "full"},
+    ],
+)
+def test_of_those_that_are_used_nothing_is_said(config):
+    assert list(idle_settings(TrainingSettings(**config))) == []
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ def test_the_quickstarts_files_load_unchanged(write_project):
 
 
 def test_the_quickstarts_quantised_settings_load(write_project):
+    pytest.importorskip("optimi", reason="needs the extra `optimizers`")
     config = {
         "base_model_precision": "int8-quanto",
         "text_encoder_1_precision": "no_change",

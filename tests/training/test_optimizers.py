@@ -1,17 +1,18 @@
 """Holds every optimizer by its name: it comes from its library and learns, its options reach it, and saved and loaded it goes on as if
 nothing had been."""
 
+import copy
 import sys
 import typing
 
 import pytest
 import torch
 
+from sdxl_pipeline.project.optimizer_recipes import RECIPES
 from sdxl_pipeline.project.sections.optimisation import OptimizerName
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.training.checkpoints import TrainingState, load_checkpoint, save_checkpoint
-from sdxl_pipeline.training.optimizer_recipes import RECIPES
 from sdxl_pipeline.training.optimizers import (
     build_optimizer,
     effective_learning_rate,
@@ -91,6 +92,21 @@ def test_a_saved_optimizer_goes_on_to_the_same_bits(name, tmp_path):
         assert torch.equal(one, other)
         assert not torch.equal(one, start)
     assert {file.suffix for file in place.iterdir()} == {".safetensors", ".json"}
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_what_steps_change_in_a_group_is_named_as_learnt(name):
+    precision = {"mixed_precision": "bf16"} if name == "adamw_bf16" else {}
+    parameters = make_parameters()
+    optimizer, schedule = build(settings_of(optimizer=name, **precision), parameters)
+    (group,) = optimizer.param_groups
+    take_steps(optimizer, schedule, parameters, 0, 1)
+    after_the_first = copy.deepcopy({key: value for key, value in group.items() if key != "params"})
+    take_steps(optimizer, schedule, parameters, 1, 8)
+    changed = {key for key, value in after_the_first.items() if group[key] != value} - {"lr"}
+    assert changed <= RECIPES[name].learnt
+    assert "step" not in group or "step" in changed
 
 
 @pytest.mark.parametrize(
@@ -222,6 +238,26 @@ def test_an_unknown_option_is_named_with_those_there_are():
         build(
             settings_of(optimizer="adamw_schedulefree", optimizer_config="warmup_steps=3"), make_parameters()
         )
+
+
+def test_options_that_exclude_each_other_are_an_error_of_the_settings():
+    with pytest.raises(StageError, match=r"optimizer_config .*cannot be `True` together"):
+        build_optimizer(settings_of(optimizer_config="fused=true,foreach=true"), make_parameters())
+    for option in ("differentiable", "capturable"):
+        with pytest.raises(StageError, match=f"'{option}', which 'adamw' does not take"):
+            build_optimizer(settings_of(optimizer_config=f"{option}=true"), make_parameters())
+    (group,) = build_optimizer(settings_of(optimizer_config="foreach=true"), make_parameters()).param_groups
+    assert group["foreach"]
+    assert not group["fused"]
+
+
+def test_torch_adamw_is_adamw():
+    ours, theirs = (
+        build_optimizer(settings_of(optimizer=name), make_parameters()) for name in ("adamw", "torch-adamw")
+    )
+    assert type(ours) is type(theirs) is torch.optim.AdamW
+    for group, other in zip(ours.param_groups, theirs.param_groups, strict=True):
+        assert {**group, "params": None} == {**other, "params": None}
 
 
 @pytest.mark.parametrize(

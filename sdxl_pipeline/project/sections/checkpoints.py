@@ -9,6 +9,9 @@ from sdxl_pipeline.project.settings_model import BadValueError, Count, SettingsM
 
 LATEST: Final = "latest"
 
+CHECKPOINT_STATE: Final = "state.json"
+"""What makes a folder a checkpoint, beside its tensors."""
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
@@ -37,7 +40,7 @@ class CheckpointSettings(SettingsModel):
     resume_from_checkpoint: str | None = Field(
         LATEST,
         description='"latest" continues an unfinished run of the same identity, or one that differs in its length alone; the path of a '
-        "checkpoint's folder begins there; none starts again.",
+        "checkpoint's folder begins there; none starts again. A finished run of the same identity is reused all the same.",
     )
     disk_low_threshold: Annotated[int, Field(ge=1)] | None = Field(
         None,

@@ -10,6 +10,17 @@ OptimizerValue = bool | float | str | tuple[float, ...]
 
 OptimizerName = Literal[
     "adamw",
+    "torch-adam",
+    "torch-adamw",
+    "torch-sgd",
+    "torch-radam",
+    "torch-nadam",
+    "torch-rmsprop",
+    "torch-adagrad",
+    "torch-adadelta",
+    "torch-adafactor",
+    "torch-adamax",
+    "torch-asgd",
     "adamw_bf16",
     "adamw_schedulefree",
     "adamw_schedulefree+aggressive",
@@ -46,6 +57,10 @@ OptimizerName = Literal[
     "adafactor",
 ]
 
+_REFUSED_OPTIMIZERS = {
+    "torch-sparseadam": "takes sparse gradients alone, as embeddings give them; those of a UNet are dense",
+}
+
 ScheduleName = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "sine"
 ]
@@ -58,7 +73,8 @@ class OptimisationSettings(SettingsModel):
         1e-4, description="Learning rate after warm-up."
     )
     optimizer: OptimizerName = Field(
-        "adamw", description="Optimizer; all but adamw and adafactor need the extra `optimizers`."
+        "adamw",
+        description="Optimizer; all but adamw, adafactor and torch's need the extra `optimizers`.",
     )
     optimizer_config: dict[str, OptimizerValue] = Field(
         default_factory=dict,
@@ -99,6 +115,13 @@ class OptimisationSettings(SettingsModel):
         None, description="Passes over the pictures; 0 leaves it to max_train_steps; 1 when neither is given."
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(42, description="Seed of everything random.")
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _gradients_are_dense(cls, value: Any) -> Any:
+        if isinstance(value, str) and (reason := _REFUSED_OPTIMIZERS.get(value)):
+            raise BadValueError(f"{value} {reason}", 'write "torch-adam" or "adamw"')
+        return value
 
     @field_validator("max_train_steps", "num_train_epochs", mode="before")
     @classmethod
