@@ -232,6 +232,10 @@ class RunLineage(StageModel):
     identity: str
     trajectory: str = Field(description="Digest of all that decides the steps, whatever their number.")
     family: str = Field(description="Digest of all but the length, even where a step depends on it.")
+    kin: str | None = Field(
+        None,
+        description="Digest of all but the length and the number of processes; None of a run by an earlier version.",
+    )
     optimizer: str
     ancestor: Ancestor | None
 

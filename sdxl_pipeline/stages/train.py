@@ -83,6 +83,7 @@ def _finish(trainer: "Trainer") -> TrainedLora:
     """Write the weights and the plots, on the main process, and give the manifest."""
     import torch
 
+    from sdxl_pipeline.training.disk import require_room
     from sdxl_pipeline.training.plots import plot_loss_curve
     from sdxl_pipeline.training.sheet import write_sheet
 
@@ -101,6 +102,7 @@ def _finish(trainer: "Trainer") -> TrainedLora:
     )
     with trainer.trainable.gathered(torch.device("cpu")):
         if trainer.is_main:
+            require_room(run_dir, trainer.written_bytes, "the final weights")
             trainer.write_weights(run_dir)
     if trainer.is_main:
         plot_loss_curve(

@@ -23,28 +23,29 @@ from sdxl_pipeline.training.checkpoints import (
     checkpoint_step,
     checkpoints,
     is_intact,
+    load_checkpoint,
+    step_in_name,
 )
 from sdxl_pipeline.training.identity import CONSTANT_SCHEDULES, RunNames
 from sdxl_pipeline.training.lineage import (
     chosen_checkpoint,
     lineage_of_checkpoint,
     read_lineage,
+    run_of_checkpoint,
     write_lineage,
 )
+from sdxl_pipeline.training.taking_over import optimizer_fits
 from sdxl_pipeline.training.trainer_setup import plan_order, planned_steps
 
 PICTURES = "validation"
 
 
 class _Source(NamedTuple):
-    """A checkpoint that a run may begin from, and the lineage of its own run, if that is known."""
+    """A checkpoint that a run may begin from, its step, and the lineage of its own run, if that is known."""
 
     place: Path
+    step: int
     lineage: RunLineage | None
-
-    @property
-    def step(self) -> int:
-        return checkpoint_step(self.place)
 
     def is_of_trajectory(self, names: RunNames) -> bool:
         return self.lineage is not None and self.lineage.trajectory == names.trajectory
@@ -57,25 +58,31 @@ def begin_run(spec: TrainSpec, names: RunNames, reporter: Reporter) -> None:
     """
     run_dir, settings = Path(spec.run_dir), spec.settings
     resumes = settings.resume_from_checkpoint is not None
-    if resumes and checkpoints(run_dir / CHECKPOINTS):
+    if resumes and any(map(is_intact, reversed(checkpoints(run_dir / CHECKPOINTS)))):
         return
     source = _find_source(spec, names, reporter) if resumes else None
-    ancestor = None if source is None else _ancestor(source, names, settings.optimizer)
+    ancestor = None if source is None else _ancestor(source, names, spec)
+    lineage = RunLineage(**names._asdict(), optimizer=settings.optimizer, ancestor=ancestor)
     # the checkpoint last: it says that all this is done
-    write_lineage(run_dir, RunLineage(**names._asdict(), optimizer=settings.optimizer, ancestor=ancestor))
+    write_lineage(run_dir, lineage)
     if source is not None and ancestor is not None:
         reporter.log(
             f"This run begins at step {source.step} of the run {ancestor.identity[:12]} and {_how(ancestor)}."
         )
-        _take_records(source.place.parent.parent, run_dir)
-        adopt_checkpoint(source.place, run_dir / CHECKPOINTS, names.identity, ancestor)
+        if (run := run_of_checkpoint(source.place)) is not None:
+            _take_records(run, run_dir)
+        adopt_checkpoint(source.place, run_dir / CHECKPOINTS, lineage)
 
 
 def _find_source(spec: TrainSpec, names: RunNames, reporter: Reporter) -> _Source | None:
     chosen = chosen_checkpoint(spec.settings)
     if chosen is not None:
-        source = _Source(chosen, lineage_of_checkpoint(chosen))
-        _require_fitting(source, names, _planned_steps(spec))
+        if not is_intact(chosen):
+            raise StageError(
+                f"config.json: resume_from_checkpoint names {chosen}, which is damaged; name another checkpoint"
+            )
+        source = _Source(chosen, checkpoint_step(chosen), lineage_of_checkpoint(chosen))
+        _require_steps_left(source, names, _planned_steps(spec))
         return source
     others = list(_beside(Path(spec.run_dir), names))
     if same := [source for source in others if source.is_of_trajectory(names)]:
@@ -89,17 +96,20 @@ def _find_source(spec: TrainSpec, names: RunNames, reporter: Reporter) -> _Sourc
             f"{spec.settings.lr_scheduler} depends on the length: this run begins at step 0. It would have gone on with "
             f"{', '.join(sorted(CONSTANT_SCHEDULES))}."
         )
+    elif kin := [source for source in others if source.lineage and source.lineage.kin == names.kin]:
+        furthest = max(kin, key=lambda source: source.step)
+        reporter.log(
+            f"The run {furthest.place.parent.parent.name} is at step {furthest.step} of this training on another number of processes, "
+            "which makes its batches, and so its steps, others: this run begins at step 0. It would go on from there with "
+            f"resume_from_checkpoint: {furthest.place}"
+        )
     return None
 
 
-def _require_fitting(source: _Source, names: RunNames, end: int) -> None:
+def _require_steps_left(source: _Source, names: RunNames, end: int) -> None:
     if source.step > end or (source.step == end and not source.is_of_trajectory(names)):
         raise StageError(
             f"config.json: resume_from_checkpoint names {source.place}, after which no step is left of {end}; raise max_train_steps"
-        )
-    if not is_intact(source.place):
-        raise StageError(
-            f"config.json: resume_from_checkpoint names {source.place}, which is damaged; name another checkpoint"
         )
 
 
@@ -113,16 +123,23 @@ def _beside(run_dir: Path, names: RunNames) -> Iterator[_Source]:
     for folder in sorted(run_dir.parent.iterdir()):
         lineage = read_lineage(folder)
         if lineage is not None and lineage.identity != names.identity:
-            yield from (_Source(place, lineage) for place in checkpoints(folder / CHECKPOINTS))
+            yield from (
+                _Source(place, step_in_name(place), lineage) for place in checkpoints(folder / CHECKPOINTS)
+            )
 
 
-def _ancestor(source: _Source, names: RunNames, optimizer: str) -> Ancestor:
+def _ancestor(source: _Source, names: RunNames, spec: TrainSpec) -> Ancestor:
     same = source.is_of_trajectory(names)
+    of_same_name = source.lineage is not None and source.lineage.optimizer == spec.settings.optimizer
     return Ancestor(
         identity=checkpoint_identity(source.place),
         step=source.step,
         same_trajectory=same,
-        takes_optimizer=same or (source.lineage is not None and source.lineage.optimizer == optimizer),
+        takes_optimizer=same
+        or (
+            of_same_name
+            and optimizer_fits(load_checkpoint(source.place), spec.settings, spec.hardware.device)
+        ),
     )
 
 
@@ -131,7 +148,7 @@ def _how(ancestor: Ancestor) -> str:
         return "goes on as that one would have"
     if ancestor.takes_optimizer:
         return "goes on from its weights and its optimizer's state, under its own settings"
-    return "goes on from its weights, with an optimizer that begins anew"
+    return "goes on from its weights, with an optimizer that begins anew: what the one there kept is not what this one keeps"
 
 
 def _take_records(other: Path, run_dir: Path) -> None:

@@ -6,6 +6,7 @@ no pickle in it and no random state, since every random choice is a function of 
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdxl_pipeline.protocol.program import StageError
-from sdxl_pipeline.protocol.specs import Ancestor
+from sdxl_pipeline.protocol.specs import RunLineage
 from sdxl_pipeline.store.files import link_or_copy, sha256_file, write_text_atomic
 from sdxl_pipeline.training.checkpoint_times import CheckpointKind
 from sdxl_pipeline.training.disk import require_room
@@ -30,6 +31,11 @@ FORMAT = 1
 PARAMETERS = "trainable.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 AVERAGE = "average.safetensors"
+
+_KINDS = "|".join(get_args(CheckpointKind))
+_NAME = re.compile(rf"({_KINDS})-\d{{8,}}")
+_UNFINISHED = re.compile(rf"\.{_NAME.pattern}\.\d+\.tmp")
+"""What a writer leaves that was killed."""
 
 
 @dataclass(frozen=True)
@@ -56,25 +62,32 @@ def save_checkpoint(
     export: Callable[[Path], Path],
     limit: int | None = None,
     exports_parameters: bool = False,
+    export_bytes: int = 0,
     kind: CheckpointKind = "step",
+    lineage: RunLineage | None = None,
 ) -> Path:
     """Write `root/step-00000500`, or `rolling-...` by its kind, and delete the oldest checkpoints of the kind beyond `limit`.
 
-    `export` writes the weights as users load them into the folder it is given, and gives their place. With `exports_parameters` this
-    is a folder whose safetensors hold `state.parameters` by name, which then are not written a second time. An existing checkpoint of
-    the same step is left alone, since the same step of the same run has the same content. Raises StageError before it would fill the disk.
+    `export` writes the weights as users load them, `export_bytes` in all, into the folder it is given, and gives their place. With
+    `exports_parameters` this is a folder whose safetensors hold `state.parameters` by name, which then are not written a second time.
+    `lineage` is that of the run, for whoever finds the checkpoint elsewhere. An intact checkpoint of the same step is left alone, since
+    the same step of the same run has the same content; a damaged one is replaced. Raises StageError before it would fill the disk.
     """
     place = root / f"{kind}-{state.step:08d}"
-    if not place.exists():
+    if not is_intact(place):
         root.mkdir(parents=True, exist_ok=True)
         require_room(
-            root, checkpoint_bytes(state, exports_parameters), f"the checkpoint of step {state.step}"
+            root,
+            checkpoint_bytes(state, exports_parameters, export_bytes),
+            f"the checkpoint of step {state.step}",
         )
-        unfinished = root / f".{place.name}.{os.getpid()}.tmp"
+        if place.exists():
+            _delete(place)
+        unfinished = _unfinished(place)
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         try:
-            _write(unfinished, identity, state, export, exports_parameters)
+            _write(unfinished, identity, state, export, exports_parameters, lineage)
         except OSError:  # half a checkpoint would keep the room that is lacking
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
@@ -82,19 +95,16 @@ def save_checkpoint(
         _flush(root)
     if limit is not None:
         for old in [other for other in checkpoints(root) if other.name.startswith(kind)][:-limit]:
-            # renamed first: half a deletion must not look like a checkpoint
-            doomed = old.rename(root / f".{old.name}.{os.getpid()}.tmp")
-            shutil.rmtree(doomed)
+            _delete(old)
     return place
 
 
-def checkpoint_bytes(state: TrainingState, exports_parameters: bool = False) -> int:
-    """What a checkpoint of `state` takes on the disk, but for a few kilobytes: parameters, their export, and the optimizer's state."""
-    tensors, _ = flatten_optimizer(state.optimizer)
-    parameters = sum(tensor.nbytes for tensor in state.parameters.values())
-    average = 2 * sum(tensor.nbytes for tensor in state.average.values())
-    optimizer = sum(tensor.nbytes for tensor in tensors.values())
-    return parameters * (1 if exports_parameters else 2) + average + optimizer
+def checkpoint_bytes(state: TrainingState, exports_parameters: bool, export_bytes: int) -> int:
+    """What a checkpoint of `state` takes on the disk, but for a few kilobytes: the export, parameters, their average, and the optimizer."""
+    optimizer, _ = flatten_optimizer(state.optimizer)
+    parameters = {} if exports_parameters else state.parameters
+    held = (*parameters.values(), *state.average.values(), *optimizer.values())
+    return export_bytes + sum(tensor.nbytes for tensor in held)
 
 
 def latest_checkpoint(root: Path, identity: str, report: Callable[[str], None]) -> Path | None:
@@ -116,9 +126,10 @@ def latest_checkpoint(root: Path, identity: str, report: Callable[[str], None]) 
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """Oldest first; of one step the rolling one."""
-    places = (place for kind in get_args(CheckpointKind) for place in root.glob(f"{kind}-*"))
-    return sorted(places, key=lambda place: (checkpoint_step(place), place.name))
+    """Oldest first; of one step the rolling one. What else lies there, a copy under another name say, is none."""
+    places = root.iterdir() if root.is_dir() else ()
+    found = (place for place in places if _NAME.fullmatch(place.name) and place.is_dir())
+    return sorted(found, key=lambda place: (step_in_name(place), place.name))
 
 
 def is_intact(place: Path) -> bool:
@@ -130,9 +141,15 @@ def is_intact(place: Path) -> bool:
         return False
 
 
-def checkpoint_step(place: Path) -> int:
-    """The step in a checkpoint's name."""
+def step_in_name(place: Path) -> int:
+    """The step in the name of one of `checkpoints`."""
     return int(place.name.partition("-")[2])
+
+
+def checkpoint_step(place: Path) -> int:
+    """The step of an intact checkpoint, whatever its folder is called."""
+    step: int = json.loads((place / STATE).read_bytes())["step"]
+    return step
 
 
 def checkpoint_identity(place: Path) -> str:
@@ -141,22 +158,32 @@ def checkpoint_identity(place: Path) -> str:
     return identity
 
 
-def adopt_checkpoint(source: Path, root: Path, identity: str, ancestor: Ancestor) -> None:
-    """Make the intact checkpoint `source` of another run one of the run `identity`, whose checkpoints lie in `root`.
+def adopt_checkpoint(source: Path, root: Path, lineage: RunLineage) -> None:
+    """Make the intact checkpoint `source` of its ancestor one of the run of `lineage`, whose checkpoints lie in `root`.
 
     What is not taken over is left out. Of another trajectory, it says so, for `load_checkpoint` to tell.
     """
-    unfinished = root / f".{source.name}.{os.getpid()}.tmp"
-    shutil.rmtree(unfinished, ignore_errors=True)
+    ancestor = lineage.ancestor
+    if ancestor is None:
+        raise ValueError(f"{source} is no ancestor's")
+    place = root / f"step-{ancestor.step:08d}"
     root.mkdir(parents=True, exist_ok=True)
+    if place.exists():  # damaged, or the run would go on from it
+        _delete(place)
+    unfinished = _unfinished(place)
+    shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(source, unfinished, copy_function=link_or_copy)
     state = json.loads((unfinished / STATE).read_bytes())
-    state |= {"identity": identity, "same_trajectory": ancestor.same_trajectory}
+    state |= {
+        "identity": lineage.identity,
+        "lineage": lineage.model_dump(mode="json"),
+        "same_trajectory": ancestor.same_trajectory,
+    }
     if not ancestor.takes_optimizer:
         (unfinished / OPTIMIZER).unlink()
         del state["optimizer"], state["sha256"][OPTIMIZER]
     write_text_atomic(unfinished / STATE, json.dumps(state, indent=1))
-    unfinished.rename(root / f"step-{state['step']:08d}")
+    unfinished.rename(place)
     _flush(root)
 
 
@@ -198,11 +225,26 @@ def require_same_parameters(state: TrainingState, parameters: Mapping[str, Tenso
 
 
 def clear_checkpoints(root: Path, unfinished_only: bool) -> None:
-    """Delete what a killed writer left half done, or all checkpoints. Only for the holder of the run's lock."""
-    if root.exists():
-        for place in root.iterdir():
-            if not unfinished_only or place.name.startswith("."):
+    """Delete what a killed writer left half done, or all checkpoints. Only for the holder of the run's lock.
+
+    What else lies in the folder is not the run's, and stays.
+    """
+    if root.is_dir():
+        for place in list(root.iterdir()):
+            if _UNFINISHED.fullmatch(place.name):
                 shutil.rmtree(place)
+    for place in () if unfinished_only else checkpoints(root):
+        _delete(place)
+
+
+def _unfinished(place: Path) -> Path:
+    """Where this process makes or takes apart what is whole under the name of `place`."""
+    return place.with_name(f".{place.name}.{os.getpid()}.tmp")
+
+
+def _delete(place: Path) -> None:
+    # renamed first: half a deletion must not look like a checkpoint
+    shutil.rmtree(place.rename(_unfinished(place)))
 
 
 def _write(
@@ -211,6 +253,7 @@ def _write(
     state: TrainingState,
     export: Callable[[Path], Path],
     exports_parameters: bool,
+    lineage: RunLineage | None,
 ) -> None:
     exported = export(folder)
     parameters = exported if exports_parameters else folder / PARAMETERS
@@ -223,6 +266,7 @@ def _write(
     content = {
         "format": FORMAT,
         "identity": identity,
+        "lineage": lineage and lineage.model_dump(mode="json"),
         "step": state.step,
         "seconds": state.seconds,
         "training_seconds": state.training_seconds,

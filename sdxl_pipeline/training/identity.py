@@ -17,8 +17,8 @@ from sdxl_pipeline.store.digest import digest_json
 from sdxl_pipeline.store.files import sha256_file
 from sdxl_pipeline.training.lineage import STATE, chosen_checkpoint, lineage_of_checkpoint
 from sdxl_pipeline.training.mask_tables import masks_identity
-from sdxl_pipeline.training.passes import planned_passes
-from sdxl_pipeline.training.samples import load_samples
+from sdxl_pipeline.training.passes import passes_per_epoch, planned_passes
+from sdxl_pipeline.training.samples import Samples, load_samples
 
 CODE_VERSION = 2
 """Raise it when a change of the trainer changes the numbers it computes."""
@@ -155,6 +155,8 @@ class RunNames(NamedTuple):
     """Runs of one trajectory take the same steps as far as both of them go."""
     family: str
     """Runs of one family differ in their length alone, on which the steps may depend."""
+    kin: str
+    """Runs of one kin differ in their length and in the number of processes alone."""
 
 
 def run_identity(spec: TrainSpec) -> str:
@@ -169,21 +171,31 @@ def run_names(spec: TrainSpec) -> RunNames:
     last bits would differ. The number of processes is, since it multiplies the batch. A checkpoint to begin from is part of it, unless
     its run is of the same trajectory.
     """
-    settings, content = spec.settings, _content(spec)
-    names = _names(settings, content)
+    settings = spec.settings
+    samples = load_samples(spec.lanes, "train", settings.micro_conditioning)
+    content = _content(spec, samples)
+    # the passes too may have been raised for the processes
+    any_processes = {"num_processes": None, "passes": passes_per_epoch(spec.lanes, samples)}
+    kin = _without_length(content | any_processes)
+    names = _names(settings, content, kin)
     chosen = chosen_checkpoint(settings)
     if chosen is not None:
         lineage = lineage_of_checkpoint(chosen)
         if lineage is None or lineage.trajectory != names.trajectory:
-            return _names(settings, content | {"begins_from": sha256_file(chosen / STATE)})
+            begins_from = {"begins_from": sha256_file(chosen / STATE)}
+            return _names(settings, content | begins_from, kin | begins_from)
     return names
 
 
-def _names(settings: TrainingSettings, content: Mapping[str, Any]) -> RunNames:
-    lengthless = {key: value for key, value in content["settings"].items() if key not in LENGTH}
-    identity, family = digest_json(content), digest_json({**content, "settings": lengthless})
+def _names(settings: TrainingSettings, content: Mapping[str, Any], kin: Mapping[str, Any]) -> RunNames:
+    identity, family = digest_json(content), digest_json(_without_length(content))
     constant = settings.is_schedule_free or settings.lr_scheduler in CONSTANT_SCHEDULES
-    return RunNames(identity, family if constant else identity, family)
+    return RunNames(identity, family if constant else identity, family, digest_json(kin))
+
+
+def _without_length(content: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in content["settings"].items() if key not in LENGTH}
+    return {**content, "settings": kept}
 
 
 def _start(settings: TrainingSettings) -> str | None:
@@ -193,8 +205,7 @@ def _start(settings: TrainingSettings) -> str | None:
         raise StageError(f"config.json: init_lora: {error}") from error
 
 
-def _content(spec: TrainSpec) -> dict[str, Any]:
-    samples = load_samples(spec.lanes, "train", spec.settings.micro_conditioning)
+def _content(spec: TrainSpec, samples: Samples) -> dict[str, Any]:
     trained = samples.pictures_by_dataset()
     return {
         "code_version": CODE_VERSION,

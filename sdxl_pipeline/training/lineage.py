@@ -1,18 +1,19 @@
-"""lineage.json in a run's folder: the names of the run, and the run it began from. No torch."""
+"""The names of a run, and the run it began from: in lineage.json of its folder, and in each of its checkpoints. No torch."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
-from sdxl_pipeline.project.sections.checkpoints import LATEST
+from sdxl_pipeline.project.resume_from import NAME_ONE, NO_CHECKPOINT, is_checkpoint, named_checkpoint
+from sdxl_pipeline.project.sections.checkpoints import CHECKPOINT_STATE as STATE
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import RunLineage
 from sdxl_pipeline.store.files import write_text_atomic
 
 LINEAGE_FILE = "lineage.json"
-STATE = "state.json"
-"""What makes a folder a checkpoint, beside its tensors."""
 
 
 def write_lineage(run_dir: Path, lineage: RunLineage) -> None:
@@ -29,8 +30,21 @@ def read_lineage(run_dir: Path) -> RunLineage | None:
 
 
 def lineage_of_checkpoint(place: Path) -> RunLineage | None:
-    """The lineage of the run that a checkpoint lies in, `<run>/checkpoints/step-00000500`."""
-    return read_lineage(place.parent.parent)
+    """The lineage of the run that a checkpoint is of, wherever it lies; None where that is not known."""
+    state = _read_state(place)
+    try:
+        return RunLineage.model_validate(state.get("lineage"))
+    except ValidationError:  # by an earlier version, which left it to the folder of the run
+        run = run_of_checkpoint(place)
+        return None if run is None else read_lineage(run)
+
+
+def run_of_checkpoint(place: Path) -> Path | None:
+    """The folder of the run that a checkpoint lies in, `<run>/checkpoints/step-00000500`; None for one that lies elsewhere."""
+    run = place.parent.parent
+    lineage = read_lineage(run)
+    is_own = lineage is not None and lineage.identity == _read_state(place).get("identity")
+    return run if is_own else None
 
 
 def chosen_checkpoint(settings: TrainingSettings) -> Path | None:
@@ -38,13 +52,15 @@ def chosen_checkpoint(settings: TrainingSettings) -> Path | None:
 
     Raises StageError when it is not there.
     """
-    chosen = settings.resume_from_checkpoint
-    if chosen is None or chosen == LATEST:
-        return None
-    place = Path(chosen).expanduser()
-    if not (place / STATE).is_file():
-        raise StageError(
-            f"config.json: resume_from_checkpoint names {chosen}, where no checkpoint is; write the path of a folder such as "
-            '<output_dir>/lora/<run>/checkpoints/step-00000500, or "latest", or "none"'
-        )
-    return place.resolve()
+    place = named_checkpoint(settings.resume_from_checkpoint, Path())
+    if place is not None and not is_checkpoint(place):
+        raise StageError(f"config.json: resume_from_checkpoint names {place}, {NO_CHECKPOINT}; {NAME_ONE}")
+    return place and place.resolve()
+
+
+def _read_state(place: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((place / STATE).read_bytes())
+    except (OSError, ValueError):  # whoever begins from it tells that it is damaged
+        return {}
+    return state if isinstance(state, dict) else {}

@@ -31,6 +31,7 @@ from sdxl_pipeline.training.corruption import build_corruption
 from sdxl_pipeline.training.disk import DiskWatch
 from sdxl_pipeline.training.draws import seed_for
 from sdxl_pipeline.training.host_group import HostGroup
+from sdxl_pipeline.training.lineage import read_lineage
 from sdxl_pipeline.training.looks import Looks, LookTimes
 from sdxl_pipeline.training.loss_weights import build_loss_weights
 from sdxl_pipeline.training.memory import announce_estimate
@@ -209,7 +210,7 @@ class Trainer:
         """Be as `state` was."""
         require_same_parameters(state, self.parameters)
         if not state.same_trajectory:
-            state = under_own_settings(state, self.optimizer.optimizer, self.schedule)
+            state = under_own_settings(state, self.spec.settings, self.optimizer.optimizer, self.schedule)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(own_part(state.parameters[name], parameter))
@@ -245,6 +246,11 @@ class Trainer:
     def unet_module(self) -> UNet2DConditionModel:
         """The UNet itself, without what data parallelism wraps around it."""
         return self.trainable.unet
+
+    @property
+    def written_bytes(self) -> int:
+        """What `write_weights` takes on the disk, but for a few kilobytes; on the main process, while what is trained is `gathered`."""
+        return self.trainable.written_bytes * (1 if self.shown.ema is None else 2)
 
     def write_weights(self, folder: Path) -> Path:
         """Write what was trained into `folder`, as users load it, and give its place; the same run gives the same bytes."""
@@ -286,8 +292,10 @@ class Trainer:
                     state,
                     export=self.write_weights,
                     exports_parameters=self.trainable.holds_parameters and self.shown.are_trained,
+                    export_bytes=self.written_bytes,
                     limit=checkpoint_limit(self.spec.settings, kind),
                     kind=kind,
+                    lineage=read_lineage(self.run_dir),
                 )
         self.log.restart_clock()
 

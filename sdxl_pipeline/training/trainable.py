@@ -96,6 +96,11 @@ class Trainable(ABC):
         return False
 
     @property
+    def written_bytes(self) -> int:
+        """What `write` takes on the disk, but for a few kilobytes; on the main process, while `gathered` runs."""
+        return sum(tensor.nbytes for tensor in self.whole_parameters().values())
+
+    @property
     @abstractmethod
     def changed_modules(self) -> int:
         """How many layers are trained or have an adapter."""
@@ -144,6 +149,11 @@ class TrainableUNet(Trainable):
     def holds_parameters(self) -> bool:
         """Unless some are frozen."""
         return self.parameters.keys() == self.unet.state_dict().keys()
+
+    @property
+    def written_bytes(self) -> int:
+        """What `write` takes on the disk: all weights, the frozen ones too."""
+        return sum(tensor.nbytes for tensor in self.unet.state_dict().values())
 
     @property
     def changed_modules(self) -> int:

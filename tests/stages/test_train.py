@@ -124,6 +124,19 @@ def test_a_run_moved_elsewhere_is_found_and_damage_is_mended_from_the_last_check
     assert weights.read_bytes() == expected
 
 
+def test_final_weights_that_would_not_fit_on_the_disk_are_not_begun(unbroken, monkeypatch):
+    spec, _ = unbroken
+    spec = with_settings(spec, "full disk")
+    shutil.copytree(Path(spec.run_dir).with_name("unbroken"), spec.run_dir)
+    (weights,) = Path(spec.run_dir).glob("*.safetensors")
+    weights.unlink()
+    usage = shutil.disk_usage(spec.run_dir)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1 << 20))
+    with pytest.raises(StageError, match=r"no space left on the disk of .* for the final weights: it takes"):
+        main(spec, Listener(), StopSignal())
+    assert not weights.exists()
+
+
 def test_a_run_stopped_before_its_first_step_goes_on_or_starts_again_as_asked(unbroken):
     spec, expected = unbroken
     spec = with_settings(spec, "early")

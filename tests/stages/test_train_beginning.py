@@ -1,5 +1,6 @@
 """Holds where a run begins: a longer or shorter run goes on from its like and equals one by itself to the bit; a named checkpoint of another run is taken over under the run's own settings."""
 
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
 from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.protocol.specs import TrainedLora, TrainingLane, TrainSpec
 from sdxl_pipeline.stages.train import main
+from sdxl_pipeline.training.beginning import begin_run
 from sdxl_pipeline.training.checkpoints import load_checkpoint
 from sdxl_pipeline.training.identity import run_names
 from sdxl_pipeline.training.metrics import read_metrics
@@ -183,6 +185,71 @@ def test_another_optimizer_begins_anew_on_the_weights(runs):
     before = load_checkpoint(place).parameters
     after = load_checkpoint(Path(spec.run_dir) / "checkpoints" / "step-00000005").parameters
     assert all(torch.allclose(before[name], after[name], rtol=0, atol=2e-5) for name in before)
+
+
+def test_an_optimizer_that_keeps_something_else_begins_anew_on_the_weights(runs):
+    place = runs / "four" / "checkpoints" / "step-00000004"
+    listener = Listener()
+    spec = other_settings(runs, "amsgrad", place, optimizer_config="amsgrad=true", max_train_steps=5)
+    manifest = train(spec, listener)
+    assert any("begins anew: what the one there kept" in line for line in listener.lines)
+    assert manifest.ancestor is not None
+    assert not manifest.ancestor.takes_optimizer
+    after = load_checkpoint(Path(spec.run_dir) / "checkpoints" / "step-00000005").optimizer
+    assert after["state"][0]["step"].item() == 1
+    assert after["state"][0]["max_exp_avg_sq"].any()
+
+
+def test_a_checkpoint_that_was_put_elsewhere_is_the_same_and_brings_nothing_of_its_neighbours(
+    runs, alone, tmp_path
+):
+    home = tmp_path / "home"
+    kept = shutil.copytree(runs / "four" / "checkpoints" / "step-00000004", home / "backup" / "good")
+    (home / "chat.jsonl").write_text("{}\n")
+    (home / "metrics.jsonl").write_text('{"epoch": 3}\n')
+    (home / "validation").mkdir()
+    (home / "validation" / "mine").write_text("x")
+    listener = Listener()
+    same = train(
+        spec_of(runs.with_name("put"), "six", max_train_steps=6, resume_from_checkpoint=str(kept)), listener
+    )
+    assert any(
+        "begins at step 4 of the run" in line and "goes on as that one" in line for line in listener.lines
+    )
+    assert (same.identity, same.weights_sha256) == (alone.identity, alone.weights_sha256)
+    assert [step for step, _ in losses(same)] == [5, 6]
+    assert same.skipped_steps == 0
+    assert not {"chat.jsonl", "validation"} & {path.name for path in Path(same.run_dir).iterdir()}
+
+    names, listener = run_names(spec := other_settings(runs, tmp_path.name, kept)), Listener()
+    begin_run(spec, names, listener)
+    assert any("its optimizer's state, under its own settings" in line for line in listener.lines)
+    assert {path.name for path in Path(spec.run_dir).iterdir()} == {"checkpoints", "lineage.json"}
+
+
+def test_the_same_training_on_other_devices_is_named_with_the_way_to_go_on_from_it(runs):
+    place = runs.with_name("devices") / "four" / "checkpoints" / "step-00000004"
+    shutil.copytree(runs / "four", place.parents[1])
+    spec = spec_of(runs.with_name("devices"), "two")
+    spec = spec.model_copy(update={"hardware": spec.hardware.model_copy(update={"num_processes": 2})})
+    listener = Listener()
+    begin_run(spec, run_names(spec), listener)
+    (line,) = listener.lines
+    assert "The run four is at step 4 of this training on another number of processes" in line
+    assert line.endswith(f"resume_from_checkpoint: {place}")
+    assert not (Path(spec.run_dir) / "checkpoints").exists()
+
+
+def test_a_run_whose_own_checkpoints_are_damaged_begins_where_it_began(runs):
+    place = runs / "four" / "checkpoints" / "step-00000004"
+    spec = other_settings(runs, "damaged", place)
+    begin_run(spec, run_names(spec), Listener())
+    own = Path(spec.run_dir) / "checkpoints" / "step-00000004"
+    (own / "trainable.safetensors").unlink()  # which may be the very file of the other run
+    (own / "trainable.safetensors").write_bytes(b"x")
+    begin_run(spec, run_names(spec), Listener())
+    assert load_checkpoint(own).step == 4
+    assert load_checkpoint(place).step == 4
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,15 +11,18 @@ import pytest
 import torch
 
 from sdxl_pipeline.protocol.program import StageError
+from sdxl_pipeline.protocol.specs import RunLineage
 from sdxl_pipeline.training.checkpoint_times import CheckpointKind
 from sdxl_pipeline.training.checkpoints import (
     TrainingState,
     checkpoint_bytes,
+    checkpoint_step,
     clear_checkpoints,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
+from sdxl_pipeline.training.lineage import lineage_of_checkpoint, run_of_checkpoint, write_lineage
 
 
 def make_state(step: int) -> TrainingState:
@@ -88,8 +92,9 @@ def test_the_size_foretold_is_the_size_written(tmp_path):
     state = replace(make_state(1), parameters={"weight": weight.detach()}, optimizer=optimizer.state_dict())
     place = save_checkpoint(tmp_path, "me", state, lambda folder: export(folder, bytes(weight.nbytes)))
     written = sum(file.stat().st_size for file in place.iterdir())
-    assert checkpoint_bytes(state) == 4 * weight.nbytes + 4  # and the count of steps
-    assert written == pytest.approx(checkpoint_bytes(state), abs=8192)
+    foretold = checkpoint_bytes(state, exports_parameters=False, export_bytes=weight.nbytes)
+    assert foretold == 4 * weight.nbytes + 4  # and the count of steps
+    assert written == pytest.approx(foretold, abs=8192)
 
 
 def test_a_write_that_fails_half_way_leaves_no_half(tmp_path):
@@ -112,6 +117,67 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path):
     assert latest_checkpoint(tmp_path, "me", said.append) == tmp_path / "step-00000002"
     assert len(said) == 1
     assert str(newest) in said[0]
+
+
+def test_a_damaged_checkpoint_is_written_anew_when_its_step_comes_again(tmp_path):
+    place = save(tmp_path, 4)
+    weights = place / "trainable.safetensors"
+    intact = weights.read_bytes()
+    before = weights.stat().st_ino
+    save(tmp_path, 4)
+    assert weights.stat().st_ino == before  # an intact one stays
+    weights.write_bytes(intact[:-1] + b"x")
+    save(tmp_path, 4)
+    assert weights.read_bytes() == intact
+    assert latest_checkpoint(tmp_path, "me", print) == place
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_what_else_lies_among_the_checkpoints_is_left_alone(tmp_path):
+    newest = save(tmp_path, 4)
+    strays = [tmp_path / name for name in ("step-00000009-backup", "step-last", ".mine")]
+    for stray in strays:
+        shutil.copytree(newest, stray)
+    notes = [tmp_path / name for name in (".DS_Store", "step-00000007", "notes.txt")]
+    for note in notes:
+        note.write_text("x")
+    (tmp_path / ".step-00000006.123.tmp").mkdir()
+    (tmp_path / ".rolling-00000006.123.tmp").mkdir()
+    save(tmp_path, 6, limit=1)
+    assert latest_checkpoint(tmp_path, "me", print) == tmp_path / "step-00000006"
+    clear_checkpoints(tmp_path, unfinished_only=True)
+    assert set(tmp_path.iterdir()) == {tmp_path / "step-00000006", *strays, *notes}
+    clear_checkpoints(tmp_path, unfinished_only=False)
+    assert set(tmp_path.iterdir()) == {*strays, *notes}
+
+
+def test_a_checkpoint_knows_its_run_wherever_it_lies(tmp_path):
+    lineage = RunLineage(identity="me", trajectory="t", family="f", optimizer="adamw", ancestor=None)
+    run = tmp_path / "run"
+    inside = save_checkpoint(run / "checkpoints", "me", make_state(4), export, lineage=lineage)
+    elsewhere = shutil.copytree(inside, tmp_path / "kept" / "good")
+    assert lineage_of_checkpoint(elsewhere) == lineage
+    assert checkpoint_step(elsewhere) == 4
+    assert run_of_checkpoint(inside) is None  # the folder does not say whose run it is
+    write_lineage(run, lineage)
+    assert run_of_checkpoint(inside) == run
+    foreign = shutil.copytree(inside, tmp_path / "other" / "checkpoints" / "step-00000004")
+    write_lineage(tmp_path / "other", lineage.model_copy(update={"identity": "somebody else"}))
+    assert run_of_checkpoint(foreign) is None
+
+
+def test_the_run_of_a_checkpoint_by_an_earlier_version_is_known_from_its_folder(tmp_path):
+    lineage = RunLineage(identity="me", trajectory="t", family="f", optimizer="adamw", ancestor=None)
+    place = save(tmp_path / "run" / "checkpoints", 4)
+    state = json.loads((place / "state.json").read_text())
+    del state["lineage"]
+    (place / "state.json").write_text(json.dumps(state))
+    assert lineage_of_checkpoint(place) is None
+    write_lineage(tmp_path / "run", lineage)
+    assert lineage_of_checkpoint(place) == lineage
+    assert load_checkpoint(place).step == 4
+    (place / "state.json").write_text("no JSON")
+    assert lineage_of_checkpoint(place) is None
 
 
 def test_an_unfinished_checkpoint_is_none(tmp_path):

@@ -100,8 +100,14 @@ def test_a_run_of_another_length_is_of_the_same_trajectory_where_the_rate_does_n
     assert short.trajectory != other.trajectory
 
 
-def test_the_number_of_processes_is_part_of_it(tmp_path, spec):
-    assert run_identity(make_spec(tmp_path, *spec.lanes, num_processes=2)) != run_identity(spec)
+def test_the_number_of_processes_is_part_of_it_and_does_not_hide_that_it_is_the_same_training(tmp_path, spec):
+    one, two = (
+        run_names(make_spec(tmp_path, *spec.lanes, num_processes=number, allow_dataset_oversubscription=True))
+        for number in (1, 3)  # whose batches are more pictures than there are
+    )
+    assert not {one.identity, one.trajectory, one.family} & {two.identity, two.trajectory, two.family}
+    assert one.kin == two.kin
+    assert one.kin != run_names(changed(spec, seed=7, allow_dataset_oversubscription=True)).kin
 
 
 def test_data_are_known_by_content_and_not_by_place(tmp_path, spec):

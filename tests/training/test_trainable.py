@@ -14,7 +14,7 @@ from tests.lanes import make_spec
 
 def full_spec(folder: Path, **settings: object):
     # an adapter's settings are refused beside model_type full
-    return make_spec(folder, model_type="full", lora_rank=16, **settings)
+    return make_spec(folder, **{"model_type": "full", "lora_rank": 16, **settings})
 
 
 def test_a_full_training_trains_every_weight_in_float32(tmp_path):
@@ -58,6 +58,19 @@ def test_the_folder_of_a_unet_is_diffusers_own_and_says_nothing_of_this_machine(
     first, second = (sorted((tmp_path / name / "unet").iterdir()) for name in ("first", "second"))
     assert [file.read_bytes() for file in first] == [file.read_bytes() for file in second]
     assert [file.name for file in first] == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"layer_freeze_strategy": "bitfit"}, {}, {"model_type": "lora", "lora_rank": 16}],
+    ids=["bitfit", "all", "lora"],
+)
+def test_the_size_foretold_of_what_is_written_is_the_size_written(tmp_path, settings):
+    trainable = build_trainable(full_spec(tmp_path, **settings))
+    (tmp_path / "run").mkdir()
+    trainable.write(tmp_path / "run" / trainable.weights_name, {})
+    written = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.safetensors"))
+    assert trainable.written_bytes == pytest.approx(written, rel=0.1)
 
 
 def test_an_older_folder_is_replaced_whole(tmp_path):
