@@ -110,7 +110,7 @@ def _finish(trainer: "Trainer") -> TrainedLora:
         )
         if images:
             write_sheet(images, sheet)
-    trainer.accelerator.wait_for_everyone()
+    trainer.hosts.wait()
     manifest = TrainedLora(
         identity=trainer.identity,
         run_dir=str(run_dir),

@@ -305,6 +305,7 @@ class Trainer:
         )
         if asked or disk_is_low:
             self._save()
+            self.hosts.wait()  # a launcher ends them all once one has left, the one that still writes too
         if asked:
             raise StageStopped
         if disk_is_low:

@@ -1,0 +1,44 @@
+"""Holds how processes leave a training together: none before the one that writes has written."""
+
+from pathlib import Path
+
+import pytest
+
+from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
+from sdxl_pipeline.training.disk import DiskWatch
+from sdxl_pipeline.training.loop import Trainer
+from tests.encoded_lanes import Silent
+from tests.lanes import make_spec
+
+
+class Hosts:
+    """Several processes as one of them sees them, which all ask for what this one is told of."""
+
+    def __init__(self, root: Path, *flags: bool) -> None:
+        self.flags, self.root = list(flags), root
+        self.found_while_waiting: list[str] = []
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        return self.flags
+
+    def wait(self) -> None:
+        places = self.root.iterdir() if self.root.exists() else ()
+        self.found_while_waiting.append(",".join(place.name for place in places))
+
+
+@pytest.mark.parametrize("is_main", [True, False], ids=["the one that writes", "another"])
+@pytest.mark.parametrize(
+    ("asked", "disk_is_low", "error"), [(True, False, StageStopped), (False, True, StageError)]
+)
+def test_no_process_leaves_before_the_checkpoint_is_written(
+    tmp_path, monkeypatch, is_main, asked, disk_is_low, error
+):
+    monkeypatch.setattr(DiskWatch, "what_is_wrong", lambda self: "the disk is full")
+    spec = make_spec(tmp_path, max_train_steps=2, disk_low_threshold="1K")
+    trainer = Trainer(spec, "0" * 64, Silent(), StopSignal())
+    hosts = Hosts(Path(spec.run_dir) / "checkpoints", asked, disk_is_low)
+    trainer.hosts, trainer.is_main = hosts, is_main  # type: ignore[assignment]
+    with pytest.raises(error):
+        trainer.train()
+    trainer.close()
+    assert hosts.found_while_waiting == ["step-00000000" if is_main else ""]
