@@ -17,6 +17,7 @@ from tests.train_programs import (
     losses,
     on_two_processes,
     run,
+    run_forked,
     with_settings,
 )
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
@@ -92,9 +93,17 @@ def test_so_does_a_run_with_any_optimizer(tmp_path, optimizer, number):
     assert_equal(main(spec, Listener(), StopSignal()), unbroken, step)
 
 
+def test_so_does_a_run_on_two_processes(tmp_path):
+    spec = on_two_processes(hard_spec(tmp_path))
+    unbroken = run_forked(spec)
+    spec = with_settings(spec, "killed")
+    step = kill_on_the_way(spec, signal.SIGKILL, LAST)
+    assert_equal(run_forked(spec), unbroken, step)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-def test_so_does_a_run_on_two_processes(tmp_path, number):
+def test_so_does_one_that_torchrun_has_started(tmp_path, number):
     spec = on_two_processes(hard_spec(tmp_path))
     unbroken = run(spec, *TWO_PROCESSES)
     spec = with_settings(spec, "killed", **WITH_PICTURES)
