@@ -112,7 +112,11 @@ def draw_pixels(
         return None if tensor is None else tensor.to(pipeline.unet.device, pipeline.unet.dtype)
 
     height, width = size
-    with nullcontext() if on_estimate is None else _estimates(pipeline.scheduler, on_estimate):
+    scheduler = pipeline.scheduler
+    with (
+        _inputs_in(scheduler, pipeline.unet.dtype),
+        nullcontext() if on_estimate is None else _estimates(scheduler, on_estimate),
+    ):
         latents = pipeline(
             prompt_embeds=ready(conditioning.prompt_embeds),
             pooled_prompt_embeds=ready(conditioning.pooled_prompt_embeds),
@@ -134,6 +138,25 @@ def draw_pixels(
 def image_from_pixels(pixels: np.ndarray) -> Image.Image:
     """Pixels (H, W, 3) in [0, 1] as an 8-bit picture; a value that is not a number shows black."""
     return Image.fromarray((np.nan_to_num(pixels) * 255).round().clip(0, 255).astype(np.uint8))
+
+
+@contextmanager
+def _inputs_in(scheduler: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Have the UNet see latents in `dtype`, as while it is trained, in whatever dtype its answers, and so the sampler's latents, are.
+
+    Under autocast torchao's linear layers answer to float32 in float32, which does not go with what they answer to bf16.
+    """
+    own = scheduler.scale_model_input
+
+    def scale_model_input(sample: Tensor, *arguments: Any) -> Tensor:
+        scaled: Tensor = own(sample, *arguments)
+        return scaled.to(dtype)
+
+    scheduler.scale_model_input = scale_model_input
+    try:
+        yield
+    finally:
+        del scheduler.scale_model_input
 
 
 @contextmanager

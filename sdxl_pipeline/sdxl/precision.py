@@ -19,6 +19,8 @@ _QUANTO = {
     "fp8uz-quanto": "qfloat8_e4m3fnuz",
 }
 _TORCHAO = {"int8-torchao": "Int8WeightOnlyConfig", "fp8wo-torchao": "Float8WeightOnlyConfig"}
+_REPACKS = "support_avx512bf16_for_cpu"
+"""Of bitsandbytes' layers: on such a CPU, in eval mode, they bring their weights into an order that takes no gradients, for good."""
 
 
 class PrecisionError(Exception):
@@ -82,6 +84,7 @@ def _quantize_with_torchao(model: nn.Module, precision: str) -> None:
 
 def _quantize_with_bitsandbytes(model: nn.Module, precision: str) -> None:
     """4-bit normal floats, their scales in 8 bits (Dettmers et al. 2023); QLoRA's own storage."""
+    from bitsandbytes import __version__
     from bitsandbytes.nn import LinearNF4, Params4bit
 
     def quantized(layer: nn.Linear) -> nn.Module:
@@ -92,6 +95,12 @@ def _quantize_with_bitsandbytes(model: nn.Module, precision: str) -> None:
             layer.weight.detach(), requires_grad=False, quant_type="nf4", compress_statistics=True
         ).to(layer.weight.device)
         replaced.bias = layer.bias
+        if not hasattr(replaced, _REPACKS):
+            raise PrecisionError(
+                f"nf4-bnb: a layer of bitsandbytes {__version__} has no {_REPACKS}, without which a picture or an eval loss may leave weights "
+                "that cannot be trained through. Install bitsandbytes 0.50, or write int8-quanto."
+            )
+        setattr(replaced, _REPACKS, False)
         return replaced.requires_grad_(False)
 
     _replace_linear(model, quantized)

@@ -93,6 +93,38 @@ def test_an_adapter_trained_on_few_bits_works_on_the_whole_weights(name, lively:
     assert output(whole).square().mean() < exact.square().mean()
 
 
+@pytest.mark.parametrize("name", BY_DEFAULT)
+def test_a_look_in_between_leaves_the_weights_as_they_are(name, lively: ResolvedModel):
+    """In eval mode bitsandbytes would bring them into another order, on CPUs that have instructions for it."""
+    require(name)
+    unet = load_unet(lively, torch.float32)
+    quantize_model(unet, name)
+    parameters = add_lora(unet, 2, 2.0, 0.0, ["to_q", "proj_in", "linear_1"], seed=0)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(predict(unet.train()).square().mean(), parameters)
+
+    before = gradients()
+    output(unet.eval())
+    assert all(map(torch.equal, before, gradients()))
+    if name == "nf4-bnb":
+        layer = unet.get_submodule("mid_block.attentions.0.proj_out")
+        assert layer.support_avx512bf16_for_cpu is False, "whatever CPU this is"
+
+
+def test_a_bitsandbytes_that_cannot_be_told_so_is_refused(lively: ResolvedModel, monkeypatch):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra `quantization`")
+
+    class Another(bitsandbytes.nn.LinearNF4):
+        def __init__(self, *arguments, **named):
+            super().__init__(*arguments, **named)
+            del self.support_avx512bf16_for_cpu
+
+    monkeypatch.setattr(bitsandbytes.nn, "LinearNF4", Another)
+    with pytest.raises(PrecisionError, match=r"nf4-bnb.*support_avx512bf16_for_cpu.*or write int8-quanto"):
+        quantize_model(load_unet(lively, torch.float32), "nf4-bnb")
+
+
 @pytest.mark.parametrize("name", EXPECTED)
 def test_few_bits_take_few_bytes(name, lively: ResolvedModel):
     from sdxl_pipeline.training.memory import held_bytes

@@ -1,15 +1,64 @@
-"""Holds that weights in few bits, state in few bits and averaged weights train on two processes, to the adapter that one comes near."""
+"""Holds weights in few bits through the stage: the looks of a run are taken on them, and two processes train what one does."""
+
+import itertools
+import math
+from collections.abc import Iterator
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from sdxl_pipeline.protocol.program import StopSignal
+from sdxl_pipeline.protocol.reporter import Reporter
+from sdxl_pipeline.stages.train import main
 from tests.lanes import make_lane, make_spec
+from tests.sdxl.test_precision import BY_DEFAULT, EXPECTED, require
 from tests.train_programs import run
+from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
-pytestmark = pytest.mark.slow
+PRECISIONS = [
+    pytest.param(name, mixed, marks=() if name in BY_DEFAULT else pytest.mark.slow)
+    for name, mixed in itertools.product(EXPECTED, ("no", "bf16"))
+]
 
 
+@pytest.fixture(scope="module")
+def lane(tmp_path_factory):
+    return make_lane(tmp_path_factory.mktemp("lane"), splits=["train"] * 4 + ["eval"])
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """Accelerate keeps one precision per process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("one_thread", "fresh_accelerator")
+@pytest.mark.parametrize(("precision", "mixed_precision"), PRECISIONS)
+def test_pictures_and_eval_losses_are_taken_between_the_steps(precision, mixed_precision, lane, tmp_path):
+    require(precision)
+    spec = make_spec(
+        tmp_path,
+        lane,
+        base_model_precision=precision,
+        mixed_precision=mixed_precision,
+        max_train_steps=2,
+        validation_disable=False,
+        validation_step_interval=1,
+        eval_steps_interval=1,
+        num_eval_images=1,
+        eval_timesteps=2,
+    )
+    manifest = main(spec, Reporter(), StopSignal())
+    assert [image.step for image in manifest.validation_images] == [0, 1, 2]
+    assert [step for step, _ in manifest.eval_losses] == [0, 1, 2]
+    assert all(math.isfinite(loss) for _, loss in manifest.eval_losses)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "optimizer", "package"),
     [
