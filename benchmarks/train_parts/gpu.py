@@ -43,22 +43,19 @@ class Bench:
         self.flops: dict[int, int] = {}
         self.figures: list[Figure] = []
 
-    def cached_loop(self, batch_size: int) -> BareLoop:
-        """The loop of a batch that lies on the device."""
-        batch = sdxl_base.random_batch(
-            self.unet, batch_size, self.options.resolution, self.device, self.dtype
-        )
-        return BareLoop(
-            self.unet,
-            sdxl_base.trained_parameters(self.unet),
-            sdxl_base.scheduler(self.configs).alphas_cumprod,
-            [batch],
-            self.dtype,
-        )
+    def cached_loop(self, batch_size: int, unet: UNet2DConditionModel | None = None) -> BareLoop:
+        """The loop of a batch that lies on the device of the UNet, of this bench's where none is given."""
+        unet = self.unet if unet is None else unet
+        dtype = unet.conv_in.weight.dtype
+        batch = sdxl_base.random_batch(unet, batch_size, self.options.resolution, unet.device, dtype)
+        alphas_cumprod = sdxl_base.scheduler(self.configs).alphas_cumprod
+        return BareLoop(unet, sdxl_base.trained_parameters(unet), alphas_cumprod, [batch], dtype)
 
     def count_flops(self) -> None:
-        """Count at batch 1; what a picture takes does not depend on its neighbours."""
-        loop = self.cached_loop(1)
+        """Count at batch 1; what a picture takes does not depend on its neighbours, nor on a device: none computes anything here."""
+        meta = torch.device("meta")
+        unet = sdxl_base.random_unet(self.configs, meta, torch.float32)
+        loop = self.cached_loop(1, unet)
         counted = sdxl_base.flops_per_step(loop, next(loop.batches))
         self.flops = {size: size * counted for size in self.options.batches}
         self.add("model FLOPs of a picture", counted / 1e12, "TFLOP", "forward and backward")
@@ -85,10 +82,10 @@ class Bench:
             used = self.flops[batch_size] / per_step / self.peak
             self.add(label, used, "", f"model FLOPs utilisation of {self.peak / 1e12:.0f} TFLOP/s")
 
-    def against_example(self, batch_size: int) -> None:
+    def against_example(self, name: str, batch_size: int) -> None:
         """The cached loop and the example's taking turns, on the same UNet."""
         self.free()
-        label = f"cached loop, of the example's speed, batch {batch_size}"
+        label = f"{name}, cached loop, of the example's speed, batch {batch_size}"
         try:
             cached = self.cached_loop(batch_size)
             accelerator = Accelerator(
@@ -107,6 +104,9 @@ class Bench:
         except RuntimeError as error:
             self.add_failure(label, error)
             return
+        finally:
+            # what accelerate has put around the UNet's forward must not be measured with the next variant
+            self.unet.__dict__.pop("forward", None)
         self.add(label, statistics.median(ratios), "", "VAE in float32 and text encoders in the loop")
 
     def timed(self, take: Callable[[int], None], steps: int) -> float:
@@ -150,7 +150,8 @@ def measure(options: argparse.Namespace) -> list[Figure]:
         _switch(bench.unet.enable_gradient_checkpointing, bench.unet.disable_gradient_checkpointing, checkpointing)  # fmt: skip
         for size in options.batches:
             bench.variant(name, size)
-        bench.against_example(options.batches[0])
+        for size in options.batches:
+            bench.against_example(name, size)
     if options.kernels:
         _measure_kernels(bench, options)
     # a form for each batch size: one for all of them, which torch makes of its own accord, is a slower one

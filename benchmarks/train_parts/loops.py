@@ -48,7 +48,12 @@ class BareLoop:
         self.device = next(unet.parameters()).device
         self.alphas_cumprod = alphas_cumprod.to(self.device)
         self.optimizer = AdamW(
-            self.parameters, lr=LEARNING_RATE, betas=(0.9, 0.999), weight_decay=0.01, eps=1e-8, fused=True
+            self.parameters,
+            lr=LEARNING_RATE,
+            betas=(0.9, 0.999),
+            weight_decay=0.01,
+            eps=1e-8,
+            fused=self.device.type != "meta",
         )
         self.batches = cycle(batches)
         unet.train()

@@ -45,5 +45,6 @@ def test_every_variant_is_measured_without_this_projects_other_packages(tmp_path
     (absent,) = [figure for (name, _), figure in figures.items() if "_native_cudnn" in name]
     assert math.isnan(absent["value"])
     assert absent["note"]  # says why
-    assert figures["cached loop, of the example's speed, batch 1", ""]["value"] > 0
+    for name in ("checkpointing", "no checkpointing"):
+        assert figures[f"{name}, cached loop, of the example's speed, batch 1", ""]["value"] > 0
     assert figures["model FLOPs of a picture", "TFLOP"]["value"] > 0
