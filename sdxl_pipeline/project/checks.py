@@ -25,7 +25,7 @@ def check_training(training: TrainingSettings) -> Iterator[Finding]:
             f"is given together with max_train_steps ({steps})",
             "write 0 for the one that should not decide how long the training is",
         )
-    warms_up = training.lr_scheduler not in ("constant", "sine")
+    warms_up = training.lr_scheduler != "sine"  # whose peak does not wait for it
     if steps is not None and warms_up and training.lr_warmup_steps > steps:
         yield Finding(
             "lr_warmup_steps",

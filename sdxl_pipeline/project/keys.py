@@ -24,8 +24,8 @@ _LIMITS = {
     "less_than": ("lt", "below"),
     "less_than_equal": ("le", "at most"),
     "multiple_of": ("multiple_of", "a multiple of"),
-    "too_short": ("min_length", "with a length of at least"),
-    "string_too_short": ("min_length", "with a length of at least"),
+    "too_short": ("min_length", "of a length of at least"),
+    "string_too_short": ("min_length", "of a length of at least"),
 }
 
 
@@ -71,6 +71,8 @@ def read_settings(
     for detail in details:
         key = str(detail["loc"][0])
         bad.add(key)
+        if _is_about_another_form(detail, model, values):
+            continue
         path, owner = _place_of(detail, model)
         if path in told or (key not in reading.spelled and key in values):
             continue  # the latter is inherited, and a problem of the file it comes from
@@ -91,16 +93,40 @@ def _place_of(
     detail: ErrorDetails, model: type[SettingsModel]
 ) -> tuple[tuple[str, ...], type[SettingsModel]]:
     """The keys that lead to what an error is about, through objects within objects, and the model that has the last of them."""
-    steps = [str(step) for step in detail["loc"]]
-    path: tuple[str, ...] = (steps[0],)
-    for step in steps[1:]:
-        inner = _model_within(model.model_fields[path[-1]].annotation)
+    first, *steps = [str(step) for step in detail["loc"]]
+    path: tuple[str, ...] = (first,)
+    while steps:
+        annotation = model.model_fields[path[-1]].annotation
+        inner = _model_within(annotation)
         if inner is None:
             break
-        model, path = inner, (*path, step)
-        if step not in inner.model_fields:
+        if _is_one_of_several(annotation) and steps.pop(0) != inner.__name__:
+            break  # about another form that the value may have
+        if not steps:
+            break
+        model, path = inner, (*path, steps.pop(0))
+        if path[-1] not in inner.model_fields:
             break
     return path, model
+
+
+def _is_about_another_form(
+    detail: ErrorDetails, model: type[SettingsModel], values: Mapping[str, Any]
+) -> bool:
+    """Whether an error says that an object is no text, where both may be written."""
+    key = str(detail["loc"][0])
+    field_info = model.model_fields.get(key)
+    if field_info is None or not _is_one_of_several(field_info.annotation):
+        return False
+    inner = _model_within(field_info.annotation)
+    is_object = isinstance(values.get(key), Mapping)
+    return inner is not None and is_object and detail["loc"][1] != inner.__name__
+
+
+def _is_one_of_several(annotation: Any) -> bool:
+    """Whether a value may have several forms; pydantic then names the form before the place within it."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
+    return len([member for member in members if member is not type(None)]) > 1
 
 
 def _model_within(annotation: Any) -> type[SettingsModel] | None:
@@ -221,6 +247,12 @@ def _in_words(
         return "must be a finite number", meaning
     if kind == "int_from_float":
         return "must be a whole number", f"write {round(float(value))}. {meaning}"
+    if kind == "string_pattern_mismatch":
+        return "is not of the form that is asked for", meaning
+    if kind in ("tuple_type", "list_type"):
+        return "must be a list", f"write a list. {meaning}"
+    if kind == "dict_type":
+        return "must be an object", f"write an object. {meaning}"
     for prefix, words in _NUMBER_WORDS.items():
         if kind.startswith(prefix):
             return f"must be {words}", f"write {words}. {meaning}"

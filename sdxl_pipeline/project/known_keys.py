@@ -61,6 +61,7 @@ TRAINING: Final = Vocabulary(
         "use_gradient_checkpointing": "gradient_checkpointing",
         "checkpointing_steps": "checkpoint_step_interval",
         "validation_steps": "validation_step_interval",
+        "save_total_limit": "checkpoints_total_limit",
         "peft_lora_target_modules": "lora_target_modules",
     },
     later={
@@ -71,13 +72,13 @@ TRAINING: Final = Vocabulary(
             validation_using_datasets
             slider_lora_target enable_nsfw_check optimizer_release_gradients
             optimizer_offload_gradients fuse_optimizer fsdp_cpu_offload fsdp_activation_checkpointing ramtorch enable_group_offload quantize_activations
-            enable_watermark""",
+            enable_watermark gradient_checkpointing_offload_attention""",
         ),
         **_off(
             (None, ""),
             """publishing_config distillation_method validation_input
             validation_adapter_path validation_adapter_config validation_guidance_skip_layers
-            deepspeed_config accelerate_config optimizer_cpu_offload_method
+            deepspeed_config accelerate_config accelerate_extra_args optimizer_cpu_offload_method
             quantization_config pretrained_unet_model_name_or_path assistant_lora_path custom_tracker post_checkpoint_script
             post_upload_script sdnq_weights_dtype""",
         ),
@@ -98,9 +99,7 @@ TRAINING: Final = Vocabulary(
         "context_parallel_size": Later((1, None)),
         "sdxl_validation_pipeline_mode": Later(("trained-stage", None)),
         "validation_method": Later(("simpletuner-local", None)),
-        "grad_clip_method": Later(
-            ("norm",), 'write "norm": max_grad_norm bounds the norm of all gradients together'
-        ),
+        "gradient_checkpointing_backend": Later(("torch", None)),
         "trust_remote_code": Later(
             (False, None), "write false: code from a model repository is never run here"
         ),
@@ -161,7 +160,6 @@ TRAINING: Final = Vocabulary(
             "controlnet",
             "controlnet_custom_config controlnet_model_name_or_path conditioning_multidataset_sampling",
         ),
-        **_tunes("push_to_hub", "push_to_hub_background"),
         **_tunes("xm_enabled", "xm_candidate_count xm_training_target xm_selection_scope xm_block_size"),
         **_tunes(
             "enable_nsfw_check",
@@ -177,7 +175,7 @@ TRAINING: Final = Vocabulary(
         **_tunes("context_parallel_size", "context_parallel_comm_strategy"),
         **_tunes(
             "num_machines",
-            "machine_rank main_process_ip main_process_port same_network local_rank accelerate_extra_args",
+            "machine_rank main_process_ip main_process_port same_network local_rank",
         ),
         **_tunes(
             "ramtorch",
@@ -190,17 +188,18 @@ TRAINING: Final = Vocabulary(
             group_offload_text_encoder group_offload_vae""",
         ),
         **_tunes(
-            "gradient_checkpointing_segment_stride",
-            """gradient_checkpointing_backend gradient_checkpointing_offload_attention
-            gradient_checkpointing_offload_pin_memory_max_buckets gradient_checkpointing_offload_prefetch""",
+            "gradient_checkpointing_offload_attention",
+            "gradient_checkpointing_offload_pin_memory_max_buckets gradient_checkpointing_offload_prefetch",
         ),
         **_tunes(
             "sdnq_weights_dtype",
-            "sdnq_compile_mode sdnq_group_size sdnq_quantized_matmul_dtype sdnq_use_quantized_matmul",
+            """sdnq_compile_mode sdnq_group_size sdnq_hadamard_group_size sdnq_modules_dtype_dict sdnq_modules_quant_config
+            sdnq_modules_to_not_convert sdnq_modules_to_not_use_matmul sdnq_quantized_matmul_dtype sdnq_svd_rank sdnq_svd_steps
+            sdnq_use_hadamard sdnq_use_quantized_matmul sdnq_use_static_quantization sdnq_use_stochastic_rounding sdnq_use_svd""",
         ),
     },
     meaningless=_names(
-        """accelerator_cache_clear_interval aspect_bucket_disable_rebuild aspect_bucket_worker_count aws_max_pool_connections
+        """__active_tab__ __disabled_fields__ configs_dir ez_model_type aspect_ratio_bucketing ignore_final_epochs push_to_hub_background accelerator_cache_clear_interval aspect_bucket_disable_rebuild aspect_bucket_worker_count aws_max_pool_connections
         base_model_default_dtype cache_dir cache_dir_text cache_dir_vae checkpointing_use_tempdir compress_disk_cache
         custom_text_encoder_intermediary_layers data_backend_sampling dataloader_prefetch dataloader_prefetch_qlen
         debug_aspect_buckets debug_dataset_loader delete_invalid_checkpoints delete_model_after_load diffusion_blocks_config
@@ -263,7 +262,7 @@ IMAGES: Final = Vocabulary(
     },
     idle=_tunes("type", "webshart"),
     meaningless=_names(
-        """streaming num_proc csv aws_max_pool_connections image_embeds hash_filenames preserve_data_backend_cache metadata_update_interval conditioning_image_embeds
+        """ignore_epochs streaming num_proc csv aws_max_pool_connections image_embeds hash_filenames preserve_data_backend_cache metadata_update_interval conditioning_image_embeds
         cache_dir_conditioning_image_embeds conditioning_image_embed_batch_size compress_cache compress_disk_cache video audio s2v
         num_frames min_frames max_frames is_i2v timestep_sampling_offset framerate default cache_dir write_batch_size"""
     ),

@@ -74,11 +74,6 @@ def _may_hold_bf16(training: TrainingSettings) -> bool:
 def _idle_schedule(training: TrainingSettings) -> Iterator[str]:
     """Numbers of other learning-rate schedules than the one there is."""
     name = training.lr_scheduler
-    if training.lr_warmup_steps > 0 and name == "constant":
-        yield (
-            f"lr_warmup_steps = {training.lr_warmup_steps} has no effect with lr_scheduler constant; "
-            "constant_with_warmup would use it"
-        )
     if training.lr_end is not None and name not in _WITH_AN_END:
         yield f"lr_end = {training.lr_end:g} has no effect with lr_scheduler {name}; {', '.join(_WITH_AN_END)} would use it"
     if training.lr_num_cycles != 1 and name != "cosine_with_restarts":

@@ -40,6 +40,8 @@ READ_WITH_THE_PROJECT: Final = (
     "validation_negative_prompt",
     "validation_prompt_library",
     "user_prompt_library",
+    "eval_holdout_share",
+    "eval_dataset_id",
     "evaluation_type",
     "pretrained_evaluation_model_name_or_path",
     "retraining_cron",

@@ -158,8 +158,11 @@ def load_project(folder: Path) -> Project:
         *check_init_lora(training.init_lora, folder),
         *check_resume_from(training.resume_from_checkpoint, folder),
     )
+    told = {problem.key.partition(".")[0] for problem in config.problems}
     for finding in (*check_training(training), *named_files):
         spelled = config.spelled.get(finding.key, finding.key)
+        if spelled in told:
+            continue  # its value was left out, which is not what is wrong
         shown = getattr(training, finding.key)
         shown = raw.get(spelled) if isinstance(shown, SettingsModel) else shown
         problems.append(Problem(config_file, spelled, shown, finding.message, finding.remedy))

@@ -171,9 +171,8 @@ class Trainer:
                 loss = self._loss(next(batches), self.step * self.accumulation + part)
                 self.accelerator.backward(poisoned(loss) / self.accumulation)
             losses.append(loss.detach())
-        max_norm = self.spec.settings.max_grad_norm or math.inf
         self.accelerator.unscale_gradients()
-        grad_norm = whole_number(torch.nn.utils.clip_grad_norm_(self.parameters.values(), max_norm))
+        grad_norm = whole_number(self._clip_gradients())
         lr = float(self.schedule.get_last_lr()[0])
         step_if_finite(self.optimizer, grad_norm)
         self.schedule.step()
@@ -182,6 +181,17 @@ class Trainer:
         self.shown.update(self.step)
         rate, scalars = rate_of(self.optimizer, lr), self.shown.scalars(self.step)
         self.log.add(TakenStep(self.step, torch.stack(losses), grad_norm, rate, scalars))
+
+    def _clip_gradients(self) -> Tensor:
+        """The norm that all gradients together had, ()."""
+        settings, parameters = self.spec.settings, list(self.parameters.values())
+        bound = settings.max_grad_norm or math.inf
+        if settings.grad_clip_method == "norm":
+            return torch.nn.utils.clip_grad_norm_(parameters, bound)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        torch.nn.utils.clip_grad_value_(parameters, bound)
+        return norm
 
     def _loss(self, batch: Batch, index: int) -> Tensor:
         """Mean loss of one batch, the `index`-th of this process since the start of the run."""

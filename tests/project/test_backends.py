@@ -227,10 +227,10 @@ def test_lengths_that_contradict_each_other_are_refused(problems_of):
     assert set(problems_of(config)) == {"num_train_epochs", "lr_warmup_steps"}
 
 
-def test_warm_up_without_effect_is_named(write_project):
+def test_a_constant_rate_with_a_warm_up_has_one_as_in_the_reference(write_project):
     project = load_project(write_project({"lr_scheduler": "constant", "lr_warmup_steps": 5}))
-    (warning,) = project.warnings
-    assert "constant_with_warmup" in warning
+    assert project.training.lr_scheduler == "constant_with_warmup"
+    assert load_project(write_project({"lr_scheduler": "constant"})).training.lr_scheduler == "constant"
 
 
 def test_the_stages_that_trust_what_is_recorded_are_read(write_project):

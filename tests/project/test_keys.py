@@ -1,8 +1,11 @@
 """Holds: spellings, unknown keys, keys of later work and keys without meaning, each told in the user's terms."""
 
+from pathlib import Path
+
 import pytest
 
 from sdxl_pipeline.project.datasets import ImageDataset, TextEmbedsDataset
+from sdxl_pipeline.project.keys import read_settings
 from sdxl_pipeline.project.known_keys import IMAGES, TEXT_EMBEDS, TRAINING
 from sdxl_pipeline.project.project import load_project
 from sdxl_pipeline.project.training import TrainingSettings
@@ -16,6 +19,7 @@ from sdxl_pipeline.project.training import TrainingSettings
         ("--checkpointing_steps", "checkpoint_step_interval", 50),
         ("validation_steps", "validation_step_interval", 20),
         ("peft_lora_target_modules", "lora_target_modules", ("to_q",)),
+        ("save_total_limit", "checkpoints_total_limit", 3),
     ],
 )
 def test_other_spellings(write_project, spelled, key, value):
@@ -52,6 +56,9 @@ def test_a_key_in_the_wrong_file_is_sent_to_the_other(problems_of):
         {"peft_lora_mode": "singlora"},
         {"optimizer": "soap"},
         {"num_processes": 2},
+        {"gradient_checkpointing_backend": "unsloth"},
+        {"gradient_checkpointing_offload_attention": True},
+        {"accelerate_extra_args": "--mixed_precision fp8"},
     ],
 )
 def test_what_is_not_available_yet_is_refused(problems_of, config):
@@ -95,7 +102,8 @@ def test_no_key_is_two_things(model, vocabulary):
             assert kind & other == set()
     assert [key for key in model.model_fields if vocabulary.is_meaningless(key)] == []
     known = kinds[0] | kinds[2]
-    assert set(vocabulary.idle.values()) <= known
+    # a switch that works here may be on, and what it does not tune would then be passed over without a word
+    assert set(vocabulary.idle.values()) <= kinds[2] | {"type"}
     assert set(vocabulary.spellings.values()) <= known
     assert set(vocabulary.later_values) <= set(model.model_fields)
 
@@ -122,3 +130,55 @@ def test_wrong_values_are_told_in_words(problems_of, key, value, words):
     problem = problems_of({key: value})[key]
     assert words in problem.message
     assert "pydantic" not in str(problem)
+
+
+WRONG = {"nobody": {"knows": ["this"]}}
+INLINE = {"algo": "lokr", "linear_dim": 4, "linear_alpha": 1}
+
+
+@pytest.mark.parametrize("value", [WRONG, [WRONG], 5.5, -7, "\x00", True, None, {}])
+@pytest.mark.parametrize(
+    ("model", "vocabulary"),
+    [(TrainingSettings, TRAINING), (ImageDataset, IMAGES), (TextEmbedsDataset, TEXT_EMBEDS)],
+)
+def test_no_value_of_any_key_is_more_than_a_problem(model, vocabulary, value):
+    for key in model.model_fields:
+        for problem in read_settings({key: value}, model, vocabulary, Path("config.json")).problems:
+            assert problem.message
+            assert "pydantic" not in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "words", "remedy"),
+    [
+        ({"fctor": 4}, "lycoris_config.fctor", "is not a known key", "factor"),
+        ({"algo": "nope"}, "lycoris_config.algo", "is not one of the known values", "lokr"),
+        ({"linear_dim": "x"}, "lycoris_config.linear_dim", "must be a whole number", "whole number"),
+        (
+            {"apply_preset": {"target_modul": []}},
+            "lycoris_config.apply_preset.target_modul",
+            "is not a known key",
+            "target_module",
+        ),
+        (
+            {"apply_preset": {"module_algo_map": {"Attention": {"factr": 4}}}},
+            "lycoris_config.apply_preset.module_algo_map",
+            "Attention: factr is not known there",
+            "factor",
+        ),
+    ],
+)
+def test_a_mistake_in_an_object_that_might_be_a_path_is_told_at_its_place(
+    problems_of, changes, key, words, remedy
+):
+    (problem,) = problems_of({"lora_type": "lycoris", "lycoris_config": {**INLINE, **changes}}).values()
+    assert problem.key == key
+    assert words in problem.message
+    assert remedy in problem.remedy
+
+
+@pytest.mark.parametrize("value", [["a"], 5])
+def test_what_is_neither_an_object_nor_a_path_is_told(problems_of, value):
+    (problem,) = problems_of({"lora_type": "lycoris", "lycoris_config": value}).values()
+    assert problem.key == "lycoris_config"
+    assert "must be an object" in problem.message

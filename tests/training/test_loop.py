@@ -1,8 +1,9 @@
-"""Holds how processes leave a training together: none before the one that writes has written."""
+"""Holds how gradients are bounded, and how processes leave a training together: none before the one that writes has written."""
 
 from pathlib import Path
 
 import pytest
+import torch
 
 from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
 from sdxl_pipeline.training.disk import DiskWatch
@@ -42,3 +43,24 @@ def test_no_process_leaves_before_the_checkpoint_is_written(
         trainer.train()
     trainer.close()
     assert hosts.found_while_waiting == ["step-00000000" if is_main else ""]
+
+
+@pytest.mark.parametrize("bound", [0, 0.02, 1e3])
+@pytest.mark.parametrize("method", ["norm", "value"])
+def test_gradients_are_bounded_by_their_norm_or_each_by_its_value(tmp_path, method, bound):
+    spec = make_spec(tmp_path, max_train_steps=1, grad_clip_method=method, max_grad_norm=bound)
+    trainer = Trainer(spec, "0" * 64, Silent(), StopSignal())
+    generator = torch.Generator().manual_seed(0)
+    own = [0.01 * torch.randn(each.shape, generator=generator) for each in trainer.parameters.values()]
+    for parameter, gradient in zip(trainer.parameters.values(), own, strict=True):
+        parameter.grad = gradient.clone()
+    norm = trainer._clip_gradients()
+    trainer.close()
+    expected = torch.cat([gradient.flatten() for gradient in own])
+    assert norm.item() == pytest.approx(expected.norm().item(), rel=1e-6)
+    if bound and method == "norm":
+        expected = expected * min(1.0, bound / norm.item())
+    elif bound:
+        expected = expected.clamp(-bound, bound)
+    found = torch.cat([each.grad.flatten() for each in trainer.parameters.values()])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)

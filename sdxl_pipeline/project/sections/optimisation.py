@@ -104,7 +104,11 @@ class OptimisationSettings(SettingsModel):
     )
     lr_scale_sqrt: bool = Field(False, description="With lr_scale: by the square root of their number.")
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(
-        2.0, description="Gradients are scaled down to this norm; 0 leaves them alone."
+        2.0, description="Bound of the gradients, by grad_clip_method; 0 leaves them alone."
+    )
+    grad_clip_method: Literal["norm", "value"] = Field(
+        "norm",
+        description="norm scales all gradients down together, so that their norm is at most max_grad_norm; value cuts each number.",
     )
     train_batch_size: Count = Field(4, description="Pictures per device and forward pass.")
     gradient_accumulation_steps: Count = Field(1, description="Forward passes per optimizer step.")
@@ -122,6 +126,11 @@ class OptimisationSettings(SettingsModel):
         if isinstance(value, str) and (reason := _REFUSED_OPTIMIZERS.get(value)):
             raise BadValueError(f"{value} {reason}", 'write "torch-adam" or "adamw"')
         return value
+
+    @field_validator("lr_scheduler", mode="before")
+    @classmethod
+    def _other_names(cls, value: Any) -> Any:
+        return {"cosine_with_warmup": "cosine"}.get(value, value) if isinstance(value, str) else value
 
     @field_validator("max_train_steps", "num_train_epochs", mode="before")
     @classmethod
@@ -155,6 +164,12 @@ class OptimisationSettings(SettingsModel):
         if self.lr_end is not None:
             return self.lr_end
         return 4e-7 if self.lr_scheduler in ("polynomial", "sine") else 0.0
+
+    @model_validator(mode="after")
+    def _a_warm_up_is_meant(self) -> Self:
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps > 0:
+            object.__setattr__(self, "lr_scheduler", "constant_with_warmup")  # as the reference reads it
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
