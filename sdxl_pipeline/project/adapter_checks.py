@@ -12,6 +12,9 @@ DORA_PRECISIONS = ("int8-torchao", "fp8wo-torchao", "nf4-bnb")
 """Of `base_model_precision`: those over which PEFT's DoRA gives what it gives over the same weights held whole. (Quanto's refuse to be cast
 to another dtype, which it does to them under mixed precision.)"""
 
+CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "conv", "conv_in", "conv_out")
+"""How the names of the convolutions in SDXL's UNet end; quanto leaves the last two whole."""
+
 _STANDARD_ONLY = {
     "lora_dropout": "dropout",
     "lora_target_modules": "apply_preset.target_module",
@@ -25,10 +28,12 @@ def check_adapter(training: TrainingSettings) -> Iterator[Finding]:
     """What is wrong between the adapter's kind and the other keys."""
     if training.lora_type == "lycoris":
         yield from _check_lycoris_keys(training)
-    elif training.init_lokr_norm is not None:
-        yield Finding(
-            "init_lokr_norm", "is about a LoKr, and lora_type is standard", 'write "lora_type": "lycoris"'
-        )
+    else:
+        if training.init_lokr_norm is not None:
+            yield Finding(
+                "init_lokr_norm", "is about a LoKr, and lora_type is standard", 'write "lora_type": "lycoris"'
+            )
+        yield from _check_convolutions(training)
     if training.base_model_precision not in (None, "no_change"):
         yield from _check_over_fewer_bits(training, training.base_model_precision)
 
@@ -74,6 +79,25 @@ def _check_lycoris_keys(training: TrainingSettings) -> Iterator[Finding]:
             )
         if config.algorithms != {"lokr"}:
             yield Finding("init_lokr_norm", "is about algo lokr alone", "leave it out")
+
+
+def _check_convolutions(training: TrainingSettings) -> Iterator[Finding]:
+    """Known from the names of targets, so that nobody waits for the latents to hear of it; add_lora looks at the layers themselves."""
+    targets = [name for name in training.lora_target_modules if name.rpartition(".")[2] in CONVOLUTIONS]
+    if targets and training.use_dora and training.mixed_precision not in (None, "no"):
+        yield Finding(
+            "use_dora",
+            f"takes the norms of a convolution, as {targets[0]}, in {training.mixed_precision}, in which they would not match from the start",
+            "write mixed_precision no, or leave convolutions out of lora_target_modules",
+        )
+    held = [name for name in targets if name.rpartition(".")[2] not in ("conv_in", "conv_out")]
+    if held and (training.base_model_precision or "").endswith("-quanto"):
+        yield Finding(
+            "lora_target_modules",
+            f"names {held[0]}, a convolution that base_model_precision {training.base_model_precision} holds in fewer bits, on which PEFT "
+            "makes no LoRA",
+            "leave convolutions out, or write a base_model_precision that leaves them whole, as no_change or int8-torchao",
+        )
 
 
 def _check_over_fewer_bits(training: TrainingSettings, precision: str) -> Iterator[Finding]:

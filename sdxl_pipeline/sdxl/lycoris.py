@@ -244,7 +244,7 @@ def _require_targets(model: nn.Module, preset: LycorisPreset) -> None:
         )
     names = [name for name, _ in model.named_modules() if name]
     match = fnmatch.fnmatch if preset.use_fnmatch else lambda name, pattern: bool(re.match(pattern, name))
-    for pattern in (*preset.target_name, *preset.name_algo_map):
+    for pattern in (*preset.target_name, *preset.name_algo_map, *preset.exclude_name):
         if not any(name == pattern or match(name, pattern) for name in names):
             raise AdapterError(f"lycoris_config: no layer of the model has a name that {pattern!r} matches.")
 

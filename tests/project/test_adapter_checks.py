@@ -123,6 +123,16 @@ def test_a_broken_or_absent_file_is_a_problem_that_shows_one(lycoris_problems, w
         ({"lora_init_type": "pissa"}, "lora_init_type", "changes the base model's weights"),
         ({"init_lokr_norm": 1e-3}, "init_lokr_norm", "lora_type is standard"),
         ({"use_dora": True, "base_model_precision": "int8-quanto"}, "use_dora", "PEFT cannot read"),
+        (
+            {"use_dora": True, "lora_target_modules": "to_q,resnets.0.conv2", "mixed_precision": "bf16"},
+            "use_dora",
+            "norms of a convolution, as resnets.0.conv2, in bf16",
+        ),
+        (
+            {"lora_target_modules": ["conv_in", "conv1"], "base_model_precision": "int4-quanto"},
+            "lora_target_modules",
+            "names conv1, a convolution that base_model_precision int4-quanto holds in fewer bits",
+        ),
         ({**LYCORIS, "lycoris_config": SDXL_LOKR, "use_dora": True}, "use_dora", "about lora_type standard"),
         ({**LYCORIS, "lycoris_config": SDXL_LOKR, "lora_dropout": 0.1}, "lora_dropout", "lora_type standard"),
         (
@@ -174,6 +184,19 @@ def test_a_broken_or_absent_file_is_a_problem_that_shows_one(lycoris_problems, w
 )
 def test_what_does_not_go_together_is_refused_with_the_reason(problems_of, config, key, words):
     assert words in problems_of(config)[key].message
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_dora": True, "lora_target_modules": ["conv2"], "mixed_precision": "no"},
+        {"use_dora": True, "lora_target_modules": ["proj_in"], "mixed_precision": "bf16"},
+        {"lora_target_modules": ["conv_in", "conv_out", "to_q"], "base_model_precision": "int8-quanto"},
+        {"lora_target_modules": ["conv1"], "base_model_precision": "int8-torchao"},
+    ],
+)
+def test_targets_go_with_all_that_peft_can_adapt(write_project, config):
+    load_project(write_project(config))
 
 
 @pytest.mark.parametrize("precision", DORA_PRECISIONS)

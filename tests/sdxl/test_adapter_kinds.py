@@ -27,7 +27,16 @@ from sdxl_pipeline.sdxl.adapters import (
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.sdxl.components import load_pipeline, load_unet
 from sdxl_pipeline.sdxl.precision import quantize_model
-from tests.sdxl.adapted_unets import EVERY_KIND, KINDS, adapted_unet, lycoris, output, settings_of, train
+from tests.sdxl.adapted_unets import (
+    ATTENTION,
+    EVERY_KIND,
+    KINDS,
+    adapted_unet,
+    lycoris,
+    output,
+    settings_of,
+    train,
+)
 
 LYCORIS = [kind for kind, settings in KINDS.items() if "lycoris_config" in settings]
 PEFT = [kind for kind in KINDS if kind not in LYCORIS]
@@ -133,6 +142,7 @@ def test_a_lokr_may_start_as_noise_of_the_weights_size(lively: ResolvedModel):
     [
         (lycoris("lokr", apply_preset={"target_module": ["Atention"]}), "of the class Atention. Some that are: Att"),
         (lycoris("lokr", apply_preset={"target_name": ["to_qkv"]}), "no layer of the model has a name that 'to_qkv'"),
+        (lycoris("lokr", apply_preset={**ATTENTION, "exclude_name": ["to_qkv"]}), "has a name that 'to_qkv' matches"),
         (lycoris("lokr", apply_preset={"target_module": ["GroupNorm"]}), "targets no linear layer"),
         ({"lora_target_modules": ["to_qkv"]}, "ends in 'to_qkv'"),
         ({"lora_target_modules": ["norm1"]}, "lora_target_modules: .*not supported"),

@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 
+from sdxl_pipeline.project.adapter_checks import CONVOLUTIONS
 from sdxl_pipeline.project.sections.adapter import ATTENTION_PROJECTIONS
 from sdxl_pipeline.sdxl.adapters import (
     AdapterError,
@@ -69,6 +70,15 @@ def test_sdxl_bases_unet_has_560_attention_projections_to_adapt():
     assert {name.rsplit("attn", 1)[1] for name in names} == {
         f"{attention}.{projection}" for attention in (1, 2) for projection in ATTENTION_PROJECTIONS
     }
+
+
+def test_the_convolutions_of_sdxls_unet_are_known_at_the_door():
+    with init_empty_weights():
+        unet = UNet2DConditionModel.from_config(
+            json.loads((SDXL_BASE_CONFIGS / "unet" / "config.json").read_text())
+        )
+    convolutions = [name for name, module in unet.named_modules() if isinstance(module, torch.nn.Conv2d)]
+    assert {name.rpartition(".")[2] for name in convolutions} == set(CONVOLUTIONS)
 
 
 def test_only_the_adapter_trains_and_the_model_starts_unchanged(lively: ResolvedModel):
