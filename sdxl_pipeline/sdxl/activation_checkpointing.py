@@ -9,7 +9,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 LAYERS = (ResnetBlock2D, BasicTransformerBlock)
-"""What diffusers' UNets recompute, one at a time, but for the first of the middle block."""
+"""What diffusers' UNets recompute, one at a time, but for `NEVER_RECOMPUTED`."""
+
+NEVER_RECOMPUTED = "mid_block.resnets.0"
 
 
 def enable_checkpointing(unet: UNet2DConditionModel, interval: int | None = None) -> None:
