@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from sdxl_pipeline.project.sections.adapter import AdapterSettings
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.specs import SPOKEN_KINDS, TrainedLora, ValidationPrompt, WeightsKind
-from sdxl_pipeline.release.adapter_words import adapter_name, adapter_tags, is_shown
+from sdxl_pipeline.release.adapter_words import adapter_name, adapter_tags, alpha_words, is_shown
 from sdxl_pipeline.release.portable import portable_name, portable_settings
 from sdxl_pipeline.release.snippet import hub_id, snippet
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
@@ -70,6 +70,7 @@ def model_card(
         f"![base model beside {SPOKEN_KINDS[lora.weights_kind]}]({files['gallery']})",
         "## Use",
         snippet(base_model, settings, prompts, lora.weights_kind, files["weights"]),
+        alpha_words(settings) if lora.weights_kind == "lora" else "",
         "## Evaluation",
         _evaluation(report, files),
         "## Training",

@@ -157,6 +157,14 @@ def test_a_whole_unet_is_released_as_a_folder_that_the_snippet_loads(
         assert picture.size == (64, 64)
 
 
+def test_an_alpha_that_only_the_header_holds_is_told(release, inputs):
+    assert "ComfyUI" not in (release() / "README.md").read_text()
+    settings = inputs["settings"].model_copy(update={"lora_rank": 4, "lora_alpha": 10.0})
+    text = (release(settings=settings) / "README.md").read_text()
+    assert "The updates count 10 / 4 = 2.5 times" in text
+    assert "as ComfyUI, write a strength 2.5 times as large." in text
+
+
 @pytest.mark.parametrize(
     ("kind", "words", "tags"),
     [
@@ -181,6 +189,7 @@ def test_every_kind_of_adapter_is_released_with_the_code_that_loads_it(
     assert tags <= set(front_matter(folder)["tags"])
     assert ("| `lora_rank` |" in text) == (kind == "dora")
     assert ("`lycoris_config`" in text) == (kind != "dora")
+    assert ("The updates count 2 / 4 = 0.5 times" in text) == (kind == "dora")
 
     monkeypatch.chdir(folder)
     names: dict = {}
