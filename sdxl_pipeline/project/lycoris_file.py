@@ -6,6 +6,7 @@ from pathlib import Path
 from sdxl_pipeline.project.dataset_checks import Finding
 from sdxl_pipeline.project.json_files import read_json
 from sdxl_pipeline.project.keys import read_settings
+from sdxl_pipeline.project.paths import inside
 from sdxl_pipeline.project.problems import NO_VALUE, Problem
 from sdxl_pipeline.project.sections.lycoris import LYCORIS, LycorisSettings
 from sdxl_pipeline.project.training import TrainingSettings
@@ -27,7 +28,7 @@ def with_lycoris_file(
     written = training.lycoris_config
     if training.lora_type != "lycoris" or not isinstance(written, str):
         return training
-    path = (folder / Path(written).expanduser()).resolve()
+    path = inside(folder, written)
     if not path.exists() and (folder / path.name).exists():
         warnings.append(
             f"config.json: lycoris_config names {written}, which does not exist; {path.name} of the project folder is read instead"

@@ -151,7 +151,7 @@ def idle_objective(training: TrainingSettings) -> Iterator[str]:
 
 def _idle_bias(training: TrainingSettings) -> Iterator[str]:
     strategy, favoured = training.timestep_bias_strategy, training.favoured_timesteps(TIMESTEPS)
-    if strategy is None or favoured is None:
+    if favoured is None:
         return
     others = (
         ("timestep_bias_begin", "timestep_bias_end") if strategy != "range" else ("timestep_bias_portion",)

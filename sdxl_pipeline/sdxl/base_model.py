@@ -18,6 +18,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sdxl_pipeline.project.paths import inside
 from sdxl_pipeline.project.sections.model import MODEL_FLAVOURS
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.sdxl.hub_download import download_snapshot
@@ -146,7 +147,7 @@ def _locate(source: str, project_folder: Path) -> Path | str:
         if source != BUNDLED_NAME:
             raise BaseModelError(f"{source!r} is not a bundled model. There is one: {BUNDLED_NAME!r}.")
         return BUNDLED_MODEL
-    path = (project_folder / Path(source).expanduser()).resolve()
+    path = inside(project_folder, source)
     if path.is_dir():
         return path
     if path.is_file():

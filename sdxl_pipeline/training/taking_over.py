@@ -1,7 +1,7 @@
 """The state of another run as the state that this one goes on from, under its own settings."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,8 @@ from sdxl_pipeline.training.schedules import Schedule
 
 _Kept = frozenset[tuple[str, tuple[int, ...] | bool]]
 """What an optimizer keeps for one parameter: names, with the shapes of tensors, or whether there is anything else."""
+
+_OWN_IN_EACH_GROUP = frozenset({"params", "lr", "initial_lr"})
 
 
 def optimizer_fits(state: TrainingState, settings: TrainingSettings, device: str | torch.device) -> bool:
@@ -55,7 +57,7 @@ def under_own_settings(
         settled = after_a_step(settings, tuple(first.shape), first.device).param_groups[0]
         learnt = RECIPES[settings.optimizer].learnt
         for group, theirs in zip(groups, taken["param_groups"], strict=True):
-            group |= _without(settled, {"params", "lr", "initial_lr"})
+            group |= {name: value for name, value in settled.items() if name not in _OWN_IN_EACH_GROUP}
             group |= {name: theirs[name] for name in learnt if name in theirs}
     return replace(
         state,
@@ -74,10 +76,6 @@ def _kept(entries: Mapping[str, Any]) -> _Kept:
         else:
             kept.add((name, tuple(value.shape) if isinstance(value, Tensor) else value is not None))
     return frozenset(kept)
-
-
-def _without(group: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name not in set(names)}
 
 
 def _like(old: Any, rate: float | Tensor) -> Any:

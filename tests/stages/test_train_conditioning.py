@@ -1,13 +1,11 @@
 """Holds what reaches the UNet in a real run: SDXL's time ids of a random crop, in float32 whatever the precision, and the cached empty prompt for dropped captions."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 import sdxl_pipeline.training.loop as loop
 from sdxl_pipeline.protocol.program import StopSignal
@@ -17,19 +15,11 @@ from sdxl_pipeline.training.order import SampleOrder
 from sdxl_pipeline.training.samples import load_samples
 from tests.encoded_lanes import Silent, draw_pictures, prepare_lane
 from tests.lanes import make_spec
-from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
+from tests.training.conftest import fresh_accelerator, one_thread  # noqa: F401 (fixtures)
 
 STEPS, BATCH = 16, 3
 DROPPED = 0.4
 WIDTH, HEIGHT = 1820, 910  # bfloat16 has 1824 next to 1816
-
-
-@pytest.fixture
-def fresh_accelerator() -> Iterator[None]:
-    """Accelerate keeps one precision per process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.usefixtures("one_thread", "fresh_accelerator")

@@ -2,11 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from sdxl_pipeline.protocol.program import StopSignal
@@ -15,7 +13,7 @@ from sdxl_pipeline.stages.train import main
 from tests.lanes import make_lane, make_spec
 from tests.sdxl.test_precision import BY_DEFAULT, EXPECTED, require
 from tests.train_programs import run
-from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
+from tests.training.conftest import fresh_accelerator, one_thread  # noqa: F401 (fixtures)
 
 PRECISIONS = [
     pytest.param(name, mixed, marks=() if name in BY_DEFAULT else pytest.mark.slow)
@@ -26,14 +24,6 @@ PRECISIONS = [
 @pytest.fixture(scope="module")
 def lane(tmp_path_factory):
     return make_lane(tmp_path_factory.mktemp("lane"), splits=["train"] * 4 + ["eval"])
-
-
-@pytest.fixture
-def fresh_accelerator() -> Iterator[None]:
-    """Accelerate keeps one precision per process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.usefixtures("one_thread", "fresh_accelerator")

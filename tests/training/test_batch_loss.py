@@ -8,7 +8,6 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from torch import Tensor
@@ -21,7 +20,7 @@ from tests.encoded_lanes import Silent
 from tests.lanes import SQUARE, make_lane, make_spec
 from tests.training.test_loss_weights import masked_lane
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_accelerator")
 
 V = {"prediction_type": "v_prediction"}
 ZERO_SNR = {**V, "rescale_betas_zero_snr": True}
@@ -63,7 +62,6 @@ OBJECTIVES = {
 @contextlib.contextmanager
 def trainer_of(spec: TrainSpec) -> Iterator[Trainer]:
     Path(spec.run_dir).mkdir(parents=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
     trainer = Trainer(spec, "0" * 64, Silent(), StopSignal())
     try:
         trainer.unet.train()
