@@ -1,7 +1,7 @@
 """What goes wrong with a store and can be mended."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -10,6 +10,14 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 class StoreError(Exception):
     """An entry that is not there or cannot be read, or a store that cannot be written. The message says what to do."""
+
+
+class DamagedEntryError(StoreError):
+    """Entries whose bytes are not those that were written. They have been removed from the index."""
+
+    def __init__(self, message: str, keys: Sequence[str]) -> None:
+        super().__init__(message)
+        self.keys = tuple(keys)
 
 
 @contextmanager

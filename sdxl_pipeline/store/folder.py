@@ -8,6 +8,7 @@
 """
 
 import fcntl
+import logging
 import os
 import shutil
 import time
@@ -18,12 +19,14 @@ from pathlib import Path
 import numpy as np
 
 from sdxl_pipeline.store.errors import StoreError, full_disk_tolerated
-from sdxl_pipeline.store.index import Index, merged, pack_keys, read_index, write_index
+from sdxl_pipeline.store.index import Index, IndexFileError, merged, pack_keys, read_index, write_index
 from sdxl_pipeline.store.leases import held_lease, live_leases, oldest_writer_ns
 from sdxl_pipeline.store.shards import MappedShard, ShardError
 
 # Far longer than a writer takes between putting a shard in place and its index part.
 SWEEP_AFTER_SECONDS = 3600.0
+
+_log = logging.getLogger(__name__)
 
 
 class StoreFolder:
@@ -74,17 +77,49 @@ class StoreFolder:
         return sizes
 
     def read_index(self) -> Index:
-        """Every entry that lies in a whole shard."""
+        """Return every entry that is stored in a whole shard. An index file that is damaged is rebuilt from the shards."""
         # Parts first: one that vanishes between listing and reading has been folded into the index that is read afterwards.
-        parts = [read_index(part) for part in self.part_paths()]
-        folded = read_index(self.index_path)
+        damaged: list[Path] = []
+        parts = [self._readable(part, damaged) for part in self.part_paths()]
+        folded = self._readable(self.index_path, damaged)
         sizes = self.shard_sizes()  # after the indices, since a shard is there before its row
         indices = [index for index in (folded, *parts) if index is not None]
-        if folded is None:  # deleted or damaged: the shards themselves say what they hold
+        if folded is None or damaged:  # the shards themselves hold the keys of their entries
             named = {name for index in indices for name in index.shards}
             indices += self._indices_of(sizes.keys() - named, sizes)
         # Before they are merged: of two places of an entry, the one in a whole shard counts.
         return merged(index.of_whole_shards(sizes) for index in indices)
+
+    def _readable(self, path: Path, damaged: list[Path]) -> Index | None:
+        """Return an index file's content. One that is damaged is deleted: its rows are in the shards too."""
+        try:
+            return read_index(path)
+        except IndexFileError as error:
+            _log.warning("%s. It is deleted and rebuilt from the shards.", error)
+            damaged.append(path)
+            with suppress(OSError):  # a store that is read only is read as if the file were absent
+                path.unlink()
+            return None
+
+    def rebuild_index(self) -> Index:
+        """Write index.parquet anew from the shards alone, and return it. Reads every entry, and leaves out damaged ones."""
+        with self.locked():
+            parts = self.part_paths()
+            sizes = self.shard_sizes()
+            index = merged(self._indices_of(sizes, sizes))
+            with full_disk_tolerated():
+                self.write_index(index, parts)
+        return index
+
+    def discard(self, keys: np.ndarray) -> None:
+        """Remove packed keys from the index, so that their entries count as missing. Their shards stay until they are pruned."""
+        with self.locked():
+            parts = self.part_paths()
+            index = self.read_index()
+            places = index.find(keys)
+            kept = np.ones(len(index), bool)
+            kept[places[places >= 0]] = False
+            self.write_index(index.selected(kept), parts)
 
     def write_index(self, index: Index, folded: Iterable[Path]) -> None:
         """Put `index` in the place of index.parquet and of the parts `folded`. The lock is held."""
@@ -97,14 +132,14 @@ class StoreFolder:
 
         Nothing is lost when the disk is too full for the new index: the parts stay, and are read as they are.
         """
-        if not self.parts.is_dir():
+        if not self.shards.is_dir():
             return
         with full_disk_tolerated(), self.locked():
             parts = self.part_paths()
             index = self.read_index()
             sizes = self.shard_sizes()
             orphans = sizes.keys() - set(index.shards)
-            if parts or orphans:
+            if parts or orphans or not self.index_path.exists():
                 index = merged([index, *self._indices_of(orphans, sizes)])
                 self.write_index(index, parts)
             self.sweep(index)

@@ -160,19 +160,43 @@ def write_index(path: Path, index: Index) -> None:
             temporary,
             use_dictionary=["shard", "row", "nbytes", "shard_bytes"],
             write_statistics=False,
+            write_page_checksum=True,
         )
 
 
+class IndexFileError(Exception):
+    """An index file that cannot be read. The message names the file and the reason."""
+
+
 def read_index(path: Path) -> Index | None:
-    """An index as it was written; None when there is none at `path`, or not a readable one."""
+    """Return an index as it was written, or None when there is no file at `path`.
+
+    Raises IndexFileError for a file that is damaged (the checksums of its pages are verified), and PermissionError.
+    """
     try:
         # Read in small pieces by one thread: read_table holds three times as much memory meanwhile.
-        with pq.ParquetFile(path, read_dictionary=["shard"], pre_buffer=False, buffer_size=1 << 16) as file:
+        with pq.ParquetFile(
+            path,
+            read_dictionary=["shard"],
+            pre_buffer=False,
+            buffer_size=1 << 16,
+            page_checksum_verification=True,
+        ) as file:
             table = file.read(use_threads=False).unify_dictionaries().combine_chunks()
-    except (FileNotFoundError, pa.ArrowException):
+        if not table.schema.equals(_SCHEMA) or any(column.null_count for column in table.columns):
+            raise IndexFileError(f"{path} cannot be read: it holds another table than an index")
+        return _index_of_table(table)
+    except FileNotFoundError:
         return None
-    if not table.schema.equals(_SCHEMA) or any(column.null_count for column in table.columns):
-        return None
+    except (PermissionError, MemoryError, IndexFileError):
+        raise
+    except (
+        Exception
+    ) as error:  # a flipped byte makes pyarrow raise OSError, ValueError, UnicodeDecodeError and others
+        raise IndexFileError(f"{path} cannot be read: {error}") from error
+
+
+def _index_of_table(table: pa.Table) -> Index:
     if not len(table):
         return merged([])
     key, shard, *rest = (table.column(name).chunk(0) for name in _SCHEMA.names)

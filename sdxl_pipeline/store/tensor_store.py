@@ -4,26 +4,39 @@ An entry's key is the digest of everything its tensors depend on, so an entry is
 is the same twice. A writer first puts a shard in place, then its part of the index, each by rename: a kill leaves at most a shard that
 no index names. It is taken into the index by the next writer, which folds all parts into index.parquet under a file lock; so any number
 of processes may write at once, and read while others write. What a prune may delete is a matter of leases (`TensorStore.lease`).
+
+Each entry has a checksum, which is verified when a store first reads the entry. A damaged entry is removed from the index, so that it
+counts as missing and the stage that writes it encodes it again.
 """
 
+import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sdxl_pipeline.store.errors import FULL, StoreError
+from sdxl_pipeline.store.errors import FULL, DamagedEntryError, StoreError
 from sdxl_pipeline.store.folder import StoreFolder
 from sdxl_pipeline.store.index import Index, merged, pack_keys, unpack_keys, write_index
-from sdxl_pipeline.store.shards import Group, MappedShard, ShardError, new_shard_path, write_shard
+from sdxl_pipeline.store.shards import (
+    Group,
+    MappedShard,
+    MisplacedEntryError,
+    ShardError,
+    new_shard_path,
+    write_shard,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["StoreError", "StoreWriter", "TensorStore"]
+__all__ = ["DamagedEntryError", "StoreError", "StoreWriter", "TensorStore"]
+
+_log = logging.getLogger(__name__)
 
 # A mapping of each, no open file: reading from a shard that is not among them costs a tenth of a millisecond more.
 _OPEN_SHARDS = 2048
@@ -51,6 +64,9 @@ class TensorStore:
     def refresh(self) -> None:
         """Read the index again. Entries whose shard is gone, or not of the size it was written with, count as missing."""
         self._indices = (self._folder.read_index(),)
+        if len(self) and not self._folder.index_path.exists():
+            with suppress(OSError):  # a store that is read only is read from its shards each time
+                self._folder.fold()
 
     def keys(self) -> frozenset[str]:
         """The keys of all entries."""
@@ -87,7 +103,8 @@ class TensorStore:
     def read(self, key: str) -> "dict[str, Tensor]":
         """The tensors of an entry, in the dtype and shape they were added with. Raises StoreError when there is none.
 
-        They lie in the mapped shard: nothing is read from the disk before they are looked at, and then only their own pages.
+        The tensors are views of the mapped shard. The first read verifies the checksum, and so reads all pages of the entry; a mismatch
+        raises DamagedEntryError.
         """
         ((group, row),) = self._located([key])
         return {name: tensor[row] for name, tensor in group.tensors.items()}
@@ -96,7 +113,8 @@ class TensorStore:
         """The tensors of some entries stacked: row i of each (B, ...) tensor is that of the entry `keys[i]`.
 
         They are copied once, from the mapped shards into the batch. A key may stand there twice. Raises StoreError, naming the key,
-        when there is no such entry, or when it differs from the first in names, shapes or dtypes.
+        when there is no such entry, or when it differs from the first in names, shapes or dtypes, and DamagedEntryError when an entry
+        does not match its checksum.
         """
         import torch
 
@@ -118,6 +136,47 @@ class TensorStore:
             for target, source in zip(rows, group.bytes, strict=True):
                 target[position] = source[row]
         return batch
+
+    def damaged(
+        self, keys: Iterable[str] | None = None, on_progress: Callable[[int, int], None] | None = None
+    ) -> list[str]:
+        """Return those of `keys` (default: of all entries) whose entries do not match their checksums or cannot be read.
+
+        Reads every one of these entries that was not verified before. Keys without an entry are left out. `on_progress(done, total)`
+        counts entries.
+        """
+        packed = None if keys is None else _packed(list(dict.fromkeys(keys)))
+        broken: list[str] = []
+        total = len(self) if packed is None else len(packed)
+        done = 0
+        for index in self._indices:
+            places = np.arange(len(index)) if packed is None else index.find(packed)
+            places = places[places >= 0]
+            for place in places[np.argsort(index.shard[places], kind="stable")].tolist():
+                key = index.keys[place : place + 1]
+                if not self._is_intact(
+                    index.shards[index.shard[place]], key.tobytes(), int(index.row[place])
+                ):
+                    broken += unpack_keys(key)
+                done += 1
+                if on_progress is not None:
+                    on_progress(done, total)
+        return broken
+
+    def discard_damaged(self, keys: Iterable[str]) -> list[str]:
+        """Remove those of `keys` that are `damaged` from the index, so that they count as missing, and return them."""
+        broken = self.damaged(keys)
+        if broken:
+            _log.warning("%s: %d damaged entries are removed from the index.", self.root, len(broken))
+            self.discard(broken)
+        return broken
+
+    def discard(self, keys: Iterable[str]) -> None:
+        """Remove entries from the index, so that they count as missing and are encoded again."""
+        self._folder.discard(_packed(list(dict.fromkeys(keys))))
+        with self._open_lock:
+            self._open.clear()
+        self.refresh()
 
     @contextmanager
     def lease(self, keys: Iterable[str], *, purpose: str) -> Iterator[None]:
@@ -152,23 +211,29 @@ class TensorStore:
         return StoreError(f"{self.root} holds no entry {key}. Run the stage that writes it again.")
 
     def _located(self, keys: Sequence[str]) -> list[tuple[Group, int]]:
-        """The group and row of each key, in a mapped shard."""
+        """Return the group and row of each key, in a mapped shard, after its checksum was verified."""
         for attempt in range(_ATTEMPTS):
+            last = attempt == _ATTEMPTS - 1
             try:
                 return self._look_up(keys)
             except KeyError as error:
-                if attempt == _ATTEMPTS - 1:
+                if last:
                     raise self._no_entry(error.args[0]) from None
             except FileNotFoundError as error:
-                if attempt == _ATTEMPTS - 1:
+                if last:
                     raise StoreError(
                         f"{self.root} has lost a shard ({error}). Run the stage that writes it again."
                     ) from error
+            except MisplacedEntryError as error:
+                if last:
+                    raise StoreError(f"{self.root}: the index does not match the shards: {error}") from error
+                _log.warning("%s. The index of %s is rebuilt from the shards.", error, self.root)
+                self._folder.rebuild_index()
             self.refresh()  # another process has written the entry since, or moved it to another shard
         raise AssertionError("the last attempt returns or raises")
 
     def _look_up(self, keys: Sequence[str]) -> list[tuple[Group, int]]:
-        """Raises KeyError for a key that is in no index, and FileNotFoundError when its shard is gone."""
+        """Raise KeyError for a key that is in no index, FileNotFoundError when its shard is gone, and DamagedEntryError."""
         packed = _packed(keys)
         found: list[tuple[str, int] | None] = [None] * len(keys)
         for index in self._indices:
@@ -176,14 +241,34 @@ class TensorStore:
                 if place >= 0:
                     found[position] = (index.shards[index.shard[place]], int(index.row[place]))
         located = []
+        damaged: dict[str, str] = {}  # key -> reason
         for key, place in zip(keys, found, strict=True):
             if place is None:
                 raise KeyError(key)
+            name, row = place
             try:
-                located.append(self._open_shard(place[0]).place(bytes.fromhex(key), place[1]))
+                shard = self._open_shard(name)
+                located.append(shard.place(bytes.fromhex(key), row))
+                if not shard.is_intact(row):
+                    damaged[key] = f"row {row} of {shard.path} does not match its checksum"
             except ShardError as error:
-                raise StoreError(f"{error}. Delete it, and run the stage that writes it again.") from error
+                damaged[key] = str(error)
+        if damaged:
+            self.discard(damaged)
+            raise DamagedEntryError(
+                f"{self.root}: {len(damaged)} damaged entries: {'; '.join(dict.fromkeys(damaged.values()))}. They were removed from the "
+                "index: run the stage that writes them again, which encodes these entries only.",
+                list(damaged),
+            )
         return located
+
+    def _is_intact(self, shard_name: str, key: bytes, row: int) -> bool:
+        try:
+            shard = self._open_shard(shard_name)
+            shard.place(key, row)
+            return shard.is_intact(row)
+        except (FileNotFoundError, ShardError, MisplacedEntryError):
+            return False
 
     def _open_shard(self, name: str) -> MappedShard:
         """A mapped shard; the least recently used one is unmapped for it."""

@@ -99,14 +99,17 @@ def test_any_shape_and_dtype_comes_back(tmp_path: Path, shape, dtype):
     assert torch.equal(store.read(digest(1))["x"], tensors[1])
 
 
-def test_an_index_that_points_to_another_entry_is_caught(tmp_path: Path):
+def test_index_with_wrong_rows_is_rebuilt_from_the_shards(tmp_path: Path, caplog):
     fill(tmp_path, range(3))
     index = read_index(tmp_path / "index.parquet")
     assert index is not None
     swapped = dataclasses.replace(index, row=index.row[::-1].copy())
     write_index(tmp_path / "index.parquet", swapped)
-    with pytest.raises(StoreError, match="holds another entry"):
-        TensorStore(tmp_path).read_batch([digest(number) for number in range(3)])
+    assert_batch(TensorStore(tmp_path), [0, 1, 2])
+    assert "rebuilt from the shards" in caplog.text
+    caplog.clear()
+    assert_batch(TensorStore(tmp_path), [2, 1, 0])
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("damage", ["delete", "truncate", "another table", "text"])
