@@ -14,18 +14,19 @@ from torch import Tensor
 
 from sdxl_pipeline.images.crops import fresh_place
 from sdxl_pipeline.project.datasets import CacheMode
+from sdxl_pipeline.protocol.finished import finished_path
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import TrainingLane
 from sdxl_pipeline.sdxl.drawing import Conditioning
 from sdxl_pipeline.sdxl.latents import sample_latents
 from sdxl_pipeline.sdxl.time_ids import time_ids
-from sdxl_pipeline.store.tensor_store import TensorStore
+from sdxl_pipeline.store.tensor_store import DamagedEntryError, TensorStore
 from sdxl_pipeline.training.corruption import Corruption
 from sdxl_pipeline.training.draws import seed_for, uniform
 from sdxl_pipeline.training.loss_weights import ALL_ALIKE, LossWeights
 from sdxl_pipeline.training.on_demand import Cache, OnDemandEncoders, Tensors, read_from
 from sdxl_pipeline.training.order import Draw, SampleOrder
-from sdxl_pipeline.training.samples import Sample
+from sdxl_pipeline.training.samples import NAMED_IN_ERRORS, Sample
 from sdxl_pipeline.training.scheduled_sampling import Rollout
 from sdxl_pipeline.training.text_encoders import LiveTexts
 
@@ -161,7 +162,7 @@ class BatchReader:
 
     def posteriors(self, samples: Sequence[Sample]) -> Posteriors:
         """The latents of samples of one bucket, as mean and log-variance. Raises StageError for a picture that cannot be encoded."""
-        read = read_from(
+        read = self._read_from(
             [self._latents[sample.dataset_id] for sample in samples],
             [sample.latent_key for sample in samples],
             [partial(self._encode_crop, sample) for sample in samples],
@@ -222,10 +223,46 @@ class BatchReader:
     def _read_texts(self, datasets: Sequence[str], embed_keys: Sequence[str]) -> Tensors:
         if self.live_texts is not None:
             return self.live_texts.encode(self._captions(datasets, embed_keys))
-        return read_from(
+        return self._read_from(
             [self._texts[dataset_id] for dataset_id in datasets],
             embed_keys,
             [partial(self._encode_text, *named) for named in zip(datasets, embed_keys, strict=True)],
+        )
+
+    def _read_from(
+        self, caches: Sequence[Cache], keys: Sequence[str | None], make: Sequence[Callable[[], Tensors]]
+    ) -> Tensors:
+        try:
+            return read_from(caches, keys, make)
+        except DamagedEntryError as error:
+            raise StageError(self._report_damage(error.keys)) from error
+
+    def _report_damage(self, found: Sequence[str]) -> str:
+        """Verify every entry that these datasets use, so that one more run of the encode stages replaces all damaged ones."""
+        parts = []
+        for lane in self._lanes.values():
+            rows = pd.read_parquet(lane.rows_path, columns=["path", "key", "crop_index"])
+            latents = pd.read_parquet(lane.latents.entries_path, columns=["key", "crop_index", "latent_key"])
+            texts = pd.read_parquet(lane.text_embeds.entries_path, columns=["path", "embed_key"])
+            prompts = pd.read_parquet(lane.text_embeds.prompts_path, columns=["prompt", "embed_key"])
+            texts = pd.concat([texts, prompts.rename(columns={"prompt": "path"})])
+            for asset, manifest, cache, named, column in (
+                ("vae_latents", lane.latents, self._latents, rows.merge(latents), "latent_key"),
+                ("text_embeds", lane.text_embeds, self._texts, texts, "embed_key"),
+            ):
+                store = cache[lane.dataset_id].store
+                broken = {*found, *store.discard_damaged(named[column])}
+                names = list(dict.fromkeys(named["path"][named[column].isin(broken)]))
+                if names:
+                    # the next run of the stage has to look into the store
+                    finished_path(Path(manifest.entries_path)).unlink(missing_ok=True)
+                    parts.append(
+                        f"{asset} of {', '.join(map(repr, names[:NAMED_IN_ERRORS]))} ({len(names)} in all)"
+                    )
+        return (
+            f"damaged cache entries (a checksum did not match): {'; '.join(parts)}. They were removed from the cache. Materialize "
+            "vae_latents and text_embeds again: only these are encoded, and the training resumes from its last checkpoint. If this "
+            "happens again, check the disk."
         )
 
     def empty_prompt_key(self, dataset_id: str) -> str:

@@ -109,9 +109,13 @@ class Cache:
         The key None is that of nothing the store could have.
         """
         named = [key for key in keys if key is not None]
-        if len(named) == len(keys) and (self.mode == "full" or not self.store.missing(named)):
+        if len(named) == len(keys) and self.mode == "full":
             return self.store.read_batch(named)
         with self._lock:
+            # a damaged entry counts as missing once it has been found
+            self.store.discard_damaged(named)
+            if len(named) == len(keys) and not self.store.missing(named):
+                return self.store.read_batch(named)
             missing = set(self.store.missing(named))
             made: dict[str, Tensors] = {}
             rows = []
