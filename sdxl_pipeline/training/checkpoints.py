@@ -4,6 +4,7 @@ A checkpoint is a folder of safetensors and one JSON file, made beside its place
 no pickle in it and no random state, since every random choice is a function of the step (`training.draws`).
 """
 
+import hashlib
 import json
 import os
 import re
@@ -27,7 +28,9 @@ from sdxl_pipeline.training.optimizer_state import flatten_optimizer, unflatten_
 CHECKPOINTS = "checkpoints"
 """The folder of a run's checkpoints in the run's own."""
 
-FORMAT = 1
+FORMAT = 2
+STATE_DIGEST = "state_sha256"
+"""The key in state.json of the digest of all its other keys."""
 PARAMETERS = "trainable.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 AVERAGE = "average.safetensors"
@@ -133,11 +136,17 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def is_intact(place: Path) -> bool:
-    """Whether a checkpoint's files are what they were when written."""
+    """Return whether all files of a checkpoint, its state.json included, are what they were when written, and no weights were added."""
     try:
-        digests: Mapping[str, str] = json.loads((place / STATE).read_bytes())["sha256"]
-        return all(sha256_file(place / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError, KeyError):
+        state: dict[str, Any] = json.loads((place / STATE).read_bytes())
+        digests: Mapping[str, str] = state["sha256"]
+        weights = {file.relative_to(place).as_posix() for file in place.rglob("*.safetensors")}
+        return (
+            state.pop(STATE_DIGEST) == _state_digest(state)
+            and weights <= digests.keys()
+            and all(sha256_file(place / name) == digest for name, digest in digests.items())
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -182,7 +191,8 @@ def adopt_checkpoint(source: Path, root: Path, lineage: RunLineage) -> None:
     if not ancestor.takes_optimizer:
         (unfinished / OPTIMIZER).unlink()
         del state["optimizer"], state["sha256"][OPTIMIZER]
-    write_text_atomic(unfinished / STATE, json.dumps(state, indent=1))
+    del state[STATE_DIGEST]
+    write_text_atomic(unfinished / STATE, _state_json(state))
     unfinished.rename(place)
     _flush(root)
 
@@ -276,9 +286,18 @@ def _write(
         "scaler": state.scaler,
         "sha256": {file.relative_to(folder).as_posix(): sha256_file(file) for file in _files(folder)},
     }
-    (folder / STATE).write_text(json.dumps(content, indent=1))
+    (folder / STATE).write_text(_state_json(content))
     for place in (*_files(folder), *(path for path in folder.rglob("*") if path.is_dir()), folder):
         _flush(place)
+
+
+def _state_json(content: Mapping[str, Any]) -> str:
+    return json.dumps({**content, STATE_DIGEST: _state_digest(json.loads(json.dumps(content)))}, indent=1)
+
+
+def _state_digest(content: Any) -> str:
+    """Return the hex SHA-256 of state.json's content as it was parsed, whatever its spelling."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:

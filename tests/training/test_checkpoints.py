@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from sdxl_pipeline.protocol.program import StageError
-from sdxl_pipeline.protocol.specs import RunLineage
+from sdxl_pipeline.protocol.specs import Ancestor, RunLineage
 from sdxl_pipeline.training.checkpoint_times import CheckpointKind
 from sdxl_pipeline.training.checkpoints import (
     TrainingState,
+    adopt_checkpoint,
     checkpoint_bytes,
     checkpoint_step,
     clear_checkpoints,
+    is_intact,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -204,3 +206,42 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path):
     (place / "state.json").write_text(json.dumps(state | {"format": 99}))
     with pytest.raises(StageError, match="format 99"):
         load_checkpoint(place)
+
+
+def test_a_flipped_byte_in_any_file_of_a_checkpoint_is_found(tmp_path):
+    save(tmp_path, 1)
+    place = save(tmp_path, 2)
+    for file in place.iterdir():
+        intact = file.read_bytes()
+        for position in range(0, len(intact), 41):
+            data = bytearray(intact)
+            data[position] ^= 1
+            file.write_bytes(data)
+            assert not is_intact(place), (file.name, position)
+        file.write_bytes(intact)
+        assert is_intact(place)
+
+
+def test_a_checkpoint_with_another_step_in_its_state_is_passed_over(tmp_path):
+    save(tmp_path, 1)
+    place = save(tmp_path, 2)
+    state = (place / "state.json").read_text()
+    (place / "state.json").write_text(state.replace('"step": 2', '"step": 3'))
+    reported: list[str] = []
+    assert latest_checkpoint(tmp_path, "me", reported.append) == tmp_path / "step-00000001"
+    assert "damaged" in reported[0]
+
+
+def test_a_checkpoint_with_added_weights_is_not_intact(tmp_path):
+    place = save(tmp_path, 2)
+    shutil.copyfile(place / "weights.safetensors", place / "more.safetensors")
+    assert not is_intact(place)
+
+
+def test_an_adopted_checkpoint_is_intact(tmp_path):
+    ancestor = Ancestor(identity="me", step=2, same_trajectory=False, takes_optimizer=False)
+    lineage = RunLineage(
+        identity="you", trajectory="t", family="f", kin="k", optimizer="adamw", ancestor=ancestor
+    )
+    adopt_checkpoint(save(tmp_path / "me", 2), tmp_path / "you", lineage)
+    assert latest_checkpoint(tmp_path / "you", "you", pytest.fail) == tmp_path / "you" / "step-00000002"
