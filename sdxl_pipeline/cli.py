@@ -6,7 +6,8 @@ Torch is never imported here: a doctor must answer at once, and also where the i
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from sdxl_pipeline.images.sources.addresses import bucket_url, missing_extra
@@ -72,6 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="FOLDER",
         help=f"the storage's root (default: {ROOT_VARIABLE}, else `storage` in the repository)",
     )
+    prune.add_argument(
+        "--verify",
+        action="store_true",
+        help="read every cached latent and embedding and compare it with its checksum; damaged ones are encoded again by the next run",
+    )
     answer = prune.add_mutually_exclusive_group()
     answer.add_argument("--dry-run", action="store_true", help="only show what would be freed")
     answer.add_argument("--yes", action="store_true", help="free it without asking")
@@ -80,17 +87,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(settings_page())
         return 0
     if options.command == "prune":
-        return _prune(options.storage, options.dry_run, options.yes, Console(highlight=False))
+        return _prune(options.storage, options.dry_run, options.yes, options.verify, Console(highlight=False))
     return _doctor(options.projects, options.hardware, options.set_only, Console(highlight=False))
 
 
-def _prune(storage: str | None, dry_run: bool, yes: bool, console: Console) -> int:
+def _prune(storage: str | None, dry_run: bool, yes: bool, verify: bool, console: Console) -> int:
     from sdxl_pipeline.pruning.prune import prune
     from sdxl_pipeline.pruning.references import PruneError
 
     root, projects = storage_root(storage), projects_folder()
     try:
-        foreseen = prune(root, projects, dry_run=True)
+        with _verification(console) if verify else nullcontext() as on_progress:
+            foreseen = prune(root, projects, dry_run=True, verify=verify, on_progress=on_progress)
         _show_prune(foreseen, root, console)
         if dry_run or not foreseen.freed:
             return 0
@@ -101,12 +109,27 @@ def _prune(storage: str | None, dry_run: bool, yes: bool, console: Console) -> i
             if console.input("Free it? \\[y/N] ").strip().lower() not in ("y", "yes"):
                 console.print("Nothing was freed.")
                 return 1
-        done = prune(root, projects)
+        done = prune(root, projects, verify=verify)
     except PruneError as error:
         console.print(f"[bold red]Nothing is freed: {escape(str(error))}[/]", soft_wrap=True)
         return 1
     console.print(f"Freed {decimal(done.bytes)}.")
     return 0
+
+
+@contextmanager
+def _verification(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Show the progress of reading all entries of each store."""
+    with Progress(console=console, transient=True) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            task = tasks.get(what)
+            if task is None:
+                task = tasks[what] = progress.add_task(escape(what), total=total)
+            progress.update(task, completed=done)
+
+        yield report
 
 
 def _show_prune(report: "PruneReport", root: Path, console: Console) -> None:

@@ -17,9 +17,11 @@ import numpy as np
 from sdxl_pipeline.pruning.references import LANE_STAGES, References, packed, references
 from sdxl_pipeline.store.compaction import Compaction, compact
 from sdxl_pipeline.store.places import Places
+from sdxl_pipeline.store.tensor_store import TensorStore
 
 Progress = Callable[[str, int, int], None]
 
+DAMAGED = "damaged entries"
 YOUNG_SECONDS = 3600.0
 _KEPT_TABLE = re.compile(r"(rows|captions|masks)-[0-9a-f]{16}\.parquet")
 _DOWNLOAD = re.compile(r".+-[0-9a-f]{12}")
@@ -54,17 +56,21 @@ def prune(
     projects_folder: Path,
     *,
     dry_run: bool = False,
+    verify: bool = False,
     on_progress: Progress | None = None,
 ) -> PruneReport:
     """Free what the projects in `projects_folder` do not refer to under the storage's `root`, and in stores of their own.
 
-    `on_progress(what, done, total)` counts bytes. Raises PruneError when it cannot be told what is referred to; nothing is freed then.
+    With `verify`, every entry of the stores is read and compared with its checksum first; a damaged one is removed from the index, so
+    that the next run encodes it again. `on_progress(what, done, total)` counts bytes, and entries while verifying. Raises PruneError when it cannot be told what is referred to; nothing is freed then.
     """
     places = Places(root)
     needed = references(places, projects_folder)
     freed: list[Freed] = []
     notes = list(needed.notes)
     for store in needed.keys:
+        if verify:
+            freed.append(Freed(DAMAGED, store, _verified(store, dry_run, on_progress), 0))
         if store in needed.kept_stores:
             notes.append(f"{store}: nothing is freed, since {needed.kept_stores[store]}")
             continue
@@ -88,6 +94,20 @@ def prune(
                     _delete(path)
         freed += [Freed(what, folder, len(sizes), sum(sizes)) for folder, sizes in by_folder.items()]
     return PruneReport(tuple(item for item in freed if item.count or item.bytes), tuple(notes))
+
+
+def _verified(root: Path, dry_run: bool, on_progress: Progress | None) -> int:
+    """Return how many entries of a store are damaged; they are discarded unless it is a dry run."""
+    store = TensorStore(root)
+
+    def report(done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress(f"verify {root}", done, total)
+
+    broken = store.damaged(on_progress=report)
+    if broken and not dry_run:
+        store.discard(broken)
+    return len(broken)
 
 
 def _compacted(

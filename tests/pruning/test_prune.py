@@ -14,7 +14,7 @@ import torch
 
 from sdxl_pipeline.project.project import load_project
 from sdxl_pipeline.protocol.specs import LatentCache, TextEmbedCache
-from sdxl_pipeline.pruning.prune import PruneReport, prune
+from sdxl_pipeline.pruning.prune import DAMAGED, PruneReport, prune
 from sdxl_pipeline.pruning.references import PruneError
 from sdxl_pipeline.store.places import Places
 from sdxl_pipeline.store.tensor_store import TensorStore
@@ -340,3 +340,22 @@ def test_an_empty_storage_has_nothing_to_free(world: World):
     world.places.root.mkdir()
     assert world.prune().freed == ()
     assert list(world.places.root.iterdir()) == []
+
+
+def test_verify_counts_damaged_entries_and_removes_them_from_the_index(world: World):
+    world.project("small")
+    world.encode("small", "vae_latents", range(12))
+    world.encode("small", "text_embeds", range(4))
+    damaged = sorted((world.places.latents / "shards").iterdir())[1]
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1  # of the entry 7
+    damaged.write_bytes(data)
+    assert kinds(world.prune(dry_run=True)) == {}
+    seen: list[tuple[str, int, int]] = []
+    foreseen = world.prune(dry_run=True, verify=True, on_progress=lambda *progress: seen.append(progress))
+    assert kinds(foreseen) == {DAMAGED: 1}
+    assert [(done, total) for what, done, total in seen if str(world.places.latents) in what][-1] == (12, 12)
+    assert world.left(world.places.latents) == set(range(12))
+    assert kinds(world.prune(verify=True)) == {DAMAGED: 1}
+    assert world.left(world.places.latents) == set(range(12)) - {7}
+    assert kinds(world.prune(verify=True)) == {}
