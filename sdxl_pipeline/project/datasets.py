@@ -136,6 +136,10 @@ class ImageDataset(SettingsModel):
         None,
         description="For type csv: folder that downloads are kept in; not set: the storage resource's.",
     )
+    allow_private_addresses: bool = Field(
+        False,
+        description="Let downloads connect to private, loopback and link-local addresses, also by a redirect; only for servers of your own network.",
+    )
     metadata_backend: Literal["discovery", "parquet", "huggingface"] = Field(
         "discovery",
         description="Where sizes are read from. They are read from the files whatever stands here, since these are hashed anyway.",

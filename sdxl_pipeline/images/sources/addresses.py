@@ -15,6 +15,9 @@ _READERS: Final = {
 }
 """The package that reads a protocol through fsspec, and the extra of this project that installs it."""
 
+STORES: Final = frozenset({"s3", "s3a", "gs", "gcs"})
+"""Protocols of object stores, whose service is the user's choice, whatever an address says."""
+
 
 def protocol_of(address: str) -> str:
     """The protocol of a URL in lower case; empty for a path."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from sdxl_pipeline.images.sources.address_guard import AddressGuard, own_host, refused
 from sdxl_pipeline.images.sources.addresses import bucket_url, missing_extra, protocol_of
 from sdxl_pipeline.images.sources.fetched import Fetched, SourceError
 from sdxl_pipeline.images.sources.names import names_in_the_way, why_not_local
@@ -80,14 +81,21 @@ def fetch_remote(dataset: ImageDataset, filesystem: Any, path: str, target: Path
     """Copy one remote file. Raises FetchError."""
     try:
         filesystem.get_file(path, str(target))
-    except FileNotFoundError as error:
-        raise FetchError("it is not there (any more)") from error
     except PermissionError as error:
         raise FetchError(tell(error, dataset)) from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             raise
-        raise FetchError(tell(error, dataset), again=True) from error
+        raise _fetch_error(error, dataset, "it is not there (any more)") from error
+
+
+def _fetch_error(error: Exception, dataset: ImageDataset, if_absent: str) -> FetchError:
+    """Return what a file system's error means for one file: to be tried again, unless it is absent or its address is refused."""
+    if refusal := refused(error):  # some file systems turn every error into a FileNotFoundError
+        return FetchError(refusal)
+    if isinstance(error, FileNotFoundError):
+        return FetchError(if_absent)
+    return FetchError(tell(error, dataset), again=True)
 
 
 def tell(error: BaseException, dataset: ImageDataset) -> str:
@@ -128,9 +136,24 @@ def _filesystem(dataset: ImageDataset, address: str) -> tuple[Any, str]:
             options["endpoint_url"] = dataset.aws_endpoint_url
         if dataset.aws_region_name is not None:
             options["client_kwargs"] = {"region_name": dataset.aws_region_name}
+    elif protocol_of(address) in ("http", "https") and not dataset.allow_private_addresses:
+        options |= {"get_client": _guarded_client(address), "skip_instance_cache": True}
     with _making:  # fsspec keeps one instance for equal options, and makes it without a lock
         filesystem, path = url_to_fs(address, **options)
     return filesystem, path
+
+
+def _guarded_client(address: str) -> Callable[..., Any]:
+    """Return what makes aiohttp's client for a page that the user named: its host is allowed, other private addresses are not."""
+    guard = AddressGuard(own_host(address))
+
+    async def client(**options: Any) -> Any:
+        import aiohttp
+
+        connector = aiohttp.TCPConnector(socket_factory=guard.open_socket)
+        return aiohttp.ClientSession(connector=connector, **options)
+
+    return client
 
 
 def _list(
@@ -199,17 +222,15 @@ def _links(dataset: ImageDataset, filesystem: Any, page: str) -> list[dict[str, 
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise FetchError(tell(error, dataset), again=True) from error
+        raise _fetch_error(error, dataset, "") from error
     return links
 
 
 def _look_up(dataset: ImageDataset, filesystem: Any, entry: dict[str, Any]) -> int:
     try:
         entry["stamp"] = _stamp(filesystem.info(entry["path"]))
-    except FileNotFoundError as error:
-        raise FetchError("404 Not Found") from error
     except Exception as error:
-        raise FetchError(tell(error, dataset), again=True) from error
+        raise _fetch_error(error, dataset, "404 Not Found") from error
     return 0
 
 

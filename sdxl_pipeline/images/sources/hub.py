@@ -17,6 +17,7 @@ from sdxl_pipeline.images.sources.hub_files import (
     Content,
     HubRepository,
     HubUnreachableError,
+    checked_connections,
     download_file,
     is_cached,
     open_repository,
@@ -39,7 +40,7 @@ def fetch_hub_dataset(dataset: ImageDataset, folder: Path, on_progress: Progress
     a Parquet file are written out once, and stay for later commits that have the same file. Where the Hub cannot be reached, the
     commit that was fetched last serves. Raises SourceError.
     """
-    with Depot(folder).opened() as depot:
+    with Depot(folder).opened() as depot, checked_connections(dataset):
         repository = _open(dataset, folder)
         about = _about(dataset, repository)
         files = files_of_split(dataset, repository.files, about)

@@ -1,9 +1,11 @@
 """Dataset repositories of the Hugging Face Hub: what they hold at which commit, and single files of them in the Hub's cache."""
 
 import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sdxl_pipeline.images.sources.address_guard import guarded_hub_client
 from sdxl_pipeline.images.sources.fetched import SourceError
 from sdxl_pipeline.images.sources.transfer import DISK_ERRORS, FetchError
 from sdxl_pipeline.project.credentials import without_credentials
@@ -94,6 +96,8 @@ def open_repository(dataset: ImageDataset, seen: HubRepository | None = None) ->
         ) from error
     except HFValidationError as error:
         raise SourceError(f"{where(dataset)} is no name of a repository. Write owner/name.") from error
+    except FetchError as error:  # the Hub redirects to a private address
+        raise SourceError(f"{where(dataset)} cannot be read: {error}.") from error
     except (HTTPError, OfflineModeIsEnabled) as error:
         raise HubUnreachableError(told(error)) from error
     if commit is None:
@@ -146,6 +150,13 @@ def told(error: BaseException) -> str:
     """What an error of the client says, in a line."""
     text = next((line for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {without_credentials(text)}" if text else type(error).__name__
+
+
+def checked_connections(dataset: ImageDataset) -> AbstractContextManager[None]:
+    """Refuse the Hub client's connections to private addresses other than those of HF_ENDPOINT's host, while the context is open."""
+    from huggingface_hub import constants
+
+    return guarded_hub_client(dataset, _endpoint() or constants.ENDPOINT)
 
 
 def _endpoint() -> str | None:

@@ -205,7 +205,7 @@ def _fetch_pointers(
         def job(pointer: str, name: str) -> int:
             if protocol_of(pointer) in ("http", "https"):
                 with linked.incoming() as temporary:
-                    download(pointer, temporary)
+                    download(pointer, temporary, dataset.allow_private_addresses)
                     return linked.put(temporary, name, name)
             path = posixpath.normpath(pointer)
             if path not in repository.files:

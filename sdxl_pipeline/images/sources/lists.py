@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
-from sdxl_pipeline.images.sources.addresses import protocol_of
+from sdxl_pipeline.images.sources.addresses import STORES, protocol_of
 from sdxl_pipeline.images.sources.buckets import fetch_remote, open_file
 from sdxl_pipeline.images.sources.fetched import Fetched, SourceError
 from sdxl_pipeline.images.sources.names import name_of_address, picture_suffix
-from sdxl_pipeline.images.sources.transfer import Depot, Progress, fetch_all
+from sdxl_pipeline.images.sources.transfer import Depot, FetchError, Progress, fetch_all
 from sdxl_pipeline.images.sources.web import download
 from sdxl_pipeline.images.text_files import OK, decode_text
 from sdxl_pipeline.project.credentials import without_credentials
@@ -136,7 +136,12 @@ def _job(
     def fetch() -> int:
         with depot.incoming() as temporary:
             if protocol_of(address) in ("http", "https"):
-                download(address, temporary)
+                download(address, temporary, dataset.allow_private_addresses)
+            elif protocol_of(address) not in STORES and not dataset.allow_private_addresses:
+                raise FetchError(
+                    f"{protocol_of(address)}:// is not read from a list, since where it connects to cannot be checked; write http, https, "
+                    "s3 or gs, or allow_private_addresses: true in this dataset's entry"
+                )
             else:
                 fetch_remote(dataset, *open_file(dataset, address), temporary)
             with temporary.open("rb") as file:

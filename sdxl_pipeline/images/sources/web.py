@@ -7,6 +7,7 @@ from pathlib import Path
 from threading import local
 from typing import Any, Final
 
+from sdxl_pipeline.images.sources.address_guard import AddressGuard, guarded_session
 from sdxl_pipeline.images.sources.names import picture_suffix
 from sdxl_pipeline.images.sources.transfer import FetchError, wait_unless_stopped
 from sdxl_pipeline.project.credentials import without_credentials
@@ -22,16 +23,18 @@ _CHUNK: Final = 1 << 16
 _threads = local()
 
 
-def download(address: str, target: Path) -> None:
-    """Write what lies at an http or https address to `target`.
+def download(address: str, target: Path, allow_private_addresses: bool = False) -> None:
+    """Write the content of an http or https address to `target`.
 
-    Raises FetchError: at once for an answer that will stay the same, such as 404 or a page of HTML; as one that another try may mend
+    Private addresses are refused, that of a redirect too, unless `allow_private_addresses`. Raises FetchError: at once for an answer that will stay the same, such as 404 or a page of HTML; as one that another try may mend
     for 408, 425, 429 and 5xx (after the wait that Retry-After asks for), broken connections, silence, and bodies that end too early.
     """
     import requests
 
     try:
-        with _session().get(address, stream=True, timeout=(CONNECT_SECONDS, SILENCE_SECONDS)) as answer:
+        with _session(allow_private_addresses).get(
+            address, stream=True, timeout=(CONNECT_SECONDS, SILENCE_SECONDS)
+        ) as answer:
             if answer.status_code != 200:
                 raise FetchError(
                     f"{answer.status_code} {answer.reason}".strip(),
@@ -57,12 +60,13 @@ def download(address: str, target: Path) -> None:
         raise FetchError("it is no valid address") from error
 
 
-def _session() -> Any:
-    """A session of the calling thread: it keeps connections open, and is not made to be shared between threads."""
-    if not hasattr(_threads, "session"):
+def _session(allow_private_addresses: bool) -> Any:
+    """Return a session of the calling thread: it keeps connections open, and is not made to be shared between threads."""
+    sessions: dict[bool, Any] = _threads.__dict__.setdefault("sessions", {})
+    if allow_private_addresses not in sessions:
         import requests
 
-        session = requests.Session()
+        session = requests.Session() if allow_private_addresses else guarded_session(AddressGuard())
         # A compressed body's length says nothing of whether all of it came.
         session.headers.update(
             {
@@ -71,8 +75,8 @@ def _session() -> Any:
                 "Accept-Encoding": "identity",
             }
         )
-        _threads.session = session
-    return _threads.session
+        sessions[allow_private_addresses] = session
+    return sessions[allow_private_addresses]
 
 
 def _write(answer: Any, target: Path) -> None:

@@ -188,7 +188,7 @@ def test_parquet_may_hold_addresses_and_paths(hub, web, tmp_path, make, sources)
     (folder / "data").mkdir()
     pq.write_table(table, folder / "data" / "train-00000-of-00001.parquet")
     hub.add_dataset(REPO, folder)
-    fetched = fetch_source(cats(make), sources)
+    fetched = fetch_source(cats(make, allow_private_addresses=True), sources)
     assert sorted(tree(fetched.folder).values()) == sorted([picture(5), picture(6)])
     assert fetched.captions is not None
     assert sorted(fetched.captions.values()) == [("a", "e"), ("b",)]
@@ -197,7 +197,7 @@ def test_parquet_may_hold_addresses_and_paths(hub, web, tmp_path, make, sources)
         "pictures/absent.png": "download failed: the repository has no such file",
     }
     web.add("/gone.png", picture(8))
-    again = fetch_source(cats(make), sources)
+    again = fetch_source(cats(make, allow_private_addresses=True), sources)
     assert (web.asked["/6.png"], web.asked["/gone.png"], len(again.failed)) == (1, 2, 1)
 
 

@@ -29,7 +29,7 @@ def write(tmp_path: Path):
 
 
 def cats(make, path, **settings):
-    return make(type="csv", csv_file=path, **settings)
+    return make(**{"type": "csv", "csv_file": path, "allow_private_addresses": True} | settings)
 
 
 def by_content(fetched):
