@@ -4,7 +4,7 @@ import dagster as dg
 
 from assets.aspect_buckets import build_aspect_buckets
 from assets.base_model import build_base_model
-from assets.data_checks import build_leak_checks
+from assets.data_checks import build_leak_checks, build_regularisation_checks
 from assets.dataset import build_dataset
 from assets.evaluation import build_evaluation
 from assets.hub_release import build_hub_release
@@ -36,6 +36,7 @@ def build_assets(project: Project) -> list[dg.AssetsDefinition]:
         *(build_mask_dataset(project, entry) for entry in project.mask_datasets),
         *masks,
         *build_leak_checks(project),
+        *build_regularisation_checks(project),
         build_lora(project),
         build_evaluation(project),
         build_hub_release(project),

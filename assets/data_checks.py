@@ -35,18 +35,22 @@ def dataset_specs(key: dg.AssetKey) -> list[dg.AssetCheckSpec]:
         captions_present=f"At most {MISSING_CAPTIONS_LIMIT:.0%} of the pictures lack a caption.",
         files_accounted_for="Files found = kept + dropped, each once, and every dropped one has a reason.",
         may_look_alike="No picture is there twice, be it byte for byte or nearly so to the eye.",
+        may_leave_data_unused="Every setting has an effect, every caption file is read, every row of a table belongs to an image.",
         may_share_captions=f"No caption is shared by {SHARED_CAPTION_LIMIT} different pictures or more.",
     )
 
 
-def check_dataset(scanned: pd.DataFrame, dataset: ImageDataset, folder: Path) -> list[dg.AssetCheckResult]:
-    """Results of `dataset_specs`; `folder` is where the pictures lie."""
+def check_dataset(
+    scanned: pd.DataFrame, dataset: ImageDataset, folder: Path, notes: Sequence[str] = ()
+) -> list[dg.AssetCheckResult]:
+    """Return the results of `dataset_specs`; `folder` has the images, `notes` describe what of data and settings is not used."""
     kept = scanned[scanned["status"] == "kept"]
     return [
         result("usable_pictures", len(kept) > 0, f"{len(kept)} of {len(scanned)} files are kept."),
         _captions_present(scanned, kept, dataset),
         files_accounted_for(scanned, kept),
         _look_alikes(kept, dataset, folder),
+        result("may_leave_data_unused", not notes, " ".join(notes) or "All of it is used."),
         _shared_captions(kept, dataset),
     ]
 
@@ -105,6 +109,48 @@ def build_leak_checks(project: Project) -> list[dg.AssetChecksDefinition]:
     return [
         _build_leak_check(project, dataset, other) for dataset in project.eval_datasets for other in trained
     ]
+
+
+def build_regularisation_checks(project: Project) -> list[dg.AssetChecksDefinition]:
+    """Return for each regularisation dataset a check `may_repeat_<dataset>` against each dataset that is trained as usual.
+
+    An image in both is trained towards itself and towards what the base model makes of it, which work against each other.
+    """
+    trained = [dataset for dataset in project.train_datasets if not dataset.is_regularisation_data]
+    return [
+        _build_regularisation_check(project, dataset, other)
+        for dataset in project.train_datasets
+        if dataset.is_regularisation_data
+        for other in trained
+    ]
+
+
+def _build_regularisation_check(
+    project: Project, dataset: ImageDataset, other: ImageDataset
+) -> dg.AssetChecksDefinition:
+    name = f"may_repeat_{other.asset_name}"
+
+    @dg.asset_check(
+        asset=lane_key(project, dataset, "dataset"),
+        name=name,
+        description=f"No regularisation image is also an ordinary training image of {other.id}.",
+        additional_ins={
+            "trained": dg.AssetIn(key=lane_key(project, other, "dataset"), dagster_type=pd.DataFrame)
+        },
+    )
+    def regularisation_check(scanned: pd.DataFrame, trained: pd.DataFrame) -> dg.AssetCheckResult:
+        kept, ordinary = (frame[frame["status"] == "kept"] for frame in (scanned, trained))
+        names = dict(zip(ordinary["key"], ordinary["path"], strict=True))
+        same = kept[kept["key"].isin(names)]
+        shown = [f"{path} = {names[key]}" for path, key in zip(same["path"], same["key"], strict=True)]
+        hint = " Remove them from one of the two." if shown else ""
+        return result(
+            name,
+            not shown,
+            f"{len(shown)} of {len(kept)} regularisation images are also ordinary training images of {other.id}{_names(shown)}.{hint}",
+        )
+
+    return regularisation_check
 
 
 def _build_leak_check(

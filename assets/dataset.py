@@ -25,11 +25,12 @@ from sdxl_pipeline.project.datasets import ImageDataset
 from sdxl_pipeline.project.project import Project
 from sdxl_pipeline.sdxl.tiny.demo import generate_if_asked
 
-CODE = "2"
+CODE = "3"
 SETTINGS = SOURCE_SETTINGS | {
     "instance_data_dir",
     "caption_column",
     "csv_caption_column",
+    "allow_private_addresses",
     "find_near_duplicates",
     "max_num_samples",
     "caption_strategy",
@@ -77,7 +78,9 @@ def build_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefinition:
             generate_if_asked(project.folder)
             # Taken before the scan: a file that changes meanwhile is then seen as changed by the sensor.
             fingerprint = dataset_fingerprint(dataset)
-            scanned, told = scan_files(context, storage, project, dataset, config.verify or dataset.verify)
+            scanned, told, notes = scan_files(
+                context, storage, project, dataset, config.verify or dataset.verify
+            )
             told |= _filter_notes(context, dataset)
         kept = scanned[scanned["status"] == "kept"]
         context.log.info(f"{len(scanned)} files found, {len(kept)} kept, {len(scanned) - len(kept)} dropped.")
@@ -85,7 +88,7 @@ def build_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefinition:
             value=scanned,
             data_version=dg.DataVersion(dataset_digest(scanned)),
             metadata=_metadata(storage, dataset, scanned) | told | {METADATA_ENTRY: fingerprint},
-            check_results=checks.check_dataset(scanned, dataset, storage.data_dir(dataset)),
+            check_results=checks.check_dataset(scanned, dataset, storage.data_dir(dataset), notes),
         )
 
     return dataset_asset
@@ -93,14 +96,15 @@ def build_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefinition:
 
 def scan_files(
     context: dg.AssetExecutionContext, storage: Storage, project: Project, dataset: ImageDataset, verify: bool
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Every file of a dataset, fetched, read and looked at as far as that is needed, and what to tell of how it went."""
+) -> tuple[pd.DataFrame, dict[str, Any], list[str]]:
+    """Return every file of a dataset, fetched and read as far as needed; metadata; and what of its data or settings is not used."""
     work_dir = storage.work_dir(project.name, dataset.asset_name, "dataset")
     recorded = work_dir / "scan.parquet"
     folder = storage.data_dir(dataset)
     scanned, told = None, {}
+    notes = list(project.unused_settings.get(dataset.id, ()))
     if dataset.skipped_stages & TRUSTING and not verify:
-        scanned = recall_dataset(dataset, folder, recorded)
+        scanned = recall_dataset(dataset, folder, recorded, notes.append)
         if scanned is not None:
             told["discovery"] = "skipped: the files are those recorded by the last scan (skip_file_discovery)"
             context.log.info(
@@ -111,6 +115,7 @@ def scan_files(
     if scanned is None:
         fetched = fetch_source(dataset, storage.path / "sources", _progress(context, "files fetched"))
         told = _fetch_notes(context, dataset, fetched)
+        notes += fetched.notes
         folder = fetched.folder
         scanned = scan_dataset(
             dataset,
@@ -120,11 +125,16 @@ def scan_files(
             recorded=recorded,
             verify=verify,
             on_progress=_progress(context, "new or changed files read"),
+            on_note=notes.append,
         )
     if dataset.find_near_duplicates:
         looked = _progress(context, "new pictures looked at")
         scanned = look_at(folder, scanned, work_dir / "looks.parquet", looked)
-    return scanned, told
+    for note in notes:
+        context.log.warning(note)
+    if notes:
+        told["not_used"] = names_list(notes)
+    return scanned, told, notes
 
 
 def _progress(context: dg.AssetExecutionContext, what: str) -> Callable[[int, int], None]:
@@ -163,6 +173,13 @@ def _fetch_notes(
         f"{fetched.downloaded} of {fetched.files} files downloaded, {megabytes:.1f} MB in {fetched.seconds:.1f} s; "
         f"{len(fetched.failed)} failed."
     )
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in fetched.failed:
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        context.log.warning(
+            f"{len(names)} not fetched, {reason}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
+        )
     notes = {
         "revision": fetched.revision,
         "fetched_from": source_of(dataset),

@@ -47,7 +47,7 @@ def build_mask_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefini
     def mask_dataset(context: dg.AssetExecutionContext, storage: Storage, config: Launchpad) -> Iterator[Any]:
         with told_to_the_user():
             fingerprint = dataset_fingerprint(entry)  # before the scan, as that of pictures
-            scanned, told = scan_files(context, storage, project, entry, config.verify or entry.verify)
+            scanned, told, _ = scan_files(context, storage, project, entry, config.verify or entry.verify)
         kept = scanned[scanned["status"] == "kept"]
         context.log.info(f"{len(scanned)} files found, {len(kept)} masks.")
         yield dg.MaterializeResult(

@@ -58,6 +58,19 @@ def test_a_dataset_folder_that_does_not_exist_is_named(make_project, capsys):
     assert f"{folder / 'elsewhere'} does not exist" in capsys.readouterr().out
 
 
+def test_the_doctor_reports_what_settings_and_folders_leave_unused(make_project, capsys):
+    dataset = {"caption_strategy": "filename", "crop": False, "crop_aspect": "square", "crop_style": "center"}
+    folder = make_project(pictures=3, dataset=dataset)
+    (folder / "data").rename(folder / "10_shapes")
+    (folder / "data").mkdir()
+    (folder / "10_shapes").rename(folder / "data" / "10_shapes")
+    assert main(["doctor", str(folder)]) == 0
+    output = capsys.readouterr().out
+    assert '"shapes".crop_aspect has no effect: crop is false' in output
+    assert "3 text files are stored beside images and not read; write caption_strategy: textfile." in output
+    assert 'write "repeats": 9 in this entry.' in output
+
+
 def test_a_source_is_shown_with_what_it_lacks(make_project, capsys, monkeypatch):
     elsewhere = {"instance_data_dir": "", "type": "csv", "csv_file": "list.csv"}
     folder = make_project(dataset=elsewhere)

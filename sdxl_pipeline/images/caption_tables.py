@@ -1,15 +1,23 @@
 """Captions from a table by file name: Parquet, or JSON Lines."""
 
-import json
-import math
 import posixpath
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from sdxl_pipeline.images.caption_errors import CaptionError
+from sdxl_pipeline.images.table_rows import (
+    Row,
+    TableError,
+    cell_texts,
+    json_rows,
+    likely_cause,
+    name_text,
+    unmatched_notes,
+    unnamed_notes,
+)
 from sdxl_pipeline.images.text_files import OK, decode_text
 from sdxl_pipeline.project.datasets import ImageDataset, ParquetTable
 
@@ -25,27 +33,53 @@ def table_path(dataset: ImageDataset, folder: Path) -> Path | None:
 
 
 def captions_from_table(
-    dataset: ImageDataset, folder: Path, pictures: Iterable[str]
+    dataset: ImageDataset,
+    folder: Path,
+    images: Iterable[str],
+    others: Iterable[str] = (),
+    on_note: Callable[[str], None] | None = None,
 ) -> dict[str, tuple[tuple[str, ...], str]]:
-    """The captions of each of `pictures` (paths relative to `folder`), and "ok", "missing" or "ambiguous".
+    """Return the captions of each of `images` (paths relative to `folder`), and "ok", "missing" or "ambiguous".
 
-    A row belongs to the picture whose path it names, relative to the folder or absolute; or, as a bare name, to the one picture of
-    that name wherever it lies. With `identifier_includes_extension` names carry their extension; without it they need not. Numbers
-    name files as they are written. Several rows of one picture are several captions. A bare name of several pictures belongs to
-    none of them, unless one lies in the folder itself.
+    A row belongs to the image whose path it names, relative to the folder or absolute; or, as a bare name, to the one image of that
+    name in any folder. With `identifier_includes_extension` names carry their extension; without it they need not. Numbers name
+    files as they are written. Several rows of one image are several captions. A bare name of several images belongs to none of
+    them, unless one is in the folder itself.
 
-    Raises CaptionError when the table cannot be read or lacks a column.
+    `on_note` gets a sentence on the rows that name no file, and one for each cause by which rows match neither an image nor one of
+    `others`, the files that are not trained on. Raises CaptionError when the table cannot be read, lacks a column, or has captions
+    or names that are no text.
     """
     settings, path = dataset.parquet, table_path(dataset, folder)
     if settings is None or path is None:
         raise AssertionError("only a dataset of strategy parquet has a table")
     where = f"dataset {dataset.id!r} in multidatabackend.json: parquet.path {settings.path!r}"
-    table = _by_name(_read_rows(path, settings, where), settings, folder)
-    pictures = list(pictures)
-    bare = Counter(
-        name for picture in pictures for name in set(_names(posixpath.basename(picture), settings))
-    )
-    return {picture: _look_up(picture, table, bare, settings) for picture in pictures}
+    try:
+        table, counts, unnamed = _by_name(_read_rows(path, settings, where), settings, folder)
+    except TableError as error:
+        raise CaptionError(f"{where}: {error}") from error
+    images = list(images)
+    bare = Counter(name for image in images for name in set(_names(posixpath.basename(image), settings)))
+    found = {image: _look_up(image, table, bare, settings) for image in images}
+    if on_note is not None:
+        for note in _notes(settings, counts, unnamed, [*images, *others]):
+            on_note(note)
+    return found
+
+
+def _notes(
+    settings: ParquetTable, counts: Mapping[str, int], unnamed: list[int], files: Iterable[str]
+) -> Iterator[str]:
+    """Yield what to report of rows that give no image a caption."""
+    yield from unnamed_notes(settings.path, settings.filename_column, unnamed)
+    known = {
+        name for file in files for path in (file, posixpath.basename(file)) for name in _names(path, settings)
+    }
+    unmatched = {name: count for name, count in counts.items() if name not in known}
+    if unmatched:
+        folded = frozenset(name.casefold() for name in known)
+        cause = partial(likely_cause, exists=known.__contains__, folded=folded)
+        yield from unmatched_notes(settings.path, unmatched, cause)
 
 
 def _look_up(
@@ -66,21 +100,31 @@ def _names(path: str, settings: ParquetTable) -> tuple[str, ...]:
     return (path,) if settings.identifier_includes_extension else (posixpath.splitext(path)[0], path)
 
 
-def _by_name(rows: Iterable[Mapping[str, Any]], settings: ParquetTable, folder: Path) -> dict[str, list[str]]:
+def _by_name(
+    rows: Iterable[Row], settings: ParquetTable, folder: Path
+) -> tuple[dict[str, list[str]], Counter[str], list[int]]:
+    """Return the captions by name, the number of rows of each name, and the lines of the rows without one."""
     columns = _caption_columns(settings)
     root = str(folder) + "/"
     table: dict[str, list[str]] = {}
-    for row in rows:
-        name = _text(row.get(settings.filename_column))
+    counts: Counter[str] = Counter()
+    unnamed: list[int] = []
+    for line, row in rows:
+        try:
+            name = name_text(row.get(settings.filename_column), settings.filename_column)
+            texts = [text for column in columns for text in cell_texts(row.get(column), column)]
+            if not texts and (fallback := settings.fallback_caption_column):
+                texts = cell_texts(row.get(fallback), fallback)
+        except TableError as error:
+            raise TableError(f"row {line}: {error}") from error
         if not name:
+            unnamed.append(line)
             continue
         name = unicodedata.normalize("NFC", name.removeprefix(root).removeprefix("./"))
-        texts = [text for column in columns for text in _texts(row.get(column))]
-        if not texts and settings.fallback_caption_column:
-            texts = _texts(row.get(settings.fallback_caption_column))
+        counts[name] += 1
         known = table.setdefault(name, [])
         known += [text for text in dict.fromkeys(texts) if text not in known]
-    return table
+    return table, counts, unnamed
 
 
 def _caption_columns(settings: ParquetTable) -> tuple[str, ...]:
@@ -88,19 +132,7 @@ def _caption_columns(settings: ParquetTable) -> tuple[str, ...]:
     return (named,) if isinstance(named, str) else named
 
 
-def _text(value: Any) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    # a column of whole numbers with gaps is one of floats
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def _texts(value: Any) -> list[str]:
-    values = value if isinstance(value, list | tuple) else [value]
-    return [text for item in values if (text := _text(item).strip())]
-
-
-def _read_rows(path: Path, settings: ParquetTable, where: str) -> Iterator[Mapping[str, Any]]:
+def _read_rows(path: Path, settings: ParquetTable, where: str) -> Iterator[Row]:
     needed = [settings.filename_column, *_caption_columns(settings)]
     if settings.fallback_caption_column:
         needed.append(settings.fallback_caption_column)
@@ -112,7 +144,7 @@ def _read_rows(path: Path, settings: ParquetTable, where: str) -> Iterator[Mappi
     if rows is None:
         columns, rows = _parquet_rows(path, needed, where)
     else:
-        columns = list(dict.fromkeys(column for row in rows for column in row))
+        columns = list(dict.fromkeys(column for _, row in rows for column in row))
     missing = [column for column in needed if column not in columns]
     if missing:
         raise CaptionError(
@@ -122,7 +154,7 @@ def _read_rows(path: Path, settings: ParquetTable, where: str) -> Iterator[Mappi
     yield from rows
 
 
-def _parquet_rows(path: Path, needed: list[str], where: str) -> tuple[list[str], list[dict[str, Any]]]:
+def _parquet_rows(path: Path, needed: list[str], where: str) -> tuple[list[str], list[Row]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -130,7 +162,7 @@ def _parquet_rows(path: Path, needed: list[str], where: str) -> tuple[list[str],
         with pq.ParquetFile(path) as file:
             columns = file.schema_arrow.names
             present = [column for column in dict.fromkeys(needed) if column in columns]
-            return columns, file.read(columns=present).to_pylist()
+            return columns, list(enumerate(file.read(columns=present).to_pylist(), start=1))
     except (OSError, pa.ArrowException) as error:
         raise CaptionError(
             f"{where} cannot be read as Parquet: {str(error).splitlines()[0]} "
@@ -138,7 +170,7 @@ def _parquet_rows(path: Path, needed: list[str], where: str) -> tuple[list[str],
         ) from error
 
 
-def _json_rows(path: Path, where: str) -> list[dict[str, Any]]:
+def _json_rows(path: Path, where: str) -> list[Row]:
     try:
         text, status = decode_text(path.read_bytes())
     except OSError as error:
@@ -147,25 +179,4 @@ def _json_rows(path: Path, where: str) -> list[dict[str, Any]]:
         ) from error
     if status != OK:
         raise CaptionError(f"{where} is neither UTF-8 nor UTF-16 with a byte order mark. Save it as UTF-8.")
-    if text.lstrip().startswith("["):
-        rows = _parse(text, f"{where} is no JSON list")
-    else:
-        lines = enumerate(text.split("\n"), start=1)
-        rows = [
-            _parse(line, f"{where}, line {number}, is no JSON object")
-            for number, line in lines
-            if line.strip()
-        ]
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise CaptionError(
-                f'{where}: entry {number} is no object. Write {{"filename": "a.png", "caption": "..."}}.'
-            )
-    return rows
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise CaptionError(f"{where}: {error}. Mend it, or write the table again.") from error
+    return list(json_rows(text))

@@ -25,7 +25,9 @@ _OTHER_PICTURE_SUFFIXES = frozenset(
     }
     | {".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"}
 )
-_CAPTION_SUFFIX = ".txt"
+CAPTION_SUFFIXES = (".txt", ".caption")
+"""Extensions of caption files, the first of which goes before the second; kohya's trainers and captioning tools write the latter."""
+SHADOWED = "caption file is not read beside one with the extension"
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class FileRoles:
 def file_roles(paths: Sequence[str], problems: Sequence[str], table: str | None = None) -> FileRoles:
     """The roles of the files at `paths`, relative and sorted; `problems` says what is wrong with one as a file.
 
-    A caption file has the name of its picture, but for the extension, whose case does not matter (where both are there, .txt goes
-    before .TXT). The case of the name itself does, since A.jpg and a.jpg may be two pictures. One that differs only in how its
+    A caption file has the name of its picture, but for the extension, .txt or .caption, whose case does not matter. Where there are
+    several, .txt goes before .TXT, and both go before .caption; the others are left out. The case of the name itself does, since A.jpg and a.jpg may be two pictures. One that differs only in how its
     accents are encoded (Unicode's normal forms) is the picture's, unless another one fits exactly. Pictures that differ only in
     their extension share it. `table` is the path of a caption table, which is left out under that name.
     """
@@ -66,10 +68,11 @@ def file_roles(paths: Sequence[str], problems: Sequence[str], table: str | None 
         elif is_picture:
             pictures.append(position)
             stems[position] = stem
-        elif suffix == _CAPTION_SUFFIX:
-            if stem in texts:
-                left_out[texts[stem]] = "caption without picture"
-            texts[stem] = position
+        elif suffix in CAPTION_SUFFIXES:
+            read, other = sorted((position, texts.get(stem, position)), key=lambda at: _precedence(paths[at]))
+            texts[stem] = read
+            if other != read:
+                left_out[other] = f"{SHADOWED} {_suffix(paths[read])}"
         elif path == table:
             left_out[position] = "caption table"
         elif suffix in _OTHER_PICTURE_SUFFIXES:
@@ -101,6 +104,16 @@ def split_suffix(path: str) -> tuple[str, str]:
     if dot <= path.rfind("/") + 1:  # none, or one that only hides the file
         return path, ""
     return path[:dot], path[dot:].lower()
+
+
+def _precedence(path: str) -> tuple[int, bool]:
+    suffix = _suffix(path)
+    return CAPTION_SUFFIXES.index(suffix.lower()), suffix != suffix.lower()
+
+
+def _suffix(path: str) -> str:
+    """Return the extension as it is written."""
+    return path[path.rfind(".") :]
 
 
 def _composed(name: str) -> str:

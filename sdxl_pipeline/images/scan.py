@@ -13,6 +13,7 @@ import pandas as pd
 from sdxl_pipeline.images.caption_tables import MISSING, captions_from_table, table_path
 from sdxl_pipeline.images.captions import OK, UNREADABLE, CaptionRules, caption_rules, captions_in
 from sdxl_pipeline.images.file_roles import FileRoles, file_roles
+from sdxl_pipeline.images.folder_notes import folder_notes
 from sdxl_pipeline.images.reading import ReadFile, read_picture, read_text
 from sdxl_pipeline.images.recorded_scan import (
     RACY_NS,
@@ -72,6 +73,7 @@ def scan_dataset(
     recorded: Path | None = None,
     verify: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> pd.DataFrame:
     """One row per file found under `folder`, sorted by path, with SCAN_COLUMNS.
 
@@ -81,13 +83,14 @@ def scan_dataset(
     - `captions`, one or more for each kept picture, and `caption_status` (see `Captions.status`).
     - `status` "kept" or "dropped", and the `reason` for the latter. `phash` "": nobody has looked at the pixels.
 
-    A text file that shares its name with a picture is that picture's caption and no row of its own. Links are followed. Nothing
+    A text file (.txt or .caption) that shares its name with a picture is that picture's caption and no row of its own. Links are followed. Nothing
     is written into the folder. `captions` are those that the dataset's source gives, by path; `failed`, names and reasons of what it
     could not fetch, become dropped rows.
 
     `recorded` is a file in which the scan leaves what it read. The next scan reads again only files that are new or changed, by
     size, modification time and inode; with `verify` all of them. `on_progress(done, total)` is called after each file read, of
-    those to be read.
+    those to be read. `on_note` gets a sentence on each kind of content that the settings leave unused: rows of a caption table that
+    match no image, and what `folder_notes` finds.
 
     Raises DatasetFolderError when there is no folder, when it cannot be listed, or when it is empty; CaptionError when the caption
     settings name something that cannot be used.
@@ -105,10 +108,12 @@ def scan_dataset(
         known is None or captions is not None or known.failed != scan.failed or not known.files.equals(files)
     ):
         write_recorded(recorded, origin, scan)
-    return _frame(scan, roles, rules, folder)
+    return _frame(scan, roles, rules, folder, on_note)
 
 
-def recall_dataset(dataset: ImageDataset, folder: Path, recorded: Path) -> pd.DataFrame | None:
+def recall_dataset(
+    dataset: ImageDataset, folder: Path, recorded: Path, on_note: Callable[[str], None] | None = None
+) -> pd.DataFrame | None:
     """What `scan_dataset` would give if nothing had changed since it recorded that scan: neither folder nor files are looked at.
 
     The caption settings are those of today. None when there is no such record, or when it lacks the captions, which were never read.
@@ -124,7 +129,7 @@ def recall_dataset(dataset: ImageDataset, folder: Path, recorded: Path) -> pd.Da
             return None
     elif rules.reads in ("csv", "huggingface") and scan.captions is None:
         return None
-    return _frame(scan, roles, rules, folder)
+    return _frame(scan, roles, rules, folder, on_note)
 
 
 def _list_folder(dataset: ImageDataset, folder: Path, may_be_empty: bool) -> pd.DataFrame:
@@ -208,14 +213,25 @@ def _threads() -> int:
     )  # more than cores: while one waits for its file, or for the interpreter
 
 
-def _frame(scan: RecordedScan, roles: FileRoles, rules: CaptionRules, folder: Path) -> pd.DataFrame:
+def _frame(
+    scan: RecordedScan,
+    roles: FileRoles,
+    rules: CaptionRules,
+    folder: Path,
+    on_note: Callable[[str], None] | None,
+) -> pd.DataFrame:
     """The rows of a scan, as today's settings have them."""
     files = scan.files
     paths, reasons = files["path"].tolist(), files["unreadable"].tolist()
+    if on_note is not None:
+        for note in folder_notes(rules.dataset, paths, roles):
+            on_note(note)
     captions: list[list[str]] = [[]] * len(files)
     statuses = [""] * len(files)
     readable = [position for position in roles.pictures if not reasons[position]]
-    for position, (texts, status) in zip(readable, _texts(scan, roles, rules, readable, folder), strict=True):
+    for position, (texts, status) in zip(
+        readable, _texts(scan, roles, rules, readable, folder, on_note), strict=True
+    ):
         made = rules.captions_of(paths[position], texts, status)
         captions[position], statuses[position] = list(made.texts), made.status
         reasons[position] = rules.drop_reason(made)
@@ -243,7 +259,12 @@ def _frame(scan: RecordedScan, roles: FileRoles, rules: CaptionRules, folder: Pa
 
 
 def _texts(
-    scan: RecordedScan, roles: FileRoles, rules: CaptionRules, readable: Sequence[int], folder: Path
+    scan: RecordedScan,
+    roles: FileRoles,
+    rules: CaptionRules,
+    readable: Sequence[int],
+    folder: Path,
+    on_note: Callable[[str], None] | None,
 ) -> Iterable[tuple[Sequence[str], str]]:
     """What was read for the captions of each of the readable pictures, and how that went."""
     match rules.reads:
@@ -258,7 +279,7 @@ def _texts(
         case "parquet":
             paths = scan.files["path"].tolist()
             pictures = [paths[position] for position in readable]
-            found = captions_from_table(rules.dataset, folder, pictures)
+            found = captions_from_table(rules.dataset, folder, pictures, paths, on_note)
             return map(found.__getitem__, pictures)
         case "csv" | "huggingface":
             paths, given = scan.files["path"].tolist(), scan.captions or {}

@@ -13,6 +13,11 @@ from sdxl_pipeline.project.datasets import (
     TextEmbedsDataset,
     asset_name,
 )
+from sdxl_pipeline.project.idle_dataset_settings import (
+    idle_between_entries,
+    idle_dataset_settings,
+    idle_mask_entry,
+)
 from sdxl_pipeline.project.json_files import read_json
 from sdxl_pipeline.project.keys import Reading, read_settings
 from sdxl_pipeline.project.known_keys import IMAGES, TEXT_EMBEDS
@@ -42,6 +47,8 @@ class DatasetsReading:
     warnings: list[str] = field(default_factory=list)
     written: dict[str, Collection[str]] = field(default_factory=dict)
     """The keys that stand in each entry of pictures or masks, by its id."""
+    unused: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Those of `warnings` that are about settings of one entry without effect, by its id."""
 
 
 def read_datasets(path: Path, folder: Path, training: TrainingSettings, config_file: Path) -> DatasetsReading:
@@ -73,6 +80,7 @@ def read_datasets(path: Path, folder: Path, training: TrainingSettings, config_f
         if not _is_true(named.get("disabled", named.get("disable", False))):
             _read_entry(raw, named, f"{where}.", path, folder, training, config_file, reading)
     _check_together(seen, path, reading)
+    _find_idle(seen, path, training, config_file, reading)
     reading.warnings += [
         f"{config_file.name}: {idle}" for idle in idle_mask_settings(training, reading.images)
     ]
@@ -243,6 +251,39 @@ def _check_together(places: Mapping[str, str], path: Path, reading: DatasetsRead
             message = "names no text_embeds entry"
             problems.append(
                 Problem(path, f"{places[dataset.id]}.text_embeds", dataset.text_embeds, message, remedy)
+            )
+
+
+def _find_idle(
+    places: Mapping[str, str],
+    path: Path,
+    training: TrainingSettings,
+    config_file: Path,
+    reading: DatasetsReading,
+) -> None:
+    """Add a warning for each setting without effect: those of an entry, and those of config.json that no entry uses."""
+    found = [*idle_between_entries(reading.images, reading.text_embeds)]
+    inherited: dict[str, list[str]] = {}
+    for dataset in reading.images:
+        written = reading.written[dataset.id]
+        found += idle_dataset_settings(dataset, written)
+        shared = [key for key in INHERITED if key in training.model_fields_set and key not in written]
+        reasons = {idle.key: idle.reason for idle in idle_dataset_settings(dataset, shared)}
+        for key in shared:
+            inherited.setdefault(key, []).append(reasons.get(key, ""))
+    for entry in reading.masks:
+        found += idle_mask_entry(entry, reading.written[entry.id])
+    for id_, key, reason in found:
+        place = places[id_]
+        warning = (
+            f"{path.name}: {place}.{key} has no effect: {reason}" if key else f"{path.name}: {place} {reason}"
+        )
+        reading.warnings.append(warning)
+        reading.unused[id_] = (*reading.unused.get(id_, ()), warning)
+    for key, reasons in inherited.items():
+        if all(reasons):
+            reading.warnings.append(
+                f"{config_file.name}: {key} has no effect: in every dataset without its own, {reasons[0]}"
             )
 
 

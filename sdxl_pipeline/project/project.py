@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -58,6 +58,8 @@ class Project:
     prompts: tuple[Prompt, ...]
     warnings: tuple[str, ...]
     mask_datasets: tuple[ImageDataset, ...] = ()
+    unused_settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The warnings about one dataset's own settings, by its id."""
 
     @property
     def train_datasets(self) -> tuple[ImageDataset, ...]:
@@ -194,6 +196,7 @@ def load_project(folder: Path) -> Project:
         prompts=prompts,
         warnings=tuple(warnings),
         mask_datasets=tuple(datasets.masks),
+        unused_settings=datasets.unused,
     )
 
 

@@ -291,3 +291,43 @@ def test_short_buckets_are_told_with_their_pictures():
     assert "4 planned + 1 filtered out (1 too small)" in str(checks["pictures_accounted_for"].description)
     assert not checks["may_fill_a_batch"].passed
     assert str(checks["may_fill_a_batch"].description).endswith("a batch of 2: 128x64 (1).")
+
+
+def test_what_is_not_used_and_what_is_trained_both_ways_is_reported(
+    instance: dg.DagsterInstance, make_project: Callable[..., Path]
+) -> None:
+    folder = make_project(pictures=0, config={"eval_holdout_share": 0})
+    unused = {"caption_strategy": "filename", "crop": False, "crop_style": "center"}
+    write_datasets(
+        folder,
+        {"id": "people", "instance_data_dir": "people", **unused},
+        {"id": "prior", "instance_data_dir": "prior", "is_regularisation_data": True},
+    )
+    for name in PICTURES[:3]:
+        place(folder / "people" / "4_people", f"{name}.png", name)
+    for name in PICTURES[3:]:
+        place(folder / "prior", f"{name}.png", name)
+    assert evaluate(folder, instance)["prior/dataset", "may_repeat_people"].passed
+    shutil.copy(folder / "people" / "4_people" / "camera.png", folder / "prior" / "same.png")
+    (folder / "prior" / "same.txt").write_text("the same")
+    checks = evaluate(folder, instance)
+    check = checks["prior/dataset", "may_repeat_people"]
+    assert (check.passed, check.severity) == (False, dg.AssetCheckSeverity.WARN)
+    assert check.description == (
+        "1 of 4 regularisation images are also ordinary training images of people (same.png = 4_people/camera.png). "
+        "Remove them from one of the two."
+    )
+    assert checks["prior/dataset", "may_leave_data_unused"].passed
+    check = checks["people/dataset", "may_leave_data_unused"]
+    assert (check.passed, check.severity) == (False, dg.AssetCheckSeverity.WARN)
+    event = instance.get_latest_materialization_event(dg.AssetKey(["small", "people", "dataset"]))
+    assert event is not None
+    assert event.asset_materialization is not None
+    listed = event.asset_materialization.metadata["not_used"].value
+    for words in (
+        '"people".crop_style has no effect: crop is false',
+        "3 text files are stored beside images and not read; write caption_strategy: textfile.",
+        'folder 4_people (3 images): the repeats in its name, as kohya\'s trainers write them, are not followed; write "repeats": 3',
+    ):
+        assert words in str(check.description)
+        assert words in str(listed)

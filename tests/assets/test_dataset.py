@@ -160,6 +160,8 @@ def test_a_list_of_pictures_is_fetched_and_its_failures_are_rows(lane: Lane) -> 
     ]
     again, _ = lane.run()
     assert again["version"] == told["version"]
+    listed.write_text(listed.read_text() + "\n,nobody\n")
+    assert "1 row of list.csv without a value in column 'url', at line 7" in lane.run()[0]["not_used"]
 
 
 @pytest.mark.parametrize(
@@ -172,11 +174,16 @@ def test_a_list_of_pictures_is_fetched_and_its_failures_are_rows(lane: Lane) -> 
             "gone.csv",
         ),
         ({"instance_data_dir": "gone"}, "does not exist. Create the folder"),
+        (
+            {"caption_strategy": "parquet", "parquet": {"path": "broken.jsonl"}},
+            "row 1: column 'caption' holds objects",
+        ),
     ],
 )
 def test_what_the_user_can_mend_is_told_in_a_sentence(
     lane: Lane, settings: dict[str, Any], message: str
 ) -> None:
+    (lane.data / "broken.jsonl").write_text('{"filename": "picture_00", "caption": {"short": "a"}}')
     lane.change(**settings)
     with pytest.raises(dg.Failure, match=message) as raised:
         lane.run()

@@ -101,8 +101,8 @@ def test_accents_match_however_they_are_encoded(look_up):
     [
         ("gone.parquet", None, r"there is no file .*gone\.parquet\. Write the table's path"),
         ("odd.parquet", b"no parquet", "cannot be read as Parquet"),
-        ("odd.jsonl", b'{"filename": "a", "caption": "b"}\n{', r"line 2, is no JSON object"),
-        ("list.jsonl", b"3", "entry 1 is no object"),
+        ("odd.jsonl", b'{"filename": "a", "caption": "b"}\n{', r"line 2 is no JSON object"),
+        ("list.jsonl", b"3", "line 1 is no object"),
         ("odd.json", b"[", "is no JSON list"),
         ("latin.jsonl", b'{"filename": "caf\xe9"}', "neither UTF-8"),
         (
@@ -135,3 +135,57 @@ def test_a_scan_takes_its_captions_from_the_table_and_accounts_for_it(make_datas
         "t.parquet": "caption table",
         "x/1.png": "caption table names several pictures by this bare name",
     }
+
+
+def notes(dataset, folder, images, others=()):
+    found: list[str] = []
+    captions_from_table(dataset, folder, images, others, found.append)
+    return found
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.jsonl"])
+def test_rows_of_no_image_are_counted_with_their_cause(make_dataset, folder, name):
+    rows = [
+        {"filename": "a", "caption": "fine"},
+        {"filename": "train/a.png", "caption": "1"},
+        {"filename": "x\\b.png", "caption": "2"},
+        {"filename": None, "caption": "3"},
+        {"filename": "damaged.png", "caption": "dropped for another reason"},
+    ]
+    if name.endswith(".parquet"):
+        pd.DataFrame(rows).to_parquet(folder / name)
+    else:
+        (folder / name).write_text("\n".join(map(json.dumps, rows)))
+    dataset = make_dataset(caption_strategy="parquet", parquet={"path": name})
+    assert notes(dataset, folder, ["a.png", "x/b.png"], ["damaged.png"]) == [
+        f"1 row of {name} without a value in column 'filename', at line 4: no image gets what they hold.",
+        f"1 row of {name} without a matching image, such as 'train/a.png': the paths begin with 'train/', which is not below the "
+        "folder; leave it out.",
+        f"1 row of {name} without a matching image, such as 'x\\\\b.png': the paths have backslashes; write forward slashes.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cell", "words"),
+    [
+        ({"short": "a cat"}, "column 'caption' holds objects"),
+        ([["a cat"]], "column 'caption' holds lists within lists"),
+        (True, "column 'caption' holds true or false"),
+        (3, "column 'caption' holds numbers"),
+        (b"\xff", "column 'caption' holds bytes"),
+    ],
+)
+def test_cells_that_are_no_text_are_refused(make_dataset, folder, cell, words):
+    pd.DataFrame({"filename": ["a"], "caption": [cell]}).to_parquet(folder / "t.parquet")
+    dataset = make_dataset(caption_strategy="parquet", parquet={"path": "t.parquet"})
+    with pytest.raises(CaptionError, match=words) as caught:
+        captions_from_table(dataset, folder, ["a.png"])
+    assert "'photos'" in str(caught.value)
+    assert "row 1" in str(caught.value)
+
+
+def test_bytes_of_utf_8_are_captions(look_up):
+    assert look_up([{"filename": b"a", "caption": "K\u00e4se".encode()}], ["a.png"])["a.png"] == (
+        ("Käse",),
+        "ok",
+    )

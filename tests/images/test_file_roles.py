@@ -35,6 +35,18 @@ def test_the_case_of_a_name_matters_and_that_of_its_extension_does_not():
     }
 
 
+def test_kohyas_extension_is_a_caption_file_after_txt():
+    found, left_out = captioned(
+        "a.png", "a.caption", "b.png", "b.caption", "b.txt", "c.png", "c.TXT", "c.txt", "d.CAPTION"
+    )
+    assert found == {"a.png": "a.caption", "b.png": "b.txt", "c.png": "c.txt"}
+    assert left_out == {
+        "b.caption": "caption file is not read beside one with the extension .txt",
+        "c.TXT": "caption file is not read beside one with the extension .txt",
+        "d.CAPTION": "caption without picture",
+    }
+
+
 def test_the_caption_of_a_picture_that_is_left_out_is_left_with_it():
     assert captioned("a.heic", "a.txt", "b.txt") == (
         {},
@@ -52,6 +64,14 @@ def test_an_extension_is_what_stands_behind_the_last_full_stop_of_the_name():
         "a.": ("a", "."),
     }
     assert {name: split_suffix(name) for name in names} == names
+
+
+def test_a_scan_reads_caption_files_of_both_extensions(make_dataset, folder, photograph):
+    for number, suffix in enumerate(("txt", "caption")):
+        (folder / f"{number}.png").write_bytes(encoded(photograph.rotate(number), "PNG"))
+        (folder / f"{number}.{suffix}").write_text(f"caption {number}")
+    scanned = scan_dataset(make_dataset(caption_strategy="textfile"), folder)
+    assert scanned["captions"].tolist() == [["caption 0"], ["caption 1"]]
 
 
 def test_names_that_few_programs_bear_are_names_like_any_other(make_dataset, folder, photograph):

@@ -209,7 +209,7 @@ def test_captions_belong_to_their_pictures(make_dataset, folder, photograph):
         "c.png": ["this one"],
     }
     assert reasons(scanned) == {
-        "c.TXT": "caption without picture",
+        "c.TXT": "caption file is not read beside one with the extension .txt",
         "d.png": "no caption file",
         "orphan.txt": "caption without picture",
     }

@@ -40,7 +40,12 @@ def test_the_references_own_spelling_works(write_project):
     entries = [
         {**MASKED, **geometry, "conditioning_data": ["cat-masks"]},
         {**MASKS, **geometry, "source_dataset_id": "cats"},
-        {**PICTURES, "id": "people", "is_regularization_data": "true"},
+        {
+            **PICTURES,
+            "id": "people",
+            "instance_data_dir": "people",
+            "is_regularization_data": "true",
+        },
     ]
     project = load_project(write_project({"masked_loss_probability": "0.5"}, entries))
     assert project.datasets[0].conditioning_data == "cat-masks"
@@ -66,7 +71,12 @@ def test_settings_of_what_is_not_there_are_told(write_project):
     warnings = load_project(write_project(config, [PICTURES])).warnings
     assert len(warnings) == 2
     assert all("has no effect" in warning for warning in warnings)
-    people = {**PICTURES, "id": "people", "is_regularisation_data": True}
+    people = {
+        **PICTURES,
+        "id": "people",
+        "instance_data_dir": "people",
+        "is_regularisation_data": True,
+    }
     assert not load_project(write_project(config, [MASKED, MASKS, people])).warnings
 
 

@@ -44,6 +44,8 @@ class Fetched:
     seconds: float = 0.0
     failed: tuple[tuple[str, str], ...] = ()
     """(name, reason) of everything that could not be fetched."""
+    notes: tuple[str, ...] = ()
+    """Sentences on what the source's tables hold that is not used."""
 
 
 def data_folder(dataset: ImageDataset, sources: Path) -> Path:

@@ -63,7 +63,7 @@ def fetch_hub_dataset(dataset: ImageDataset, folder: Path, on_progress: Progress
         with depot.incoming() as content:
             content.mkdir()
             built = (
-                hub_folder.build(dataset, local, content)
+                hub_folder.build(dataset, repository, local, content)
                 if is_folder
                 else hub_parquet.build(dataset, repository, local, content, depot, on_progress)
             )
@@ -78,6 +78,7 @@ def fetch_hub_dataset(dataset: ImageDataset, folder: Path, on_progress: Progress
         downloaded=sum(map(hub_folder.is_picture, came)) + built.written,
         downloaded_bytes=sum(local[path].stat().st_size for path in came) + built.received,
         failed=tuple(sorted((failed | built.failed).items())),
+        notes=tuple(built.notes),
     )
 
 

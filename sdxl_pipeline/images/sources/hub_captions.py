@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from sdxl_pipeline.images.sources.fetched import SourceError
 from sdxl_pipeline.images.sources.hub_files import where
+from sdxl_pipeline.images.table_rows import cell_texts
 from sdxl_pipeline.project.datasets import ImageDataset
 
 _USUAL: Final = ("caption", "text")
@@ -36,14 +37,9 @@ def caption_columns(dataset: ImageDataset, columns: Sequence[str], table: str) -
 
 
 def captions_of_row(row: Mapping[str, Any], columns: Iterable[str]) -> tuple[str, ...]:
-    """The captions that a row has in these columns, each once; a list is several."""
-    texts: dict[str, None] = {}
-    for column in columns:
-        value = row.get(column) if column in row else _within(row, column)
-        for text in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(text, str | int | float) and str(text).strip():
-                texts[str(text).strip()] = None
-    return tuple(texts)
+    """Return the captions that a row has in these columns, each once; a list is several. Raises TableError for what is no text."""
+    values = ((column, row.get(column) if column in row else _within(row, column)) for column in columns)
+    return tuple(dict.fromkeys(text for column, value in values for text in cell_texts(value, column)))
 
 
 def _within(row: Mapping[str, Any], column: str) -> Any:

@@ -30,6 +30,8 @@ class Content:
     """Pictures of the split, had or not."""
     captions: dict[str, tuple[str, ...]] | None
     failed: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """Sentences on rows of its tables that are not used."""
     written: int = 0
     """Pictures that were not on this machine before, beside the files that were downloaded from the repository."""
     received: int = 0

@@ -1,19 +1,29 @@
 """A dataset repository that is a folder of pictures, with a table of metadata or text files beside them."""
 
-import csv
-import io
-import json
 import posixpath
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Final
 
 from sdxl_pipeline.images.captions import captions_in
+from sdxl_pipeline.images.file_roles import CAPTION_SUFFIXES, file_roles
 from sdxl_pipeline.images.sources.fetched import SourceError
 from sdxl_pipeline.images.sources.hub_captions import caption_columns, captions_of_row
 from sdxl_pipeline.images.sources.hub_files import Content, HubRepository
 from sdxl_pipeline.images.sources.hub_splits import PICTURE_SUFFIXES
 from sdxl_pipeline.images.sources.names import why_not_local
+from sdxl_pipeline.images.table_rows import (
+    Row,
+    TableError,
+    csv_rows,
+    json_rows,
+    likely_cause,
+    name_text,
+    unmatched_notes,
+    unnamed_notes,
+)
 from sdxl_pipeline.images.text_files import OK, decode_text
 from sdxl_pipeline.project.datasets import ImageDataset
 
@@ -29,7 +39,7 @@ def needed(repository: HubRepository, files: Iterable[str]) -> list[str]:
     texts = [
         path
         for path in files
-        if PurePosixPath(path).suffix.lower() == ".txt" and posixpath.splitext(path)[0] in stems
+        if PurePosixPath(path).suffix.lower() in CAPTION_SUFFIXES and posixpath.splitext(path)[0] in stems
     ]
     folders = {str(folder) for path in pictures for folder in PurePosixPath(path).parents}
     tables = [
@@ -45,8 +55,10 @@ def is_picture(path: str) -> bool:
     return PurePosixPath(path).suffix.lower() in PICTURE_SUFFIXES
 
 
-def build(dataset: ImageDataset, local: Mapping[str, Path], folder: Path) -> Content:
-    """Lay links to the files at `local`, by their path in the repository, into `folder`, and read their captions. Raises SourceError."""
+def build(
+    dataset: ImageDataset, repository: HubRepository, local: Mapping[str, Path], folder: Path
+) -> Content:
+    """Write links to the files at `local`, by their path in the repository, into `folder`, and read their captions. Raises SourceError."""
     failed: dict[str, str] = {}
     placed: list[str] = []
     for path, cached in local.items():
@@ -60,12 +72,18 @@ def build(dataset: ImageDataset, local: Mapping[str, Path], folder: Path) -> Con
         link.symlink_to(cached)
         placed.append(path)
     pictures = [path for path in placed if is_picture(path)]
-    captions = _captions(dataset, local, pictures) if dataset.caption_strategy == "huggingface" else None
-    return Content(len(pictures), captions, failed)
+    content = Content(len(pictures), None, failed)
+    if dataset.caption_strategy == "huggingface":
+        content.captions = _captions(dataset, repository, local, pictures, content.notes)
+    return content
 
 
 def _captions(
-    dataset: ImageDataset, local: Mapping[str, Path], pictures: list[str]
+    dataset: ImageDataset,
+    repository: HubRepository,
+    local: Mapping[str, Path],
+    pictures: list[str],
+    notes: list[str],
 ) -> dict[str, tuple[str, ...]]:
     tables = [path for path in local if posixpath.basename(path) in _METADATA]
     if not tables:
@@ -73,18 +91,37 @@ def _captions(
     captions: dict[str, tuple[str, ...]] = {}
     for table in tables:
         rows = list(_rows(dataset, table, local[table]))
-        known = list(dict.fromkeys(column for row in rows for column in row if column))
+        known = list(dict.fromkeys(column for _, row in rows for column in row if column))
         if _NAME_COLUMN not in known:
             raise SourceError(
                 f"dataset {dataset.id!r} in multidatabackend.json: {table} of {dataset.dataset_name} has no column {_NAME_COLUMN}, so "
-                f"its rows belong to no picture; it has {', '.join(known) or 'none'}. Write another caption_strategy, or another dataset."
+                f"its rows belong to no image; it has {', '.join(known) or 'none'}. Write another caption_strategy, or another dataset."
             )
         columns = caption_columns(dataset, known, table)
-        for row in rows:
-            path = posixpath.normpath(posixpath.join(posixpath.dirname(table), str(row.get(_NAME_COLUMN))))
-            texts = captions_of_row(row, columns)
-            if texts:
+        unnamed: list[int] = []
+        unmatched: Counter[str] = Counter()
+        above = posixpath.dirname(table)
+
+        def is_file(name: str, above: str = above) -> bool:
+            return posixpath.normpath(posixpath.join(above, name)) in repository.files
+
+        for line, row in rows:
+            try:
+                name = name_text(row.get(_NAME_COLUMN), _NAME_COLUMN)
+                texts = captions_of_row(row, columns)
+            except TableError as error:
+                raise SourceError(
+                    f"dataset {dataset.id!r} in multidatabackend.json: {table} of {dataset.dataset_name}, row {line}: {error}"
+                ) from error
+            if not name:
+                unnamed.append(line)
+            elif not is_file(name):
+                unmatched[name] += 1
+            elif texts:
+                path = posixpath.normpath(posixpath.join(above, name))
                 captions[path] = tuple(dict.fromkeys((*captions.get(path, ()), *texts)))
+        notes += unnamed_notes(table, _NAME_COLUMN, unnamed)
+        notes += unmatched_notes(table, unmatched, partial(likely_cause, exists=is_file))
     return captions
 
 
@@ -92,13 +129,15 @@ def _captions_beside(
     dataset: ImageDataset, local: Mapping[str, Path], pictures: list[str]
 ) -> dict[str, tuple[str, ...]]:
     captions: dict[str, tuple[str, ...]] = {}
-    texts = {posixpath.splitext(path)[0]: path for path in local if path.lower().endswith(".txt")}
+    paths = sorted(local)
+    roles = file_roles(paths, [""] * len(paths))
+    beside_of = {paths[image]: paths[text] for image, text in roles.caption_files.items()}
     for path in pictures:
-        beside = texts.get(posixpath.splitext(path)[0])
+        beside = beside_of.get(path)
         text, status = decode_text(local[beside].read_bytes()) if beside else ("", "")
         if status == OK:
             captions[path] = tuple(filter(None, captions_in(text, dataset.disable_multiline_split)))
-    if not texts:
+    if not beside_of:
         raise SourceError(
             f"dataset {dataset.id!r} in multidatabackend.json: {dataset.dataset_name} has neither {', '.join(_METADATA)} nor text files "
             'beside its pictures, so there are no captions. Write "caption_strategy": "filename" or "instanceprompt".'
@@ -106,28 +145,20 @@ def _captions_beside(
     return captions
 
 
-def _rows(dataset: ImageDataset, table: str, path: Path) -> Iterator[dict[str, Any]]:
+def _rows(dataset: ImageDataset, table: str, path: Path) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         if table.endswith(".parquet"):
-            yield from pq.read_table(path).to_pylist()
+            yield from enumerate(pq.read_table(path).to_pylist(), start=1)
             return
         text, status = decode_text(path.read_bytes())
         if status != OK:
-            raise ValueError("it is neither UTF-8 nor UTF-16 with a byte order mark")
-        if table.endswith(".csv"):
-            yield from csv.DictReader(io.StringIO(text, newline=""))
-        else:
-            for number, line in enumerate(text.split("\n"), start=1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError(f"line {number} is no object")
-                    yield row
-    except (ValueError, csv.Error, pa.ArrowException) as error:
+            raise TableError("it is neither UTF-8 nor UTF-16 with a byte order mark.")
+        yield from csv_rows(text) if table.endswith(".csv") else json_rows(text)
+    except (TableError, pa.ArrowException) as error:
         raise SourceError(
-            f"dataset {dataset.id!r} in multidatabackend.json: {table} of {dataset.dataset_name} cannot be read: {error}. "
-            'Write "caption_strategy": "filename" or "instanceprompt", or another revision.'
+            f"dataset {dataset.id!r} in multidatabackend.json: {table} of {dataset.dataset_name} cannot be read: {error} "
+            'Or write "caption_strategy": "filename" or "instanceprompt", or another revision.'
         ) from error

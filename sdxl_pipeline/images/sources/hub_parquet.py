@@ -15,6 +15,7 @@ from sdxl_pipeline.images.sources.hub_files import Content, HubRepository, downl
 from sdxl_pipeline.images.sources.names import name_of_address, picture_suffix
 from sdxl_pipeline.images.sources.transfer import Depot, FetchError, Progress, fetch_all
 from sdxl_pipeline.images.sources.web import download
+from sdxl_pipeline.images.table_rows import TableError
 from sdxl_pipeline.project.credentials import without_credentials
 from sdxl_pipeline.project.datasets import ImageDataset
 
@@ -104,6 +105,17 @@ class _Table:
                 f"columns {', '.join(schema.names)}; name that of the pictures in image_column."
             )
         self._caption_columns = caption_columns(dataset, columns, path)
+        for column in self._caption_columns:  # before hours of writing images out
+            if not _holds_text(found := _type_of(schema, column)):
+                fields = (
+                    f" Name a field within it, such as {column}.{found[0].name}."
+                    if pa.types.is_struct(found)
+                    else ""
+                )
+                raise SourceError(
+                    f"{where(dataset, 'caption_column')}: column {column!r} of {path} holds {found}, not text.{fields} It has the columns "
+                    f"{', '.join(schema.names)}; name one of text in caption_column."
+                )
 
     def pictures(self) -> Iterator[tuple[int, bytes]]:
         """The rows that have a picture, with its bytes."""
@@ -127,7 +139,10 @@ class _Table:
         start = 0
         for batch in self._batches(1024, list(self._caption_columns)):
             for row, values in enumerate(batch.to_pylist(), start):
-                yield row, captions_of_row(values, self._caption_columns)
+                try:
+                    yield row, captions_of_row(values, self._caption_columns)
+                except TableError as error:  # bytes that are no text
+                    raise SourceError(f"{self._where}: {self.path}, row {row + 1}: {error}") from error
             start += batch.num_rows
 
     def _batches(self, rows: int, columns: list[str]) -> Iterator[Any]:
@@ -164,6 +179,29 @@ def _columns(schema: Any) -> Iterator[str]:
         yield field.name
         if pa.types.is_struct(field.type):
             yield from (f"{field.name}.{inner.name}" for inner in field.type)
+
+
+def _type_of(schema: Any, column: str) -> Any:
+    """Return the type of a column, or of a field within one by its dotted name."""
+    if column in schema.names:
+        return schema.field(column).type
+    first, *within = column.split(".")
+    kind = schema.field(first).type
+    for name in within:
+        kind = kind.field(name).type
+    return kind
+
+
+def _holds_text(kind: Any) -> bool:
+    """Return whether a column of this type may hold captions: text, UTF-8 bytes, or lists of them."""
+    import pyarrow as pa
+
+    types = pa.types
+    if types.is_dictionary(kind) or types.is_list(kind) or types.is_large_list(kind):
+        inner = kind.value_type
+        return not types.is_list(inner) and not types.is_large_list(inner) and _holds_text(inner)
+    text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return text or types.is_binary(kind) or types.is_large_binary(kind) or types.is_null(kind)
 
 
 def _write_out(

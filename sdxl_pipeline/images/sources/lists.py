@@ -1,10 +1,9 @@
 """Pictures from a list of addresses with captions: a CSV file."""
 
 import csv
-import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from sdxl_pipeline.images.sources.addresses import STORES, protocol_of
@@ -13,13 +12,13 @@ from sdxl_pipeline.images.sources.fetched import Fetched, SourceError
 from sdxl_pipeline.images.sources.names import name_of_address, picture_suffix
 from sdxl_pipeline.images.sources.transfer import Depot, FetchError, Progress, fetch_all
 from sdxl_pipeline.images.sources.web import download
+from sdxl_pipeline.images.table_rows import TableError, csv_rows, likely_cause, unnamed_notes
 from sdxl_pipeline.images.text_files import OK, decode_text
 from sdxl_pipeline.project.credentials import without_credentials
 from sdxl_pipeline.project.datasets import ImageDataset
 from sdxl_pipeline.store.files import sha256_file
 
 _DELIMITERS: Final = ",;\t|"
-_LONGEST_FIELD: Final = 1 << 24
 
 
 def fetch_list(dataset: ImageDataset, folder: Path, on_progress: Progress | None) -> Fetched:
@@ -28,7 +27,8 @@ def fetch_list(dataset: ImageDataset, folder: Path, on_progress: Progress | None
     What has come once is not asked for again, and what has left the list goes. Raises SourceError when the list cannot be read or
     lacks a column.
     """
-    captions_of, revision = read_list(dataset)
+    listed = read_list(dataset)
+    captions_of = listed.captions
     with Depot(folder).opened() as depot:
         known = {str(stamp): name for name, stamp in depot.stamps.items() if depot.holds(name, stamp)}
         names, lost, jobs = {}, {}, {}
@@ -38,7 +38,8 @@ def fetch_list(dataset: ImageDataset, folder: Path, on_progress: Progress | None
                     names[address] = name_of_address(address, _suffix_of(path.as_uri()))
                     depot.link(path, names[address])
                 else:
-                    lost[address] = "there is no such file"
+                    cause = likely_cause(address, lambda name: local_file(dataset, name) is not None)
+                    lost[address] = "there is no such file" + (f": {cause}" if cause else "")
                 continue
             identity = name_of_address(address, "")  # the ledger holds no address, which may be a signed one
             if identity in known:
@@ -53,18 +54,31 @@ def fetch_list(dataset: ImageDataset, folder: Path, on_progress: Progress | None
         captions={
             names[address]: texts for address, texts in captions_of.items() if address in names and texts
         },
-        revision=revision,
+        revision=listed.revision,
         files=len(captions_of),
         downloaded=len(jobs) - len(not_had),
         downloaded_bytes=received,
         failed=tuple(sorted((without_credentials(address), reason) for address, reason in lost.items())),
+        notes=listed.notes,
     )
 
 
-def read_list(dataset: ImageDataset) -> tuple[dict[str, tuple[str, ...]], str]:
-    """The captions of each address, in the list's order, and the list's SHA-256. Rows of one address are captions of one picture.
+class ImageList(NamedTuple):
+    """What a list of addresses holds."""
 
-    The list has a header, is UTF-8 or UTF-16 with a byte order mark, and parts its columns by comma, semicolon, tab or bar.
+    captions: dict[str, tuple[str, ...]]
+    """The captions of each address, in the list's order. Rows of one address are captions of one image."""
+    revision: str
+    """The list's SHA-256."""
+    notes: tuple[str, ...]
+    """Sentences on rows that are not used."""
+
+
+def read_list(dataset: ImageDataset) -> ImageList:
+    """Read the list of a dataset of type csv.
+
+    It has a header, is UTF-8 or UTF-16 with a byte order mark, and its columns are separated by comma, semicolon, tab or bar. Raises
+    SourceError when it cannot be read, lacks a column, or has a row that does not fit its header.
     """
     path = dataset.csv_file
     if path is None:
@@ -81,9 +95,29 @@ def read_list(dataset: ImageDataset) -> tuple[dict[str, tuple[str, ...]], str]:
         ) from error
     if status != OK:
         raise SourceError(f"{where} is neither UTF-8 nor UTF-16 with a byte order mark. Save it as UTF-8.")
-    csv.field_size_limit(_LONGEST_FIELD)
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=_delimiter(text, dataset.csv_url_column))
-    columns = list(rows.fieldnames or [])
+    delimiter = _delimiter(text, dataset.csv_url_column)
+    _check_columns(dataset, where, text, delimiter)
+    captions: dict[str, dict[str, None]] = {}
+    unnamed: list[int] = []
+    try:
+        for line, row in csv_rows(text, delimiter):
+            if address := row[dataset.csv_url_column].strip():
+                caption = row.get(dataset.csv_caption_column, "").strip()
+                captions.setdefault(address, {}).update({caption: None} if caption else {})
+            else:
+                unnamed.append(line)
+    except TableError as error:
+        raise SourceError(f"{where}: {error}") from error
+    if not captions:
+        raise SourceError(
+            f"{where} names no images. Write a row for each, with its address in {dataset.csv_url_column}."
+        )
+    notes = tuple(unnamed_notes(path.name, dataset.csv_url_column, unnamed))
+    return ImageList({address: tuple(texts) for address, texts in captions.items()}, revision, notes)
+
+
+def _check_columns(dataset: ImageDataset, where: str, text: str, delimiter: str) -> None:
+    columns = [name.strip() for name in next(csv.reader([_header(text)], delimiter=delimiter), [])]
     wanted = {"csv_url_column": dataset.csv_url_column}
     if dataset.caption_strategy == "csv":
         wanted["csv_caption_column"] = dataset.csv_caption_column
@@ -92,21 +126,6 @@ def read_list(dataset: ImageDataset) -> tuple[dict[str, tuple[str, ...]], str]:
             raise SourceError(
                 f"{where} has no column {column!r}, which {key} names; it has {', '.join(columns) or 'none'}. Write one of them in {key}."
             )
-    captions: dict[str, dict[str, None]] = {}
-    try:
-        for row in rows:
-            if address := (row[dataset.csv_url_column] or "").strip():
-                caption = (row.get(dataset.csv_caption_column) or "").strip()
-                captions.setdefault(address, {}).update({caption: None} if caption else {})
-    except csv.Error as error:
-        raise SourceError(
-            f"{where} is broken at line {rows.line_num}: {error}. Mend the quotation marks there."
-        ) from error
-    if not captions:
-        raise SourceError(
-            f"{where} names no pictures. Write a row for each, with its address in {dataset.csv_url_column}."
-        )
-    return {address: tuple(texts) for address, texts in captions.items()}, revision
 
 
 def local_file(dataset: ImageDataset, address: str) -> Path | None:
@@ -121,11 +140,15 @@ def local_file(dataset: ImageDataset, address: str) -> Path | None:
         return None
 
 
+def _header(text: str) -> str:
+    return next((line for line in text.split("\n") if line.strip()), "")
+
+
 def _delimiter(text: str, url_column: str) -> str:
-    """What parts the header's columns: the first mark that makes the address column one of them, else a comma."""
-    header = text.lstrip("\n").split("\n", 1)[0]
+    """Return what separates the header's columns: the first mark that makes the address column one of them, else a comma."""
+    header = _header(text)
     for mark in _DELIMITERS:
-        if url_column in next(csv.reader([header], delimiter=mark), []):
+        if url_column in (name.strip() for name in next(csv.reader([header], delimiter=mark), [])):
             return mark
     return max(_DELIMITERS, key=header.count)
 

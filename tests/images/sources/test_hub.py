@@ -109,7 +109,7 @@ def test_captions_stand_in_any_table_of_metadata_or_beside(hub, repository, make
         ]
         (repository / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     else:
-        (repository / "train" / "0.txt").write_text("a, b\n")
+        (repository / "train" / "0.caption").write_text("a, b\n")
         (repository / "train" / "1.txt").write_text("one\nuno\n")
     hub.add_dataset(REPO, repository)
     captions = fetch_source(cats(make), sources).captions
@@ -357,6 +357,82 @@ def test_metadata_that_cannot_be_read_is_named(hub, repository, make, sources, t
     hub.add_dataset(REPO, repository)
     with pytest.raises(SourceError, match=r"train/metadata.jsonl of someone/cats cannot be read"):
         fetch_source(cats(make), sources)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("metadata.csv", "file_name,text\n0.png,a, b\n", "line 2 has 3 fields, and the header has 2"),
+        ("metadata.csv", 'file_name,text\n0.png,"a\n1.png,b\n', "line 2: the row that begins here"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "0.png", "text": {"short": "a"}}',
+            "row 1: column 'text' holds objects",
+        ),
+        (
+            "metadata.jsonl",
+            '{"file_name": "0.png", "text": true}',
+            "row 1: column 'text' holds true or false",
+        ),
+        ("metadata.jsonl", '{"file_name": "0.png", "text": 3}', "row 1: column 'text' holds numbers"),
+    ],
+)
+def test_rows_of_metadata_that_are_no_captions_are_refused(hub, repository, make, sources, name, text, words):
+    (repository / "train" / "metadata.jsonl").unlink()
+    (repository / "train" / name).write_text(text)
+    hub.add_dataset(REPO, repository)
+    with pytest.raises(SourceError, match=words) as caught:
+        fetch_source(cats(make), sources)
+    assert f"train/{name} of someone/cats" in str(caught.value)
+
+
+def test_rows_of_metadata_that_match_no_file_are_counted(hub, repository, make, sources):
+    rows = [
+        ("0.png", "a"),
+        ("train/1.png", "b"),
+        ("", "c"),
+        ("gone.png", "d"),
+        ("../test/9.png", "of another split"),
+    ]
+    (repository / "train" / "metadata.jsonl").unlink()
+    (repository / "train" / "metadata.csv").write_text("\n".join(["file_name,text", *map(",".join, rows)]))
+    hub.add_dataset(REPO, repository)
+    fetched = fetch_source(cats(make), sources)
+    assert fetched.captions is not None
+    assert fetched.captions["train/0.png"] == ("a",)
+    assert [note.partition(":")[0] for note in fetched.notes] == [
+        "1 row of train/metadata.csv without a value in column 'file_name', at line 4",
+        "1 row of train/metadata.csv without a matching image, such as 'train/1.png'",
+        "1 row of train/metadata.csv without a matching image, such as 'gone.png'.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cell", "words"),
+    [
+        (
+            {"short": "a cat"},
+            r"column 'caption' of .* holds struct<short: .*> *, not text\. Name a field within it, such as caption.short",
+        ),
+        ([["a cat"]], "column 'caption' of .* holds list<"),
+        (3, "column 'caption' of .* holds int64, not text"),
+        (True, "column 'caption' of .* holds bool, not text"),
+        (b"\xff", "row 1: column 'caption' holds bytes"),
+    ],
+)
+def test_caption_cells_of_parquet_that_are_no_text_are_refused(hub, tmp_path, make, sources, cell, words):
+    write_parquet(tmp_path / "repository" / "data" / "train-00000-of-00001.parquet", [1], [cell])
+    hub.add_dataset(REPO, tmp_path / "repository")
+    with pytest.raises(SourceError, match=words):
+        fetch_source(cats(make), sources)
+
+
+def test_bytes_in_parquet_are_captions(hub, tmp_path, make, sources):
+    write_parquet(tmp_path / "repository" / "data" / "train-00000-of-00001.parquet", [1], [b"a cat"])
+    hub.add_dataset(REPO, tmp_path / "repository")
+    captions = fetch_source(cats(make), sources).captions
+    assert captions is not None
+    assert list(captions.values()) == [("a cat",)]
 
 
 def test_nothing_of_a_broken_commit_is_seen(hub, tmp_path, make, sources):

@@ -189,8 +189,11 @@ def test_columns_are_chosen_and_captions_need_not_be_there(make, sources, write,
     [
         (None, "does not exist"),
         (b"", "no column 'url'"),
-        (b"url,caption\n", "names no pictures"),
+        (b"url,caption\n", "names no images"),
         (b"url,caption\n\xff\xfe\xfa", "neither UTF-8"),
+        (b"url,caption\na.png,a man, a dog, a tree\n", "line 2 has 4 fields, and the header has 2"),
+        (b"url,caption\na.png\n", "line 2 has 1 field, and the header has 2"),
+        (b'url,caption\na.png,"a man\nb.png,a dog\nc.png,a tree\n', "line 2: the row that begins here"),
     ],
 )
 def test_a_list_that_cannot_be_used_is_an_error(make, sources, tmp_path, data, words):
@@ -200,6 +203,24 @@ def test_a_list_that_cannot_be_used_is_an_error(make, sources, tmp_path, data, w
     with pytest.raises(SourceError, match=words) as caught:
         fetch_source(cats(make, path), sources)
     assert str(path) in str(caught.value)
+
+
+def test_rows_that_are_not_used_are_counted_with_their_cause(make, sources, write, tmp_path):
+    (tmp_path / "lists").mkdir()
+    for number in range(2):
+        (tmp_path / "lists" / f"{number}.png").write_bytes(picture(number))
+    path = write(
+        ("0.png", "a"), ("", "nobody"), ("lists/1.png", "b"), ("..\\lists\\1.png", "c"), ("9.png", "d")
+    )
+    fetched = fetch_source(cats(make, path), sources)
+    assert fetched.notes == (
+        "1 row of cats.csv without a value in column 'url', at line 3: no image gets what they hold.",
+    )
+    assert dict(fetched.failed) == {
+        "lists/1.png": "there is no such file: the paths begin with 'lists/', which is not below the folder; leave it out",
+        "..\\lists\\1.png": "there is no such file: the paths have backslashes; write forward slashes",
+        "9.png": "there is no such file",
+    }
 
 
 def test_downloads_may_have_a_folder_of_their_own(web, make, sources, write, tmp_path):

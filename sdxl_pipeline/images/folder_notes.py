@@ -1,0 +1,89 @@
+"""What a folder holds that a dataset's settings do not use, found from the names of its files alone."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from sdxl_pipeline.images.file_roles import SHADOWED, FileRoles, file_roles
+from sdxl_pipeline.images.walk import find_files
+from sdxl_pipeline.project.datasets import ImageDataset
+
+_KOHYA_FOLDER: Final = re.compile(r"(\d{1,3})_.*")
+"""A folder of kohya's trainers: how often an epoch shows each image, and a concept. Four digits are years far more often."""
+_REGULARISATION_FOLDERS: Final = frozenset({"reg", "regs", "regularization", "regularisation"})
+_TABLES: Final = frozenset({".parquet", ".jsonl", ".ndjson"})
+_TABLE_NAMES: Final = frozenset({"metadata", "captions"})
+
+
+def folder_notes(dataset: ImageDataset, paths: Sequence[str], roles: FileRoles) -> Iterator[str]:
+    """Yield a sentence on each kind of content that the dataset's settings leave unused: `paths` are relative to its folder.
+
+    - caption files beside images, or a table of captions, while captions are the files' names;
+    - second caption files of an image;
+    - folders named as kohya's trainers name them, whose number of repeats is not followed.
+    """
+    if dataset.dataset_type == "conditioning":  # masks have neither captions nor repeats
+        return
+    if dataset.caption_strategy == "filename" and not dataset.only_instance_prompt:
+        if count := len(roles.companions):
+            files = "1 text file is" if count == 1 else f"{count} text files are"
+            yield f"{files} stored beside images and not read; write caption_strategy: textfile."
+        for path in paths:
+            name = Path(path)
+            if name.suffix.lower() in _TABLES and name.stem.lower() in _TABLE_NAMES:
+                yield f"{path} is not read; if it holds captions, write caption_strategy: parquet and its path in parquet.path."
+    if dataset.caption_strategy == "textfile":
+        shadowed = [paths[position] for position, why in roles.left_out.items() if why.startswith(SHADOWED)]
+        if shadowed:
+            files = "1 caption file is" if len(shadowed) == 1 else f"{len(shadowed)} caption files are"
+            yield f"{files} not read, such as {shadowed[0]}: another one of the same image goes before (.txt, then .caption)."
+    if dataset.type == "local" and dataset.dataset_type == "image":
+        yield from _kohya_notes(dataset, [paths[position] for position in roles.pictures])
+
+
+def local_folder_notes(dataset: ImageDataset) -> list[str]:
+    """Return `folder_notes` of a dataset in a folder of this machine, which is listed for it; none where there is no such folder."""
+    folder = dataset.instance_data_dir
+    if dataset.type != "local" or folder is None:
+        return []
+    try:
+        files = find_files(folder)
+    except OSError:
+        return []
+    paths = files["path"].tolist()
+    return list(folder_notes(dataset, paths, file_roles(paths, files["problem"].tolist())))
+
+
+def _kohya_notes(dataset: ImageDataset, images: Sequence[str]) -> Iterator[str]:
+    """Yield a sentence on each folder whose name asks for other repeats than the dataset's, or for regularisation."""
+    root = dataset.instance_data_dir or Path()
+    counts: Counter[tuple[str, ...]] = Counter()
+    for image in images:
+        folders = image.split("/")[:-1]
+        depth = next((depth for depth, name in enumerate(folders) if _KOHYA_FOLDER.fullmatch(name)), None)
+        if depth is not None:
+            counts[tuple(folders[: depth + 1])] += 1
+        elif _KOHYA_FOLDER.fullmatch(root.name):
+            counts[()] += 1
+    for folders, count in sorted(counts.items()):
+        name = folders[-1] if folders else root.name
+        named = _KOHYA_FOLDER.fullmatch(name)
+        repeats = max(0, int(named[1]) - 1) if named else 0
+        above = {part.lower() for part in (*folders[:-1], root.name)}
+        regularises = bool(above & _REGULARISATION_FOLDERS) and not dataset.is_regularisation_data
+        if repeats == dataset.repeats and not regularises:
+            continue
+        wanted = [f'"repeats": {repeats}'] + ['"is_regularisation_data": true'] * regularises
+        alone = not folders or (len(counts) == 1 and sum(counts.values()) == len(images))
+        entry = (
+            "in this entry"
+            if alone
+            else f'in an entry of its own with "instance_data_dir": "{root.joinpath(*folders).as_posix()}"'
+        )
+        where = "/".join(folders) or root.name
+        yield (
+            f"folder {where} ({count} images): the repeats in its name, as kohya's trainers write them, are not followed; "
+            f"write {' and '.join(wanted)} {entry}."
+        )
