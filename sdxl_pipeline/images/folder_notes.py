@@ -10,8 +10,10 @@ from sdxl_pipeline.images.file_roles import SHADOWED, FileRoles, file_roles
 from sdxl_pipeline.images.walk import find_files
 from sdxl_pipeline.project.datasets import ImageDataset
 
-_KOHYA_FOLDER: Final = re.compile(r"(\d{1,3})_.*")
-"""A folder of kohya's trainers: how often an epoch shows each image, and a concept. Four digits are years far more often."""
+_KOHYA_FOLDER: Final = re.compile(r"([1-9]\d{0,2})_.*")
+"""A folder of kohya's trainers: how often an epoch shows each image, and a concept.
+
+Four digits are a year far more often, and a leading zero is a numbering."""
 _REGULARISATION_FOLDERS: Final = frozenset({"reg", "regs", "regularization", "regularisation"})
 _TABLES: Final = frozenset({".parquet", ".jsonl", ".ndjson"})
 _TABLE_NAMES: Final = frozenset({"metadata", "captions"})

@@ -215,7 +215,7 @@ class ImageDataset(SettingsModel):
     )
     caption_strategy: CaptionStrategy = Field(
         "filename",
-        description="filename: its stem, _ as space; textfile: the .txt beside it, a caption per line; instanceprompt; parquet, csv, huggingface: a column.",
+        description="filename: its stem, _ as space; textfile: the .txt or .caption file beside it, a caption per line; instanceprompt; parquet, csv, huggingface: a column.",
     )
     parquet: ParquetTable | None = Field(
         None, description="For caption_strategy parquet: the table and its columns."

@@ -52,6 +52,7 @@ def test_folders_of_repeats_are_reported_with_the_entry_to_write(notes, folder):
         "img/1_cat/c.png",
         "reg/1_dog/d.png",
         "2024_06/e.png",
+        "02_more/f.png",
     ]
     assert notes(*names) == [
         f"folder img/10_sks dog (2 images): the repeats in its name, as kohya's trainers write them, are not followed; write "
