@@ -101,7 +101,7 @@ def scan_files(
     work_dir = storage.work_dir(project.name, dataset.asset_name, "dataset")
     recorded = work_dir / "scan.parquet"
     folder = storage.data_dir(dataset)
-    scanned, told = None, {}
+    scanned, told = None, dict[str, Any]()
     notes = list(project.unused_settings.get(dataset.id, ()))
     if dataset.skipped_stages & TRUSTING and not verify:
         scanned = recall_dataset(dataset, folder, recorded, notes.append)

@@ -13,7 +13,8 @@ from sdxl_pipeline.project.datasets import ImageDataset
 _KOHYA_FOLDER: Final = re.compile(r"([1-9]\d{0,2})_.*")
 """A folder of kohya's trainers: how often an epoch shows each image, and a concept.
 
-Four digits are a year far more often, and a leading zero is a numbering."""
+Four digits are a year far more often, and a leading zero is a numbering.
+"""
 _REGULARISATION_FOLDERS: Final = frozenset({"reg", "regs", "regularization", "regularisation"})
 _TABLES: Final = frozenset({".parquet", ".jsonl", ".ndjson"})
 _TABLE_NAMES: Final = frozenset({"metadata", "captions"})
@@ -63,10 +64,10 @@ def _kohya_notes(dataset: ImageDataset, images: Sequence[str]) -> Iterator[str]:
     root = dataset.instance_data_dir or Path()
     counts: Counter[tuple[str, ...]] = Counter()
     for image in images:
-        folders = image.split("/")[:-1]
-        depth = next((depth for depth, name in enumerate(folders) if _KOHYA_FOLDER.fullmatch(name)), None)
+        parts = image.split("/")[:-1]
+        depth = next((depth for depth, name in enumerate(parts) if _KOHYA_FOLDER.fullmatch(name)), None)
         if depth is not None:
-            counts[tuple(folders[: depth + 1])] += 1
+            counts[tuple(parts[: depth + 1])] += 1
         elif _KOHYA_FOLDER.fullmatch(root.name):
             counts[()] += 1
     for folders, count in sorted(counts.items()):

@@ -267,10 +267,10 @@ def _find_idle(
     for dataset in reading.images:
         written = reading.written[dataset.id]
         found += idle_dataset_settings(dataset, written)
-        shared = [key for key in INHERITED if key in training.model_fields_set and key not in written]
+        shared = [name for name in INHERITED if name in training.model_fields_set and name not in written]
         reasons = {idle.key: idle.reason for idle in idle_dataset_settings(dataset, shared)}
-        for key in shared:
-            inherited.setdefault(key, []).append(reasons.get(key, ""))
+        for name in shared:
+            inherited.setdefault(name, []).append(reasons.get(name, ""))
     for entry in reading.masks:
         found += idle_mask_entry(entry, reading.written[entry.id])
     for id_, key, reason in found:
@@ -280,11 +280,11 @@ def _find_idle(
         )
         reading.warnings.append(warning)
         reading.unused[id_] = (*reading.unused.get(id_, ()), warning)
-    for key, reasons in inherited.items():
-        if all(reasons):
-            reading.warnings.append(
-                f"{config_file.name}: {key} has no effect: in every dataset without its own, {reasons[0]}"
-            )
+    reading.warnings += [
+        f"{config_file.name}: {key} has no effect: in every dataset without its own, {why[0]}"
+        for key, why in inherited.items()
+        if all(why)
+    ]
 
 
 def _absolute(settings: Any, folder: Path, *keys: str) -> Any:
