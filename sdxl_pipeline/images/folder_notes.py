@@ -16,8 +16,9 @@ _KOHYA_FOLDER: Final = re.compile(r"([1-9]\d{0,2})_.*")
 Four digits are a year far more often, and a leading zero is a numbering.
 """
 _REGULARISATION_FOLDERS: Final = frozenset({"reg", "regs", "regularization", "regularisation"})
-_TABLES: Final = frozenset({".parquet", ".jsonl", ".ndjson"})
-_TABLE_NAMES: Final = frozenset({"metadata", "captions"})
+_TABLES: Final = tuple(
+    f"{name}{suffix}" for name in ("metadata", "captions") for suffix in (".parquet", ".jsonl", ".ndjson")
+)
 
 
 def folder_notes(dataset: ImageDataset, paths: Sequence[str], roles: FileRoles) -> Iterator[str]:
@@ -34,8 +35,7 @@ def folder_notes(dataset: ImageDataset, paths: Sequence[str], roles: FileRoles) 
             files = "1 text file is" if count == 1 else f"{count} text files are"
             yield f"{files} stored beside images and not read; write caption_strategy: textfile."
         for path in paths:
-            name = Path(path)
-            if name.suffix.lower() in _TABLES and name.stem.lower() in _TABLE_NAMES:
+            if path.lower().endswith(_TABLES):
                 yield f"{path} is not read; if it holds captions, write caption_strategy: parquet and its path in parquet.path."
     if dataset.caption_strategy == "textfile":
         shadowed = [paths[position] for position, why in roles.left_out.items() if why.startswith(SHADOWED)]
@@ -63,13 +63,13 @@ def _kohya_notes(dataset: ImageDataset, images: Sequence[str]) -> Iterator[str]:
     """Yield a sentence on each folder whose name asks for other repeats than the dataset's, or for regularisation."""
     root = dataset.instance_data_dir or Path()
     counts: Counter[tuple[str, ...]] = Counter()
-    for image in images:
-        parts = image.split("/")[:-1]
+    for folder, count in Counter(image.rpartition("/")[0] for image in images).items():
+        parts = folder.split("/")
         depth = next((depth for depth, name in enumerate(parts) if _KOHYA_FOLDER.fullmatch(name)), None)
         if depth is not None:
-            counts[tuple(parts[: depth + 1])] += 1
+            counts[tuple(parts[: depth + 1])] += count
         elif _KOHYA_FOLDER.fullmatch(root.name):
-            counts[()] += 1
+            counts[()] += count
     for folders, count in sorted(counts.items()):
         name = folders[-1] if folders else root.name
         named = _KOHYA_FOLDER.fullmatch(name)
