@@ -199,14 +199,14 @@ def _examine(project: Project | BrokenProject, hardware: Hardware, set_only: boo
         settings, sources = resolve_settings(project.training, hardware, {})
     except ProjectError as error:
         return _show_error(error, console)
-    from sdxl_pipeline.images.folder_notes import local_folder_notes
+    from sdxl_pipeline.images.folder_notes import local_notes
 
     for warning in project.warnings:
         console.print(f"[yellow]warning[/] {escape(warning)}", soft_wrap=True)
     for dataset in (*project.datasets, *project.mask_datasets):
         if lack := _lack(dataset):
             console.print(f"[yellow]warning[/] {escape(dataset.id)}: {escape(lack)}", soft_wrap=True)
-        for note in local_folder_notes(dataset):
+        for note in local_notes(dataset):
             console.print(f"[yellow]warning[/] {escape(dataset.id)}: {escape(note)}", soft_wrap=True)
     console.print(_datasets_table(project))
     console.print(_settings_table(settings, sources, hardware, set_only))

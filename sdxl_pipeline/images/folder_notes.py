@@ -6,7 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from sdxl_pipeline.images.caption_errors import CaptionError
+from sdxl_pipeline.images.caption_tables import captions_from_table, table_path
 from sdxl_pipeline.images.file_roles import SHADOWED, FileRoles, file_roles
+from sdxl_pipeline.images.sources.fetched import SourceError
+from sdxl_pipeline.images.sources.lists import read_list
 from sdxl_pipeline.images.walk import find_files
 from sdxl_pipeline.project.datasets import ImageDataset
 
@@ -46,17 +50,30 @@ def folder_notes(dataset: ImageDataset, paths: Sequence[str], roles: FileRoles) 
         yield from _kohya_notes(dataset, [paths[position] for position in roles.pictures])
 
 
-def local_folder_notes(dataset: ImageDataset) -> list[str]:
-    """Return `folder_notes` of a dataset in a folder of this machine, which is listed for it; none where there is no such folder."""
-    folder = dataset.instance_data_dir
-    if dataset.type != "local" or folder is None:
-        return []
+def local_notes(dataset: ImageDataset) -> list[str]:
+    """Return what a run would report of the files of this machine, without reading an image: a folder is listed, a table is read.
+
+    Beside `folder_notes` these are rows of a caption table or list that are not used, and why a table cannot be read.
+    """
+    notes: list[str] = []
     try:
+        if dataset.type == "csv" and dataset.csv_file is not None and dataset.csv_file.exists():
+            notes += read_list(dataset).notes
+        folder = dataset.instance_data_dir
+        if dataset.type != "local" or folder is None:
+            return notes
         files = find_files(folder)
-    except OSError:
-        return []
-    paths = files["path"].tolist()
-    return list(folder_notes(dataset, paths, file_roles(paths, files["problem"].tolist())))
+        paths = files["path"].tolist()
+        roles = file_roles(paths, files["problem"].tolist())
+        notes += folder_notes(dataset, paths, roles)
+        if table_path(dataset, folder) is not None:
+            images = [paths[position] for position in roles.pictures]
+            captions_from_table(dataset, folder, images, paths, notes.append)
+    except (CaptionError, SourceError) as error:
+        notes.append(str(error))
+    except OSError:  # no folder yet, or none that can be listed: reported elsewhere
+        pass
+    return notes
 
 
 def _kohya_notes(dataset: ImageDataset, images: Sequence[str]) -> Iterator[str]:

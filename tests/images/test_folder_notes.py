@@ -2,7 +2,7 @@
 
 import pytest
 
-from sdxl_pipeline.images.folder_notes import local_folder_notes
+from sdxl_pipeline.images.folder_notes import local_notes
 from sdxl_pipeline.images.scan import scan_dataset
 from tests.images.photographs import encoded
 
@@ -19,7 +19,7 @@ def notes(make_dataset, folder, photograph):
         dataset = make_dataset(**settings)
         found: list[str] = []
         scan_dataset(dataset, folder, on_note=found.append)
-        assert found == local_folder_notes(dataset)
+        assert found == local_notes(dataset)
         return found
 
     return notes
@@ -66,10 +66,34 @@ def test_a_folder_whose_repeats_are_set_is_not_reported(notes, make_dataset, fol
     (note,) = notes("10_dog/a.png")
     assert note.endswith('write "repeats": 9 in this entry.')
     assert notes("10_dog/a.png", repeats=9) == []
-    (note,) = local_folder_notes(make_dataset(instance_data_dir=folder / "10_dog"))
+    (note,) = local_notes(make_dataset(instance_data_dir=folder / "10_dog"))
     assert note.endswith('write "repeats": 9 in this entry.')
-    assert local_folder_notes(make_dataset(instance_data_dir=folder / "10_dog", repeats=9)) == []
+    assert local_notes(make_dataset(instance_data_dir=folder / "10_dog", repeats=9)) == []
 
 
 def test_a_folder_that_is_not_there_has_no_notes(make_dataset, folder):
-    assert local_folder_notes(make_dataset(instance_data_dir=folder / "gone")) == []
+    assert local_notes(make_dataset(instance_data_dir=folder / "gone")) == []
+
+
+def test_tables_of_this_machine_are_read_without_reading_an_image(notes, make_dataset, folder):
+    notes("a.png")
+    table = folder / "t.jsonl"
+    dataset = make_dataset(caption_strategy="parquet", parquet={"path": "t.jsonl"})
+    (gone,) = local_notes(dataset)
+    assert "there is no file" in gone
+    table.write_text('{"filename": "train/a", "caption": "a"}')
+    (unmatched,) = local_notes(dataset)
+    assert (
+        "1 row of t.jsonl without a matching image, such as 'train/a': the paths begin with 'train/'"
+        in unmatched
+    )
+    table.write_text('{"filename": "a", "caption": true}')
+    (wrong,) = local_notes(dataset)
+    assert "row 1: column 'caption' holds true or false, not text" in wrong
+    listed = make_dataset(
+        type="csv", csv_file=folder / "list.csv", instance_data_dir=None, caption_strategy="csv"
+    )
+    assert local_notes(listed) == []
+    (folder / "list.csv").write_text("url,caption\na.png,a man, a dog\n")
+    (wrong,) = local_notes(listed)
+    assert "line 2 has 3 fields, and the header has 2" in wrong
