@@ -21,10 +21,14 @@ from sdxl_pipeline.sdxl.adapter_files import changes_something
 from sdxl_pipeline.store.files import sha256_file, sha256_path
 
 
+WARNINGS = frozenset({"trained_as_configured"})
+"""Checks that warn although their name does not begin with `may_`."""
+
+
 def specs(key: dg.AssetKey, **descriptions: str) -> list[dg.AssetCheckSpec]:
-    """Check specs by name; a name that begins with `may_` warns, every other one blocks what stands downstream."""
+    """Return check specs by name; one of `WARNINGS`, or whose name begins with `may_`, warns; every other one blocks downstream assets."""
     return [
-        dg.AssetCheckSpec(name, asset=key, description=text, blocking=not name.startswith("may_"))
+        dg.AssetCheckSpec(name, asset=key, description=text, blocking=not _warns(name))
         for name, text in descriptions.items()
     ]
 
@@ -32,11 +36,15 @@ def specs(key: dg.AssetKey, **descriptions: str) -> list[dg.AssetCheckSpec]:
 def result(
     name: str, passed: bool, message: str, metadata: Mapping[str, Any] | None = None
 ) -> dg.AssetCheckResult:
-    """A check's result, of the severity its name says."""
-    severity = dg.AssetCheckSeverity.WARN if name.startswith("may_") else dg.AssetCheckSeverity.ERROR
+    """Return a check's result with the severity that belongs to its name."""
+    severity = dg.AssetCheckSeverity.WARN if _warns(name) else dg.AssetCheckSeverity.ERROR
     return dg.AssetCheckResult(
         check_name=name, passed=passed, severity=severity, description=message, metadata=metadata
     )
+
+
+def _warns(name: str) -> bool:
+    return name.startswith("may_") or name in WARNINGS
 
 
 def latent_specs(key: dg.AssetKey) -> list[dg.AssetCheckSpec]:
@@ -103,13 +111,33 @@ def lora_specs(key: dg.AssetKey) -> list[dg.AssetCheckSpec]:
     return specs(
         key,
         weights_sound="The weights have the recorded digest, and are finite; those of an adapter are not all zero.",
+        trained_as_configured="The weights are those that config.json describes: the run did not override a setting that changes them.",
     )
 
 
 def check_lora(lora: TrainedLora) -> list[dg.AssetCheckResult]:
-    """Results of `lora_specs`; reads all weights."""
-    if lora.weights_kind == "unet":
-        return [_check_unet(lora)]
+    """Return the results of `lora_specs`; reads all weights."""
+    return [
+        _check_unet(lora) if lora.weights_kind == "unet" else _check_adapter(lora),
+        _check_overrides(lora),
+    ]
+
+
+def _check_overrides(lora: TrainedLora) -> dg.AssetCheckResult:
+    changes = "; ".join(
+        f"{each.setting}: {each.used} instead of {each.configured}" for each in lora.overrides
+    )
+    return result(
+        "trained_as_configured",
+        not lora.overrides,
+        f"Trained with {changes}. Materialize lora without overrides for the configured one; hub_release refuses this one unless its "
+        f"`promote` names {lora.identity[:16]}."
+        if lora.overrides
+        else "No setting of the run changes the weights that config.json describes.",
+    )
+
+
+def _check_adapter(lora: TrainedLora) -> dg.AssetCheckResult:
     import numpy as np
     from safetensors.numpy import load_file  # a LoRA is float32: no torch is needed to look at it
 
@@ -117,15 +145,13 @@ def check_lora(lora: TrainedLora) -> list[dg.AssetCheckResult]:
     unsound = [name for name, tensor in weights.items() if not np.isfinite(tensor).all()]
     changed = changes_something(weights)
     intact = sha256_file(Path(lora.weights_path)) == lora.weights_sha256
-    return [
-        result(
-            "weights_sound",
-            intact and changed and not unsound,
-            f"{len(weights)} tensors, digest {'as recorded' if intact else 'NOT as recorded'}, "
-            f"{'changed by training' if changed else 'all zero: training changed nothing'}, "
-            f"{len(unsound)} with NaN or Inf.",
-        )
-    ]
+    return result(
+        "weights_sound",
+        intact and changed and not unsound,
+        f"{len(weights)} tensors, digest {'as recorded' if intact else 'NOT as recorded'}, "
+        f"{'changed by training' if changed else 'all zero: training changed nothing'}, "
+        f"{len(unsound)} with NaN or Inf.",
+    )
 
 
 def _check_unet(lora: TrainedLora) -> dg.AssetCheckResult:

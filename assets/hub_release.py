@@ -1,11 +1,13 @@
 """The release: a folder with the LoRA, its model card and its lineage, pushed to the Hub when asked for."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pandas as pd
+from pydantic import Field
 
 from assets.evaluation import release_dir
 from assets.failures import told_to_the_user
@@ -21,6 +23,18 @@ from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.store.digest import digest_json
 
 CODE = "1"
+MIN_PREFIX = 8
+"""Shortest prefix of an identity that `promote` accepts."""
+
+
+class ReleaseConfig(dg.Config):
+    """What one run may release."""
+
+    promote: str = Field(
+        default="",
+        description=f"Identity (its first {MIN_PREFIX} characters or more) of the only LoRA to release, whether or not it was trained as "
+        "config.json describes. Empty: release the current LoRA if it was.",
+    )
 
 
 def build_hub_release(project: Project) -> dg.AssetsDefinition:
@@ -45,12 +59,14 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
     )
     def hub_release(
         context: dg.AssetExecutionContext,
+        config: ReleaseConfig,
         hub: HubResource,
         model: ResolvedModel,
         lora: TrainedLora,
         evaluation: EvaluationReport,
         **datasets: Any,
     ) -> Iterator[Any]:
+        _require_releasable(context.asset_key, lora, config.promote)
         counts = {
             dataset.id: int((datasets[f"{dataset.asset_name}__dataset"]["status"] == "kept").sum())
             for dataset in project.datasets
@@ -89,6 +105,40 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
         )
 
     return hub_release
+
+
+def _require_releasable(key: dg.AssetKey, lora: TrainedLora, promote: str) -> None:
+    """Raise `dagster.Failure` for a LoRA that was not trained as configured, unless `promote` names it, and for one that it does not name."""
+    named = len(promote) >= MIN_PREFIX and lora.identity.startswith(promote)
+    if named or not (promote or lora.overrides):
+        return
+    op, prefix = key.to_python_identifier(), lora.identity[:16]
+    if promote:
+        problem = f"promote {promote!r} does not name the current LoRA, whose identity is {prefix}"
+        if len(promote) < MIN_PREFIX:
+            problem += f" (at least {MIN_PREFIX} characters are needed)"
+    else:
+        changes = "; ".join(
+            f"{each.setting}: {each.used} instead of {each.configured}" for each in lora.overrides
+        )
+        problem = f"the LoRA {prefix} was trained with settings that differ from config.json ({changes})"
+    run_config = json.dumps({"ops": {op: {"config": {"promote": prefix}}}})
+    raise dg.Failure(
+        f"Not released: {problem}. To release it, promote it by its identity. In the launchpad:\n"
+        f"ops: {{{op}: {{config: {{promote: '{prefix}'}}}}}}\n"
+        f"On the command line:\ndagster asset materialize -m sdxl_pipeline.definitions --select 'key:\"{key.to_user_string()}\"' "
+        f"--config-json '{run_config}'\n"
+        "To release the configured LoRA, materialize lora without overrides, then evaluation and hub_release.",
+        allow_retries=False,
+    )
+
+
+def plain_overrides(lora: TrainedLora) -> dict[str, dict[str, Any]]:
+    """Return the overridden settings as plain data, in which local paths can be recognized."""
+    return {
+        each.setting: {"configured": json.loads(each.configured), "used": json.loads(each.used)}
+        for each in lora.overrides
+    }
 
 
 def _publish(
@@ -150,6 +200,7 @@ def _lineage(
         "base_model_digests": dict(model.digests),
         "training_identity": lora.identity,
         "weights_sha256": lora.weights_sha256,
+        **({"overrides": plain_overrides(lora)} if lora.overrides else {}),
     }
 
 

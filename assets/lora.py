@@ -1,13 +1,16 @@
 """The training: one LoRA per identity of inputs and settings, resumed when it was interrupted, reused when it is finished."""
 
+import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from pydantic import Field
 
 from assets import checks
-from assets.failures import told_to_the_user
+from assets.failures import USERS_TO_MEND, told_to_the_user
 from assets.keys import GPU_POOL, lane_key, project_key, version
 from assets.lanes import (
     lane_inputs,
@@ -24,16 +27,21 @@ from resources.launcher import LocalLauncher
 from resources.storage import Storage
 from resources.trackers import TrackerResource
 from resources.webhook import WebhookResource
-from sdxl_pipeline.images.fingerprint import METADATA_ENTRY, project_fingerprint
+from sdxl_pipeline.images.fingerprint import METADATA_ENTRY, OVERRIDES_ENTRY, project_fingerprint
 from sdxl_pipeline.project.precedence import resolve_hardware, resolve_settings
 from sdxl_pipeline.project.project import Project
 from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.specs import TrainedLora, TrainingLane, TrainSpec
+from sdxl_pipeline.protocol.specs import SettingDifference, TrainedLora, TrainingLane, TrainSpec
 from sdxl_pipeline.release.adapter_words import adapter_name
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.sdxl.initial_adapter import initial_adapter_digest, with_initial_adapter
 from sdxl_pipeline.store.files import write_text_atomic
-from sdxl_pipeline.training.identity import numeric_settings, run_identity
+from sdxl_pipeline.training.identity import (
+    decides_weights,
+    numeric_settings,
+    run_identity,
+    setting_changes,
+)
 
 CODE = "1"
 SPEC_FILE = "spec.json"
@@ -43,7 +51,9 @@ SPEC_FILE = "spec.json"
 class Launchpad(dg.Config):
     """What may be changed for one run, above config.json."""
 
-    settings: dict[str, Any] = {}  # noqa: RUF012 - pydantic copies defaults
+    settings: dict[str, Any] = Field(
+        default={}, description="Keys of config.json with the values that this run uses instead."
+    )
 
 
 def build_lora(project: Project) -> dg.AssetsDefinition:
@@ -92,6 +102,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
         )
         with told_to_the_user():
             identity = run_identity(spec)
+        differences, overrides = _differences(project, spec, identity)
         run_dir = Path(settings.output_dir) / "lora" / identity[:16]
         spec = spec.model_copy(update={"run_dir": str(run_dir)})
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -105,6 +116,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
             spec.hardware,
             trackers.environment() | webhook.environment(settings),
         )
+        result = result.model_copy(update={"overrides": overrides})
         context.log.info(_summary(result))
         seen = upstream_metadata(
             context,
@@ -121,7 +133,17 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
             | _uses(spec.lanes)
             | _objective(settings)
             | _adapter(settings)
-            | {METADATA_ENTRY: project_fingerprint(project, seen)},
+            | _trained_with(differences, overrides)
+            | {
+                METADATA_ENTRY: project_fingerprint(
+                    project, seen, {each.setting: each.used for each in overrides}
+                )
+            },
+            # Dagster records the code version of the definition, which knows no overrides; this tag replaces it, so that the UI
+            # shows weights that config.json does not describe as stale.
+            tags={"dagster/code_version": version(CODE, [identity, result.released_weights])}
+            if overrides
+            else None,
             check_results=checks.check_lora(result),
         )
 
@@ -131,6 +153,52 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
 def read_training_spec(lora: TrainedLora) -> TrainSpec:
     """The spec that made these weights."""
     return TrainSpec.model_validate_json((Path(lora.run_dir) / SPEC_FILE).read_text(encoding="utf-8"))
+
+
+def _differences(
+    project: Project, spec: TrainSpec, identity: str
+) -> tuple[tuple[SettingDifference, ...], tuple[SettingDifference, ...]]:
+    """Return the settings of a run that differ from the configured ones, and of these the ones that make its weights differ.
+
+    Configured is config.json on the hardware profile that this process's environment names.
+    """
+    settings, hardware = project.training, spec.hardware
+    # A configuration that cannot be resolved describes no weights: then everything that it does not state itself differs.
+    with suppress(*USERS_TO_MEND, dg.Failure):
+        profile = HardwareProfile().hardware()
+        settings, _ = resolve_settings(settings, profile, {}, project.folder)
+        settings = with_initial_adapter(settings, project.folder)
+        hardware = resolve_hardware(settings, profile)
+    configured = spec.model_copy(update={"settings": settings, "hardware": hardware})
+    differences = {
+        key: SettingDifference(setting=key, configured=json.dumps(before), used=json.dumps(after))
+        for key, (before, after) in setting_changes(configured, spec).items()
+    }
+    chosen = ("resume_from_checkpoint", *(["released_weights"] if spec.settings.use_ema else []))
+    decisive = [key for key in differences if decides_weights(key) or key in chosen]
+    if decisive and set(decisive) <= {"init_lora", "resume_from_checkpoint"}:
+        # two paths may lead to one file, and a checkpoint of the same trajectory to the same weights
+        with suppress(*USERS_TO_MEND):
+            if run_identity(configured) == identity:
+                decisive = []
+    return tuple(differences.values()), tuple(differences[key] for key in decisive)
+
+
+def _trained_with(
+    differences: Sequence[SettingDifference], overrides: Sequence[SettingDifference]
+) -> dict[str, Any]:
+    """Return the table of `_differences`, and the names of those that count."""
+    rows = [
+        (f"`{each.setting}`", each.configured, each.used, "yes" if each in overrides else "no")
+        for each in differences
+    ]
+    header = ("setting", "configured", "this run", "changes the weights")
+    return present(
+        {
+            "trained_with": figures_table(header, rows) if rows else None,
+            OVERRIDES_ENTRY: ", ".join(each.setting for each in overrides) or None,
+        }
+    )
 
 
 def _uses(lanes: Sequence[TrainingLane]) -> dict[str, Any]:

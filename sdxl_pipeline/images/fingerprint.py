@@ -18,6 +18,9 @@ from sdxl_pipeline.store.digest import digest_json
 METADATA_ENTRY = "fingerprint"
 """Name under which assets record the state that they saw."""
 
+OVERRIDES_ENTRY = "overridden_settings"
+"""Name under which a LoRA records the settings that make it differ from the configured one."""
+
 
 def folder_fingerprint(folder: Path) -> str:
     """Digest of the name, size and modification time of every file below `folder`; "absent" when there is none.
@@ -60,26 +63,38 @@ def lies_elsewhere(project: Project) -> bool:
     )
 
 
-def project_fingerprint(project: Project, folders: Mapping[str, str] | None = None) -> str:
-    """Digest of a project's settings and of the state of its data folders.
+def folder_states(project: Project) -> dict[str, str]:
+    """Return the `dataset_fingerprint` of each dataset as it is now, by dataset asset key."""
+    return {
+        f"{project.name}/{dataset.asset_name}/dataset": dataset_fingerprint(dataset)
+        for dataset in _complete_datasets(project)
+    }
 
-    `folders` gives states recorded earlier, by dataset asset key; without it the folders are looked at now.
+
+def project_fingerprint(
+    project: Project, folders: Mapping[str, str] | None = None, overrides: Mapping[str, str] | None = None
+) -> str:
+    """Return the digest of a project's settings and of the state of its data folders.
+
+    `folders` gives states recorded earlier, by dataset asset key; without it the folders are read now. `overrides` are the settings that
+    a run replaced, with the values it used: its fingerprint is not that of the configuration.
     """
-    datasets = [
-        complete_caption_settings(dataset, project.text_embeds_of(dataset), project.training.seed)
-        for dataset in (*project.datasets, *project.mask_datasets)
-    ]
+    datasets = _complete_datasets(project)
     if folders is None:
-        folders = {
-            f"{project.name}/{dataset.asset_name}/dataset": dataset_fingerprint(dataset)
-            for dataset in datasets
-        }
+        folders = folder_states(project)
     settings = [
         project.training.model_dump(mode="json"),
         [dataset.model_dump(mode="json") for dataset in datasets],
         [list(prompt) for prompt in project.prompts],
     ]
-    return digest_json([dict(folders), settings])
+    return digest_json([dict(folders), settings, *([dict(overrides)] if overrides else [])])
+
+
+def _complete_datasets(project: Project) -> list[ImageDataset]:
+    return [
+        complete_caption_settings(dataset, project.text_embeds_of(dataset), project.training.seed)
+        for dataset in (*project.datasets, *project.mask_datasets)
+    ]
 
 
 def _state(file: Path) -> list[int]:

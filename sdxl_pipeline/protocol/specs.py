@@ -251,6 +251,14 @@ EMA_FOLDER = "ema"
 """Beside the trained weights: their average, under the same name."""
 
 
+class SettingDifference(StageModel):
+    """One setting of a run that differs from the configuration, both values as text with their source."""
+
+    setting: str
+    configured: str
+    used: str
+
+
 class TrainedLora(StageModel):
     """Output of `train`; for `model_type: full` a trained UNet."""
 
@@ -285,6 +293,10 @@ class TrainedLora(StageModel):
     )
     reused: bool = Field(
         description="True when a finished run of this identity was found and nothing was trained."
+    )
+    overrides: tuple[SettingDifference, ...] = Field(
+        default=(),
+        description="Settings of the launching run that make these weights differ from those that config.json describes; set by the asset.",
     )
     skipped_steps: int = Field(
         default=0, description="Steps that changed nothing, since their loss or gradients were not finite."

@@ -147,6 +147,29 @@ def numeric_settings(settings: TrainingSettings) -> dict[str, Any]:
     return kept | {"lora_alpha": settings.effective_lora_alpha}
 
 
+_DECISIVE = frozenset(("init_lora", "lora_alpha", "vae_dtype"))
+"""Of `EXCLUDED`, the settings whose value makes the weights differ all the same."""
+
+_MACHINE = ("device", "num_processes", "cpu_threads")
+
+
+def setting_changes(before: TrainSpec, after: TrainSpec) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ between two specs, by name: both values as plain data, those of the machine included."""
+
+    def values(spec: TrainSpec) -> dict[str, Any]:
+        settings = spec.settings.model_dump(mode="json") | {"lora_alpha": spec.settings.effective_lora_alpha}
+        return settings | {key: getattr(spec.hardware, key) for key in _MACHINE}
+
+    old, new = values(before), values(after)
+    return {key: (old[key], new[key]) for key in new if old[key] != new[key]}
+
+
+def decides_weights(key: str) -> bool:
+    """Return whether another value of one of the `setting_changes` makes other weights."""
+    excluded = {name for names in EXCLUDED.values() for name in names} | {"device", "cpu_threads"}
+    return key in _DECISIVE or key not in excluded
+
+
 class RunNames(NamedTuple):
     """Digests that name a run, hex SHA-256 each."""
 
