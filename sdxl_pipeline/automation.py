@@ -1,5 +1,9 @@
-"""Jobs: a project trains again, by its schedule or when its pictures have changed, neither for nothing; what is left over is freed."""
+"""Jobs: a project trains again, by its schedule or when its files have changed, and only when a run is due; what is left over is freed."""
 
+import json
+import threading
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,14 +11,30 @@ import dagster as dg
 from pydantic import Field
 
 from resources.storage import Storage
-from sdxl_pipeline.images.fingerprint import METADATA_ENTRY, lies_elsewhere, project_fingerprint
-from sdxl_pipeline.project.project import Project, projects_folder
+from sdxl_pipeline.images.fingerprint import (
+    METADATA_ENTRY,
+    OVERRIDES_ENTRY,
+    folder_states,
+    lies_elsewhere,
+    project_fingerprint,
+)
+from sdxl_pipeline.project.problems import ProjectError
+from sdxl_pipeline.project.project import Project, load_project, projects_folder
 
 if TYPE_CHECKING:
     # Dagster gives no public name to what define_asset_job returns.
     from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
 SENSOR_INTERVAL_SECONDS = 60
+CLAIM_SECONDS = 60
+"""How long a run may take from the decision for it until it is in the instance."""
+
+_UNFINISHED = [
+    status
+    for status in dg.DagsterRunStatus
+    if status not in (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
+]
+_DECIDING = threading.Lock()
 _FREED_COLUMNS = dg.TableSchema(
     [
         dg.TableColumn("what"),
@@ -39,17 +59,109 @@ def retraining_job(project: Project) -> "UnresolvedAssetJobDefinition":
     )
 
 
+def lora_key(project: Project) -> dg.AssetKey:
+    """Return the key of the asset that a retraining is for."""
+    return dg.AssetKey([project.name, "lora"])
+
+
 def trained_fingerprint(instance: dg.DagsterInstance, project: Project) -> str | None:
-    """State of files and settings at the last finished training; None when there was none."""
-    event = instance.get_latest_materialization_event(dg.AssetKey([project.name, "lora"]))
-    materialization = event.asset_materialization if event else None
-    if materialization is None or METADATA_ENTRY not in materialization.metadata:
+    """Return the state of files and settings at the last finished training; None when there was none."""
+    fingerprint = _recorded(instance, lora_key(project)).get(METADATA_ENTRY)
+    return None if fingerprint is None else str(fingerprint.value)
+
+
+def reason_to_wait(
+    instance: dg.DagsterInstance, project: Project, state: str, *, sources_unknown: bool = False
+) -> str | None:
+    """Return why no run is to be started for this state of files and settings now; None when one is due.
+
+    At most one unfinished run at a time trains a project's LoRA, whoever started it, and a state whose run failed is not tried again
+    before something changes. With `sources_unknown` only the run can find out whether anything has changed: it waits for nothing but an
+    unfinished one.
+    """
+    for record in instance.get_run_records(dg.RunsFilter(statuses=_UNFINISHED)):
+        run = record.dagster_run
+        planned = instance.get_asset_keys_for_run(
+            run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED
+        )
+        if lora_key(project) in planned:
+            return (
+                f"The run {run.run_id[:8]} trains this LoRA and is not finished ({run.status.value.lower()}). "
+                "If no process of it is left, terminate it in the UI."
+            )
+    if sources_unknown:
         return None
-    return str(materialization.metadata[METADATA_ENTRY].value)
+    if state == trained_fingerprint(instance, project):
+        return "Images, captions and settings are unchanged since the last training."
+    trained = instance.get_latest_materialization_event(lora_key(project))
+    for record in instance.get_run_records(dg.RunsFilter(tags={METADATA_ENTRY: state}), limit=1):
+        run = record.dagster_run
+        gave_this_lora = trained is not None and trained.run_id == run.run_id
+        failed_since = run.status is not dg.DagsterRunStatus.SUCCESS and (
+            trained is None or record.create_timestamp.timestamp() > trained.timestamp
+        )
+        overridden = OVERRIDES_ENTRY in _recorded(instance, lora_key(project))
+        if failed_since or (gave_this_lora and not overridden):
+            return (
+                f"The run {run.run_id[:8]} for this state of files and settings ended ({run.status.value.lower()}), and nothing has "
+                "changed since. Change a file or a setting, or materialize by hand."
+            )
+    return None
+
+
+def cause_of_retraining(instance: dg.DagsterInstance, project: Project, sources_unknown: bool = False) -> str:
+    """Return in words what makes a training due."""
+    trained = _recorded(instance, lora_key(project))
+    if METADATA_ENTRY not in trained:
+        return "not trained yet"
+    causes = []
+    if OVERRIDES_ENTRY in trained:
+        causes.append(f"the last training overrode settings: {trained[OVERRIDES_ENTRY].value}")
+    found = folder_states(project)
+    recorded = {
+        key: str(entry.value)
+        for key in found
+        if (entry := _recorded(instance, dg.AssetKey(key.split("/"))).get(METADATA_ENTRY)) is not None
+    }
+    if changed := [key for key, before in recorded.items() if before != found[key]]:
+        causes.append(f"files changed in {', '.join(changed)}")
+    if OVERRIDES_ENTRY not in trained and project_fingerprint(project, recorded) != str(
+        trained[METADATA_ENTRY].value
+    ):
+        causes.append("settings changed in config.json or multidatabackend.json")
+    if sources_unknown:
+        causes.append("images are stored elsewhere: the run finds out whether they changed")
+    return "; ".join(causes) or "images, captions or settings differ from those of the last training"
+
+
+def request_retraining(
+    instance: dg.DagsterInstance,
+    project: Project,
+    state: str,
+    asker: str,
+    *,
+    sources_unknown: bool = False,
+) -> dg.RunRequest | dg.SkipReason:
+    """Return the run that is due for this state of files and settings, or why there is none.
+
+    Schedule and sensor are evaluated at the same time, and a run that one of them asks for exists only seconds later: the `asker` that
+    is first holds a claim meanwhile.
+    """
+    with _DECIDING:
+        if (reason := reason_to_wait(instance, project, state, sources_unknown=sources_unknown)) is not None:
+            return dg.SkipReason(reason)
+        claim, now = f"sdxl_pipeline/retraining/{project.name}", time.time()
+        held = instance.daemon_cursor_storage.get_cursor_values({claim}).get(claim)
+        holder, since = json.loads(held) if held else (asker, now)
+        if holder != asker and now - since < CLAIM_SECONDS:
+            return dg.SkipReason(f"The {holder} has just asked for a run of this project.")
+        instance.daemon_cursor_storage.set_cursor_values({claim: json.dumps([asker, now])})
+    cause = cause_of_retraining(instance, project, sources_unknown)
+    return dg.RunRequest(tags={METADATA_ENTRY: state, "reason": f"{asker}: {cause}"})
 
 
 def build_schedule(project: Project) -> dg.ScheduleDefinition | None:
-    """Re-training at the times of `retraining_cron`; None when the project has no such setting."""
+    """Return the re-training at the times of `retraining_cron`; None when the project has no such setting."""
     cron = project.training.retraining_cron
     if cron is None:
         return None
@@ -60,51 +172,61 @@ def build_schedule(project: Project) -> dg.ScheduleDefinition | None:
         cron_schedule=cron,
         # The cron line in config.json is the user's switch; a second one in the UI would be easy to miss.
         default_status=dg.DefaultScheduleStatus.RUNNING,
-        description="Trains again at the times of retraining_cron, if pictures or settings have changed since; looks whether they have where "
-        "pictures lie elsewhere.",
+        description="Trains again at the times of retraining_cron if images, captions or settings have changed since the last training. "
+        "Where images are stored elsewhere, the run finds out whether they have.",
     )
     def retraining(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-        now = project_fingerprint(project)
-        if lies_elsewhere(project):
-            # Only the run can see whether anything is new; if nothing is, it reuses what there is.
-            return dg.RunRequest(
-                run_key=f"{project.name}-{context.scheduled_execution_time.isoformat()}",
-                tags={METADATA_ENTRY: now},
-            )
-        if now == trained_fingerprint(context.instance, project):
-            return dg.SkipReason("Pictures, captions and settings are as they were at the last training.")
-        return dg.RunRequest(run_key=f"{project.name}-{now}", tags={METADATA_ENTRY: now})
+        try:
+            current = load_project(project.folder)
+        except ProjectError as error:
+            return dg.SkipReason(str(error))
+        return request_retraining(
+            context.instance,
+            current,
+            project_fingerprint(current),
+            "schedule",
+            sources_unknown=lies_elsewhere(current),
+        )
 
     return retraining
 
 
 def build_sensor(project: Project) -> dg.SensorDefinition:
-    """Asks for a run once the project's files have changed and lie still; off until it is switched on in the UI."""
+    """Return the sensor that asks for a run once the project's files have changed and stay as they are; off until switched on in the UI."""
 
     @dg.sensor(
         name=f"{project.name}_files",
         job_name=job_name(project),
         minimum_interval_seconds=SENSOR_INTERVAL_SECONDS,
         default_status=dg.DefaultSensorStatus.STOPPED,
-        description="Trains again when pictures, captions or settings have changed.",
+        description="Trains again when images, captions or settings have changed.",
     )
     def files(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-        trained = trained_fingerprint(context.instance, project)
-        if trained is None:
+        try:
+            current = load_project(project.folder)
+        except ProjectError as error:
+            return dg.SkipReason(str(error))
+        if trained_fingerprint(context.instance, current) is None:
             return dg.SkipReason("Not trained yet: materialize the project once by hand.")
-        now = project_fingerprint(project)
-        if now == trained:
-            return dg.SkipReason("Nothing has changed since the last training.")
+        now = project_fingerprint(current)
+        if (reason := reason_to_wait(context.instance, current, now)) is not None:
+            return dg.SkipReason(reason)
         if now != context.cursor:
-            # A copy may be under way: wait until two looks see the same files.
-            return dg.SensorResult(skip_reason="Files are changing: looking again.", cursor=now)
-        # The run key makes each state of the files ask once, so a failing training is not repeated every minute.
-        return dg.SensorResult(
-            run_requests=[dg.RunRequest(run_key=f"{project.name}-{now}", tags={METADATA_ENTRY: now})],
-            cursor=now,
-        )
+            # A copy may be under way: wait until two evaluations see the same files.
+            return dg.SensorResult(skip_reason="Files are changing: checking again.", cursor=now)
+        answer = request_retraining(context.instance, current, now, "sensor")
+        if isinstance(answer, dg.SkipReason):
+            return answer
+        return dg.SensorResult(run_requests=[answer], cursor=now)
 
     return files
+
+
+def _recorded(instance: dg.DagsterInstance, key: dg.AssetKey) -> Mapping[str, dg.MetadataValue]:
+    """Return the metadata of an asset's latest materialization."""
+    event = instance.get_latest_materialization_event(key)
+    materialization = event.asset_materialization if event else None
+    return materialization.metadata if materialization else {}
 
 
 class PruneConfig(dg.Config):

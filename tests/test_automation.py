@@ -1,17 +1,18 @@
-"""Schedule and sensor start a training when something changed, and only then."""
+"""Holds that schedule and sensor start one training when something changed, and only then."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
 import dagster as dg
 import pytest
 import torch
+from dagster._core.events import DagsterEvent, StepMaterializationData
 
 from resources.storage import Storage
 from sdxl_pipeline.automation import build_prune_job, build_schedule, build_sensor
 from sdxl_pipeline.definitions import build_definitions
-from sdxl_pipeline.images.fingerprint import METADATA_ENTRY, project_fingerprint
+from sdxl_pipeline.images.fingerprint import METADATA_ENTRY, OVERRIDES_ENTRY, project_fingerprint
 from sdxl_pipeline.project.project import load_project
 from sdxl_pipeline.store.tensor_store import TensorStore
 from tests.conftest import draw_picture
@@ -102,14 +103,197 @@ def test_a_schedule_looks_at_pictures_that_lie_elsewhere(
     schedule = build_schedule(load_project(folder))
     assert schedule is not None
     record_training(instance, folder)
-    keys = set()
-    for day in (1, 2):
-        at = datetime(2026, 1, day, 3, tzinfo=UTC)
-        request = schedule(dg.build_schedule_context(instance=instance, scheduled_execution_time=at))
-        assert isinstance(request, dg.RunRequest)
-        keys.add(request.run_key)
-    assert len(keys) == 2
-    assert isinstance(tick(instance, folder), dg.SkipReason)  # and the sensor asks nobody
+
+    def at(day: int) -> dg.RunRequest | dg.SkipReason:
+        when = datetime(2026, 1, day, 3, tzinfo=UTC)
+        return schedule(dg.build_schedule_context(instance=instance, scheduled_execution_time=when))
+
+    first = at(1)
+    assert isinstance(first, dg.RunRequest)
+    assert "stored elsewhere" in first.tags["reason"]
+    run = launch(instance, folder, first.tags)
+    assert isinstance(at(2), dg.SkipReason)
+    instance.report_run_failed(run)
+    assert isinstance(at(3), dg.RunRequest)  # the source may have changed, which only a run can see
+    assert isinstance(tick(instance, folder), dg.SkipReason)  # the sensor does not watch it
+
+
+def launch(
+    instance: dg.DagsterInstance, folder: Path, tags: Mapping[str, str], *stages: str
+) -> dg.DagsterRun:
+    """A run of the project's job, or of some of its stages, that is in progress."""
+    keys = {dg.AssetKey([folder.name, stage]) for stage in stages} or None
+    job = build_definitions(folder.parent).resolve_job_def(f"{folder.name}_train")
+    return instance.create_run_for_job(
+        job.get_subset(asset_selection=keys) if keys else job,
+        tags=dict(tags),
+        status=dg.DagsterRunStatus.STARTED,
+        asset_selection=keys,
+    )
+
+
+@pytest.fixture
+def nightly(make_project: Callable[..., Path]) -> Path:
+    return make_project("nightly", config={"retraining_cron": "0 3 * * *"})
+
+
+class Daemon:
+    """Schedule and sensor of one project, evaluated by turns; each request becomes a run in progress."""
+
+    def __init__(self, instance: dg.DagsterInstance, folder: Path) -> None:
+        self.instance, self.folder, self.cursor = instance, folder, None
+        self.runs: list[dg.DagsterRun] = []
+        self.reasons: list[str] = []
+
+    def schedule(self) -> None:
+        schedule = build_schedule(load_project(self.folder))
+        assert schedule is not None
+        self._take(schedule(dg.build_schedule_context(instance=self.instance)))
+
+    def sensor(self) -> None:
+        answer = tick(self.instance, self.folder, self.cursor)
+        if isinstance(answer, dg.SensorResult):
+            self.cursor = answer.cursor
+            for request in answer.run_requests or ():
+                self._take(request)
+        else:
+            self._take(answer)
+
+    def both(self) -> None:
+        self.sensor()
+        self.schedule()
+        self.sensor()
+
+    def _take(self, answer: dg.RunRequest | dg.SkipReason) -> None:
+        if isinstance(answer, dg.RunRequest):
+            self.runs.append(launch(self.instance, self.folder, answer.tags))
+        else:
+            self.reasons.append(str(answer.skip_message))
+
+
+def test_one_state_asks_for_one_run_while_that_is_queued_or_running_and_after_it_failed(
+    instance: dg.DagsterInstance, nightly: Path
+) -> None:
+    record_training(instance, nightly)
+    daemon = Daemon(instance, nightly)
+    draw_picture(nightly / "data", 20)
+    for _ in range(3):
+        daemon.both()
+    (run,) = daemon.runs
+    assert run.tags["reason"].startswith("schedule: ")
+    assert f"The run {run.run_id[:8]} trains this LoRA and is not finished (started)" in daemon.reasons[-1]
+    instance.report_run_failed(run)
+    for _ in range(3):
+        daemon.both()
+    assert len(daemon.runs) == 1
+    assert "for this state of files and settings ended (failure)" in daemon.reasons[-1]
+
+    draw_picture(nightly / "data", 21)
+    for _ in range(3):
+        daemon.both()
+    assert len(daemon.runs) == 2
+    instance.report_run_canceled(daemon.runs[1])
+    daemon.both()
+    assert len(daemon.runs) == 2
+
+
+def test_a_run_by_hand_that_trains_the_lora_is_waited_for_and_others_are_not(
+    instance: dg.DagsterInstance, nightly: Path
+) -> None:
+    daemon = Daemon(instance, nightly)
+    release = launch(instance, nightly, {}, "hub_release")
+    by_hand = launch(instance, nightly, {}, "lora", "evaluation")
+    daemon.schedule()
+    assert f"The run {by_hand.run_id[:8]} trains this LoRA" in daemon.reasons[-1]
+    instance.report_run_failed(by_hand)
+    daemon.schedule()
+    assert len(daemon.runs) == 1
+    assert daemon.runs[0].tags["reason"] == "schedule: not trained yet"
+    assert not instance.get_run_by_id(release.run_id).is_finished
+
+
+def test_a_training_with_overridden_settings_is_followed_by_one_as_configured(
+    instance: dg.DagsterInstance, nightly: Path
+) -> None:
+    daemon, project = Daemon(instance, nightly), load_project(nightly)
+    daemon.schedule()
+    instance.report_run_failed(daemon.runs[0])
+    overrides = {"learning_rate": "0.009"}
+    instance.report_runless_asset_event(
+        dg.AssetMaterialization(
+            [project.name, "lora"],
+            metadata={
+                METADATA_ENTRY: project_fingerprint(project, None, overrides),
+                OVERRIDES_ENTRY: "learning_rate",
+            },
+        )
+    )
+    daemon.both()
+    assert len(daemon.runs) == 2
+    assert "the last training overrode settings: learning_rate" in daemon.runs[1].tags["reason"]
+
+
+def test_a_run_that_saw_other_files_than_those_asked_for_is_not_repeated_for_ever(
+    instance: dg.DagsterInstance, nightly: Path
+) -> None:
+    daemon = Daemon(instance, nightly)
+    daemon.schedule()
+    (run,) = daemon.runs
+    seen = dg.AssetMaterialization(["nightly", "lora"], metadata={METADATA_ENTRY: "another state"})
+    event = DagsterEvent(
+        dg.DagsterEventType.ASSET_MATERIALIZATION.value,
+        run.job_name,
+        event_specific_data=StepMaterializationData(seen),
+    )
+    instance.report_dagster_event(event, run.run_id)
+    success = DagsterEvent(dg.DagsterEventType.RUN_SUCCESS.value, run.job_name)
+    instance.report_dagster_event(success, run.run_id)
+    daemon.both()
+    assert len(daemon.runs) == 1
+    assert "ended (success), and nothing has changed since" in daemon.reasons[-1]
+
+
+def test_schedule_and_sensor_that_decide_at_the_same_time_start_one_run(
+    instance: dg.DagsterInstance, nightly: Path
+) -> None:
+    record_training(instance, nightly)
+    draw_picture(nightly / "data", 20)
+    first = tick(instance, nightly)
+    assert isinstance(first, dg.SensorResult)
+    schedule = build_schedule(load_project(nightly))
+    assert schedule is not None
+    asked = schedule(dg.build_schedule_context(instance=instance))  # whose run is not yet in the instance
+    assert isinstance(asked, dg.RunRequest)
+    waits = tick(instance, nightly, first.cursor)
+    assert isinstance(waits, dg.SkipReason)
+    assert waits.skip_message == "The schedule has just asked for a run of this project."
+    again = schedule(dg.build_schedule_context(instance=instance))  # the daemon was restarted in between
+    assert isinstance(again, dg.RunRequest)
+
+
+def test_a_project_that_cannot_be_read_is_not_trained(instance: dg.DagsterInstance, nightly: Path) -> None:
+    daemon = Daemon(instance, nightly)
+    schedule, sensor = build_schedule(load_project(nightly)), build_sensor(load_project(nightly))
+    assert schedule is not None
+    (nightly / "config.json").write_text('{"lora_rank": 0}')
+    for answer in (
+        schedule(dg.build_schedule_context(instance=instance)),
+        sensor(dg.build_sensor_context(instance=instance)),
+    ):
+        assert isinstance(answer, dg.SkipReason)
+        assert "lora_rank" in str(answer.skip_message)
+    assert not daemon.runs
+
+
+def test_settings_changed_since_the_code_location_was_loaded_are_seen(
+    instance: dg.DagsterInstance, nightly: Path
+) -> None:
+    schedule = build_schedule(load_project(nightly))
+    assert schedule is not None
+    config = nightly / "config.json"
+    config.write_text(config.read_text().replace('"lora_rank": 4', '"lora_rank": 8'))
+    record_training(instance, nightly)  # by a run, which reads the files anew
+    assert isinstance(schedule(dg.build_schedule_context(instance=instance)), dg.SkipReason)
 
 
 def prune_event(
