@@ -20,7 +20,6 @@ from sdxl_pipeline.protocol.specs import (
 from sdxl_pipeline.sdxl.adapter_files import changes_something
 from sdxl_pipeline.store.files import sha256_file, sha256_path
 
-
 WARNINGS = frozenset({"trained_as_configured"})
 """Checks that warn although their name does not begin with `may_`."""
 

@@ -42,10 +42,9 @@ from sdxl_pipeline.training.identity import (
     run_identity,
     setting_changes,
 )
+from sdxl_pipeline.training.lineage import SPEC_FILE
 
 CODE = "1"
-SPEC_FILE = "spec.json"
-"""The training's own spec beside its weights: the record of what made them, read again by the evaluation."""
 
 
 class Launchpad(dg.Config):

@@ -43,7 +43,7 @@ def main(spec: TrainSpec, reporter: Reporter, stop: StopSignal) -> TrainedLora:
             )
             return finished.model_copy(update={"reused": True})
 
-        from sdxl_pipeline.training.beginning import begin_run
+        from sdxl_pipeline.training.beginning import begin_run, report_nearest_run
         from sdxl_pipeline.training.loop import Trainer
         from sdxl_pipeline.training.watch import Watch
 
@@ -54,6 +54,9 @@ def main(spec: TrainSpec, reporter: Reporter, stop: StopSignal) -> TrainedLora:
                 afterwards.enter_context(leased_lanes(spec.lanes, f"train {spec.project}"))
             trainer = Trainer(spec, identity, reporter, stop, watch)
             afterwards.callback(trainer.close)
+            if trainer.is_main and trainer.resumed_from is None:
+                shapes = {name: tuple(parameter.shape) for name, parameter in trainer.parameters.items()}
+                report_nearest_run(spec, names, shapes, trainer.total_steps, reporter)
             trainer.train()
             return _finish(trainer)
 

@@ -7,14 +7,18 @@ that is made longer or shorter loses nothing. Where the learning rate depends on
 A run that is sent to a checkpoint of another trajectory (`resume_from_checkpoint: <path>`) has that checkpoint in its identity.
 """
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+from safetensors import SafetensorError
 
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.reporter import Reporter
-from sdxl_pipeline.protocol.specs import Ancestor, RunLineage, TrainSpec
+from sdxl_pipeline.protocol.specs import Ancestor, RunLineage, TrainingLane, TrainSpec
+from sdxl_pipeline.sdxl.initial_adapter import USUAL_NAME
 from sdxl_pipeline.store.files import link_or_copy
 from sdxl_pipeline.training.checkpoints import (
     CHECKPOINTS,
@@ -24,13 +28,20 @@ from sdxl_pipeline.training.checkpoints import (
     checkpoints,
     is_intact,
     load_checkpoint,
+    parameter_shapes,
     step_in_name,
 )
-from sdxl_pipeline.training.identity import CONSTANT_SCHEDULES, RunNames
+from sdxl_pipeline.training.identity import (
+    CONSTANT_SCHEDULES,
+    RunNames,
+    decides_weights,
+    setting_changes,
+)
 from sdxl_pipeline.training.lineage import (
     chosen_checkpoint,
     lineage_of_checkpoint,
     read_lineage,
+    read_spec,
     run_of_checkpoint,
     write_lineage,
 )
@@ -38,6 +49,7 @@ from sdxl_pipeline.training.taking_over import optimizer_fits
 from sdxl_pipeline.training.trainer_setup import plan_order, planned_steps
 
 PICTURES = "validation"
+DORA_NORMS: Final = "lora_magnitude_vector"
 
 
 class _Source(NamedTuple):
@@ -72,6 +84,95 @@ def begin_run(spec: TrainSpec, names: RunNames, reporter: Reporter) -> None:
         if (run := run_of_checkpoint(source.place)) is not None:
             _take_records(run, run_dir)
         adopt_checkpoint(source.place, run_dir / CHECKPOINTS, lineage)
+
+
+def report_nearest_run(
+    spec: TrainSpec,
+    names: RunNames,
+    shapes: Mapping[str, tuple[int, ...]],
+    total_steps: int,
+    reporter: Reporter,
+) -> None:
+    """Log which other run is nearest to one that starts at step 0 although it resumes from the latest checkpoint, and how to continue it.
+
+    `shapes` are those of the parameters that this run trains. A run of the same family or kin is logged by `begin_run`.
+    """
+    if spec.settings.resume_from_checkpoint is None:
+        return
+    newest: dict[Path, _Source] = {}
+    for source in _beside(Path(spec.run_dir), names):
+        if source.lineage and (source.lineage.family == names.family or source.lineage.kin == names.kin):
+            return
+        newest[source.place.parent.parent] = source
+    found = [
+        (differences(other, spec), source)
+        for run, source in newest.items()
+        if (other := read_spec(run)) is not None
+    ]
+    for changes, source in sorted(found, key=lambda each: (len(each[0]), -each[1].step)):
+        try:
+            theirs = parameter_shapes(source.place)
+        except (OSError, ValueError, KeyError, SafetensorError):  # damaged: not to be recommended
+            continue
+        text = "; ".join(changes) or "the version of the trainer, or the checkpoint that it began from"
+        reporter.log(
+            f"This run starts at step 0: no other run is of the same settings and data. The nearest is {source.place.parent.parent.name}, "
+            f"at step {source.step}. It differs in {text}. {_advice(source, theirs, shapes, total_steps)}"
+        )
+        return
+
+
+def differences(other: TrainSpec, spec: TrainSpec) -> list[str]:
+    """Return in words what makes the weights of `spec` other than those of `other`, as "name: old -> new"."""
+    changes = [
+        f"{key}: {json.dumps(old)} -> {json.dumps(new)}"
+        for key, (old, new) in setting_changes(other, spec).items()
+        if decides_weights(key)
+    ]
+    if other.base_model.digest != spec.base_model.digest:
+        changes.append(f"base model: {other.base_model.source} -> {spec.base_model.source}")
+    theirs, ours = ({lane.dataset_id: _data_of(lane) for lane in each.lanes} for each in (other, spec))
+    for dataset_id in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(dataset_id) != ours.get(dataset_id):
+            changes.append(f"images, captions or settings of the dataset {dataset_id}")
+    return changes
+
+
+def _data_of(lane: TrainingLane) -> tuple[object, ...]:
+    """Return what decides the samples of a dataset; the names of its tables hold their digests."""
+    return (
+        *(Path(lane.rows_path).name, lane.latents.digest, lane.text_embeds.digest),
+        *(lane.repeats, lane.probability, lane.fresh_crops, lane.is_regularisation),
+        lane.masks and (lane.masks.kind, Path(lane.masks.pairs_path).name),
+    )
+
+
+def _advice(
+    source: _Source,
+    theirs: Mapping[str, tuple[int, ...]],
+    ours: Mapping[str, tuple[int, ...]],
+    total_steps: int,
+) -> str:
+    if theirs == ours:
+        longer = (
+            f", and raise max_train_steps above {source.step}: this run ends at step {total_steps}"
+            if source.step >= total_steps
+            else ""
+        )
+        return (
+            f'To continue from it, write "resume_from_checkpoint": "{source.place}" in config.json{longer}.'
+        )
+    weights = source.place / USUAL_NAME
+    if (
+        theirs == {name: shape for name, shape in ours.items() if DORA_NORMS not in name}
+        and weights.is_file()
+    ):
+        return f'It has no DoRA norms, so it cannot be continued. To start from its weights, write "init_lora": "{weights}" in config.json.'
+    name = min(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+    return (
+        f"It cannot be continued, nor be the start of this run (init_lora), since its weights have other shapes: {name} is "
+        f"{theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here. To continue from it, set what differs in the adapter back."
+    )
 
 
 def _find_source(spec: TrainSpec, names: RunNames, reporter: Reporter) -> _Source | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -219,6 +220,19 @@ def load_checkpoint(place: Path) -> TrainingState:
     )
 
 
+def parameter_shapes(place: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a checkpoint's trained parameters by name, read from its files' headers.
+
+    Raises OSError, ValueError, KeyError or SafetensorError for a damaged one.
+    """
+    stored = place / json.loads((place / STATE).read_bytes()).get("parameters", PARAMETERS)
+    shapes = {}
+    for shard in _shards(stored):
+        with safe_open(shard, framework="pt") as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return shapes
+
+
 def require_same_parameters(state: TrainingState, parameters: Mapping[str, Tensor]) -> None:
     """Raise StageError unless `state` is of parameters of these names and shapes."""
     theirs, ours = (
@@ -306,8 +320,11 @@ def _files(folder: Path) -> list[Path]:
 
 def _read_parameters(place: Path) -> dict[str, Tensor]:
     """Of a file, or of all the safetensors of a folder. Mapped into memory, and not read before they are used."""
-    shards = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
-    return {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    return {name: tensor for shard in _shards(place) for name, tensor in load_file(shard).items()}
+
+
+def _shards(place: Path) -> list[Path]:
+    return sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

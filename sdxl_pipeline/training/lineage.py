@@ -10,10 +10,12 @@ from sdxl_pipeline.project.resume_from import NAME_ONE, NO_CHECKPOINT, is_checkp
 from sdxl_pipeline.project.sections.checkpoints import CHECKPOINT_STATE as STATE
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.program import StageError
-from sdxl_pipeline.protocol.specs import RunLineage
+from sdxl_pipeline.protocol.specs import RunLineage, TrainSpec
 from sdxl_pipeline.store.files import write_text_atomic
 
 LINEAGE_FILE = "lineage.json"
+SPEC_FILE = "spec.json"
+"""The training's own spec beside its weights: the record of what made them, read again by the evaluation and by later runs."""
 
 
 def write_lineage(run_dir: Path, lineage: RunLineage) -> None:
@@ -25,6 +27,14 @@ def read_lineage(run_dir: Path) -> RunLineage | None:
     """What `write_lineage` recorded; None in the folder of no run, or of one by an earlier version."""
     try:
         return RunLineage.model_validate_json((run_dir / LINEAGE_FILE).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValidationError):
+        return None
+
+
+def read_spec(run_dir: Path) -> TrainSpec | None:
+    """Return the spec of the run in a folder; None where there is none, or one of another version."""
+    try:
+        return TrainSpec.model_validate_json((run_dir / SPEC_FILE).read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValidationError):
         return None
 

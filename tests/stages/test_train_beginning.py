@@ -1,5 +1,6 @@
 """Holds where a run begins: a longer or shorter run goes on from its like and equals one by itself to the bit; a named checkpoint of another run is taken over under the run's own settings."""
 
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -10,11 +11,12 @@ from safetensors.torch import load_file
 
 from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
 from sdxl_pipeline.protocol.reporter import Reporter
-from sdxl_pipeline.protocol.specs import TrainedLora, TrainingLane, TrainSpec
+from sdxl_pipeline.protocol.specs import RunLineage, TrainedLora, TrainingLane, TrainSpec
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.beginning import begin_run
 from sdxl_pipeline.training.checkpoints import load_checkpoint
 from sdxl_pipeline.training.identity import run_names
+from sdxl_pipeline.training.lineage import SPEC_FILE, write_lineage
 from sdxl_pipeline.training.metrics import read_metrics
 from tests.lanes import make_lane, make_spec
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
@@ -238,6 +240,78 @@ def test_the_same_training_on_other_devices_is_named_with_the_way_to_go_on_from_
     assert "The run four is at step 4 of this training on another number of processes" in line
     assert line.endswith(f"resume_from_checkpoint: {place}")
     assert not (Path(spec.run_dir) / "checkpoints").exists()
+
+
+@pytest.fixture(scope="module")
+def beside(runs: Path) -> Path:
+    """A folder with the run of four steps and its spec, as the asset leaves it, and a damaged one that is even more alike."""
+    folder = runs.with_name("beside")
+    for run, settings in (("four", {}), ("damaged", {"learning_rate": 5e-4, "max_train_steps": 3})):
+        shutil.copytree(runs / "four", folder / run)
+        spec = spec_of(folder, run, **settings)
+        (folder / run / SPEC_FILE).write_text(spec.model_dump_json())
+        lineage = RunLineage(**run_names(spec)._asdict(), optimizer="adamw", ancestor=None)
+        write_lineage(folder / run, lineage)
+    for checkpoint in (folder / "damaged" / "checkpoints").iterdir():
+        (checkpoint / "trainable.safetensors").write_bytes(b"x")
+    return folder
+
+
+def nearest_line(beside: Path, run: str, **settings: object) -> str:
+    listener = Listener()
+    train(spec_of(beside, run, validation_disable=True, **settings), listener)
+    (line,) = [line for line in listener.lines if "This run starts at step 0" in line]
+    shutil.rmtree(beside / run)
+    return line
+
+
+def test_latest_with_other_settings_logs_the_nearest_run_and_the_path_to_continue_it(beside):
+    place = beside / "four" / "checkpoints" / "step-00000004"
+    line = nearest_line(beside, "rate", learning_rate=5e-4, train_batch_size=2, max_train_steps=5)
+    assert "The nearest is four, at step 4." in line
+    changes = re.search(r"It differs in (.*?)\. To continue", line)
+    assert changes is not None
+    assert set(changes[1].split("; ")) == {
+        "max_train_steps: 4 -> 5",
+        "learning_rate: 0.001 -> 0.0005",
+        "train_batch_size: 1 -> 2",
+    }
+    assert line.endswith(f'write "resume_from_checkpoint": "{place}" in config.json.')
+
+    continued = train(
+        spec_of(beside, "on", learning_rate=5e-4, max_train_steps=5, resume_from_checkpoint=str(place))
+    )
+    assert continued.resumed_from_step == 4
+    shutil.rmtree(beside / "on")
+
+    line = nearest_line(beside, "ended", seed=1)
+    assert line.endswith("in config.json, and raise max_train_steps above 4: this run ends at step 4.")
+
+
+def test_latest_with_another_rank_logs_that_the_nearest_run_cannot_be_continued(beside):
+    line = nearest_line(beside, "rank", lora_rank=3, max_train_steps=1)
+    assert "lora_rank: 2 -> 3; lora_alpha: 2.0 -> 3.0" in line
+    assert re.search(r"It cannot be continued.*lora_A\S+ is \(2, \d+.*\) there and \(3, \d+.*\) here", line)
+    assert '"resume_from_checkpoint"' not in line
+
+
+def test_latest_with_dora_logs_the_lora_to_start_from(beside):
+    line = nearest_line(beside, "dora", use_dora=True, max_train_steps=1, lora_dropout=0.0)
+    weights = beside / "four" / "checkpoints" / "step-00000004" / "pytorch_lora_weights.safetensors"
+    assert line.endswith(f'write "init_lora": "{weights}" in config.json.')
+    started = train(spec_of(beside, "started", use_dora=True, max_train_steps=1, init_lora=str(weights)))
+    assert started.steps == 1
+    shutil.rmtree(beside / "started")
+
+
+def test_other_images_of_the_nearest_run_are_logged(beside):
+    spec = spec_of(beside, "images", max_train_steps=1)
+    more = spec.lanes[0].model_copy(update={"repeats": 1})
+    listener = Listener()
+    train(spec.model_copy(update={"lanes": (more,)}), listener)
+    (line,) = [line for line in listener.lines if "This run starts at step 0" in line]
+    assert "images, captions or settings of the dataset shapes" in line
+    shutil.rmtree(beside / "images")
 
 
 def test_a_run_whose_own_checkpoints_are_damaged_begins_where_it_began(runs):
