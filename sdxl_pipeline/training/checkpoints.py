@@ -226,7 +226,7 @@ def parameter_shapes(place: Path) -> dict[str, tuple[int, ...]]:
     Raises OSError, ValueError, KeyError or SafetensorError for a damaged one.
     """
     stored = place / json.loads((place / STATE).read_bytes()).get("parameters", PARAMETERS)
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for shard in _shards(stored):
         with safe_open(shard, framework="pt") as file:
             shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
