@@ -273,6 +273,18 @@ class TrainedLora(StageModel):
         default="trained",
         description="What weights_path holds: the weights as trained, or their average; both lie in run_dir under use_ema.",
     )
+    kohya_path: str | None = Field(
+        default=None,
+        description="<project>.safetensors in kohya's key grammar beside weights_path; None of a UNet, or where no such file exists.",
+    )
+    kohya_sha256: str | None = Field(default=None, description="Of that file.")
+    kohya_dtype: str | None = Field(
+        default=None, description="Data type of its tensors: float16, bfloat16 or float32."
+    )
+    dora_approximation: dict[str, int | float] | None = Field(
+        default=None,
+        description="For weight-decomposed adapters, whose kohya file is a plain LoRA: its rank and relative_error (Frobenius).",
+    )
     steps: int
     epochs: float = Field(description="Passes over the training pictures.")
     samples: int = Field(description="Pictures seen.")
