@@ -77,6 +77,7 @@ def training_lanes(project: Project, storage: Storage, inputs: Mapping[str, Any]
             text_embeds=inputs[f"{dataset.asset_name}__text_embeds"],
             repeats=dataset.repeats,
             probability=dataset.probability,
+            instance_prompt=dataset.instance_prompt,
             masks=_lane_masks(project, dataset, storage, inputs),
             is_regularisation=dataset.is_regularisation_data,
         )

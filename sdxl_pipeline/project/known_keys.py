@@ -89,7 +89,6 @@ TRAINING: Final = Vocabulary(
             prodigy_steps""",
         ),
         "disk_low_script": Later((None, ""), "write stop or wait in disk_low_action: no script is run here"),
-        "lora_format": Later(("diffusers",)),
         "validation_lycoris_strength": Later(
             (1.0, None), "write 1.0: pictures are drawn with the adapter as its file holds it"
         ),

@@ -173,6 +173,10 @@ class TrainingLane(StageModel):
         default=False,
         description="Draw the crop's place within its resized picture anew in every epoch (vae_cache_clear_each_epoch).",
     )
+    instance_prompt: str | None = Field(
+        default=None,
+        description="Trigger words of the dataset, for the file's metadata; captions hold them already.",
+    )
     masks: LaneMasks | None = Field(default=None, description="None where the whole pictures are learned.")
     is_regularisation: bool = Field(
         default=False, description="Train its pictures towards what the base model predicts of them."

@@ -4,6 +4,7 @@ The safetensors library writes the entries of `__metadata__` in an order that ch
 run twice would give two different files. Here they are sorted.
 """
 
+import hashlib
 import json
 import struct
 from collections.abc import Mapping
@@ -29,6 +30,12 @@ def stable_safetensors(tensors: "Mapping[str, Tensor]", metadata: Mapping[str, s
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+
+def tensors_sha256(data: bytes) -> str:
+    """Return the hex SHA-256 of the tensors of a safetensors file, without its header: what other programs call the model's hash."""
+    (length,) = struct.unpack("<Q", data[:8])
+    return hashlib.sha256(memoryview(data)[8 + length :]).hexdigest()
 
 
 def write_stable_safetensors(

@@ -122,6 +122,11 @@ EXCLUDED: Mapping[str, tuple[str, ...]] = {
         "eval_steps_interval",
         "eval_epoch_interval",
     ),
+    "they say in which formats the trained weights are written": (
+        "lora_format",
+        "lora_export_dtype",
+        "metadata_include_captions",
+    ),
     "they say who is told, and when to run": (
         "push_to_hub",
         "hub_model_id",

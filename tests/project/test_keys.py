@@ -52,7 +52,6 @@ def test_a_key_in_the_wrong_file_is_sent_to_the_other(problems_of):
 @pytest.mark.parametrize(
     "config",
     [
-        {"lora_format": "comfyui"},
         {"peft_lora_mode": "singlora"},
         {"optimizer": "soap"},
         {"num_processes": 2},

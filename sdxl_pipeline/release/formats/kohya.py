@@ -1,0 +1,168 @@
+"""The adapter in kohya's key grammar with SGM's names and alpha tensors: the one file that every SDXL program reads.
+
+It is made from the file in diffusers' or LyCORIS' format, so a finished run gets it without training. A weight-decomposed adapter (DoRA)
+is approximated by a plain LoRA, because other programs compute the decomposition by another formula.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sdxl_pipeline.project.sections.release import ExportDtype
+from sdxl_pipeline.release.formats import FormatError
+from sdxl_pipeline.release.formats.layers import (
+    ALPHA,
+    DOWN,
+    NORMS,
+    UP,
+    LayerParts,
+    LayerTable,
+    read_diffusers,
+    read_lycoris,
+)
+from sdxl_pipeline.release.formats.updates import BaseWeights, decomposed, update_of
+from sdxl_pipeline.sdxl.adapter_files import read_header
+
+APPROXIMATION_RANK: Final = 64
+"""Of the plain LoRA that stands for a weight-decomposed adapter; twice the adapter's own rank if that is more."""
+
+DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+_ROUNDING: Final = 2.0**-7
+"""Relative error of an update whose two factors are rounded to bfloat16; `auto` takes bfloat16 where float16 is worse than this."""
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """How far the plain LoRA is from the weight-decomposed adapter: relative Frobenius norms."""
+
+    rank: int
+    relative_error: float
+    layer_errors: Mapping[str, float]
+
+    @property
+    def summary(self) -> dict[str, int | float]:
+        """As the manifest records it."""
+        return {
+            "rank": self.rank,
+            "relative_error": self.relative_error,
+            "largest_layer_error": max(self.layer_errors.values()),
+        }
+
+
+def read_trained(path: Path, table: LayerTable) -> LayerParts:
+    """Return the layers of a run's own file, in diffusers' or LyCORIS' format."""
+    file, tensors = read_header(path), load_file(path)
+    if file.kind == "lycoris":
+        return read_lycoris(tensors, table)
+    return read_diffusers(tensors, file.metadata, table)
+
+
+def kohya_layers(trained: LayerParts, base: BaseWeights) -> tuple[LayerParts, Approximation | None]:
+    """Return the layers as the kohya file holds them, and the approximation if weights were decomposed.
+
+    Raises FormatError for a layer that has no name in kohya's grammar.
+    """
+    nameless = sorted(layer.module for layer in trained if layer.kohya is None)
+    if nameless:
+        raise FormatError(
+            f"{', '.join(nameless[:3])}: kohya's files have no name for this layer. Write lora_format diffusers, or leave the layer out."
+        )
+    layers: LayerParts = {}
+    errors: dict[str, tuple[float, float]] = {}
+    rank = max(
+        [APPROXIMATION_RANK, *(2 * parts[DOWN].shape[0] for parts in trained.values() if DOWN in parts)]
+    )
+    for layer, parts in trained.items():
+        if NORMS not in parts:
+            layers[layer] = parts
+            continue
+        wanted = decomposed(base.weight(layer), update_of(layer, parts), parts[NORMS])
+        layers[layer] = low_rank(wanted, rank)
+        error = (update_of(layer, layers[layer]) - wanted).norm()
+        errors[f"{layer.model}.{layer.module}"] = (float(error), float(wanted.norm()))
+    if not errors:
+        return layers, None
+    return layers, Approximation(
+        rank, _ratio(errors.values()), {name: _ratio([pair]) for name, pair in errors.items()}
+    )
+
+
+def low_rank(update: Tensor, rank: int) -> dict[str, Tensor]:
+    """Return the factors of the nearest update of at most this rank, by truncated SVD.
+
+    Alpha is the same for all layers, also where a small layer has a lower rank: diffusers' loader drops an attention layer's own alpha.
+    """
+    alpha, flat = float(rank), update.flatten(1)
+    rank = min(rank, *flat.shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        left, values, right = torch.svd_lowrank(flat, q=min(rank + 16, *flat.shape), niter=4)
+    root = (values[:rank] * rank / alpha).sqrt()
+    kernel = update.shape[2:]
+    return {
+        DOWN: (right[:, :rank] * root).T.reshape(rank, update.shape[1], *kernel).contiguous(),
+        UP: (left[:, :rank] * root).reshape(update.shape[0], rank, *[1] * len(kernel)).contiguous(),
+        ALPHA: torch.tensor(alpha),
+    }
+
+
+def cast(parts: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors in `dtype`; an alpha that it cannot hold exactly stays float32, since it scales the whole update."""
+    tensors = {name: tensor.to(dtype) for name, tensor in parts.items()}
+    alpha = parts[ALPHA].float()
+    return tensors | {ALPHA: tensors[ALPHA] if float(tensors[ALPHA]) == float(alpha) else alpha}
+
+
+def choose_dtype(layers: LayerParts, asked: ExportDtype) -> str:
+    """Return the data type to write: the one asked for; for `auto` float16, or bfloat16 where float16 loses more than that would.
+
+    Raises FormatError where the one asked for cannot hold the values.
+    """
+    name = "float16" if asked == "auto" else asked
+    error = _rounding_error(layers, DTYPES[name])
+    if error <= _ROUNDING or (asked != "auto" and error < float("inf")):
+        return name
+    if asked == "auto":
+        return "bfloat16"
+    raise FormatError(
+        f"lora_export_dtype {asked} cannot hold the adapter's values: some would be infinite. Write bfloat16 or float32, or leave it out."
+    )
+
+
+def kohya_tensors(layers: LayerParts, dtype: str) -> dict[str, Tensor]:
+    """Return the tensors of the file by name."""
+    return {
+        f"{layer.kohya}.{part}": tensor
+        for layer, parts in layers.items()
+        for part, tensor in cast(parts, DTYPES[dtype]).items()
+    }
+
+
+def _rounding_error(layers: LayerParts, dtype: torch.dtype) -> float:
+    """Return the largest relative error of a layer's update after the cast; infinity where a value overflows."""
+    largest = 0.0
+    for layer, parts in layers.items():
+        rounded = cast(parts, dtype)
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in rounded.values()):
+            return float("inf")
+        exact = update_of(layer, parts)
+        size = float(exact.norm())
+        if size:
+            largest = max(largest, float((update_of(layer, rounded) - exact).norm()) / size)
+    return largest
+
+
+def _ratio(pairs: Iterable[tuple[float, float]]) -> float:
+    """Return the norm of the errors over the norm of the updates."""
+    pairs = list(pairs)
+    wanted = sum(size**2 for _, size in pairs) ** 0.5
+    return float(sum(error**2 for error, _ in pairs) ** 0.5 / wanted) if wanted else 0.0
