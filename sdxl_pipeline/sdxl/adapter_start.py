@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sdxl_pipeline.sdxl.adapter_files import PREFIXES, UNET, AdapterError, AdapterFile, read_header, spoken
 from sdxl_pipeline.sdxl.lora import ADAPTER_NAME, lora_layers, lora_tensors, set_magnitudes
-from sdxl_pipeline.sdxl.lycoris import lycoris_network, lycoris_tensors, read_lycoris_tensors
+from sdxl_pipeline.sdxl.lycoris import KOHYA_PREFIX, lycoris_network, lycoris_tensors, read_lycoris_tensors
 
 V = TypeVar("V")
 
@@ -31,7 +31,10 @@ def start_from_file(models: Mapping[str, nn.Module], path: Path) -> None:
     """
     file = read_header(path)
     network = lycoris_network(models[UNET]) if UNET in models else None
-    if (file.kind == "lycoris") != (network is not None):
+    kohya = all(
+        name.startswith(KOHYA_PREFIX) for name in file.names
+    )  # a LoRA or LyCORIS' locon: the same tensors
+    if (file.kind == "lycoris" or (kohya and network is not None)) != (network is not None):
         held, wanted = (
             ("a LyCORIS adapter", "lycoris") if network is None else ("no LyCORIS adapter", "standard")
         )
@@ -52,7 +55,7 @@ def _start_lora(models: Mapping[str, nn.Module], file: AdapterFile) -> None:
         raise AdapterError(
             f"init_lora: {file.path} is a DoRA in kohya's format, whose norms diffusers does not read. Name a file in diffusers' format."
         )
-    tensors, alphas, metadata = _read_lora(file.path)
+    tensors, alphas, metadata = _read_lora(file.path, models.get(UNET))
     for prefix in PREFIXES:
         if prefix not in models and any(name.startswith(f"{prefix}.") for name in tensors):
             switch = "leave train_text_encoder out" if prefix == UNET else "write train_text_encoder true"
@@ -77,11 +80,16 @@ def _start_lora(models: Mapping[str, nn.Module], file: AdapterFile) -> None:
             set_magnitudes(model)
 
 
-def _read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Any]]:
+def _read_lora(
+    path: Path, unet: nn.Module | None
+) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Any]]:
     """The tensors by the names that our own files give them, alphas by those of their `lora_A`, and diffusers' metadata."""
     tensors, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
         str(path.parent),
         weight_name=path.name,
+        unet_config=None
+        if unet is None
+        else unet.config,  # for the names of kohya's trainer, which are SGM's
         use_safetensors=True,
         local_files_only=True,
         return_lora_metadata=True,
@@ -143,7 +151,7 @@ def _copy_lora(
 
 
 def _start_lycoris(model: nn.Module, network: Any, path: Path) -> None:
-    tensors = read_lycoris_tensors(path)
+    tensors = read_lycoris_tensors(path, model)
     own = lycoris_tensors(model)
     _require_same(path, {name: tensor.shape for name, tensor in own.items()}, tensors)
     for name, tensor in tensors.items():

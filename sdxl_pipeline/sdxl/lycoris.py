@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sdxl_pipeline.project.sections.lycoris import LycorisPreset, LycorisSettings
 from sdxl_pipeline.sdxl.adapter_files import AdapterError
+from sdxl_pipeline.sdxl.sgm_names import sgm_name, sgm_prefixes
 
 NETWORK: Final = "lycoris"
 """The child of a model that holds its adapter, and what the names in a file begin with."""
@@ -105,12 +106,20 @@ def lycoris_header(model: nn.Module) -> dict[str, str]:
     return {"lycoris_config": json.dumps(settings.model_dump(mode="json", exclude_none=True), sort_keys=True)}
 
 
-def read_lycoris_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, by the names that lycoris-lora gives them; those of kohya's trainer are brought to them."""
+def read_lycoris_tensors(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a file for a UNet under lycoris-lora's names; kohya's, which spell layers as SGM or diffusers do, are renamed."""
     tensors = load_file(path)
+    if not any(name.startswith(KOHYA_PREFIX) for name in tensors):
+        return tensors
+    prefixes = sgm_prefixes(model.config)  # type: ignore[arg-type]
+    layers = {}
+    for name, _ in model.named_modules():
+        ours = name.replace(".", "_")
+        for spelling in (ours, (sgm_name(name, prefixes) or ours).replace(".", "_")):
+            layers[KOHYA_PREFIX + spelling] = f"{NETWORK}_{ours}"
+    split = {name: name.partition(".") for name in tensors}
     return {
-        f"{NETWORK}_{name.removeprefix(KOHYA_PREFIX)}" if name.startswith(KOHYA_PREFIX) else name: tensor
-        for name, tensor in tensors.items()
+        f"{layers.get(split[name][0], split[name][0])}.{split[name][2]}": tensors[name] for name in tensors
     }
 
 
@@ -120,7 +129,7 @@ def load_lycoris(model: nn.Module, path: Path) -> None:
     Updates are added to the layers' outputs where that is the same function (all but weight decomposition), so that they are not
     rounded together with a bf16 weight. Raises AdapterError for a file of which a tensor finds no place.
     """
-    network = _network_of(model, read_lycoris_tensors(path), path)
+    network = _network_of(model, read_lycoris_tensors(path, model), path)
     for lora in network.loras:
         lora.bypass_mode = not lora.wd
     _attach(model, network)
@@ -131,7 +140,7 @@ def count_lycoris_layers(model: nn.Module, path: Path) -> int:
 
     Raises AdapterError for a file of which a tensor finds no place.
     """
-    tensors = read_lycoris_tensors(path)
+    tensors = read_lycoris_tensors(path, model)
     # lycoris-lora makes norms from the weights, which are not there
     norms = {name: tensor for name, tensor in tensors.items() if name.endswith(_NORMS)}
     network = _network_of(
