@@ -6,10 +6,11 @@ Those of datasets and crop plans stand in assets.data_checks.
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import dagster as dg
 
+from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.specs import (
     SPOKEN_KINDS,
     EvaluationReport,
@@ -18,6 +19,7 @@ from sdxl_pipeline.protocol.specs import (
     TrainedLora,
 )
 from sdxl_pipeline.sdxl.adapter_files import changes_something
+from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.store.files import sha256_file, sha256_path
 
 WARNINGS = frozenset({"trained_as_configured"})
@@ -105,19 +107,29 @@ def check_text(cache: TextEmbedCache) -> list[dg.AssetCheckResult]:
     return [result("may_fit_the_encoders", not cache.truncated_count, message)]
 
 
+_LOADS_EVERYWHERE: Final = (
+    "Every tensor of every file has a name and a shape that its readers (diffusers; ComfyUI, A1111, Forge, kohya, InvokeAI) know, "
+    "and the files do what was trained."
+)
+
+
 def lora_specs(key: dg.AssetKey) -> list[dg.AssetCheckSpec]:
     """Checks of a trained LoRA."""
     return specs(
         key,
         weights_sound="The weights have the recorded digest, and are finite; those of an adapter are not all zero.",
+        may_load_everywhere=_LOADS_EVERYWHERE,
         trained_as_configured="The weights are those that config.json describes: the run did not override a setting that changes them.",
     )
 
 
-def check_lora(lora: TrainedLora) -> list[dg.AssetCheckResult]:
+def check_lora(
+    lora: TrainedLora, base_model: ResolvedModel, settings: TrainingSettings
+) -> list[dg.AssetCheckResult]:
     """Return the results of `lora_specs`; reads all weights."""
     return [
         _check_unet(lora) if lora.weights_kind == "unet" else _check_adapter(lora),
+        check_formats("may_load_everywhere", lora, base_model, settings),
         _check_overrides(lora),
     ]
 
@@ -153,6 +165,18 @@ def _check_adapter(lora: TrainedLora) -> dg.AssetCheckResult:
     )
 
 
+def check_formats(
+    name: str, lora: TrainedLora, base_model: ResolvedModel, settings: TrainingSettings
+) -> dg.AssetCheckResult:
+    """Result of `may_load_everywhere` after training, or of `loads_everywhere` before the release."""
+    from sdxl_pipeline.release.export import ExportError, verify_formats
+
+    try:
+        return result(name, True, verify_formats(lora, base_model, settings))
+    except ExportError as error:
+        return result(name, False, str(error))
+
+
 def _check_unet(lora: TrainedLora) -> dg.AssetCheckResult:
     from sdxl_pipeline.release.unet_folder import non_finite_weights
 
@@ -171,6 +195,7 @@ def evaluation_specs(key: dg.AssetKey) -> list[dg.AssetCheckSpec]:
         key,
         better_than_base="The trained model's eval loss is below the base model's.",
         pictures_sound="No picture drawn with the trained model is black, constant or not finite.",
+        loads_everywhere=_LOADS_EVERYWHERE,
     )
 
 

@@ -89,7 +89,10 @@ def build_evaluation(project: Project) -> dg.AssetsDefinition:
             value=report,
             data_version=dg.DataVersion(report.identity),
             metadata=_metadata(report),
-            check_results=checks.check_evaluation(report),
+            check_results=[
+                *checks.check_evaluation(report),
+                checks.check_formats("loads_everywhere", lora, model, trained.settings),
+            ],
         )
 
     return evaluation

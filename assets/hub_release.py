@@ -13,12 +13,12 @@ from assets.evaluation import release_dir
 from assets.failures import told_to_the_user
 from assets.keys import lane_key, project_key, version
 from assets.lanes import model_input
-from assets.lora import read_training_spec
+from assets.lora import FORMATS, read_training_spec
 from assets.show import picture, present
 from resources.hub import HubResource
 from sdxl_pipeline.project.project import Project
 from sdxl_pipeline.protocol.specs import EvaluationReport, HubRelease, TrainedLora
-from sdxl_pipeline.release.export import build_release, verify_export
+from sdxl_pipeline.release.export import build_release, verify_export, verify_formats
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.store.digest import digest_json
 
@@ -53,7 +53,10 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
         }
         | {f"{lane}__dataset": dg.AssetIn(key=key, dagster_type=pd.DataFrame) for lane, key in lanes.items()},
         code_version=version(
-            CODE, settings.model_dump(mode="json", include={"push_to_hub", "hub_model_id", "model_card_note"})
+            CODE,
+            settings.model_dump(
+                mode="json", include={"push_to_hub", "hub_model_id", "model_card_note", *FORMATS}
+            ),
         ),
         description="What is, or would be, published: the LoRA in diffusers' format, the model card, gallery, settings, lineage.",
     )
@@ -75,6 +78,8 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
         lineage = _lineage(context, project, model, lora)
         with told_to_the_user():
             verify_export(Path(lora.weights_path), model)
+            # again here: a release that is launched by itself does not wait for the evaluation's checks
+            context.log.info(verify_formats(lora, model, trained.settings))
             folder = build_release(
                 release_dir(project),
                 project=project.name,

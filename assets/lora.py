@@ -45,6 +45,8 @@ from sdxl_pipeline.training.identity import (
 from sdxl_pipeline.training.lineage import SPEC_FILE
 
 CODE = "1"
+FORMATS = ("lora_format", "lora_export_dtype", "metadata_include_captions")
+"""Settings that decide what is written of the trained weights, and not the weights."""
 
 
 class Launchpad(dg.Config):
@@ -65,7 +67,13 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
         kinds={"torch", "safetensors"},
         pool=GPU_POOL,
         ins=model_input(project) | lane_inputs(project) | mask_inputs(project),
-        code_version=version(CODE, [numeric_settings(project.training), project.training.released_weights]),
+        code_version=version(
+            CODE,
+            [
+                numeric_settings(project.training),
+                project.training.model_dump(mode="json", include={"released_weights", *FORMATS}),
+            ],
+        ),
         check_specs=checks.lora_specs(key),
         description="The trained LoRA. `settings` in the launchpad replaces keys of config.json for one run.",
     )
@@ -143,7 +151,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
             tags={"dagster/code_version": version(CODE, [identity, result.released_weights])}
             if overrides
             else None,
-            check_results=checks.check_lora(result),
+            check_results=checks.check_lora(result, model, settings),
         )
 
     return lora
@@ -279,6 +287,13 @@ def _metadata(result: TrainedLora) -> dict[str, Any]:
             "loss_curve": picture(result.loss_curve_path, "loss, gradient norm and learning rate over steps"),
             "validation": picture(sheet, "validation pictures over steps") if sheet else None,
             "weights": dg.MetadataValue.path(result.weights_path),
+            "kohya_weights": dg.MetadataValue.path(result.kohya_path) if result.kohya_path else None,
+            "kohya_dtype": result.kohya_dtype,
+            "dora_approximation": figures_table(
+                ("approximation as a plain LoRA", "value"), sorted(result.dora_approximation.items())
+            )
+            if result.dora_approximation
+            else None,
             "released_weights": result.released_weights,
             "metrics": dg.MetadataValue.path(result.metrics_path),
             "sha256": result.weights_sha256,

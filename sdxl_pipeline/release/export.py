@@ -86,6 +86,19 @@ def verify_export(path: Path, base_model: ResolvedModel) -> int:
         raise ExportError(str(error)) from error
 
 
+def verify_formats(lora: TrainedLora, base_model: ResolvedModel, settings: TrainingSettings) -> str:
+    """Return what the files hold, in one sentence. Raise ExportError unless the programs that `lora_format` names load all of them."""
+    if lora.weights_kind == "unet":
+        return f"{_verify_unet(Path(lora.weights_path), base_model)} weights fit the base model's UNet."
+    from sdxl_pipeline.release.formats import FormatError
+    from sdxl_pipeline.release.formats.gate import check_files
+
+    try:
+        return check_files(lora, base_model, settings.lora_format)
+    except FormatError as error:
+        raise ExportError(str(error)) from error
+
+
 def _verify_unet(folder: Path, base_model: ResolvedModel) -> int:
     from safetensors import SafetensorError
 
@@ -123,15 +136,18 @@ def _fill(
 
     if lora.weights_kind == "unet":
         shutil.copytree(lora.weights_path, folder / UNET_FOLDER)
-    else:
+    elif settings.lora_format != "comfyui":
         shutil.copyfile(lora.weights_path, folder / WEIGHTS_FILE)
     files = {
-        "weights": UNET_FOLDER if lora.weights_kind == "unet" else WEIGHTS_FILE,
+        "weights": _weights_name(lora, settings),
         "gallery": GALLERY_FILE,
         "settings": SETTINGS_FILE,
         "evaluation": REPORT_FILE,
         "lineage": LINEAGE_FILE,
     }
+    if lora.kohya_path is not None and settings.lora_format != "diffusers":
+        files["single_file"] = Path(lora.kohya_path).name
+        shutil.copyfile(lora.kohya_path, folder / files["single_file"])
     shutil.copyfile(report.gallery_path, folder / GALLERY_FILE)
     plots = (
         ("loss_plot", report.loss_plot_path, LOSS_PLOT_FILE),
@@ -162,6 +178,15 @@ def _fill(
         files=files,
     )
     write_text_atomic(folder / CARD_FILE, card)
+
+
+def _weights_name(lora: TrainedLora, settings: TrainingSettings) -> str:
+    """Return the file or folder of the release that diffusers loads."""
+    if lora.weights_kind == "unet":
+        return UNET_FOLDER
+    if settings.lora_format == "comfyui" and lora.kohya_path is not None:
+        return Path(lora.kohya_path).name
+    return WEIGHTS_FILE
 
 
 def _copy_pictures(folder: Path, images: Sequence[ValidationImage]) -> dict[str, str]:

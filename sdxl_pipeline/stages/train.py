@@ -16,6 +16,8 @@ from sdxl_pipeline.protocol.leases import leased_lanes
 from sdxl_pipeline.protocol.program import StageError, StopSignal, run_stage
 from sdxl_pipeline.protocol.reporter import Reporter, is_main_process
 from sdxl_pipeline.protocol.specs import EMA_FOLDER, TrainedLora, TrainSpec
+from sdxl_pipeline.release.formats import FormatError
+from sdxl_pipeline.release.formats.kohya_file import KohyaFile, ensure_kohya_file
 from sdxl_pipeline.store.files import sha256_path, write_text_atomic
 from sdxl_pipeline.training.eval_log import read_eval_log
 from sdxl_pipeline.training.identity import run_names
@@ -41,7 +43,8 @@ def main(spec: TrainSpec, reporter: Reporter, stop: StopSignal) -> TrainedLora:
             reporter.log(
                 f"Nothing to train: the run {identity[:12]} is finished, and its weights are as it left them."
             )
-            return finished.model_copy(update={"reused": True})
+            finished = finished.model_copy(update={"reused": True})
+            return _with_kohya_file(finished, spec, reporter) if is_main_process() else finished
 
         from sdxl_pipeline.training.beginning import begin_run, report_nearest_run
         from sdxl_pipeline.training.loop import Trainer
@@ -59,6 +62,51 @@ def main(spec: TrainSpec, reporter: Reporter, stop: StopSignal) -> TrainedLora:
                 report_nearest_run(spec, names, shapes, trainer.total_steps, reporter)
             trainer.train()
             return _finish(trainer)
+
+
+def _with_kohya_file(manifest: TrainedLora, spec: TrainSpec, reporter: Reporter) -> TrainedLora:
+    """Write what `lora_format` asks for beside each of the run's weights, where it is not there, and record the released one.
+
+    An adapter that the format cannot hold stays without the file: the training is done, and the check before the release says so.
+    """
+    written: dict[str, KohyaFile] = {}
+    if manifest.weights_kind == "lora" and spec.settings.lora_format != "diffusers":
+        name = Path(manifest.weights_path).name
+        for folder in (Path(manifest.run_dir), Path(manifest.run_dir) / EMA_FOLDER):
+            if not (folder / name).is_file():
+                continue
+            try:
+                thumbnail = _last_image(manifest, averaged=folder.name == EMA_FOLDER)
+                file = ensure_kohya_file(spec, manifest, folder / name, thumbnail)
+            except FormatError as error:
+                reporter.log(
+                    f"No file for ComfyUI, A1111 and kohya is written beside {folder / name}: {error}"
+                )
+                continue
+            written[str(folder / name)] = file
+            if file.dora_approximation is not None:
+                reporter.log(
+                    f"{file.path.name} holds a plain LoRA of rank {file.dora_approximation['rank']} that approximates the trained weight-"
+                    f"decomposed adapter, relative error {file.dora_approximation['relative_error']:.3g}."
+                )
+    released = written.get(manifest.weights_path)
+    return manifest.model_copy(
+        update={
+            "kohya_path": released and str(released.path),
+            "kohya_sha256": released and released.sha256,
+            "kohya_dtype": released and released.dtype,
+            "dora_approximation": released and released.dora_approximation,
+        }
+    )
+
+
+def _last_image(manifest: TrainedLora, averaged: bool) -> Path | None:
+    """The last validation image of the trained weights, or of their average; None where there is none."""
+    from sdxl_pipeline.training.shown_weights import EMA_LABEL
+
+    images = [image for image in manifest.validation_images if image.name.endswith(EMA_LABEL) == averaged]
+    last = max(images, key=lambda image: image.step, default=None)
+    return None if last is None or not Path(last.path).is_file() else Path(last.path)
 
 
 def finished_run(run_dir: Path, identity: str) -> TrainedLora | None:
@@ -105,7 +153,8 @@ def _finish(trainer: "Trainer") -> TrainedLora:
     )
     with trainer.trainable.gathered(torch.device("cpu")):
         if trainer.is_main:
-            require_room(run_dir, trainer.written_bytes, "the final weights")
+            files = 2 if trainer.trainable.kind == "lora" else 1  # an adapter is written in two formats
+            require_room(run_dir, files * trainer.written_bytes, "the final weights")
             trainer.write_weights(run_dir)
     if trainer.is_main:
         plot_loss_curve(
@@ -146,6 +195,7 @@ def _finish(trainer: "Trainer") -> TrainedLora:
     )
     manifest = _released(manifest, spec.settings) or manifest
     if trainer.is_main:
+        manifest = _with_kohya_file(manifest, spec, trainer.reporter)
         write_text_atomic(run_dir / FINISHED, manifest.model_dump_json(indent=2) + "\n")
     if trainer.watch is not None:
         trainer.watch.finished(manifest)

@@ -14,9 +14,13 @@ from safetensors.torch import load_file
 
 from sdxl_pipeline.protocol.program import StageError, StopSignal
 from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
+from sdxl_pipeline.release.formats import FormatError
+from sdxl_pipeline.release.formats.gate import check_files
 from sdxl_pipeline.sdxl.adapters import UNET, load_adapter
 from sdxl_pipeline.sdxl.components import load_unet
+from sdxl_pipeline.stages import train
 from sdxl_pipeline.stages.train import main
+from sdxl_pipeline.store.files import sha256_file
 from sdxl_pipeline.training.batches import BatchReader
 from sdxl_pipeline.training.identity import run_identity
 from sdxl_pipeline.training.validation import draw_pictures
@@ -76,6 +80,51 @@ def test_the_file_is_the_model_that_drew_and_a_resumed_run_gives_its_bytes(tmp_p
     went_on = main(resumed, Listener(), StopSignal())
     assert went_on.resumed_from_step == 2
     assert went_on.weights_sha256 == manifest.weights_sha256
+
+
+def test_a_finished_run_writes_the_formats_that_are_asked_for_without_training(tmp_path: Path, monkeypatch):
+    ema = {"use_ema": True, "ema_validation": "none", "released_weights": "ema"}
+    spec = adapter_spec(tmp_path, "lora", max_train_steps=2, lora_format="diffusers", **ema)
+    first = main(spec, Listener(), StopSignal())
+    assert first.kohya_path is None
+    assert not list(Path(spec.run_dir).rglob("small.safetensors"))
+
+    both = with_settings(spec, "run", lora_format="both")
+    second = main(both, Listener(), StopSignal())
+    assert second.reused
+    assert second.weights_sha256 == first.weights_sha256
+    assert second.kohya_path == str(Path(spec.run_dir) / "ema" / "small.safetensors")
+    assert second.kohya_dtype == "float16"
+    assert sha256_file(Path(second.kohya_path)) == second.kohya_sha256
+    assert "updates equal to the trained ones" in check_files(second, spec.base_model, "both")
+    trained = load_file(Path(spec.run_dir) / "small.safetensors")
+    averaged = load_file(second.kohya_path)
+    assert trained.keys() == averaged.keys()
+    assert any(not torch.equal(trained[name], averaged[name]) for name in trained)
+
+    other = main(with_settings(both, "run", lora_export_dtype="bfloat16"), Listener(), StopSignal())
+    assert (other.reused, other.kohya_dtype) == (True, "bfloat16")
+    assert (
+        main(with_settings(both, "run", lora_format="diffusers"), Listener(), StopSignal()).kohya_path is None
+    )
+
+    def refuse(*arguments: object) -> None:
+        raise FormatError("cannot hold it")
+
+    monkeypatch.setattr(train, "ensure_kohya_file", refuse)
+    listener = Listener()
+    assert main(both, listener, StopSignal()).kohya_path is None
+    assert any("No file for ComfyUI" in line and "cannot hold it" in line for line in listener.lines)
+
+
+def test_trained_text_encoders_are_in_the_kohya_file(tmp_path: Path):
+    spec = adapter_spec(tmp_path, "lora", max_train_steps=2, validation_disable=True, train_text_encoder=True)
+    manifest = main(spec, Listener(), StopSignal())
+    modules = {name.partition(".")[0] for name in load_file(manifest.kohya_path)}
+    # of the bundled encoders' three layers, the last of the first one is not used
+    assert sum(name.startswith("lora_te1_text_model_encoder_layers_") for name in modules) == 2 * 4
+    assert sum(name.startswith("lora_te2_text_model_encoder_layers_") for name in modules) == 3 * 4
+    assert "156 of 156" in check_files(manifest, spec.base_model, "both")
 
 
 def test_a_run_starts_from_a_file_whose_content_is_part_of_what_it_is(tmp_path: Path):
