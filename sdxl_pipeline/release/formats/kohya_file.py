@@ -64,14 +64,15 @@ def ensure_kohya_file(
     with BaseWeights(spec.base_model) as base:
         layers, approximation = kohya_layers(read_trained(weights, table), base)
     dtype = choose_dtype(layers, asked)
-    entries |= network_entries(spec.settings, layers, approximation and approximation.rank)
+    summary = None if approximation is None else approximation.summary
+    entries |= network_entries(spec.settings, layers, None if approximation is None else approximation.rank)
     if approximation is not None:
         entries |= approximation_entries(approximation.summary, approximation.layer_errors)
     entries |= dates(manifest, weights) | {EXPORT_DIGEST: digest, DTYPE: dtype}
     tensors = kohya_tensors(layers, dtype)
     data = stable_safetensors(tensors, entries | file_hashes(tensors, entries))
     write_bytes_atomic(path, data)
-    return KohyaFile(path, sha256_file(path), dtype, approximation and approximation.summary)
+    return KohyaFile(path, sha256_file(path), dtype, summary)
 
 
 def read_approximation(metadata: Mapping[str, str]) -> dict[str, int | float] | None:

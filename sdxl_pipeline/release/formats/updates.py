@@ -34,6 +34,7 @@ def update_of(layer: Layer, parts: Mapping[str, Tensor]) -> Tensor:
             f"{layer.module}: alpha has the shape {tuple(values[ALPHA].shape)}; it must be a scalar"
         )
     alpha = float(values[ALPHA])
+    rank: int | None
     try:
         if "hada_w1_a" in values:
             update, rank = _loha(values)
