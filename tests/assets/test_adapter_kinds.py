@@ -6,6 +6,9 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.assets.test_graph import materialize, metadata
 
@@ -36,11 +39,16 @@ def test_an_adapter_goes_through_the_graph(
     assert result.success
     checked = {check.check_name: check for check in result.get_asset_check_evaluations()}
     assert checked["weights_sound"].passed
+    assert checked["loads_everywhere"].passed
     trained = metadata(result, "small", "lora")
     assert trained["adapter"] == kind
     release = Path(metadata(result, "small", "hub_release")["folder"])
     weights = Path(trained["weights"])
     assert (release / "pytorch_lora_weights.safetensors").read_bytes() == weights.read_bytes()
+    named = load_file(release / "small.safetensors")
+    assert all(name.startswith("lora_unet_") for name in named)
+    assert any(".lokr_w1" in name for name in named) == ("LyCORIS" in kind)
+    assert not any("dora_scale" in name or "magnitude" in name for name in named)
     card = (release / "README.md").read_text()
     assert kind in card
     assert ("create_lycoris_from_weights" in card) == ("LyCORIS" in kind)
@@ -52,3 +60,35 @@ def test_an_adapter_goes_through_the_graph(
     )
     assert again.success
     assert metadata(again, "second", "lora")["started_from_sha256"] == trained["sha256"]
+
+
+def test_a_file_that_would_load_in_part_is_not_released(
+    instance: dg.DagsterInstance, make_project: Callable[..., Path]
+) -> None:
+    folder = make_project()
+    before = ("base_model", "dataset", "aspect_buckets", "vae_latents", "text_embeds", "lora", "evaluation")
+    first = materialize(instance, folder, *before)
+    kohya = Path(metadata(first, "small", "lora")["kohya_weights"])
+    tensors = load_file(kohya)
+    tensors["lora_unet_zorp.alpha"] = torch.ones(())
+    with safe_open(kohya, framework="pt") as file:
+        save_file(tensors, kohya, file.metadata())
+
+    with pytest.raises(dg.Failure, match=r"small.safetensors was changed since it was written"):
+        materialize(instance, folder, "hub_release")
+    with pytest.raises(dg.DagsterAssetCheckFailedError, match="loads_everywhere"):
+        materialize(instance, folder, "evaluation", "hub_release")
+    assert not (folder / "output" / "release").exists()
+
+    again = materialize(instance, folder, "lora", "evaluation", "hub_release")
+    assert "reused" in metadata(again, "small", "lora")["summary"]
+    assert again.success
+
+
+def test_a_release_for_comfyui_alone_leaves_diffusers_file_out(
+    instance: dg.DagsterInstance, make_project: Callable[..., Path]
+) -> None:
+    result = materialize(instance, make_project(config={"lora_format": "comfyui"}))
+    release = Path(metadata(result, "small", "hub_release")["folder"])
+    assert {path.name for path in release.glob("*.safetensors")} == {"small.safetensors"}
+    assert Path(metadata(result, "small", "lora")["weights"]).is_file()

@@ -78,6 +78,12 @@ def test_graph_makes_a_released_lora_and_a_second_run_does_no_work(
         assert f"| {key} | {value} |" in objective
         assert f"| `{key}` | {value} |" in card
     assert (release / weights.name).read_bytes() == weights.read_bytes()
+    checked = {check.check_name: check.description for check in first.get_asset_check_evaluations()}
+    for name in ("may_load_everywhere", "loads_everywhere"):
+        assert "136 of 136 layers in small.safetensors have kohya's names" in str(checked[name])
+    kohya = Path(metadata(first, "small", "lora")["kohya_weights"])
+    assert (release / "small.safetensors").read_bytes() == kohya.read_bytes()
+    assert {name.partition("_input")[0] for name in load_file(kohya) if "_input" in name} == {"lora_unet"}
     assert metadata(first, "small", "evaluation")["eval_loss_base"] > 0
     pictures = {
         f"{name}_{size}.png" for name in ("validation", "赤い円", "青い円") for size in ("64x64", "96x64")
