@@ -3,7 +3,6 @@
 A run's folder belongs to one identity. Finished, it is reused; unfinished, it is resumed from its latest checkpoint.
 """
 
-import resource
 import sys
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -225,6 +224,8 @@ def peak_memory_bytes(device: str) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated()
+    import resource  # not on every platform
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kibibytes everywhere but on macOS
 

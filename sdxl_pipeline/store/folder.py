@@ -7,7 +7,6 @@
 <root>/.lock                        held while the index, or who may rely on it, is changed
 """
 
-import fcntl
 import logging
 import os
 import shutil
@@ -17,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+from filelock import lock_descriptor
 
 from sdxl_pipeline.store.errors import StoreError, full_disk_tolerated
 from sdxl_pipeline.store.index import Index, IndexFileError, merged, pack_keys, read_index, write_index
@@ -44,7 +44,7 @@ class StoreFolder:
         """Hold the store's lock, which no other process then holds; the system lets go of it when this process dies."""
         self.root.mkdir(parents=True, exist_ok=True)
         with (self.root / ".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock_descriptor(file.fileno())
             yield
 
     def lease(

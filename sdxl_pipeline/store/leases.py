@@ -6,7 +6,6 @@ store's lock: a prune either sees a lease or is over before it begins.
 """
 
 import errno
-import fcntl
 import json
 import os
 import secrets
@@ -16,8 +15,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+from filelock import lock_descriptor
 
 from sdxl_pipeline.store.errors import FULL
 from sdxl_pipeline.store.index import KEY_BYTES
@@ -55,7 +56,7 @@ def held_lease(
         with lock:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock_descriptor(descriptor)
             _write(descriptor, json.dumps(about).encode() + b"\n" + keys.tobytes())
     except OSError as error:
         if writes or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -72,14 +73,21 @@ def live_leases(folder: Path) -> list[Lease]:
     """The leases that living processes hold; the files of dead ones are deleted. The store's lock is held."""
     leases = []
     for path in sorted(folder.glob(f"[!.]*{_SUFFIX}")):
-        with suppress(FileNotFoundError), path.open("rb") as file:  # its process is just done
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                leases.append(_read(file.read(), os.fstat(file.fileno()).st_mtime_ns, path.name))
-            else:
+        with suppress(FileNotFoundError), _opened(path) as file:  # its process is just done
+            # Exclusive, although this only asks: under the store's lock nobody else asks at the same time.
+            if lock_descriptor(file.fileno(), blocking=False):
                 path.unlink(missing_ok=True)
+            else:
+                leases.append(_read(file.read(), os.fstat(file.fileno()).st_mtime_ns, path.name))
     return leases
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Open a lease for the question whether it is locked: on NFS that takes the right to write, elsewhere the right to read."""
+    try:
+        return path.open("r+b")
+    except PermissionError:
+        return path.open("rb")
 
 
 def oldest_writer_ns(leases: Iterable[Lease], default: int) -> int:

@@ -1,11 +1,12 @@
 """One trainer per run. No torch."""
 
-import fcntl
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import lock_descriptor
 
 from sdxl_pipeline.protocol.program import StageError, StopSignal
 
@@ -23,19 +24,15 @@ def run_lock(run_dir: Path, stop: StopSignal, timeout: float = LOCK_TIMEOUT_SECO
     run_dir.mkdir(parents=True, exist_ok=True)
     give_up = time.monotonic() + timeout
     with (run_dir / LOCK).open("a+") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                stop.raise_if_requested()
-                if time.monotonic() >= give_up:
-                    lock.seek(0)
-                    raise StageError(
-                        f"another trainer (process {lock.read().strip() or 'unknown'}) is at work in {run_dir}; "
-                        "wait for it to end, or stop it"
-                    ) from None
-                time.sleep(LOCK_POLL_SECONDS)
+        while not lock_descriptor(lock.fileno(), blocking=False):
+            stop.raise_if_requested()
+            if time.monotonic() >= give_up:
+                lock.seek(0)
+                raise StageError(
+                    f"another trainer (process {lock.read().strip() or 'unknown'}) is at work in {run_dir}; "
+                    "wait for it to end, or stop it"
+                )
+            time.sleep(LOCK_POLL_SECONDS)
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()

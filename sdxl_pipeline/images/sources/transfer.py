@@ -1,7 +1,6 @@
 """What all downloads share: whole files or none, several at once, tried again with patience, and remembered for the next time."""
 
 import errno
-import fcntl
 import json
 import os
 import random
@@ -14,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
+
+from filelock import lock_descriptor
 
 from sdxl_pipeline.store.files import write_text_atomic
 
@@ -114,7 +115,7 @@ class Depot:
         """The depot for this process alone; a second one waits. What an earlier one left half done is cleared away."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock_descriptor(lock.fileno())
             shutil.rmtree(self._incoming, ignore_errors=True)
             self._incoming.mkdir()
             self.stamps = self._read_ledger()

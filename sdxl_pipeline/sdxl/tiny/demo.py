@@ -4,7 +4,6 @@ A zorp is a round creature with a thick white rim and one huge eye. Its strokes 
 proportions, their combination under this word and the word itself are not: that is what a LoRA has to learn.
 """
 
-import fcntl
 import json
 import os
 import random
@@ -15,6 +14,8 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import lock_descriptor
 
 from sdxl_pipeline.sdxl.tiny.captions import canonical_caption
 from sdxl_pipeline.sdxl.tiny.world import COLORS, Mark, Spec, sample_plain
@@ -120,7 +121,7 @@ def zorp_caption(spec: Spec) -> str:
 def _alone(lock_file: Path) -> Iterator[None]:
     """Keeps other processes out: the dataset's lanes ask for it at the same time."""
     with lock_file.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock_descriptor(lock.fileno())
         yield
 
 
