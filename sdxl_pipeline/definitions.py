@@ -9,6 +9,7 @@ import resources
 from resources.hardware import HardwareProfile
 from resources.hub import HubResource
 from resources.launcher import LocalLauncher
+from resources.run_liveness import follow_run_process, live_run_executor
 from resources.storage import Storage, ValueIOManager
 from resources.trackers import TrackerResource
 from resources.webhook import WebhookResource
@@ -18,6 +19,8 @@ from sdxl_pipeline.project.project import BrokenProject, discover_projects
 REPOSITORY = Path(__file__).resolve().parent.parent
 PRELOADED = ["dagster._cli", "sdxl_pipeline.definitions", "pyarrow.parquet", "matplotlib.figure"]
 """What every step needs, imported once per run and inherited by its step processes; never torch, whose threads do not survive a fork."""
+
+EXECUTOR = live_run_executor.configured({"start_method": {"forkserver": {"preload_modules": PRELOADED}}})
 
 
 def check_packages() -> None:
@@ -44,9 +47,7 @@ def build_definitions(root: Path | None = None) -> dg.Definitions:
         jobs=[*(retraining_job(project) for project in sound), build_prune_job(root)],
         schedules=[schedule for schedule in schedules if schedule is not None],
         sensors=[build_sensor(project) for project in sound],
-        executor=dg.multiprocess_executor.configured(
-            {"start_method": {"forkserver": {"preload_modules": PRELOADED}}}
-        ),
+        executor=EXECUTOR,
         resources={
             "hardware": HardwareProfile.configure_at_launch(),
             "launcher": LocalLauncher(),
@@ -63,4 +64,5 @@ def build_definitions(root: Path | None = None) -> dg.Definitions:
 def defs() -> dg.Definitions:
     """The code location that Dagster loads."""
     check_packages()
+    follow_run_process()
     return build_definitions()

@@ -16,7 +16,6 @@ A stage never outlives its launcher: when that dies, even by SIGKILL, the stage 
 
 import argparse
 import errno
-import fcntl
 import os
 import signal
 import sys
@@ -29,8 +28,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from filelock import lock_descriptor
 from pydantic import BaseModel, ConfigDict, Field
 
+from sdxl_pipeline.protocol.liveness import hold_liveness_of_environment
 from sdxl_pipeline.protocol.reporter import Reporter, is_main_process, open_reporter
 from sdxl_pipeline.store.errors import StoreError
 from sdxl_pipeline.store.files import write_text_atomic
@@ -203,6 +204,7 @@ def follow_parent() -> bool:
     parent = int(expected)
     if os.getppid() != parent:
         sys.exit(EXIT_STOPPED)  # it died before the kernel knew of our wish
+    hold_liveness_of_environment()
     timeout = float(os.environ.get(STOP_TIMEOUT_VARIABLE, DEFAULT_STOP_TIMEOUT_SECONDS))
     threading.Thread(target=_watch_parent, args=(parent, timeout), name="watch-parent", daemon=True).start()
     return True
@@ -248,7 +250,7 @@ def _only_one(manifest_path: Path, reporter: Reporter, stop: StopSignal) -> Iter
     with manifest_path.with_suffix(".lock").open("a") as lock:
         give_up = time.monotonic() + LOCK_TIMEOUT_SECONDS
         waiting = False
-        while not _try_lock(lock.fileno()):
+        while not lock_descriptor(lock.fileno(), blocking=False):
             stop.raise_if_requested()
             if time.monotonic() > give_up:
                 raise StageError(
@@ -264,14 +266,6 @@ def _only_one(manifest_path: Path, reporter: Reporter, stop: StopSignal) -> Iter
         yield
 
 
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _limit_threads(spec: BaseModel) -> None:
     threads = getattr(getattr(spec, "hardware", None), "cpu_threads", None)
     if threads is not None:
@@ -284,7 +278,9 @@ def _end_descendants() -> None:
     """Kill what this process started and did not end itself: loader workers, helpers of libraries."""
     import psutil
 
-    left = [process for process in psutil.Process().children(recursive=True) if not _ends_with_us(process)]
+    left = [
+        process for process in psutil.Process().children(recursive=True) if not is_resource_tracker(process)
+    ]
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
@@ -293,7 +289,7 @@ def _end_descendants() -> None:
             process.kill()
 
 
-def _ends_with_us(process: "psutil.Process") -> bool:
+def is_resource_tracker(process: "psutil.Process") -> bool:
     """Whether this is multiprocessing's resource tracker: it cleans up shared memory when its parent ends, and ignores SIGTERM."""
     import psutil
 

@@ -133,10 +133,11 @@ def test_a_second_stage_on_the_same_manifest_waits_for_the_first(tmp_path):
     first = start(SleepySpec(folder=tmp_path, steps=10_000, save_seconds=1.0))
     wait_for_number(tmp_path / "stage-0.pid")
     second = start(SleepySpec(folder=tmp_path))
+    assert second.stdout is not None
+    assert "Waiting for another process" in second.stdout.readline()
     first.terminate()
-    out, _ = second.communicate(timeout=60)
+    second.communicate(timeout=60)
     assert second.returncode == EXIT_DONE
-    assert "Waiting for another process" in out
     assert first.wait(timeout=60) == EXIT_STOPPED
     assert (tmp_path / "saved").exists(), "the second ran before the first had saved"
     assert json.loads(manifest(SleepySpec(folder=tmp_path)).read_text())["steps"] == 5

@@ -10,6 +10,8 @@ from pathlib import Path
 import dagster as dg
 
 from resources.launcher import LocalLauncher
+from resources.run_liveness import follow_run_process
+from sdxl_pipeline.definitions import EXECUTOR
 from sdxl_pipeline.project.hardware import PRESETS, Hardware
 from tests.stages.sleepy_stage import SleepyManifest, SleepySpec, note
 
@@ -42,13 +44,22 @@ def sleepy_with_a_retry(context: dg.AssetExecutionContext, launcher: LocalLaunch
     return launch(context, launcher)
 
 
+@dg.asset(pool="gpu")
+def pooled(context: dg.AssetExecutionContext, launcher: LocalLauncher) -> dg.MaterializeResult:
+    return launch(context, launcher)
+
+
 def launcher() -> LocalLauncher:
     return LocalLauncher(
         stop_timeout_seconds=float(os.environ.get("SLEEPY_STOP_TIMEOUT", "30")), metric_points=10
     )
 
 
-defs = dg.Definitions(assets=[sleepy], resources={"launcher": launcher()})
+@dg.definitions
+def defs() -> dg.Definitions:
+    follow_run_process()
+    return dg.Definitions(assets=[sleepy, pooled], resources={"launcher": launcher()}, executor=EXECUTOR)
+
 
 if __name__ == "__main__":
     with dg.instance_for_test() as instance:

@@ -1,22 +1,19 @@
 """The launcher with real stages on a real Dagster instance: what it hands on, what failures say, and that nothing outlives a stop."""
 
-import contextlib
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
-from typing import ClassVar
 
 import dagster as dg
 import psutil
 import pytest
 
-from tests.processes import runs, wait_for, wait_for_number
+from tests.processes import runs, wait_for_number
 from tests.resources.sleepy_asset import launcher, sleepy, sleepy_with_a_retry
+from tests.resources.worker import Worker, wait_until_gone
 from tests.stages.sleepy_stage import SleepyManifest, SleepySpec
 
-REPOSITORY = Path(__file__).parents[2]
 FOREVER = 100_000
 
 
@@ -24,12 +21,6 @@ FOREVER = 100_000
 def instance():
     with dg.instance_for_test() as one_for_all:
         yield one_for_all
-
-
-@pytest.fixture
-def work_dir(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLEEPY_WORK_DIR", str(tmp_path / "work"))
-    return tmp_path / "work"
 
 
 def materialize(
@@ -45,53 +36,6 @@ def failure_of(result):
     """The failure event of the last attempt."""
     (event,) = [event for event in result.all_events if event.is_step_failure]
     return event.step_failure_data
-
-
-class Worker:
-    """A process that materializes the sleepy asset, with the processes that come of it."""
-
-    started_here: ClassVar[list["Worker"]] = []
-
-    def __init__(
-        self, spec: SleepySpec, work_dir: Path, command: list[str] | None = None, **environment: str
-    ):
-        self.folder = spec.folder
-        self.process = subprocess.Popen(
-            command or [sys.executable, "-m", "tests.resources.sleepy_asset"],
-            cwd=REPOSITORY,
-            env={**os.environ, "SLEEPY_SPEC": spec.model_dump_json(), **environment},
-            stdout=(spec.folder / "worker.out").open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        self.started_here.append(self)
-
-    def started(self, *names: str) -> list[int]:
-        """The pids noted under these names, once all are there."""
-        return [wait_for_number(self.folder / f"{name}.pid") for name in names]
-
-    def end(self, seconds: float = 60) -> int:
-        return self.process.wait(timeout=seconds)
-
-    @property
-    def output(self) -> str:
-        return (self.folder / "worker.out").read_text()
-
-
-@pytest.fixture(autouse=True)
-def no_process_outlives_its_test():
-    """A test that fails half-way must not leave its processes to the others."""
-    yield
-    while Worker.started_here:
-        worker = Worker.started_here.pop()
-        pids = [int(path.read_text()) for path in worker.folder.glob("*.pid")]
-        for pid in [worker.process.pid, *pids]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        worker.process.wait()
-
-
-def wait_until_gone(pids: list[int], seconds: float = 10) -> None:
-    wait_for(lambda: not any(runs(pid) for pid in pids), seconds, f"processes {pids} gone")
 
 
 def test_a_finished_stage_hands_on_its_manifest_and_what_it_reported(

@@ -1,0 +1,113 @@
+"""Which processes of a run are alive: each holds a lock on a file of its own, in a folder per run.
+
+<folder>/.lock                    held while a file is added and locked, or the files are examined
+<folder>/<run id>/<name>.process  locked by one process of the run until that process ends, however it ends
+
+The kernel releases a lock with its process, so neither a reused pid nor another container's pid namespace misleads. A lock is no
+evidence about a process on another machine, where the file system may not share locks: such a process counts as alive.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import lock_descriptor
+
+RUN_FOLDER_VARIABLE = "SDXL_PIPELINE_RUN_FOLDER"
+"""Environment variable with the folder of the run that a process belongs to; inherited by steps and stages."""
+
+_SUFFIX = ".process"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_held: dict[Path, int] = {}
+
+
+@dataclass(frozen=True)
+class RunProcesses:
+    """What is known about the processes of one run."""
+
+    run_id: str
+    alive: tuple[str, ...]
+    """Descriptions of the processes that are alive, or may be."""
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether every process of the run is known to have ended."""
+        return not self.alive
+
+
+def hold_liveness(run_folder: Path) -> None:
+    """Count this process among those of the run until it ends. Calling this again changes nothing."""
+    if run_folder in _held:
+        return
+    run_folder.mkdir(parents=True, exist_ok=True)
+    about = {"pid": os.getpid(), "host": socket.gethostname(), "boot": _boot_id()}
+    path = run_folder / f"{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}"
+    with _examining(run_folder.parent):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+        lock_descriptor(descriptor)
+        os.write(descriptor, json.dumps(about).encode())
+    _held[run_folder] = descriptor  # never closed: the lock ends with the process
+
+
+def hold_liveness_of_environment() -> None:
+    """Count this process among those of the run that the environment names, if it names one."""
+    if folder := os.environ.get(RUN_FOLDER_VARIABLE):
+        hold_liveness(Path(folder))
+
+
+@contextmanager
+def examined_runs(folder: Path) -> Iterator[list[RunProcesses]]:
+    """Give the processes of every run in `folder`; while the block runs, no process joins a run.
+
+    A run without any file is left out: nothing is known about it.
+    """
+    if not folder.is_dir():
+        yield []
+        return
+    with _examining(folder):
+        yield [
+            RunProcesses(run.name, tuple(filter(None, map(_alive, files))))
+            for run in sorted(folder.iterdir())
+            if run.is_dir() and (files := sorted(run.glob(f"*{_SUFFIX}")))
+        ]
+
+
+def forget_run(folder: Path, run_id: str) -> None:
+    """Delete the files of a run all of whose processes have ended."""
+    shutil.rmtree(folder / run_id, ignore_errors=True)
+
+
+def _alive(path: Path) -> str | None:
+    """Describe the process of a file; None when it has ended."""
+    try:
+        with path.open("r+b") as file:
+            is_free = lock_descriptor(file.fileno(), blocking=False)
+            content = file.read()
+    except FileNotFoundError:
+        return None
+    about = {"pid": "unknown", "host": socket.gethostname(), "boot": ""}
+    with suppress(ValueError, TypeError):
+        about |= json.loads(content)
+    here = about["host"] == socket.gethostname() or (about["boot"] and about["boot"] == _boot_id())
+    return None if is_free and here else f"process {about['pid']} on {about['host']}"
+
+
+def _boot_id() -> str:
+    """Identify this start of this machine's kernel, which its containers share; empty where the system does not say."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return ""
+
+
+@contextmanager
+def _examining(folder: Path) -> Iterator[None]:
+    with (folder / ".lock").open("a") as lock:
+        lock_descriptor(lock.fileno())
+        yield

@@ -1,0 +1,134 @@
+"""Killed runs: their processes end, their pool slots are freed, and a run that waits logs for whom. Real processes, really killed."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from resources.run_liveness import LiveRunLauncher, fail_dead_runs, liveness_folder
+from sdxl_pipeline.protocol.liveness import examined_runs
+from tests.processes import wait_for, wait_for_number
+from tests.resources.worker import REPOSITORY, Worker, wait_until_gone
+from tests.stages.sleepy_stage import SleepySpec
+
+FOREVER = 100_000
+MATERIALIZE = [
+    str(Path(sys.executable).with_name("dagster")),
+    *["asset", "materialize", "-m", "tests.resources.sleepy_asset", "--select", "pooled"],
+]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Dagster home of its own with the repository's dagster.yaml."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    shipped = (REPOSITORY / "dagster.yaml").read_text()
+    (folder / "dagster.yaml").write_text(shipped.replace(".dagster", str(folder / "dagster")))
+    monkeypatch.setenv("DAGSTER_HOME", str(folder))
+    return folder
+
+
+def start(folder: Path, work_dir: Path, steps: int, **more: object) -> Worker:
+    folder.mkdir()
+    spec = SleepySpec.model_validate({"folder": folder, "steps": steps, **more})
+    return Worker(spec, work_dir, MATERIALIZE)
+
+
+def info_lines(worker: Worker, part: str) -> list[str]:
+    return [line for line in worker.output.splitlines() if " - INFO - " in line and part in line]
+
+
+def run_of(worker: Worker, instance: dg.DagsterInstance) -> dg.DagsterRun:
+    """The run that a worker's process executes."""
+    with examined_runs(liveness_folder(instance)) as runs:
+        (run_id,) = [
+            run.run_id for run in runs if any(f"process {worker.process.pid} " in one for one in run.alive)
+        ]
+    run = instance.get_run_by_id(run_id)
+    assert run is not None
+    return run
+
+
+def test_killed_run_process_ends_its_stage_with_a_checkpoint_and_the_next_run_gets_the_slot(
+    tmp_path: Path, work_dir: Path, home: Path
+) -> None:
+    killed = start(tmp_path / "killed", work_dir, FOREVER, helper=True, save_seconds=0.5)
+    pids = killed.started("worker", "stage-0", "helper-0")
+    with dg.DagsterInstance.get() as instance:
+        run = run_of(killed, instance)
+        killed.process.kill()
+        killed.end()
+        wait_until_gone(pids, 20)
+        assert (killed.folder / "saved").exists()
+        found = instance.get_run_by_id(run.run_id)
+        assert found is not None
+        assert found.status == dg.DagsterRunStatus.STARTED, "nobody has looked yet"
+        following = start(tmp_path / "following", work_dir, 5)
+        assert following.end(120) == 0, following.output
+        assert info_lines(following, f"Run {run.run_id} is marked as failed")
+        found = instance.get_run_by_id(run.run_id)
+        assert found is not None
+        assert found.status == dg.DagsterRunStatus.FAILURE
+        assert not instance.event_log_storage.get_concurrency_info("gpu").claimed_slots
+
+
+def test_waiting_run_logs_the_holder_and_goes_on_when_all_its_processes_are_killed(
+    tmp_path: Path, work_dir: Path, home: Path
+) -> None:
+    holder = start(tmp_path / "holder", work_dir, FOREVER)
+    pids = holder.started("worker", "stage-0")
+    with dg.DagsterInstance.get() as instance:
+        run = run_of(holder, instance)
+        waiting = start(tmp_path / "waiting", work_dir, 5)
+        wait_for(lambda: bool(info_lines(waiting, "Waiting for a slot")), 60, "a line about the wait")
+        (line,) = info_lines(waiting, "Waiting for a slot in pool gpu")
+        assert f"held by pooled of run {run.run_id} since 20" in line
+        assert f"process {holder.process.pid} on " in line
+        assert fail_dead_runs(instance) == [], "a run that lives is left alone"
+        for pid in (holder.process.pid, *pids):
+            os.kill(pid, signal.SIGKILL)
+        holder.end()
+        assert waiting.end(120) == 0, waiting.output
+        found = instance.get_run_by_id(run.run_id)
+        assert found is not None
+        assert found.status == dg.DagsterRunStatus.FAILURE
+
+
+def hold_as_a_run(instance: dg.DagsterInstance, run_id: str, folder: Path, *keys: str) -> Worker:
+    """A process that counts as one of a run until it is killed."""
+    code = (
+        "import os, sys, time; from pathlib import Path; from sdxl_pipeline.protocol.liveness import hold_liveness; "
+        "from tests.stages.sleepy_stage import note; hold_liveness(Path(sys.argv[1])); "
+        "note(Path(sys.argv[2]), os.getpid()); time.sleep(600)"
+    )
+    pid = folder / "holder.pid"
+    command = [sys.executable, "-c", code, str(liveness_folder(instance) / run_id), str(pid)]
+    worker = Worker(SleepySpec(folder=folder), folder, command)
+    wait_for_number(pid)
+    return worker
+
+
+def test_daemon_learns_that_a_run_is_dead_and_frees_its_slot(tmp_path: Path, home: Path) -> None:
+    with dg.DagsterInstance.get() as instance:
+        launcher = instance.run_launcher
+        assert isinstance(launcher, LiveRunLauncher)
+        run = instance.create_run_for_job(
+            dg.job(name="empty")(lambda: None), status=dg.DagsterRunStatus.STARTED
+        )
+        unknown = launcher.check_run_worker_health(run)
+        assert unknown.status.value == "RUNNING", "nothing is known, so nothing is done"
+        storage = instance.event_log_storage
+        storage.initialize_concurrency_limit_to_default("gpu")
+        assert storage.claim_concurrency_slot("gpu", run.run_id, "step").is_claimed
+        worker = hold_as_a_run(instance, run.run_id, tmp_path)
+        assert launcher.check_run_worker_health(run).status.value == "RUNNING"
+        worker.process.kill()
+        worker.end()
+        health = launcher.check_run_worker_health(run)
+        assert health.status.value == "FAILED"
+        assert "gone" in str(health.msg)
+        assert not storage.get_concurrency_info("gpu").claimed_slots
