@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -76,8 +77,9 @@ class LocalLauncher(dg.ConfigurableResource):
     ) -> ManifestT:
         """Run a stage to its end and give its manifest.
 
-        `stage` is the name of a module in `sdxl_pipeline.stages`, or a dotted module path. The spec and the manifest lie in `work_dir`
-        as `<stage>.spec.json` and `<stage>.manifest.json`. `environment` is added to the child's. The asset that calls this has to
+        `stage` is the name of a module in `sdxl_pipeline.stages`, or a dotted module path. While the stage runs, the spec and the
+        manifest have names of their run's own in `work_dir`, so that two runs at once do not take each other's; afterwards they are
+        `<stage>.spec.json` and `<stage>.manifest.json`, the record of the last run. `environment` is added to the child's. The asset that calls this has to
         return a `MaterializeResult`, as with every Pipes session.
 
         Raises `dagster.Failure`: not to be retried when the stage says that the user has to change something, or that memory does not
@@ -87,20 +89,42 @@ class LocalLauncher(dg.ConfigurableResource):
         """
         module = stage if "." in stage else f"sdxl_pipeline.stages.{stage}"
         name = module.rpartition(".")[2]
-        spec_path = work_dir.resolve() / f"{name}.spec.json"
-        manifest_path = work_dir.resolve() / f"{name}.manifest.json"
+        spec_path = work_dir.resolve() / f"{name}.{context.run_id}.spec.json"
+        manifest_path = spec_path.with_name(f"{name}.{context.run_id}.manifest.json")
         write_text_atomic(spec_path, spec.model_dump_json(indent=2) + "\n")
         processes = hardware.num_processes if name in DISTRIBUTED_STAGES else 1
         command = self._command(module, processes, [str(spec_path), "--manifest", str(manifest_path)])
         relay = MessageRelay(context, self.progress_log_seconds, self.metric_points)
+        try:
+            exit_code = self._run(context, name, command, relay, environment or {})
+            if exit_code != EXIT_DONE:
+                raise _failure(name, exit_code, manifest_path)
+            return manifest_type.model_validate_json(manifest_path.read_bytes())
+        finally:
+            for path, last in (
+                (spec_path, "spec"),
+                (manifest_path, "manifest"),
+                (error_path(manifest_path), "error"),
+            ):
+                with suppress(FileNotFoundError):
+                    path.replace(work_dir / f"{name}.{last}.json")
 
+    def _run(
+        self,
+        context: dg.AssetExecutionContext,
+        name: str,
+        command: list[str],
+        relay: MessageRelay,
+        environment: Mapping[str, str],
+    ) -> int:
+        """Run a command to its end and give its exit code; stop it when anything is raised here."""
         with dg.open_pipes_session(
             context=context,
             context_injector=dg.PipesEnvContextInjector(),
             message_reader=dg.PipesTempFileMessageReader(),
         ) as session:
             group = ProcessGroup(
-                command, self._environment({**session.get_bootstrap_env_vars(), **(environment or {})})
+                command, self._environment({**session.get_bootstrap_env_vars(), **environment})
             )
             try:
                 context.log.info(f"Stage {name} runs as process {group.leader.pid}: {' '.join(command)}")
@@ -119,9 +143,7 @@ class LocalLauncher(dg.ConfigurableResource):
                 raise
         relay.relay(session.get_custom_messages())
         relay.finish()
-        if exit_code != EXIT_DONE:
-            raise _failure(name, exit_code, manifest_path)
-        return manifest_type.model_validate_json(manifest_path.read_bytes())
+        return exit_code
 
     def _command(self, module: str, processes: int, arguments: list[str]) -> list[str]:
         if processes == 1:

@@ -14,6 +14,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine, ExceptionContext
 
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_folders: set[Path] = set()
 
 
 class DamagedHistoryError(click.ClickException):
@@ -32,7 +33,7 @@ class RunHistoryStorage(DagsterSqliteStorage):
 
     def __init__(self, base_dir: str, inst_data: ConfigurableClassData | None = None) -> None:
         folder = Path(base_dir).resolve()
-        _name_damaged_files(folder)
+        _folders.add(folder)
         # Two processes that create the tables at the same time leave a history that none can open.
         with (folder / ".lock").open("a") as lock:
             lock_descriptor(lock.fileno())
@@ -49,15 +50,12 @@ class RunHistoryStorage(DagsterSqliteStorage):
         return cls.from_local(inst_data=inst_data, **config_value)
 
 
-def _name_damaged_files(folder: Path) -> None:
-    """Turn what SQLite reports about a damaged file in `folder` into a DamagedHistoryError, at whatever query it is noticed."""
-
-    def on_error(context: ExceptionContext) -> None:
-        error, engine = context.original_exception, context.engine
-        if engine is None or getattr(error, "sqlite_errorcode", 0) & 0xFF not in DAMAGED:
-            return
-        path = Path(engine.url.database or "")
-        if path.is_relative_to(folder):
-            raise DamagedHistoryError(path, error) from error
-
-    event.listen(Engine, "handle_error", on_error)
+@event.listens_for(Engine, "handle_error")
+def _name_damaged_file(context: ExceptionContext) -> None:
+    """Turn what SQLite reports about a damaged file of a history into a DamagedHistoryError, at whatever query it is noticed."""
+    error, engine = context.original_exception, context.engine
+    if engine is None or getattr(error, "sqlite_errorcode", 0) & 0xFF not in DAMAGED:
+        return
+    path = Path(engine.url.database or "")
+    if any(path.is_relative_to(folder) for folder in _folders):
+        raise DamagedHistoryError(path, error) from error

@@ -238,7 +238,7 @@ def _install_handlers(stop: StopSignal) -> None:
 
 @contextmanager
 def _only_one(manifest_path: Path, reporter: Reporter, stop: StopSignal) -> Iterator[None]:
-    """Hold the lock on a manifest, and clear what an earlier run left there.
+    """Hold the lock on a stage's folder, and clear what an earlier attempt of this run left there.
 
     A retry may start while the stage of a killed worker is still saving; it waits for that one to end. The kernel frees the lock with
     the process, so a dead one never blocks.
@@ -247,7 +247,7 @@ def _only_one(manifest_path: Path, reporter: Reporter, stop: StopSignal) -> Iter
         yield
         return
     manifest_path.parent.mkdir(parents=True, exist_ok=True)
-    with manifest_path.with_suffix(".lock").open("a") as lock:
+    with manifest_path.with_name(f"{_module_name().rpartition('.')[2]}.lock").open("a") as lock:
         give_up = time.monotonic() + LOCK_TIMEOUT_SECONDS
         waiting = False
         while not lock_descriptor(lock.fileno(), blocking=False):

@@ -16,6 +16,7 @@ import numpy as np
 
 from sdxl_pipeline.pruning.references import LANE_STAGES, References, packed, references
 from sdxl_pipeline.store.compaction import Compaction, compact
+from sdxl_pipeline.store.files import unfinished_files
 from sdxl_pipeline.store.places import Places
 from sdxl_pipeline.store.tensor_store import TensorStore
 
@@ -23,7 +24,11 @@ Progress = Callable[[str, int, int], None]
 
 DAMAGED = "damaged entries"
 YOUNG_SECONDS = 3600.0
+ABANDONED_SECONDS = 7 * 24 * 3600.0
+"""No stage runs longer; until then the spec of a run may still be that of one at work."""
+
 _KEPT_TABLE = re.compile(r"(rows|captions|masks)-[0-9a-f]{16}\.parquet")
+_OF_A_RUN = re.compile(r".+\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.(spec|manifest(\.error)?)\.json")
 _DOWNLOAD = re.compile(r".+-[0-9a-f]{12}")
 
 
@@ -159,11 +164,13 @@ def _superseded_tables(places: Places, needed: References) -> Iterator[Path]:
 
 
 def _unfinished(places: Places) -> Iterator[Path]:
-    """What a kill left of files that are written beside their target."""
+    """What killed processes left: files written beside their target, and what a stage's launcher names after its run."""
     for folder in (places.values, places.work):
-        for path in folder.rglob(".*.tmp*"):
-            if path.is_file():
-                yield path
+        yield from unfinished_files(folder)
+    before = time.time() - ABANDONED_SECONDS
+    for path in places.work.rglob("*.json"):
+        if _OF_A_RUN.fullmatch(path.name) and _youngest(path) < before:
+            yield path
 
 
 def _downloads(places: Places, needed: References) -> Iterator[Path]:

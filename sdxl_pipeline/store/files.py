@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _CHUNK = 1 << 20
+_TEMPORARY = re.compile(r"\.\d+-[0-9a-f]+\.tmp")
 
 
 @contextmanager
@@ -30,6 +32,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def unfinished_files(folder: Path) -> Iterator[Path]:
+    """The temporary files of `atomic_path` anywhere under a folder: of writers at work, or left by killed ones."""
+    for path in folder.rglob(".*.tmp*"):
+        if _TEMPORARY.search(path.name) and path.is_file():
+            yield path
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:

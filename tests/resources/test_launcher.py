@@ -9,7 +9,7 @@ import dagster as dg
 import psutil
 import pytest
 
-from tests.processes import runs, wait_for_number
+from tests.processes import runs, wait_for, wait_for_number
 from tests.resources.sleepy_asset import launcher, sleepy, sleepy_with_a_retry
 from tests.resources.worker import Worker, wait_until_gone
 from tests.stages.sleepy_stage import SleepyManifest, SleepySpec
@@ -71,6 +71,24 @@ def test_a_finished_stage_hands_on_its_manifest_and_what_it_reported(
     assert "count: 60 of 60 steps (100 %)" in logged
     assert "counted" in logged
     assert f"picture dot at step 60: {tmp_path}/dot.png (a dot)" in logged
+
+
+def test_two_runs_at_once_do_not_take_each_others_spec_or_manifest(tmp_path, work_dir):
+    """Between two runs of one project, as with a pool of two: neither counts to the other's number."""
+    workers = []
+    for steps in (3, 4):
+        folder = tmp_path / str(steps)
+        folder.mkdir()
+        spec = SleepySpec(folder=folder, steps=steps, wait_for=tmp_path / "go")
+        workers.append(Worker(spec, work_dir))
+    specs = lambda: list(work_dir.glob("sleepy_stage.*.spec.json"))  # noqa: E731
+    wait_for(lambda: len(specs()) == 2, 60, "both specs written")
+    (tmp_path / "go").touch()
+    assert [worker.end() for worker in workers] == [0, 0], workers[0].output + workers[1].output
+    for worker, steps in zip(workers, (3, 4), strict=True):
+        assert f"count: {steps} of {steps} steps" in worker.output
+    names = {path.name for path in work_dir.iterdir()}
+    assert names == {"sleepy_stage.spec.json", "sleepy_stage.manifest.json", "sleepy_stage.lock"}
 
 
 @pytest.mark.parametrize(

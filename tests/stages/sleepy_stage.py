@@ -30,6 +30,7 @@ class SleepySpec(BaseModel):
     stubborn: bool = False
     save_seconds: float = 0.0
     helper: bool = False
+    wait_for: Path | None = None
 
 
 class SleepyManifest(BaseModel):
@@ -40,6 +41,8 @@ class SleepyManifest(BaseModel):
 def main(spec: SleepySpec, reporter: Reporter, stop: StopSignal) -> SleepyManifest:
     """Count to `steps`, saving what was reached when asked to stop."""
     rank = os.environ.get("RANK", "0")
+    while spec.wait_for and not spec.wait_for.exists():
+        time.sleep(STEP_SECONDS)
     if spec.helper:
         helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         note(spec.folder / f"helper-{rank}.pid", helper.pid)
