@@ -116,8 +116,8 @@ def _find_faces(
 
     with told_to_the_user():
         require_detector(dataset)
-    table = storage.work_dir(project.name, dataset.asset_name, "aspect_buckets") / "faces.parquet"
-    return find_faces(storage.data_dir(dataset), kept, table, on_progress)
+        table = storage.work_dir(project.name, dataset.asset_name, "aspect_buckets") / "faces.parquet"
+        return find_faces(storage.data_dir(dataset), kept, table, on_progress)
 
 
 def _metadata(rows: pd.DataFrame, dropped: pd.DataFrame, repeats: int, batch_size: int) -> dict[str, Any]:

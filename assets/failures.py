@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import dagster as dg
 
+from resources.storage import full_disk_as_failure
 from sdxl_pipeline.images.caption_errors import CaptionError
 from sdxl_pipeline.images.faces import FaceDetectorError
 from sdxl_pipeline.images.scan import DatasetFolderError
@@ -15,6 +16,7 @@ from sdxl_pipeline.release.export import ExportError
 from sdxl_pipeline.release.portable import ReleaseError
 from sdxl_pipeline.sdxl.adapter_files import AdapterError
 from sdxl_pipeline.sdxl.model_files import BaseModelError
+from sdxl_pipeline.store.errors import StoreError
 
 USERS_TO_MEND = (
     CaptionError,
@@ -27,6 +29,7 @@ USERS_TO_MEND = (
     AdapterError,
     BaseModelError,
     StageError,
+    StoreError,
 )
 
 
@@ -34,6 +37,7 @@ USERS_TO_MEND = (
 def told_to_the_user() -> Iterator[None]:
     """Turn the library's own errors into failed steps that say what to do, and are not tried again."""
     try:
-        yield
+        with full_disk_as_failure():
+            yield
     except USERS_TO_MEND as error:
         raise dg.Failure(description=str(error), allow_retries=False) from error

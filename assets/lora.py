@@ -109,11 +109,11 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
         )
         with told_to_the_user():
             identity = run_identity(spec)
+            run_dir = Path(settings.output_dir) / "lora" / identity[:16]
+            spec = spec.model_copy(update={"run_dir": str(run_dir)})
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(run_dir / SPEC_FILE, spec.model_dump_json(indent=1))
         differences, overrides = _differences(project, spec, identity)
-        run_dir = Path(settings.output_dir) / "lora" / identity[:16]
-        spec = spec.model_copy(update={"run_dir": str(run_dir)})
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(run_dir / SPEC_FILE, spec.model_dump_json(indent=1))
         result = launcher.run(
             context,
             "train",

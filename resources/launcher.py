@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 import sdxl_pipeline
 from resources.process_group import ProcessGroup, interrupts_ignored
 from resources.stage_messages import MessageRelay
+from resources.storage import full_disk_as_failure
 from sdxl_pipeline.project.hardware import Hardware
 from sdxl_pipeline.protocol.program import (
     EXIT_DONE,
@@ -91,7 +92,8 @@ class LocalLauncher(dg.ConfigurableResource):
         name = module.rpartition(".")[2]
         spec_path = work_dir.resolve() / f"{name}.{context.run_id}.spec.json"
         manifest_path = spec_path.with_name(f"{name}.{context.run_id}.manifest.json")
-        write_text_atomic(spec_path, spec.model_dump_json(indent=2) + "\n")
+        with full_disk_as_failure():
+            write_text_atomic(spec_path, spec.model_dump_json(indent=2) + "\n")
         processes = hardware.num_processes if name in DISTRIBUTED_STAGES else 1
         command = self._command(module, processes, [str(spec_path), "--manifest", str(manifest_path)])
         relay = MessageRelay(context, self.progress_log_seconds, self.metric_points)

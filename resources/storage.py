@@ -3,7 +3,8 @@
 import hashlib
 import io
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,23 @@ from pydantic import BaseModel, Field, ValidationError
 from sdxl_pipeline.images.sources import data_folder
 from sdxl_pipeline.project.datasets import ImageDataset, TextEmbedsDataset
 from sdxl_pipeline.project.project import projects_folder
+from sdxl_pipeline.store.disk_space import describe_disk_full, is_disk_full
 from sdxl_pipeline.store.files import write_bytes_atomic, write_text_atomic
 from sdxl_pipeline.store.places import ROOT_VARIABLE, Places, storage_root
+
+
+@contextmanager
+def full_disk_as_failure() -> Iterator[None]:
+    """Fail a step whose disk is full with one sentence, and do not try it again."""
+    try:
+        yield
+    except dg.Failure:
+        raise
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        message = describe_disk_full(error, storage_root(), "what this step writes")
+        raise dg.Failure(description=message, allow_retries=False) from error
 
 
 class Storage(dg.ConfigurableResource):
@@ -48,6 +64,7 @@ class Storage(dg.ConfigurableResource):
         """Root of the text-embedding store of an entry, or of those that have none."""
         return self.places.text_store_root(text_embeds)
 
+    @full_disk_as_failure()
     def work_dir(self, *parts: str) -> Path:
         """A folder for specs, manifests and what stages write beside them; made if need be."""
         folder = self.places.work.joinpath(*parts)
@@ -55,6 +72,7 @@ class Storage(dg.ConfigurableResource):
         self.places.remember_projects(projects_folder())
         return folder
 
+    @full_disk_as_failure()
     def keep_table(self, table: pd.DataFrame, folder: Path, name: str) -> Path:
         """Write a table as Parquet into a folder, under a name that holds its digest, and give the path.
 
@@ -79,6 +97,7 @@ class ValueIOManager(dg.ConfigurableIOManager):
 
     storage: dg.ResourceDependency[Storage]
 
+    @full_disk_as_failure()
     def handle_output(self, context: dg.OutputContext, obj: Any) -> None:
         """Write a value by rename, and show its path among the asset's metadata."""
         path = self._path(context, type(obj))

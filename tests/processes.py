@@ -6,6 +6,9 @@ from pathlib import Path
 
 import psutil
 
+DEAD_PID = 2**22 + 1
+"""Larger than Linux gives to any process."""
+
 
 def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
     """Look every 50 ms whether a condition holds; fails the test when it still does not after so many seconds."""

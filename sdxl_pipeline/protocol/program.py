@@ -15,7 +15,6 @@ A stage never outlives its launcher: when that dies, even by SIGKILL, the stage 
 """
 
 import argparse
-import errno
 import os
 import signal
 import sys
@@ -33,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sdxl_pipeline.protocol.liveness import hold_liveness_of_environment
 from sdxl_pipeline.protocol.reporter import Reporter, is_main_process, open_reporter
+from sdxl_pipeline.store.disk_space import describe_disk_full, is_disk_full
 from sdxl_pipeline.store.errors import StoreError
 from sdxl_pipeline.store.files import write_text_atomic
 
@@ -162,9 +162,10 @@ def _work(
         _write_failure(manifest_path, StageFailure(kind="user", message=str(error)))
         return EXIT_FAILED
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            place = error.filename2 or error.filename or manifest_path.parent
-            message = f"no space left on the disk of {place}. Free some, and run this again: what was finished before is kept."
+        if is_disk_full(error):
+            message = describe_disk_full(
+                error, manifest_path.parent, f"what the stage {_module_name()} writes"
+            )
             sys.stderr.write(f"{message}\n")
             _write_failure(manifest_path, StageFailure(kind="user", message=message))
             return EXIT_FAILED

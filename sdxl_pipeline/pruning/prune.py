@@ -16,7 +16,7 @@ import numpy as np
 
 from sdxl_pipeline.pruning.references import LANE_STAGES, References, packed, references
 from sdxl_pipeline.store.compaction import Compaction, compact
-from sdxl_pipeline.store.files import unfinished_files
+from sdxl_pipeline.store.files import unfinished
 from sdxl_pipeline.store.places import Places
 from sdxl_pipeline.store.tensor_store import TensorStore
 
@@ -88,7 +88,7 @@ def prune(
         ("gone projects", _gone_projects(places, needed)),
         ("gone datasets", _gone_datasets(places, needed)),
         ("superseded tables", _superseded_tables(places, needed)),
-        ("unfinished files", _unfinished(places)),
+        ("unfinished files", _unfinished(places, needed)),
         ("downloads", _downloads(places, needed)),
     ):
         by_folder: dict[Path, list[int]] = {}
@@ -163,10 +163,13 @@ def _superseded_tables(places: Places, needed: References) -> Iterator[Path]:
                 yield path
 
 
-def _unfinished(places: Places) -> Iterator[Path]:
+def _unfinished(places: Places, needed: References) -> Iterator[Path]:
     """What killed processes left: files written beside their target, and what a stage's launcher names after its run."""
-    for folder in (places.values, places.work):
-        yield from unfinished_files(folder)
+    for folder in (places.values, places.work, *needed.outputs):
+        yield from unfinished(folder)
+    for folder in needed.outputs:
+        # The release that a newer one was about to replace is the only one until that has its name.
+        yield from (path for path in folder.glob(".release.*.old") if (folder / "release").is_dir())
     before = time.time() - ABANDONED_SECONDS
     for path in places.work.rglob("*.json"):
         if _OF_A_RUN.fullmatch(path.name) and _youngest(path) < before:

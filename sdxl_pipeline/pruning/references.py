@@ -35,6 +35,8 @@ class References:
     """Stores of which nothing may go, and why."""
     files: set[Path] = field(default_factory=set)
     """Parquet tables that manifests and specs name."""
+    outputs: set[Path] = field(default_factory=set)
+    """Folders that projects write their runs, evaluations and releases to."""
     sources: set[Path] | None = field(default_factory=set)
     """Folders of downloads; None where they cannot be told."""
     notes: list[str] = field(default_factory=list)
@@ -101,6 +103,7 @@ def _note_settings(found: References, places: Places, project: Project) -> None:
             found.sources.add(data_folder(dataset, places.sources).parent)
     for entry in project.text_embeds:
         found.keys.setdefault(places.text_store_root(entry).resolve(), [])
+    found.outputs.add(Path(project.training.output_dir))
     for spec in (Path(project.training.output_dir) / "lora").glob("*/spec.json"):
         found.files.update(_named_tables(spec))
 

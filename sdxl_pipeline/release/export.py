@@ -11,6 +11,7 @@ from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.specs import EvaluationReport, TrainedLora, ValidationImage, ValidationPrompt
 from sdxl_pipeline.release.portable import ReleaseError, portable_lineage, portable_settings, require_portable
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
+from sdxl_pipeline.store.disk_space import require_space
 from sdxl_pipeline.store.files import sha256_path, write_text_atomic
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
@@ -58,6 +59,7 @@ def build_release(
         raise ReleaseError(
             f"{folder} holds files that are no release, and would be replaced by one. Move them, or change output_dir"
         )
+    require_space(folder, _size(lora, report), "the release")
     staged = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
@@ -200,13 +202,25 @@ def _copy_pictures(folder: Path, images: Sequence[ValidationImage]) -> dict[str,
     return pictures
 
 
+def _size(lora: TrainedLora, report: EvaluationReport) -> int:
+    """Bytes of what a release copies."""
+    copied = [
+        Path(lora.weights_path),
+        Path(report.gallery_path),
+        *(Path(image.path) for image in report.images),
+    ]
+    files = [file for path in copied for file in (path.rglob("*") if path.is_dir() else [path])]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def _replace(folder: Path, staged: Path) -> None:
     """Rename `staged` to `folder`. A kill in between leaves the earlier release under its old name beside it."""
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     if folder.exists():
         folder.rename(old)
     staged.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    for left in folder.parent.glob(f".{folder.name}.*.old"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _secrets() -> list[str]:

@@ -3,10 +3,12 @@
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl_pipeline.sdxl.model_files import BaseModelError
+from sdxl_pipeline.store.disk_space import DiskFullError, hub_cache_full_message, is_disk_full
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +31,12 @@ def download_snapshot(
 
     `probes` are names of small files, one of which the repository holds: fetching them first tells the commit, from the network or,
     without one, from the cache. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they mean to huggingface_hub. Raises
+    DiskFullError when the cache's disk is full,
     BaseModelError when the repository or revision does not exist, needs a token, or cannot be reached and is not cached; and
     whatever `choose` raises.
     """
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -46,7 +50,17 @@ def download_snapshot(
     endpoint = os.environ.get("HF_ENDPOINT") or None
 
     def fetch(files: Collection[str], at: str | None) -> Path:
-        return Path(snapshot_download(repo_id, revision=at, allow_patterns=list(files), endpoint=endpoint))
+        options = {"revision": at, "allow_patterns": list(files), "endpoint": endpoint}
+        try:
+            return Path(snapshot_download(repo_id, **options))
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            needed = None
+            with suppress(Exception):  # asked only now, since it takes a request per file
+                listed = snapshot_download(repo_id, **options, dry_run=True)
+                needed = sum(file.file_size for file in listed if file.will_download)
+            raise DiskFullError(hub_cache_full_message(Path(HF_HUB_CACHE), repo_id, needed)) from error
 
     try:
         commit = fetch(probes, revision).name

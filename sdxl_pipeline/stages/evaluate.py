@@ -11,10 +11,12 @@ from sdxl_pipeline.protocol.leases import leased_lanes
 from sdxl_pipeline.protocol.program import StopSignal, run_stage
 from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.protocol.specs import EvaluateSpec, EvaluationReport
+from sdxl_pipeline.store.files import remove_unfinished
 
 
 def main(spec: EvaluateSpec, reporter: Reporter, stop: StopSignal) -> EvaluationReport:
     """Measure a LoRA against its base model, or find that it has been."""
+    remove_unfinished(Path(spec.output_dir))
     identity = evaluation_identity(spec)
     result = Path(spec.output_dir) / "report.json"
     finished = read_finished(result, EvaluationReport, identity)

@@ -17,7 +17,8 @@ from sdxl_pipeline.protocol.reporter import Reporter, is_main_process
 from sdxl_pipeline.protocol.specs import EMA_FOLDER, TrainedLora, TrainSpec
 from sdxl_pipeline.release.formats import FormatError
 from sdxl_pipeline.release.formats.kohya_file import KohyaFile, ensure_kohya_file
-from sdxl_pipeline.store.files import sha256_path, write_text_atomic
+from sdxl_pipeline.store.disk_space import require_space
+from sdxl_pipeline.store.files import remove_unfinished, sha256_path, write_text_atomic
 from sdxl_pipeline.training.eval_log import read_eval_log
 from sdxl_pipeline.training.identity import run_names
 from sdxl_pipeline.training.lineage import read_lineage
@@ -36,6 +37,8 @@ def main(spec: TrainSpec, reporter: Reporter, stop: StopSignal) -> TrainedLora:
     names = run_names(spec)
     identity, run_dir = names.identity, Path(spec.run_dir)
     with run_lock(run_dir, stop) if is_main_process() else nullcontext():
+        if is_main_process():
+            remove_unfinished(run_dir)
         finished = finished_run(run_dir, identity)
         finished = finished and _released(finished, spec.settings)
         if finished is not None:
@@ -133,7 +136,7 @@ def _finish(trainer: "Trainer") -> TrainedLora:
     """Write the weights and the plots, on the main process, and give the manifest."""
     import torch
 
-    from sdxl_pipeline.training.disk import require_room
+    from sdxl_pipeline.training.disk import CHECKPOINT_ADVICE
     from sdxl_pipeline.training.plots import plot_loss_curve
     from sdxl_pipeline.training.sheet import write_sheet
 
@@ -153,7 +156,7 @@ def _finish(trainer: "Trainer") -> TrainedLora:
     with trainer.trainable.gathered(torch.device("cpu")):
         if trainer.is_main:
             files = 2 if trainer.trainable.kind == "lora" else 1  # an adapter is written in two formats
-            require_room(run_dir, files * trainer.written_bytes, "the final weights")
+            require_space(run_dir, files * trainer.written_bytes, "the final weights", CHECKPOINT_ADVICE)
             trainer.write_weights(run_dir)
     if trainer.is_main:
         plot_loss_curve(

@@ -9,17 +9,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
+from sdxl_pipeline.store.disk_space import DiskFullError, disk_full_message
+from sdxl_pipeline.store.errors import FULL
+
 _CHUNK = 1 << 20
-_TEMPORARY = re.compile(r"\.\d+-[0-9a-f]+\.tmp")
+_UNFINISHED = re.compile(r"\..+\.(?P<pid>\d+)(-[0-9a-f]+)?\.tmp(\..+)?")
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, size: int | None = None) -> Iterator[Path]:
     """Give a temporary path beside `path`; when the block ends well, it is renamed to `path`.
 
     Whatever the block wrote is flushed to disk before the rename, so that neither a kill nor a power cut leaves half a file under
     the final name. The folder is made if need be. When the block raises, or writes nothing, `path` is left as it was; the latter
-    raises FileNotFoundError.
+    raises FileNotFoundError. A full disk raises DiskFullError, which gives `size`, the bytes to write, where that is known.
 
     The temporary name keeps the suffix of `path`, for libraries that choose a format by it.
     """
@@ -30,20 +35,37 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _flush(temporary)
         temporary.replace(path)
         _flush(path.parent)
+    except OSError as error:
+        if error.errno in FULL and not isinstance(error, DiskFullError):
+            raise DiskFullError(disk_full_message(path.parent, path.name, size)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def unfinished_files(folder: Path) -> Iterator[Path]:
-    """The temporary files of `atomic_path` anywhere under a folder: of writers at work, or left by killed ones."""
-    for path in folder.rglob(".*.tmp*"):
-        if _TEMPORARY.search(path.name) and path.is_file():
-            yield path
+def unfinished(folder: Path) -> Iterator[Path]:
+    """Temporary files and folders anywhere under a folder: of writers at work, or left by killed ones."""
+    return (path for path in folder.rglob(".*.tmp*") if _UNFINISHED.fullmatch(path.name))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete the temporary files and folders that killed writers left under a folder; those of living processes stay.
+
+    For a folder with one writer at a time, which calls this before it begins: on a shared disk, a pid says nothing about other machines.
+    """
+    for path in list(unfinished(folder)):
+        name = _UNFINISHED.fullmatch(path.name)
+        if name is None or psutil.pid_exists(int(name["pid"])):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path`: after a crash at any moment the file holds the old bytes or the new ones."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, len(data)) as temporary:
         temporary.write_bytes(data)
 
 

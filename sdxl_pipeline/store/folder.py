@@ -9,7 +9,6 @@
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from filelock import lock_descriptor
 
+from sdxl_pipeline.store.disk_space import DiskFullError, disk_full_message
 from sdxl_pipeline.store.errors import StoreError, full_disk_tolerated
 from sdxl_pipeline.store.index import Index, IndexFileError, merged, pack_keys, read_index, write_index
 from sdxl_pipeline.store.leases import held_lease, live_leases, oldest_writer_ns
@@ -166,15 +166,14 @@ class StoreFolder:
                                 path.unlink()
         return size
 
-    def disk_full(self, needed_bytes: int, entries: int) -> StoreError:
+    def disk_full(self, needed_bytes: int, entries: int) -> DiskFullError:
         """What to raise when `entries` of so many bytes found no room."""
-        there = next(folder for folder in (self.root, *self.root.parents) if folder.exists())
-        free = shutil.disk_usage(there).free
-        return StoreError(
-            f"no space left on {self.root}: {needed_bytes / 1e6:.1f} MB needed for the next {entries} entries, {free / 1e6:.1f} MB "
-            "free. Free space (`sdxl-pipeline prune` frees what no project refers to), or set cache_dir_vae (of latents) or cache_dir "
-            "(of text embeddings) in multidatabackend.json to a folder on a larger disk, and run this again: what was written before "
-            "is kept."
+        advice = (
+            "Free space (`sdxl-pipeline prune` frees what no project refers to), or set cache_dir_vae (of latents) or cache_dir (of text "
+            "embeddings) in multidatabackend.json to a folder on a larger disk, and run this again: what was written before is kept."
+        )
+        return DiskFullError(
+            disk_full_message(self.root, f"the next {entries} entries", needed_bytes, advice)
         )
 
     def _indices_of(self, names: Iterable[str], sizes: Mapping[str, int]) -> list[Index]:

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import RunLineage
+from sdxl_pipeline.store.disk_space import require_space
 from sdxl_pipeline.store.files import link_or_copy, sha256_file, write_text_atomic
 from sdxl_pipeline.training.checkpoint_times import CheckpointKind
-from sdxl_pipeline.training.disk import require_room
+from sdxl_pipeline.training.disk import CHECKPOINT_ADVICE
 from sdxl_pipeline.training.lineage import STATE
 from sdxl_pipeline.training.optimizer_state import flatten_optimizer, unflatten_optimizer
 
@@ -75,15 +76,16 @@ def save_checkpoint(
     `export` writes the weights as users load them, `export_bytes` in all, into the folder it is given, and gives their place. With
     `exports_parameters` this is a folder whose safetensors hold `state.parameters` by name, which then are not written a second time.
     `lineage` is that of the run, for whoever finds the checkpoint elsewhere. An intact checkpoint of the same step is left alone, since
-    the same step of the same run has the same content; a damaged one is replaced. Raises StageError before it would fill the disk.
+    the same step of the same run has the same content; a damaged one is replaced. Raises DiskFullError before it would fill the disk.
     """
     place = root / f"{kind}-{state.step:08d}"
     if not is_intact(place):
         root.mkdir(parents=True, exist_ok=True)
-        require_room(
+        require_space(
             root,
             checkpoint_bytes(state, exports_parameters, export_bytes),
             f"the checkpoint of step {state.step}",
+            CHECKPOINT_ADVICE,
         )
         if place.exists():
             _delete(place)

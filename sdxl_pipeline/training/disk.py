@@ -1,4 +1,4 @@
-"""Room on the disk of a run: seen to before something is written, and watched while training."""
+"""The disk of a run, watched while training."""
 
 import shutil
 import time
@@ -6,25 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.program import StageError, StopSignal
+from sdxl_pipeline.protocol.program import StopSignal
+from sdxl_pipeline.store.disk_space import size_text
 
 LOOK_INTERVAL_SECONDS = 10.0
 """Between two looks at the free space, which may ask a file server."""
 
 WAIT_INTERVAL_SECONDS = 5.0
 
-MARGIN_BYTES = 1 << 20
-"""For what is written beside tensors: headers, metrics, folders."""
-
-
-def require_room(folder: Path, needed: int, what: str) -> None:
-    """Raise StageError when the disk of `folder` has no room for `needed` bytes, so that it is not filled by half of `what`."""
-    free = shutil.disk_usage(folder).free
-    if free < needed + MARGIN_BYTES:
-        raise StageError(
-            f"no space left on the disk of {folder} for {what}: it takes {size_text(needed)}, and {size_text(free)} are free. Free some, or "
-            "lower checkpoints_total_limit, or change output_dir, and run this again: what was saved before is kept"
-        )
+CHECKPOINT_ADVICE = "Free some, or lower checkpoints_total_limit, or change output_dir, and run this again: what was saved before is kept."
 
 
 class DiskWatch:
@@ -55,13 +45,3 @@ class DiskWatch:
 
     def _is_low(self) -> bool:
         return self._threshold is not None and shutil.disk_usage(self._folder).free < self._threshold
-
-
-def size_text(count: int) -> str:
-    """Bytes in the unit that suits them, powers of 1024 as in the settings: "3.2 GiB"."""
-    size = float(count)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.{0 if unit == 'bytes' else 1}f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"

@@ -1,5 +1,6 @@
 """Everything that one run trains, as one value: its parameters by name, and its files as users load them."""
 
+import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -165,7 +166,7 @@ class TrainableUNet(Trainable):
 
         Its files hold nothing but weights and architecture, so `metadata` has no place in them.
         """
-        unfinished = path.with_name(f".{path.name}.tmp")
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         shutil.rmtree(unfinished, ignore_errors=True)
         # where the base model lies must not be published with what became of it
         self.unet.register_to_config(_name_or_path="")

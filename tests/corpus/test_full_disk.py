@@ -56,5 +56,5 @@ for key in pd.read_parquet(spec.entries_path)["latent_key"]:
 
 def test_a_full_disk_ends_the_stage_with_a_sentence_and_the_next_run_completes_it(tmp_path: Path):
     told = run_on_small_disk(PROGRAM, tmp_path)
-    assert f"no space left on {tmp_path / 'store'}" in told
+    assert f"no space left on the disk of {tmp_path / 'store'}" in told
     assert "cache_dir_vae" in told

@@ -326,6 +326,39 @@ def test_unfinished_files_of_killed_processes_go(world: World):
     assert not half.exists()
 
 
+def test_leftovers_in_outputs_and_of_killed_runs_go_when_nobody_can_still_need_them(world: World):
+    folder = world.project("small")
+    output = folder / "output"
+    left = [
+        output / "lora" / "abc" / "ema" / ".weights.77-0123abcd.tmp.safetensors",
+        output / "evaluation" / ".gallery.77-0123abcd.tmp.png",
+        output / ".release.77.tmp" / "README.md",
+    ]
+    run = "01234567-89ab-cdef-0123-456789abcdef"
+    spec = world.places.work / "small" / "lora" / f"train.{run}.spec.json"
+    kept = [output / "lora" / "abc" / "notes.tmp.txt", output / ".release.77.old" / "README.md"]
+    for path in (*left, *kept, spec):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    day_ago, young = time.time() - 24 * 3600, output / "evaluation" / ".report.77-0123abcd.tmp.md"
+    young.write_text("under way")
+    for path in output.rglob("*"):
+        if path != young:
+            os.utime(path, (OLD, OLD))
+    os.utime(spec, (day_ago, day_ago))
+    assert world.projects is not None
+    report = prune(world.places.root, world.projects)
+    assert kinds(report) == {"unfinished files": 3}
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in (*kept, young, spec))
+    (output / "release").mkdir()
+    week_ago = day_ago - 7 * 24 * 3600
+    os.utime(spec, (week_ago, week_ago))
+    prune(world.places.root, world.projects)
+    assert not kept[1].exists(), "it has been replaced"
+    assert not spec.exists()
+
+
 def test_what_is_young_is_left_alone(world: World):
     world.project("small")
     world.encode("elsewhere", "vae_latents", range(4))

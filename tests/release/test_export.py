@@ -1,6 +1,7 @@
 """A release holds exactly what is published: weights that load back, nothing of this machine, and it reaches the Hub as it is on disk."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from sdxl_pipeline.release.portable import ReleaseError, portable_name, portable
 from sdxl_pipeline.sdxl.adapters import adapted_module_names, add_lora, save_adapter
 from sdxl_pipeline.sdxl.base_model import SDXL_BASE_CONFIGS
 from sdxl_pipeline.sdxl.components import load_pipeline, load_text_encoders
+from sdxl_pipeline.store.disk_space import DiskFullError
 from tests.hub_server import HubServer
 from tests.sdxl.adapted_unets import adapted_unet, settings_of
 
@@ -278,3 +280,15 @@ def test_a_wrong_token_is_refused_in_so_many_words(release, monkeypatch, tmp_pat
         with pytest.raises(HfHubHTTPError, match="Invalid credentials"):
             HfApi(endpoint=hub.endpoint).upload_folder(repo_id="someone/zorp", folder_path=folder)
         assert hub.files("someone/zorp") == {}
+
+
+def test_a_release_that_does_not_fit_is_refused_before_anything_is_written(
+    release, inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "output").mkdir(exist_ok=True)
+    before = files_in(tmp_path / "output")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1 << 20))
+    with pytest.raises(DiskFullError, match=r"for the release: .* are needed, 1\.0 MiB are kept in reserve"):
+        release()
+    assert files_in(tmp_path / "output") == before

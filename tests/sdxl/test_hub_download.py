@@ -1,5 +1,6 @@
 """Holds that a model from the Hub is the files that are used, at a known commit, and can be had again without a network."""
 
+import errno
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, BUNDLED_NAME, SDXL_BASE_ID, ResolvedModel
 from sdxl_pipeline.sdxl.model_files import BaseModelError
+from sdxl_pipeline.store.disk_space import DiskFullError
 from tests.hub_server import HubServer
 from tests.sdxl.conftest import Resolve
 
@@ -141,3 +143,32 @@ def test_the_default_is_sdxl_base_with_a_replaced_vae_left_undownloaded(
     model = resolve(None, vae=str(BUNDLED_MODEL / "vae"))
     assert model.source == SDXL_BASE_ID
     assert [path.name for path in (Path(model.path) / "vae").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("Data processing error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_cache_disk_is_named_with_what_is_needed(
+    hub, repository: Path, resolve: Resolve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    import huggingface_hub
+
+    hub.add_repo("someone/model", repository)
+    download = huggingface_hub.snapshot_download
+
+    def on_full_disk(*args, **options):
+        if not options.get("dry_run"):
+            raise error
+        return download(*args, **options)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", on_full_disk)
+    with pytest.raises(
+        DiskFullError, match=r"for someone/model: .* (needed), .* reserve.* free\. .*HF_HOME"
+    ) as full:
+        resolve("someone/model")
+    assert "unknown" not in str(full.value)
+    assert str(tmp_path / "hf") in str(full.value)

@@ -1,6 +1,7 @@
 """The evaluation as a program: it loads the exported file by diffusers' loader, repeats itself exactly, and stops when asked."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from sdxl_pipeline.protocol.specs import EvaluateSpec, EvaluationReport
 from sdxl_pipeline.stages.evaluate import main
 from sdxl_pipeline.store.files import sha256_file
 from tests.evaluation.subjects import make_spec
+from tests.processes import DEAD_PID
 
 
 def evaluate(spec: EvaluateSpec) -> EvaluationReport:
@@ -74,7 +76,12 @@ def test_two_evaluations_agree_exactly(changed, tmp_path: Path):
 def test_the_same_evaluation_is_reused_until_something_differs(tmp_path: Path):
     spec = make_spec(tmp_path, scale=0.1, evaluation_type="none")
     first = evaluate(spec)
+    left = Path(spec.output_dir) / "images" / f".00.{DEAD_PID}-0123abcd.tmp.png"
+    living = left.with_name(f".00.{os.getpid()}-0123abcd.tmp.png")
+    for path in (left, living):
+        path.write_bytes(b"half")
     second = evaluate(spec)
+    assert (left.exists(), living.exists()) == (False, True)
     assert second == first.model_copy(update={"reused": True})
     settings = spec.settings.model_copy(update={"validation_guidance": 2.0})
     assert not evaluate(spec.model_copy(update={"settings": settings})).reused

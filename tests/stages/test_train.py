@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
 from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.stages.train import main
+from sdxl_pipeline.store.disk_space import DiskFullError
 from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.metrics import read_metrics
 from tests.lanes import SQUARE, WIDE, digest, make_lane, make_spec
+from tests.processes import DEAD_PID
 from tests.train_programs import TWO_PROCESSES, Listener, losses, on_two_processes, run, with_settings
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
@@ -132,9 +134,14 @@ def test_final_weights_that_would_not_fit_on_the_disk_are_not_begun(unbroken, mo
     weights.unlink()
     usage = shutil.disk_usage(spec.run_dir)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1 << 20))
-    with pytest.raises(StageError, match=r"no space left on the disk of .* for the final weights: it takes"):
+    left = Path(spec.run_dir) / "ema" / f".pytorch_lora_weights.{DEAD_PID}-0123abcd.tmp.safetensors"
+    left.parent.mkdir(exist_ok=True)
+    left.write_bytes(b"half")
+    wanted = r"no space left on the disk of .* for the final weights: .* needed, 1.0 MiB are kept in reserve, and 1.0 MiB are free"
+    with pytest.raises(DiskFullError, match=wanted):
         main(spec, Listener(), StopSignal())
     assert not weights.exists()
+    assert not left.exists(), "what a killed writer left goes at the next start"
 
 
 def test_a_run_stopped_before_its_first_step_goes_on_or_starts_again_as_asked(unbroken):

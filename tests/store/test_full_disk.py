@@ -62,5 +62,5 @@ assert not os.listdir(os.path.join(root, "index"))
 
 def test_a_full_disk_is_told_keeps_what_was_written_and_the_next_run_goes_on(tmp_path: Path):
     told = run_on_small_disk(PROGRAM, tmp_path)
-    assert f"no space left on {tmp_path}: 0.4 MB needed for the next 2 entries" in told
+    assert f"no space left on the disk of {tmp_path} for the next 2 entries: 390.6 KiB are needed" in told
     assert "cache_dir_vae" in told

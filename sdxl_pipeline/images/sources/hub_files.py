@@ -10,6 +10,7 @@ from sdxl_pipeline.images.sources.fetched import SourceError
 from sdxl_pipeline.images.sources.transfer import DISK_ERRORS, FetchError
 from sdxl_pipeline.project.credentials import without_credentials
 from sdxl_pipeline.project.datasets import ImageDataset
+from sdxl_pipeline.store.disk_space import DiskFullError, hub_cache_full_message, is_disk_full
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def is_cached(repository: HubRepository, path: str) -> bool:
 def download_file(repository: HubRepository, path: str) -> Path:
     """A file's content in this machine's Hub cache; a download that broke off goes on where it did. Raises FetchError."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HfHubHTTPError,
@@ -141,7 +143,14 @@ def download_file(repository: HubRepository, path: str) -> Path:
         raise FetchError("it is not there (any more)") from error
     except HfHubHTTPError as error:
         raise FetchError(told(error), again=error.response.status_code >= 429) from error
-    except (HTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (
+        HTTPError,
+        OfflineModeIsEnabled,
+        OSError,
+        RuntimeError,
+    ) as error:  # RuntimeError: hf_xet's only error
+        if is_disk_full(error):
+            raise DiskFullError(hub_cache_full_message(Path(HF_HUB_CACHE), path)) from error
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             raise
         raise FetchError(told(error), again=True) from error
