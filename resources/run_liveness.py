@@ -21,6 +21,7 @@ import psutil
 
 from sdxl_pipeline.protocol.liveness import (
     RUN_FOLDER_VARIABLE,
+    RunProcesses,
     examined_runs,
     forget_run,
     hold_liveness,
@@ -73,10 +74,10 @@ def fail_dead_runs(instance: dg.DagsterInstance) -> list[str]:
     return dead
 
 
-def describe_living(instance: dg.DagsterInstance, run_id: str) -> str:
-    """Describe the processes of a run that are, or may be, alive; empty when nothing is known about them."""
+def processes_of(instance: dg.DagsterInstance, run_id: str) -> RunProcesses:
+    """Return what is known about the processes of a run."""
     with examined_runs(liveness_folder(instance)) as runs:
-        return ", ".join(next((run.alive for run in runs if run.run_id == run_id), ()))
+        return next((run for run in runs if run.run_id == run_id), RunProcesses(run_id, (), ()))
 
 
 class LiveRunExecutor(dg.Executor):
@@ -136,12 +137,13 @@ class PoolWaitLog:
         """Look every few seconds, as long as the run lasts."""
         while self._pools and not done.wait(POLL_SECONDS):
             try:
-                self._look()
+                self.look()
             except Exception as error:  # the run itself must not fail because its log of waiting does
                 self._context.log.warning(f"Cannot see who holds the pools {self._pools}: {error!r}")
                 done.wait(REPEAT_SECONDS)
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Log which runs hold the slots that steps of this run wait for, after freeing those of dead or ended runs."""
         own = self._context.run_id
         for pool, info in self._instance.event_log_storage.get_concurrency_infos(self._pools).items():
             waiting = [
@@ -163,9 +165,9 @@ class PoolWaitLog:
                 self._log_wait(step.step_key, pool, sorted(holders))
 
     def _free_if_finished(self, run_id: str) -> None:
-        """Free the slots of a run that has ended, or was deleted, and has left no process."""
+        """Free the slots of a run that has ended, was terminated by force or deleted, and of which no process is seen."""
         run = self._instance.get_run_by_id(run_id)
-        if (run is None or run.is_finished) and not describe_living(self._instance, run_id):
+        if (run is None or run.is_finished) and not processes_of(self._instance, run_id).alive:
             self._instance.event_log_storage.free_concurrency_slots_for_run(run_id)
 
     def _log_wait(self, step_key: str, pool: str, holders: list[tuple[str, str]]) -> None:
@@ -186,10 +188,11 @@ class PoolWaitLog:
         )
         if run_id == self._context.run_id:
             return f"this run's {asset}{since}"
-        living = describe_living(self._instance, run_id) or (
-            "its processes are unknown here; if they are gone, terminate the run in the UI with 'Force termination'"
-        )
-        return f"{asset} of run {run_id}{since} ({living})"
+        processes = processes_of(self._instance, run_id)
+        seen = [*processes.alive, *processes.unknown] or ["its processes cannot be seen from here"]
+        if not processes.alive:
+            seen.append("if they are gone, terminate the run in the UI with 'Force termination'")
+        return f"{asset} of run {run_id}{since} ({'; '.join(seen)})"
 
 
 @dg.executor(

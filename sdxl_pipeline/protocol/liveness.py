@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +33,14 @@ class RunProcesses:
 
     run_id: str
     alive: tuple[str, ...]
-    """Descriptions of the processes that are alive, or may be."""
+    """Descriptions of the processes that hold their lock."""
+    unknown: tuple[str, ...]
+    """Descriptions of processes on other machines, whose locks may not be visible here."""
 
     @property
     def is_dead(self) -> bool:
         """Whether every process of the run is known to have ended."""
-        return not self.alive
+        return not self.alive and not self.unknown
 
 
 def hold_liveness(run_folder: Path) -> None:
@@ -72,7 +74,7 @@ def examined_runs(folder: Path) -> Iterator[list[RunProcesses]]:
         return
     with _examining(folder):
         yield [
-            RunProcesses(run.name, tuple(filter(None, map(_alive, files))))
+            _examined(run.name, files)
             for run in sorted(folder.iterdir())
             if run.is_dir() and (files := sorted(run.glob(f"*{_SUFFIX}")))
         ]
@@ -83,19 +85,21 @@ def forget_run(folder: Path, run_id: str) -> None:
     shutil.rmtree(folder / run_id, ignore_errors=True)
 
 
-def _alive(path: Path) -> str | None:
-    """Describe the process of a file; None when it has ended."""
-    try:
+def _examined(run_id: str, files: Sequence[Path]) -> RunProcesses:
+    alive, unknown = [], []
+    for path in files:
         with path.open("r+b") as file:
             is_free = lock_descriptor(file.fileno(), blocking=False)
             content = file.read()
-    except FileNotFoundError:
-        return None
-    about = {"pid": "unknown", "host": socket.gethostname(), "boot": ""}
-    with suppress(ValueError, TypeError):
-        about |= json.loads(content)
-    here = about["host"] == socket.gethostname() or (about["boot"] and about["boot"] == _boot_id())
-    return None if is_free and here else f"process {about['pid']} on {about['host']}"
+        about = {"pid": "unknown", "host": socket.gethostname(), "boot": ""}
+        with suppress(ValueError, TypeError):
+            about |= json.loads(content)
+        here = about["host"] == socket.gethostname() or (about["boot"] and about["boot"] == _boot_id())
+        if not is_free:
+            alive.append(f"process {about['pid']} on {about['host']}")
+        elif not here:
+            unknown.append(f"process {about['pid']} on {about['host']}, which cannot be seen from here")
+    return RunProcesses(run_id, tuple(alive), tuple(unknown))
 
 
 def _boot_id() -> str:

@@ -1,14 +1,16 @@
 """Killed runs: their processes end, their pool slots are freed, and a run that waits logs for whom. Real processes, really killed."""
 
+import json
 import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import dagster as dg
 import pytest
 
-from resources.run_liveness import LiveRunLauncher, fail_dead_runs, liveness_folder
+from resources.run_liveness import LiveRunLauncher, PoolWaitLog, fail_dead_runs, liveness_folder
 from sdxl_pipeline.protocol.liveness import examined_runs
 from tests.processes import wait_for, wait_for_number
 from tests.resources.worker import REPOSITORY, Worker, wait_until_gone
@@ -132,3 +134,34 @@ def test_daemon_learns_that_a_run_is_dead_and_frees_its_slot(tmp_path: Path, hom
         assert health.status.value == "FAILED"
         assert "gone" in str(health.msg)
         assert not storage.get_concurrency_info("gpu").claimed_slots
+
+
+def test_a_holder_on_another_machine_is_left_alone_until_it_is_terminated_by_force(home: Path) -> None:
+    lines: list[str] = []
+    log = SimpleNamespace(info=lines.append, warning=lines.append)
+    with dg.DagsterInstance.get() as instance:
+        empty = dg.job(name="empty")(lambda: None)
+        holder, waiting = (
+            instance.create_run_for_job(empty, status=dg.DagsterRunStatus.STARTED) for _ in range(2)
+        )
+        folder = liveness_folder(instance) / holder.run_id
+        folder.mkdir(parents=True)
+        (folder / "1-00.process").write_text(json.dumps({"pid": 1, "host": "elsewhere", "boot": "another"}))
+        storage = instance.event_log_storage
+        storage.initialize_concurrency_limit_to_default("gpu")
+        assert storage.claim_concurrency_slot("gpu", holder.run_id, "shop__lora").is_claimed
+        assert not storage.claim_concurrency_slot("gpu", waiting.run_id, "pooled").is_claimed
+        context = SimpleNamespace(
+            instance=instance, run_id=waiting.run_id, log=log, for_step=lambda step: SimpleNamespace(log=log)
+        )
+        plan = SimpleNamespace(steps=[SimpleNamespace(key="pooled", pool="gpu")])
+        wait_log = PoolWaitLog(context, plan)
+        for _ in range(2):
+            wait_log.look()
+        (line,) = lines
+        assert f"held by shop/lora of run {holder.run_id} (process 1 on elsewhere" in line
+        assert "Force termination" in line
+        assert not storage.claim_concurrency_slot("gpu", waiting.run_id, "pooled").is_claimed
+        instance.report_run_canceled(holder)
+        wait_log.look()
+        assert storage.claim_concurrency_slot("gpu", waiting.run_id, "pooled").is_claimed
