@@ -197,7 +197,7 @@ class PoolWaitLog:
 
 @dg.executor(
     name="multiprocess",
-    config_schema=dg.multiprocess_executor.config_schema,
+    config_schema=dg.multiprocess_executor.config_schema.as_field(),
     requirements=dg.multiple_process_executor_requirements(),
 )
 def live_run_executor(init_context: dg.InitExecutorContext) -> dg.Executor:
