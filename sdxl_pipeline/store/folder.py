@@ -44,7 +44,7 @@ class StoreFolder:
         """Hold the store's lock, which no other process then holds; the system lets go of it when this process dies."""
         self.root.mkdir(parents=True, exist_ok=True)
         with (self.root / ".lock").open("w") as file:
-            lock_descriptor(file.fileno())
+            lock_descriptor(file.fileno(), poll_interval=0.01)
             yield
 
     def lease(
