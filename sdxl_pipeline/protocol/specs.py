@@ -292,6 +292,12 @@ class TrainedLora(StageModel):
     steps: int
     epochs: float = Field(description="Passes over the training pictures.")
     samples: int = Field(description="Pictures seen.")
+    trained_images: dict[str, int] = Field(
+        default={}, description="Images that were trained, by dataset, regularisation datasets included."
+    )
+    held_out_images: dict[str, int] = Field(
+        default={}, description="Images kept out of training for the eval loss, by dataset."
+    )
     pictures_per_epoch: dict[str, float] = Field(
         default={}, description="Appearances of pictures in an epoch, by dataset."
     )

@@ -24,6 +24,7 @@ from sdxl_pipeline.training.identity import run_names
 from sdxl_pipeline.training.lineage import read_lineage
 from sdxl_pipeline.training.metrics import METRICS_FILE, final_loss, read_metrics
 from sdxl_pipeline.training.run_lock import run_lock
+from sdxl_pipeline.training.samples import Split, load_samples
 from sdxl_pipeline.training.validation_log import read_validation_log
 
 if TYPE_CHECKING:
@@ -45,7 +46,10 @@ def main(spec: TrainSpec, reporter: Reporter, stop: StopSignal) -> TrainedLora:
             reporter.log(
                 f"Nothing to train: the run {identity[:12]} is finished, and its weights are as it left them."
             )
-            finished = finished.model_copy(update={"reused": True})
+            # the held-out images are no part of the identity: they may have changed since the run
+            finished = finished.model_copy(
+                update={"reused": True, "held_out_images": _count_images(spec, "eval")}
+            )
             return _with_kohya_file(finished, spec, reporter) if is_main_process() else finished
 
         from sdxl_pipeline.training.beginning import begin_run, report_nearest_run
@@ -174,6 +178,8 @@ def _finish(trainer: "Trainer") -> TrainedLora:
         steps=trainer.step,
         epochs=trainer.epochs,
         samples=trainer.samples,
+        trained_images=trainer.order.samples.pictures_by_dataset(),
+        held_out_images=_count_images(spec, "eval"),
         pictures_per_epoch=trainer.pictures_per_epoch,
         crops_per_picture=trainer.order.samples.crops_per_picture(),
         raised_repeats=dict(trainer.passes.raised_repeats),
@@ -202,6 +208,11 @@ def _finish(trainer: "Trainer") -> TrainedLora:
     if trainer.watch is not None:
         trainer.watch.finished(manifest)
     return manifest
+
+
+def _count_images(spec: TrainSpec, split: Split) -> dict[str, int]:
+    """Return the number of images of one split, by dataset."""
+    return load_samples(spec.lanes, split, spec.settings.micro_conditioning).pictures_by_dataset()
 
 
 def _released(manifest: TrainedLora, settings: TrainingSettings) -> TrainedLora | None:
