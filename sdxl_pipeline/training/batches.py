@@ -66,7 +66,7 @@ class CaptionTokens:
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass: everything about picture `keys[i]` at index i."""
+    """One forward pass: everything about image `keys[i]` at index i."""
 
     keys: tuple[str, ...]
     latents: Tensor  # (B, 4, H/8, W/8) float32, scaled
@@ -80,6 +80,10 @@ class Batch:
     prior: tuple[bool, ...] = ()  # whether the target is the base model's prediction; (): of none
     perturbed_noise: Tensor | None = None  # (B, 4, H/8, W/8) float32: what the UNet sees in place of `noise`
     rollouts: tuple[Rollout, ...] = ()  # the items that the model itself brings to their timesteps
+    share: float = (
+        1.0  # weight of the mean loss in the optimizer step, so that all of the step's images weigh the same
+    )
+    images: int = 0  # in the global batch
 
     @property
     def input_noise(self) -> Tensor:
@@ -296,8 +300,11 @@ class BatchReader:
 class TrainingBatches:
     """The batches of one process: `SampleOrder` says which pictures, this reads them and draws what is random about them.
 
-    Every picture of a global batch has a *slot*, its index over all processes. Noise, timestep and caption dropout are drawn from
+    Every image of a global batch has a *slot*, its index over all processes. Noise, timestep and caption dropout are drawn from
     (seed, batch, slot), so they depend neither on the number of processes nor on what was drawn before.
+
+    A process that has no image in a global batch gets its first one, with `share` 0: all processes must do a forward and a backward
+    pass, since they exchange their gradients.
     """
 
     order: SampleOrder
@@ -310,9 +317,11 @@ class TrainingBatches:
 
     def read(self, index: int) -> Batch:
         """The batch of this process in the global batch `index`, in ordinary memory."""
-        draws = self.order.batch(index, self.rank)
+        everyone, slots = self.order.draws(index), self.order.slots(index, self.rank)
+        share = self._share(index, len(slots))
+        slots = slots or range(1)
+        draws = everyone[slots.start : slots.stop]
         samples = [self._drawn(draw) for draw in draws]
-        slots = range(self.rank * len(draws), (self.rank + 1) * len(draws))
         embed_keys = [
             self.reader.empty_prompt_key(draw.sample.dataset_id)
             if self._drops_caption(index, slot)
@@ -329,7 +338,7 @@ class TrainingBatches:
                 f"batch {index}: crops of {keys}, latents of {posteriors.keys}, captions of {texts.keys}, masks of {weighed.keys}"
             )
         shape = posteriors.mean.shape[1:]
-        corrupted = self.corruption.draw(shape, self.order.seed, index, slots, self.order.global_batch_size)
+        corrupted = self.corruption.draw(shape, self.order.seed, index, slots, len(everyone))
         return Batch(
             keys=keys,
             latents=torch.cat(
@@ -355,7 +364,19 @@ class TrainingBatches:
             ),
             loss_weights=weighed.weights,
             prior=weighed.prior,
+            share=share,
+            images=len(everyone),
         )
+
+    def _share(self, index: int, count: int) -> float:
+        """Return the weight of the mean loss of `count` images of this process in its optimizer step.
+
+        Data parallelism averages the gradients of the processes, hence the number of processes.
+        """
+        parts = self.corruption.accumulation
+        first = index - index % parts
+        images = sum(map(self.order.size, range(first, first + parts)))
+        return count * self.order.num_processes / images
 
     def _drawn(self, draw: Draw) -> Sample:
         """The sample, cut anew where its dataset says so."""

@@ -45,8 +45,9 @@ from sdxl_pipeline.training.lineage import (
     run_of_checkpoint,
     write_lineage,
 )
+from sdxl_pipeline.training.order import planned_steps
 from sdxl_pipeline.training.taking_over import optimizer_fits
-from sdxl_pipeline.training.trainer_setup import plan_order, planned_steps
+from sdxl_pipeline.training.trainer_setup import plan_order
 
 PICTURES = "validation"
 DORA_NORMS: Final = "lora_magnitude_vector"

@@ -20,7 +20,7 @@ from sdxl_pipeline.training.mask_tables import masks_identity
 from sdxl_pipeline.training.passes import passes_per_epoch, planned_passes
 from sdxl_pipeline.training.samples import Samples, load_samples
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Raise it when a change of the trainer changes the numbers it computes."""
 
 LENGTH = ("max_train_steps", "num_train_epochs")

@@ -39,13 +39,14 @@ from sdxl_pipeline.training.metrics import METRICS_FILE, MetricsLog
 from sdxl_pipeline.training.non_finite import poisoned, step_if_finite
 from sdxl_pipeline.training.on_demand import OnDemandEncoders
 from sdxl_pipeline.training.optimizers import build_optimizer, hold_parameters, rate_of
+from sdxl_pipeline.training.order import planned_steps
 from sdxl_pipeline.training.schedules import build_schedule
 from sdxl_pipeline.training.sharding import own_part, whole_number
 from sdxl_pipeline.training.shown_weights import ShownWeights
 from sdxl_pipeline.training.step_log import StepLog, TakenStep
 from sdxl_pipeline.training.taking_over import under_own_settings
 from sdxl_pipeline.training.trainable import build_trainable
-from sdxl_pipeline.training.trainer_setup import build_accelerator, plan_order, planned_steps
+from sdxl_pipeline.training.trainer_setup import build_accelerator, plan_order
 from sdxl_pipeline.training.unet import base_dtype
 from sdxl_pipeline.training.watch import Watch
 
@@ -164,13 +165,15 @@ class Trainer:
                 self._stop_if_asked()
 
     def _optimizer_step(self, batches: Iterator[Batch]) -> None:
-        losses = []
+        losses, images = [], 0
         for part in range(self.accumulation):
             is_last = part == self.accumulation - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.unet):
-                loss = self._loss(next(batches), self.step * self.accumulation + part)
-                self.accelerator.backward(poisoned(loss) / self.accumulation)
+                batch = next(batches)
+                loss = self._loss(batch, self.step * self.accumulation + part) * batch.share
+                self.accelerator.backward(poisoned(loss))
             losses.append(loss.detach())
+            images += batch.images
         self.accelerator.unscale_gradients()
         grad_norm = whole_number(self._clip_gradients())
         lr = float(self.schedule.get_last_lr()[0])
@@ -180,7 +183,7 @@ class Trainer:
         self.step += 1
         self.shown.update(self.step)
         rate, scalars = rate_of(self.optimizer, lr), self.shown.scalars(self.step)
-        self.log.add(TakenStep(self.step, torch.stack(losses), grad_norm, rate, scalars))
+        self.log.add(TakenStep(self.step, torch.stack(losses), grad_norm, rate, images, scalars))
 
     def _clip_gradients(self) -> Tensor:
         """The norm that all gradients together had, ()."""
@@ -239,8 +242,8 @@ class Trainer:
 
     @property
     def samples(self) -> int:
-        """Pictures seen."""
-        return self.step * self.accumulation * self.order.global_batch_size
+        """Images seen, each as often as it appeared."""
+        return self.order.images_until(self.step * self.accumulation)
 
     @property
     def epochs(self) -> float:

@@ -1,16 +1,19 @@
 """Which samples make up which batch: a pure function of (seed, epoch, step, rank).
 
-An epoch shows each picture as often as its dataset asks, whatever number of crops it has; a picture's crops take turns. All is computed
-in columns, so that an epoch of a million pictures is planned in about a second.
+An epoch shows each image as often as its dataset asks, whatever number of crops it has; an image's crops take turns. All is computed
+in columns, so that an epoch of a million images is planned in about a second.
 """
 
 import bisect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from sdxl_pipeline.project.sections.optimisation import BucketFill
+from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.training.draws import choose, scattered, seed_for
 from sdxl_pipeline.training.samples import Sample, Samples
 
@@ -34,18 +37,20 @@ class _Draws(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """The global batches of an epoch: int64 of shape (batches, global batch size) each."""
+    """The global batches of an epoch, one after the other: int64 of shape (draws,) each."""
 
     sample: np.ndarray
     occurrence: np.ndarray
+    starts: np.ndarray  # (batches + 1,): batch i is sample[starts[i] : starts[i + 1]]
 
 
 class SampleOrder:
     """The batches of a run, in order.
 
-    A *global batch* is what all processes together take in one forward pass: `batch_size * num_processes` draws from one bucket, so
-    that the processes have equal work. Each takes its own consecutive part of it; with twice the processes and half the batch size
-    the same pictures meet. A bucket whose draws do not fill its last batch is filled by wrapping around to its own first ones.
+    A *global batch* is what all processes together take in one forward pass: at most `batch_size * num_processes` draws from one
+    bucket. Each process takes its own consecutive part of it, which is empty for some where the batch has fewer draws than there are
+    processes; with twice the processes and half the batch size the same images meet. Where the draws of a bucket do not fill its last
+    batch, `fill` decides: "partial" leaves the batch smaller, "wrap" repeats the bucket's first draws.
 
     `passes` says how often the pictures of each dataset appear in an epoch. Where that is no whole number, pictures take turns: each
     appears as often as any other of its dataset, give or take one. Likewise the n crops of a picture take turns: any n appearances of
@@ -59,23 +64,57 @@ class SampleOrder:
         seed: int,
         batch_size: int,
         num_processes: int = 1,
+        fill: BucketFill = "partial",
     ) -> None:
         self.samples = samples
         self.seed = seed
-        self.batch_size = batch_size
+        self.num_processes = num_processes
         self.global_batch_size = batch_size * num_processes
+        self._fill = fill
         self._passes, self._phases = self._spread(passes)
         self._first_crop = scattered(samples.lots, seed_for(seed, "first crop")) >> np.uint64(1)
         self._epoch_starts = [0]  # index of each epoch's first global batch, as far as they were asked for
-        self._planned: tuple[int, _Plan] | None = None
+        self._image_starts = [0]  # and the images in the batches before it
+        self._planned: dict[int, _Plan] = {}
 
     def batch(self, index: int, rank: int) -> list[Draw]:
-        """The draws of process `rank` in the global batch `index`, counted from the start of the run."""
+        """Return the draws of process `rank` in the global batch `index`, counted from the start of the run."""
+        slots = self.slots(index, rank)
+        return self.draws(index)[slots.start : slots.stop]
+
+    def draws(self, index: int) -> list[Draw]:
+        """Return the draws of all processes in a global batch."""
         epoch, place = self.locate(index)
         plan = self._plan(epoch)
-        own = slice(rank * self.batch_size, (rank + 1) * self.batch_size)
-        chosen = zip(plan.sample[place, own].tolist(), plan.occurrence[place, own].tolist(), strict=True)
+        own = slice(plan.starts[place], plan.starts[place + 1])
+        chosen = zip(plan.sample[own].tolist(), plan.occurrence[own].tolist(), strict=True)
         return [self._draw(self.samples[sample], epoch, occurrence) for sample, occurrence in chosen]
+
+    def slots(self, index: int, rank: int) -> range:
+        """Return the places of the draws of process `rank` among those of all processes in a global batch."""
+        size = self.size(index)
+        return range(rank * size // self.num_processes, (rank + 1) * size // self.num_processes)
+
+    def size(self, index: int) -> int:
+        """Return the number of draws in a global batch."""
+        epoch, place = self.locate(index)
+        starts = self._plan(epoch).starts
+        return int(starts[place + 1] - starts[place])
+
+    def images_until(self, index: int) -> int:
+        """Return the number of draws in the first `index` global batches of the run."""
+        epoch, place = self.locate(index)
+        return self._image_starts[epoch] + (int(self._plan(epoch).starts[place]) if place else 0)
+
+    def appearances(self, epoch: int = 0) -> dict[str, tuple[int, int]]:
+        """Return how often the images of each dataset appear in an epoch: (fewest, most)."""
+        pictures = np.searchsorted(self.samples.first, self._plan(epoch).sample, side="right") - 1
+        codes, names = self.samples.datasets
+        counts = np.bincount(pictures, minlength=len(codes))
+        return {
+            name: (int(counts[codes == code].min()), int(counts[codes == code].max()))
+            for code, name in enumerate(names)
+        }
 
     def locate(self, index: int) -> tuple[int, int]:
         """(epoch, place within it) of a global batch."""
@@ -94,11 +133,11 @@ class SampleOrder:
         """How many global batches an epoch holds."""
         return self.batches_until(epoch + 1) - self.batches_until(epoch)
 
-    def fillings(self, epoch: int = 0) -> dict[tuple[int, int], tuple[int, int]]:
-        """Per bucket whose last batch had to be filled: (draws it has, draws added by wrapping around)."""
+    def unfilled(self, epoch: int = 0) -> dict[tuple[int, int], tuple[int, int]]:
+        """Return for each bucket whose draws do not fill its last batch: (draws, draws that are missing)."""
         counts = zip(self.samples.buckets[1], self._draws_by_bucket(epoch).tolist(), strict=True)
-        added = {bucket: (draws, -draws % self.global_batch_size) for bucket, draws in counts}
-        return {bucket: filling for bucket, filling in added.items() if filling[1]}
+        missing = {bucket: (draws, -draws % self.global_batch_size) for bucket, draws in counts}
+        return {bucket: numbers for bucket, numbers in missing.items() if numbers[1]}
 
     def _spread(self, passes: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
         """Per picture its passes an epoch, and where between two of its appearances the run begins, in [0, 1).
@@ -120,7 +159,10 @@ class SampleOrder:
     def _start_next_epoch(self) -> None:
         # epochs may differ by a batch where pictures or crops of other buckets have their turn, so they are counted one by one
         draws = self._draws_by_bucket(len(self._epoch_starts) - 1)
-        self._epoch_starts.append(self._epoch_starts[-1] + int((-(-draws // self.global_batch_size)).sum()))
+        batches = int((-(-draws // self.global_batch_size)).sum())
+        images = int(draws.sum()) if self._fill == "partial" else batches * self.global_batch_size
+        self._epoch_starts.append(self._epoch_starts[-1] + batches)
+        self._image_starts.append(self._image_starts[-1] + images)
 
     def _draws_by_bucket(self, epoch: int) -> np.ndarray:
         codes, sizes = self.samples.buckets
@@ -141,9 +183,9 @@ class SampleOrder:
         return _Draws(picture, occurrence, self.samples.first[picture] + turn % crops[picture])
 
     def _plan(self, epoch: int) -> _Plan:
-        """The global batches of an epoch; the latest is kept."""
-        if self._planned is not None and self._planned[0] == epoch:
-            return self._planned[1]
+        """The global batches of an epoch; two are kept, since an optimizer step may end in the epoch after."""
+        if epoch in self._planned:
+            return self._planned[epoch]
         draws = self._draws(epoch)
         codes, sizes = self.samples.buckets
         bucket = codes[draws.sample]
@@ -153,17 +195,37 @@ class SampleOrder:
         )
         shuffled = np.lexsort((lots, bucket))
         ends = np.cumsum(np.bincount(bucket, minlength=len(sizes)))
-        batches, places = [], []
+        full = self.global_batch_size
+        taken, lengths, places = [], [], []
         for size, own in zip(sizes, np.split(shuffled, ends[:-1]), strict=True):
-            count = -(-len(own) // self.global_batch_size)
-            batches.append(np.resize(own, (count, self.global_batch_size)))
+            count = -(-len(own) // full)
+            if self._fill == "wrap":
+                own = np.resize(own, count * full)
+            taken.append(own)
+            lengths.append(np.minimum(full, len(own) - full * np.arange(count)))
             places.append(
                 scattered(np.arange(count, dtype=np.uint64), seed_for(self.seed, "batch", epoch, *size))
             )
-        order = np.concatenate(batches)[np.argsort(np.concatenate(places), kind="stable")]
-        self._planned = epoch, _Plan(draws.sample[order], draws.occurrence[order])
-        return self._planned[1]
+        shuffled_batches = np.argsort(np.concatenate(places), kind="stable")
+        length = np.concatenate(lengths)
+        begins = np.cumsum(length) - length
+        length, begins = length[shuffled_batches], begins[shuffled_batches]
+        starts = np.concatenate([[0], np.cumsum(length)])
+        order = np.concatenate(taken)[np.repeat(begins - starts[:-1], length) + np.arange(starts[-1])]
+        self._planned = {
+            **dict(list(self._planned.items())[-1:]),
+            epoch: _Plan(draws.sample[order], draws.occurrence[order], starts),
+        }
+        return self._planned[epoch]
 
     def _draw(self, sample: Sample, epoch: int, occurrence: int) -> Draw:
         caption = choose(len(sample.embed_keys), self.seed, "caption", epoch, sample.picture, occurrence)
         return Draw(sample, epoch, occurrence, sample.embed_keys[caption])
+
+
+def planned_steps(settings: TrainingSettings, order: SampleOrder) -> int:
+    """Return the optimizer steps of a run: as many as the settings ask for, or as their epochs take."""
+    if settings.max_train_steps is not None:
+        return settings.max_train_steps
+    batches = order.batches_until(settings.num_train_epochs or 1)
+    return math.ceil(batches / settings.gradient_accumulation_steps)

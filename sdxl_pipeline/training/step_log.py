@@ -22,9 +22,10 @@ class TakenStep:
     """One optimizer step, taken or skipped, as the device knows it."""
 
     number: int  # 1 for the first
-    losses: Tensor  # (accumulation,), of this process
+    losses: Tensor  # (accumulation,), of this process; the loss of the step is their sum, averaged over the processes
     grad_norm: Tensor  # (), of all processes together, before clipping
     lr: float
+    images: int  # of all processes
     scalars: Mapping[str, float] = field(default_factory=dict)  # to be logged as they are, known to the host
 
 
@@ -71,7 +72,7 @@ class StepLog:
             return
         kept, self._kept = self._kept, []
         losses: list[float] = self._accelerator.reduce(
-            torch.stack([step.losses.mean() for step in kept]), reduction="mean"
+            torch.stack([step.losses.sum() for step in kept]), reduction="mean"
         ).tolist()
         norms: list[float] = torch.stack([step.grad_norm for step in kept]).tolist()
         elapsed = time.monotonic() - self._clock
@@ -84,7 +85,7 @@ class StepLog:
                 loss,
                 step.lr,
                 norm if math.isfinite(norm) else None,
-                samples_per_second=speed * self._samples_in(step),
+                samples_per_second=speed * step.images,
                 steps_per_second=speed,
                 eta_seconds=(self._total_steps - step.number) / speed + self._looking(step.number),
                 scalars=step.scalars,
@@ -131,9 +132,6 @@ class StepLog:
             for rank in range(processes):
                 if finite.all() or not finite[rank, part]:
                     yield self._order.batch((step.number - 1) * accumulation + part, rank)
-
-    def _samples_in(self, step: TakenStep) -> int:
-        return len(step.losses) * self._order.global_batch_size
 
     def _show(self, rows: list[StepMetrics]) -> None:
         last = rows[-1]

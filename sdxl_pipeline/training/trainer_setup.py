@@ -1,6 +1,5 @@
 """What a trainer starts from: its devices, and the order of its samples."""
 
-import math
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -8,7 +7,6 @@ from functools import partial
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.protocol.specs import TrainSpec
@@ -58,28 +56,30 @@ class PlannedOrder:
 
 
 def plan_order(spec: TrainSpec, num_processes: int, reporter: Reporter) -> PlannedOrder:
-    """The order of the spec's training pictures; what is repeated to fill a step or a bucket's last batch is reported."""
+    """The order of the spec's training images; repeats that are raised and batches that are not full are logged."""
     settings = spec.settings
     samples = load_samples(spec.lanes, "train", settings.micro_conditioning)
     passes = planned_passes(spec.lanes, samples, settings, num_processes)
     order = partial(
-        SampleOrder, samples, passes.by_dataset, settings.seed, settings.train_batch_size, num_processes
+        SampleOrder,
+        samples,
+        passes.by_dataset,
+        settings.seed,
+        settings.train_batch_size,
+        num_processes,
+        settings.bucket_fill,
     )
     planned = PlannedOrder(passes, order(), order())
     for dataset_id, repeats in passes.raised_repeats.items():
         reporter.log(
             f"The datasets do not fill a step: repeats of {dataset_id} is raised to {repeats} (allow_dataset_oversubscription)."
         )
-    for (height, width), (have, added) in planned.order.fillings().items():
-        reporter.log(
-            f"Bucket {width}x{height} has {have} pictures an epoch; {added} more are taken from its start to fill its last batch."
+    full = planned.order.global_batch_size
+    for (height, width), (have, missing) in planned.order.unfilled().items():
+        outcome = (
+            f"its last batch has {full - missing} instead of {full} (bucket_fill: partial)"
+            if settings.bucket_fill == "partial"
+            else f"{missing} of them are repeated to fill its last batch (bucket_fill: wrap)"
         )
+        reporter.log(f"Bucket {width}x{height} has {have} images an epoch: {outcome}.")
     return planned
-
-
-def planned_steps(settings: TrainingSettings, order: SampleOrder) -> int:
-    """The optimizer steps of a run: as many as are asked for, or as its epochs take."""
-    if settings.max_train_steps is not None:
-        return settings.max_train_steps
-    batches = order.batches_until(settings.num_train_epochs or 1)
-    return math.ceil(batches / settings.gradient_accumulation_steps)

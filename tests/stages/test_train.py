@@ -54,6 +54,7 @@ def unbroken(tmp_path_factory) -> tuple[TrainSpec, TrainedLora]:
 def test_a_run_trains_and_says_what_it_did(unbroken):
     spec, manifest = unbroken
     assert (manifest.steps, manifest.samples, manifest.epochs) == (STEPS, 24, 24 / 5)
+    assert (manifest.trained_images, manifest.held_out_images) == ({"shapes": 5}, {})
     assert (manifest.reused, manifest.resumed_from_step) == (False, None)
     rows = read_metrics(Path(manifest.metrics_path))
     assert [row.step for row in rows] == list(range(1, STEPS + 1))
@@ -73,24 +74,30 @@ def test_a_run_trains_and_says_what_it_did(unbroken):
     assert pipeline.get_list_adapters() == {"unet": ["default_0"]}
 
 
-def test_two_processes_train_as_one_with_twice_the_batch_and_neither_starves_on_a_bucket_of_one(tmp_path):
+@pytest.mark.parametrize("fill", ["partial", "wrap"])
+def test_two_processes_train_as_one_with_twice_the_batch_and_neither_starves_on_a_bucket_of_one(
+    tmp_path, fill
+):
     lane = make_lane(tmp_path / "lane", buckets=[SQUARE] * 3 + [WIDE])
     settings = {
         "train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
         "max_train_steps": 6,
         "caption_dropout_probability": 0.3,
         "snr_gamma": 5.0,
+        "bucket_fill": fill,
     }
     spec = make_spec(tmp_path, lane, **settings, **WITH_PICTURES)
     listener = Listener()
     one = main(with_settings(spec, "one", train_batch_size=2), listener, StopSignal())
-    assert (
-        "Bucket 96x64 has 1 pictures an epoch; 1 more are taken from its start to fill its last batch."
-        in listener.lines
-    )
+    outcome = {
+        "partial": "its last batch has 1 instead of 2 (bucket_fill: partial)",
+        "wrap": "1 of them are repeated to fill its last batch (bucket_fill: wrap)",
+    }
+    assert f"Bucket 96x64 has 1 images an epoch: {outcome[fill]}." in listener.lines
     two = run(on_two_processes(with_settings(spec, "two")), *TWO_PROCESSES)
-    assert two.samples == one.samples == 12
-    assert two.epochs == one.epochs == 2.0
+    assert two.samples == one.samples == (16 if fill == "partial" else 24)
+    assert two.epochs == one.epochs == 4.0
     assert [loss for _, loss in losses(two)] == pytest.approx([loss for _, loss in losses(one)], rel=1e-5)
     assert [image.step for image in two.validation_images] == [0, 3, 6]
     ones, twos = load_file(one.weights_path), load_file(two.weights_path)

@@ -23,13 +23,15 @@ from tests.lanes import PROMPT, digest, make_lane
 SCALE = 0.25
 
 
-def make_batches(lane, batch_size=2, num_processes=1, rank=0, dropout=0.0, seed=5) -> TrainingBatches:
+def make_batches(
+    lane, batch_size=2, num_processes=1, rank=0, dropout=0.0, seed=5, accumulation=1
+) -> TrainingBatches:
     samples = load_samples([lane], "train")
     return TrainingBatches(
         order=SampleOrder(samples, {lane.dataset_id: 1.0}, seed, batch_size, num_processes),
         reader=BatchReader([lane]),
         scaling_factor=SCALE,
-        corruption=Corruption(TimestepDraw(1000)),
+        corruption=Corruption(TimestepDraw(1000), accumulation=accumulation),
         caption_dropout_probability=dropout,
         rank=rank,
     )
@@ -65,6 +67,33 @@ def test_a_batch_holds_what_the_stores_hold_of_its_pictures(lane):
             assert batch.time_ids[place].tolist() == list(draw.sample.time_ids)
         assert batch.time_ids.dtype == torch.float32
         assert batch.timesteps.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "num_processes", "accumulation"), [(2, 1, 1), (2, 1, 3), (1, 2, 2), (2, 3, 2), (4, 2, 5)]
+)
+def test_every_image_weighs_the_same_in_an_optimizer_step(lane, batch_size, num_processes, accumulation):
+    ranks = [
+        make_batches(lane, batch_size, num_processes, rank, accumulation=accumulation)
+        for rank in range(num_processes)
+    ]
+    stand_ins = 0
+    for step in range(4):
+        weights: dict[tuple[int, str], float] = {}
+        images = 0
+        for index in range(step * accumulation, (step + 1) * accumulation):
+            parts = [batches.read(index) for batches in ranks]
+            images += parts[0].images
+            assert {part.images for part in parts} == {ranks[0].order.size(index)}
+            for part in parts:
+                assert len(part.latents) == len(part.keys) >= 1, "every process has something to compute"
+                stand_ins += not part.share
+                for key in part.keys if part.share else ():
+                    # data parallelism averages the processes' losses, each the mean over its images
+                    weights[index, key] = part.share / len(part.keys) / num_processes
+        assert len(weights) == images
+        assert list(weights.values()) == pytest.approx([1 / images] * images)
+    assert bool(stand_ins) == (1 < num_processes and batch_size < 4)
 
 
 def test_latents_are_drawn_anew_from_their_posterior_at_each_appearance(lane):
@@ -128,7 +157,7 @@ def test_dropped_captions_are_the_cached_empty_prompt_at_the_asked_rate(lane):
                 if torch.equal(batch.prompt_embeds[place], text["prompt_embeds"]):
                     assert torch.equal(batch.pooled_prompt_embeds[place], text["pooled_prompt_embeds"])
                     kinds[kind] += 1
-    assert kinds.total() == 600
+    assert kinds.total() == batches.order.images_until(300)
     assert abs(kinds["dropped"] / 600 - 0.3) < 0.06
     assert torch.equal(make_batches(lane, dropout=1.0).read(0).prompt_embeds[0], empty["prompt_embeds"])
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 import pytest
 
+from sdxl_pipeline.project.sections.optimisation import BucketFill
 from sdxl_pipeline.training.order import Draw, SampleOrder
 from sdxl_pipeline.training.passes import passes_per_epoch
 from sdxl_pipeline.training.samples import Samples
@@ -57,9 +58,10 @@ def order_of(
     seed: int = 3,
     batch_size: int = 2,
     num_processes: int = 1,
+    fill: BucketFill = "partial",
 ) -> SampleOrder:
     given = passes if isinstance(passes, Mapping) else dict.fromkeys(samples.pictures_by_dataset(), passes)
-    return SampleOrder(samples, given, seed, batch_size, num_processes)
+    return SampleOrder(samples, given, seed, batch_size, num_processes, fill)
 
 
 def ids(draws: Sequence[Draw]) -> list[str]:
@@ -105,15 +107,46 @@ def test_neighbours_in_a_batch_change_from_epoch_to_epoch():
     assert 500 < len(pairs) < 600
 
 
+@pytest.mark.parametrize(("batch_size", "num_processes"), [(4, 1), (2, 2), (1, 4), (8, 3)])
+def test_partial_fill_shows_every_image_once_an_epoch_and_leaves_last_batches_smaller(
+    batch_size, num_processes
+):
+    order = order_of(MIXED, batch_size=batch_size, num_processes=num_processes)
+    full = batch_size * num_processes
+    for epoch in range(3):
+        indices = range(order.batches_until(epoch), order.batches_until(epoch + 1))
+        batches = [order.draws(index) for index in indices]
+        assert Counter(name for batch in batches for name in ids(batch)) == Counter(s.id for s in MIXED)
+        assert all(len({draw.sample.bucket for draw in batch}) == 1 for batch in batches)
+        expected = [min(full, count - start) for count in (10, 5) for start in range(0, count, full)]
+        assert sorted(map(len, batches)) == sorted(expected)
+        for index, batch in zip(indices, batches, strict=True):
+            parts = [order.batch(index, rank) for rank in range(num_processes)]
+            assert list(itertools.chain(*parts)) == batch
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert order.images_until(order.batches_until(3)) == 45
+    sizes = [order.size(index) for index in range(12)]
+    assert [order.images_until(index) for index in range(13)] == list(itertools.accumulate(sizes, initial=0))
+    assert order.appearances() == {"d": (1, 1)}
+
+
+def test_appearances_count_repeats_and_what_wrapping_adds():
+    lonely = samples_of(rows(7), rows(1, buckets=[WIDE], first=7))
+    assert order_of(lonely, 2.0, batch_size=4).appearances() == {"d": (2, 2)}
+    assert order_of(lonely, batch_size=4, fill="wrap").appearances() == {"d": (1, 4)}
+    assert order_of(lonely, 0.5, batch_size=4).appearances() == {"d": (0, 1)}
+
+
 def test_a_short_bucket_wraps_around_and_is_reported():
-    order = order_of(MIXED, batch_size=4)
+    order = order_of(MIXED, batch_size=4, fill="wrap")
+    assert order.images_until(order.batches_until(2)) == 40
     counts = Counter(name for batch in epoch_of(order, 0) for name in ids(batch))
     assert sum(counts.values()) == 12 + 8
     assert sorted(counts.values()) == [1] * 10 + [2] * 5
-    assert order.fillings() == {SQUARE: (10, 2), WIDE: (5, 3)}
-    assert order_of(MIXED, batch_size=5).fillings() == {}
+    assert order.unfilled() == {SQUARE: (10, 2), WIDE: (5, 3)}
+    assert order_of(MIXED, batch_size=5).unfilled() == {}
     # a bucket with fewer pictures than a batch has places
-    tiny = epoch_of(order_of(samples_of(rows(3)), batch_size=8), 0)
+    tiny = epoch_of(order_of(samples_of(rows(3)), batch_size=8, fill="wrap"), 0)
     assert [sorted(Counter(ids(batch)).values()) for batch in tiny] == [[2, 3, 3]]
 
 

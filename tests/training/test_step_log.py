@@ -41,7 +41,7 @@ def reported(tmp_path: Path):
         watch = SimpleNamespace(steps=lambda rows: None)
         log = StepLog(OneProcess(scaler=scaler), listener, order, 100, 0.0, metrics, watch)
         for number, (losses, norm) in enumerate(steps, start=1):
-            log.add(TakenStep(number, torch.tensor(losses), torch.tensor(norm), 1e-3))
+            log.add(TakenStep(number, torch.tensor(losses), torch.tensor(norm), 1e-3, images=2))
         log.report()
         rows = [(row.step, row.loss, row.grad_norm) for row in read_metrics(tmp_path / METRICS_FILE)]
         return rows, listener.lines, order
@@ -51,7 +51,7 @@ def reported(tmp_path: Path):
 
 def test_the_part_of_an_accumulated_step_that_is_not_finite_is_named_and_no_other(reported):
     rows, lines, order = reported([((0.5, 0.25), 1.0), ((0.5, NAN), NAN), ((0.25, 0.25), 2.0)])
-    assert rows == [(1, 0.375, 1.0), (3, 0.25, 2.0)]
+    assert rows == [(1, 0.75, 1.0), (3, 0.5, 2.0)]
     (line,) = lines
     (blamed,), (other,) = order.batch(3, 0), order.batch(2, 0)
     assert "step 2 is skipped, since its loss is nan" in line
@@ -71,10 +71,11 @@ def test_the_time_to_the_end_is_that_of_the_steps_and_of_the_looks(tmp_path, mon
     )
     log = StepLog(OneProcess(scaler=None), Listener(), order, 100, 0.0, None, watch, looks)
     for number in (1, 2):
-        log.add(TakenStep(number, torch.ones(1), torch.tensor(1.0), 1e-3))
+        log.add(TakenStep(number, torch.ones(1), torch.tensor(1.0), 1e-3, images=2))
     now[0] += 4.0
     log.report()
     assert [row.eta_seconds for row in seen] == [99 * 2.0 + 7.0, 98 * 2.0 + 14.0]
+    assert [row.samples_per_second for row in seen] == [1.0, 1.0]
 
 
 def test_of_gradients_alone_the_whole_step_is_named(reported):
@@ -87,7 +88,7 @@ def test_of_gradients_alone_the_whole_step_is_named(reported):
 
 def test_an_overflow_belongs_to_loss_scaling_until_its_scale_is_gone(reported):
     step = ((0.5, 0.5), float("inf"))
-    assert reported([step] * 12, scaled(64.0))[:2] == ([(n, 0.5, None) for n in range(1, 13)], [])
+    assert reported([step] * 12, scaled(64.0))[:2] == ([(n, 1.0, None) for n in range(1, 13)], [])
     rows, lines, _ = reported([step], scaled(0.5))
     assert rows == []
     assert "step 1 is skipped" in lines[0]

@@ -65,6 +65,8 @@ ScheduleName = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "sine"
 ]
 
+BucketFill = Literal["partial", "wrap"]
+
 
 class OptimisationSettings(SettingsModel):
     """Optimisation."""
@@ -111,6 +113,10 @@ class OptimisationSettings(SettingsModel):
         description="norm scales all gradients down together, so that their norm is at most max_grad_norm; value cuts each number.",
     )
     train_batch_size: Count = Field(4, description="Pictures per device and forward pass.")
+    bucket_fill: BucketFill = Field(
+        "partial",
+        description="Last batch of a bucket: partial leaves it smaller, so that an epoch shows every image repeats + 1 times; wrap fills it by repeating images of the bucket.",
+    )
     gradient_accumulation_steps: Count = Field(1, description="Forward passes per optimizer step.")
     max_train_steps: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Optimizer steps to train; 0 leaves the length to num_train_epochs."
