@@ -7,6 +7,7 @@ import pandas as pd
 from PIL import Image, ImageDraw
 
 from sdxl_pipeline.images.crops import plan_crops
+from sdxl_pipeline.images.holdout import hold_out
 from sdxl_pipeline.images.scan import scan_dataset
 from sdxl_pipeline.project.datasets import CacheMode, ImageDataset
 from sdxl_pipeline.project.hardware import PRESETS
@@ -71,10 +72,11 @@ def prepare_lane(
         | settings
     )
     scanned = scan_dataset(dataset, pictures)
-    rows, _ = plan_crops(dataset, scanned, 42, holdout, is_eval=dataset.dataset_type == "eval")
+    kept = scanned[scanned["status"] == "kept"]
+    held_out = hold_out(kept, holdout, folder / "held_out.json")
+    rows, _ = plan_crops(dataset, scanned, 42, held_out, is_eval=dataset.dataset_type == "eval")
     rows.to_parquet(folder / "rows.parquet")
-    kept = scanned[scanned["status"] == "kept"][["path", "key", "captions"]]
-    captions = kept.explode("captions").rename(columns={"captions": "caption"})
+    captions = kept[["path", "key", "captions"]].explode("captions").rename(columns={"captions": "caption"})
     captions.astype("str").to_parquet(folder / "captions.parquet")
     latents = encode_latents.main(
         EncodeLatentsSpec(

@@ -87,6 +87,7 @@ def _plan(pictures: int, settings: dict[str, Any]) -> None:
     from assets.data_checks import check_buckets, check_held_out
     from sdxl_pipeline.encoding.keys import latent_keys
     from sdxl_pipeline.images.crops import plan_crops
+    from sdxl_pipeline.images.holdout import choose_held_out
     from sdxl_pipeline.images.digests import dataset_digest, rows_digest
     from sdxl_pipeline.project.datasets import ImageDataset
 
@@ -103,7 +104,8 @@ def _plan(pictures: int, settings: dict[str, Any]) -> None:
         {"id": "bench", "instance_data_dir": "data", "resolution": 1024, "crop": True} | settings
     )
     timed("dataset digest", lambda: dataset_digest(scanned))
-    rows, dropped = timed("plan", lambda: plan_crops(dataset, scanned, 42, 0.02, is_eval=False))
+    held_out = timed("hold-out", lambda: choose_held_out(scanned, 0.02, ()))
+    rows, dropped = timed("plan", lambda: plan_crops(dataset, scanned, 42, held_out, is_eval=False))
     timed("rows digest", lambda: rows_digest(rows))
     timed("checks", lambda: check_buckets(rows, dropped, scanned, 4))
     timed("metadata with its picture", lambda: _metadata(rows, dropped, 0, 4))

@@ -66,7 +66,7 @@ def _spec(root: Path, count: int) -> Path:
     dataset = ImageDataset(
         id="photos", instance_data_dir=data, caption_strategy="textfile", resolution=256, resolution_type="pixel_area"
     )  # fmt: skip
-    rows, _ = plan_crops(dataset, scan_dataset(dataset, data), seed=0, holdout_share=0.0, is_eval=False)
+    rows, _ = plan_crops(dataset, scan_dataset(dataset, data), seed=0, held_out=(), is_eval=False)
     rows.to_parquet(root / f"rows-{count}.parquet")
     spec = EncodeLatentsSpec(
         base_model=resolve_base_model(TrainingSettings(pretrained_model_name_or_path=BUNDLED_NAME), root),

@@ -63,7 +63,7 @@ def _lane(
         }
     )
     scanned = scan_dataset(dataset, data)
-    rows, _ = plan_crops(dataset, scanned, seed=0, holdout_share=0.0, is_eval=False)
+    rows, _ = plan_crops(dataset, scanned, seed=0, held_out=(), is_eval=False)
     rows.to_parquet(root / "rows.parquet")
     captions = scanned[["path", "key", "captions"]].explode("captions")
     captions.rename(columns={"captions": "caption"}).astype("str").to_parquet(root / "captions.parquet")

@@ -5,6 +5,7 @@ One plan serves the VAE encoder, which cuts the pixels, and the micro-conditioni
 gives the same crops, and adding a picture moves no other's.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from sdxl_pipeline.images.buckets import (
     downsampled_sizes,
     filter_reasons,
 )
-from sdxl_pipeline.images.draws import below, chosen, fractions
+from sdxl_pipeline.images.draws import below, fractions
 from sdxl_pipeline.project.datasets import ImageDataset
 
 TRAIN = "train"
@@ -57,15 +58,15 @@ def plan_crops(
     dataset: ImageDataset,
     scanned: pd.DataFrame,
     seed: int,
-    holdout_share: float,
+    held_out: Collection[str],
     is_eval: bool,
     faces: pd.DataFrame | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The crops of a scanned dataset and the pictures its filters left out: (rows, dropped).
 
     `scanned` is `scan_dataset`'s frame, of which the kept rows are planned. The rows have ROW_COLUMNS, in the order of `scanned`;
-    `dropped` has the columns path and reason. Every row is `eval` when `is_eval`; else a share of about `holdout_share` is, chosen by
-    picture key. `faces` is `find_faces`'s frame, for crop_style face.
+    `dropped` has the columns path and reason. Every row is `eval` when `is_eval`; else those of the keys `held_out` are
+    (sdxl_pipeline.images.holdout). `faces` is `find_faces`'s frame, for crop_style face.
 
     A train picture has `crops_per_image` crops, drawn independently, less those that came out the same; with `random_flip` each of
     them is followed by its mirror image. They are numbered from 0 by `crop_index`. An eval picture has one, as it is, so that it is
@@ -73,7 +74,7 @@ def plan_crops(
     """
     kept = scanned.loc[scanned["status"] == "kept", ["path", "key", "height", "width"]]
     parts = [
-        _plan(dataset, kept.iloc[start : start + _PICTURES_AT_A_TIME], seed, holdout_share, is_eval, faces)
+        _plan(dataset, kept.iloc[start : start + _PICTURES_AT_A_TIME], seed, held_out, is_eval, faces)
         for start in range(0, max(len(kept), 1), _PICTURES_AT_A_TIME)
     ]
     rows, dropped = (pd.concat(frames, ignore_index=True) for frames in zip(*parts, strict=True))
@@ -86,16 +87,6 @@ def plan_crop(
     """One crop of one picture of `height` x `width` pixels whose content has the digest `key`, not mirrored; filters aside."""
     cut = _cut(dataset, np.array([height]), np.array([width]), [key], np.array([crop_index]), seed, None)
     return Crop(**{name: int(values[0]) for name, values in cut.items()}, flipped=False)
-
-
-def held_out(keys: list[str], share: float) -> np.ndarray:
-    """Whether each picture is kept from training to measure it by, a matter of its content alone: bool of shape (N,).
-
-    So it stays on its side when others come and go, under every seed, and when the share grows only new ones change sides.
-    """
-    if share <= 0:
-        return np.full(len(keys), False)
-    return chosen(fractions(f"holdout/{key}" for key in keys)[:, 0], share)
 
 
 def fresh_place(style: str, slack_h: int, slack_w: int, seed: int, key: str, draw: str) -> tuple[int, int]:
@@ -120,7 +111,7 @@ def _plan(
     dataset: ImageDataset,
     kept: pd.DataFrame,
     seed: int,
-    holdout_share: float,
+    held_out: Collection[str],
     is_eval: bool,
     faces: pd.DataFrame | None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -130,7 +121,7 @@ def _plan(
     dropped = pd.DataFrame({"path": kept["path"][left_out], "reason": reasons[left_out]}, dtype="str")
     kept = kept[~left_out]
     keys = kept["key"].tolist()
-    measured = np.full(len(kept), True) if is_eval else held_out(keys, holdout_share)
+    measured = np.full(len(kept), True) if is_eval else kept["key"].isin(list(held_out)).to_numpy()
     centres = None if faces is None else _face_centres(kept["key"], faces)
 
     # a row per crop: which picture it is of, and its number among that one's draws

@@ -81,7 +81,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def plan(folder: Path, frame: pd.DataFrame) -> pd.DataFrame:
-    rows, _ = plan_crops(dataset_of(folder), frame, 0, 0.0, False)
+    rows, _ = plan_crops(dataset_of(folder), frame, 0, (), False)
     return rows
 
 

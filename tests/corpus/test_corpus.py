@@ -32,7 +32,7 @@ def planned(outcomes: Mapping[str, Kept | str]) -> dict[str, Kept]:
 
 def plan(folder: Path, frame: pd.DataFrame, outcomes: Mapping[str, Kept | str]) -> pd.DataFrame:
     """The crops; what is filtered out is as the outcomes say."""
-    rows, dropped = plan_crops(dataset_of(folder), frame, 0, 0.0, False)
+    rows, dropped = plan_crops(dataset_of(folder), frame, 0, (), False)
     kept = {path for path, outcome in outcomes.items() if isinstance(outcome, Kept)}
     assert set(dropped["path"]) == kept - set(planned(outcomes))
     assert all(reason.startswith("too long and narrow") for reason in dropped["reason"])
@@ -70,7 +70,7 @@ def test_the_longest_lines_have_square_crops_of_their_own(tmp_path: Path):
             outcomes |= {path: replace(kept, planned=True) for path, kept in case.outcomes.items()}
     frame = scan(folder)
     square = dataset_of(folder).model_copy(update={"crop_aspect": "square"})
-    rows, dropped = plan_crops(square, frame, 0, 0.0, False)
+    rows, dropped = plan_crops(square, frame, 0, (), False)
     assert (len(rows), len(dropped)) == (2, 0)
     check_pixels(folder, rows, outcomes)
 

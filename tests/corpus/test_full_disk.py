@@ -28,7 +28,7 @@ for number in range(24):
 frame = scan(here / "data")
 assert (frame["status"] == "kept").all()
 dataset = dataset_of(here / "data").model_copy(update={"resolution": 128})
-rows, _ = plan_crops(dataset, frame, 0, 0.0, False)
+rows, _ = plan_crops(dataset, frame, 0, (), False)
 spec = spec_of(here, here / "data", rows, store)
 
 try:

@@ -12,7 +12,6 @@ from sdxl_pipeline.images.crops import (
     ROW_COLUMNS,
     Crop,
     fresh_place,
-    held_out,
     pictures_per_bucket,
     plan_crop,
     plan_crops,
@@ -142,7 +141,7 @@ def test_the_plan_has_a_row_for_each_picture_and_names_those_left_out(make_datas
     pictures = [("a.png", 300, 300), ("b/c.png", 100, 900), ("d.png", 900, 300)]
     scanned = pd.concat([scanned_frame(*pictures), scanned_frame(("bad.png", 0, 0), status="dropped")])
     rows, dropped = plan_crops(
-        make_dataset(maximum_aspect_ratio=2), scanned, seed=0, holdout_share=0.0, is_eval=False
+        make_dataset(maximum_aspect_ratio=2), scanned, seed=0, held_out=(), is_eval=False
     )
     assert tuple(rows.columns) == ROW_COLUMNS
     assert rows["path"].tolist() == ["a.png", "d.png"]
@@ -154,14 +153,15 @@ def test_the_plan_has_a_row_for_each_picture_and_names_those_left_out(make_datas
 def test_adding_a_picture_moves_no_other(make_dataset):
     dataset = make_dataset(crop=True)
     pictures = [(f"{number}.png", 300 + number, 700) for number in range(20)]
-    before, _ = plan_crops(dataset, scanned_frame(*pictures), 7, 0.2, is_eval=False)
-    after, _ = plan_crops(dataset, scanned_frame(("0new.png", 500, 500), *pictures), 7, 0.2, is_eval=False)
+    held_out = {key_of("3.png"), key_of("7.png")}
+    before, _ = plan_crops(dataset, scanned_frame(*pictures), 7, held_out, is_eval=False)
+    after, _ = plan_crops(dataset, scanned_frame(("0new.png", 500, 500), *pictures), 7, held_out, is_eval=False)
     pd.testing.assert_frame_equal(after.iloc[1:].reset_index(drop=True), before)
 
 
 def test_no_picture_gives_an_empty_plan_that_survives_parquet(make_dataset, tmp_path):
     rows, dropped = plan_crops(
-        make_dataset(minimum_image_size=9999), scanned_frame(("a.png", 9, 9)), 0, 0.1, is_eval=False
+        make_dataset(minimum_image_size=9999), scanned_frame(("a.png", 9, 9)), 0, (), is_eval=False
     )
     rows.to_parquet(tmp_path / "rows.parquet")
     back = pd.read_parquet(tmp_path / "rows.parquet")
@@ -171,26 +171,13 @@ def test_no_picture_gives_an_empty_plan_that_survives_parquet(make_dataset, tmp_
     assert dropped["reason"].tolist() == ["smaller than minimum_image_size"]
 
 
-def test_held_out_pictures_stay_held_out():
-    keys = [key_of(str(number)) for number in range(4000)]
-    tenth, fifth = held_out(keys, 0.1), held_out(keys, 0.2)
-    assert 320 < tenth.sum() < 480  # four standard deviations of 19
-    assert fifth[tenth].all()
-    assert fifth.sum() > tenth.sum()
-    assert not held_out(keys, 0.0).any()
-    assert held_out(keys, 1.0).all()
-    # a golden choice, so that no later version lets a user's pictures change sides
-    assert [index for index in range(60) if tenth[index]] == [2, 4, 6, 8, 13, 17, 34, 37, 39, 54]
-
-
 def test_splits(make_dataset):
     pictures = scanned_frame(*[(f"{number}.png", 300, 300) for number in range(50)])
-    rows, _ = plan_crops(make_dataset(), pictures, seed=0, holdout_share=0.2, is_eval=False)
-    assert rows["split"].tolist() == [
-        "eval" if out else "train" for out in held_out(rows["key"].tolist(), 0.2)
-    ]
+    held_out = {key_of("4.png"), key_of("40.png"), "of no file"}
+    rows, _ = plan_crops(make_dataset(), pictures, 0, held_out, is_eval=False)
+    assert rows["path"][rows["split"] == "eval"].tolist() == ["4.png", "40.png"]
     assert set(rows["split"]) == {"train", "eval"}
-    rows, _ = plan_crops(make_dataset(), pictures, seed=0, holdout_share=0.0, is_eval=True)
+    rows, _ = plan_crops(make_dataset(), pictures, seed=0, held_out=(), is_eval=True)
     assert set(rows["split"]) == {"eval"}
 
 
@@ -206,8 +193,8 @@ def bucket_sizes_of(rows: pd.DataFrame) -> list[tuple[int, int]]:
     return list(zip(rows["bucket_h"].tolist(), rows["bucket_w"].tolist(), strict=True))
 
 
-def plan(dataset, *pictures, seed=0, holdout_share=0.0, is_eval=False):
-    return plan_crops(dataset, scanned_frame(*pictures), seed, holdout_share, is_eval)
+def plan(dataset, *pictures, seed=0, held_out=(), is_eval=False):
+    return plan_crops(dataset, scanned_frame(*pictures), seed, held_out, is_eval)
 
 
 def test_closest_takes_the_listed_aspect_that_crops_least_away(make_dataset):
@@ -295,7 +282,7 @@ def test_eval_pictures_have_one_crop_as_it_is(make_dataset):
     measured, _ = plan(dataset, *pictures, is_eval=True)
     assert len(measured) == 60
     assert not measured["flipped"].any()
-    rows, _ = plan(dataset, *pictures, holdout_share=0.5)
+    rows, _ = plan(dataset, *pictures, held_out=[key_of(str(number)) for number in range(30)])
     sizes = rows.groupby(["split", "path"]).size()
     assert set(sizes["eval"]) == {1}
     assert set(sizes["train"]) == {6}
@@ -441,7 +428,7 @@ def test_places_far_beyond_32_bits_are_drawn_exactly(make_dataset):
 def test_a_bucket_counts_its_train_pictures_and_not_their_crops(make_dataset):
     dataset = make_dataset(crop_aspect="random", crops_per_image=5, random_flip=True, **LISTED)
     pictures = [(f"{number}", 900, 900) for number in range(30)]
-    rows, _ = plan(dataset, *pictures, holdout_share=0.3)
+    rows, _ = plan(dataset, *pictures, held_out=[key_of(str(number)) for number in range(9)])
     train = rows[rows["split"] == "train"]
     counts = pictures_per_bucket(rows)
     assert dict(counts) == {

@@ -87,7 +87,7 @@ def test_crops_are_taken_around_the_face(folder, tmp_path, make_dataset, astrona
     wide = wide.transpose(turn) if turn is not None else wide
     kept = scan_of(folder, wide=wide)
     dataset = make_dataset(crop=True, crop_style="face", crops_per_image=4, random_flip=True)
-    rows, _ = plan_crops(dataset, kept, 0, 0, False, find_faces(folder, kept, tmp_path / "faces.parquet"))
+    rows, _ = plan_crops(dataset, kept, 0, (), False, find_faces(folder, kept, tmp_path / "faces.parquet"))
     # all crops around one face are the same one, and its mirror image
     assert sorted(rows["flipped"]) == [False, True]
     for row in rows.itertuples():
@@ -106,7 +106,7 @@ def test_a_face_near_the_edge_is_as_near_the_middle_as_the_edge_allows(make_data
         columns=["path", "key", "height", "width", "status"],
     )
     found = boxes(("right", 0, 980, 40, 40), ("left", 200, 10, 90, 90), ("middle", 0, 500, 500, 60))
-    rows, _ = plan_crops(dataset, kept, 0, 0, False, found)
+    rows, _ = plan_crops(dataset, kept, 0, (), False, found)
     # resized to 256x512: the window may begin anywhere from 0 to 256; without a face it stands in the middle
     assert rows["crop_left"].tolist() == [0, 256, 137, 128]
     assert set(rows["crop_top"]) == {0}

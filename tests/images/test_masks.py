@@ -66,7 +66,7 @@ def test_a_mask_lies_where_its_pictures_content_lies(make_dataset, folder, orien
     scan = pd.DataFrame(
         [{"path": "picture.png", "key": "ab" * 32, "height": HEIGHT, "width": WIDTH, "status": "kept"}]
     )
-    rows, _ = plan_crops(dataset, scan, seed=3, holdout_share=0.0, is_eval=False)
+    rows, _ = plan_crops(dataset, scan, seed=3, held_out=(), is_eval=False)
     assert rows["flipped"].sum() == 4
     assert rows["crop_left"].nunique() > 2
     seen = 0

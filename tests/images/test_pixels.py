@@ -111,7 +111,7 @@ def test_a_mirrored_crop_is_the_crop_of_the_mirrored_picture(folder, make_datase
     straight.write_bytes(encoded(photograph, "PNG"))
     mirrored.write_bytes(encoded(photograph.transpose(Image.Transpose.FLIP_LEFT_RIGHT), "PNG"))
     dataset = make_dataset(resolution=128, random_flip=True, crops_per_image=3, **settings)
-    rows, _ = plan_crops(dataset, scan_of("straight.png", 200, 320), seed=3, holdout_share=0, is_eval=False)
+    rows, _ = plan_crops(dataset, scan_of("straight.png", 200, 320), seed=3, held_out=(), is_eval=False)
     flipped = [row for row in rows.itertuples() if row.flipped]
     assert flipped
     for row in flipped:
@@ -166,7 +166,7 @@ def test_forty_megapixels_are_decoded_once_in_full_and_resampled_once(
 def test_a_row_of_the_recorded_plan_is_cut_as_planned(folder, tmp_path, make_dataset, photograph):
     (folder / "a.png").write_bytes(encoded(photograph, "PNG"))
     dataset = make_dataset(crop=True, resolution=128)
-    rows, _ = plan_crops(dataset, scan_of("a.png", 200, 320), seed=5, holdout_share=0, is_eval=False)
+    rows, _ = plan_crops(dataset, scan_of("a.png", 200, 320), seed=5, held_out=(), is_eval=False)
     rows.to_parquet(tmp_path / "rows.parquet")
     (row,) = pd.read_parquet(tmp_path / "rows.parquet").itertuples(index=False)
     crop = load_crop(folder / row.path, row)

@@ -257,7 +257,7 @@ def test_digests_follow_the_content_and_nothing_else(make_dataset, folder, tmp_p
 
     def digests() -> tuple[str, str]:
         scanned = scan_dataset(dataset, folder)
-        rows, _ = plan_crops(dataset, scanned, 0, 0.1, is_eval=False)
+        rows, _ = plan_crops(dataset, scanned, 0, (), is_eval=False)
         return dataset_digest(scanned), rows_digest(rows)
 
     first = digests()

@@ -68,7 +68,7 @@ def make_spec(tmp_path: Path, data: Path) -> Callable[..., EncodeLatentsSpec]:
                 crop_aspect="preserve",
             )  # fmt: skip
             rows, _ = plan_crops(
-                dataset, scan_dataset(dataset, data), seed=0, holdout_share=0.0, is_eval=False
+                dataset, scan_dataset(dataset, data), seed=0, held_out=(), is_eval=False
             )
             rows.to_parquet(tmp_path / "rows.parquet")
         return EncodeLatentsSpec(

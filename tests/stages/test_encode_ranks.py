@@ -40,7 +40,7 @@ def latents_spec(root: Path, processes: int) -> EncodeLatentsSpec:
     dataset = ImageDataset(
         id="noise", instance_data_dir=data, resolution=64, aspect_bucket_alignment=32, crop=True, crop_aspect="preserve"
     )  # fmt: skip
-    rows, _ = plan_crops(dataset, scan_dataset(dataset, data), seed=0, holdout_share=0.0, is_eval=False)
+    rows, _ = plan_crops(dataset, scan_dataset(dataset, data), seed=0, held_out=(), is_eval=False)
     rows.to_parquet(root / "rows.parquet")
     own = root / str(processes)
     return EncodeLatentsSpec(

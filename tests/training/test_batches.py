@@ -126,8 +126,9 @@ def test_two_processes_see_together_what_one_with_twice_the_batch_sees(lane):
     one = make_batches(lane, batch_size=2, dropout=0.5)
     two = [make_batches(lane, batch_size=1, num_processes=2, rank=rank, dropout=0.5) for rank in range(2)]
     for index in range(8):
-        whole, parts = one.read(index), [batches.read(index) for batches in two]
-        assert whole.keys == parts[0].keys + parts[1].keys
+        whole = one.read(index)
+        parts = [part for batches in two if (part := batches.read(index)).share]
+        assert whole.keys == sum((part.keys for part in parts), ())
         for name in ("latents", "noise", "timesteps", "prompt_embeds", "time_ids"):
             assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
 
