@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -13,14 +14,16 @@ from assets.failures import told_to_the_user
 from assets.keys import lane_key, version
 from assets.show import dropped_table, picture
 from resources.storage import Storage
+from sdxl_pipeline.images.buckets import filter_reasons
 from sdxl_pipeline.images.crops import pictures_per_bucket, plan_crops
 from sdxl_pipeline.images.digests import rows_digest
 from sdxl_pipeline.images.faces import DETECTOR, find_faces, require_detector
+from sdxl_pipeline.images.holdout import hold_out
 from sdxl_pipeline.images.pictures import bucket_histogram
 from sdxl_pipeline.project.datasets import ImageDataset
 from sdxl_pipeline.project.project import Project
 
-CODE = "2"
+CODE = "3"
 SETTINGS = {
     "dataset_type",
     "resolution",
@@ -77,10 +80,12 @@ def build_aspect_buckets(project: Project, dataset: ImageDataset) -> dg.AssetsDe
     ) -> Iterator[Any]:
         kept = scanned[scanned["status"] == "kept"]
         faces = _find_faces(context, storage, project, dataset, kept) if around_faces else None
-        rows, dropped = plan_crops(
-            dataset, kept, project.training.seed, share, dataset.dataset_type == "eval", faces
+        is_eval = dataset.dataset_type == "eval"
+        keys = frozenset() if is_eval else _held_out(project, dataset, kept, share)
+        rows, dropped = plan_crops(dataset, kept, project.training.seed, keys, is_eval, faces)
+        context.log.info(
+            f"{len(rows)} crops planned, {len(dropped)} images filtered out, {len(keys)} images held out of training."
         )
-        context.log.info(f"{len(rows)} crops planned, {len(dropped)} pictures filtered out.")
         batch_size = project.training.train_batch_size
         metadata = _metadata(rows, dropped, dataset.repeats, batch_size)
         if faces is not None:
@@ -91,12 +96,20 @@ def build_aspect_buckets(project: Project, dataset: ImageDataset) -> dg.AssetsDe
             data_version=dg.DataVersion(rows_digest(rows)),
             metadata=metadata,
             check_results=[
-                *checks.check_buckets(rows, dropped, kept, batch_size),
+                *checks.check_buckets(rows, dropped, kept, batch_size, project.training.bucket_fill),
                 *([checks.check_held_out(rows, kept, storage.data_dir(dataset))] if held_out else []),
             ],
         )
 
     return aspect_buckets
+
+
+def _held_out(project: Project, dataset: ImageDataset, kept: pd.DataFrame, share: float) -> frozenset[str]:
+    """Return the content keys to hold out. Their record is kept with the LoRAs they judge, not among what can be made again."""
+    filtered = filter_reasons(dataset, kept["height"].to_numpy(), kept["width"].to_numpy()) != ""
+    record = Path(project.training.output_dir) / "held_out" / f"{dataset.asset_name}.json"
+    with told_to_the_user():
+        return hold_out(kept[~filtered], share, record)
 
 
 def _find_faces(
@@ -126,12 +139,14 @@ def _metadata(rows: pd.DataFrame, dropped: pd.DataFrame, repeats: int, batch_siz
         "crops": len(rows),
         "train": len(train),
         "eval": len(rows) - len(train),
+        "trained_images": int(train["path"].nunique()),
+        "held_out_images": len(rows) - len(train),  # which have one crop each
         "filtered_out": dropped_table(dropped),
     }
     if rows.empty:
         return metadata
     resized = rows["resized_h"] * rows["resized_w"]
-    # A pass takes one crop of each picture, the crops in turn; each bucket fills its last batch by wrapping around.
+    # An epoch takes one crop of each image, the crops in turn; the last batch of a bucket is smaller, or filled by repeating images.
     picture_of = (train["crop_index"] == 0).cumsum().to_numpy()
     crops = np.bincount(picture_of)[1:]
     turns = train[["bucket_h", "bucket_w"]].assign(share=(repeats + 1) / crops[picture_of - 1])

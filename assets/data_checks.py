@@ -13,9 +13,11 @@ from assets.show import NAMES_SHOWN, picture
 from resources.storage import Storage
 from sdxl_pipeline.images.crops import pictures_per_bucket
 from sdxl_pipeline.images.duplicates import find_leaks, find_look_alikes
+from sdxl_pipeline.images.holdout import MINIMA
 from sdxl_pipeline.images.pictures import grouped_sheet
 from sdxl_pipeline.project.datasets import ImageDataset
 from sdxl_pipeline.project.project import Project
+from sdxl_pipeline.project.sections.optimisation import BucketFill
 
 MISSING_CAPTIONS_LIMIT = 0.2
 """Share of pictures without a caption from which a dataset is taken for a mistake rather than for a gap."""
@@ -62,13 +64,17 @@ def bucket_specs(key: dg.AssetKey, held_out: bool) -> list[dg.AssetCheckSpec]:
         key,
         crops_planned="At least one picture passes the size and aspect filters.",
         pictures_accounted_for="Pictures kept by the dataset = pictures planned + pictures filtered out.",
-        may_fill_a_batch="Every bucket holds a full batch; shorter ones are filled by repeating their pictures.",
+        may_fill_a_batch="Every bucket holds a full batch of different images.",
         **leaks,
     )
 
 
 def check_buckets(
-    rows: pd.DataFrame, dropped: pd.DataFrame, kept: pd.DataFrame, batch_size: int
+    rows: pd.DataFrame,
+    dropped: pd.DataFrame,
+    kept: pd.DataFrame,
+    batch_size: int,
+    fill: BucketFill = "partial",
 ) -> list[dg.AssetCheckResult]:
     """Results of `bucket_specs`, without the one about leaks; `kept` is what the dataset kept."""
     counts = pictures_per_bucket(rows)
@@ -79,6 +85,11 @@ def check_buckets(
     ]
     planned = rows["path"].nunique()
     by_reason = _counted(dropped["reason"])
+    consequence = {
+        "partial": "An optimizer step made of such a batch has fewer images, each of which moves the weights more; "
+        "gradient_accumulation_steps or fewer buckets (crop_aspect) even it out.",
+        "wrap": "bucket_fill is wrap, so their images are repeated within an epoch.",
+    }
     return [
         result("crops_planned", len(rows) > 0, f"{len(rows)} crops of {len(kept)} pictures."),
         result(
@@ -89,7 +100,8 @@ def check_buckets(
         result(
             "may_fill_a_batch",
             not short,
-            f"Buckets with fewer pictures than a batch of {batch_size}: {', '.join(short) or 'none'}.",
+            f"Buckets with fewer images than a batch of {batch_size}: {', '.join(short) or 'none'}."
+            + (f" {consequence[fill]}" if short else ""),
         ),
     ]
 
@@ -256,6 +268,13 @@ def _leaks(
     name: str, train_folder: Path, train: pd.DataFrame, folder: Path, evaluation: pd.DataFrame
 ) -> dg.AssetCheckResult:
     """Result of the check `name`: which of the pictures `evaluation` in `folder` stand among those trained on."""
+    if evaluation.empty:
+        return result(
+            name,
+            False,
+            f"There are no evaluation images to compare with the {len(train)} that are trained on. A dataset holds images out from "
+            f"{MINIMA[-1][0]} images on: add images, or an eval dataset.",
+        )
     leaks, complete = find_leaks(train, evaluation)
     told = [f"{leak.eval_path} {'=' if leak.same else '~'} {leak.train_path}" for leak in leaks]
     sheet = [
@@ -269,7 +288,7 @@ def _leaks(
     return result(
         name,
         not leaks,
-        f"{'' if complete else 'At least '}{len(leaks)} of {len(evaluation)} evaluation pictures are trained on, or look like one "
+        f"{'' if complete else 'At least '}{len(leaks)} of {len(evaluation)} evaluation images are trained on, or look like one "
         f"that is{_names(told)}."
         + (f" {blind} were compared by their bytes alone: find_near_duplicates is off." if blind else "")
         + (" The eval loss is better than it should be: remove them from one side." if leaks else ""),

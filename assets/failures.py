@@ -8,6 +8,7 @@ import dagster as dg
 from resources.storage import full_disk_as_failure
 from sdxl_pipeline.images.caption_errors import CaptionError
 from sdxl_pipeline.images.faces import FaceDetectorError
+from sdxl_pipeline.images.holdout import HoldoutError
 from sdxl_pipeline.images.scan import DatasetFolderError
 from sdxl_pipeline.images.sources import SourceError
 from sdxl_pipeline.project.problems import ProjectError
@@ -22,6 +23,7 @@ USERS_TO_MEND = (
     CaptionError,
     DatasetFolderError,
     FaceDetectorError,
+    HoldoutError,
     ProjectError,
     SourceError,
     ExportError,

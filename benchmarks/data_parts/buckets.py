@@ -87,8 +87,8 @@ def _plan(pictures: int, settings: dict[str, Any]) -> None:
     from assets.data_checks import check_buckets, check_held_out
     from sdxl_pipeline.encoding.keys import latent_keys
     from sdxl_pipeline.images.crops import plan_crops
-    from sdxl_pipeline.images.holdout import choose_held_out
     from sdxl_pipeline.images.digests import dataset_digest, rows_digest
+    from sdxl_pipeline.images.holdout import choose_held_out
     from sdxl_pipeline.project.datasets import ImageDataset
 
     seconds: dict[str, float] = {}

@@ -20,6 +20,10 @@ MINIMA = ((20, 2), (8, 1))
 """(images of a dataset, images that are held out of so many at least); below the last none is newly held out."""
 
 
+class HoldoutError(ValueError):
+    """The record of held-out images cannot be read."""
+
+
 class HoldoutRecord(BaseModel):
     """The images that a dataset has held out so far, by content key, and the share it did so at."""
 
@@ -33,14 +37,19 @@ def hold_out(images: pd.DataFrame, share: float, record: Path) -> frozenset[str]
     """Return the content keys of the images to hold out, and add them to `record`, a JSON file.
 
     What the record names stays held out unless `share` was lowered since, which starts it anew. `images` is as `choose_held_out` takes it.
+    Raises HoldoutError when the record is damaged.
     """
     if share <= 0:
         record.unlink(missing_ok=True)
         return frozenset()
     try:
         before = HoldoutRecord.model_validate_json(record.read_bytes())
-    except (FileNotFoundError, ValidationError):
+    except FileNotFoundError:
         before = HoldoutRecord(share=share, keys=())
+    except ValidationError as error:
+        raise HoldoutError(
+            f"{record} is damaged, so it is unknown which images were held out of training. Restore it, or delete it to choose them anew"
+        ) from error
     recorded = before.keys if share >= before.share else ()
     held_out = choose_held_out(images, share, recorded)
     # keys whose files are gone are kept, since the files may come back

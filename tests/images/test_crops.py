@@ -155,7 +155,9 @@ def test_adding_a_picture_moves_no_other(make_dataset):
     pictures = [(f"{number}.png", 300 + number, 700) for number in range(20)]
     held_out = {key_of("3.png"), key_of("7.png")}
     before, _ = plan_crops(dataset, scanned_frame(*pictures), 7, held_out, is_eval=False)
-    after, _ = plan_crops(dataset, scanned_frame(("0new.png", 500, 500), *pictures), 7, held_out, is_eval=False)
+    after, _ = plan_crops(
+        dataset, scanned_frame(("0new.png", 500, 500), *pictures), 7, held_out, is_eval=False
+    )
     pd.testing.assert_frame_equal(after.iloc[1:].reset_index(drop=True), before)
 
 

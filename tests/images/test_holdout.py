@@ -24,7 +24,8 @@ def images(names, family=lambda name: name) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(
-    ("count", "least", "most"), [(0, 0, 0), (7, 0, 0), (8, 1, 4), (10, 1, 5), (19, 1, 9), (20, 2, 10), (30, 2, 15)]
+    ("count", "least", "most"),
+    [(0, 0, 0), (7, 0, 0), (8, 1, 4), (10, 1, 5), (19, 1, 9), (20, 2, 10), (30, 2, 15)],
 )
 def test_choose_held_out_of_any_small_dataset_reaches_the_minimum(count, least, most):
     for seed in range(60):
@@ -38,7 +39,18 @@ def test_choose_held_out_of_a_large_dataset_is_the_recorded_choice_of_about_the_
     assert 320 < len(tenth) < 480  # four standard deviations of 19
     assert tenth < fifth
     # golden, so that no later version lets a user's images change sides
-    assert [n for n, key in enumerate(scan["key"][:60]) if key in tenth] == [2, 4, 6, 8, 13, 17, 34, 37, 39, 54]
+    assert [n for n, key in enumerate(scan["key"][:60]) if key in tenth] == [
+        2,
+        4,
+        6,
+        8,
+        13,
+        17,
+        34,
+        37,
+        39,
+        54,
+    ]
 
 
 @pytest.mark.parametrize("seed", range(25))

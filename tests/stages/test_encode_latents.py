@@ -67,9 +67,7 @@ def make_spec(tmp_path: Path, data: Path) -> Callable[..., EncodeLatentsSpec]:
                 id="colours", instance_data_dir=data, resolution=64, aspect_bucket_alignment=32, crop=True,
                 crop_aspect="preserve",
             )  # fmt: skip
-            rows, _ = plan_crops(
-                dataset, scan_dataset(dataset, data), seed=0, held_out=(), is_eval=False
-            )
+            rows, _ = plan_crops(dataset, scan_dataset(dataset, data), seed=0, held_out=(), is_eval=False)
             rows.to_parquet(tmp_path / "rows.parquet")
         return EncodeLatentsSpec(
             base_model=base_model or model(),
