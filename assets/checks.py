@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import dagster as dg
 
+from sdxl_pipeline.evaluation.report import describe_difference
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.specs import (
     SPOKEN_KINDS,
@@ -22,8 +23,10 @@ from sdxl_pipeline.sdxl.adapter_files import changes_something
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.store.files import sha256_file, sha256_path
 
-WARNINGS = frozenset({"trained_as_configured"})
+WARNINGS = frozenset({"trained_as_configured", "not_worse_than_last_release"})
 """Checks that warn although their name does not begin with `may_`."""
+JUDGED_FROM = 4
+"""Held-out images from which on over-fitting can be judged."""
 
 
 def specs(key: dg.AssetKey, **descriptions: str) -> list[dg.AssetCheckSpec]:
@@ -193,23 +196,61 @@ def evaluation_specs(key: dg.AssetKey) -> list[dg.AssetCheckSpec]:
     """Checks of an evaluation."""
     return specs(
         key,
-        better_than_base="The trained model's eval loss is below the base model's.",
+        better_than_base="The trained model's eval loss is below the base model's by more than two standard errors, paired over images.",
+        may_judge_over_fitting=f"The eval loss is measured on at least {JUDGED_FROM} images that were not trained on.",
+        not_worse_than_last_release="The eval loss is not above the last release's by more than two standard errors, paired over images.",
         pictures_sound="No picture drawn with the trained model is black, constant or not finite.",
         loads_everywhere=_LOADS_EVERYWHERE,
     )
 
 
 def check_evaluation(report: EvaluationReport) -> list[dg.AssetCheckResult]:
-    """Results of `evaluation_specs`."""
-    if report.base_loss is None or report.lora_loss is None:
-        better, message = True, "The eval loss was switched off by eval_loss_disable."
-    else:
-        better = report.lora_loss.mean < report.base_loss.mean
-        message = f"base {report.base_loss.mean:.4f}, {SPOKEN_KINDS[report.weights_kind]} {report.lora_loss.mean:.4f} on {report.eval_images} pictures ({report.eval_source})."
+    """Return the results of `evaluation_specs`."""
     broken = "; ".join(f"{item.name}: {item.reason}" for item in report.broken_images)
     return [
-        result("better_than_base", better, message),
+        _better_than_base(report),
+        _judges_over_fitting(report),
+        _not_worse_than_last_release(report),
         result(
             "pictures_sound", not report.broken_images, broken or f"{len(report.images)} pictures are sound."
         ),
     ]
+
+
+def _better_than_base(report: EvaluationReport) -> dg.AssetCheckResult:
+    name, difference = "better_than_base", report.difference_to_base
+    if report.base_loss is None or report.lora_loss is None or difference is None:
+        message = "Not measured: eval_loss_disable is true."
+    else:
+        message = (
+            f"base {report.base_loss.mean:.4f}, {SPOKEN_KINDS[report.weights_kind]} {report.lora_loss.mean:.4f} on "
+            f"{report.eval_images} images ({report.eval_source}); difference {describe_difference(difference)}."
+        )
+        if difference.standard_error is not None:
+            return result(name, difference.is_lower, message)
+        message += (
+            " Fewer than two images cannot show whether the training helped: add images, or an eval dataset."
+        )
+    # what cannot be judged is no failure of the weights, and no success either
+    return dg.AssetCheckResult(
+        check_name=name, passed=False, severity=dg.AssetCheckSeverity.WARN, description=message
+    )
+
+
+def _judges_over_fitting(report: EvaluationReport) -> dg.AssetCheckResult:
+    trained_on = report.eval_source == "training pictures"
+    unseen = 0 if trained_on or report.lora_loss is None else report.eval_images
+    message = f"The eval loss is measured on {unseen} images that were not trained on ({report.eval_source})."
+    if unseen < JUDGED_FROM:
+        message += f" Fewer than {JUDGED_FROM} cannot judge over-fitting: add images, raise eval_holdout_share, or add an eval dataset."
+    return result("may_judge_over_fitting", unseen >= JUDGED_FROM, message)
+
+
+def _not_worse_than_last_release(report: EvaluationReport) -> dg.AssetCheckResult:
+    name, difference = "not_worse_than_last_release", report.difference_to_release
+    if difference is None:
+        return result(name, True, "There is no earlier release, or no eval loss, to compare.")
+    message = f"Difference to the last release: {describe_difference(difference)}."
+    if difference.standard_error is None:
+        return result(name, False, message + " Fewer than two images were measured in both: cannot judge.")
+    return result(name, not difference.is_higher, message)

@@ -14,6 +14,7 @@ from assets.show import figures_table, picture, present
 from resources.launcher import LocalLauncher
 from resources.storage import Storage
 from sdxl_pipeline.evaluation.identity import LOOKED_AT
+from sdxl_pipeline.evaluation.report import describe_difference
 from sdxl_pipeline.project.project import Project
 from sdxl_pipeline.protocol.specs import (
     SPOKEN_KINDS,
@@ -25,7 +26,7 @@ from sdxl_pipeline.protocol.specs import (
 from sdxl_pipeline.release.export import REPORT_FILE
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 
-CODE = "1"
+CODE = "2"
 
 
 def release_dir(project: Project) -> Path:
@@ -112,6 +113,12 @@ def _metadata(report: EvaluationReport) -> dict[str, Any]:
             "eval_loss_base": base.mean if base else None,
             "eval_loss_lora": lora.mean if lora else None,
             "eval_loss_ratio": lora.mean / base.mean if base and lora else None,
+            "difference_to_base": describe_difference(report.difference_to_base)
+            if report.difference_to_base
+            else None,
+            "difference_to_release": describe_difference(report.difference_to_release)
+            if report.difference_to_release
+            else None,
             "eval_pictures": f"{report.eval_images} ({report.eval_source})",
             "clip_score_base": report.base_clip.mean if report.base_clip else None,
             "clip_score_lora": report.lora_clip.mean if report.lora_clip else None,

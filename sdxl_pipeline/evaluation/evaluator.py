@@ -8,7 +8,14 @@ from pathlib import Path
 from sdxl_pipeline.evaluation.clip_score import ClipScorer, summarize
 from sdxl_pipeline.evaluation.comparison import Pair, comparison_sheet
 from sdxl_pipeline.evaluation.gallery import Drawing, draw, plan_caption_shots, plan_shots
-from sdxl_pipeline.evaluation.report import change_since, figures, plot_losses, write_report
+from sdxl_pipeline.evaluation.paired import paired_difference, released_losses
+from sdxl_pipeline.evaluation.report import (
+    change_since,
+    describe_difference,
+    figures,
+    plot_losses,
+    write_report,
+)
 from sdxl_pipeline.evaluation.scoring_model import scoring_model_folder, scoring_model_name
 from sdxl_pipeline.evaluation.subject import Subject, load_subject
 from sdxl_pipeline.protocol.program import StageError, StopSignal
@@ -74,13 +81,16 @@ def _measure(
     spec, settings, reporter, samples = work.spec, work.spec.settings, work.reporter, work.samples
     output_dir = Path(spec.output_dir)
     called = SPOKEN_KINDS[spec.lora.weights_kind]
-    base_loss = lora_loss = None
+    base_loss = lora_loss = to_base = to_release = None
     loss_plot_path = output_dir / "loss_by_timestep.png"
     if not settings.eval_loss_disable:
         base_loss, lora_loss = measure_losses(work)
         plot_losses(base_loss, lora_loss, called, loss_plot_path)
         reporter.image("loss_by_timestep", loss_plot_path, f"Eval loss of the base model and the {called}")
-        reporter.log(f"Eval loss: base model {base_loss.mean:.5f}, {called} {lora_loss.mean:.5f}.")
+        to_base = paired_difference(lora_loss, dict(base_loss.by_image))
+        reporter.log(
+            f"Eval loss: base model {base_loss.mean:.5f}, {called} {lora_loss.mean:.5f}, difference {describe_difference(to_base)}."
+        )
 
     drawings = draw_gallery(work)
     images, gallery_path = save_gallery(work, drawings)
@@ -90,6 +100,8 @@ def _measure(
         reporter.log(f"CLIP score: base model {base_clip.mean:.2f}, {called} {lora_clip.mean:.2f}.")
 
     previous = Path(spec.previous_report_path) if spec.previous_report_path else None
+    if previous is not None and lora_loss is not None:
+        to_release = paired_difference(lora_loss, released_losses(previous))
     report = EvaluationReport(
         identity=identity,
         reused=False,
@@ -110,6 +122,8 @@ def _measure(
         ),
         loss_plot_path=str(loss_plot_path) if lora_loss is not None else None,
         report_path=str(output_dir / "report.md"),
+        difference_to_base=to_base,
+        difference_to_release=to_release,
         change_since_release=change_since(previous, figures(base_loss, lora_loss, base_clip, lora_clip)),
         seconds=time.monotonic() - started,
     )

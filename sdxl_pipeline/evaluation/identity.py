@@ -10,7 +10,7 @@ from sdxl_pipeline.store.digest import digest_json
 from sdxl_pipeline.store.files import sha256_path
 from sdxl_pipeline.training.eval_samples import choose_samples
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Raise it when a change of the evaluation changes the numbers or pictures it gives."""
 
 LOOKED_AT: Final = frozenset(

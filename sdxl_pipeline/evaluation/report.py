@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdxl_pipeline.protocol.specs import SPOKEN_KINDS, ClipSummary, EvaluationReport, LossSummary
+from sdxl_pipeline.protocol.specs import (
+    SPOKEN_KINDS,
+    ClipSummary,
+    EvaluationReport,
+    LossSummary,
+    PairedDifference,
+)
 from sdxl_pipeline.store.files import atomic_path, write_text_atomic
 
 BASE_COLOUR, LORA_COLOUR = "#8a8a8a", "#1f5fa8"
@@ -140,12 +146,29 @@ def describe_measurement(report: EvaluationReport, scoring_model: str | None) ->
             f"The eval loss is the mean squared error of the denoising prediction over {report.eval_images} pictures {source} and "
             f"{len(report.lora_loss.by_timestep)} fixed timesteps, with noise that depends only on picture and timestep; lower is better."
         )
+        if report.difference_to_base is not None:
+            sentences.append(
+                f"Difference to the base model: {describe_difference(report.difference_to_base)}."
+            )
+        if report.difference_to_release is not None:
+            sentences.append(
+                f"Difference to the last release: {describe_difference(report.difference_to_release)}."
+            )
     if report.lora_clip is not None:
         sentences.append(
             f"The CLIP score is 100 times the cosine of picture and prompt, at least 0, by {scoring_model}, over the gallery; "
             "higher is better."
         )
     return " ".join(sentences)
+
+
+def describe_difference(difference: PairedDifference) -> str:
+    """Return a paired difference in words."""
+    if not difference.images:
+        return "unknown, since no image was measured alike"
+    error = difference.standard_error
+    spread = "without a standard error" if error is None else f"± {error:.2g} (standard error)"
+    return f"{difference.mean:+.3g} {spread}, paired over {difference.images} image{'s' if difference.images > 1 else ''}"
 
 
 def loss_table(base: LossSummary, lora: LossSummary, called: str) -> str:

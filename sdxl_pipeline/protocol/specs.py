@@ -364,6 +364,28 @@ class LossSummary(StageModel):
 
     mean: float
     by_timestep: tuple[tuple[int, float], ...] = Field(description="(timestep, mean squared error).")
+    by_image: tuple[tuple[str, float], ...] = Field(
+        default=(),
+        description="(image, mean squared error); equal names mean the same content, crop, caption, timesteps and noise.",
+    )
+
+
+class PairedDifference(StageModel):
+    """Eval loss of one model minus that of another, over the images that both were measured on."""
+
+    images: int
+    mean: float
+    standard_error: float | None = Field(description="Of the mean, over images; None for fewer than two.")
+
+    @property
+    def is_lower(self) -> bool:
+        """Whether the mean is below zero by more than two standard errors."""
+        return self.standard_error is not None and self.mean < -2 * self.standard_error
+
+    @property
+    def is_higher(self) -> bool:
+        """Whether the mean is above zero by more than two standard errors."""
+        return self.standard_error is not None and self.mean > 2 * self.standard_error
 
 
 class ClipSummary(StageModel):
@@ -395,6 +417,13 @@ class EvaluationReport(StageModel):
     )
     loss_plot_path: str | None
     report_path: str = Field(description="report.md beside report.json in output_dir.")
+    difference_to_base: PairedDifference | None = Field(
+        default=None, description="Of the trained model to the base model; None with eval_loss_disable."
+    )
+    difference_to_release: PairedDifference | None = Field(
+        default=None,
+        description="Of this model to the last release; None where there is none to compare with.",
+    )
     change_since_release: dict[str, float] = Field(
         description="This minus the last release, for each figure both have."
     )

@@ -12,15 +12,17 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from sdxl_pipeline.protocol.specs import LossSummary
+from sdxl_pipeline.store.digest import digest_json
 from sdxl_pipeline.training.draws import seed_for
 from sdxl_pipeline.training.objective import Objective
 
 
 @dataclass(frozen=True)
 class EvalPicture:
-    """One picture of the eval loss, as the UNet takes it. On the CPU, float32."""
+    """One image of the eval loss, as the UNet takes it. On the CPU, float32."""
 
-    key: str  # digest of the picture's bytes: seeds its noise
+    key: str  # digest of the image's bytes: seeds its noise
+    measured: tuple[str, ...]  # names its latents and its caption
     latents: Tensor  # (4, H/8, W/8), scaled as the UNet expects
     prompt_embeds: Tensor  # (77, C1 + C2)
     pooled_prompt_embeds: Tensor  # (C2,)
@@ -67,7 +69,23 @@ def eval_loss(
     return LossSummary(
         mean=by_timestep.mean().item(),
         by_timestep=tuple(zip(timesteps, by_timestep.tolist(), strict=True)),
+        by_image=_by_image(pictures, losses.mean(dim=1).tolist(), [*timesteps, objective.prediction_type]),
     )
+
+
+def _by_image(
+    pictures: Sequence[EvalPicture], losses: Sequence[float], measured: Sequence[int | str]
+) -> tuple[tuple[str, float], ...]:
+    """Return the loss of each content, its copies averaged, under a name for all that it depends on but the model."""
+    copies: dict[str, list[tuple[list[object], float]]] = {}
+    for picture, loss in zip(pictures, losses, strict=True):
+        copies.setdefault(picture.key, []).append(([*picture.measured, *picture.time_ids], loss))
+    found = []
+    for key, of_key in copies.items():
+        names = sorted((name for name, _ in of_key), key=str)
+        mean = sum(loss for _, loss in of_key) / len(of_key)
+        found.append((digest_json([key, list(measured), names])[:16], mean))
+    return tuple(found)
 
 
 def _batches(

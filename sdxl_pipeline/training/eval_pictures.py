@@ -16,6 +16,7 @@ def read_pictures(samples: Iterable[Sample], reader: BatchReader, scaling_factor
         pictures.append(
             EvalPicture(
                 key=sample.key,
+                measured=(str(sample.latent_key), sample.embed_keys[0]),
                 latents=posteriors.mean[0] * scaling_factor,
                 prompt_embeds=texts.prompt_embeds[0].float(),
                 pooled_prompt_embeds=texts.pooled_prompt_embeds[0].float(),

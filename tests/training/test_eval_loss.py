@@ -48,6 +48,7 @@ def pictures() -> list[EvalPicture]:
     return [
         EvalPicture(
             key=f"key{number}",
+            measured=(f"latents {number}", f"caption {number}"),
             latents=torch.randn(4, height, 8, generator=generator),
             prompt_embeds=torch.randn(77, WIDTH, generator=generator),
             pooled_prompt_embeds=torch.randn(WIDTH, generator=generator),
@@ -80,6 +81,22 @@ def test_two_evaluations_agree_to_the_last_bit(unet, pictures):
     first = eval_loss(unet, EPSILON, pictures, (100, 500, 900), batch_size=2)
     torch.manual_seed(4321)
     assert eval_loss(unet, EPSILON, pictures, (100, 500, 900), batch_size=2) == first
+
+
+def test_each_image_has_a_loss_under_a_name_that_follows_what_was_measured(unet, pictures):
+    whole = eval_loss(unet, EPSILON, pictures, (100, 900), batch_size=2)
+    alone = eval_loss(unet, EPSILON, pictures[1:2], (100, 900), batch_size=2)
+    assert whole.by_image[1][0] == alone.by_image[0][0]
+    assert whole.by_image[1][1] == pytest.approx(alone.mean, rel=1e-5)
+    assert sum(loss for _, loss in whole.by_image) / 3 == pytest.approx(whole.mean)
+    edited = replace(pictures[1], measured=("latents 1", "another caption"))
+    for other in (
+        eval_loss(unet, EPSILON, [edited], (100, 900), batch_size=2),
+        eval_loss(unet, EPSILON, pictures[1:2], (100, 901), batch_size=2),
+    ):
+        assert other.by_image[0][0] != alone.by_image[0][0]
+    twice = eval_loss(unet, EPSILON, [pictures[0], pictures[1], edited], (100, 900), batch_size=2)
+    assert len(twice.by_image) == 2, "copies of one image are one image"
 
 
 def test_the_loss_is_the_plain_mean_squared_error(unet, pictures):
