@@ -11,6 +11,7 @@ from assets.hub_release import build_hub_release
 from assets.lora import build_lora
 from assets.masks import build_mask_dataset, build_masks
 from assets.text_embeds import build_text_embeds
+from assets.training_plan import build_training_plan
 from assets.vae_latents import build_vae_latents
 from sdxl_pipeline.project.project import BrokenProject, Project
 
@@ -32,6 +33,7 @@ def build_assets(project: Project) -> list[dg.AssetsDefinition]:
     ]
     return [
         build_base_model(project),
+        build_training_plan(project),
         *lanes,
         *(build_mask_dataset(project, entry) for entry in project.mask_datasets),
         *masks,

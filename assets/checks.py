@@ -27,6 +27,7 @@ WARNINGS = frozenset({"trained_as_configured", "not_worse_than_last_release"})
 """Checks that warn although their name does not begin with `may_`."""
 JUDGED_FROM = 4
 """Held-out images from which on over-fitting can be judged."""
+OVER_FITTING = f"The eval loss is measured on at least {JUDGED_FROM} images that were not trained on."
 
 
 def specs(key: dg.AssetKey, **descriptions: str) -> list[dg.AssetCheckSpec]:
@@ -197,7 +198,7 @@ def evaluation_specs(key: dg.AssetKey) -> list[dg.AssetCheckSpec]:
     return specs(
         key,
         better_than_base="The trained model's eval loss is below the base model's by more than two standard errors, paired over images.",
-        may_judge_over_fitting=f"The eval loss is measured on at least {JUDGED_FROM} images that were not trained on.",
+        may_judge_over_fitting=OVER_FITTING,
         not_worse_than_last_release="The eval loss is not above the last release's by more than two standard errors, paired over images.",
         pictures_sound="No picture drawn with the trained model is black, constant or not finite.",
         loads_everywhere=_LOADS_EVERYWHERE,
@@ -239,8 +240,14 @@ def _better_than_base(report: EvaluationReport) -> dg.AssetCheckResult:
 
 def _judges_over_fitting(report: EvaluationReport) -> dg.AssetCheckResult:
     trained_on = report.eval_source == "training pictures"
-    unseen = 0 if trained_on or report.lora_loss is None else report.eval_images
-    message = f"The eval loss is measured on {unseen} images that were not trained on ({report.eval_source})."
+    return check_unseen_images(0 if trained_on or report.lora_loss is None else report.eval_images)
+
+
+def check_unseen_images(unseen: int) -> dg.AssetCheckResult:
+    """Return the result of `may_judge_over_fitting` for a number of images that are measured and not trained on."""
+    message = f"The eval loss is measured on {unseen} images that are not trained on."
+    if not unseen:
+        message = "The eval loss is measured on images that are trained on, or not at all."
     if unseen < JUDGED_FROM:
         message += f" Fewer than {JUDGED_FROM} cannot judge over-fitting: add images, raise eval_holdout_share, or add an eval dataset."
     return result("may_judge_over_fitting", unseen >= JUDGED_FROM, message)

@@ -20,7 +20,7 @@ from assets.lanes import (
     upstream_metadata,
     validation_prompts,
 )
-from assets.show import figures_table, picture, present
+from assets.show import appearances_range, figures_table, picture, present
 from resources.hardware import HardwareProfile
 from resources.hub import HubResource
 from resources.launcher import LocalLauncher
@@ -265,11 +265,22 @@ def _metadata(result: TrainedLora) -> dict[str, Any]:
             "epochs": result.epochs,
             "pictures_seen": result.samples,
             "datasets": figures_table(
-                ("dataset", "pictures an epoch", "crops a picture", "repeats raised to"),
+                (
+                    "dataset",
+                    "trained images",
+                    "held-out images",
+                    "images an epoch",
+                    "appearances an epoch",
+                    "crops an image",
+                    "repeats raised to",
+                ),
                 [
                     (
                         name,
+                        result.trained_images.get(name, ""),
+                        result.held_out_images.get(name, 0),
                         f"{pictures:,.0f}",
+                        appearances_range(result.appearances.get(name)),
                         result.crops_per_picture[name],
                         result.raised_repeats.get(name, ""),
                     )

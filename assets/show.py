@@ -71,3 +71,11 @@ def figures_table(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -
 def present(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that have a value: a rate of work that was not needed is left out rather than shown as zero."""
     return {name: value for name, value in metadata.items() if value is not None}
+
+
+def appearances_range(range_: tuple[int, int] | None) -> str:
+    """Return how often the images of a dataset appear in an epoch: "1", or "1 to 4" where they differ."""
+    if range_ is None:
+        return ""
+    fewest, most = range_
+    return str(fewest) if fewest == most else f"{fewest} to {most}"

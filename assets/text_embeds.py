@@ -40,6 +40,7 @@ def build_text_embeds(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
             "model": dg.AssetIn(key=project_key(project, "base_model"), dagster_type=ResolvedModel),
             "scanned": dg.AssetIn(key=lane_key(project, dataset, "dataset"), dagster_type=pd.DataFrame),
         },
+        deps=[project_key(project, "training_plan")],
         code_version=version(CODE, [prompts, project.text_cache_of(dataset), windows]),
         check_specs=checks.text_specs(key),
         description="Embeddings of every caption, of the validation prompts and of the empty prompt, by both text encoders.",

@@ -35,6 +35,7 @@ def build_vae_latents(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
             "model": dg.AssetIn(key=project_key(project, "base_model"), dagster_type=ResolvedModel),
             "rows": dg.AssetIn(key=lane_key(project, dataset, "aspect_buckets"), dagster_type=pd.DataFrame),
         },
+        deps=[project_key(project, "training_plan")],
         code_version=version(CODE, [project.training.vae_dtype, dataset.latent_cache]),
         check_specs=checks.latent_specs(key),
         description="Posterior mean and log-variance of every planned crop; what is in the store already is not encoded again.",

@@ -6,6 +6,7 @@ larger set all but 7 are held out. So what was held out is recorded.
 """
 
 from collections.abc import Collection
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -77,20 +78,21 @@ def choose_held_out(images: pd.DataFrame, share: float, recorded: Collection[str
     taken = chosen(order, share) if minimum else np.full(len(names), False)
     by_hash = np.argsort(order, kind="stable")
 
-    def add(name: str) -> None:
+    def add(name: str, most: int) -> None:
         new = [key for key in members.get(name, (name,)) if key not in held_out]
-        if len(held_out) + len(new) <= room:
+        if len(held_out) + len(new) <= most:
             held_out.update(new)
 
     for name in group_of[sorted(held_out)].unique():
-        add(name)
+        add(name, most=room)
     for index in by_hash[taken[by_hash]]:
-        add(names[index])
+        # a group of look-alikes is not drawn where it would be far more than the share
+        add(names[index], most=min(room, ceil(2 * share * len(keys))) if names[index] in members else room)
     if len(held_out) < minimum:
         candidates = [names[index] for index in by_hash]
         for name in sorted(candidates, key=lambda name: len(members.get(name, "1"))):
             if len(held_out) < minimum:
-                add(name)
+                add(name, most=room)
         rest = [key for name in candidates for key in members.get(name, (name,)) if key not in held_out]
         held_out.update(rest[: max(0, minimum - len(held_out))])
     return frozenset(held_out)

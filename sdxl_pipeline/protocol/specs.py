@@ -207,6 +207,20 @@ class TrainSpec(StageModel):
     project: str
 
 
+class TrainingPlan(StageModel):
+    """Value of the training_plan asset: the numbers of a run, from the crop plans."""
+
+    steps: int
+    batches_per_epoch: int = Field(description="Of all processes together, in the first epoch.")
+    images_per_epoch: int = Field(description="Appearances of images in the first epoch.")
+    trained_images: dict[str, int] = Field(description="By dataset.")
+    held_out_images: dict[str, int] = Field(description="By dataset, those of eval datasets included.")
+    appearances: dict[str, tuple[int, int]] = Field(
+        description="(fewest, most) appearances of an image in the first epoch, by dataset."
+    )
+    raised_repeats: dict[str, int]
+
+
 class ValidationImage(StageModel):
     """One picture drawn during training."""
 
@@ -300,6 +314,9 @@ class TrainedLora(StageModel):
     )
     pictures_per_epoch: dict[str, float] = Field(
         default={}, description="Appearances of pictures in an epoch, by dataset."
+    )
+    appearances: dict[str, tuple[int, int]] = Field(
+        default={}, description="(fewest, most) appearances of an image in the first epoch, by dataset."
     )
     crops_per_picture: dict[str, float] = Field(
         default={}, description="Mean number of crops that take turns, by dataset."

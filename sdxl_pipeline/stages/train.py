@@ -181,6 +181,7 @@ def _finish(trainer: "Trainer") -> TrainedLora:
         trained_images=trainer.order.samples.pictures_by_dataset(),
         held_out_images=_count_images(spec, "eval"),
         pictures_per_epoch=trainer.pictures_per_epoch,
+        appearances=trainer.order.appearances(),
         crops_per_picture=trainer.order.samples.crops_per_picture(),
         raised_repeats=dict(trainer.passes.raised_repeats),
         resumed_from_step=trainer.resumed_from,

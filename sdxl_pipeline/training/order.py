@@ -14,6 +14,7 @@ import numpy as np
 
 from sdxl_pipeline.project.sections.optimisation import BucketFill
 from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.training.draws import choose, scattered, seed_for
 from sdxl_pipeline.training.samples import Sample, Samples
 
@@ -224,8 +225,19 @@ class SampleOrder:
 
 
 def planned_steps(settings: TrainingSettings, order: SampleOrder) -> int:
-    """Return the optimizer steps of a run: as many as the settings ask for, or as their epochs take."""
+    """Return the optimizer steps of a run: as many as the settings ask for, or as their epochs take.
+
+    Raises StageError when the epochs take fewer steps than the warm-up; max_train_steps is compared when the settings are read.
+    """
     if settings.max_train_steps is not None:
         return settings.max_train_steps
-    batches = order.batches_until(settings.num_train_epochs or 1)
-    return math.ceil(batches / settings.gradient_accumulation_steps)
+    epochs, parts = settings.num_train_epochs or 1, settings.gradient_accumulation_steps
+    batches = order.batches_until(epochs)
+    steps = math.ceil(batches / parts)
+    if settings.lr_scheduler != "sine" and settings.lr_warmup_steps > steps:
+        raise StageError(
+            f"lr_warmup_steps is {settings.lr_warmup_steps}, but the training has only {steps} steps, so learning_rate would never be "
+            f"reached: {batches} batches in num_train_epochs {epochs}, by gradient_accumulation_steps {parts}. "
+            f"Write at most {steps}, or more epochs"
+        )
+    return steps

@@ -3,11 +3,27 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.program import StageError
-from sdxl_pipeline.protocol.specs import TrainingLane
 from sdxl_pipeline.training.samples import Samples
+
+
+class SampledDataset(Protocol):
+    """A dataset and how often its images are shown, such as a TrainingLane."""
+
+    @property
+    def dataset_id(self) -> str:
+        """Name of the dataset."""
+
+    @property
+    def repeats(self) -> int:
+        """Extra appearances per epoch."""
+
+    @property
+    def probability(self) -> float:
+        """Relative sampling weight."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +35,7 @@ class Passes:
     """The `repeats` that stand in for those of the settings, where these would not fill a step."""
 
 
-def passes_per_epoch(lanes: Sequence[TrainingLane], samples: Samples) -> dict[str, float]:
+def passes_per_epoch(lanes: Sequence[SampledDataset], samples: Samples) -> dict[str, float]:
     """How often the pictures of each dataset among `samples` appear in an epoch.
 
     That is repeats + 1, times the dataset's probability relative to the largest one.
@@ -31,7 +47,7 @@ def passes_per_epoch(lanes: Sequence[TrainingLane], samples: Samples) -> dict[st
 
 
 def planned_passes(
-    lanes: Sequence[TrainingLane], samples: Samples, settings: TrainingSettings, num_processes: int
+    lanes: Sequence[SampledDataset], samples: Samples, settings: TrainingSettings, num_processes: int
 ) -> Passes:
     """`passes_per_epoch`, if one epoch fills one optimizer step, counted over all datasets together, since they share their batches.
 

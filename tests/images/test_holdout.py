@@ -100,6 +100,14 @@ def test_one_large_group_of_look_alikes_is_split_to_reach_the_minimum():
     assert len(choose_held_out(images(range(25), family=lambda name: 0), 0.1, ())) == 2
 
 
+def test_a_group_of_look_alikes_far_above_the_share_is_not_drawn():
+    for seed in range(40):
+        scan = images(
+            range(10), family=lambda name, seed=seed: (seed, max(name, 3))
+        )  # three and a group of seven
+        assert len(choose_held_out(scan, 0.1, ())) <= 3
+
+
 def test_copies_of_one_image_count_once():
     scan = pd.concat([images(range(7))] * 4, ignore_index=True).assign(path=[f"{n}.png" for n in range(28)])
     assert choose_held_out(scan, 0.1, ()) == frozenset()

@@ -1,0 +1,98 @@
+"""The numbers of the training, checked before anything is encoded: a mistake in them would otherwise show after hours of encoding."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import dagster as dg
+import pandas as pd
+
+from assets.checks import OVER_FITTING, check_unseen_images, specs
+from assets.failures import told_to_the_user
+from assets.keys import lane_key, project_key, version
+from assets.show import appearances_range, figures_table
+from resources.hardware import HardwareProfile
+from sdxl_pipeline.project.precedence import resolve_hardware, resolve_settings
+from sdxl_pipeline.project.project import Project
+from sdxl_pipeline.protocol.specs import TrainingPlan
+from sdxl_pipeline.training.plan import PlannedDataset, plan_training
+
+CODE = "1"
+SETTINGS = {
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "bucket_fill",
+    "allow_dataset_oversubscription",
+    "max_train_steps",
+    "num_train_epochs",
+    "lr_scheduler",
+    "lr_warmup_steps",
+    "seed",
+}
+
+
+def build_training_plan(project: Project) -> dg.AssetsDefinition:
+    """Return `<project>/training_plan`, which the encoders wait for.
+
+    Its data version never changes: that the numbers are others makes no latent and no embedding stale.
+    """
+    key = project_key(project, "training_plan")
+    asked = project.training.model_dump(mode="json", include=SETTINGS)
+    weights = [(dataset.id, dataset.repeats, dataset.probability) for dataset in project.datasets]
+
+    @dg.asset(
+        key=key,
+        group_name=project.name,
+        kinds={"pandas"},
+        ins={
+            dataset.asset_name: dg.AssetIn(
+                key=lane_key(project, dataset, "aspect_buckets"), dagster_type=pd.DataFrame
+            )
+            for dataset in project.datasets
+        },
+        code_version=version(CODE, [asked, weights]),
+        check_specs=specs(key, may_judge_over_fitting=OVER_FITTING),
+        description="Images that train and that are held out, appearances per epoch, steps. Fails before anything is encoded if they do not fit.",
+    )
+    def training_plan(
+        context: dg.AssetExecutionContext, hardware: HardwareProfile, **rows: pd.DataFrame
+    ) -> Iterator[Any]:
+        profile = hardware.hardware()
+        datasets = [
+            PlannedDataset(dataset.id, rows[dataset.asset_name], dataset.repeats, dataset.probability)
+            for dataset in project.datasets
+        ]
+        with told_to_the_user():
+            settings, _ = resolve_settings(project.training, profile, {}, project.folder)
+            processes = resolve_hardware(settings, profile).num_processes
+            plan = plan_training(datasets, settings, processes)
+        context.log.info(f"{plan.steps} steps, {plan.images_per_epoch} images an epoch.")
+        yield dg.MaterializeResult(
+            value=plan,
+            data_version=dg.DataVersion("fits"),
+            metadata=_metadata(plan),
+            check_results=[check_unseen_images(sum(plan.held_out_images.values()))],
+        )
+
+    return training_plan
+
+
+def _metadata(plan: TrainingPlan) -> dict[str, Any]:
+    names = sorted(plan.trained_images.keys() | plan.held_out_images.keys())
+    return {
+        "steps": plan.steps,
+        "batches_per_epoch": plan.batches_per_epoch,
+        "images_per_epoch": plan.images_per_epoch,
+        "datasets": figures_table(
+            ("dataset", "trained images", "held-out images", "appearances an epoch", "repeats raised to"),
+            [
+                (
+                    name,
+                    plan.trained_images.get(name, 0),
+                    plan.held_out_images.get(name, 0),
+                    appearances_range(plan.appearances.get(name)),
+                    plan.raised_repeats.get(name, ""),
+                )
+                for name in names
+            ],
+        ),
+    }

@@ -1,0 +1,128 @@
+"""Mistakes in counts stop a run before anything is encoded; what a plan says is what the training does."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pandas as pd
+import pytest
+
+from sdxl_pipeline.definitions import build_definitions
+from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.protocol.program import StageError
+from sdxl_pipeline.training.plan import PlannedDataset, plan_training
+from tests.conftest import DATASET, draw_picture
+from tests.lanes import SETTINGS, SQUARE, WIDE, make_lane
+
+ENCODERS = ("vae_latents", "text_embeds")
+
+
+def run(folder: Path, instance: dg.DagsterInstance, *last: str) -> dg.ExecuteInProcessResult:
+    """Materialize all that leads to the stages `last` of every dataset, or of the project."""
+    definitions = build_definitions(folder.parent)
+    graph = definitions.resolve_asset_graph()
+    keys = [key for key in graph.get_all_asset_keys() if key.path[-1] in last]
+    return dg.materialize(
+        list(definitions.assets or []),
+        selection=dg.AssetSelection.assets(*keys).upstream(),
+        resources=dict(definitions.resources or {}),
+        instance=instance,
+        raise_on_error=False,
+    )
+
+
+def made(result: dg.ExecuteInProcessResult) -> set[str]:
+    return {event.asset_key.path[-1] for event in result.get_asset_materialization_events()}
+
+
+def failure(result: dg.ExecuteInProcessResult) -> str:
+    (step,) = [event for event in result.all_events if event.is_step_failure]
+    assert step.step_key == "small__training_plan"
+    return str(step.step_failure_data.user_failure_data.description)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"train_batch_size": 9}, r"give 7 pictures an epoch, but one step takes 9"),
+        (
+            {"train_batch_size": 2, "gradient_accumulation_steps": 4},
+            r"one step takes 8: train_batch_size 2 x 1 processes x gradient_accumulation_steps 4",
+        ),
+        (
+            {
+                "train_batch_size": 2,
+                "gradient_accumulation_steps": 3,
+                "max_train_steps": 0,
+                "num_train_epochs": 2,
+                "lr_warmup_steps": 100,
+            },
+            r"lr_warmup_steps is 100, but the training has only 3 steps.*8 batches in num_train_epochs 2.*Write at most 3",
+        ),
+    ],
+)
+def test_counts_that_do_not_fit_stop_before_anything_is_encoded(
+    instance: dg.DagsterInstance, make_project: Callable[..., Path], config: dict[str, Any], message: str
+) -> None:
+    result = run(make_project(pictures=7, config=config), instance, "lora")
+    assert not result.success
+    assert re.search(message, failure(result))
+    assert not made(result) & {*ENCODERS, "lora"}
+
+
+def test_the_images_of_all_datasets_count_together_and_one_mistake_stops_all_encoders(
+    instance: dg.DagsterInstance, make_project: Callable[..., Path]
+) -> None:
+    folder = make_project(pictures=0, config={"train_batch_size": 12, "eval_holdout_share": 0})
+    for name, count in (("people", 5), ("things", 6)):
+        for index in range(count):
+            draw_picture(folder / name, index)
+    entries = [{**DATASET, "id": name, "instance_data_dir": name} for name in ("people", "things")]
+    (folder / "multidatabackend.json").write_text(json.dumps(entries))
+    result = run(folder, instance, "lora")
+    assert "give 11 pictures an epoch, but one step takes 12" in failure(result)
+    assert not made(result) & {*ENCODERS, "lora"}
+
+
+def test_the_plan_shows_what_trains_and_what_is_held_out_and_makes_no_encoder_stale(
+    instance: dg.DagsterInstance, make_project: Callable[..., Path]
+) -> None:
+    folder = make_project(pictures=6, config={"max_train_steps": 5})
+    first = run(folder, instance, "training_plan")
+    (event,) = first.asset_materializations_for_node("small__training_plan")
+    table = str(event.metadata["datasets"].value)
+    (held,) = [
+        check for check in first.get_asset_check_evaluations() if check.check_name == "may_judge_over_fitting"
+    ]
+    assert (held.passed, held.severity) == (False, dg.AssetCheckSeverity.WARN)
+    assert event.metadata["steps"].value == 5
+    assert event.metadata["images_per_epoch"].value == 6
+    assert "| shapes | 6 | 0 | 1 |" in table
+
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_train_steps": 6, "train_batch_size": 1}))
+    second = run(folder, instance, "training_plan")
+    (again,) = second.asset_materializations_for_node("small__training_plan")
+    assert again.metadata["steps"].value == 6
+    assert again.tags["dagster/data_version"] == event.tags["dagster/data_version"]
+
+
+def planned(folder: Path, buckets: list[tuple[int, int]], processes: int = 1, **changes: Any) -> Any:
+    lane = make_lane(folder, buckets=buckets)
+    settings = TrainingSettings(**{"pretrained_model_name_or_path": "model", **SETTINGS, **changes})
+    rows = pd.read_parquet(lane.rows_path)
+    return plan_training([PlannedDataset("shapes", rows, 0, 1.0)], settings, processes)
+
+
+def test_a_lonely_bucket_shows_its_image_once_or_wrapped(tmp_path: Path) -> None:
+    buckets = [SQUARE] * 7 + [WIDE]
+    sizes = {"train_batch_size": 4, "max_train_steps": None, "num_train_epochs": 1}
+    partial = planned(tmp_path / "a", buckets, **sizes)
+    assert (partial.appearances, partial.images_per_epoch, partial.steps) == ({"shapes": (1, 1)}, 8, 3)
+    wrap = planned(tmp_path / "b", buckets, bucket_fill="wrap", **sizes)
+    assert (wrap.appearances, wrap.images_per_epoch, wrap.steps) == ({"shapes": (1, 4)}, 12, 3)
+    with pytest.raises(StageError, match="x 3 processes"):
+        planned(tmp_path / "c", buckets, processes=3, **sizes)
