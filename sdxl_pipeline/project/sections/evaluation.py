@@ -37,7 +37,7 @@ class EvaluationSettings(SettingsModel):
     )
     eval_holdout_share: Annotated[float, Field(ge=0, le=0.5)] = Field(
         0.1,
-        description="Share of each dataset kept out of training for the eval loss when no eval dataset is given.",
+        description="Share of each dataset kept out of training for the eval loss when no eval dataset is given: at least 1 image of 8, 2 of 20.",
     )
 
     @property
