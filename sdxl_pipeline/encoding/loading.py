@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from sdxl_pipeline.images.crops import Crop
-from sdxl_pipeline.images.decoding import UnreadableImage
+from sdxl_pipeline.images.decoding import UnreadableImage, unexpected_as_unreadable
 from sdxl_pipeline.images.pixels import load_crops
 from sdxl_pipeline.protocol.program import StageError
 
@@ -18,10 +18,8 @@ def read_crops(path: Path, key: str | None, crops: Sequence[Crop]) -> list[np.nd
     The file is read once: what is decoded is what was hashed. Raises UnreadableImage, with a reason to show, when it cannot be read or
     decoded, or is no longer the picture whose digest is `key` (None: not looked at).
     """
-    try:
+    with unexpected_as_unreadable():
         data = path.read_bytes()
-    except OSError as error:
-        raise UnreadableImage(f"cannot be read: {error.strerror}") from error
     # an edited picture must not be stored under the old one's key, where it would stay
     if key is not None and sha256(data).hexdigest() != key:
         raise UnreadableImage("changed since the dataset was scanned; materialize the dataset again")

@@ -10,6 +10,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms
 
+from sdxl_pipeline.images.decoding import SAMPLE_BITS
+
 _SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 _LAB = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
 _PROFILE_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}
@@ -18,22 +20,44 @@ _UNIT, _EIGHT_BITS, _SIXTEEN_BITS, _THIRTY_TWO_BITS = 1.0, 255.0, 65535.0, 42949
 
 
 def to_eight_bits(image: Image.Image) -> Image.Image:
-    """The same picture in mode L, RGB, CMYK or LAB: transparency laid over white, palettes looked up, deep pixels scaled down.
+    """Return the same image in mode L, RGB, CMYK or LAB: transparency over white, palettes looked up, deep pixels scaled down.
 
-    Integers of 16 bits are scaled by their full range. Wider ones and floats say nothing of theirs, so it is taken to be the
-    smallest of 16 and 32 bits, or of [0, 1], 8 and 16 bits for floats, that holds all values; a NaN or infinity counts as black.
+    Integers in 16 bits are scaled by the full range of their samples, of 12 bits in some TIFFs. Wider ones and floats do not state
+    theirs, so it is taken to be the smallest of 16 and 32 bits, or of [0, 1], 8 and 16 bits for floats, that holds all values.
     """
+    flat, alpha = split_alpha(image)
+    if alpha is None:
+        return flat
+    layer = Image.merge("RGBA", (*flat.convert("RGB").split(), alpha))
+    over_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layer).convert("RGB")
+    return over_white.convert("L") if flat.mode == "L" else over_white  # as a grey ICC profile expects
+
+
+def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Return the image in 8 bits as `to_eight_bits` does, without its transparency, and its opacity in mode L; None when it is opaque."""
+    if not image.has_transparency_data:
+        return _opaque(image), None
+    if image.mode.startswith("I"):
+        key = image.info["transparency"]
+        opaque = (np.asarray(image) != key).astype(np.uint8) * 255
+        return _opaque(image), Image.fromarray(opaque)
+    if image.mode == "La":  # premultiplied, which Pillow converts to nothing but LA
+        image = image.convert("LA")
+    grey = image.getbands()[0] == "L"
+    *bands, alpha = image.convert("RGBA").split()
+    return (bands[0] if grey else Image.merge("RGB", bands)), alpha
+
+
+def _opaque(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        return _scaled(np.asarray(image), _SIXTEEN_BITS)
+        return _scaled(np.asarray(image), float((1 << image.info.get(SAMPLE_BITS, 16)) - 1))
     if image.mode == "I":
         values = np.asarray(image).view(np.uint32)
         return _scaled(values, _SIXTEEN_BITS if values.max() <= _SIXTEEN_BITS else _THIRTY_TWO_BITS)
     if image.mode == "F":
-        values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+        values = np.asarray(image)
         largest = values.max()
         return _scaled(values, next(r for r in (_UNIT, _EIGHT_BITS, _SIXTEEN_BITS, largest) if largest <= r))
-    if image.has_transparency_data:
-        return _over_white(image)
     if image.mode == "LAB" or image.mode in _PROFILE_SPACES:
         return image
     return image.convert("L" if image.mode == "1" else "RGB")  # P, YCbCr, HSV
@@ -84,13 +108,6 @@ def _usable_profile(mode: str, icc_profile: bytes | None) -> ImageCms.ImageCmsPr
     except (OSError, ValueError):  # no profile at all, or bytes in its header where letters belong
         return None
     return profile if colour_space == _PROFILE_SPACES[mode] else None
-
-
-def _over_white(image: Image.Image) -> Image.Image:
-    flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
-    return (
-        flat.convert("L") if image.getbands()[0] == "L" else flat
-    )  # grey stays grey, as a grey ICC profile expects
 
 
 def _scaled(values: np.ndarray, full_range: float) -> Image.Image:

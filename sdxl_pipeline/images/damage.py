@@ -1,9 +1,9 @@
 """Damage in the middle of a picture's data, which Pillow glosses over.
 
 Pillow raises at missing data, and at little else: a JPEG with a hole of zeros in it, as a failing disk or a broken copy leaves behind,
-becomes without complaint a picture that is grey or shifted from there on. libjpeg notices, and warns; `simplejpeg` hands that warning
-on. A PNG has checksums over its pixels, which Pillow does not compare. WebP, GIF, BMP and TIFF have nothing to compare with: of those,
-only what their decoders refuse is found.
+becomes without complaint an image that is grey or shifted from there on. libjpeg notices, and warns; `simplejpeg` hands that warning
+on. A PNG has checksums over its pixels, which Pillow does not compare. The other formats have nothing to compare with: of those, only
+what their decoders refuse is found.
 """
 
 import re
@@ -12,7 +12,8 @@ import zlib
 
 import numpy as np
 
-_DAMAGED, _TRUNCATED = "damaged picture", "truncated"
+from sdxl_pipeline.images.decoding import DAMAGED, TRUNCATED
+
 _PADDING_BYTES = 16
 # libjpeg's warnings (jerror.h, JWRN_*) about coded data that is not what any encoder writes
 _JPEG_DAMAGE = re.compile(
@@ -43,7 +44,7 @@ def decode_jpeg_small(data: bytes, smallest_edge: int) -> np.ndarray | str | Non
     except ValueError as error:
         found = _JPEG_DAMAGE.search(str(error))
         if found is not None and int(found["bytes"] or _PADDING_BYTES + 1) > _PADDING_BYTES:
-            return _TRUNCATED if found["truncated"] else _DAMAGED
+            return TRUNCATED if found["truncated"] else DAMAGED
     try:
         return simplejpeg.decode_jpeg(data, "RGB", strict=False, **size)
     except ValueError:
@@ -61,6 +62,6 @@ def png_damage(data: bytes) -> str:
         if kind == b"IEND" or end + 4 > len(data):
             break
         if kind == b"IDAT" and zlib.crc32(view[position + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
-            return _DAMAGED
+            return DAMAGED
         position = end + 4
     return ""

@@ -1,40 +1,47 @@
-"""Opening pictures from their bytes: which container, how large, whether complete, and why not.
+"""Opening images from their bytes: which format, how large, whether complete, and why not.
 
-The format is told by the content, never by the file's extension. Only the six formats below are tried, so that no other of Pillow's
-parsers meets a user's file.
+Whatever a decoder raises becomes an UnreadableImage with a reason, so that one file never stops the work on the others.
 """
 
+import ctypes
 import io
+import re
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
-from PIL import (  # the plugins register themselves
-    BmpImagePlugin,  # noqa: F401
-    ExifTags,
-    GifImagePlugin,  # noqa: F401
-    Image,
-    ImageFile,
-    JpegImagePlugin,  # noqa: F401
-    PngImagePlugin,  # noqa: F401
-    TiffImagePlugin,  # noqa: F401
-    WebPImagePlugin,  # noqa: F401
-)
+import numpy as np
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+from sdxl_pipeline.images.formats import FORMATS, HEAD_BYTES, MissingDecoderError, format_of, opener
+from sdxl_pipeline.images.memory_budget import pixel_memory
+
 MAX_PIXELS = 178_956_970
-"""The largest picture that is decoded, to 512 MiB of RGB: Pillow's own limit too. A small file may unpack to more memory than the
+"""The largest image that is decoded, to 512 MiB of RGB: Pillow's own limit too. A small file may unpack to more memory than the
 machine has; cameras of 150 megapixels stay below."""
+MAX_TEXT_BYTES: Final = 100 << 20
+"""The most that a PNG's text, XMP or ICC profile may unpack to. Pillow's own limit of 1 MiB is below what editors write."""
+
+DAMAGED, TRUNCATED = "damaged image", "truncated"
+SAMPLE_BITS: Final = "sample_bits"
+"""Key of `Image.info`: the bits of a sample, where a mode of 16 bits holds samples of fewer."""
+
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT_BYTES
+# Pillow's remarks on metadata name no file, and a file whose pixels cannot be used is reported with a reason.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+with suppress(OSError, AttributeError):  # a build of Pillow without libtiff, or with it inside
+    # libtiff writes a line to stderr for each tag it does not know. Its errors stay.
+    ctypes.CDLL(Image.core.__file__)["TIFFSetWarningHandler"](None)
 
 _TOO_LARGE = (
     f"more than {MAX_PIXELS // 10**6} million pixels, too large to decode safely (a decompression bomb?)"
 )
-
-_SIGNATURE_BYTES = 16
-_SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-# What Pillow's parsers raise on damaged input, depending on where the damage lies.
+_NO_MEMORY = "not enough memory to decode it"
+# What decoders raise on purpose for a file they cannot use.
 _DECODER_ERRORS = (
     OSError,
     SyntaxError,
@@ -43,16 +50,26 @@ _DECODER_ERRORS = (
     LookupError,
     ArithmeticError,
     EOFError,
+    RuntimeError,
     struct.error,
     zlib.error,
 )
-# What its plugins raise for a file of another format, and Image.open goes on to the next one after.
-_ANOTHER_FORMAT = (SyntaxError, IndexError, TypeError, struct.error)
+_UNSUPPORTED = re.compile(
+    r"unsupported|not (yet )?supported|unknown (?!error)|cannot handle|not available|unable to determine|cannot find loader|"
+    "not implemented|codec configuration",
+    re.IGNORECASE,
+)
+_CUT = re.compile(
+    r"truncated|incomplete|not enough (image )?data|only got \d+|reached eof|unexpected end|end of file",
+    re.IGNORECASE,
+)
+_FORMAT_NAMES = {"MPO": "JPEG", "PPM": "PNM"}
 # A PNG may carry its orientation after the pixels, where Pillow finds it only by decoding them; so look for these chunks first.
 _PNG_EXIF = b"eXIf"
 _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _PNG_EXIF_TEXTS = (b"Raw profile type", b"XML:com.adobe.xmp")
-# How to turn a picture upright, by its EXIF orientation (CIPA DC-008, tag 0x0112); 5 to 8 swap width and height.
+_PNG_DEPTH = 24  # where a PNG's header has the bits of a sample
+# How to turn an image upright, by its EXIF orientation (CIPA DC-008, tag 0x0112); 5 to 8 swap width and height.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -65,24 +82,52 @@ _TURNS = {
 
 
 class UnreadableImage(Exception):  # noqa: N818 - names the state of the file, not a fault of the program
-    """A file that gives no picture. `reason` is a short name that files of the same kind share."""
+    """A file that gives no image. `reason` is a short text, which files of the same kind share."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, lasting: bool = True) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.lasting = lasting
+        """Whether the same content will fail again; False for a failure of this program or machine."""
 
 
 @dataclass(frozen=True)
 class PictureHeader:
-    """What is known of a picture without decoding it. Sizes in pixels, after the EXIF orientation."""
+    """What is known of an image without decoding it. Sizes in pixels, after the EXIF orientation."""
 
     height: int
     width: int
     format: str
 
 
+@contextmanager
+def unexpected_as_unreadable() -> Iterator[None]:
+    """Turn anything that work on one file raises into UnreadableImage, so that the file is reported and the others go on.
+
+    A lack of memory counts as the file's own: large files are decoded in turn, so the next one may well fit. What stops a program
+    (KeyboardInterrupt, SystemExit, Dagster's interrupts) passes; a panic of a decoder written in Rust, which derives from
+    BaseException too, does not.
+    """
+    try:
+        yield
+    except UnreadableImage:
+        raise
+    except OSError as error:
+        raise UnreadableImage(
+            f"cannot be read: {error.strerror or _one_line(error)}", lasting=False
+        ) from error
+    except MemoryError as error:
+        raise UnreadableImage(_NO_MEMORY, lasting=False) from error
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
+        text = f"{type(error).__name__}: {_one_line(error)}".rstrip(": ")
+        raise UnreadableImage(f"unexpected error while decoding it: {text}", lasting=False) from error
+
+
+@unexpected_as_unreadable()
 def read_header(data: bytes | BinaryIO) -> PictureHeader:
-    """Size and format of the picture in `data`, after checking that the file is all there.
+    """Return size and format of the image in `data`, after checking that the file is complete.
 
     The container's structure is checked, which costs next to nothing; only when that looks incomplete, or has none to check, is
     the first frame decoded. That is also done when `data` is an open file, which is for those too large to hold in memory.
@@ -90,81 +135,102 @@ def read_header(data: bytes | BinaryIO) -> PictureHeader:
     """
     with open_picture(data) as image:
         name = _format_name(image)
-        if not isinstance(data, bytes):
-            decode(image)
-        height, width = _upright_size(image, data)
-        if isinstance(data, bytes) and not _looks_complete(data, name):
-            decode(image)
+        if not isinstance(data, bytes) or not _looks_complete(data, name):
+            with pixel_memory(image):
+                decode(image)
+                height, width = _upright_size(image, data)
+        else:
+            height, width = _upright_size(image, data)
     return PictureHeader(height, width, name)
 
 
 def open_picture(data: bytes | BinaryIO) -> ImageFile.ImageFile:
-    """The picture in `data` (bytes or an open file), its pixels not decoded yet, at its first frame.
+    """Return the image in `data` (bytes or an open file) at its first frame, its pixels not decoded yet.
 
-    Raises UnreadableImage for what is no picture of a known format, and for one of more than MAX_PIXELS.
+    Raises UnreadableImage for what is no image of a format of FORMATS, and for one of more than MAX_PIXELS.
     """
     file = io.BytesIO(data) if isinstance(data, bytes) else data
-    start = file.read(_SIGNATURE_BYTES)
-    if not start:
+    head = file.read(HEAD_BYTES)
+    if not head:
         raise UnreadableImage("empty file")
+    name = format_of(head)
+    if name not in FORMATS:
+        raise UnreadableImage(f"image format {name} is not supported" if name else "content is not an image")
     try:
-        image = _identify(file, start)
+        factory = opener(name, head)
+    except MissingDecoderError as error:
+        raise UnreadableImage(str(error), lasting=False) from error
+    file.seek(0)
+    try:
+        # The decoder is called directly: Image.open warns of each image above half of MAX_PIXELS, and any other code of this
+        # process may move its limit.
+        image = factory(file, "")
     except Image.DecompressionBombError as error:
         raise UnreadableImage(_TOO_LARGE) from error
     except _DECODER_ERRORS as error:
-        incomplete = start.startswith(b"RIFF") and not _webp_complete(start, file.seek(0, io.SEEK_END))
-        raise _unreadable(error, truncated=incomplete) from error
-    if image is None:
-        known = start.startswith(_SIGNATURES)
-        raise UnreadableImage("damaged or unsupported picture" if known else "content is not an image")
+        raise _unreadable(error, name, _ends_early(file, name)) from error
     if image.width * image.height > MAX_PIXELS:
         raise UnreadableImage(f"{image.width}x{image.height} pixels are {_TOO_LARGE}")
+    _note_samples(image, head)
     return image
 
 
-def _identify(file: BinaryIO, start: bytes) -> ImageFile.ImageFile | None:
-    """The picture as the first of FORMATS that takes it opens it.
-
-    Pillow's plugins are asked one by one rather than through Image.open, which warns of each picture above half of MAX_PIXELS and
-    whose limit any other code of this process may move.
-    """
-    for name in FORMATS:
-        factory, accept = Image.OPEN[name]
-        accepted = accept is None or accept(start)
-        # a text says that this build of Pillow lacks the decoder
-        if not accepted or isinstance(accepted, str):
-            continue
-        file.seek(0)
-        try:
-            return factory(file, "")
-        except _ANOTHER_FORMAT:
-            continue
-    return None
-
-
 def decode(image: ImageFile.ImageFile) -> None:
-    """Decode the pixels of the current frame. Raises UnreadableImage naming a truncated or damaged file."""
+    """Decode the pixels of the current frame. Raises UnreadableImage for a file that cannot be decoded, and for pixels that are NaN."""
     try:
         image.load()
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(_TOO_LARGE) from error
     except _DECODER_ERRORS as error:
-        raise _unreadable(error) from error
+        raise _unreadable(error, _format_name(image)) from error
+    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+        raise UnreadableImage("some of its pixels are NaN or infinite")
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """A decoded picture as it is meant to be seen: turned and mirrored by its EXIF orientation."""
+    """Return a decoded image as it is meant to be seen: turned and mirrored by its EXIF orientation."""
     turn = _TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
-def _unreadable(error: Exception, truncated: bool = False) -> UnreadableImage:
-    return UnreadableImage(
-        "truncated" if truncated or "truncated" in str(error).lower() else "damaged picture"
-    )
+def _unreadable(error: Exception, name: str, cut: bool = False) -> UnreadableImage:
+    """Why a decoder refused a file. Damage is only reported where neither a limit nor something unsupported is the cause."""
+    message = _one_line(error)
+    # Pillow's base class turns these into SyntaxError; TIFF's plugin looks its compressions up in a dictionary.
+    missing = isinstance(error.__cause__ or error, KeyError)
+    if cut or _CUT.search(message):
+        return UnreadableImage(TRUNCATED)
+    if "MAX_TEXT" in message:
+        return UnreadableImage(f"more than {MAX_TEXT_BYTES >> 20} MiB of text or profiles in a PNG")
+    if "out of memory" in message:
+        return UnreadableImage(_NO_MEMORY, lasting=False)
+    if missing or _UNSUPPORTED.search(message):
+        return UnreadableImage(f"unsupported kind of {name}: {message}")
+    return UnreadableImage(DAMAGED)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _format_name(image: ImageFile.ImageFile) -> str:
-    # a phone's JPEG with a second picture behind the first is opened as MPO
-    return "JPEG" if image.format == "MPO" else str(image.format)
+    # a phone's JPEG with a second image behind the first is opened as MPO
+    return _FORMAT_NAMES.get(str(image.format), str(image.format))
+
+
+def _note_samples(image: ImageFile.ImageFile, head: bytes) -> None:
+    """Write into `image.info` what Pillow knows of samples and does not apply: their bits, and the transparent value in 8 bits."""
+    if image.format == "TIFF" and image.mode.startswith("I;16"):
+        image.info[SAMPLE_BITS] = int(image.tag_v2.get(258, (16,))[0])  # type: ignore[attr-defined]
+    key = image.info.get("transparency")
+    if image.format != "PNG" or key is None:
+        return
+    bits = head[_PNG_DEPTH]
+    if image.mode == "L":
+        largest = (1 << bits) - 1
+        image.info["transparency"] = (key & largest) * 255 // largest
+    elif image.mode == "RGB" and bits == 16:  # of which Pillow keeps the upper halves
+        image.info["transparency"] = tuple(value >> 8 for value in key)
 
 
 def _upright_size(image: ImageFile.ImageFile, data: bytes | BinaryIO) -> tuple[int, int]:
@@ -177,6 +243,8 @@ def _upright_size(image: ImageFile.ImageFile, data: bytes | BinaryIO) -> tuple[i
 
 
 def _orientation(image: Image.Image) -> int:
+    if image.format == "JXL" and not getattr(image, "jpeg", False):
+        return 1  # its decoder has turned it, and the EXIF orientation is a leftover (ISO/IEC 18181-2)
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except _DECODER_ERRORS:  # broken metadata says nothing about the pixels, which may be sound
@@ -192,9 +260,47 @@ def _looks_complete(data: bytes, format_name: str) -> bool:
             return _jpeg_complete(data)
         case "WEBP":
             return _webp_complete(data, len(data))
+        case "AVIF" | "HEIF":
+            return _boxes_end(io.BytesIO(data)) == len(data)
         case "GIF":
             return data.rstrip(b"\0").endswith(b";")  # the trailer; some writers pad after it
     return False
+
+
+def _ends_early(file: BinaryIO, name: str) -> bool:
+    """Whether a file, by its own structure, should be longer than it is."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    head = file.read(HEAD_BYTES)
+    match name:
+        case "PNG":
+            file.seek(0)
+            return not _looks_complete(file.read(), name)
+        case "WEBP":
+            return not _webp_complete(head, size)
+        case "TIFF" if len(head) >= 8:
+            order = "<" if head.startswith(b"II") else ">"
+            big = head[2:4] in (b"+\0", b"\0+")
+            return bool(struct.unpack_from(order + ("Q" if big else "I"), head, 8 if big else 4)[0] >= size)
+        case "AVIF" | "HEIF":
+            return _boxes_end(file) > size
+    return size < 16
+
+
+def _boxes_end(file: BinaryIO) -> int:
+    """Where the boxes of an ISO media file end, by their lengths; 0 when the last one does not tell."""
+    size = file.seek(0, io.SEEK_END)
+    position = 0
+    while position + 8 <= size:
+        file.seek(position)
+        header = file.read(16)
+        length = int.from_bytes(header[:4], "big")
+        if length == 1:
+            length = int.from_bytes(header[8:16], "big")
+        if length < 8:
+            return 0
+        position += length
+    return position if position >= size else size + 1
 
 
 def _png_may_be_turned(data: bytes) -> bool:
@@ -218,7 +324,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int]]:
 
 
 def _jpeg_complete(data: bytes) -> bool:
-    # An embedded thumbnail has an end marker of its own, so step over the segments before looking for the picture's.
+    # An embedded thumbnail has an end marker of its own, so step over the segments before looking for the image's.
     position = 2
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]

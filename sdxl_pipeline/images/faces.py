@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from sdxl_pipeline.images.decoding import UnreadableImage
+from sdxl_pipeline.images.decoding import UnreadableImage, unexpected_as_unreadable
 from sdxl_pipeline.images.pixels import load_upright
 from sdxl_pipeline.project.datasets import ImageDataset
 from sdxl_pipeline.store.files import atomic_path, sha256_file
@@ -113,9 +113,10 @@ def largest_face(picture: Image.Image) -> tuple[int, int, int, int]:
 def _search(path: Path, key: str) -> tuple[int, int, int, int] | None:
     """The largest face in a file, or None when it no longer is the picture that was scanned."""
     try:
-        # what is found in an edited picture must not be kept under the old one's key
-        return largest_face(load_upright(path)) if sha256_file(path) == key else None
-    except (UnreadableImage, OSError):
+        with unexpected_as_unreadable():
+            # what is found in an edited image must not be kept under the old one's key
+            return largest_face(load_upright(path)) if sha256_file(path) == key else None
+    except UnreadableImage:
         return None
 
 

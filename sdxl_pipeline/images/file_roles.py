@@ -4,27 +4,8 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_PICTURE_SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"}
-)
-_OTHER_PICTURE_SUFFIXES = frozenset(
-    {
-        ".heic",
-        ".heif",
-        ".avif",
-        ".jxl",
-        ".jp2",
-        ".psd",
-        ".svg",
-        ".exr",
-        ".hdr",
-        ".tga",
-        ".ico",
-        ".ppm",
-        ".pgm",
-    }
-    | {".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"}
-)
+from sdxl_pipeline.images.formats import IMAGE_SUFFIXES, OTHER_SUFFIXES
+
 CAPTION_SUFFIXES = (".txt", ".caption")
 """Extensions of caption files, the first of which goes before the second; kohya's trainers and captioning tools write the latter."""
 SHADOWED = "caption file is not read beside one with the extension"
@@ -58,8 +39,8 @@ def file_roles(paths: Sequence[str], problems: Sequence[str], table: str | None 
     owners: set[str] = set()  # a caption belongs to its picture even when that picture is left out
     for position, path in enumerate(paths):
         stem, suffix = split_suffix(path)
-        is_picture = suffix in _PICTURE_SUFFIXES
-        if is_picture or suffix in _OTHER_PICTURE_SUFFIXES:
+        is_picture = suffix in IMAGE_SUFFIXES
+        if is_picture or suffix in OTHER_SUFFIXES:
             owners.add(stem)
         if problems[position]:
             left_out[position] = problems[position]
@@ -75,8 +56,8 @@ def file_roles(paths: Sequence[str], problems: Sequence[str], table: str | None 
                 left_out[other] = f"{SHADOWED} {_suffix(paths[read])}"
         elif path == table:
             left_out[position] = "caption table"
-        elif suffix in _OTHER_PICTURE_SUFFIXES:
-            left_out[position] = f"picture format {suffix} is not supported"
+        elif suffix in OTHER_SUFFIXES:
+            left_out[position] = f"image format {suffix} is not supported"
         else:
             left_out[position] = "not an image"
     accented = {_composed(stem): position for stem, position in texts.items() if not stem.isascii()}

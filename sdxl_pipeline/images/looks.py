@@ -5,14 +5,11 @@ What was found is kept in a table by the content of the pictures, so a picture i
 
 import hashlib
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,20 +17,25 @@ from PIL import Image
 
 from sdxl_pipeline.images.colour import to_eight_bits, to_srgb
 from sdxl_pipeline.images.damage import decode_jpeg_small, png_damage
-from sdxl_pipeline.images.decoding import UnreadableImage, decode, open_picture, upright
+from sdxl_pipeline.images.decoding import (
+    UnreadableImage,
+    decode,
+    open_picture,
+    unexpected_as_unreadable,
+    upright,
+)
+from sdxl_pipeline.images.memory_budget import Budget, pixel_memory
 from sdxl_pipeline.store.files import atomic_path
 
 CHANGED = "changed while the dataset was scanned; materialize the dataset again"
 SAVE_SECONDS = 30.0
 """How often the table is written: a kill loses no more work than this."""
 
-_VERSION_ENTRY, _VERSION = b"looks_version", b"1"  # raise it when what is found in a picture changes
+_VERSION_ENTRY, _VERSION = b"looks_version", b"2"  # raise it when what is found in a picture changes
 _BATCH = 1024
 _SMALLEST_EDGE = 128
 _GRID = 4  # parts across and down that a picture's colours are taken of
 _FILE_BYTES_AT_ONCE = 1 << 30
-_BYTES_AT_ONCE = 3 << 30
-_BYTES_PER_PIXEL = 12  # of a decoded 16-bit picture while it is brought to 8 bits, which takes most
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ def _look_at_all(
     import imagehash  # noqa: F401 - imported before the threads that need it
 
     found: dict[str, _Look] = {}
-    budget = _Budgets(_Budget(_FILE_BYTES_AT_ONCE), _Budget(_BYTES_AT_ONCE))
+    budget = Budget(_FILE_BYTES_AT_ONCE)
     items = list(waiting.items())
     saved = time.monotonic()
     with ThreadPoolExecutor(min(8, max(2, os.cpu_count() or 2)), thread_name_prefix="look") as pool:
@@ -103,26 +105,25 @@ def _look_at_all(
     return found
 
 
-def _look_at_one(folder: Path, key: str, paths: list[str], budget: "_Budgets") -> _Look:
+def _look_at_one(folder: Path, key: str, paths: list[str], budget: Budget) -> _Look:
     """Look at the content `key`, at the first of its paths that still has it."""
     look = _Look(problem=CHANGED, lasting=False)
     for path in paths:
         try:
-            with budget.files.taking((folder / path).stat().st_size):
+            with unexpected_as_unreadable(), budget.taking((folder / path).stat().st_size):
                 data = (folder / path).read_bytes()
                 if hashlib.sha256(data).hexdigest() == key:
-                    return _Look(phash=_look(data, budget.pixels))
-        except UnreadableImage as error:
-            return _Look(problem=error.reason)
-        except OSError as error:
-            look = _Look(problem=f"cannot be read: {error.strerror}", lasting=False)
-        else:
+                    return _Look(phash=_look(data))
             look = _Look(problem=CHANGED, lasting=False)
+        except UnreadableImage as error:
+            look = _Look(problem=error.reason, lasting=error.lasting)
+            if error.lasting:
+                break
     return look
 
 
-def _look(data: bytes, budget: "_Budget") -> str:
-    """The hash of the picture in `data`. Raises UnreadableImage naming what is wrong with it."""
+def _look(data: bytes) -> str:
+    """Return the hash of the image in `data`. Raises UnreadableImage naming what is wrong with it."""
     with open_picture(data) as image:
         if image.format in ("JPEG", "MPO"):
             pixels = decode_jpeg_small(data, _SMALLEST_EDGE)
@@ -137,7 +138,7 @@ def _look(data: bytes, budget: "_Budget") -> str:
             image.draft(None, (_SMALLEST_EDGE, _SMALLEST_EDGE))
         elif image.format == "PNG" and (reason := png_damage(data)):
             raise UnreadableImage(reason)
-        with budget.taking(image.width * image.height * _BYTES_PER_PIXEL):
+        with pixel_memory(image):
             decode(image)
             return look_of(_shrunk(image))
 
@@ -161,8 +162,8 @@ def look_of(image: Image.Image) -> str:
 def _shrunk(image: Image.Image) -> Image.Image:
     """A decoded picture at a fraction of its size, where that can be had without converting it first."""
     factor = min(image.size) // _SMALLEST_EDGE
-    plain = image.mode in ("L", "LA", "RGBA", "CMYK") or (
-        image.mode == "RGB" and not image.has_transparency_data
+    plain = image.mode in ("LA", "RGBA", "CMYK") or (
+        image.mode in ("L", "RGB") and not image.has_transparency_data
     )
     return image.reduce(factor) if plain and factor > 1 else image
 
@@ -211,32 +212,3 @@ def _write_table(path: Path, known: pd.DataFrame, found: dict[str, _Look]) -> No
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), _VERSION_ENTRY: _VERSION})
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary)
-
-
-class _Budget:
-    """Memory that threads share: whoever wants more than is left waits; one that wants more than there is goes alone."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._taken = 0
-        self._freed = threading.Condition()
-
-    @contextmanager
-    def taking(self, amount: int) -> Iterator[None]:
-        amount = min(amount, self._limit)
-        with self._freed:
-            self._freed.wait_for(lambda: self._taken + amount <= self._limit)
-            self._taken += amount
-        try:
-            yield
-        finally:
-            with self._freed:
-                self._taken -= amount
-                self._freed.notify_all()
-
-
-class _Budgets(NamedTuple):
-    """Taken in this order, so that no two threads wait for each other."""
-
-    files: _Budget
-    pixels: _Budget

@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageChops
 
-from sdxl_pipeline.images.colour import to_eight_bits, to_srgb
+from sdxl_pipeline.images.colour import split_alpha, to_srgb
 from sdxl_pipeline.images.crops import Crop
-from sdxl_pipeline.images.decoding import upright
+from sdxl_pipeline.images.decoding import unexpected_as_unreadable, upright
 from sdxl_pipeline.images.digests import frame_digest
 from sdxl_pipeline.images.file_roles import split_suffix
 from sdxl_pipeline.images.pixels import crop_window, decoded, load_upright
@@ -92,6 +92,7 @@ def pair_masks(pictures: pd.DataFrame, masks: pd.DataFrame) -> MaskPairs:
     )
 
 
+@unexpected_as_unreadable()
 def mask_crop(mask: Path | bytes, crop: Crop, kind: MaskKind) -> np.ndarray:
     """What a crop of a mask is worth at each place of the latents, from 0 (ignored) to 1: float32, (bucket_h / 8, bucket_w / 8).
 
@@ -113,6 +114,7 @@ def mask_crop(mask: Path | bytes, crop: Crop, kind: MaskKind) -> np.ndarray:
     return np.asarray(total / (255 * LATENT_SCALE**2), dtype=np.float32)
 
 
+@unexpected_as_unreadable()
 def overlaid(picture: Path, mask: Path, kind: MaskKind, longest_edge: int = 448) -> Image.Image:
     """The upright picture, with what its mask ignores darkened towards red. Raises UnreadableImage."""
     shown = load_upright(picture, longest_edge)
@@ -129,12 +131,10 @@ def _grey(mask: Path | bytes, kind: MaskKind) -> Image.Image:
     What is transparent is not there, and so ignored.
     """
     with decoded(mask) as image:
-        image = upright(image)
-        deep = image.mode.startswith("I") or image.mode == "F"
-        transparent = image.has_transparency_data and not deep
-        bands = (image.convert("RGBA") if transparent else to_srgb(to_eight_bits(image), None)).split()
-    grey = bands[0] if kind == "mask" else reduce(ImageChops.lighter, bands[:3])
-    return ImageChops.multiply(grey, bands[3]) if transparent else grey
+        flat, alpha = split_alpha(upright(image))
+    bands = to_srgb(flat, None).split()
+    grey = bands[0] if kind == "mask" else reduce(ImageChops.lighter, bands)
+    return grey if alpha is None else ImageChops.multiply(grey, alpha)
 
 
 def _candidates(pictures: pd.DataFrame, masks: pd.DataFrame) -> list[tuple[str, Sequence[tuple[str, int]]]]:

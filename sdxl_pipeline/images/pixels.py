@@ -8,7 +8,13 @@ from PIL import Image
 
 from sdxl_pipeline.images.colour import to_eight_bits, to_srgb
 from sdxl_pipeline.images.crops import Crop
-from sdxl_pipeline.images.decoding import UnreadableImage, decode, open_picture, upright
+from sdxl_pipeline.images.decoding import (
+    UnreadableImage,
+    decode,
+    open_picture,
+    unexpected_as_unreadable,
+    upright,
+)
 
 
 def load_crop(picture: Path | bytes, crop: Crop) -> np.ndarray:
@@ -23,6 +29,7 @@ def load_crop(picture: Path | bytes, crop: Crop) -> np.ndarray:
     return load_crops(picture, [crop])[0]
 
 
+@unexpected_as_unreadable()
 def load_crops(picture: Path | bytes, crops: Sequence[Crop]) -> list[np.ndarray]:
     """`load_crop` of several crops of one picture, which is decoded once."""
     with decoded(picture) as image:
@@ -61,6 +68,7 @@ def crop_window(crop: Crop, height: int, width: int) -> tuple[float, float, floa
     return (*window[:2], min(window[2], width), min(window[3], height))
 
 
+@unexpected_as_unreadable()
 def load_upright(path: Path, longest_edge: int | None = None) -> Image.Image:
     """The whole picture as it is meant to be seen, in mode RGB (sRGB), shrunk so that no edge exceeds `longest_edge`.
 
@@ -76,10 +84,8 @@ def load_upright(path: Path, longest_edge: int | None = None) -> Image.Image:
 
 def decoded(picture: Path | bytes) -> Image.Image:
     """The first frame of a picture, given as its file or the file's content, as it is stored. Raises UnreadableImage."""
-    try:
+    with unexpected_as_unreadable():
         data = picture if isinstance(picture, bytes) else picture.read_bytes()
-    except OSError as error:
-        raise UnreadableImage(f"cannot be read: {error.strerror}") from error
     image = open_picture(data)
     decode(image)
     return image

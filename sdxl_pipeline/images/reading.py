@@ -4,11 +4,12 @@ What is read belongs together: when the file turns out to have changed, or to ha
 """
 
 import hashlib
+import logging
 import os
 from typing import BinaryIO, NamedTuple
 
 from sdxl_pipeline.images.captions import TOO_LARGE, UNREADABLE
-from sdxl_pipeline.images.decoding import UnreadableImage, read_header
+from sdxl_pipeline.images.decoding import UnreadableImage, read_header, unexpected_as_unreadable
 from sdxl_pipeline.images.text_files import decode_text
 
 LARGE = 32 << 20
@@ -16,6 +17,7 @@ LARGE = 32 << 20
 MAX_TEXT = 1 << 20
 """The largest caption file, in bytes."""
 
+_log = logging.getLogger(__name__)
 _ATTEMPTS = 3
 _PIECE = 1 << 20
 CHANGED = "changed while it was read"
@@ -41,7 +43,15 @@ class ReadFile(NamedTuple):
 
 
 def read_picture(path: str) -> ReadFile:
-    """Digest, size and format of the picture at `path`, or why not."""
+    """Return digest, size and format of the image at `path`, or why there are none. Raises nothing, whatever the file is."""
+    try:
+        with unexpected_as_unreadable():
+            return _read_picture(path)
+    except UnreadableImage as error:
+        return ReadFile(unreadable=error.reason)
+
+
+def _read_picture(path: str) -> ReadFile:
     for _ in range(_ATTEMPTS):
         try:
             with open(path, "rb") as file:  # noqa: PTH123 - a Path for each of a million files costs more than opening it
@@ -56,7 +66,16 @@ def read_picture(path: str) -> ReadFile:
 
 
 def read_text(path: str) -> ReadFile:
-    """The text of the caption file at `path`, or why not."""
+    """Return the text of the caption file at `path`, or why there is none. Raises nothing, whatever the file is."""
+    try:
+        with unexpected_as_unreadable():
+            return _read_text(path)
+    except UnreadableImage as error:
+        _log.warning("%s: %s", path, error.reason)
+        return ReadFile(text_status=UNREADABLE)
+
+
+def _read_text(path: str) -> ReadFile:
     for _ in range(_ATTEMPTS):
         try:
             with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - see above

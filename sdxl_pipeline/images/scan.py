@@ -152,7 +152,7 @@ def _list_folder(dataset: ImageDataset, folder: Path, may_be_empty: bool) -> pd.
         ) from error
     if files.empty and not may_be_empty:
         raise DatasetFolderError(
-            f"{where} is empty. Put pictures into it (PNG, JPEG, WebP, BMP, GIF or TIFF), or set disabled: true on this dataset."
+            f"{where} is empty. Put images into it (PNG, JPEG, WebP, AVIF or others of docs/datasets.md), or set disabled: true on this dataset."
         )
     return files
 

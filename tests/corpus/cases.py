@@ -127,10 +127,10 @@ def _cut() -> Iterator[Case]:
     hole[len(hole) // 2 :][:512] = bytes(512)
     middle = len(hole) // 2
     hole[middle : middle + 512] = bytes(512)
-    yield broken("a hole in a JPEG", bytes(hole), "damaged picture", "hole.jpg")
+    yield broken("a hole in a JPEG", bytes(hole), "damaged image", "hole.jpg")
     flipped = bytearray(files["png"])
     flipped[len(flipped) // 2] ^= 1
-    yield broken("a flipped bit in a PNG", bytes(flipped), "damaged picture", "flipped.png")
+    yield broken("a flipped bit in a PNG", bytes(flipped), "damaged image", "flipped.png")
 
 
 def _contents() -> Iterator[Case]:
@@ -147,8 +147,9 @@ def _contents() -> Iterator[Case]:
     yield broken(
         "a web page", b"<!DOCTYPE html><title>404</title>", "content is not an image", "not found.jpg"
     )
-    yield broken("only a signature", b"\x89PNG\r\n\x1a\n", "damaged or unsupported picture", "signature.png")
-    yield broken("another format", b"P5 1 1 255 \0", "picture format .pgm is not supported", "portable.pgm")
+    yield broken("only a signature", b"\x89PNG\r\n\x1a\n", "truncated", "signature.png")
+    yield broken("another format", b"8BPS", "image format .psd is not supported", "layers.psd")
+    yield broken("another format's content", b"8BPS\0\1", "image format PSD is not supported", "layers.png")
     others = [picture.transpose(Image.Transpose.ROTATE_180), Image.new("RGB", SIZE, "red")]
     gif = encoded(picture, "GIF", save_all=True, append_images=others, duration=100, loop=0)
     yield sound("an animated GIF", gif, picture.quantize(256).convert("RGB"), 4, "moving.gif")

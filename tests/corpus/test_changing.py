@@ -103,7 +103,6 @@ def test_a_file_that_changes_during_the_scan_is_taken_in_one_state_or_named(data
             else:
                 assert row["reason"] in {
                     "changed while it was read", "vanished during the scan", "truncated", "empty file",
-                    "damaged or unsupported picture",
                 }  # fmt: skip
     assert "kept" in seen or write is overwritten
 

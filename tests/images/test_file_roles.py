@@ -48,9 +48,9 @@ def test_kohyas_extension_is_a_caption_file_after_txt():
 
 
 def test_the_caption_of_a_picture_that_is_left_out_is_left_with_it():
-    assert captioned("a.heic", "a.txt", "b.txt") == (
+    assert captioned("a.psd", "a.txt", "b.txt") == (
         {},
-        {"a.heic": "picture format .heic is not supported", "b.txt": "caption without picture"},
+        {"a.psd": "image format .psd is not supported", "b.txt": "caption without picture"},
     )
     assert captioned("a.png", "a.jpg", "a.txt")[0] == {"a.png": "a.txt", "a.jpg": "a.txt"}
     assert captioned("x/a.png", "y/a.txt") == ({}, {"y/a.txt": "caption without picture"})

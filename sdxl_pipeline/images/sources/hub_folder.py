@@ -9,10 +9,10 @@ from typing import Final
 
 from sdxl_pipeline.images.captions import captions_in
 from sdxl_pipeline.images.file_roles import CAPTION_SUFFIXES, file_roles
+from sdxl_pipeline.images.formats import IMAGE_SUFFIXES
 from sdxl_pipeline.images.sources.fetched import SourceError
 from sdxl_pipeline.images.sources.hub_captions import caption_columns, captions_of_row
 from sdxl_pipeline.images.sources.hub_files import Content, HubRepository
-from sdxl_pipeline.images.sources.hub_splits import PICTURE_SUFFIXES
 from sdxl_pipeline.images.sources.names import why_not_local
 from sdxl_pipeline.images.table_rows import (
     Row,
@@ -52,7 +52,7 @@ def needed(repository: HubRepository, files: Iterable[str]) -> list[str]:
 
 def is_picture(path: str) -> bool:
     """Whether a file is a picture by its name."""
-    return PurePosixPath(path).suffix.lower() in PICTURE_SUFFIXES
+    return PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES
 
 
 def build(

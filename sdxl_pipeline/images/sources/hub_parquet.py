@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from sdxl_pipeline.images.formats import HEAD_BYTES, suffix_of
 from sdxl_pipeline.images.sources.addresses import protocol_of
 from sdxl_pipeline.images.sources.fetched import SourceError
 from sdxl_pipeline.images.sources.hub_captions import caption_columns, captions_of_row
 from sdxl_pipeline.images.sources.hub_files import Content, HubRepository, download_file, where
-from sdxl_pipeline.images.sources.names import name_of_address, picture_suffix
+from sdxl_pipeline.images.sources.names import name_of_address
 from sdxl_pipeline.images.sources.transfer import Depot, FetchError, Progress, fetch_all
 from sdxl_pipeline.images.sources.web import download
 from sdxl_pipeline.images.table_rows import TableError
@@ -212,7 +213,7 @@ def _write_out(
     with depot.incoming() as folder:
         folder.mkdir()
         for row, data in table.pictures():
-            (folder / f"{row:07d}{picture_suffix(data[:16])}").write_bytes(data)
+            (folder / f"{row:07d}{suffix_of(data[:HEAD_BYTES])}").write_bytes(data)
             count += 1
             if on_progress is not None:
                 on_progress(done + row + 1, total)

@@ -11,9 +11,6 @@ from sdxl_pipeline.project.datasets import ImageDataset
 
 README: Final = "README.md"
 DATA_SUFFIXES: Final = frozenset({".parquet"})
-PICTURE_SUFFIXES: Final = frozenset(
-    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-)
 _KEYWORDS: Final = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),

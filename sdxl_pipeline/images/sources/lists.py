@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Final, NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from sdxl_pipeline.images.formats import HEAD_BYTES, suffix_of
 from sdxl_pipeline.images.sources.addresses import STORES, protocol_of
 from sdxl_pipeline.images.sources.buckets import fetch_remote, open_file
 from sdxl_pipeline.images.sources.fetched import Fetched, SourceError
-from sdxl_pipeline.images.sources.names import name_of_address, picture_suffix
+from sdxl_pipeline.images.sources.names import name_of_address
 from sdxl_pipeline.images.sources.transfer import Depot, FetchError, Progress, fetch_all
 from sdxl_pipeline.images.sources.web import download
 from sdxl_pipeline.images.table_rows import TableError, csv_rows, likely_cause, unnamed_notes
@@ -168,7 +169,7 @@ def _job(
             else:
                 fetch_remote(dataset, *open_file(dataset, address), temporary)
             with temporary.open("rb") as file:
-                suffix = picture_suffix(file.read(16)) or _suffix_of(address)
+                suffix = suffix_of(file.read(HEAD_BYTES)) or _suffix_of(address)
             name = identity + suffix
             size = depot.put(temporary, name, identity)
             names[address] = name

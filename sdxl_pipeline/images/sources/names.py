@@ -9,15 +9,6 @@ _LONGEST_COMPONENT: Final = 255 - 40
 """Bytes; what file systems allow, less room for the suffixes of temporary names."""
 _LONGEST_PATH: Final = 3500
 
-_SIGNATURES: Final = (
-    (b"\x89PNG\r\n\x1a\n", ".png"),
-    (b"\xff\xd8\xff", ".jpg"),
-    (b"GIF8", ".gif"),
-    (b"BM", ".bmp"),
-    (b"II*\0", ".tif"),
-    (b"MM\0*", ".tif"),
-)
-
 
 def why_not_local(name: str) -> str:
     """Why a remote name, with forward slashes, cannot be a path within a folder of this machine; empty when it can."""
@@ -45,13 +36,6 @@ def names_in_the_way(names: Iterable[str]) -> set[str]:
         for depth in range(1, len(parts))
     }
     return names & folders
-
-
-def picture_suffix(head: bytes) -> str:
-    """The suffix that a picture's first bytes ask for; empty when they are of none that is known."""
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return ".webp"
-    return next((suffix for signature, suffix in _SIGNATURES if head.startswith(signature)), "")
 
 
 def name_of_address(address: str, suffix: str) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 from threading import local
 from typing import Any, Final
 
+from sdxl_pipeline.images.formats import HEAD_BYTES, suffix_of
 from sdxl_pipeline.images.sources.address_guard import AddressGuard, guarded_session
-from sdxl_pipeline.images.sources.names import picture_suffix
 from sdxl_pipeline.images.sources.transfer import FetchError, wait_unless_stopped
 from sdxl_pipeline.project.credentials import without_credentials
 
@@ -86,7 +86,7 @@ def _write(answer: Any, target: Path) -> None:
     came = 0
     with target.open("wb") as file:
         for chunk in answer.iter_content(_CHUNK):
-            if came == 0 and is_text and not picture_suffix(chunk[:16]):
+            if came == 0 and is_text and not suffix_of(chunk[:HEAD_BYTES]):
                 raise FetchError(f"{kind} came instead of a picture")
             came += file.write(chunk)
             wait_unless_stopped()
