@@ -8,7 +8,7 @@ import pandas as pd
 
 from sdxl_pipeline.store.digest import digest_json
 
-LATENTS_VERSION: Final = 2
+LATENTS_VERSION: Final = 3
 """Raise it when pixels or encoding change, so that older entries are no longer found."""
 
 TEXT_VERSION: Final = 1

@@ -4,9 +4,10 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from sdxl_pipeline.encoding.batches import crop_batches, crop_costs, own_share
 from sdxl_pipeline.encoding.devices import Computed, load_latent_encoder, sent
 from sdxl_pipeline.encoding.keys import Row
 from sdxl_pipeline.encoding.loading import read_crops, require_folder
+from sdxl_pipeline.encoding.nonfinite import explain_latents
 from sdxl_pipeline.images.decoding import UnreadableImage
 from sdxl_pipeline.protocol.program import StageError, StopSignal
 from sdxl_pipeline.protocol.reporter import Reporter
@@ -65,6 +67,7 @@ def encode_share(
     if not own:
         return work.share(0.0)
     vae = load_latent_encoder(spec.base_model, spec.hardware)
+    explain = partial(explain_latents, vae, spec.hardware.vae_dtype, spec.base_model)
     started = time.perf_counter()
     try:
         with store.writer() as writer, ThreadPoolExecutor(1, thread_name_prefix="store") as storing:
@@ -77,7 +80,7 @@ def encode_share(
                 if last is not None:
                     last.result()
                     reporter.progress("encode latents", done, work.total, "crops")
-                last = storing.submit(work.store, keys, moments, writer, spec.hardware.vae_dtype)
+                last = storing.submit(work.store, keys, moments, writer, explain)
             if last is not None:
                 last.result()
     except StoreError as error:
@@ -116,8 +119,10 @@ class _Work:
         pixels = pixels_from_bytes(sent(torch.from_numpy(np.stack(list(sound.values()))), vae.device))
         return list(sound), Computed(vae.device, lambda: encode_moments(vae, pixels))
 
-    def store(self, keys: list[str], moments: Computed | None, writer: StoreWriter, dtype: str) -> None:
-        """Keep a batch once it is encoded."""
+    def store(
+        self, keys: list[str], moments: Computed | None, writer: StoreWriter, explain: Callable[[], str]
+    ) -> None:
+        """Store a batch once it is encoded; `explain` gives the reason for latents that are not finite."""
         if moments is None:
             return
         (mean, logvar), busy_seconds = moments.result()
@@ -127,7 +132,7 @@ class _Work:
             if finite[index]:
                 writer.add(key, {"mean": mean[index], "logvar": logvar[index]})
             else:
-                self.reasons[key] = f"the VAE gave NaN or infinite latents in {dtype}; set vae_dtype to fp32"
+                self.reasons[key] = explain()
 
     def share(self, seconds: float) -> EncodedShare:
         """The whole of it."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdxl_pipeline.encoding.devices import load_encoders, load_latent_encoder
 from sdxl_pipeline.encoding.loading import read_crops
+from sdxl_pipeline.encoding.nonfinite import explain_embeds, explain_latents
 from sdxl_pipeline.images.crops import Crop
 from sdxl_pipeline.images.decoding import UnreadableImage
 from sdxl_pipeline.project.hardware import Hardware
@@ -48,9 +49,8 @@ class LatentEncoder:
             ) from error
         mean, logvar = (moment[0].cpu() for moment in encode_moments(self._vae, pixels))
         if not (mean.isfinite().all() and logvar.isfinite().all()):
-            raise StageError(
-                f"{path}: the VAE gave NaN or infinite latents in {self._hardware.vae_dtype}; set vae_dtype to fp32"
-            )
+            reason = explain_latents(self._vae, self._hardware.vae_dtype, self._base_model)
+            raise StageError(f"{path}: {reason}")
         return {"mean": mean, "logvar": logvar}
 
 
@@ -81,7 +81,6 @@ class CaptionEncoder:
         )
         if not (prompt_embeds.isfinite().all() and pooled_prompt_embeds.isfinite().all()):
             raise StageError(
-                f"the text encoders gave NaN or infinite embeddings in {self._hardware.text_dtype} for the caption {caption!r}. "
-                "Set mixed_precision to bf16 or no."
+                explain_embeds(self._encoders, self._hardware.text_dtype, self._base_model, caption)
             )
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}

@@ -1,6 +1,6 @@
 """Captions and prompts through both text encoders into the text store."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from time import perf_counter
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sdxl_pipeline.encoding.batches import own_share
 from sdxl_pipeline.encoding.devices import Computed, load_encoders
+from sdxl_pipeline.encoding.nonfinite import explain_embeds
 from sdxl_pipeline.protocol.program import StageError, StopSignal
 from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.protocol.specs import EncodeTextSpec, StageModel
@@ -52,6 +53,10 @@ def encode_share(
     if not own:
         return EncodedTexts(encoded=0, seconds=0.0, tokens=())
     encoders = load_encoders(spec.base_model, spec.hardware)
+
+    def explain(caption: str) -> str:
+        return explain_embeds(encoders, spec.hardware.text_dtype, spec.base_model, caption)
+
     reader = PromptReader(encoders, spec.windows)
     device = encoders.text_encoder.device
     started, taken = perf_counter(), 0
@@ -69,7 +74,7 @@ def encode_share(
                 if last is not None:
                     last.result()
                     reporter.progress("encode text", taken, total, "captions")
-                last = storing.submit(_store, writer, batch, embeds, spec.hardware.text_dtype)
+                last = storing.submit(_store, writer, batch, embeds, explain)
                 taken += len(batch)
                 tokens += counts
             if last is not None:
@@ -128,15 +133,14 @@ def _lengths(tokens: tuple[Tokens, Tokens]) -> list[int]:
     return [max(len(one), len(other)) for one, other in zip(*tokens, strict=True)]
 
 
-def _store(writer: StoreWriter, batch: Sequence[Text], embeds: Computed, dtype: str) -> None:
+def _store(
+    writer: StoreWriter, batch: Sequence[Text], embeds: Computed, explain: Callable[[str], str]
+) -> None:
     (prompt_embeds, pooled_prompt_embeds), _ = embeds.result()
     finite = (prompt_embeds.isfinite().flatten(1).all(1) & pooled_prompt_embeds.isfinite().all(1)).tolist()
     for index, (key, caption) in enumerate(batch):
         if not finite[index]:
-            raise StageError(
-                f"the text encoders gave NaN or infinite embeddings in {dtype} for the caption {caption!r}. "
-                "Set mixed_precision to bf16 or no."
-            )
+            raise StageError(explain(caption))
         writer.add(
             key, {"prompt_embeds": prompt_embeds[index], "pooled_prompt_embeds": pooled_prompt_embeds[index]}
         )

@@ -71,6 +71,7 @@ def _resized(picture: Image.Image, edge: int) -> Image.Image:
 
 
 def _lines(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    text = text[: TEXT_LINES * width]  # no more fits, and a caption may be a megabyte
     characters = max(8, int(width * len(text) / max(font.getlength(text), 1)) - 2)
     return textwrap.wrap(text, characters, max_lines=TEXT_LINES, placeholder=" …")
 

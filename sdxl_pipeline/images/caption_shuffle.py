@@ -1,10 +1,14 @@
 """Further captions made by changing the order of tags, so that a model does not learn their order."""
 
 import hashlib
+import re
 
 from sdxl_pipeline.project.datasets import CaptionShuffle
 
-_SPLIT = {"comma": ",", "space": " ", "period": "."}
+# A full stop ends a sentence where a blank or nothing follows: not in "3.5 mm" or "example.com".
+_SPLIT = {
+    name: re.compile(mark) for name, mark in {"comma": ",", "space": " ", "period": r"\.(?=\s|$)"}.items()
+}
 _JOIN = {"comma": ", ", "space": " ", "period": ". "}
 _DRAWS = 10  # for each caption wanted, before the orders are taken to be used up
 
@@ -14,9 +18,10 @@ def shuffled_captions(caption: str, settings: CaptionShuffle) -> list[str]:
 
     The first `position_start` tags keep their place. The orders are drawn from (seed, caption) alone: the same on every machine, and
     another caption's do not change them. No two are equal, so a caption of few tags gives fewer; one with less than two tags to
-    move gives itself only. Tags are trimmed and empty ones left out; a full stop at the end stays there.
+    move gives itself only. Tags are trimmed and empty ones left out; a full stop at the end stays there. One within a number
+    or a name ("3.5 mm") does not end a tag.
     """
-    tags = [tag for part in caption.split(_SPLIT[settings.split_on]) if (tag := part.strip())]
+    tags = [tag for part in _SPLIT[settings.split_on].split(caption) if (tag := part.strip())]
     fixed, movable = tags[: settings.position_start], tags[settings.position_start :]
     if not settings.enable or len(set(movable)) < 2:
         return [caption]

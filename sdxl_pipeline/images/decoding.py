@@ -3,20 +3,20 @@
 Whatever a decoder raises becomes an UnreadableImage with a reason, so that one file never stops the work on the others.
 """
 
-import ctypes
 import io
 import re
 import struct
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, Final
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin
 
+from sdxl_pipeline.images import libtiff
 from sdxl_pipeline.images.formats import FORMATS, HEAD_BYTES, MissingDecoderError, format_of, opener
 from sdxl_pipeline.images.memory_budget import pixel_memory
 
@@ -33,9 +33,6 @@ SAMPLE_BITS: Final = "sample_bits"
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT_BYTES
 # Pillow's remarks on metadata name no file, and a file whose pixels cannot be used is reported with a reason.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-with suppress(OSError, AttributeError):  # a build of Pillow without libtiff, or with it inside
-    # libtiff writes a line to stderr for each tag it does not know. Its errors stay.
-    ctypes.CDLL(Image.core.__file__)["TIFFSetWarningHandler"](None)
 
 _TOO_LARGE = (
     f"more than {MAX_PIXELS // 10**6} million pixels, too large to decode safely (a decompression bomb?)"
@@ -54,6 +51,7 @@ _DECODER_ERRORS = (
     struct.error,
     zlib.error,
 )
+_NO_DECODER_ERRORS = (NotImplementedError, RecursionError)  # RuntimeErrors that say nothing of the file
 _UNSUPPORTED = re.compile(
     r"unsupported|not (yet )?supported|unknown (?!error)|cannot handle|not available|unable to determine|cannot find loader|"
     "not implemented|codec configuration",
@@ -167,6 +165,8 @@ def open_picture(data: bytes | BinaryIO) -> ImageFile.ImageFile:
         image = factory(file, "")
     except Image.DecompressionBombError as error:
         raise UnreadableImage(_TOO_LARGE) from error
+    except _NO_DECODER_ERRORS:
+        raise
     except _DECODER_ERRORS as error:
         raise _unreadable(error, name, _ends_early(file, name)) from error
     if image.width * image.height > MAX_PIXELS:
@@ -177,12 +177,18 @@ def open_picture(data: bytes | BinaryIO) -> ImageFile.ImageFile:
 
 def decode(image: ImageFile.ImageFile) -> None:
     """Decode the pixels of the current frame. Raises UnreadableImage for a file that cannot be decoded, and for pixels that are NaN."""
+    libtiff.clear()
     try:
         image.load()
     except Image.DecompressionBombError as error:
         raise UnreadableImage(_TOO_LARGE) from error
+    except _NO_DECODER_ERRORS:
+        raise
     except _DECODER_ERRORS as error:
         raise _unreadable(error, _format_name(image)) from error
+    function, error_text = libtiff.first_error()
+    if "Decode" in function:  # the codes of a line are wrong, and Pillow was not told
+        raise UnreadableImage(f"{DAMAGED} ({function}: {error_text})")
     if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
         raise UnreadableImage("some of its pixels are NaN or infinite")
 
@@ -206,7 +212,8 @@ def _unreadable(error: Exception, name: str, cut: bool = False) -> UnreadableIma
         return UnreadableImage(_NO_MEMORY, lasting=False)
     if missing or _UNSUPPORTED.search(message):
         return UnreadableImage(f"unsupported kind of {name}: {message}")
-    return UnreadableImage(DAMAGED)
+    reported = ": ".join(filter(None, libtiff.first_error())) if name == "TIFF" else ""
+    return UnreadableImage(f"{DAMAGED} ({reported})" if reported else DAMAGED)
 
 
 def _one_line(error: BaseException) -> str:

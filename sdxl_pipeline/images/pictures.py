@@ -6,6 +6,8 @@ matplotlib is imported when the first plot is drawn, and through its object inte
 import functools
 import io
 import math
+from bisect import bisect_left
+from collections import deque
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -219,16 +221,19 @@ def _empty_tile(reason: str, tile: int) -> Image.Image:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    """`text` broken between words into at most `lines` lines of `width` pixels; what does not fit ends in an ellipsis."""
+    """Return `text` broken between words into at most `lines` lines of `width` pixels; what does not fit ends in an ellipsis.
+
+    The cost does not grow with the text: only as many characters are measured as fit if each were a pixel wide.
+    """
+    most = lines * width
+    words = deque(" ".join(text[: 8 * most].split())[: most + 1].split(" "))
     wrapped: list[str] = []
-    words = text.split()
-    while words and len(wrapped) < lines:
-        count = len(words)
-        while count > 1 and font.getlength(" ".join(words[:count])) > width:
-            count -= 1
-        wrapped.append(" ".join(words[:count]))
-        words = words[count:]
-    if words:
+    while words and words[0] and len(wrapped) < lines:
+        line = words.popleft()
+        while words and font.getlength(f"{line} {words[0]}") <= width:
+            line += " " + words.popleft()
+        wrapped.append(line)
+    if words and wrapped:
         wrapped[-1] += " …"
     return [_shorten(line, font, width) for line in wrapped]
 
@@ -237,9 +242,10 @@ def _shorten(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     if font.getlength(line) <= width:
         return line
     line = line.removesuffix(" …")
-    while line and font.getlength(line + "…") > width:
-        line = line[:-1]
-    return line + "…"
+    kept = bisect_left(
+        range(1, len(line) + 1), True, key=lambda count: font.getlength(line[:count] + "…") > width
+    )
+    return line[:kept] + "…"
 
 
 @functools.cache

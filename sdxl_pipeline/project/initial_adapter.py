@@ -21,7 +21,12 @@ def hub_file(written: str) -> HubFile | None:
     """`owner/name` or `owner/name/file.safetensors` taken apart; None for what can only be a local path."""
     parts = written.split("/")
     is_path = Path(written).is_absolute() or written.startswith((".", "~")) or "\\" in written
-    if is_path or not all(parts) or len(parts) < 2 or (len(parts) == 2 and Path(written).suffix in _WEIGHTS):
+    if (
+        is_path
+        or not all(parts)
+        or len(parts) < 2
+        or (len(parts) == 2 and Path(written).suffix.lower() in _WEIGHTS)
+    ):
         return None
     return HubFile("/".join(parts[:2]), "/".join(parts[2:]) or None)
 
@@ -36,7 +41,7 @@ def check_init_lora(written: str | None, folder: Path) -> Iterator[Finding]:
     name = path.name if on_hub is None else on_hub.file
     if path.is_dir():
         yield Finding("init_lora", "is a folder", remedy)
-    elif name is not None and Path(name).suffix != SUFFIX:
+    elif name is not None and Path(name).suffix.lower() != SUFFIX:
         yield Finding("init_lora", f"is no {SUFFIX} file; others may run code when they are opened", remedy)
     elif on_hub is None and not path.exists():
         yield Finding("init_lora", "does not exist", remedy)

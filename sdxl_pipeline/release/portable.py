@@ -38,7 +38,7 @@ def portable_name(source: str) -> str:
     if windows.is_absolute():
         return windows.name
     written_as_path = source.startswith(("/", "~", "./", "../")) or source in (".", "..")
-    if written_as_path or source.endswith(".safetensors"):
+    if written_as_path or source.lower().endswith(".safetensors"):
         return PurePosixPath(source).name or "local model"
     return source
 

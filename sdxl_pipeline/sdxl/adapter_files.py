@@ -1,9 +1,11 @@
 """What is common to the files of every kind of adapter, before a tensor of them is read."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final, Literal
 
 from safetensors import SafetensorError, safe_open
@@ -14,6 +16,7 @@ PREFIXES: Final = (UNET, "text_encoder", "text_encoder_2")
 
 AdapterKind = Literal["lora", "dora", "lycoris"]
 
+_SUFFIX: Final = ".safetensors"
 _LYCORIS_PARTS = (".lokr_", ".hada_")
 _FACTORS = (".lora_A", ".lora_B", ".lora_up", ".lora_down", ".lora_mid", *_LYCORIS_PARTS)
 
@@ -44,7 +47,7 @@ class AdapterFile:
 
 def read_header(path: Path) -> AdapterFile:
     """The names in a file of weights. Raises AdapterError for one that is absent or no safetensors."""
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != _SUFFIX:
         raise AdapterError(f"{path} is no .safetensors file. No other format is read: it could run code.")
     try:
         with safe_open(path, framework="numpy") as file:  # no torch for a header
@@ -53,6 +56,18 @@ def read_header(path: Path) -> AdapterFile:
         raise AdapterError(f"{path} does not exist.") from error
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+@contextmanager
+def lower_case_suffix(path: Path) -> Iterator[Path]:
+    """Give a file of weights a name that diffusers takes for safetensors: it compares the suffix's case, and unpickles any other."""
+    if path.suffix == _SUFFIX:
+        yield path
+        return
+    with TemporaryDirectory() as folder:
+        link = Path(folder, path.stem + _SUFFIX)
+        link.symlink_to(path.resolve())
+        yield link
 
 
 def changes_something(tensors: Mapping[str, Any]) -> bool:

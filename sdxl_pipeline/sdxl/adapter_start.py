@@ -14,7 +14,15 @@ from diffusers.utils import (
 )
 from torch import Tensor, nn
 
-from sdxl_pipeline.sdxl.adapter_files import PREFIXES, UNET, AdapterError, AdapterFile, read_header, spoken
+from sdxl_pipeline.sdxl.adapter_files import (
+    PREFIXES,
+    UNET,
+    AdapterError,
+    AdapterFile,
+    lower_case_suffix,
+    read_header,
+    spoken,
+)
 from sdxl_pipeline.sdxl.lora import ADAPTER_NAME, lora_layers, lora_tensors, set_magnitudes
 from sdxl_pipeline.sdxl.lycoris import KOHYA_PREFIX, lycoris_network, lycoris_tensors, read_lycoris_tensors
 
@@ -84,16 +92,16 @@ def _read_lora(
     path: Path, unet: nn.Module | None
 ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Any]]:
     """The tensors by the names that our own files give them, alphas by those of their `lora_A`, and diffusers' metadata."""
-    tensors, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
-        str(path.parent),
-        weight_name=path.name,
-        unet_config=None
-        if unet is None
-        else unet.config,  # for the names of kohya's trainer, which are SGM's
-        use_safetensors=True,
-        local_files_only=True,
-        return_lora_metadata=True,
-    )
+    config = None if unet is None else unet.config  # for the names of kohya's trainer, which are SGM's
+    with lower_case_suffix(path) as named:
+        tensors, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
+            str(named.parent),
+            weight_name=named.name,
+            unet_config=config,
+            use_safetensors=True,
+            local_files_only=True,
+            return_lora_metadata=True,
+        )
     of_down = {name.removesuffix(".alpha"): float(alpha) for name, alpha in (alphas or {}).items()}
     return _renamed(tensors), _renamed(of_down), metadata or {}
 

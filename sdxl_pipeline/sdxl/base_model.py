@@ -151,13 +151,13 @@ def _locate(source: str, project_folder: Path) -> Path | str:
     if path.is_dir():
         return path
     if path.is_file():
-        if path.suffix != ".safetensors":
+        if path.suffix.lower() != ".safetensors":
             raise BaseModelError(
                 f"{path} is not a .safetensors file, and nothing else is loaded: pickled checkpoints can run code when opened. "
                 "Convert it, or download its .safetensors version."
             )
         return path
-    if _HUB_ID.fullmatch(source) and not source.endswith(".safetensors"):
+    if _HUB_ID.fullmatch(source) and not source.lower().endswith(".safetensors"):
         return source
     raise BaseModelError(
         f"{source!r} is neither a file nor a folder (looked at {path}), nor a Hub id of the form owner/name. "

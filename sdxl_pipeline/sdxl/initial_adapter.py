@@ -29,7 +29,7 @@ def find_initial_adapter(written: str, folder: Path) -> Path:
     chosen: list[str] = []
 
     def choose(listing: Collection[str]) -> list[str]:
-        held = [other for other in listing if PurePosixPath(other).suffix == ".safetensors"]
+        held = [other for other in listing if PurePosixPath(other).suffix.lower() == ".safetensors"]
         chosen[:] = [usual] if usual in held else held
         if usual not in held and (place.file or len(held) != 1):
             listed = ", ".join(sorted(held)) or "none"

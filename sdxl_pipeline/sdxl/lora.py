@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from sdxl_pipeline.sdxl.adapter_files import UNET, AdapterError, spoken
+from sdxl_pipeline.sdxl.adapter_files import UNET, AdapterError, lower_case_suffix, spoken
 
 ADAPTER_NAME: Final = "default"
 
@@ -106,14 +106,15 @@ def load_lora(models: Mapping[str, nn.Module], path: Path, adapter_name: str = A
     that changes no layer of one of the models.
     """
     unet = models.get(UNET)
-    state_dict, network_alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
-        str(path.parent),
-        weight_name=path.name,
-        unet_config=None if unet is None else unet.config,
-        use_safetensors=True,
-        local_files_only=True,
-        return_lora_metadata=True,
-    )
+    with lower_case_suffix(path) as named:
+        state_dict, network_alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
+            str(named.parent),
+            weight_name=named.name,
+            unet_config=None if unet is None else unet.config,
+            use_safetensors=True,
+            local_files_only=True,
+            return_lora_metadata=True,
+        )
     for prefix, model in models.items():
         if not any(name.startswith(f"{prefix}.") for name in state_dict):
             raise AdapterError(f"{path} holds no LoRA for the {spoken(prefix)} of SDXL.")

@@ -48,6 +48,8 @@ def test_few_tags_give_as_many_orders_as_there_are():
         ("red  fox", "space", "fox red"),
         ("A fox. It runs.", "period", "It runs. A fox."),
         ("A fox. It runs", "period", "It runs. A fox"),
+        ("A screw of 3.5 mm. It is v1.0.2", "period", "It is v1.0.2. A screw of 3.5 mm"),
+        ("See example.com. It is new.", "period", "It is new. See example.com."),
     ],
 )
 def test_tags_are_split_and_joined_by_their_separator(caption, split_on, other):

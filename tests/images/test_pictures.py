@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from sdxl_pipeline.images.pictures import (
+    _wrap,
     bucket_histogram,
     caption_length_histogram,
     contact_sheet,
@@ -50,6 +51,33 @@ def test_long_captions_are_cut_within_their_column(photograph):
     assert gap_columns.min() == 255
     assert below[:, -5:].min() == 255
     assert below.min() < 100
+
+
+class MeasuredFont:
+    """Counts the characters that are measured, and gives up where their number grows with the text."""
+
+    def __init__(self) -> None:
+        self.measured = 0
+
+    def getlength(self, text: str) -> float:
+        self.measured += len(text)
+        assert self.measured < 50_000
+        return 7.0 * len(text)
+
+
+@pytest.mark.parametrize("text", ["word " * 3_000, "word " * 180_000, "x" * 900_000, " \n" * 450_000])
+def test_the_cost_of_a_caption_in_a_sheet_does_not_grow_with_it(text):
+    lines = _wrap(text, MeasuredFont(), 224, lines=2)
+    assert len(lines) == (2 if "w" in text else bool(text.strip()))
+    assert all(7 * len(line) <= 224 for line in lines)
+    assert not lines or lines[-1].endswith("…")
+
+
+def test_words_are_wrapped_and_what_fits_is_kept_whole():
+    assert _wrap("one two three", MeasuredFont(), 56, lines=3) == ["one two", "three"]
+    assert _wrap("one two three four", MeasuredFont(), 63, lines=2) == ["one two", "three …"]
+    assert _wrap("unbreakable", MeasuredFont(), 42, lines=2) == ["unbre…"]
+    assert _wrap("", MeasuredFont(), 42, lines=2) == []
 
 
 def test_a_sheet_reads_files_upright_and_names_those_it_cannot(folder, photograph):

@@ -146,6 +146,7 @@ def test_an_empty_secret_and_a_short_place_forbid_nothing(tmp_path: Path):
         ("../models/xl", "xl"),
         ("~/xl", "xl"),
         ("models/mine.safetensors", "mine.safetensors"),
+        ("models/MINE.SAFETENSORS", "MINE.SAFETENSORS"),
         ("C:\\models\\xl", "xl"),
         ("/", "local model"),
     ],

@@ -7,8 +7,9 @@ import torch
 from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import load_file, save_file
 
+from sdxl_pipeline.project.initial_adapter import check_init_lora
 from sdxl_pipeline.sdxl.adapter_start import start_from_file
-from sdxl_pipeline.sdxl.adapters import UNET, AdapterError, add_adapter, add_lora, save_adapter
+from sdxl_pipeline.sdxl.adapters import UNET, AdapterError, add_adapter, add_lora, load_adapter, save_adapter
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.sdxl.components import load_text_encoders, load_unet
 from sdxl_pipeline.sdxl.initial_adapter import find_initial_adapter, initial_adapter_digest
@@ -27,6 +28,20 @@ def started(model: ResolvedModel, path: Path, kind: str, dtype: torch.dtype = to
     add_adapter(unet, settings_of(kind, **more), seed=1)
     start_from_file({UNET: unet}, path)
     return unet
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha"])
+def test_an_upper_case_suffix_is_read_as_any_other(lively: ResolvedModel, tmp_path: Path, kind: str):
+    file = tmp_path / "FIRST.SAFETENSORS"
+    unet = adapted_unet(lively, settings_of(kind), steps=1)
+    save_adapter({UNET: unet}, file)
+    assert list(check_init_lora(str(file), tmp_path)) == []
+    assert initial_adapter_digest(str(find_initial_adapter(file.name, tmp_path)))
+    assert torch.equal(output(started(lively, file, kind)), output(unet))
+    loaded = load_unet(lively, torch.float32)
+    load_adapter({UNET: loaded}, file)
+    torch.testing.assert_close(output(loaded), output(unet), rtol=0, atol=5e-6)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)

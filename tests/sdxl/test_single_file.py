@@ -72,6 +72,14 @@ def test_every_component_has_the_folders_weights(checkpoint, bundled: ResolvedMo
     assert encoders.tokenizer("a red star").input_ids == expected.tokenizer("a red star").input_ids
 
 
+def test_an_upper_case_suffix_is_read_as_any_other(checkpoint, bundled: ResolvedModel, resolve: Resolve):
+    checkpoint.rename(checkpoint.with_suffix(".SAFETENSORS"))
+    model = resolve("shapes.SAFETENSORS", vae="shapes.SAFETENSORS")
+    assert model.kind == "single_file"
+    assert_same_weights(load_unet(model, torch.float32), load_unet(bundled, torch.float32))
+    assert_same_weights(load_vae(model, torch.float32), load_vae(bundled, torch.float32))
+
+
 def test_the_pipeline_draws_the_same_picture(checkpoint, bundled: ResolvedModel, resolve: Resolve):
     pictures = [
         load_pipeline(model, torch.float32)(

@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_pipeline.encoding import devices, latents
+from sdxl_pipeline.encoding import devices, latents, on_demand
+from sdxl_pipeline.encoding.devices import load_latent_encoder
 from sdxl_pipeline.images.crops import plan_crops
 from sdxl_pipeline.images.digests import frame_digest
 from sdxl_pipeline.images.pixels import load_crop
@@ -327,6 +328,41 @@ def test_latents_that_are_not_finite_are_named_and_not_kept(make_spec, monkeypat
     ]
     assert counts(cache) == (7, 6, 0, 1)
     assert len(TensorStore(spec.store_root)) == 6
+
+
+def infinite(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    mean, logvar = encode_moments(vae, pixels)
+    return mean * torch.inf, logvar
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hint"),
+    [("bf16", "set vae_dtype to fp32"), ("fp32", "set pretrained_vae_model_name_or_path to another VAE")],
+)
+def test_the_hint_for_latents_that_are_not_finite_fits_the_dtype(make_spec, data, monkeypatch, dtype, hint):
+    spec = make_spec(vae_dtype=dtype)
+    monkeypatch.setattr(latents, "encode_moments", infinite)
+    reasons = {failed.reason for failed in run(spec).failed}
+    assert len(reasons) == 1
+    assert hint in reasons.pop()
+    monkeypatch.setattr(on_demand, "encode_moments", infinite)
+    row = next(pd.read_parquet(spec.rows_path).itertuples())
+    with pytest.raises(StageError, match=f"{row.path}.*{hint}"):
+        on_demand.LatentEncoder(spec.base_model, spec.hardware).encode(data / row.path, row)
+
+
+def test_a_vae_with_a_broken_weight_stops_the_stage_by_its_name(make_spec, monkeypatch):
+    def broken(*arguments: Any) -> Any:
+        vae = load_latent_encoder(*arguments)
+        vae.encoder.conv_in.weight.data[0, 0, 0, 0] = torch.nan
+        return vae
+
+    monkeypatch.setattr(latents, "load_latent_encoder", broken)
+    with pytest.raises(
+        StageError,
+        match=r"the VAE of bundled:tiny-sdxl has NaN or infinite weights.*encoder.conv_in.weight.*Download",
+    ):
+        run(make_spec())
 
 
 def test_batch_size_changes_nothing_that_matters(make_spec, tmp_path: Path):
