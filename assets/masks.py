@@ -23,7 +23,7 @@ from sdxl_pipeline.project.datasets import ImageDataset, MaskKind
 from sdxl_pipeline.project.project import Project
 from sdxl_pipeline.store.digest import digest_json
 
-CODE = "1"
+CODE = "2"
 SOURCE = {"type", "instance_data_dir", "url", "aws_bucket_name", "aws_data_prefix", "aws_endpoint_url"}
 SAMPLES = 12
 

@@ -19,7 +19,7 @@ from sdxl_pipeline.project.project import Project
 from sdxl_pipeline.protocol.specs import EncodeLatentsSpec, LatentCache
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 
-CODE = "2"
+CODE = "3"
 
 
 def build_vae_latents(project: Project, dataset: ImageDataset) -> dg.AssetsDefinition:

@@ -15,7 +15,7 @@ _LENGTHS: Final = (9, 13, 18, 30)
 JpegXLImagePlugin.DECODE_THREADS = 0  # whole files are decoded in parallel
 
 
-class JxlImageFile(JpegXLImagePlugin.JXLImageFile):  # type: ignore[misc]
+class JxlImageFile(JpegXLImagePlugin.JXLImageFile):
     """A JPEG XL image. Its mode is known only after `load`."""
 
     _decoded = False
