@@ -1,6 +1,7 @@
 """Pictures and tables as asset metadata: small enough for the event log, the full ones stay on disk."""
 
 import base64
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +16,47 @@ if TYPE_CHECKING:
 
 MAX_PICTURE_BYTES = 300_000
 """Pictures live in the event log's database, which grows about four times their size."""
+MAX_CARD_PICTURE_BYTES = 100_000
+"""Each of a model card's, which has several."""
 NAMES_SHOWN = 20
+
+_LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^()\s]+)\)")
+_CODE = re.compile(r"(```.*?```)", re.DOTALL)
 
 
 def picture(image: Image.Image | Path | str, alt: str) -> dg.MetadataValue:
     """A picture shown inline by the UI, as a JPEG of at most 300 KB."""
+    return dg.MetadataValue.md(_inline_image(image, alt, MAX_PICTURE_BYTES))
+
+
+def model_card(path: Path) -> dg.MetadataValue:
+    """Return a model card as the UI can show it, where neither front matter nor paths beside the card mean anything.
+
+    Images beside the card become JPEGs of at most 100 KB in the text, and links to its other files their names.
+    """
+    text = path.read_text(encoding="utf-8")
+    body = text.split("\n---\n", 1)[-1] if text.startswith("---") else text
+
+    def shown(link: re.Match[str]) -> str:
+        target = (path.parent / link["target"]).resolve()
+        if not target.is_relative_to(path.parent.resolve()) or not target.exists():
+            return link[0]
+        if link["image"]:
+            return _inline_image(target, link["text"], MAX_CARD_PICTURE_BYTES)
+        return f"`{link['target']}`"
+
+    parts = _CODE.split(body.replace("<Gallery />", ""))  # which only the Hub shows
+    return dg.MetadataValue.md(
+        "".join(part if part.startswith("```") else _LINK.sub(shown, part) for part in parts)
+    )
+
+
+def _inline_image(image: Image.Image | Path | str, alt: str, max_bytes: int) -> str:
     if not isinstance(image, Image.Image):
         with Image.open(image) as opened:
             image = opened.convert("RGB")
-    encoded = base64.b64encode(to_jpeg(image, max_bytes=MAX_PICTURE_BYTES)).decode("ascii")
-    return dg.MetadataValue.md(f"![{alt}](data:image/jpeg;base64,{encoded})")
+    encoded = base64.b64encode(to_jpeg(image, max_bytes=max_bytes)).decode("ascii")
+    return f"![{alt}](data:image/jpeg;base64,{encoded})"
 
 
 def dropped_table(dropped: "pd.DataFrame") -> dg.MetadataValue:
