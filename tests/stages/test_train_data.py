@@ -3,11 +3,12 @@
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
 from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
-from sdxl_pipeline.protocol.specs import TrainedLora, TrainingLane, TrainSpec
+from sdxl_pipeline.protocol.specs import FailedItem, TrainedLora, TrainingLane, TrainSpec
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.batches import BatchReader
@@ -15,7 +16,7 @@ from sdxl_pipeline.training.identity import run_identity
 from sdxl_pipeline.training.order import SampleOrder
 from sdxl_pipeline.training.samples import load_samples
 from tests.encoded_lanes import Silent, draw_pictures, listing, prepare_lane, rows_of
-from tests.lanes import make_spec
+from tests.lanes import make_lane, make_spec
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -176,6 +177,20 @@ def test_two_resolutions_of_one_folder_are_two_datasets(tmp_path, pictures):
     shown = [order.batch(index, 0)[0].sample.dataset_id for index in range(order.batches_until(1))]
     assert sorted(shown) == sorted(s.dataset_id for s in trained)
     assert train(spec.model_copy(update={"lanes": lanes})).steps == 3
+
+
+def test_the_manifest_counts_trained_and_held_out_images(tmp_path, pictures):
+    """Not the scanned ones: one image has no latent, one is in the eval dataset only, and each crop is no image of its own."""
+    splits = {"a.png": "train", "b.png": "train", "c.png": "eval", "d.png": "train"}
+    mixed = make_lane(tmp_path / "mixed", "mixed", splits=splits, crops=2)
+    latents = pd.read_parquet(mixed.latents.entries_path)
+    latents[latents["path"] != "d.png"].to_parquet(mixed.latents.entries_path)
+    failed = mixed.latents.model_copy(update={"failed": (FailedItem(name="d.png", reason="damaged"),)})
+    mixed = mixed.model_copy(update={"latents": failed, "repeats": 3})
+    judged = make_lane(tmp_path / "judged", "judged", splits=["eval"] * 5)
+    result = train(make_spec(tmp_path, mixed, judged, max_train_steps=2))
+    assert result.trained_images == {"mixed": 2}
+    assert result.held_out_images == {"judged": 5, "mixed": 1}
 
 
 def test_captions_of_two_windows_train_and_draw(tmp_path, pictures):
