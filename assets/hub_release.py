@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import pandas as pd
 from pydantic import Field
 
 from assets.evaluation import release_dir
@@ -14,15 +13,16 @@ from assets.failures import told_to_the_user
 from assets.keys import lane_key, project_key, version
 from assets.lanes import model_input
 from assets.lora import FORMATS, read_training_spec
-from assets.show import picture, present
+from assets.show import model_card, picture, present
 from resources.hub import HubResource
 from sdxl_pipeline.project.project import Project
 from sdxl_pipeline.protocol.specs import EvaluationReport, HubRelease, TrainedLora
 from sdxl_pipeline.release.export import build_release, verify_export, verify_formats
+from sdxl_pipeline.release.formats.header import trigger_words
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.store.digest import digest_json
 
-CODE = "1"
+CODE = "2"
 MIN_PREFIX = 8
 """Shortest prefix of an identity that `promote` accepts."""
 
@@ -40,7 +40,6 @@ class ReleaseConfig(dg.Config):
 def build_hub_release(project: Project) -> dg.AssetsDefinition:
     """`<project>/hub_release`."""
     settings = project.training
-    lanes = {dataset.asset_name: lane_key(project, dataset, "dataset") for dataset in project.datasets}
 
     @dg.asset(
         key=project_key(project, "hub_release"),
@@ -50,15 +49,14 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
         | {
             "lora": dg.AssetIn(key=project_key(project, "lora"), dagster_type=TrainedLora),
             "evaluation": dg.AssetIn(key=project_key(project, "evaluation"), dagster_type=EvaluationReport),
-        }
-        | {f"{lane}__dataset": dg.AssetIn(key=key, dagster_type=pd.DataFrame) for lane, key in lanes.items()},
+        },
         code_version=version(
             CODE,
             settings.model_dump(
                 mode="json", include={"push_to_hub", "hub_model_id", "model_card_note", *FORMATS}
             ),
         ),
-        description="What is, or would be, published: the LoRA in diffusers' format, the model card, gallery, settings, lineage.",
+        description="What is, or would be, published: the weights for diffusers, ComfyUI and A1111, the model card, gallery, settings, lineage.",
     )
     def hub_release(
         context: dg.AssetExecutionContext,
@@ -67,13 +65,8 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
         model: ResolvedModel,
         lora: TrainedLora,
         evaluation: EvaluationReport,
-        **datasets: Any,
     ) -> Iterator[Any]:
         _require_releasable(context.asset_key, lora, config.promote)
-        counts = {
-            dataset.id: int((datasets[f"{dataset.asset_name}__dataset"]["status"] == "kept").sum())
-            for dataset in project.datasets
-        }
         trained = read_training_spec(lora)
         lineage = _lineage(context, project, model, lora)
         with told_to_the_user():
@@ -88,7 +81,7 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
                 lora=lora,
                 report=evaluation,
                 prompts=trained.prompts,
-                counts=counts,
+                trigger_words=trigger_words(trained),
                 lineage=lineage,
             )
         release = _publish(context, project, hub, folder, lineage)
@@ -104,7 +97,7 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
                     "folder": dg.MetadataValue.path(release.folder),
                     "files": ", ".join(release.files),
                     "gallery": picture(evaluation.gallery_path, "base beside LoRA"),
-                    "model_card": dg.MetadataValue.md(_card_body(Path(release.model_card_path))),
+                    "model_card": model_card(Path(release.model_card_path)),
                 }
             ),
         )
@@ -207,9 +200,3 @@ def _lineage(
         "weights_sha256": lora.weights_sha256,
         **({"overrides": plain_overrides(lora)} if lora.overrides else {}),
     }
-
-
-def _card_body(path: Path) -> str:
-    """The model card without its front matter, which the UI would show as a table of dashes."""
-    text = path.read_text(encoding="utf-8")
-    return text.split("\n---\n", 1)[-1] if text.startswith("---") else text

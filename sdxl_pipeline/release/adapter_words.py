@@ -22,20 +22,6 @@ def adapter_tags(settings: TrainingSettings) -> tuple[str, ...]:
     return ("lora", "dora") if settings.use_dora else ("lora",)
 
 
-def alpha_words(settings: TrainingSettings) -> str:
-    """What users have to know of an alpha that is not the rank, which only the header of a LoRA's file holds; empty where they need not."""
-    alpha, rank = settings.effective_lora_alpha, settings.lora_rank
-    if settings.lora_type == "lycoris" or alpha == rank:
-        return ""
-    known = f"The updates count {alpha:g} / {rank} = {alpha / rank:.3g} times, as the file's header says"
-    if settings.use_dora:
-        return f"{known}, which diffusers reads from 0.34 on. Other programs, as ComfyUI, may not, and draw otherwise."
-    return (
-        f"{known}, which diffusers reads from 0.34 on. For programs that do not, as ComfyUI, write a strength {alpha / rank:.3g} times as "
-        "large."
-    )
-
-
 def is_shown(name: str, settings: TrainingSettings) -> bool:
     """Whether a setting says something about this adapter: those of PEFT's LoRA say nothing of a LyCORIS one."""
     if settings.lora_type == "lycoris":

@@ -24,6 +24,11 @@ GALLERY_FILE = "gallery.png"
 LOSS_PLOT_FILE = "loss_by_timestep.png"
 LOSS_CURVE_FILE = "training_loss.png"
 IMAGES_FOLDER = "images"
+_STEMS = {
+    Path(name).stem
+    for name in (SETTINGS_FILE, REPORT_FILE, LINEAGE_FILE, GALLERY_FILE, LOSS_PLOT_FILE, LOSS_CURVE_FILE)
+}
+"""A project of such a name gets no sidecars: they would take the place of these files."""
 
 
 class ExportError(Exception):
@@ -39,14 +44,14 @@ def build_release(
     lora: TrainedLora,
     report: EvaluationReport,
     prompts: Sequence[ValidationPrompt],
-    counts: Mapping[str, int],
+    trigger_words: Sequence[str],
     lineage: Mapping[str, Any],
 ) -> Path:
     """Put the release together beside `folder` and rename it there, in the place of an earlier one; gives `folder`.
 
-    `counts` is the number of pictures by dataset, `lineage` plain data that goes into lineage.json as it is, but for local paths.
-    Raises ReleaseError when the weights are not those that were evaluated, when a local path or the Hub token would be published, or
-    when `folder` holds something that is no release.
+    `lineage` is plain data that goes into lineage.json as it is, but for local paths. Raises ReleaseError when the weights are not those
+    that were evaluated, when a local path or the Hub token would be published, or when `folder` holds something that is no release;
+    ExportError and StageError when the checkpoint of a trained UNet cannot be written.
     """
     if (
         report.lora_sha256 != lora.weights_sha256
@@ -64,7 +69,17 @@ def build_release(
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     try:
-        _fill(staged, project, base_model, settings, lora, report, prompts, counts, portable_lineage(lineage))
+        _fill(
+            staged,
+            project,
+            base_model,
+            settings,
+            lora,
+            report,
+            prompts,
+            trigger_words,
+            portable_lineage(lineage),
+        )
         require_portable(staged, _secrets(), _places(base_model, lora, report))
         _replace(folder, staged)
     finally:
@@ -130,26 +145,26 @@ def _fill(
     lora: TrainedLora,
     report: EvaluationReport,
     prompts: Sequence[ValidationPrompt],
-    counts: Mapping[str, int],
+    trigger_words: Sequence[str],
     lineage: Mapping[str, Any],
 ) -> None:
     # The Hub's client is imported for the card only, and not with this module: the asset graph imports it.
-    from sdxl_pipeline.release.model_card import model_card
+    from sdxl_pipeline.release.model_card import image_counts, model_card
+    from sdxl_pipeline.release.sidecars import write_sidecars
 
-    if lora.weights_kind == "unet":
-        shutil.copytree(lora.weights_path, folder / UNET_FOLDER)
-    elif settings.lora_format != "comfyui":
-        shutil.copyfile(lora.weights_path, folder / WEIGHTS_FILE)
-    files = {
-        "weights": _weights_name(lora, settings),
+    pictures = _copy_pictures(folder, [image for image in report.images if image.step > 0])
+    preview = folder / next(iter(pictures.values())) if pictures else None
+    files = _write_weights(folder, project, base_model, settings, lora, trigger_words, preview)
+    main_file = folder / files.get("single_file", WEIGHTS_FILE)
+    if main_file.stem not in _STEMS:
+        write_sidecars(main_file, project, base_model, settings, lora, trigger_words, prompts, preview)
+        files["sidecar"] = main_file.with_suffix(".json").name
+    files |= {
         "gallery": GALLERY_FILE,
         "settings": SETTINGS_FILE,
         "evaluation": REPORT_FILE,
         "lineage": LINEAGE_FILE,
     }
-    if lora.kohya_path is not None and settings.lora_format != "diffusers":
-        files["single_file"] = Path(lora.kohya_path).name
-        shutil.copyfile(lora.kohya_path, folder / files["single_file"])
     shutil.copyfile(report.gallery_path, folder / GALLERY_FILE)
     plots = (
         ("loss_plot", report.loss_plot_path, LOSS_PLOT_FILE),
@@ -159,12 +174,11 @@ def _fill(
         if source is not None and Path(source).is_file():
             shutil.copyfile(source, folder / name)
             files[role] = name
-    pictures = _copy_pictures(folder, [image for image in report.images if image.step > 0])
     published_report = json.loads(Path(report.report_path).with_suffix(".json").read_text(encoding="utf-8"))
     for name, value in (
         (SETTINGS_FILE, portable_settings(settings)),
         (REPORT_FILE, published_report),
-        (LINEAGE_FILE, {**lineage, "pictures": dict(counts)}),
+        (LINEAGE_FILE, {**lineage, "images": image_counts(lora)}),
     ):
         write_text_atomic(folder / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
     card = model_card(
@@ -175,20 +189,40 @@ def _fill(
         report=published_report,
         prompts=prompts or [ValidationPrompt(name=prompt, prompt=prompt) for prompt in pictures],
         pictures=pictures,
-        counts=counts,
+        trigger_words=trigger_words,
         lineage=lineage,
         files=files,
     )
     write_text_atomic(folder / CARD_FILE, card)
 
 
-def _weights_name(lora: TrainedLora, settings: TrainingSettings) -> str:
-    """Return the file or folder of the release that diffusers loads."""
+def _write_weights(
+    folder: Path,
+    project: str,
+    base_model: ResolvedModel,
+    settings: TrainingSettings,
+    lora: TrainedLora,
+    trigger_words: Sequence[str],
+    preview: Path | None,
+) -> dict[str, str]:
+    """Write the weights in every format of the release; gives the names of diffusers' (weights) and of the others' (single_file)."""
     if lora.weights_kind == "unet":
-        return UNET_FOLDER
-    if settings.lora_format == "comfyui" and lora.kohya_path is not None:
-        return Path(lora.kohya_path).name
-    return WEIGHTS_FILE
+        # not imported with this module, which the asset graph imports: it takes torch
+        from sdxl_pipeline.release.single_file import checkpoint_metadata, write_checkpoint
+
+        name = f"{project}.safetensors"
+        metadata = checkpoint_metadata(project, base_model, settings, lora, trigger_words, preview)
+        write_checkpoint(folder / name, Path(lora.weights_path), base_model, settings, metadata)
+        shutil.copytree(lora.weights_path, folder / UNET_FOLDER)
+        return {"weights": UNET_FOLDER, "single_file": name}
+    files = {}
+    if lora.kohya_path is not None and settings.lora_format != "diffusers":
+        files["single_file"] = Path(lora.kohya_path).name
+        shutil.copyfile(lora.kohya_path, folder / files["single_file"])
+    if settings.lora_format != "comfyui" or not files:
+        files["weights"] = WEIGHTS_FILE
+        shutil.copyfile(lora.weights_path, folder / WEIGHTS_FILE)
+    return files
 
 
 def _copy_pictures(folder: Path, images: Sequence[ValidationImage]) -> dict[str, str]:

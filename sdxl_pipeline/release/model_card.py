@@ -8,9 +8,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from sdxl_pipeline.project.sections.adapter import AdapterSettings
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.specs import SPOKEN_KINDS, TrainedLora, ValidationPrompt, WeightsKind
-from sdxl_pipeline.release.adapter_words import adapter_name, adapter_tags, alpha_words, is_shown
+from sdxl_pipeline.release.adapter_words import adapter_name, adapter_tags, is_shown
 from sdxl_pipeline.release.portable import portable_name, portable_settings
-from sdxl_pipeline.release.snippet import hub_id, snippet
+from sdxl_pipeline.release.snippet import hub_id
+from sdxl_pipeline.release.usage import usage
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 
 LICENCES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}
@@ -53,30 +54,29 @@ def model_card(
     report: Mapping[str, Any],
     prompts: Sequence[ValidationPrompt],
     pictures: Mapping[str, str],
-    counts: Mapping[str, int],
+    trigger_words: Sequence[str],
     lineage: Mapping[str, Any],
     files: Mapping[str, str],
 ) -> str:
-    """The text of README.md.
+    """Return the text of README.md.
 
-    `report` is an evaluation's report.json; `pictures` maps a prompt to its picture's path in the release; `files` names the other files
-    by role: weights, gallery, settings, evaluation, lineage, and where there is one loss_plot and loss_curve.
+    `report` is an evaluation's report.json; `pictures` maps a prompt to its image's path in the release; `files` names the other files
+    by role: gallery, settings, evaluation, lineage, and where there is one weights, single_file, sidecar, loss_plot and loss_curve.
     """
     sections = [
         f"# {project}",
         settings.model_card_note or "",
-        _opening(project, base_model, settings, lora, counts),
+        _opening(project, base_model, settings, lora),
         "<Gallery />" if pictures else "",  # the Hub shows the pictures of the front matter in its place
         f"![base model beside {SPOKEN_KINDS[lora.weights_kind]}]({files['gallery']})",
         "## Use",
-        snippet(base_model, settings, prompts, lora.weights_kind, files["weights"]),
-        alpha_words(settings) if lora.weights_kind == "lora" else "",
+        usage(base_model, settings, lora, prompts, trigger_words, files),
         "## Evaluation",
         _evaluation(report, files),
         "## Training",
         _training(settings, lora, files),
         "## Lineage",
-        _lineage(base_model, counts, lineage, files),
+        _lineage(base_model, lora, lineage, files),
     ]
     body = "\n\n".join(section for section in sections if section)
     return str(
@@ -114,13 +114,7 @@ def _front_matter(
     )
 
 
-def _opening(
-    project: str,
-    base_model: ResolvedModel,
-    settings: TrainingSettings,
-    lora: TrainedLora,
-    counts: Mapping[str, int],
-) -> str:
+def _opening(project: str, base_model: ResolvedModel, settings: TrainingSettings, lora: TrainedLora) -> str:
     base = hub_id(base_model)
     name = f"[{base}](https://huggingface.co/{base})" if base else f"`{portable_name(base_model.source)}`"
     if lora.weights_kind == "unet":
@@ -131,10 +125,16 @@ def _opening(
         what = f"{adapter_name(settings)} for {name}, trained"
         texts = "of both text encoders" if settings.train_text_encoder else "leaves the text encoders alone"
         change = f"It changes {lora.adapted_modules} layers of the UNet and {texts}."
-    return (
-        f"{project} is {what} for {lora.steps:,} steps ({lora.samples:,} samples) from {sum(counts.values()):,} captioned pictures, those "
-        f"held out for the evaluation included. {change}"
-    )
+    return f"{project} is {what} for {lora.steps:,} steps ({lora.samples:,} samples){_images(lora)}. {change}"
+
+
+def _images(lora: TrainedLora) -> str:
+    """Return how many images were trained on and held out; empty for a run of an earlier version, which did not record it."""
+    if not lora.trained_images:
+        return ""
+    trained, held_out = sum(lora.trained_images.values()), sum(lora.held_out_images.values())
+    others = f"{held_out:,} others were held out for the evaluation" if held_out else "none was held out"
+    return f" on {trained:,} captioned images; {others}"
 
 
 def _evaluation(report: Mapping[str, Any], files: Mapping[str, str]) -> str:
@@ -184,13 +184,16 @@ def _says_something(name: str, settings: TrainingSettings, lora: TrainedLora) ->
 
 
 def _lineage(
-    base_model: ResolvedModel, counts: Mapping[str, int], lineage: Mapping[str, Any], files: Mapping[str, str]
+    base_model: ResolvedModel, lora: TrainedLora, lineage: Mapping[str, Any], files: Mapping[str, str]
 ) -> str:
     rows = [("base model", f"`{portable_name(base_model.source)}`")]
     if base_model.revision is not None:
         rows.append(("base model's revision", f"`{base_model.revision}`"))
     rows += [(f"base model, {name}", f"`{digest}`") for name, digest in base_model.digests.items()]
-    rows += [(f"dataset `{dataset}`", f"{count:,} pictures") for dataset, count in counts.items()]
+    rows += [
+        (f"dataset `{dataset}`", f"{counts['trained']:,} images trained, {counts['held_out']:,} held out")
+        for dataset, counts in image_counts(lora).items()
+    ]
     rows += [(f"`{asset}`", f"`{value}`") for asset, value in lineage.get("data_versions", {}).items()]
     rows += [
         (name.replace("_", " "), f"`{lineage[name]}`")
@@ -199,6 +202,18 @@ def _lineage(
     ]
     text = "Every value is a digest of content or a commit: equal values mean equal data. "
     return f"{text}As data: [{files['lineage']}]({files['lineage']}).\n\n{_table(('what', 'which'), rows)}"
+
+
+def image_counts(lora: TrainedLora) -> dict[str, dict[str, int]]:
+    """Return by dataset how many images were trained on and how many held out."""
+    datasets = sorted(lora.trained_images.keys() | lora.held_out_images.keys())
+    return {
+        dataset: {
+            "trained": lora.trained_images.get(dataset, 0),
+            "held_out": lora.held_out_images.get(dataset, 0),
+        }
+        for dataset in datasets
+    }
 
 
 def _shown(value: Any) -> str:

@@ -1,9 +1,14 @@
 """A whole UNet as users get it: a folder of safetensors and their configuration, looked at without loading the model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def non_finite_weights(folder: Path) -> tuple[int, list[str]]:
@@ -37,18 +42,48 @@ def misfits(folder: Path, base_model: ResolvedModel) -> list[str]:
     own, wanted = (
         {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()} for unet in unets
     )
-    found = dict(_shapes(folder))
+    found = tensor_shapes(folder)
     names = own.keys() | wanted.keys() | found.keys()
     return sorted(name for name in names if not own.get(name) == wanted.get(name) == found.get(name))
 
 
-def _shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+class _LazyTensors(Mapping[str, "Tensor"]):
+    """The tensors of open safetensors files, each read when it is asked for."""
+
+    def __init__(self, files: list[Any]) -> None:
+        self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a dict
+
+    def __getitem__(self, name: str) -> "Tensor":
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+@contextmanager
+def open_tensors(folder: Path) -> "Iterator[Mapping[str, Tensor]]":
+    """Give the weights of a UNet folder by name; none is in memory before it is asked for."""
     from safetensors import safe_open
 
+    with ExitStack() as files:
+        yield _LazyTensors(
+            [files.enter_context(safe_open(shard, framework="pt")) for shard in _shards(folder)]
+        )
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each weight of a UNet folder, in the order of `open_tensors`."""
+    from safetensors import safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
     for shard in _shards(folder):
         with safe_open(shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                yield name, tuple(file.get_slice(name).get_shape())
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return shapes
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sdxl_pipeline.evaluation.report import write_report
@@ -18,6 +19,8 @@ from sdxl_pipeline.protocol.specs import (
 )
 from sdxl_pipeline.release.export import build_release
 from sdxl_pipeline.sdxl.base_model import resolve_base_model
+from sdxl_pipeline.sdxl.components import load_unet
+from sdxl_pipeline.store.files import sha256_path
 from tests.evaluation.subjects import PROMPTS, make_lora, tiny_settings
 
 LINEAGE = {
@@ -76,6 +79,15 @@ def inputs(tmp_path: Path) -> dict[str, Any]:
     )
     model = resolve_base_model(settings, tmp_path, cache_dir=tmp_path / "digests")
     lora = make_lora(tmp_path, model, settings, scale=0.1)
+    kohya = tmp_path / "run" / "demo.safetensors"
+    kohya.write_bytes(b"kohya's format")  # the release copies it as it is
+    lora = lora.model_copy(
+        update={
+            "kohya_path": str(kohya),
+            "trained_images": {"shapes": 24, "more": 1000},
+            "held_out_images": {"shapes": 6, "judged": 3},
+        }
+    )
     make_picture(Path(lora.loss_curve_path), 52)
     return {
         "project": "demo",
@@ -84,8 +96,32 @@ def inputs(tmp_path: Path) -> dict[str, Any]:
         "lora": lora,
         "report": evaluated(tmp_path / "evaluation", lora),
         "prompts": PROMPTS,
-        "counts": {"shapes": 24, "more": 1000},
+        "trigger_words": ["a zorp", "zorpy style"],
         "lineage": LINEAGE,
+    }
+
+
+@pytest.fixture
+def unet_inputs(inputs: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The same for a trained UNet: what changes of `inputs`."""
+    unet = load_unet(inputs["base_model"], torch.float32)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.mul_(1.01)
+    unet.register_to_config(_name_or_path="")
+    folder = tmp_path / "run" / "unet"
+    unet.save_pretrained(folder, max_shard_size="2MB")
+    digest = sha256_path(folder)
+    update = {
+        "weights_kind": "unet",
+        "weights_path": str(folder),
+        "weights_sha256": digest,
+        "kohya_path": None,
+    }
+    return {
+        "lora": inputs["lora"].model_copy(update=update),
+        "report": inputs["report"].model_copy(update={"weights_kind": "unet", "lora_sha256": digest}),
+        "settings": inputs["settings"].model_copy(update={"model_type": "full"}),
     }
 
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sdxl_pipeline.project.paths import PLACES, SOURCES
@@ -48,7 +49,11 @@ def test_the_folder_holds_what_the_card_speaks_of(release, inputs):
         "training_loss.png",
         "images/circle.png",
         "images/star.png",
+        "demo.safetensors",
+        "demo.json",
+        "demo.png",
     }
+    assert (folder / "demo.safetensors").read_bytes() == Path(inputs["lora"].kohya_path).read_bytes()
     assert (folder / WEIGHTS_FILE).read_bytes() == Path(inputs["lora"].weights_path).read_bytes()
     drawn = next(image for image in inputs["report"].images if image.name == "star" and image.step > 0)
     assert (folder / "images" / "star.png").read_bytes() == Path(drawn.path).read_bytes()
@@ -57,17 +62,65 @@ def test_the_folder_holds_what_the_card_speaks_of(release, inputs):
     assert settings["pretrained_model_name_or_path"] == "bundled:tiny-sdxl"
     assert not {"output_dir", "logging_dir", "data_backend_config"} & settings.keys()
     lineage = json.loads((folder / LINEAGE_FILE).read_text())
-    assert lineage["pictures"] == {"shapes": 24, "more": 1000}
+    assert lineage["images"] == {
+        "judged": {"trained": 0, "held_out": 3},
+        "more": {"trained": 1000, "held_out": 0},
+        "shapes": {"trained": 24, "held_out": 6},
+    }
     assert lineage["data_versions"] == inputs["lineage"]["data_versions"]
     assert json.loads((folder / REPORT_FILE).read_text())["figures"]["lora_loss"] == 0.1
+
+
+def test_sidecars_hold_what_a1111_and_invokeai_show(release, inputs):
+    folder = release()
+    assert json.loads((folder / "demo.json").read_text()) == {
+        "description": "demo: a LoRA of rank 4 for bundled:tiny-sdxl, 40 steps.",
+        "notes": "Made for a test.",
+        "sd version": "SDXL",
+        "activation text": "a zorp, zorpy style",
+        "preferred weight": 1.0,
+        "negative text": "blurry",
+    }
+    shown = next(image for image in inputs["report"].images if image.step > 0)
+    with Image.open(folder / "demo.png") as preview, Image.open(shown.path) as image:
+        assert preview.format == "PNG"
+        assert preview.tobytes() == image.tobytes()
+
+
+def test_sidecars_do_not_replace_files_of_the_release(release, inputs, tmp_path: Path):
+    kohya = tmp_path / "run" / "lineage.safetensors"
+    kohya.write_bytes(b"kohya's format")
+    folder = release(lora=inputs["lora"].model_copy(update={"kohya_path": str(kohya)}))
+    assert "images" in json.loads((folder / LINEAGE_FILE).read_text())
+    assert "lineage.json` and" not in (folder / CARD_FILE).read_text()
+
+
+@pytest.mark.parametrize(
+    ("lora_format", "kohya", "files"),
+    [
+        ("both", True, {WEIGHTS_FILE, "demo.safetensors"}),
+        ("comfyui", True, {"demo.safetensors"}),
+        ("diffusers", False, {WEIGHTS_FILE}),
+    ],
+)
+def test_only_the_formats_that_were_asked_for_are_released(release, inputs, lora_format, kohya, files):
+    settings = inputs["settings"].model_copy(update={"lora_format": lora_format})
+    lora = inputs["lora"] if kohya else inputs["lora"].model_copy(update={"kohya_path": None})
+    folder = release(settings=settings, lora=lora)
+    assert {name for name in files_in(folder) if name.endswith(".safetensors")} == files
+    text = (folder / CARD_FILE).read_text()
+    named = {name for name in (WEIGHTS_FILE, "demo.safetensors") if name in text}
+    assert named == files
+    stem = "demo" if kohya else "pytorch_lora_weights"
+    assert {f"{stem}.json", f"{stem}.png"} <= files_in(folder)
 
 
 def test_a_new_release_replaces_the_old_one_whole(release, inputs, tmp_path: Path):
     folder = release()
     (folder / "images" / "stale.png").write_bytes(b"")
-    assert release(counts={"shapes": 25}) == folder
+    assert release(lineage={"training_identity": "another"}) == folder
     assert "images/stale.png" not in files_in(folder)
-    assert json.loads((folder / LINEAGE_FILE).read_text())["pictures"] == {"shapes": 25}
+    assert json.loads((folder / LINEAGE_FILE).read_text())["training_identity"] == "another"
     assert [path.name for path in folder.parent.iterdir()] == ["release"]
 
 

@@ -11,7 +11,6 @@ from PIL import Image
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.release.model_card import hub_id
 from sdxl_pipeline.sdxl.adapters import save_adapter
-from sdxl_pipeline.sdxl.components import load_unet
 from sdxl_pipeline.store.files import sha256_path
 from tests.sdxl.adapted_unets import KINDS, adapted_unet, output
 
@@ -79,8 +78,13 @@ def test_the_figures_and_the_lineage_are_in_it(release, inputs):
     assert "Made for a test." in text
     assert "| Eval loss, LoRA | 0.1 | -0.02 |" in text
     assert "held out of the training" in text
-    assert "trained for 40 steps (120 samples) from 1,024 captioned pictures" in text
-    assert "| dataset `more` | 1,000 pictures |" in text
+    assert (
+        "trained for 40 steps (120 samples) on 1,024 captioned images; 9 others were held out for the evaluation."
+        in text
+    )
+    assert "| dataset `more` | 1,000 images trained, 0 held out |" in text
+    assert "| dataset `shapes` | 24 images trained, 6 held out |" in text
+    assert "| dataset `judged` | 0 images trained, 3 held out |" in text
     assert "| `demo/shapes/dataset` | `d1` |" in text
     for digest in inputs["base_model"].digests.values():
         assert digest in text
@@ -130,39 +134,102 @@ def test_a_lora_of_another_prediction_type_is_drawn_with_it(release, inputs, mon
     )
 
 
+def test_a_run_that_did_not_count_its_images_claims_no_number(release, inputs):
+    lora = inputs["lora"].model_copy(update={"trained_images": {}, "held_out_images": {}})
+    text = (release(lora=lora) / "README.md").read_text()
+    assert "trained for 40 steps (120 samples). It changes" in text
+    assert "| dataset `" not in text
+
+
 def test_a_whole_unet_is_released_as_a_folder_that_the_snippet_loads(
-    release, inputs, tmp_path: Path, monkeypatch
+    release, inputs, unet_inputs, monkeypatch
 ):
-    unet = load_unet(inputs["base_model"], torch.float32)
-    unet.register_to_config(_name_or_path="")
-    unet.save_pretrained(tmp_path / "run" / "unet")
-    digest = sha256_path(tmp_path / "run" / "unet")
-    update = {"weights_kind": "unet", "weights_sha256": digest}
-    lora = inputs["lora"].model_copy(update={**update, "weights_path": str(tmp_path / "run" / "unet")})
-    report = inputs["report"].model_copy(update={"weights_kind": "unet", "lora_sha256": digest})
-    settings = inputs["settings"].model_copy(update={"model_type": "full"})
     model = inputs["base_model"].model_copy(update={"source": SDXL, "revision": "ab" * 20})
-    hub = release(lora=lora, report=report, settings=settings, base_model=model)
+    hub = release(**unet_inputs, base_model=model)
     assert front_matter(hub)["base_model_relation"] == "finetune"
     assert "lora" not in front_matter(hub)["tags"]
 
-    folder = release(lora=lora, report=report, settings=settings)
-    assert sha256_path(folder / "unet") == digest
+    folder = release(**unet_inputs)
+    assert sha256_path(folder / "unet") == unet_inputs["lora"].weights_sha256
     text = (folder / "README.md").read_text()
     assert "with all weights trained further for 40 steps" in text
     assert "lora_rank" not in text
+    assert "Copy `demo.safetensors` to `models/checkpoints`" in text
+    assert "Copy `demo.safetensors` to `models/Stable-diffusion`" in text
+    assert "<lora:" not in text
     monkeypatch.chdir(folder)
     exec(compile(snippet(folder), "snippet", "exec"), {})
     with Image.open(folder / "picture.png") as picture:
         assert picture.size == (64, 64)
 
 
-def test_an_alpha_that_only_the_header_holds_is_told(release, inputs):
-    assert "ComfyUI" not in (release() / "README.md").read_text()
+def use_section(folder: Path) -> str:
+    text = (folder / "README.md").read_text()
+    return text[text.index("## Use") : text.index("## Evaluation")]
+
+
+def test_the_card_says_how_each_program_uses_the_lora(release, inputs):
+    text = use_section(release())
+    titles = re.findall(r"^### (.*)$", text, re.MULTILINE)
+    assert titles == ["diffusers", "ComfyUI", "A1111 and Forge"]
+    diffusers, comfyui, a1111 = text.split("### ")[1:]
+    assert 'weight_name="pytorch_lora_weights.safetensors"' in diffusers
+    assert "Copy `demo.safetensors` to `models/loras`" in comfyui
+    assert "with strength 1" in comfyui
+    assert "Copy `demo.safetensors` to `models/Lora` and write `<lora:demo:1>`" in a1111
+    assert "With `demo.json` and `demo.png` beside it" in a1111
+    for part in (comfyui, a1111):
+        assert "Trigger words for the prompt: `a zorp`, `zorpy style`." in part
+    assert "DoRA" not in text
+    assert "ModelSamplingDiscrete" not in text
+    assert "Trigger words" not in use_section(release(trigger_words=[]))
+
+
+def test_a_strength_other_than_1_is_never_recommended(release, inputs):
     settings = inputs["settings"].model_copy(update={"lora_rank": 4, "lora_alpha": 10.0})
-    text = (release(settings=settings) / "README.md").read_text()
-    assert "The updates count 10 / 4 = 2.5 times" in text
-    assert "as ComfyUI, write a strength 2.5 times as large." in text
+    text = use_section(release(settings=settings))
+    assert "`lora_alpha` / `lora_rank` = 10 / 4 = 2.5, which the file's header holds" in text
+    assert re.findall(r"strength ([\d.]*\d)", text) == ["1"]
+    assert "<lora:demo:1>" in text
+
+
+def test_the_card_of_one_format_speaks_of_no_other(release, inputs):
+    settings = inputs["settings"].model_copy(update={"lora_format": "comfyui"})
+    text = use_section(release(settings=settings))
+    assert 'weight_name="demo.safetensors"' in text
+    lora = inputs["lora"].model_copy(update={"kohya_path": None})
+    settings = inputs["settings"].model_copy(update={"lora_format": "diffusers"})
+    text = use_section(release(settings=settings, lora=lora))
+    assert "This release has no file for them" in text
+    assert "models/loras" not in text
+
+
+def test_the_card_of_a_dora_says_which_file_is_exact(release, inputs):
+    settings = inputs["settings"].model_copy(update={"use_dora": True})
+    lora = inputs["lora"].model_copy(update={"dora_approximation": {"rank": 32, "relative_error": 0.01234}})
+    text = use_section(release(settings=settings, lora=lora))
+    assert "plain LoRA of rank 32 that approximates it, with a relative error of 0.0123" in text
+    assert "`pytorch_lora_weights.safetensors` is exact, for diffusers." in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "prediction", "node"),
+    [
+        ("lora", None, None),
+        ("lora", "v_prediction", "sampling `v_prediction`."),
+        ("lora", "sample", "sampling `x0`."),
+        ("unet", "v_prediction", None),
+        ("unet", "sample", "sampling `x0`."),
+    ],
+)
+def test_comfyui_users_learn_of_a_prediction_type_that_no_file_tells(
+    release, inputs, unet_inputs, kind, prediction, node
+):
+    changes = unet_inputs if kind == "unet" else {"settings": inputs["settings"]}
+    settings = changes["settings"].model_copy(update={"prediction_type": prediction})
+    text = use_section(release(**{**changes, "settings": settings}))
+    assert ("ModelSamplingDiscrete" in text) == (node is not None)
+    assert node is None or node in text
 
 
 @pytest.mark.parametrize(
@@ -189,7 +256,7 @@ def test_every_kind_of_adapter_is_released_with_the_code_that_loads_it(
     assert tags <= set(front_matter(folder)["tags"])
     assert ("| `lora_rank` |" in text) == (kind == "dora")
     assert ("`lycoris_config`" in text) == (kind != "dora")
-    assert ("The updates count 2 / 4 = 0.5 times" in text) == (kind == "dora")
+    assert ("`lora_alpha` / `lora_rank` = 2 / 4 = 0.5" in text) == (kind == "dora")
 
     monkeypatch.chdir(folder)
     names: dict = {}

@@ -1,0 +1,123 @@
+"""The single-file checkpoint of a trained UNet in SDXL's original layout and float16, as ComfyUI, A1111, Forge and kohya load it.
+
+The UNet is streamed from its folder to the file. The VAE and the text encoders are the base model's, about 2 GB, so that writing takes
+less memory than one copy of the UNet.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.protocol.specs import TrainedLora
+from sdxl_pipeline.release.export import ExportError
+from sdxl_pipeline.release.formats.header import thumbnail_uri
+from sdxl_pipeline.release.model_card import LICENCES
+from sdxl_pipeline.release.sidecars import description
+from sdxl_pipeline.release.snippet import hub_id
+from sdxl_pipeline.release.unet_folder import open_tensors, tensor_shapes
+from sdxl_pipeline.sdxl.base_model import ResolvedModel
+from sdxl_pipeline.sdxl.components import load_noise_scheduler, load_text_encoders, load_vae
+from sdxl_pipeline.sdxl.original_layout import (
+    first_text_tensors,
+    second_text_tensors,
+    unet_tensors,
+    vae_tensors,
+)
+from sdxl_pipeline.store.stable_safetensors import write_streamed_safetensors
+from sdxl_pipeline.training.disk import require_room
+
+DTYPE = torch.float16
+
+
+def write_checkpoint(
+    path: Path,
+    unet_folder: Path,
+    base_model: ResolvedModel,
+    settings: TrainingSettings,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write the trained UNet with the base model's other components to `path`.
+
+    Raises ExportError for a weight that float16 cannot hold, and StageError when the disk has no room.
+    """
+    encoders = load_text_encoders(base_model, DTYPE)
+    small = dict(_markers(base_model, settings))
+    small |= first_text_tensors(encoders.text_encoder.state_dict())
+    small |= second_text_tensors(encoders.text_encoder_2.state_dict())
+    # in float32, since in float16 the loader refuses a VAE whose activations overflow; its weights do not
+    small |= vae_tensors(load_vae(base_model, torch.float32).state_dict())
+    shapes = {
+        name: torch.empty(shape, dtype=DTYPE, device="meta")
+        for name, shape in tensor_shapes(unet_folder).items()
+    }
+    config = UNet2DConditionModel.load_config(unet_folder)
+    layout = {name: _in_half(tensor.to("meta")) for name, tensor in small.items()}
+    layout |= unet_tensors(shapes, config)
+    require_room(path.parent, sum(tensor.nbytes for tensor in layout.values()), "the single-file checkpoint")
+    with open_tensors(unet_folder) as unet:
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for source in (small.items(), unet_tensors(unet, config)):
+                for name, tensor in source:
+                    yield name, _finite(name, _in_half(tensor))
+
+        write_streamed_safetensors(path, layout, tensors(), metadata)
+
+
+def checkpoint_metadata(
+    project: str,
+    base_model: ResolvedModel,
+    settings: TrainingSettings,
+    lora: TrainedLora,
+    trigger_words: Sequence[str],
+    preview: Path | None,
+) -> dict[str, str]:
+    """Return the checkpoint's entries of modelspec 1.0.1, but for the hash; the same training gives the same entries."""
+    prediction = _scheduler_config(base_model, settings).prediction_type
+    height, width = settings.validation_sizes[0]
+    entries = {
+        "identity": lora.identity,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": project,
+        "modelspec.description": description(project, base_model, settings, lora),
+        "modelspec.resolution": f"{width}x{height}",
+        "modelspec.license": LICENCES.get(hub_id(base_model) or ""),
+        "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}.get(prediction),
+        "modelspec.trigger_phrase": trigger_words[0] if trigger_words else None,
+        "modelspec.thumbnail": preview and thumbnail_uri(preview),
+        "modelspec.unet_dtype": str(DTYPE),
+    }
+    return {name: value for name, value in entries.items() if value}
+
+
+def _markers(base_model: ResolvedModel, settings: TrainingSettings) -> Iterator[tuple[str, Tensor]]:
+    """Yield the empty tensors by which ComfyUI and Forge recognize a model that predicts v, and a schedule of zero terminal SNR."""
+    config = _scheduler_config(base_model, settings)
+    if config.prediction_type == "v_prediction":
+        yield "v_pred", torch.zeros(0, dtype=torch.int64)
+        if config.rescale_betas_zero_snr:
+            yield "ztsnr", torch.zeros(0, dtype=torch.int64)
+
+
+def _scheduler_config(base_model: ResolvedModel, settings: TrainingSettings) -> Any:
+    return load_noise_scheduler(base_model, settings.scheduler_changes).config
+
+
+def _in_half(tensor: Tensor) -> Tensor:
+    return tensor.to(DTYPE) if tensor.is_floating_point() else tensor
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise ExportError(
+            f"{name} holds values that float16 cannot (largest is {torch.finfo(DTYPE).max:g}), so no single-file checkpoint of this "
+            "model can be written. The training diverged: train with a lower learning_rate"
+        )
+    return tensor

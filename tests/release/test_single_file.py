@@ -1,0 +1,175 @@
+"""The checkpoint of a trained UNet is SDXL's original layout: our own loader reads it back to equal weights, and other programs know it by its header."""
+
+import hashlib
+import struct
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.protocol.program import StageError
+from sdxl_pipeline.release import single_file
+from sdxl_pipeline.release.export import ExportError
+from sdxl_pipeline.release.single_file import write_checkpoint
+from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, ResolvedModel, resolve_base_model
+from sdxl_pipeline.sdxl.components import (
+    load_noise_scheduler,
+    load_pipeline,
+    load_text_encoders,
+    load_unet,
+    load_vae,
+)
+from sdxl_pipeline.training import disk
+
+
+def resolved(checkpoint: Path, folder: Path) -> ResolvedModel:
+    """The checkpoint as a base model, with the bundled model's configurations and tokenizers beside it."""
+    companion = checkpoint.with_suffix("")
+    if not companion.exists():
+        companion.symlink_to(BUNDLED_MODEL)
+    settings = TrainingSettings(pretrained_model_name_or_path=str(checkpoint))
+    return resolve_base_model(settings, folder, cache_dir=folder / "digests")
+
+
+def write(folder: Path, inputs: dict[str, Any], unet_inputs: dict[str, Any], **settings: Any) -> Path:
+    path = folder / "models" / "zorp.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    changed = unet_inputs["settings"].model_copy(update=settings)
+    write_checkpoint(
+        path, Path(unet_inputs["lora"].weights_path), inputs["base_model"], changed, {"title": "zorp"}
+    )
+    return path
+
+
+def assert_equal_weights(module: torch.nn.Module, expected: torch.nn.Module) -> None:
+    state, other = module.state_dict(), expected.state_dict()
+    assert state.keys() == other.keys()
+    assert all(torch.equal(state[name], other[name].half().float()) for name in state)
+
+
+def test_our_loader_reads_equal_weights_back(inputs, unet_inputs, tmp_path: Path):
+    model = resolved(write(tmp_path, inputs, unet_inputs), tmp_path)
+    assert model.kind == "single_file"
+    trained = UNet2DConditionModel.from_pretrained(unet_inputs["lora"].weights_path)
+    assert_equal_weights(load_unet(model, torch.float32), trained)
+    base = inputs["base_model"]
+    assert_equal_weights(load_vae(model, torch.float32), load_vae(base, torch.float32))
+    encoders, expected = (load_text_encoders(which, torch.float32) for which in (model, base))
+    assert_equal_weights(encoders.text_encoder, expected.text_encoder)
+    assert_equal_weights(encoders.text_encoder_2, expected.text_encoder_2)
+
+
+def test_the_checkpoint_gives_the_image_of_the_trained_unet(inputs, unet_inputs, tmp_path: Path):
+    model = resolved(write(tmp_path, inputs, unet_inputs), tmp_path)
+    trained = UNet2DConditionModel.from_pretrained(unet_inputs["lora"].weights_path)
+    images = [
+        pipeline(
+            "a red circle",
+            num_inference_steps=2,
+            height=64,
+            width=64,
+            output_type="np",
+            generator=torch.Generator().manual_seed(1),
+        ).images
+        for pipeline in (
+            load_pipeline(model, torch.float32),
+            load_pipeline(inputs["base_model"], torch.float32, unet=trained.eval()),
+        )
+    ]
+    assert abs(images[0] - images[1]).max() <= 1 / 255
+
+
+def test_a_release_holds_folder_and_checkpoint_with_its_metadata(release, unet_inputs, tmp_path: Path):
+    folder = release(**unet_inputs)
+    path = folder / "demo.safetensors"
+    assert (folder / "unet" / "config.json").is_file()
+    assert (folder / "demo.json").is_file()
+    assert (folder / "demo.png").is_file()
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["modelspec.sai_model_spec"] == "1.0.1"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
+    assert metadata["modelspec.title"] == "demo"
+    assert metadata["modelspec.trigger_phrase"] == "a zorp"
+    assert metadata["modelspec.prediction_type"] == "epsilon"
+    assert metadata["modelspec.resolution"] == "64x64"
+    assert metadata["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
+    assert metadata["modelspec.hash_sha256"] == "0x" + hashlib.sha256(data[8 + length :]).hexdigest()
+    assert str(tmp_path) not in str(metadata)
+    assert {str(tensor.dtype) for tensor in load_file(path).values()} == {"torch.float16", "torch.int64"}
+    before = data
+    assert (release(**unet_inputs) / "demo.safetensors").read_bytes() == before
+
+
+def test_a_model_that_predicts_v_is_marked_as_such(inputs, unet_inputs, tmp_path: Path):
+    plain = write(tmp_path, inputs, unet_inputs)
+    assert not {"v_pred", "ztsnr"} & load_file(plain).keys()
+    marked = write(tmp_path, inputs, unet_inputs, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert {"v_pred", "ztsnr"} <= load_file(marked).keys()
+    config = load_noise_scheduler(resolved(marked, tmp_path)).config
+    assert config.prediction_type == "v_prediction"
+    assert config.rescale_betas_zero_snr
+
+
+def test_another_vae_of_the_settings_is_the_checkpoints(inputs, unet_inputs, tmp_path: Path):
+    vae = load_vae(inputs["base_model"], torch.float32)
+    with torch.no_grad():
+        vae.quant_conv.bias.add_(0.5)
+    vae.save_pretrained(tmp_path / "vae")
+    settings = inputs["settings"].model_copy(
+        update={"pretrained_vae_model_name_or_path": str(tmp_path / "vae")}
+    )
+    other = inputs | {"base_model": resolve_base_model(settings, tmp_path, cache_dir=tmp_path / "digests")}
+    model = resolved(write(tmp_path, other, unet_inputs), tmp_path)
+    assert_equal_weights(load_vae(model, torch.float32), vae)
+
+
+@pytest.mark.parametrize("value", [70000.0, torch.inf, torch.nan])
+def test_a_weight_that_float16_cannot_hold_stops_the_release(
+    inputs, unet_inputs, tmp_path: Path, value: float
+):
+    shards = Path(unet_inputs["lora"].weights_path).glob("*.safetensors")
+    shard = next(shard for shard in shards if "conv_out.weight" in load_file(shard))
+    tensors = load_file(shard)
+    tensors["conv_out.weight"][0, 0] = value
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(ExportError, match=r"out\.2\.weight holds values that float16 cannot"):
+        write(tmp_path, inputs, unet_inputs)
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_a_disk_without_room_is_noticed_before_anything_is_written(
+    inputs, unet_inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    usage = disk.shutil.disk_usage(tmp_path)._replace(free=2 << 20)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _folder: usage)
+    with pytest.raises(StageError, match="the single-file checkpoint"):
+        write(tmp_path, inputs, unet_inputs)
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_the_unet_is_streamed_one_tensor_at_a_time(
+    inputs, unet_inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def watched(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal most
+        if name.startswith("model.diffusion_model."):
+            alive.append(weakref.ref(tensor))
+            most = max(most, sum(reference() is not None for reference in alive))
+        return tensor
+
+    monkeypatch.setattr(single_file, "_finite", watched)
+    write(tmp_path, inputs, unet_inputs)
+    assert len(alive) > 100
+    assert most <= 2, "the one that is written, and the next"
