@@ -31,6 +31,12 @@ def test_a_whole_unet_goes_through_the_graph(
     release = Path(metadata(result, "small", "hub_release")["folder"])
     assert UNet2DConditionModel.from_pretrained(release, subfolder="unet", use_safetensors=True)
     assert "UNet2DConditionModel.from_pretrained" in (release / "README.md").read_text()
+    names = {name.split(".")[0] for name in load_file(release / "small.safetensors")}
+    assert names == {"model", "first_stage_model", "conditioner"}, "a single-file checkpoint"
+    shown = metadata(result, "small", "hub_release")
+    assert "small.safetensors" in shown["files"]
+    assert "](data:image/jpeg;base64," in shown["model_card"]
+    assert ".png)" not in shown["model_card"]
     summary.main("small")
     assert "trained UNet" in capsys.readouterr().out
 
