@@ -28,8 +28,8 @@ from sdxl_pipeline.sdxl.original_layout import (
     unet_tensors,
     vae_tensors,
 )
+from sdxl_pipeline.store.disk_space import require_space
 from sdxl_pipeline.store.stable_safetensors import write_streamed_safetensors
-from sdxl_pipeline.training.disk import require_room
 
 DTYPE = torch.float16
 
@@ -43,7 +43,7 @@ def write_checkpoint(
 ) -> None:
     """Write the trained UNet with the base model's other components to `path`.
 
-    Raises ExportError for a weight that float16 cannot hold, and StageError when the disk has no room.
+    Raises ExportError for a weight that float16 cannot hold, and DiskFullError when the disk has no room.
     """
     encoders = load_text_encoders(base_model, DTYPE)
     small = dict(_markers(base_model, settings))
@@ -58,7 +58,7 @@ def write_checkpoint(
     config = UNet2DConditionModel.load_config(unet_folder)
     layout = {name: _in_half(tensor.to("meta")) for name, tensor in small.items()}
     layout |= unet_tensors(shapes, config)
-    require_room(path.parent, sum(tensor.nbytes for tensor in layout.values()), "the single-file checkpoint")
+    require_space(path.parent, sum(tensor.nbytes for tensor in layout.values()), "the single-file checkpoint")
     with open_tensors(unet_folder) as unet:
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
