@@ -196,7 +196,7 @@ def _examine(project: Project | BrokenProject, hardware: Hardware, set_only: boo
     if isinstance(project, BrokenProject):
         return _show_error(project.error, console)
     try:
-        settings, sources = resolve_settings(project.training, hardware, {})
+        settings, sources = resolve_settings(project.training, hardware, {}, project.folder)
     except ProjectError as error:
         return _show_error(error, console)
     from sdxl_pipeline.images.folder_notes import local_notes

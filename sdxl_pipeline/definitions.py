@@ -14,7 +14,8 @@ from resources.storage import Storage, ValueIOManager
 from resources.trackers import TrackerResource
 from resources.webhook import WebhookResource
 from sdxl_pipeline.automation import build_prune_job, build_schedule, build_sensor, retraining_job
-from sdxl_pipeline.project.project import BrokenProject, discover_projects
+from sdxl_pipeline.project.problems import ProjectError, only_project_errors
+from sdxl_pipeline.project.project import BrokenProject, Project, discover_projects
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PRELOADED = ["dagster._cli", "sdxl_pipeline.definitions", "pyarrow.parquet", "matplotlib.figure"]
@@ -36,17 +37,9 @@ def check_packages() -> None:
 
 def build_definitions(root: Path | None = None) -> dg.Definitions:
     """Definitions of all projects below `root` (default: SDXL_PIPELINE_PROJECTS, else the repository's projects/)."""
-    projects = discover_projects(root)
-    sound = [project for project in projects if not isinstance(project, BrokenProject)]
-    broken = [project for project in projects if isinstance(project, BrokenProject)]
     storage = Storage()
-    schedules = [build_schedule(project) for project in sound]
-    return dg.Definitions(
-        assets=[asset for project in sound for asset in assets.build_assets(project)]
-        + [assets.build_broken_project(project) for project in broken],
-        jobs=[*(retraining_job(project) for project in sound), build_prune_job(root)],
-        schedules=[schedule for schedule in schedules if schedule is not None],
-        sensors=[build_sensor(project) for project in sound],
+    shared = dg.Definitions(
+        jobs=[build_prune_job(root)],
         executor=EXECUTOR,
         resources={
             "hardware": HardwareProfile.configure_at_launch(),
@@ -58,6 +51,24 @@ def build_definitions(root: Path | None = None) -> dg.Definitions:
             "webhook": WebhookResource(),
         },
     )
+    return dg.Definitions.merge(*(_definitions_of(project) for project in discover_projects(root)), shared)
+
+
+def _definitions_of(project: Project | BrokenProject) -> dg.Definitions:
+    """Return what one project adds. Settings that Dagster itself refuses make it a broken project, and leave the others as they are."""
+    if isinstance(project, BrokenProject):
+        return dg.Definitions(assets=[assets.build_broken_project(project)])
+    try:
+        with only_project_errors(project.folder):
+            schedule = build_schedule(project)
+            return dg.Definitions(
+                assets=assets.build_assets(project),
+                jobs=[retraining_job(project)],
+                schedules=[] if schedule is None else [schedule],
+                sensors=[build_sensor(project)],
+            )
+    except ProjectError as error:
+        return _definitions_of(BrokenProject(project.name, project.folder, error))
 
 
 @dg.definitions

@@ -38,6 +38,18 @@ def test_graph_of_a_project(make_project: Callable[..., Path]) -> None:
         assert dg.AssetKey(["shop", "training_plan"]) in waits_for
 
 
+def test_build_definitions_setting_that_dagster_refuses_breaks_one_project(
+    make_project: Callable[..., Path],
+) -> None:
+    make_project("sound")
+    folder = make_project("torn", config={"retraining_cron": "x x x x x"})
+    graph = build_definitions(folder.parent).resolve_asset_graph()
+    assert dg.AssetKey(["sound", "lora"]) in graph.get_all_asset_keys()
+    torn = graph.get(dg.AssetKey(["torn", "project"]))
+    assert "DagsterInvalidDefinitionError" in str(torn.description)
+    assert dg.AssetKey(["torn", "lora"]) not in graph.get_all_asset_keys()
+
+
 def test_a_broken_project_is_shown_and_says_what_to_mend(
     make_project: Callable[..., Path], instance: dg.DagsterInstance
 ) -> None:

@@ -28,6 +28,7 @@ from sdxl_pipeline.project.mask_links import (
     idle_mask_settings,
     mask_source,
 )
+from sdxl_pipeline.project.paths import inside
 from sdxl_pipeline.project.problems import NO_VALUE, Problem
 from sdxl_pipeline.project.training import TrainingSettings
 
@@ -145,7 +146,7 @@ def _read_entry(
     if dataset_type not in _TYPES:
         message = (
             "is not for SDXL LoRA yet"
-            if dataset_type in IMAGES.later_values["dataset_type"]
+            if isinstance(dataset_type, str) and dataset_type in IMAGES.later_values["dataset_type"]
             else "is not a known dataset_type"
         )
         remedy = f"write one of {', '.join(_TYPES)}, or disable the entry"
@@ -291,11 +292,7 @@ def _absolute(settings: Any, folder: Path, *keys: str) -> Any:
     """The settings with these paths made absolute, seen from `folder`."""
     paths = {key: getattr(settings, key) for key in keys}
     return settings.model_copy(
-        update={
-            key: (folder / value.expanduser()).resolve()
-            for key, value in paths.items()
-            if isinstance(value, Path)
-        }
+        update={key: inside(folder, value) for key, value in paths.items() if isinstance(value, Path)}
     )
 
 

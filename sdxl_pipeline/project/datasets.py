@@ -4,14 +4,17 @@ Entries are read by `sdxl_pipeline.project.backends`, which also fills in what `
 fields. The checks that need more than one field are in `sdxl_pipeline.project.dataset_checks`.
 """
 
+import hashlib
 import re
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
+from anyascii import anyascii
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from sdxl_pipeline.project.sections.data import CaptionStrategy, ResolutionType
-from sdxl_pipeline.project.settings_model import BadValueError, Count, SettingsModel
+from sdxl_pipeline.project.settings_model import IS_PATH, BadValueError, Count, SettingsModel
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -45,7 +48,9 @@ MaskKind = Literal["mask", "segmentation"]
 class ParquetTable(SettingsModel):
     """A table of captions by file: Parquet, or JSON Lines."""
 
-    path: str = Field(min_length=1, description="The table, relative to the pictures' folder or absolute.")
+    path: Annotated[str, IS_PATH] = Field(
+        min_length=1, description="The table, relative to the pictures' folder or absolute."
+    )
     filename_column: str = Field("filename", description="Column of the file names.")
     caption_column: str | tuple[str, ...] = Field(
         "caption", description="Column of the captions, or several; a list in it is several captions."
@@ -281,7 +286,7 @@ class ImageDataset(SettingsModel):
 
     @property
     def asset_name(self) -> str:
-        """`id` with every character that an asset key cannot hold replaced by "_"."""
+        """Return `id` as an asset key may be written."""
         return asset_name(self.id)
 
     @property
@@ -373,5 +378,13 @@ class TextEmbedsDataset(SettingsModel):
 
 
 def asset_name(name: str) -> str:
-    """`name` with every character outside [A-Za-z0-9_] replaced by "_"."""
-    return re.sub(r"[^A-Za-z0-9_]", "_", name)
+    """Return `name` as an asset key and group may be written: letters and digits of ASCII, and "_".
+
+    Each other ASCII character becomes "_". A name in other letters is transliterated; since several names may read alike then, the
+    digest of the name itself follows.
+    """
+    if name.isascii():
+        return re.sub(r"[^A-Za-z0-9_]", "_", name)
+    composed = unicodedata.normalize("NFC", name)  # macOS decomposes the names of files
+    letters = re.sub(r"[^A-Za-z0-9_]+", "_", anyascii(composed)).strip("_")[:60]
+    return f"{letters or 'unnamed'}_{hashlib.sha256(composed.encode()).hexdigest()[:8]}"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sdxl_pipeline.project.dataset_checks import Finding
+from sdxl_pipeline.project.paths import exists, inside
 
 SUFFIX = ".safetensors"
 _WEIGHTS = (SUFFIX, ".ckpt", ".pt", ".pth", ".bin")
@@ -35,13 +36,13 @@ def check_init_lora(written: str | None, folder: Path) -> Iterator[Finding]:
     """What is wrong with the name, seen from the project's folder; whether the Hub has such a file is seen at the launch of a run."""
     if written is None:
         return
-    path = folder / Path(written).expanduser()
+    path = inside(folder, written)
     remedy = f"name a {SUFFIX} file, or write owner/name or owner/name/file{SUFFIX} for one of the Hub"
-    on_hub = None if path.exists() else hub_file(written)
+    on_hub = None if exists(path) else hub_file(written)
     name = path.name if on_hub is None else on_hub.file
-    if path.is_dir():
+    if exists(path) and path.is_dir():
         yield Finding("init_lora", "is a folder", remedy)
     elif name is not None and Path(name).suffix.lower() != SUFFIX:
         yield Finding("init_lora", f"is no {SUFFIX} file; others may run code when they are opened", remedy)
-    elif on_hub is None and not path.exists():
+    elif on_hub is None and not exists(path):
         yield Finding("init_lora", "does not exist", remedy)

@@ -37,19 +37,29 @@ def read_json(path: Path, what: str) -> tuple[Any, list[Problem]]:
         ]
     try:
         content = json.loads(text, object_pairs_hook=_Object, parse_constant=_refuse_constant)
+        repeated = list(_repeated(content, ""))
+        json.dumps(content, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        line = text.splitlines()[error.lineno - 1].strip() if text.strip() else ""
+        # counted as the decoder counts: str.splitlines knows other line ends, and no empty last line
+        line = text.split("\n")[error.lineno - 1].strip()
         place = f"line {error.lineno}, column {error.colno}"
         remedy = f"correct {place}: {line[:100]}" if line else f"write JSON: {what}"
         return None, [Problem(path, "", NO_VALUE, f"is not valid JSON: {error.msg} at {place}", remedy)]
     except _RefusedConstantError as error:
         message = f"is not valid JSON: {error} is not a JSON number"
         return None, [Problem(path, "", NO_VALUE, message, "write a finite number, or null for not set")]
+    except UnicodeEncodeError as error:
+        message = f"holds half a character: {error.object[error.start : error.end]!a}"
+        return None, [
+            Problem(path, "", NO_VALUE, message, "write the whole character, or both of its halves")
+        ]
+    except ValueError as error:  # a number of thousands of digits
+        return None, [Problem(path, "", NO_VALUE, f"cannot be read: {error}", "write a shorter number")]
     except RecursionError:
         return None, [Problem(path, "", NO_VALUE, "is nested too deeply", f"write JSON: {what}")]
     return content, [
         Problem(path, where, values, "the key is given more than once in one object", "keep one of them")
-        for where, values in _repeated(content, "")
+        for where, values in repeated
     ]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from sdxl_pipeline.project.dataset_checks import Finding
 from sdxl_pipeline.project.json_files import read_json
 from sdxl_pipeline.project.keys import read_settings
-from sdxl_pipeline.project.paths import inside
+from sdxl_pipeline.project.paths import exists, inside
 from sdxl_pipeline.project.problems import NO_VALUE, Problem
 from sdxl_pipeline.project.sections.lycoris import LYCORIS, LycorisSettings
 from sdxl_pipeline.project.training import TrainingSettings
@@ -29,7 +29,7 @@ def with_lycoris_file(
     if training.lora_type != "lycoris" or not isinstance(written, str):
         return training
     path = inside(folder, written)
-    if not path.exists() and (folder / path.name).exists():
+    if not exists(path) and exists(folder / path.name):
         warnings.append(
             f"config.json: lycoris_config names {written}, which does not exist; {path.name} of the project folder is read instead"
         )

@@ -33,14 +33,26 @@ def with_absolute_paths(settings: TrainingSettings, folder: Path) -> TrainingSet
     return completed
 
 
-def inside(folder: Path, written: str) -> Path:
-    """A written path, absolute; a relative one is seen from `folder`."""
-    return (folder / Path(written).expanduser()).resolve()
+def inside(folder: Path, written: str | Path) -> Path:
+    """Return a written path as an absolute one; a relative one is relative to `folder`."""
+    path = folder / Path(written).expanduser()
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # links that lead in a circle, or through a folder that may not be read
+        return path.absolute()
+
+
+def exists(path: Path) -> bool:
+    """Return whether there is such a file or folder; False where that may not be seen."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _completed(key: str, value: Any, folder: Path) -> Any:
     if not isinstance(value, str) or key in FOUND_WITH_THE_MODEL or value == LATEST:
         return value
     path = inside(folder, value)
-    is_path = key in (*PLACES, "resume_from_checkpoint") or path.exists()
+    is_path = key in (*PLACES, "resume_from_checkpoint") or exists(path)
     return str(path) if is_path else value

@@ -12,7 +12,7 @@ from sdxl_pipeline.project.hardware import Hardware
 from sdxl_pipeline.project.keys import read_settings
 from sdxl_pipeline.project.known_keys import TRAINING
 from sdxl_pipeline.project.paths import with_absolute_paths
-from sdxl_pipeline.project.problems import NO_VALUE, Problem, ProjectError
+from sdxl_pipeline.project.problems import NO_VALUE, Problem, ProjectError, only_project_errors
 from sdxl_pipeline.project.sections.release import ReleaseSettings
 from sdxl_pipeline.project.training import PROFILE_KEYS, TrainingSettings
 
@@ -63,8 +63,15 @@ def resolve_settings(
     `training` is what `config.json` says, `overrides` what the launchpad says, under any spelling that `config.json` allows; its
     relative paths are seen from `folder`, the project's. In the result no key of `PROFILE_KEYS` is None. Sources read "launchpad",
     "config.json", "hardware profile <name>" or "default". Raises ProjectError for overrides that are wrong, or that do not go together
-    with the rest.
+    with the rest; each problem names the place its value is from.
     """
+    with only_project_errors(folder):
+        return _resolve(training, hardware, overrides, folder)
+
+
+def _resolve(
+    training: TrainingSettings, hardware: Hardware, overrides: Mapping[str, Any], folder: Path
+) -> tuple[TrainingSettings, dict[str, str]]:
     reading = read_settings(overrides, TrainingSettings, TRAINING, LAUNCHPAD)
     problems = list(reading.problems)
     for key in filter(reading.spelled.get, READ_WITH_THE_PROJECT):
@@ -103,38 +110,59 @@ def resolve_settings(
     except (
         ValidationError
     ) as error:  # the files and the launchpad are valid by themselves: it is the profile's value
-        raise ProjectError(_profile_problems(error, hardware)) from error
+        raise ProjectError(_profile_problems(error, hardware, {}, {}, folder)) from error
+    written = any(source == "launchpad" for source in sources.values())
     for finding in check_training(resolved):
-        problems.append(
-            Problem(LAUNCHPAD, finding.key, getattr(resolved, finding.key), finding.message, finding.remedy)
-        )
+        # a default conflicts with a written value: the launchpad's where there is one
+        source = sources[finding.key]
+        source = source if source != "default" else "launchpad" if written else "config.json"
+        value = getattr(resolved, finding.key)
+        problems.append(Problem(_place(source, folder), finding.key, value, finding.message, finding.remedy))
     if problems:
         raise ProjectError(problems)
-    resolve_hardware(resolved, hardware)
+    resolve_hardware(resolved, hardware, sources, folder)
     return resolved, sources
 
 
-def resolve_hardware(settings: TrainingSettings, hardware: Hardware) -> Hardware:
-    """The hardware profile with what `settings` say of `PROFILE_KEYS`; raises ProjectError if the machine cannot do that."""
+def resolve_hardware(
+    settings: TrainingSettings,
+    hardware: Hardware,
+    sources: Mapping[str, str] | None = None,
+    folder: Path = Path(),
+) -> Hardware:
+    """Return the hardware profile with what `settings` say of `PROFILE_KEYS`.
+
+    Raises ProjectError if the machine cannot do that; `sources`, of `resolve_settings`, tell which place each value is from.
+    """
     given = {key: getattr(settings, key) for key in PROFILE_KEYS if getattr(settings, key) is not None}
     try:
         return Hardware.model_validate(hardware.model_dump() | given)
     except ValidationError as error:
-        raise ProjectError(_profile_problems(error, hardware)) from error
+        raise ProjectError(_profile_problems(error, hardware, given, sources or {}, folder)) from error
 
 
-def _profile_problems(error: ValidationError, hardware: Hardware) -> list[Problem]:
-    place = Path(f"hardware profile {hardware.profile}")
-    return [
-        Problem(
-            place,
-            ".".join(str(part) for part in detail["loc"]),
-            detail["input"] if detail["loc"] else NO_VALUE,
-            detail["msg"].removeprefix("Value error, "),
-            "change it in config.json, or choose another profile with SDXL_HARDWARE",
-        )
-        for detail in error.errors(include_url=False)
-    ]
+def _profile_problems(
+    error: ValidationError,
+    hardware: Hardware,
+    given: Mapping[str, Any],
+    sources: Mapping[str, str],
+    folder: Path,
+) -> list[Problem]:
+    problems = []
+    for detail in error.errors(include_url=False):
+        message = detail["msg"].removeprefix("Value error, ")
+        # a combination that cannot be had is an error of no field, whose message begins with the key to change
+        key = ".".join(str(part) for part in detail["loc"]) or message.split()[0]
+        value = given.get(key, detail["input"] if detail["loc"] else NO_VALUE)
+        source = sources.get(key, f"hardware profile {hardware.profile}")
+        remedy = "change it, or choose another profile with SDXL_HARDWARE"
+        problems.append(Problem(_place(source, folder), key, value, message.removeprefix(f"{key} "), remedy))
+    return problems
+
+
+def _place(source: str, folder: Path) -> Path:
+    """Return the file that values of a source are from, or what stands for it in problems."""
+    return folder / source if source == "config.json" else Path(source)
 
 
 def _without_length(values: dict[str, Any]) -> dict[str, Any]:

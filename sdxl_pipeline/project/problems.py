@@ -1,7 +1,9 @@
 """What is wrong in a user's files, told so that it can be put right in one go."""
 
 import json
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -56,6 +58,26 @@ class ProjectError(Exception):
         count = len(self.problems)
         head = "1 problem to put right:" if count == 1 else f"{count} problems to put right:"
         return "\n\n".join([head, *(str(problem) for problem in self.problems)])
+
+
+@contextmanager
+def only_project_errors(place: Path) -> Iterator[None]:
+    """Turn an exception that nobody foresaw into a ProjectError about `place`, so that it stops this project alone."""
+    try:
+        yield
+    except ProjectError:
+        raise
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        last_line = traceback.format_exception_only(error)[-1].strip()
+        problem = Problem(
+            place,
+            "",
+            NO_VALUE,
+            f"cannot be read because of a fault of this program: {last_line} ({Path(at.filename).name}, line {at.lineno})",
+            "undo the last change to the project's files, and report the fault with these lines",
+        )
+        raise ProjectError([problem]) from error
 
 
 def _shown(value: Any, limit: int = 80) -> str:

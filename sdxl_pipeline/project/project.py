@@ -17,8 +17,8 @@ from sdxl_pipeline.project.json_files import read_json
 from sdxl_pipeline.project.keys import read_settings
 from sdxl_pipeline.project.known_keys import TRAINING
 from sdxl_pipeline.project.lycoris_file import with_lycoris_file
-from sdxl_pipeline.project.paths import inside, with_absolute_paths
-from sdxl_pipeline.project.problems import NO_VALUE, Problem, ProjectError
+from sdxl_pipeline.project.paths import exists, inside, with_absolute_paths
+from sdxl_pipeline.project.problems import NO_VALUE, Problem, ProjectError, only_project_errors
 from sdxl_pipeline.project.resume_from import check_resume_from
 from sdxl_pipeline.project.settings_model import SettingsModel
 from sdxl_pipeline.project.training import TrainingSettings
@@ -116,20 +116,22 @@ def discover_projects(root: Path | None = None) -> list[Project | BrokenProject]
         return [
             _broken(asset_name(root.name) or "projects", root, "there is no such folder of projects", remedy)
         ]
+    try:
+        folders = [folder for folder in sorted(root.iterdir()) if _is_project(folder)]
+    except OSError as error:
+        message = f"cannot be listed: {error.strerror or error}"
+        return [_broken(asset_name(root.name) or "projects", root, message, "make it a readable folder")]
     found: list[Project | BrokenProject] = []
+    taken = {asset_name(folder.name) for folder in folders}
     owners: dict[str, Path] = {}
-    for folder in sorted(root.iterdir()):
-        if folder.name.startswith(".") or not any(
-            (folder / name).exists() for name in (CONFIG_FILE, DATASETS_FILE)
-        ):
-            continue
+    for folder in folders:
         name = asset_name(folder.name)
         if name in owners:
             message = f"its assets would have the name {name}, which those of {owners[name].name} have"
             remedy = "rename the folder: letters, digits and underscores count, all other characters become _"
-            number = next(n for n in range(2, len(owners) + 3) if f"{name}_{n}" not in owners)
+            number = next(n for n in range(2, len(folders) + 3) if f"{name}_{n}" not in taken)
             found.append(_broken(f"{name}_{number}", folder, message, remedy))
-            owners[f"{name}_{number}"] = folder
+            taken.add(f"{name}_{number}")
             continue
         owners[name] = folder
         try:
@@ -139,9 +141,18 @@ def discover_projects(root: Path | None = None) -> list[Project | BrokenProject]
     return found
 
 
+def _is_project(folder: Path) -> bool:
+    files = (CONFIG_FILE, DATASETS_FILE)
+    return not folder.name.startswith(".") and any(exists(folder / name) for name in files)
+
+
 def load_project(folder: Path) -> Project:
-    """Read the project in `folder`. Raises ProjectError with every problem of its files."""
-    folder = folder.resolve()
+    """Read the project in `folder`. Raises ProjectError with every problem of its files, and nothing else."""
+    with only_project_errors(folder):
+        return _load(folder.resolve())
+
+
+def _load(folder: Path) -> Project:
     config_file = folder / CONFIG_FILE
     content, problems = read_json(config_file, _WHAT_CONFIG)
     if content is not None and not isinstance(content, Mapping):
@@ -205,10 +216,10 @@ def _find_datasets_file(
 ) -> Path:
     """The file that data_backend_config names; where that is absent, the one of the same name, or the usual one, in the folder."""
     named = inside(folder, training.data_backend_config)
-    if named.exists():
+    if exists(named):
         return named
     for other in (folder / named.name, folder / DATASETS_FILE):
-        if other.exists():
+        if exists(other):
             warnings.append(
                 f"{config_file.name}: data_backend_config names {training.data_backend_config}, which does not exist; "
                 f"{other.name} of the project folder is read instead"
@@ -264,10 +275,18 @@ def _complete(training: TrainingSettings, folder: Path, datasets_file: Path) -> 
     """The settings with absolute paths, and a repository name where one is needed and none is given."""
     changes: dict[str, Any] = {"data_backend_config": str(datasets_file)}
     if training.push_to_hub and training.hub_model_id is None:
-        changes["hub_model_id"] = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip("-._") or "sdxl-lora"
+        changes["hub_model_id"] = _repository_name(folder)
     completed = with_absolute_paths(training, folder).model_copy(update=changes)
     completed.model_fields_set.intersection_update(training.model_fields_set)
     return completed
+
+
+def _repository_name(folder: Path) -> str:
+    """Return the folder's name as the Hub allows one: no run of dashes or dots, at most 96 characters, no .git at its end."""
+    name = folder.name if folder.name.isascii() else asset_name(folder.name)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+    name = re.sub(r"[-.]{2,}", "-", name).lstrip("-._")[:96]
+    return re.sub(r"(\.git|[-._])+$", "", name) or "sdxl-lora"
 
 
 def _broken(name: str, folder: Path, message: str, remedy: str) -> BrokenProject:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sdxl_pipeline.project.dataset_checks import Finding
+from sdxl_pipeline.project.paths import exists
 from sdxl_pipeline.project.sections.checkpoints import CHECKPOINT_STATE, LATEST
 
 NO_CHECKPOINT = "where no checkpoint is"
@@ -20,7 +21,7 @@ def named_checkpoint(written: str | None, folder: Path) -> Path | None:
 
 def is_checkpoint(place: Path) -> bool:
     """Whether a checkpoint lies there, in whatever condition."""
-    return (place / CHECKPOINT_STATE).is_file()
+    return exists(place / CHECKPOINT_STATE)
 
 
 def check_resume_from(written: str | None, folder: Path) -> Iterator[Finding]:

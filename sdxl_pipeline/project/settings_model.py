@@ -5,15 +5,24 @@ for "not set". Pydantic turns the strings into numbers; this base says what coun
 """
 
 import json
+import os
+from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Final, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
+IS_PATH: Final = "path"
+"""Marks a field of text that may be a path of this machine: `Annotated[str, IS_PATH]`. Fields of type Path need no mark."""
+
 _NOT_SET = {"", "none", "null"}
+LARGEST: Final = 2**63
+"""Numbers from here on are refused, whatever they count: they would overflow somewhere."""
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 1024
 
 
 class BadValueError(ValueError):
@@ -44,7 +53,46 @@ class SettingsModel(BaseModel):
                 "must be a number, not true or false",
                 f"write a number. {info.field_name}: {field.description}",
             )
+        if isinstance(value, int) and abs(value) >= LARGEST:
+            raise BadValueError(
+                "is too large a number", f"write a smaller one. {info.field_name}: {field.description}"
+            )
+        if isinstance(value, str) and int in kinds and not {float, str} & set(kinds):
+            return _whole_number(value)
+        if isinstance(value, str) and (Path in kinds or IS_PATH in field.metadata):
+            require_path(value)
         return value
+
+
+def require_path(text: str) -> None:
+    """Raise BadValueError for text that no file or folder of this machine can be named by."""
+    if "\0" in text:
+        raise BadValueError("holds a NUL character, which no path can", "write the path without it")
+    try:
+        encoded = os.fsencode(Path(text).expanduser())
+    except RuntimeError as error:
+        raise BadValueError(
+            f"names the home folder of {text.split('/')[0]}, which this machine does not have",
+            "write the whole path, such as /home/user/data",
+        ) from error
+    except UnicodeEncodeError as error:
+        raise BadValueError("holds characters that no path can", "write the path as it is on disk") from error
+    longest = max(len(part) for part in encoded.split(b"/"))
+    if longest > _LONGEST_NAME or len(encoded) > _LONGEST_PATH:
+        raise BadValueError(
+            f"is too long for a path: {len(encoded)} bytes, the longest name {longest}",
+            f"write a path of at most {_LONGEST_PATH} bytes, each name at most {_LONGEST_NAME}",
+        )
+
+
+def _whole_number(text: str) -> int | str:
+    """A whole number in any spelling of a number, such as "1e4", as an int; other text as it is."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    is_digits = text.strip().lstrip("+-").isdigit()  # which an int holds exactly, and a float may not
+    return text if is_digits or not number.is_integer() or abs(number) >= LARGEST else int(number)
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
@@ -60,7 +108,7 @@ def none_for_zero(value: Any) -> Any:
     """The value, or None for a 0 in whatever spelling: these files write 0 for "off"."""
     try:
         return None if not isinstance(value, bool) and float(value) == 0 else value
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return value
 
 
@@ -71,8 +119,9 @@ def read_list(value: Any) -> Any:
     if value.strip().startswith("["):
         try:
             return json.loads(value)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise BadValueError(
-                f"is not a list: {error.msg}", 'write a list such as ["to_k", "to_q"], or "to_k,to_q"'
+                f"is not a list: {getattr(error, 'msg', error)}",
+                'write a list such as ["to_k", "to_q"], or "to_k,to_q"',
             ) from error
     return tuple(part.strip() for part in value.split(",") if part.strip() not in ("", "none"))

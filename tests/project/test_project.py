@@ -1,10 +1,13 @@
 """Holds: the quickstart's files load unchanged, every problem of both files is told at once, and a broken project breaks no other."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import validate_repo_id
 
+from sdxl_pipeline.project.datasets import asset_name
 from sdxl_pipeline.project.problems import ProjectError
 from sdxl_pipeline.project.project import (
     PROJECTS_VARIABLE,
@@ -15,6 +18,53 @@ from sdxl_pipeline.project.project import (
     load_project,
 )
 from tests.project.conftest import PICTURES, QUICKSTART_CONFIG, QUICKSTART_DATASETS
+
+NAMES_IN_OTHER_LETTERS = ("猫", "毛", "кот", "кот v2", "кот-v2", "Ärger", "🟫")
+
+
+def test_discover_projects_names_in_other_letters_are_readable_and_all_differ(write_project):
+    for name in NAMES_IN_OTHER_LETTERS:
+        folder = write_project({}, name=name)
+    projects = discover_projects(folder.parent)
+    assert all(isinstance(project, Project) for project in projects)
+    names = {project.folder.name: project.name for project in projects}
+    assert len(set(names.values())) == len(NAMES_IN_OTHER_LETTERS)
+    assert all(re.fullmatch("[A-Za-z0-9_]+", name) for name in names.values())
+    assert names["кот v2"].startswith("kot_v2_")
+    assert asset_name("Årgang") == asset_name("A\u030argang")  # as macOS spells it
+    assert asset_name("dog-lora v2.1") == "dog_lora_v2_1"
+
+
+def test_load_project_dataset_ids_in_other_letters_are_all_kept(write_project):
+    entries = [{"id": name, "instance_data_dir": "data"} for name in NAMES_IN_OTHER_LETTERS]
+    project = load_project(write_project({}, entries))
+    assert len({dataset.asset_name for dataset in project.datasets}) == len(entries)
+
+
+def test_discover_projects_a_name_taken_twice_leaves_the_other_folders(write_project):
+    for name in ("dog x", "dog-x", "dog_x_2"):
+        folder = write_project({}, name=name)
+    names = {
+        project.folder.name: (project.name, type(project)) for project in discover_projects(folder.parent)
+    }
+    assert names == {
+        "dog x": ("dog_x", Project),
+        "dog-x": ("dog_x_3", BrokenProject),
+        "dog_x_2": ("dog_x_2", Project),
+    }
+
+
+@pytest.mark.parametrize("name", ["lora.", "a--b", "a..b", "dog.git", "a" * 97, "a/b/c", "/a", "a b", "ä"])
+def test_load_project_hub_model_id_that_the_hub_refuses_is_a_problem(problems_of, name):
+    problem = problems_of({"push_to_hub": True, "hub_model_id": name})["hub_model_id"]
+    assert "is no name that the Hub takes" in problem.message
+    assert "your-name/cat-lora" in problem.remedy
+
+
+@pytest.mark.parametrize("name", ["dog -- v2", "lora.", "dog.git", "a.git.git", "a" * 97, "猫", "...", "_x_"])
+def test_load_project_name_of_the_folder_becomes_one_that_the_hub_takes(write_project, name):
+    written = load_project(write_project({"push_to_hub": True}, name=name)).training.hub_model_id
+    validate_repo_id(written)
 
 
 def test_the_quickstarts_files_load_unchanged(write_project):

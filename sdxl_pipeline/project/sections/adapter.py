@@ -5,7 +5,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field, field_validator
 
 from sdxl_pipeline.project.sections.lycoris import LycorisSettings
-from sdxl_pipeline.project.settings_model import BadValueError, Count, SettingsModel, read_list
+from sdxl_pipeline.project.settings_model import IS_PATH, BadValueError, Count, SettingsModel, read_list
 
 ATTENTION_PROJECTIONS: Final = ("to_k", "to_q", "to_v", "to_out.0")
 """Suffixes of the UNet's attention projections."""
@@ -36,14 +36,14 @@ class AdapterSettings(SettingsModel):
         min_length=1,
         description="Name suffixes of the UNet layers (linear or convolution) that get an adapter: a list, or names joined by commas.",
     )
-    lycoris_config: LycorisSettings | str | None = Field(
+    lycoris_config: Annotated[LycorisSettings | str | None, IS_PATH] = Field(
         None, description="JSON file of the LyCORIS adapter (keys below), or its content."
     )
     init_lokr_norm: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="Start a LoKr of whole matrices as noise of the weights' mean and deviation times this; not set: as no change.",
     )
-    init_lora: str | None = Field(
+    init_lora: Annotated[str | None, IS_PATH] = Field(
         None,
         description="Start from an adapter: a .safetensors file, or its Hub id with or without a file name (owner/name/file.safetensors).",
     )

@@ -5,7 +5,14 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, field_validator
 
-from sdxl_pipeline.project.settings_model import BadValueError, Count, SettingsModel, none_for_zero
+from sdxl_pipeline.project.settings_model import (
+    IS_PATH,
+    LARGEST,
+    BadValueError,
+    Count,
+    SettingsModel,
+    none_for_zero,
+)
 
 LATEST: Final = "latest"
 
@@ -18,7 +25,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 class CheckpointSettings(SettingsModel):
     """Checkpoints."""
 
-    output_dir: str = Field(
+    output_dir: Annotated[str, IS_PATH] = Field(
         "output", min_length=1, description="Folder for runs, checkpoints and the finished LoRA."
     )
     checkpoint_step_interval: Annotated[int, Field(ge=0)] = Field(
@@ -37,7 +44,7 @@ class CheckpointSettings(SettingsModel):
     checkpoints_rolling_total_limit: Count = Field(
         1, description="Rolling checkpoints kept, beside checkpoints_total_limit."
     )
-    resume_from_checkpoint: str | None = Field(
+    resume_from_checkpoint: Annotated[str | None, IS_PATH] = Field(
         LATEST,
         description='"latest" continues an unfinished run of the same identity, or one that differs in its length alone; the path of a '
         "checkpoint's folder begins there; none starts again. A finished run of the same identity is reused all the same.",
@@ -67,9 +74,10 @@ class CheckpointSettings(SettingsModel):
         if not isinstance(value, str):
             return none_for_zero(value)
         match = _SIZE.fullmatch(value.strip())
-        if match is None:
+        number, unit = match.groups() if match else ("inf", "")
+        size = float(number) * 1024 ** "_KMGT".index(unit.upper() or "_")
+        if not size < LARGEST:
             raise BadValueError(
                 "is not a size", 'write bytes, or a number with K, M, G or T, such as "100G" (1024 each)'
             )
-        number, unit = match.groups()
-        return none_for_zero(int(float(number) * 1024 ** "_KMGT".index(unit.upper() or "_")))
+        return none_for_zero(int(size))

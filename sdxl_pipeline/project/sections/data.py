@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from sdxl_pipeline.project.settings_model import Count, SettingsModel
+from sdxl_pipeline.project.settings_model import IS_PATH, Count, SettingsModel
 
 ResolutionType = Literal["area", "pixel_area", "pixel"]
 CaptionStrategy = Literal["filename", "textfile", "instanceprompt", "parquet", "csv", "huggingface"]
@@ -13,7 +13,7 @@ CaptionStrategy = Literal["filename", "textfile", "instanceprompt", "parquet", "
 class DataSettings(SettingsModel):
     """Datasets: the file that lists them, and defaults for its entries."""
 
-    data_backend_config: str = Field(
+    data_backend_config: Annotated[str, IS_PATH] = Field(
         "multidatabackend.json", min_length=1, description="The file that lists the datasets."
     )
     resolution: Annotated[float, Field(gt=0)] = Field(

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from sdxl_pipeline.project.settings_model import Count, SettingsModel, none_for_zero
+from sdxl_pipeline.project.settings_model import IS_PATH, Count, SettingsModel, none_for_zero
 
 
 class EvaluationSettings(SettingsModel):
@@ -13,7 +13,7 @@ class EvaluationSettings(SettingsModel):
     evaluation_type: Literal["none", "clip"] = Field(
         "none", description="clip also scores the gallery with CLIP."
     )
-    pretrained_evaluation_model_name_or_path: str = Field(
+    pretrained_evaluation_model_name_or_path: Annotated[str, IS_PATH] = Field(
         "openai/clip-vit-large-patch14",
         min_length=1,
         description="CLIP that scores: Hub id, local folder or bundled:tiny-clip.",

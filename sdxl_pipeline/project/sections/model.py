@@ -4,7 +4,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from sdxl_pipeline.project.settings_model import SettingsModel
+from sdxl_pipeline.project.settings_model import IS_PATH, SettingsModel
 
 MODEL_FLAVOURS: Final = {"base-1.0": "stabilityai/stable-diffusion-xl-base-1.0"}
 """Hub repository of each `model_flavour`."""
@@ -30,11 +30,11 @@ class ModelSettings(SettingsModel):
     model_flavour: Literal["base-1.0"] = Field(
         "base-1.0", description="Which released SDXL; base-1.0 is stabilityai/stable-diffusion-xl-base-1.0."
     )
-    pretrained_model_name_or_path: str | None = Field(
+    pretrained_model_name_or_path: Annotated[str | None, IS_PATH] = Field(
         None,
         description="Hub id, diffusers folder, .safetensors checkpoint or bundled:tiny-sdxl; replaces model_flavour.",
     )
-    pretrained_vae_model_name_or_path: str | None = Field(
+    pretrained_vae_model_name_or_path: Annotated[str | None, IS_PATH] = Field(
         None, description="Hub id or folder of another VAE."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of the base model on the Hub.")

@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from sdxl_pipeline.project.settings_model import SettingsModel
+from sdxl_pipeline.project.settings_model import BadValueError, SettingsModel
 
 LoraFormat = Literal["both", "diffusers", "comfyui"]
 ExportDtype = Literal["auto", "float16", "bfloat16", "float32"]
@@ -29,8 +29,25 @@ class ReleaseSettings(SettingsModel):
     push_to_hub: bool = Field(False, description="Upload the release to the Hugging Face Hub.")
     hub_model_id: str | None = Field(
         None,
-        pattern=r"^([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*$",
         description='Repository, "name" or "owner/name"; not set: the project\'s name.',
     )
     model_card_private: bool = Field(True, description="Create the repository as private.")
     model_card_note: str | None = Field(None, description="A note at the top of the model card.")
+
+    @field_validator("hub_model_id", mode="after")
+    @classmethod
+    def _is_a_repository_name(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
+        try:
+            validate_repo_id(value)
+        except HFValidationError as error:
+            message = str(error).removesuffix(f": '{value}'.").removesuffix(".")
+            raise BadValueError(
+                f"is no name that the Hub takes: {message[0].lower()}{message[1:]}",
+                'write "name" or "owner/name" of letters, digits, "-", "_" and ".", such as "your-name/cat-lora"',
+            ) from error
+        return value

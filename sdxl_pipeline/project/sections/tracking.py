@@ -1,10 +1,11 @@
 """Tracking."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from sdxl_pipeline.project.settings_model import (
+    IS_PATH,
     BadValueError,
     Count,
     SettingsModel,
@@ -25,8 +26,10 @@ class TrackingSettings(SettingsModel):
     tracker_run_name: str | None = Field(
         None, description="Run name in the trackers; not set: the run's identity."
     )
-    logging_dir: str = Field("logs", min_length=1, description="Folder of the tensorboard logs.")
-    webhook_config: str | None = Field(
+    logging_dir: Annotated[str, IS_PATH] = Field(
+        "logs", min_length=1, description="Folder of the tensorboard logs."
+    )
+    webhook_config: Annotated[str | None, IS_PATH] = Field(
         None,
         min_length=1,
         description="JSON file that says where messages and pictures of the training go: one webhook, or a list of them.",

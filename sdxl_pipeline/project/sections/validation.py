@@ -7,12 +7,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from sdxl_pipeline.project.settings_model import (
+    IS_PATH,
     BadValueError,
     Count,
     SettingsModel,
     Share,
     none_for_zero,
 )
+
+_LONGEST_EDGE = 8192
 
 Sampler = Literal["ddim", "ddpm", "euler", "euler-a", "unipc", "dpm++"]
 
@@ -24,7 +27,7 @@ class ValidationSettings(SettingsModel):
     validation_prompt: str | None = Field(
         None, description="Prompt drawn during training and in the evaluation."
     )
-    user_prompt_library: str | None = Field(
+    user_prompt_library: Annotated[str | None, IS_PATH] = Field(
         None,
         description='JSON file of more prompts: {"name": "prompt"} or {"name": {"prompt": ..., "negative_prompt": ...}}.',
     )
@@ -73,7 +76,7 @@ class ValidationSettings(SettingsModel):
         False, description="Show the pictures while they form, decoded by a tiny autoencoder."
     )
     validation_preview_steps: Count = Field(1, description="Sampler steps between previews.")
-    validation_preview_model_name_or_path: str | None = Field(
+    validation_preview_model_name_or_path: Annotated[str | None, IS_PATH] = Field(
         None,
         min_length=1,
         description="Tiny autoencoder of the previews: Hub id, local folder or bundled:tiny-taesd; not set: madebyollin/taesdxl, "
@@ -94,7 +97,7 @@ class ValidationSettings(SettingsModel):
     @classmethod
     def _read_validation_resolution(cls, value: Any) -> Any:
         if isinstance(value, int | float) and not isinstance(value, bool):
-            value = f"{value:g}"
+            value = str(value)
         if isinstance(value, str):
             parse_sizes(value)
         return value
@@ -111,6 +114,11 @@ def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
         if height % 8 or width % 8 or min(height, width) < 8:
             near = "x".join(str(max(8, round(edge / 8) * 8)) for edge in (width, height))
             raise BadValueError(f"{width}x{height} is not a multiple of 8 on both edges", f"write {near}")
+        if max(height, width) > _LONGEST_EDGE:
+            raise BadValueError(
+                f"{width}x{height} is more than {_LONGEST_EDGE} pixels on an edge",
+                'write for example "1024x1024"',
+            )
     return sizes
 
 
