@@ -121,7 +121,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
             TrainedLora,
             storage.work_dir(project.name, "lora"),
             spec.hardware,
-            trackers.environment() | webhook.environment(settings),
+            trackers.environment() | webhook.environment(settings) | hub.environment(),
         )
         result = result.model_copy(update={"overrides": overrides})
         context.log.info(_summary(result))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from pydantic import Field
 
+from sdxl_pipeline.hub_calls import explain, repeat_while_busy, upload
+
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
@@ -41,7 +43,7 @@ class HubResource(dg.ConfigurableResource):
             )
         api = self._api()
         try:
-            account = api.whoami()
+            account = repeat_while_busy(api.whoami, "Asking the Hub whose the token is", _warn)
         except Exception as error:
             # The client passes on the errors of its HTTP library, which have no base in common with its own.
             response = error.response if isinstance(error, HfHubHTTPError) else None
@@ -51,7 +53,8 @@ class HubResource(dg.ConfigurableResource):
                     allow_retries=False,
                 ) from error
             raise dg.Failure(
-                f"push_to_hub is true, but the Hub at {api.endpoint} cannot be asked whether it would take the release: {error}"
+                f"push_to_hub is true, but the Hub at {api.endpoint} cannot be asked whether it would take the release: {explain(error)}. "
+                "Materialize this asset again later."
             ) from error
         problem = why_not_writable(account, repo_id)
         if problem:
@@ -67,18 +70,26 @@ class HubResource(dg.ConfigurableResource):
         """
         api = self._api()
         try:
-            repo = api.create_repo(repo_id, private=private, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo.repo_id, folder_path=folder, commit_message=commit_message
-            )
+            commit = upload(api, folder, repo_id, private, commit_message, report=_warn)
         except Exception as error:
-            raise dg.Failure(f"{folder} could not be published as {repo_id}: {error}") from error
+            raise dg.Failure(
+                f"{folder} could not be published as {repo_id}: {explain(error)}. The release stays on disk; materialize this asset "
+                "again to publish it."
+            ) from error
         return commit.oid, commit.commit_url
+
+    def environment(self) -> dict[str, str]:
+        """Return what a stage needs to use the same Hub."""
+        return {} if self.endpoint is None else {"HF_ENDPOINT": self.endpoint}
 
     def _api(self) -> "HfApi":
         from huggingface_hub import HfApi
 
         return HfApi(endpoint=self.endpoint or os.environ.get("HF_ENDPOINT"))
+
+
+def _warn(message: str) -> None:
+    dg.get_dagster_logger().warning(message)
 
 
 def why_not_writable(account: dict[str, Any], repo_id: str) -> str | None:

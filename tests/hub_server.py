@@ -107,6 +107,7 @@ class Fault:
     pattern: re.Pattern[str]
     status: int | None
     cut_after: int | None
+    headers: dict[str, str] | None = None
 
 
 class HubError(Exception):
@@ -175,9 +176,11 @@ class HubServer:
         """Commit messages, oldest first."""
         return [commit.message for commit in self.repos[repo_id].commits]
 
-    def fail_next(self, count: int = 1, status: int = 500, path: str = "") -> None:
-        """Answer the next `count` requests whose path matches the regular expression with this status."""
-        self._faults.append(Fault(count, re.compile(path), status, None))
+    def fail_next(
+        self, count: int = 1, status: int = 500, path: str = "", headers: dict[str, str] | None = None
+    ) -> None:
+        """Answer the next `count` requests whose path matches the regular expression with this status; with `headers`, these and no body."""
+        self._faults.append(Fault(count, re.compile(path), status, None, headers))
 
     def cut_next(self, after_bytes: int, count: int = 1, path: str = "/(resolve|lfs)/") -> None:
         """Close the connection of the next `count` matching downloads after so many bytes of the body."""
@@ -260,6 +263,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(Request(self.command, url.path, self.headers.get("Range")))
         try:
             if fault := self.hub.take_fault(url.path, cuts=False):
+                if fault.headers is not None:
+                    self._send(fault.status or 500, b"", fault.headers)
+                    return
                 raise HubError(fault.status or 500, None, "Injected fault")
             for methods, pattern, handle in ROUTES:
                 if self.command in methods and (match := re.fullmatch(pattern, url.path)):

@@ -9,6 +9,7 @@ from sdxl_pipeline.project.dataset_checks import check_images
 from sdxl_pipeline.project.datasets import (
     INHERITED,
     INHERITED_SIZES,
+    HubColumns,
     ImageDataset,
     TextEmbedsDataset,
     asset_name,
@@ -20,7 +21,7 @@ from sdxl_pipeline.project.idle_dataset_settings import (
 )
 from sdxl_pipeline.project.json_files import read_json
 from sdxl_pipeline.project.keys import Reading, read_settings
-from sdxl_pipeline.project.known_keys import IMAGES, TEXT_EMBEDS
+from sdxl_pipeline.project.known_keys import HUGGINGFACE, IMAGES, TEXT_EMBEDS
 from sdxl_pipeline.project.mask_links import (
     check_mask_entry,
     check_mask_links,
@@ -34,6 +35,7 @@ from sdxl_pipeline.project.training import TrainingSettings
 
 _WHAT = "a list of datasets, each an object with an id and an instance_data_dir"
 _TYPES = ("image", "eval", "conditioning", "text_embeds")
+_STORED_ELSEWHERE = ("aws", "csv", "huggingface", "webshart", "memory")
 _TEXT_INHERITED = ("write_batch_size", "text_cache_ondemand", "text_cache_disable")
 
 
@@ -127,7 +129,7 @@ def _read_entry(
     dataset_type = named.get("dataset_type", "image")
     if dataset_type == "text_embeds":
         texts = read_settings(
-            raw,
+            _on_this_machine(raw, named, where, path, reading),
             TextEmbedsDataset,
             TEXT_EMBEDS,
             path,
@@ -153,7 +155,7 @@ def _read_entry(
         reading.problems.append(Problem(path, f"{where}dataset_type", dataset_type, message, remedy))
         return
     images = read_settings(
-        raw,
+        _with_hub_columns(raw, named, where, path, reading),
         ImageDataset,
         IMAGES,
         path,
@@ -191,6 +193,36 @@ def _read_entry(
             "caption_filter_list",
         )
     )
+
+
+def _on_this_machine(
+    raw: Mapping[str, Any], named: Mapping[str, Any], where: str, path: Path, reading: DatasetsReading
+) -> Mapping[str, Any]:
+    """Return a text_embeds entry without the storage elsewhere that it names: embeddings are kept here, where they are used."""
+    kind = named.get("type", "local")
+    if kind not in _STORED_ELSEWHERE:
+        return raw
+    reading.warnings.append(
+        f"{path.name}: {where}type {kind} has no effect: embeddings are kept on this machine, in the storage's text store"
+    )
+    return {key: value for key, value in raw.items() if key.lstrip("-") not in ("type", "cache_dir")}
+
+
+def _with_hub_columns(
+    raw: Mapping[str, Any], named: Mapping[str, Any], where: str, path: Path, reading: DatasetsReading
+) -> Mapping[str, Any]:
+    """Return the entry with what its object `huggingface` says beside its own keys."""
+    written = named.get("huggingface")
+    if not isinstance(written, Mapping):
+        return raw
+    entry = {key: value for key, value in raw.items() if key.lstrip("-") != "huggingface"}
+    columns = read_settings(written, HubColumns, HUGGINGFACE, path, f"{where}huggingface.")
+    _take_findings(columns, reading)
+    if named.get("type") != "huggingface":
+        reading.warnings.append(f"{path.name}: {where}huggingface has no effect beside another type")
+        return entry
+    found = columns.settings.model_dump(exclude_none=True) if columns.settings else {}
+    return entry | {key: value for key, value in found.items() if named.get(key) is None}
 
 
 def _take_findings(found: "Reading[Any]", reading: DatasetsReading) -> None:

@@ -46,6 +46,8 @@ def idle_settings(training: TrainingSettings) -> Iterator[str]:
     yield from idle_acceleration(training)
     if training.hub_model_id is not None and not training.push_to_hub:
         yield f"hub_model_id = {training.hub_model_id} has no effect while push_to_hub is false"
+    if training.push_checkpoints_to_hub and not training.push_to_hub:
+        yield "push_checkpoints_to_hub = true has no effect while push_to_hub is false"
     drawn = not training.validation_disable and (
         training.validation_prompt or training.user_prompt_library or training.validation_prompt_library
     )

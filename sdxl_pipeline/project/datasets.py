@@ -14,7 +14,14 @@ from anyascii import anyascii
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from sdxl_pipeline.project.sections.data import CaptionStrategy, ResolutionType
-from sdxl_pipeline.project.settings_model import IS_PATH, BadValueError, Count, SettingsModel
+from sdxl_pipeline.project.settings_model import (
+    IS_PATH,
+    BadValueError,
+    Count,
+    SettingsModel,
+    none_for_zero,
+    read_stages,
+)
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -26,6 +33,7 @@ INHERITED: Final = (
     "instance_prompt",
     "prepend_instance_prompt",
     "only_instance_prompt",
+    "disable_multiline_split",
     "skip_file_discovery",
     "vae_cache_ondemand",
     "vae_cache_disable",
@@ -66,6 +74,19 @@ class ParquetTable(SettingsModel):
     )
     height_column: str | None = Field(
         None, description="Read by SimpleTuner; sizes are read from the files here."
+    )
+
+
+class HubColumns(SettingsModel):
+    """The object `huggingface` of an image dataset: where to look in the repository. Keys of the entry itself go before it."""
+
+    dataset_name: str | None = Field(None, description="The repository, owner/name.")
+    dataset_config: str | None = Field(None, description="The configuration (subset).")
+    revision: str | None = Field(None, description="Branch, tag or commit.")
+    split: str | None = Field(None, description="The split.")
+    image_column: str | None = Field(None, description="Column of the images.")
+    caption_column: str | tuple[str, ...] | None = Field(
+        None, description="Column of the captions, or several."
     )
 
 
@@ -306,6 +327,23 @@ class ImageDataset(SettingsModel):
     def _read_caption_strategy(cls, value: Any) -> Any:
         return "instanceprompt" if value == "instance_prompt" else value
 
+    @field_validator("skip_file_discovery", mode="before")
+    @classmethod
+    def _read_stages(cls, value: Any) -> Any:
+        return read_stages(value)
+
+    @field_validator(
+        "maximum_image_size",
+        "target_downsample_size",
+        "minimum_aspect_ratio",
+        "maximum_aspect_ratio",
+        "max_num_samples",
+        mode="before",
+    )
+    @classmethod
+    def _zero_is_not_set(cls, value: Any) -> Any:
+        return none_for_zero(value)
+
     @field_validator("conditioning_data", mode="before")
     @classmethod
     def _read_conditioning_data(cls, value: Any) -> Any:
@@ -370,6 +408,11 @@ class TextEmbedsDataset(SettingsModel):
         None,
         description="What to take out of every caption: a list, or a text or JSON file; a line is literal text, a regular expression, or s/find/replace/.",
     )
+
+    @field_validator("skip_file_discovery", mode="before")
+    @classmethod
+    def _read_stages(cls, value: Any) -> Any:
+        return read_stages(value)
 
     @property
     def text_cache(self) -> CacheMode:

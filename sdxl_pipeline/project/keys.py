@@ -178,6 +178,11 @@ def _sort_in(
     if key in model.model_fields:
         reading.spelled[key] = spelled
         values[key] = value
+    elif key in vocabulary.instead:
+        if not _is_off(value, (False, 0)):
+            reading.warnings.append(
+                f"{file.name}: {where}{spelled} = {json.dumps(value)} has no effect: {vocabulary.instead[key]}"
+            )
     elif key in vocabulary.later:
         later = vocabulary.later[key]
         if not _is_off(value, later.off):

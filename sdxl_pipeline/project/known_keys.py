@@ -22,12 +22,13 @@ class Later:
 class Vocabulary:
     """What is known of one kind of object beside the fields of its model.
 
-    `spellings`: other name -> name. `later`: keys not available yet. `later_values`: known values of accepted keys that are not
+    `spellings`: other name -> name. `instead`: accepted keys without effect -> what happens instead. `later`: keys not available yet. `later_values`: known values of accepted keys that are not
     available yet. `idle`: keys that only tune a feature which is off, by the key that would switch it on. `meaningless`: keys of
     other models or of the reference's own machinery, by name and by prefix.
     """
 
     spellings: dict[str, str] = field(default_factory=dict)
+    instead: dict[str, str] = field(default_factory=dict)
     later: dict[str, Later] = field(default_factory=dict)
     later_values: dict[str, frozenset[str]] = field(default_factory=dict)
     idle: dict[str, str] = field(default_factory=dict)
@@ -52,6 +53,7 @@ def _tunes(switch: str, names: str) -> dict[str, str]:
 
 
 _NOTHING_IS_DELETED = Later((False, None), "write false: the pictures are never changed or deleted here")
+_ATTENTION = "PyTorch's scaled_dot_product_attention is used unless attention_mechanism names another kernel, such as xformers"
 _IN_OPTIMIZER_CONFIG = (
     'write it in optimizer_config, for example "beta1=0.9,beta2=0.99,weight_decay=0.01,eps=1e-8"'
 )
@@ -64,11 +66,17 @@ TRAINING: Final = Vocabulary(
         "save_total_limit": "checkpoints_total_limit",
         "peft_lora_target_modules": "lora_target_modules",
     },
+    instead={
+        "xformers": _ATTENTION,
+        "use_xformers": _ATTENTION,
+        "enable_xformers_memory_efficient_attention": _ATTENTION,
+        "allow_tf32": "matrices are multiplied in mixed_precision, and those left in float32 without TF32's rounding",
+        "trust_remote_code": "code from a model repository is never run here",
+    },
     later={
         **_off(
             (False, None),
             """controlnet control refiner_training urepa_enabled xm_enabled
-            push_checkpoints_to_hub
             validation_using_datasets
             slider_lora_target enable_nsfw_check optimizer_release_gradients
             optimizer_offload_gradients fuse_optimizer fsdp_cpu_offload fsdp_activation_checkpointing ramtorch enable_group_offload quantize_activations
@@ -99,8 +107,15 @@ TRAINING: Final = Vocabulary(
         "sdxl_validation_pipeline_mode": Later(("trained-stage", None)),
         "validation_method": Later(("simpletuner-local", None)),
         "gradient_checkpointing_backend": Later(("torch", None)),
-        "trust_remote_code": Later(
-            (False, None), "write false: code from a model repository is never run here"
+        "accelerate_visible_devices": Later(
+            (None, ""),
+            "leave it out: num_processes of the hardware profile says on how many devices to train, and the environment variable "
+            "CUDA_VISIBLE_DEVICES on which",
+        ),
+        "data_backend_sampling": Later(
+            ("auto-weighting", None),
+            'write "auto-weighting", which trains every image equally often. For datasets that are shown equally often whatever their '
+            "size, give each a probability that is inverse to its number of images",
         ),
         "parquet_caption_column": Later((None,), "write caption_column in the dataset's parquet object"),
         "parquet_filename_column": Later((None,), "write filename_column in the dataset's parquet object"),
@@ -200,14 +215,14 @@ TRAINING: Final = Vocabulary(
     meaningless=_names(
         """__active_tab__ __disabled_fields__ configs_dir ez_model_type aspect_ratio_bucketing ignore_final_epochs push_to_hub_background accelerator_cache_clear_interval aspect_bucket_disable_rebuild aspect_bucket_worker_count aws_max_pool_connections
         base_model_default_dtype cache_dir cache_dir_text cache_dir_vae checkpointing_use_tempdir compress_disk_cache
-        custom_text_encoder_intermediary_layers data_backend_sampling dataloader_prefetch dataloader_prefetch_qlen
+        custom_text_encoder_intermediary_layers dataloader_prefetch dataloader_prefetch_qlen
         debug_aspect_buckets debug_dataset_loader delete_invalid_checkpoints delete_model_after_load diffusion_blocks_config
         disable_benchmark disable_bucket_pruning disable_tf32 enable_chunked_feed_forward
         enable_multiprocessing ema_cpu_only ema_foreach_disable eval_dataset_pooling feed_forward_chunk_size freeze_encoder_after freeze_encoder_before freeze_encoder_strategy save_text_encoder
         text_encoder_limit fsdp_auto_wrap_policy fsdp_cpu_ram_efficient_loading fsdp_limit_all_gathers fsdp_state_dict_type
         fsdp_transformer_layer_cls_to_wrap find_unused_parameters framerate
         fully_unload_text_encoder fuse_qkv_projections fused_qkv_projections i_know_what_i_am_doing ignore_missing_files
-        image_processing_batch_size inference_scheduler_timestep_spacing keep_vae_loaded
+        image_processing_batch_size keep_vae_loaded
         max_grounding_entities max_workers merge_environment_config metadata_update_interval model_card_safe_for_work
         modelspec_comment musubi_block_swap_device musubi_blocks_to_swap offload_during_save offload_during_startup
         offload_param_path override_dataset_config preserve_data_backend_cache pretrained_gemma_model_name_or_path
@@ -232,20 +247,30 @@ TRAINING: Final = Vocabulary(
 )
 """Beyond the fields of `TrainingSettings`."""
 
+_WHOLE_RUN = "leave it out: every dataset is trained on from the first step to the last; or disable the entry"
+_WHOLE_IMAGES = "leave it out: each image of the column is used as a whole"
+_NOT_FILTERED = Later(
+    (None,),
+    "leave it out, and name a dataset that holds only what is to be trained: rows are not filtered here",
+)
+
 _ENTRY_SPELLINGS = {"disable": "disabled"}
 
 IMAGES: Final = Vocabulary(
     spellings={**_ENTRY_SPELLINGS, "is_regularization_data": "is_regularisation_data"},
     later={
         **_off((False, None), "disable_validation"),
-        **_off((None, ""), "conditioning train_batch_size end_epoch slider_strength"),
-        "huggingface": Later(
-            (None,),
-            "write caption_column and image_column in the entry itself; a dataset cannot be filtered here yet",
+        **_off((None, ""), "conditioning slider_strength"),
+        "train_batch_size": Later(
+            (None, ""), "write it in config.json: datasets share their batches, and so one train_batch_size"
         ),
-        "start_epoch": Later((1, 0, None)),
-        "start_step": Later((0, None)),
-        "end_step": Later((None, 0)),
+        "huggingface": Later((None,), "write an object, or leave the key out"),
+        "filter_func": _NOT_FILTERED,
+        "composite_image_config": Later((None,), _WHOLE_IMAGES),
+        "start_epoch": Later((1, 0, None), _WHOLE_RUN),
+        "end_epoch": Later((None, "", 0), _WHOLE_RUN),
+        "start_step": Later((0, None), _WHOLE_RUN),
+        "end_step": Later((None, 0), _WHOLE_RUN),
         "delete_unwanted_images": _NOTHING_IS_DELETED,
         "delete_problematic_images": _NOTHING_IS_DELETED,
         "delete_nsfw_images": _NOTHING_IS_DELETED,
@@ -269,6 +294,22 @@ IMAGES: Final = Vocabulary(
 )
 """Beyond the fields of `ImageDataset`."""
 
+HUGGINGFACE: Final = Vocabulary(
+    later={
+        "filter_func": _NOT_FILTERED,
+        "composite_image_config": Later((None,), _WHOLE_IMAGES),
+        "fallback_caption_column": Later(
+            (None,), "leave it out, or name all columns of captions in caption_column"
+        ),
+        "dataset_path": Later((None,), "write the repository in dataset_name"),
+    },
+    meaningless=_names(
+        """auto_load cache_dir streaming num_proc file_extension width_column height_column quality_column description_column
+        video_column audio_column num_frames_column fps_column lyrics_column audio_caption_fields bbox_column"""
+    ),
+)
+"""Of the object `huggingface` in an image dataset, beyond the fields of `HubColumns`."""
+
 TEXT_EMBEDS: Final = Vocabulary(
     spellings=_ENTRY_SPELLINGS,
     later={
@@ -276,7 +317,6 @@ TEXT_EMBEDS: Final = Vocabulary(
             (None,), "write text_encoder_batch_size in config.json: it holds for all captions"
         ),
     },
-    later_values={"type": _names("aws csv huggingface webshart memory")},
     idle=_tunes(
         "type",
         """aws_bucket_name aws_region_name aws_endpoint_url aws_access_key_id aws_secret_access_key aws_session_token

@@ -20,6 +20,7 @@ from sdxl_pipeline.project.lycoris_file import with_lycoris_file
 from sdxl_pipeline.project.paths import exists, inside, with_absolute_paths
 from sdxl_pipeline.project.problems import NO_VALUE, Problem, ProjectError, only_project_errors
 from sdxl_pipeline.project.resume_from import check_resume_from
+from sdxl_pipeline.project.sections.adapter import AdapterSettings
 from sdxl_pipeline.project.settings_model import SettingsModel
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.project.webhook_file import read_webhooks
@@ -166,6 +167,7 @@ def _load(folder: Path) -> Project:
     if training is None:  # every key of config.json has a default, so the remaining keys always make settings
         raise AssertionError("TrainingSettings has a required key")
     warnings = [*config.warnings, *(f"{CONFIG_FILE}: {idle}" for idle in idle_settings(training))]
+    training = _without_idle_adapter(training, warnings)
     training = with_lycoris_file(training, folder, problems, warnings)
     named_files = (
         *check_init_lora(training.init_lora, folder),
@@ -209,6 +211,18 @@ def _load(folder: Path) -> Project:
         mask_datasets=tuple(datasets.masks),
         unused_settings=datasets.unused,
     )
+
+
+def _without_idle_adapter(training: TrainingSettings, warnings: list[str]) -> TrainingSettings:
+    """Return the settings of model_type full without those of an adapter. One to start from is left to the checks: it is meant."""
+    if training.model_type != "full":
+        return training
+    written = training.model_fields_set & (AdapterSettings.model_fields.keys() - {"init_lora"})
+    for key in sorted(written):
+        warnings.append(
+            f"{CONFIG_FILE}: {key} has no effect with model_type full, which trains the UNet itself and makes no adapter"
+        )
+    return TrainingSettings.model_validate(training.model_dump(include=training.model_fields_set - written))
 
 
 def _find_datasets_file(

@@ -48,6 +48,8 @@ class SettingsModel(BaseModel):
         if isinstance(value, str) and type(None) in kinds and value.strip().lower() in _NOT_SET:
             # "none" may be meant as text where free text is asked for
             return None if str not in kinds or not value.strip() else value
+        if value is False and type(None) in kinds and not {bool, int, float} & set(kinds):
+            return None  # these files write false for "none" as well
         if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
             raise BadValueError(
                 "must be a number, not true or false",
@@ -110,6 +112,13 @@ def none_for_zero(value: Any) -> Any:
         return None if not isinstance(value, bool) and float(value) == 0 else value
     except (TypeError, ValueError, OverflowError):
         return value
+
+
+def read_stages(value: Any) -> Any:
+    """Return `skip_file_discovery` as text: false and a list are other spellings of "" and of names joined by commas."""
+    if isinstance(value, list) and all(isinstance(stage, str) for stage in value):
+        return ",".join(value)
+    return "" if value is False or (isinstance(value, str) and value.strip().lower() == "false") else value
 
 
 def read_list(value: Any) -> Any:

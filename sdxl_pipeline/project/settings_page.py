@@ -13,12 +13,13 @@ from sdxl_pipeline.project.datasets import (
     INHERITED,
     INHERITED_SIZES,
     CaptionShuffle,
+    HubColumns,
     ImageDataset,
     ParquetTable,
     TextEmbedsDataset,
 )
 from sdxl_pipeline.project.keys import literal_values
-from sdxl_pipeline.project.known_keys import IMAGES, TEXT_EMBEDS, TRAINING, Vocabulary
+from sdxl_pipeline.project.known_keys import HUGGINGFACE, IMAGES, TEXT_EMBEDS, TRAINING, Vocabulary
 from sdxl_pipeline.project.sections.lycoris import (
     LYCORIS,
     LycorisOverride,
@@ -77,6 +78,8 @@ def settings_page() -> str:
             *_table(ImageDataset, IMAGES),
             "\n### `parquet`: a table of captions\n",
             *_table(ParquetTable, Vocabulary()),
+            "\n### `huggingface`: columns of a dataset repository\n",
+            *_table(HubColumns, HUGGINGFACE),
             "\n### `caption_shuffle`: the order of tags\n",
             *_table(CaptionShuffle, Vocabulary()),
             "\n## multidatabackend.json: text embeddings\n",
@@ -85,6 +88,11 @@ def settings_page() -> str:
             "These are accepted with a value that means off, so that a file which spells out a default works; any other value is",
             "refused. Keys that only tune one of them are accepted with it.\n",
             *_later_table(),
+            "\n## Accepted without effect\n",
+            "`sdxl-pipeline doctor` warns of these, and says what happens instead.\n",
+            "| file | key | instead |",
+            "|---|---|---|",
+            *(f"| config.json | `{key}` | {instead} |" for key, instead in TRAINING.instead.items()),
             "",
         ]
     )
@@ -106,6 +114,7 @@ def _later_table() -> list[str]:
         ("config.json", TRAINING),
         ("lycoris_config", LYCORIS),
         ("pictures", IMAGES),
+        ("pictures, `huggingface`", HUGGINGFACE),
         ("text embeddings", TEXT_EMBEDS),
     )
     for place, vocabulary in places:

@@ -5,8 +5,10 @@ import os
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from sdxl_pipeline.hub_calls import explain, repeat_while_busy
 from sdxl_pipeline.sdxl.model_files import BaseModelError
 from sdxl_pipeline.store.disk_space import DiskFullError, hub_cache_full_message, is_disk_full
 
@@ -50,16 +52,17 @@ def download_snapshot(
     endpoint = os.environ.get("HF_ENDPOINT") or None
 
     def fetch(files: Collection[str], at: str | None) -> Path:
-        options = {"revision": at, "allow_patterns": list(files), "endpoint": endpoint}
+        download = partial(
+            snapshot_download, repo_id, revision=at, allow_patterns=list(files), endpoint=endpoint
+        )
         try:
-            return Path(snapshot_download(repo_id, **options))
+            return Path(repeat_while_busy(download, f"Downloading {repo_id}", over_connections=False))
         except Exception as error:
             if not is_disk_full(error):
                 raise
             needed = None
             with suppress(Exception):  # asked only now, since it takes a request per file
-                listed = snapshot_download(repo_id, **options, dry_run=True)
-                needed = sum(file.file_size for file in listed if file.will_download)
+                needed = sum(file.file_size for file in download(dry_run=True) if file.will_download)
             raise DiskFullError(hub_cache_full_message(Path(HF_HUB_CACHE), repo_id, needed)) from error
 
     try:
@@ -89,7 +92,7 @@ def download_snapshot(
     except (LocalEntryNotFoundError, HTTPError) as error:
         raise BaseModelError(
             f"{repo_id} cannot be reached, and this machine's Hub cache does not hold all files that are needed of it "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Connect once, or give a local folder."
+            f"({explain(error)}). Connect once, or give a local folder."
         ) from error
     if missing := [name for name in files if not (folder / name).exists()]:
         raise BaseModelError(f"{repo_id}: the download lacks {', '.join(missing)}. Run again.")

@@ -169,6 +169,8 @@ def _finish(trainer: "Trainer") -> TrainedLora:
         if images:
             write_sheet(images, sheet)
     trainer.hosts.wait()
+    if trainer.uploads is not None:
+        trainer.uploads.finish()
     manifest = TrainedLora(
         identity=trainer.identity,
         run_dir=str(run_dir),

@@ -153,6 +153,11 @@ def is_intact(place: Path) -> bool:
         return False
 
 
+def exported_files(place: Path) -> list[Path]:
+    """Return the files of a checkpoint that are the weights as users load them, and not what only this trainer reads."""
+    return [file for file in _files(place) if file.name not in (STATE, PARAMETERS, OPTIMIZER, AVERAGE)]
+
+
 def step_in_name(place: Path) -> int:
     """The step in the name of one of `checkpoints`."""
     return int(place.name.partition("-")[2])

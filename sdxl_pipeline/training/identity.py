@@ -50,6 +50,7 @@ EXCLUDED: Mapping[str, tuple[str, ...]] = {
         "instance_prompt",
         "prepend_instance_prompt",
         "only_instance_prompt",
+        "disable_multiline_split",
         "skip_file_discovery",
         "tokenizer_max_length",
         "vae_cache_ondemand",
@@ -129,6 +130,7 @@ EXCLUDED: Mapping[str, tuple[str, ...]] = {
     ),
     "they say who is told, and when to run": (
         "push_to_hub",
+        "push_checkpoints_to_hub",
         "hub_model_id",
         "model_card_private",
         "model_card_note",

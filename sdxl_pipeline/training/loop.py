@@ -18,6 +18,7 @@ from sdxl_pipeline.sdxl.components import latent_scaling_factor, load_noise_sche
 from sdxl_pipeline.training.batch_loss import BatchLoss
 from sdxl_pipeline.training.batches import Batch, BatchReader, TrainingBatches, prefetched
 from sdxl_pipeline.training.checkpoint_times import CheckpointKind, checkpoint_due, checkpoint_limit
+from sdxl_pipeline.training.checkpoint_uploads import CheckpointUploads
 from sdxl_pipeline.training.checkpoints import (
     CHECKPOINTS,
     TrainingState,
@@ -118,6 +119,9 @@ class Trainer:
         self.memory = announce_estimate(
             spec, self.trainable, self.order.samples, self.device, reporter.log if self.is_main else None
         )
+
+        pushes = settings.push_to_hub and settings.push_checkpoints_to_hub and self.is_main
+        self.uploads = CheckpointUploads(settings, self.run_dir, reporter.log) if pushes else None
 
         self.step = 0
         self._seconds_before = self._training_seconds_before = 0.0  # spent by earlier sessions
@@ -299,7 +303,7 @@ class Trainer:
         with self.trainable.gathered(torch.device("cpu")):
             state = self.state()
             if self.is_main:
-                save_checkpoint(
+                place = save_checkpoint(
                     self.run_dir / CHECKPOINTS,
                     self.identity,
                     state,
@@ -310,6 +314,8 @@ class Trainer:
                     kind=kind,
                     lineage=read_lineage(self.run_dir),
                 )
+                if self.uploads is not None and kind == "step":
+                    self.uploads.add(place)
         self.log.restart_clock()
 
     def _stop_if_asked(self) -> None:

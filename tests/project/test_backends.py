@@ -133,7 +133,11 @@ def test_without_a_text_embeds_entry_one_is_made(write_project):
             '[1] "cats".delete_unwanted_images',
             "not available yet",
         ),
-        ([{**PICTURES, "huggingface": {"filter_func": {}}}], '[1] "cats".huggingface', "not available yet"),
+        (
+            [{**PICTURES, "huggingface": {"filter_func": {"a": 1}}}],
+            '[1] "cats".huggingface.filter_func',
+            "not available yet",
+        ),
         ([{**PICTURES, "caption_strategy": "webshart"}], '[1] "cats".caption_strategy', "not available yet"),
         ([{**PICTURES, "caption_strategy": "csv"}], '[1] "cats".caption_strategy', "a dataset of type csv"),
         (

@@ -4,6 +4,7 @@ import dagster as dg
 import pytest
 
 from resources.hub import HubResource, why_not_writable
+from sdxl_pipeline import hub_calls
 from tests.hub_server import HubServer
 
 
@@ -16,6 +17,7 @@ def server():
 @pytest.fixture
 def hub(server, monkeypatch, tmp_path):
     server.adopt_process(monkeypatch, tmp_path)
+    monkeypatch.setattr(hub_calls, "first_wait_seconds", 0.01)
     return server
 
 
@@ -59,6 +61,57 @@ def test_a_failed_upload_is_a_failure(hub, user, folder):
     with pytest.raises(dg.Failure, match=f"could not be published as {user}/refused"):
         HubResource().upload_folder(folder, f"{user}/refused", True, "refused")
     assert "refused" not in hub.commits(f"{user}/refused")
+
+
+CALLS = ("/repos/create", "/preupload/", "/objects/batch", "/commit/")
+
+
+@pytest.mark.parametrize("path", CALLS)
+@pytest.mark.parametrize("status", [429, 503])
+def test_upload_folder_repeats_each_call_while_the_hub_is_busy(hub, user, folder, monkeypatch, path, status):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # of its own repetitions
+    name = f"{user}/busy-{status}-{path.strip('/').replace('/', '-')}"
+    (folder / "new.bin").write_bytes(name.encode())  # content that no other test has uploaded
+    hub.fail_next(2, status=status, path=path, headers={"Retry-After": "0"})
+    HubResource().upload_folder(folder, name, True, "busy")
+    assert "new.bin" in hub.files(name)
+
+
+def test_check_can_push_waits_as_long_as_the_hub_asks(hub, user, monkeypatch):
+    waits = []
+    monkeypatch.setattr("tenacity.nap.time.sleep", waits.append)
+    hub.fail_next(1, status=429, path="/whoami", headers={"Retry-After": "7"})
+    hub.fail_next(1, status=429, path="/whoami", headers={"RateLimit": '"api";r=0;t=9'})
+    hub.fail_next(1, status=500, path="/whoami")
+    HubResource().check_can_push(f"{user}/stars")
+    assert waits[:2] == [7, 9]
+    assert 0 < waits[2] < 1
+
+
+def test_check_can_push_gives_up_after_some_tries_with_a_sentence(hub, user):
+    before = len(hub.requests)
+    hub.fail_next(hub_calls.TRIES, status=503, path="/whoami")
+    with pytest.raises(dg.Failure, match=r"HTTP 503.*out of order.*again later"):
+        HubResource().check_can_push(f"{user}/stars")
+    assert len(hub.requests) - before == hub_calls.TRIES
+
+
+def test_check_can_push_does_not_wait_for_hours(hub, user):
+    hub.fail_next(1, status=429, path="/whoami", headers={"Retry-After": "86400"})
+    with pytest.raises(dg.Failure, match="HTTP 429: the Hub's rate limit is reached"):
+        HubResource().check_can_push(f"{user}/stars")
+
+
+@pytest.mark.parametrize("path", ["/repos/create", "/commit/"])
+def test_upload_folder_conflict_without_a_body_gives_a_sentence(hub, user, folder, path):
+    hub.fail_next(1, status=409, path=path, headers={})
+    with pytest.raises(dg.Failure) as failure:
+        HubResource().upload_folder(folder, f"{user}/conflict", True, "conflict")
+    message = str(failure.value.description)
+    assert f"could not be published as {user}/conflict: " in message
+    assert "'url'" not in message
+    assert "another" in message
+    assert "materialize this asset again" in message
 
 
 def test_a_token_that_may_write_passes(hub, user):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sdxl_pipeline import hub_calls
 from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, BUNDLED_NAME, SDXL_BASE_ID, ResolvedModel
 from sdxl_pipeline.sdxl.model_files import BaseModelError
 from sdxl_pipeline.store.disk_space import DiskFullError
@@ -18,6 +19,7 @@ from tests.sdxl.conftest import Resolve
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     with HubServer() as server:
         server.adopt_process(monkeypatch, tmp_path / "hf")
+        monkeypatch.setattr(hub_calls, "first_wait_seconds", 0.01)
         yield server
 
 
@@ -66,6 +68,22 @@ def test_only_the_files_that_are_used_come_at_the_commit(
         ]
     }
     assert {Path(name).suffix for name in files} <= {".safetensors", ".json", ".txt"}
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("path", ["/api/models/someone/model", "/resolve/", "/lfs/"])
+def test_resolve_repeats_a_download_while_the_hub_is_busy(
+    hub: HubServer,
+    repository: Path,
+    resolve: Resolve,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    status: int,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # of its own repetitions
+    commit = hub.add_repo("someone/model", repository)
+    hub.fail_next(2, status=status, path=path, headers={"Retry-After": "0"})
+    assert resolve("someone/model").revision == commit
 
 
 def test_a_cached_model_needs_no_network(hub, repository: Path, resolve: Resolve, monkeypatch):

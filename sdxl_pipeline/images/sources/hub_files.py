@@ -3,8 +3,10 @@
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from sdxl_pipeline.hub_calls import repeat_while_busy
 from sdxl_pipeline.images.sources.address_guard import guarded_hub_client
 from sdxl_pipeline.images.sources.fetched import SourceError
 from sdxl_pipeline.images.sources.transfer import DISK_ERRORS, FetchError
@@ -74,7 +76,8 @@ def open_repository(dataset: ImageDataset, seen: HubRepository | None = None) ->
         )
     api = HfApi(endpoint=_endpoint())
     try:
-        commit = api.dataset_info(name, revision=dataset.revision).sha
+        info = partial(api.dataset_info, name, revision=dataset.revision)
+        commit = repeat_while_busy(info, f"Asking the Hub for {name}", over_connections=False).sha
         if seen is not None and seen.commit == commit:
             return seen
         tree = api.list_repo_tree(name, recursive=True, revision=commit, repo_type="dataset")

@@ -35,7 +35,7 @@ class CheckpointSettings(SettingsModel):
         None, description="Epochs between checkpoints, beside those by steps. Not set: none by epochs."
     )
     checkpoints_total_limit: Count | None = Field(
-        None, description="Checkpoints kept; the oldest goes first. Not set: all."
+        None, description="Checkpoints kept; the oldest goes first. Not set or 0: all."
     )
     checkpointing_rolling_steps: Count | None = Field(
         None,
@@ -57,7 +57,9 @@ class CheckpointSettings(SettingsModel):
         "stop", description="stop saves a checkpoint and ends the run; wait holds it until there is space."
     )
 
-    @field_validator("checkpoint_epoch_interval", "checkpointing_rolling_steps", mode="before")
+    @field_validator(
+        "checkpoint_epoch_interval", "checkpointing_rolling_steps", "checkpoints_total_limit", mode="before"
+    )
     @classmethod
     def _zero_is_off(cls, value: Any) -> Any:
         return none_for_zero(value)

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from sdxl_pipeline.project.settings_model import IS_PATH, Count, SettingsModel
+from sdxl_pipeline.project.settings_model import IS_PATH, Count, SettingsModel, none_for_zero, read_stages
 
 ResolutionType = Literal["area", "pixel_area", "pixel"]
 CaptionStrategy = Literal["filename", "textfile", "instanceprompt", "parquet", "csv", "huggingface"]
@@ -48,6 +48,9 @@ class DataSettings(SettingsModel):
         False, description="Default of the datasets' prepend_instance_prompt."
     )
     only_instance_prompt: bool = Field(False, description="Default of the datasets' only_instance_prompt.")
+    disable_multiline_split: bool = Field(
+        False, description="Default of the datasets' disable_multiline_split."
+    )
     skip_file_discovery: str = Field("", description="Default of the datasets' skip_file_discovery.")
     write_batch_size: Count = Field(128, description="Default of the text_embeds entries' write_batch_size.")
     vae_cache_ondemand: bool = Field(False, description="Default of the datasets' vae_cache_ondemand.")
@@ -79,6 +82,16 @@ class DataSettings(SettingsModel):
     @classmethod
     def _read_caption_strategy(cls, value: Any) -> Any:
         return "instanceprompt" if value == "instance_prompt" else value
+
+    @field_validator("skip_file_discovery", mode="before")
+    @classmethod
+    def _read_stages(cls, value: Any) -> Any:
+        return read_stages(value)
+
+    @field_validator("maximum_image_size", "target_downsample_size", mode="before")
+    @classmethod
+    def _zero_size_is_not_set(cls, value: Any) -> Any:
+        return none_for_zero(value)
 
     @field_validator("tokenizer_max_length", mode="before")
     @classmethod

@@ -5,7 +5,7 @@ reader, or what the package itself loads back wrongly, is refused here rather th
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -13,6 +13,7 @@ from sdxl_pipeline.project.known_keys import Later, Vocabulary
 from sdxl_pipeline.project.settings_model import BadValueError, Count, SettingsModel, Share
 
 Algorithm = Literal["lokr", "loha", "lora", "locon"]
+_LATER_ALGORITHMS = frozenset({"dylora", "glora", "full", "diag-oft", "boft", "ia3", "tlora"})
 Alpha = Annotated[float, Field(gt=0)]
 Factor = Annotated[int, Field(ge=-1)]
 
@@ -116,6 +117,14 @@ class LycorisSettings(SettingsModel):
         preset = self.apply_preset or LycorisPreset()
         return (*preset.module_algo_map.values(), *preset.name_algo_map.values())
 
+    @field_validator("algo", mode="before")
+    @classmethod
+    def _algorithm_is_here(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in _LATER_ALGORITHMS:
+            known = ", ".join(f'"{name}"' for name in get_args(Algorithm))
+            raise BadValueError(f"{value} is not available yet", f"write one of {known}")
+        return value
+
     @field_validator("multiplier")
     @classmethod
     def _refuse_another_strength(cls, value: float) -> float:
@@ -140,7 +149,6 @@ LYCORIS: Final = Vocabulary(
         "train_llm_adapter": Later((False, None)),
         "preset": Later((None, "full"), "write the layers in apply_preset"),
     },
-    later_values={"algo": frozenset({"dylora", "glora", "full", "diag-oft", "boft", "ia3", "tlora"})},
     idle={"block_size": "algo", "tlora_min_rank": "algo", "tlora_alpha": "algo"},
 )
 """Beyond the fields of `LycorisSettings`."""

@@ -1,6 +1,6 @@
 """Speed and memory; a hardware profile may set these."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator
 
@@ -28,6 +28,8 @@ _REFUSED_KERNELS = {
     "flash-attention-3": f"as diffusers calls it {_NO_GRADIENT}",
     "sla": "attends to part of the picture, which changes the model",
 }
+_OF_PYTORCH = ("native-", "cudnn")
+_KERNELS_HERE = "one of " + ", ".join(f'"{name}"' for name in get_args(AttentionMechanism))
 _CUDA_GRAPHS = "replays CUDA graphs, which expect every tensor where it was, and buckets and validation pictures move them"
 
 
@@ -100,9 +102,19 @@ class MemorySettings(SettingsModel):
         reason = _REFUSED_KERNELS.get(str(value))
         if str(value).startswith("sageattention"):
             reason = _NO_GRADIENT
-        if reason:
-            raise BadValueError(f"{value} {reason}", "write diffusers, xformers or flash-attn-2")
-        return "flash-attn-2" if value in _FLASH else value
+        if value in _FLASH:
+            return "flash-attn-2"
+        if isinstance(value, str) and value.startswith(_OF_PYTORCH):
+            raise BadValueError(
+                f"{value} is one of the kernels that PyTorch chooses from by itself",
+                f'write {_KERNELS_HERE}; "diffusers" leaves the choice to PyTorch',
+            )
+        known = (*get_args(AttentionMechanism), "", "none", "null")
+        if isinstance(value, str) and value.strip().lower() not in known:
+            raise BadValueError(
+                f"{value} {reason or 'is no kernel that trains here'}", f"write {_KERNELS_HERE}"
+            )
+        return value
 
     @field_validator("dynamo_mode", mode="before")
     @classmethod

@@ -27,6 +27,10 @@ class ReleaseSettings(SettingsModel):
         description="Write folder names and how often each tag of the captions occurs into the header of <project>.safetensors.",
     )
     push_to_hub: bool = Field(False, description="Upload the release to the Hugging Face Hub.")
+    push_checkpoints_to_hub: bool = Field(
+        False,
+        description="With push_to_hub: also upload the weights of each checkpoint, while the training goes on, into the repository's folder checkpoints. They have passed no check.",
+    )
     hub_model_id: str | None = Field(
         None,
         description='Repository, "name" or "owner/name"; not set: the project\'s name.',
