@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from sdxl_pipeline.project.dataset_checks import Finding
-from sdxl_pipeline.project.optimizer_recipes import INSTALL, RECIPES
+from sdxl_pipeline.project.optimizer_recipes import INSTALL, RECIPES, read_options
 from sdxl_pipeline.project.sections.ema import EmaSettings
+from sdxl_pipeline.project.settings_model import BadValueError
 from sdxl_pipeline.project.training import TrainingSettings
 
 
@@ -19,6 +20,10 @@ def check_optimisation(training: TrainingSettings) -> Iterator[Finding]:
             f"comes from {recipe.distribution}, which is not installed",
             f'{INSTALL}, or write "adamw"',
         )
+    try:
+        read_options(training.optimizer, training.optimizer_config)
+    except BadValueError as error:
+        yield Finding("optimizer_config", str(error), error.remedy)
     if training.use_ema and training.is_schedule_free:
         yield Finding(
             "use_ema",

@@ -1,7 +1,6 @@
 """Optimizers, by the names of the settings, each built by the library it comes from."""
 
 import importlib
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +10,8 @@ import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from sdxl_pipeline.project.optimizer_recipes import INSTALL, RECIPES, Recipe
+from sdxl_pipeline.project.optimizer_recipes import INSTALL, RECIPES, Recipe, read_options
+from sdxl_pipeline.project.settings_model import BadValueError
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.program import StageError
 
@@ -68,7 +68,10 @@ def build_optimizer(
         )
     recipe, trainable, texts = RECIPES[settings.optimizer], list(parameters), list(text_parameters)
     kind = _load(settings.optimizer, recipe)
-    options: dict[str, Any] = {**recipe.defaults, **_options(settings, recipe, kind)}
+    try:
+        options = {**recipe.defaults, **read_options(settings.optimizer, settings.optimizer_config)}
+    except BadValueError as error:  # a launch that no config file was read for
+        raise StageError(f"config.json: optimizer_config {error}; {error.remedy}") from error
     if recipe.package == "torch" and recipe.class_name in ("Adam", "AdamW") and not options.get("foreach"):
         # one kernel for all parameters, where torch has one for the device
         fused = all(parameter.device.type in ("cpu", "cuda", "mps") for parameter in trainable)
@@ -128,50 +131,3 @@ def _load(name: str, recipe: Recipe) -> Callable[..., Optimizer]:
             f"config.json: optimizer {name!r} comes from {recipe.distribution}, which is not installed, or not in a version that has it "
             f'({error}); {INSTALL}, or write "optimizer": "adamw"'
         ) from error
-
-
-def _options(settings: TrainingSettings, recipe: Recipe, kind: Callable[..., Optimizer]) -> dict[str, Any]:
-    """The user's options as the class takes them, `beta1`, `beta2`, `beta3` gathered into `betas` where it asks for that."""
-    signature = inspect.signature(kind).parameters
-    known = set(signature) - {"params", "lr"} - recipe.reserved
-    betas = list(recipe.defaults.get("betas", ()))
-    single = [f"beta{place + 1}" for place in range(len(betas)) if f"beta{place + 1}" not in known]
-    options: dict[str, Any] = {}
-    unknown = []
-    for name, value in settings.optimizer_config.items():
-        if name in single:
-            betas[single.index(name)] = value
-        elif name in known:
-            options[name] = _typed(name, value, signature[name].default)
-        else:
-            unknown.append(name)
-    if unknown:
-        raise StageError(
-            f"config.json: optimizer_config has {', '.join(map(repr, sorted(unknown)))}, which {settings.optimizer!r} does not take; "
-            f"it takes {', '.join([*single, *sorted(known - {'betas'})])}"
-        )
-    if betas and "betas" not in options:
-        options["betas"] = tuple(betas)
-    return options
-
-
-def _typed(name: str, value: Any, default: Any) -> Any:
-    """A value of `optimizer_config`, where every number is a float, as the type of the option's default."""
-    if isinstance(value, str) and value.lower() == "none":
-        return None
-    if isinstance(default, bool):
-        fits = isinstance(value, bool)
-    elif isinstance(default, int):
-        # 0 stands as the default of many a float
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-        value = int(value) if fits and float(value).is_integer() else value
-    elif isinstance(default, float):
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-    else:
-        fits = True
-        value = int(value) if isinstance(value, float) and value.is_integer() and default is None else value
-    if not fits:
-        raise StageError(
-            f"config.json: optimizer_config {name} = {value!r} does not fit its default, {default!r}"
-        )
-    return value

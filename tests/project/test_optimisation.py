@@ -132,3 +132,37 @@ def test_a_tiny_rate_under_prodigy_is_spoken_of():
     told = list(idle_settings(TrainingSettings(optimizer="prodigy", learning_rate=1e-4)))
     assert any("write 1" in line for line in told)
     assert not list(idle_settings(TrainingSettings(optimizer="prodigy", learning_rate=1.0)))
+
+
+@pytest.mark.parametrize(
+    ("config", "message", "remedy"),
+    [
+        (
+            {"optimizer_config": "d_coef=2"},
+            "'d_coef', which 'adamw' does not take",
+            "adamw takes beta1, beta2, amsgrad",
+        ),
+        ({"optimizer_config": "lr=1e-4"}, "'lr', which 'adamw' does not take", "write it in learning_rate"),
+        ({"optimizer": "prodigy", "optimizer_config": "d_coeff=2"}, "'d_coeff'", "d_coef"),
+        ({"optimizer_config": "amsgrad=3"}, "amsgrad = 3.0", "amsgrad=true"),
+        ({"optimizer_config": "weight_decay=lots"}, "weight_decay = 'lots'", "write a number"),
+        ({"optimizer_config": "beta1=1.5"}, "betas = (1.5, 0.999)", "below 1"),
+        ({"optimizer_config": {"betas": [0.9]}}, "betas", "2 numbers"),
+        ({"optimizer_config": "eps=-1"}, "eps = -1", "at least 0"),
+        ({"optimizer_config": "fused=true,foreach=true"}, "fused and foreach", "one of the two"),
+    ],
+)
+def test_load_project_optimizer_config_is_checked_when_it_is_read(problems_of, config, message, remedy):
+    problem = problems_of(config)["optimizer_config"]
+    assert message in problem.message
+    assert remedy in problem.remedy
+
+
+def test_load_project_optimizer_config_that_fits_is_read(write_project):
+    config = {
+        "optimizer": "prodigy",
+        "learning_rate": 1,
+        "optimizer_config": "d_coef=2,use_bias_correction=true",
+    }
+    load_project(write_project(config))
+    load_project(write_project({"optimizer_config": {"betas": [0.9, 0.95], "eps": "1e-7"}}))
