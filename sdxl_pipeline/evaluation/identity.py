@@ -20,6 +20,7 @@ LOOKED_AT: Final = frozenset(
         "validation_guidance_rescale",
         "validation_num_inference_steps",
         "validation_noise_scheduler",
+        "inference_scheduler_timestep_spacing",
         "validation_seed",
         "num_validation_images",
         "evaluation_type",

@@ -32,6 +32,12 @@ def _check_prediction(training: TrainingSettings) -> Iterator[Finding]:
             "makes the last timestep pure noise, where a prediction of eps says nothing of the picture and no sampler can start from it",
             'write false, or "prediction_type": "v_prediction" for a base model that predicts v',
         )
+    if training.rescale_betas_zero_snr and training.inference_scheduler_timestep_spacing == "leading":
+        yield Finding(
+            "inference_scheduler_timestep_spacing",
+            "leaves out the last timestep, which is pure noise with rescale_betas_zero_snr, and sampling has to begin there",
+            "write trailing, or leave it out",
+        )
     if training.diff2flow_loss and not training.diff2flow_enabled:
         yield Finding(
             "diff2flow_loss", "needs diff2flow_enabled", 'write "diff2flow_enabled": true beside it'

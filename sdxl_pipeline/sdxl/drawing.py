@@ -61,13 +61,16 @@ def drawing_pipeline(
     changed, sampler = scheduler_changes(model, settings), settings.validation_noise_scheduler
     if changed or sampler is not None:
         kind = type(pipeline.scheduler) if sampler is None else SAMPLERS[sampler]
-        if (
-            changed.get("rescale_betas_zero_snr")
-            and "rescale_betas_zero_snr" not in signature(kind).parameters
-        ):
+        taken = signature(kind).parameters
+        if changed.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in taken:
             raise BaseModelError(
                 f"the base model's sampler {kind.__name__} cannot draw from a noise schedule that ends in pure noise "
                 '(rescale_betas_zero_snr). Set validation_noise_scheduler to "euler" or "ddim"'
+            )
+        if "timestep_spacing" in changed and "timestep_spacing" not in taken:
+            raise BaseModelError(
+                f"the base model's sampler {kind.__name__} has no timestep_spacing. Leave inference_scheduler_timestep_spacing out, or "
+                'set validation_noise_scheduler to "euler" or "ddim"'
             )
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **changed)
     pipeline.vae.to(unet.device).eval()
@@ -75,12 +78,16 @@ def drawing_pipeline(
 
 
 def scheduler_changes(model: ResolvedModel, settings: TrainingSettings) -> dict[str, Any]:
-    """What is to be changed in the base model's scheduler_config.json to draw with what was trained: nothing, usually.
+    """Return what to change in the base model's scheduler_config.json for inference with what was trained: usually nothing.
 
-    A schedule that ends in pure noise has to be sampled from its very end (Lin et al. 2023, section 3.3), hence the spacing.
+    A schedule that ends in pure noise has to be sampled from its very end (Lin et al. 2023, section 3.3), which decides the spacing
+    where the settings do not.
     """
     changes = model.scheduler_overrides | settings.scheduler_changes
-    return changes | ({"timestep_spacing": "trailing"} if changes.get("rescale_betas_zero_snr") else {})
+    spacing = settings.inference_scheduler_timestep_spacing
+    if spacing is None and changes.get("rescale_betas_zero_snr"):
+        spacing = "trailing"
+    return changes | ({} if spacing is None else {"timestep_spacing": spacing})
 
 
 @torch.no_grad()

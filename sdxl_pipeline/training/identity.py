@@ -105,6 +105,7 @@ EXCLUDED: Mapping[str, tuple[str, ...]] = {
         "validation_guidance_rescale",
         "validation_num_inference_steps",
         "validation_noise_scheduler",
+        "inference_scheduler_timestep_spacing",
         "validation_seed",
         "validation_step_interval",
         "validation_epoch_interval",

@@ -1,11 +1,19 @@
 """Files as SimpleTuner's examples write them: accepted with their meaning, or with a warning, or refused by name; never passed over."""
 
+import json
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from sdxl_pipeline.project.datasets import ImageDataset
 from sdxl_pipeline.project.hardware import PRESETS
+from sdxl_pipeline.project.known_keys import TRAINING
 from sdxl_pipeline.project.precedence import resolve_settings
 from sdxl_pipeline.project.problems import ProjectError
 from sdxl_pipeline.project.project import load_project
+from sdxl_pipeline.project.training import TrainingSettings
 from tests.project.conftest import PICTURES
 
 # the keys and values of SimpleTuner's config.json.example, but for the model, which is SDXL here
@@ -186,6 +194,12 @@ def test_load_project_uniform_sampling_is_refused_and_auto_weighting_is_read(pro
     assert load_project(write_project({"data_backend_sampling": "auto-weighting"})).warnings == ()
 
 
+def test_load_project_leading_spacing_with_zero_snr_is_refused(problems_of):
+    config = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    problem = problems_of({**config, "inference_scheduler_timestep_spacing": "leading"})
+    assert "pure noise" in problem["inference_scheduler_timestep_spacing"].message
+
+
 @pytest.mark.parametrize("name", ["foo", "flash-attn-3-hub", "sageattention", "cudnn", "native-flash", "sla"])
 def test_load_project_unknown_attention_lists_the_four_that_work(problems_of, name):
     problem = problems_of({"attention_mechanism": name})["attention_mechanism"]
@@ -236,3 +250,58 @@ def test_resolve_settings_value_of_the_profile_is_labelled_with_it(write_project
     _, problem = resolve_problem(write_project, {"optimizer": "adamw_bf16"}, "cpu", {})
     assert (problem.key, problem.file.name) == ("optimizer", "config.json")
     assert "mixed_precision no" in problem.message
+
+
+DEFAULTS = json.loads(Path(__file__).with_name("simpletuner_defaults.json").read_text(encoding="utf-8"))
+"""The default of each key, as SimpleTuner 4.8's registry of settings has it; of those keys that work here."""
+PAGE = Path(__file__).parents[2] / "docs/from-simpletuner.md"
+
+
+def differing_defaults() -> dict[str, tuple[Any, Any]]:
+    """(SimpleTuner's, ours) of each key of config.json whose default means something else."""
+    ours = TrainingSettings()
+    differing = {}
+    for written, default in DEFAULTS["config.json"].items():
+        key = TRAINING.spellings.get(written, written)
+        own = getattr(ours, key) or None if getattr(ours, key) in ((), {}) else getattr(ours, key)
+        theirs = default if default is None else getattr(TrainingSettings.model_validate({key: default}), key)
+        if (None if theirs in ((), {}) else theirs) != own:
+            differing[written] = (default, own)
+    return differing
+
+
+def test_defaults_that_differ_are_declared_with_both_values():
+    rows = re.findall(
+        r"^\| `(\w+)` \| `(.+?)` \| `(.+?)` \|.*\|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    declared = {
+        key: (json.loads(theirs), json.loads(ours)) for key, theirs, ours in rows if is_json(theirs, ours)
+    }
+    expected = {
+        key: (theirs, list(own) if isinstance(own, tuple) else own)
+        for key, (theirs, own) in differing_defaults().items()
+    }
+    assert declared == expected
+
+
+def is_json(*texts: str) -> bool:
+    try:
+        return all(json.loads(text) is not ... for text in texts)
+    except ValueError:
+        return False
+
+
+def test_defaults_of_datasets_are_the_same():
+    fields = ImageDataset.model_fields
+    differing = {
+        key: fields[key].default
+        for key, default in DEFAULTS["multidatabackend.json"].items()
+        if fields[key].default != default
+    }
+    assert differing == {}
+
+
+def test_every_key_of_the_table_is_one_that_works_here():
+    known = {*TrainingSettings.model_fields, *TRAINING.spellings}
+    assert set(DEFAULTS["config.json"]) <= known
+    assert len(DEFAULTS["config.json"]) > 120

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sdxl_pipeline.evaluation.identity import LOOKED_AT
 from sdxl_pipeline.project.sections.validation import Sampler
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.program import StageError
@@ -19,6 +20,7 @@ from sdxl_pipeline.sdxl.drawing import SAMPLERS, drawing_pipeline
 from sdxl_pipeline.sdxl.text_encoding import encode_prompts
 from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.batches import BatchReader
+from sdxl_pipeline.training.identity import numeric_settings
 from sdxl_pipeline.training.shown_weights import EMA_LABEL
 from sdxl_pipeline.training.validation import draw_pictures, is_due, is_validation_step, plan_pictures
 from sdxl_pipeline.training.validation_log import ValidationLog
@@ -219,6 +221,36 @@ def test_every_sampler_draws_a_picture_of_its_own(spec, tmp_path, sampler):
     model_has = json.loads((Path(spec.base_model.path) / "scheduler/scheduler_config.json").read_text())
     is_own = SAMPLERS[sampler].__name__ == model_has["_class_name"]
     assert np.array_equal(pixels(own.path), pixels(first.path)) == is_own
+
+
+@pytest.mark.parametrize(
+    ("sampler", "spacing"),
+    [
+        (None, "leading"),
+        ("unipc", "linspace"),
+        (None, "trailing"),
+        *((each, "trailing") for each in get_args(Sampler)),
+    ],
+)
+def test_drawing_pipeline_timestep_spacing_reaches_every_sampler(spec, sampler, spacing):
+    values = {"validation_noise_scheduler": sampler, "inference_scheduler_timestep_spacing": spacing}
+    settings = TrainingSettings(**{**spec.settings.model_dump(), **values})
+    unet = load_unet(spec.base_model, torch.float32)
+    pipeline = drawing_pipeline(spec.base_model, unet, torch.float32, settings)
+    assert pipeline.scheduler.config.timestep_spacing == spacing
+    pipeline.scheduler.set_timesteps(4)
+    first = float(pipeline.scheduler.timesteps[0])
+    assert (first < 990) == (spacing == "leading")
+
+
+def test_validation_timestep_spacing_changes_the_image_and_not_the_run(spec, tmp_path):
+    (own,) = draw(spec, tmp_path / "own")
+    values = {**spec.settings.model_dump(), "inference_scheduler_timestep_spacing": "trailing"}
+    other = spec.model_copy(update={"settings": TrainingSettings(**values)})
+    (trailing,) = draw(other, tmp_path / "trailing")
+    assert np.abs(pixels(own.path) - pixels(trailing.path)).max() > 1
+    assert numeric_settings(other.settings) == numeric_settings(spec.settings)
+    assert "inference_scheduler_timestep_spacing" in LOOKED_AT
 
 
 def test_another_prediction_type_reaches_the_sampler(spec, tmp_path):

@@ -55,6 +55,10 @@ class ValidationSettings(SettingsModel):
     validation_noise_scheduler: Sampler | None = Field(
         None, description="Sampler of the pictures; not set: the base model's own."
     )
+    inference_scheduler_timestep_spacing: Literal["leading", "linspace", "trailing"] | None = Field(
+        None,
+        description="Which timesteps the sampler takes; not set: the base model's own (SDXL's is leading; SimpleTuner's default is trailing).",
+    )
     validation_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
         None, description="Seed of the validation pictures; not set: `seed`."
     )
