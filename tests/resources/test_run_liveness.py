@@ -64,13 +64,13 @@ def test_killed_run_process_ends_its_stage_with_a_checkpoint_and_the_next_run_ge
         run = run_of(killed, instance)
         killed.process.kill()
         killed.end()
-        wait_until_gone(pids, 20)
+        wait_until_gone(pids, 30)
         assert (killed.folder / "saved").exists()
         found = instance.get_run_by_id(run.run_id)
         assert found is not None
         assert found.status == dg.DagsterRunStatus.STARTED, "nobody has looked yet"
         following = start(tmp_path / "following", work_dir, 5)
-        assert following.end(120) == 0, following.output
+        assert following.end(240) == 0, following.output
         assert info_lines(following, f"Run {run.run_id} is marked as failed")
         found = instance.get_run_by_id(run.run_id)
         assert found is not None
@@ -86,7 +86,7 @@ def test_waiting_run_logs_the_holder_and_goes_on_when_all_its_processes_are_kill
     with dg.DagsterInstance.get() as instance:
         run = run_of(holder, instance)
         waiting = start(tmp_path / "waiting", work_dir, 5)
-        wait_for(lambda: bool(info_lines(waiting, "Waiting for a slot")), 60, "a line about the wait")
+        wait_for(lambda: bool(info_lines(waiting, "Waiting for a slot")), 180, "a line about the wait")
         (line,) = info_lines(waiting, "Waiting for a slot in pool gpu")
         assert f"held by pooled of run {run.run_id} since 20" in line
         assert f"process {holder.process.pid} on " in line
@@ -94,7 +94,7 @@ def test_waiting_run_logs_the_holder_and_goes_on_when_all_its_processes_are_kill
         for pid in (holder.process.pid, *pids):
             os.kill(pid, signal.SIGKILL)
         holder.end()
-        assert waiting.end(120) == 0, waiting.output
+        assert waiting.end(240) == 0, waiting.output
         found = instance.get_run_by_id(run.run_id)
         assert found is not None
         assert found.status == dg.DagsterRunStatus.FAILURE

@@ -32,7 +32,7 @@ class Worker:
 
     def started(self, *names: str) -> list[int]:
         """The pids noted under these names, once all are there."""
-        return [wait_for_number(self.folder / f"{name}.pid") for name in names]
+        return [wait_for_number(self.folder / f"{name}.pid", seconds=180) for name in names]
 
     def end(self, seconds: float = 60) -> int:
         return self.process.wait(timeout=seconds)
