@@ -137,7 +137,7 @@ def test_final_weights_that_would_not_fit_on_the_disk_are_not_begun(unbroken, mo
     spec, _ = unbroken
     spec = with_settings(spec, "full disk")
     shutil.copytree(Path(spec.run_dir).with_name("unbroken"), spec.run_dir)
-    (weights,) = Path(spec.run_dir).glob("*.safetensors")
+    weights = Path(spec.run_dir) / "pytorch_lora_weights.safetensors"
     weights.unlink()
     usage = shutil.disk_usage(spec.run_dir)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1 << 20))
