@@ -208,11 +208,16 @@ def _write_weights(
     """Write the weights in every format of the release; gives the names of diffusers' (weights) and of the others' (single_file)."""
     if lora.weights_kind == "unet":
         # not imported with this module, which the asset graph imports: it takes torch
-        from sdxl_pipeline.release.single_file import checkpoint_metadata, write_checkpoint
+        from sdxl_pipeline.release.single_file import (
+            checkpoint_metadata,
+            require_loadable,
+            write_checkpoint,
+        )
 
         name = f"{project}.safetensors"
         metadata = checkpoint_metadata(project, base_model, settings, lora, trigger_words, preview)
         write_checkpoint(folder / name, Path(lora.weights_path), base_model, settings, metadata)
+        require_loadable(folder / name, Path(lora.weights_path), base_model)
         shutil.copytree(lora.weights_path, folder / UNET_FOLDER)
         return {"weights": UNET_FOLDER, "single_file": name}
     files = {}

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import safe_open
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.specs import TrainedLora
@@ -32,6 +34,8 @@ from sdxl_pipeline.store.disk_space import require_space
 from sdxl_pipeline.store.stable_safetensors import write_streamed_safetensors
 
 DTYPE = torch.float16
+MARKERS = frozenset({"v_pred", "ztsnr"})
+"""Empty tensors by which ComfyUI and Forge recognize a model that predicts v, and a schedule of zero terminal SNR."""
 
 
 def write_checkpoint(
@@ -69,6 +73,48 @@ def write_checkpoint(
         write_streamed_safetensors(path, layout, tensors(), metadata)
 
 
+def require_loadable(path: Path, unet_folder: Path, base_model: ResolvedModel) -> None:
+    """Raise ExportError unless a checkpoint is what every reader expects: the gate of a release of a whole UNet.
+
+    Its names and shapes have to be those of the base model's architecture, made here without weights, and its UNet the trained one in
+    float16. Reads the UNet one tensor at a time.
+    """
+    wanted = _architecture(base_model)
+    with safe_open(path, framework="pt") as file, open_tensors(unet_folder) as unet:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        found = {name: shape for name, shape in found.items() if name not in MARKERS}
+        if misfits := sorted(
+            name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
+        ):
+            name = misfits[0]
+            raise ExportError(
+                f"{path.name}: {len(misfits)} missing, unexpected or misshapen tensors, such as {name}: "
+                f"{found.get(name, 'absent')} instead of {wanted.get(name, 'absent')}"
+            )
+        config = UNet2DConditionModel.load_config(unet_folder)
+        for name, tensor in unet_tensors(unet, config):
+            if not torch.equal(file.get_tensor(name), _in_half(tensor)):
+                raise ExportError(f"{path.name}: {name} is not the trained weight")
+
+
+def _architecture(base_model: ResolvedModel) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of SDXL's original layout for a base model's configurations."""
+    folder = Path(base_model.config_path)
+    with torch.device("meta"):
+        config = UNet2DConditionModel.load_config(folder, subfolder="unet")
+        unet = UNet2DConditionModel.from_config(config)
+        first = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+        second = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(folder / "text_encoder_2"))
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
+    layout = (
+        *unet_tensors(unet.state_dict(), config),
+        *first_text_tensors(first.state_dict()),
+        *second_text_tensors(second.state_dict()),
+        *vae_tensors(vae.state_dict()),
+    )
+    return {name: tuple(tensor.shape) for name, tensor in layout}
+
+
 def checkpoint_metadata(
     project: str,
     base_model: ResolvedModel,
@@ -98,7 +144,7 @@ def checkpoint_metadata(
 
 
 def _markers(base_model: ResolvedModel, settings: TrainingSettings) -> Iterator[tuple[str, Tensor]]:
-    """Yield the empty tensors by which ComfyUI and Forge recognize a model that predicts v, and a schedule of zero terminal SNR."""
+    """Yield those of MARKERS that fit the training."""
     config = _scheduler_config(base_model, settings)
     if config.prediction_type == "v_prediction":
         yield "v_pred", torch.zeros(0, dtype=torch.int64)

@@ -13,10 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.release import single_file
 from sdxl_pipeline.release.export import ExportError
-from sdxl_pipeline.release.single_file import write_checkpoint
+from sdxl_pipeline.release.single_file import require_loadable, write_checkpoint
 from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, ResolvedModel, resolve_base_model
 from sdxl_pipeline.sdxl.components import (
     load_noise_scheduler,
@@ -25,6 +24,7 @@ from sdxl_pipeline.sdxl.components import (
     load_unet,
     load_vae,
 )
+from sdxl_pipeline.store.disk_space import DiskFullError
 from sdxl_pipeline.training import disk
 
 
@@ -151,7 +151,7 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(
 ):
     usage = disk.shutil.disk_usage(tmp_path)._replace(free=2 << 20)
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _folder: usage)
-    with pytest.raises(StageError, match="the single-file checkpoint"):
+    with pytest.raises(DiskFullError, match="the single-file checkpoint"):
         write(tmp_path, inputs, unet_inputs)
     assert list((tmp_path / "models").iterdir()) == []
 
@@ -173,3 +173,46 @@ def test_the_unet_is_streamed_one_tensor_at_a_time(
     write(tmp_path, inputs, unet_inputs)
     assert len(alive) > 100
     assert most <= 2, "the one that is written, and the next"
+
+
+def _drop(tensors: dict[str, torch.Tensor], name: str) -> None:
+    del tensors[name]
+
+
+def _rename(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors["unet." + name] = tensors.pop(name)
+
+
+def _transpose(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors[name] = tensors[name].transpose(0, 1).contiguous()
+
+
+def _scale(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors[name] = tensors[name] * 1.01
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_drop, "absent instead of"),
+        (_rename, "missing"),
+        (_transpose, "misshapen"),
+        (_scale, "not the trained weight"),
+    ],
+)
+def test_a_checkpoint_that_readers_would_load_in_part_is_refused(
+    inputs, unet_inputs, tmp_path: Path, damage, message: str
+):
+    path = write(tmp_path, inputs, unet_inputs)
+    folder, base_model = Path(unet_inputs["lora"].weights_path), inputs["base_model"]
+    require_loadable(path, folder, base_model)
+    tensors = load_file(path)
+    damage(tensors, "model.diffusion_model.time_embed.0.weight")
+    save_file(tensors, path)
+    with pytest.raises(ExportError, match=message):
+        require_loadable(path, folder, base_model)
+
+
+def test_a_marked_checkpoint_passes_the_gate(inputs, unet_inputs, tmp_path: Path):
+    path = write(tmp_path, inputs, unet_inputs, prediction_type="v_prediction")
+    require_loadable(path, Path(unet_inputs["lora"].weights_path), inputs["base_model"])
