@@ -57,7 +57,7 @@ def assert_nearly_same_weights(ours: TrainedLora, theirs: TrainedLora) -> None:
     """An image encoded alone differs in last bits from one encoded in a batch, and how much depends on the processor."""
     expected = load_file(theirs.weights_path)
     for name, tensor in load_file(ours.weights_path).items():
-        assert (tensor - expected[name]).norm() <= 1e-3 * expected[name].norm(), name
+        assert (tensor - expected[name]).norm() <= 1e-2 * expected[name].norm(), name
 
 
 @pytest.fixture(scope="module")
