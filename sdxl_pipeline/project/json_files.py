@@ -22,8 +22,16 @@ class _Object(dict[str, Any]):
 
 
 def read_json(path: Path, what: str) -> tuple[Any, list[Problem]]:
-    """The content of a JSON file and what is wrong with it; `what` says what the file is for. The content is None if unreadable."""
+    """Return the content of a JSON file and what is wrong with it; `what` says what the file is for.
+
+    The content is None, with a problem, if the file cannot be read or holds null.
+    """
     try:
+        if (
+            path.exists() and not path.is_file() and not path.is_dir()
+        ):  # a pipe has no end, and no writer to wait for
+            message = "is a pipe, a socket or a device, not a file"
+            return None, [Problem(path, "", NO_VALUE, message, f"write a file in its place: {what}")]
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         return None, [Problem(path, "", NO_VALUE, "the file does not exist", f"create it: {what}")]
@@ -57,6 +65,8 @@ def read_json(path: Path, what: str) -> tuple[Any, list[Problem]]:
         return None, [Problem(path, "", NO_VALUE, f"cannot be read: {error}", "write a shorter number")]
     except RecursionError:
         return None, [Problem(path, "", NO_VALUE, "is nested too deeply", f"write JSON: {what}")]
+    if content is None:
+        return None, [Problem(path, "", NO_VALUE, "holds null", f"write {what}")]
     return content, [
         Problem(path, where, values, "the key is given more than once in one object", "keep one of them")
         for where, values in repeated

@@ -1,5 +1,7 @@
 """Holds: what is not JSON is told with its place, and a key given twice does not silently win."""
 
+import os
+
 import pytest
 
 from sdxl_pipeline.project.json_files import read_json
@@ -46,3 +48,19 @@ def test_a_folder_in_the_files_place_is_a_problem(tmp_path):
     (tmp_path / "file.json").mkdir()
     _, (problem,) = read_json(tmp_path / "file.json", "an object")
     assert "cannot be read" in problem.message
+
+
+def test_read_json_of_null_is_a_problem(tmp_path):
+    content, (problem,) = read(tmp_path, " null\n")
+    assert content is None
+    assert problem.message == "holds null"
+    assert problem.remedy == "write an object"
+
+
+def test_read_json_of_a_pipe_or_device_is_a_problem_and_does_not_wait(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "endless.json").symlink_to("/dev/zero")
+    for name in ("pipe.json", "endless.json"):
+        content, (problem,) = read_json(tmp_path / name, "an object")
+        assert content is None
+        assert "not a file" in problem.message
