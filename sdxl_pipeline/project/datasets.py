@@ -5,6 +5,7 @@ fields. The checks that need more than one field are in `sdxl_pipeline.project.d
 """
 
 import hashlib
+import os
 import re
 import unicodedata
 from pathlib import Path
@@ -430,4 +431,5 @@ def asset_name(name: str) -> str:
         return re.sub(r"[^A-Za-z0-9_]", "_", name)
     composed = unicodedata.normalize("NFC", name)  # macOS decomposes the names of files
     letters = re.sub(r"[^A-Za-z0-9_]+", "_", anyascii(composed)).strip("_")[:60]
-    return f"{letters or 'unnamed'}_{hashlib.sha256(composed.encode()).hexdigest()[:8]}"
+    digest = hashlib.sha256(os.fsencode(composed)).hexdigest()
+    return f"{letters or 'unnamed'}_{digest[:8]}"

@@ -127,6 +127,13 @@ def discover_projects(root: Path | None = None) -> list[Project | BrokenProject]
     owners: dict[str, Path] = {}
     for folder in folders:
         name = asset_name(folder.name)
+        shown = Path(os.fsencode(folder).decode(errors="backslashreplace"))
+        if shown != folder:
+            message = (
+                "the folder's name is not UTF-8, so that neither Dagster nor a manifest can hold its path"
+            )
+            found.append(_broken(name, shown, message, "rename the folder"))
+            continue
         if name in owners:
             message = f"its assets would have the name {name}, which those of {owners[name].name} have"
             remedy = "rename the folder: letters, digits and underscores count, all other characters become _"

@@ -1,6 +1,7 @@
 """Holds: the quickstart's files load unchanged, every problem of both files is told at once, and a broken project breaks no other."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -33,6 +34,16 @@ def test_discover_projects_names_in_other_letters_are_readable_and_all_differ(wr
     assert names["кот v2"].startswith("kot_v2_")
     assert asset_name("Årgang") == asset_name("A\u030argang")  # as macOS spells it
     assert asset_name("dog-lora v2.1") == "dog_lora_v2_1"
+
+
+def test_discover_projects_a_folder_name_that_is_not_utf8_leaves_the_other_folders(write_project):
+    good = write_project(name="good")
+    os.rename(write_project(name="bad"), os.fsencode(good.parent) + b"/bad\xff")
+    bad, other = discover_projects(good.parent)
+    assert isinstance(bad, BrokenProject)
+    assert isinstance(other, Project)
+    assert "name is not UTF-8" in str(bad.error).encode().decode()  # can be shown
+    assert bad.folder.name == r"bad\xff"
 
 
 def test_load_project_dataset_ids_in_other_letters_are_all_kept(write_project):
