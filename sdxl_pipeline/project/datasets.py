@@ -109,7 +109,9 @@ class CaptionShuffle(SettingsModel):
 class ImageDataset(SettingsModel):
     """Captioned pictures: a folder, a dataset of the Hub, a bucket, or a list of addresses."""
 
-    id: str = Field(min_length=1, description="Unique name; it becomes a lane of the asset graph.")
+    id: str = Field(
+        min_length=1, max_length=100, description="Unique name; it becomes a lane of the asset graph."
+    )
     type: Literal["local", "huggingface", "aws", "csv"] = Field(
         "local",
         description="Where the pictures are. local: a folder; huggingface: a dataset repository; aws: a bucket or any fsspec URL; csv: a list of addresses.",
@@ -389,7 +391,7 @@ class ImageDataset(SettingsModel):
 class TextEmbedsDataset(SettingsModel):
     """Where the captions' embeddings are kept."""
 
-    id: str = Field(min_length=1, description="Unique name.")
+    id: str = Field(min_length=1, max_length=100, description="Unique name.")
     type: Literal["local"] = Field("local", description="Where the embeddings are kept: a folder.")
     dataset_type: Literal["text_embeds"] = Field("text_embeds", description="This kind of entry.")
     disabled: bool = Field(False, description="Leave this entry out.")

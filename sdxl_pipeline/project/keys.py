@@ -26,6 +26,7 @@ _LIMITS = {
     "multiple_of": ("multiple_of", "a multiple of"),
     "too_short": ("min_length", "of a length of at least"),
     "string_too_short": ("min_length", "of a length of at least"),
+    "string_too_long": ("max_length", "of a length of at most"),
 }
 
 

@@ -136,7 +136,7 @@ def discover_projects(root: Path | None = None) -> list[Project | BrokenProject]
             continue
         if name in owners:
             message = f"its assets would have the name {name}, which those of {owners[name].name} have"
-            remedy = "rename the folder: letters, digits and underscores count, all other characters become _"
+            remedy = "rename one of the two folders: spaces, dashes and the like become _, and accents composed or not are one name"
             number = next(n for n in range(2, len(folders) + 3) if f"{name}_{n}" not in taken)
             found.append(_broken(f"{name}_{number}", folder, message, remedy))
             taken.add(f"{name}_{number}")

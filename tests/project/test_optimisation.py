@@ -149,6 +149,7 @@ def test_a_tiny_rate_under_prodigy_is_spoken_of():
         ({"optimizer_config": "beta1=1.5"}, "betas = (1.5, 0.999)", "below 1"),
         ({"optimizer_config": {"betas": [0.9]}}, "betas", "2 numbers"),
         ({"optimizer_config": "eps=-1"}, "eps = -1", "at least 0"),
+        ({"optimizer_config": "eps=nan"}, "nan, which is not a finite number", "write a finite number"),
         ({"optimizer_config": "fused=true,foreach=true"}, "fused and foreach", "one of the two"),
     ],
 )

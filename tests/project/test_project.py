@@ -38,7 +38,7 @@ def test_discover_projects_names_in_other_letters_are_readable_and_all_differ(wr
 
 def test_discover_projects_a_folder_name_that_is_not_utf8_leaves_the_other_folders(write_project):
     good = write_project(name="good")
-    os.rename(write_project(name="bad"), os.fsencode(good.parent) + b"/bad\xff")
+    write_project(name="bad").rename(good.parent / os.fsdecode(b"bad\xff"))
     bad, other = discover_projects(good.parent)
     assert isinstance(bad, BrokenProject)
     assert isinstance(other, Project)
@@ -261,6 +261,11 @@ def test_names_are_safe_as_asset_keys(write_project):
     project = load_project(write_project({}, [{**PICTURES, "id": "my cats/2024"}], name="cat-lora.v2"))
     assert project.name == "cat_lora_v2"
     assert project.datasets[0].asset_name == "my_cats_2024"
+
+
+def test_load_project_an_id_too_long_for_a_folder_of_the_storage_is_a_problem(write_project):
+    with pytest.raises(ProjectError, match="must be of a length of at most 100"):
+        load_project(write_project({}, [{**PICTURES, "id": "a" * 256}]))
 
 
 def test_a_broken_project_breaks_no_other(write_project):

@@ -1,5 +1,6 @@
 """Optimisation."""
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -203,6 +204,9 @@ def _scalar(text: str) -> OptimizerValue:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return text
+    if not math.isfinite(number):
+        raise BadValueError(f"holds {text}, which is not a finite number", "write a finite number")
+    return number
