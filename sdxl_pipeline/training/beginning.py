@@ -189,8 +189,13 @@ def _find_source(spec: TrainSpec, names: RunNames, reporter: Reporter) -> _Sourc
     others = list(_beside(Path(spec.run_dir), names))
     if same := [source for source in others if source.is_of_trajectory(names)]:
         end = _planned_steps(spec)
-        fitting = [source for source in same if source.step <= end and is_intact(source.place)]
-        return max(fitting, key=lambda source: source.step, default=None)
+        for source in sorted(same, key=lambda source: source.step, reverse=True):
+            if source.step > end:
+                continue
+            if is_intact(source.place):
+                return source
+            reporter.log(f"checkpoint {source.place} is damaged and is passed over")
+        return None
     if family := [source for source in others if source.lineage and source.lineage.family == names.family]:
         furthest = max(family, key=lambda source: source.step)
         reporter.log(

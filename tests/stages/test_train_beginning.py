@@ -353,6 +353,19 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over_among_others(ru
     assert train(spec_of(folder, "five", max_train_steps=5)).resumed_from_step == 2
 
 
+def test_begin_run_names_each_damaged_checkpoint_of_the_other_run(runs, tmp_path):
+    shutil.copytree(runs / "four", tmp_path / "four")
+    for step, begins_at in ((4, "begins at step 2"), (2, None)):
+        damaged = tmp_path / "four" / "checkpoints" / f"step-{step:08d}"
+        (damaged / "trainable.safetensors").unlink()
+        (damaged / "trainable.safetensors").write_bytes(b"x")
+        listener, spec = Listener(), spec_of(tmp_path, f"five_{step}", max_train_steps=5)
+        begin_run(spec, run_names(spec), listener)
+        assert f"checkpoint {damaged} is damaged and is passed over" in listener.lines
+        assert begins_at is None or any(begins_at in line for line in listener.lines)
+        shutil.rmtree(spec.run_dir)
+
+
 @pytest.mark.slow
 def test_nothing_of_the_ancestor_changes(runs, tmp_path):
     folder = tmp_path / "runs"
