@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Settings' names (`mixed_precision`, `vae_dtype`) -> dtypes; `no` is mixed precision's name for fp32."""
@@ -73,6 +73,14 @@ def _quantize_with_quanto(model: nn.Module, precision: str) -> None:
 
     quanto.quantize(model, weights=getattr(quanto, _QUANTO[precision]), exclude=list(_LEFT_WHOLE))
     quanto.freeze(model)
+    for module in model.modules():
+        if isinstance(module, quanto.nn.QLinear):
+            module.register_forward_pre_hook(_make_contiguous)
+
+
+def _make_contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    # torch's int8 kernel on a CPU refuses strided rows, which a batch of one image can have
+    return (inputs[0].contiguous(), *inputs[1:])
 
 
 def _quantize_with_torchao(model: nn.Module, precision: str) -> None:

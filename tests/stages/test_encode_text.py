@@ -241,7 +241,10 @@ def test_another_encoder_tokenizer_or_dtype_encodes_anew_and_another_vae_does_no
     assert TensorStore(in_bf16.store_root).read(key)["prompt_embeds"].dtype == torch.bfloat16
 
 
-def test_a_caption_that_overflows_is_an_error_that_names_it(make_spec, monkeypatch):
+@pytest.mark.parametrize(
+    ("precision", "advice"), [("bf16", "Set mixed_precision to no"), ("no", "change this caption")]
+)
+def test_a_caption_that_overflows_is_an_error_that_names_it(make_spec, monkeypatch, precision, advice):
     star = PromptReader(load_tokenizers(model()))
     ids = star.in_windows(star.read(["a blue star"]))[0][0]
 
@@ -251,8 +254,8 @@ def test_a_caption_that_overflows_is_an_error_that_names_it(make_spec, monkeypat
         return embeds, torch.zeros(len(input_ids), 64)
 
     monkeypatch.setattr(text, "encode_tokens", overflowing)
-    with pytest.raises(StageError, match=r"'a blue star'.*mixed_precision to bf16"):
-        run(make_spec())
+    with pytest.raises(StageError, match=rf"'a blue star'.*{advice}"):
+        run(make_spec(mixed_precision=precision))
 
 
 def test_a_stop_between_batches_keeps_what_is_done(make_spec):

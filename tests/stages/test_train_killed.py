@@ -7,6 +7,7 @@ import pytest
 
 from sdxl_pipeline.protocol.program import StopSignal
 from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
+from sdxl_pipeline.release.formats.kohya_file import kohya_file_name
 from sdxl_pipeline.stages.train import main
 from tests.lanes import make_lane, make_spec
 from tests.train_programs import (
@@ -49,11 +50,19 @@ def hard_spec(folder: Path, **settings: object) -> TrainSpec:
 
 
 def files(manifest: TrainedLora) -> dict[str, bytes]:
-    """The weights, those of their average, and the last checkpoint."""
+    """The weights, those of their average, and the last checkpoint; of a file with dates in its header, the tensors."""
     folder = Path(manifest.run_dir)
     weights = [*folder.glob("*.safetensors"), *folder.glob("ema/*")]
     weights += (folder / "checkpoints" / f"step-{STEPS:08d}").rglob("*.safetensors")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(weights)}
+    dated = kohya_file_name("small")
+    return {
+        str(path.relative_to(folder)): path.read_bytes()[header_bytes(path) if path.name == dated else 0 :]
+        for path in sorted(weights)
+    }
+
+
+def header_bytes(path: Path) -> int:
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
 
 
 def assert_equal(resumed: TrainedLora, unbroken: TrainedLora, step: int) -> None:

@@ -378,7 +378,8 @@ def test_with_complete_caches_no_text_encoder_is_made_and_a_vae_for_pictures_alo
 
         @functools.wraps(kind.__init__)
         def counted(self, *arguments, kind=kind, make=kind.__init__, **named):
-            made.append(kind)
+            if not torch.empty(0).is_meta:  # an architecture without weights takes no memory
+                made.append(kind)
             make(self, *arguments, **named)
 
         monkeypatch.setattr(kind, "__init__", counted)
