@@ -9,7 +9,7 @@ from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.specs import TrainingPlan
 from sdxl_pipeline.training.order import SampleOrder, planned_steps
 from sdxl_pipeline.training.passes import planned_passes
-from sdxl_pipeline.training.samples import Samples
+from sdxl_pipeline.training.samples import Samples, held_out_keys
 
 
 class PlannedDataset(NamedTuple):
@@ -25,7 +25,9 @@ def plan_training(
     datasets: Sequence[PlannedDataset], settings: TrainingSettings, num_processes: int
 ) -> TrainingPlan:
     """Return the numbers of a run. Raises StageError when the images do not fill a step, or the steps are fewer than the warm-up's."""
-    samples = Samples(pd.concat([_train_rows(dataset) for dataset in datasets], ignore_index=True))
+    held_out_anywhere = held_out_keys(dataset.rows for dataset in datasets)
+    rows = pd.concat([_train_rows(dataset) for dataset in datasets], ignore_index=True)
+    samples = Samples(rows[~rows["key"].isin(held_out_anywhere)])
     passes = planned_passes(datasets, samples, settings, num_processes)
     order = SampleOrder(
         samples,

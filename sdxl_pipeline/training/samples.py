@@ -202,12 +202,28 @@ def load_samples(
     """The samples of one split of all lanes. Of pictures to be measured by, one that is not mirrored.
 
     `micro_conditioning` says what SDXL is told as the picture's original size: the file's own, or the size it was resized to.
-    Pictures that the latent stage reported as failed are left out. Raises StageError when a picture has no latent or no caption
-    embedding otherwise: the caches are then older than the dataset.
+    Pictures that the latent stage reported as failed are left out, and so is from training what another dataset holds out. Raises
+    StageError when a picture has no latent or no caption embedding otherwise: the caches are then older than the dataset.
     """
-    frames = [_load_lane(lane, split, micro_conditioning) for lane in lanes]
-    samples = Samples(pd.concat(frames, ignore_index=True))
-    return samples if split == "train" else samples.one_of_each()
+    lanes = list(lanes)
+    frame = pd.concat([_load_lane(lane, split, micro_conditioning) for lane in lanes], ignore_index=True)
+    if split == "eval":
+        return Samples(frame).one_of_each()
+    held_out = held_out_keys(pd.read_parquet(lane.rows_path, columns=["key", "split"]) for lane in lanes)
+    return Samples(frame[~frame["key"].isin(held_out)])
+
+
+def held_out_keys(plans: Iterable[pd.DataFrame]) -> set[str]:
+    """Return the content keys of the images that a training dataset holds out, given the crop plans of all datasets.
+
+    Such an image trains in no dataset, also where a second one holds the same file and would train it: the LoRA is judged by it. An eval
+    dataset, which has no image to train on, holds none out.
+    """
+    keys: set[str] = set()
+    for plan in plans:
+        if (plan["split"] == "train").any():
+            keys.update(plan.loc[plan["split"] == "eval", "key"])
+    return keys
 
 
 def _load_lane(lane: TrainingLane, split: Split, micro_conditioning: MicroConditioning) -> pd.DataFrame:

@@ -5,8 +5,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import FailedItem
+from sdxl_pipeline.training.plan import PlannedDataset, plan_training
 from sdxl_pipeline.training.samples import load_samples
 from tests.lanes import SQUARE, WIDE, by_path, digest, make_lane
 
@@ -45,6 +47,27 @@ def test_splits_and_lanes_are_kept_apart(tmp_path):
         "picture_03.png",
         "picture_04.png",
     }
+
+
+def test_an_image_that_one_dataset_holds_out_trains_in_no_other(tmp_path):
+    holds_out = make_lane(tmp_path / "a", "a", splits=["train", "eval", "train", "train", "train"])
+    same_files = make_lane(tmp_path / "b", "a").model_copy(update={"dataset_id": "b"})
+    lanes = [holds_out, same_files]
+    assert load_samples(lanes, "train").pictures_by_dataset() == {"a": 4, "b": 4}
+    assert digest("image", "a", 1) not in load_samples(lanes, "train").keys_by_dataset()["b"]
+    assert [sample.id for sample in load_samples(lanes, "eval")] == [f"a/{digest('image', 'a', 1)}#0"]
+
+    rows = [pd.read_parquet(lane.rows_path) for lane in lanes]
+    datasets = [PlannedDataset(name, table, 0, 1.0) for name, table in zip("ab", rows, strict=True)]
+    settings = TrainingSettings(pretrained_model_name_or_path="model", max_train_steps=2, train_batch_size=2)
+    plan = plan_training(datasets, settings, 1)
+    assert (plan.trained_images, plan.held_out_images) == ({"a": 4, "b": 4}, {"a": 1})
+
+
+def test_an_eval_dataset_takes_no_image_from_the_training_datasets(tmp_path):
+    eval_dataset = make_lane(tmp_path / "a", "a", splits=["eval"] * 5)
+    trained = make_lane(tmp_path / "b", "a").model_copy(update={"dataset_id": "b"})
+    assert load_samples([eval_dataset, trained], "train").pictures_by_dataset() == {"b": 5}
 
 
 def edit(path: str, change) -> None:
