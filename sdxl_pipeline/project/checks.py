@@ -25,12 +25,11 @@ def check_training(training: TrainingSettings) -> Iterator[Finding]:
             f"is given together with max_train_steps ({steps})",
             "write 0 for the one that should not decide how long the training is",
         )
-    warms_up = training.lr_scheduler != "sine"  # whose peak does not wait for it
-    if steps is not None and warms_up and training.lr_warmup_steps > steps:
+    if steps is not None and training.lr_warmup_steps > training.longest_warmup(steps):
         yield Finding(
             "lr_warmup_steps",
-            f"is more than max_train_steps ({steps}), so learning_rate would never be reached",
-            f"write at most {steps}",
+            f"is too long for max_train_steps ({steps}): learning_rate would never be reached",
+            f"write at most {training.longest_warmup(steps)}",
         )
     repeated = {tracker for tracker in training.report_to if training.report_to.count(tracker) > 1}
     if repeated:

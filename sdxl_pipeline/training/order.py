@@ -227,17 +227,17 @@ class SampleOrder:
 def planned_steps(settings: TrainingSettings, order: SampleOrder) -> int:
     """Return the optimizer steps of a run: as many as the settings ask for, or as their epochs take.
 
-    Raises StageError when the epochs take fewer steps than the warm-up; max_train_steps is compared when the settings are read.
+    Raises StageError when the epochs take too few steps for the warm-up; max_train_steps is compared when the settings are read.
     """
     if settings.max_train_steps is not None:
         return settings.max_train_steps
     epochs, parts = settings.num_train_epochs or 1, settings.gradient_accumulation_steps
     batches = order.batches_until(epochs)
     steps = math.ceil(batches / parts)
-    if settings.lr_scheduler != "sine" and settings.lr_warmup_steps > steps:
+    if settings.lr_warmup_steps > settings.longest_warmup(steps):
         raise StageError(
             f"lr_warmup_steps is {settings.lr_warmup_steps}, but the training has only {steps} steps, so learning_rate would never be "
             f"reached: {batches} batches in num_train_epochs {epochs}, by gradient_accumulation_steps {parts}. "
-            f"Write at most {steps}, or more epochs"
+            f"Write at most {settings.longest_warmup(steps)}, or more epochs"
         )
     return steps

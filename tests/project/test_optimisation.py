@@ -21,7 +21,8 @@ from sdxl_pipeline.project.training import TrainingSettings
         ({"lr_scheduler": "sine"}, "lr_warmup_steps", "half the length of its wave"),
         ({"lr_scheduler": "cosine", "lr_end": "1e-4"}, "lr_end", "below learning_rate"),
         ({"lr_scheduler": "polynomial", "learning_rate": 1e-7}, "lr_end", "below learning_rate"),
-        ({"max_train_steps": 10, "lr_warmup_steps": 11}, "lr_warmup_steps", "never be reached"),
+        ({"max_train_steps": 10, "lr_warmup_steps": 10}, "lr_warmup_steps", "never be reached"),
+        ({"max_train_steps": 1, "lr_warmup_steps": 1}, "lr_warmup_steps", "never be reached"),
         ({"optimizer": "torch-sparseadam"}, "optimizer", "sparse gradients"),
         ({"optimizer": "muon"}, "optimizer", "not available yet"),
         ({"optimizer": "sdnq-adamw+no_quant"}, "optimizer", "not available yet"),
@@ -39,6 +40,11 @@ def test_every_optimizer_is_let_in(name):
 def test_a_schedule_without_a_warm_up_has_none_that_is_too_long(write_project):
     """A wave whose half is longer than the run trains in the reference."""
     load_project(write_project({"lr_scheduler": "sine", "max_train_steps": 10, "lr_warmup_steps": 11}))
+
+
+def test_a_schedule_free_optimizer_reaches_its_rate_in_the_last_step_of_its_warm_up(write_project):
+    config = {"optimizer": "adamw_schedulefree", "max_train_steps": 10, "lr_warmup_steps": 10}
+    load_project(write_project(config))
 
 
 def test_the_references_other_name_of_cosine():

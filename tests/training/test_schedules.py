@@ -76,6 +76,12 @@ def test_cosine_ends_where_it_is_told():
     assert (mine[0], mine[-1]) == (0.5, pytest.approx(0.1))
 
 
+def test_the_longest_warm_up_reaches_the_peak_in_the_last_step():
+    longest = settings_of(lr_scheduler="cosine").longest_warmup(STEPS)
+    last = [ours(lr_scheduler="cosine", lr_warmup_steps=warmup)[-1] for warmup in (longest, longest + 1)]
+    assert last == [0.5, pytest.approx(0.5 * (STEPS - 1) / STEPS)]
+
+
 def test_a_schedule_free_optimizer_has_a_constant_rate():
     schedule = build_schedule(settings_of(optimizer="adamw_schedulefree", lr_warmup_steps=7), sgd(), STEPS)
     assert rates(schedule) == [0.5] * STEPS

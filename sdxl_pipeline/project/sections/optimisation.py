@@ -165,6 +165,16 @@ class OptimisationSettings(SettingsModel):
         """Whether the optimizer averages its weights instead of following a schedule (Defazio et al. 2024)."""
         return self.optimizer.startswith("adamw_schedulefree")
 
+    def longest_warmup(self, steps: int) -> int:
+        """Return the most `lr_warmup_steps` with which one of `steps` optimizer steps is taken at `learning_rate`.
+
+        A schedule raises the rate from 0 at step 0, so it is reached at step `lr_warmup_steps`, counted from 0; a schedule-free optimizer
+        reaches it one step earlier. The peak of `sine` does not wait for it.
+        """
+        if self.lr_scheduler == "sine":
+            return self.lr_warmup_steps
+        return steps if self.is_schedule_free else steps - 1
+
     @property
     def effective_lr_end(self) -> float:
         """`lr_end`, or the schedule's default."""
