@@ -119,7 +119,7 @@ def _prompt_unused(dataset: ImageDataset) -> str:
         return ""
     return (
         f"caption_strategy is {dataset.caption_strategy}; write prepend_instance_prompt: true to put it before each caption, or "
-        "caption_strategy: instanceprompt to train it alone"
+        "caption_strategy: instanceprompt to train it alone (a release names it as trigger words where captions hold it)"
     )
 
 

@@ -175,7 +175,7 @@ class TrainingLane(StageModel):
     )
     instance_prompt: str | None = Field(
         default=None,
-        description="Trigger words of the dataset, for the file's metadata; captions hold them already.",
+        description="Trigger words of the dataset, for the file's metadata where captions hold them.",
     )
     masks: LaneMasks | None = Field(default=None, description="None where the whole pictures are learned.")
     is_regularisation: bool = Field(

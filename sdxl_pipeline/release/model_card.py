@@ -81,7 +81,7 @@ def model_card(
     body = "\n\n".join(section for section in sections if section)
     return str(
         ModelCard(
-            f"---\n{_front_matter(base_model, settings, lora, prompts, pictures).to_yaml()}\n---\n\n{body}\n"
+            f"---\n{_front_matter(base_model, settings, lora, prompts, pictures, trigger_words).to_yaml()}\n---\n\n{body}\n"
         )
     )
 
@@ -92,6 +92,7 @@ def _front_matter(
     lora: TrainedLora,
     prompts: Sequence[ValidationPrompt],
     pictures: Mapping[str, str],
+    trigger_words: Sequence[str],
 ) -> ModelCardData:
     base = hub_id(base_model)
     widget = []
@@ -109,7 +110,7 @@ def _front_matter(
         license=LICENCES.get(base) if base else None,
         pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", *tags, "sdxl", "stable-diffusion-xl"],
-        instance_prompt=settings.instance_prompt,
+        instance_prompt=trigger_words[0] if trigger_words else None,
         widget=widget or None,
     )
 

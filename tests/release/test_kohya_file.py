@@ -180,7 +180,7 @@ def test_both_files_give_the_same_image(tmp_path: Path):
 
 
 def test_the_header_tells_other_programs_what_the_file_is(tmp_path: Path):
-    run = Run(tmp_path, "lora, alpha above rank", instance_prompt="a zorp", seed=7)
+    run = Run(tmp_path, "lora, alpha above rank", instance_prompt="Shapes 0", seed=7)
     Image.new("RGB", (640, 320), "teal").save(tmp_path / "image.png")
     file = run.write(thumbnail=tmp_path / "image.png")
     header = metadata_of(file.path)
@@ -190,8 +190,8 @@ def test_the_header_tells_other_programs_what_the_file_is(tmp_path: Path):
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": "small",
         "modelspec.prediction_type": "epsilon",
-        "modelspec.trigger_phrase": "a zorp",
-        "trained_words": "a zorp",
+        "modelspec.trigger_phrase": "Shapes 0",
+        "trained_words": "Shapes 0",
         "ss_v2": "False",
         "ss_base_model_version": "sdxl_base_v1-0",
         "ss_network_module": "networks.lora",
@@ -222,6 +222,12 @@ def test_the_header_tells_other_programs_what_the_file_is(tmp_path: Path):
     assert kind == "data:image/jpeg;base64"
     with Image.open(io.BytesIO(base64.b64decode(encoded))) as thumbnail:
         assert thumbnail.size == (256, 128)
+
+
+def test_an_instance_prompt_that_no_caption_holds_is_no_trigger_word(tmp_path: Path):
+    header = metadata_of(Run(tmp_path, "lora", instance_prompt="a zorp").write().path)
+    assert "modelspec.trigger_phrase" not in header
+    assert "trained_words" not in header
 
 
 def test_captions_and_folder_names_are_written_only_if_asked(tmp_path: Path):

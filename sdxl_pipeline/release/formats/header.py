@@ -79,10 +79,21 @@ def header_entries(spec: TrainSpec, manifest: TrainedLora, thumbnail: Path | Non
 
 
 def trigger_words(spec: TrainSpec) -> list[str]:
-    """Return the project's and the datasets' instance prompts, without repetition; those of regularisation datasets are left out."""
-    lanes = (lane.instance_prompt for lane in spec.lanes if not lane.is_regularisation)
-    prompts = [(prompt or "").strip() for prompt in (spec.settings.instance_prompt, *lanes)]
-    return [prompt for prompt in dict.fromkeys(prompts) if prompt]
+    """Return the project's and the datasets' instance prompts that captions hold, without repetition; regularisation datasets do not count.
+
+    An instance prompt that no caption holds was not trained: `caption_strategy` decides whether it is put into the captions.
+    """
+    lanes = [lane for lane in spec.lanes if not lane.is_regularisation]
+    prompts = [
+        (text or "").strip()
+        for text in (spec.settings.instance_prompt, *(lane.instance_prompt for lane in lanes))
+    ]
+    candidates = [prompt for prompt in dict.fromkeys(prompts) if prompt]
+    if not candidates:
+        return []
+    tables = [pd.read_parquet(lane.text_embeds.entries_path, columns=["caption"]) for lane in lanes]
+    captions = pd.concat(tables)["caption"].astype("str").str.casefold()
+    return [prompt for prompt in candidates if captions.str.contains(prompt.casefold(), regex=False).any()]
 
 
 def thumbnail_uri(path: Path) -> str:
