@@ -42,7 +42,7 @@ def main(name: str) -> None:
     for line in work_done(results):
         console.print(line)
     for what, where in [*places(results), ("UI", "make ui, then http://127.0.0.1:3000")]:
-        console.print(f"{what:<18}{where}")
+        console.print(f"{what:<20}{where}")
 
 
 def load_results(project: Project) -> Results:
@@ -86,9 +86,11 @@ def work_done(results: Results) -> list[str]:
 
 def places(results: Results) -> list[tuple[str, str]]:
     """(what, path) of what a person wants to open, relative to the working directory where the files lie below it."""
+    lora = results.lora
     return [
         ("before and after", _short(results.report.gallery_path)),
-        (SPOKEN_KINDS[results.lora.weights_kind], _short(results.lora.weights_path)),
+        (SPOKEN_KINDS[lora.weights_kind], _short(lora.weights_path)),
+        *([("for ComfyUI, A1111", _short(lora.kohya_path))] if lora.kohya_path else []),
         ("report", _short(results.report.report_path)),
         ("release", results.release.url or _short(results.release.folder)),
     ]

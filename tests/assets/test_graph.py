@@ -98,7 +98,7 @@ def test_graph_makes_a_released_lora_and_a_second_run_does_no_work(
     told = capsys.readouterr().out
     assert "8 encoded, 0 reused" in told
     assert "training: 3 steps" in told
-    for shown in (str(weights), str(release), "gallery.png", "report.md", "make ui"):
+    for shown in (str(weights), str(kohya), str(release), "gallery.png", "report.md", "make ui"):
         assert shown in told
 
     second = materialize(instance, folder)
