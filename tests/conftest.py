@@ -7,6 +7,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from dagster._core.storage.defs_state.base import set_defs_state_storage
 from PIL import Image, ImageDraw
 
 COLOURS = ["red", "green", "blue", "yellow", "orange", "purple", "white", "black"]
@@ -94,3 +95,10 @@ def make_project(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def fresh_defs_state() -> Iterator[None]:
+    """Hide the state storage of an instance that an earlier test opened: Dagster keeps it after that instance is gone, and then fails."""
+    with set_defs_state_storage(None):
+        yield

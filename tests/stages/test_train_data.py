@@ -158,7 +158,9 @@ def test_copies_of_a_picture_are_told_apart_by_their_captions(tmp_path, pictures
     assert [(s.id, s.embed_keys) for s in one] == [(s.id, s.embed_keys) for s in other]
 
 
-def test_two_resolutions_of_one_folder_are_two_datasets(tmp_path, pictures):
+def test_two_resolutions_of_one_folder_are_two_datasets(tmp_path):
+    pictures = tmp_path / "pictures"
+    draw_pictures(pictures, count=10)  # none is held out of fewer than 8
     spec = spec_of(tmp_path, train_batch_size=1, max_train_steps=3)
     lanes = tuple(
         prepare_lane(tmp_path / name, pictures, spec.base_model, holdout=0.4, id=name, resolution=resolution)
