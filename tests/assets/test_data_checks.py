@@ -88,7 +88,7 @@ def test_a_sound_dataset_passes_and_says_what_it_holds(instance, make_project):
     assert [name for name, check in checks.items() if not check.passed] == []
     told = checks["shapes/dataset", "files_accounted_for"].description
     assert told.startswith("9 found = 6 kept + 3 dropped (")
-    for reason in ("1 not an image", "1 truncated", "1 picture format .cr2 is not supported"):
+    for reason in ("1 not an image", "1 truncated", "1 image format .cr2 is not supported"):
         assert reason in told
     assert checks["shapes/dataset", "may_look_alike"].description == (
         "0 files are copies of others; 0 pictures look alike, in 0 groups."
