@@ -70,7 +70,8 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
         trained = read_training_spec(lora)
         lineage = _lineage(context, project, model, lora)
         with told_to_the_user():
-            verify_export(Path(lora.weights_path), model)
+            if lora.weights_kind == "lora":  # of a whole UNet, verify_formats reads the same folder
+                verify_export(Path(lora.weights_path), model)
             # again here: a release that is launched by itself does not wait for the evaluation's checks
             context.log.info(verify_formats(lora, model, trained.settings))
             folder = build_release(
