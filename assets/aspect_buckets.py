@@ -1,4 +1,4 @@
-"""The crop plan: which bucket each picture goes to, how it is resized, where it is cropped, on which side it stands."""
+"""The crop plan: which bucket each image goes to, how it is resized, where it is cropped, on which side it stands."""
 
 import time
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ import pandas as pd
 from assets import data_checks as checks
 from assets.failures import told_to_the_user
 from assets.keys import lane_key, version
-from assets.show import dropped_table, picture
+from assets.show import dropped_table, image
 from resources.storage import Storage
 from sdxl_pipeline.images.buckets import filter_reasons
-from sdxl_pipeline.images.crops import pictures_per_bucket, plan_crops
+from sdxl_pipeline.images.crops import images_per_bucket, plan_crops
 from sdxl_pipeline.images.digests import rows_digest
 from sdxl_pipeline.images.faces import DETECTOR, find_faces, require_detector
 from sdxl_pipeline.images.holdout import hold_out
-from sdxl_pipeline.images.pictures import bucket_histogram
+from sdxl_pipeline.images.images import bucket_histogram
 from sdxl_pipeline.project.datasets import ImageDataset
 from sdxl_pipeline.project.project import Project
 
@@ -50,7 +50,7 @@ PROGRESS_SECONDS = 10.0
 def holdout_share(project: Project, dataset: ImageDataset) -> float:
     """Share of a training dataset kept back for the eval loss: none when the project has an eval dataset.
 
-    None of regularisation pictures either: of them the LoRA is to learn nothing, so no loss can say how well it did.
+    None of regularisation images either: of them the LoRA is to learn nothing, so no loss can say how well it did.
     """
     none = project.eval_datasets or dataset.is_regularisation_data
     return 0.0 if none else project.training.eval_holdout_share
@@ -90,7 +90,7 @@ def build_aspect_buckets(project: Project, dataset: ImageDataset) -> dg.AssetsDe
         metadata = _metadata(rows, dropped, dataset.repeats, batch_size)
         if faces is not None:
             faceless = faces.loc[faces["height"] == 0, "key"]
-            metadata["pictures_without_face"] = int(kept["key"].isin(faceless).sum())
+            metadata["images_without_face"] = int(kept["key"].isin(faceless).sum())
         yield dg.MaterializeResult(
             value=rows,
             data_version=dg.DataVersion(rows_digest(rows)),
@@ -125,7 +125,7 @@ def _find_faces(
         nonlocal told
         if time.monotonic() - told >= PROGRESS_SECONDS:
             told = time.monotonic()
-            context.log.info(f"{done} of {total} pictures searched for faces.")
+            context.log.info(f"{done} of {total} images searched for faces.")
 
     with told_to_the_user():
         require_detector(dataset)
@@ -147,16 +147,16 @@ def _metadata(rows: pd.DataFrame, dropped: pd.DataFrame, repeats: int, batch_siz
         return metadata
     resized = rows["resized_h"] * rows["resized_w"]
     # An epoch takes one crop of each image, the crops in turn; the last batch of a bucket is smaller, or filled by repeating images.
-    picture_of = (train["crop_index"] == 0).cumsum().to_numpy()
-    crops = np.bincount(picture_of)[1:]
-    turns = train[["bucket_h", "bucket_w"]].assign(share=(repeats + 1) / crops[picture_of - 1])
+    image_of = (train["crop_index"] == 0).cumsum().to_numpy()
+    crops = np.bincount(image_of)[1:]
+    turns = train[["bucket_h", "bucket_w"]].assign(share=(repeats + 1) / crops[image_of - 1])
     draws = turns.groupby(["bucket_h", "bucket_w"])["share"].sum().round(6)
-    pictures = pictures_per_bucket(rows)
-    short = [(width, height) for height, width in pictures.index[pictures < batch_size]]
+    images = images_per_bucket(rows)
+    short = [(width, height) for height, width in images.index[images < batch_size]]
     upscaled = (rows["resized_h"] > rows["source_h"]) | (rows["resized_w"] > rows["source_w"])
     return metadata | {
-        "buckets": picture(bucket_histogram(rows, short), "crops per bucket"),
-        "crops_per_picture": float(crops.mean()) if len(crops) else 1.0,
+        "buckets": image(bucket_histogram(rows, short), "crops per bucket"),
+        "crops_per_image": float(crops.mean()) if len(crops) else 1.0,
         "mirrored": int(rows["flipped"].sum()),
         "cropped_away": float(1 - (rows["bucket_h"] * rows["bucket_w"]).sum() / resized.sum()),
         "upscaled": int(upscaled.sum()),

@@ -200,7 +200,7 @@ def evaluation_specs(key: dg.AssetKey) -> list[dg.AssetCheckSpec]:
         better_than_base="The trained model's eval loss is below the base model's by more than two standard errors, paired over images.",
         may_judge_over_fitting=OVER_FITTING,
         not_worse_than_last_release="The eval loss is not above the last release's by more than two standard errors, paired over images.",
-        pictures_sound="No picture drawn with the trained model is black, constant or not finite.",
+        images_sound="No image drawn with the trained model is black, constant or not finite.",
         loads_everywhere=_LOADS_EVERYWHERE,
     )
 
@@ -212,9 +212,7 @@ def check_evaluation(report: EvaluationReport) -> list[dg.AssetCheckResult]:
         _better_than_base(report),
         _judges_over_fitting(report),
         _not_worse_than_last_release(report),
-        result(
-            "pictures_sound", not report.broken_images, broken or f"{len(report.images)} pictures are sound."
-        ),
+        result("images_sound", not report.broken_images, broken or f"{len(report.images)} images are sound."),
     ]
 
 
@@ -239,7 +237,7 @@ def _better_than_base(report: EvaluationReport) -> dg.AssetCheckResult:
 
 
 def _judges_over_fitting(report: EvaluationReport) -> dg.AssetCheckResult:
-    trained_on = report.eval_source == "training pictures"
+    trained_on = report.eval_source == "training images"
     return check_unseen_images(0 if trained_on or report.lora_loss is None else report.eval_images)
 
 

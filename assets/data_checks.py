@@ -9,36 +9,36 @@ import pandas as pd
 
 from assets.checks import result, specs
 from assets.keys import lane_key
-from assets.show import NAMES_SHOWN, picture
+from assets.show import NAMES_SHOWN, image
 from resources.storage import Storage
-from sdxl_pipeline.images.crops import pictures_per_bucket
+from sdxl_pipeline.images.crops import images_per_bucket
 from sdxl_pipeline.images.duplicates import find_leaks, find_look_alikes
 from sdxl_pipeline.images.holdout import MINIMA
-from sdxl_pipeline.images.pictures import grouped_sheet
+from sdxl_pipeline.images.images import grouped_sheet
 from sdxl_pipeline.project.datasets import ImageDataset
 from sdxl_pipeline.project.project import Project
 from sdxl_pipeline.project.sections.optimisation import BucketFill
 
 MISSING_CAPTIONS_LIMIT = 0.2
-"""Share of pictures without a caption from which a dataset is taken for a mistake rather than for a gap."""
+"""Share of images without a caption from which a dataset is taken for a mistake rather than for a gap."""
 SHARED_CAPTION_LIMIT = 5
-"""Number of different pictures from which on a caption that they share is told."""
+"""Number of different images from which on a caption that they share is told."""
 GROUPS_SHOWN = 8
 _NAMED = 5
 _LEAK = "may_leak_into_eval"
-_LEAK_DESCRIPTION = "No picture that the eval loss is measured on is trained on, nor one that looks like it."
+_LEAK_DESCRIPTION = "No image that the eval loss is measured on is trained on, nor one that looks like it."
 
 
 def dataset_specs(key: dg.AssetKey) -> list[dg.AssetCheckSpec]:
     """Checks of a scanned dataset."""
     return specs(
         key,
-        usable_pictures="At least one picture can be trained on.",
-        captions_present=f"At most {MISSING_CAPTIONS_LIMIT:.0%} of the pictures lack a caption.",
+        usable_images="At least one image can be trained on.",
+        captions_present=f"At most {MISSING_CAPTIONS_LIMIT:.0%} of the images lack a caption.",
         files_accounted_for="Files found = kept + dropped, each once, and every dropped one has a reason.",
-        may_look_alike="No picture is there twice, be it byte for byte or nearly so to the eye.",
+        may_look_alike="No image is there twice, be it byte for byte or nearly so to the eye.",
         may_leave_data_unused="Every setting has an effect, every caption file is read, every row of a table belongs to an image.",
-        may_share_captions=f"No caption is shared by {SHARED_CAPTION_LIMIT} different pictures or more.",
+        may_share_captions=f"No caption is shared by {SHARED_CAPTION_LIMIT} different images or more.",
     )
 
 
@@ -48,7 +48,7 @@ def check_dataset(
     """Return the results of `dataset_specs`; `folder` has the images, `notes` describe what of data and settings is not used."""
     kept = scanned[scanned["status"] == "kept"]
     return [
-        result("usable_pictures", len(kept) > 0, f"{len(kept)} of {len(scanned)} files are kept."),
+        result("usable_images", len(kept) > 0, f"{len(kept)} of {len(scanned)} files are kept."),
         _captions_present(scanned, kept, dataset),
         files_accounted_for(scanned, kept),
         _look_alikes(kept, dataset, folder),
@@ -58,12 +58,12 @@ def check_dataset(
 
 
 def bucket_specs(key: dg.AssetKey, held_out: bool) -> list[dg.AssetCheckSpec]:
-    """Checks of a crop plan; `held_out`: a share of its pictures is kept back for the eval loss."""
+    """Checks of a crop plan; `held_out`: a share of its images is kept back for the eval loss."""
     leaks = {_LEAK: _LEAK_DESCRIPTION} if held_out else {}
     return specs(
         key,
-        crops_planned="At least one picture passes the size and aspect filters.",
-        pictures_accounted_for="Pictures kept by the dataset = pictures planned + pictures filtered out.",
+        crops_planned="At least one image passes the size and aspect filters.",
+        images_accounted_for="Images kept by the dataset = images planned + images filtered out.",
         may_fill_a_batch="Every bucket holds a full batch of different images.",
         **leaks,
     )
@@ -77,7 +77,7 @@ def check_buckets(
     fill: BucketFill = "partial",
 ) -> list[dg.AssetCheckResult]:
     """Results of `bucket_specs`, without the one about leaks; `kept` is what the dataset kept."""
-    counts = pictures_per_bucket(rows)
+    counts = images_per_bucket(rows)
     short = [
         f"{width}x{height} ({count})"
         for (height, width), count in zip(counts.index, counts.tolist(), strict=True)
@@ -91,11 +91,11 @@ def check_buckets(
         "wrap": "bucket_fill is wrap, so their images are repeated within an epoch.",
     }
     return [
-        result("crops_planned", len(rows) > 0, f"{len(rows)} crops of {len(kept)} pictures."),
+        result("crops_planned", len(rows) > 0, f"{len(rows)} crops of {len(kept)} images."),
         result(
-            "pictures_accounted_for",
+            "images_accounted_for",
             planned + len(dropped) == len(kept),
-            f"{len(kept)} pictures = {planned} planned + {len(dropped)} filtered out{by_reason}.",
+            f"{len(kept)} images = {planned} planned + {len(dropped)} filtered out{by_reason}.",
         ),
         result(
             "may_fill_a_batch",
@@ -189,15 +189,15 @@ def _build_leak_check(
 def _captions_present(
     scanned: pd.DataFrame, kept: pd.DataFrame, dataset: ImageDataset
 ) -> dg.AssetCheckResult:
-    # Only pictures have a caption status; other files have none.
+    # Only images have a caption status; other files have none.
     uncaptioned = scanned[~scanned["caption_status"].isin(["", "ok"])]
     captionable = len(kept) + int((uncaptioned["status"] == "dropped").sum())
     share = len(uncaptioned) / captionable if captionable else 0.0
-    remedy = ' Add the captions, or write "missing_captions": "empty" to train these pictures without text.'
+    remedy = ' Add the captions, or write "missing_captions": "empty" to train these images without text.'
     return result(
         "captions_present",
         dataset.missing_captions == "empty" or share <= MISSING_CAPTIONS_LIMIT,
-        f"{len(uncaptioned)} of {captionable} pictures ({share:.0%}) have no usable caption."
+        f"{len(uncaptioned)} of {captionable} images ({share:.0%}) have no usable caption."
         + (remedy if share else ""),
     )
 
@@ -225,7 +225,7 @@ def _look_alikes(kept: pd.DataFrame, dataset: ImageDataset, folder: Path) -> dg.
     if dataset.find_near_duplicates:
         at_least = "" if found.complete else "at least "
         names = _names([" ~ ".join(group.paths[:3]) for group in found.alike])
-        told.append(f"{at_least}{alike} pictures look alike, in {len(found.alike)} groups{names}")
+        told.append(f"{at_least}{alike} images look alike, in {len(found.alike)} groups{names}")
     else:
         told.append("look-alikes were not searched, since find_near_duplicates is off")
     if found.featureless:
@@ -237,17 +237,17 @@ def _look_alikes(kept: pd.DataFrame, dataset: ImageDataset, folder: Path) -> dg.
         "may_look_alike",
         not groups,
         "; ".join(told) + "." + remedy,
-        _sheet(sheet, "pictures that look alike, in rows"),
+        _sheet(sheet, "images that look alike, in rows"),
     )
 
 
 def _shared_captions(kept: pd.DataFrame, dataset: ImageDataset) -> dg.AssetCheckResult:
     name = "may_share_captions"
     if dataset.only_instance_prompt or dataset.caption_strategy == "instanceprompt":
-        return result(name, True, "All pictures share the instance prompt, as the settings say.")
+        return result(name, True, "All images share the instance prompt, as the settings say.")
     captions = kept.drop_duplicates("key")["captions"].explode().dropna()
-    captions = captions[captions.str.strip() != ""]  # pictures that are meant to be trained without text
-    # a caption that one picture has twice counts once
+    captions = captions[captions.str.strip() != ""]  # images that are meant to be trained without text
+    # a caption that one image has twice counts once
     counts = captions.reset_index().drop_duplicates()["captions"].value_counts()
     shared = counts[counts >= SHARED_CAPTION_LIMIT]
     told = [f"{str(caption)[:80]!r} ({count})" for caption, count in shared.head(_NAMED).items()]
@@ -255,9 +255,9 @@ def _shared_captions(kept: pd.DataFrame, dataset: ImageDataset) -> dg.AssetCheck
     return result(
         name,
         shared.empty,
-        f"{len(shared)} of {len(counts)} captions are shared by {SHARED_CAPTION_LIMIT} different pictures or more"
+        f"{len(shared)} of {len(counts)} captions are shared by {SHARED_CAPTION_LIMIT} different images or more"
         + (
-            f": {', '.join(told)}{more}. What sets these pictures apart is not learned from their text."
+            f": {', '.join(told)}{more}. What sets these images apart is not learned from their text."
             if told
             else "."
         ),
@@ -267,7 +267,7 @@ def _shared_captions(kept: pd.DataFrame, dataset: ImageDataset) -> dg.AssetCheck
 def _leaks(
     name: str, train_folder: Path, train: pd.DataFrame, folder: Path, evaluation: pd.DataFrame
 ) -> dg.AssetCheckResult:
-    """Result of the check `name`: which of the pictures `evaluation` in `folder` stand among those trained on."""
+    """Result of the check `name`: which of the images `evaluation` in `folder` stand among those trained on."""
     if evaluation.empty:
         return result(
             name,
@@ -292,7 +292,7 @@ def _leaks(
         f"that is{_names(told)}."
         + (f" {blind} were compared by their bytes alone: find_near_duplicates is off." if blind else "")
         + (" The eval loss is better than it should be: remove them from one side." if leaks else ""),
-        _sheet(sheet, "evaluation pictures beside what is trained on"),
+        _sheet(sheet, "evaluation images beside what is trained on"),
     )
 
 
@@ -313,4 +313,4 @@ def _names(names: Sequence[str]) -> str:
 def _sheet(groups: Sequence[Sequence[tuple[Path, str]]], alt: str) -> dict[str, dg.MetadataValue]:
     if not groups:
         return {}
-    return {"pictures": picture(grouped_sheet(groups[:GROUPS_SHOWN]), alt)}
+    return {"images": image(grouped_sheet(groups[:GROUPS_SHOWN]), alt)}

@@ -11,14 +11,14 @@ from pydantic import Field
 from assets import data_checks as checks
 from assets.failures import told_to_the_user
 from assets.keys import lane_key, version
-from assets.show import dropped_table, names_list, picture
+from assets.show import dropped_table, image, names_list
 from resources.storage import Storage
 from sdxl_pipeline.images.caption_filters import caption_filter_of, filter_digest
 from sdxl_pipeline.images.captions import complete_caption_settings
 from sdxl_pipeline.images.digests import dataset_digest
 from sdxl_pipeline.images.fingerprint import METADATA_ENTRY, dataset_fingerprint
+from sdxl_pipeline.images.images import caption_length_histogram, contact_sheet, resolution_scatter
 from sdxl_pipeline.images.looks import look_at
-from sdxl_pipeline.images.pictures import caption_length_histogram, contact_sheet, resolution_scatter
 from sdxl_pipeline.images.scan import recall_dataset, scan_dataset
 from sdxl_pipeline.images.sources import SOURCE_SETTINGS, Fetched, fetch_source
 from sdxl_pipeline.project.datasets import ImageDataset
@@ -128,7 +128,7 @@ def scan_files(
             on_note=notes.append,
         )
     if dataset.find_near_duplicates:
-        looked = _progress(context, "new pictures looked at")
+        looked = _progress(context, "new images looked at")
         scanned = look_at(folder, scanned, work_dir / "looks.parquet", looked)
     for note in notes:
         context.log.warning(note)
@@ -228,7 +228,7 @@ def _metadata(storage: Storage, dataset: ImageDataset, scanned: pd.DataFrame) ->
     paths = [storage.data_dir(dataset) / path for path in sample["path"]]
     captions = [next(iter(texts), "") for texts in sample["captions"]]
     return metadata | {
-        "sample": picture(contact_sheet(paths, captions), "some of the pictures with their captions"),
-        "resolutions": picture(resolution_scatter(kept), "width and height of the pictures"),
-        "caption_lengths": picture(caption_length_histogram(kept), "caption lengths"),
+        "sample": image(contact_sheet(paths, captions), "some of the images with their captions"),
+        "resolutions": image(resolution_scatter(kept), "width and height of the images"),
+        "caption_lengths": image(caption_length_histogram(kept), "caption lengths"),
     }

@@ -10,7 +10,7 @@ from assets import checks
 from assets.keys import GPU_POOL, project_key, version
 from assets.lanes import lane_inputs, model_input, training_lanes, validation_prompts
 from assets.lora import read_training_spec
-from assets.show import figures_table, picture, present
+from assets.show import figures_table, image, present
 from resources.launcher import LocalLauncher
 from resources.storage import Storage
 from sdxl_pipeline.evaluation.identity import LOOKED_AT
@@ -84,7 +84,7 @@ def build_evaluation(project: Project) -> dg.AssetsDefinition:
         )
         if report.reused:
             context.log.info(
-                "The same weights, pictures and settings were evaluated before: the report is reused."
+                "The same weights, images and settings were evaluated before: the report is reused."
             )
         yield dg.MaterializeResult(
             value=report,
@@ -109,7 +109,7 @@ def _metadata(report: EvaluationReport) -> dict[str, Any]:
     header = ("CLIP score", "minimum", "mean", "maximum", "standard deviation")
     return present(
         {
-            "gallery": picture(report.gallery_path, f"base beside {SPOKEN_KINDS[report.weights_kind]}"),
+            "gallery": image(report.gallery_path, f"base beside {SPOKEN_KINDS[report.weights_kind]}"),
             "eval_loss_base": base.mean if base else None,
             "eval_loss_lora": lora.mean if lora else None,
             "eval_loss_ratio": lora.mean / base.mean if base and lora else None,
@@ -119,11 +119,11 @@ def _metadata(report: EvaluationReport) -> dict[str, Any]:
             "difference_to_release": describe_difference(report.difference_to_release)
             if report.difference_to_release
             else None,
-            "eval_pictures": f"{report.eval_images} ({report.eval_source})",
+            "eval_images": f"{report.eval_images} ({report.eval_source})",
             "clip_score_base": report.base_clip.mean if report.base_clip else None,
             "clip_score_lora": report.lora_clip.mean if report.lora_clip else None,
             "clip_scores": figures_table(header, rows) if rows else None,
-            "eval_loss_by_timestep": picture(report.loss_plot_path, "eval loss by timestep")
+            "eval_loss_by_timestep": image(report.loss_plot_path, "eval loss by timestep")
             if report.loss_plot_path
             else None,
             "change_since_release": figures_table(

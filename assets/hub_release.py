@@ -13,7 +13,7 @@ from assets.failures import told_to_the_user
 from assets.keys import lane_key, project_key, version
 from assets.lanes import model_input
 from assets.lora import FORMATS, read_training_spec
-from assets.show import model_card, picture, present
+from assets.show import image, model_card, present
 from resources.hub import HubResource
 from sdxl_pipeline.project.project import Project
 from sdxl_pipeline.protocol.specs import EvaluationReport, HubRelease, TrainedLora
@@ -97,7 +97,7 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
                     "link": dg.MetadataValue.url(release.url) if release.url else None,
                     "folder": dg.MetadataValue.path(release.folder),
                     "files": ", ".join(release.files),
-                    "gallery": picture(evaluation.gallery_path, "base beside LoRA"),
+                    "gallery": image(evaluation.gallery_path, "base beside LoRA"),
                     "model_card": model_card(Path(release.model_card_path)),
                 }
             ),

@@ -20,7 +20,7 @@ from assets.lanes import (
     upstream_metadata,
     validation_prompts,
 )
-from assets.show import appearances_range, figures_table, picture, present
+from assets.show import appearances_range, figures_table, image, present
 from resources.hardware import HardwareProfile
 from resources.hub import HubResource
 from resources.launcher import LocalLauncher
@@ -263,7 +263,7 @@ def _metadata(result: TrainedLora) -> dict[str, Any]:
             if result.ancestor
             else None,
             "epochs": result.epochs,
-            "pictures_seen": result.samples,
+            "images_seen": result.samples,
             "datasets": figures_table(
                 (
                     "dataset",
@@ -279,15 +279,15 @@ def _metadata(result: TrainedLora) -> dict[str, Any]:
                         name,
                         result.trained_images.get(name, ""),
                         result.held_out_images.get(name, 0),
-                        f"{pictures:,.0f}",
+                        f"{images:,.0f}",
                         appearances_range(result.appearances.get(name)),
-                        result.crops_per_picture[name],
+                        result.crops_per_image[name],
                         result.raised_repeats.get(name, ""),
                     )
-                    for name, pictures in sorted(result.pictures_per_epoch.items())
+                    for name, images in sorted(result.images_per_epoch.items())
                 ],
             )
-            if result.pictures_per_epoch
+            if result.images_per_epoch
             else None,
             "steps_per_second": result.steps_per_second,
             "seconds": result.seconds,
@@ -295,8 +295,8 @@ def _metadata(result: TrainedLora) -> dict[str, Any]:
             "memory": _memory(result),
             "trainable_parameters": result.trainable_parameters,
             "adapted_modules": result.adapted_modules,
-            "loss_curve": picture(result.loss_curve_path, "loss, gradient norm and learning rate over steps"),
-            "validation": picture(sheet, "validation pictures over steps") if sheet else None,
+            "loss_curve": image(result.loss_curve_path, "loss, gradient norm and learning rate over steps"),
+            "validation": image(sheet, "validation images over steps") if sheet else None,
             "weights": dg.MetadataValue.path(result.weights_path),
             "kohya_weights": dg.MetadataValue.path(result.kohya_path) if result.kohya_path else None,
             "kohya_dtype": result.kohya_dtype,

@@ -1,4 +1,4 @@
-"""Masks: every file of a dataset of masks, and which picture each belongs to. No latent depends on them."""
+"""Masks: every file of a dataset of masks, and which image each belongs to. No latent depends on them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +12,13 @@ from assets.data_checks import files_accounted_for
 from assets.dataset import Launchpad, scan_files, source_of
 from assets.failures import told_to_the_user
 from assets.keys import lane_key, version
-from assets.show import NAMES_SHOWN, dropped_table, picture
+from assets.show import NAMES_SHOWN, dropped_table, image
 from resources.storage import Storage
 from sdxl_pipeline.images.decoding import UnreadableImage
 from sdxl_pipeline.images.digests import dataset_digest
 from sdxl_pipeline.images.fingerprint import METADATA_ENTRY, dataset_fingerprint
+from sdxl_pipeline.images.images import contact_sheet
 from sdxl_pipeline.images.masks import MaskPairs, overlaid, pair_masks
-from sdxl_pipeline.images.pictures import contact_sheet
 from sdxl_pipeline.project.datasets import ImageDataset, MaskKind
 from sdxl_pipeline.project.project import Project
 from sdxl_pipeline.store.digest import digest_json
@@ -46,13 +46,13 @@ def build_mask_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefini
     )
     def mask_dataset(context: dg.AssetExecutionContext, storage: Storage, config: Launchpad) -> Iterator[Any]:
         with told_to_the_user():
-            fingerprint = dataset_fingerprint(entry)  # before the scan, as that of pictures
+            fingerprint = dataset_fingerprint(entry)  # before the scan, as that of images
             scanned, told, _ = scan_files(context, storage, project, entry, config.verify or entry.verify)
         kept = scanned[scanned["status"] == "kept"]
         context.log.info(f"{len(scanned)} files found, {len(kept)} masks.")
         yield dg.MaterializeResult(
             value=scanned,
-            # names count, since they say which picture a mask belongs to
+            # names count, since they say which image a mask belongs to
             data_version=dg.DataVersion(
                 digest_json([dataset_digest(scanned), sorted(kept["path"] + "/" + kept["key"])])
             ),
@@ -74,7 +74,7 @@ def build_mask_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefini
 
 
 def build_masks(project: Project, dataset: ImageDataset, entry: ImageDataset) -> dg.AssetsDefinition:
-    """`<project>/<dataset>/masks`: the masks of `entry` as those of the pictures of `dataset`."""
+    """`<project>/<dataset>/masks`: the masks of `entry` as those of the images of `dataset`."""
     key = lane_key(project, dataset, "masks")
     kind = kind_of(entry)
 
@@ -89,17 +89,17 @@ def build_masks(project: Project, dataset: ImageDataset, entry: ImageDataset) ->
         code_version=version(CODE, [kind, dataset.missing_masks]),
         check_specs=specs(
             key,
-            masks_paired="Every picture has a mask of its own shape, unless missing_masks lets it be trained whole.",
-            may_lack_a_picture="Every mask belongs to a picture that is trained.",
+            masks_paired="Every image has a mask of its own shape, unless missing_masks lets it be trained whole.",
+            may_lack_a_image="Every mask belongs to an image that is trained.",
         ),
-        description=f"Which picture of {dataset.id} is masked by which file of {entry.id}: white is learned, black is ignored.",
+        description=f"Which image of {dataset.id} is masked by which file of {entry.id}: white is learned, black is ignored.",
     )
     def masks(
         context: dg.AssetExecutionContext, storage: Storage, scanned: pd.DataFrame, found: pd.DataFrame
     ) -> Iterator[Any]:
         paired = pair_masks(scanned, found)
         context.log.info(
-            f"{len(paired.pairs)} pictures with a mask, {len(paired.without)} without, {len(paired.unused)} files that are no picture's mask."
+            f"{len(paired.pairs)} images with a mask, {len(paired.without)} without, {len(paired.unused)} files that are no image's mask."
         )
         shown = _overlays(paired.pairs, storage.data_dir(dataset), storage.data_dir(entry), kind)
         yield dg.MaterializeResult(
@@ -130,18 +130,14 @@ def _paired(paired: MaskPairs, dataset: ImageDataset) -> dg.AssetCheckResult:
     told = [f"{path}: {reason}" for path, reason in zip(faulty["path"], faulty["reason"], strict=True)]
     remedy = (
         " Add the masks (all white to learn everything)"
-        + (
-            ', or write "missing_masks": "unmasked" to train pictures that have none whole.'
-            if refuses
-            else "."
-        )
+        + (', or write "missing_masks": "unmasked" to train images that have none whole.' if refuses else ".")
         if told
         else ""
     )
     return result(
         "masks_paired",
         not told,
-        f"{len(paired.pairs)} pictures have a mask, {len(paired.without)} have none{_named(told)}.{remedy}",
+        f"{len(paired.pairs)} images have a mask, {len(paired.without)} have none{_named(told)}.{remedy}",
     )
 
 
@@ -150,7 +146,7 @@ def _used(paired: MaskPairs) -> dg.AssetCheckResult:
         f"{path}: {reason}"
         for path, reason in zip(paired.unused["path"], paired.unused["reason"], strict=True)
     ]
-    return result("may_lack_a_picture", not told, f"{len(told)} files are no picture's mask{_named(told)}.")
+    return result("may_lack_a_image", not told, f"{len(told)} files are no image's mask{_named(told)}.")
 
 
 def _named(told: list[str]) -> str:
@@ -158,15 +154,15 @@ def _named(told: list[str]) -> str:
     return f" ({'; '.join(told[:NAMES_SHOWN])}{more})" if told else ""
 
 
-def _overlays(pairs: pd.DataFrame, pictures: Path, masks: Path, kind: MaskKind) -> dict[str, Any]:
-    """Some of the pictures with what is ignored in red."""
+def _overlays(pairs: pd.DataFrame, images: Path, masks: Path, kind: MaskKind) -> dict[str, Any]:
+    """Some of the images with what is ignored in red."""
     shown, names = [], []
     for row in pairs.iloc[:: max(1, len(pairs) // SAMPLES)].head(SAMPLES).itertuples():
         try:
-            shown.append(overlaid(pictures / str(row.path), masks / str(row.mask_path), kind))
+            shown.append(overlaid(images / str(row.path), masks / str(row.mask_path), kind))
         except UnreadableImage:  # changed since the scan: the training says so, with its name
             continue
         names.append(str(row.path))
     if not shown:
         return {}
-    return {"sample": picture(contact_sheet(shown, names), "pictures, what their masks ignore in red")}
+    return {"sample": image(contact_sheet(shown, names), "images, what their masks ignore in red")}

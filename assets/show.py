@@ -1,4 +1,4 @@
-"""Pictures and tables as asset metadata: small enough for the event log, the full ones stay on disk."""
+"""Images and tables as asset metadata: small enough for the event log, the full ones stay on disk."""
 
 import base64
 import re
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from PIL import Image
 
-from sdxl_pipeline.images.pictures import to_jpeg
+from sdxl_pipeline.images.images import to_jpeg
 
 if TYPE_CHECKING:
     import pandas as pd
 
-MAX_PICTURE_BYTES = 300_000
-"""Pictures live in the event log's database, which grows about four times their size."""
-MAX_CARD_PICTURE_BYTES = 100_000
+MAX_IMAGE_BYTES = 300_000
+"""Images live in the event log's database, which grows about four times their size."""
+MAX_CARD_IMAGE_BYTES = 100_000
 """Each of a model card's, which has several."""
 NAMES_SHOWN = 20
 
@@ -24,9 +24,9 @@ _LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^()\s]+)\)")
 _CODE = re.compile(r"(```.*?```)", re.DOTALL)
 
 
-def picture(image: Image.Image | Path | str, alt: str) -> dg.MetadataValue:
-    """A picture shown inline by the UI, as a JPEG of at most 300 KB."""
-    return dg.MetadataValue.md(_inline_image(image, alt, MAX_PICTURE_BYTES))
+def image(image: Image.Image | Path | str, alt: str) -> dg.MetadataValue:
+    """An image shown inline by the UI, as a JPEG of at most 300 KB."""
+    return dg.MetadataValue.md(_inline_image(image, alt, MAX_IMAGE_BYTES))
 
 
 def model_card(path: Path) -> dg.MetadataValue:
@@ -42,7 +42,7 @@ def model_card(path: Path) -> dg.MetadataValue:
         if not target.is_relative_to(path.parent.resolve()) or not target.exists():
             return link[0]
         if link["image"]:
-            return _inline_image(target, link["text"], MAX_CARD_PICTURE_BYTES)
+            return _inline_image(target, link["text"], MAX_CARD_IMAGE_BYTES)
         return f"`{link['target']}`"
 
     parts = _CODE.split(body.replace("<Gallery />", ""))  # which only the Hub shows

@@ -78,7 +78,7 @@ def work_done(results: Results) -> list[str]:
     if report.base_loss and report.lora_loss:
         again = ", measured before" if report.reused else ""
         lines.append(
-            f"eval loss on {report.eval_images} pictures ({report.eval_source}{again}): "
+            f"eval loss on {report.eval_images} images ({report.eval_source}{again}): "
             f"base {report.base_loss.mean:.4f}, {called} {report.lora_loss.mean:.4f}"
         )
     return lines

@@ -9,7 +9,7 @@ import pandas as pd
 from assets import checks
 from assets.device_stage import materialized
 from assets.keys import GPU_POOL, lane_key, project_key, version
-from assets.show import figures_table, names_list, picture
+from assets.show import figures_table, image, names_list
 from resources.hardware import HardwareProfile
 from resources.launcher import LocalLauncher
 from resources.storage import Storage
@@ -96,7 +96,7 @@ def _metadata(cache: LatentCache) -> dict[str, Any]:
         "seconds": cache.seconds,
         "scaled_latents": scaled_latents if cache.measured else None,
         "scaled_latents_of": f"{cache.measured} of {cache.planned} crops" if cache.measured else None,
-        "sample": picture(cache.sample_path, "crops beside their decoded latents")
+        "sample": image(cache.sample_path, "crops beside their decoded latents")
         if cache.sample_path
         else None,
         "store": dg.MetadataValue.path(cache.store_root),

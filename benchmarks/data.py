@@ -26,7 +26,7 @@ def main() -> None:
         "--quick", action="store_true", help="little work: shows that it runs, measures nothing"
     )
     parser.add_argument(
-        "--workdir", type=Path, help="folder for pictures and caches; not given: one that is deleted"
+        "--workdir", type=Path, help="folder for images and caches; not given: one that is deleted"
     )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()

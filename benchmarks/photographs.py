@@ -1,4 +1,4 @@
-"""Real pictures without a download: pieces of the photographs that scikit-image ships in its wheel, no two alike."""
+"""Real images without a download: pieces of the photographs that scikit-image ships in its wheel, no two alike."""
 
 import random
 from collections.abc import Iterator
@@ -62,6 +62,6 @@ def write_dataset(folder: Path, count: int, seed: int = 0) -> None:
     if folder.is_dir() and sum(1 for _ in folder.glob("*.jpg")) == count:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (picture, caption) in enumerate(pieces(count, seed)):
-        picture.save(folder / f"{number:05d}.jpg", quality=92)
+    for number, (image, caption) in enumerate(pieces(count, seed)):
+        image.save(folder / f"{number:05d}.jpg", quality=92)
         (folder / f"{number:05d}.txt").write_text(caption + "\n", encoding="utf-8")

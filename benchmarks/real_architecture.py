@@ -3,7 +3,7 @@
     python benchmarks/real_architecture.py FOLDER [--resolution 512] [--steps 2]
 
 Writes 7 GB of random bf16 weights into FOLDER (once), a project with a few photographs beside them, materializes every asset, and prints
-the time and the peak memory of each stage. Needs about 16 GB of memory. The pictures it draws are noise; what it shows is that the real
+the time and the peak memory of each stage. Needs about 16 GB of memory. The images it draws are noise; what it shows is that the real
 module names, sizes and file formats go through.
 """
 

@@ -33,7 +33,7 @@ class HardwareProfile(dg.ConfigurableResource):
     attention_mechanism: str | None = Field(
         default=None, description="Attention kernel: diffusers, which is PyTorch's SDPA."
     )
-    vae_batch_size: int | None = Field(default=None, description="Pictures per VAE forward.")
+    vae_batch_size: int | None = Field(default=None, description="Images per VAE forward.")
     text_encoder_batch_size: int | None = Field(
         default=None, description="Captions per text-encoder forward."
     )

@@ -1,4 +1,4 @@
-"""What a stage reports, as Dagster shows it: progress as log lines, pictures with them, metrics as points of a plot."""
+"""What a stage reports, as Dagster shows it: progress as log lines, images with them, metrics as points of a plot."""
 
 import base64
 import math
@@ -10,15 +10,15 @@ from typing import Any, Final
 import dagster as dg
 from PIL import Image
 
-from sdxl_pipeline.images.pictures import to_jpeg
+from sdxl_pipeline.images.images import to_jpeg
 from sdxl_pipeline.protocol.reporter import image_line, progress_line
 
-PICTURE_BYTES: Final = 32_000
-"""Most of one picture in the event log."""
+IMAGE_BYTES: Final = 32_000
+"""Most of one image in the event log."""
 
-PICTURE_SECONDS: Final = 5.0
-PICTURE_SHARE_OF_ELAPSED: Final = 1 / 200
-"""Pictures of one name come no closer than so many seconds, nor than this share of the time passed."""
+IMAGE_SECONDS: Final = 5.0
+IMAGE_SHARE_OF_ELAPSED: Final = 1 / 200
+"""Images of one name come no closer than so many seconds, nor than this share of the time passed."""
 
 
 class PointThinner:
@@ -65,7 +65,7 @@ class MessageRelay:
         self._totals: dict[str, int] = {}
         self._thinners: dict[frozenset[str], PointThinner] = {}
         self._newest: dict[frozenset[str], dict[str, Any]] = {}
-        self._pictures: dict[str, tuple[float, float]] = {}  # name -> first and last time shown
+        self._images: dict[str, tuple[float, float]] = {}  # name -> first and last time shown
 
     def relay(self, messages: Sequence[Any]) -> None:
         """Handle the messages that came since the last call. `messages` is the session's whole list, as Dagster gives it."""
@@ -92,9 +92,9 @@ class MessageRelay:
                 if thinner.keeps(step, self._total_steps(step)):
                     self._observe(message)
             case {"type": "image", "name": name, "path": path, "caption": caption, "step": step}:
-                if self._shows_picture(name):
+                if self._shows_image(name):
                     self._context.log.info(image_line(name, path, caption, step))
-                    self._observe_picture(name, Path(path), caption, step)
+                    self._observe_image(name, Path(path), caption, step)
             case _:
                 raise ValueError(f"a stage sent a message that this version does not know: {message!r}")
 
@@ -105,24 +105,24 @@ class MessageRelay:
             self._logged_at[task] = now
             self._context.log.info(progress_line(task, done, total, unit))
 
-    def _shows_picture(self, name: str) -> bool:
+    def _shows_image(self, name: str) -> bool:
         now = self._clock()
-        first, last = self._pictures.setdefault(name, (now, -math.inf))
-        if now - last < max(PICTURE_SECONDS, (now - first) * PICTURE_SHARE_OF_ELAPSED):
+        first, last = self._images.setdefault(name, (now, -math.inf))
+        if now - last < max(IMAGE_SECONDS, (now - first) * IMAGE_SHARE_OF_ELAPSED):
             return False
-        self._pictures[name] = first, now
+        self._images[name] = first, now
         return True
 
-    def _observe_picture(self, name: str, path: Path, caption: str, step: int | None) -> None:
-        """Put the picture itself on the run's page; one that is gone by now was a forming one."""
+    def _observe_image(self, name: str, path: Path, caption: str, step: int | None) -> None:
+        """Put the image itself on the run's page; one that is gone by now was a forming one."""
         try:
             with Image.open(path) as opened:
-                content = to_jpeg(opened.convert("RGB"), max_bytes=PICTURE_BYTES)
+                content = to_jpeg(opened.convert("RGB"), max_bytes=IMAGE_BYTES)
         except FileNotFoundError:
             return
         encoded = base64.b64encode(content).decode("ascii")
         metadata: dict[str, Any] = {
-            "picture": dg.MetadataValue.md(f"![{name}](data:image/jpeg;base64,{encoded})"),
+            "image": dg.MetadataValue.md(f"![{name}](data:image/jpeg;base64,{encoded})"),
             "name": name,
             "caption": caption,
         }

@@ -53,7 +53,7 @@ class Storage(dg.ConfigurableResource):
         return Places(self.path)
 
     def data_dir(self, dataset: ImageDataset) -> Path:
-        """Folder that a dataset's pictures lie in: the user's own, or where they are downloaded to."""
+        """Folder that a dataset's images lie in: the user's own, or where they are downloaded to."""
         return data_folder(dataset, self.places.sources)
 
     def latent_store_root(self, dataset: ImageDataset) -> Path:

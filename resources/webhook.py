@@ -1,4 +1,4 @@
-"""Where a training's messages and pictures go: chat channels and programs that listen at an address."""
+"""Where a training's messages and images go: chat channels and programs that listen at an address."""
 
 from pathlib import Path
 

@@ -216,7 +216,7 @@ def _examine(project: Project | BrokenProject, hardware: Hardware, set_only: boo
 def _lack(dataset: ImageDataset) -> str:
     """What the source of a dataset still lacks on this machine; empty when nothing does."""
     if dataset.type == "local" and dataset.instance_data_dir and not dataset.instance_data_dir.is_dir():
-        return f"no pictures yet, {dataset.instance_data_dir} does not exist"
+        return f"no images yet, {dataset.instance_data_dir} does not exist"
     if dataset.type == "csv" and dataset.csv_file and not dataset.csv_file.is_file():
         return f"no list yet, {dataset.csv_file} does not exist"
     return missing_extra(bucket_url(dataset)) if dataset.type == "aws" else ""

@@ -46,15 +46,15 @@ DATASET: Mapping[str, Any] = {
 }
 
 
-def draw_picture(folder: Path, index: int) -> Path:
-    """A captioned picture, another one for each index; every third is wider, every third taller."""
+def draw_image(folder: Path, index: int) -> Path:
+    """A captioned image, another one for each index; every third is wider, every third taller."""
     size = [(128, 128), (192, 112), (112, 192)][index % 3]
     shape, background = COLOURS[index % 8], COLOURS[(index + 3) % 8]
     image = Image.new("RGB", size, background)
     box = (20 + index % 7, 24, 90, 92 + index % 5)
     (ImageDraw.Draw(image).ellipse if index % 2 else ImageDraw.Draw(image).rectangle)(box, fill=shape)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"picture_{index:02d}.png"
+    path = folder / f"image_{index:02d}.png"
     image.save(path)
     noun = "circle" if index % 2 else "square"
     path.with_suffix(".txt").write_text(f"a {shape} {noun} on a {background} background, number {index}")
@@ -78,18 +78,18 @@ def instance() -> Iterator[dg.DagsterInstance]:
 
 @pytest.fixture
 def make_project(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a project folder: `make_project("name", pictures=8, config={...}, dataset={...})`."""
+    """Writes a project folder: `make_project("name", images=8, config={...}, dataset={...})`."""
 
     def make(
         name: str = "small",
-        pictures: int = 8,
+        images: int = 8,
         config: Mapping[str, Any] | None = None,
         dataset: Mapping[str, Any] | None = None,
     ) -> Path:
         folder = tmp_path / "projects" / name
         folder.mkdir(parents=True)
-        for index in range(pictures):
-            draw_picture(folder / "data", index)
+        for index in range(images):
+            draw_image(folder / "data", index)
         (folder / "config.json").write_text(json.dumps({**CONFIG, **(config or {})}))
         (folder / "multidatabackend.json").write_text(json.dumps([{**DATASET, **(dataset or {})}]))
         return folder

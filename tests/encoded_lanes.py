@@ -1,4 +1,4 @@
-"""Lanes of real pictures, as the stages before the training leave them under each cache mode."""
+"""Lanes of real images, as the stages before the training leave them under each cache mode."""
 
 from pathlib import Path
 
@@ -28,24 +28,22 @@ class Silent(Reporter):
         pass
 
 
-def draw_pictures(folder: Path, count: int = 6, size: tuple[int, int] = (128, 96)) -> None:
-    """`count` different pictures of `size` (width, height), every other one upright, with a caption beside each."""
+def draw_images(folder: Path, count: int = 6, size: tuple[int, int] = (128, 96)) -> None:
+    """`count` different images of `size` (width, height), every other one upright, with a caption beside each."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(5)
     for number in range(count):
         width, height = size if number % 2 else size[::-1]
-        picture = Image.new("RGB", (width, height), tuple(random.integers(0, 255, 3).tolist()))
+        image = Image.new("RGB", (width, height), tuple(random.integers(0, 255, 3).tolist()))
         x, y = random.integers(0, 60, 2).tolist()
-        ImageDraw.Draw(picture).ellipse(
-            (x, y, x + 30, y + 40), fill=tuple(random.integers(0, 255, 3).tolist())
-        )
-        picture.save(folder / f"drawing_{number}.png")
+        ImageDraw.Draw(image).ellipse((x, y, x + 30, y + 40), fill=tuple(random.integers(0, 255, 3).tolist()))
+        image.save(folder / f"drawing_{number}.png")
         (folder / f"drawing_{number}.txt").write_text(f"a drawing, number {number}, of an ellipse\n")
 
 
 def prepare_lane(
     folder: Path,
-    pictures: Path,
+    images: Path,
     model: ResolvedModel,
     *,
     latent_cache: CacheMode = "full",
@@ -62,7 +60,7 @@ def prepare_lane(
         {
             "id": "drawings",
             "type": "local",
-            "instance_data_dir": str(pictures),
+            "instance_data_dir": str(images),
             "caption_strategy": "textfile",
             "resolution": 64,
             "resolution_type": "pixel_area",
@@ -71,7 +69,7 @@ def prepare_lane(
         }
         | settings
     )
-    scanned = scan_dataset(dataset, pictures)
+    scanned = scan_dataset(dataset, images)
     kept = scanned[scanned["status"] == "kept"]
     held_out = hold_out(kept, holdout, folder / "held_out.json")
     rows, _ = plan_crops(dataset, scanned, 42, held_out, is_eval=dataset.dataset_type == "eval")
@@ -82,7 +80,7 @@ def prepare_lane(
         EncodeLatentsSpec(
             base_model=model,
             hardware=HARDWARE,
-            data_dir=str(pictures),
+            data_dir=str(images),
             rows_path=str(folder / "rows.parquet"),
             store_root=str(folder / "latents"),
             entries_path=str(folder / "latents.parquet"),
@@ -111,7 +109,7 @@ def prepare_lane(
     assert texts is not None
     return TrainingLane(
         dataset_id=dataset.id,
-        data_dir=str(pictures),
+        data_dir=str(images),
         rows_path=str(folder / "rows.parquet"),
         latents=latents,
         text_embeds=texts,

@@ -84,16 +84,16 @@ def make_lane(
     crops: int = 1,
     prompts: Sequence[str] = (PROMPT, NEGATIVE),
 ) -> TrainingLane:
-    """A lane with one picture per entry of `buckets`; each of its tensors is filled from its own seed.
+    """A lane with one image per entry of `buckets`; each of its tensors is filled from its own seed.
 
-    `splits` gives each one's split; by path, the pictures are those of its paths, and `buckets` go round. Of several `crops` every
+    `splits` gives each one's split; by path, the images are those of its paths, and `buckets` go round. Of several `crops` every
     other one is mirrored.
     """
     folder.mkdir(parents=True, exist_ok=True)
     by_path = (
         dict(splits)
         if isinstance(splits, Mapping)
-        else {f"picture_{i:02d}.png": splits[i] if splits else "train" for i in range(len(buckets))}
+        else {f"image_{i:02d}.png": splits[i] if splits else "train" for i in range(len(buckets))}
     )
     latent_store, text_store = TensorStore(folder / "latents"), TensorStore(folder / "texts")
     rows, latents, texts = [], [], []
@@ -150,7 +150,7 @@ def make_lane(
         pd.DataFrame(table).to_parquet(folder / f"{name}.parquet")
     return TrainingLane(
         dataset_id=dataset_id,
-        data_dir=str(folder / "pictures"),
+        data_dir=str(folder / "images"),
         rows_path=str(folder / "rows.parquet"),
         repeats=repeats,
         probability=probability,

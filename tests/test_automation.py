@@ -15,7 +15,7 @@ from sdxl_pipeline.definitions import build_definitions
 from sdxl_pipeline.images.fingerprint import METADATA_ENTRY, OVERRIDES_ENTRY, project_fingerprint
 from sdxl_pipeline.project.project import load_project
 from sdxl_pipeline.store.tensor_store import TensorStore
-from tests.conftest import draw_picture
+from tests.conftest import draw_image
 
 
 def record_training(instance: dg.DagsterInstance, folder: Path) -> None:
@@ -48,11 +48,11 @@ def test_sensor_asks_once_the_changed_files_lie_still(
     record_training(instance, folder)
     assert isinstance(tick(instance, folder), dg.SkipReason)
 
-    draw_picture(folder / "data", 20)
+    draw_image(folder / "data", 20)
     seen = tick(instance, folder)
     assert isinstance(seen, dg.SensorResult)
     assert not seen.run_requests
-    draw_picture(folder / "data", 21)
+    draw_image(folder / "data", 21)
     moving = tick(instance, folder, seen.cursor)
     assert isinstance(moving, dg.SensorResult)
     assert not moving.run_requests
@@ -70,7 +70,7 @@ def test_sensor_sees_an_edited_caption_and_a_changed_setting(
 ) -> None:
     folder = make_project()
     record_training(instance, folder)
-    (folder / "data" / "picture_00.txt").write_text("another caption")
+    (folder / "data" / "image_00.txt").write_text("another caption")
     assert isinstance(tick(instance, folder), dg.SensorResult)
     record_training(instance, folder)
     config = folder / "config.json"
@@ -91,11 +91,11 @@ def test_schedule_is_off_without_a_cron_line_and_idle_without_a_change(
     assert isinstance(schedule(context), dg.RunRequest)
     record_training(instance, folder)
     assert isinstance(schedule(context), dg.SkipReason)
-    draw_picture(folder / "data", 30)
+    draw_image(folder / "data", 30)
     assert isinstance(schedule(context), dg.RunRequest)
 
 
-def test_a_schedule_looks_at_pictures_that_lie_elsewhere(
+def test_a_schedule_looks_at_images_that_lie_elsewhere(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
     elsewhere = {"type": "huggingface", "dataset_name": "someone/cats", "instance_data_dir": ""}
@@ -176,7 +176,7 @@ def test_one_state_asks_for_one_run_while_that_is_queued_or_running_and_after_it
 ) -> None:
     record_training(instance, nightly)
     daemon = Daemon(instance, nightly)
-    draw_picture(nightly / "data", 20)
+    draw_image(nightly / "data", 20)
     for _ in range(3):
         daemon.both()
     (run,) = daemon.runs
@@ -188,7 +188,7 @@ def test_one_state_asks_for_one_run_while_that_is_queued_or_running_and_after_it
     assert len(daemon.runs) == 1
     assert "for this state of files and settings ended (failure)" in daemon.reasons[-1]
 
-    draw_picture(nightly / "data", 21)
+    draw_image(nightly / "data", 21)
     for _ in range(3):
         daemon.both()
     assert len(daemon.runs) == 2
@@ -257,7 +257,7 @@ def test_schedule_and_sensor_that_decide_at_the_same_time_start_one_run(
     instance: dg.DagsterInstance, nightly: Path
 ) -> None:
     record_training(instance, nightly)
-    draw_picture(nightly / "data", 20)
+    draw_image(nightly / "data", 20)
     first = tick(instance, nightly)
     assert isinstance(first, dg.SensorResult)
     schedule = build_schedule(load_project(nightly))
@@ -316,7 +316,7 @@ def prune_event(
 def test_the_prune_job_shows_what_it_freed(
     instance: dg.DagsterInstance, make_project: Callable[..., Path], tmp_path: Path
 ) -> None:
-    root, storage = make_project(pictures=0).parent, tmp_path / "storage"
+    root, storage = make_project(images=0).parent, tmp_path / "storage"
     store = TensorStore(storage / "latents")
     with store.writer() as writer:
         writer.add("a" * 64, {"mean": torch.zeros(1000)})
@@ -341,5 +341,5 @@ def test_the_prune_job_fails_with_a_sentence(instance: dg.DagsterInstance, tmp_p
 
 
 def test_every_code_location_has_the_prune_job(make_project: Callable[..., Path]) -> None:
-    definitions = build_definitions(make_project(pictures=0).parent)
+    definitions = build_definitions(make_project(images=0).parent)
     assert definitions.get_job_def("prune").name == "prune"

@@ -60,7 +60,7 @@ def test_a_dataset_folder_that_does_not_exist_is_named(make_project, capsys):
 
 def test_the_doctor_reports_what_settings_and_folders_leave_unused(make_project, capsys):
     dataset = {"caption_strategy": "filename", "crop": False, "crop_aspect": "square", "crop_style": "center"}
-    folder = make_project(pictures=3, dataset=dataset)
+    folder = make_project(images=3, dataset=dataset)
     (folder / "data").rename(folder / "10_shapes")
     (folder / "data").mkdir()
     (folder / "10_shapes").rename(folder / "data" / "10_shapes")
@@ -132,7 +132,7 @@ def leave_entries(storage):
 
 
 def test_a_prune_shows_what_would_go_and_frees_it_when_told(make_project, monkeypatch, capsys, own_storage):
-    monkeypatch.setenv(PROJECTS_VARIABLE, str(make_project(pictures=0).parent))
+    monkeypatch.setenv(PROJECTS_VARIABLE, str(make_project(images=0).parent))
     size = leave_entries(own_storage)
     assert main(["prune", "--dry-run"]) == 0
     assert main(["prune"]) == 1, "nobody is there to say yes"
@@ -150,7 +150,7 @@ def test_a_prune_shows_what_would_go_and_frees_it_when_told(make_project, monkey
 
 @pytest.mark.parametrize(("answer", "freed"), [("y", True), ("n", False), ("", False)])
 def test_a_prune_asks_a_person(make_project, monkeypatch, capsys, own_storage, answer, freed):
-    monkeypatch.setenv(PROJECTS_VARIABLE, str(make_project(pictures=0).parent))
+    monkeypatch.setenv(PROJECTS_VARIABLE, str(make_project(images=0).parent))
     leave_entries(own_storage)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("builtins.input", lambda prompt="": answer)

@@ -11,7 +11,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from tests.conftest import draw_picture
+from tests.conftest import draw_image
 from tests.processes import wait_for
 from tests.test_automation import record_training
 
@@ -87,7 +87,7 @@ def test_schedule_and_sensor_ask_a_daemon_for_one_run_per_state(
 
     with dg.DagsterInstance.from_config(str(home)) as instance:
         record_training(instance, folder)
-        draw_picture(folder / "data", 20)
+        draw_image(folder / "data", 20)
         start = [
             *(sys.executable, "-m", "dagster", "sensor", "start", "nightly_files"),
             *("-f", str(location)),
@@ -105,7 +105,7 @@ def test_schedule_and_sensor_ask_a_daemon_for_one_run_per_state(
             wait_for_both(instance, "ended (failure), and nothing has changed since")
             assert instance.get_runs_count() == 1
 
-            draw_picture(folder / "data", 21)
+            draw_image(folder / "data", 21)
             wait_for(lambda: instance.get_runs_count() > 1, 150, "the changed state has a run")
             wait_for_both(instance, "is not finished (queued)")
             assert instance.get_runs_count() == 2

@@ -1,4 +1,4 @@
-"""The crop plan of a million pictures: planning, digests, latent keys, and the memory it takes, in a process of its own."""
+"""The crop plan of a million images: planning, digests, latent keys, and the memory it takes, in a process of its own."""
 
 import hashlib
 import io
@@ -16,10 +16,10 @@ import pandas as pd
 
 from benchmarks.figures import Figure, Options
 
-PICTURES = 1_000_000
+IMAGES = 1_000_000
 SECONDS = 10.0
 BYTES = 2 * 2**30
-BUCKETING = ("plan", "rows digest", "checks", "metadata with its picture", "Parquet file")
+BUCKETING = ("plan", "rows digest", "checks", "metadata with its image", "Parquet file")
 REPOSITORY = Path(__file__).resolve().parents[2]
 SETTINGS = {
     "square": {"crop_aspect": "square"},
@@ -34,18 +34,18 @@ SETTINGS = {
 
 def measure(options: Options) -> list[Figure]:
     """Seconds and bytes for one million rows of realistic sizes, for three of the crop aspects."""
-    pictures = 20_000 if options.quick else PICTURES
+    images = 20_000 if options.quick else IMAGES
     figures = []
     for name, settings in SETTINGS.items():
         told = subprocess.run(
-            [sys.executable, "-m", "benchmarks.data_parts.buckets", str(pictures), json.dumps(settings)],
+            [sys.executable, "-m", "benchmarks.data_parts.buckets", str(images), json.dumps(settings)],
             cwd=REPOSITORY,
             check=True,
             capture_output=True,
             text=True,
         ).stdout
         seconds, peak, with_leaks = json.loads(told.splitlines()[-1])
-        note = f"{pictures:,} pictures, crop_aspect {name}"
+        note = f"{images:,} images, crop_aspect {name}"
         bucketing = sum(seconds[what] for what in BUCKETING)
         figures += [Figure("buckets", what, value, "s", note=note) for what, value in seconds.items()]
         figures += [
@@ -56,19 +56,19 @@ def measure(options: Options) -> list[Figure]:
     return figures
 
 
-def scan_of(pictures: int) -> pd.DataFrame:
-    """What a scan gives for so many pictures: half in the sizes of cameras and phones, half cut to any size, as the web has them."""
+def scan_of(images: int) -> pd.DataFrame:
+    """What a scan gives for so many images: half in the sizes of cameras and phones, half cut to any size, as the web has them."""
     random = np.random.default_rng(0)
     cameras = np.array([(3000, 4000), (4000, 6000), (1080, 1920), (3024, 4032), (2448, 3264), (1365, 2048)])
-    height, width = cameras[random.integers(0, len(cameras), pictures)].T
-    upright = random.random(pictures) < 0.3
+    height, width = cameras[random.integers(0, len(cameras), images)].T
+    upright = random.random(images) < 0.3
     height, width = np.where(upright, width, height), np.where(upright, height, width)
-    edge, aspect = np.exp(random.normal(6.9, 0.5, pictures)), np.exp(random.normal(0.1, 0.4, pictures))
-    cut = random.random(pictures) < 0.5
-    numbers = range(pictures)
+    edge, aspect = np.exp(random.normal(6.9, 0.5, images)), np.exp(random.normal(0.1, 0.4, images))
+    cut = random.random(images) < 0.5
+    numbers = range(images)
     return pd.DataFrame(
         {
-            "path": [f"part_{n % 1000:03d}/picture_{n:09d}.jpg" for n in numbers],
+            "path": [f"part_{n % 1000:03d}/image_{n:09d}.jpg" for n in numbers],
             "key": [hashlib.sha256(b"%d" % n).hexdigest() for n in numbers],
             "height": np.where(cut, np.maximum(edge / np.sqrt(aspect), 64), height).astype(np.int64),
             "width": np.where(cut, np.maximum(edge * np.sqrt(aspect), 64), width).astype(np.int64),
@@ -81,7 +81,7 @@ def scan_of(pictures: int) -> pd.DataFrame:
     ).astype({"path": "str", "key": "str", "phash": "str", "status": "str"})
 
 
-def _plan(pictures: int, settings: dict[str, Any]) -> None:
+def _plan(images: int, settings: dict[str, Any]) -> None:
     """Plan in this process, and print ({what: seconds}, peak bytes, peak bytes with the search for leaks)."""
     from assets.aspect_buckets import _metadata
     from assets.data_checks import check_buckets, check_held_out
@@ -99,7 +99,7 @@ def _plan(pictures: int, settings: dict[str, Any]) -> None:
         seconds[what] = time.perf_counter() - started
         return result
 
-    scanned = scan_of(pictures)
+    scanned = scan_of(images)
     dataset = ImageDataset.model_validate(
         {"id": "bench", "instance_data_dir": "data", "resolution": 1024, "crop": True} | settings
     )
@@ -108,7 +108,7 @@ def _plan(pictures: int, settings: dict[str, Any]) -> None:
     rows, dropped = timed("plan", lambda: plan_crops(dataset, scanned, 42, held_out, is_eval=False))
     timed("rows digest", lambda: rows_digest(rows))
     timed("checks", lambda: check_buckets(rows, dropped, scanned, 4))
-    timed("metadata with its picture", lambda: _metadata(rows, dropped, 0, 4))
+    timed("metadata with its image", lambda: _metadata(rows, dropped, 0, 4))
     timed("Parquet file", lambda: rows.to_parquet(io.BytesIO()))
     timed("latent keys", lambda: latent_keys(rows, "0" * 64, "bf16"))
     peak = _peak()

@@ -39,7 +39,7 @@ DATASET = {
 
 
 def measure(options: Options) -> list[Figure]:
-    """Seconds to the first step on 339 pictures at 256 px, cold and warm, and the largest process on the way."""
+    """Seconds to the first step on 339 images at 256 px, cold and warm, and the largest process on the way."""
     root = Path(options.workdir) / "end_to_end"
     shutil.rmtree(root / "storage", ignore_errors=True)
     project = root / "projects" / "bench"
@@ -51,7 +51,7 @@ def measure(options: Options) -> list[Figure]:
     cold, peak = _until_first_step(root, project)
     shutil.rmtree(project / "output")  # the caches stay, the run is forgotten
     warm, _ = _until_first_step(root, project)
-    note = f"{count} pictures, whole graph by `dagster asset materialize`"
+    note = f"{count} images, whole graph by `dagster asset materialize`"
     return [
         Figure(
             "end to end",

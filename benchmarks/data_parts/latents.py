@@ -24,16 +24,16 @@ from sdxl_pipeline.sdxl.base_model import BUNDLED_NAME, resolve_base_model
 REPOSITORY = Path(__file__).resolve().parents[2]
 REFERENCE_IMAGES_PER_SECOND = 31.0
 BUSY = 0.9
-PICTURES = 339
+IMAGES = 339
 
 
 def measure(options: Options) -> list[Figure]:
-    """Images/s, the VAE's busy share and the ratio to the bare VAE at 256 px; peak memory of N and of 4 N pictures.
+    """Images/s, the VAE's busy share and the ratio to the bare VAE at 256 px; peak memory of N and of 4 N images.
 
     Each repeat is a process of its own, which encodes the whole dataset into a new store and then runs the bare VAE.
     """
     root = Path(options.workdir) / "latents"
-    count = 24 if options.quick else PICTURES
+    count = 24 if options.quick else IMAGES
     spec = _spec(root, count)
     runs = [_in_a_process(spec, root / f"store-{number}", bare=True) for number in range(options.repeats)]
     images_per_second, busy, bare = (
@@ -42,7 +42,7 @@ def measure(options: Options) -> list[Figure]:
     ratio = statistics.median(run["images_per_second"] / run["bare"] for run in runs)
     small = _in_a_process(spec, root / "store-small", bare=False)["peak"]
     large = _in_a_process(_spec(root, 4 * count), root / "store-large", bare=False)["peak"]
-    part, note = "latents", f"{count} pictures, 256 px, one thread, median of {options.repeats}"
+    part, note = "latents", f"{count} images, 256 px, one thread, median of {options.repeats}"
     return [
         Figure(
             part, "images encoded", images_per_second, "/s",
@@ -51,16 +51,16 @@ def measure(options: Options) -> list[Figure]:
         Figure(part, "bare VAE, crops in memory", bare, "/s", note="the same process, right after"),
         Figure(part, "encoding / bare VAE", ratio, "", f"at least {BUSY}", ratio >= BUSY),
         Figure(part, "VAE busy", busy, "of the time", f"at least {BUSY}", busy >= BUSY),
-        Figure(part, f"peak memory, {count} pictures", small / 1e9, "GB"),
+        Figure(part, f"peak memory, {count} images", small / 1e9, "GB"),
         Figure(
-            part, f"peak memory, {4 * count} pictures", large / 1e9, "GB",
+            part, f"peak memory, {4 * count} images", large / 1e9, "GB",
             "at most 5 % more", large <= 1.05 * small,
         ),
     ]  # fmt: skip
 
 
 def _spec(root: Path, count: int) -> Path:
-    """A spec of the stage for a dataset of so many real pictures; gives its path."""
+    """A spec of the stage for a dataset of so many real images; gives its path."""
     data = root / f"data-{count}"
     write_dataset(data, count)
     dataset = ImageDataset(

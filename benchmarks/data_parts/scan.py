@@ -1,6 +1,6 @@
 """Scanning: 10,000 JPEGs of about 1 MB with a caption file each, from warm page cache, against sha256 of the same bytes.
 
-What is measured is the processor's part: where the pictures lie on a slow disk, the disk's own speed comes before all this.
+What is measured is the processor's part: where the images lie on a slow disk, the disk's own speed comes before all this.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ from sdxl_pipeline.images.scan import scan_dataset
 from sdxl_pipeline.project.datasets import ImageDataset
 
 REFERENCE_IMAGES_PER_SECOND = 556
-"""SimpleTuner's discovery of 339 pictures, which decodes each one."""
-PICTURE_BYTES = 1_000_000
+"""SimpleTuner's discovery of 339 images, which decodes each one."""
+IMAGE_BYTES = 1_000_000
 _PHOTOGRAPHS = 24
 _QUALITIES = (99, 98, 97, 95, 92, 88, 80)
 
@@ -31,7 +31,7 @@ _QUALITIES = (99, 98, 97, 95, 92, 88, 80)
 def measure(options: Options) -> list[Figure]:
     """Seconds and rates of the first scan, of a re-scan of the unchanged folder, and of one that verifies every file."""
     count, repeats = (60, 2) if options.quick else (10_000, min(options.repeats, 3))
-    with _pictures(Path(options.workdir), count) as folder:
+    with _images(Path(options.workdir), count) as folder:
         dataset = ImageDataset(
             id="photos", instance_data_dir=folder, resolution=1024, caption_strategy="textfile"
         )
@@ -41,7 +41,7 @@ def measure(options: Options) -> list[Figure]:
         def scan(verify: bool = False) -> None:
             scanned = scan_dataset(dataset, folder, recorded=table, verify=verify)
             if (scanned["status"] == "kept").sum() != count:
-                raise RuntimeError("the scan lost pictures")
+                raise RuntimeError("the scan lost images")
 
         def first() -> None:
             table.unlink(missing_ok=True)
@@ -67,25 +67,25 @@ def measure(options: Options) -> list[Figure]:
 
 
 @contextmanager
-def _pictures(workdir: Path, count: int) -> Iterator[Path]:
-    """A folder of pictures and captions, deleted afterwards. Raises RuntimeError when the disk is too small."""
-    needed = count * PICTURE_BYTES * 1.1
+def _images(workdir: Path, count: int) -> Iterator[Path]:
+    """A folder of images and captions, deleted afterwards. Raises RuntimeError when the disk is too small."""
+    needed = count * IMAGE_BYTES * 1.1
     free = shutil.disk_usage(workdir).free
     if free < needed:
         raise RuntimeError(
             f"{workdir} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed; give --workdir"
         )
-    folder = workdir / "scan" / "pictures"
+    folder = workdir / "scan" / "images"
     folder.mkdir(parents=True)
     try:
-        sources = [_jpeg_of_a_megabyte(image) for image, _ in pieces(min(_PHOTOGRAPHS, count))]
+        sources = [_jpeg_of_a_megabyte(photograph) for photograph, _ in pieces(min(_PHOTOGRAPHS, count))]
         an_hour_ago = time.time() - 3600  # what was changed just now would not be trusted by the re-scan
         for number in range(count):
-            picture, caption = folder / f"{number:05d}.jpg", folder / f"{number:05d}.txt"
+            image, caption = folder / f"{number:05d}.jpg", folder / f"{number:05d}.txt"
             # bytes behind the end of a JPEG change its digest and nothing else
-            picture.write_bytes(sources[number % len(sources)] + number.to_bytes(8, "big"))
+            image.write_bytes(sources[number % len(sources)] + number.to_bytes(8, "big"))
             caption.write_text(f"a photograph, the {number}th of many, with a caption of usual length\n")
-            for path in (picture, caption):
+            for path in (image, caption):
                 os.utime(path, (an_hour_ago, an_hour_ago))
         yield folder
     finally:
@@ -96,7 +96,7 @@ def _jpeg_of_a_megabyte(image: Image.Image) -> bytes:
     scale = 2400 / max(image.size)
     large = image.resize((round(image.width * scale), round(image.height * scale)))
     return min(
-        (_jpeg(large, quality) for quality in _QUALITIES), key=lambda data: abs(len(data) - PICTURE_BYTES)
+        (_jpeg(large, quality) for quality in _QUALITIES), key=lambda data: abs(len(data) - IMAGE_BYTES)
     )
 
 
@@ -107,7 +107,7 @@ def _jpeg(image: Image.Image, quality: int) -> bytes:
 
 
 def _against_sha256(folder: Path, work: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Seconds to hash every picture with one process per core, the least that any scan can take; and seconds of `work`.
+    """Seconds to hash every image with one process per core, the least that any scan can take; and seconds of `work`.
 
     They are measured in turn, so that a machine that becomes slower or faster meanwhile does so for both.
     """

@@ -76,7 +76,7 @@ def bare_loop(spec: TrainSpec) -> BareLoop:
 
 
 def example_loop(spec: TrainSpec) -> ExampleLoop:
-    """The example's loop on the pictures of the Trainer."""
+    """The example's loop on the images of the Trainer."""
     trainer = Trainer(spec, run_identity(spec), PlainReporter(sys.stderr), StopSignal())
     encoders = load_text_encoders(spec.base_model, torch.float32)
     models = ExampleModels(
@@ -86,7 +86,7 @@ def example_loop(spec: TrainSpec) -> ExampleLoop:
         text_encoders=(encoders.text_encoder, encoders.text_encoder_2),
         scheduler=load_noise_scheduler(spec.base_model),
     )
-    loader = _pictures(Path(spec.lanes[0].data_dir), spec.settings.train_batch_size, _bucket(trainer))
+    loader = _images(Path(spec.lanes[0].data_dir), spec.settings.train_batch_size, _bucket(trainer))
     return ExampleLoop(models, loader, Accelerator(cpu=True), torch.float32)
 
 
@@ -94,7 +94,7 @@ def _bucket(trainer: Trainer) -> int:
     return 8 * trainer.batches.read(0).latents.shape[-1]
 
 
-def _pictures(folder: Path, batch_size: int, size: int) -> Iterator[tuple[Tensor, list[str]]]:
+def _images(folder: Path, batch_size: int, size: int) -> Iterator[tuple[Tensor, list[str]]]:
     """(pixels (B, 3, H, W), captions), read from the files at each appearance, as the example's dataset does."""
     loader = DataLoader(
         [(path, size) for path in sorted(folder.glob("*.jpg"))],
@@ -110,9 +110,9 @@ def _pictures(folder: Path, batch_size: int, size: int) -> Iterator[tuple[Tensor
 def _read(items: list[tuple[Path, int]]) -> tuple[Tensor, list[str]]:
     pixels, captions = [], []
     for path, size in items:
-        picture = Image.open(path).convert("RGB")
-        scale = size / min(picture.size)
-        resized = picture.resize((round(picture.width * scale), round(picture.height * scale)))
+        image = Image.open(path).convert("RGB")
+        scale = size / min(image.size)
+        resized = image.resize((round(image.width * scale), round(image.height * scale)))
         left, top = (resized.width - size) // 2, (resized.height - size) // 2
         crop = np.asarray(resized.crop((left, top, left + size, top + size)), np.float32)
         pixels.append(torch.from_numpy(crop).permute(2, 0, 1) / 127.5 - 1)

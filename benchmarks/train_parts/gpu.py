@@ -52,13 +52,13 @@ class Bench:
         return BareLoop(unet, sdxl_base.trained_parameters(unet), alphas_cumprod, [batch], dtype)
 
     def count_flops(self) -> None:
-        """Count at batch 1; what a picture takes does not depend on its neighbours, nor on a device: none computes anything here."""
+        """Count at batch 1; what an image takes does not depend on its neighbours, nor on a device: none computes anything here."""
         meta = torch.device("meta")
         unet = sdxl_base.random_unet(self.configs, meta, torch.float32)
         loop = self.cached_loop(1, unet)
         counted = sdxl_base.flops_per_step(loop, next(loop.batches))
         self.flops = {size: size * counted for size in self.options.batches}
-        self.add("model FLOPs of a picture", counted / 1e12, "TFLOP", "forward and backward")
+        self.add("model FLOPs of an image", counted / 1e12, "TFLOP", "forward and backward")
 
     def variant(self, name: str, batch_size: int, note: str = "") -> None:
         """Measure the cached loop as the UNet stands. What does not run is a result too, and the next variant has its turn."""
@@ -93,8 +93,8 @@ class Bench:
                 mixed_precision="no" if self.dtype == torch.float32 else "bf16",
             )
             models = sdxl_base.example_models(self.unet, self.configs, self.device, self.dtype)
-            pictures = sdxl_base.random_pictures(batch_size, self.options.resolution)
-            example = ExampleLoop(models, pictures, accelerator, self.dtype)
+            images = sdxl_base.random_images(batch_size, self.options.resolution)
+            example = ExampleLoop(models, images, accelerator, self.dtype)
             self.timed(cached.take, 1)
             self.timed(example.take, 1)
             ratios = []
@@ -184,7 +184,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     add = partial(parser.add_argument, metavar="")
     add("--device", default="cuda", help="cuda (default) or cpu")
     parser.add_argument("--tiny", action="store_true", help="the bundled model's architecture")
-    add("--batches", type=int, nargs="+", default=[1, 4, 8], help="pictures per step (default 1 4 8)")
+    add("--batches", type=int, nargs="+", default=[1, 4, 8], help="images per step (default 1 4 8)")
     add("--resolution", type=int, default=1024, help="pixels (default 1024)")
     add("--rounds", type=int, default=5, help="timed rounds of a variant (default 5)")
     add("--steps", type=int, default=5, help="steps in a round (default 5)")

@@ -102,7 +102,7 @@ class ExampleModels(NamedTuple):
 class ExampleLoop:
     """The structure of diffusers' examples/text_to_image/train_text_to_image_lora_sdxl.py, for a UNet's LoRA with its default options.
 
-    Per step: the batch's pictures through the VAE, its captions through both tokenizers and text encoders, the UNet, a loss gathered
+    Per step: the batch's images through the VAE, its captions through both tokenizers and text encoders, the UNet, a loss gathered
     over the processes and fetched from the device, and fetched again for the progress bar.
     """
 

@@ -15,12 +15,12 @@ from sdxl_pipeline.sdxl.base_model import BUNDLED_NAME, ResolvedModel, resolve_b
 from sdxl_pipeline.stages import encode_latents, encode_text
 
 HARDWARE = PRESETS["cpu"].model_copy(update={"cpu_threads": 1})
-PICTURES = 64
+IMAGES = 64
 BATCH_SIZE = 4
 RANK = 16
 
 
-def prepared_run(root: Path, steps: int, resolution: int, pictures: int = PICTURES) -> TrainSpec:
+def prepared_run(root: Path, steps: int, resolution: int, images: int = IMAGES) -> TrainSpec:
     """A run of `steps` steps on square crops of `resolution` pixels, its caches complete, nothing of it trained."""
     model = resolve_base_model(TrainingSettings(pretrained_model_name_or_path=BUNDLED_NAME), root)
     settings = TrainingSettings(
@@ -39,18 +39,16 @@ def prepared_run(root: Path, steps: int, resolution: int, pictures: int = PICTUR
         base_model=model,
         hardware=HARDWARE,
         settings=settings,
-        lanes=(_lane(root, model, HARDWARE, resolution, pictures),),
+        lanes=(_lane(root, model, HARDWARE, resolution, images),),
         prompts=(),
         run_dir=str(root / "run"),
         project="benchmark",
     )
 
 
-def _lane(
-    root: Path, model: ResolvedModel, hardware: Hardware, resolution: int, pictures: int
-) -> TrainingLane:
+def _lane(root: Path, model: ResolvedModel, hardware: Hardware, resolution: int, images: int) -> TrainingLane:
     data = root / "data"
-    write_dataset(data, pictures)
+    write_dataset(data, images)
     dataset = ImageDataset.model_validate(
         {
             "id": "photos",

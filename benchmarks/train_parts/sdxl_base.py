@@ -75,7 +75,7 @@ def scheduler(configs: Path) -> DDPMScheduler:
 def random_batch(
     unet: UNet2DConditionModel, size: int, resolution: int, device: torch.device, dtype: torch.dtype
 ) -> Tensors:
-    """A batch as it lies on the device after reading: square pictures of `resolution` pixels, captions of 77 tokens."""
+    """A batch as it lies on the device after reading: square images of `resolution` pixels, captions of 77 tokens."""
     embedding = unet.config.projection_class_embeddings_input_dim
     pooled = embedding - 6 * unet.config.addition_time_embed_dim
     latents = (size, unet.config.in_channels, resolution // 8, resolution // 8)
@@ -89,7 +89,7 @@ def random_batch(
     )  # fmt: skip
 
 
-def random_pictures(size: int, resolution: int) -> Iterator[tuple[Tensor, list[str]]]:
+def random_images(size: int, resolution: int) -> Iterator[tuple[Tensor, list[str]]]:
     """The same as pixels and captions, in ordinary memory."""
     pixels = torch.rand(size, 3, resolution, resolution) * 2 - 1
     while True:

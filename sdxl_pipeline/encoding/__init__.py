@@ -1,1 +1,1 @@
-"""Pictures through the VAE and captions through the text encoders, into the stores."""
+"""Images through the VAE and captions through the text encoders, into the stores."""

@@ -16,7 +16,7 @@ _BATCH_COLUMNS = ["bucket_h", "bucket_w", "key", "latent_key"]
 def crop_batches(crops: pd.DataFrame, wanted: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """Row numbers of the wanted crops (bool, (N,)) in batches of one bucket each; of several rows with one latent key only the first.
 
-    Crops are sorted by content, so files' names decide nothing, and those of one picture stand together, to be decoded once.
+    Crops are sorted by content, so files' names decide nothing, and those of one image stand together, to be decoded once.
     """
     rows = np.flatnonzero(wanted)
     chosen = crops.iloc[rows][_BATCH_COLUMNS].drop_duplicates("latent_key")

@@ -1,4 +1,4 @@
-"""What a person sees of a dataset's latents: their statistics, and pictures beside what their latents decode to."""
+"""What a person sees of a dataset's latents: their statistics, and images beside what their latents decode to."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from sdxl_pipeline.encoding.devices import load_latent_encoder
 from sdxl_pipeline.encoding.keys import Row
 from sdxl_pipeline.encoding.loading import read_crops
 from sdxl_pipeline.images.decoding import UnreadableImage
-from sdxl_pipeline.images.pictures import contact_sheet
+from sdxl_pipeline.images.images import contact_sheet
 from sdxl_pipeline.protocol.program import StopSignal
 from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.protocol.specs import EncodeLatentsSpec
@@ -28,7 +28,7 @@ _SAMPLE_DIGEST = "latents"
 def channel_statistics(
     store: TensorStore, keys: "pd.Series[str]", scaling_factor: float, stop: StopSignal
 ) -> tuple[tuple[float, ...], tuple[float, ...], int]:
-    """Mean and standard deviation of each channel of the scaled posterior means, near 0 and 1 for pictures the VAE knows; and of how many.
+    """Mean and standard deviation of each channel of the scaled posterior means, near 0 and 1 for images the VAE knows; and of how many.
 
     Of all latents where there are at most MEASURED_LATENTS, else of so many with the smallest keys: digests have no order that means
     anything, so that is a random sample, and always the same one.
@@ -53,7 +53,7 @@ def write_sample(
 ) -> str | None:
     """Draw some crops, spread over the dataset, beside what their latents decode to; gives the path, None when there is none to draw.
 
-    Nothing is done when the picture there shows these already.
+    Nothing is done when the image there shows these already.
     """
     path = Path(spec.sample_path)
     count = min(SAMPLE_CROPS, len(kept))
@@ -66,7 +66,7 @@ def write_sample(
         return str(path)
     vae = load_latent_encoder(spec.base_model, spec.hardware)
     scaling_factor = latent_scaling_factor(spec.base_model)
-    pictures, labels = [], []
+    images, labels = [], []
     for row in rows:
         try:
             crop = read_crops(Path(spec.data_dir) / row.path, row.key, [row])[0]
@@ -74,16 +74,14 @@ def write_sample(
             continue
         decoded = decode(vae, store.read(row.latent_key)["mean"][None] * scaling_factor)[0]  # (3, H, W)
         decoded_pixels = decoded.permute(1, 2, 0).mul(255).round().byte().cpu().numpy()
-        pictures += [Image.fromarray(crop), Image.fromarray(decoded_pixels)]
+        images += [Image.fromarray(crop), Image.fromarray(decoded_pixels)]
         labels += [f"{row.path} {row.bucket_w}x{row.bucket_h}", "decoded from its latents"]
-    if not pictures:
+    if not images:
         return None
     about = PngImagePlugin.PngInfo()
     about.add_text(_SAMPLE_DIGEST, digest)
     with atomic_path(path) as temporary:
-        contact_sheet(pictures, labels, columns=min(4, len(pictures)), tile=256).save(
-            temporary, pnginfo=about
-        )
+        contact_sheet(images, labels, columns=min(4, len(images)), tile=256).save(temporary, pnginfo=about)
     reporter.image("decoded latents", path, "crops beside their decoded latents")
     return str(path)
 

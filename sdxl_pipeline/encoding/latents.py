@@ -28,7 +28,7 @@ from sdxl_pipeline.protocol.specs import EncodeLatentsSpec, StageModel
 from sdxl_pipeline.sdxl.latents import encode_moments, pixels_from_bytes
 from sdxl_pipeline.store.tensor_store import StoreError, StoreWriter, TensorStore
 
-# Enough that decoding does not hold up a fast GPU, few enough that pictures of 100 megapixels do not fill the memory.
+# Enough that decoding does not hold up a fast GPU, few enough that images of 100 megapixels do not fill the memory.
 _MOST_DECODING_THREADS = 16
 _BATCHES_AHEAD = 2
 
@@ -40,7 +40,7 @@ class EncodedShare(StageModel):
     reasons: dict[str, str]
     """Of each latent key that could not be had, why."""
     seconds: float
-    """From the first picture to the last entry, loading of the VAE apart."""
+    """From the first image to the last entry, loading of the VAE apart."""
     busy_seconds: float
     """Of these, inside the VAE."""
 
@@ -57,8 +57,8 @@ def encode_share(
 ) -> EncodedShare:
     """Encode this process's share of the wanted crops (bool, (N,)) into the store.
 
-    `crops` are rows of the plan with their `latent_key`. A picture that cannot be read is named in the result. Raises StageError when
-    the VAE cannot be had, the pictures' folder is gone, or the store's disk is full. What was encoded before any end is kept.
+    `crops` are rows of the plan with their `latent_key`. An image that cannot be read is named in the result. Raises StageError when
+    the VAE cannot be had, the images' folder is gone, or the store's disk is full. What was encoded before any end is kept.
     """
     batches = crop_batches(crops, wanted, spec.hardware.vae_batch_size)
     costs = crop_costs(crops)
@@ -164,8 +164,8 @@ def _load_ahead(
         try:
             for batch in batches:
                 rows: list[Row] = list(crops.iloc[batch].itertuples(index=False, name="Row"))
-                pictures = [list(group) for _, group in groupby(rows, key=lambda row: (row.key, row.path))]
-                waiting.append((batch, [pool.submit(_load, data_dir, same, elsewhere) for same in pictures]))
+                images = [list(group) for _, group in groupby(rows, key=lambda row: (row.key, row.path))]
+                waiting.append((batch, [pool.submit(_load, data_dir, same, elsewhere) for same in images]))
                 if len(waiting) > ahead:
                     yield first_of_waiting()
             while waiting:
@@ -177,7 +177,7 @@ def _load_ahead(
 def _load(
     data_dir: Path, rows: Sequence[Row], elsewhere: Mapping[str, Sequence[str]]
 ) -> list[np.ndarray | str]:
-    """The crops of one picture, or why there are none; where it lies in several places, from the first at which it still does."""
+    """The crops of one image, or why there are none; where it lies in several places, from the first at which it still does."""
     reason = ""
     for path in dict.fromkeys((rows[0].path, *elsewhere.get(rows[0].key, ()))):
         try:
@@ -188,9 +188,9 @@ def _load(
 
 
 def _copies(crops: pd.DataFrame) -> dict[str, list[str]]:
-    """The paths of pictures that lie in several places, by key."""
-    pictures = crops[["key", "path"]].drop_duplicates()
-    copies = pictures[pictures["key"].duplicated(keep=False)]
+    """The paths of images that lie in several places, by key."""
+    images = crops[["key", "path"]].drop_duplicates()
+    copies = images[images["key"].duplicated(keep=False)]
     return {str(key): paths.tolist() for key, paths in copies.groupby("key")["path"]}
 
 

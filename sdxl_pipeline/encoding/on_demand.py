@@ -25,7 +25,7 @@ from sdxl_pipeline.sdxl.text_encoding import encode_tokens
 
 
 class LatentEncoder:
-    """Pictures to latents, on the device of this process."""
+    """Images to latents, on the device of this process."""
 
     def __init__(self, base_model: ResolvedModel, hardware: Hardware) -> None:
         self._base_model = base_model
@@ -38,8 +38,8 @@ class LatentEncoder:
     def encode(self, path: Path, crop: Crop, key: str | None = None) -> dict[str, Tensor]:
         """`mean` and `logvar` of one crop, (4, bucket_h / 8, bucket_w / 8) each, on the CPU in the VAE's dtype.
 
-        `key` is the digest that the picture was planned under; None takes whatever lies at `path`. Raises StageError, naming the
-        picture, when it cannot be read or is another one by now, and when its latents are not finite.
+        `key` is the digest that the image was planned under; None takes whatever lies at `path`. Raises StageError, naming the
+        image, when it cannot be read or is another one by now, and when its latents are not finite.
         """
         try:
             pixels = pixels_from_crops(read_crops(path, key, [crop]))

@@ -1,4 +1,4 @@
-"""CLIP score: how well a picture fits its prompt (Hessel et al. 2021, "CLIPScore", with the factor 100 in general use)."""
+"""CLIP score: how well an image fits its prompt (Hessel et al. 2021, "CLIPScore", with the factor 100 in general use)."""
 
 import statistics
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class ClipScorer:
         self.processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
 
     def scores(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """100 * max(cosine, 0) of each picture with its own prompt: from 0 to 100."""
+        """100 * max(cosine, 0) of each image with its own prompt: from 0 to 100."""
         scores: list[float] = []
         for start in range(0, len(images), BATCH_SIZE):
             stop = start + BATCH_SIZE
@@ -36,7 +36,7 @@ class ClipScorer:
 
     @torch.no_grad()
     def cosine_similarity(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """Cosine of every picture with every prompt: (pictures, prompts). Prompts are cut at the encoder's 77 tokens."""
+        """Cosine of every image with every prompt: (images, prompts). Prompts are cut at the encoder's 77 tokens."""
         length = self.model.config.text_config.max_position_embeddings
         text = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"

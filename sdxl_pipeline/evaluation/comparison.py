@@ -1,4 +1,4 @@
-"""The before-and-after sheet: for each prompt the base model's picture beside the LoRA's."""
+"""The before-and-after sheet: for each prompt the base model's image beside the LoRA's."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ TEXT_LINES = 2
 
 @dataclass(frozen=True)
 class Pair:
-    """Two pictures of one prompt and seed."""
+    """Two images of one prompt and seed."""
 
     before: Image.Image
     after: Image.Image
@@ -24,13 +24,13 @@ class Pair:
 
 
 def comparison_sheet(pairs: Sequence[Pair], titles: tuple[str, str]) -> Image.Image:
-    """All pairs on one white sheet, each with its caption; `titles` stand above the two columns of pictures.
+    """All pairs on one white sheet, each with its caption; `titles` stand above the two columns of images.
 
-    Pictures are fitted into squares: of 256 pixels when all are small, else of 384. Raises ValueError without pairs.
+    Images are fitted into squares: of 256 pixels when all are small, else of 384. Raises ValueError without pairs.
     """
     if not pairs:
-        raise ValueError("a comparison needs at least one pair of pictures")
-    largest = max(max(picture.size) for pair in pairs for picture in (pair.before, pair.after))
+        raise ValueError("a comparison needs at least one pair of images")
+    largest = max(max(image.size) for pair in pairs for image in (pair.before, pair.after))
     edge = SMALL_EDGE if largest <= SMALL_EDGE else LARGE_EDGE
     gap, font = edge // 32, _font(edge // 16)
     line = round(font.size * 1.3)
@@ -58,15 +58,15 @@ def comparison_sheet(pairs: Sequence[Pair], titles: tuple[str, str]) -> Image.Im
     return sheet
 
 
-def _fitted(picture: Image.Image, edge: int) -> tuple[int, int]:
-    scale = edge / max(picture.size)
-    return max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+def _fitted(image: Image.Image, edge: int) -> tuple[int, int]:
+    scale = edge / max(image.size)
+    return max(1, round(image.width * scale)), max(1, round(image.height * scale))
 
 
-def _resized(picture: Image.Image, edge: int) -> Image.Image:
-    smaller = max(picture.size) > edge
-    return picture.convert("RGB").resize(
-        _fitted(picture, edge), Image.Resampling.LANCZOS if smaller else Image.Resampling.BICUBIC
+def _resized(image: Image.Image, edge: int) -> Image.Image:
+    smaller = max(image.size) > edge
+    return image.convert("RGB").resize(
+        _fitted(image, edge), Image.Resampling.LANCZOS if smaller else Image.Resampling.BICUBIC
     )
 
 

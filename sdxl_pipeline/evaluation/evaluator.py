@@ -32,8 +32,8 @@ from sdxl_pipeline.protocol.specs import (
 from sdxl_pipeline.sdxl.components import load_noise_scheduler
 from sdxl_pipeline.store.files import atomic_path
 from sdxl_pipeline.training.batches import BatchReader
+from sdxl_pipeline.training.eval_images import read_images
 from sdxl_pipeline.training.eval_loss import eval_loss, eval_timesteps
-from sdxl_pipeline.training.eval_pictures import read_pictures
 from sdxl_pipeline.training.eval_samples import EvalSource, choose_samples
 from sdxl_pipeline.training.objective import Objective
 from sdxl_pipeline.training.on_demand import OnDemandEncoders
@@ -65,8 +65,8 @@ def evaluate(spec: EvaluateSpec, identity: str, reporter: Reporter, stop: StopSi
     )
     source, samples = choose_samples(spec.lanes, settings)
     if not samples:
-        raise StageError("there is no picture to evaluate on: the datasets' aspect_buckets have no rows")
-    reporter.log(f"Evaluating on {len(samples)} pictures ({source}).")
+        raise StageError("there is no image to evaluate on: the datasets' aspect_buckets have no rows")
+    reporter.log(f"Evaluating on {len(samples)} images ({source}).")
     subject = load_subject(spec)
     encoders = OnDemandEncoders(spec.base_model, spec.hardware)
     with closing(BatchReader(spec.lanes, encoders, subject.live_texts)) as reader:
@@ -132,7 +132,7 @@ def _measure(
 
 
 def measure_losses(work: Work) -> tuple[LossSummary, LossSummary]:
-    """Eval loss of the base model and of what was trained, on the same pictures, timesteps and noise."""
+    """Eval loss of the base model and of what was trained, on the same images, timesteps and noise."""
     spec, pipeline = work.spec, work.subject.pipeline
     scheduler = load_noise_scheduler(spec.base_model, spec.settings.scheduler_changes)
     objective = Objective(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
@@ -144,9 +144,9 @@ def measure_losses(work: Work) -> tuple[LossSummary, LossSummary]:
             work.stop.raise_if_requested()
 
         # read for each model, since each may have text encoders of its own
-        pictures = read_pictures(work.samples, work.reader, pipeline.vae.config.scaling_factor)
+        images = read_images(work.samples, work.reader, pipeline.vae.config.scaling_factor)
         return eval_loss(
-            pipeline.unet, objective, pictures, timesteps, spec.settings.train_batch_size, on_batch
+            pipeline.unet, objective, images, timesteps, spec.settings.train_batch_size, on_batch
         )
 
     with work.subject.base():
@@ -155,32 +155,32 @@ def measure_losses(work: Work) -> tuple[LossSummary, LossSummary]:
 
 
 def draw_gallery(work: Work) -> list[tuple[Drawing, Drawing]]:
-    """(base model's, trained model's) picture of every shot: of the validation prompts, or of some captions where there are none."""
+    """(base model's, trained model's) image of every shot: of the validation prompts, or of some captions where there are none."""
     spec, pipeline = work.spec, work.subject.pipeline
     zeros = bool(pipeline.config.force_zeros_for_empty_prompt)
 
-    def pictures(already: int) -> list[Drawing]:
+    def images(already: int) -> list[Drawing]:
         if spec.prompts:
             shots = plan_shots(spec.prompts, spec.settings, work.reader, zeros)
         else:
             shots = plan_caption_shots(work.samples, spec.lanes, spec.settings, work.reader, zeros)
         drawings = []
         for done, shot in enumerate(shots, already):
-            work.reporter.progress("gallery", done, 2 * len(shots), "pictures")
+            work.reporter.progress("gallery", done, 2 * len(shots), "images")
             drawings.append(draw(pipeline, shot, spec.settings, work.stop.raise_if_requested))
         return drawings
 
     with work.subject.base():
-        before = pictures(0)
-    after = pictures(len(before))
-    work.reporter.progress("gallery", 2 * len(after), 2 * len(after), "pictures")
+        before = images(0)
+    after = images(len(before))
+    work.reporter.progress("gallery", 2 * len(after), 2 * len(after), "images")
     return list(zip(before, after, strict=True))
 
 
 def save_gallery(
     work: Work, drawings: list[tuple[Drawing, Drawing]]
 ) -> tuple[tuple[ValidationImage, ...], Path]:
-    """Write every picture, those of the base model as step 0, and the sheet that shows them side by side."""
+    """Write every image, those of the base model as step 0, and the sheet that shows them side by side."""
     output_dir, steps = Path(work.spec.output_dir), work.spec.lora.steps
     called = SPOKEN_KINDS[work.spec.lora.weights_kind]
     images = []
@@ -192,7 +192,7 @@ def save_gallery(
                 ValidationImage(step=step, name=shot.name, prompt=shot.prompt, path=str(path), seed=shot.seed)
             )
         if after.fault is not None:
-            work.reporter.log(f"The {called}'s picture {after.shot.name} is broken: {after.fault}.")
+            work.reporter.log(f"The {called}'s image {after.shot.name} is broken: {after.fault}.")
     pairs = [Pair(before.image, after.image, after.shot.prompt) for before, after in drawings]
     gallery_path = output_dir / "gallery.png"
     with atomic_path(gallery_path) as temporary:
@@ -204,7 +204,7 @@ def save_gallery(
 def score_gallery(
     clip_folder: Path, device: str, drawings: list[tuple[Drawing, Drawing]]
 ) -> tuple[ClipSummary, ClipSummary]:
-    """CLIP score of the base model's and of the trained model's pictures."""
+    """CLIP score of the base model's and of the trained model's images."""
     scorer = ClipScorer(clip_folder, device)
     prompts = [before.shot.prompt for before, _ in drawings]
     base = summarize(scorer.scores([before.image for before, _ in drawings], prompts))

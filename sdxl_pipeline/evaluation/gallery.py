@@ -1,4 +1,4 @@
-"""The gallery: each prompt drawn by the base model and by the LoRA from the same noise, and the check that no picture is broken."""
+"""The gallery: each prompt drawn by the base model and by the LoRA from the same noise, and the check that no image is broken."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,24 +14,24 @@ from sdxl_pipeline.protocol.specs import TrainingLane, ValidationPrompt
 from sdxl_pipeline.sdxl.drawing import Conditioning, draw_pixels, image_from_pixels
 from sdxl_pipeline.store.files import atomic_path
 from sdxl_pipeline.training.batches import BatchReader
-from sdxl_pipeline.training.picture_names import distinct_stems, file_stem
+from sdxl_pipeline.training.image_names import distinct_stems, file_stem
 from sdxl_pipeline.training.samples import Sample
 
 MAX_CAPTION_PROMPTS = 4
 """Captions drawn when the project has no validation prompt."""
 
 BLACK_LEVEL = 2 / 255
-"""A picture none of whose values lies above this is black."""
+"""An image none of whose values lies above this is black."""
 
 CONSTANT_DEVIATION = 1 / 255
-"""A picture whose colours deviate less than this from their mean, as a standard deviation per channel, shows nothing."""
+"""An image whose colours deviate less than this from their mean, as a standard deviation per channel, shows nothing."""
 
 
 @dataclass(frozen=True)
 class Shot:
-    """One picture to draw."""
+    """One image to draw."""
 
-    name: str  # of the picture's file
+    name: str  # of the image's file
     prompt: str
     height: int
     width: int
@@ -41,7 +41,7 @@ class Shot:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture as the pipeline drew it, (H, W, 3) float32 in [0, 1] unless it is broken, and the fault found in it."""
+    """An image as the pipeline drew it, (H, W, 3) float32 in [0, 1] unless it is broken, and the fault found in it."""
 
     shot: Shot
     pixels: np.ndarray
@@ -49,11 +49,11 @@ class Drawing:
 
     @property
     def image(self) -> Image.Image:
-        """The picture in 8 bits; a value that is not a number shows black."""
+        """The image in 8 bits; a value that is not a number shows black."""
         return image_from_pixels(self.pixels)
 
     def save(self, folder: Path) -> Path:
-        """Write the picture as a PNG named after its shot."""
+        """Write the image as a PNG named after its shot."""
         path = folder / f"{self.shot.name}.png"
         with atomic_path(path) as temporary:
             self.image.save(temporary, format="PNG")
@@ -85,7 +85,7 @@ def plan_caption_shots(
     reader: BatchReader,
     zeros_for_empty_prompt: bool,
 ) -> list[Shot]:
-    """For a project without prompts: the first few distinct captions of its pictures, without a negative prompt."""
+    """For a project without prompts: the first few distinct captions of its images, without a negative prompt."""
     captions: dict[str, str] = {}
     for lane in lanes:
         table = pd.read_parquet(lane.text_embeds.entries_path, columns=["embed_key", "caption"])
@@ -106,13 +106,13 @@ def draw(
     settings: TrainingSettings,
     on_step: Callable[[], None] | None = None,
 ) -> Drawing:
-    """Draw one picture with the validation settings, and look whether it is broken."""
+    """Draw one image with the validation settings, and look whether it is broken."""
     pixels = draw_pixels(pipeline, shot.conditioning, (shot.height, shot.width), shot.seed, settings, on_step)
     return Drawing(shot, pixels, find_fault(pixels))
 
 
 def find_fault(pixels: np.ndarray) -> str | None:
-    """What is wrong with a picture of values in [0, 1], (H, W, 3): "not finite", "black" or "constant"; None when nothing is."""
+    """What is wrong with an image of values in [0, 1], (H, W, 3): "not finite", "black" or "constant"; None when nothing is."""
     if not np.isfinite(pixels).all():
         return f"not finite: {(~np.isfinite(pixels)).mean():.0%} of its values are NaN or infinite"
     if pixels.max() <= BLACK_LEVEL:
@@ -152,6 +152,6 @@ def _shots(
 
 
 def _with_unique_names(shots: Sequence[Shot]) -> list[Shot]:
-    """No picture overwrites another."""
+    """No image overwrites another."""
     names = distinct_stems(shot.name for shot in shots)
     return [replace(shot, name=name) for shot, name in zip(shots, names, strict=True)]

@@ -1,4 +1,4 @@
-"""What an evaluation is: the digest of everything that decides its figures and pictures. No torch."""
+"""What an evaluation is: the digest of everything that decides its figures and images. No torch."""
 
 from pathlib import Path
 from typing import Final
@@ -11,7 +11,7 @@ from sdxl_pipeline.store.files import sha256_path
 from sdxl_pipeline.training.eval_samples import choose_samples
 
 CODE_VERSION = 3
-"""Raise it when a change of the evaluation changes the numbers or pictures it gives."""
+"""Raise it when a change of the evaluation changes the numbers or images it gives."""
 
 LOOKED_AT: Final = frozenset(
     (
@@ -44,7 +44,7 @@ TRAINED_WITH: Final = frozenset(
         "seed",
     )
 )
-"""Settings of the training that the evaluation's figures and pictures depend on as well."""
+"""Settings of the training that the evaluation's figures and images depend on as well."""
 
 
 def evaluation_identity(spec: EvaluateSpec) -> str:
@@ -59,7 +59,7 @@ def evaluation_identity(spec: EvaluateSpec) -> str:
             "code_version": CODE_VERSION,
             "base_model": spec.base_model.digest,
             "lora": spec.lora.weights_sha256,
-            "pictures": [source, samples.digest()],
+            "images": [source, samples.digest()],
             "prompts": [prompt.model_dump() for prompt in spec.prompts],
             "settings": spec.settings.model_dump(mode="json", include=set(LOOKED_AT | TRAINED_WITH)),
             "scoring_model": scoring_model_name(spec.settings, spec.base_model),

@@ -95,7 +95,7 @@ def write_report(report: EvaluationReport, project: str, scoring_model: str | No
 
 
 def markdown(report: EvaluationReport, project: str, scoring_model: str | None) -> str:
-    """The report as Markdown, its pictures linked relative to `report.report_path`."""
+    """The report as Markdown, its images linked relative to `report.report_path`."""
     folder = Path(report.report_path).parent
 
     def link(path: str) -> str:
@@ -104,7 +104,7 @@ def markdown(report: EvaluationReport, project: str, scoring_model: str | None) 
     called = SPOKEN_KINDS[report.weights_kind]
     parts = [f"# Evaluation of {project}\n", f"![base model beside {called}]({link(report.gallery_path)})\n"]
     if report.broken_images:
-        parts.append("**Broken pictures:**\n")
+        parts.append("**Broken images:**\n")
         parts.append("".join(f"- {item.name}: {item.reason}\n" for item in report.broken_images))
     parts += ["## Figures\n", figures_table(report), ""]
     parts.append(f"{describe_measurement(report, scoring_model)}\n")
@@ -140,11 +140,11 @@ def describe_measurement(report: EvaluationReport, scoring_model: str | None) ->
         source = {
             "eval dataset": "of the eval datasets",
             "held-out share": "held out of the training",
-            "training pictures": f"**the {SPOKEN_KINDS[report.weights_kind]} was trained on** (there is neither an eval dataset nor a held-out share)",
+            "training images": f"**the {SPOKEN_KINDS[report.weights_kind]} was trained on** (there is neither an eval dataset nor a held-out share)",
         }[report.eval_source]
         sentences.append(
-            f"The eval loss is the mean squared error of the denoising prediction over {report.eval_images} pictures {source} and "
-            f"{len(report.lora_loss.by_timestep)} fixed timesteps, with noise that depends only on picture and timestep; lower is better."
+            f"The eval loss is the mean squared error of the denoising prediction over {report.eval_images} images {source} and "
+            f"{len(report.lora_loss.by_timestep)} fixed timesteps, with noise that depends only on image and timestep; lower is better."
         )
         if report.difference_to_base is not None:
             sentences.append(
@@ -156,7 +156,7 @@ def describe_measurement(report: EvaluationReport, scoring_model: str | None) ->
             )
     if report.lora_clip is not None:
         sentences.append(
-            f"The CLIP score is 100 times the cosine of picture and prompt, at least 0, by {scoring_model}, over the gallery; "
+            f"The CLIP score is 100 times the cosine of image and prompt, at least 0, by {scoring_model}, over the gallery; "
             "higher is better."
         )
     return " ".join(sentences)
@@ -209,7 +209,7 @@ def plot_losses(base: LossSummary, lora: LossSummary, called: str, path: Path) -
     axes.fill_between(timesteps, before, after, color=LORA_COLOUR, alpha=0.12, linewidth=0)
     if max(before + after) > WIDE_RANGE * min(before + after):
         axes.set_yscale("log")  # a linear axis would show the largest losses only
-    axes.set(xlabel="timestep (0 is a clean picture)", ylabel="eval loss", title="Eval loss by timestep")
+    axes.set(xlabel="timestep (0 is a clean image)", ylabel="eval loss", title="Eval loss by timestep")
     axes.grid(alpha=0.25, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -1,4 +1,4 @@
-"""The CLIP that scores pictures: which one the settings ask for, and where its files lie. No torch."""
+"""The CLIP that scores images: which one the settings ask for, and where its files lie. No torch."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -47,7 +47,7 @@ def choose_files(names: Collection[str], source: str) -> list[str]:
     """Of the files of a CLIP model, those that scoring reads. Raises StageError when its weights are not in safetensors."""
     for needed in (CONFIG, PROCESSOR_CONFIG):
         if needed not in names:
-            raise StageError(f"{source} has no {needed}, so it is not a CLIP model that can score pictures")
+            raise StageError(f"{source} has no {needed}, so it is not a CLIP model that can score images")
     weights = sorted(
         name
         for name in names

@@ -1,8 +1,8 @@
-"""Aspect buckets: the size each picture is trained at, and which pictures are not worth training on.
+"""Aspect buckets: the size each image is trained at, and which images are not worth training on.
 
 The formula is SimpleTuner's, kept for every aspect: a target area as a square edge rounded to the alignment, spread over the
-picture's rounded aspect ratio, each edge rounded again. Sizes are (height, width) in pixels. Functions in the plural take arrays, an
-element per picture, since a dataset may have millions; what they give is to the last bit what the formula gives for each by itself.
+image's rounded aspect ratio, each edge rounded again. Sizes are (height, width) in pixels. Functions in the plural take arrays, an
+element per image, since a dataset may have millions; what they give is to the last bit what the formula gives for each by itself.
 """
 
 import math
@@ -13,7 +13,7 @@ from sdxl_pipeline.images.draws import fractions
 from sdxl_pipeline.project.datasets import ImageDataset
 
 MAX_BUCKET_AREAS = 8
-"""A picture whose own bucket would hold more pixels than this many square ones is left out: aspects beyond about 1:16,000 at 1024."""
+"""An image whose own bucket would hold more pixels than this many square ones is left out: aspects beyond about 1:16,000 at 1024."""
 
 
 def bucket_size(
@@ -36,9 +36,9 @@ def bucket_size(
 
 
 def aspect_ratios(heights: np.ndarray, widths: np.ndarray, rounding: int) -> np.ndarray:
-    """Width over height, rounded so that pictures of nearly one shape share a bucket: float64 of shape (N,).
+    """Width over height, rounded so that images of nearly one shape share a bucket: float64 of shape (N,).
 
-    A picture too narrow for that many decimals keeps its own ratio rather than 0.
+    An image too narrow for that many decimals keeps its own ratio rather than 0.
     """
     exact = widths / heights
     scaled = exact * 10.0**rounding
@@ -67,9 +67,9 @@ def bucket_aspects(
 ) -> np.ndarray:
     """The aspect ratio that each crop is given: float64 of shape (N,).
 
-    `square`: 1. `preserve`, and without cropping: the picture's own. `closest`: the one of `crop_aspect_buckets` that crops the least
+    `square`: 1. `preserve`, and without cropping: the image's own. `closest`: the one of `crop_aspect_buckets` that crops the least
     away. `random`: one of them by their weights, drawn from (seed, key, draw). With a `max_upscale_threshold` these two choose only
-    from aspects whose bucket needs no more enlarging; `filter_reasons` leaves out pictures for which there is none.
+    from aspects whose bucket needs no more enlarging; `filter_reasons` leaves out images for which there is none.
     """
     if not dataset.crop or dataset.crop_aspect == "preserve":
         return aspect_ratios(heights, widths, dataset.aspect_bucket_rounding)
@@ -93,7 +93,7 @@ def bucket_aspects(
 def covering_sizes(
     heights: np.ndarray, widths: np.ndarray, bucket_h: np.ndarray, bucket_w: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The smallest sizes of the pictures' own aspects that cover their buckets: one edge meets it exactly, the other is rounded."""
+    """The smallest sizes of the images' own aspects that cover their buckets: one edge meets it exactly, the other is rounded."""
     by_width = bucket_w * heights >= bucket_h * widths
     return (
         np.where(by_width, _scale(heights, bucket_w, widths), bucket_h),
@@ -104,9 +104,9 @@ def covering_sizes(
 def downsampled_sizes(
     dataset: ImageDataset, heights: np.ndarray, widths: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The pictures' sizes after `maximum_image_size`: one above it is shrunk, aspect kept, to `target_downsample_size`.
+    """The images' sizes after `maximum_image_size`: one above it is shrunk, aspect kept, to `target_downsample_size`.
 
-    Both are in the unit of `resolution_type` (megapixels; N for N*N pixels; the shorter edge). A picture at or below the maximum,
+    Both are in the unit of `resolution_type` (megapixels; N for N*N pixels; the shorter edge). An image at or below the maximum,
     or already at or below the target, keeps its size.
     """
     if dataset.maximum_image_size is None or dataset.target_downsample_size is None:
@@ -121,7 +121,7 @@ def downsampled_sizes(
 
 
 def filter_reasons(dataset: ImageDataset, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """Why the dataset leaves each picture out, naming the key; empty where it does not: an array of str of shape (N,)."""
+    """Why the dataset leaves each image out, naming the key; empty where it does not: an array of str of shape (N,)."""
     ratios = aspect_ratios(heights, widths, dataset.aspect_bucket_rounding)
     reasons: dict[str, np.ndarray] = {
         "smaller than minimum_image_size": _below_minimum(dataset, heights, widths)
@@ -160,7 +160,7 @@ def _listed_aspects(dataset: ImageDataset) -> list[float]:
 
 
 def _allowed_aspects(dataset: ImageDataset, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """Which of `crop_aspect_buckets` each picture fills without too much enlarging: bool of shape (N, aspects)."""
+    """Which of `crop_aspect_buckets` each image fills without too much enlarging: bool of shape (N, aspects)."""
     aspects = _listed_aspects(dataset)
     if dataset.max_upscale_threshold is None:
         return np.full((len(heights), len(aspects)), True)
@@ -174,7 +174,7 @@ def _allowed_aspects(dataset: ImageDataset, heights: np.ndarray, widths: np.ndar
 def _enlarging(
     heights: np.ndarray, widths: np.ndarray, bucket_h: np.ndarray, bucket_w: np.ndarray
 ) -> np.ndarray:
-    """By what share the pictures must grow to cover the buckets."""
+    """By what share the images must grow to cover the buckets."""
     return np.maximum(bucket_h / heights, bucket_w / widths) - 1
 
 
@@ -184,7 +184,7 @@ def _below_minimum(dataset: ImageDataset, heights: np.ndarray, widths: np.ndarra
     threshold = _threshold(dataset.resolution_type, dataset.minimum_image_size)
     below: np.ndarray = _measures(dataset.resolution_type, heights, widths) < threshold
     if dataset.resolution_type != "pixel" and dataset.crop and dataset.crop_aspect == "square":
-        # a long narrow picture may have the area and yet no square of that area in it
+        # a long narrow image may have the area and yet no square of that area in it
         below |= np.minimum(heights, widths) < math.isqrt(round(threshold))
     return below
 

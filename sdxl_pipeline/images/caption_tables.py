@@ -83,19 +83,19 @@ def _notes(
 
 
 def _look_up(
-    picture: str, table: Mapping[str, list[str]], bare: Counter[str], settings: ParquetTable
+    image: str, table: Mapping[str, list[str]], bare: Counter[str], settings: ParquetTable
 ) -> tuple[tuple[str, ...], str]:
-    for name in _names(picture, settings):
+    for name in _names(image, settings):
         if name in table:
             return tuple(table[name]), OK
-    for name in _names(posixpath.basename(picture), settings):
+    for name in _names(posixpath.basename(image), settings):
         if name in table:
             return ((), AMBIGUOUS) if bare[name] > 1 else (tuple(table[name]), OK)
     return (), MISSING
 
 
 def _names(path: str, settings: ParquetTable) -> tuple[str, ...]:
-    """What the table may call a picture."""
+    """What the table may call an image."""
     path = unicodedata.normalize("NFC", path)
     return (path,) if settings.identifier_includes_extension else (posixpath.splitext(path)[0], path)
 
@@ -138,7 +138,7 @@ def _read_rows(path: Path, settings: ParquetTable, where: str) -> Iterator[Row]:
         needed.append(settings.fallback_caption_column)
     if not path.is_file():
         raise CaptionError(
-            f"{where}: there is no file {path}. Write the table's path, relative to the pictures' folder or absolute."
+            f"{where}: there is no file {path}. Write the table's path, relative to the images' folder or absolute."
         )
     rows = _json_rows(path, where) if path.suffix.lower() in (".json", ".jsonl", ".ndjson") else None
     if rows is None:

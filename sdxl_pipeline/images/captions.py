@@ -1,4 +1,4 @@
-"""Captions of pictures, by SimpleTuner's strategies: what a file's name, a text file, a table or one prompt for all makes of them.
+"""Captions of images, by SimpleTuner's strategies: what a file's name, a text file, a table or one prompt for all makes of them.
 
 What is read from files stands apart (sdxl_pipeline.images.reading, .caption_tables); here the dataset's settings make captions of it,
 in this order: the filter list, the shuffled variants, the instance prompt before each.
@@ -25,7 +25,7 @@ _DROP_REASONS = {
     UNDECODABLE: "caption file is neither UTF-8 nor UTF-16 with a byte order mark",
     UNREADABLE: "caption file cannot be read",
     TOO_LARGE: "caption file is larger than 1 MB",
-    AMBIGUOUS: "caption table names several pictures by this bare name",
+    AMBIGUOUS: "caption table names several images by this bare name",
 }
 _MISSING_FROM = {
     "textfile": "no caption file",
@@ -36,16 +36,16 @@ _MISSING_FROM = {
 
 
 class Captions(NamedTuple):
-    """The captions of one picture, and how they were come by."""
+    """The captions of one image, and how they were come by."""
 
     texts: tuple[str, ...]
-    """None when the picture cannot be trained on; the empty caption when it has none and its dataset allows that."""
+    """None when the image cannot be trained on; the empty caption when it has none and its dataset allows that."""
     status: str
     """"ok", or why there was none to be had: "missing", "empty", "filtered", "undecodable", "unreadable", "too large", "ambiguous"."""
 
 
 class CaptionRules:
-    """What a dataset's settings make of the texts that were read for a picture."""
+    """What a dataset's settings make of the texts that were read for an image."""
 
     def __init__(self, dataset: ImageDataset, caption_filter: CaptionFilter | None) -> None:
         self.dataset = dataset
@@ -57,17 +57,17 @@ class CaptionRules:
         )
         self._prompt = dataset.instance_prompt or ""
 
-    def captions_of(self, picture: str, texts: Sequence[str] = (), status: str = OK) -> Captions:
-        """Captions of the picture at the relative path `picture`, for which `texts` were read with this status.
+    def captions_of(self, image: str, texts: Sequence[str] = (), status: str = OK) -> Captions:
+        """Captions of the image at the relative path `image`, for which `texts` were read with this status.
 
         `only_instance_prompt` and the strategy `instanceprompt` give the instance prompt, whatever was read.
-        `prepend_instance_prompt` gives "prompt caption". A picture without caption follows the dataset's `missing_captions`: "drop"
-        gives no texts, "empty" the empty caption (prefixed like any other). Equal captions of a picture are one.
+        `prepend_instance_prompt` gives "prompt caption". An image without caption follows the dataset's `missing_captions`: "drop"
+        gives no texts, "empty" the empty caption (prefixed like any other). Equal captions of an image are one.
         """
         if not self.reads:
             return Captions((self._prompt,), OK)
         if self.reads == "name":
-            texts, status = (caption_from_filename(picture),), OK
+            texts, status = (caption_from_filename(image),), OK
         made = [text for text in texts if text and not text.isspace()]
         if status == OK and not made:
             status = EMPTY
@@ -83,7 +83,7 @@ class CaptionRules:
         return Captions(tuple(dict.fromkeys(made)) if len(made) > 1 else tuple(made), status)
 
     def drop_reason(self, captions: Captions) -> str:
-        """Why a picture with these captions cannot be trained on; empty when it can."""
+        """Why an image with these captions cannot be trained on; empty when it can."""
         if captions.texts:
             return ""
         if captions.status == MISSING:
@@ -114,9 +114,9 @@ def complete_caption_settings(
     return dataset.model_copy(update=taken)
 
 
-def caption_from_filename(picture: str) -> str:
+def caption_from_filename(image: str) -> str:
     """The file's stem with underscores as spaces, and nothing else changed."""
-    return split_suffix(picture)[0].rpartition("/")[2].replace("_", " ")
+    return split_suffix(image)[0].rpartition("/")[2].replace("_", " ")
 
 
 def captions_in(text: str, one: bool) -> list[str]:

@@ -1,6 +1,6 @@
 """Any of Pillow's pixel types to 8 bits, and any colour space to sRGB: the conversions that are made on purpose.
 
-They come in two steps because the picture is resized in between: `to_eight_bits` leaves opaque 8-bit pixels in the picture's own
+They come in two steps because the image is resized in between: `to_eight_bits` leaves opaque 8-bit pixels in the image's own
 colour space, which can be resampled; `to_srgb` then has only the crop to convert.
 """
 
@@ -64,11 +64,11 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def to_srgb(image: Image.Image, icc_profile: bytes | None) -> Image.Image:
-    """An 8-bit picture as sRGB, mode RGB, through its embedded ICC profile (relative colorimetric, as browsers show it).
+    """An 8-bit image as sRGB, mode RGB, through its embedded ICC profile (relative colorimetric, as browsers show it).
 
     Without a profile, or with one that is broken or describes another colour space than the pixels have, RGB and grey are held to
     be sRGB already, and CMYK is converted as plain inverse RGB. A profile that describes sRGB itself, which most photographs carry,
-    is not applied: that would cost half as much as decoding the picture, to move a colour in seven hundred by one level.
+    is not applied: that would cost half as much as decoding the image, to move a colour in seven hundred by one level.
     """
     if image.mode == "RGB" and icc_profile and _describes_srgb(icc_profile):
         return image
@@ -113,7 +113,7 @@ def _usable_profile(mode: str, icc_profile: bytes | None) -> ImageCms.ImageCmsPr
 def _scaled(values: np.ndarray, full_range: float) -> Image.Image:
     eight_bits = np.empty(values.shape, np.uint8)
     rows = max(1, _VALUES_AT_ONCE // max(values.shape[1], 1))
-    for start in range(0, len(values), rows):  # so that a large picture takes no eight bytes per pixel
+    for start in range(0, len(values), rows):  # so that a large image takes no eight bytes per pixel
         scaled = values[start : start + rows].astype(np.float64) * (255.0 / full_range)
         eight_bits[start : start + rows] = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
     return Image.fromarray(eight_bits)

@@ -1,8 +1,8 @@
-"""The crop plan: for each picture its bucket, the size it is resized to, and the window cut from that.
+"""The crop plan: for each image its bucket, the size it is resized to, and the window cut from that.
 
 One plan serves the VAE encoder, which cuts the pixels, and the micro-conditioning, which tells the UNet where they were cut
-(Podell et al. 2023, "SDXL", section 2.2). It is a pure function of the settings, the seed and each picture's key, so planning again
-gives the same crops, and adding a picture moves no other's.
+(Podell et al. 2023, "SDXL", section 2.2). It is a pure function of the settings, the seed and each image's key, so planning again
+gives the same crops, and adding an image moves no other's.
 """
 
 from collections.abc import Collection
@@ -25,7 +25,7 @@ from sdxl_pipeline.project.datasets import ImageDataset
 TRAIN = "train"
 EVAL = "eval"
 
-_PICTURES_AT_A_TIME = 100_000
+_IMAGES_AT_A_TIME = 100_000
 """Bounds the memory of what is computed on the way; the plan does not depend on it."""
 
 
@@ -33,8 +33,8 @@ _PICTURES_AT_A_TIME = 100_000
 class Crop:
     """Geometry of one crop, in pixels.
 
-    `original_*` is the upright picture as it lies on disk. `source_*` is what the dataset's `maximum_image_size` makes of it. It is
-    resized to `resized_*`, and the window of `bucket_*` is cut at (`crop_top`, `crop_left`) of that. A `flipped` picture is mirrored
+    `original_*` is the upright image as it lies on disk. `source_*` is what the dataset's `maximum_image_size` makes of it. It is
+    resized to `resized_*`, and the window of `bucket_*` is cut at (`crop_top`, `crop_left`) of that. A `flipped` image is mirrored
     left to right before all this, so `crop_left` counts from what was its right edge.
     """
 
@@ -62,20 +62,20 @@ def plan_crops(
     is_eval: bool,
     faces: pd.DataFrame | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The crops of a scanned dataset and the pictures its filters left out: (rows, dropped).
+    """The crops of a scanned dataset and the images its filters left out: (rows, dropped).
 
     `scanned` is `scan_dataset`'s frame, of which the kept rows are planned. The rows have ROW_COLUMNS, in the order of `scanned`;
     `dropped` has the columns path and reason. Every row is `eval` when `is_eval`; else those of the keys `held_out` are
     (sdxl_pipeline.images.holdout). `faces` is `find_faces`'s frame, for crop_style face.
 
-    A train picture has `crops_per_image` crops, drawn independently, less those that came out the same; with `random_flip` each of
-    them is followed by its mirror image. They are numbered from 0 by `crop_index`. An eval picture has one, as it is, so that it is
+    A train image has `crops_per_image` crops, drawn independently, less those that came out the same; with `random_flip` each of
+    them is followed by its mirror image. They are numbered from 0 by `crop_index`. An eval image has one, as it is, so that it is
     measured once and on itself.
     """
     kept = scanned.loc[scanned["status"] == "kept", ["path", "key", "height", "width"]]
     parts = [
-        _plan(dataset, kept.iloc[start : start + _PICTURES_AT_A_TIME], seed, held_out, is_eval, faces)
-        for start in range(0, max(len(kept), 1), _PICTURES_AT_A_TIME)
+        _plan(dataset, kept.iloc[start : start + _IMAGES_AT_A_TIME], seed, held_out, is_eval, faces)
+        for start in range(0, max(len(kept), 1), _IMAGES_AT_A_TIME)
     ]
     rows, dropped = (pd.concat(frames, ignore_index=True) for frames in zip(*parts, strict=True))
     return rows, dropped
@@ -84,23 +84,23 @@ def plan_crops(
 def plan_crop(
     dataset: ImageDataset, height: int, width: int, key: str, seed: int, crop_index: int = 0
 ) -> Crop:
-    """One crop of one picture of `height` x `width` pixels whose content has the digest `key`, not mirrored; filters aside."""
+    """One crop of one image of `height` x `width` pixels whose content has the digest `key`, not mirrored; filters aside."""
     cut = _cut(dataset, np.array([height]), np.array([width]), [key], np.array([crop_index]), seed, None)
     return Crop(**{name: int(values[0]) for name, values in cut.items()}, flipped=False)
 
 
 def fresh_place(style: str, slack_h: int, slack_w: int, seed: int, key: str, draw: str) -> tuple[int, int]:
-    """(top, left) of a window that may be moved by `slack_h` and `slack_w` pixels within its resized picture.
+    """(top, left) of a window that may be moved by `slack_h` and `slack_w` pixels within its resized image.
 
-    `draw` tells draws of one picture apart: their number in the plan, anything else for crops drawn anew. Equal arguments give
+    `draw` tells draws of one image apart: their number in the plan, anything else for crops drawn anew. Equal arguments give
     equal places on every machine. `face` has no place to draw; it keeps the one that was planned. Raises ValueError for it.
     """
     top, left = _places(style, np.array([slack_h]), np.array([slack_w]), [key], [draw], seed)
     return int(top[0]), int(left[0])
 
 
-def pictures_per_bucket(rows: pd.DataFrame) -> pd.Series:
-    """How many train pictures have a crop in each bucket, by (bucket_h, bucket_w)."""
+def images_per_bucket(rows: pd.DataFrame) -> pd.Series:
+    """How many train images have a crop in each bucket, by (bucket_h, bucket_w)."""
     train = rows[rows["split"] == TRAIN]
     if (train["crop_index"] > 0).any():
         train = train.drop_duplicates(["path", "bucket_h", "bucket_w"])
@@ -115,7 +115,7 @@ def _plan(
     is_eval: bool,
     faces: pd.DataFrame | None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`plan_crops` of some pictures."""
+    """`plan_crops` of some images."""
     reasons = filter_reasons(dataset, kept["height"].to_numpy(), kept["width"].to_numpy())
     left_out = reasons != ""
     dropped = pd.DataFrame({"path": kept["path"][left_out], "reason": reasons[left_out]}, dtype="str")
@@ -124,37 +124,37 @@ def _plan(
     measured = np.full(len(kept), True) if is_eval else kept["key"].isin(list(held_out)).to_numpy()
     centres = None if faces is None else _face_centres(kept["key"], faces)
 
-    # a row per crop: which picture it is of, and its number among that one's draws
-    picture = np.repeat(np.arange(len(kept)), np.where(measured, 1, dataset.crops_per_image))
-    draw = _numbered(picture)
+    # a row per crop: which image it is of, and its number among that one's draws
+    image = np.repeat(np.arange(len(kept)), np.where(measured, 1, dataset.crops_per_image))
+    draw = _numbered(image)
     cut = _cut(
         dataset,
-        kept["height"].to_numpy()[picture],
-        kept["width"].to_numpy()[picture],
-        [keys[index] for index in picture.tolist()],
+        kept["height"].to_numpy()[image],
+        kept["width"].to_numpy()[image],
+        [keys[index] for index in image.tolist()],
         draw,
         seed,
-        None if centres is None else centres[picture],
+        None if centres is None else centres[image],
     )
     if dataset.crops_per_image > 1:
         place = {name: cut[name] for name in ("bucket_h", "bucket_w", "crop_top", "crop_left")}
-        first = np.flatnonzero(~pd.DataFrame({"picture": picture} | place).duplicated())
-        picture, draw, cut = picture[first], draw[first], _taken(cut, first)
-    flipped = np.full(len(picture), False)
+        first = np.flatnonzero(~pd.DataFrame({"image": image} | place).duplicated())
+        image, draw, cut = image[first], draw[first], _taken(cut, first)
+    flipped = np.full(len(image), False)
     if dataset.random_flip:
-        crop = np.repeat(np.arange(len(picture)), np.where(measured[picture], 1, 2))
-        picture, draw, cut = picture[crop], draw[crop], _taken(cut, crop)
+        crop = np.repeat(np.arange(len(image)), np.where(measured[image], 1, 2))
+        image, draw, cut = image[crop], draw[crop], _taken(cut, crop)
         flipped = _numbered(crop) == 1
         from_the_right = cut["resized_w"] - cut["bucket_w"] - cut["crop_left"]
         cut["crop_left"] = np.where(flipped, from_the_right, cut["crop_left"])
     rows = pd.DataFrame(
         {
-            "path": kept["path"].array.take(picture),
-            "key": kept["key"].array.take(picture),
-            "crop_index": _numbered(picture),
+            "path": kept["path"].array.take(image),
+            "key": kept["key"].array.take(image),
+            "crop_index": _numbered(image),
             **cut,
             "flipped": flipped,
-            "split": pd.array(np.where(measured, EVAL, TRAIN), dtype="str").take(picture),
+            "split": pd.array(np.where(measured, EVAL, TRAIN), dtype="str").take(image),
         },
         columns=list(ROW_COLUMNS),
     )
@@ -172,7 +172,7 @@ def _cut(
 ) -> dict[str, np.ndarray]:
     """The fields of Crop but `flipped`, an element for each of N draws; `centres` are those of faces, (N, 2), NaN where there is none.
 
-    A picture is resized, its aspect kept, to the smallest size that covers its bucket. Where crops are taken and the dataset has a
+    An image is resized, its aspect kept, to the smallest size that covers its bucket. Where crops are taken and the dataset has a
     `maximum_image_size`, it is instead cut from its own or its downsampled size, if that covers the bucket.
     """
     heights, widths = heights.astype(np.int64), widths.astype(np.int64)
@@ -234,7 +234,7 @@ def _around(centres: np.ndarray, lengths: np.ndarray, slack: np.ndarray) -> np.n
 
 
 def _face_centres(keys: pd.Series, faces: pd.DataFrame) -> np.ndarray:
-    """(y, x) of the middle of each picture's face, in its own pixels; NaN where it has none."""
+    """(y, x) of the middle of each image's face, in its own pixels; NaN where it has none."""
     known = faces.drop_duplicates("key").set_index("key").reindex(keys)
     centres = [known["top"] + known["height"] / 2, known["left"] + known["width"] / 2]
     return np.where(known["height"].to_numpy()[:, None] > 0, np.stack(centres, axis=1), np.nan)

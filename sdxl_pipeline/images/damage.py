@@ -1,4 +1,4 @@
-"""Damage in the middle of a picture's data, which Pillow glosses over.
+"""Damage in the middle of an image's data, which Pillow glosses over.
 
 Pillow raises at missing data, and at little else: a JPEG with a hole of zeros in it, as a failing disk or a broken copy leaves behind,
 becomes without complaint an image that is grey or shifted from there on. libjpeg notices, and warns; `simplejpeg` hands that warning
@@ -25,11 +25,11 @@ _JPEG_DAMAGE = re.compile(
 def decode_jpeg_small(data: bytes, smallest_edge: int) -> np.ndarray | str | None:
     """A JPEG's pixels, uint8 (H, W, 3) in its own RGB, as few as its coding allows with no edge below `smallest_edge` or its own.
 
-    The whole of the coded data is read for it. A text is the reason why the picture cannot be used; None says that libjpeg-turbo
+    The whole of the coded data is read for it. A text is the reason why the image cannot be used; None says that libjpeg-turbo
     cannot give it so, which another decoder may.
 
     About every hole of zeros is found, nine of ten exchanged sectors, and one of three flipped bits: decoding often falls into step
-    again, and then only some blocks are wrong. Some cameras and programs leave a few bytes over at the end of sound pictures: up
+    again, and then only some blocks are wrong. Some cameras and programs leave a few bytes over at the end of sound images: up
     to 16 are taken for padding. Other warnings of libjpeg say nothing about the pixels.
     """
     import simplejpeg

@@ -90,7 +90,7 @@ class UnreadableImage(Exception):  # noqa: N818 - names the state of the file, n
 
 
 @dataclass(frozen=True)
-class PictureHeader:
+class ImageHeader:
     """What is known of an image without decoding it. Sizes in pixels, after the EXIF orientation."""
 
     height: int
@@ -124,14 +124,14 @@ def unexpected_as_unreadable() -> Iterator[None]:
 
 
 @unexpected_as_unreadable()
-def read_header(data: bytes | BinaryIO) -> PictureHeader:
+def read_header(data: bytes | BinaryIO) -> ImageHeader:
     """Return size and format of the image in `data`, after checking that the file is complete.
 
     The container's structure is checked, which costs next to nothing; only when that looks incomplete, or has none to check, is
     the first frame decoded. That is also done when `data` is an open file, which is for those too large to hold in memory.
     Raises UnreadableImage.
     """
-    with open_picture(data) as image:
+    with open_image(data) as image:
         name = _format_name(image)
         if not isinstance(data, bytes) or not _looks_complete(data, name):
             with pixel_memory(image):
@@ -139,10 +139,10 @@ def read_header(data: bytes | BinaryIO) -> PictureHeader:
                 height, width = _upright_size(image, data)
         else:
             height, width = _upright_size(image, data)
-    return PictureHeader(height, width, name)
+    return ImageHeader(height, width, name)
 
 
-def open_picture(data: bytes | BinaryIO) -> ImageFile.ImageFile:
+def open_image(data: bytes | BinaryIO) -> ImageFile.ImageFile:
     """Return the image in `data` (bytes or an open file) at its first frame, its pixels not decoded yet.
 
     Raises UnreadableImage for what is no image of a format of FORMATS, and for one of more than MAX_PIXELS.

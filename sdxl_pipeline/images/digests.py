@@ -1,4 +1,4 @@
-r"""Content digests of the frames, for data versions: equal pictures and captions give equal digests, whatever the files are called.
+r"""Content digests of the frames, for data versions: equal images and captions give equal digests, whatever the files are called.
 
 The canonical form, over which the SHA-256 is taken: the rows sorted by their columns in the order given here, strings by their UTF-8
 bytes; then column by column its name and a zero byte, followed for integers (and truth values as 0 and 1) by the values as
@@ -20,9 +20,9 @@ _PLAN_COLUMNS = tuple(column for column in ROW_COLUMNS if column != "path")
 
 
 def dataset_digest(scanned: pd.DataFrame) -> str:
-    """Hex digest of what a scanned dataset trains on: the content, size and captions of each kept picture, in any order.
+    """Hex digest of what a scanned dataset trains on: the content, size and captions of each kept image, in any order.
 
-    Names and times are left out, and so are files that were dropped: renaming a picture, or a stray file beside it, makes nothing
+    Names and times are left out, and so are files that were dropped: renaming an image, or a stray file beside it, makes nothing
     stale, unless the name is its caption.
     """
     return frame_digest(scanned[scanned["status"] == "kept"], _DATASET_COLUMNS)

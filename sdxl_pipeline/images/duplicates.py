@@ -1,10 +1,10 @@
-"""Pictures that stand in a dataset more than once: byte for byte, or nearly so to the eye.
+"""Images that stand in a dataset more than once: byte for byte, or nearly so to the eye.
 
-Two pictures look alike when their perceptual hashes (sdxl_pipeline.images.looks) differ in at most MAX_DISTANCE of 64 bits, and the
+Two images look alike when their perceptual hashes (sdxl_pipeline.images.looks) differ in at most MAX_DISTANCE of 64 bits, and the
 colours of their 4 x 4 parts by at most MAX_COLOUR_DISTANCE. Half of a hash's bits are set by construction, so distances are even. On the
 photographs of scikit-image, resizing gives distances up to 2, JPEG of quality 30 up to 4, brightness x 0.6 up to 4, trimming 2 % off
 mostly up to 6 and 4 % mostly up to 8; different photographs, and different quarters of one, begin at 18. The colours of such copies are
-up to 19 apart; those of one drawing with a thin ring in two colours at least 23, mostly 40 and more. Mirrored pictures are not found, nor
+up to 19 apart; those of one drawing with a thin ring in two colours at least 23, mostly 40 and more. Mirrored images are not found, nor
 those made grey, nor crops of a tenth and more.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 MAX_DISTANCE = 8
-"""Bits in which two hashes of look-alikes may differ. Of a million unrelated pictures, some hundred pairs have such hashes by chance."""
+"""Bits in which two hashes of look-alikes may differ. Of a million unrelated images, some hundred pairs have such hashes by chance."""
 MAX_COLOUR_DISTANCE = 21
 """How far the colours of look-alikes may be apart, of 255."""
 MAX_PAIRS = 2_000_000
@@ -26,27 +26,29 @@ MAX_CANDIDATES = 1 << 32
 """Comparisons after which it ends: a minute or so."""
 
 _LOOK_BYTES = 40
-_FEATURES = 16  # a hash with fewer bits set is of a flat or evenly shaded picture: its bits are mostly rounding errors
+_FEATURES = (
+    16  # a hash with fewer bits set is of a flat or evenly shaded image: its bits are mostly rounding errors
+)
 _BANDS = ((0, 21), (21, 21), (42, 22))  # (first bit, bits)
 _ALL_AT_ONCE = 1 << 26
 _CANDIDATES_AT_ONCE = 1 << 22
 
 
 class Looks(NamedTuple):
-    """What pictures look like: `hashes` uint64 (N,), `colours` uint8 (N, 32)."""
+    """What images look like: `hashes` uint64 (N,), `colours` uint8 (N, 32)."""
 
     hashes: np.ndarray
     colours: np.ndarray
 
     @property
     def have_features(self) -> np.ndarray:
-        """Which hashes say something of their picture: bool (N,)."""
+        """Which hashes say something of their image: bool (N,)."""
         return np.bitwise_count(self.hashes) >= _FEATURES
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of pictures that look alike: indices into both lists, and in how many bits their hashes differ."""
+    """Pairs of images that look alike: indices into both lists, and in how many bits their hashes differ."""
 
     first: np.ndarray
     second: np.ndarray
@@ -57,7 +59,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Group:
-    """Pictures that look alike, by path, and the largest distance between neighbours among them."""
+    """Images that look alike, by path, and the largest distance between neighbours among them."""
 
     paths: tuple[str, ...]
     distance: int
@@ -72,14 +74,14 @@ class LookAlikes:
     alike: tuple[Group, ...]
     """Groups of different files that look alike, largest first; of files with the same bytes only the first is named."""
     featureless: int
-    """Pictures that could not be compared: they are flat, or evenly shaded."""
+    """Images that could not be compared: they are flat, or evenly shaded."""
     complete: bool
     """False when there are more than could be listed."""
 
 
 @dataclass(frozen=True)
 class Leak:
-    """An evaluation picture that is also trained on."""
+    """An evaluation image that is also trained on."""
 
     eval_path: str
     train_path: str
@@ -89,28 +91,28 @@ class Leak:
 
 
 def find_look_alikes(frame: pd.DataFrame) -> LookAlikes:
-    """What of a scan's kept pictures is there more than once. `frame` has the columns path, key, phash and status."""
+    """What of a scan's kept images is there more than once. `frame` has the columns path, key, phash and status."""
     kept = frame[frame["status"] == "kept"].sort_values("path", kind="stable")
     same = tuple(
         tuple(paths.tolist())
         for _, paths in kept[kept["key"].duplicated(keep=False)].groupby("key", sort=False)["path"]
     )
-    pictures = kept.drop_duplicates("key")
-    pictures = pictures[pictures["phash"] != ""]
-    which, distinct = pd.factorize(pictures["phash"])  # so that equal looks, however many, cost nothing
+    images = kept.drop_duplicates("key")
+    images = images[images["phash"] != ""]
+    which, distinct = pd.factorize(images["phash"])  # so that equal looks, however many, cost nothing
     looks = looks_of(distinct)
     told = looks.have_features
     pairs = near_pairs(Looks(looks.hashes[told], looks.colours[told]))
     compared = told[which]
     number = np.cumsum(told) - 1  # of each distinct look, among those that are compared
-    groups = _groups(pictures["path"].to_numpy()[compared], number[which[compared]], pairs)
+    groups = _groups(images["path"].to_numpy()[compared], number[which[compared]], pairs)
     return LookAlikes(same, groups, int((~compared).sum()), pairs.complete)
 
 
 def find_leaks(train: pd.DataFrame, evaluation: pd.DataFrame) -> tuple[list[Leak], bool]:
-    """Evaluation pictures that are trained on too, each with the training picture most like it; and whether all were found.
+    """Evaluation images that are trained on too, each with the training image most like it; and whether all were found.
 
-    Both frames have the columns path, key and phash, the latter empty where a picture was not looked at: such a one is only
+    Both frames have the columns path, key and phash, the latter empty where an image was not looked at: such a one is only
     compared by its bytes. Leaks are in the order of `evaluation`.
     """
     train = train.sort_values("path", kind="stable").drop_duplicates("key")
@@ -241,7 +243,7 @@ def _expand(
 
 
 def _groups(paths: np.ndarray, which: np.ndarray, pairs: Pairs) -> tuple[Group, ...]:
-    """Pictures joined by pairs, or by having the same hash; `which` gives each picture's hash among the paired ones."""
+    """Images joined by pairs, or by having the same hash; `which` gives each image's hash among the paired ones."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -254,13 +256,13 @@ def _groups(paths: np.ndarray, which: np.ndarray, pairs: Pairs) -> tuple[Group, 
     _, component = connected_components(graph, directed=False)
     farthest = np.zeros(count, dtype=np.int64)
     np.maximum.at(farthest, component[pairs.first], pairs.distance)
-    of_picture = component[which]
-    sizes = np.bincount(of_picture)
-    members = np.flatnonzero(sizes[of_picture] > 1)
-    members = members[np.argsort(of_picture[members], kind="stable")]
-    edges = np.flatnonzero(np.diff(of_picture[members])) + 1
+    of_image = component[which]
+    sizes = np.bincount(of_image)
+    members = np.flatnonzero(sizes[of_image] > 1)
+    members = members[np.argsort(of_image[members], kind="stable")]
+    edges = np.flatnonzero(np.diff(of_image[members])) + 1
     groups = [
-        Group(tuple(paths[part].tolist()), int(farthest[of_picture[part[0]]]))
+        Group(tuple(paths[part].tolist()), int(farthest[of_image[part[0]]]))
         for part in np.split(members, edges)
         if len(part)
     ]

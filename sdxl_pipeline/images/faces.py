@@ -2,7 +2,7 @@
 
 It finds upright faces that look towards the camera, and misses profiles. Of the cascades in the wheel this one took the fewest other
 things for faces: none where SimpleTuner's choice, `default`, took the wrong thing for the largest face at 7 of 48 sizes of one
-photograph. What is found is kept in a table by the pictures' content, so each picture is searched once in its life.
+photograph. What is found is kept in a table by the images' content, so each image is searched once in its life.
 """
 
 import os
@@ -30,9 +30,7 @@ SAVE_SECONDS = 30.0
 """How often the table is written: a kill loses no more work than this."""
 
 _CASCADE = "haarcascade_frontalface_alt.xml"
-_LONGEST_EDGE = (
-    1024  # pictures are searched at this size: a face below 1/20 of the picture is not what it shows
-)
+_LONGEST_EDGE = 1024  # images are searched at this size: a face below 1/20 of the image is not what it shows
 _SMALLEST_FACE = 48  # pixels at that size
 _NO_FACE = (0, 0, 0, 0)
 _BATCH = 256
@@ -62,11 +60,11 @@ def find_faces(
     table: Path,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame:
-    """The largest face of each picture: a row of FACE_COLUMNS per content, in pixels of the upright picture; all 0 where there is none.
+    """The largest face of each image: a row of FACE_COLUMNS per content, in pixels of the upright image; all 0 where there is none.
 
-    `kept` is a scan's frame of pictures in `folder`. `table` is the Parquet file of what was found before, whose pictures are not
-    read again; it is written by rename, every half minute. `on_progress(done, total)` counts the pictures that have to be searched.
-    A picture that is unreadable or changed by now has no face, and is searched again the next time.
+    `kept` is a scan's frame of images in `folder`. `table` is the Parquet file of what was found before, whose images are not
+    read again; it is written by rename, every half minute. `on_progress(done, total)` counts the images that have to be searched.
+    An image that is unreadable or changed by now has no face, and is searched again the next time.
     """
     known = _read_table(table)
     wanted = kept[["key", "path"]].drop_duplicates("key")
@@ -93,14 +91,14 @@ def find_faces(
     return pd.concat(frames, ignore_index=True)
 
 
-def largest_face(picture: Image.Image) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of the largest face in an upright picture of mode RGB, in its pixels; zeros for none."""
-    width = picture.width
-    picture = picture.copy()
-    picture.thumbnail((_LONGEST_EDGE, _LONGEST_EDGE))
-    scale = width / picture.width
+def largest_face(image: Image.Image) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of the largest face in an upright image of mode RGB, in its pixels; zeros for none."""
+    width = image.width
+    image = image.copy()
+    image.thumbnail((_LONGEST_EDGE, _LONGEST_EDGE))
+    scale = width / image.width
     found = _cascade().detectMultiScale(
-        np.asarray(picture.convert("L")), 1.1, 4, minSize=(_SMALLEST_FACE, _SMALLEST_FACE)
+        np.asarray(image.convert("L")), 1.1, 4, minSize=(_SMALLEST_FACE, _SMALLEST_FACE)
     )
     # of two equally large ones the upper left, whatever order they were found in
     boxes = sorted((-w * h, y, x, h, w) for x, y, w, h in np.asarray(found).reshape(-1, 4).tolist())
@@ -111,7 +109,7 @@ def largest_face(picture: Image.Image) -> tuple[int, int, int, int]:
 
 
 def _search(path: Path, key: str) -> tuple[int, int, int, int] | None:
-    """The largest face in a file, or None when it no longer is the picture that was scanned."""
+    """The largest face in a file, or None when it no longer is the image that was scanned."""
     try:
         with unexpected_as_unreadable():
             # what is found in an edited image must not be kept under the old one's key

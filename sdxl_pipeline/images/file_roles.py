@@ -1,4 +1,4 @@
-"""What each file of a folder is by its name: a picture, the caption file of one, or something that is left out, and why."""
+"""What each file of a folder is by its name: an image, the caption file of one, or something that is left out, and why."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -15,39 +15,39 @@ SHADOWED = "caption file is not read beside one with the extension"
 class FileRoles:
     """The roles of the files of a listing, by their position in it."""
 
-    pictures: list[int]
+    images: list[int]
     caption_files: dict[int, int]
-    """Caption file of each picture that has one."""
+    """Caption file of each image that has one."""
     companions: frozenset[int]
-    """Caption files that belong to a picture, be it one that is left out."""
+    """Caption files that belong to an image, be it one that is left out."""
     left_out: dict[int, str]
-    """Why, of every file that is neither a picture nor a companion."""
+    """Why, of every file that is neither an image nor a companion."""
 
 
 def file_roles(paths: Sequence[str], problems: Sequence[str], table: str | None = None) -> FileRoles:
     """The roles of the files at `paths`, relative and sorted; `problems` says what is wrong with one as a file.
 
-    A caption file has the name of its picture, but for the extension, .txt or .caption, whose case does not matter. Where there are
-    several, .txt goes before .TXT, and both go before .caption; the others are left out. The case of the name itself does, since A.jpg and a.jpg may be two pictures. One that differs only in how its
-    accents are encoded (Unicode's normal forms) is the picture's, unless another one fits exactly. Pictures that differ only in
+    A caption file has the name of its image, but for the extension, .txt or .caption, whose case does not matter. Where there are
+    several, .txt goes before .TXT, and both go before .caption; the others are left out. The case of the name itself does, since A.jpg and a.jpg may be two images. One that differs only in how its
+    accents are encoded (Unicode's normal forms) is the image's, unless another one fits exactly. Images that differ only in
     their extension share it. `table` is the path of a caption table, which is left out under that name.
     """
-    pictures: list[int] = []
+    images: list[int] = []
     stems: dict[int, str] = {}
     texts: dict[str, int] = {}
     left_out: dict[int, str] = {}
-    owners: set[str] = set()  # a caption belongs to its picture even when that picture is left out
+    owners: set[str] = set()  # a caption belongs to its image even when that image is left out
     for position, path in enumerate(paths):
         stem, suffix = split_suffix(path)
-        is_picture = suffix in IMAGE_SUFFIXES
-        if is_picture or suffix in OTHER_SUFFIXES:
+        is_image = suffix in IMAGE_SUFFIXES
+        if is_image or suffix in OTHER_SUFFIXES:
             owners.add(stem)
         if problems[position]:
             left_out[position] = problems[position]
         elif path[0] == "." or "/." in path:
             left_out[position] = "hidden file"
-        elif is_picture:
-            pictures.append(position)
+        elif is_image:
+            images.append(position)
             stems[position] = stem
         elif suffix in CAPTION_SUFFIXES:
             read, other = sorted((position, texts.get(stem, position)), key=lambda at: _precedence(paths[at]))
@@ -71,12 +71,12 @@ def file_roles(paths: Sequence[str], problems: Sequence[str], table: str | None 
     if orphans:
         folded = {stem.casefold() for stem in owners}
         for stem, position in orphans.items():
-            hint = "; a picture's name differs in case only" if stem.casefold() in folded else ""
-            left_out[position] = "caption without picture" + hint
+            hint = "; an image's name differs in case only" if stem.casefold() in folded else ""
+            left_out[position] = "caption without image" + hint
     caption_files = {
-        position: found for position in pictures if (found := caption_of(stems[position])) is not None
+        position: found for position in images if (found := caption_of(stems[position])) is not None
     }
-    return FileRoles(pictures, caption_files, companions, left_out)
+    return FileRoles(images, caption_files, companions, left_out)
 
 
 def split_suffix(path: str) -> tuple[str, str]:

@@ -41,21 +41,21 @@ def folder_fingerprint(folder: Path) -> str:
 def dataset_fingerprint(dataset: ImageDataset) -> str:
     """State of everything on this machine that a dataset is read from: its folder or list, its caption table, its filter list.
 
-    "not watched" for the pictures of one that lies elsewhere, and of one whose files `skip_file_discovery` says are not to be looked
+    "not watched" for the images of one that lies elsewhere, and of one whose files `skip_file_discovery` says are not to be looked
     at. No secret of the dataset goes in.
     """
     if dataset.skipped_stages & {"metadata", "aspect"}:
         return "not watched"
-    pictures, beside = "not watched", [dataset.caption_filter_list, dataset.csv_file]
+    images, beside = "not watched", [dataset.caption_filter_list, dataset.csv_file]
     if dataset.type == "local" and dataset.instance_data_dir is not None:
-        pictures = folder_fingerprint(dataset.instance_data_dir)
+        images = folder_fingerprint(dataset.instance_data_dir)
         beside = [dataset.caption_filter_list, table_path(dataset, dataset.instance_data_dir)]
     states = [_state(path) for path in beside if isinstance(path, Path)]
-    return digest_json([pictures, states]) if states else pictures
+    return digest_json([images, states]) if states else images
 
 
 def lies_elsewhere(project: Project) -> bool:
-    """Whether the project has pictures whose changes cannot be seen from this machine. One pinned commit never changes."""
+    """Whether the project has images whose changes cannot be seen from this machine. One pinned commit never changes."""
     return any(
         dataset.type != "local"
         and not (dataset.type == "huggingface" and re.fullmatch("[0-9a-f]{40}", dataset.revision or ""))

@@ -47,7 +47,7 @@ def folder_notes(dataset: ImageDataset, paths: Sequence[str], roles: FileRoles) 
             files = "1 caption file is" if len(shadowed) == 1 else f"{len(shadowed)} caption files are"
             yield f"{files} not read, such as {shadowed[0]}: another one of the same image goes before (.txt, then .caption)."
     if dataset.type == "local" and dataset.dataset_type == "image":
-        yield from _kohya_notes(dataset, [paths[position] for position in roles.pictures])
+        yield from _kohya_notes(dataset, [paths[position] for position in roles.images])
 
 
 def local_notes(dataset: ImageDataset) -> list[str]:
@@ -67,7 +67,7 @@ def local_notes(dataset: ImageDataset) -> list[str]:
         roles = file_roles(paths, files["problem"].tolist())
         notes += folder_notes(dataset, paths, roles)
         if table_path(dataset, folder) is not None:
-            images = [paths[position] for position in roles.pictures]
+            images = [paths[position] for position in roles.images]
             captions_from_table(dataset, folder, images, paths, notes.append)
     except (CaptionError, SourceError) as error:
         notes.append(str(error))

@@ -1,6 +1,6 @@
-"""Every picture decoded once, before anything is encoded: are its pixels sound, and what does it look like.
+"""Every image decoded once, before anything is encoded: are its pixels sound, and what does it look like.
 
-What was found is kept in a table by the content of the pictures, so a picture is looked at once in its life, under whatever name.
+What was found is kept in a table by the content of the images, so an image is looked at once in its life, under whatever name.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from sdxl_pipeline.images.damage import decode_jpeg_small, png_damage
 from sdxl_pipeline.images.decoding import (
     UnreadableImage,
     decode,
-    open_picture,
+    open_image,
     unexpected_as_unreadable,
     upright,
 )
@@ -31,10 +31,10 @@ CHANGED = "changed while the dataset was scanned; materialize the dataset again"
 SAVE_SECONDS = 30.0
 """How often the table is written: a kill loses no more work than this."""
 
-_VERSION_ENTRY, _VERSION = b"looks_version", b"2"  # raise it when what is found in a picture changes
+_VERSION_ENTRY, _VERSION = b"looks_version", b"2"  # raise it when what is found in an image changes
 _BATCH = 1024
 _SMALLEST_EDGE = 128
-_GRID = 4  # parts across and down that a picture's colours are taken of
+_GRID = 4  # parts across and down that an image's colours are taken of
 _FILE_BYTES_AT_ONCE = 1 << 30
 
 
@@ -48,16 +48,16 @@ class _Look:
 def look_at(
     folder: Path, frame: pd.DataFrame, table: Path, on_progress: Callable[[int, int], None] | None = None
 ) -> pd.DataFrame:
-    """A scan's frame with `phash` filled in for its kept pictures, and those whose pixels are damaged dropped with a reason.
+    """A scan's frame with `phash` filled in for its kept images, and those whose pixels are damaged dropped with a reason.
 
-    `phash` is 80 hex digits. The first 16 are the 64-bit perceptual hash of the upright picture, transparency over white: the signs
+    `phash` is 80 hex digits. The first 16 are the 64-bit perceptual hash of the upright image, transparency over white: the signs
     of its lowest frequencies (imagehash.phash), which know no colour. The others are its colours: the excess of red over green in
     each of 4 x 4 parts, then that of blue over green, a byte each. A JPEG is decoded at a fraction of its size, though its coded data
     is read to the end.
 
-    `table` is the Parquet file (key, phash, problem) of what was found before; pictures it has are not read. It is written by
+    `table` is the Parquet file (key, phash, problem) of what was found before; images it has are not read. It is written by
     rename, every half minute. A file that is gone or changed since it was scanned is dropped, and not remembered.
-    `on_progress(done, total)` counts the pictures that have to be looked at. No more than a few are in memory at a time.
+    `on_progress(done, total)` counts the images that have to be looked at. No more than a few are in memory at a time.
     """
     known = _read_table(table)
     kept = (frame["status"] == "kept").to_numpy()
@@ -80,7 +80,7 @@ def _look_at_all(
     known: pd.DataFrame,
     on_progress: Callable[[int, int], None] | None,
 ) -> dict[str, _Look]:
-    """What pictures look like by key; what lasts of it is added to the table."""
+    """What images look like by key; what lasts of it is added to the table."""
     import imagehash  # noqa: F401 - imported before the threads that need it
 
     found: dict[str, _Look] = {}
@@ -124,7 +124,7 @@ def _look_at_one(folder: Path, key: str, paths: list[str], budget: Budget) -> _L
 
 def _look(data: bytes) -> str:
     """Return the hash of the image in `data`. Raises UnreadableImage naming what is wrong with it."""
-    with open_picture(data) as image:
+    with open_image(data) as image:
         if image.format in ("JPEG", "MPO"):
             pixels = decode_jpeg_small(data, _SMALLEST_EDGE)
             if isinstance(pixels, str):
@@ -144,23 +144,23 @@ def _look(data: bytes) -> str:
 
 
 def look_of(image: Image.Image) -> str:
-    """What a decoded picture looks like, as `look_at` writes it into `phash`."""
+    """What a decoded image looks like, as `look_at` writes it into `phash`."""
     import imagehash
 
     seen = to_eight_bits(upright(image))
     if min(seen.size) > _SMALLEST_EDGE:  # what could not be shrunk before it was of 8 bits
         seen = seen.reduce(min(seen.size) // _SMALLEST_EDGE)
-    picture = to_srgb(seen, image.info.get("icc_profile"))
+    srgb = to_srgb(seen, image.info.get("icc_profile"))
     red, green, blue = np.moveaxis(
-        np.asarray(picture.resize((_GRID, _GRID), Image.Resampling.BOX)).astype(np.float64), 2, 0
+        np.asarray(srgb.resize((_GRID, _GRID), Image.Resampling.BOX)).astype(np.float64), 2, 0
     )
     # independent of brightness, but for what is nearly black
     colours = np.stack((red - green, blue - green)) / (red + green + blue + 192.0)
-    return str(imagehash.phash(picture)) + np.rint(colours * 200 + 128).astype(np.uint8).tobytes().hex()
+    return str(imagehash.phash(srgb)) + np.rint(colours * 200 + 128).astype(np.uint8).tobytes().hex()
 
 
 def _shrunk(image: Image.Image) -> Image.Image:
-    """A decoded picture at a fraction of its size, where that can be had without converting it first."""
+    """A decoded image at a fraction of its size, where that can be had without converting it first."""
     factor = min(image.size) // _SMALLEST_EDGE
     plain = image.mode in ("LA", "RGBA", "CMYK") or (
         image.mode in ("L", "RGB") and not image.has_transparency_data

@@ -1,6 +1,6 @@
-"""Masks: which picture each belongs to, and what a crop of one is worth at each place of the latents.
+"""Masks: which image each belongs to, and what a crop of one is worth at each place of the latents.
 
-A mask is a picture of the same shape as its own, at any scale: white is learned, black is ignored. It is drawn on the upright picture,
+A mask is an image of the same shape as its own, at any scale: white is learned, black is ignored. It is drawn on the upright image,
 as every viewer shows it.
 """
 
@@ -27,24 +27,24 @@ LATENT_SCALE: Final = 8
 """Pixels across a place of the latents, SDXL's VAE being f8."""
 
 NO_MASK: Final = "no mask"
-SEVERAL_MASKS: Final = "several masks, none of which has the picture's own extension"
-OTHER_SHAPE: Final = "the mask has another shape; it must be drawn on the upright picture (EXIF orientation)"
-OTHER_MASK: Final = "a copy of the same picture has another mask, or none"
-NO_PICTURE: Final = "mask without picture"
+SEVERAL_MASKS: Final = "several masks, none of which has the image's own extension"
+OTHER_SHAPE: Final = "the mask has another shape; it must be drawn on the upright image (EXIF orientation)"
+OTHER_MASK: Final = "a copy of the same image has another mask, or none"
+NO_IMAGE: Final = "mask without image"
 
 _PAIR_COLUMNS = ("path", "key", "mask_path", "mask_key")
 
 
 @dataclass(frozen=True)
 class MaskPairs:
-    """The masks of a scanned dataset's kept pictures."""
+    """The masks of a scanned dataset's kept images."""
 
     pairs: pd.DataFrame
-    """A row per picture that has a mask: path and key of the picture, mask_path and mask_key of the mask (keys as a scan's)."""
+    """A row per image that has a mask: path and key of the image, mask_path and mask_key of the mask (keys as a scan's)."""
     without: pd.DataFrame
-    """path and reason of every kept picture that has none."""
+    """path and reason of every kept image that has none."""
     unused: pd.DataFrame
-    """path and reason of every mask that is no kept picture's."""
+    """path and reason of every mask that is no kept image's."""
 
     @property
     def refused(self) -> pd.DataFrame:
@@ -56,16 +56,14 @@ class MaskPairs:
         return frame_digest(self.pairs, ("key", "mask_key"))
 
 
-def pair_masks(pictures: pd.DataFrame, masks: pd.DataFrame) -> MaskPairs:
-    """Give each kept picture its mask, of the kept files of a scan of masks.
+def pair_masks(images: pd.DataFrame, masks: pd.DataFrame) -> MaskPairs:
+    """Give each kept image its mask, of the kept files of a scan of masks.
 
-    A mask has the path of its picture within its own folder, the extension aside: of several the one with the picture's extension, too.
-    Accents may be encoded either way (Unicode's normal forms). Its shape must be the picture's, up to the rounding of a smaller copy.
-    Copies of one picture under several names must have one mask, since they are told apart by nothing but their captions.
+    A mask has the path of its image within its own folder, the extension aside: of several the one with the image's extension, too.
+    Accents may be encoded either way (Unicode's normal forms). Its shape must be the image's, up to the rounding of a smaller copy.
+    Copies of one image under several names must have one mask, since they are told apart by nothing but their captions.
     """
-    kept = pictures.loc[pictures["status"] == "kept", ["path", "key", "height", "width"]].reset_index(
-        drop=True
-    )
+    kept = images.loc[images["status"] == "kept", ["path", "key", "height", "width"]].reset_index(drop=True)
     usable = masks[masks["status"] == "kept"].reset_index(drop=True)
     found = [_mask_of(path, candidates) for path, candidates in _candidates(kept, usable)]
     reasons = np.array([place if isinstance(place, str) else "" for place in found], dtype=object)
@@ -82,7 +80,7 @@ def pair_masks(pictures: pd.DataFrame, masks: pd.DataFrame) -> MaskPairs:
     reasons[paired] = wrong
     used = set(pairs["mask_path"])
     unused = masks.loc[(masks["status"] == "kept") & ~masks["path"].isin(used), ["path"]].assign(
-        reason=NO_PICTURE
+        reason=NO_IMAGE
     )
     dropped = masks.loc[masks["status"] != "kept", ["path", "reason"]]
     return MaskPairs(
@@ -96,7 +94,7 @@ def pair_masks(pictures: pd.DataFrame, masks: pd.DataFrame) -> MaskPairs:
 def mask_crop(mask: Path | bytes, crop: Crop, kind: MaskKind) -> np.ndarray:
     """What a crop of a mask is worth at each place of the latents, from 0 (ignored) to 1: float32, (bucket_h / 8, bucket_w / 8).
 
-    The crop is cut, resized and mirrored as `load_crop` does it with the picture; each value is the mean of its place's 8 x 8 pixels.
+    The crop is cut, resized and mirrored as `load_crop` does it with the image; each value is the mean of its place's 8 x 8 pixels.
     The resampling is bilinear, whose kernel has no negative lobes, so that no light falls on a black place from a white one further off
     than a pixel. Of kind `segmentation`, every place that is not black all over counts in full. Raises UnreadableImage.
     """
@@ -115,9 +113,9 @@ def mask_crop(mask: Path | bytes, crop: Crop, kind: MaskKind) -> np.ndarray:
 
 
 @unexpected_as_unreadable()
-def overlaid(picture: Path, mask: Path, kind: MaskKind, longest_edge: int = 448) -> Image.Image:
-    """The upright picture, with what its mask ignores darkened towards red. Raises UnreadableImage."""
-    shown = load_upright(picture, longest_edge)
+def overlaid(image: Path, mask: Path, kind: MaskKind, longest_edge: int = 448) -> Image.Image:
+    """The upright image, with what its mask ignores darkened towards red. Raises UnreadableImage."""
+    shown = load_upright(image, longest_edge)
     learned = _grey(mask, kind).resize(shown.size, Image.Resampling.BILINEAR)
     if kind == "segmentation":
         learned = learned.point(lambda value: 255 if value else 0)
@@ -137,16 +135,16 @@ def _grey(mask: Path | bytes, kind: MaskKind) -> Image.Image:
     return grey if alpha is None else ImageChops.multiply(grey, alpha)
 
 
-def _candidates(pictures: pd.DataFrame, masks: pd.DataFrame) -> list[tuple[str, Sequence[tuple[str, int]]]]:
-    """Per picture, its path and the masks of its stem: (path, position) each."""
+def _candidates(images: pd.DataFrame, masks: pd.DataFrame) -> list[tuple[str, Sequence[tuple[str, int]]]]:
+    """Per image, its path and the masks of its stem: (path, position) each."""
     by_stem: dict[str, list[tuple[str, int]]] = {}
     for position, path in enumerate(masks["path"].tolist()):
         by_stem.setdefault(_stem(path), []).append((_composed(path), position))
-    return [(_composed(path), by_stem.get(_stem(path), ())) for path in pictures["path"].tolist()]
+    return [(_composed(path), by_stem.get(_stem(path), ())) for path in images["path"].tolist()]
 
 
 def _mask_of(path: str, candidates: Sequence[tuple[str, int]]) -> int | str:
-    """The position of the picture's mask, or why it has none."""
+    """The position of the image's mask, or why it has none."""
     if not candidates:
         return NO_MASK
     same = [position for name, position in candidates if name == path]
@@ -156,7 +154,7 @@ def _mask_of(path: str, candidates: Sequence[tuple[str, int]]) -> int | str:
 
 
 def _same_shape(pairs: pd.DataFrame) -> Any:
-    """Whether some scale takes each picture to its mask, both edges to within a pixel."""
+    """Whether some scale takes each image to its mask, both edges to within a pixel."""
     skew = pairs["mask_height"] * pairs["width"] - pairs["mask_width"] * pairs["height"]
     return (skew.abs() <= pairs["height"] + pairs["width"]).to_numpy(bool)
 

@@ -11,49 +11,49 @@ from sdxl_pipeline.images.crops import Crop
 from sdxl_pipeline.images.decoding import (
     UnreadableImage,
     decode,
-    open_picture,
+    open_image,
     unexpected_as_unreadable,
     upright,
 )
 
 
-def load_crop(picture: Path | bytes, crop: Crop) -> np.ndarray:
-    """The planned crop of a picture, given as its file or the file's content: uint8 sRGB of shape (bucket_h, bucket_w, 3).
+def load_crop(image: Path | bytes, crop: Crop) -> np.ndarray:
+    """The planned crop of an image, given as its file or the file's content: uint8 sRGB of shape (bucket_h, bucket_w, 3).
 
     `crop` may be anything with Crop's attributes, such as a row of the plan from `itertuples`. The window is resampled once, by
-    Lanczos, straight from the full-size picture: the same pixels as resizing the whole and cutting the window, for less work. Of a
-    mirrored picture the window is cut where it lies in the picture as it is, and then mirrored.
+    Lanczos, straight from the full-size image: the same pixels as resizing the whole and cutting the window, for less work. Of a
+    mirrored image the window is cut where it lies in the image as it is, and then mirrored.
 
     Raises UnreadableImage when the file cannot be read or decoded, or is no longer of the size it was planned for.
     """
-    return load_crops(picture, [crop])[0]
+    return load_crops(image, [crop])[0]
 
 
 @unexpected_as_unreadable()
-def load_crops(picture: Path | bytes, crops: Sequence[Crop]) -> list[np.ndarray]:
-    """`load_crop` of several crops of one picture, which is decoded once."""
-    with decoded(picture) as image:
-        icc_profile = image.info.get("icc_profile")
-        whole = to_eight_bits(upright(image))
+def load_crops(image: Path | bytes, crops: Sequence[Crop]) -> list[np.ndarray]:
+    """`load_crop` of several crops of one image, which is decoded once."""
+    with decoded(image) as opened:
+        icc_profile = opened.info.get("icc_profile")
+        whole = to_eight_bits(upright(opened))
     return [_cut(whole, crop, icc_profile) for crop in crops]
 
 
-def _cut(picture: Image.Image, crop: Crop, icc_profile: bytes | None) -> np.ndarray:
-    if (picture.height, picture.width) != (crop.original_h, crop.original_w):
+def _cut(image: Image.Image, crop: Crop, icc_profile: bytes | None) -> np.ndarray:
+    if (image.height, image.width) != (crop.original_h, crop.original_w):
         raise UnreadableImage(
-            f"changed since the scan: {picture.width}x{picture.height} pixels, "
+            f"changed since the scan: {image.width}x{image.height} pixels, "
             f"planned at {crop.original_w}x{crop.original_h}"
         )
-    window = crop_window(crop, picture.height, picture.width)
-    cut = picture.resize((crop.bucket_w, crop.bucket_h), Image.Resampling.LANCZOS, box=window)
+    window = crop_window(crop, image.height, image.width)
+    cut = image.resize((crop.bucket_w, crop.bucket_h), Image.Resampling.LANCZOS, box=window)
     pixels = np.asarray(to_srgb(cut, icc_profile))
     return np.ascontiguousarray(pixels[:, ::-1]) if crop.flipped else pixels
 
 
 def crop_window(crop: Crop, height: int, width: int) -> tuple[float, float, float, float]:
-    """Where a crop lies in the upright picture, or in a mask of it, of `height` x `width` pixels: (left, top, right, bottom).
+    """Where a crop lies in the upright image, or in a mask of it, of `height` x `width` pixels: (left, top, right, bottom).
 
-    Of a mirrored picture it is the window in the picture as it is, before the mirroring.
+    Of a mirrored image it is the window in the image as it is, before the mirroring.
     """
     scale_h = height / crop.resized_h
     scale_w = width / crop.resized_w
@@ -64,28 +64,28 @@ def crop_window(crop: Crop, height: int, width: int) -> tuple[float, float, floa
         (left + crop.bucket_w) * scale_w,
         (crop.crop_top + crop.bucket_h) * scale_h,
     )
-    # the product above may end a rounding error outside the picture, which Pillow refuses
+    # the product above may end a rounding error outside the image, which Pillow refuses
     return (*window[:2], min(window[2], width), min(window[3], height))
 
 
 @unexpected_as_unreadable()
 def load_upright(path: Path, longest_edge: int | None = None) -> Image.Image:
-    """The whole picture as it is meant to be seen, in mode RGB (sRGB), shrunk so that no edge exceeds `longest_edge`.
+    """The whole image as it is meant to be seen, in mode RGB (sRGB), shrunk so that no edge exceeds `longest_edge`.
 
     Raises UnreadableImage.
     """
-    with decoded(path) as image:
-        icc_profile = image.info.get("icc_profile")
-        picture = to_eight_bits(upright(image))
+    with decoded(path) as opened:
+        icc_profile = opened.info.get("icc_profile")
+        image = to_eight_bits(upright(opened))
     if longest_edge is not None:
-        picture.thumbnail((longest_edge, longest_edge), Image.Resampling.LANCZOS)
-    return to_srgb(picture, icc_profile)
+        image.thumbnail((longest_edge, longest_edge), Image.Resampling.LANCZOS)
+    return to_srgb(image, icc_profile)
 
 
-def decoded(picture: Path | bytes) -> Image.Image:
-    """The first frame of a picture, given as its file or the file's content, as it is stored. Raises UnreadableImage."""
+def decoded(image: Path | bytes) -> Image.Image:
+    """The first frame of an image, given as its file or the file's content, as it is stored. Raises UnreadableImage."""
     with unexpected_as_unreadable():
-        data = picture if isinstance(picture, bytes) else picture.read_bytes()
-    image = open_picture(data)
-    decode(image)
-    return image
+        data = image if isinstance(image, bytes) else image.read_bytes()
+    opened = open_image(data)
+    decode(opened)
+    return opened

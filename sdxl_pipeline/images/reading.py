@@ -1,4 +1,4 @@
-"""Reading one file of a dataset, once: a picture's digest and header from the same bytes, a caption file's text.
+"""Reading one file of a dataset, once: an image's digest and header from the same bytes, a caption file's text.
 
 What is read belongs together: when the file turns out to have changed, or to have been replaced, while it was read, it is read again.
 """
@@ -13,7 +13,7 @@ from sdxl_pipeline.images.decoding import UnreadableImage, read_header, unexpect
 from sdxl_pipeline.images.text_files import decode_text
 
 LARGE = 32 << 20
-"""From this size on, in bytes, a picture is read in pieces instead of being held in memory."""
+"""From this size on, in bytes, an image is read in pieces instead of being held in memory."""
 MAX_TEXT = 1 << 20
 """The largest caption file, in bytes."""
 
@@ -30,7 +30,7 @@ class ReadFile(NamedTuple):
     mtime_ns: int = 0
     inode: int = 0
     key: str = ""
-    """Hex SHA-256 of a picture's bytes; "" when they could not be read."""
+    """Hex SHA-256 of an image's bytes; "" when they could not be read."""
     width: int = 0
     height: int = 0
     format: str = ""
@@ -39,19 +39,19 @@ class ReadFile(NamedTuple):
     text_status: str = ""
     """"ok", "undecodable", "unreadable" or "too large" for a caption file; "" when it was not read as one."""
     unreadable: str = ""
-    """Why there is no picture to be had."""
+    """Why there is no image to be had."""
 
 
-def read_picture(path: str) -> ReadFile:
+def read_image(path: str) -> ReadFile:
     """Return digest, size and format of the image at `path`, or why there are none. Raises nothing, whatever the file is."""
     try:
         with unexpected_as_unreadable():
-            return _read_picture(path)
+            return _read_image(path)
     except UnreadableImage as error:
         return ReadFile(unreadable=error.reason)
 
 
-def _read_picture(path: str) -> ReadFile:
+def _read_image(path: str) -> ReadFile:
     for _ in range(_ATTEMPTS):
         try:
             with open(path, "rb") as file:  # noqa: PTH123 - a Path for each of a million files costs more than opening it

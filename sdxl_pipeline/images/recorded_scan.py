@@ -1,6 +1,6 @@
 """What a scan found in files, recorded: the next one reads again only what is not as it was.
 
-The table holds what files say, and nothing of what settings make of it: another caption strategy or filter list reads no picture
+The table holds what files say, and nothing of what settings make of it: another caption strategy or filter list reads no image
 again. A file is trusted when its path, size, modification time and inode are those recorded, and when it had been left alone for a
 while when it was read: a change within one tick of the file system's clock cannot be told by its time (what git calls racy).
 """
@@ -28,7 +28,7 @@ FACT_COLUMNS = {
     "text_status": "str",
     "settled": "bool",
 }
-"""What was read of each file: a picture's digest and size, a caption file's text, and whether to trust it next time."""
+"""What was read of each file: an image's digest and size, a caption file's text, and whether to trust it next time."""
 
 RACY_NS = 2_000_000_000
 """A file whose last change lies less than this before the scan is read again by the next one; FAT keeps times to two seconds."""

@@ -14,7 +14,7 @@ from sdxl_pipeline.images.caption_tables import MISSING, captions_from_table, ta
 from sdxl_pipeline.images.captions import OK, UNREADABLE, CaptionRules, caption_rules, captions_in
 from sdxl_pipeline.images.file_roles import FileRoles, file_roles
 from sdxl_pipeline.images.folder_notes import folder_notes
-from sdxl_pipeline.images.reading import ReadFile, read_picture, read_text
+from sdxl_pipeline.images.reading import ReadFile, read_image, read_text
 from sdxl_pipeline.images.recorded_scan import (
     RACY_NS,
     RecordedScan,
@@ -79,11 +79,11 @@ def scan_dataset(
 
     - `path` relative to the folder, with forward slashes; `key` the SHA-256 of the file's bytes ("" when it was not read);
       `size` in bytes; `mtime_ns`.
-    - `width`, `height` in pixels after the EXIF orientation, `format` by content; 0 and "" when there is no picture.
-    - `captions`, one or more for each kept picture, and `caption_status` (see `Captions.status`).
+    - `width`, `height` in pixels after the EXIF orientation, `format` by content; 0 and "" when there is no image.
+    - `captions`, one or more for each kept image, and `caption_status` (see `Captions.status`).
     - `status` "kept" or "dropped", and the `reason` for the latter. `phash` "": nobody has looked at the pixels.
 
-    A text file (.txt or .caption) that shares its name with a picture is that picture's caption and no row of its own. Links are followed. Nothing
+    A text file (.txt or .caption) that shares its name with an image is that image's caption and no row of its own. Links are followed. Nothing
     is written into the folder. `captions` are those that the dataset's source gives, by path; `failed`, names and reasons of what it
     could not fetch, become dropped rows.
 
@@ -140,10 +140,10 @@ def _list_folder(dataset: ImageDataset, folder: Path, may_be_empty: bool) -> pd.
     where += repr(str(folder))
     if not folder.exists():
         raise DatasetFolderError(
-            f"{where} does not exist. Create the folder, or write the path of the one that has the pictures."
+            f"{where} does not exist. Create the folder, or write the path of the one that has the images."
         )
     if not folder.is_dir():
-        raise DatasetFolderError(f"{where} is a file. Write the path of the folder that has the pictures.")
+        raise DatasetFolderError(f"{where} is a file. Write the path of the folder that has the images.")
     try:
         files = find_files(folder)
     except OSError as error:
@@ -175,7 +175,7 @@ def _read_changed(
     """`files` with everything read that is not settled."""
     settled = files["settled"].tolist()
     companions = roles.companions if read_texts else frozenset()
-    pending = [position for position in roles.pictures if not settled[position]]
+    pending = [position for position in roles.images if not settled[position]]
     pending += sorted(position for position in companions if not settled[position])
     if not pending:
         return files
@@ -185,7 +185,7 @@ def _read_changed(
 
     def read(positions: Sequence[int]) -> list[ReadFile]:
         return [
-            (read_text if position in companions else read_picture)(root + paths[position])
+            (read_text if position in companions else read_image)(root + paths[position])
             for position in positions
         ]
 
@@ -228,7 +228,7 @@ def _frame(
             on_note(note)
     captions: list[list[str]] = [[]] * len(files)
     statuses = [""] * len(files)
-    readable = [position for position in roles.pictures if not reasons[position]]
+    readable = [position for position in roles.images if not reasons[position]]
     for position, (texts, status) in zip(
         readable, _texts(scan, roles, rules, readable, folder, on_note), strict=True
     ):
@@ -266,7 +266,7 @@ def _texts(
     folder: Path,
     on_note: Callable[[str], None] | None,
 ) -> Iterable[tuple[Sequence[str], str]]:
-    """What was read for the captions of each of the readable pictures, and how that went."""
+    """What was read for the captions of each of the readable images, and how that went."""
     match rules.reads:
         case "textfile":
             texts, statuses = scan.files["text"].tolist(), scan.files["text_status"].tolist()
@@ -278,9 +278,9 @@ def _texts(
             )
         case "parquet":
             paths = scan.files["path"].tolist()
-            pictures = [paths[position] for position in readable]
-            found = captions_from_table(rules.dataset, folder, pictures, paths, on_note)
-            return map(found.__getitem__, pictures)
+            images = [paths[position] for position in readable]
+            found = captions_from_table(rules.dataset, folder, images, paths, on_note)
+            return map(found.__getitem__, images)
         case "csv" | "huggingface":
             paths, given = scan.files["path"].tolist(), scan.captions or {}
             return (

@@ -23,9 +23,9 @@ from sdxl_pipeline.project.json_files import read_json
 from sdxl_pipeline.project.keys import Reading, read_settings
 from sdxl_pipeline.project.known_keys import HUGGINGFACE, IMAGES, TEXT_EMBEDS
 from sdxl_pipeline.project.mask_links import (
+    check_image_entry,
     check_mask_entry,
     check_mask_links,
-    check_picture_entry,
     idle_mask_settings,
     mask_source,
 )
@@ -49,7 +49,7 @@ class DatasetsReading:
     problems: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     written: dict[str, Collection[str]] = field(default_factory=dict)
-    """The keys that stand in each entry of pictures or masks, by its id."""
+    """The keys that stand in each entry of images or masks, by its id."""
     unused: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Those of `warnings` that are about settings of one entry without effect, by its id."""
 
@@ -168,7 +168,7 @@ def _read_entry(
         return
     is_mask = images.settings.dataset_type == "conditioning"
     entry = mask_source(images.settings) if is_mask else images.settings
-    beside = check_mask_entry(entry) if is_mask else check_picture_entry(entry)
+    beside = check_mask_entry(entry) if is_mask else check_image_entry(entry)
     for finding in (*check_images(entry), *beside):
         if finding.key in images.spelled:
             place, key = path, f"{where}{images.spelled[finding.key]}"
@@ -261,7 +261,7 @@ def _check_together(places: Mapping[str, str], path: Path, reading: DatasetsRead
     problems = reading.problems
     if not problems and not any(dataset.dataset_type == "image" for dataset in reading.images):
         remedy = 'add an entry with "dataset_type": "image" that is not disabled'
-        problems.append(Problem(path, "", NO_VALUE, "holds no pictures to train on", remedy))
+        problems.append(Problem(path, "", NO_VALUE, "holds no images to train on", remedy))
     defaults = [entry.id for entry in reading.text_embeds if entry.default]
     for other in defaults[1:]:
         message = f"entry {places[defaults[0]]} is the default already"

@@ -51,7 +51,7 @@ def idle_settings(training: TrainingSettings) -> Iterator[str]:
         training.validation_prompt or training.user_prompt_library or training.validation_prompt_library
     )
     if training.validation_preview and not drawn:
-        yield "validation_preview = true has no effect while no validation pictures are drawn"
+        yield "validation_preview = true has no effect while no validation images are drawn"
     if training.webhook_reporting_interval is not None and training.webhook_config is None:
         yield "webhook_reporting_interval has no effect without webhook_config"
     if training.eval_loss_disable and (training.eval_steps_interval or training.eval_epoch_interval):

@@ -25,7 +25,7 @@ def check_images(dataset: ImageDataset) -> Iterator[Finding]:
     if least is not None and most is not None and least > most:
         yield Finding(
             "minimum_aspect_ratio",
-            f"is above maximum_aspect_ratio ({most:g}), so every picture would be left out",
+            f"is above maximum_aspect_ratio ({most:g}), so every image would be left out",
             "exchange the two",
         )
     prompt_user = (
@@ -41,7 +41,7 @@ def check_images(dataset: ImageDataset) -> Iterator[Finding]:
         yield Finding(
             "instance_prompt",
             f"is missing, and {prompt_user} needs it",
-            "write the prompt for these pictures",
+            "write the prompt for these images",
         )
     words = re.split(r"[\s,]+", dataset.skip_file_discovery.strip())
     unknown = [word for word in words if word and word not in SKIPPABLE_STAGES]
@@ -54,9 +54,9 @@ def check_images(dataset: ImageDataset) -> Iterator[Finding]:
 
 
 def _check_source(dataset: ImageDataset) -> Iterator[Finding]:
-    """Each type needs to be told where its pictures are, and captions can only come from where there are some."""
+    """Each type needs to be told where its images are, and captions can only come from where there are some."""
     needed = {
-        "local": ("instance_data_dir", "write the path of the folder that has the pictures"),
+        "local": ("instance_data_dir", "write the path of the folder that has the images"),
         "huggingface": ("dataset_name", "write the dataset's repository, owner/name"),
         "aws": ("aws_bucket_name", "write the bucket's name, or a URL such as s3://bucket/photos in url"),
         "csv": ("csv_file", "write the path of the list"),
@@ -160,6 +160,6 @@ def _check_sizes(dataset: ImageDataset) -> Iterator[Finding]:
     if maximum is not None and target is not None and target > maximum:
         yield Finding(
             "target_downsample_size",
-            f"is above maximum_image_size ({maximum:g}), so large pictures would be enlarged",
+            f"is above maximum_image_size ({maximum:g}), so large images would be enlarged",
             f"write at most {maximum:g}",
         )

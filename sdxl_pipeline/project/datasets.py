@@ -1,4 +1,4 @@
-"""The entries of `multidatabackend.json`: where pictures and captions come from, and what is done to them.
+"""The entries of `multidatabackend.json`: where images and captions come from, and what is done to them.
 
 Entries are read by `sdxl_pipeline.project.backends`, which also fills in what `config.json` says for all of them; here stand their
 fields. The checks that need more than one field are in `sdxl_pipeline.project.dataset_checks`.
@@ -58,7 +58,7 @@ class ParquetTable(SettingsModel):
     """A table of captions by file: Parquet, or JSON Lines."""
 
     path: Annotated[str, IS_PATH] = Field(
-        min_length=1, description="The table, relative to the pictures' folder or absolute."
+        min_length=1, description="The table, relative to the images' folder or absolute."
     )
     filename_column: str = Field("filename", description="Column of the file names.")
     caption_column: str | tuple[str, ...] = Field(
@@ -107,14 +107,14 @@ class CaptionShuffle(SettingsModel):
 
 
 class ImageDataset(SettingsModel):
-    """Captioned pictures: a folder, a dataset of the Hub, a bucket, or a list of addresses."""
+    """Captioned images: a folder, a dataset of the Hub, a bucket, or a list of addresses."""
 
     id: str = Field(
         min_length=1, max_length=100, description="Unique name; it becomes a lane of the asset graph."
     )
     type: Literal["local", "huggingface", "aws", "csv"] = Field(
         "local",
-        description="Where the pictures are. local: a folder; huggingface: a dataset repository; aws: a bucket or any fsspec URL; csv: a list of addresses.",
+        description="Where the images are. local: a folder; huggingface: a dataset repository; aws: a bucket or any fsspec URL; csv: a list of addresses.",
     )
     dataset_type: Literal["image", "eval", "conditioning"] = Field(
         "image",
@@ -122,7 +122,7 @@ class ImageDataset(SettingsModel):
     )
     disabled: bool = Field(False, description="Leave this entry out.")
     instance_data_dir: Path | None = Field(
-        None, description="Folder of the pictures, searched recursively; nothing is written into it."
+        None, description="Folder of the images, searched recursively; nothing is written into it."
     )
     url: str | None = Field(
         None,
@@ -151,7 +151,7 @@ class ImageDataset(SettingsModel):
         None, description="For type huggingface: branch, tag or commit; what it stands for is recorded."
     )
     split: str = Field("train", description="For type huggingface: the split.")
-    image_column: str = Field("image", description="For type huggingface: column of the pictures.")
+    image_column: str = Field("image", description="For type huggingface: column of the images.")
     caption_column: str | tuple[str, ...] | None = Field(
         None,
         description="For type huggingface: column of the captions, or several; not set: caption or text.",
@@ -183,10 +183,10 @@ class ImageDataset(SettingsModel):
     )
     find_near_duplicates: bool = Field(
         True,
-        description="Decode each new picture once, to find damaged ones and ones that look alike before anything is encoded.",
+        description="Decode each new image once, to find damaged ones and ones that look alike before anything is encoded.",
     )
     max_num_samples: Count | None = Field(
-        None, description="Use this many of the pictures, chosen by their content; not set: all."
+        None, description="Use this many of the images, chosen by their content; not set: all."
     )
     resolution: Positive = Field(description="Size of the training crops; its unit is resolution_type.")
     resolution_type: ResolutionType = Field(
@@ -194,14 +194,14 @@ class ImageDataset(SettingsModel):
         description="area: megapixels; pixel_area: N stands for N*N pixels; pixel: length of the shorter edge.",
     )
     crop: bool = Field(
-        False, description="Crop to crop_aspect; false keeps each picture's aspect, trimmed to its bucket."
+        False, description="Crop to crop_aspect; false keeps each image's aspect, trimmed to its bucket."
     )
     crop_style: Literal["random", "center", "corner", "face"] = Field(
         "random", description="Where the crop is taken; face needs the extra `faces`."
     )
     crop_aspect: Literal["square", "preserve", "closest", "random"] = Field(
         "square",
-        description="Shape of the crop: square; preserve: the picture's own; closest or random: one of crop_aspect_buckets.",
+        description="Shape of the crop: square; preserve: the image's own; closest or random: one of crop_aspect_buckets.",
     )
     crop_aspect_buckets: tuple[Positive, ...] = Field(
         (),
@@ -212,29 +212,27 @@ class ImageDataset(SettingsModel):
         description="Weights of crop_aspect_buckets for crop_aspect random, in their order; not set: equal.",
     )
     crops_per_image: Count = Field(
-        1, description="Crops cached per picture; successive epochs take them in turn."
+        1, description="Crops cached per image; successive epochs take them in turn."
     )
-    random_flip: bool = Field(
-        False, description="Train each picture mirrored left to right half of the time."
-    )
+    random_flip: bool = Field(False, description="Train each image mirrored left to right half of the time.")
     minimum_image_size: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="Smaller pictures are left out; in the unit of resolution_type."
+        0.0, description="Smaller images are left out; in the unit of resolution_type."
     )
     maximum_image_size: Positive | None = Field(
-        None, description="Larger pictures are first scaled down to target_downsample_size."
+        None, description="Larger images are first scaled down to target_downsample_size."
     )
     target_downsample_size: Positive | None = Field(
-        None, description="Size that pictures above maximum_image_size are scaled down to before the crop."
+        None, description="Size that images above maximum_image_size are scaled down to before the crop."
     )
     minimum_aspect_ratio: Positive | None = Field(
-        None, description="Pictures of a smaller width / height are left out."
+        None, description="Images of a smaller width / height are left out."
     )
     maximum_aspect_ratio: Positive | None = Field(
-        None, description="Pictures of a larger width / height are left out."
+        None, description="Images of a larger width / height are left out."
     )
     max_upscale_threshold: Annotated[float, Field(ge=0)] | None = Field(
         None,
-        description="Pictures that would be enlarged by more than this share are left out; 0.2 allows 20 %.",
+        description="Images that would be enlarged by more than this share are left out; 0.2 allows 20 %.",
     )
     aspect_bucket_alignment: Annotated[int, Field(ge=8, multiple_of=8)] = Field(
         64, description="Bucket edges are multiples of this many pixels."
@@ -266,14 +264,14 @@ class ImageDataset(SettingsModel):
     )
     only_instance_prompt: bool = Field(False, description="Use instance_prompt in place of each caption.")
     missing_captions: Literal["drop", "empty"] = Field(
-        "drop", description="Pictures without a caption: drop them, or train them with the empty prompt."
+        "drop", description="Images without a caption: drop them, or train them with the empty prompt."
     )
     conditioning_data: str | None = Field(
-        None, description="id of the entry that holds the masks of these pictures; not set: they have none."
+        None, description="id of the entry that holds the masks of these images; not set: they have none."
     )
     missing_masks: Literal["refuse", "unmasked"] = Field(
         "refuse",
-        description="Pictures without a mask, where there is conditioning_data: stop and name them, or train them whole.",
+        description="Images without a mask, where there is conditioning_data: stop and name them, or train them whole.",
     )
     conditioning_type: MaskKind | None = Field(
         None,
@@ -285,10 +283,10 @@ class ImageDataset(SettingsModel):
     )
     is_regularisation_data: bool = Field(
         False,
-        description="Prior preservation: these pictures are trained towards what the base model predicts of them, without the adapter.",
+        description="Prior preservation: these images are trained towards what the base model predicts of them, without the adapter.",
     )
     repeats: Annotated[int, Field(ge=0)] = Field(
-        0, description="Extra passes per epoch: 0 sees each picture once."
+        0, description="Extra passes per epoch: 0 sees each image once."
     )
     probability: Positive = Field(
         1.0, description="Weight of this dataset against the others when batches are drawn."
@@ -302,7 +300,7 @@ class ImageDataset(SettingsModel):
     vae_cache_disable: bool = Field(False, description="Encode latents at each use, and keep none.")
     vae_cache_clear_each_epoch: bool = Field(
         False,
-        description="Cut each picture anew in every epoch: latents are encoded at each use, and none kept.",
+        description="Cut each image anew in every epoch: latents are encoded at each use, and none kept.",
     )
     text_embeds: str | None = Field(
         None, description="id of the text_embeds entry to use; not set: the default one."
@@ -353,7 +351,7 @@ class ImageDataset(SettingsModel):
         if not isinstance(value, list | tuple):
             return value
         if len(value) > 1:
-            raise BadValueError("names several entries", "name one: a picture has one mask")
+            raise BadValueError("names several entries", "name one: an image has one mask")
         return value[0] if value else None
 
     @field_validator("caption_shuffle", mode="before")

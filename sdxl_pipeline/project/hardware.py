@@ -1,6 +1,6 @@
 """What the machine is and how hard to drive it: the hardware profiles, and the detection behind `auto`.
 
-A profile fills in those training settings that depend on the machine and not on the pictures. It stands below config.json and above
+A profile fills in those training settings that depend on the machine and not on the images. It stands below config.json and above
 the defaults (see `project.precedence`). Torch is imported only inside `probe`, which `detect` runs in a process of its own: a worker
 that only wants to know which card there is must not keep a CUDA context on it while the training needs that memory.
 """
@@ -69,7 +69,7 @@ class Hardware(BaseModel):
         default="diffusers",
         description="Attention kernel: `diffusers` is PyTorch's own scaled_dot_product_attention.",
     )
-    vae_batch_size: int = Field(ge=1, description="Pictures per VAE forward when latents are encoded.")
+    vae_batch_size: int = Field(ge=1, description="Images per VAE forward when latents are encoded.")
     text_encoder_batch_size: int = Field(ge=1, description="Captions per text-encoder forward.")
     base_model_precision: BaseModelPrecision = Field(
         default="no_change",

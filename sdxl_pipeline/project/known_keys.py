@@ -52,7 +52,7 @@ def _tunes(switch: str, names: str) -> dict[str, str]:
     return dict.fromkeys(names.split(), switch)
 
 
-_NOTHING_IS_DELETED = Later((False, None), "write false: the pictures are never changed or deleted here")
+_NOTHING_IS_DELETED = Later((False, None), "write false: the images are never changed or deleted here")
 _ATTENTION = "PyTorch's scaled_dot_product_attention is used unless attention_mechanism names another kernel, such as xformers"
 _IN_OPTIMIZER_CONFIG = (
     'write it in optimizer_config, for example "beta1=0.9,beta2=0.99,weight_decay=0.01,eps=1e-8"'
@@ -98,7 +98,7 @@ TRAINING: Final = Vocabulary(
         ),
         "disk_low_script": Later((None, ""), "write stop or wait in disk_low_action: no script is run here"),
         "validation_lycoris_strength": Later(
-            (1.0, None), "write 1.0: pictures are drawn with the adapter as its file holds it"
+            (1.0, None), "write 1.0: images are drawn with the adapter as its file holds it"
         ),
         "init_lora_step": Later((None, 0)),
         "init_lora_ema": Later((None, "")),

@@ -1,4 +1,4 @@
-"""Entries of masks, and the datasets of pictures that they belong to: what cannot be meant in them and between them."""
+"""Entries of masks, and the datasets of images that they belong to: what cannot be meant in them and between them."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
@@ -25,7 +25,7 @@ GEOMETRY: Final = (
     "aspect_bucket_alignment",
     "aspect_bucket_rounding",
 )
-"""Keys that a mask has from its picture: it is resized, cut and mirrored as that one is."""
+"""Keys that a mask has from its image: it is resized, cut and mirrored as that one is."""
 
 _SOURCES = ("local", "aws")
 
@@ -57,34 +57,34 @@ def check_mask_entry(entry: ImageDataset) -> Iterator[Finding]:
     if entry.type not in _SOURCES:
         yield Finding(
             "type",
-            f"{entry.type} names files after their addresses or rows, so that no mask would have its picture's name",
-            f"write one of {', '.join(_SOURCES)}: a mask has the path of its picture",
+            f"{entry.type} names files after their addresses or rows, so that no mask would have its image's name",
+            f"write one of {', '.join(_SOURCES)}: a mask has the path of its image",
         )
     if entry.conditioning_data is not None:
-        yield Finding("conditioning_data", "is given for masks", "write it in the entry of the pictures")
+        yield Finding("conditioning_data", "is given for masks", "write it in the entry of the images")
     if entry.is_regularisation_data:
-        yield Finding("is_regularisation_data", "is given for masks", "write it in the entry of the pictures")
+        yield Finding("is_regularisation_data", "is given for masks", "write it in the entry of the images")
 
 
-def check_picture_entry(dataset: ImageDataset) -> Iterator[Finding]:
-    """What cannot be meant of masks and regularisation in an entry of pictures."""
+def check_image_entry(dataset: ImageDataset) -> Iterator[Finding]:
+    """What cannot be meant of masks and regularisation in an entry of images."""
     if dataset.conditioning_type is not None:
         yield Finding(
             "conditioning_type",
-            "is given for pictures",
+            "is given for images",
             'write "dataset_type": "conditioning" if these are masks, or leave it out',
         )
     if dataset.source_dataset_id is not None:
         yield Finding(
             "source_dataset_id",
-            "is given for pictures",
-            "leave it out: the entry of the pictures names its masks in conditioning_data",
+            "is given for images",
+            "leave it out: the entry of the images names its masks in conditioning_data",
         )
     if dataset.dataset_type == "eval":
         if dataset.conditioning_data is not None:
             yield Finding(
                 "conditioning_data",
-                "is given for an eval dataset, and the eval loss is measured on whole pictures",
+                "is given for an eval dataset, and the eval loss is measured on whole images",
                 "leave it out",
             )
         if dataset.is_regularisation_data:
@@ -100,7 +100,7 @@ def check_mask_links(
     masks: Sequence[ImageDataset],
     written: Mapping[str, Collection[str]],
 ) -> Iterator[LinkFinding]:
-    """What entries of pictures and of masks say of each other; `written` has the keys that stand in each entry, by id."""
+    """What entries of images and of masks say of each other; `written` has the keys that stand in each entry, by id."""
     by_id = {entry.id: entry for entry in masks}
     users: dict[str, list[ImageDataset]] = {entry.id: [] for entry in masks}
     for dataset in images:
@@ -127,7 +127,7 @@ def check_mask_links(
             trained[0].id,
             "is_regularisation_data",
             "is true for every dataset, so that there would be nothing to learn",
-            "leave it out for the pictures that are to be learned",
+            "leave it out for the images that are to be learned",
         )
 
 
@@ -151,7 +151,7 @@ def _check_users(
             entry.id,
             "source_dataset_id",
             "names a dataset whose conditioning_data does not name this entry",
-            f'write "conditioning_data": "{entry.id}" in the entry of the pictures',
+            f'write "conditioning_data": "{entry.id}" in the entry of the images',
         )
     elif not users:
         yield LinkFinding(
@@ -164,6 +164,6 @@ def _check_users(
             yield LinkFinding(
                 entry.id,
                 "",
-                f"its own {keys} are not read: a mask is resized and cut as its picture in {dataset.id} is",
+                f"its own {keys} are not read: a mask is resized and cut as its image in {dataset.id} is",
                 "",
             )

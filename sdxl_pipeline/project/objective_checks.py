@@ -29,7 +29,7 @@ def _check_prediction(training: TrainingSettings) -> Iterator[Finding]:
     if training.rescale_betas_zero_snr and training.prediction_type == "epsilon":
         yield Finding(
             "rescale_betas_zero_snr",
-            "makes the last timestep pure noise, where a prediction of eps says nothing of the picture and no sampler can start from it",
+            "makes the last timestep pure noise, where a prediction of eps says nothing of the image and no sampler can start from it",
             'write false, or "prediction_type": "v_prediction" for a base model that predicts v',
         )
     if training.rescale_betas_zero_snr and training.inference_scheduler_timestep_spacing == "leading":

@@ -47,7 +47,7 @@ class Prompt(NamedTuple):
 class Project:
     """A project whose files are right.
 
-    `name` is safe as an asset key and group; `folder` is absolute, as are all paths in the settings. `datasets` (of pictures),
+    `name` is safe as an asset key and group; `folder` is absolute, as are all paths in the settings. `datasets` (of images),
     `mask_datasets` and `text_embeds` leave out disabled entries. `warnings` name what was read and has no effect.
     """
 
@@ -73,7 +73,7 @@ class Project:
         return tuple(dataset for dataset in self.datasets if dataset.dataset_type == "eval")
 
     def masks_of(self, dataset: ImageDataset) -> ImageDataset | None:
-        """The masks of the pictures of `dataset`; None where it names none."""
+        """The masks of the images of `dataset`; None where it names none."""
         return next((entry for entry in self.mask_datasets if entry.id == dataset.conditioning_data), None)
 
     def text_embeds_of(self, dataset: ImageDataset) -> TextEmbedsDataset:

@@ -72,7 +72,7 @@ def settings_page() -> str:
             *_table(LycorisPreset, Vocabulary()),
             "\n### An entry of `module_algo_map` or `name_algo_map`\n",
             *_table(LycorisOverride, Vocabulary()),
-            "\n## multidatabackend.json: pictures\n",
+            "\n## multidatabackend.json: images\n",
             f"An entry without one of these takes it over from `config.json`: {shared}. Sizes are taken over where `resolution_type`",
             "is the same.\n",
             *_table(ImageDataset, IMAGES),
@@ -113,8 +113,8 @@ def _later_table() -> list[str]:
     places = (
         ("config.json", TRAINING),
         ("lycoris_config", LYCORIS),
-        ("pictures", IMAGES),
-        ("pictures, `huggingface`", HUGGINGFACE),
+        ("images", IMAGES),
+        ("images, `huggingface`", HUGGINGFACE),
         ("text embeddings", TEXT_EMBEDS),
     )
     for place, vocabulary in places:

@@ -64,7 +64,7 @@ def _check_fsdp(training: TrainingSettings) -> Iterator[Finding]:
     if training.scheduled_sampling_max_step_offset:
         yield Finding(
             "scheduled_sampling_max_step_offset",
-            "rolls pictures out on one process alone, but weights divided by fsdp_enable answer only to all together",
+            "rolls images out on one process alone, but weights divided by fsdp_enable answer only to all together",
             'write 0, or "fsdp_enable": false',
         )
 

@@ -1,4 +1,4 @@
-"""How a stage tells the outside what it is doing: log lines, progress, metrics and pictures.
+"""How a stage tells the outside what it is doing: log lines, progress, metrics and images.
 
 A stage calls one `Reporter` and knows nothing of who listens. Launched by Dagster it speaks the Pipes protocol; on a terminal it draws
 progress bars; into a file it writes plain lines. Calls are cheap and throttled here, so a stage may report on every step.
@@ -100,7 +100,7 @@ class Reporter:
             self._held_metrics[names] = (step, figures)
 
     def image(self, name: str, path: Path | str, caption: str = "", step: int | None = None) -> None:
-        """Point at a picture that was written to `path`."""
+        """Point at an image that was written to `path`."""
         self._show_image(name, str(Path(path).resolve()), caption, step)
 
     def close(self) -> None:
@@ -227,9 +227,9 @@ def metric_line(step: int, values: Mapping[str, float]) -> str:
 
 
 def image_line(name: str, path: str, caption: str = "", step: int | None = None) -> str:
-    """A picture on one line, for example "picture red_star at step 20: /runs/a/20.png (a red star)"."""
+    """An image on one line, for example "image red_star at step 20: /runs/a/20.png (a red star)"."""
     at_step = "" if step is None else f" at step {step}"
-    return f"picture {name}{at_step}: {path}{f' ({caption})' if caption else ''}"
+    return f"image {name}{at_step}: {path}{f' ({caption})' if caption else ''}"
 
 
 def is_main_process() -> bool:

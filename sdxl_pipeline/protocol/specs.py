@@ -23,9 +23,9 @@ class StageModel(BaseModel):
 
 
 class FailedItem(StageModel):
-    """One picture or caption that a stage could not process."""
+    """One image or caption that a stage could not process."""
 
-    name: str = Field(description="Path of the picture within its dataset, or the caption.")
+    name: str = Field(description="Path of the image within its dataset, or the caption.")
     reason: str = Field(description="Why, in words a user can act on.")
 
 
@@ -51,7 +51,7 @@ class EncodeLatentsSpec(StageModel):
 
 
 class LatentCache(StageModel):
-    """Output of `encode_latents`. `digest` covers pictures, crop numbers and latent keys, in any order and under any file names."""
+    """Output of `encode_latents`. `digest` covers images, crop numbers and latent keys, in any order and under any file names."""
 
     identity: str = Field(description="Digest of everything that was asked for.")
     store_root: str
@@ -89,7 +89,7 @@ class EncodeTextSpec(StageModel):
     base_model: ResolvedModel
     hardware: Hardware
     captions_path: str = Field(
-        description="Parquet with the columns path, key, caption; one row per (picture, caption)."
+        description="Parquet with the columns path, key, caption; one row per (image, caption)."
     )
     extra_prompts: tuple[str, ...] = Field(
         description="Validation and negative prompts; the empty prompt is always added."
@@ -116,7 +116,7 @@ class EncodeTextSpec(StageModel):
 
 
 class TextEmbedCache(StageModel):
-    """Output of `encode_text`. `digest` covers pictures and their captions' keys, in any order and under any file names."""
+    """Output of `encode_text`. `digest` covers images and their captions' keys, in any order and under any file names."""
 
     identity: str = Field(description="Digest of everything that was asked for.")
     store_root: str
@@ -146,12 +146,12 @@ class TextEmbedCache(StageModel):
 
 
 class LaneMasks(StageModel):
-    """The masks of one dataset's pictures."""
+    """The masks of one dataset's images."""
 
     kind: MaskKind
     data_dir: str = Field(description="Folder that `mask_path` is relative to.")
     pairs_path: str = Field(
-        description="Parquet: path, key, mask_path, mask_key, one row per picture that has a mask."
+        description="Parquet: path, key, mask_path, mask_key, one row per image that has a mask."
     )
 
 
@@ -160,7 +160,7 @@ class TrainingLane(StageModel):
 
     dataset_id: str
     data_dir: str = Field(
-        description="Folder of the pictures, for latents that are encoded during the training."
+        description="Folder of the images, for latents that are encoded during the training."
     )
     rows_path: str = Field(description="Parquet of aspect_buckets rows; `split` says train or eval.")
     latents: LatentCache
@@ -171,15 +171,15 @@ class TrainingLane(StageModel):
     text_cache: CacheMode = "full"
     fresh_crops: bool = Field(
         default=False,
-        description="Draw the crop's place within its resized picture anew in every epoch (vae_cache_clear_each_epoch).",
+        description="Draw the crop's place within its resized image anew in every epoch (vae_cache_clear_each_epoch).",
     )
     instance_prompt: str | None = Field(
         default=None,
         description="Trigger words of the dataset, for the file's metadata where captions hold them.",
     )
-    masks: LaneMasks | None = Field(default=None, description="None where the whole pictures are learned.")
+    masks: LaneMasks | None = Field(default=None, description="None where the whole images are learned.")
     is_regularisation: bool = Field(
-        default=False, description="Train its pictures towards what the base model predicts of them."
+        default=False, description="Train its images towards what the base model predicts of them."
     )
 
 
@@ -202,7 +202,7 @@ class TrainSpec(StageModel):
     lanes: tuple[TrainingLane, ...]
     prompts: tuple[ValidationPrompt, ...]
     run_dir: str = Field(
-        description="Folder of this identity: checkpoints, weights, metrics, validation pictures."
+        description="Folder of this identity: checkpoints, weights, metrics, validation images."
     )
     project: str
 
@@ -222,7 +222,7 @@ class TrainingPlan(StageModel):
 
 
 class ValidationImage(StageModel):
-    """One picture drawn during training."""
+    """One image drawn during training."""
 
     step: int
     name: str
@@ -304,21 +304,21 @@ class TrainedLora(StageModel):
         description="For weight-decomposed adapters, whose kohya file is a plain LoRA: its rank and relative_error (Frobenius).",
     )
     steps: int
-    epochs: float = Field(description="Passes over the training pictures.")
-    samples: int = Field(description="Pictures seen.")
+    epochs: float = Field(description="Passes over the training images.")
+    samples: int = Field(description="Images seen.")
     trained_images: dict[str, int] = Field(
         default={}, description="Images that were trained, by dataset, regularisation datasets included."
     )
     held_out_images: dict[str, int] = Field(
         default={}, description="Images kept out of training for the eval loss, by dataset."
     )
-    pictures_per_epoch: dict[str, float] = Field(
-        default={}, description="Appearances of pictures in an epoch, by dataset."
+    images_per_epoch: dict[str, float] = Field(
+        default={}, description="Appearances of images in an epoch, by dataset."
     )
     appearances: dict[str, tuple[int, int]] = Field(
         default={}, description="(fewest, most) appearances of an image in the first epoch, by dataset."
     )
-    crops_per_picture: dict[str, float] = Field(
+    crops_per_image: dict[str, float] = Field(
         default={}, description="Mean number of crops that take turns, by dataset."
     )
     raised_repeats: dict[str, int] = Field(
@@ -406,7 +406,7 @@ class PairedDifference(StageModel):
 
 
 class ClipSummary(StageModel):
-    """CLIP score, 100 * max(cosine, 0) (Hessel et al. 2021), over the gallery pictures."""
+    """CLIP score, 100 * max(cosine, 0) (Hessel et al. 2021), over the gallery images."""
 
     min: float
     max: float
@@ -417,20 +417,20 @@ class ClipSummary(StageModel):
 class EvaluationReport(StageModel):
     """Output of `evaluate`."""
 
-    identity: str = Field(description="Digest of everything the figures and pictures depend on.")
+    identity: str = Field(description="Digest of everything the figures and images depend on.")
     reused: bool = Field(description="True when this very evaluation was found finished.")
     weights_kind: WeightsKind = "lora"
     lora_sha256: str
-    eval_source: Literal["eval dataset", "held-out share", "training pictures"]
+    eval_source: Literal["eval dataset", "held-out share", "training images"]
     eval_images: int
     base_loss: LossSummary | None = Field(description="None only when eval_loss_disable is set.")
     lora_loss: LossSummary | None
     base_clip: ClipSummary | None = Field(description="None when evaluation_type is none.")
     lora_clip: ClipSummary | None
-    gallery_path: str = Field(description="PNG: for each prompt the base model's picture beside the other.")
+    gallery_path: str = Field(description="PNG: for each prompt the base model's image beside the other.")
     images: tuple[ValidationImage, ...]
     broken_images: tuple[FailedItem, ...] = Field(
-        description="LoRA pictures that are black, constant or not finite."
+        description="LoRA images that are black, constant or not finite."
     )
     loss_plot_path: str | None
     report_path: str = Field(description="report.md beside report.json in output_dir.")

@@ -1,4 +1,4 @@
-"""Posts messages and pictures to webhooks from threads of its own, so that none of them ever holds up the work.
+"""Posts messages and images to webhooks from threads of its own, so that none of them ever holds up the work.
 
 The addresses are secrets. They come from the environment, or from the file that webhook_config names, and are in no message here: of
 what went wrong only the kind is told, since the HTTP library's own words hold the address.
@@ -37,22 +37,22 @@ CLOSING_SECONDS: Final = 15.0
 LONGEST_RETRY_SECONDS: Final = 30.0
 
 DISCORD_LENGTH: Final = 2000  # characters of a message
-DISCORD_FILES: Final = 10  # pictures of a message
-DISCORD_BYTES: Final = 8_000_000  # of a message's pictures together
+DISCORD_FILES: Final = 10  # images of a message
+DISCORD_BYTES: Final = 8_000_000  # of a message's images together
 
 _LEVELS: Final[tuple[Level, ...]] = ("critical", "error", "warning", "info", "debug")
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture as a file: its name says the format."""
+class Image:
+    """An image as a file: its name says the format."""
 
     name: str
     content: bytes
 
     @classmethod
-    def read(cls, path: Path | str) -> "Picture":
-        """The picture of a file as it is now."""
+    def read(cls, path: Path | str) -> "Image":
+        """The image of a file as it is now."""
         return cls(Path(path).name, Path(path).read_bytes())
 
     @property
@@ -70,7 +70,7 @@ class Message:
     level: Level = "info"
     step: int | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
-    pictures: Sequence[Picture] = ()
+    images: Sequence[Image] = ()
     for_people: bool = True  # False: only raw webhooks get it
     replaces: str | None = None  # of those with the same words here only the newest waits
     made_at: float = field(default_factory=time.time)  # seconds since 1970
@@ -144,7 +144,7 @@ class Webhooks:
     def close(self, seconds: float = CLOSING_SECONDS) -> None:
         """End sending: wait at most so long, all webhooks together, then say what was lost.
 
-        Previews that still wait are given up: the pictures they show forming are finished.
+        Previews that still wait are given up: the images they show forming are finished.
         """
         give_up = time.monotonic() + seconds
         for line in self._lines:
@@ -290,7 +290,7 @@ def _retry_seconds(answer: requests.Response) -> float | None:
 
 
 def raw_body(message: Message, origin: Origin) -> dict[str, Any]:
-    """What a raw webhook gets, as JSON; pictures are base64 of their files, and a figure that is no number is null."""
+    """What a raw webhook gets, as JSON; images are base64 of their files, and a figure that is no number is null."""
     return {
         "message_type": message.kind,
         "message": message.text,
@@ -300,27 +300,27 @@ def raw_body(message: Message, origin: Origin) -> dict[str, Any]:
         "timestamp": int(message.made_at),
         "step": message.step,
         "values": {name: value if math.isfinite(value) else None for name, value in message.figures.items()},
-        "images": [base64.b64encode(picture.content).decode("ascii") for picture in message.pictures],
+        "images": [base64.b64encode(image.content).decode("ascii") for image in message.images],
     }
 
 
 def discord_posts(
     message: Message, prefix: str
 ) -> list[tuple[dict[str, Any], dict[str, tuple[str, bytes, str]]]]:
-    """(body, files) of each post that a message takes: a post holds so many pictures and bytes, and the first the text."""
-    lots: list[list[Picture]] = [[]]
-    for picture in message.pictures:
+    """(body, files) of each post that a message takes: a post holds so many images and bytes, and the first the text."""
+    lots: list[list[Image]] = [[]]
+    for image in message.images:
         size = sum(len(other.content) for other in lots[-1])
-        if len(lots[-1]) == DISCORD_FILES or (lots[-1] and size + len(picture.content) > DISCORD_BYTES):
+        if len(lots[-1]) == DISCORD_FILES or (lots[-1] and size + len(image.content) > DISCORD_BYTES):
             lots.append([])
-        lots[-1].append(picture)
+        lots[-1].append(image)
     text = f"`({prefix})` {message.text}"
     posts = []
     for number, lot in enumerate(lots):
         body = {"content": "" if number else text[:DISCORD_LENGTH], "allowed_mentions": {"parse": []}}
         files = {
-            f"files[{index}]": (picture.name, picture.content, picture.media_type)
-            for index, picture in enumerate(lot)
+            f"files[{index}]": (image.name, image.content, image.media_type)
+            for index, image in enumerate(lot)
         }
         posts.append((body, files))
     return posts

@@ -152,8 +152,8 @@ def _fill(
     from sdxl_pipeline.release.model_card import image_counts, model_card
     from sdxl_pipeline.release.sidecars import write_sidecars
 
-    pictures = _copy_pictures(folder, [image for image in report.images if image.step > 0])
-    preview = folder / next(iter(pictures.values())) if pictures else None
+    images = _copy_images(folder, [image for image in report.images if image.step > 0])
+    preview = folder / next(iter(images.values())) if images else None
     files = _write_weights(folder, project, base_model, settings, lora, trigger_words, preview)
     main_file = folder / files.get("single_file", WEIGHTS_FILE)
     if main_file.stem not in _STEMS:
@@ -187,8 +187,8 @@ def _fill(
         settings=settings,
         lora=lora,
         report=published_report,
-        prompts=prompts or [ValidationPrompt(name=prompt, prompt=prompt) for prompt in pictures],
-        pictures=pictures,
+        prompts=prompts or [ValidationPrompt(name=prompt, prompt=prompt) for prompt in images],
+        images=images,
         trigger_words=trigger_words,
         lineage=lineage,
         files=files,
@@ -230,15 +230,15 @@ def _write_weights(
     return files
 
 
-def _copy_pictures(folder: Path, images: Sequence[ValidationImage]) -> dict[str, str]:
-    """Copy the trained model's pictures into the release; gives prompt -> path in the release of its first picture."""
+def _copy_images(folder: Path, images: Sequence[ValidationImage]) -> dict[str, str]:
+    """Copy the trained model's images into the release; gives prompt -> path in the release of its first image."""
     (folder / IMAGES_FOLDER).mkdir()
-    pictures: dict[str, str] = {}
+    first_by_prompt: dict[str, str] = {}
     for image in images:
         name = f"{IMAGES_FOLDER}/{Path(image.path).name}"
         shutil.copyfile(image.path, folder / name)
-        pictures.setdefault(image.prompt, name)
-    return pictures
+        first_by_prompt.setdefault(image.prompt, name)
+    return first_by_prompt
 
 
 def _size(lora: TrainedLora, report: EvaluationReport) -> int:

@@ -53,21 +53,21 @@ def model_card(
     lora: TrainedLora,
     report: Mapping[str, Any],
     prompts: Sequence[ValidationPrompt],
-    pictures: Mapping[str, str],
+    images: Mapping[str, str],
     trigger_words: Sequence[str],
     lineage: Mapping[str, Any],
     files: Mapping[str, str],
 ) -> str:
     """Return the text of README.md.
 
-    `report` is an evaluation's report.json; `pictures` maps a prompt to its image's path in the release; `files` names the other files
+    `report` is an evaluation's report.json; `images` maps a prompt to its image's path in the release; `files` names the other files
     by role: gallery, settings, evaluation, lineage, and where there is one weights, single_file, sidecar, loss_plot and loss_curve.
     """
     sections = [
         f"# {project}",
         settings.model_card_note or "",
         _opening(project, base_model, settings, lora),
-        "<Gallery />" if pictures else "",  # the Hub shows the pictures of the front matter in its place
+        "<Gallery />" if images else "",  # the Hub shows the images of the front matter in its place
         f"![base model beside {SPOKEN_KINDS[lora.weights_kind]}]({files['gallery']})",
         "## Use",
         usage(base_model, settings, lora, prompts, trigger_words, files),
@@ -81,7 +81,7 @@ def model_card(
     body = "\n\n".join(section for section in sections if section)
     return str(
         ModelCard(
-            f"---\n{_front_matter(base_model, settings, lora, prompts, pictures, trigger_words).to_yaml()}\n---\n\n{body}\n"
+            f"---\n{_front_matter(base_model, settings, lora, prompts, images, trigger_words).to_yaml()}\n---\n\n{body}\n"
         )
     )
 
@@ -91,14 +91,14 @@ def _front_matter(
     settings: TrainingSettings,
     lora: TrainedLora,
     prompts: Sequence[ValidationPrompt],
-    pictures: Mapping[str, str],
+    images: Mapping[str, str],
     trigger_words: Sequence[str],
 ) -> ModelCardData:
     base = hub_id(base_model)
     widget = []
     for prompt in prompts:
-        if prompt.prompt in pictures:
-            entry: dict[str, Any] = {"text": prompt.prompt, "output": {"url": pictures[prompt.prompt]}}
+        if prompt.prompt in images:
+            entry: dict[str, Any] = {"text": prompt.prompt, "output": {"url": images[prompt.prompt]}}
             if prompt.negative_prompt:
                 entry["parameters"] = {"negative_prompt": prompt.negative_prompt}
             widget.append(entry)
@@ -164,7 +164,7 @@ def _training(settings: TrainingSettings, lora: TrainedLora, files: Mapping[str,
         values["lycoris_config"] = settings.lycoris.model_dump_json(exclude_defaults=True)
     rows = [
         ("steps", f"{lora.steps:,}"),
-        ("passes over the pictures", f"{lora.epochs:.3g}"),
+        ("passes over the images", f"{lora.epochs:.3g}"),
         ("trainable parameters", f"{lora.trainable_parameters:,}"),
         *(
             (f"`{name}`", _shown(values[name]))

@@ -63,7 +63,7 @@ image = pipeline(
     guidance_scale={settings.validation_guidance:g},
     generator=torch.Generator("cpu").manual_seed({settings.effective_validation_seed}),
 ).images[0]
-image.save("picture.png")
+image.save("image.png")
 ```"""
 
 

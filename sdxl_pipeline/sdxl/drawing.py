@@ -1,4 +1,4 @@
-"""Pictures from cached prompt embeddings: no text encoder is needed, and a seed means the same picture on every device."""
+"""Images from cached prompt embeddings: no text encoder is needed, and a seed means the same image on every device."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -37,7 +37,7 @@ LEAST_SIGNAL: Final = 1e-4
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a picture is to show, and what it is guided away from."""
+    """What an image is to show, and what it is guided away from."""
 
     prompt_embeds: Tensor  # (1, 77, C1 + C2)
     pooled_prompt_embeds: Tensor  # (1, C2)
@@ -100,7 +100,7 @@ def draw_pixels(
     on_step: Callable[[], None] | None = None,
     on_estimate: Callable[[int, int, Tensor], None] | None = None,
 ) -> np.ndarray:
-    """One picture, (H, W, 3) float32 in [0, 1] unless something broke, with the validation settings. `size` is (H, W) in pixels.
+    """One image, (H, W, 3) float32 in [0, 1] unless something broke, with the validation settings. `size` is (H, W) in pixels.
 
     The noise comes from the CPU. Decoded here and not by the pipeline, so that the VAE may keep a precision of its own and a NaN is
     seen before it is rounded away. `on_step` is called after every denoising step; what it raises ends the drawing. `on_estimate` gets
@@ -143,7 +143,7 @@ def draw_pixels(
 
 
 def image_from_pixels(pixels: np.ndarray) -> Image.Image:
-    """Pixels (H, W, 3) in [0, 1] as an 8-bit picture; a value that is not a number shows black."""
+    """Pixels (H, W, 3) in [0, 1] as an 8-bit image; a value that is not a number shows black."""
     return Image.fromarray((np.nan_to_num(pixels) * 255).round().clip(0, 255).astype(np.uint8))
 
 

@@ -44,7 +44,7 @@ def sample_latents(
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Pictures of scaled latents (B, 4, h, w): (B, 3, 8h, 8w) float32 in [0, 1]."""
+    """Images of scaled latents (B, 4, h, w): (B, 3, 8h, 8w) float32 in [0, 1]."""
     unscaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
     pixels = vae.decode(unscaled).sample
     return pixels.float().div(2).add(0.5).clamp(0, 1)

@@ -105,7 +105,7 @@ def _quantize_with_bitsandbytes(model: nn.Module, precision: str) -> None:
         replaced.bias = layer.bias
         if not hasattr(replaced, _REPACKS):
             raise PrecisionError(
-                f"nf4-bnb: a layer of bitsandbytes {__version__} has no {_REPACKS}, without which a picture or an eval loss may leave weights "
+                f"nf4-bnb: a layer of bitsandbytes {__version__} has no {_REPACKS}, without which an image or an eval loss may leave weights "
                 "that cannot be trained through. Install bitsandbytes 0.50, or write int8-quanto."
             )
         setattr(replaced, _REPACKS, False)

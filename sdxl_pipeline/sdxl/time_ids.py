@@ -11,7 +11,7 @@ def time_ids(
     crop_top_left: Sequence[tuple[int, int]],
     target_hw: Sequence[tuple[int, int]],
 ) -> Tensor:
-    """`[original_h, original_w, crop_top, crop_left, target_h, target_w]` per picture, in pixels: (B, 6) float32.
+    """`[original_h, original_w, crop_top, crop_left, target_h, target_w]` per image, in pixels: (B, 6) float32.
 
     float32 whatever the model's precision: bf16 has 8 significant bits, so 1820 would become 1824. The UNet casts them itself, after
     its sinusoidal embedding. Raises ValueError when the three are not of one length.

@@ -2,7 +2,7 @@
 
     python -m sdxl_pipeline.stages.encode_latents spec.json
 
-What an entry holds is decided by its key: the picture's content, the crop's geometry, the VAE's weights, the dtype, and the version of
+What an entry holds is decided by its key: the image's content, the crop's geometry, the VAE's weights, the dtype, and the version of
 the code. Not in the key are the device and the crops that shared a batch: they choose between kernels that round differently, so latents
 made elsewhere may differ in the last bits of their dtype, far below the posterior's own noise. Under torchrun several processes share the
 work; their number changes no bit. Torch is imported only when there is something to encode or to show.

@@ -2,7 +2,7 @@
 
     python -m sdxl_pipeline.stages.encode_text spec.json
 
-A caption that stands under many pictures, or was embedded before, is encoded once. An entry's key is the digest of the caption, both
+A caption that stands under many images, or was embedded before, is encoded once. An entry's key is the digest of the caption, both
 encoders and tokenizers, the dtype, the number of windows and the version of the code; as with latents, the device and the batch are not
 in it. Under torchrun several processes share the work; their number changes no bit. Torch is imported only when there is something to
 encode.

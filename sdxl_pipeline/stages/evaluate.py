@@ -1,6 +1,6 @@
 """The evaluation as a program: `python -m sdxl_pipeline.stages.evaluate spec.json`.
 
-The report of the same evaluation is reused when its pictures are still there; nothing heavy is imported then.
+The report of the same evaluation is reused when its images are still there; nothing heavy is imported then.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ def main(spec: EvaluateSpec, reporter: Reporter, stop: StopSignal) -> Evaluation
     result = Path(spec.output_dir) / "report.json"
     finished = read_finished(result, EvaluationReport, identity)
     if finished is not None and all(Path(image.path).is_file() for image in finished.images):
-        reporter.log(f"Nothing to evaluate: the report {identity[:12]} is there with its pictures.")
+        reporter.log(f"Nothing to evaluate: the report {identity[:12]} is there with its images.")
         return finished.model_copy(update={"reused": True})
 
     from sdxl_pipeline.evaluation.evaluator import evaluate

@@ -180,11 +180,11 @@ def _finish(trainer: "Trainer") -> TrainedLora:
         steps=trainer.step,
         epochs=trainer.epochs,
         samples=trainer.samples,
-        trained_images=trainer.order.samples.pictures_by_dataset(),
+        trained_images=trainer.order.samples.images_by_dataset(),
         held_out_images=_count_images(spec, "eval"),
-        pictures_per_epoch=trainer.pictures_per_epoch,
+        images_per_epoch=trainer.images_per_epoch,
         appearances=trainer.order.appearances(),
-        crops_per_picture=trainer.order.samples.crops_per_picture(),
+        crops_per_image=trainer.order.samples.crops_per_image(),
         raised_repeats=dict(trainer.passes.raised_repeats),
         resumed_from_step=trainer.resumed_from,
         reused=False,
@@ -215,7 +215,7 @@ def _finish(trainer: "Trainer") -> TrainedLora:
 
 def _count_images(spec: TrainSpec, split: Split) -> dict[str, int]:
     """Return the number of images of one split, by dataset."""
-    return load_samples(spec.lanes, split, spec.settings.micro_conditioning).pictures_by_dataset()
+    return load_samples(spec.lanes, split, spec.settings.micro_conditioning).images_by_dataset()
 
 
 def _released(manifest: TrainedLora, settings: TrainingSettings) -> TrainedLora | None:

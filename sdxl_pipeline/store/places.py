@@ -35,7 +35,7 @@ class Places:
 
     @property
     def sources(self) -> Path:
-        """Downloaded pictures."""
+        """Downloaded images."""
         return self.root / "sources"
 
     @property
@@ -51,7 +51,7 @@ class Places:
     def latent_store_root(self, dataset: ImageDataset) -> Path:
         """Root of the latent store: the dataset's own `cache_dir_vae`, or the one that all others share.
 
-        Sharing is safe, since an entry's key is the digest of everything it depends on, and spares encoding a picture twice that is
+        Sharing is safe, since an entry's key is the digest of everything it depends on, and spares encoding an image twice that is
         part of two datasets or projects.
         """
         return dataset.cache_dir_vae or self.latents

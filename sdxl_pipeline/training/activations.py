@@ -115,7 +115,7 @@ def _enclosing(name: str, layers: Mapping[str, float]) -> str | None:
 
 
 def _places(name: str, unet: UNet2DConditionModel, asked: Pass) -> int:
-    """Tokens or pixels of one picture that go into a layer."""
+    """Tokens or pixels of one image that go into a layer."""
     if takes_text(name):
         return _TOKENS
     if name.endswith("time_emb_proj") or name.startswith(("time_embedding.", "add_embedding.")):

@@ -25,7 +25,7 @@ class Kept:
     """Bytes that an adapted layer keeps beyond those of the layer without its adapter."""
 
     by_place: float
-    """For each token or pixel that goes in, of one picture."""
+    """For each token or pixel that goes in, of one image."""
     once: float
     """For a pass, whatever goes in: weights that are rebuilt or cast."""
 

@@ -1,4 +1,4 @@
-"""Reads batches from the caches: latents, text embeddings and time ids of the same pictures, and the noise they are trained with."""
+"""Reads batches from the caches: latents, text embeddings and time ids of the same images, and the noise they are trained with."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -35,12 +35,12 @@ ALL = slice(None)
 
 
 class MismatchedBatchError(AssertionError):
-    """Tensors of different pictures met in one batch: a defect of this program, never of the data."""
+    """Tensors of different images met in one batch: a defect of this program, never of the data."""
 
 
 @dataclass(frozen=True)
 class Posteriors:
-    """What the VAE said of some pictures: a Gaussian per latent value, not yet scaled."""
+    """What the VAE said of some images: a Gaussian per latent value, not yet scaled."""
 
     keys: tuple[str, ...]
     mean: Tensor  # (B, 4, H/8, W/8) float32
@@ -49,7 +49,7 @@ class Posteriors:
 
 @dataclass(frozen=True)
 class TextEmbeds:
-    """The encoded captions of some pictures."""
+    """The encoded captions of some images."""
 
     keys: tuple[str, ...]
     prompt_embeds: Tensor  # (B, 77 * windows, C1 + C2), in the dtype of the cache
@@ -58,7 +58,7 @@ class TextEmbeds:
 
 @dataclass(frozen=True)
 class CaptionTokens:
-    """The captions of some pictures, not encoded yet."""
+    """The captions of some images, not encoded yet."""
 
     keys: tuple[str, ...]
     input_ids: Tensor  # (B, 2, windows, 77) int64
@@ -120,7 +120,7 @@ class Batch:
 
 
 class BatchReader:
-    """Reads the encoded forms of pictures and prompts from the stores of all lanes, and has encoded what these leave to the training.
+    """Reads the encoded forms of images and prompts from the stores of all lanes, and has encoded what these leave to the training.
 
     Threads may read from one. `encoders` makes what a lane's cache mode leaves out; without them every entry must be there. With
     `live_texts` no text is read from a store: it is encoded at each use, by encoders that are trained.
@@ -165,7 +165,7 @@ class BatchReader:
         self._caches = list(caches.values())
 
     def posteriors(self, samples: Sequence[Sample]) -> Posteriors:
-        """The latents of samples of one bucket, as mean and log-variance. Raises StageError for a picture that cannot be encoded."""
+        """The latents of samples of one bucket, as mean and log-variance. Raises StageError for an image that cannot be encoded."""
         read = self._read_from(
             [self._latents[sample.dataset_id] for sample in samples],
             [sample.latent_key for sample in samples],
@@ -298,7 +298,7 @@ class BatchReader:
 
 @dataclass(frozen=True)
 class TrainingBatches:
-    """The batches of one process: `SampleOrder` says which pictures, this reads them and draws what is random about them.
+    """The batches of one process: `SampleOrder` says which images, this reads them and draws what is random about them.
 
     Every image of a global batch has a *slot*, its index over all processes. Noise, timestep and caption dropout are drawn from
     (seed, batch, slot), so they depend neither on the number of processes nor on what was drawn before.

@@ -49,7 +49,7 @@ from sdxl_pipeline.training.order import planned_steps
 from sdxl_pipeline.training.taking_over import optimizer_fits
 from sdxl_pipeline.training.trainer_setup import plan_order
 
-PICTURES = "validation"
+IMAGES = "validation"
 DORA_NORMS: Final = "lora_magnitude_vector"
 
 
@@ -259,8 +259,8 @@ def _how(ancestor: Ancestor) -> str:
 
 
 def _take_records(other: Path, run_dir: Path) -> None:
-    """Metrics, pictures and their lists. Whoever opens them drops what is past the checkpoint."""
+    """Metrics, images and their lists. Whoever opens them drops what is past the checkpoint."""
     for record in other.glob("*.jsonl"):
         shutil.copyfile(record, run_dir / record.name)
-    if (other / PICTURES).is_dir():
-        shutil.copytree(other / PICTURES, run_dir / PICTURES, copy_function=link_or_copy, dirs_exist_ok=True)
+    if (other / IMAGES).is_dir():
+        shutil.copytree(other / IMAGES, run_dir / IMAGES, copy_function=link_or_copy, dirs_exist_ok=True)

@@ -1,4 +1,4 @@
-"""What is done to the pictures of a batch before the UNet sees them: noise, timesteps, and the model's own steps to these."""
+"""What is done to the images of a batch before the UNet sees them: noise, timesteps, and the model's own steps to these."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from sdxl_pipeline.training.timesteps import TimestepDraw, build_timestep_draw
 
 @dataclass(frozen=True)
 class Corrupted:
-    """What was drawn for the pictures of one batch."""
+    """What was drawn for the images of one batch."""
 
     noise: Tensor  # (B, C, H, W) float32: what the UNet is asked for
     perturbed_noise: Tensor | None  # (B, C, H, W) float32: what it sees, where that differs
@@ -35,7 +35,7 @@ class Corruption:
     def draw(
         self, shape: Sequence[int], seed: int, index: int, slots: Sequence[int], global_batch_size: int
     ) -> Corrupted:
-        """For the pictures in `slots` of the global batch `index`, whose latents have `shape` (C, H, W)."""
+        """For the images in `slots` of the global batch `index`, whose latents have `shape` (C, H, W)."""
         step = index // self.accumulation
         noise = [self.noise.noise(shape, seed, index, slot) for slot in slots]
         perturbed = (

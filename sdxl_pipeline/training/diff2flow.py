@@ -1,4 +1,4 @@
-"""Diff2Flow: a diffusion model's prediction judged as the velocity of a straight path from picture to noise (Schusterbauer et al. 2025).
+"""Diff2Flow: a diffusion model's prediction judged as the velocity of a straight path from image to noise (Schusterbauer et al. 2025).
 
 With sigma^2 = (1 - abar) / abar, the loss equals the plain one weighted by (1 + sigma)^2 for epsilon (1.2 at timestep 10 of SDXL's
 schedule, 244 at 999), and by (sqrt(abar) + sqrt(1 - abar))^2, between 1 and 2, for v-prediction, wherever x_t holds just the noise

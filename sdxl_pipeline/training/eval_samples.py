@@ -1,4 +1,4 @@
-"""Which pictures a LoRA is measured on. No torch."""
+"""Which images a LoRA is measured on. No torch."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -8,28 +8,28 @@ from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.specs import TrainingLane
 from sdxl_pipeline.training.samples import Samples, load_samples
 
-EvalSource = Literal["eval dataset", "held-out share", "training pictures"]
+EvalSource = Literal["eval dataset", "held-out share", "training images"]
 
-DEFAULT_PICTURES = 32
-"""Pictures used when num_eval_images is not set. Each costs eval_timesteps forward passes, twice."""
+DEFAULT_IMAGES = 32
+"""Images used when num_eval_images is not set. Each costs eval_timesteps forward passes, twice."""
 
 
 def choose_samples(lanes: Sequence[TrainingLane], settings: TrainingSettings) -> tuple[EvalSource, Samples]:
-    """The samples of the eval loss and where they come from: eval datasets, else the held-out share, else the training pictures.
+    """The samples of the eval loss and where they come from: eval datasets, else the held-out share, else the training images.
 
-    An eval dataset is a lane with no picture to train on; eval_dataset_id chooses one, and StageError is raised where it is empty. Of more than num_eval_images the first by key are taken: keys are digests,
+    An eval dataset is a lane with no image to train on; eval_dataset_id chooses one, and StageError is raised where it is empty. Of more than num_eval_images the first by key are taken: keys are digests,
     so that is an even choice, and the same one every time.
     """
     training = load_samples(lanes, "train", settings.micro_conditioning)
     held_out = load_samples(lanes, "eval", settings.micro_conditioning)
-    eval_datasets = held_out.pictures_by_dataset().keys() - training.pictures_by_dataset().keys()
+    eval_datasets = held_out.images_by_dataset().keys() - training.images_by_dataset().keys()
     if settings.eval_dataset_id is not None:
         if settings.eval_dataset_id not in eval_datasets:
             raise StageError(
-                f"config.json: eval_dataset_id: {settings.eval_dataset_id!r} has no pictures to evaluate on"
+                f"config.json: eval_dataset_id: {settings.eval_dataset_id!r} has no images to evaluate on"
             )
         eval_datasets = {settings.eval_dataset_id}
-    count = settings.num_eval_images or DEFAULT_PICTURES
+    count = settings.num_eval_images or DEFAULT_IMAGES
     source: EvalSource
     if eval_datasets:
         source, samples = "eval dataset", held_out.first_by_key(count, eval_datasets)
@@ -37,5 +37,5 @@ def choose_samples(lanes: Sequence[TrainingLane], settings: TrainingSettings) ->
         source, samples = "held-out share", held_out.first_by_key(count)
     else:
         learned = [lane.dataset_id for lane in lanes if not lane.is_regularisation]
-        source, samples = "training pictures", training.one_of_each().first_by_key(count, learned)
+        source, samples = "training images", training.one_of_each().first_by_key(count, learned)
     return source, samples

@@ -6,7 +6,7 @@ import torch
 import torch.distributed
 
 TIMEOUT = timedelta(days=7)
-"""How long a process waits for the others: as long as the first may draw pictures, measure, or wait for space on its disk."""
+"""How long a process waits for the others: as long as the first may draw images, measure, or wait for space on its disk."""
 
 
 class HostGroup:

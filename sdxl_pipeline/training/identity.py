@@ -92,7 +92,7 @@ EXCLUDED: Mapping[str, tuple[str, ...]] = {
         "disk_low_action",
         "resume_from_checkpoint",
     ),
-    "pictures and scores are drawn from the weights and do not flow back": (
+    "images and scores are drawn from the weights and do not flow back": (
         "validation_disable",
         "ema_validation",
         "validation_prompt",
@@ -237,7 +237,7 @@ def _start(settings: TrainingSettings) -> str | None:
 
 
 def _content(spec: TrainSpec, samples: Samples) -> dict[str, Any]:
-    trained = samples.pictures_by_dataset()
+    trained = samples.images_by_dataset()
     return {
         "code_version": CODE_VERSION,
         "base_model": spec.base_model.digest,

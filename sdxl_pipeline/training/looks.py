@@ -1,4 +1,4 @@
-"""The looks a training takes at what it has learnt: validation pictures and the eval loss. They change nothing it computes with."""
+"""The looks a training takes at what it has learnt: validation images and the eval loss. They change nothing it computes with."""
 
 import time
 from bisect import bisect_left
@@ -16,14 +16,14 @@ from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.protocol.specs import LossSummary, TrainSpec
 from sdxl_pipeline.sdxl.components import latent_scaling_factor
 from sdxl_pipeline.training.batches import BatchReader
+from sdxl_pipeline.training.eval_images import read_images
 from sdxl_pipeline.training.eval_log import EvalLog, EvalRow
 from sdxl_pipeline.training.eval_loss import eval_loss, eval_timesteps
-from sdxl_pipeline.training.eval_pictures import read_pictures
 from sdxl_pipeline.training.eval_samples import choose_samples
 from sdxl_pipeline.training.objective import Objective
 from sdxl_pipeline.training.previews import Previews
 from sdxl_pipeline.training.shown_weights import ShownWeights
-from sdxl_pipeline.training.validation import draw_pictures, is_due, is_validation_step
+from sdxl_pipeline.training.validation import draw_images, is_due, is_validation_step
 from sdxl_pipeline.training.validation_log import ValidationLog
 from sdxl_pipeline.training.watch import Watch
 
@@ -38,10 +38,10 @@ class LookTimes:
 
     spec: TrainSpec
     total_steps: int
-    epochs_at: Callable[[int], float]  # passes over the training pictures after a step
+    epochs_at: Callable[[int], float]  # passes over the training images after a step
 
-    def pictures_are_due(self, step: int) -> bool:
-        """Whether validation pictures are drawn after a step; step 0 is before the first."""
+    def images_are_due(self, step: int) -> bool:
+        """Whether validation images are drawn after a step; step 0 is before the first."""
         return is_validation_step(self.spec, step, self.total_steps, self.epochs_at)
 
     def eval_loss_is_due(self, step: int) -> bool:
@@ -54,7 +54,7 @@ class LookTimes:
 
     def are_due(self, step: int) -> bool:
         """Whether any look is."""
-        return self.pictures_are_due(step) or self.eval_loss_is_due(step)
+        return self.images_are_due(step) or self.eval_loss_is_due(step)
 
 
 class LookCosts:
@@ -62,7 +62,7 @@ class LookCosts:
 
     def __init__(self, times: LookTimes, clock: Callable[[], float] = time.monotonic) -> None:
         self._last, self._clock = times.total_steps, clock
-        self._are_due = {"pictures": times.pictures_are_due, "eval_loss": times.eval_loss_is_due}
+        self._are_due = {"images": times.images_are_due, "eval_loss": times.eval_loss_is_due}
         self._taken: dict[str, list[float]] = {}  # seconds each
         self._due: dict[str, list[int]] = {}  # steps
 
@@ -87,7 +87,7 @@ class LookCosts:
 class Looks:
     """Takes the looks that are due, on the main process, and records and tells what it saw; a run that resumes repeats none.
 
-    What they need is found when this is made: raises StageError for a tiny autoencoder that cannot be had, and when there is no picture
+    What they need is found when this is made: raises StageError for a tiny autoencoder that cannot be had, and when there is no image
     to take the eval loss of.
     """
 
@@ -110,7 +110,7 @@ class Looks:
         self._folder = run_dir / "validation"
         self._drawn = ValidationLog(run_dir, resumed_at)
         self._taken = EvalLog(run_dir, resumed_at)
-        draws = times.pictures_are_due(times.total_steps)
+        draws = times.images_are_due(times.total_steps)
         self._previews = (
             Previews(spec, device, run_dir / "previews", watch.preview)
             if spec.settings.validation_preview and draws
@@ -122,14 +122,12 @@ class Looks:
             source, samples = choose_samples(spec.lanes, spec.settings)
             if not samples:
                 raise StageError(
-                    "there is no picture to take the eval loss of: the datasets' aspect_buckets have no rows"
+                    "there is no image to take the eval loss of: the datasets' aspect_buckets have no rows"
                 )
-            reporter.log(f"The eval loss is taken of {len(samples)} pictures ({source}).")
-            self._read_pictures = partial(
-                read_pictures, samples, reader, latent_scaling_factor(spec.base_model)
-            )
+            reporter.log(f"The eval loss is taken of {len(samples)} images ({source}).")
+            self._read_images = partial(read_images, samples, reader, latent_scaling_factor(spec.base_model))
             # text encoders that are trained read the captions anew at each look
-            self._pictures = None if reader.live_texts else self._read_pictures()
+            self._images = None if reader.live_texts else self._read_images()
 
     def take(self, step: int, unet: UNet2DConditionModel, shown: ShownWeights) -> None:
         """Take what is due after a step with those weights of the UNet that `shown` says, and leave it as it was. A stop ends it early."""
@@ -141,8 +139,8 @@ class Looks:
                 return
             self._taken.add(EvalRow(step=step, loss=loss))
             self._watch.eval_loss(step, loss)
-        if self._times.pictures_are_due(step) and not self._drawn.has(step):
-            with self._costs.timed("pictures"):
+        if self._times.images_are_due(step) and not self._drawn.has(step):
+            with self._costs.timed("images"):
                 self._draw(step, unet, shown)
 
     def seconds_to_come(self, step: int) -> float:
@@ -155,9 +153,9 @@ class Looks:
 
         was_training = unet.training
         try:
-            pictures = self._pictures or self._read_pictures()
+            images = self._images or self._read_images()
             return eval_loss(
-                unet, self._objective, pictures, timesteps, batch_size, lambda *_: self._give_up_if_stopped()
+                unet, self._objective, images, timesteps, batch_size, lambda *_: self._give_up_if_stopped()
             )
         finally:
             unet.train(was_training)
@@ -168,7 +166,7 @@ class Looks:
 
     def _draw(self, step: int, unet: UNet2DConditionModel, shown: ShownWeights) -> None:
         draw = partial(
-            draw_pictures,
+            draw_images,
             self._spec,
             unet,
             self._reader,
@@ -182,9 +180,9 @@ class Looks:
         with suppress(_Stopped), closing(shown.drawn(draw)) as drawn:
             for image in drawn:
                 images.append(image)
-                self._watch.picture(image)
+                self._watch.image(image)
                 self._give_up_if_stopped()
         if self._stop.requested:
             return
         self._drawn.add(images)
-        self._watch.pictures(images)
+        self._watch.images(images)

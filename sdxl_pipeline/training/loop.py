@@ -85,7 +85,7 @@ class Trainer:
 
         planned = plan_order(spec, self.accelerator.num_processes, reporter)
         self.order, self.passes = planned.order, planned.passes
-        self.pictures_per_epoch = planned.pictures_per_epoch
+        self.images_per_epoch = planned.images_per_epoch
         self.total_steps = planned_steps(settings, self.order)
 
         scheduler = load_noise_scheduler(spec.base_model, settings.scheduler_changes)
@@ -251,11 +251,11 @@ class Trainer:
 
     @property
     def epochs(self) -> float:
-        """Passes over the training pictures."""
+        """Passes over the training images."""
         return self.epochs_at(self.step)
 
     def epochs_at(self, step: int) -> float:
-        """Passes over the training pictures after a step."""
+        """Passes over the training images after a step."""
         epoch, place = self.order.locate(step * self.accumulation)
         return epoch + place / self.order.batches_in(epoch)
 

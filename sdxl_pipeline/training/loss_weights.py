@@ -1,4 +1,4 @@
-"""What counts in the loss of a batch: the places that masks leave, and pictures whose target is the base model's prediction."""
+"""What counts in the loss of a batch: the places that masks leave, and images whose target is the base model's prediction."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from sdxl_pipeline.training.samples import Sample
 
 @dataclass(frozen=True)
 class Weighed:
-    """What counts of some pictures."""
+    """What counts of some images."""
 
     keys: tuple[str, ...]
     weights: (
@@ -26,14 +26,14 @@ class Weighed:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """What counts of each picture in each batch: a pure function of (seed, batch, slot) and the picture."""
+    """What counts of each image in each batch: a pure function of (seed, batch, slot) and the image."""
 
     masks: MaskReader | None = None
     """None where no dataset has masks."""
     masked_share: float = 1.0
-    """Share of the appearances of masked pictures that are masked."""
+    """Share of the appearances of masked images that are masked."""
     prior: frozenset[str] = frozenset()
-    """The datasets of regularisation pictures."""
+    """The datasets of regularisation images."""
     prior_weight: float = 1.0
     """What these count, beside 1 of all others."""
     asks_base: bool = True
@@ -69,4 +69,4 @@ def build_loss_weights(spec: TrainSpec) -> LossWeights:
 
 
 ALL_ALIKE = LossWeights()
-"""Of runs without masks and regularisation pictures."""
+"""Of runs without masks and regularisation images."""

@@ -1,4 +1,4 @@
-"""Which training picture is masked by which file. No torch."""
+"""Which training image is masked by which file. No torch."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class MaskTable:
     kind: MaskKind
     folder: Path
     files: Mapping[str, tuple[str, str]]
-    """By the digest of a picture's bytes: path of its mask within `folder`, and the digest of that one's bytes."""
+    """By the digest of an image's bytes: path of its mask within `folder`, and the digest of that one's bytes."""
 
 
 def mask_tables(lanes: Iterable[TrainingLane]) -> dict[str, MaskTable]:
@@ -38,7 +38,7 @@ def mask_tables(lanes: Iterable[TrainingLane]) -> dict[str, MaskTable]:
 
 
 def masks_identity(lanes: Iterable[TrainingLane], samples: Samples) -> dict[str, list[str]]:
-    """By dataset, the kind of its masks and a digest of which of its pictures among `samples` is masked by which content."""
+    """By dataset, the kind of its masks and a digest of which of its images among `samples` is masked by which content."""
     trained = samples.keys_by_dataset()
     return {
         name: [

@@ -1,4 +1,4 @@
-"""Masks of training pictures, cut as the pictures are and brought to the size of the latents, where a batch needs them."""
+"""Masks of training images, cut as the images are and brought to the size of the latents, where a batch needs them."""
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -21,14 +21,14 @@ REMEMBERED_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Masks:
-    """What each place of some pictures' latents counts in the loss."""
+    """What each place of some images' latents counts in the loss."""
 
     keys: tuple[str, ...]
     weights: Tensor  # (B, 1, H/8, W/8) float32, from 0 (ignored) to 1
 
 
 class MaskReader:
-    """Reads the masks of samples. Nothing is kept on disk: a mask is a thousandth of its picture once it is cut.
+    """Reads the masks of samples. Nothing is kept on disk: a mask is a thousandth of its image once it is cut.
 
     The latest ones stay in memory, so that a dataset of usual size is decoded once. Not for several threads.
     """
@@ -39,7 +39,7 @@ class MaskReader:
         self._bytes = 0
 
     def read(self, samples: Sequence[Sample], masked: Sequence[bool]) -> Masks:
-        """The masks of samples of one bucket; ones for a picture that has none, or is not `masked`.
+        """The masks of samples of one bucket; ones for an image that has none, or is not `masked`.
 
         Raises StageError naming a mask that cannot be read, or has changed since it was scanned.
         """

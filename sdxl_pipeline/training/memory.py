@@ -21,14 +21,14 @@ from sdxl_pipeline.training.trainable import Trainable
 
 GIB = 1024**3
 LOADED_LATER = 64 * 1024**2
-"""What the first steps, pictures and plots load into a process that the estimate is made in, and what allocators keep beside it: 39 to 57
+"""What the first steps, images and plots load into a process that the estimate is made in, and what allocators keep beside it: 39 to 57
 MiB were measured on a CPU. A GPU's memory holds none of it."""
 _PROBE_SIDE = 256  # of the matrix that an optimizer is asked with: large enough for state in few bits
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes, by what they are for. Pictures are drawn between steps, when neither gradients nor activations are there."""
+    """Bytes, by what they are for. Images are drawn between steps, when neither gradients nor activations are there."""
 
     process: int
     """Of everything else that this process holds or will load; on a GPU that is not counted, and about half a GiB."""
@@ -38,14 +38,14 @@ class MemoryEstimate:
     average: int
     gradients: int
     activations: int
-    picture: int
-    """VAE and UNet while a validation picture is drawn."""
+    image: int
+    """VAE and UNet while a validation image is drawn."""
 
     @property
     def total(self) -> int:
         """At its largest: of what lies there by turns, the larger."""
         lasting = self.process + self.frozen_weights + self.trained_weights + self.optimizer + self.average
-        return lasting + max(self.gradients + self.activations, self.picture)
+        return lasting + max(self.gradients + self.activations, self.image)
 
     def parts(self) -> dict[str, int]:
         """In words, those that are there."""
@@ -57,7 +57,7 @@ class MemoryEstimate:
             "average of the weights": self.average,
             "gradients": self.gradients,
             "activations": self.activations,
-            "a validation picture, between steps": self.picture,
+            "a validation image, between steps": self.image,
         }
         return {name: size for name, size in named.items() if size}
 
@@ -72,7 +72,7 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """What training `module`, of which `unet` is a part, takes on one device, its weights being where and what they are.
 
-    `buckets` are the (height, width) of the pictures, in pixels, `vae_config` the VAE's config.json or its folder if pictures are
+    `buckets` are the (height, width) of the images, in pixels, `vae_config` the VAE's config.json or its folder if images are
     drawn. Of text encoders that are trained the activations are left out. `processes_sharing` divide everything but the activations.
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -110,7 +110,7 @@ def estimate_memory(
         average=4 * numbers if on_device else 0,
         gradients=numbers * (4 if in_fp32 else held) // processes_sharing,
         activations=round(active),
-        picture=0 if vae_config is None else _picture_bytes(settings, unet, vae_config),
+        image=0 if vae_config is None else _image_bytes(settings, unet, vae_config),
     )
 
 
@@ -187,7 +187,7 @@ def remedies(settings: TrainingSettings, estimate: MemoryEstimate) -> list[str]:
             "optimizer adamw_bf16",
         ),
         (estimate.average, estimate.average > 0, "ema_device cpu"),
-        (estimate.picture, estimate.picture > estimate.activations + estimate.gradients, "vae_dtype bf16"),
+        (estimate.image, estimate.image > estimate.activations + estimate.gradients, "vae_dtype bf16"),
     ]
     return [words for _, _, words in sorted((o for o in offers if o[1]), key=lambda o: -o[0])]
 
@@ -222,7 +222,7 @@ def spoken_bytes(size: int) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 1024**2:.0f} MiB"
 
 
-def _picture_bytes(settings: TrainingSettings, unet: UNet2DConditionModel, vae_config: Path) -> int:
+def _image_bytes(settings: TrainingSettings, unet: UNet2DConditionModel, vae_config: Path) -> int:
     """The VAE, and the larger of two: its last layers over all pixels, four tensors of them; the UNet without gradients, for two prompts."""
     config = AutoencoderKL.load_config(vae_config)
     with torch.device("meta"):

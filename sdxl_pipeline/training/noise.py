@@ -1,4 +1,4 @@
-"""The noise of each picture: what the UNet is asked for, and what it is shown."""
+"""The noise of each image: what the UNet is asked for, and what it is shown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

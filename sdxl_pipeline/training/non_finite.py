@@ -13,8 +13,8 @@ from sdxl_pipeline.training.order import Draw
 NON_FINITE_LIMIT = 10
 """Skipped steps in a row that end a run."""
 
-NAMED_PICTURES = 16
-"""Pictures named of a skipped step."""
+NAMED_IMAGES = 16
+"""Images named of a skipped step."""
 
 
 def poisoned(loss: Tensor) -> Tensor:
@@ -61,14 +61,14 @@ class SkippedSteps:
         """The warning for step `number`, whose loss or gradients came of `batches`. Raises StageError at the limit."""
         self._row.append(number)
         what = f"its loss is {loss}" if not math.isfinite(loss) else "its gradients are not finite"
-        pictures = list(dict.fromkeys(_name(draw) for batch in batches for draw in batch))
-        more = f" and {len(pictures) - NAMED_PICTURES} more" if len(pictures) > NAMED_PICTURES else ""
-        named = ", ".join(pictures[:NAMED_PICTURES]) + more
+        images = list(dict.fromkeys(_name(draw) for batch in batches for draw in batch))
+        more = f" and {len(images) - NAMED_IMAGES} more" if len(images) > NAMED_IMAGES else ""
+        named = ", ".join(images[:NAMED_IMAGES]) + more
         if len(self._row) < self._limit:
-            return f"Warning: step {number} is skipped, since {what}. Its pictures: {named}."
+            return f"Warning: step {number} is skipped, since {what}. Its images: {named}."
         raise StageError(
-            f"steps {self._row[0]} to {number} were skipped one after the other, the last since {what} with the pictures {named}. "
-            "If the same pictures return, look at them and their latents; else lower learning_rate, lengthen lr_warmup_steps, or set "
+            f"steps {self._row[0]} to {number} were skipped one after the other, the last since {what} with the images {named}. "
+            "If the same images return, look at them and their latents; else lower learning_rate, lengthen lr_warmup_steps, or set "
             "mixed_precision to bf16 or no. The weights are those from before these steps, and so are the checkpoints'"
         )
 

@@ -59,7 +59,7 @@ class Objective:
         return signal * noise - sigma * latents
 
     def weights(self, timesteps: Tensor) -> Tensor:
-        """Weight of each picture's error, (B,).
+        """Weight of each image's error, (B,).
 
         For the same x_t, an error in eps is one in x_0 times sqrt(SNR), and an error in v one times sqrt(SNR + 1): hence the division.
         """
@@ -90,7 +90,7 @@ class Objective:
         return (judged - wanted).square()
 
     def losses(self, errors: Tensor, timesteps: Tensor) -> Tensor:
-        """Weighted mean of each picture's `errors`, (B,)."""
+        """Weighted mean of each image's `errors`, (B,)."""
         return self.weights(timesteps) * errors.mean(dim=(1, 2, 3))
 
     def _scales(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ def build_objective(settings: TrainingSettings, scheduler: DDPMScheduler) -> Obj
     if prediction_type == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
         raise StageError(
             "with rescale_betas_zero_snr the last timestep is pure noise, which the UNet would only have to repeat: a prediction of eps "
-            "says nothing of the picture there, and no sampler can start from it. Set prediction_type to v_prediction for a base "
+            "says nothing of the image there, and no sampler can start from it. Set prediction_type to v_prediction for a base "
             "model that predicts v, or rescale_betas_zero_snr to false"
         )
     if settings.diff2flow_loss and prediction_type == "sample":

@@ -1,4 +1,4 @@
-"""What the stores lack, made when the training first asks for it: one picture or caption at a time, so that no other changes its bits."""
+"""What the stores lack, made when the training first asks for it: one image or caption at a time, so that no other changes its bits."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -31,7 +31,7 @@ WRITTEN_TOGETHER = 128
 
 
 class OnDemandEncoders:
-    """Encodes pictures and captions as the stages before would have. Each model is loaded when first needed."""
+    """Encodes images and captions as the stages before would have. Each model is loaded when first needed."""
 
     def __init__(self, base_model: ResolvedModel, hardware: Hardware) -> None:
         self._base_model = base_model
@@ -41,7 +41,7 @@ class OnDemandEncoders:
         self._lock = RLock()
 
     def latents(self, lane: TrainingLane, sample: Sample) -> Tensors:
-        """`mean` and `logvar` of a sample. Raises StageError naming the picture when it cannot be read, or is another one by now."""
+        """`mean` and `logvar` of a sample. Raises StageError naming the image when it cannot be read, or is another one by now."""
         if sample.latent_key is not None:
             crop = SimpleNamespace(key=sample.key, **vars(sample.crop))
             made = latent_key(crop, self._base_model.vae_digest, self._hardware.vae_dtype)

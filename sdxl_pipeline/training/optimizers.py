@@ -38,11 +38,11 @@ def hold_parameters(settings: TrainingSettings, parameters: Iterable[Parameter])
 
 
 def effective_learning_rate(settings: TrainingSettings, num_processes: int) -> float:
-    """`learning_rate`, times the pictures per optimizer step under `lr_scale`, or their square root under `lr_scale_sqrt`."""
+    """`learning_rate`, times the images per optimizer step under `lr_scale`, or their square root under `lr_scale_sqrt`."""
     if not settings.lr_scale:
         return settings.learning_rate
-    pictures = settings.train_batch_size * settings.gradient_accumulation_steps * num_processes
-    return settings.learning_rate * (math.sqrt(pictures) if settings.lr_scale_sqrt else pictures)
+    images = settings.train_batch_size * settings.gradient_accumulation_steps * num_processes
+    return settings.learning_rate * (math.sqrt(images) if settings.lr_scale_sqrt else images)
 
 
 def build_optimizer(

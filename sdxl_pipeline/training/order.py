@@ -21,7 +21,7 @@ from sdxl_pipeline.training.samples import Sample, Samples
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One appearance of a picture in an epoch, with the crop and the caption that were chosen for it."""
+    """One appearance of an image in an epoch, with the crop and the caption that were chosen for it."""
 
     sample: Sample
     epoch: int
@@ -30,9 +30,9 @@ class Draw:
 
 
 class _Draws(NamedTuple):
-    """The appearances of an epoch, pictures in their order: int64 of shape (draws,) each."""
+    """The appearances of an epoch, images in their order: int64 of shape (draws,) each."""
 
-    picture: np.ndarray
+    image: np.ndarray
     occurrence: np.ndarray
     sample: np.ndarray
 
@@ -53,9 +53,9 @@ class SampleOrder:
     processes; with twice the processes and half the batch size the same images meet. Where the draws of a bucket do not fill its last
     batch, `fill` decides: "partial" leaves the batch smaller, "wrap" repeats the bucket's first draws.
 
-    `passes` says how often the pictures of each dataset appear in an epoch. Where that is no whole number, pictures take turns: each
-    appears as often as any other of its dataset, give or take one. Likewise the n crops of a picture take turns: any n appearances of
-    it in a row show each once, beginning with one drawn for the picture.
+    `passes` says how often the images of each dataset appear in an epoch. Where that is no whole number, images take turns: each
+    appears as often as any other of its dataset, give or take one. Likewise the n crops of an image take turns: any n appearances of
+    it in a row show each once, beginning with one drawn for the image.
     """
 
     def __init__(
@@ -109,9 +109,9 @@ class SampleOrder:
 
     def appearances(self, epoch: int = 0) -> dict[str, tuple[int, int]]:
         """Return how often the images of each dataset appear in an epoch: (fewest, most)."""
-        pictures = np.searchsorted(self.samples.first, self._plan(epoch).sample, side="right") - 1
+        images = np.searchsorted(self.samples.first, self._plan(epoch).sample, side="right") - 1
         codes, names = self.samples.datasets
-        counts = np.bincount(pictures, minlength=len(codes))
+        counts = np.bincount(images, minlength=len(codes))
         return {
             name: (int(counts[codes == code].min()), int(counts[codes == code].max()))
             for code, name in enumerate(names)
@@ -141,10 +141,10 @@ class SampleOrder:
         return {bucket: numbers for bucket, numbers in missing.items() if numbers[1]}
 
     def _spread(self, passes: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
-        """Per picture its passes an epoch, and where between two of its appearances the run begins, in [0, 1).
+        """Per image its passes an epoch, and where between two of its appearances the run begins, in [0, 1).
 
-        Up to the end of epoch e a picture has appeared floor(passes * (e + 1) + phase) times. Phases are evenly spaced over a dataset in
-        an order drawn by lot, so every epoch shows the same number of its pictures, give or take one, and at least one.
+        Up to the end of epoch e an image has appeared floor(passes * (e + 1) + phase) times. Phases are evenly spaced over a dataset in
+        an order drawn by lot, so every epoch shows the same number of its images, give or take one, and at least one.
         """
         codes, names = self.samples.datasets
         spread = np.zeros(len(codes)), np.zeros(len(codes))
@@ -158,7 +158,7 @@ class SampleOrder:
         return spread
 
     def _start_next_epoch(self) -> None:
-        # epochs may differ by a batch where pictures or crops of other buckets have their turn, so they are counted one by one
+        # epochs may differ by a batch where images or crops of other buckets have their turn, so they are counted one by one
         draws = self._draws_by_bucket(len(self._epoch_starts) - 1)
         batches = int((-(-draws // self.global_batch_size)).sum())
         images = int(draws.sum()) if self._fill == "partial" else batches * self.global_batch_size
@@ -170,18 +170,18 @@ class SampleOrder:
         return np.bincount(codes[self._draws(epoch).sample], minlength=len(sizes))
 
     def _draws(self, epoch: int) -> _Draws:
-        """Every appearance of every picture in an epoch, with its crop."""
+        """Every appearance of every image in an epoch, with its crop."""
         begin, end = (
             np.floor(self._passes * count + self._phases).astype(np.int64) for count in (epoch, epoch + 1)
         )
         times = end - begin
-        picture = np.repeat(np.arange(len(times)), times)
-        occurrence = np.arange(len(picture)) - np.repeat(np.cumsum(times) - times, times)
+        image = np.repeat(np.arange(len(times)), times)
+        occurrence = np.arange(len(image)) - np.repeat(np.cumsum(times) - times, times)
         crops = self.samples.crops
         if len(crops) == len(self.samples):  # one each
-            return _Draws(picture, occurrence, picture)
-        turn = (self._first_crop.astype(np.int64) % crops + begin)[picture] + occurrence
-        return _Draws(picture, occurrence, self.samples.first[picture] + turn % crops[picture])
+            return _Draws(image, occurrence, image)
+        turn = (self._first_crop.astype(np.int64) % crops + begin)[image] + occurrence
+        return _Draws(image, occurrence, self.samples.first[image] + turn % crops[image])
 
     def _plan(self, epoch: int) -> _Plan:
         """The global batches of an epoch; two are kept, since an optimizer step may end in the epoch after."""
@@ -190,7 +190,7 @@ class SampleOrder:
         draws = self._draws(epoch)
         codes, sizes = self.samples.buckets
         bucket = codes[draws.sample]
-        names = self.samples.lots[draws.picture] + draws.occurrence.astype(np.uint64)
+        names = self.samples.lots[draws.image] + draws.occurrence.astype(np.uint64)
         lots = scattered(
             scattered(names, seed_for(self.seed, "order")), seed_for(self.seed, "order of", epoch)
         )
@@ -220,7 +220,7 @@ class SampleOrder:
         return self._planned[epoch]
 
     def _draw(self, sample: Sample, epoch: int, occurrence: int) -> Draw:
-        caption = choose(len(sample.embed_keys), self.seed, "caption", epoch, sample.picture, occurrence)
+        caption = choose(len(sample.embed_keys), self.seed, "caption", epoch, sample.image, occurrence)
         return Draw(sample, epoch, occurrence, sample.embed_keys[caption])
 
 

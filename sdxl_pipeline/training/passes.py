@@ -1,4 +1,4 @@
-"""How often an epoch shows the pictures of each dataset, and whether that fills a step."""
+"""How often an epoch shows the images of each dataset, and whether that fills a step."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -36,11 +36,11 @@ class Passes:
 
 
 def passes_per_epoch(lanes: Sequence[SampledDataset], samples: Samples) -> dict[str, float]:
-    """How often the pictures of each dataset among `samples` appear in an epoch.
+    """How often the images of each dataset among `samples` appear in an epoch.
 
     That is repeats + 1, times the dataset's probability relative to the largest one.
     """
-    present = samples.pictures_by_dataset()
+    present = samples.images_by_dataset()
     used = [lane for lane in lanes if lane.dataset_id in present]
     largest = max((lane.probability for lane in used), default=1.0)
     return {lane.dataset_id: (lane.repeats + 1) * lane.probability / largest for lane in used}
@@ -54,24 +54,24 @@ def planned_passes(
     Else, with `allow_dataset_oversubscription`, every dataset's passes are multiplied by the smallest whole number that does it, which
     leaves their shares as they are; without it StageError names the numbers and the `repeats` that would do.
     """
-    counts = samples.pictures_by_dataset()
+    counts = samples.images_by_dataset()
     if not counts:
         raise StageError(
-            "there is no picture to train on: the datasets' aspect_buckets have no row of the split 'train'"
+            "there is no image to train on: the datasets' aspect_buckets have no row of the split 'train'"
         )
     passes = passes_per_epoch(lanes, samples)
 
-    def pictures(factor: int) -> int:
+    def images(factor: int) -> int:
         return sum(math.floor(count * passes[name] * factor) for name, count in counts.items())
 
     accumulation = settings.gradient_accumulation_steps
     need = settings.train_batch_size * num_processes * accumulation
-    have = pictures(1)
+    have = images(1)
     if have >= need:
         return Passes(passes)
     if settings.allow_dataset_oversubscription:
         factor = max(2, math.ceil(need / sum(count * passes[name] for name, count in counts.items())))
-        while pictures(factor) < need:  # part of a picture is none
+        while images(factor) < need:  # part of an image is none
             factor += 1
         return Passes(
             {name: value * factor for name, value in passes.items()},
@@ -84,7 +84,7 @@ def planned_passes(
     lacking = need - have + math.floor(own)
     repeats = math.ceil(lacking * (largest.repeats + 1) / own) - 1
     raise StageError(
-        f"the datasets give {have} pictures an epoch, but one step takes {need}: train_batch_size {settings.train_batch_size} x "
+        f"the datasets give {have} images an epoch, but one step takes {need}: train_batch_size {settings.train_batch_size} x "
         f'{num_processes} processes x gradient_accumulation_steps {accumulation}. Set "repeats": {repeats} for dataset '
         f"{largest.dataset_id!r} in the data backend file, or lower one of the three, or set allow_dataset_oversubscription to have them raised"
     )

@@ -45,7 +45,7 @@ def plan_training(
         steps=planned_steps(settings, order),
         batches_per_epoch=order.batches_in(0),
         images_per_epoch=order.images_until(order.batches_in(0)),
-        trained_images=samples.pictures_by_dataset(),
+        trained_images=samples.images_by_dataset(),
         held_out_images={name: count for name, count in held_out.items() if count},
         appearances=order.appearances(),
         raised_repeats=dict(passes.raised_repeats),

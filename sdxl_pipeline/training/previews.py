@@ -1,4 +1,4 @@
-"""Validation pictures while they form: what the sampler expects at a step, decoded by a tiny autoencoder."""
+"""Validation images while they form: what the sampler expects at a step, decoded by a tiny autoencoder."""
 
 import shutil
 from collections.abc import Callable
@@ -27,9 +27,9 @@ JPEG_QUALITY = 85
 
 @dataclass(frozen=True)
 class Preview:
-    """A picture that is not finished."""
+    """An image that is not finished."""
 
-    name: str  # of the validation picture
+    name: str  # of the validation image
     prompt: str
     path: str  # JPEG; gone when the next look begins
     step: int  # of the training
@@ -38,12 +38,12 @@ class Preview:
 
     @property
     def caption(self) -> str:
-        """The prompt, and how far the picture is."""
+        """The prompt, and how far the image is."""
         return f"{self.prompt} (sampler step {self.sampler_step} of {self.sampler_steps})"
 
 
 class Previews:
-    """Decodes what a picture will be at every few sampler steps and the last, writes it into `folder`, and hands it to `show`.
+    """Decodes what an image will be at every few sampler steps and the last, writes it into `folder`, and hands it to `show`.
 
     Each has a file of its own, so that whoever reads it late sees what he was told of; those of one training step make room for the next.
 
@@ -69,7 +69,7 @@ class Previews:
         self._step: int | None = None
 
     def of(self, name: str, stem: str, prompt: str, step: int) -> Callable[[int, int, Tensor], None]:
-        """What `draw_pixels` is to call with each sampler step, their count and the estimate of one picture; `stem` begins its files' names."""
+        """What `draw_pixels` is to call with each sampler step, their count and the estimate of one image; `stem` begins its files' names."""
         folder = self._folder / f"step-{step:08d}"
         if step != self._step:
             self._step = step
@@ -79,18 +79,18 @@ class Previews:
             if number % self._every and number != total:
                 return
             path = folder / f"{stem}-{number:0{len(str(total))}d}.jpg"
-            picture = self._decode(latents)
+            image = self._decode(latents)
             with atomic_path(path) as temporary:
-                picture.save(temporary, format="JPEG", quality=JPEG_QUALITY)
+                image.save(temporary, format="JPEG", quality=JPEG_QUALITY)
             self._show(Preview(name, prompt, str(path), step, number, total))
 
         return on_estimate
 
     @torch.no_grad()
     def _decode(self, latents: Tensor) -> Image.Image:
-        """Latents (1, 4, h, w), scaled, as a picture of at most LONGEST_EDGE."""
+        """Latents (1, 4, h, w), scaled, as an image of at most LONGEST_EDGE."""
         autoencoder = self._autoencoder
         pixels = autoencoder.decode(latents.to(autoencoder.device, autoencoder.dtype)).sample  # in [-1, 1]
-        picture = image_from_pixels(pixels[0].float().div(2).add(0.5).permute(1, 2, 0).cpu().numpy())
-        picture.thumbnail((LONGEST_EDGE, LONGEST_EDGE), Image.Resampling.BILINEAR)
-        return picture
+        image = image_from_pixels(pixels[0].float().div(2).add(0.5).permute(1, 2, 0).cpu().numpy())
+        image.thumbnail((LONGEST_EDGE, LONGEST_EDGE), Image.Resampling.BILINEAR)
+        return image

@@ -1,9 +1,9 @@
-"""Prior preservation: pictures of which the adapter is to change nothing, trained towards what the base model predicts of them.
+"""Prior preservation: images of which the adapter is to change nothing, trained towards what the base model predicts of them.
 
-In DreamBooth (Ruiz et al. 2023) such pictures are drawn by the base model and trained on as they are. Here any pictures will do: their
+In DreamBooth (Ruiz et al. 2023) such images are drawn by the base model and trained on as they are. Here any images will do: their
 target is the prediction of the model without its adapter, for the same x_t and caption, so that the loss is zero before the first
 step, and whatever the adapter changes of them is undone. Where the UNet itself is trained there is no base model left to ask, and the
-pictures' own targets stay.
+images' own targets stay.
 """
 
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ def towards_base(
     predict: Predict,
     encoders: Iterable[nn.Module] = (),
 ) -> Tensor:
-    """`wanted` (B, C, H, W), what the objective wants of each picture; of those that are `prior`, what `unet` gives without its adapter.
+    """`wanted` (B, C, H, W), what the objective wants of each image; of those that are `prior`, what `unet` gives without its adapter.
 
     `predict` is how `unet` is asked about items of the batch, which are only those that are `prior`. `encoders` are text encoders with an
     adapter of their own.

@@ -1,6 +1,6 @@
-"""The pictures a run trains or is measured on: crop plan, latent entry and text entries of each, joined. No torch.
+"""The images a run trains or is measured on: crop plan, latent entry and text entries of each, joined. No torch.
 
-A picture is known by its content. Nothing here depends on what the files are called, nor on the order they were found in: where one
+An image is known by its content. Nothing here depends on what the files are called, nor on the order they were found in: where one
 content stands twice in a dataset, the copies are numbered by their captions.
 """
 
@@ -24,12 +24,12 @@ Split = Literal["train", "eval"]
 MicroConditioning = Literal["original", "resized"]
 
 NAMED_IN_ERRORS = 5
-"""How many pictures an error names before it only counts the rest."""
+"""How many images an error names before it only counts the rest."""
 
 _GEOMETRY = tuple(Crop.__dataclass_fields__)
-_PICTURE = ["dataset_id", "key", "copy"]
+_IMAGE = ["dataset_id", "key", "copy"]
 _DIGESTED = (
-    *_PICTURE,
+    *_IMAGE,
     "crop_index",
     "latent_key",
     "told_h",
@@ -45,11 +45,11 @@ _DIGESTED = (
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One crop of one picture, with the keys of everything that was encoded from it. Sizes and places are (height, width), pixels."""
+    """One crop of one image, with the keys of everything that was encoded from it. Sizes and places are (height, width), pixels."""
 
     dataset_id: str
-    key: str  # digest of the picture's bytes
-    copy: int  # 0, or its number among pictures of this content in the dataset
+    key: str  # digest of the image's bytes
+    copy: int  # 0, or its number among images of this content in the dataset
     crop_index: int
     path: str  # within the dataset's folder; nothing but reading the file depends on it
     crop: Crop
@@ -58,14 +58,14 @@ class Sample:
     original_size: tuple[int, int]  # SDXL's micro-conditioning, see `load_samples`
 
     @property
-    def picture(self) -> str:
-        """Names the picture within its run; random choices about it are drawn from this name."""
+    def image(self) -> str:
+        """Names the image within its run; random choices about it are drawn from this name."""
         return f"{self.dataset_id}/{self.key}" + (f"~{self.copy}" if self.copy else "")
 
     @property
     def id(self) -> str:
         """Names the sample within its run."""
-        return f"{self.picture}#{self.crop_index}"
+        return f"{self.image}#{self.crop_index}"
 
     @property
     def bucket(self) -> tuple[int, int]:
@@ -79,14 +79,14 @@ class Sample:
 
 
 class Samples(Sequence[Sample]):
-    """Samples in columns, since a run may have millions; those of one picture stand together, by their crop_index.
+    """Samples in columns, since a run may have millions; those of one image stand together, by their crop_index.
 
     `frame` has a row per sample: dataset_id, key, copy, crop_index, path, latent_key, the fields of Crop, told_h and told_w (the size
     that SDXL is told), and embed_keys, joined by spaces. It is sorted by the first four, which makes the order a matter of content.
     """
 
     def __init__(self, frame: pd.DataFrame) -> None:
-        by = [*_PICTURE, "crop_index"]
+        by = [*_IMAGE, "crop_index"]
         order = pc.sort_indices(
             pa.table({name: pa.array(frame[name]) for name in by}),
             sort_keys=[(name, "ascending") for name in by],
@@ -121,24 +121,24 @@ class Samples(Sequence[Sample]):
 
     @cached_property
     def first(self) -> np.ndarray:
-        """Where each picture's samples begin: int64 of shape (pictures,)."""
+        """Where each image's samples begin: int64 of shape (images,)."""
         if not len(self):
             return np.empty(0, np.int64)
         begins = np.zeros(len(self), bool)
         begins[0] = True
-        for name in _PICTURE:
+        for name in _IMAGE:
             codes, _ = pd.factorize(self._frame[name])
             begins[1:] |= codes[1:] != codes[:-1]
         return np.flatnonzero(begins)
 
     @cached_property
     def crops(self) -> np.ndarray:
-        """How many samples each picture has: int64 of shape (pictures,)."""
+        """How many samples each image has: int64 of shape (images,)."""
         return np.diff(self.first, append=len(self))
 
     @cached_property
     def datasets(self) -> tuple[np.ndarray, list[str]]:
-        """The dataset of each picture, as its number in the sorted list of names: ((pictures,), names)."""
+        """The dataset of each image, as its number in the sorted list of names: ((images,), names)."""
         codes, names = pd.factorize(self._frame["dataset_id"].iloc[self.first], sort=True)
         return codes, [str(name) for name in names]
 
@@ -151,41 +151,41 @@ class Samples(Sequence[Sample]):
 
     @cached_property
     def lots(self) -> np.ndarray:
-        """A random number below 2**64 for each picture, a function of its name alone: uint64 of shape (pictures,)."""
-        pictures = self._frame.iloc[self.first]
-        digests = bytes.fromhex("".join(pictures["key"].tolist()))
-        content = np.frombuffer(digests, ">u8").reshape(len(pictures), -1)[:, 0].astype(np.uint64)
+        """A random number below 2**64 for each image, a function of its name alone: uint64 of shape (images,)."""
+        images = self._frame.iloc[self.first]
+        digests = bytes.fromhex("".join(images["key"].tolist()))
+        content = np.frombuffer(digests, ">u8").reshape(len(images), -1)[:, 0].astype(np.uint64)
         codes, names = self.datasets
-        copies, number = np.unique(pictures["copy"].to_numpy(), return_inverse=True)
+        copies, number = np.unique(images["copy"].to_numpy(), return_inverse=True)
         salts = np.array(
             [[seed_for("picture", name, copy) for copy in copies.tolist()] for name in names], np.uint64
         ).reshape(len(names), -1)
         return content ^ salts[codes, number]
 
-    def pictures_by_dataset(self) -> dict[str, int]:
-        """How many pictures each dataset has."""
+    def images_by_dataset(self) -> dict[str, int]:
+        """How many images each dataset has."""
         codes, names = self.datasets
         return dict(zip(names, np.bincount(codes, minlength=len(names)).tolist(), strict=True))
 
     def keys_by_dataset(self) -> dict[str, set[str]]:
-        """The digests of the pictures of each dataset."""
+        """The digests of the images of each dataset."""
         groups = self._frame.groupby("dataset_id", sort=False)["key"]
         return {str(name): set(keys) for name, keys in groups}
 
-    def crops_per_picture(self) -> dict[str, float]:
-        """Mean number of crops of the pictures of each dataset."""
+    def crops_per_image(self) -> dict[str, float]:
+        """Mean number of crops of the images of each dataset."""
         codes, names = self.datasets
         return {name: float(self.crops[codes == code].mean()) for code, name in enumerate(names)}
 
     def one_of_each(self) -> "Samples":
-        """Of each picture the first crop that is not mirrored: what pictures are measured by."""
+        """Of each image the first crop that is not mirrored: what images are measured by."""
         mirrored = self._frame["flipped"].to_numpy().astype(bool)
         place = np.where(mirrored, len(self), 0) + np.arange(len(self))
         best = np.minimum.reduceat(place, self.first) if len(self) else place
         return Samples(self._frame.iloc[best % max(len(self), 1)])
 
     def first_by_key(self, count: int, datasets: Collection[str] | None = None) -> "Samples":
-        """The first `count` by the digests of their pictures, of all datasets or some."""
+        """The first `count` by the digests of their images, of all datasets or some."""
         frame = (
             self._frame if datasets is None else self._frame[self._frame["dataset_id"].isin(list(datasets))]
         )
@@ -199,11 +199,11 @@ class Samples(Sequence[Sample]):
 def load_samples(
     lanes: Iterable[TrainingLane], split: Split, micro_conditioning: MicroConditioning = "original"
 ) -> Samples:
-    """The samples of one split of all lanes. Of pictures to be measured by, one that is not mirrored.
+    """The samples of one split of all lanes. Of images to be measured by, one that is not mirrored.
 
-    `micro_conditioning` says what SDXL is told as the picture's original size: the file's own, or the size it was resized to.
-    Pictures that the latent stage reported as failed are left out, and so is from training what another dataset holds out. Raises
-    StageError when a picture has no latent or no caption embedding otherwise: the caches are then older than the dataset.
+    `micro_conditioning` says what SDXL is told as the image's original size: the file's own, or the size it was resized to.
+    Images that the latent stage reported as failed are left out, and so is from training what another dataset holds out. Raises
+    StageError when an image has no latent or no caption embedding otherwise: the caches are then older than the dataset.
     """
     lanes = list(lanes)
     frame = pd.concat([_load_lane(lane, split, micro_conditioning) for lane in lanes], ignore_index=True)
@@ -249,18 +249,18 @@ def _load_lane(lane: TrainingLane, split: Split, micro_conditioning: MicroCondit
 
 
 def _captions_by_copy(lane: TrainingLane) -> pd.DataFrame:
-    """key, copy and embed_keys (joined by spaces) of every picture; copies of one content are numbered by them."""
+    """key, copy and embed_keys (joined by spaces) of every image; copies of one content are numbered by them."""
     texts = pd.read_parquet(lane.text_embeds.entries_path, columns=["path", "key", "embed_key"])
     places, _ = pd.factorize(texts["path"])
     if (np.bincount(places) > 1).any() if len(places) else False:
-        pictures = texts.groupby(["path", "key"], sort=False)["embed_key"].agg(" ".join).reset_index()
+        images = texts.groupby(["path", "key"], sort=False)["embed_key"].agg(" ".join).reset_index()
     else:
-        pictures = texts
-    pictures = pictures.drop(columns="path").rename(columns={"embed_key": "embed_keys"}, errors="ignore")
-    if pictures["key"].duplicated().any():
-        pictures = pictures.sort_values(["key", "embed_keys"])
-    pictures["copy"] = pictures.groupby("key", sort=False).cumcount()
-    return pictures
+        images = texts
+    images = images.drop(columns="path").rename(columns={"embed_key": "embed_keys"}, errors="ignore")
+    if images["key"].duplicated().any():
+        images = images.sort_values(["key", "embed_keys"])
+    images["copy"] = images.groupby("key", sort=False).cumcount()
+    return images
 
 
 def _require_as_many(lane: TrainingLane, rows: pd.DataFrame, captions: pd.DataFrame) -> None:
@@ -285,6 +285,6 @@ def _require(lane: TrainingLane, what: str, missing: list[str]) -> None:
         distinct = list(dict.fromkeys(missing))
         names = ", ".join(distinct[:NAMED_IN_ERRORS]) + (", ..." if len(distinct) > NAMED_IN_ERRORS else "")
         raise StageError(
-            f"dataset {lane.dataset_id!r}: {len(distinct)} pictures of the crop plan have no {what} ({names}); "
+            f"dataset {lane.dataset_id!r}: {len(distinct)} images of the crop plan have no {what} ({names}); "
             "materialize the dataset's vae_latents and text_embeds again"
         )

@@ -1,4 +1,4 @@
-"""Scheduled sampling: some pictures reach their timestep by the model's own steps, so that it learns to mend what it does to itself.
+"""Scheduled sampling: some images reach their timestep by the model's own steps, so that it learns to mend what it does to itself.
 
 An item with offset k is noised to timestep t + k, and denoised from there to t by the model as it stands, one timestep at a time and
 without gradient. What the model is asked for stays what it was: the target at t of the original latents and noise (Bengio et al. 2015,
@@ -51,7 +51,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class RolloutDraw:
-    """Which pictures are rolled out, and from where: a pure function of (seed, batch, slot)."""
+    """Which images are rolled out, and from where: a pure function of (seed, batch, slot)."""
 
     num_train_timesteps: int
     max_offset: int
@@ -65,7 +65,7 @@ class RolloutDraw:
     prob_end: float = 0.5
 
     def probability_at(self, step: int) -> float:
-        """Probability that a picture is rolled out in an optimizer step, counted from 0."""
+        """Probability that an image is rolled out in an optimizer step, counted from 0."""
         if not self.ramp_steps:
             return self.probability if step >= self.start_step else 0.0
         progress = min(1.0, max(0.0, (step - self.start_step) / self.ramp_steps))
@@ -76,7 +76,7 @@ class RolloutDraw:
     def draw(
         self, timesteps: Sequence[int], step: int, seed: int, index: int, slots: Sequence[int]
     ) -> tuple[Rollout, ...]:
-        """The rollouts in a batch of `timesteps`, whose pictures have `slots` in the global batch `index`; offsets of 0 are none."""
+        """The rollouts in a batch of `timesteps`, whose images have `slots` in the global batch `index`; offsets of 0 are none."""
         probability = self.probability_at(step)
         rollouts = []
         for item, (timestep, slot) in enumerate(zip(timesteps, slots, strict=True)):

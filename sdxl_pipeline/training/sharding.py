@@ -1,7 +1,7 @@
 """A whole UNet divided among the processes: each holds a part of every weight, its gradient and its optimizer state (FSDP2, ZeRO-3).
 
 Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models"; torch's `fully_shard`. A block's weights
-are gathered for its passes. What leaves the training, as checkpoints, files and pictures, is gathered whole on the main process, so that
+are gathered for its passes. What leaves the training, as checkpoints, files and images, is gathered whole on the main process, so that
 it does not depend on the number of processes.
 """
 

@@ -10,7 +10,7 @@ from sdxl_pipeline.protocol.specs import ValidationImage
 from sdxl_pipeline.store.files import atomic_path
 
 MAX_COLUMNS = 9
-CELL = 256  # longest edge of a picture, pixels
+CELL = 256  # longest edge of an image, pixels
 MARGIN = 12
 HEADER = 30
 LABEL_WIDTH = 200
@@ -19,7 +19,7 @@ INK, PAPER, FAINT = (34, 34, 34), (255, 255, 255), (120, 120, 120)
 
 
 def write_sheet(images: Sequence[ValidationImage], path: Path) -> None:
-    """Write a PNG with a row per picture name and a column per step, at most MAX_COLUMNS of them, first and last included."""
+    """Write a PNG with a row per image name and a column per step, at most MAX_COLUMNS of them, first and last included."""
     steps = thinned(sorted({image.step for image in images}), MAX_COLUMNS)
     names = list(dict.fromkeys(image.name for image in images))
     by_place = {(image.name, image.step): image for image in images}
@@ -77,7 +77,7 @@ def thinned(steps: Sequence[int], most: int) -> list[int]:
 
 
 def _thumbnail(path: str) -> Image.Image:
-    with Image.open(path) as picture:
-        small = picture.convert("RGB")
+    with Image.open(path) as image:
+        small = image.convert("RGB")
     small.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
     return small

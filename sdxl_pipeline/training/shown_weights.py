@@ -14,7 +14,7 @@ from sdxl_pipeline.protocol.specs import EMA_FOLDER, ValidationImage
 from sdxl_pipeline.training.ema import Ema, replaced
 
 EMA_LABEL = " EMA"
-"""Ends the names of the pictures that the average draws."""
+"""Ends the names of the images that the average draws."""
 
 
 class ShownWeights:
@@ -72,7 +72,7 @@ class ShownWeights:
     def drawn(
         self, draw: Callable[[str], Iterator[ValidationImage]]
     ) -> Generator[ValidationImage, None, None]:
-        """The pictures that `draw` makes, of each of the weights that `ema_validation` asks for; it is given what to add to their names."""
+        """The images that `draw` makes, of each of the weights that `ema_validation` asks for; it is given what to add to their names."""
         compared = self._settings.ema_validation
         if self.ema is None or compared != "ema_only":
             with self.in_place():

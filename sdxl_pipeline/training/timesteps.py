@@ -22,7 +22,7 @@ class TimestepDraw:
     """Cut the distribution into as many equally likely segments as a global batch has slots, and draw one timestep from each."""
 
     def draw(self, seed: int, index: int, slot: int, slots: int) -> int:
-        """The timestep of `slot` in the global batch `index` of `slots` pictures."""
+        """The timestep of `slot` in the global batch `index` of `slots` images."""
         if self.favoured is None and not self.segmented:
             generator = torch.Generator().manual_seed(seed_for(seed, "timestep", index, slot))
             return int(torch.randint(self.num_train_timesteps, (1,), generator=generator))

@@ -1,4 +1,4 @@
-"""Sends figures and pictures to tensorboard, wandb and trackio, when the settings ask for them."""
+"""Sends figures and images to tensorboard, wandb and trackio, when the settings ask for them."""
 
 import importlib.util
 import os
@@ -55,14 +55,14 @@ class Trackers:
             tracker.log(dict(figures), step=step)
 
     def log_images(self, images: Sequence[ValidationImage]) -> None:
-        """Log validation pictures under their prompts' names."""
+        """Log validation images under their prompts' names."""
         for image in images:
-            self._log_picture(f"validation/{image.name}", image.path, image.step)
+            self._log_image(f"validation/{image.name}", image.path, image.step)
 
     def log_preview(self, preview: Preview) -> None:
-        """Log a picture that is forming. Those of one training step go under a name each, by their sampler steps."""
+        """Log an image that is forming. Those of one training step go under a name each, by their sampler steps."""
         number = f"{preview.sampler_step:0{len(str(preview.sampler_steps))}d}"
-        self._log_picture(f"preview/{preview.name}/{number}", preview.path, preview.step)
+        self._log_image(f"preview/{preview.name}/{number}", preview.path, preview.step)
 
     def close(self) -> None:
         """Flush and end."""
@@ -73,11 +73,11 @@ class Trackers:
 
             wandb.teardown()  # its service would be ended with this program's other children, and complain
 
-    def _log_picture(self, name: str, path: str, step: int) -> None:
+    def _log_image(self, name: str, path: str, step: int) -> None:
         if not self._trackers:
             return
-        with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
         for tracker in self._trackers:
             if tracker.name == "tensorboard":
                 tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")  # (1, H, W, 3)

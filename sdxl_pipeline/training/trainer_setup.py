@@ -49,9 +49,9 @@ class PlannedOrder:
     """The same order again, for the thread that reads ahead: an order remembers the epoch it planned last."""
 
     @property
-    def pictures_per_epoch(self) -> dict[str, float]:
-        """Appearances of pictures in an epoch, by dataset."""
-        counts = self.order.samples.pictures_by_dataset()
+    def images_per_epoch(self) -> dict[str, float]:
+        """Appearances of images in an epoch, by dataset."""
+        counts = self.order.samples.images_by_dataset()
         return {name: count * self.passes.by_dataset[name] for name, count in counts.items()}
 
 

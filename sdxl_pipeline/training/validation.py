@@ -1,4 +1,4 @@
-"""Pictures drawn while training, always from the same seeds, so that one sees what the LoRA learns."""
+"""Images drawn while training, always from the same seeds, so that one sees what the LoRA learns."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from sdxl_pipeline.sdxl.precision import dtype_from_name
 from sdxl_pipeline.store.files import atomic_path
 from sdxl_pipeline.training.batches import BatchReader
 from sdxl_pipeline.training.draws import seed_for
-from sdxl_pipeline.training.picture_names import distinct_names, distinct_stems, file_stem
+from sdxl_pipeline.training.image_names import distinct_names, distinct_stems, file_stem
 from sdxl_pipeline.training.previews import Previews
 from sdxl_pipeline.training.shown_weights import EMA_LABEL
 
@@ -22,8 +22,8 @@ UNCONDITIONAL = ValidationPrompt(name="unconditional", prompt="")
 
 
 @dataclass(frozen=True)
-class PlannedPicture:
-    """One picture of every validation."""
+class PlannedImage:
+    """One image of every validation."""
 
     name: str  # of its row in the sheet
     stem: str  # of its file's name
@@ -32,7 +32,7 @@ class PlannedPicture:
     seed: int
 
 
-def plan_pictures(spec: TrainSpec, step: int) -> list[PlannedPicture]:
+def plan_images(spec: TrainSpec, step: int) -> list[PlannedImage]:
     """Every prompt at every size, `num_validation_images` times with successive seeds: the same ones at each step unless randomized."""
     settings = spec.settings
     sizes = settings.validation_sizes
@@ -40,7 +40,7 @@ def plan_pictures(spec: TrainSpec, step: int) -> list[PlannedPicture]:
     if settings.validation_randomize:
         first_seed = seed_for(first_seed, "validation", step) % 2**32
     prompts = spec.prompts if settings.validation_disable_unconditional else (*spec.prompts, UNCONDITIONAL)
-    pictures = []
+    images = []
     for prompt in prompts:
         for height, width in sizes:
             for number in range(settings.num_validation_images):
@@ -48,19 +48,18 @@ def plan_pictures(spec: TrainSpec, step: int) -> list[PlannedPicture]:
                 count = [str(number + 1)] if settings.num_validation_images > 1 else []
                 name = " ".join([prompt.name, *size, *count])
                 stem = "_".join([file_stem(prompt.name), *size, *count])
-                pictures.append(PlannedPicture(name, stem, prompt, (height, width), first_seed + number))
-    names = distinct_names([picture.name for picture in pictures], EMA_LABEL)
-    stems = distinct_stems([picture.stem for picture in pictures], _ending(EMA_LABEL))
+                images.append(PlannedImage(name, stem, prompt, (height, width), first_seed + number))
+    names = distinct_names([image.name for image in images], EMA_LABEL)
+    stems = distinct_stems([image.stem for image in images], _ending(EMA_LABEL))
     return [
-        replace(picture, name=name, stem=stem)
-        for picture, name, stem in zip(pictures, names, stems, strict=True)
+        replace(image, name=name, stem=stem) for image, name, stem in zip(images, names, stems, strict=True)
     ]
 
 
 def is_validation_step(
     spec: TrainSpec, step: int, total_steps: int, epochs_at: Callable[[int], float]
 ) -> bool:
-    """Whether pictures are drawn at a step: at the end, by the intervals in steps and epochs, and at 0 as validation_on_startup says."""
+    """Whether images are drawn at a step: at the end, by the intervals in steps and epochs, and at 0 as validation_on_startup says."""
     settings = spec.settings
     draws_any = spec.prompts or not settings.validation_disable_unconditional
     if settings.validation_disable or not draws_any:
@@ -84,7 +83,7 @@ def is_due(
     return done > before
 
 
-def draw_pictures(
+def draw_images(
     spec: TrainSpec,
     unet: UNet2DConditionModel,
     reader: BatchReader,
@@ -94,34 +93,32 @@ def draw_pictures(
     label: str = "",
     on_step: Callable[[], None] | None = None,
 ) -> Iterator[ValidationImage]:
-    """Draw the planned pictures with the UNet as it stands, one by one, into `folder`, and show them forming through `previews`.
+    """Draw the planned images with the UNet as it stands, one by one, into `folder`, and show them forming through `previews`.
 
     `label` is added to their names, where other weights of the same step draw them too. What `on_step`, called after every sampler step, raises ends the drawing.
 
     No text encoder is loaded: the prompts' embeddings come from the text cache. Nothing the training computes with is changed; the
-    UNet is in eval mode only while a picture is being drawn.
+    UNet is in eval mode only while an image is being drawn.
     """
     settings = spec.settings
     vae_dtype = dtype_from_name(settings.vae_dtype or spec.hardware.vae_dtype)
     pipeline = drawing_pipeline(spec.base_model, unet, vae_dtype, settings)
     zeros = bool(pipeline.config.force_zeros_for_empty_prompt)
-    for picture in plan_pictures(spec, step):
-        name, prompt = picture.name + label, picture.prompt.prompt
-        stem = picture.stem + _ending(label)
+    for image in plan_images(spec, step):
+        name, prompt = image.name + label, image.prompt.prompt
+        stem = image.stem + _ending(label)
         forming = None if previews is None else previews.of(name, stem, prompt, step)
-        conditioning = reader.conditioning(prompt, picture.prompt.negative_prompt, zeros)
+        conditioning = reader.conditioning(prompt, image.prompt.negative_prompt, zeros)
         was_training = unet.training
         unet.eval()
         try:
-            pixels = draw_pixels(
-                pipeline, conditioning, picture.size, picture.seed, settings, on_step, forming
-            )
+            pixels = draw_pixels(pipeline, conditioning, image.size, image.seed, settings, on_step, forming)
         finally:
             unet.train(was_training)
         path = folder / f"step-{step:08d}" / f"{stem}.png"
         with atomic_path(path) as temporary:
             image_from_pixels(pixels).save(temporary, format="PNG")
-        yield ValidationImage(step=step, name=name, prompt=prompt, path=str(path), seed=picture.seed)
+        yield ValidationImage(step=step, name=name, prompt=prompt, path=str(path), seed=image.seed)
 
 
 def _ending(label: str) -> str:

@@ -1,4 +1,4 @@
-"""validation.jsonl: which pictures a run has drawn. No torch."""
+"""validation.jsonl: which images a run has drawn. No torch."""
 
 import json
 import os
@@ -13,7 +13,7 @@ VALIDATION_FILE = "validation.jsonl"
 
 
 class ValidationLog:
-    """The pictures drawn so far: a line for each, those of a step together once all are drawn."""
+    """The images drawn so far: a line for each, those of a step together once all are drawn."""
 
     def __init__(self, run_dir: Path, resumed_at: int) -> None:
         self._run_dir = run_dir
@@ -22,11 +22,11 @@ class ValidationLog:
         self._write(self.images, "w")
 
     def has(self, step: int) -> bool:
-        """Whether the pictures of a step have been drawn."""
+        """Whether the images of a step have been drawn."""
         return any(image.step == step for image in self.images)
 
     def add(self, images: Sequence[ValidationImage]) -> None:
-        """Record the pictures of a step."""
+        """Record the images of a step."""
         self.images += images
         self._write(images, "a")
 
@@ -45,7 +45,7 @@ class ValidationLog:
 
 
 def read_validation_log(run_dir: Path) -> list[ValidationImage]:
-    """The pictures recorded in a run's folder that are still there."""
+    """The images recorded in a run's folder that are still there."""
     path = run_dir / VALIDATION_FILE
     if not path.exists():
         return []

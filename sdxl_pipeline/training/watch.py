@@ -12,10 +12,10 @@ from sdxl_pipeline.protocol.specs import LossSummary, TrainedLora, TrainSpec, Va
 from sdxl_pipeline.protocol.webhook import (
     PREVIEW,
     PROGRESS,
+    Image,
     Level,
     Message,
     Origin,
-    Picture,
     Webhooks,
     load_webhooks,
 )
@@ -24,7 +24,7 @@ from sdxl_pipeline.training.previews import Preview
 from sdxl_pipeline.training.trackers import Trackers
 
 PREVIEW_SECONDS = 2.0
-"""Between two previews of a picture on the run's page and in its log; trackers and webhooks get them all."""
+"""Between two previews of an image on the run's page and in its log; trackers and webhooks get them all."""
 
 
 class Watch:
@@ -38,7 +38,7 @@ class Watch:
         self._spec, self._reporter = spec, reporter
         self._step: int | None = None  # until it begins
         self._total_steps = 0
-        self._previewed: tuple[str, int, float] | None = None  # picture, step and time last shown on the page
+        self._previewed: tuple[str, int, float] | None = None  # image, step and time last shown on the page
         config = spec.settings.webhook_config
         try:
             webhooks = load_webhooks(Path(config) if config else None)
@@ -95,12 +95,12 @@ class Watch:
         text = f"step {step} of {self._total_steps}: eval loss {loss.mean:.5f}"
         self._send("eval.loss", text, figures={"eval/loss": loss.mean})
 
-    def picture(self, image: ValidationImage) -> None:
-        """A validation picture is finished; those of a step follow together in `pictures`."""
+    def image(self, image: ValidationImage) -> None:
+        """A validation image is finished; those of a step follow together in `images`."""
         self._reporter.image(image.name, image.path, image.prompt, image.step)
 
-    def pictures(self, images: Sequence[ValidationImage]) -> None:
-        """All validation pictures of a step are drawn."""
+    def images(self, images: Sequence[ValidationImage]) -> None:
+        """All validation images of a step are drawn."""
         self._trackers.log_images(images)
         if not images:
             return
@@ -113,7 +113,7 @@ class Watch:
         )
 
     def preview(self, preview: Preview) -> None:
-        """A validation picture is forming."""
+        """A validation image is forming."""
         self._step = preview.step
         now, last = time.monotonic(), self._previewed
         if last is None or last[:2] != (preview.name, preview.step) or now - last[2] >= PREVIEW_SECONDS:
@@ -143,7 +143,7 @@ class Watch:
         replaces: str | None = None,
     ) -> None:
         if not len(self._webhooks):
-            return  # and read no pictures
-        pictures = tuple(Picture.read(path) for path in paths)
-        message = Message(kind, text, level, self._step, figures or {}, pictures, replaces=replaces)
+            return  # and read no images
+        images = tuple(Image.read(path) for path in paths)
+        message = Message(kind, text, level, self._step, figures or {}, images, replaces=replaces)
         self._webhooks.send(message)

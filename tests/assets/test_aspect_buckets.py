@@ -16,7 +16,7 @@ from sdxl_pipeline.project.project import load_project
 
 
 def scan_of(sizes: list[tuple[int, int]]) -> pd.DataFrame:
-    """A scan of pictures of these (height, width), of which only the headers matter."""
+    """A scan of images of these (height, width), of which only the headers matter."""
     rows = [(f"{n}.png", f"{n:064x}", height, width, "", "kept") for n, (height, width) in enumerate(sizes)]
     return pd.DataFrame(rows, columns=["path", "key", "height", "width", "phash", "status"])
 
@@ -50,11 +50,11 @@ def shown(result: dg.ExecuteInProcessResult) -> dict[str, Any]:
     return {name: value.value for name, value in materialization(result).metadata.items()}
 
 
-def test_several_mirrored_crops_are_counted_and_an_epoch_takes_each_picture_once(
+def test_several_mirrored_crops_are_counted_and_an_epoch_takes_each_image_once(
     make_project: Callable[..., Path],
 ) -> None:
     folder = make_project(
-        pictures=1,
+        images=1,
         config={"eval_holdout_share": 0.0, "train_batch_size": 4},
         dataset={
             "crop_aspect": "square",
@@ -68,20 +68,20 @@ def test_several_mirrored_crops_are_counted_and_an_epoch_takes_each_picture_once
     metadata = shown(planned(folder, scan_of([(400, 900)] * 4 + [(100, 300)] + [(512, 512), (10, 900)])))
     assert metadata["crops"] == metadata["train"] == 5 * 3 * 2 + 2
     assert metadata["mirrored"] == 5 * 3 + 1
-    assert metadata["crops_per_picture"] == 32 / 6
-    assert metadata["batches_per_epoch"] == 3  # six pictures twice, in one bucket, four at a time
-    assert metadata["upscaled"] == 6  # the crops of the fifth picture
+    assert metadata["crops_per_image"] == 32 / 6
+    assert metadata["batches_per_epoch"] == 3  # six images twice, in one bucket, four at a time
+    assert metadata["upscaled"] == 6  # the crops of the fifth image
     area = 128 * 128
     kept = (4 * 6 * 128 * 288 + 6 * 128 * 384 + 2 * area) / (32 * area)
     assert metadata["cropped_away"] == pytest.approx(1 - 1 / kept)
     assert metadata["filtered_out"].records[0].data["files"] == 1
 
 
-def test_a_bucket_of_fewer_pictures_than_a_batch_warns_however_many_crops_it_has(
+def test_a_bucket_of_fewer_images_than_a_batch_warns_however_many_crops_it_has(
     make_project: Callable[..., Path],
 ) -> None:
     folder = make_project(
-        pictures=1,
+        images=1,
         config={"eval_holdout_share": 0.0, "train_batch_size": 3},
         dataset={"crops_per_image": 4, "resolution": 256},
     )
@@ -99,7 +99,7 @@ def test_renaming_changes_the_rows_and_not_their_version(make_project: Callable[
     def version(scanned: pd.DataFrame) -> str:
         return materialization(planned(folder, scanned)).tags["dagster/data_version"]
 
-    folder = make_project(pictures=1)
+    folder = make_project(images=1)
     scanned = scan_of([(400, 900), (512, 300), (128, 128)])
     before = version(scanned)
     renamed = scanned.assign(path=["z.png", "sub/b.png", "a.png"]).iloc[[2, 0, 1]]
@@ -112,7 +112,7 @@ def test_renaming_changes_the_rows_and_not_their_version(make_project: Callable[
 def test_faces_without_opencv_fail_the_step_with_the_remedy(
     make_project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = make_project(pictures=1, dataset={"crop_style": "face"})
+    folder = make_project(images=1, dataset={"crop_style": "face"})
     monkeypatch.setitem(sys.modules, "cv2", None)
     result = planned(folder, scan_of([(400, 900)]))
     (failure,) = result.get_step_failure_events()
@@ -122,9 +122,9 @@ def test_faces_without_opencv_fail_the_step_with_the_remedy(
     assert "pip install 'sdxl-pipeline[faces]'" in told
 
 
-def test_pictures_without_a_face_are_counted(make_project: Callable[..., Path]) -> None:
+def test_images_without_a_face_are_counted(make_project: Callable[..., Path]) -> None:
     pytest.importorskip("cv2", reason="the extra `faces` is not installed")
-    folder = make_project(pictures=1, dataset={"crop_style": "face"})
+    folder = make_project(images=1, dataset={"crop_style": "face"})
     metadata = shown(planned(folder, scan_of([(128, 128)])))
-    assert metadata["pictures_without_face"] == 1
+    assert metadata["images_without_face"] == 1
     assert list((Storage().path / "work").rglob("faces.parquet"))

@@ -20,15 +20,15 @@ from sdxl_pipeline.project.datasets import ImageDataset
 from tests.conftest import DATASET
 from tests.images.photographs import PHOTOGRAPHS
 
-PICTURES = ["astronaut", "camera", "chelsea", "coffee", "coins", "moon"]
+IMAGES = ["astronaut", "camera", "chelsea", "coffee", "coins", "moon"]
 
 
 def place(folder: Path, name: str, source: str, caption: str | None = None, **changes: Any) -> Path:
     """One of scikit-image's photographs with its caption; `size`, `quality` make it another file of the same look."""
     folder.mkdir(parents=True, exist_ok=True)
-    with Image.open(PHOTOGRAPHS / f"{source}.png") as image:
-        picture = image.convert("RGB").resize(changes.pop("size", (256, 256)))
-    picture.save(folder / name, **changes)
+    with Image.open(PHOTOGRAPHS / f"{source}.png") as photograph:
+        image = photograph.convert("RGB").resize(changes.pop("size", (256, 256)))
+    image.save(folder / name, **changes)
     (folder / name).with_suffix(".txt").write_text(f"a photo of {source}" if caption is None else caption)
     return folder / name
 
@@ -57,14 +57,14 @@ def evaluate(folder: Path, instance: dg.DagsterInstance) -> dict[tuple[str, str]
 
 
 def shown(check: dg.AssetCheckEvaluation) -> Image.Image:
-    encoded = check.metadata["pictures"].value.split("base64,")[1].removesuffix(")")
+    encoded = check.metadata["images"].value.split("base64,")[1].removesuffix(")")
     assert len(encoded) <= 400_000
     return Image.open(io.BytesIO(base64.b64decode(encoded)))
 
 
-def holds(sheet: Image.Image, picture: Path) -> int:
-    """In how many places of a contact sheet with tiles of 160 pixels a picture is shown."""
-    tile = Image.open(picture).convert("RGB").resize((16, 16))
+def holds(sheet: Image.Image, image: Path) -> int:
+    """In how many places of a contact sheet with tiles of 160 pixels an image is shown."""
+    tile = Image.open(image).convert("RGB").resize((16, 16))
     found = 0
     for top in range(8, sheet.height - 160, 208 - 8):
         for left in range(8, sheet.width - 160, 168):
@@ -75,8 +75,8 @@ def holds(sheet: Image.Image, picture: Path) -> int:
 
 
 def test_a_sound_dataset_passes_and_says_what_it_holds(instance, make_project):
-    folder = make_project(pictures=0, config={"eval_holdout_share": 0.3})
-    for name in PICTURES:
+    folder = make_project(images=0, config={"eval_holdout_share": 0.3})
+    for name in IMAGES:
         place(folder / "data", f"{name}.png", name)
     (folder / "data" / "notes.md").write_text("notes")
     (folder / "data" / "raw.cr2").write_bytes(b"raw")
@@ -91,17 +91,17 @@ def test_a_sound_dataset_passes_and_says_what_it_holds(instance, make_project):
     for reason in ("1 not an image", "1 truncated", "1 image format .cr2 is not supported"):
         assert reason in told
     assert checks["shapes/dataset", "may_look_alike"].description == (
-        "0 files are copies of others; 0 pictures look alike, in 0 groups."
+        "0 files are copies of others; 0 images look alike, in 0 groups."
     )
     assert (
-        "6 pictures = 6 planned + 0 filtered out"
-        in checks["shapes/aspect_buckets", "pictures_accounted_for"].description
+        "6 images = 6 planned + 0 filtered out"
+        in checks["shapes/aspect_buckets", "images_accounted_for"].description
     )
 
 
 def test_look_alikes_are_named_and_shown_side_by_side(instance, make_project):
-    folder = make_project(pictures=0, config={"eval_holdout_share": 0})
-    for name in PICTURES:
+    folder = make_project(images=0, config={"eval_holdout_share": 0})
+    for name in IMAGES:
         place(folder / "data", f"{name}.png", name)
     place(folder / "data", "smaller.jpg", "coffee", size=(160, 160), quality=60)
     shutil.copy(folder / "data" / "moon.png", folder / "data" / "moon again.png")
@@ -111,7 +111,7 @@ def test_look_alikes_are_named_and_shown_side_by_side(instance, make_project):
     check = evaluate(folder, instance)["shapes/dataset", "may_look_alike"]
     assert (check.passed, check.severity) == (False, dg.AssetCheckSeverity.WARN)
     assert "1 files are copies of others (moon again.png = moon.png)" in check.description
-    assert "2 pictures look alike, in 1 groups (coffee.png ~ smaller.jpg)" in check.description
+    assert "2 images look alike, in 1 groups (coffee.png ~ smaller.jpg)" in check.description
     assert "1 flat or evenly shaded ones cannot be compared" in check.description
     sheet = shown(check)
     assert (holds(sheet, folder / "data" / "coffee.png"), holds(sheet, folder / "data" / "moon.png")) == (
@@ -123,9 +123,9 @@ def test_look_alikes_are_named_and_shown_side_by_side(instance, make_project):
 
 def test_look_alikes_that_were_not_searched_are_not_promised_to_be_absent(instance, make_project):
     folder = make_project(
-        pictures=0, dataset={"find_near_duplicates": False}, config={"eval_holdout_share": 0.3}
+        images=0, dataset={"find_near_duplicates": False}, config={"eval_holdout_share": 0.3}
     )
-    for name in PICTURES:
+    for name in IMAGES:
         place(folder / "data", f"{name}.png", name)
     place(folder / "data", "smaller.jpg", "coffee", size=(160, 160))
     place(folder / "data", "smaller2.jpg", "coffee", size=(150, 150))
@@ -139,8 +139,8 @@ def test_look_alikes_that_were_not_searched_are_not_promised_to_be_absent(instan
 
 
 def test_images_that_look_alike_are_held_out_together(instance, make_project):
-    folder = make_project(pictures=0, config={"eval_holdout_share": 0.5})
-    for name in PICTURES:
+    folder = make_project(images=0, config={"eval_holdout_share": 0.5})
+    for name in IMAGES:
         for number in range(3):
             place(folder / "data", f"{name}_{number}.png", name, size=(256 - 16 * number, 256 - 16 * number))
     check = evaluate(folder, instance)["shapes/aspect_buckets", "may_leak_into_eval"]
@@ -152,7 +152,7 @@ def test_images_that_look_alike_are_held_out_together(instance, make_project):
 
 
 def test_a_group_of_look_alikes_that_had_to_be_split_is_reported_and_shown(instance, make_project):
-    folder = make_project(pictures=0, config={"eval_holdout_share": 0.1})
+    folder = make_project(images=0, config={"eval_holdout_share": 0.1})
     for number in range(9):
         place(folder / "data", f"{number}.png", "coffee", size=(256 - 8 * number, 256 - 8 * number))
     check = evaluate(folder, instance)["shapes/aspect_buckets", "may_leak_into_eval"]
@@ -172,14 +172,14 @@ def write_datasets(folder: Path, *entries: dict[str, Any]) -> None:
 def test_an_eval_dataset_is_compared_with_every_dataset_that_is_trained_on(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
-    folder = make_project(pictures=0)
+    folder = make_project(images=0)
     write_datasets(
         folder,
         {"id": "people", "instance_data_dir": "people"},
         {"id": "things", "instance_data_dir": "things"},
         {"id": "unseen", "instance_data_dir": "unseen", "dataset_type": "eval"},
     )
-    for lane, names in {"people": PICTURES[:2], "things": PICTURES[2:4], "unseen": PICTURES[4:]}.items():
+    for lane, names in {"people": IMAGES[:2], "things": IMAGES[2:4], "unseen": IMAGES[4:]}.items():
         for name in names:
             place(folder / lane, f"{name}.png", name)
     clean = evaluate(folder, instance)
@@ -251,7 +251,7 @@ def test_captions_shared_by_many_are_told_with_how_many():
     assert "a cat" not in str(check.description)
     assert results(scanned([["a cat"]] * 4))["may_share_captions"].passed
     copies = scanned([["a dog"]] * 9)
-    copies["key"] = "the same picture"
+    copies["key"] = "the same image"
     assert results(copies)["may_share_captions"].passed
 
 
@@ -286,11 +286,11 @@ def test_missing_captions_block_beyond_a_limit_unless_they_are_meant():
     assert results(few)["captions_present"].passed
     check = results(many)["captions_present"]
     assert not check.passed
-    assert "5 of 10 pictures (50%)" in str(check.description)
+    assert "5 of 10 images (50%)" in str(check.description)
     assert results(many, missing_captions="empty")["captions_present"].passed
 
 
-def test_short_buckets_are_told_with_their_pictures():
+def test_short_buckets_are_told_with_their_images():
     rows = pd.DataFrame(
         {
             "path": ["a", "a", "b", "c", "d"],
@@ -303,8 +303,8 @@ def test_short_buckets_are_told_with_their_pictures():
     kept = pd.DataFrame({"path": list("abcde")})
     dropped = pd.DataFrame({"path": ["e"], "reason": ["too small"]})
     checks = {check.check_name: check for check in check_buckets(rows, dropped, kept, batch_size=2)}
-    assert checks["pictures_accounted_for"].passed
-    assert "4 planned + 1 filtered out (1 too small)" in str(checks["pictures_accounted_for"].description)
+    assert checks["images_accounted_for"].passed
+    assert "4 planned + 1 filtered out (1 too small)" in str(checks["images_accounted_for"].description)
     assert not checks["may_fill_a_batch"].passed
     assert str(checks["may_fill_a_batch"].description).startswith(
         "Buckets with fewer images than a batch of 2: 128x64 (1). An optimizer step"
@@ -314,16 +314,16 @@ def test_short_buckets_are_told_with_their_pictures():
 def test_what_is_not_used_and_what_is_trained_both_ways_is_reported(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
-    folder = make_project(pictures=0, config={"eval_holdout_share": 0})
+    folder = make_project(images=0, config={"eval_holdout_share": 0})
     unused = {"caption_strategy": "filename", "crop": False, "crop_style": "center"}
     write_datasets(
         folder,
         {"id": "people", "instance_data_dir": "people", **unused},
         {"id": "prior", "instance_data_dir": "prior", "is_regularisation_data": True},
     )
-    for name in PICTURES[:3]:
+    for name in IMAGES[:3]:
         place(folder / "people" / "4_people", f"{name}.png", name)
-    for name in PICTURES[3:]:
+    for name in IMAGES[3:]:
         place(folder / "prior", f"{name}.png", name)
     assert evaluate(folder, instance)["prior/dataset", "may_repeat_people"].passed
     shutil.copy(folder / "people" / "4_people" / "camera.png", folder / "prior" / "same.png")

@@ -12,7 +12,7 @@ import pytest
 
 from resources.storage import read_parquet
 from sdxl_pipeline.definitions import build_definitions
-from tests.conftest import draw_picture
+from tests.conftest import draw_image
 
 LONG_AGO = 1_600_000_000
 
@@ -60,7 +60,7 @@ class Lane:
 
 @pytest.fixture
 def lane(instance: dg.DagsterInstance, make_project: Callable[..., Path], own_storage: Path) -> Lane:
-    lane = Lane(instance, make_project(pictures=4, dataset={"find_near_duplicates": False}), own_storage)
+    lane = Lane(instance, make_project(images=4, dataset={"find_near_duplicates": False}), own_storage)
     lane.settle()
     return lane
 
@@ -69,7 +69,7 @@ def test_a_second_run_trusts_what_is_recorded_and_verify_asks_otherwise(lane: La
     first, before = lane.run()
     assert (first["found"], first["kept"], first["captions"]) == (4, 4, 4)
     assert (lane.storage / "work" / "small" / "shapes" / "dataset" / "scan.parquet").exists()
-    caption = lane.data / "picture_00.txt"
+    caption = lane.data / "image_00.txt"
     caption.write_text(caption.read_text().upper())  # size, inode and time stay as they were
     lane.settle()
     again, trusted = lane.run()
@@ -88,7 +88,7 @@ def test_skip_file_discovery_takes_the_record_at_its_word(lane: Lane) -> None:
     lane.change(skip_file_discovery="vae,aspect")
     first, before = lane.run()
     assert "discovery" not in first  # nothing was recorded yet
-    draw_picture(lane.data, 9)
+    draw_image(lane.data, 9)
     again, same = lane.run()
     assert again["discovery"].startswith("skipped")
     pd.testing.assert_frame_equal(same, before)
@@ -135,19 +135,19 @@ def test_filters_shuffles_and_samples_arrive_in_the_value(lane: Lane) -> None:
     assert set(scanned.loc[scanned["status"] == "dropped", "reason"]) == {"left out by max_num_samples"}
 
 
-def test_pictures_trained_without_caption_are_named(lane: Lane) -> None:
-    (lane.data / "picture_01.txt").unlink()
+def test_images_trained_without_caption_are_named(lane: Lane) -> None:
+    (lane.data / "image_01.txt").unlink()
     lane.change(missing_captions="empty")
     told, _ = lane.run()
     rows = told["trained_without_caption"]
     assert [(row.data["reason"], row.data["names"]) for row in rows.records] == [
-        ("caption missing", "picture_01.png")
+        ("caption missing", "image_01.png")
     ]
 
 
-def test_a_list_of_pictures_is_fetched_and_its_failures_are_rows(lane: Lane) -> None:
+def test_a_list_of_images_is_fetched_and_its_failures_are_rows(lane: Lane) -> None:
     listed = lane.folder / "list.csv"
-    names = [f"picture_{number:02d}.png" for number in range(4)]
+    names = [f"image_{number:02d}.png" for number in range(4)]
     rows = [f"{lane.data / name},caption of {name}" for name in names] + [f"{lane.data / 'gone.png'},gone"]
     listed.write_text("\n".join(["url,caption", *rows]))
     lane.change(type="csv", csv_file="list.csv", instance_data_dir=None, caption_strategy="csv")
@@ -183,7 +183,7 @@ def test_a_list_of_pictures_is_fetched_and_its_failures_are_rows(lane: Lane) -> 
 def test_what_the_user_can_mend_is_told_in_a_sentence(
     lane: Lane, settings: dict[str, Any], message: str
 ) -> None:
-    (lane.data / "broken.jsonl").write_text('{"filename": "picture_00", "caption": {"short": "a"}}')
+    (lane.data / "broken.jsonl").write_text('{"filename": "image_00", "caption": {"short": "a"}}')
     lane.change(**settings)
     with pytest.raises(dg.Failure, match=message) as raised:
         lane.run()

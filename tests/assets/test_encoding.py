@@ -69,12 +69,12 @@ def test_modes_and_windows_reach_the_stages(
     instance: dg.DagsterInstance, make_project: Callable[..., Path], own_storage: Path
 ):
     folder = make_project(
-        pictures=4,
+        images=4,
         config={"tokenizer_max_length": 154},
         dataset={"vae_cache_ondemand": True, "skip_file_discovery": "text"},
     )
     caption = "a wide red square beside a small blue circle " * 12
-    (folder / "data" / "picture_01.txt").write_text(caption)
+    (folder / "data" / "image_01.txt").write_text(caption)
     stages = ("base_model", "dataset", "aspect_buckets", "vae_latents", "text_embeds")
     result = materialize(instance, folder, *stages)
     latents = metadata(result, "small", "shapes", "vae_latents")

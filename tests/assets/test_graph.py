@@ -1,4 +1,4 @@
-"""The whole graph on a small project: every stage is real, shows its pictures, and does no work twice."""
+"""The whole graph on a small project: every stage is real, shows its images, and does no work twice."""
 
 import base64
 import json
@@ -15,7 +15,7 @@ from assets import summary
 from sdxl_pipeline.definitions import build_definitions
 from sdxl_pipeline.release.export import SETTINGS_FILE
 from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL
-from tests.conftest import draw_picture
+from tests.conftest import draw_image
 
 OBJECTIVE = {
     "snr_gamma": 5.0,
@@ -85,13 +85,13 @@ def test_graph_makes_a_released_lora_and_a_second_run_does_no_work(
     assert (release / "small.safetensors").read_bytes() == kohya.read_bytes()
     assert {name.partition("_input")[0] for name in load_file(kohya) if "_input" in name} == {"lora_unet"}
     assert metadata(first, "small", "evaluation")["eval_loss_base"] > 0
-    pictures = {
+    images = {
         f"{name}_{size}.png" for name in ("validation", "赤い円", "青い円") for size in ("64x64", "96x64")
     }
     for place in (weights.parent / "validation" / "step-00000003", release / "images"):
         drawn = {path.name: path.read_bytes() for path in place.iterdir()}
-        assert drawn.keys() == pictures
-        assert len(set(drawn.values())) == len(pictures)
+        assert drawn.keys() == images
+        assert len(set(drawn.values())) == len(images)
     assert str(folder) not in (release / SETTINGS_FILE).read_text()
 
     summary.main("small")
@@ -120,11 +120,11 @@ def test_graph_makes_a_released_lora_and_a_second_run_does_no_work(
     assert {path: path.read_bytes() for path in (folder / "data").rglob("*")} == data_before
 
 
-def test_every_stage_shows_its_picture_in_at_most_300_kilobytes(
+def test_every_stage_shows_its_image_in_at_most_300_kilobytes(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
     result = materialize(instance, make_project())
-    pictures = {
+    images = {
         ("small", "shapes", "dataset"): ["sample", "resolutions", "caption_lengths"],
         ("small", "shapes", "aspect_buckets"): ["buckets"],
         ("small", "shapes", "vae_latents"): ["sample"],
@@ -132,7 +132,7 @@ def test_every_stage_shows_its_picture_in_at_most_300_kilobytes(
         ("small", "evaluation"): ["gallery", "eval_loss_by_timestep"],
         ("small", "hub_release"): ["gallery"],
     }
-    for key, names in pictures.items():
+    for key, names in images.items():
         shown = metadata(result, *key)
         for name in names:
             encoded = shown[name].split("base64,")[1].removesuffix(")")
@@ -141,7 +141,7 @@ def test_every_stage_shows_its_picture_in_at_most_300_kilobytes(
             assert len(jpeg) <= 300_000
 
 
-def test_one_new_picture_and_one_edited_caption_cost_one_encoding_each(
+def test_one_new_image_and_one_edited_caption_cost_one_encoding_each(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
     folder = make_project()
@@ -151,18 +151,18 @@ def test_one_new_picture_and_one_edited_caption_cost_one_encoding_each(
     # Eight captions, the validation prompt, the negative prompt and the empty prompt.
     assert metadata(first, "small", "shapes", "text_embeds")["encoded"] == 11
 
-    draw_picture(folder / "data", 8)
+    draw_image(folder / "data", 8)
     added = materialize(instance, folder, *stages)
     assert metadata(added, "small", "shapes", "vae_latents")["encoded"] == 1
     assert metadata(added, "small", "shapes", "text_embeds")["encoded"] == 1
 
-    (folder / "data" / "picture_03.txt").write_text("a picture with another caption")
+    (folder / "data" / "image_03.txt").write_text("an image with another caption")
     edited = materialize(instance, folder, *stages)
     assert metadata(edited, "small", "shapes", "vae_latents")["encoded"] == 0
     assert metadata(edited, "small", "shapes", "text_embeds")["encoded"] == 1
 
     for suffix in (".png", ".txt"):
-        (folder / "data" / f"picture_03{suffix}").rename(folder / "data" / f"renamed{suffix}")
+        (folder / "data" / f"image_03{suffix}").rename(folder / "data" / f"renamed{suffix}")
     renamed = materialize(instance, folder, *stages)
     assert metadata(renamed, "small", "shapes", "vae_latents")["encoded"] == 0
     assert metadata(renamed, "small", "shapes", "text_embeds")["encoded"] == 0
@@ -171,7 +171,7 @@ def test_one_new_picture_and_one_edited_caption_cost_one_encoding_each(
 def test_another_vae_encodes_all_latents_again_and_no_text(
     instance: dg.DagsterInstance, make_project: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder = make_project(pictures=4)
+    folder = make_project(images=4)
     stages = ("base_model", *LANE)
     materialize(instance, folder, *stages)
 
@@ -190,7 +190,7 @@ def test_another_vae_encodes_all_latents_again_and_no_text(
 def test_launchpad_settings_stand_above_the_config_file(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
-    folder = make_project(pictures=4, config={"eval_holdout_share": 0.0})
+    folder = make_project(images=4, config={"eval_holdout_share": 0.0})
     materialize(instance, folder, "base_model", *LANE)
     run_config = {"ops": {"small__lora": {"config": {"settings": {"max_train_steps": 2, "lora_rank": 2}}}}}
     result = materialize(instance, folder, "lora", run_config=run_config)
@@ -209,7 +209,7 @@ def test_push_without_a_token_fails_before_any_training(
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "no_token"))
     folder = make_project(
-        pictures=4, config={"push_to_hub": True, "hub_model_id": "someone/lora", "eval_holdout_share": 0}
+        images=4, config={"push_to_hub": True, "hub_model_id": "someone/lora", "eval_holdout_share": 0}
     )
     materialize(instance, folder, "base_model", *LANE)
     with pytest.raises(Exception, match="HF_TOKEN"):
@@ -217,11 +217,11 @@ def test_push_without_a_token_fails_before_any_training(
     assert not list((folder / "output").rglob("metrics.jsonl"))
 
 
-def test_a_dataset_without_usable_pictures_stops_before_the_encoders(
+def test_a_dataset_without_usable_images_stops_before_the_encoders(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
-    folder = make_project(pictures=1)
-    (folder / "data" / "picture_00.txt").unlink()
+    folder = make_project(images=1)
+    (folder / "data" / "image_00.txt").unlink()
     definitions = build_definitions(folder.parent)
     result = dg.materialize(
         list(definitions.assets or []),
@@ -231,5 +231,5 @@ def test_a_dataset_without_usable_pictures_stops_before_the_encoders(
     )
     assert not result.success
     failed = {check.check_name for check in result.get_asset_check_evaluations() if not check.passed}
-    assert {"usable_pictures", "captions_present"} <= failed
+    assert {"usable_images", "captions_present"} <= failed
     assert not result.asset_materializations_for_node("small__shapes__vae_latents")

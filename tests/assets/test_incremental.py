@@ -1,4 +1,4 @@
-"""Every change of pictures, captions or settings costs exactly the encodings that depend on it, and going back costs none.
+"""Every change of images, captions or settings costs exactly the encodings that depend on it, and going back costs none.
 
 The stages' programs are called inside the test's process, which spares each of the many runs the import of torch; what they are told
 and what they return is what the launcher would hand over.
@@ -22,7 +22,7 @@ from sdxl_pipeline.project.hardware import Hardware
 from sdxl_pipeline.protocol.program import StopSignal
 from sdxl_pipeline.protocol.reporter import PlainReporter
 from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL
-from tests.conftest import draw_picture
+from tests.conftest import draw_image
 
 
 class InProcessLauncher(LocalLauncher):
@@ -90,7 +90,7 @@ class Lane:
 
 @pytest.fixture
 def lane(instance: dg.DagsterInstance, make_project: Callable[..., Path]) -> Lane:
-    # no picture is held out, so that every one has mirrored crops where these are asked for
+    # no image is held out, so that every one has mirrored crops where these are asked for
     return Lane(instance, make_project(config={"eval_holdout_share": 0, "evaluation_type": "none"}))
 
 
@@ -99,20 +99,20 @@ def test_changes_of_files_cost_exactly_their_encodings(lane: Lane) -> None:
     assert lane.cost() == (8, 11)
     assert lane.cost() == (0, 0)
 
-    added = draw_picture(lane.data, 8)
+    added = draw_image(lane.data, 8)
     assert lane.cost() == (1, 1)
 
-    draw_picture(lane.data, 15).replace(lane.data / "picture_03.png")  # other pixels under an old name
-    (lane.data / "picture_15.txt").unlink()
+    draw_image(lane.data, 15).replace(lane.data / "image_03.png")  # other pixels under an old name
+    (lane.data / "image_15.txt").unlink()
     assert lane.cost() == (1, 0)
 
-    (lane.data / "picture_03.txt").write_text("a picture with another caption")
+    (lane.data / "image_03.txt").write_text("an image with another caption")
     assert lane.cost() == (0, 1)
 
     for suffix in (".png", ".txt"):
-        (lane.data / f"picture_02{suffix}").rename(lane.data / f"another name{suffix}")
+        (lane.data / f"image_02{suffix}").rename(lane.data / f"another name{suffix}")
         (lane.data / "sub").mkdir(exist_ok=True)
-        (lane.data / f"picture_04{suffix}").rename(lane.data / "sub" / f"picture_04{suffix}")
+        (lane.data / f"image_04{suffix}").rename(lane.data / "sub" / f"image_04{suffix}")
     assert lane.cost() == (0, 0)
 
     kept = added.read_bytes()
@@ -122,11 +122,11 @@ def test_changes_of_files_cost_exactly_their_encodings(lane: Lane) -> None:
     assert lane.cost() == (0, 0)
 
 
-def test_renamed_and_moved_pictures_are_the_same_training(lane: Lane) -> None:
+def test_renamed_and_moved_images_are_the_same_training(lane: Lane) -> None:
     assert "3 steps" in lane.run(train=True)["training"]
     (lane.data / "moved").mkdir()
-    for path in sorted(lane.data.glob("picture_*")):
-        path.rename(lane.data / "moved" / path.name.replace("picture", "renamed"))
+    for path in sorted(lane.data.glob("image_*")):
+        path.rename(lane.data / "moved" / path.name.replace("image", "renamed"))
     told = lane.run(train=True)
     assert (told["latents"], told["captions"]) == (0, 0)
     assert "reused, nothing trained" in told["training"]
@@ -152,7 +152,7 @@ def test_changes_of_settings_cost_what_depends_on_them_and_going_back_costs_noth
     assert lane.cost() == (0, 0)
 
 
-def test_another_text_encoder_encodes_the_captions_and_no_picture(lane: Lane, tmp_path: Path) -> None:
+def test_another_text_encoder_encodes_the_captions_and_no_image(lane: Lane, tmp_path: Path) -> None:
     lane.cost()
     other = tmp_path / "other"
     shutil.copytree(BUNDLED_MODEL, other)

@@ -74,7 +74,7 @@ def test_runs_killed_while_writing_are_followed_by_one_that_finishes(
 ) -> None:
     project = make_project(
         "killed",
-        pictures=10,
+        images=10,
         config={"max_train_steps": 30, "checkpoint_step_interval": 5, "evaluation_type": "none"},
     )
     runs = Runs(tmp_path, project, own_storage)

@@ -17,7 +17,7 @@ from sdxl_pipeline.definitions import build_definitions
 from sdxl_pipeline.images.fingerprint import project_fingerprint
 from sdxl_pipeline.project.project import load_project
 from tests.assets.test_incremental import InProcessLauncher
-from tests.conftest import DATASET, draw_picture
+from tests.conftest import DATASET, draw_image
 
 LANE = ("dataset", "aspect_buckets", "vae_latents", "text_embeds")
 MASKS = {
@@ -28,20 +28,20 @@ MASKS = {
 }
 
 
-def draw_mask(folder: Path, picture: Path, radius: int = 40) -> Path:
-    """A white disc in the middle of a picture's size, under its name."""
+def draw_mask(folder: Path, image: Path, radius: int = 40) -> Path:
+    """A white disc in the middle of an image's size, under its name."""
     folder.mkdir(parents=True, exist_ok=True)
-    with Image.open(picture) as image:
-        mask = Image.new("L", image.size, 0)
+    with Image.open(image) as opened:
+        mask = Image.new("L", opened.size, 0)
     x, y = mask.width // 2, mask.height // 2
     ImageDraw.Draw(mask).ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
-    path = folder / picture.name
+    path = folder / image.name
     mask.save(path)
     return path
 
 
 class Masked:
-    """A project of masked pictures and regularisation pictures, materialized again and again."""
+    """A project of masked images and regularisation images, materialized again and again."""
 
     def __init__(self, instance: dg.DagsterInstance, folder: Path) -> None:
         self.instance, self.folder = instance, folder
@@ -77,11 +77,11 @@ class Masked:
 @pytest.fixture
 def masked(instance: dg.DagsterInstance, make_project: Callable[..., Path]) -> Masked:
     config = {"eval_holdout_share": 0, "evaluation_type": "none", "validation_disable": True}
-    folder = make_project(pictures=6, config=config)
-    for picture in sorted((folder / "data").glob("*.png")):
-        draw_mask(folder / "masks", picture)
+    folder = make_project(images=6, config=config)
+    for image in sorted((folder / "data").glob("*.png")):
+        draw_mask(folder / "masks", image)
     for index in range(20, 23):
-        draw_picture(folder / "people", index)
+        draw_image(folder / "people", index)
     people = {**DATASET, "id": "people", "instance_data_dir": "people", "is_regularisation_data": True}
     entries = [{**DATASET, "conditioning_data": "shape-masks"}, MASKS, people]
     (folder / "multidatabackend.json").write_text(json.dumps(entries))
@@ -94,26 +94,26 @@ def test_pairs_are_counted_and_shown_with_their_overlays(masked):
     jpeg = base64.b64decode(shown["sample"].split("base64,")[1].removesuffix(")"))
     assert jpeg.startswith(b"\xff\xd8")
     assert masked.checks["masks_paired"].passed
-    assert masked.checks["may_lack_a_picture"].passed
+    assert masked.checks["may_lack_a_image"].passed
     assert (shown["files"]["found"], shown["files"]["kept"]) == (6, 6)
     pairs = read_parquet(Path(shown["path"]))
     assert pairs["path"].tolist() == pairs["mask_path"].tolist()
 
 
-def test_a_picture_without_mask_stops_the_training_with_its_name_unless_that_is_meant(masked):
-    (masked.folder / "masks" / "picture_03.png").unlink()
-    draw_mask(masked.folder / "masks", masked.folder / "data" / "picture_00.png").rename(
+def test_a_image_without_mask_stops_the_training_with_its_name_unless_that_is_meant(masked):
+    (masked.folder / "masks" / "image_03.png").unlink()
+    draw_mask(masked.folder / "masks", masked.folder / "data" / "image_00.png").rename(
         masked.folder / "masks" / "stray.png"
     )
-    draw_mask(masked.folder / "masks", masked.folder / "data" / "picture_00.png")
+    draw_mask(masked.folder / "masks", masked.folder / "data" / "image_00.png")
     masked.masks()
     refused = masked.checks["masks_paired"]
     assert not refused.passed
     assert refused.blocking
-    assert "picture_03.png: no mask" in refused.description
+    assert "image_03.png: no mask" in refused.description
     assert "missing_masks" in refused.description
-    assert "stray.png: mask without picture" in masked.checks["may_lack_a_picture"].description
-    assert not masked.checks["may_lack_a_picture"].blocking
+    assert "stray.png: mask without image" in masked.checks["may_lack_a_image"].description
+    assert not masked.checks["may_lack_a_image"].blocking
 
     file = masked.folder / "multidatabackend.json"
     first, *others = json.loads(file.read_text())
@@ -123,21 +123,21 @@ def test_a_picture_without_mask_stops_the_training_with_its_name_unless_that_is_
 
 
 def test_a_mask_of_another_shape_is_refused_and_a_damaged_one_is_named(masked):
-    Image.new("L", (50, 51), 255).save(masked.folder / "masks" / "picture_01.png")
-    (masked.folder / "masks" / "picture_02.png").write_bytes(b"\x89PNG no more")
+    Image.new("L", (50, 51), 255).save(masked.folder / "masks" / "image_01.png")
+    (masked.folder / "masks" / "image_02.png").write_bytes(b"\x89PNG no more")
     shown = masked.masks()
     told = masked.checks["masks_paired"].description
-    assert "picture_01.png: the mask has another shape" in told
-    assert "picture_02.png: no mask" in told
+    assert "image_01.png: the mask has another shape" in told
+    assert "image_02.png: no mask" in told
     assert shown["files"]["kept"] == 5
     reasons = {record.data["names"] for record in shown["files"]["dropped"].records}
-    assert "picture_02.png" in reasons
+    assert "image_02.png" in reasons
 
 
 def test_an_edited_mask_changes_the_pairs_and_a_renamed_pair_does_not(masked):
     before = masked.masks()["version"]
     for folder in ("data", "masks"):
-        for path in (masked.folder / folder).glob("picture_04.*"):
+        for path in (masked.folder / folder).glob("image_04.*"):
             path.rename(path.with_stem("renamed"))
     assert masked.masks()["version"] == before
     draw_mask(masked.folder / "masks", masked.folder / "data" / "renamed.png", radius=20)
@@ -146,7 +146,7 @@ def test_an_edited_mask_changes_the_pairs_and_a_renamed_pair_does_not(masked):
 
 def test_the_sensor_sees_an_edited_mask(masked):
     before = project_fingerprint(load_project(masked.folder))
-    draw_mask(masked.folder / "masks", masked.folder / "data" / "picture_00.png", radius=11)
+    draw_mask(masked.folder / "masks", masked.folder / "data" / "image_00.png", radius=11)
     assert project_fingerprint(load_project(masked.folder)) != before
 
 
@@ -167,7 +167,7 @@ def test_masks_stand_upstream_of_the_training_and_of_no_latents(masked):
     assert masks not in upstream("evaluation")
 
 
-def test_regularisation_pictures_are_not_held_out(masked):
+def test_regularisation_images_are_not_held_out(masked):
     config = masked.folder / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "eval_holdout_share": 0.25}))
     project = load_project(masked.folder)
@@ -195,7 +195,7 @@ def test_an_edited_mask_costs_a_training_and_no_encoding(masked):
     assert first["people/aspect_buckets"]["eval"] == 0
     assert "reused" in masked.run(*keys)["lora"]["summary"]
 
-    path = draw_mask(masked.folder / "masks", masked.folder / "data" / "picture_00.png", radius=15)
+    path = draw_mask(masked.folder / "masks", masked.folder / "data" / "image_00.png", radius=15)
     edited = masked.run(*keys)
     assert "3 steps" in edited["lora"]["summary"]
     assert edited["lora"]["identity"] != first["lora"]["identity"]
@@ -203,7 +203,7 @@ def test_an_edited_mask_costs_a_training_and_no_encoding(masked):
     for lane in ("shapes", "people"):
         assert edited[f"{lane}/vae_latents"]["encoded"] == 0
         assert edited[f"{lane}/vae_latents"]["version"] == first[f"{lane}/vae_latents"]["version"]
-    draw_mask(path.parent, masked.folder / "data" / "picture_00.png")
+    draw_mask(path.parent, masked.folder / "data" / "image_00.png")
     again = masked.run(*keys)
     assert again["lora"]["identity"] == first["lora"]["identity"]
     assert "reused" in again["lora"]["summary"]

@@ -86,7 +86,7 @@ class Runs:
 
 @pytest.fixture
 def runs(instance: dg.DagsterInstance, make_project: Callable[..., Path]) -> Runs:
-    return Runs(instance, make_project(pictures=4, config=CONFIG))
+    return Runs(instance, make_project(images=4, config=CONFIG))
 
 
 def test_overridden_settings_make_the_lora_stale_until_it_is_trained_as_configured(runs: Runs) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from assets.show import MAX_CARD_PICTURE_BYTES, model_card
+from assets.show import MAX_CARD_IMAGE_BYTES, model_card
 
 CARD = """---
 tags: [lora]
@@ -52,7 +52,7 @@ def test_model_card_has_its_images_inline_and_bounded(tmp_path: Path):
     images = dict(re.findall(r"!\[([^\]]*)\]\(([^)]*)\)", text))
     for alt in ("base beside LoRA", "loss"):
         jpeg = base64.b64decode(images[alt].removeprefix("data:image/jpeg;base64,"))
-        assert len(jpeg) <= MAX_CARD_PICTURE_BYTES
+        assert len(jpeg) <= MAX_CARD_IMAGE_BYTES
         with Image.open(io.BytesIO(jpeg)) as image:
             assert image.format == "JPEG"
     assert images["away"] == "https://example.org/a.png"

@@ -14,7 +14,7 @@ from sdxl_pipeline.definitions import build_definitions
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.training.plan import PlannedDataset, plan_training
-from tests.conftest import DATASET, draw_picture
+from tests.conftest import DATASET, draw_image
 from tests.lanes import SETTINGS, SQUARE, WIDE, make_lane
 
 ENCODERS = ("vae_latents", "text_embeds")
@@ -47,7 +47,7 @@ def failure(result: dg.ExecuteInProcessResult) -> str:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"train_batch_size": 9}, r"give 7 pictures an epoch, but one step takes 9"),
+        ({"train_batch_size": 9}, r"give 7 images an epoch, but one step takes 9"),
         (
             {"train_batch_size": 2, "gradient_accumulation_steps": 4},
             r"one step takes 8: train_batch_size 2 x 1 processes x gradient_accumulation_steps 4",
@@ -67,7 +67,7 @@ def failure(result: dg.ExecuteInProcessResult) -> str:
 def test_counts_that_do_not_fit_stop_before_anything_is_encoded(
     instance: dg.DagsterInstance, make_project: Callable[..., Path], config: dict[str, Any], message: str
 ) -> None:
-    result = run(make_project(pictures=7, config=config), instance, "lora")
+    result = run(make_project(images=7, config=config), instance, "lora")
     assert not result.success
     assert re.search(message, failure(result))
     assert not made(result) & {*ENCODERS, "lora"}
@@ -76,21 +76,21 @@ def test_counts_that_do_not_fit_stop_before_anything_is_encoded(
 def test_the_images_of_all_datasets_count_together_and_one_mistake_stops_all_encoders(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
-    folder = make_project(pictures=0, config={"train_batch_size": 12, "eval_holdout_share": 0})
+    folder = make_project(images=0, config={"train_batch_size": 12, "eval_holdout_share": 0})
     for name, count in (("people", 5), ("things", 6)):
         for index in range(count):
-            draw_picture(folder / name, index)
+            draw_image(folder / name, index)
     entries = [{**DATASET, "id": name, "instance_data_dir": name} for name in ("people", "things")]
     (folder / "multidatabackend.json").write_text(json.dumps(entries))
     result = run(folder, instance, "lora")
-    assert "give 11 pictures an epoch, but one step takes 12" in failure(result)
+    assert "give 11 images an epoch, but one step takes 12" in failure(result)
     assert not made(result) & {*ENCODERS, "lora"}
 
 
 def test_the_plan_shows_what_trains_and_what_is_held_out_and_makes_no_encoder_stale(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
-    folder = make_project(pictures=6, config={"max_train_steps": 5})
+    folder = make_project(images=6, config={"max_train_steps": 5})
     first = run(folder, instance, "training_plan")
     (event,) = first.asset_materializations_for_node("small__training_plan")
     table = str(event.metadata["datasets"].value)

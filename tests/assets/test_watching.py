@@ -1,4 +1,4 @@
-"""Holds: a training launched from the graph shows its pictures on the run's page, tells its webhook, and leaves the address nowhere."""
+"""Holds: a training launched from the graph shows its images on the run's page, tells its webhook, and leaves the address nowhere."""
 
 import json
 import threading
@@ -62,7 +62,7 @@ def test_a_launched_training_is_watched(
         "training.finished": 1,
     }
     seen = [event.asset_observation_data.asset_observation for event in result.get_asset_observation_events()]
-    shown = {str(item.metadata["name"].value) for item in seen if "picture" in item.metadata}
+    shown = {str(item.metadata["name"].value) for item in seen if "image" in item.metadata}
     assert {"validation", "validation, forming"} <= shown
     assert "eval/loss" in {name for item in seen for name in item.metadata}
     (lora,) = result.asset_materializations_for_node("small__lora")

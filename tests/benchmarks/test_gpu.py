@@ -47,4 +47,4 @@ def test_every_variant_is_measured_without_this_projects_other_packages(tmp_path
     assert absent["note"]  # says why
     for name in ("checkpointing", "no checkpointing"):
         assert figures[f"{name}, cached loop, of the example's speed, batch 1", ""]["value"] > 0
-    assert figures["model FLOPs of a picture", "TFLOP"]["value"] > 0
+    assert figures["model FLOPs of an image", "TFLOP"]["value"] > 0

@@ -28,19 +28,19 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-"""How a picture is stored when its orientation shall turn it back."""
+"""How an image is stored when its orientation shall turn it back."""
 
 
 @dataclass(frozen=True)
 class Kept:
     """A correct entry: these pixels upright, in sRGB, and this caption."""
 
-    picture: Image.Image
+    image: Image.Image
     caption: str
     tolerance: float = 1.5
     """Mean difference that the format itself makes."""
     planned: bool = True
-    """Whether the plan that keeps each picture's own aspect has a crop of it."""
+    """Whether the plan that keeps each image's own aspect has a crop of it."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Case:
 
 def caption_of(name: str) -> str:
     """Each file's own caption, so that a wrong pairing is seen."""
-    return f"the picture {zlib.crc32(os.fsencode(name)):08x}"
+    return f"the image {zlib.crc32(os.fsencode(name)):08x}"
 
 
 def put(folder: Path, name: str, data: bytes) -> None:
@@ -73,7 +73,7 @@ def photograph(name: str = "astronaut", size: tuple[int, int] = SIZE) -> Image.I
 
 
 def write_neighbours(folder: Path) -> dict[str, Kept]:
-    """Two sound pictures, one before and one behind all others, and what becomes of them."""
+    """Two sound images, one before and one behind all others, and what becomes of them."""
     first, last = photograph("chelsea"), photograph("coffee", (64, 96))
     put(folder, NEIGHBOURS[0], encoded(first, "PNG"))
     put(folder, NEIGHBOURS[1], encoded(last, "JPEG", quality=95, subsampling=0))
@@ -84,11 +84,11 @@ def write_neighbours(folder: Path) -> dict[str, Kept]:
 
 
 def sound(
-    name: str, data: bytes, picture: Image.Image | None = None, tolerance: float = 1.5, file: str = ""
+    name: str, data: bytes, image: Image.Image | None = None, tolerance: float = 1.5, file: str = ""
 ) -> Case:
-    """A file that must come through as `picture`."""
+    """A file that must come through as `image`."""
     file = file or f"{name}.png"
-    outcome = Kept(picture or photograph(), caption_of(file), tolerance)
+    outcome = Kept(image or photograph(), caption_of(file), tolerance)
     return Case(name, lambda folder: put(folder, file, data), {file: outcome})
 
 
@@ -134,15 +134,15 @@ def _cut() -> Iterator[Case]:
 
 
 def _contents() -> Iterator[Case]:
-    picture = photograph()
-    yield sound("a PNG by the name of a JPEG", encoded(picture, "PNG"), file="is png.jpg")
+    image = photograph()
+    yield sound("a PNG by the name of a JPEG", encoded(image, "PNG"), file="is png.jpg")
     yield sound(
         "a JPEG by the name of a PNG",
-        encoded(picture, "JPEG", quality=95, subsampling=0),
+        encoded(image, "JPEG", quality=95, subsampling=0),
         tolerance=3,
         file="is jpeg.png",
     )
-    yield broken("text by the name of a picture", b"Dear diary,\n", "content is not an image", "diary.png")
+    yield broken("text by the name of an image", b"Dear diary,\n", "content is not an image", "diary.png")
     yield broken("nothing at all", b"", "empty file", "nothing.jpg")
     yield broken(
         "a web page", b"<!DOCTYPE html><title>404</title>", "content is not an image", "not found.jpg"
@@ -150,55 +150,55 @@ def _contents() -> Iterator[Case]:
     yield broken("only a signature", b"\x89PNG\r\n\x1a\n", "truncated", "signature.png")
     yield broken("another format", b"8BPS", "image format .psd is not supported", "layers.psd")
     yield broken("another format's content", b"8BPS\0\1", "image format PSD is not supported", "layers.png")
-    others = [picture.transpose(Image.Transpose.ROTATE_180), Image.new("RGB", SIZE, "red")]
-    gif = encoded(picture, "GIF", save_all=True, append_images=others, duration=100, loop=0)
-    yield sound("an animated GIF", gif, picture.quantize(256).convert("RGB"), 4, "moving.gif")
-    webp = encoded(picture, "WEBP", save_all=True, append_images=others, duration=100, lossless=True)
+    others = [image.transpose(Image.Transpose.ROTATE_180), Image.new("RGB", SIZE, "red")]
+    gif = encoded(image, "GIF", save_all=True, append_images=others, duration=100, loop=0)
+    yield sound("an animated GIF", gif, image.quantize(256).convert("RGB"), 4, "moving.gif")
+    webp = encoded(image, "WEBP", save_all=True, append_images=others, duration=100, lossless=True)
     yield sound("an animated WebP", webp, file="moving too.webp")
 
 
 def _pixel_types() -> Iterator[Case]:
-    picture = photograph()
-    grey = picture.convert("L")
+    image = photograph()
+    grey = image.convert("L")
     deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     yield sound("16 bits", encoded(deep, "PNG"), grey.convert("RGB"))
-    yield sound("1 bit", encoded(picture.convert("1"), "PNG"), picture.convert("1").convert("RGB"))
+    yield sound("1 bit", encoded(image.convert("1"), "PNG"), image.convert("1").convert("RGB"))
     alpha = Image.linear_gradient("L").resize(SIZE)
-    see_through = picture.copy()
+    see_through = image.copy()
     see_through.putalpha(alpha)
     white = Image.new("RGB", SIZE, "white")
-    yield sound("RGBA", encoded(see_through, "PNG"), Image.composite(picture, white, alpha))
+    yield sound("RGBA", encoded(see_through, "PNG"), Image.composite(image, white, alpha))
     grey_alpha = grey.copy()
     grey_alpha.putalpha(alpha)
     yield sound("LA", encoded(grey_alpha, "PNG"), Image.composite(grey.convert("RGB"), white, alpha))
-    palette = picture.quantize(255)
+    palette = image.quantize(255)
     opaque = np.asarray(palette) != 7
     keyed = Image.composite(palette.convert("RGB"), white, Image.fromarray(opaque))
     yield sound("P with transparency", encoded(palette, "PNG", transparency=7), keyed)
 
 
 def _colours() -> Iterator[Case]:
-    picture = photograph()
-    inks = picture.convert("CMYK")
+    image = photograph()
+    inks = image.convert("CMYK")
     yield sound("CMYK", encoded(inks, "JPEG", quality=95, subsampling=0), tolerance=4, file="CMYK.jpg")
     # TurboJPEG stores inks as YCCK; Adobe's marker says that they are inverted
     inverted = np.ascontiguousarray(255 - np.asarray(inks))
     ycck = simplejpeg.encode_jpeg(inverted, quality=95, colorspace="CMYK", colorsubsampling="444")
     yield sound("YCCK", ycck, tolerance=4, file="YCCK.jpg")
-    pixels = np.asarray(picture)
+    pixels = np.asarray(image)
     for name, primaries, gamma in (("Display P3", DISPLAY_P3, None), ("Adobe RGB", ADOBE_RGB, ADOBE_GAMMA)):
         expected = Image.fromarray(to_srgb(pixels, primaries, gamma))
-        yield sound(name, encoded(picture, "PNG", icc_profile=profile(primaries, gamma)), expected)
-    jpeg = encoded(picture, "JPEG", quality=95, subsampling=0, icc_profile=profile(DISPLAY_P3))
+        yield sound(name, encoded(image, "PNG", icc_profile=profile(primaries, gamma)), expected)
+    jpeg = encoded(image, "JPEG", quality=95, subsampling=0, icc_profile=profile(DISPLAY_P3))
     yield sound("Display P3 in a JPEG", jpeg, Image.fromarray(to_srgb(pixels, DISPLAY_P3)), 3, "P3.jpg")
 
 
 def _turned() -> Iterator[Case]:
-    picture = photograph()
+    image = photograph()
     for orientation, turn in TURNS.items():
         exif = Image.Exif()
         exif[EXIF_ORIENTATION] = orientation
-        stored = picture if turn is None else picture.transpose(turn)
+        stored = image if turn is None else image.transpose(turn)
         data = encoded(stored, "JPEG", quality=95, subsampling=0, exif=exif)
         yield sound(f"EXIF orientation {orientation}", data, tolerance=3, file=f"turned {orientation}.jpg")
 
@@ -207,9 +207,9 @@ def _extents() -> Iterator[Case]:
     colours = np.linspace(0, 255, 20_000).astype(np.uint8)
     line = np.stack([colours, colours[::-1], np.full(20_000, 90, np.uint8)], axis=1)
     for name, shape in (("20000 x 1", line[None]), ("1 x 20000", line[:, None])):
-        picture, file = Image.fromarray(shape), f"{name}.png"
-        outcome = Kept(picture, caption_of(file), planned=False)
-        yield Case(name, partial(put, name=file, data=encoded(picture, "PNG")), {file: outcome})
+        image, file = Image.fromarray(shape), f"{name}.png"
+        outcome = Kept(image, caption_of(file), planned=False)
+        yield Case(name, partial(put, name=file, data=encoded(image, "PNG")), {file: outcome})
     yield sound(
         "one pixel", encoded(Image.new("RGB", (1, 1), "teal"), "PNG"), Image.new("RGB", (1, 1), "teal")
     )
@@ -250,8 +250,8 @@ def _names() -> Iterator[Case]:
         "a deep folder": "/".join(f"folder {number}" for number in range(20)) + "/deep.png",
     }
     for number, (name, file) in enumerate(names.items()):
-        picture = photograph().rotate(10 * number)
-        yield sound(f"a name with {name}", encoded(picture, "PNG"), picture, file=file)
+        image = photograph().rotate(10 * number)
+        yield sound(f"a name with {name}", encoded(image, "PNG"), image, file=file)
     one, other = photograph(), photograph().transpose(Image.Transpose.FLIP_TOP_BOTTOM)
 
     def write_cases(folder: Path) -> None:
@@ -276,12 +276,12 @@ def _names() -> Iterator[Case]:
 
 
 def _special_files() -> Iterator[Case]:
-    picture = photograph().rotate(5)
+    image = photograph().rotate(5)
 
     def write_links(folder: Path) -> None:
         target = folder.parent / f"{folder.name} elsewhere"
         target.mkdir(exist_ok=True)
-        put(target, "linked to.png", encoded(picture, "PNG"))
+        put(target, "linked to.png", encoded(image, "PNG"))
         (folder / "link.png").symlink_to(target / "linked to.png")
         (folder / "link.txt").symlink_to(target / "linked to.txt")
         (folder / "lost.png").symlink_to(target / "not there.png")
@@ -293,7 +293,7 @@ def _special_files() -> Iterator[Case]:
     links: dict[str, Kept | str] = dict.fromkeys(
         ("lost.png", "itself.png", "there.png", "and back.png"), "broken link"
     )
-    yield Case("links", write_links, links | {"link.png": Kept(picture, caption_of("linked to.png"))})
+    yield Case("links", write_links, links | {"link.png": Kept(image, caption_of("linked to.png"))})
 
     def write_pipe(folder: Path) -> None:
         os.mkfifo(folder / "pipe.png")
@@ -303,17 +303,17 @@ def _special_files() -> Iterator[Case]:
 
     def write_folder(folder: Path) -> None:
         (folder / "folder.png").mkdir()
-        put(folder / "folder.png", "inside.png", encoded(picture.rotate(5), "PNG"))
+        put(folder / "folder.png", "inside.png", encoded(image.rotate(5), "PNG"))
 
     yield Case(
-        "a folder by the name of a picture",
+        "a folder by the name of an image",
         write_folder,
-        {"folder.png/inside.png": Kept(picture.rotate(5), caption_of("inside.png"))},
+        {"folder.png/inside.png": Kept(image.rotate(5), caption_of("inside.png"))},
     )
 
     def write_bytes_name(folder: Path) -> None:
         with open(os.fsencode(folder) + b"/caf\xe9.png", "wb") as file:  # noqa: PTH123 - a name that is no UTF-8
-            file.write(encoded(picture, "PNG"))
+            file.write(encoded(image, "PNG"))
 
     yield Case("a name that is not UTF-8", write_bytes_name, {"caf\\xe9.png": "file name is not UTF-8"})
 
@@ -328,6 +328,6 @@ def _special_files() -> Iterator[Case]:
         {
             "._twin of a Mac.png": "hidden file",
             "Thumbs.db": "not an image",
-            "alone.txt": "caption without picture",
+            "alone.txt": "caption without image",
         },
     )

@@ -53,19 +53,19 @@ def check_frame(frame: pd.DataFrame, outcomes: Mapping[str, Kept | str]) -> None
             assert (row.status, row.reason) == ("dropped", outcome), path
         else:
             assert (row.status, row.reason) == ("kept", ""), path
-            assert (row.width, row.height) == outcome.picture.size, path
+            assert (row.width, row.height) == outcome.image.size, path
             assert list(row.captions) == [outcome.caption], path
 
 
-def planned_pixels(picture: Image.Image, row: pd.Series) -> np.ndarray:
-    """What the plan's row cuts from an upright sRGB picture, by way of the whole resized picture."""
-    if picture.width * row.resized_h > 10**8 or picture.height * row.resized_w > 10**8:
+def planned_pixels(image: Image.Image, row: pd.Series) -> np.ndarray:
+    """What the plan's row cuts from an upright sRGB image, by way of the whole resized image."""
+    if image.width * row.resized_h > 10**8 or image.height * row.resized_w > 10**8:
         pytest.fail("too large to resize whole")
     scale = (row.original_w / row.resized_w, row.original_h / row.resized_h)
     left, top = row.crop_left * scale[0], row.crop_top * scale[1]
     box = (left, top, left + row.bucket_w * scale[0], top + row.bucket_h * scale[1])
-    box = (*box[:2], min(box[2], picture.width), min(box[3], picture.height))
-    return np.asarray(picture.resize((row.bucket_w, row.bucket_h), Image.Resampling.LANCZOS, box=box)).astype(
+    box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
+    return np.asarray(image.resize((row.bucket_w, row.bucket_h), Image.Resampling.LANCZOS, box=box)).astype(
         int
     )
 
@@ -100,7 +100,7 @@ def check_latents(spec: EncodeLatentsSpec, rows: pd.DataFrame, outcomes: Mapping
         outcome = outcomes[row.path]
         assert isinstance(outcome, Kept)
         stored = store.read(key)["mean"].float()
-        expected = planned_pixels(outcome.picture, row)
+        expected = planned_pixels(outcome.image, row)
         mean, _ = encode_moments(vae, pixels_from_crops([expected.astype(np.uint8)]))
         assert (stored - mean[0]).abs().mean() < 0.1 * mean.std() + 0.02, row.path
         decoded = decode(vae, stored[None] * scale)[0].permute(1, 2, 0).numpy() * 255

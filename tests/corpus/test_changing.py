@@ -202,10 +202,10 @@ def test_a_folder_that_goes_while_it_is_scanned_or_looked_at_leaves_a_reason_for
             data.rename(away)
 
     frame = scan_dataset(dataset_of(data), data, on_progress=go)
-    pictures = frame[frame["path"].str.endswith((".png", ".jpg"))]
-    assert len(pictures) == 43
-    assert set(pictures["status"]) <= {"kept", "dropped"}
-    assert set(pictures.loc[pictures["status"] == "dropped", "reason"]) <= {
+    images = frame[frame["path"].str.endswith((".png", ".jpg"))]
+    assert len(images) == 43
+    assert set(images["status"]) <= {"kept", "dropped"}
+    assert set(images.loc[images["status"] == "dropped", "reason"]) <= {
         "vanished during the scan", "caption file cannot be read", "no caption file",
     }  # fmt: skip
     with pytest.raises(DatasetFolderError, match="does not exist"):

@@ -44,7 +44,7 @@ def check_pixels(folder: Path, rows: pd.DataFrame, outcomes: Mapping[str, Kept |
     assert set(rows["path"]) == set(kept)
     for row in rows.itertuples(index=False):
         difference = np.abs(
-            load_crop(folder / row.path, row).astype(int) - planned_pixels(kept[row.path].picture, row)
+            load_crop(folder / row.path, row).astype(int) - planned_pixels(kept[row.path].image, row)
         )
         assert difference.mean() <= kept[row.path].tolerance, row.path
 

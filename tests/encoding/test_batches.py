@@ -48,7 +48,7 @@ def test_names_and_order_of_the_files_decide_nothing():
     assert contents(table) == contents(shuffled)
 
 
-def test_crops_of_one_picture_stand_together():
+def test_crops_of_one_image_stand_together():
     table = crops(40)
     order = table.iloc[np.concatenate(crop_batches(table, np.ones(40, bool), 8))]
     bucket_and_key = list(zip(order["bucket_h"], order["key"], strict=True))
@@ -79,7 +79,7 @@ def test_shares_are_even_by_cost_and_cover_everything(count: int):
     assert all(share == sorted(share) for share in shares)
 
 
-def test_one_huge_picture_is_weighed_against_many_small_ones():
+def test_one_huge_image_is_weighed_against_many_small_ones():
     costs = [100, 1, 1, 1, 1, 1]
     assert own_share(costs, 0, 2) == [0]
     assert own_share(costs, 1, 2) == [1, 2, 3, 4, 5]

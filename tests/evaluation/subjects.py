@@ -101,7 +101,7 @@ def make_lora(
 def make_spec(
     folder: Path, scale: float = 0.0, prompts: tuple[ValidationPrompt, ...] = PROMPTS, **changes: object
 ) -> EvaluateSpec:
-    """A whole evaluation of the bundled model: one dataset of six pictures, two of them held out."""
+    """A whole evaluation of the bundled model: one dataset of six images, two of them held out."""
     settings = tiny_settings(**changes)
     model = tiny_model(settings, folder)
     splits = {f"{name}.png": "eval" if name in "ce" else "train" for name in "abcdef"}

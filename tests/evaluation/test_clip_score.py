@@ -23,45 +23,45 @@ def scorer() -> ClipScorer:
     return ClipScorer(BUNDLED_CLIP)
 
 
-def noise_picture(seed: int, size: tuple[int, int] = (96, 128)) -> Image.Image:
+def noise_image(seed: int, size: tuple[int, int] = (96, 128)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
 def test_the_score_is_the_cosine_of_the_two_towers(scorer: ClipScorer):
     """By another road: preprocessing by hand, projections taken from the towers."""
-    picture, prompt = noise_picture(0, (64, 64)), "a red circle"
+    image, prompt = noise_image(0, (64, 64)), "a red circle"
     side = scorer.model.config.vision_config.image_size
     pixels = (
-        torch.from_numpy(np.asarray(picture.resize((side, side)))).float().permute(2, 0, 1)[None] / 127.5 - 1
+        torch.from_numpy(np.asarray(image.resize((side, side)))).float().permute(2, 0, 1)[None] / 127.5 - 1
     )
     tokens = scorer.tokenizer([prompt], padding="max_length", max_length=77, return_tensors="pt")
     with torch.no_grad():
-        image = scorer.model.visual_projection(scorer.model.vision_model(pixel_values=pixels).pooler_output)[
-            0
-        ]
-        text = scorer.model.text_projection(scorer.model.text_model(**tokens).pooler_output)[0]
-    cosine = torch.nn.functional.cosine_similarity(image, text, dim=0).item()
-    assert scorer.cosine_similarity([picture], [prompt]).item() == pytest.approx(cosine, abs=1e-4)
-    assert scorer.scores([picture], [prompt])[0] == pytest.approx(max(100 * cosine, 0), abs=1e-2)
+        image_embeds = scorer.model.visual_projection(
+            scorer.model.vision_model(pixel_values=pixels).pooler_output
+        )[0]
+        text_embeds = scorer.model.text_projection(scorer.model.text_model(**tokens).pooler_output)[0]
+    cosine = torch.nn.functional.cosine_similarity(image_embeds, text_embeds, dim=0).item()
+    assert scorer.cosine_similarity([image], [prompt]).item() == pytest.approx(cosine, abs=1e-4)
+    assert scorer.scores([image], [prompt])[0] == pytest.approx(max(100 * cosine, 0), abs=1e-2)
 
 
 def test_scores_are_between_0_and_100_and_negative_cosines_count_as_0(scorer: ClipScorer):
-    pictures = [noise_picture(seed) for seed in range(6)]
+    images = [noise_image(seed) for seed in range(6)]
     prompts = ["a red circle", "a blue star on a green background", "", "triangle", "a photo", "x " * 200]
-    cosines = scorer.cosine_similarity(pictures, prompts)
+    cosines = scorer.cosine_similarity(images, prompts)
     assert cosines.abs().max() <= 1 + 1e-5
     for (row, column), cosine in np.ndenumerate(cosines.numpy()):
-        (score,) = scorer.scores([pictures[row]], [prompts[column]])
+        (score,) = scorer.scores([images[row]], [prompts[column]])
         assert score == pytest.approx(max(100 * cosine, 0), abs=1e-3)
 
 
-def test_a_picture_scores_the_same_in_any_company(scorer: ClipScorer):
-    pictures = [noise_picture(seed) for seed in range(BATCH_SIZE + 2)]
-    prompts = [f"picture {seed}" for seed in range(BATCH_SIZE + 2)]
-    together = scorer.scores(pictures, prompts)
+def test_a_image_scores_the_same_in_any_company(scorer: ClipScorer):
+    images = [noise_image(seed) for seed in range(BATCH_SIZE + 2)]
+    prompts = [f"image {seed}" for seed in range(BATCH_SIZE + 2)]
+    together = scorer.scores(images, prompts)
     assert len(together) == BATCH_SIZE + 2
     for number in (0, BATCH_SIZE, BATCH_SIZE + 1):
-        alone = scorer.scores([pictures[number]], [prompts[number]])
+        alone = scorer.scores([images[number]], [prompts[number]])
         assert alone[0] == pytest.approx(together[number], abs=1e-3)
 
 
@@ -136,5 +136,5 @@ def test_a_clip_of_the_hub_is_downloaded_without_its_pickles(tmp_path: Path, mon
         found = scoring_model_folder(settings, model)
         assert not [request for request in hub.requests if "pytorch_model" in request.path]
     assert scoring_model_name(settings, model) == "someone/clip"
-    (score,) = ClipScorer(found).scores([noise_picture(0)], ["a red circle"])
+    (score,) = ClipScorer(found).scores([noise_image(0)], ["a red circle"])
     assert 0 <= score <= 100

@@ -1,4 +1,4 @@
-"""The gallery: broken pictures are found and named, files never overwrite each other, one seed gives one picture."""
+"""The gallery: broken images are found and named, files never overwrite each other, one seed gives one image."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def test_faults_are_named():
     assert find_fault(flat(np.inf)) == "not finite: 100% of its values are NaN or infinite"
 
 
-def test_a_dark_picture_and_a_pale_one_are_no_faults():
+def test_a_dark_image_and_a_pale_one_are_no_faults():
     dark = flat(0.0)
     dark[5:9, 5:9] = 0.05
     pale = flat(1.0)
@@ -73,7 +73,7 @@ def test_names_never_meet_in_one_file(reader: BatchReader):
     names = ["a/b", "a b", "A b", "..", "ünï"]
     prompts = [ValidationPrompt(name=name, prompt="a red circle") for name in names]
     stems = [shot.name for shot in plan_shots(prompts, tiny_settings(), reader, True)]
-    assert stems == ["a_b", "a_b_2", "A_b_3", "picture", "ünï"]
+    assert stems == ["a_b", "a_b_2", "A_b_3", "image", "ünï"]
 
 
 def test_an_empty_negative_prompt_is_what_the_pipeline_makes_of_it(reader: BatchReader):
@@ -108,7 +108,7 @@ def test_without_prompts_some_captions_are_drawn(tmp_path: Path):
         )
 
 
-def test_one_seed_draws_one_picture_and_nan_weights_are_seen(reader: BatchReader, tmp_path: Path):
+def test_one_seed_draws_one_image_and_nan_weights_are_seen(reader: BatchReader, tmp_path: Path):
     settings = tiny_settings()
     pipeline = load_pipeline(tiny_model(settings, tmp_path), torch.float32, text_encoders=False)
     circle, star = plan_shots(PROMPTS, settings, reader, zeros_for_empty_prompt=True)

@@ -86,7 +86,7 @@ def test_better_than_base_of_one_image_or_none_warns_that_it_cannot_judge(tmp_pa
     [
         (4, "held-out share", True),
         (3, "held-out share", False),
-        (6, "training pictures", False),
+        (6, "training images", False),
         (6, "eval dataset", True),
     ],
 )

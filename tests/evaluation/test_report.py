@@ -1,4 +1,4 @@
-"""The report: figures that add up, a comparison with the last release, pictures that are linked where they lie, and no local path."""
+"""The report: figures that add up, a comparison with the last release, images that are linked where they lie, and no local path."""
 
 import json
 from pathlib import Path
@@ -84,7 +84,7 @@ def test_the_table_shows_changes_only_after_a_release(tmp_path: Path):
 
 def test_the_written_report_says_what_was_measured(tmp_path: Path):
     broken = (FailedItem(name="star", reason="black"),)
-    report = make_report(tmp_path, broken_images=broken, eval_source="training pictures")
+    report = make_report(tmp_path, broken_images=broken, eval_source="training images")
     write_report(report, "demo", "bundled:tiny-clip")
     text = (tmp_path / "report.md").read_text()
     assert "- star: black" in text
@@ -117,7 +117,7 @@ def test_a_report_without_measurements_says_so(tmp_path: Path):
     assert "Neither the eval loss nor the CLIP score" in (tmp_path / "report.md").read_text()
 
 
-def test_the_plot_is_a_picture(tmp_path: Path):
+def test_the_plot_is_a_image(tmp_path: Path):
     path = tmp_path / "plot.png"
     plot_losses(BASE, LORA, "LoRA", path)
     with Image.open(path) as plot:

@@ -14,7 +14,7 @@ from tests.images.photographs import PHOTOGRAPHS
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The folder that `make_dataset`'s datasets read."""
-    path = tmp_path / "pictures"
+    path = tmp_path / "images"
     path.mkdir()
     return path
 

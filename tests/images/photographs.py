@@ -1,4 +1,4 @@
-"""Where the real photographs are, and how the tests save and compare pictures."""
+"""Where the real photographs are, and how the tests save and compare images."""
 
 import io
 from pathlib import Path

@@ -20,7 +20,7 @@ def bucket_of(width, height, resolution, resolution_type, alignment=64, rounding
 
 
 def reasons_of(dataset, *sizes):
-    """The filters' reasons for pictures given as (height, width)."""
+    """The filters' reasons for images given as (height, width)."""
     heights, widths = np.array(sizes).T
     return filter_reasons(dataset, heights, widths).tolist()
 
@@ -58,13 +58,13 @@ def test_units_and_alignments(resolution, resolution_type, alignment, size, expe
     assert bucket_of(*size, resolution, resolution_type, alignment) == expected
 
 
-def test_pictures_of_nearly_one_shape_share_a_bucket():
+def test_images_of_nearly_one_shape_share_a_bucket():
     sizes = {bucket_of(width, 1000, 1.0, "area", 8, 1) for width in range(1455, 1545)}
     assert len(sizes) == 1
     assert len({bucket_of(width, 1000, 1.0, "area", 8, 4) for width in range(1455, 1545)}) > 1
 
 
-def test_a_picture_too_narrow_for_the_rounding_still_has_a_bucket():
+def test_a_image_too_narrow_for_the_rounding_still_has_a_bucket():
     height, width = bucket_of(3, 9000, 1.0, "area")
     assert width == 64
     assert height > 9000
@@ -143,7 +143,7 @@ def test_upscale_filter(make_dataset):
 
 
 @pytest.mark.parametrize("crop_aspect", ["closest", "random"])
-def test_a_picture_that_fills_none_of_the_listed_aspects_is_left_out(make_dataset, crop_aspect):
+def test_a_image_that_fills_none_of_the_listed_aspects_is_left_out(make_dataset, crop_aspect):
     dataset = make_dataset(
         resolution=1024,
         crop=True,
@@ -156,7 +156,7 @@ def test_a_picture_that_fills_none_of_the_listed_aspects_is_left_out(make_datase
     assert reasons_of(dataset, (256, 256), (860, 860), (600, 1300)) == [reason, "", ""]
 
 
-def test_no_picture_is_given_a_bucket_many_times_the_asked_size(make_dataset):
+def test_no_image_is_given_a_bucket_many_times_the_asked_size(make_dataset):
     reason = "too long and narrow for a bucket of its own aspect"
     dataset = make_dataset(resolution=1024)
     assert reasons_of(dataset, (1, 20000), (20000, 1), (10, 20000), (60, 4000)) == [reason, reason, "", ""]

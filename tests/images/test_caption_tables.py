@@ -1,4 +1,4 @@
-"""Captions from a table: by path or bare name, with or without extension, several of them, and never another picture's."""
+"""Captions from a table: by path or bare name, with or without extension, several of them, and never another image's."""
 
 import json
 
@@ -13,9 +13,9 @@ from tests.images.photographs import encoded
 
 @pytest.fixture
 def look_up(make_dataset, folder):
-    """Captions and status by picture, from a table of these rows."""
+    """Captions and status by image, from a table of these rows."""
 
-    def scan(rows: list[dict], pictures: list[str], name: str = "table.parquet", **settings):
+    def scan(rows: list[dict], images: list[str], name: str = "table.parquet", **settings):
         path = folder / name
         if name.endswith(".parquet"):
             pd.DataFrame(rows).to_parquet(path)
@@ -24,7 +24,7 @@ def look_up(make_dataset, folder):
         else:
             path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
         dataset = make_dataset(caption_strategy="parquet", parquet={"path": name, **settings})
-        return captions_from_table(dataset, folder, pictures)
+        return captions_from_table(dataset, folder, images)
 
     return scan
 
@@ -37,10 +37,10 @@ def test_rows_are_found_by_path_and_by_bare_name(look_up, folder, name):
         {"filename": "c", "caption": "by bare name"},
         {"filename": "./d.png", "caption": "with its extension"},
         {"filename": str(folder / "deep" / "e"), "caption": "absolute"},
-        {"filename": "gone", "caption": "of no picture"},
+        {"filename": "gone", "caption": "of no image"},
     ]
-    pictures = ["a.png", "a.jpg", "deep/b.png", "deep/c.png", "d.png", "deep/e.webp", "f.png"]
-    assert look_up(rows, pictures, name) == {
+    images = ["a.png", "a.jpg", "deep/b.png", "deep/c.png", "d.png", "deep/e.webp", "f.png"]
+    assert look_up(rows, images, name) == {
         "a.png": (("top",), "ok"),
         "a.jpg": (("top",), "ok"),
         "deep/b.png": (("by path",), "ok"),
@@ -51,14 +51,14 @@ def test_rows_are_found_by_path_and_by_bare_name(look_up, folder, name):
     }
 
 
-def test_a_bare_name_of_several_pictures_is_nobodys_but_the_one_at_the_top(look_up):
+def test_a_bare_name_of_several_images_is_nobodys_but_the_one_at_the_top(look_up):
     rows = [{"filename": "1", "caption": "one"}, {"filename": "2", "caption": "two"}]
     found = look_up(rows, ["x/1.png", "y/1.png", "2.png", "y/2.png"])
     assert found["x/1.png"] == found["y/1.png"] == found["y/2.png"] == ((), "ambiguous")
     assert found["2.png"] == (("two",), "ok")
 
 
-def test_names_with_extension_tell_pictures_apart(look_up):
+def test_names_with_extension_tell_images_apart(look_up):
     rows = [
         {"filename": "a.png", "caption": "png"},
         {"filename": "a.jpg", "caption": "jpg"},
@@ -133,7 +133,7 @@ def test_a_scan_takes_its_captions_from_the_table_and_accounts_for_it(make_datas
         "1.png": "",
         "2.png": "caption is empty",
         "t.parquet": "caption table",
-        "x/1.png": "caption table names several pictures by this bare name",
+        "x/1.png": "caption table names several images by this bare name",
     }
 
 

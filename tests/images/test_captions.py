@@ -15,7 +15,7 @@ TEXTFILE = {"caption_strategy": "textfile"}
 
 @pytest.fixture
 def caption(make_dataset, folder, photograph):
-    """Status, captions and reason that a scan gives a picture whose caption file holds these bytes; None: there is no such file."""
+    """Status, captions and reason that a scan gives an image whose caption file holds these bytes; None: there is no such file."""
     (folder / "a.png").write_bytes(encoded(photograph, "PNG"))
 
     def scan(data: bytes | None, **settings):
@@ -29,15 +29,15 @@ def caption(make_dataset, folder, photograph):
 
 
 @pytest.mark.parametrize(
-    ("picture", "caption"),
+    ("image", "caption"),
     [
         ("a_red_circle.png", "a red circle"),
         ("deep/er/Two__words-and.dots.v2_.jpeg", "Two  words-and.dots.v2 "),
         ("emoji_🦊_fox.webp", "emoji 🦊 fox"),
     ],
 )
-def test_filename_changes_underscores_and_nothing_else(make_dataset, picture, caption):
-    assert caption_rules(make_dataset()).captions_of(picture) == Captions((caption,), "ok")
+def test_filename_changes_underscores_and_nothing_else(make_dataset, image, caption):
+    assert caption_rules(make_dataset()).captions_of(image) == Captions((caption,), "ok")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Crops lie inside what they are cut from, depend on nothing but settings, seed and picture, and hold the recorded numbers."""
+"""Crops lie inside what they are cut from, depend on nothing but settings, seed and image, and hold the recorded numbers."""
 
 import hashlib
 import math
@@ -12,7 +12,7 @@ from sdxl_pipeline.images.crops import (
     ROW_COLUMNS,
     Crop,
     fresh_place,
-    pictures_per_bucket,
+    images_per_bucket,
     plan_crop,
     plan_crops,
 )
@@ -22,12 +22,12 @@ def key_of(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def scanned_frame(*pictures: tuple[str, int, int], status: str = "kept") -> pd.DataFrame:
-    """A scan of pictures given as (path, height, width)."""
+def scanned_frame(*images: tuple[str, int, int], status: str = "kept") -> pd.DataFrame:
+    """A scan of images given as (path, height, width)."""
     return pd.DataFrame(
         [
             {"path": path, "key": key_of(path), "height": height, "width": width, "status": status}
-            for path, height, width in pictures
+            for path, height, width in images
         ]
     )
 
@@ -50,7 +50,7 @@ SIZES = [
 @pytest.mark.parametrize("crop_style", ["random", "center", "corner"])
 @pytest.mark.parametrize("sizes", [{}, {"maximum_image_size": 600, "target_downsample_size": 300}])
 @pytest.mark.parametrize("resolution_type", ["pixel_area", "pixel"])
-def test_every_crop_lies_inside_its_resized_picture(
+def test_every_crop_lies_inside_its_resized_image(
     make_dataset, crop, crop_aspect, crop_style, sizes, resolution_type
 ):
     dataset = make_dataset(
@@ -96,7 +96,7 @@ def test_square_crops_are_taken_along_the_longer_edge(make_dataset):
     assert 0 <= left("random") <= 256
 
 
-def test_above_the_maximum_the_crop_is_cut_from_the_downsampled_picture(make_dataset):
+def test_above_the_maximum_the_crop_is_cut_from_the_downsampled_image(make_dataset):
     dataset = make_dataset(resolution=1024, crop=True, maximum_image_size=1536, target_downsample_size=1280)
     plan = plan_crop(dataset, 3000, 4000, key_of("a"), seed=0)
     assert (plan.source_h, plan.source_w) == (plan.resized_h, plan.resized_w) == (1109, 1478)
@@ -104,7 +104,7 @@ def test_above_the_maximum_the_crop_is_cut_from_the_downsampled_picture(make_dat
     # at or below the maximum it is cut from its own size
     plan = plan_crop(dataset, 1100, 1200, key_of("a"), seed=0)
     assert (plan.source_h, plan.source_w) == (plan.resized_h, plan.resized_w) == (1100, 1200)
-    # a target too small for the bucket stops at what covers it, and small pictures are enlarged to that
+    # a target too small for the bucket stops at what covers it, and small images are enlarged to that
     dataset = make_dataset(resolution=1024, crop=True, maximum_image_size=1536, target_downsample_size=512)
     plan = plan_crop(dataset, 3000, 4000, key_of("a"), seed=0)
     assert (plan.source_h, plan.source_w) == (plan.resized_h, plan.resized_w) == (1024, 1365)
@@ -113,7 +113,7 @@ def test_above_the_maximum_the_crop_is_cut_from_the_downsampled_picture(make_dat
     assert (plan.resized_h, plan.resized_w) == (1024, 1365)
 
 
-def test_random_crops_repeat_for_a_seed_and_differ_between_pictures_and_seeds(make_dataset):
+def test_random_crops_repeat_for_a_seed_and_differ_between_images_and_seeds(make_dataset):
     dataset = make_dataset(crop=True)
 
     def lefts(seed: int) -> list[int]:
@@ -137,9 +137,9 @@ def test_every_offset_can_be_drawn_the_ends_included(make_dataset):
     assert lefts == {0, 1, 2}
 
 
-def test_the_plan_has_a_row_for_each_picture_and_names_those_left_out(make_dataset):
-    pictures = [("a.png", 300, 300), ("b/c.png", 100, 900), ("d.png", 900, 300)]
-    scanned = pd.concat([scanned_frame(*pictures), scanned_frame(("bad.png", 0, 0), status="dropped")])
+def test_the_plan_has_a_row_for_each_image_and_names_those_left_out(make_dataset):
+    images = [("a.png", 300, 300), ("b/c.png", 100, 900), ("d.png", 900, 300)]
+    scanned = pd.concat([scanned_frame(*images), scanned_frame(("bad.png", 0, 0), status="dropped")])
     rows, dropped = plan_crops(
         make_dataset(maximum_aspect_ratio=2), scanned, seed=0, held_out=(), is_eval=False
     )
@@ -150,18 +150,16 @@ def test_the_plan_has_a_row_for_each_picture_and_names_those_left_out(make_datas
     assert rows["key"].tolist() == [key_of("a.png"), key_of("d.png")]
 
 
-def test_adding_a_picture_moves_no_other(make_dataset):
+def test_adding_a_image_moves_no_other(make_dataset):
     dataset = make_dataset(crop=True)
-    pictures = [(f"{number}.png", 300 + number, 700) for number in range(20)]
+    images = [(f"{number}.png", 300 + number, 700) for number in range(20)]
     held_out = {key_of("3.png"), key_of("7.png")}
-    before, _ = plan_crops(dataset, scanned_frame(*pictures), 7, held_out, is_eval=False)
-    after, _ = plan_crops(
-        dataset, scanned_frame(("0new.png", 500, 500), *pictures), 7, held_out, is_eval=False
-    )
+    before, _ = plan_crops(dataset, scanned_frame(*images), 7, held_out, is_eval=False)
+    after, _ = plan_crops(dataset, scanned_frame(("0new.png", 500, 500), *images), 7, held_out, is_eval=False)
     pd.testing.assert_frame_equal(after.iloc[1:].reset_index(drop=True), before)
 
 
-def test_no_picture_gives_an_empty_plan_that_survives_parquet(make_dataset, tmp_path):
+def test_no_image_gives_an_empty_plan_that_survives_parquet(make_dataset, tmp_path):
     rows, dropped = plan_crops(
         make_dataset(minimum_image_size=9999), scanned_frame(("a.png", 9, 9)), 0, (), is_eval=False
     )
@@ -174,12 +172,12 @@ def test_no_picture_gives_an_empty_plan_that_survives_parquet(make_dataset, tmp_
 
 
 def test_splits(make_dataset):
-    pictures = scanned_frame(*[(f"{number}.png", 300, 300) for number in range(50)])
+    images = scanned_frame(*[(f"{number}.png", 300, 300) for number in range(50)])
     held_out = {key_of("4.png"), key_of("40.png"), "of no file"}
-    rows, _ = plan_crops(make_dataset(), pictures, 0, held_out, is_eval=False)
+    rows, _ = plan_crops(make_dataset(), images, 0, held_out, is_eval=False)
     assert rows["path"][rows["split"] == "eval"].tolist() == ["4.png", "40.png"]
     assert set(rows["split"]) == {"train", "eval"}
-    rows, _ = plan_crops(make_dataset(), pictures, seed=0, held_out=(), is_eval=True)
+    rows, _ = plan_crops(make_dataset(), images, seed=0, held_out=(), is_eval=True)
     assert set(rows["split"]) == {"eval"}
 
 
@@ -195,15 +193,15 @@ def bucket_sizes_of(rows: pd.DataFrame) -> list[tuple[int, int]]:
     return list(zip(rows["bucket_h"].tolist(), rows["bucket_w"].tolist(), strict=True))
 
 
-def plan(dataset, *pictures, seed=0, held_out=(), is_eval=False):
-    return plan_crops(dataset, scanned_frame(*pictures), seed, held_out, is_eval)
+def plan(dataset, *images, seed=0, held_out=(), is_eval=False):
+    return plan_crops(dataset, scanned_frame(*images), seed, held_out, is_eval)
 
 
 def test_closest_takes_the_listed_aspect_that_crops_least_away(make_dataset):
     dataset = make_dataset(crop_aspect="closest", **LISTED)
     # 1.4 loses 29 % as a square and 30 % as 2:1, 1.43 the other way round; and the same upright
-    pictures = [("a", 1000, 1400), ("b", 1000, 1430), ("c", 1400, 1000), ("d", 1430, 1000), ("e", 100, 2000)]
-    rows, dropped = plan(dataset, *pictures)
+    images = [("a", 1000, 1400), ("b", 1000, 1430), ("c", 1400, 1000), ("d", 1430, 1000), ("e", 100, 2000)]
+    rows, dropped = plan(dataset, *images)
     assert aspects_of(rows) == [1.0, 2.0, 1.0, 0.5, 2.0]
     assert dropped.empty
 
@@ -221,19 +219,19 @@ def test_closest_passes_over_aspects_that_enlarge_too_much(make_dataset):
     assert aspects_of(rows) == [2.0]
 
 
-def test_random_aspects_follow_their_weights_and_what_the_picture_holds(make_dataset):
+def test_random_aspects_follow_their_weights_and_what_the_image_holds(make_dataset):
     dataset = make_dataset(crop_aspect="random", crop_aspect_weights=(6, 1, 3), **LISTED)
-    pictures = [(f"{number}", 900, 900) for number in range(1000)]
-    rows, _ = plan(dataset, *pictures)
+    images = [(f"{number}", 900, 900) for number in range(1000)]
+    rows, _ = plan(dataset, *images)
     aspects = aspects_of(rows)
     # four standard deviations of 15.5, 9.5 and 14.5
     assert abs(aspects.count(1.0) - 600) < 62
     assert abs(aspects.count(0.5) - 100) < 38
     assert abs(aspects.count(2.0) - 300) < 58
     assert aspects[:12] == [1.0, 1.0, 2.0, 1.0, 0.5, 2.0, 1.0, 0.5, 1.0, 2.0, 2.0, 2.0]  # golden
-    again, _ = plan(dataset, *reversed(pictures))
+    again, _ = plan(dataset, *reversed(images))
     assert aspects_of(again)[::-1] == aspects
-    assert aspects_of(plan(dataset, *pictures, seed=1)[0]) != aspects
+    assert aspects_of(plan(dataset, *images, seed=1)[0]) != aspects
     limited = make_dataset(
         crop_aspect="random", crop_aspect_weights=(6, 1, 3), max_upscale_threshold=0.0, **LISTED
     )
@@ -243,7 +241,7 @@ def test_random_aspects_follow_their_weights_and_what_the_picture_holds(make_dat
     assert abs(held.count(1.0) - 267) < 38  # two to one
 
 
-def test_the_crops_of_a_picture_are_drawn_independently_and_never_twice(make_dataset):
+def test_the_crops_of_a_image_are_drawn_independently_and_never_twice(make_dataset):
     dataset = make_dataset(crop=True, crops_per_image=4)
     rows, _ = plan(dataset, ("wide", 256, 900), ("hardly", 256, 258), ("square", 500, 500))
     by_path = dict(iter(rows.groupby("path", sort=False)))
@@ -263,9 +261,9 @@ def test_the_crops_of_a_picture_are_drawn_independently_and_never_twice(make_dat
 
 
 def test_each_crop_is_followed_by_its_mirror_image(make_dataset):
-    pictures = [(f"{number}", 256, 700) for number in range(400)]
-    straight, _ = plan(make_dataset(crop=True, crops_per_image=2), *pictures)
-    both, _ = plan(make_dataset(crop=True, crops_per_image=2, random_flip=True), *pictures)
+    images = [(f"{number}", 256, 700) for number in range(400)]
+    straight, _ = plan(make_dataset(crop=True, crops_per_image=2), *images)
+    both, _ = plan(make_dataset(crop=True, crops_per_image=2, random_flip=True), *images)
     assert not straight["flipped"].any()
     assert len(both) == 2 * len(straight)
     unmirrored = both[~both["flipped"]].drop(columns="crop_index").reset_index(drop=True)
@@ -278,13 +276,13 @@ def test_each_crop_is_followed_by_its_mirror_image(make_dataset):
     assert (both.groupby("path")["crop_index"].max() == both.groupby("path").size() - 1).all()
 
 
-def test_eval_pictures_have_one_crop_as_it_is(make_dataset):
+def test_eval_images_have_one_crop_as_it_is(make_dataset):
     dataset = make_dataset(crop=True, crops_per_image=3, random_flip=True)
-    pictures = [(f"{number}", 256, 700) for number in range(60)]
-    measured, _ = plan(dataset, *pictures, is_eval=True)
+    images = [(f"{number}", 256, 700) for number in range(60)]
+    measured, _ = plan(dataset, *images, is_eval=True)
     assert len(measured) == 60
     assert not measured["flipped"].any()
-    rows, _ = plan(dataset, *pictures, held_out=[key_of(str(number)) for number in range(30)])
+    rows, _ = plan(dataset, *images, held_out=[key_of(str(number)) for number in range(30)])
     sizes = rows.groupby(["split", "path"]).size()
     assert set(sizes["eval"]) == {1}
     assert set(sizes["train"]) == {6}
@@ -314,7 +312,7 @@ def place_by_hand(key: str, seed: int, draw: int, slack_h: int, slack_w: int) ->
 
 
 def plan_by_hand(dataset, height: int, width: int, key: str, seed: int) -> dict[str, int]:
-    """The rules for one picture, in exact arithmetic: what the plan in columns has to agree with."""
+    """The rules for one image, in exact arithmetic: what the plan in columns has to agree with."""
     square = dataset.crop and dataset.crop_aspect == "square"
     ratio = 1.0 if square else round(width / height, dataset.aspect_bucket_rounding) or width / height
     unit = dataset.aspect_bucket_alignment
@@ -400,19 +398,19 @@ def plan_by_hand(dataset, height: int, width: int, key: str, seed: int) -> dict[
         },
     ],
 )
-def test_the_plan_in_columns_is_the_plan_of_each_picture(make_dataset, settings, monkeypatch):
+def test_the_plan_in_columns_is_the_plan_of_each_image(make_dataset, settings, monkeypatch):
     dataset = make_dataset(**settings)
     random = np.random.default_rng(0)
     edges = np.concatenate([random.integers(1, 7000, 300), random.integers(1, 130, 40), [1, 20000, 65536]])
-    pictures = [
+    images = [
         (f"{number}", int(height), int(width))
         for number, (height, width) in enumerate(zip(edges, random.permutation(edges), strict=True))
     ]
-    monkeypatch.setattr("sdxl_pipeline.images.crops._PICTURES_AT_A_TIME", 100)
-    rows, dropped = plan(dataset, *pictures, seed=9)
-    assert len(rows) + len(dropped) == len(pictures)
+    monkeypatch.setattr("sdxl_pipeline.images.crops._IMAGES_AT_A_TIME", 100)
+    rows, dropped = plan(dataset, *images, seed=9)
+    assert len(rows) + len(dropped) == len(images)
     assert set(dropped["reason"]) <= {"too long and narrow for a bucket of its own aspect"}
-    sizes = {path: (height, width) for path, height, width in pictures}
+    sizes = {path: (height, width) for path, height, width in images}
     expected = [
         plan_by_hand(dataset, *sizes[path], key, 9)
         for path, key in zip(rows["path"], rows["key"], strict=True)
@@ -427,16 +425,16 @@ def test_places_far_beyond_32_bits_are_drawn_exactly(make_dataset):
     assert (planned.crop_top, planned.crop_left) == place_by_hand("key", 0, 0, 0, 4_096_000_000 - 1024)
 
 
-def test_a_bucket_counts_its_train_pictures_and_not_their_crops(make_dataset):
+def test_a_bucket_counts_its_train_images_and_not_their_crops(make_dataset):
     dataset = make_dataset(crop_aspect="random", crops_per_image=5, random_flip=True, **LISTED)
-    pictures = [(f"{number}", 900, 900) for number in range(30)]
-    rows, _ = plan(dataset, *pictures, held_out=[key_of(str(number)) for number in range(9)])
+    images = [(f"{number}", 900, 900) for number in range(30)]
+    rows, _ = plan(dataset, *images, held_out=[key_of(str(number)) for number in range(9)])
     train = rows[rows["split"] == "train"]
-    counts = pictures_per_bucket(rows)
+    counts = images_per_bucket(rows)
     assert dict(counts) == {
         size: len({row.path for row in train.itertuples() if (row.bucket_h, row.bucket_w) == size})
         for size in set(bucket_sizes_of(train))
     }
     assert max(counts) <= train["path"].nunique() < len(train) / 6
     rows, _ = plan(make_dataset(), ("a", 256, 256), ("b", 256, 256), ("c", 256, 512))
-    assert dict(pictures_per_bucket(rows)) == {(256, 256): 2, (192, 384): 1}
+    assert dict(images_per_bucket(rows)) == {(256, 256): 2, (192, 384): 1}

@@ -1,4 +1,4 @@
-"""Opening pictures: the limit on their size is the project's own, and holds for every format before anything is unpacked."""
+"""Opening images: the limit on their size is the project's own, and holds for every format before anything is unpacked."""
 
 import io
 import struct
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from sdxl_pipeline.images import decoding
-from sdxl_pipeline.images.decoding import MAX_PIXELS, UnreadableImage, open_picture, read_header
+from sdxl_pipeline.images.decoding import MAX_PIXELS, UnreadableImage, open_image, read_header
 from tests.corpus.cases import bomb
 from tests.images.photographs import encoded
 
@@ -15,7 +15,7 @@ EDGE = 60_000
 
 
 def claiming(format_name: str) -> bytes:
-    """A small file whose header claims a picture of 60000x60000 pixels, or what its format has room for."""
+    """A small file whose header claims an image of 60000x60000 pixels, or what its format has room for."""
     small = Image.new("RGB", (8, 8), "teal")
     data = bytearray(encoded(small, format_name, **({"lossless": True} if format_name == "WEBP" else {})))
     match format_name:
@@ -47,9 +47,9 @@ def claiming(format_name: str) -> bytes:
 
 
 @pytest.mark.parametrize("format_name", ["PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP"])
-def test_a_picture_that_is_too_large_is_refused_by_its_header(format_name, recwarn):
+def test_a_image_that_is_too_large_is_refused_by_its_header(format_name, recwarn):
     with pytest.raises(UnreadableImage, match="more than 178 million pixels"):
-        open_picture(claiming(format_name))
+        open_image(claiming(format_name))
     assert not [
         str(warning.message) for warning in recwarn.list if "DecompressionBomb" in str(warning.category)
     ]
@@ -64,7 +64,7 @@ def test_the_limit_is_the_projects_own(monkeypatch, recwarn):
     assert not recwarn.list
 
 
-def test_the_largest_picture_is_opened(monkeypatch):
+def test_the_largest_image_is_opened(monkeypatch):
     assert MAX_PIXELS > 151_000_000, "a camera of 150 megapixels"
     monkeypatch.setattr(decoding, "MAX_PIXELS", 300 * 200)
     assert read_header(encoded(Image.new("RGB", (300, 200)), "JPEG")).height == 200
@@ -79,7 +79,7 @@ def test_an_open_file_is_read_as_its_bytes_are(format_name, photograph):
     options = {"exif": exif} if format_name in ("PNG", "JPEG", "WEBP") else {}
     data = encoded(photograph, format_name, **options)
     assert read_header(io.BytesIO(data)) == read_header(data)
-    for broken in (data[: len(data) // 2], data[:6], b"", b"a text of some length, and no picture"):
+    for broken in (data[: len(data) // 2], data[:6], b"", b"a text of some length, and no image"):
         reasons = []
         for source in (broken, io.BytesIO(broken)):
             with pytest.raises(UnreadableImage) as told:

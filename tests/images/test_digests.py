@@ -1,4 +1,4 @@
-"""Digests follow the content: pictures, captions and geometry, in any order and under whatever names."""
+"""Digests follow the content: images, captions and geometry, in any order and under whatever names."""
 
 import hashlib
 import struct
@@ -9,7 +9,7 @@ import pytest
 from sdxl_pipeline.images.crops import plan_crops
 from sdxl_pipeline.images.digests import dataset_digest, rows_digest
 
-PICTURES = [
+IMAGES = [
     ("a.png", "aa", 300, 400, ["a cat", "the cat"]),
     ("b.png", "bb", 500, 400, ["a dog, é"]),
     ("c.png", "cc", 500, 400, []),
@@ -17,10 +17,10 @@ PICTURES = [
 ]
 
 
-def scan_of(pictures=PICTURES, **changes) -> pd.DataFrame:
+def scan_of(images=IMAGES, **changes) -> pd.DataFrame:
     rows = [
         {"path": path, "key": key, "height": height, "width": width, "captions": captions, "mtime_ns": 1}
-        for path, key, height, width, captions in pictures
+        for path, key, height, width, captions in images
     ]
     return pd.DataFrame(rows).assign(status="kept", **changes)
 
@@ -65,7 +65,7 @@ def test_names_times_order_and_what_was_dropped_change_nothing(tmp_path):
     ],
 )
 def test_content_size_and_each_caption_count(change):
-    digests = {dataset_digest(scan_of([picture, *PICTURES[1:]])) for picture in (PICTURES[0], change)}
+    digests = {dataset_digest(scan_of([image, *IMAGES[1:]])) for image in (IMAGES[0], change)}
     assert len(digests) == 2
 
 
@@ -75,8 +75,8 @@ def test_captions_that_differ_by_where_their_lines_break_differ():
     assert len(digests) == len(captions)
 
 
-def test_a_picture_twice_is_not_a_picture_once():
-    assert dataset_digest(scan_of([PICTURES[0]] * 2)) != dataset_digest(scan_of(PICTURES[:1]))
+def test_a_image_twice_is_not_a_image_once():
+    assert dataset_digest(scan_of([IMAGES[0]] * 2)) != dataset_digest(scan_of(IMAGES[:1]))
     assert dataset_digest(scan_of().iloc[:0]) == dataset_digest(scan_of().assign(status="dropped"))
 
 

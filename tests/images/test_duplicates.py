@@ -40,28 +40,28 @@ def photographs() -> dict[str, Image.Image]:
 
 
 GREY = "80" * 32
-"""Colours of a picture without any."""
+"""Colours of an image without any."""
 
 
 def look(image: Image.Image) -> str:
-    """A picture's entry in `phash`, as a scan has it."""
+    """An image's entry in `phash`, as a scan has it."""
     return looks.look_of(image)
 
 
-def frame_of(pictures: dict[str, str], keys: dict[str, str] | None = None) -> pd.DataFrame:
+def frame_of(images: dict[str, str], keys: dict[str, str] | None = None) -> pd.DataFrame:
     """A scan of files by name with their hashes, each of its own content unless `keys` says otherwise."""
     return pd.DataFrame(
         {
-            "path": list(pictures),
-            "key": [(keys or {}).get(name, name) for name in pictures],
-            "phash": [value if len(value) != 16 else value + GREY for value in pictures.values()],
+            "path": list(images),
+            "key": [(keys or {}).get(name, name) for name in images],
+            "phash": [value if len(value) != 16 else value + GREY for value in images.values()],
             "status": "kept",
         }
     )
 
 
 def balanced(count: int, seed: int = 0) -> np.ndarray:
-    """Hashes of unrelated pictures: half of the bits set."""
+    """Hashes of unrelated images: half of the bits set."""
     chosen = np.argsort(np.random.default_rng(seed).random((count, 64)), axis=1) < 32
     return np.packbits(chosen, axis=1).view(">u8").ravel().astype(np.uint64)
 
@@ -103,7 +103,7 @@ def test_the_same_bytes_under_several_names_are_told_apart_from_look_alikes():
     assert [(group.paths, group.distance) for group in found.alike] == [(("a.png", "near.png"), 2)]
 
 
-def test_one_drawing_in_two_colours_is_two_pictures():
+def test_one_drawing_in_two_colours_is_two_images():
     def draw(colour: str) -> Image.Image:
         image = Image.new("RGB", (128, 128), "white")
         ImageDraw.Draw(image).ellipse((20, 30, 80, 100), fill=colour)
@@ -130,7 +130,7 @@ def test_neighbours_of_neighbours_are_one_group_and_the_largest_comes_first():
     ]
 
 
-def test_pictures_without_features_are_counted_and_not_compared():
+def test_images_without_features_are_counted_and_not_compared():
     flat = {f"{colour}.png": look(Image.new("RGB", (64, 64), colour)) for colour in ("red", "blue")}
     shaded = {"shaded.png": look(Image.linear_gradient("L"))}
     found = find_look_alikes(frame_of(flat | shaded | {"not looked at.png": ""}))
@@ -180,7 +180,7 @@ def test_equal_hashes_however_many_cost_nothing():
     assert found.complete
 
 
-def test_leaks_name_the_training_picture_that_is_most_alike():
+def test_leaks_name_the_training_image_that_is_most_alike():
     value, other = balanced(2)
     train = frame_of(
         {

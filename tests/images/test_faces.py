@@ -1,4 +1,4 @@
-"""Faces are found where they are, once per picture, and crops are taken around them."""
+"""Faces are found where they are, once per image, and crops are taken around them."""
 
 import hashlib
 import sys
@@ -24,19 +24,19 @@ def astronaut() -> Image.Image:
         return image.convert("RGB")
 
 
-def scan_of(folder, **pictures: Image.Image) -> pd.DataFrame:
-    """Save pictures, and give what a scan says of them."""
+def scan_of(folder, **images: Image.Image) -> pd.DataFrame:
+    """Save images, and give what a scan says of them."""
     rows = []
-    for name, picture in pictures.items():
-        data = encoded(picture, "PNG")
+    for name, image in images.items():
+        data = encoded(image, "PNG")
         (folder / f"{name}.png").write_bytes(data)
         key = hashlib.sha256(data).hexdigest()
-        rows.append((f"{name}.png", key, picture.height, picture.width, "kept"))
+        rows.append((f"{name}.png", key, image.height, image.width, "kept"))
     return pd.DataFrame(rows, columns=["path", "key", "height", "width", "status"])
 
 
 @needs_opencv
-def test_the_largest_face_is_found_in_the_pictures_own_pixels(folder, tmp_path, astronaut):
+def test_the_largest_face_is_found_in_the_images_own_pixels(folder, tmp_path, astronaut):
     with Image.open(PHOTOGRAPHS / "coffee.png") as image:
         coffee = image.convert("RGB")
     large = Image.new("RGB", (3000, 1600), "grey")  # searched at a smaller size
@@ -53,7 +53,7 @@ def test_the_largest_face_is_found_in_the_pictures_own_pixels(folder, tmp_path, 
 
 
 @needs_opencv
-def test_a_picture_is_searched_once_under_whatever_name(folder, tmp_path, astronaut, monkeypatch):
+def test_a_image_is_searched_once_under_whatever_name(folder, tmp_path, astronaut, monkeypatch):
     table = tmp_path / "faces.parquet"
     told = []
     first = find_faces(folder, scan_of(folder, a=astronaut), table, lambda *done: told.append(done))

@@ -1,4 +1,4 @@
-"""Which caption file is which picture's, and what every other file is called."""
+"""Which caption file is which image's, and what every other file is called."""
 
 from sdxl_pipeline.images.file_roles import file_roles, split_suffix
 from sdxl_pipeline.images.scan import scan_dataset
@@ -8,11 +8,11 @@ COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
 
 
 def captioned(*paths: str) -> tuple[dict[str, str], dict[str, str]]:
-    """The caption file of each picture, and the reason of each file that is left out."""
+    """The caption file of each image, and the reason of each file that is left out."""
     ordered = sorted(paths)
     roles = file_roles(ordered, [""] * len(ordered))
-    found = {ordered[picture]: ordered[text] for picture, text in roles.caption_files.items()}
-    assert len(ordered) == len(roles.pictures) + len(roles.companions) + len(roles.left_out)
+    found = {ordered[image]: ordered[text] for image, text in roles.caption_files.items()}
+    assert len(ordered) == len(roles.images) + len(roles.companions) + len(roles.left_out)
     return found, {ordered[position]: reason for position, reason in roles.left_out.items()}
 
 
@@ -30,8 +30,8 @@ def test_the_case_of_a_name_matters_and_that_of_its_extension_does_not():
     found, left_out = captioned("A.JPG", "a.jpg", "a.TXT", "B.png", "b.txt", "c.txt")
     assert found == {"a.jpg": "a.TXT"}
     assert left_out == {
-        "b.txt": "caption without picture; a picture's name differs in case only",
-        "c.txt": "caption without picture",
+        "b.txt": "caption without image; an image's name differs in case only",
+        "c.txt": "caption without image",
     }
 
 
@@ -43,17 +43,17 @@ def test_kohyas_extension_is_a_caption_file_after_txt():
     assert left_out == {
         "b.caption": "caption file is not read beside one with the extension .txt",
         "c.TXT": "caption file is not read beside one with the extension .txt",
-        "d.CAPTION": "caption without picture",
+        "d.CAPTION": "caption without image",
     }
 
 
-def test_the_caption_of_a_picture_that_is_left_out_is_left_with_it():
+def test_the_caption_of_a_image_that_is_left_out_is_left_with_it():
     assert captioned("a.psd", "a.txt", "b.txt") == (
         {},
-        {"a.psd": "image format .psd is not supported", "b.txt": "caption without picture"},
+        {"a.psd": "image format .psd is not supported", "b.txt": "caption without image"},
     )
     assert captioned("a.png", "a.jpg", "a.txt")[0] == {"a.png": "a.txt", "a.jpg": "a.txt"}
-    assert captioned("x/a.png", "y/a.txt") == ({}, {"y/a.txt": "caption without picture"})
+    assert captioned("x/a.png", "y/a.txt") == ({}, {"y/a.txt": "caption without image"})
 
 
 def test_an_extension_is_what_stands_behind_the_last_full_stop_of_the_name():

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from sdxl_pipeline.images import formats
-from sdxl_pipeline.images.decoding import MAX_PIXELS, UnreadableImage, open_picture, read_header
+from sdxl_pipeline.images.decoding import MAX_PIXELS, UnreadableImage, open_image, read_header
 from sdxl_pipeline.images.formats import FORMATS, HEAD_BYTES, IMAGE_SUFFIXES, format_of, suffix_of
 from sdxl_pipeline.images.looks import look_at
 from sdxl_pipeline.images.pixels import load_upright
@@ -164,7 +164,7 @@ def test_a_jpeg_xl_that_is_too_large_is_refused_before_it_is_decoded(samples):
     with pytest.raises(
         UnreadableImage, match=f"{EDGE}x{EDGE} pixels are more than {MAX_PIXELS // 10**6} million"
     ):
-        open_picture(bytes(data))
+        open_image(bytes(data))
 
 
 @pytest.mark.parametrize(

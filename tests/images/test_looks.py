@@ -1,4 +1,4 @@
-"""Looking at pictures: damage in their pixels is found and named, hashes follow the eye, and nothing is looked at twice."""
+"""Looking at images: damage in their pixels is found and named, hashes follow the eye, and nothing is looked at twice."""
 
 import hashlib
 import os
@@ -38,7 +38,7 @@ def scan(folder: Path) -> pd.DataFrame:
 
 
 def look(folder: Path, table: Path) -> dict[str, str]:
-    """The hash of each picture by name, or the reason why it was dropped."""
+    """The hash of each image by name, or the reason why it was dropped."""
     frame = look_at(folder, scan(folder), table)
     assert (frame["reason"].ne("") == frame["status"].eq("dropped")).all()
     assert (frame["phash"].ne("") == frame["status"].eq("kept")).all()
@@ -105,11 +105,11 @@ def test_the_hash_is_of_what_is_seen(folder, table, photograph):
 
 
 def test_the_hash_knows_colours_and_hardly_how_bright_they_are(folder, table):
-    picture = Image.new("RGB", (200, 200), (200, 0, 0))
-    picture.paste((0, 0, 200), (100, 0, 200, 100))
-    picture.paste((200, 200, 0), (100, 100, 200, 200))
-    picture.save(folder / "bright.png")
-    picture.point(lambda value: value * 8 // 10).save(folder / "dim.png")
+    image = Image.new("RGB", (200, 200), (200, 0, 0))
+    image.paste((0, 0, 200), (100, 0, 200, 100))
+    image.paste((200, 200, 0), (100, 100, 200, 200))
+    image.save(folder / "bright.png")
+    image.point(lambda value: value * 8 // 10).save(folder / "dim.png")
     found = {name: colours(look) - 128 for name, look in look(folder, table).items()}
     pure, yellow = 200 * 200 / (200 + 192), 200 * 200 / (400 + 192)
     red = [[pure, 0], [pure, 0]]  # of the quarters
@@ -228,7 +228,7 @@ def test_a_file_that_changed_or_went_is_dropped_and_not_remembered(folder, table
     assert look_at(folder, frame, table).set_index("path").loc["changed.png", "status"] == "kept"
 
 
-def test_one_of_two_names_is_enough_to_look_at_a_picture(folder, table, photograph):
+def test_one_of_two_names_is_enough_to_look_at_a_image(folder, table, photograph):
     for name in ("a.png", "b.png"):
         photograph.save(folder / name)
     frame = scan(folder)
@@ -274,8 +274,8 @@ def test_a_kill_loses_little(folder, table, photograph):
     assert told == [(done, 10) for done in range(1, 11)]
 
 
-def test_large_pictures_take_turns(folder, table, monkeypatch):
-    """A picture that wants more than the whole budget is looked at all the same, alone."""
+def test_large_images_take_turns(folder, table, monkeypatch):
+    """An image that wants more than the whole budget is looked at all the same, alone."""
     monkeypatch.setattr(memory_budget, "PIXELS", memory_budget.Budget(1000))
     monkeypatch.setattr(looks, "_FILE_BYTES_AT_ONCE", 1000)
     for index in range(6):

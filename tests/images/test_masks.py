@@ -1,4 +1,4 @@
-"""Holds: a mask lies where its picture's content lies after any geometry, and pairs are made by path, with all others named."""
+"""Holds: a mask lies where its image's content lies after any geometry, and pairs are made by path, with all others named."""
 
 import hashlib
 import io
@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw
 
 from sdxl_pipeline.images.crops import Crop, plan_crops
 from sdxl_pipeline.images.masks import (
+    NO_IMAGE,
     NO_MASK,
-    NO_PICTURE,
     OTHER_MASK,
     OTHER_SHAPE,
     SEVERAL_MASKS,
@@ -54,17 +54,17 @@ def green_places(pixels: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 @pytest.mark.parametrize("mask_scale", [1.0, 0.5, 1.75])
-def test_a_mask_lies_where_its_pictures_content_lies(make_dataset, folder, orientation, mask_scale):
+def test_a_mask_lies_where_its_images_content_lies(make_dataset, folder, orientation, mask_scale):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    path = folder / "picture.png"
+    path = folder / "image.png"
     path.write_bytes(png(turned_for(orientation, painted("RGB", "#0000ff", "#00ff00")), exif=exif))
     mask = png(painted("L", 0, 255, mask_scale))
     dataset = make_dataset(
         crop=True, resolution=192, aspect_bucket_alignment=64, crops_per_image=4, random_flip=True
     )
     scan = pd.DataFrame(
-        [{"path": "picture.png", "key": "ab" * 32, "height": HEIGHT, "width": WIDTH, "status": "kept"}]
+        [{"path": "image.png", "key": "ab" * 32, "height": HEIGHT, "width": WIDTH, "status": "kept"}]
     )
     rows, _ = plan_crops(dataset, scan, seed=3, held_out=(), is_eval=False)
     assert rows["flipped"].sum() == 4
@@ -128,10 +128,10 @@ def test_every_pixel_type_gives_the_same_mask(mode):
 
 
 def test_the_overlay_darkens_what_is_ignored(folder):
-    picture, mask = folder / "picture.png", folder / "mask.png"
-    picture.write_bytes(png(Image.new("RGB", (WIDTH, HEIGHT), "white")))
+    image, mask = folder / "image.png", folder / "mask.png"
+    image.write_bytes(png(Image.new("RGB", (WIDTH, HEIGHT), "white")))
     mask.write_bytes(png(painted("L", 0, 255)))
-    shown = overlaid(picture, mask, "mask", longest_edge=300)
+    shown = overlaid(image, mask, "mask", longest_edge=300)
     assert shown.getpixel((200, 60)) == (255, 255, 255)
     red, green, _ = shown.getpixel((20, 20))
     assert green < red < 255
@@ -162,7 +162,7 @@ def reasons(frame: pd.DataFrame) -> dict[str, str]:
 
 
 def test_pairs_are_made_by_path_and_all_others_are_named():
-    pictures = scanned(
+    images = scanned(
         ("a.jpg", "a", 600, 400),
         ("sub/a.jpg", "sub a", 600, 400),
         ("b.jpg", "b", 601, 399),
@@ -185,7 +185,7 @@ def test_pairs_are_made_by_path_and_all_others_are_named():
         ("gone.png", "mask gone", 600, 400),
         dropped=("broken.png",),
     )
-    paired = pair_masks(pictures, masks)
+    paired = pair_masks(images, masks)
     assert dict(zip(paired.pairs["path"], paired.pairs["mask_path"], strict=True)) == {
         "a.jpg": "a.png",
         "sub/a.jpg": "sub/a.png",
@@ -196,9 +196,9 @@ def test_pairs_are_made_by_path_and_all_others_are_named():
     assert reasons(paired.without) == {"d.jpg": OTHER_SHAPE, "e.jpg": NO_MASK, "A.jpg": NO_MASK}
     assert reasons(paired.refused) == {"d.jpg": OTHER_SHAPE}
     assert reasons(paired.unused) == {
-        "f.png": NO_PICTURE,
-        "f.gif": NO_PICTURE,
-        "gone.png": NO_PICTURE,
+        "f.png": NO_IMAGE,
+        "f.gif": NO_IMAGE,
+        "gone.png": NO_IMAGE,
         "broken.png": "empty file",
     }
 
@@ -210,25 +210,25 @@ def test_a_mask_that_could_be_one_of_several_is_none():
     assert reasons(paired.refused) == {"a.jpg": SEVERAL_MASKS}
 
 
-def test_copies_of_a_picture_must_have_one_mask():
-    pictures = scanned(("a.jpg", "same", 60, 40), ("b.jpg", "same", 60, 40), ("c.jpg", "c", 60, 40))
+def test_copies_of_a_image_must_have_one_mask():
+    images = scanned(("a.jpg", "same", 60, 40), ("b.jpg", "same", 60, 40), ("c.jpg", "c", 60, 40))
     one = scanned(("a.png", "m", 60, 40), ("b.png", "m", 60, 40), ("c.png", "n", 60, 40))
-    assert len(pair_masks(pictures, one).pairs) == 3
+    assert len(pair_masks(images, one).pairs) == 3
     for masks in (
         scanned(("a.png", "m", 60, 40), ("b.png", "other", 60, 40), ("c.png", "n", 60, 40)),
         scanned(("a.png", "m", 60, 40), ("c.png", "n", 60, 40)),
     ):
-        paired = pair_masks(pictures, masks)
+        paired = pair_masks(images, masks)
         assert paired.pairs["path"].tolist() == ["c.jpg"]
         assert OTHER_MASK in reasons(paired.refused).values()
 
 
 def test_the_digest_is_of_contents_and_not_of_names():
-    pictures, masks = scanned(("a.jpg", "a", 60, 40)), scanned(("a.png", "m", 60, 40))
-    before = pair_masks(pictures, masks).digest()
+    images, masks = scanned(("a.jpg", "a", 60, 40)), scanned(("a.png", "m", 60, 40))
+    before = pair_masks(images, masks).digest()
     renamed = pair_masks(scanned(("x/b.jpg", "a", 60, 40)), scanned(("x/b.png", "m", 60, 40)))
     assert renamed.digest() == before
-    assert pair_masks(pictures, scanned(("a.png", "edited", 60, 40))).digest() != before
+    assert pair_masks(images, scanned(("a.png", "edited", 60, 40))).digest() != before
 
 
 def test_nothing_pairs_with_nothing():

@@ -17,9 +17,9 @@ from sdxl_pipeline.encoding import latents
 from sdxl_pipeline.images import decoding, faces, memory_budget, reading
 from sdxl_pipeline.images.colour import split_alpha, to_eight_bits, to_srgb
 from sdxl_pipeline.images.decoding import DAMAGED, UnreadableImage, read_header
+from sdxl_pipeline.images.images import contact_sheet
 from sdxl_pipeline.images.looks import look_at
 from sdxl_pipeline.images.masks import mask_crop, overlaid
-from sdxl_pipeline.images.pictures import contact_sheet
 from sdxl_pipeline.images.pixels import load_crop, load_upright
 from sdxl_pipeline.images.scan import scan_dataset
 from tests.images.odd_files import png, premultiplied_grey_tiff, tiff, twelve_bit_tiff
@@ -111,7 +111,7 @@ def test_the_transparent_value_of_a_grey_png_is_transparent(folder, depth, row, 
     largest = (1 << depth) - 1
     shown = [255 if value == key else round(value * 255 / largest) for value in samples]
     assert np.asarray(load_upright(path))[0, :, 0].tolist() == shown
-    with decoding.open_picture(data) as image:
+    with decoding.open_image(data) as image:
         decoding.decode(image)
         alpha = split_alpha(image)[1]
     assert alpha is not None
@@ -340,7 +340,7 @@ def test_what_libtiff_prints_is_part_of_the_reason_and_stderr_is_quiet(
 
     alone = "from PIL import Image\ntry: Image.open(path).load()\nexcept OSError: pass"
     assert reported.rpartition(": ")[2] in stderr_of(alone)
-    assert stderr_of("from sdxl_pipeline.images.reading import read_picture; read_picture(path)") == ""
+    assert stderr_of("from sdxl_pipeline.images.reading import read_image; read_image(path)") == ""
     with pytest.raises(UnreadableImage, match=f"damaged image .*{reported}"):
         read_header(bytes(data))
     path.write_bytes(encoded(photograph.convert(mode), "TIFF", compression=compression))

@@ -18,20 +18,20 @@ ORIENTATION = 0x0112
 
 
 def whole(height: int, width: int, **changes: int) -> Crop:
-    """The plan that keeps all of a picture at its own size."""
+    """The plan that keeps all of an image at its own size."""
     sizes = {name: height if name.endswith("_h") else width for name in Crop.__dataclass_fields__}
     sizes["flipped"] = False
     return Crop(**(sizes | {"crop_top": 0, "crop_left": 0} | changes))
 
 
-def save(folder, data: bytes, name: str = "picture"):
+def save(folder, data: bytes, name: str = "image"):
     path = folder / name
     path.write_bytes(data)
     return path
 
 
 def scan_of(path: str, height: int, width: int) -> pd.DataFrame:
-    """What a scan says of one picture, as far as the plan reads it."""
+    """What a scan says of one image, as far as the plan reads it."""
     return pd.DataFrame(
         [
             {
@@ -87,7 +87,7 @@ def test_an_orientation_stored_behind_the_pixels_of_a_png_counts(folder, photogr
     assert np.array_equal(load_crop(save(folder, data), whole(200, 320)), np.asarray(photograph))
 
 
-def test_broken_exif_costs_the_orientation_and_not_the_picture(folder, photograph):
+def test_broken_exif_costs_the_orientation_and_not_the_image(folder, photograph):
     data = encoded(photograph, "JPEG", exif=b"Exif\0\0garbage that is no TIFF header", quality=95)
     assert (read_header(data).height, read_header(data).width) == (200, 320)
     assert load_crop(save(folder, data), whole(200, 320)).shape == (200, 320, 3)
@@ -106,7 +106,7 @@ def test_the_window_equals_resizing_all_and_cutting(folder, make_dataset):
 
 
 @pytest.mark.parametrize("settings", [{"crop": True}, {"crop": True, "crop_aspect": "preserve"}, {}])
-def test_a_mirrored_crop_is_the_crop_of_the_mirrored_picture(folder, make_dataset, photograph, settings):
+def test_a_mirrored_crop_is_the_crop_of_the_mirrored_image(folder, make_dataset, photograph, settings):
     straight, mirrored = folder / "straight.png", folder / "mirrored.png"
     straight.write_bytes(encoded(photograph, "PNG"))
     mirrored.write_bytes(encoded(photograph.transpose(Image.Transpose.FLIP_LEFT_RIGHT), "PNG"))
@@ -115,7 +115,7 @@ def test_a_mirrored_crop_is_the_crop_of_the_mirrored_picture(folder, make_datase
     flipped = [row for row in rows.itertuples() if row.flipped]
     assert flipped
     for row in flipped:
-        # crop_left counts in the mirrored picture, so the plan can be carried out on that as it stands
+        # crop_left counts in the mirrored image, so the plan can be carried out on that as it stands
         as_planned = Crop(
             **{name: getattr(row, name) for name in Crop.__dataclass_fields__} | {"flipped": False}
         )
@@ -155,10 +155,10 @@ def test_forty_megapixels_are_decoded_once_in_full_and_resampled_once(
     monkeypatch.undo()
     assert decoders == ["jpeg"]
     ((size, options),) = resizes
-    assert size == (8000, 5000)  # so the decoder was not told to give a smaller picture either
+    assert size == (8000, 5000)  # so the decoder was not told to give a smaller image either
     assert options.keys() == {"box"}
-    with Image.open(path) as whole_picture:
-        resized = whole_picture.resize((plan.resized_w, plan.resized_h), Image.Resampling.LANCZOS)
+    with Image.open(path) as whole_image:
+        resized = whole_image.resize((plan.resized_w, plan.resized_h), Image.Resampling.LANCZOS)
     cut = values(resized)[plan.crop_top :, plan.crop_left :][: plan.bucket_h, : plan.bucket_w]
     assert np.abs(values(crop) - cut[:, :, None]).max() <= 1
 
@@ -331,7 +331,7 @@ def test_an_animation_gives_its_first_frame(folder):
     assert crop.std() > 10
 
 
-def test_files_that_give_no_picture_say_why(folder, photograph):
+def test_files_that_give_no_image_say_why(folder, photograph):
     jpeg = encoded(photograph, "JPEG")
     for data, reason in [
         (b"", "empty file"),
@@ -346,7 +346,7 @@ def test_files_that_give_no_picture_say_why(folder, photograph):
         load_crop(folder / "gone.png", whole(200, 320))
 
 
-def test_a_picture_that_changed_since_the_scan_is_refused(folder, photograph):
+def test_a_image_that_changed_since_the_scan_is_refused(folder, photograph):
     path = save(folder, encoded(photograph.rotate(90, expand=True), "PNG"))
     with pytest.raises(UnreadableImage, match="changed since the scan: 200x320 pixels, planned at 320x200"):
         load_crop(path, whole(200, 320))
@@ -360,7 +360,7 @@ def test_thumbnails_keep_the_aspect(folder, photograph):
 
 @pytest.mark.parametrize("format_name", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
 @pytest.mark.filterwarnings("ignore:::PIL")  # it remarks on each odd tag
-def test_no_damage_gives_anything_but_a_picture_or_a_reason(folder, photograph, format_name):
+def test_no_damage_gives_anything_but_a_image_or_a_reason(folder, photograph, format_name):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     options = {} if format_name in ("BMP", "GIF") else {"exif": exif, "icc_profile": swapped_profile()}

@@ -9,12 +9,12 @@ import zlib
 import pytest
 
 from sdxl_pipeline.images import reading
-from sdxl_pipeline.images.reading import read_picture, read_text
+from sdxl_pipeline.images.reading import read_image, read_text
 from sdxl_pipeline.images.scan import scan_dataset
 from tests.images.photographs import encoded
 
 
-def test_a_picture_read_in_pieces_gives_what_it_gives_whole(folder, photograph, monkeypatch):
+def test_a_image_read_in_pieces_gives_what_it_gives_whole(folder, photograph, monkeypatch):
     exif = photograph.getexif()
     exif[0x0112] = 6
     for format_name in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"):
@@ -22,16 +22,16 @@ def test_a_picture_read_in_pieces_gives_what_it_gives_whole(folder, photograph, 
         for name, content in (
             ("whole", data),
             ("cut", data[: len(data) // 2]),
-            ("text", b"no picture"),
+            ("text", b"no image"),
             ("empty", b""),
         ):
             (folder / name).write_bytes(content)
-            expected = read_picture(str(folder / name))
+            expected = read_image(str(folder / name))
             monkeypatch.setattr(reading, "LARGE", 0)
-            read = read_picture(str(folder / name))
+            read = read_image(str(folder / name))
             monkeypatch.undo()
             assert read == expected
-        assert read_picture(str(folder / "whole")).width == (320 if format_name in ("BMP", "GIF") else 200)
+        assert read_image(str(folder / "whole")).width == (320 if format_name in ("BMP", "GIF") else 200)
 
 
 def png_with(data: bytes, kind: bytes, content: bytes, after_the_pixels: bool) -> bytes:
@@ -56,10 +56,10 @@ def test_a_png_is_upright_wherever_it_says_how_it_was_held(folder, photograph, a
     }
     for kind, content in turned.items():
         (folder / "a.png").write_bytes(png_with(plain, kind, content, after_the_pixels))
-        read = read_picture(str(folder / "a.png"))
+        read = read_image(str(folder / "a.png"))
         assert (read.width, read.height, read.unreadable) == (200, 320, ""), kind
     (folder / "a.png").write_bytes(png_with(plain, b"tEXt", b"Comment\0eXIf", after_the_pixels))
-    assert read_picture(str(folder / "a.png")).width == 320
+    assert read_image(str(folder / "a.png")).width == 320
 
 
 def test_a_large_file_is_not_held_in_memory(folder, photograph):
@@ -69,7 +69,7 @@ def test_a_large_file_is_not_held_in_memory(folder, photograph):
         file.write(data)
         file.truncate(reading.LARGE * 4)  # a hole, which takes no disk
     tracemalloc.start()
-    read = read_picture(str(path))
+    read = read_image(str(path))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert (read.width, read.height, read.unreadable) == (320, 200, "")
@@ -91,24 +91,24 @@ def changes(monkeypatch, times: int, change) -> None:
     monkeypatch.setattr(reading, "read_header", read_header)
 
 
-def test_a_picture_that_changes_while_it_is_read_is_read_again(folder, photograph, monkeypatch):
+def test_a_image_that_changes_while_it_is_read_is_read_again(folder, photograph, monkeypatch):
     path, later = folder / "a.png", encoded(photograph.rotate(90, expand=True), "PNG")
     path.write_bytes(encoded(photograph, "PNG"))
     changes(monkeypatch, 1, lambda: path.write_bytes(later))
-    read = read_picture(str(path))
+    read = read_image(str(path))
     assert (read.key, read.size, read.width) == (hashlib.sha256(later).hexdigest(), len(later), 200)
 
 
-def test_a_picture_that_is_replaced_while_it_is_read_is_read_again(folder, photograph, monkeypatch):
+def test_a_image_that_is_replaced_while_it_is_read_is_read_again(folder, photograph, monkeypatch):
     path, later = folder / "a.png", encoded(photograph.rotate(90, expand=True), "PNG")
     path.write_bytes(encoded(photograph, "PNG"))
     (folder / "b").write_bytes(later)
     changes(monkeypatch, 1, lambda: (folder / "b").replace(path))
-    read = read_picture(str(path))
+    read = read_image(str(path))
     assert (read.key, read.inode) == (hashlib.sha256(later).hexdigest(), path.stat().st_ino)
 
 
-def test_a_picture_that_never_rests_is_named(make_dataset, folder, photograph, monkeypatch):
+def test_a_image_that_never_rests_is_named(make_dataset, folder, photograph, monkeypatch):
     path = folder / "a.png"
     path.write_bytes(encoded(photograph, "PNG"))
 
@@ -123,7 +123,7 @@ def test_a_picture_that_never_rests_is_named(make_dataset, folder, photograph, m
     ]
 
 
-def test_a_picture_that_vanishes_is_named_and_its_neighbours_are_kept(
+def test_a_image_that_vanishes_is_named_and_its_neighbours_are_kept(
     make_dataset, folder, photograph, monkeypatch
 ):
     for number in range(40):

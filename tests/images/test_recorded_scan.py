@@ -25,8 +25,8 @@ def captions(scanned: pd.DataFrame) -> dict[str, list[str]]:
 
 
 @pytest.fixture
-def pictures(folder, photograph):
-    """Three pictures with captions, last changed long ago."""
+def images(folder, photograph):
+    """Three images with captions, last changed long ago."""
     for number in range(3):
         write(folder / f"{number}.png", encoded(photograph.rotate(number), "PNG"))
         write(folder / f"{number}.txt", f"caption {number}".encode())
@@ -39,32 +39,32 @@ def record(tmp_path):
 
 
 @pytest.fixture
-def files_read(monkeypatch, pictures):
+def files_read(monkeypatch, images):
     """The files that were read, by every scan of the test so far."""
     names: list[str] = []
 
     def counted(real):
         def read(path):
-            names.append(os.path.relpath(path, pictures))
+            names.append(os.path.relpath(path, images))
             return real(path)
 
         return read
 
-    for function in ("read_picture", "read_text"):
+    for function in ("read_image", "read_text"):
         monkeypatch.setattr(scan, function, counted(getattr(reading, function)))
     return names
 
 
 @pytest.fixture
-def rescan(make_dataset, pictures, record, files_read):
+def rescan(make_dataset, images, record, files_read):
     """Scan with a record: the table, which is held against that of a first scan, and the names of the files read for it."""
 
     def run(settings=None, **options):
         dataset = make_dataset(**({"caption_strategy": "textfile"} | (settings or {})))
         files_read.clear()
-        scanned = scan_dataset(dataset, pictures, recorded=record, **options)
+        scanned = scan_dataset(dataset, images, recorded=record, **options)
         read = sorted(files_read)
-        pd.testing.assert_frame_equal(scanned, scan_dataset(dataset, pictures, **options))
+        pd.testing.assert_frame_equal(scanned, scan_dataset(dataset, images, **options))
         return scanned, read
 
     return run
@@ -81,36 +81,36 @@ def test_an_unchanged_folder_is_not_read_again_unless_to_verify(rescan, record):
     assert rescan(verify=True)[1] == ALL
 
 
-def test_only_what_changed_is_read(rescan, pictures, photograph):
+def test_only_what_changed_is_read(rescan, images, photograph):
     rescan()
-    write(pictures / "0.txt", b"edited caption 0")
+    write(images / "0.txt", b"edited caption 0")
     assert rescan()[1] == ["0.txt"]
-    write(pictures / "1.png", encoded(photograph.rotate(90), "PNG"))
-    write(pictures / "new.png", encoded(photograph, "PNG"))
-    write(pictures / "new.txt", b"new")
+    write(images / "1.png", encoded(photograph.rotate(90), "PNG"))
+    write(images / "new.png", encoded(photograph, "PNG"))
+    write(images / "new.txt", b"new")
     assert rescan()[1] == ["1.png", "new.png", "new.txt"]
-    (pictures / "0.png").unlink()
-    (pictures / "2.txt").unlink()
+    (images / "0.png").unlink()
+    (images / "2.txt").unlink()
     scanned, read = rescan()
     assert read == []
     assert scanned.set_index("path")["reason"].to_dict() == {
-        "0.txt": "caption without picture",
+        "0.txt": "caption without image",
         "1.png": "",
         "2.png": "no caption file",
         "new.png": "",
     }
 
 
-def test_size_time_and_inode_each_tell_a_change(rescan, pictures):
+def test_size_time_and_inode_each_tell_a_change(rescan, images):
     rescan()
-    same_length = pictures / "0.txt"
+    same_length = images / "0.txt"
     write(same_length, b"captioN 0", LONG_AGO + 1)
     assert rescan()[1] == ["0.txt"]
-    write(pictures / "1.txt", b"longer caption 1")
+    write(images / "1.txt", b"longer caption 1")
     assert rescan()[1] == ["1.txt"]
-    beside = pictures / "new"
+    beside = images / "new"
     write(beside, b"captioN 2")
-    beside.replace(pictures / "2.txt")
+    beside.replace(images / "2.txt")
     assert rescan()[1] == ["2.txt"]
     assert captions(rescan()[0]) == {
         "0.png": ["captioN 0"],
@@ -119,24 +119,24 @@ def test_size_time_and_inode_each_tell_a_change(rescan, pictures):
     }
 
 
-def test_an_edit_that_keeps_all_three_is_seen_by_verify(make_dataset, pictures, record):
+def test_an_edit_that_keeps_all_three_is_seen_by_verify(make_dataset, images, record):
     dataset = make_dataset(caption_strategy="textfile")
-    scan_dataset(dataset, pictures, recorded=record)
-    write(pictures / "0.txt", b"captioN 0")
-    assert captions(scan_dataset(dataset, pictures, recorded=record))["0.png"] == ["caption 0"]
-    assert captions(scan_dataset(dataset, pictures, recorded=record, verify=True))["0.png"] == ["captioN 0"]
-    assert captions(scan_dataset(dataset, pictures, recorded=record))["0.png"] == ["captioN 0"]
+    scan_dataset(dataset, images, recorded=record)
+    write(images / "0.txt", b"captioN 0")
+    assert captions(scan_dataset(dataset, images, recorded=record))["0.png"] == ["caption 0"]
+    assert captions(scan_dataset(dataset, images, recorded=record, verify=True))["0.png"] == ["captioN 0"]
+    assert captions(scan_dataset(dataset, images, recorded=record))["0.png"] == ["captioN 0"]
 
 
-def test_two_files_that_exchange_their_names_are_not_taken_for_each_other(rescan, pictures, photograph):
-    size = max((pictures / f"{number}.png").stat().st_size for number in range(2))
+def test_two_files_that_exchange_their_names_are_not_taken_for_each_other(rescan, images, photograph):
+    size = max((images / f"{number}.png").stat().st_size for number in range(2))
     for number in range(2):
-        data = (pictures / f"{number}.png").read_bytes()
-        write(pictures / f"{number}.png", data + bytes(size - len(data)))
+        data = (images / f"{number}.png").read_bytes()
+        write(images / f"{number}.png", data + bytes(size - len(data)))
     before = rescan()[0].set_index("path")["key"]
-    (pictures / "0.png").rename(pictures / "x")
-    (pictures / "1.png").rename(pictures / "0.png")
-    (pictures / "x").rename(pictures / "1.png")
+    (images / "0.png").rename(images / "x")
+    (images / "1.png").rename(images / "0.png")
+    (images / "x").rename(images / "1.png")
     after = rescan()[0].set_index("path")["key"]
     assert (
         [after["0.png"], after["1.png"]]
@@ -145,30 +145,30 @@ def test_two_files_that_exchange_their_names_are_not_taken_for_each_other(rescan
     )
 
 
-def test_what_was_changed_just_before_the_scan_is_read_again_until_it_has_settled(rescan, pictures):
+def test_what_was_changed_just_before_the_scan_is_read_again_until_it_has_settled(rescan, images):
     now = time.time()
-    write(pictures / "0.txt", b"caption 0", now - 0.5)
-    write(pictures / "1.png", (pictures / "1.png").read_bytes(), now + 3600)  # a clock that goes wrong
+    write(images / "0.txt", b"caption 0", now - 0.5)
+    write(images / "1.png", (images / "1.png").read_bytes(), now + 3600)  # a clock that goes wrong
     assert rescan()[1] == ALL
     assert rescan()[1] == ["0.txt", "1.png"]
     # an edit within the same tick of the clock, of the same length, is seen
-    write(pictures / "0.txt", b"captioN 0", now - 0.5)
+    write(images / "0.txt", b"captioN 0", now - 0.5)
     assert captions(rescan()[0])["0.png"] == ["captioN 0"]
-    os.utime(pictures / "0.txt", (LONG_AGO, LONG_AGO))
+    os.utime(images / "0.txt", (LONG_AGO, LONG_AGO))
     assert rescan()[1] == ["0.txt", "1.png"]
     assert rescan()[1] == ["1.png"]
 
 
-def test_damaged_and_unreadable_files_are_looked_at_again(rescan, pictures, photograph):
-    write(pictures / "cut.png", encoded(photograph, "PNG")[:500])
-    (pictures / "odd.png").symlink_to("/proc/self/mem")
+def test_damaged_and_unreadable_files_are_looked_at_again(rescan, images, photograph):
+    write(images / "cut.png", encoded(photograph, "PNG")[:500])
+    (images / "odd.png").symlink_to("/proc/self/mem")
     rescan()
     scanned, read = rescan()
     assert read == ["cut.png", "odd.png"]
     assert set(scanned["reason"]) == {"", "truncated", "cannot be read: Input/output error"}
 
 
-def test_another_caption_setting_reads_no_picture_again(rescan):
+def test_another_caption_setting_reads_no_image_again(rescan):
     filters = {"caption_filter_list": ["caption "], "missing_captions": "empty"}
     rescan({"caption_strategy": "filename"})
     assert rescan()[1] == ["0.txt", "1.txt", "2.txt"]  # read for the first time
@@ -202,19 +202,19 @@ def test_a_record_of_another_version_is_left_aside(rescan, record, caplog, monke
 
 
 def test_a_record_of_another_folder_says_nothing_of_this_one(
-    make_dataset, pictures, record, tmp_path, files_read
+    make_dataset, images, record, tmp_path, files_read
 ):
     other = tmp_path / "other"
-    shutil.copytree(pictures, other)
+    shutil.copytree(images, other)
     dataset = make_dataset(caption_strategy="textfile")
-    scan_dataset(dataset, pictures, recorded=record)
+    scan_dataset(dataset, images, recorded=record)
     files_read.clear()
     scan_dataset(dataset, other, recorded=record)
     assert len(files_read) == len(ALL)
-    assert recall_dataset(dataset, pictures, record) is None
+    assert recall_dataset(dataset, images, record) is None
 
 
-def test_what_the_source_says_becomes_rows_and_captions(rescan, make_dataset, pictures, record):
+def test_what_the_source_says_becomes_rows_and_captions(rescan, make_dataset, images, record):
     given = {
         "captions": {"0.png": ("from", "a column"), "1.png": ("",), "gone.png": ("x",)},
         "failed": [("https://example.org/a.png", "404 Not Found"), ("0000", "not an image")],
@@ -234,11 +234,11 @@ def test_what_the_source_says_becomes_rows_and_captions(rescan, make_dataset, pi
     assert (scanned["status"] == "dropped").sum() == 4
     pd.testing.assert_frame_equal(scanned, rescan(settings, **given)[0])
     # and all of it is there when nothing is looked at
-    pd.testing.assert_frame_equal(recall_dataset(make_dataset(**settings), pictures, record), scanned)
+    pd.testing.assert_frame_equal(recall_dataset(make_dataset(**settings), images, record), scanned)
     del given["captions"]["0.png"]
     assert captions(rescan(settings, **given)[0])["0.png"] == []
     column = make_dataset(**settings, csv_caption_column="other")
-    assert recall_dataset(column, pictures, record) is None  # the captions recorded are another column's
+    assert recall_dataset(column, images, record) is None  # the captions recorded are another column's
 
 
 def test_a_source_of_which_nothing_could_be_fetched_still_has_its_rows(make_dataset, folder):
@@ -246,22 +246,22 @@ def test_a_source_of_which_nothing_could_be_fetched_still_has_its_rows(make_data
     assert scanned[["path", "status", "reason"]].values.tolist() == [["a.png", "dropped", "timed out"]]
 
 
-def test_recorded_files_are_taken_at_their_word(make_dataset, pictures, record, files_read):
+def test_recorded_files_are_taken_at_their_word(make_dataset, images, record, files_read):
     dataset = make_dataset(caption_strategy="textfile")
-    assert recall_dataset(dataset, pictures, record) is None
-    scanned = scan_dataset(dataset, pictures, recorded=record)
-    shutil.rmtree(pictures)
+    assert recall_dataset(dataset, images, record) is None
+    scanned = scan_dataset(dataset, images, recorded=record)
+    shutil.rmtree(images)
     files_read.clear()
-    pd.testing.assert_frame_equal(recall_dataset(dataset, pictures, record), scanned)
+    pd.testing.assert_frame_equal(recall_dataset(dataset, images, record), scanned)
     prefixed = make_dataset(caption_strategy="textfile", instance_prompt="sks", prepend_instance_prompt=True)
-    assert captions(recall_dataset(prefixed, pictures, record))["0.png"] == ["sks caption 0"]
+    assert captions(recall_dataset(prefixed, images, record))["0.png"] == ["sks caption 0"]
     assert files_read == []
 
 
-def test_caption_files_that_were_never_read_cannot_be_taken_at_their_word(make_dataset, pictures, record):
-    scan_dataset(make_dataset(), pictures, recorded=record)
-    assert recall_dataset(make_dataset(), pictures, record) is not None
-    assert recall_dataset(make_dataset(caption_strategy="textfile"), pictures, record) is None
+def test_caption_files_that_were_never_read_cannot_be_taken_at_their_word(make_dataset, images, record):
+    scan_dataset(make_dataset(), images, recorded=record)
+    assert recall_dataset(make_dataset(), images, record) is not None
+    assert recall_dataset(make_dataset(caption_strategy="textfile"), images, record) is None
 
 
 def test_a_sample_is_a_matter_of_content(make_dataset, folder, photograph):
@@ -286,4 +286,4 @@ def test_a_sample_is_a_matter_of_content(make_dataset, folder, photograph):
 
 
 def scan_key(path) -> str:
-    return reading.read_picture(str(path)).key
+    return reading.read_image(str(path)).key

@@ -57,7 +57,7 @@ def test_a_folder_of_real_photographs_and_of_everything_that_goes_wrong(make_dat
     jpeg = encoded(photograph, "JPEG")
     bad = {
         "cut.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
-        "text.jpg": (b"this is no picture", "content is not an image"),
+        "text.jpg": (b"this is no image", "content is not an image"),
         "empty.png": (b"", "empty file"),
         "odd.tif": (
             (PHOTOGRAPHS / "multipage_rgb.tif").read_bytes(),
@@ -66,7 +66,7 @@ def test_a_folder_of_real_photographs_and_of_everything_that_goes_wrong(make_dat
         "phone.heic": (b"\0\0\0\x18ftypheic", "truncated"),
         "notes.md": (b"# notes", "not an image"),
         "no_extension": (jpeg, "not an image"),
-        "orphan.txt": (b"a caption of nothing", "caption without picture"),
+        "orphan.txt": (b"a caption of nothing", "caption without image"),
         ".hidden.jpg": (jpeg, "hidden file"),
         "._rocket.jpg": (b"\0\5\x16\7", "hidden file"),
         ".thumbnails/rocket.jpg": (jpeg, "hidden file"),
@@ -90,7 +90,7 @@ def test_a_folder_of_real_photographs_and_of_everything_that_goes_wrong(make_dat
         "gone.png": "broken link",
         "itself.png": "broken link",
     }
-    # the account: every file of the folder is a row, but for the captions of pictures
+    # the account: every file of the folder is a row, but for the captions of images
     present = {
         str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
     }
@@ -130,7 +130,7 @@ def test_a_format_with_its_directory_at_the_end_is_named_by_its_first_bytes(phot
         read_header(data[: len(data) // 2])
 
 
-def test_the_end_marker_of_a_thumbnail_does_not_pass_for_the_pictures(photograph):
+def test_the_end_marker_of_a_thumbnail_does_not_pass_for_the_images(photograph):
     thumbnail = encoded(photograph.resize((32, 20)), "JPEG")
     data = encoded(photograph, "JPEG", exif=b"Exif\0\0" + thumbnail)
     assert b"\xff\xd9" in data[:4000]
@@ -195,7 +195,7 @@ def test_a_file_that_cannot_be_read_is_named(make_dataset, folder, photograph):
     assert reasons(scanned) == {"a.png": "cannot be read: Input/output error"}
 
 
-def test_captions_belong_to_their_pictures(make_dataset, folder, photograph):
+def test_captions_belong_to_their_images(make_dataset, folder, photograph):
     for name in ("a.png", "a.webp", "b.png", "c.png", "d.png"):
         (folder / name).write_bytes(encoded(photograph, "PNG"))
     (folder / "a.txt").write_text("shared by two")
@@ -214,7 +214,7 @@ def test_captions_belong_to_their_pictures(make_dataset, folder, photograph):
     assert reasons(scanned) == {
         "c.TXT": "caption file is not read beside one with the extension .txt",
         "d.png": "no caption file",
-        "orphan.txt": "caption without picture",
+        "orphan.txt": "caption without image",
     }
     assert scanned.set_index("path").loc["d.png", "caption_status"] == "missing"
     emptied = scan_dataset(make_dataset(caption_strategy="textfile", missing_captions="empty"), folder)
@@ -234,7 +234,7 @@ def test_a_folder_that_cannot_be_scanned_is_told_with_its_remedy(make_dataset, f
         scan_dataset(make_dataset(), tmp_path / "file")
 
 
-def test_progress_counts_every_picture(make_dataset, folder, photograph):
+def test_progress_counts_every_image(make_dataset, folder, photograph):
     for number in range(5):
         (folder / f"{number}.png").write_bytes(encoded(photograph, "PNG"))
     (folder / "other.md").write_text("")
@@ -277,7 +277,7 @@ def test_digests_follow_the_content_and_nothing_else(make_dataset, folder, tmp_p
         )
         == first[0]
     )
-    (folder / "stray.md").write_text("no picture")
+    (folder / "stray.md").write_text("no image")
     assert digests() == first
 
     (folder / "0.txt").write_text("caption edited")

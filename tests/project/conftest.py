@@ -51,19 +51,19 @@ QUICKSTART_DATASETS = """[
   }
 ]"""
 
-PICTURES = {"id": "cats", "instance_data_dir": "data"}
+IMAGE_ENTRY = {"id": "cats", "instance_data_dir": "data"}
 
 
 @pytest.fixture
 def write_project(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a project folder from two objects (or texts); `datasets` defaults to one folder of pictures."""
+    """Writes a project folder from two objects (or texts); `datasets` defaults to one folder of images."""
 
     def write(config: Any = None, datasets: Any = None, name: str = "cat_lora") -> Path:
         folder = tmp_path / "projects" / name
         folder.mkdir(parents=True, exist_ok=True)
         for file, content in (
             ("config.json", config or {}),
-            ("multidatabackend.json", datasets or [PICTURES]),
+            ("multidatabackend.json", datasets or [IMAGE_ENTRY]),
         ):
             text = content if isinstance(content, str) else json.dumps(content)
             (folder / file).write_text(text, encoding="utf-8")

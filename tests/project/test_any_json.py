@@ -16,7 +16,7 @@ from sdxl_pipeline.project.problems import ProjectError
 from sdxl_pipeline.project.project import BrokenProject, Project, discover_projects, load_project
 from sdxl_pipeline.project.settings_model import SettingsModel
 from sdxl_pipeline.project.training import TrainingSettings
-from tests.project.conftest import PICTURES
+from tests.project.conftest import IMAGE_ENTRY
 
 FAULT = "a fault of this program"
 
@@ -104,7 +104,7 @@ def test_load_project_any_value_of_any_key_gives_named_problems(
         for _ in range(2):
             entry = {key: random_value(rng)}
             config = entry if place == "config" else {}
-            images = PICTURES | entry if place == "images" else PICTURES
+            images = IMAGE_ENTRY | entry if place == "images" else IMAGE_ENTRY
             texts = {"id": "texts", "dataset_type": "text_embeds"} | (entry if place == "text_embeds" else {})
             require_problems(write_project(config, [images, texts]), entry)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from sdxl_pipeline.project.project import load_project
-from tests.project.conftest import PICTURES
+from tests.project.conftest import IMAGE_ENTRY
 
 
 def only_dataset(folder):
@@ -19,7 +19,7 @@ def test_entries_take_over_what_they_do_not_say(write_project):
         "instance_prompt": "a cat",
         "aspect_bucket_alignment": 32,
     }
-    entry = {**PICTURES, "minimum_image_size": 640}
+    entry = {**IMAGE_ENTRY, "minimum_image_size": 640}
     dataset = only_dataset(write_project(config, [entry]))
     assert (dataset.resolution, dataset.resolution_type, dataset.minimum_image_size) == (
         768,
@@ -32,7 +32,7 @@ def test_entries_take_over_what_they_do_not_say(write_project):
 
 def test_sizes_in_another_unit_are_not_taken_over(write_project):
     config = {"resolution": 768, "minimum_image_size": 512}
-    project = load_project(write_project(config, [{**PICTURES, "resolution_type": "area"}]))
+    project = load_project(write_project(config, [{**IMAGE_ENTRY, "resolution_type": "area"}]))
     (dataset,) = project.datasets
     assert (dataset.resolution, dataset.minimum_image_size) == (1.0, 0.0)
     assert len(project.warnings) == 2
@@ -42,19 +42,21 @@ def test_sizes_in_another_unit_are_not_taken_over(write_project):
 @pytest.mark.parametrize("spelling", ["disabled", "disable", "--disabled"])
 def test_disabled_entries_are_left_out_unread(write_project, spelling):
     off = {"id": "off", "type": "aws", "nonsense": 1, spelling: "true"}
-    assert only_dataset(write_project({}, [PICTURES, off])).id == "cats"
+    assert only_dataset(write_project({}, [IMAGE_ENTRY, off])).id == "cats"
 
 
 def test_eval_datasets_are_kept_apart(write_project):
-    project = load_project(write_project({}, [PICTURES, {**PICTURES, "id": "held", "dataset_type": "eval"}]))
+    project = load_project(
+        write_project({}, [IMAGE_ENTRY, {**IMAGE_ENTRY, "id": "held", "dataset_type": "eval"}])
+    )
     assert [dataset.id for dataset in project.train_datasets] == ["cats"]
     assert [dataset.id for dataset in project.eval_datasets] == ["held"]
 
 
 def test_text_embeds_are_found_by_name_then_default(write_project):
     entries = [
-        PICTURES,
-        {**PICTURES, "id": "dogs", "text_embeds": "first"},
+        IMAGE_ENTRY,
+        {**IMAGE_ENTRY, "id": "dogs", "text_embeds": "first"},
         {"id": "first", "dataset_type": "text_embeds"},
         {"id": "second", "dataset_type": "text_embeds", "default": True},
     ]
@@ -73,30 +75,30 @@ def test_without_a_text_embeds_entry_one_is_made(write_project):
 @pytest.mark.parametrize(
     ("entries", "key", "words"),
     [
-        ([PICTURES, PICTURES], '[2] "cats".id', 'already that of entry [1] "cats"'),
-        ([{**PICTURES, "id": "a-b"}, {**PICTURES, "id": "a_b"}], '[2] "a_b".id', "a_b"),
+        ([IMAGE_ENTRY, IMAGE_ENTRY], '[2] "cats".id', 'already that of entry [1] "cats"'),
+        ([{**IMAGE_ENTRY, "id": "a-b"}, {**IMAGE_ENTRY, "id": "a_b"}], '[2] "a_b".id', "a_b"),
         (
             [
-                PICTURES,
+                IMAGE_ENTRY,
                 {"id": "t", "dataset_type": "text_embeds", "default": True},
                 {"id": "u", "dataset_type": "text_embeds", "default": True},
             ],
             '[3] "u".default',
             '[2] "t" is the default already',
         ),
-        ([{**PICTURES, "text_embeds": "nobody"}], '[1] "cats".text_embeds', "names no text_embeds entry"),
-        ([{**PICTURES, "dataset_type": "eval"}], "", "no pictures to train on"),
+        ([{**IMAGE_ENTRY, "text_embeds": "nobody"}], '[1] "cats".text_embeds', "names no text_embeds entry"),
+        ([{**IMAGE_ENTRY, "dataset_type": "eval"}], "", "no images to train on"),
         ([{"instance_data_dir": "data"}], "[1].id", "is missing"),
         ([{"id": "cats"}], '[1] "cats".instance_data_dir', "is missing"),
-        ([PICTURES, 3], "[2]", "a number, not an object"),
+        ([IMAGE_ENTRY, 3], "[2]", "a number, not an object"),
         ({"id": "cats"}, "", "an object, not a list"),
-        ([{**PICTURES, "dataset_type": "video"}], '[1] "cats".dataset_type', "not for SDXL LoRA yet"),
-        ([{**PICTURES, "dataset_type": "images"}], '[1] "cats".dataset_type', "not a known dataset_type"),
-        ([{**PICTURES, "type": "webshart"}], '[1] "cats".type', "not available yet"),
+        ([{**IMAGE_ENTRY, "dataset_type": "video"}], '[1] "cats".dataset_type', "not for SDXL LoRA yet"),
+        ([{**IMAGE_ENTRY, "dataset_type": "images"}], '[1] "cats".dataset_type', "not a known dataset_type"),
+        ([{**IMAGE_ENTRY, "type": "webshart"}], '[1] "cats".type', "not available yet"),
         ([{"id": "cats", "type": "huggingface"}], '[1] "cats".dataset_name', "type huggingface needs it"),
         ([{"id": "cats", "type": "aws"}], '[1] "cats".aws_bucket_name', "type aws needs it"),
         ([{"id": "cats", "type": "csv"}], '[1] "cats".csv_file', "type csv needs it"),
-        ([{**PICTURES, "instance_data_dir": "s3://b/c"}], '[1] "cats".url', "type is local"),
+        ([{**IMAGE_ENTRY, "instance_data_dir": "s3://b/c"}], '[1] "cats".url', "type is local"),
         (
             [{"id": "cats", "type": "aws", "url": "b/c"}],
             '[1] "cats".url',
@@ -112,95 +114,103 @@ def test_without_a_text_embeds_entry_one_is_made(write_project):
             '[1] "cats".aws_secret_access_key',
             "the other half",
         ),
-        ([{**PICTURES, "type": "locale"}], '[1] "cats".type', "not one of the known values"),
+        ([{**IMAGE_ENTRY, "type": "locale"}], '[1] "cats".type', "not one of the known values"),
         (
-            [{**PICTURES, "crop": True, "crop_aspect": "closest"}],
+            [{**IMAGE_ENTRY, "crop": True, "crop_aspect": "closest"}],
             '[1] "cats".crop_aspect_buckets',
             "crop_aspect closest needs it",
         ),
         (
-            [{**PICTURES, "crop_aspect_buckets": [1.0, 0.5], "crop_aspect_weights": [1]}],
+            [{**IMAGE_ENTRY, "crop_aspect_buckets": [1.0, 0.5], "crop_aspect_weights": [1]}],
             '[1] "cats".crop_aspect_weights',
             "1 weights for 2",
         ),
         (
-            [{**PICTURES, "crops_per_image": 2, "vae_cache_clear_each_epoch": True}],
+            [{**IMAGE_ENTRY, "crops_per_image": 2, "vae_cache_clear_each_epoch": True}],
             '[1] "cats".crops_per_image',
             "new crop in every epoch",
         ),
         (
-            [{**PICTURES, "delete_unwanted_images": True}],
+            [{**IMAGE_ENTRY, "delete_unwanted_images": True}],
             '[1] "cats".delete_unwanted_images',
             "not available yet",
         ),
         (
-            [{**PICTURES, "huggingface": {"filter_func": {"a": 1}}}],
+            [{**IMAGE_ENTRY, "huggingface": {"filter_func": {"a": 1}}}],
             '[1] "cats".huggingface.filter_func',
             "not available yet",
         ),
-        ([{**PICTURES, "caption_strategy": "webshart"}], '[1] "cats".caption_strategy', "not available yet"),
-        ([{**PICTURES, "caption_strategy": "csv"}], '[1] "cats".caption_strategy', "a dataset of type csv"),
         (
-            [{**PICTURES, "caption_strategy": "huggingface"}],
+            [{**IMAGE_ENTRY, "caption_strategy": "webshart"}],
+            '[1] "cats".caption_strategy',
+            "not available yet",
+        ),
+        (
+            [{**IMAGE_ENTRY, "caption_strategy": "csv"}],
+            '[1] "cats".caption_strategy',
+            "a dataset of type csv",
+        ),
+        (
+            [{**IMAGE_ENTRY, "caption_strategy": "huggingface"}],
             '[1] "cats".caption_strategy',
             "a dataset of type huggingface",
         ),
-        ([{**PICTURES, "caption_strategy": "parquet"}], '[1] "cats".parquet', "parquet needs it"),
-        ([{**PICTURES, "parquet": {}}], '[1] "cats".parquet.path', "is missing"),
-        ([{**PICTURES, "parquet": "a.parquet"}], '[1] "cats".parquet', "must be an object"),
+        ([{**IMAGE_ENTRY, "caption_strategy": "parquet"}], '[1] "cats".parquet', "parquet needs it"),
+        ([{**IMAGE_ENTRY, "parquet": {}}], '[1] "cats".parquet.path', "is missing"),
+        ([{**IMAGE_ENTRY, "parquet": "a.parquet"}], '[1] "cats".parquet', "must be an object"),
         (
-            [{**PICTURES, "parquet": {"path": "a", "filename_colum": "f"}}],
+            [{**IMAGE_ENTRY, "parquet": {"path": "a", "filename_colum": "f"}}],
             '[1] "cats".parquet.filename_colum',
             "not a known key",
         ),
         (
-            [{**PICTURES, "caption_shuffle": {"enable": True, "count": 0}}],
+            [{**IMAGE_ENTRY, "caption_shuffle": {"enable": True, "count": 0}}],
             '[1] "cats".caption_shuffle.count',
             "at least 1",
         ),
         (
-            [{**PICTURES, "caption_shuffle": {"split_on": "comm"}}],
+            [{**IMAGE_ENTRY, "caption_shuffle": {"split_on": "comm"}}],
             '[1] "cats".caption_shuffle.split_on',
             "not one of the known values",
         ),
-        ([{**PICTURES, "caption_filter_list": 3}], '[1] "cats".caption_filter_list', "a path or a list"),
-        ([{**PICTURES, "skip_file_discovery": "vae, txet"}], '[1] "cats".skip_file_discovery', "txet"),
-        ([{**PICTURES, "caption_strategy": "instanceprompt"}], '[1] "cats".instance_prompt', "needs it"),
-        ([{**PICTURES, "prepend_instance_prompt": True}], '[1] "cats".instance_prompt', "needs it"),
+        ([{**IMAGE_ENTRY, "caption_filter_list": 3}], '[1] "cats".caption_filter_list', "a path or a list"),
+        ([{**IMAGE_ENTRY, "skip_file_discovery": "vae, txet"}], '[1] "cats".skip_file_discovery', "txet"),
+        ([{**IMAGE_ENTRY, "caption_strategy": "instanceprompt"}], '[1] "cats".instance_prompt', "needs it"),
+        ([{**IMAGE_ENTRY, "prepend_instance_prompt": True}], '[1] "cats".instance_prompt', "needs it"),
         (
-            [{**PICTURES, "maximum_image_size": 1024}],
+            [{**IMAGE_ENTRY, "maximum_image_size": 1024}],
             '[1] "cats".maximum_image_size',
             "without target_downsample_size",
         ),
         (
-            [{**PICTURES, "target_downsample_size": 1024}],
+            [{**IMAGE_ENTRY, "target_downsample_size": 1024}],
             '[1] "cats".target_downsample_size',
             "without maximum_image_size",
         ),
         (
-            [{**PICTURES, "maximum_image_size": 1024, "target_downsample_size": 2048}],
+            [{**IMAGE_ENTRY, "maximum_image_size": 1024, "target_downsample_size": 2048}],
             '[1] "cats".target_downsample_size',
             "above maximum_image_size",
         ),
         (
-            [{**PICTURES, "resolution_type": "area", "resolution": 1, "minimum_image_size": 512}],
+            [{**IMAGE_ENTRY, "resolution_type": "area", "resolution": 1, "minimum_image_size": 512}],
             '[1] "cats".minimum_image_size',
             "would be megapixels",
         ),
         (
-            [{**PICTURES, "resolution_type": "area", "resolution": 1024}],
+            [{**IMAGE_ENTRY, "resolution_type": "area", "resolution": 1024}],
             '[1] "cats".resolution',
             "would be megapixels",
         ),
-        ([{**PICTURES, "resolution": 1.0}], '[1] "cats".resolution', "would be pixels"),
+        ([{**IMAGE_ENTRY, "resolution": 1.0}], '[1] "cats".resolution', "would be pixels"),
         (
-            [{**PICTURES, "resolution_type": "pixel", "resolution": 1.0}],
+            [{**IMAGE_ENTRY, "resolution_type": "pixel", "resolution": 1.0}],
             '[1] "cats".resolution',
             "would be pixels",
         ),
-        ([{**PICTURES, "minimum_image_size": 0.25}], '[1] "cats".minimum_image_size', "would be pixels"),
+        ([{**IMAGE_ENTRY, "minimum_image_size": 0.25}], '[1] "cats".minimum_image_size', "would be pixels"),
         (
-            [{**PICTURES, "minimum_aspect_ratio": 2, "maximum_aspect_ratio": 1}],
+            [{**IMAGE_ENTRY, "minimum_aspect_ratio": 2, "maximum_aspect_ratio": 1}],
             '[1] "cats".minimum_aspect_ratio',
             "above maximum_aspect_ratio",
         ),
@@ -219,10 +229,11 @@ def test_a_value_taken_over_is_a_problem_of_the_file_it_stands_in(problems_of):
 
 
 def test_remedies_for_sizes_in_the_wrong_unit_give_the_size_that_was_meant(problems_of):
-    entry = {**PICTURES, "resolution_type": "area", "resolution": 1024}
+    entry = {**IMAGE_ENTRY, "resolution_type": "area", "resolution": 1024}
     assert "such as 1," in problems_of({}, [entry])['[1] "cats".resolution'].remedy
     assert (
-        "such as 1000," in problems_of({}, [{**PICTURES, "resolution": 1.0}])['[1] "cats".resolution'].remedy
+        "such as 1000,"
+        in problems_of({}, [{**IMAGE_ENTRY, "resolution": 1.0}])['[1] "cats".resolution'].remedy
     )
 
 
@@ -238,7 +249,7 @@ def test_a_constant_rate_with_a_warm_up_has_one_as_in_the_reference(write_projec
 
 
 def test_the_stages_that_trust_what_is_recorded_are_read(write_project):
-    dataset = only_dataset(write_project({}, [{**PICTURES, "skip_file_discovery": "vae, metadata"}]))
+    dataset = only_dataset(write_project({}, [{**IMAGE_ENTRY, "skip_file_discovery": "vae, metadata"}]))
     assert dataset.skipped_stages == {"vae", "metadata"}
 
 
@@ -264,7 +275,7 @@ def test_an_address_in_place_of_a_folder_is_the_url(write_project):
 
 def test_weighted_aspects_are_two_lists(write_project):
     entry = {
-        **PICTURES,
+        **IMAGE_ENTRY,
         "crop": True,
         "crop_aspect": "random",
         "crop_aspect_buckets": {"1.0": 3, "0.75": "1"},
@@ -275,15 +286,15 @@ def test_weighted_aspects_are_two_lists(write_project):
 
 
 def test_a_filter_list_is_a_path_or_the_list_itself(write_project):
-    folder = write_project({}, [{**PICTURES, "caption_filter_list": "filter.txt"}])
+    folder = write_project({}, [{**IMAGE_ENTRY, "caption_filter_list": "filter.txt"}])
     assert only_dataset(folder).caption_filter_list == folder / "filter.txt"
-    folder = write_project({}, [{**PICTURES, "caption_filter_list": ["a photo of", "s/x/y/"]}])
+    folder = write_project({}, [{**IMAGE_ENTRY, "caption_filter_list": ["a photo of", "s/x/y/"]}])
     assert only_dataset(folder).caption_filter_list == ("a photo of", "s/x/y/")
 
 
 def test_objects_within_an_entry_are_read_like_the_entry(write_project):
     entry = {
-        **PICTURES,
+        **IMAGE_ENTRY,
         "caption_strategy": "parquet",
         "parquet": {"path": "a.parquet", "identifier_includes_extension": "true"},
         "caption_shuffle": {"enable": "true", "count": "3", "seed": None},
@@ -296,7 +307,7 @@ def test_objects_within_an_entry_are_read_like_the_entry(write_project):
 
 
 def test_an_unknown_key_within_an_object_is_answered_with_the_nearest(problems_of):
-    entry = {**PICTURES, "parquet": {"path": "a", "filename_colum": "f", "caption_column": 3}}
+    entry = {**IMAGE_ENTRY, "parquet": {"path": "a", "filename_colum": "f", "caption_column": 3}}
     problems = problems_of({}, [entry])
     assert problems['[1] "cats".parquet.filename_colum'].remedy == "write filename_column"
     assert '[1] "cats".parquet.caption_column' in problems
@@ -304,5 +315,5 @@ def test_an_unknown_key_within_an_object_is_answered_with_the_nearest(problems_o
 
 def test_an_entry_for_image_embeds_only_warns(write_project):
     entry = {"id": "latents", "type": "local", "dataset_type": "image_embeds"}
-    (warning,) = load_project(write_project({}, [PICTURES, entry])).warnings
+    (warning,) = load_project(write_project({}, [IMAGE_ENTRY, entry])).warnings
     assert "image_embeds has no effect" in warning

@@ -1,9 +1,9 @@
-"""Holds: which entries of masks and of regularisation pictures are taken, which are refused and why, and what is warned of."""
+"""Holds: which entries of masks and of regularisation images are taken, which are refused and why, and what is warned of."""
 
 import pytest
 
 from sdxl_pipeline.project.project import load_project
-from tests.project.conftest import PICTURES
+from tests.project.conftest import IMAGE_ENTRY
 
 MASKS = {
     "id": "cat-masks",
@@ -11,11 +11,11 @@ MASKS = {
     "conditioning_type": "mask",
     "instance_data_dir": "masks",
 }
-MASKED = {**PICTURES, "conditioning_data": "cat-masks"}
+MASKED = {**IMAGE_ENTRY, "conditioning_data": "cat-masks"}
 
 
 def test_masks_belong_to_the_dataset_that_names_them(write_project):
-    project = load_project(write_project({}, [{**PICTURES, "id": "dogs"}, MASKED, MASKS]))
+    project = load_project(write_project({}, [{**IMAGE_ENTRY, "id": "dogs"}, MASKED, MASKS]))
     dogs, cats = project.datasets
     assert [entry.id for entry in project.mask_datasets] == ["cat-masks"]
     assert project.masks_of(cats) == project.mask_datasets[0]
@@ -41,7 +41,7 @@ def test_the_references_own_spelling_works(write_project):
         {**MASKED, **geometry, "conditioning_data": ["cat-masks"]},
         {**MASKS, **geometry, "source_dataset_id": "cats"},
         {
-            **PICTURES,
+            **IMAGE_ENTRY,
             "id": "people",
             "instance_data_dir": "people",
             "is_regularization_data": "true",
@@ -54,25 +54,25 @@ def test_the_references_own_spelling_works(write_project):
     assert not project.warnings
 
 
-def test_geometry_of_a_mask_that_is_not_its_pictures_is_told(write_project):
+def test_geometry_of_a_mask_that_is_not_its_images_is_told(write_project):
     project = load_project(write_project({}, [MASKED, {**MASKS, "crop": True, "resolution": 512}]))
     (warning,) = project.warnings
     assert "its own resolution, crop are not read" in warning
-    assert "as its picture in cats" in warning
+    assert "as its image in cats" in warning
 
 
 def test_masks_that_nobody_names_are_told(write_project):
-    (warning,) = load_project(write_project({}, [PICTURES, MASKS])).warnings
+    (warning,) = load_project(write_project({}, [IMAGE_ENTRY, MASKS])).warnings
     assert "no dataset names it in conditioning_data" in warning
 
 
 def test_settings_of_what_is_not_there_are_told(write_project):
     config = {"masked_loss_probability": 0.5, "prior_loss_weight": 2}
-    warnings = load_project(write_project(config, [PICTURES])).warnings
+    warnings = load_project(write_project(config, [IMAGE_ENTRY])).warnings
     assert len(warnings) == 2
     assert all("has no effect" in warning for warning in warnings)
     people = {
-        **PICTURES,
+        **IMAGE_ENTRY,
         "id": "people",
         "instance_data_dir": "people",
         "is_regularisation_data": True,
@@ -90,7 +90,7 @@ def test_masks_that_are_never_used_are_told(write_project):
     [
         ([MASKED], '[1] "cats".conditioning_data', "names no entry"),
         ([MASKED, {**MASKS, "disabled": True}], '[1] "cats".conditioning_data', "names no entry"),
-        ([{**PICTURES, "conditioning_data": ["a", "b"]}], '[1] "cats".conditioning_data', "several"),
+        ([{**IMAGE_ENTRY, "conditioning_data": ["a", "b"]}], '[1] "cats".conditioning_data', "several"),
         ([MASKED, {**MASKS, "conditioning_type": None}], '[2] "cat-masks".conditioning_type', "is missing"),
         (
             [MASKED, {**MASKS, "conditioning_type": "controlnet"}],
@@ -100,26 +100,29 @@ def test_masks_that_are_never_used_are_told(write_project):
         (
             [MASKED, {**MASKS, "type": "csv", "csv_file": "list.csv", "instance_data_dir": None}],
             '[2] "cat-masks".type',
-            "no mask would have its picture's name",
+            "no mask would have its image's name",
         ),
         (
-            [PICTURES, {**MASKS, "source_dataset_id": "cats"}],
+            [IMAGE_ENTRY, {**MASKS, "source_dataset_id": "cats"}],
             '[2] "cat-masks".source_dataset_id',
             "does not name this entry",
         ),
-        ([{**PICTURES, "conditioning_type": "mask"}], '[1] "cats".conditioning_type', "given for pictures"),
+        ([{**IMAGE_ENTRY, "conditioning_type": "mask"}], '[1] "cats".conditioning_type', "given for images"),
         (
-            [PICTURES, {**MASKED, "id": "held", "dataset_type": "eval"}, MASKS],
+            [IMAGE_ENTRY, {**MASKED, "id": "held", "dataset_type": "eval"}, MASKS],
             '[2] "held".conditioning_data',
-            "measured on whole pictures",
+            "measured on whole images",
         ),
         (
-            [PICTURES, {**PICTURES, "id": "held", "dataset_type": "eval", "is_regularisation_data": True}],
+            [
+                IMAGE_ENTRY,
+                {**IMAGE_ENTRY, "id": "held", "dataset_type": "eval", "is_regularisation_data": True},
+            ],
             '[2] "held".is_regularisation_data',
             "not trained on",
         ),
         (
-            [{**PICTURES, "is_regularisation_data": True}],
+            [{**IMAGE_ENTRY, "is_regularisation_data": True}],
             '[1] "cats".is_regularisation_data',
             "nothing to learn",
         ),

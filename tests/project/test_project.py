@@ -18,7 +18,7 @@ from sdxl_pipeline.project.project import (
     discover_projects,
     load_project,
 )
-from tests.project.conftest import PICTURES, QUICKSTART_CONFIG, QUICKSTART_DATASETS
+from tests.project.conftest import IMAGE_ENTRY, QUICKSTART_CONFIG, QUICKSTART_DATASETS
 
 NAMES_IN_OTHER_LETTERS = ("猫", "毛", "кот", "кот v2", "кот-v2", "Ärger", "🟫")
 
@@ -89,12 +89,12 @@ def test_the_quickstarts_files_load_unchanged(write_project):
     assert training.validation_sizes == ((1024, 1024), (768, 1280))
     assert training.output_dir == "/home/user/output/models"
     assert training.num_train_epochs == 1
-    (pictures,) = project.train_datasets
-    assert pictures.instance_data_dir == Path("/home/user/simpletuner/datasets/pseudo-camera-10k")
-    assert (pictures.resolution, pictures.resolution_type, pictures.minimum_image_size) == (1.0, "area", 0.25)
-    assert (pictures.crop, pictures.crop_style, pictures.crop_aspect) == (True, "random", "square")
-    assert pictures.cache_dir_vae == folder / "cache/vae/sdxl/pseudo-camera-10k"
-    assert project.text_embeds_of(pictures).cache_dir == folder / "cache/text/sdxl/pseudo-camera-10k"
+    (images,) = project.train_datasets
+    assert images.instance_data_dir == Path("/home/user/simpletuner/datasets/pseudo-camera-10k")
+    assert (images.resolution, images.resolution_type, images.minimum_image_size) == (1.0, "area", 0.25)
+    assert (images.crop, images.crop_style, images.crop_aspect) == (True, "random", "square")
+    assert images.cache_dir_vae == folder / "cache/vae/sdxl/pseudo-camera-10k"
+    assert project.text_embeds_of(images).cache_dir == folder / "cache/text/sdxl/pseudo-camera-10k"
 
 
 def test_the_quickstarts_quantised_settings_load(write_project):
@@ -169,7 +169,7 @@ def test_an_absent_datasets_path_falls_back_to_the_folders_own_file_with_a_warni
 def test_a_named_datasets_file_is_read(write_project):
     folder = write_project({"data_backend_config": "lists/mine.json"})
     (folder / "lists").mkdir()
-    (folder / "lists/mine.json").write_text(json.dumps([{**PICTURES, "id": "dogs"}]))
+    (folder / "lists/mine.json").write_text(json.dumps([{**IMAGE_ENTRY, "id": "dogs"}]))
     assert [dataset.id for dataset in load_project(folder).datasets] == ["dogs"]
 
 
@@ -209,11 +209,13 @@ def test_the_general_prompts_stand_between_the_projects_own(write_project):
 
 
 def test_the_eval_dataset_that_is_named_must_be_one(write_project):
-    tests = {**PICTURES, "id": "tests", "dataset_type": "eval"}
-    training = load_project(write_project({"eval_dataset_id": "tests"}, [PICTURES, tests])).training
+    tests = {**IMAGE_ENTRY, "id": "tests", "dataset_type": "eval"}
+    training = load_project(write_project({"eval_dataset_id": "tests"}, [IMAGE_ENTRY, tests])).training
     assert training.eval_dataset_id == "tests"
     with pytest.raises(ProjectError, match=r"is the id of no eval dataset\n.*write one of tests"):
-        load_project(write_project({"eval_dataset_id": PICTURES["id"]}, [PICTURES, tests], name="other"))
+        load_project(
+            write_project({"eval_dataset_id": IMAGE_ENTRY["id"]}, [IMAGE_ENTRY, tests], name="other")
+        )
 
 
 def test_what_watches_nothing_is_said_so(write_project):
@@ -258,14 +260,14 @@ def test_pushing_without_a_repository_name_takes_the_projects(write_project):
 
 
 def test_names_are_safe_as_asset_keys(write_project):
-    project = load_project(write_project({}, [{**PICTURES, "id": "my cats/2024"}], name="cat-lora.v2"))
+    project = load_project(write_project({}, [{**IMAGE_ENTRY, "id": "my cats/2024"}], name="cat-lora.v2"))
     assert project.name == "cat_lora_v2"
     assert project.datasets[0].asset_name == "my_cats_2024"
 
 
 def test_load_project_an_id_too_long_for_a_folder_of_the_storage_is_a_problem(write_project):
     with pytest.raises(ProjectError, match="must be of a length of at most 100"):
-        load_project(write_project({}, [{**PICTURES, "id": "a" * 256}]))
+        load_project(write_project({}, [{**IMAGE_ENTRY, "id": "a" * 256}]))
 
 
 def test_a_broken_project_breaks_no_other(write_project):

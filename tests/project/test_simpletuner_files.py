@@ -14,7 +14,7 @@ from sdxl_pipeline.project.precedence import resolve_settings
 from sdxl_pipeline.project.problems import ProjectError
 from sdxl_pipeline.project.project import load_project
 from sdxl_pipeline.project.training import TrainingSettings
-from tests.project.conftest import PICTURES
+from tests.project.conftest import IMAGE_ENTRY
 
 # the keys and values of SimpleTuner's config.json.example, but for the model, which is SDXL here
 CONFIG_EXAMPLE = {
@@ -73,7 +73,7 @@ def test_load_project_config_example_is_read_whole(write_project):
 def test_load_project_skip_file_discovery_false_is_off(write_project, off):
     texts = {"id": "texts", "dataset_type": "text_embeds", "skip_file_discovery": off}
     project = load_project(
-        write_project({"skip_file_discovery": off}, [{**PICTURES, "skip_file_discovery": off}, texts])
+        write_project({"skip_file_discovery": off}, [{**IMAGE_ENTRY, "skip_file_discovery": off}, texts])
     )
     assert project.training.skip_file_discovery == ""
     assert project.datasets[0].skipped_stages == frozenset()
@@ -81,7 +81,7 @@ def test_load_project_skip_file_discovery_false_is_off(write_project, off):
 
 
 def test_load_project_skip_file_discovery_list_and_true(write_project, problems_of):
-    entry = {**PICTURES, "skip_file_discovery": ["vae", "text"]}
+    entry = {**IMAGE_ENTRY, "skip_file_discovery": ["vae", "text"]}
     assert load_project(write_project({}, [entry])).datasets[0].skipped_stages == {"vae", "text"}
     assert "must be text" in problems_of({"skip_file_discovery": True})["skip_file_discovery"].message
 
@@ -139,7 +139,7 @@ def test_load_project_adapter_to_start_from_beside_full_is_refused(problems_of):
 def test_load_project_text_embeds_elsewhere_are_kept_here_with_a_warning(write_project):
     bucket = {"type": "aws", "aws_bucket_name": "texts", "aws_data_prefix": "", "cache_dir": "prefix"}
     texts = {"id": "texts", "dataset_type": "text_embeds", "default": True, **bucket}
-    project = load_project(write_project({}, [PICTURES, texts]))
+    project = load_project(write_project({}, [IMAGE_ENTRY, texts]))
     (warning,) = project.warnings
     assert '"texts".type aws has no effect: embeddings are kept on this machine' in warning
     assert project.text_embeds[0].cache_dir is None
@@ -161,7 +161,7 @@ def test_load_project_nested_huggingface_object_names_columns(write_project):
         '"cats".huggingface.file_extension',
         '"cats".huggingface.num_proc',
     ]
-    (warning,) = load_project(write_project({}, [{**PICTURES, "huggingface": nested}])).warnings
+    (warning,) = load_project(write_project({}, [{**IMAGE_ENTRY, "huggingface": nested}])).warnings
     assert "huggingface has no effect beside another type" in warning
 
 
@@ -183,7 +183,7 @@ def test_load_project_filter_in_the_huggingface_object_is_refused_by_name(proble
     ],
 )
 def test_load_project_dataset_schedule_is_refused_by_name(problems_of, key, value, remedy):
-    problem = problems_of({}, [{**PICTURES, key: value}])[f'[1] "cats".{key}']
+    problem = problems_of({}, [{**IMAGE_ENTRY, key: value}])[f'[1] "cats".{key}']
     assert problem.message == "is not available yet"
     assert remedy in problem.remedy
 

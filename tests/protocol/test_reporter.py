@@ -119,7 +119,7 @@ def test_plain_lines(tmp_path, clock):
         "hello",
         "encode latents: 12 of 48 images (25 %)",
         "step 7: loss 0.1235, lr 0.0001",
-        f"picture red_star at step 20: {tmp_path}/20.png (a red star)",
+        f"image red_star at step 20: {tmp_path}/20.png (a red star)",
     ]
 
 

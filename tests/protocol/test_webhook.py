@@ -21,9 +21,9 @@ from sdxl_pipeline.protocol.webhook import (
     PREVIEW,
     PROGRESS,
     QUEUE_LENGTH,
+    Image,
     Message,
     Origin,
-    Picture,
     Webhooks,
     discord_posts,
     in_environment,
@@ -33,7 +33,7 @@ from sdxl_pipeline.protocol.webhook import (
 
 SECRET = "t0ken-nobody-may-see"
 ORIGIN = Origin("demo", "0123456789ab")
-PNG, JPEG = Picture("star.png", b"\x89PNG star"), Picture("star.jpg", b"\xff\xd8 star")
+PNG, JPEG = Image("star.png", b"\x89PNG star"), Image("star.jpg", b"\xff\xd8 star")
 
 
 @dataclass
@@ -110,7 +110,7 @@ def parts_of(post: tuple[str, str, bytes]) -> dict[str, Mail]:
     return {str(part.get_param("name", header="content-disposition")): part for part in mail.get_payload()}
 
 
-def test_a_raw_webhook_gets_json_with_figures_and_pictures(listener):
+def test_a_raw_webhook_gets_json_with_figures_and_images(listener):
     figures = {"loss": 0.5, "lr": float("nan")}
     message = Message("training.progress", "step 3", "info", 3, figures, (PNG, JPEG), for_people=False)
     assert sent(listener, "raw", message) == []
@@ -132,8 +132,8 @@ def test_a_raw_webhook_gets_json_with_figures_and_pictures(listener):
 
 def test_discord_gets_text_and_attachments_and_no_figures(listener):
     progress = Message("training.progress", "step 3", figures={"loss": 0.5}, for_people=False)
-    pictures = Message("validation.images", "step 4: a star @everyone", pictures=(PNG, JPEG))
-    assert sent(listener, "discord", progress, pictures) == []
+    images = Message("validation.images", "step 4: a star @everyone", images=(PNG, JPEG))
+    assert sent(listener, "discord", progress, images) == []
     (post,) = listener.posts
     parts = parts_of(post)
     assert json.loads(parts["payload_json"].get_payload(decode=True)) == {
@@ -148,11 +148,11 @@ def test_discord_gets_text_and_attachments_and_no_figures(listener):
 
 
 def test_discords_limits_are_kept():
-    many = discord_posts(Message("x", "t" * 5000, pictures=[PNG] * 12), "p")
+    many = discord_posts(Message("x", "t" * 5000, images=[PNG] * 12), "p")
     assert [len(files) for _, files in many] == [10, 2]
     assert [len(body["content"]) for body, _ in many] == [2000, 0]
-    big = Picture("big.png", b"x" * (DISCORD_BYTES // 2 + 1))
-    assert [len(files) for _, files in discord_posts(Message("x", "t", pictures=[big] * 2), "p")] == [1, 1]
+    big = Image("big.png", b"x" * (DISCORD_BYTES // 2 + 1))
+    assert [len(files) for _, files in discord_posts(Message("x", "t", images=[big] * 2), "p")] == [1, 1]
 
 
 def test_prefix_and_level_are_as_the_file_says(listener):
@@ -209,7 +209,7 @@ def hanging(listener) -> Webhooks:
     return webhooks
 
 
-def test_of_a_forming_picture_only_the_newest_preview_waits_and_none_beyond_the_end(listener, hanging):
+def test_of_a_forming_image_only_the_newest_preview_waits_and_none_beyond_the_end(listener, hanging):
     for number in range(3):
         for name in ("star", "moon"):
             hanging.send(Message(PREVIEW, f"{name} {number}", replaces=name))
@@ -234,12 +234,12 @@ def test_a_full_queue_drops_previews_then_figures_then_the_oldest(listener, hang
         hanging.send(Message(PREVIEW, f"preview {number}", replaces=str(number)))
         hanging.send(Message(PROGRESS, f"progress {number}"))
     for number in range(QUEUE_LENGTH - 3):
-        hanging.send(Message("validation.images", f"pictures {number}"))
+        hanging.send(Message("validation.images", f"images {number}"))
     hanging.send(Message(PREVIEW, "preview at last", replaces="at last"))
     listener.silence.set()
     hanging.close()
-    pictures = [f"pictures {number}" for number in range(QUEUE_LENGTH - 3)]
-    assert texts(listener) == ["first", "progress 2", "progress 3", "progress 4", *pictures]
+    images = [f"images {number}" for number in range(QUEUE_LENGTH - 3)]
+    assert texts(listener) == ["first", "progress 2", "progress 3", "progress 4", *images]
 
 
 def test_a_raw_message_bears_the_time_it_was_made_at():

@@ -35,7 +35,7 @@ class World:
         self.projects: Path | None = None
 
     def project(self, name: str, **options) -> Path:
-        folder = self.make_project(name, pictures=0, **options)
+        folder = self.make_project(name, images=0, **options)
         self.projects = folder.parent
         return folder
 
@@ -295,7 +295,7 @@ def test_what_a_dataset_of_masks_leaves_stays_while_it_is_one(world: World):
 def test_downloads_that_no_dataset_reads_go(world: World):
     folder = world.project(
         "small",
-        dataset={"type": "huggingface", "dataset_name": "someone/pictures", "instance_data_dir": None},
+        dataset={"type": "huggingface", "dataset_name": "someone/images", "instance_data_dir": None},
     )
     settings = json.loads((folder / "multidatabackend.json").read_text())
     del settings[0]["instance_data_dir"]

@@ -51,18 +51,18 @@ def write_dataset(folder: Path) -> None:
     encoded = io.BytesIO()
     upright.save(encoded, "JPEG")
     (folder / "truncated.jpg").write_bytes(encoded.getvalue()[: len(encoded.getvalue()) // 2])
-    (folder / "not_a_picture.jpg").write_text("This is a text file.")
+    (folder / "not_a_image.jpg").write_text("This is a text file.")
     (folder / "empty.jpg").write_bytes(b"")
-    for name in ("portrait", "rotated", "transparent", "print", "truncated", "not_a_picture", "empty"):
+    for name in ("portrait", "rotated", "transparent", "print", "truncated", "not_a_image", "empty"):
         (folder / f"{name}.txt").write_text(f"a photo, {name}")
 
 
-def test_photographs_become_a_lora_that_changes_the_picture(
+def test_photographs_become_a_lora_that_changes_the_image(
     tmp_path: Path, instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
     folder = make_project(
         "photos",
-        pictures=0,
+        images=0,
         config={
             "max_train_steps": 20,
             "eval_holdout_share": 0.1,
@@ -78,11 +78,11 @@ def test_photographs_become_a_lora_that_changes_the_picture(
     assert result.success
 
     scanned = result.output_for_node("photos__shapes__dataset", "result").set_index("path")
-    pictures = scanned[[Path(path).suffix != ".txt" for path in scanned.index]]
-    kept, dropped = pictures[pictures.status == "kept"], pictures[pictures.status == "dropped"]
-    assert len(pictures) == len(CAPTIONS) + 7
-    assert len(kept) + len(dropped) == len(pictures)
-    assert set(dropped.index) == {"truncated.jpg", "not_a_picture.jpg", "empty.jpg"}
+    images = scanned[[Path(path).suffix != ".txt" for path in scanned.index]]
+    kept, dropped = images[images.status == "kept"], images[images.status == "dropped"]
+    assert len(images) == len(CAPTIONS) + 7
+    assert len(kept) + len(dropped) == len(images)
+    assert set(dropped.index) == {"truncated.jpg", "not_a_image.jpg", "empty.jpg"}
     assert dropped.reason.nunique() == 3
     assert {"rotated.jpg", "transparent.png", "print.jpg"} <= set(kept.index)
     upright = kept.loc["coffee.png"]
@@ -110,7 +110,7 @@ def test_photographs_become_a_lora_that_changes_the_picture(
 
 
 def _draw(pipeline: StableDiffusionXLPipeline) -> np.ndarray:
-    """A picture (1, 128, 128, 3) in [0, 1] from a fixed seed."""
+    """An image (1, 128, 128, 3) in [0, 1] from a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     drawn = pipeline(
         CAPTIONS["coffee.png"],

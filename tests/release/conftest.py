@@ -30,7 +30,7 @@ LINEAGE = {
 }
 
 
-def make_picture(path: Path, seed: int) -> Path:
+def make_image(path: Path, seed: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
     return path
@@ -40,7 +40,7 @@ def evaluated(folder: Path, lora: TrainedLora) -> EvaluationReport:
     images = []
     for number, prompt in enumerate(PROMPTS):
         for step, kind in ((0, "base"), (lora.steps, "lora")):
-            path = make_picture(folder / "images" / kind / f"{prompt.name}.png", number + step)
+            path = make_image(folder / "images" / kind / f"{prompt.name}.png", number + step)
             images.append(
                 ValidationImage(step=step, name=prompt.name, prompt=prompt.prompt, path=str(path), seed=7)
             )
@@ -54,10 +54,10 @@ def evaluated(folder: Path, lora: TrainedLora) -> EvaluationReport:
         lora_loss=LossSummary(mean=0.1, by_timestep=((125, 0.15), (875, 0.05))),
         base_clip=ClipSummary(min=10, max=30, mean=20, std=5),
         lora_clip=ClipSummary(min=15, max=35, mean=25, std=5),
-        gallery_path=str(make_picture(folder / "gallery.png", 50)),
+        gallery_path=str(make_image(folder / "gallery.png", 50)),
         images=tuple(images),
         broken_images=(),
-        loss_plot_path=str(make_picture(folder / "loss_by_timestep.png", 51)),
+        loss_plot_path=str(make_image(folder / "loss_by_timestep.png", 51)),
         report_path=str(folder / "report.md"),
         change_since_release={"lora_loss": -0.02},
         seconds=1.5,
@@ -88,7 +88,7 @@ def inputs(tmp_path: Path) -> dict[str, Any]:
             "held_out_images": {"shapes": 6, "judged": 3},
         }
     )
-    make_picture(Path(lora.loss_curve_path), 52)
+    make_image(Path(lora.loss_curve_path), 52)
     return {
         "project": "demo",
         "base_model": model,

@@ -156,7 +156,7 @@ def test_no_file_holds_a_local_path(release, inputs, tmp_path: Path):
     local = inputs["base_model"].model_copy(update={"source": str(tmp_path / "models" / "mine.safetensors")})
     lineage = inputs["lineage"] | {
         "base_model": local.source,
-        "places": [str(tmp_path / "data"), {"at": "C:\\data\\pictures"}],
+        "places": [str(tmp_path / "data"), {"at": "C:\\data\\images"}],
     }
     settings = inputs["settings"].model_copy(update={"pretrained_model_name_or_path": local.source})
     folder = release(base_model=local, lineage=lineage, settings=settings)
@@ -166,7 +166,7 @@ def test_no_file_holds_a_local_path(release, inputs, tmp_path: Path):
         assert b"/tmp" not in content, name
     published = json.loads((folder / LINEAGE_FILE).read_text())
     assert published["base_model"] == "mine.safetensors"
-    assert published["places"] == ["data", {"at": "pictures"}]
+    assert published["places"] == ["data", {"at": "images"}]
 
 
 def test_a_path_or_token_that_slipped_in_stops_the_release(release, inputs, monkeypatch, tmp_path: Path):

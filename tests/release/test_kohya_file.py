@@ -235,8 +235,8 @@ def test_captions_and_folder_names_are_written_only_if_asked(tmp_path: Path):
     header = metadata_of(run.write(metadata_include_captions=True).path)
     frequencies = json.loads(header["ss_tag_frequency"])
     captions = pd.read_parquet(run.spec.lanes[0].text_embeds.entries_path)["caption"]
-    assert frequencies == {"pictures": dict.fromkeys(captions, 1)}
-    assert json.loads(header["ss_dataset_dirs"]) == {"pictures": {"n_repeats": 1, "img_count": 5}}
+    assert frequencies == {"images": dict.fromkeys(captions, 1)}
+    assert json.loads(header["ss_dataset_dirs"]) == {"images": {"n_repeats": 1, "img_count": 5}}
 
 
 def test_the_hash_follows_the_tensors_and_dates_stand_in_the_header_alone(tmp_path: Path):

@@ -111,8 +111,8 @@ def test_the_snippet_runs_as_it_stands(release, inputs, monkeypatch: pytest.Monk
     folder = release()
     monkeypatch.chdir(folder)
     exec(compile(snippet(folder), "snippet", "exec"), {})
-    with Image.open(folder / "picture.png") as picture:
-        assert picture.size == (64, 64)
+    with Image.open(folder / "image.png") as image:
+        assert image.size == (64, 64)
 
 
 def test_a_published_lora_is_loaded_by_its_name(release, inputs):
@@ -159,8 +159,8 @@ def test_a_whole_unet_is_released_as_a_folder_that_the_snippet_loads(
     assert "<lora:" not in text
     monkeypatch.chdir(folder)
     exec(compile(snippet(folder), "snippet", "exec"), {})
-    with Image.open(folder / "picture.png") as picture:
-        assert picture.size == (64, 64)
+    with Image.open(folder / "image.png") as image:
+        assert image.size == (64, 64)
 
 
 def use_section(folder: Path) -> str:

@@ -34,7 +34,7 @@ def folder(tmp_path):
     (release / "images").mkdir(parents=True)
     (release / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A LoRA\n")
     (release / "pytorch_lora_weights.safetensors").write_bytes(b"weights" * 1000)
-    (release / "images" / "a.png").write_bytes(b"picture")
+    (release / "images" / "a.png").write_bytes(b"image")
     return release
 
 

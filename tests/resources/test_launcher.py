@@ -70,7 +70,7 @@ def test_a_finished_stage_hands_on_its_manifest_and_what_it_reported(
     assert all(point["loss"].value == pytest.approx(1 / point["step"].value) for point in points)
     assert "count: 60 of 60 steps (100 %)" in logged
     assert "counted" in logged
-    assert f"picture dot at step 60: {tmp_path}/dot.png (a dot)" in logged
+    assert f"image dot at step 60: {tmp_path}/dot.png (a dot)" in logged
 
 
 def test_two_runs_at_once_do_not_take_each_others_spec_or_manifest(tmp_path, work_dir):

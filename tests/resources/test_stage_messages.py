@@ -6,7 +6,7 @@ import dagster as dg
 import pytest
 from PIL import Image
 
-from resources.stage_messages import PICTURE_BYTES, MessageRelay, PointThinner
+from resources.stage_messages import IMAGE_BYTES, MessageRelay, PointThinner
 
 
 class Context:
@@ -110,7 +110,7 @@ def test_a_thinner_keeps_everything_of_a_short_curve():
     assert all(thinner.keeps(step, total=50) for step in range(50))
 
 
-def test_a_picture_is_put_on_the_runs_page_and_one_that_forms_not_at_every_step(context, tmp_path):
+def test_a_image_is_put_on_the_runs_page_and_one_that_forms_not_at_every_step(context, tmp_path):
     path = tmp_path / "star.png"
     Image.effect_noise((1024, 1024), 90).save(path)
     now = [0.0]
@@ -129,8 +129,8 @@ def test_a_picture_is_put_on_the_runs_page_and_one_that_forms_not_at_every_step(
         relay.relay(messages)
     shown = context.observations
     assert [(seen["name"], seen["step"]) for seen in shown] == [("star, forming", 4)] * 3  # at 0, 5 and 10 s
-    assert shown[0]["picture"].startswith("![star, forming](data:image/jpeg;base64,")
-    assert 1_000 < len(shown[0]["picture"]) < 1.4 * PICTURE_BYTES
+    assert shown[0]["image"].startswith("![star, forming](data:image/jpeg;base64,")
+    assert 1_000 < len(shown[0]["image"]) < 1.4 * IMAGE_BYTES
     assert len(context.lines) == 3
     relay.relay([*messages, {**messages[0], "name": "star", "path": str(tmp_path / "gone.png")}])
     assert len(context.observations) == 3  # the file is not there, and that is no reason to fail

@@ -51,7 +51,7 @@ def test_samples_have_the_posteriors_mean_and_deviation():
     assert samples.std().item() == pytest.approx(1.5, abs=0.03)
 
 
-def test_decoding_gives_pictures_between_zero_and_one(vae: AutoencoderKL):
+def test_decoding_gives_images_between_zero_and_one(vae: AutoencoderKL):
     latents = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(0)) * 5
     pixels = decode(vae, latents)
     assert pixels.shape == (1, 3, 64, 96)

@@ -80,8 +80,8 @@ def test_an_upper_case_suffix_is_read_as_any_other(checkpoint, bundled: Resolved
     assert_same_weights(load_vae(model, torch.float32), load_vae(bundled, torch.float32))
 
 
-def test_the_pipeline_draws_the_same_picture(checkpoint, bundled: ResolvedModel, resolve: Resolve):
-    pictures = [
+def test_the_pipeline_draws_the_same_image(checkpoint, bundled: ResolvedModel, resolve: Resolve):
+    images = [
         load_pipeline(model, torch.float32)(
             "a red circle",
             num_inference_steps=2,
@@ -92,7 +92,7 @@ def test_the_pipeline_draws_the_same_picture(checkpoint, bundled: ResolvedModel,
         ).images
         for model in (resolve("shapes.safetensors"), bundled)
     ]
-    assert (pictures[0] == pictures[1]).all()
+    assert (images[0] == images[1]).all()
 
 
 @pytest.mark.parametrize(

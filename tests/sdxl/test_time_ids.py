@@ -22,7 +22,7 @@ def test_as_diffusers_makes_them(bundled: ResolvedModel):
     assert torch.equal(time_ids([(300, 200)], [(7, 11)], [(128, 96)]), theirs)
 
 
-def test_no_pictures_and_uneven_ones():
+def test_no_images_and_uneven_ones():
     assert time_ids([], [], []).shape == (0, 6)
     with pytest.raises(ValueError, match="zip"):
         time_ids([(1, 1)], [], [(1, 1)])

@@ -1,6 +1,6 @@
 """Holds that every crop gets its own latents, once, whatever else is in the folder; and that what is done survives a stop.
 
-Pictures are scanned, planned, encoded and read back through the product's own code, with the bundled model on the CPU.
+Images are scanned, planned, encoded and read back through the product's own code, with the bundled model on the CPU.
 """
 
 import shutil
@@ -112,7 +112,7 @@ def test_each_crop_has_the_latents_of_its_own_pixels(make_spec, data: Path):
         assert entries.loc[row.path, "key"] == row.key
         means[row.path] = stored["mean"].mean((1, 2))
     closest = torch.pdist(torch.stack(list(means.values()))).min()
-    assert closest > 1e-3, "the pictures differ by far more than the tolerance above"
+    assert closest > 1e-3, "the images differ by far more than the tolerance above"
 
 
 def test_the_manifest_describes_the_dataset(make_spec, tmp_path: Path):
@@ -149,7 +149,7 @@ def test_a_second_run_encodes_nothing_and_does_not_load_the_vae(make_spec, monke
     assert (tmp_path / "sample.png").stat().st_mtime_ns == sample
 
 
-def test_one_new_picture_is_one_encoding(make_spec, data: Path):
+def test_one_new_image_is_one_encoding(make_spec, data: Path):
     first = run(make_spec())
     Image.new("RGB", (64, 64), "pink").save(data / "new.png")
     second = run(make_spec())
@@ -157,7 +157,7 @@ def test_one_new_picture_is_one_encoding(make_spec, data: Path):
     assert second.digest != first.digest
 
 
-def test_the_same_picture_twice_is_encoded_once(make_spec, data: Path):
+def test_the_same_image_twice_is_encoded_once(make_spec, data: Path):
     shutil.copy(data / "00.png", data / "copy.png")
     spec = make_spec()
     assert counts(run(spec)) == (8, 7, 1, 0)
@@ -166,7 +166,7 @@ def test_the_same_picture_twice_is_encoded_once(make_spec, data: Path):
     assert keys.nunique() == 7
 
 
-def test_renamed_pictures_keep_their_latents_and_the_datasets_digest(make_spec, data: Path):
+def test_renamed_images_keep_their_latents_and_the_datasets_digest(make_spec, data: Path):
     first = run(make_spec())
     (data / "03.png").rename(data / "zebra.png")
     (data / "deep").mkdir()
@@ -178,7 +178,7 @@ def test_renamed_pictures_keep_their_latents_and_the_datasets_digest(make_spec, 
     assert {"zebra.png", "deep/a.png"} < set(pd.read_parquet(spec.entries_path)["path"])
 
 
-def test_where_one_copy_of_a_picture_is_gone_the_other_is_encoded(make_spec, data: Path):
+def test_where_one_copy_of_a_image_is_gone_the_other_is_encoded(make_spec, data: Path):
     shutil.copy(data / "00.png", data / "copy.png")
     spec = make_spec()
     (data / "00.png").unlink()
@@ -241,7 +241,7 @@ def test_nothing_to_encode_imports_no_torch(make_spec, tmp_path: Path):
         assert done.returncode == 0, done.stderr
 
 
-def test_several_crops_of_a_picture_are_decoded_once(make_spec, data: Path, monkeypatch):
+def test_several_crops_of_a_image_are_decoded_once(make_spec, data: Path, monkeypatch):
     spec = make_spec(vae_batch_size=8)
     rows = pd.read_parquet(spec.rows_path).iloc[[0, 3]]
     pd.concat([rows, rows.assign(crop_index=1, flipped=True)]).to_parquet(spec.rows_path)
@@ -280,7 +280,7 @@ def test_another_vae_or_dtype_encodes_anew_and_other_text_encoders_do_not(make_s
     assert TensorStore(in_bf16.store_root).read(key)["mean"].dtype == torch.bfloat16
 
 
-def test_pictures_that_cannot_be_read_are_named_and_the_others_stay_paired(make_spec, data: Path):
+def test_images_that_cannot_be_read_are_named_and_the_others_stay_paired(make_spec, data: Path):
     spec = make_spec()
     (data / "02.png").write_bytes((data / "02.png").read_bytes()[:60])
     (data / "04.png").unlink()
@@ -297,7 +297,7 @@ def test_pictures_that_cannot_be_read_are_named_and_the_others_stay_paired(make_
     assert cache.digest == frame_digest(entries, ("key", "crop_index", "latent_key"))
 
 
-def test_a_picture_whose_decoding_fails_is_named(make_spec, data: Path):
+def test_a_image_whose_decoding_fails_is_named(make_spec, data: Path):
     """Cut before the scan reads it, so that its digest is right and only the decoder can tell."""
     image = Image.effect_noise((64, 64), 80).convert("RGB")
     image.save(data / "noise.png")

@@ -55,7 +55,7 @@ def latents_spec(root: Path, processes: int) -> EncodeLatentsSpec:
 
 
 def text_spec(root: Path, processes: int) -> EncodeTextSpec:
-    captions = [(f"{index}.png", f"{index:02d}", f"picture {'very ' * index} {index}") for index in range(40)]
+    captions = [(f"{index}.png", f"{index:02d}", f"image {'very ' * index} {index}") for index in range(40)]
     pd.DataFrame(captions, columns=["path", "key", "caption"]).to_parquet(root / "captions.parquet")
     own = root / str(processes)
     return EncodeTextSpec(

@@ -211,7 +211,7 @@ def test_a_recorded_manifest_is_taken_at_its_word_only_where_asked(make_spec):
     assert counts(run(make_spec())) == (6, 6, 0)
 
 
-def test_renamed_pictures_leave_the_digest_alone(make_spec):
+def test_renamed_images_leave_the_digest_alone(make_spec):
     first = run(make_spec())
     spec = make_spec()
     table = pd.read_parquet(spec.captions_path)

@@ -28,8 +28,8 @@ def evaluate(spec: EvaluateSpec) -> EvaluationReport:
 
 def pixels(report: EvaluationReport, name: str, step: int) -> np.ndarray:
     (path,) = [image.path for image in report.images if image.name == name and image.step == step]
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB")).astype(int)
+    with Image.open(path) as opened:
+        return np.asarray(opened.convert("RGB")).astype(int)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_a_lora_that_changes_nothing_equals_the_base_model(tmp_path: Path):
     assert report.lora_clip is None
 
 
-def test_a_lora_that_changes_something_shows_in_loss_and_pictures(changed):
+def test_a_lora_that_changes_something_shows_in_loss_and_images(changed):
     _, report = changed
     assert report.lora_loss is not None
     assert report.base_loss is not None
@@ -108,8 +108,8 @@ def test_names_of_files_make_no_difference(tmp_path: Path):
 def test_everything_is_where_the_report_says(changed):
     _, report = changed
     for path in (report.gallery_path, report.loss_plot_path, *(image.path for image in report.images)):
-        with Image.open(path) as picture:
-            picture.verify()
+        with Image.open(path) as opened:
+            opened.verify()
     assert Path(report.report_path).read_text().startswith("# Evaluation of")
     figures = json.loads(Path(report.report_path).with_suffix(".json").read_text())["figures"]
     assert figures["lora_loss"] == report.lora_loss.mean

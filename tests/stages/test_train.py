@@ -34,7 +34,7 @@ HARD = {
     "checkpoint_step_interval": 2,
     "snr_gamma": 5.0,
 }
-WITH_PICTURES = {"validation_disable": False, "validation_step_interval": 3}
+WITH_IMAGES = {"validation_disable": False, "validation_step_interval": 3}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,7 +87,7 @@ def test_two_processes_train_as_one_with_twice_the_batch_and_neither_starves_on_
         "snr_gamma": 5.0,
         "bucket_fill": fill,
     }
-    spec = make_spec(tmp_path, lane, **settings, **WITH_PICTURES)
+    spec = make_spec(tmp_path, lane, **settings, **WITH_IMAGES)
     listener = Listener()
     one = main(with_settings(spec, "one", train_batch_size=2), listener, StopSignal())
     outcome = {
@@ -109,7 +109,7 @@ def test_two_processes_train_as_one_with_twice_the_batch_and_neither_starves_on_
 def test_a_finished_run_is_reused_until_its_weights_are_touched(unbroken):
     spec, first = unbroken
     before = Path(first.weights_path).stat().st_mtime_ns
-    spec = with_settings(spec, "unbroken", **WITH_PICTURES)  # no part of the identity
+    spec = with_settings(spec, "unbroken", **WITH_IMAGES)  # no part of the identity
     listener = Listener()
     again = main(spec, listener, StopSignal())
     assert again == first.model_copy(update={"reused": True})
@@ -173,7 +173,7 @@ def test_gradient_checkpointing_changes_no_bit(unbroken):
 
 def test_mixed_precision_trains_float32_adapters(unbroken):
     spec, expected = unbroken
-    settings = {"mixed_precision": "bf16", "max_train_steps": 4, **WITH_PICTURES}
+    settings = {"mixed_precision": "bf16", "max_train_steps": 4, **WITH_IMAGES}
     AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision per process
     half = main(with_settings(spec, "half", **settings), Listener(), StopSignal())
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -196,8 +196,8 @@ def test_checkpoints_are_kept_to_their_limit(tmp_path):
     assert kept == ["step-00000002", "step-00000003"]
 
 
-def with_broken_pictures(folder: Path, broken: set[int], **settings) -> TrainSpec:
-    """A run over 3 square pictures and 2 wide ones, of which some have latents of NaN."""
+def with_broken_images(folder: Path, broken: set[int], **settings) -> TrainSpec:
+    """A run over 3 square images and 2 wide ones, of which some have latents of NaN."""
     lane = make_lane(folder / "lane")
     store = TensorStore(folder / "broken")
     with store.writer() as writer:
@@ -216,16 +216,15 @@ def test_a_step_that_is_not_finite_is_skipped_named_and_leaves_no_trace(tmp_path
         "checkpoint_step_interval": 1,
         "lr_scheduler": "constant",
     }
-    spec, listener = with_broken_pictures(tmp_path, {4}, **settings), Listener()
+    spec, listener = with_broken_images(tmp_path, {4}, **settings), Listener()
     manifest = main(spec, listener, StopSignal())
     taken = [step for step, _ in losses(manifest)]
     skipped = sorted(set(range(1, 11)) - set(taken))
-    assert len(skipped) == manifest.skipped_steps == 2, "the broken picture comes once an epoch"
+    assert len(skipped) == manifest.skipped_steps == 2, "the broken image comes once an epoch"
     warnings = [line for line in listener.lines if "is skipped" in line]
     key = digest("image", "shapes", 4)[:12]
     assert [
-        f"step {step} is skipped, since its loss is nan. Its pictures: shapes/picture_04.png (key {key})."
-        in line
+        f"step {step} is skipped, since its loss is nan. Its images: shapes/image_04.png (key {key})." in line
         for step, line in zip(skipped, warnings, strict=True)
     ] == [True, True]
     folder = Path(spec.run_dir) / "checkpoints"
@@ -240,17 +239,17 @@ def test_a_step_that_is_not_finite_is_skipped_named_and_leaves_no_trace(tmp_path
 
 
 def test_nothing_but_skipped_steps_end_a_run_and_keep_its_last_checkpoint(tmp_path):
-    sound = with_broken_pictures(tmp_path / "sound", set(), max_train_steps=30, checkpoint_step_interval=2)
+    sound = with_broken_images(tmp_path / "sound", set(), max_train_steps=30, checkpoint_step_interval=2)
     stop = StopSignal()
     stop.request()
     with pytest.raises(StageStopped):
         main(sound, Listener(), stop)
-    broken = with_broken_pictures(
+    broken = with_broken_images(
         tmp_path / "broken", set(range(5)), max_train_steps=30, checkpoint_step_interval=2
     )
     listener = Listener()
     with pytest.raises(
-        StageError, match=r"steps 1 to 10 were skipped one after the other.*picture_0.*learning_rate"
+        StageError, match=r"steps 1 to 10 were skipped one after the other.*image_0.*learning_rate"
     ):
         main(broken.model_copy(update={"run_dir": sound.run_dir}), listener, StopSignal())
     assert sum("is skipped" in line for line in listener.lines) == 9
@@ -269,7 +268,7 @@ def test_the_number_of_processes_must_be_what_the_spec_says(tmp_path):
 def test_epochs_give_the_length_where_steps_do_not(tmp_path):
     spec = make_spec(tmp_path, max_train_steps=None, num_train_epochs=2, train_batch_size=3)
     manifest = main(spec, Listener(), StopSignal())
-    # 3 square and 2 wide pictures are two batches an epoch
+    # 3 square and 2 wide images are two batches an epoch
     assert (manifest.steps, manifest.epochs) == (4, 2.0)
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json").read_text())
     assert state["step"] == 4

@@ -1,4 +1,4 @@
-"""Holds the trainer with every kind of adapter: its file is the model that drew the last validation pictures, a resumed run gives the
+"""Holds the trainer with every kind of adapter: its file is the model that drew the last validation images, a resumed run gives the
 same bytes, two processes train as one, and a run may start from a file, which is part of what the run is.
 """
 
@@ -23,7 +23,7 @@ from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.store.files import sha256_file
 from sdxl_pipeline.training.batches import BatchReader
 from sdxl_pipeline.training.identity import run_identity
-from sdxl_pipeline.training.validation import draw_pictures
+from sdxl_pipeline.training.validation import draw_images
 from tests.lanes import make_lane, make_spec
 from tests.sdxl.adapted_unets import KINDS
 from tests.train_programs import TWO_PROCESSES, Listener, losses, on_two_processes, run, with_settings
@@ -46,8 +46,8 @@ def adapter_spec(folder: Path, kind: str, **settings) -> TrainSpec:
 
 
 def pixels(path: str) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture, dtype=np.int16)
+    with Image.open(path) as image:
+        return np.asarray(image, dtype=np.int16)
 
 
 @pytest.mark.parametrize("kind", ["dora", "lokr, whole matrices", "loha, weights rebuilt, scalar"])
@@ -66,10 +66,10 @@ def test_the_file_is_the_model_that_drew_and_a_resumed_run_gives_its_bytes(tmp_p
         image for image in manifest.validation_images if image.step == spec.settings.max_train_steps
     ]
     reader = BatchReader(spec.lanes, None)
-    (again,) = draw_pictures(spec, unet, reader, 4, tmp_path / "again")
+    (again,) = draw_images(spec, unet, reader, 4, tmp_path / "again")
     assert np.abs(pixels(trained.path) - pixels(again.path)).max() <= 1
     plain = load_unet(spec.base_model, torch.float32)
-    (base,) = draw_pictures(spec, plain, reader, 4, tmp_path / "base")
+    (base,) = draw_images(spec, plain, reader, 4, tmp_path / "base")
     assert np.abs(pixels(trained.path) - pixels(base.path)).max() > 1
 
     resumed = with_settings(spec, "resumed")
@@ -136,7 +136,7 @@ def test_a_run_starts_from_a_file_whose_content_is_part_of_what_it_is(tmp_path: 
     second = main(spec, Listener(), StopSignal())
     unet = load_unet(spec.base_model, torch.float32)
     load_adapter({UNET: unet}, Path(first.weights_path))
-    (again,) = draw_pictures(spec, unet, BatchReader(spec.lanes, None), 0, tmp_path / "again")
+    (again,) = draw_images(spec, unet, BatchReader(spec.lanes, None), 0, tmp_path / "again")
     (start,) = [image for image in second.validation_images if image.step == 0]
     assert np.array_equal(pixels(start.path), pixels(again.path))
 

@@ -13,7 +13,7 @@ from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.order import SampleOrder
 from sdxl_pipeline.training.samples import load_samples
-from tests.encoded_lanes import Silent, draw_pictures, prepare_lane
+from tests.encoded_lanes import Silent, draw_images, prepare_lane
 from tests.lanes import make_spec
 from tests.training.conftest import fresh_accelerator, one_thread  # noqa: F401 (fixtures)
 
@@ -35,7 +35,7 @@ def test_crops_and_captions_reach_the_unet_as_they_were_planned(tmp_path: Path, 
         return trainable
 
     monkeypatch.setattr(loop, "build_trainable", listened_to)
-    draw_pictures(tmp_path / "pictures", count=3, size=(WIDTH, HEIGHT))
+    draw_images(tmp_path / "images", count=3, size=(WIDTH, HEIGHT))
     spec = make_spec(
         tmp_path,
         mixed_precision="bf16",
@@ -44,7 +44,7 @@ def test_crops_and_captions_reach_the_unet_as_they_were_planned(tmp_path: Path, 
         caption_dropout_probability=DROPPED,
     )
     lane = prepare_lane(
-        tmp_path / "lane", tmp_path / "pictures", spec.base_model, crop=True, crop_aspect="square"
+        tmp_path / "lane", tmp_path / "images", spec.base_model, crop=True, crop_aspect="square"
     )
     main(spec.model_copy(update={"lanes": (lane,)}), Silent(), StopSignal())
     assert len(calls) == STEPS

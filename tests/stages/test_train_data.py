@@ -1,4 +1,4 @@
-"""What a training reads, end to end: real pictures through the stages before it, in every cache mode, under any file names."""
+"""What a training reads, end to end: real images through the stages before it, in every cache mode, under any file names."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ from sdxl_pipeline.training.batches import BatchReader
 from sdxl_pipeline.training.identity import run_identity
 from sdxl_pipeline.training.order import SampleOrder
 from sdxl_pipeline.training.samples import load_samples
-from tests.encoded_lanes import Silent, draw_pictures, listing, prepare_lane, rows_of
+from tests.encoded_lanes import Silent, draw_images, listing, prepare_lane, rows_of
 from tests.lanes import make_lane, make_spec
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
@@ -28,13 +28,13 @@ SETTINGS = {
     "caption_dropout_probability": 0.3,
     "lr_warmup_steps": 0,
 }
-WITH_PICTURES = {"validation_disable": False, "validation_step_interval": 0}
+WITH_IMAGES = {"validation_disable": False, "validation_step_interval": 0}
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drawings")
-    draw_pictures(folder)
+    draw_images(folder)
     return folder
 
 
@@ -43,9 +43,9 @@ def spec_of(folder: Path, *lanes: TrainingLane, run: str = "run", **settings: ob
     return make_spec(folder, *lanes, run=run, **{**SETTINGS, **settings})
 
 
-def spec_in_mode(folder: Path, pictures: Path, mode: str, **settings: object) -> TrainSpec:
+def spec_in_mode(folder: Path, images: Path, mode: str, **settings: object) -> TrainSpec:
     spec = spec_of(folder, **settings)
-    lane = prepare_lane(folder / "drawings", pictures, spec.base_model, latent_cache=mode, text_cache=mode)
+    lane = prepare_lane(folder / "drawings", images, spec.base_model, latent_cache=mode, text_cache=mode)
     return spec.model_copy(update={"lanes": (lane,)})
 
 
@@ -61,20 +61,20 @@ def assert_nearly_same_weights(ours: TrainedLora, theirs: TrainedLora) -> None:
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> tuple[TrainSpec, TrainedLora]:
-    spec = spec_in_mode(tmp_path_factory.mktemp("full"), pictures, "full", **WITH_PICTURES)
+def full(tmp_path_factory: pytest.TempPathFactory, images: Path) -> tuple[TrainSpec, TrainedLora]:
+    spec = spec_in_mode(tmp_path_factory.mktemp("full"), images, "full", **WITH_IMAGES)
     return spec, train(spec)
 
 
 @pytest.fixture(scope="module")
-def lazy(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> tuple[TrainSpec, TrainedLora]:
-    spec = spec_in_mode(tmp_path_factory.mktemp("lazy"), pictures, "ondemand", **WITH_PICTURES)
+def lazy(tmp_path_factory: pytest.TempPathFactory, images: Path) -> tuple[TrainSpec, TrainedLora]:
+    spec = spec_in_mode(tmp_path_factory.mktemp("lazy"), images, "ondemand", **WITH_IMAGES)
     return spec, train(spec)
 
 
-def test_every_cache_mode_trains_the_same_lora(full, lazy, tmp_path, pictures):
+def test_every_cache_mode_trains_the_same_lora(full, lazy, tmp_path, images):
     kept_spec, kept = full
-    spec = spec_in_mode(tmp_path, pictures, "disable", **WITH_PICTURES)
+    spec = spec_in_mode(tmp_path, images, "disable", **WITH_IMAGES)
     stores = [tmp_path / "drawings" / name for name in ("latents", "texts")]
     before = [listing(store) for store in stores]
     never = train(spec)
@@ -91,8 +91,8 @@ def test_every_cache_mode_trains_the_same_lora(full, lazy, tmp_path, pictures):
     assert len(never.validation_images) == 1
 
 
-def test_an_interrupted_run_that_encodes_on_demand_goes_on_bit_for_bit(lazy, tmp_path, pictures):
-    spec = spec_in_mode(tmp_path, pictures, "ondemand")
+def test_an_interrupted_run_that_encodes_on_demand_goes_on_bit_for_bit(lazy, tmp_path, images):
+    spec = spec_in_mode(tmp_path, images, "ondemand")
     stop = StopSignal()
 
     class StoppedReporter(Silent):
@@ -107,17 +107,17 @@ def test_an_interrupted_run_that_encodes_on_demand_goes_on_bit_for_bit(lazy, tmp
     assert resumed.weights_sha256 == lazy[1].weights_sha256
 
 
-def test_fresh_crops_are_another_run(full, tmp_path, pictures):
+def test_fresh_crops_are_another_run(full, tmp_path, images):
     spec, _ = full
     fresh = spec.lanes[0].model_copy(update={"latent_cache": "disable", "fresh_crops": True})
     assert run_identity(spec.model_copy(update={"lanes": (fresh,)})) != run_identity(spec)
 
 
-def test_names_of_files_make_no_difference(full, tmp_path, pictures):
-    """The same pictures under other names, in other folders, found in another order."""
+def test_names_of_files_make_no_difference(full, tmp_path, images):
+    """The same images under other names, in other folders, found in another order."""
     spec, trained = full
     moved = tmp_path / "moved"
-    for number, path in enumerate(sorted(pictures.glob("*.png"), reverse=True)):
+    for number, path in enumerate(sorted(images.glob("*.png"), reverse=True)):
         place = moved / f"folder {number % 2}" / f"{number:02d} renamed.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, place)
@@ -136,14 +136,14 @@ def test_names_of_files_make_no_difference(full, tmp_path, pictures):
     assert train(renamed).weights_sha256 == trained.weights_sha256
 
 
-def test_copies_of_a_picture_are_told_apart_by_their_captions(tmp_path, pictures):
+def test_copies_of_a_image_are_told_apart_by_their_captions(tmp_path, images):
     spec = spec_of(tmp_path / "spec")
     captions = ("a drawing, number 0, of an ellipse", "another caption")
     found = []
     for number, names in enumerate(
         (("a", "x"), ("y", "b"))
     ):  # in the order of their captions, and against it
-        folder = shutil.copytree(pictures, tmp_path / f"pictures {number}")
+        folder = shutil.copytree(images, tmp_path / f"images {number}")
         for name, caption in zip(names, captions, strict=True):
             shutil.copy(folder / "drawing_0.png", folder / f"{name}.png")
             (folder / f"{name}.txt").write_text(caption)
@@ -159,15 +159,15 @@ def test_copies_of_a_picture_are_told_apart_by_their_captions(tmp_path, pictures
 
 
 def test_two_resolutions_of_one_folder_are_two_datasets(tmp_path):
-    pictures = tmp_path / "pictures"
-    draw_pictures(pictures, count=10)  # none is held out of fewer than 8
+    images = tmp_path / "images"
+    draw_images(images, count=10)  # none is held out of fewer than 8
     spec = spec_of(tmp_path, train_batch_size=1, max_train_steps=3)
     lanes = tuple(
-        prepare_lane(tmp_path / name, pictures, spec.base_model, holdout=0.4, id=name, resolution=resolution)
+        prepare_lane(tmp_path / name, images, spec.base_model, holdout=0.4, id=name, resolution=resolution)
         for name, resolution in (("small", 48), ("large", 80))
     )
     trained, held_out = (load_samples(lanes, split) for split in ("train", "eval"))
-    assert set(trained.pictures_by_dataset()) == {"small", "large"}
+    assert set(trained.images_by_dataset()) == {"small", "large"}
     assert {s.key for s in trained}.isdisjoint({s.key for s in held_out})
     for samples in (trained, held_out):
         keys = [{s.key for s in samples if s.dataset_id == name} for name in ("small", "large")]
@@ -181,7 +181,7 @@ def test_two_resolutions_of_one_folder_are_two_datasets(tmp_path):
     assert train(spec.model_copy(update={"lanes": lanes})).steps == 3
 
 
-def test_the_manifest_counts_trained_and_held_out_images(tmp_path, pictures):
+def test_the_manifest_counts_trained_and_held_out_images(tmp_path, images):
     """Not the scanned ones: one image has no latent, one is in the eval dataset only, and each crop is no image of its own."""
     splits = {"a.png": "train", "b.png": "train", "c.png": "eval", "d.png": "train"}
     mixed = make_lane(tmp_path / "mixed", "mixed", splits=splits, crops=2)
@@ -195,9 +195,9 @@ def test_the_manifest_counts_trained_and_held_out_images(tmp_path, pictures):
     assert result.held_out_images == {"judged": 5, "mixed": 1}
 
 
-def test_captions_of_two_windows_train_and_draw(tmp_path, pictures):
-    spec = spec_of(tmp_path, **WITH_PICTURES)
-    lane = prepare_lane(tmp_path / "drawings", pictures, spec.base_model, windows=2)
+def test_captions_of_two_windows_train_and_draw(tmp_path, images):
+    spec = spec_of(tmp_path, **WITH_IMAGES)
+    lane = prepare_lane(tmp_path / "drawings", images, spec.base_model, windows=2)
     reader = BatchReader([lane])
     samples = list(load_samples([lane], "train"))[:2]
     texts = reader.text_embeds(samples, [sample.embed_keys[0] for sample in samples])
@@ -208,16 +208,16 @@ def test_captions_of_two_windows_train_and_draw(tmp_path, pictures):
     assert len(result.validation_images) == 1
 
 
-def test_too_small_datasets_are_repeated_if_that_is_allowed(tmp_path, pictures):
+def test_too_small_datasets_are_repeated_if_that_is_allowed(tmp_path, images):
     spec = spec_of(tmp_path, train_batch_size=4, gradient_accumulation_steps=4, max_train_steps=1)
-    lane = prepare_lane(tmp_path / "drawings", pictures, spec.base_model)
-    with pytest.raises(StageError, match="give 6 pictures an epoch, but one step takes 16"):
+    lane = prepare_lane(tmp_path / "drawings", images, spec.base_model)
+    with pytest.raises(StageError, match="give 6 images an epoch, but one step takes 16"):
         train(spec.model_copy(update={"lanes": (lane,)}))
     settings = spec.settings.model_copy(update={"allow_dataset_oversubscription": True})
     result = train(spec.model_copy(update={"lanes": (lane,), "settings": settings}))
     assert result.steps == 1
     assert result.raised_repeats == {"drawings": 2}
-    assert result.pictures_per_epoch == {"drawings": 18.0}
+    assert result.images_per_epoch == {"drawings": 18.0}
 
 
 def flip_last_byte(folder: Path) -> None:
@@ -227,8 +227,8 @@ def flip_last_byte(folder: Path) -> None:
     shard.write_bytes(data)
 
 
-def test_damaged_cache_entries_stop_the_training_by_name_and_are_encoded_again(tmp_path, pictures, full):
-    spec = spec_in_mode(tmp_path, pictures, "full", **WITH_PICTURES)
+def test_damaged_cache_entries_stop_the_training_by_name_and_are_encoded_again(tmp_path, images, full):
+    spec = spec_in_mode(tmp_path, images, "full", **WITH_IMAGES)
     for store in ("latents", "texts"):
         flip_last_byte(tmp_path / "drawings" / store)
     with pytest.raises(StageError) as raised:
@@ -237,7 +237,7 @@ def test_damaged_cache_entries_stop_the_training_by_name_and_are_encoded_again(t
     assert "checksum did not match" in message
     assert "vae_latents of 'drawing_" in message  # both are reported at once, by the names of their images
     assert "text_embeds of 'a red circle'" in message  # the last entry that the text stage writes is a prompt
-    lane = prepare_lane(tmp_path / "drawings", pictures, spec.base_model)
+    lane = prepare_lane(tmp_path / "drawings", images, spec.base_model)
     assert (lane.latents.encoded, lane.latents.reused) == (1, 5)
     assert lane.text_embeds.encoded == 1
     trained = train(spec.model_copy(update={"lanes": (lane,)}))
@@ -245,9 +245,9 @@ def test_damaged_cache_entries_stop_the_training_by_name_and_are_encoded_again(t
 
 
 def test_damaged_entries_are_encoded_again_by_a_training_that_encodes_on_demand(
-    tmp_path, pictures, full, caplog
+    tmp_path, images, full, caplog
 ):
-    spec = spec_in_mode(tmp_path, pictures, "ondemand", **WITH_PICTURES)
+    spec = spec_in_mode(tmp_path, images, "ondemand", **WITH_IMAGES)
     train(spec)
     flip_last_byte(tmp_path / "drawings" / "latents")
     again = train(spec.model_copy(update={"run_dir": str(tmp_path / "again")}))

@@ -132,8 +132,8 @@ def test_diffusers_draws_what_the_trainer_drew(trained):
             output_type="np",
         ).images[0]
     drawn = next(image for image in manifest.validation_images if image.step == STEPS)
-    with Image.open(drawn.path) as picture:
-        assert np.array_equal(np.asarray(picture), (pixels * 255).round().astype(np.uint8))
+    with Image.open(drawn.path) as opened:
+        assert np.array_equal(np.asarray(opened), (pixels * 255).round().astype(np.uint8))
     first = next(image for image in manifest.validation_images if image.step == 0)
     assert Path(first.path).read_bytes() != Path(drawn.path).read_bytes()
 

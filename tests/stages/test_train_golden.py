@@ -71,7 +71,7 @@ class StopAfter(Silent):
 
 
 def demo_spec(folder: Path) -> TrainSpec:
-    """The demo as its graph would train it, but for validation pictures."""
+    """The demo as its graph would train it, but for validation images."""
     place = shutil.copytree(
         DEFAULT_ROOT / "demo", folder / "demo", ignore=shutil.ignore_patterns("data", "output")
     )

@@ -40,7 +40,7 @@ HARD = {
     "noise_offset": 0.1,
     "use_ema": True,
 }
-WITH_PICTURES = {"validation_disable": False, "validation_step_interval": 10, "ema_validation": "ema_only"}
+WITH_IMAGES = {"validation_disable": False, "validation_step_interval": 10, "ema_validation": "ema_only"}
 LION = {"optimizer": "optimi-lion", "learning_rate": 1e-4}
 OTHERS = ["adamw_bf16", "prodigy", "adamw_schedulefree", "adafactor", "optimi-stableadamw", "ao-adamw8bit"]
 
@@ -83,8 +83,8 @@ def assert_equal(resumed: TrainedLora, unbroken: TrainedLora, step: int) -> None
 def test_a_killed_run_leaves_the_bytes_of_an_unbroken_one(tmp_path, number, settings):
     spec = hard_spec(tmp_path, **settings)
     unbroken = main(spec, Listener(), StopSignal())
-    # with pictures, which the unbroken run does not draw: they must not change a bit either
-    spec = with_settings(spec, "killed", **WITH_PICTURES)
+    # with images, which the unbroken run does not draw: they must not change a bit either
+    spec = with_settings(spec, "killed", **WITH_IMAGES)
     step = kill_on_the_way(spec, number, LAST)
     resumed = main(spec, Listener(), StopSignal())
     assert_equal(resumed, unbroken, step)
@@ -115,6 +115,6 @@ def test_so_does_a_run_on_two_processes(tmp_path):
 def test_so_does_one_that_torchrun_has_started(tmp_path, number):
     spec = on_two_processes(hard_spec(tmp_path))
     unbroken = run(spec, *TWO_PROCESSES)
-    spec = with_settings(spec, "killed", **WITH_PICTURES)
+    spec = with_settings(spec, "killed", **WITH_IMAGES)
     step = kill_all_on_the_way(spec, number, LAST, *TWO_PROCESSES)
     assert_equal(run(spec, *TWO_PROCESSES), unbroken, step)

@@ -1,4 +1,4 @@
-"""Holds: a training with masks and regularisation pictures, through the stage's own door: white masks train what none would, a stopped run
+"""Holds: a training with masks and regularisation images, through the stage's own door: white masks train what none would, a stopped run
 goes on bit for bit, and two processes train as one."""
 
 from hashlib import sha256
@@ -33,7 +33,7 @@ SETTINGS = {
 
 
 def spec_of(folder: Path, run: str = "run") -> TrainSpec:
-    """Four masked pictures and three regularisation ones, in buckets that they share."""
+    """Four masked images and three regularisation ones, in buckets that they share."""
     folder.mkdir(parents=True, exist_ok=True)
     buckets = [SQUARE, SQUARE, WIDE, WIDE]
     subject = masked_lane(make_lane(folder / "subject", "subject", buckets), folder / "masks")

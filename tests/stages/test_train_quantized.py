@@ -28,7 +28,7 @@ def lane(tmp_path_factory):
 
 @pytest.mark.usefixtures("one_thread", "fresh_accelerator")
 @pytest.mark.parametrize(("precision", "mixed_precision"), PRECISIONS)
-def test_pictures_and_eval_losses_are_taken_between_the_steps(precision, mixed_precision, lane, tmp_path):
+def test_images_and_eval_losses_are_taken_between_the_steps(precision, mixed_precision, lane, tmp_path):
     require(precision)
     spec = make_spec(
         tmp_path,

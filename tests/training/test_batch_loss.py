@@ -90,12 +90,12 @@ def target_of(scheduler: DDPMScheduler, batch: Batch) -> Tensor:
 
 
 def loss_by_hand(spec: TrainSpec, batch: Batch, noisy: Tensor, answer: Tensor, target: Tensor) -> Tensor:
-    """Each picture's loss, (B,), from what the UNet answers and what it is asked for."""
+    """Each image's loss, (B,), from what the UNet answers and what it is asked for."""
     settings, scheduler = spec.settings, scheduler_of(spec)
     kind = scheduler.config.prediction_type
     abar = scheduler.alphas_cumprod[batch.timesteps][:, None, None, None]
     if settings.diff2flow_loss:
-        # the picture and the noise that an answer amounts to
+        # the image and the noise that an answer amounts to
         x0 = (noisy - (1 - abar).sqrt() * answer) / abar.sqrt()
         eps = answer
         if kind == "v_prediction":
@@ -165,7 +165,7 @@ CLASSES = {
 
 
 def rolled_out(spec: TrainSpec, unet: UNet2DConditionModel, batch: Batch) -> Tensor:
-    """Each picture as it reaches its timestep, one after the other, by the plain loop of a sampler."""
+    """Each image as it reaches its timestep, one after the other, by the plain loop of a sampler."""
     settings, scheduler = spec.settings, scheduler_of(spec)
     noisy = scheduler.add_noise(batch.latents, batch.input_noise, batch.timesteps)
     order = {} if settings.scheduled_sampling_sampler == "euler" else {"solver_order": settings.scheduled_sampling_order}  # fmt: skip
@@ -192,7 +192,7 @@ def rolled_out(spec: TrainSpec, unet: UNet2DConditionModel, batch: Batch) -> Ten
 def test_rollouts_masks_and_regularisation_in_one_batch(tmp_path: Path, solver: str):
     """With an adapter that changes something, whose dropout is off while it rolls out and on while it is trained."""
     subject = masked_lane(
-        make_lane(tmp_path / "subject", "subject", [SQUARE] * 4), tmp_path / "masks", pictures=[0, 1]
+        make_lane(tmp_path / "subject", "subject", [SQUARE] * 4), tmp_path / "masks", images=[0, 1]
     )
     people = make_lane(tmp_path / "people", "people", [SQUARE] * 4)
     people = people.model_copy(update={"is_regularisation": True})

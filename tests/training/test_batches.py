@@ -1,4 +1,4 @@
-"""Batches: the cached tensors of the right pictures, caption dropout, and noise that depends on (seed, step, slot) alone."""
+"""Batches: the cached tensors of the right images, caption dropout, and noise that depends on (seed, step, slot) alone."""
 
 from collections import Counter
 from contextlib import closing
@@ -48,7 +48,7 @@ def assert_same(one, other):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
-def test_a_batch_holds_what_the_stores_hold_of_its_pictures(lane):
+def test_a_batch_holds_what_the_stores_hold_of_its_images(lane):
     batches = make_batches(lane)
     latent_store = TensorStore(lane.latents.store_root)
     text_store = TensorStore(lane.text_embeds.store_root)

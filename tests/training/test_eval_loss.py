@@ -11,8 +11,8 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from sdxl_pipeline.sdxl.adapters import add_lora
 from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.batches import BatchReader
-from sdxl_pipeline.training.eval_loss import EvalPicture, eval_loss, eval_timesteps, fixed_noise
-from sdxl_pipeline.training.eval_pictures import read_pictures
+from sdxl_pipeline.training.eval_images import read_images
+from sdxl_pipeline.training.eval_loss import EvalImage, eval_loss, eval_timesteps, fixed_noise
 from sdxl_pipeline.training.eval_samples import choose_samples
 from sdxl_pipeline.training.losses import HuberLoss
 from sdxl_pipeline.training.objective import Objective
@@ -43,10 +43,10 @@ def unet() -> UNet2DConditionModel:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[EvalPicture]:
+def images() -> list[EvalImage]:
     generator = torch.Generator().manual_seed(1)
     return [
-        EvalPicture(
+        EvalImage(
             key=f"key{number}",
             measured=(f"latents {number}", f"caption {number}"),
             latents=torch.randn(4, height, 8, generator=generator),
@@ -68,7 +68,7 @@ def test_timesteps_are_the_middles_of_equal_parts():
     assert 964 <= steps[-1] <= 999
 
 
-def test_noise_depends_on_picture_and_timestep_alone():
+def test_noise_depends_on_image_and_timestep_alone():
     shape = torch.Size((4, 8, 8))
     noise = fixed_noise("a", 500, shape)
     torch.manual_seed(99)
@@ -77,88 +77,88 @@ def test_noise_depends_on_picture_and_timestep_alone():
     assert not torch.equal(noise, fixed_noise("b", 500, shape))
 
 
-def test_two_evaluations_agree_to_the_last_bit(unet, pictures):
-    first = eval_loss(unet, EPSILON, pictures, (100, 500, 900), batch_size=2)
+def test_two_evaluations_agree_to_the_last_bit(unet, images):
+    first = eval_loss(unet, EPSILON, images, (100, 500, 900), batch_size=2)
     torch.manual_seed(4321)
-    assert eval_loss(unet, EPSILON, pictures, (100, 500, 900), batch_size=2) == first
+    assert eval_loss(unet, EPSILON, images, (100, 500, 900), batch_size=2) == first
 
 
-def test_each_image_has_a_loss_under_a_name_that_follows_what_was_measured(unet, pictures):
-    whole = eval_loss(unet, EPSILON, pictures, (100, 900), batch_size=2)
-    alone = eval_loss(unet, EPSILON, pictures[1:2], (100, 900), batch_size=2)
+def test_each_image_has_a_loss_under_a_name_that_follows_what_was_measured(unet, images):
+    whole = eval_loss(unet, EPSILON, images, (100, 900), batch_size=2)
+    alone = eval_loss(unet, EPSILON, images[1:2], (100, 900), batch_size=2)
     assert whole.by_image[1][0] == alone.by_image[0][0]
     assert whole.by_image[1][1] == pytest.approx(alone.mean, rel=1e-5)
     assert sum(loss for _, loss in whole.by_image) / 3 == pytest.approx(whole.mean)
-    edited = replace(pictures[1], measured=("latents 1", "another caption"))
+    edited = replace(images[1], measured=("latents 1", "another caption"))
     for other in (
         eval_loss(unet, EPSILON, [edited], (100, 900), batch_size=2),
-        eval_loss(unet, EPSILON, pictures[1:2], (100, 901), batch_size=2),
+        eval_loss(unet, EPSILON, images[1:2], (100, 901), batch_size=2),
     ):
         assert other.by_image[0][0] != alone.by_image[0][0]
-    twice = eval_loss(unet, EPSILON, [pictures[0], pictures[1], edited], (100, 900), batch_size=2)
+    twice = eval_loss(unet, EPSILON, [images[0], images[1], edited], (100, 900), batch_size=2)
     assert len(twice.by_image) == 2, "copies of one image are one image"
 
 
-def test_the_loss_is_the_plain_mean_squared_error(unet, pictures):
-    """By another road: diffusers' own scheduler, one picture and one timestep at a time."""
+def test_the_loss_is_the_plain_mean_squared_error(unet, images):
+    """By another road: diffusers' own scheduler, one image and one timestep at a time."""
     timesteps = (50, 400, 950)
-    found = eval_loss(unet, EPSILON, pictures, timesteps, batch_size=4)
+    found = eval_loss(unet, EPSILON, images, timesteps, batch_size=4)
     for timestep, loss in found.by_timestep:
         errors = []
-        for picture in pictures:
-            latents, when = picture.latents[None], torch.tensor([timestep])
-            noise = fixed_noise(picture.key, timestep, picture.latents.shape)[None]
+        for image in images:
+            latents, when = image.latents[None], torch.tensor([timestep])
+            noise = fixed_noise(image.key, timestep, image.latents.shape)[None]
             added = {
-                "text_embeds": picture.pooled_prompt_embeds[None],
-                "time_ids": torch.tensor([picture.time_ids], dtype=torch.float32),
+                "text_embeds": image.pooled_prompt_embeds[None],
+                "time_ids": torch.tensor([image.time_ids], dtype=torch.float32),
             }
             with torch.no_grad():
                 noisy = SCHEDULE.add_noise(latents, noise, when)
-                predicted = unet(noisy, when, picture.prompt_embeds[None], added_cond_kwargs=added).sample
+                predicted = unet(noisy, when, image.prompt_embeds[None], added_cond_kwargs=added).sample
             errors.append(torch.nn.functional.mse_loss(predicted, noise).item())
         assert loss == pytest.approx(sum(errors) / len(errors), rel=1e-5)
     assert found.mean == pytest.approx(sum(loss for _, loss in found.by_timestep) / len(timesteps), rel=1e-12)
 
 
-def test_v_prediction_has_its_own_target(unet, pictures):
+def test_v_prediction_has_its_own_target(unet, images):
     objective = replace(EPSILON, prediction_type="v_prediction")
-    found = eval_loss(unet, objective, pictures[:1], (700,), batch_size=1)
-    picture, when = pictures[0], torch.tensor([700])
-    noise = fixed_noise(picture.key, 700, picture.latents.shape)[None]
+    found = eval_loss(unet, objective, images[:1], (700,), batch_size=1)
+    image, when = images[0], torch.tensor([700])
+    noise = fixed_noise(image.key, 700, image.latents.shape)[None]
     added = {
-        "text_embeds": picture.pooled_prompt_embeds[None],
-        "time_ids": torch.tensor([picture.time_ids]).float(),
+        "text_embeds": image.pooled_prompt_embeds[None],
+        "time_ids": torch.tensor([image.time_ids]).float(),
     }
     with torch.no_grad():
-        noisy = SCHEDULE.add_noise(picture.latents[None], noise, when)
-        predicted = unet(noisy, when, picture.prompt_embeds[None], added_cond_kwargs=added).sample
-    velocity = SCHEDULE.get_velocity(picture.latents[None], noise, when)
+        noisy = SCHEDULE.add_noise(image.latents[None], noise, when)
+        predicted = unet(noisy, when, image.prompt_embeds[None], added_cond_kwargs=added).sample
+    velocity = SCHEDULE.get_velocity(image.latents[None], noise, when)
     assert found.mean == pytest.approx(torch.nn.functional.mse_loss(predicted, velocity).item(), rel=1e-5)
 
 
-def test_neither_weighting_nor_another_loss_reaches_the_eval_loss(unet, pictures):
+def test_neither_weighting_nor_another_loss_reaches_the_eval_loss(unet, images):
     huber = HuberLoss("huber", "snr", 0.1)
     weighted = replace(EPSILON, weighting=debiased_estimation, scale=2.0, huber=huber, diff2flow=True)
-    assert eval_loss(unet, weighted, pictures, (20,), 4) == eval_loss(unet, EPSILON, pictures, (20,), 4)
+    assert eval_loss(unet, weighted, images, (20,), 4) == eval_loss(unet, EPSILON, images, (20,), 4)
 
 
-def test_a_new_lora_has_exactly_the_base_models_loss(unet, pictures):
-    base = eval_loss(unet, EPSILON, pictures, (300, 800), batch_size=3)
+def test_a_new_lora_has_exactly_the_base_models_loss(unet, images):
+    base = eval_loss(unet, EPSILON, images, (300, 800), batch_size=3)
     adapted = UNet2DConditionModel.from_config(unet.config).eval()
     adapted.load_state_dict(unet.state_dict())
     parameters = add_lora(adapted, 2, 2.0, 0.0, ("to_q", "to_v"), seed=0)
-    assert eval_loss(adapted, EPSILON, pictures, (300, 800), batch_size=3) == base
+    assert eval_loss(adapted, EPSILON, images, (300, 800), batch_size=3) == base
     with torch.no_grad():
         for parameter in parameters:
             parameter.add_(0.5)
-    assert eval_loss(adapted, EPSILON, pictures, (300, 800), batch_size=3).mean != base.mean
+    assert eval_loss(adapted, EPSILON, images, (300, 800), batch_size=3).mean != base.mean
     adapted.disable_adapters()
-    assert eval_loss(adapted, EPSILON, pictures, (300, 800), batch_size=3) == base
+    assert eval_loss(adapted, EPSILON, images, (300, 800), batch_size=3) == base
 
 
-def test_progress_counts_every_pair_once(unet, pictures):
+def test_progress_counts_every_pair_once(unet, images):
     calls: list[tuple[int, int]] = []
-    eval_loss(unet, EPSILON, pictures, (1, 2), 4, lambda done, total: calls.append((done, total)))
+    eval_loss(unet, EPSILON, images, (1, 2), 4, lambda done, total: calls.append((done, total)))
     assert calls == [(4, 6), (6, 6)]  # two sizes: four pairs of one, two of the other
 
 
@@ -178,10 +178,10 @@ def test_an_eval_dataset_comes_before_a_held_out_share(tmp_path: Path):
     assert [sample.path for sample in samples] == ["b.png"]
 
 
-def test_without_either_the_training_pictures_are_used_and_said_to_be(tmp_path: Path):
+def test_without_either_the_training_images_are_used_and_said_to_be(tmp_path: Path):
     lane = make_lane(tmp_path / "photos", "photos", splits=splits(a="train", b="train"))
     source, samples = choose_samples((lane,), tiny_settings())
-    assert source == "training pictures"
+    assert source == "training images"
     assert {sample.path for sample in samples} == {"a.png", "b.png"}
 
 
@@ -193,15 +193,15 @@ def test_num_eval_images_takes_the_first_by_key(tmp_path: Path):
     assert list(some) == everything[:3]
 
 
-def test_pictures_are_the_scaled_posterior_mean_and_the_first_caption(tmp_path: Path):
+def test_images_are_the_scaled_posterior_mean_and_the_first_caption(tmp_path: Path):
     lane = make_lane(tmp_path / "photos", "photos", splits=splits(a="eval", b="eval"))
     _, samples = choose_samples((lane,), tiny_settings())
-    found = read_pictures(samples, BatchReader((lane,)), scaling_factor=0.5)
+    found = read_images(samples, BatchReader((lane,)), scaling_factor=0.5)
     latents, texts = (
         TensorStore(Path(lane.latents.store_root)),
         TensorStore(Path(lane.text_embeds.store_root)),
     )
-    for picture, sample in zip(found, samples, strict=True):
-        assert torch.equal(picture.latents, latents.read(sample.latent_key)["mean"] * 0.5)
-        assert torch.equal(picture.prompt_embeds, texts.read(sample.embed_keys[0])["prompt_embeds"])
-        assert picture.time_ids == sample.time_ids
+    for image, sample in zip(found, samples, strict=True):
+        assert torch.equal(image.latents, latents.read(sample.latent_key)["mean"] * 0.5)
+        assert torch.equal(image.prompt_embeds, texts.read(sample.embed_keys[0])["prompt_embeds"])
+        assert image.time_ids == sample.time_ids

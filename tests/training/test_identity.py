@@ -103,7 +103,7 @@ def test_a_run_of_another_length_is_of_the_same_trajectory_where_the_rate_does_n
 def test_the_number_of_processes_is_part_of_it_and_does_not_hide_that_it_is_the_same_training(tmp_path, spec):
     one, two = (
         run_names(make_spec(tmp_path, *spec.lanes, num_processes=number, allow_dataset_oversubscription=True))
-        for number in (1, 3)  # whose batches are more pictures than there are
+        for number in (1, 3)  # whose batches are more images than there are
     )
     assert not {one.identity, one.trajectory, one.family} & {two.identity, two.trajectory, two.family}
     assert one.kin == two.kin

@@ -19,9 +19,9 @@ from sdxl_pipeline.protocol.specs import LossSummary, TrainedLora, TrainSpec
 from sdxl_pipeline.sdxl.components import latent_scaling_factor, load_noise_scheduler
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.batches import BatchReader
+from sdxl_pipeline.training.eval_images import read_images
 from sdxl_pipeline.training.eval_log import EVAL_FILE, EvalLog, EvalRow, read_eval_log
 from sdxl_pipeline.training.eval_loss import eval_loss, eval_timesteps
-from sdxl_pipeline.training.eval_pictures import read_pictures
 from sdxl_pipeline.training.eval_samples import choose_samples
 from sdxl_pipeline.training.looks import LookCosts, LookTimes
 from sdxl_pipeline.training.metrics import read_metrics
@@ -113,9 +113,9 @@ def evaluated_afterwards(spec: TrainSpec, manifest: TrainedLora) -> float:
     objective = Objective(scheduler.alphas_cumprod, scheduler.config.prediction_type)
     source, samples = choose_samples(spec.lanes, spec.settings)
     assert source == "eval dataset"
-    assert set(samples.pictures_by_dataset()) == {"held"}
-    pictures = read_pictures(samples, BatchReader(spec.lanes), latent_scaling_factor(spec.base_model))
-    return eval_loss(pipeline.unet, objective, pictures, eval_timesteps(3), batch_size=1).mean
+    assert set(samples.images_by_dataset()) == {"held"}
+    images = read_images(samples, BatchReader(spec.lanes), latent_scaling_factor(spec.base_model))
+    return eval_loss(pipeline.unet, objective, images, eval_timesteps(3), batch_size=1).mean
 
 
 def test_a_watched_run_is_the_same_run_and_everyone_hears_of_it(tmp_path, posts):
@@ -134,8 +134,8 @@ def test_a_watched_run_is_the_same_run_and_everyone_hears_of_it(tmp_path, posts)
     assert final < base
 
     forming = {("circle, forming", step) for step in (0, 3, 6)}
-    pictures = {("circle", step) for step in (0, 3, 6)}
-    assert set(listener.images) == forming | pictures
+    images = {("circle", step) for step in (0, 3, 6)}
+    assert set(listener.images) == forming | images
     wanted = {"loss", "lr", "grad_norm", "steps_per_second", "samples_per_second", "eta_seconds", "eval/loss"}
     assert wanted <= listener.figures
     row = read_metrics(Path(watched.metrics_path))[-1]
@@ -186,7 +186,7 @@ def test_the_time_to_the_end_counts_the_looks_to_come(tmp_path):
     assert costs.to_come(0) == 6 * 4.0
     assert costs.to_come(1) == 5 * 4.0
     for seconds in (100.0, 60.0):  # after steps 0, 7, 10, 14, 20, 21, 23
-        take("pictures", seconds)
+        take("images", seconds)
     assert costs.to_come(10) == 4 * 4.0 + 5 * 80.0
     assert costs.to_come(11) == 3 * 4.0 + 4 * 80.0
     assert costs.to_come(23) == 4.0 + 80.0
@@ -275,7 +275,7 @@ def test_what_looking_needs_is_missed_at_the_start(tmp_path):
     with pytest.raises(StageError, match="which is no folder"):
         main(missing, Reporter(), StopSignal())
     nobody = spec_of(tmp_path, "run", **LOOKING, eval_dataset_id="shapes")
-    with pytest.raises(StageError, match="eval_dataset_id: 'shapes' has no pictures to evaluate on"):
+    with pytest.raises(StageError, match="eval_dataset_id: 'shapes' has no images to evaluate on"):
         main(nobody, Reporter(), StopSignal())
     broken = spec_of(tmp_path, "run", webhook_config=str(tmp_path / "absent.json"))
     with pytest.raises(StageError, match=r"absent\.json"):

@@ -1,4 +1,4 @@
-"""Holds: white masks change no bit, black places cost nothing, and masks reach a batch with their picture, cut as it was."""
+"""Holds: white masks change no bit, black places cost nothing, and masks reach a batch with their image, cut as it was."""
 
 from collections.abc import Sequence
 from hashlib import sha256
@@ -25,13 +25,13 @@ from tests.lanes import SQUARE, make_lane, make_spec
 SEED = 5
 
 
-def masked_lane(lane: TrainingLane, folder: Path, pictures: Sequence[int] | None = None) -> TrainingLane:
-    """The lane with a mask for its pictures of these numbers, or all: random grey, another one for each."""
+def masked_lane(lane: TrainingLane, folder: Path, images: Sequence[int] | None = None) -> TrainingLane:
+    """The lane with a mask for its images of these numbers, or all: random grey, another one for each."""
     folder.mkdir(parents=True, exist_ok=True)
     pairs = []
     rows = pd.read_parquet(lane.rows_path).drop_duplicates("path")
     for number, row in enumerate(rows.itertuples()):
-        if pictures is not None and number not in pictures:
+        if images is not None and number not in images:
             continue
         random = np.random.default_rng(number)
         values = random.integers(0, 255, (row.original_h // 4, row.original_w // 4), dtype=np.uint8)
@@ -54,7 +54,7 @@ def lane(tmp_path):
     return make_lane(tmp_path / "lane", crops=2)
 
 
-def test_each_mask_is_cut_as_its_picture_and_travels_with_its_key(lane, tmp_path):
+def test_each_mask_is_cut_as_its_image_and_travels_with_its_key(lane, tmp_path):
     masked = masked_lane(lane, tmp_path / "masks")
     samples = samples_of(masked)
     assert any(sample.crop.flipped for sample in samples)
@@ -66,8 +66,8 @@ def test_each_mask_is_cut_as_its_picture_and_travels_with_its_key(lane, tmp_path
         assert 0 < weights.mean() < 1
 
 
-def test_pictures_without_a_mask_count_whole(lane, tmp_path):
-    masked = masked_lane(lane, tmp_path / "masks", pictures=[0])
+def test_images_without_a_mask_count_whole(lane, tmp_path):
+    masked = masked_lane(lane, tmp_path / "masks", images=[0])
     samples = samples_of(masked)
     read = build_loss_weights(make_spec(tmp_path, masked)).of(samples, SEED, 0, range(len(samples)))
     whole = [bool((weights == 1).all()) for weights in read.weights]
@@ -115,10 +115,10 @@ def test_a_mask_that_has_changed_or_gone_stops_with_its_name(lane, tmp_path):
     samples = samples_of(masked)[:1]
     path = tmp_path / "masks" / f"{Path(samples[0].path).stem}.png"
     Image.new("L", (30, 30)).save(path)
-    with pytest.raises(StageError, match=r"picture_00.png: changed since.*materialize"):
+    with pytest.raises(StageError, match=r"image_00.png: changed since.*materialize"):
         MaskReader(mask_tables([masked])).read(samples, [True])
     path.unlink()
-    with pytest.raises(StageError, match=r"picture_00.png: cannot be read"):
+    with pytest.raises(StageError, match=r"image_00.png: cannot be read"):
         MaskReader(mask_tables([masked])).read(samples, [True])
 
 

@@ -278,10 +278,10 @@ def test_sdxl_base_takes_what_is_known_of_it():
     assert estimate_memory(full, whole, whole, [(1024, 1024)]).total == pytest.approx(4 * 10.27e9, rel=0.1)
 
 
-def test_a_picture_between_steps_counts_where_it_takes_more():
+def test_a_image_between_steps_counts_where_it_takes_more():
     common = {"process": 1, "frozen_weights": 10, "trained_weights": 2, "optimizer": 4, "average": 2}
-    assert MemoryEstimate(**common, gradients=2, activations=5, picture=3).total == 26
-    assert MemoryEstimate(**common, gradients=2, activations=5, picture=30).total == 49
+    assert MemoryEstimate(**common, gradients=2, activations=5, image=3).total == 26
+    assert MemoryEstimate(**common, gradients=2, activations=5, image=30).total == 49
 
 
 def test_what_is_advised_is_what_is_not_done_yet():
@@ -370,9 +370,7 @@ def test_a_run_on_quantized_weights_that_was_resumed_leaves_the_same_bytes(
     assert resumed.weights_sha256 == unbroken.weights_sha256
 
 
-def test_with_complete_caches_no_text_encoder_is_made_and_a_vae_for_pictures_alone(
-    lane, tmp_path, monkeypatch
-):
+def test_with_complete_caches_no_text_encoder_is_made_and_a_vae_for_images_alone(lane, tmp_path, monkeypatch):
     made = []
     for kind in (CLIPTextModel, CLIPTextModelWithProjection, AutoencoderKL):
 

@@ -1,4 +1,4 @@
-"""Holds: a step of NaN or infinite loss or gradients changes nothing, whatever the optimizer; ten in a row end the run and name the pictures."""
+"""Holds: a step of NaN or infinite loss or gradients changes nothing, whatever the optimizer; ten in a row end the run and name the images."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -65,7 +65,7 @@ def draw(name: str) -> SimpleNamespace:
     )
 
 
-def test_a_warning_names_each_picture_once():
+def test_a_warning_names_each_image_once():
     said = SkippedSteps(100).skipped(3, float("nan"), [[draw("a"), draw("b")], [draw("a")]])
     assert "step 3 is skipped, since its loss is nan" in said
     assert said.count("cats/a.png (key aaaaaaaaaaaa)") == said.count("cats/b.png (key bbbbbbbbbbbb)") == 1

@@ -1,4 +1,4 @@
-"""Cache modes: whatever is in the stores and whatever is encoded at first use, position i of a batch is picture i, and a run is the run."""
+"""Cache modes: whatever is in the stores and whatever is encoded at first use, position i of a batch is image i, and a run is the run."""
 
 import shutil
 from pathlib import Path
@@ -19,7 +19,7 @@ from sdxl_pipeline.training.on_demand import OnDemandEncoders
 from sdxl_pipeline.training.order import SampleOrder
 from sdxl_pipeline.training.samples import Sample, load_samples
 from sdxl_pipeline.training.timesteps import TimestepDraw
-from tests.encoded_lanes import HARDWARE, draw_pictures, listing, prepare_lane
+from tests.encoded_lanes import HARDWARE, draw_images, listing, prepare_lane
 from tests.lanes import NEGATIVE, PROMPT, model_folder
 
 LATENTS = ("mean", "logvar")
@@ -44,9 +44,9 @@ def caption_encoder(model: ResolvedModel) -> CaptionEncoder:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drawings")
-    draw_pictures(folder)
+    draw_images(folder)
     return folder
 
 
@@ -55,17 +55,17 @@ def reader_of(lane: TrainingLane, model: ResolvedModel) -> BatchReader:
 
 
 def wide(lane: TrainingLane) -> list[Sample]:
-    """The pictures of one bucket."""
+    """The images of one bucket."""
     samples = list(load_samples([lane], "train"))
     return [sample for sample in samples if sample.bucket == samples[0].bucket]
 
 
 def own_latents(lane: TrainingLane, encoder: LatentEncoder, sample: Sample) -> dict[str, torch.Tensor]:
-    """What the picture's file is encoded to, without any reader."""
+    """What the image's file is encoded to, without any reader."""
     return encoder.encode(Path(lane.data_dir) / sample.path, sample.crop)
 
 
-def assert_position_is_picture(
+def assert_position_is_image(
     lane: TrainingLane, encoder: LatentEncoder, reader: BatchReader, samples: list[Sample]
 ) -> None:
     posteriors = reader.posteriors(samples)
@@ -78,26 +78,22 @@ def assert_position_is_picture(
 
 
 @pytest.mark.parametrize("mode", ["full", *DEFERRED])
-def test_position_i_of_the_latents_is_picture_i(tmp_path, pictures, model, latent_encoder, mode):
-    lane = prepare_lane(tmp_path, pictures, model, latent_cache=mode)
+def test_position_i_of_the_latents_is_image_i(tmp_path, images, model, latent_encoder, mode):
+    lane = prepare_lane(tmp_path, images, model, latent_cache=mode)
     samples = wide(lane)
     reader = reader_of(lane, model)
     assert len(samples) == 3
-    assert_position_is_picture(
-        lane, latent_encoder, reader, samples
-    )  # none of them is there but in full mode
-    assert_position_is_picture(lane, latent_encoder, reader, samples[::-1])
+    assert_position_is_image(lane, latent_encoder, reader, samples)  # none of them is there but in full mode
+    assert_position_is_image(lane, latent_encoder, reader, samples[::-1])
     reader.close()
-    assert_position_is_picture(
+    assert_position_is_image(
         lane, latent_encoder, reader_of(lane, model), [samples[2], samples[0], samples[1]]
     )
 
 
 @pytest.mark.parametrize("present", [[0], [1], [2], [0, 2]])
-def test_position_i_is_picture_i_when_some_are_in_the_store(
-    tmp_path, pictures, model, latent_encoder, present
-):
-    lane = prepare_lane(tmp_path, pictures, model, latent_cache="ondemand")
+def test_position_i_is_image_i_when_some_are_in_the_store(tmp_path, images, model, latent_encoder, present):
+    lane = prepare_lane(tmp_path, images, model, latent_cache="ondemand")
     samples = wide(lane)
     with_some = reader_of(lane, model)
     with_some.posteriors([samples[index] for index in present])
@@ -105,24 +101,22 @@ def test_position_i_is_picture_i_when_some_are_in_the_store(
     store = TensorStore(lane.latents.store_root)
     assert len(store) == len(present)
     reader = reader_of(lane, model)
-    assert_position_is_picture(lane, latent_encoder, reader, samples)
+    assert_position_is_image(lane, latent_encoder, reader, samples)
     reader.flush()
     store.refresh()
     assert len(store) == 3
-    assert_position_is_picture(lane, latent_encoder, reader, [*samples, samples[0]])
+    assert_position_is_image(lane, latent_encoder, reader, [*samples, samples[0]])
 
 
 @pytest.mark.parametrize("mode", ["full", *DEFERRED])
-def test_position_i_of_the_texts_is_the_caption_of_picture_i(
-    tmp_path, pictures, model, caption_encoder, mode
-):
-    lane = prepare_lane(tmp_path, pictures, model, text_cache=mode)
+def test_position_i_of_the_texts_is_the_caption_of_image_i(tmp_path, images, model, caption_encoder, mode):
+    lane = prepare_lane(tmp_path, images, model, text_cache=mode)
     samples = list(load_samples([lane], "train"))
     reader, encoder = reader_of(lane, model), caption_encoder
     for order in (samples[:3], samples[::-1], [samples[1], samples[4], samples[0], samples[1]]):
         texts = reader.text_embeds(order, [sample.embed_keys[0] for sample in order])
         for place, sample in enumerate(order):
-            caption = (pictures / sample.path).with_suffix(".txt").read_text().strip()
+            caption = (images / sample.path).with_suffix(".txt").read_text().strip()
             own = encoder.encode(caption)
             torch.testing.assert_close(texts.prompt_embeds[place], own["prompt_embeds"], rtol=1e-3, atol=1e-3)
             torch.testing.assert_close(
@@ -134,8 +128,8 @@ def test_position_i_of_the_texts_is_the_caption_of_picture_i(
 
 
 @pytest.mark.parametrize("mode", DEFERRED)
-def test_prompts_are_had_in_every_mode(tmp_path, pictures, model, caption_encoder, mode):
-    lane = prepare_lane(tmp_path, pictures, model, text_cache=mode)
+def test_prompts_are_had_in_every_mode(tmp_path, images, model, caption_encoder, mode):
+    lane = prepare_lane(tmp_path, images, model, text_cache=mode)
     reader, encoder = reader_of(lane, model), caption_encoder
     conditioning = reader.conditioning(PROMPT, NEGATIVE, zeros_for_empty_prompt=True)
     assert torch.equal(conditioning.prompt_embeds[0], encoder.encode(PROMPT)["prompt_embeds"])
@@ -152,8 +146,8 @@ def batches_of(lane: TrainingLane, model: ResolvedModel, dropout: float = 0.0) -
     return TrainingBatches(order, reader_of(lane, model), 0.5, Corruption(TimestepDraw(1000)), dropout)
 
 
-def test_disable_touches_no_store(tmp_path, pictures, model):
-    lane = prepare_lane(tmp_path, pictures, model, latent_cache="disable", text_cache="disable")
+def test_disable_touches_no_store(tmp_path, images, model):
+    lane = prepare_lane(tmp_path, images, model, latent_cache="disable", text_cache="disable")
     before = listing(tmp_path)
     batches = batches_of(lane, model, dropout=0.3)
     for index in range(5):
@@ -164,8 +158,8 @@ def test_disable_touches_no_store(tmp_path, pictures, model):
     assert not (tmp_path / "latents").exists() or not listing(tmp_path / "latents")
 
 
-def test_no_model_is_loaded_while_everything_is_there(tmp_path, pictures, model, monkeypatch):
-    lane = prepare_lane(tmp_path, pictures, model)
+def test_no_model_is_loaded_while_everything_is_there(tmp_path, images, model, monkeypatch):
+    lane = prepare_lane(tmp_path, images, model)
     lane = lane.model_copy(update={"latent_cache": "ondemand", "text_cache": "disable"})
     monkeypatch.setattr(OnDemandEncoders, "_latent_encoder", None)
     monkeypatch.setattr(OnDemandEncoders, "_caption_encoder", None)
@@ -174,9 +168,9 @@ def test_no_model_is_loaded_while_everything_is_there(tmp_path, pictures, model,
         batches.read(index)
 
 
-def test_what_was_encoded_is_written_a_shard_at_a_time_and_when_asked(tmp_path, pictures, model, monkeypatch):
+def test_what_was_encoded_is_written_a_shard_at_a_time_and_when_asked(tmp_path, images, model, monkeypatch):
     monkeypatch.setattr("sdxl_pipeline.training.on_demand.WRITTEN_TOGETHER", 2)
-    lane = prepare_lane(tmp_path, pictures, model, latent_cache="ondemand")
+    lane = prepare_lane(tmp_path, images, model, latent_cache="ondemand")
     reader, samples = reader_of(lane, model), wide(lane)
 
     def written() -> int:
@@ -190,27 +184,27 @@ def test_what_was_encoded_is_written_a_shard_at_a_time_and_when_asked(tmp_path, 
     reader.close()
 
 
-def test_a_picture_that_changed_is_an_error_that_names_it(tmp_path, pictures, model):
-    shutil.copytree(pictures, tmp_path / "pictures")
-    lane = prepare_lane(tmp_path / "lane", tmp_path / "pictures", model, latent_cache="ondemand")
+def test_a_image_that_changed_is_an_error_that_names_it(tmp_path, images, model):
+    shutil.copytree(images, tmp_path / "images")
+    lane = prepare_lane(tmp_path / "lane", tmp_path / "images", model, latent_cache="ondemand")
     sample = wide(lane)[1]
     other = next(
         s for s in load_samples([lane], "train") if s.key != sample.key and s.bucket == sample.bucket
     )
-    shutil.copy(pictures / other.path, tmp_path / "pictures" / sample.path)
+    shutil.copy(images / other.path, tmp_path / "images" / sample.path)
     reader = reader_of(lane, model)
     with pytest.raises(StageError, match=f"{sample.path}: changed since the dataset was scanned"):
         reader.posteriors(wide(lane))
     reader.close()
     assert not TensorStore(lane.latents.store_root).missing([wide(lane)[0].latent_key])
-    (tmp_path / "pictures" / sample.path).unlink()
+    (tmp_path / "images" / sample.path).unlink()
     with pytest.raises(StageError, match=f"{sample.path}: cannot be read"):
         reader_of(lane, model).posteriors([sample])
 
 
-def test_nothing_is_written_under_a_name_it_does_not_stand_for(tmp_path, pictures, model):
+def test_nothing_is_written_under_a_name_it_does_not_stand_for(tmp_path, images, model):
     """As when the launchpad changes a precision for the training alone: the store would be wrong for all who share it."""
-    lane = prepare_lane(tmp_path, pictures, model, latent_cache="ondemand", text_cache="ondemand")
+    lane = prepare_lane(tmp_path, images, model, latent_cache="ondemand", text_cache="ondemand")
     hardware = HARDWARE.model_copy(update={"vae_dtype": "bf16", "mixed_precision": "bf16"})
     reader = BatchReader([lane], OnDemandEncoders(model, hardware))
     with pytest.raises(StageError, match="'drawings': vae_latents was planned with another"):
@@ -224,8 +218,8 @@ def test_nothing_is_written_under_a_name_it_does_not_stand_for(tmp_path, picture
 CROPPED = {"crop": True, "crop_aspect": "square", "crop_style": "random"}
 
 
-def test_fresh_crops_are_cut_anew_each_time_and_say_where(tmp_path, pictures, model, latent_encoder):
-    lane = prepare_lane(tmp_path, pictures, model, latent_cache="disable", fresh_crops=True, **CROPPED)
+def test_fresh_crops_are_cut_anew_each_time_and_say_where(tmp_path, images, model, latent_encoder):
+    lane = prepare_lane(tmp_path, images, model, latent_cache="disable", fresh_crops=True, **CROPPED)
     before = listing(tmp_path / "latents")
     batches = batches_of(lane, model)
     places: dict[str, set[tuple[int, int]]] = {}
@@ -243,7 +237,7 @@ def test_fresh_crops_are_cut_anew_each_time_and_say_where(tmp_path, pictures, mo
             )
             assert batch.time_ids[place, 2:4].tolist() == [top, left]
             crop = Crop(**{**vars(planned), "crop_top": top, "crop_left": left})
-            own = latent_encoder.encode(pictures / draw.sample.path, crop)
+            own = latent_encoder.encode(images / draw.sample.path, crop)
             deviation = (0.5 * own["logvar"].float()).exp()
             assert ((batch.latents[place] / 0.5 - own["mean"].float()).abs() <= 6 * deviation).all()
             places.setdefault(draw.sample.key, set()).add((top, left))
@@ -255,10 +249,10 @@ def test_fresh_crops_are_cut_anew_each_time_and_say_where(tmp_path, pictures, mo
     assert torch.equal(again.time_ids, batches.read(7).time_ids)
 
 
-def test_lanes_of_different_modes_meet_in_one_batch(tmp_path, pictures, model, latent_encoder):
-    full = prepare_lane(tmp_path / "full", pictures, model)
+def test_lanes_of_different_modes_meet_in_one_batch(tmp_path, images, model, latent_encoder):
+    full = prepare_lane(tmp_path / "full", images, model)
     lazy = prepare_lane(
-        tmp_path / "lazy", pictures, model, latent_cache="ondemand", text_cache="disable", id="lazy"
+        tmp_path / "lazy", images, model, latent_cache="ondemand", text_cache="disable", id="lazy"
     )
     reader = BatchReader([full, lazy], OnDemandEncoders(model, HARDWARE))
     ours, theirs = wide(full), wide(lazy)

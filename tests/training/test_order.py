@@ -1,4 +1,4 @@
-"""The order of samples: a pure function of seed, epoch, step and rank, in batches of one bucket, that starves no picture and no crop."""
+"""The order of samples: a pure function of seed, epoch, step and rank, in batches of one bucket, that starves no image and no crop."""
 
 import itertools
 from collections import Counter, defaultdict
@@ -22,7 +22,7 @@ def rows(
     first: int = 0,
     crops: int = 1,
 ) -> pd.DataFrame:
-    """`count` pictures; crop i of each lies in bucket i, round and round."""
+    """`count` images; crop i of each lies in bucket i, round and round."""
     return pd.DataFrame(
         {
             "dataset_id": dataset_id,
@@ -60,7 +60,7 @@ def order_of(
     num_processes: int = 1,
     fill: BucketFill = "partial",
 ) -> SampleOrder:
-    given = passes if isinstance(passes, Mapping) else dict.fromkeys(samples.pictures_by_dataset(), passes)
+    given = passes if isinstance(passes, Mapping) else dict.fromkeys(samples.images_by_dataset(), passes)
     return SampleOrder(samples, given, seed, batch_size, num_processes, fill)
 
 
@@ -83,7 +83,7 @@ def test_any_batch_can_be_asked_for_first():
     assert [order_of(MIXED, seed=4).batch(index, 0) for index in range(40)] != expected
 
 
-def test_epochs_differ_and_each_shows_every_picture():
+def test_epochs_differ_and_each_shows_every_image():
     order = order_of(MIXED)
     first, second = epoch_of(order, 0), epoch_of(order, 1)
     assert [ids(batch) for batch in first] != [ids(batch) for batch in second]
@@ -145,7 +145,7 @@ def test_a_short_bucket_wraps_around_and_is_reported():
     assert sorted(counts.values()) == [1] * 10 + [2] * 5
     assert order.unfilled() == {SQUARE: (10, 2), WIDE: (5, 3)}
     assert order_of(MIXED, batch_size=5).unfilled() == {}
-    # a bucket with fewer pictures than a batch has places
+    # a bucket with fewer images than a batch has places
     tiny = epoch_of(order_of(samples_of(rows(3)), batch_size=8, fill="wrap"), 0)
     assert [sorted(Counter(ids(batch)).values()) for batch in tiny] == [[2, 3, 3]]
 
@@ -210,20 +210,20 @@ def test_captions_take_turns():
 
 
 @pytest.mark.parametrize("passes", [1.0, 2.0, 0.75])
-def test_the_crops_of_a_picture_take_turns(passes):
+def test_the_crops_of_a_image_take_turns(passes):
     samples = samples_of(rows(8, crops=3, buckets=[SQUARE, WIDE]))
     order = order_of(samples, passes, batch_size=2)
     shown: dict[str, list[int]] = defaultdict(list)
     for epoch in range(9):
         draws = {
-            (draw.sample.picture, draw.occurrence): draw for batch in epoch_of(order, epoch) for draw in batch
+            (draw.sample.image, draw.occurrence): draw for batch in epoch_of(order, epoch) for draw in batch
         }  # without what fills the last batches
-        assert len(draws) == 8 * passes, "an epoch counts pictures, not crops"
+        assert len(draws) == 8 * passes, "an epoch counts images, not crops"
         for draw in sorted(draws.values(), key=lambda draw: draw.occurrence):
-            shown[draw.sample.picture].append(draw.sample.crop_index)
+            shown[draw.sample.image].append(draw.sample.crop_index)
     for crops in shown.values():
         assert all(len(set(crops[start : start + 3])) == 3 for start in range(len(crops) - 2))
-    assert len({crops[0] for crops in shown.values()}) > 1, "not every picture begins with the same crop"
+    assert len({crops[0] for crops in shown.values()}) > 1, "not every image begins with the same crop"
 
 
 def test_batches_are_of_one_bucket_whichever_crop_has_its_turn():

@@ -23,25 +23,25 @@ def test_enough_is_left_as_it_is(lane):
     assert (planned.by_dataset, planned.raised_repeats) == ({"d": 1.0}, {})
 
 
-def test_too_few_pictures_is_an_error_with_the_repeats_that_would_do(lane):
+def test_too_few_images_is_an_error_with_the_repeats_that_would_do(lane):
     samples, asked = samples_of(rows(5)), settings(train_batch_size=4, gradient_accumulation_steps=3)
     with pytest.raises(
         StageError,
-        match=r"give 5 pictures.*takes 24: train_batch_size 4 x 2 processes x gradient_accumulation_steps 3.*\"repeats\": 4 .*'d'",
+        match=r"give 5 images.*takes 24: train_batch_size 4 x 2 processes x gradient_accumulation_steps 3.*\"repeats\": 4 .*'d'",
     ):
         planned_passes([lane], samples, asked, 2)
     planned_passes([lane.model_copy(update={"repeats": 4})], samples, asked, 2)
-    with pytest.raises(StageError, match="give 20 pictures"):
+    with pytest.raises(StageError, match="give 20 images"):
         planned_passes([lane.model_copy(update={"repeats": 3})], samples, asked, 2)
 
 
-def test_crops_of_one_picture_do_not_fill_a_step(lane):
-    with pytest.raises(StageError, match="give 5 pictures"):
+def test_crops_of_one_image_do_not_fill_a_step(lane):
+    with pytest.raises(StageError, match="give 5 images"):
         planned_passes([lane], samples_of(rows(5, crops=4)), settings(train_batch_size=8), 1)
 
 
-def test_no_picture_is_an_error(lane):
-    with pytest.raises(StageError, match="no picture to train on"):
+def test_no_image_is_an_error(lane):
+    with pytest.raises(StageError, match="no image to train on"):
         planned_passes([lane], samples_of(rows(1)).first_by_key(0), settings(), 1)
 
 

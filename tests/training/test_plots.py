@@ -29,8 +29,8 @@ def test_the_loss_curve_is_drawn_and_reproducible(tmp_path):
     plot_loss_curve(make_rows(200), tmp_path / "a.png", "demo: 200 steps")
     plot_loss_curve(make_rows(200), tmp_path / "b.png", "demo: 200 steps")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    with Image.open(tmp_path / "a.png") as picture:
-        colours = picture.convert("RGB").getcolors(1 << 20)
+    with Image.open(tmp_path / "a.png") as image:
+        colours = image.convert("RGB").getcolors(1 << 20)
     assert colours is not None
     blue = sum(n for n, (r, g, b) in colours if b > 120 and r < 90)
     red = sum(n for n, (r, g, b) in colours if r > 170 and b < 110)
@@ -40,8 +40,8 @@ def test_the_loss_curve_is_drawn_and_reproducible(tmp_path):
 
 def green(path: Path) -> np.ndarray:
     """Where the eval loss is drawn: (H, W) bool."""
-    with Image.open(path) as picture:
-        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
     return (pixels[..., 1] > 110) & (pixels[..., 0] < 90) & (pixels[..., 2] < 120)
 
 
@@ -60,15 +60,15 @@ def test_eval_losses_are_drawn_beside_the_training_loss_on_an_axis_of_their_own_
 
 def test_one_step_and_a_rate_of_zero_are_a_curve_too(tmp_path):
     plot_loss_curve([StepMetrics(1, 0.0, 0.0, None, 1.0)], tmp_path / "a.png", "one")
-    with Image.open(tmp_path / "a.png") as picture:
-        assert picture.size == (1080, 720)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (1080, 720)
 
 
 def make_images(folder: Path) -> list[ValidationImage]:
     images = []
     for name, size, colour in (
         ("circle", (64, 64), "red"),
-        ("a long name of a wide picture", (96, 64), "blue"),
+        ("a long name of a wide image", (96, 64), "blue"),
     ):
         for step in (0, 100, 200):
             path = folder / f"{name}-{step}.png"
@@ -81,7 +81,7 @@ def make_images(folder: Path) -> list[ValidationImage]:
 
 def test_the_sheet_has_a_row_per_prompt_and_a_column_per_step(tmp_path):
     images = make_images(tmp_path)
-    write_sheet(images[:-1], tmp_path / "sheet.png")  # one picture is missing: its place stays empty
+    write_sheet(images[:-1], tmp_path / "sheet.png")  # one image is missing: its place stays empty
     with Image.open(tmp_path / "sheet.png") as sheet:
         pixels = np.asarray(sheet.convert("RGB")).astype(int)
     red = (pixels == (255, 0, 0)).all(-1)

@@ -1,4 +1,4 @@
-"""Holds: a preview shows what the sampler expects, at the steps asked for, and leaves the picture as it is; what is missing is told at once."""
+"""Holds: a preview shows what the sampler expects, at the steps asked for, and leaves the image as it is; what is missing is told at once."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from sdxl_pipeline.sdxl.components import load_unet
 from sdxl_pipeline.sdxl.drawing import SAMPLERS, expected_latents
 from sdxl_pipeline.training.batches import BatchReader
 from sdxl_pipeline.training.previews import Preview, Previews
-from sdxl_pipeline.training.validation import draw_pictures
+from sdxl_pipeline.training.validation import draw_images
 from tests.lanes import make_spec
 
 CPU = torch.device("cpu")
@@ -45,12 +45,12 @@ def test_a_true_prediction_gives_the_clean_latents_whatever_the_sampler_counts_i
 
 
 def pixels_of(path: str) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB")).astype(float)
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(float)
 
 
 def draw(folder: Path, **settings) -> tuple[np.ndarray, list[tuple[Preview, np.ndarray]]]:
-    """The picture and, where the settings ask for them, its previews, each read when it was shown."""
+    """The image and, where the settings ask for them, its previews, each read when it was shown."""
     spec = make_spec(
         folder,
         pretrained_model_name_or_path=BUNDLED_NAME,
@@ -66,20 +66,20 @@ def draw(folder: Path, **settings) -> tuple[np.ndarray, list[tuple[Preview, np.n
 
     previews = Previews(spec, CPU, folder / "previews", show) if settings else None
     unet = load_unet(spec.base_model, torch.float32)
-    (image,) = draw_pictures(spec, unet, BatchReader(spec.lanes), 40, folder / "pictures", previews, " (b)")
+    (image,) = draw_images(spec, unet, BatchReader(spec.lanes), 40, folder / "images", previews, " (b)")
     return pixels_of(image.path), shown
 
 
-def test_previews_come_closer_to_the_picture_and_leave_it_as_it_is(tmp_path):
+def test_previews_come_closer_to_the_image_and_leave_it_as_it_is(tmp_path):
     alone, nothing = draw(tmp_path / "alone")
-    picture, shown = draw(tmp_path / "watched", validation_preview=True, validation_preview_steps=3)
+    image, shown = draw(tmp_path / "watched", validation_preview=True, validation_preview_steps=3)
     assert nothing == []
-    assert np.array_equal(alone, picture)
+    assert np.array_equal(alone, image)
     assert [preview.sampler_step for preview, _ in shown] == [3, 6, 7]
     first = shown[0][0]
     assert (first.name, first.step, first.sampler_steps) == ("circle (b)", 40, 7)
     assert first.caption == "a red circle (sampler step 3 of 7)"
-    errors = [np.abs(pixels - picture).mean() for _, pixels in shown]
+    errors = [np.abs(pixels - image).mean() for _, pixels in shown]
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 12  # of 255: what the tiny autoencoder and JPEG leave out
 
@@ -91,7 +91,7 @@ def test_who_reads_late_sees_the_sampler_step_he_was_told_of(tmp_path):
     folder = tmp_path / "previews"
     assert sorted(path.name for path in folder.rglob("*.jpg")) == [f"circle_b-{n}.jpg" for n in (3, 6, 7)]
     previews = made(folder, validation_preview_model_name_or_path=TINY)
-    for step in (80, 80, 120):  # two pictures of one look, and the next look
+    for step in (80, 80, 120):  # two images of one look, and the next look
         previews.of("star", "star", "a star", step)(7, 7, torch.zeros(1, 4, 8, 8))
         assert [path.parent.name for path in folder.rglob("*.jpg")] == [f"step-{step:08d}"]
 

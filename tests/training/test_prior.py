@@ -1,4 +1,4 @@
-"""Holds: a regularisation picture is trained towards the UNet without its adapter; all others are trained as if it were not there."""
+"""Holds: a regularisation image is trained towards the UNet without its adapter; all others are trained as if it were not there."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,7 +19,7 @@ SUBJECT, PRIOR = "subject", "people"
 
 
 def spec_of(folder: Path, prior: tuple[str, ...] = (PRIOR,), **settings: Any) -> TrainSpec:
-    """Two datasets of two pictures each, `prior` among them regularisation, in batches of all four."""
+    """Two datasets of two images each, `prior` among them regularisation, in batches of all four."""
     lanes = [
         make_lane(folder / name, name, [SQUARE] * 2).model_copy(update={"is_regularisation": name in prior})
         for name in (SUBJECT, PRIOR)
@@ -124,7 +124,7 @@ def test_asking_the_base_model_leaves_the_adapter_as_it_was(tmp_path, start):
     assert all(parameter.grad is not None for parameter in trainer.parameters.values())
 
 
-def test_other_pictures_are_trained_as_ever(tmp_path, start):
+def test_other_images_are_trained_as_ever(tmp_path, start):
     plain, mixed = (stirred(start(spec_of(tmp_path, prior=prior))) for prior in ((), (PRIOR,)))
     prior = mixed.batches.read(0).prior
     assert plain.batches.read(0).prior == ()
@@ -151,7 +151,7 @@ def test_a_weight_counts_its_loss_and_no_other(tmp_path, start):
     torch.testing.assert_close(loss_of(trainer), 3 * parts[0] + parts[1])
 
 
-def test_where_the_unet_itself_is_trained_its_pictures_keep_their_own_target(tmp_path, start):
+def test_where_the_unet_itself_is_trained_its_images_keep_their_own_target(tmp_path, start):
     full = {"model_type": "full", "prior_loss_weight": 1.0}
     losses = [loss_of(start(spec_of(tmp_path, prior=prior, **full))) for prior in ((), (PRIOR,))]
     assert torch.equal(*losses)

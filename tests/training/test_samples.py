@@ -1,4 +1,4 @@
-"""Samples: crop plan, latents and captions joined on the picture, with SDXL's size conditioning; nothing missing goes unnoticed."""
+"""Samples: crop plan, latents and captions joined on the image, with SDXL's size conditioning; nothing missing goes unnoticed."""
 
 from pathlib import Path
 
@@ -13,11 +13,11 @@ from sdxl_pipeline.training.samples import load_samples
 from tests.lanes import SQUARE, WIDE, by_path, digest, make_lane
 
 
-def test_a_sample_joins_what_belongs_to_one_picture(tmp_path):
+def test_a_sample_joins_what_belongs_to_one_image(tmp_path):
     lane = make_lane(tmp_path, captions=2)
-    sample = by_path(load_samples([lane], "train"))["picture_04.png"]
+    sample = by_path(load_samples([lane], "train"))["image_04.png"]
     key = digest("image", "shapes", 4)
-    assert (sample.path, sample.key, sample.bucket) == ("picture_04.png", key, WIDE)
+    assert (sample.path, sample.key, sample.bucket) == ("image_04.png", key, WIDE)
     assert sample.latent_key == digest("latent", key)
     assert sample.embed_keys == (
         digest("text", "caption", "shapes 4 0"),
@@ -28,7 +28,7 @@ def test_a_sample_joins_what_belongs_to_one_picture(tmp_path):
 
 
 def test_micro_conditioning_resized_gives_the_size_after_resizing(tmp_path):
-    sample = by_path(load_samples([make_lane(tmp_path)], "train", "resized"))["picture_01.png"]
+    sample = by_path(load_samples([make_lane(tmp_path)], "train", "resized"))["image_01.png"]
     assert sample.time_ids == (68, 64, 1, 0, 64, 64)
 
 
@@ -43,9 +43,9 @@ def test_splits_and_lanes_are_kept_apart(tmp_path):
         f"b/{digest('image', 'b', 0)}#0",
     }
     assert {s.path for s in load_samples(lanes, "eval")} == {
-        "picture_01.png",
-        "picture_03.png",
-        "picture_04.png",
+        "image_01.png",
+        "image_03.png",
+        "image_04.png",
     }
 
 
@@ -53,7 +53,7 @@ def test_an_image_that_one_dataset_holds_out_trains_in_no_other(tmp_path):
     holds_out = make_lane(tmp_path / "a", "a", splits=["train", "eval", "train", "train", "train"])
     same_files = make_lane(tmp_path / "b", "a").model_copy(update={"dataset_id": "b"})
     lanes = [holds_out, same_files]
-    assert load_samples(lanes, "train").pictures_by_dataset() == {"a": 4, "b": 4}
+    assert load_samples(lanes, "train").images_by_dataset() == {"a": 4, "b": 4}
     assert digest("image", "a", 1) not in load_samples(lanes, "train").keys_by_dataset()["b"]
     assert [sample.id for sample in load_samples(lanes, "eval")] == [f"a/{digest('image', 'a', 1)}#0"]
 
@@ -67,32 +67,32 @@ def test_an_image_that_one_dataset_holds_out_trains_in_no_other(tmp_path):
 def test_an_eval_dataset_takes_no_image_from_the_training_datasets(tmp_path):
     eval_dataset = make_lane(tmp_path / "a", "a", splits=["eval"] * 5)
     trained = make_lane(tmp_path / "b", "a").model_copy(update={"dataset_id": "b"})
-    assert load_samples([eval_dataset, trained], "train").pictures_by_dataset() == {"b": 5}
+    assert load_samples([eval_dataset, trained], "train").images_by_dataset() == {"b": 5}
 
 
 def edit(path: str, change) -> None:
     change(pd.read_parquet(path)).to_parquet(path)
 
 
-def test_a_failed_picture_is_left_out_and_a_lost_one_is_an_error(tmp_path):
+def test_a_failed_image_is_left_out_and_a_lost_one_is_an_error(tmp_path):
     lane = make_lane(tmp_path)
-    edit(lane.latents.entries_path, lambda table: table[table["path"] != "picture_02.png"])
-    with pytest.raises(StageError, match=r"'shapes': 1 pictures .* no latent \(picture_02.png\)"):
+    edit(lane.latents.entries_path, lambda table: table[table["path"] != "image_02.png"])
+    with pytest.raises(StageError, match=r"'shapes': 1 images .* no latent \(image_02.png\)"):
         load_samples([lane], "train")
-    failed = (FailedItem(name="picture_02.png", reason="NaN"),)
+    failed = (FailedItem(name="image_02.png", reason="NaN"),)
     reported = lane.model_copy(update={"latents": lane.latents.model_copy(update={"failed": failed})})
-    assert list(by_path(load_samples([reported], "train"))) == [f"picture_{i:02d}.png" for i in (0, 1, 3, 4)]
+    assert list(by_path(load_samples([reported], "train"))) == [f"image_{i:02d}.png" for i in (0, 1, 3, 4)]
 
 
-def test_a_picture_without_caption_is_an_error(tmp_path):
+def test_a_image_without_caption_is_an_error(tmp_path):
     lane = make_lane(tmp_path)
-    edit(lane.text_embeds.entries_path, lambda table: table[table["path"] != "picture_03.png"])
-    with pytest.raises(StageError, match=r"no caption embedding \(picture_03.png\)"):
+    edit(lane.text_embeds.entries_path, lambda table: table[table["path"] != "image_03.png"])
+    with pytest.raises(StageError, match=r"no caption embedding \(image_03.png\)"):
         load_samples([lane], "train")
 
 
 @pytest.mark.parametrize("table", ["latents", "texts"])
-def test_a_picture_that_changed_between_the_stages_is_an_error(tmp_path, table):
+def test_a_image_that_changed_between_the_stages_is_an_error(tmp_path, table):
     lane = make_lane(tmp_path)
     edit(str(Path(tmp_path) / f"{table}.parquet"), lambda t: t.assign(key=["other", *t["key"][1:]]))
     with pytest.raises(StageError, match="materialize"):

@@ -52,7 +52,7 @@ def answer(kind: str, latents, noise, abar):
     ],
 )
 @pytest.mark.parametrize("name", SOLVERS)
-def test_a_model_that_knows_the_picture_changes_nothing(batch, name, kind, zero_snr):
+def test_a_model_that_knows_the_image_changes_nothing(batch, name, kind, zero_snr):
     """Of a perfect answer every solver's step is exact, so x_t is what plain training would have made of the same noise."""
     scheduler = DDPMScheduler(**SCHEDULE, prediction_type=kind, rescale_betas_zero_snr=zero_snr)
     latents, noise = batch

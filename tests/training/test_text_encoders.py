@@ -24,7 +24,7 @@ from sdxl_pipeline.training.metrics import read_metrics
 from sdxl_pipeline.training.on_demand import OnDemandEncoders
 from sdxl_pipeline.training.samples import load_samples
 from sdxl_pipeline.training.trainable import build_trainable
-from tests.encoded_lanes import draw_pictures, prepare_lane
+from tests.encoded_lanes import draw_images, prepare_lane
 from tests.lanes import NEGATIVE, PROMPT, make_spec, model_folder
 
 STEPS = 4
@@ -34,8 +34,8 @@ STEPS = 4
 def lanes(tmp_path_factory):
     """`lanes(windows)`: real captions, with an embedding of each; the training must make its own."""
     folder = tmp_path_factory.mktemp("lanes")
-    draw_pictures(folder / "pictures", count=6)
-    (folder / "pictures" / "drawing_0.txt").write_text("a very, very " + "long drawing " * 60)
+    draw_images(folder / "images", count=6)
+    (folder / "images" / "drawing_0.txt").write_text("a very, very " + "long drawing " * 60)
     settings = TrainingSettings(pretrained_model_name_or_path=str(model_folder()))
     model = resolve_base_model(settings, folder, cache_dir=folder / "digests")
     made = {}
@@ -43,7 +43,7 @@ def lanes(tmp_path_factory):
     def lane(windows: int = 1):
         if windows not in made:
             made[windows] = prepare_lane(
-                folder / str(windows), folder / "pictures", model, windows=windows, holdout=0.2
+                folder / str(windows), folder / "images", model, windows=windows, holdout=0.2
             )
         return made[windows]
 
@@ -89,8 +89,8 @@ def losses(manifest: TrainedLora) -> list[float]:
 
 @pytest.fixture(scope="module")
 def trained(lanes, tmp_path_factory):
-    pictures = {"validation_disable": False, "validation_step_interval": STEPS, "learning_rate": 3e-3}
-    spec = spec_of(tmp_path_factory.mktemp("trained"), lanes(), **pictures)
+    images = {"validation_disable": False, "validation_step_interval": STEPS, "learning_rate": 3e-3}
+    spec = spec_of(tmp_path_factory.mktemp("trained"), lanes(), **images)
     return spec, run(spec)
 
 
@@ -225,8 +225,8 @@ def test_diffusers_draws_from_the_file_what_the_trainer_drew(trained):
         output_type="np",
     ).images[0]
     drawn = next(image for image in manifest.validation_images if image.step == STEPS)
-    with Image.open(drawn.path) as picture:
-        difference = np.abs(np.asarray(picture) - pixels * 255).max()
+    with Image.open(drawn.path) as opened:
+        difference = np.abs(np.asarray(opened) - pixels * 255).max()
     assert difference < 0.5 + 1e-4 * 255
     assert verify_export(weights, spec.base_model) == manifest.adapted_modules
 

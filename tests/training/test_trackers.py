@@ -1,4 +1,4 @@
-"""Holds: each tracker gets figures and pictures that can be read back, a resumed run goes on in it, and one that is not there is said so."""
+"""Holds: each tracker gets figures and images that can be read back, a resumed run goes on in it, and one that is not there is said so."""
 
 import importlib.util
 import sqlite3
@@ -31,7 +31,7 @@ def started(spec: TrainSpec, identity: str, resumed_at: int) -> Trackers:
     return trackers
 
 
-def test_tensorboard_gets_metrics_and_pictures_and_a_resumed_run_goes_on(tmp_path):
+def test_tensorboard_gets_metrics_and_images_and_a_resumed_run_goes_on(tmp_path):
     pytest.importorskip("tensorboard", reason="needs the extra `tensorboard`")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -56,7 +56,7 @@ def test_tensorboard_gets_metrics_and_pictures_and_a_resumed_run_goes_on(tmp_pat
     assert [e.step for e in events.Scalars("train/grad_norm")] == [2, 3, 4, 5, 6, 7]
 
 
-def test_tensorboard_shows_the_pictures(tmp_path):
+def test_tensorboard_shows_the_images(tmp_path):
     pytest.importorskip("tensorboard", reason="needs the extra `tensorboard`")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -79,7 +79,7 @@ def preview(tmp_path) -> Preview:
     return Preview("red", "a red thing", str(tmp_path / "forming.jpg"), 5, 2, 20)
 
 
-def test_what_else_is_known_and_forming_pictures_reach_tensorboard(tmp_path, preview):
+def test_what_else_is_known_and_forming_images_reach_tensorboard(tmp_path, preview):
     pytest.importorskip("tensorboard", reason="needs the extra `tensorboard`")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

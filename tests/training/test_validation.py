@@ -1,4 +1,4 @@
-"""Validation pictures: what diffusers' own pipeline draws from the prompts' text, drawn without text encoders, at the right steps."""
+"""Validation images: what diffusers' own pipeline draws from the prompts' text, drawn without text encoders, at the right steps."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.batches import BatchReader
 from sdxl_pipeline.training.identity import numeric_settings
 from sdxl_pipeline.training.shown_weights import EMA_LABEL
-from sdxl_pipeline.training.validation import draw_pictures, is_due, is_validation_step, plan_pictures
+from sdxl_pipeline.training.validation import draw_images, is_due, is_validation_step, plan_images
 from sdxl_pipeline.training.validation_log import ValidationLog
 from tests.lanes import NEGATIVE, PROMPT, digest, make_spec
 
@@ -62,21 +62,21 @@ def spec(tmp_path):
 
 def draw(spec, folder: Path, unet=None) -> list[ValidationImage]:
     unet = unet if unet is not None else load_unet(spec.base_model, torch.float32)
-    return list(draw_pictures(spec, unet, BatchReader(spec.lanes), 12, folder))
+    return list(draw_images(spec, unet, BatchReader(spec.lanes), 12, folder))
 
 
 def pixels(path: str) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture).astype(int)
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
 
 
 # An empty negative prompt is none, for which the pipeline takes zeros; it would encode one that is given to it.
 @pytest.mark.parametrize("negative", [NEGATIVE, ""])
-def test_pictures_are_the_pipelines(spec, tmp_path, negative):
+def test_images_are_the_pipelines(spec, tmp_path, negative):
     prompt = ValidationPrompt(name="a circle!", prompt=PROMPT, negative_prompt=negative)
-    (image,) = draw(spec.model_copy(update={"prompts": (prompt,)}), tmp_path / "pictures")
+    (image,) = draw(spec.model_copy(update={"prompts": (prompt,)}), tmp_path / "images")
     assert (image.step, image.name, image.prompt, image.seed) == (12, "a circle!", PROMPT, 7)
-    assert image.path == str(tmp_path / "pictures" / "step-00000012" / "a_circle.png")
+    assert image.path == str(tmp_path / "images" / "step-00000012" / "a_circle.png")
     pipeline = load_pipeline(spec.base_model, torch.float32)
     expected = pipeline(
         PROMPT,
@@ -105,7 +105,7 @@ def test_the_unet_is_left_in_the_mode_it_was_in(spec, tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_every_prompt_size_and_number_is_a_picture_of_its_own(tmp_path):
+def test_every_prompt_size_and_number_is_a_image_of_its_own(tmp_path):
     spec = make_spec(
         tmp_path,
         validation_disable=False,
@@ -113,7 +113,7 @@ def test_every_prompt_size_and_number_is_a_picture_of_its_own(tmp_path):
         num_validation_images=2,
         seed=3,
     )
-    assert [(p.name, p.size, p.seed) for p in plan_pictures(spec, 0)] == [
+    assert [(p.name, p.size, p.seed) for p in plan_images(spec, 0)] == [
         ("circle 64x64 1", (64, 64), 3),
         ("circle 64x64 2", (64, 64), 4),
         ("circle 96x64 1", (64, 96), 3),
@@ -121,8 +121,8 @@ def test_every_prompt_size_and_number_is_a_picture_of_its_own(tmp_path):
     ]
 
 
-def test_no_picture_takes_the_place_of_another(spec, tmp_path):
-    """Names in any script, alike but for signs or case, longer than a file's, of the empty prompt, and of the average's pictures."""
+def test_no_image_takes_the_place_of_another(spec, tmp_path):
+    """Names in any script, alike but for signs or case, longer than a file's, of the empty prompt, and of the average's images."""
     names = [
         "赤い円",
         "青い円",
@@ -148,7 +148,7 @@ def test_no_picture_takes_the_place_of_another(spec, tmp_path):
     images = [
         image
         for label in ("", EMA_LABEL)
-        for image in draw_pictures(many, unet, reader, 12, tmp_path, None, label)
+        for image in draw_images(many, unet, reader, 12, tmp_path, None, label)
     ]
     assert len({image.name for image in images}) == len({image.path.lower() for image in images}) == 24
     assert all(Path(image.path).is_file() for image in images)
@@ -195,22 +195,22 @@ def test_parts_of_an_epoch_come_when_they_are_whole():
 
 
 def test_the_empty_prompt_is_drawn_when_asked_for(spec, tmp_path):
-    assert [p.name for p in plan_pictures(spec, 0)] == ["circle"]
+    assert [p.name for p in plan_images(spec, 0)] == ["circle"]
     values = {**spec.settings.model_dump(), "validation_disable_unconditional": False}
     both = spec.model_copy(update={"settings": type(spec.settings)(**values)})
-    images = draw(both, tmp_path / "pictures")
+    images = draw(both, tmp_path / "images")
     assert [(image.name, image.prompt) for image in images] == [("circle", PROMPT), ("unconditional", "")]
 
 
 def test_randomized_seeds_are_a_function_of_the_step(tmp_path):
     spec = make_spec(tmp_path, validation_randomize=True, validation_seed=7)
-    seeds = [plan_pictures(spec, step)[0].seed for step in (0, 100, 0)]
+    seeds = [plan_images(spec, step)[0].seed for step in (0, 100, 0)]
     assert seeds[0] == seeds[2]
     assert len({*seeds, 7}) == 3
 
 
 @pytest.mark.parametrize("sampler", get_args(Sampler))
-def test_every_sampler_draws_a_picture_of_its_own(spec, tmp_path, sampler):
+def test_every_sampler_draws_a_image_of_its_own(spec, tmp_path, sampler):
     (own,) = draw(spec, tmp_path / "own")
     values = {**spec.settings.model_dump(), "validation_noise_scheduler": sampler}
     other_spec = spec.model_copy(update={"settings": type(spec.settings)(**values)})
@@ -271,8 +271,8 @@ def test_zero_terminal_snr_is_drawn_from_pure_noise(spec, tmp_path):
     trained_on = load_noise_scheduler(spec.base_model, with_zero_snr.scheduler_changes)
     assert trained_on.alphas_cumprod[999] == 0
     torch.testing.assert_close(pipeline.scheduler.alphas_cumprod[:999], trained_on.alphas_cumprod[:999])
-    (picture,) = draw(spec.model_copy(update={"settings": with_zero_snr}), tmp_path)
-    assert pixels(picture.path).std() > 1
+    (image,) = draw(spec.model_copy(update={"settings": with_zero_snr}), tmp_path)
+    assert pixels(image.path).std() > 1
 
     with_own = drawing_pipeline(spec.base_model, unet, torch.float32, spec.settings)
     assert with_own.scheduler.config == load_pipeline(spec.base_model, torch.float32).scheduler.config

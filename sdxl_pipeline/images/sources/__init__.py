@@ -1,4 +1,4 @@
-"""Where pictures come from, and how they come to lie in a folder of this machine.
+"""Where images come from, and how they come to lie in a folder of this machine.
 
 A dataset of type local is read where it is. Every other type is downloaded into a folder under the storage's root, of which
 everything downstream then reads as if it were the user's own.
@@ -18,7 +18,7 @@ __all__ = ["SOURCE_SETTINGS", "Fetched", "SourceError", "data_folder", "fetch_so
 def fetch_source(
     dataset: ImageDataset, sources: Path, on_progress: Callable[[int, int], None] | None = None
 ) -> Fetched:
-    """Bring a dataset's pictures to this machine, those that are new or have changed at their source, and say what came.
+    """Bring a dataset's images to this machine, those that are new or have changed at their source, and say what came.
 
     Nothing is written but under `sources`, a list's `csv_cache_dir` and the Hub's own cache. What lies in the folder is whole at any
     moment: a killed fetch leaves files out, never half of one, and the next goes on from there. `on_progress(done, total)` counts
@@ -40,7 +40,7 @@ def fetch_source(
         fetched = fetch(dataset, folder, on_progress)
     except OSError as error:
         raise SourceError(
-            f"dataset {dataset.id!r} in multidatabackend.json: its pictures cannot be kept in {folder}: {error.strerror or error}. Make "
+            f"dataset {dataset.id!r} in multidatabackend.json: its images cannot be kept in {folder}: {error.strerror or error}. Make "
             "room there, give this user the right to write there, or name another storage folder in SDXL_PIPELINE_STORAGE."
         ) from error
     return replace(fetched, seconds=time.monotonic() - began)

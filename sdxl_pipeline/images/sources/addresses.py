@@ -1,4 +1,4 @@
-"""Addresses of buckets and pictures: what they are of, and which optional package reads them."""
+"""Addresses of buckets and images: what they are of, and which optional package reads them."""
 
 import importlib.util
 from typing import Final

@@ -1,4 +1,4 @@
-"""Pictures from a bucket, or from any folder that fsspec reads: s3://, gs://, https:// and more."""
+"""Images from a bucket, or from any folder that fsspec reads: s3://, gs://, https:// and more."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -180,7 +180,7 @@ def _list(
     found = {name: entry for name, entry in found.items() if name not in failed}
     if not found and not failed:
         raise SourceError(
-            f"{where} holds no files. Correct the bucket or the folder within it, or put pictures into it."
+            f"{where} holds no files. Correct the bucket or the folder within it, or put images into it."
         )
     if is_http:  # a page of links says nothing of the files
         jobs: dict[str, Callable[[], int]] = {

@@ -22,7 +22,7 @@ SOURCE_SETTINGS: Final = {
     "csv_file",
     "csv_url_column",
 }
-"""The settings that say where a dataset's pictures come from, its own folder apart."""
+"""The settings that say where a dataset's images come from, its own folder apart."""
 
 
 class SourceError(Exception):
@@ -31,7 +31,7 @@ class SourceError(Exception):
 
 @dataclass(frozen=True)
 class Fetched:
-    """A dataset's pictures on this machine."""
+    """A dataset's images on this machine."""
 
     folder: Path
     captions: Mapping[str, tuple[str, ...]] | None = None
@@ -49,7 +49,7 @@ class Fetched:
 
 
 def data_folder(dataset: ImageDataset, sources: Path) -> Path:
-    """Where a dataset's pictures lie: its own folder, or one under `sources` that is named after where they come from."""
+    """Where a dataset's images lie: its own folder, or one under `sources` that is named after where they come from."""
     if dataset.type == "local":
         if dataset.instance_data_dir is None:
             raise AssertionError("a local dataset without folder passes no check of the settings")

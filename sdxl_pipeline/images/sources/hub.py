@@ -1,4 +1,4 @@
-"""Pictures from a dataset repository of the Hugging Face Hub: a folder of pictures, or Parquet files that hold them."""
+"""Images from a dataset repository of the Hugging Face Hub: a folder of images, or Parquet files that hold them."""
 
 import json
 import logging
@@ -36,7 +36,7 @@ _CONTENT: Final = "commit-"
 def fetch_hub_dataset(dataset: ImageDataset, folder: Path, on_progress: Progress | None) -> Fetched:
     """Bring a split into the Hub's cache, and let `folder`/files be a link to what it holds at the repository's commit.
 
-    The link is exchanged when everything of the commit is there. The pictures of an image folder are links into the cache; those of
+    The link is exchanged when everything of the commit is there. The images of an image folder are links into the cache; those of
     a Parquet file are written out once, and stay for later commits that have the same file. Where the Hub cannot be reached, the
     commit that was fetched last serves. Raises SourceError.
     """
@@ -45,11 +45,11 @@ def fetch_hub_dataset(dataset: ImageDataset, folder: Path, on_progress: Progress
         about = _about(dataset, repository)
         files = files_of_split(dataset, repository.files, about)
         tables = [path for path in files if PurePosixPath(path).suffix.lower() in DATA_SUFFIXES]
-        is_folder = any(hub_folder.is_picture(path) for path in files)
+        is_folder = any(hub_folder.is_image(path) for path in files)
         if not is_folder and not tables:
             suffixes = sorted({PurePosixPath(path).suffix or path for path in files})
             raise SourceError(
-                f"{where(dataset)}: the split {dataset.split} holds neither pictures nor Parquet files, but {', '.join(suffixes)}. "
+                f"{where(dataset)}: the split {dataset.split} holds neither images nor Parquet files, but {', '.join(suffixes)}. "
                 "Write a dataset that is an image folder or Parquet; or download this one, and write type local."
             )
         wanted = hub_folder.needed(repository, files) if is_folder else tables
@@ -75,7 +75,7 @@ def fetch_hub_dataset(dataset: ImageDataset, folder: Path, on_progress: Progress
         captions=built.captions,
         revision=repository.commit,
         files=built.files + len(failed),
-        downloaded=sum(map(hub_folder.is_picture, came)) + built.written,
+        downloaded=sum(map(hub_folder.is_image, came)) + built.written,
         downloaded_bytes=sum(local[path].stat().st_size for path in came) + built.received,
         failed=tuple(sorted((failed | built.failed).items())),
         notes=tuple(built.notes),

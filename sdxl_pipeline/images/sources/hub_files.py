@@ -30,17 +30,17 @@ class Content:
     """What the folder of one commit was filled with."""
 
     files: int
-    """Pictures of the split, had or not."""
+    """Images of the split, had or not."""
     captions: dict[str, tuple[str, ...]] | None
     failed: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """Sentences on rows of its tables that are not used."""
     written: int = 0
-    """Pictures that were not on this machine before, beside the files that were downloaded from the repository."""
+    """Images that were not on this machine before, beside the files that were downloaded from the repository."""
     received: int = 0
     """Bytes of them that came over the network."""
     shards: set[str] = field(default_factory=set)
-    """Names of the folders of written-out pictures that it refers to."""
+    """Names of the folders of written-out images that it refers to."""
 
 
 class HubUnreachableError(Exception):

@@ -1,4 +1,4 @@
-"""A dataset repository that is a folder of pictures, with a table of metadata or text files beside them."""
+"""A dataset repository that is a folder of images, with a table of metadata or text files beside them."""
 
 import posixpath
 from collections import Counter
@@ -32,26 +32,26 @@ _NAME_COLUMN: Final = "file_name"
 
 
 def needed(repository: HubRepository, files: Iterable[str]) -> list[str]:
-    """What of the repository a split of these files is made of: its pictures, the text files beside, the tables of metadata above."""
+    """What of the repository a split of these files is made of: its images, the text files beside, the tables of metadata above."""
     files = list(files)
-    pictures = [path for path in files if is_picture(path)]
-    stems = {posixpath.splitext(path)[0] for path in pictures}
+    images = [path for path in files if is_image(path)]
+    stems = {posixpath.splitext(path)[0] for path in images}
     texts = [
         path
         for path in files
         if PurePosixPath(path).suffix.lower() in CAPTION_SUFFIXES and posixpath.splitext(path)[0] in stems
     ]
-    folders = {str(folder) for path in pictures for folder in PurePosixPath(path).parents}
+    folders = {str(folder) for path in images for folder in PurePosixPath(path).parents}
     tables = [
         path
         for path in repository.files
         if posixpath.basename(path) in _METADATA and (posixpath.dirname(path) or ".") in folders
     ]
-    return sorted({*pictures, *texts, *tables})
+    return sorted({*images, *texts, *tables})
 
 
-def is_picture(path: str) -> bool:
-    """Whether a file is a picture by its name."""
+def is_image(path: str) -> bool:
+    """Whether a file is an image by its name."""
     return PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES
 
 
@@ -71,10 +71,10 @@ def build(
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(cached)
         placed.append(path)
-    pictures = [path for path in placed if is_picture(path)]
-    content = Content(len(pictures), None, failed)
+    images = [path for path in placed if is_image(path)]
+    content = Content(len(images), None, failed)
     if dataset.caption_strategy == "huggingface":
-        content.captions = _captions(dataset, repository, local, pictures, content.notes)
+        content.captions = _captions(dataset, repository, local, images, content.notes)
     return content
 
 
@@ -82,12 +82,12 @@ def _captions(
     dataset: ImageDataset,
     repository: HubRepository,
     local: Mapping[str, Path],
-    pictures: list[str],
+    images: list[str],
     notes: list[str],
 ) -> dict[str, tuple[str, ...]]:
     tables = [path for path in local if posixpath.basename(path) in _METADATA]
     if not tables:
-        return _captions_beside(dataset, local, pictures)
+        return _captions_beside(dataset, local, images)
     captions: dict[str, tuple[str, ...]] = {}
     for table in tables:
         rows = list(_rows(dataset, table, local[table]))
@@ -126,13 +126,13 @@ def _captions(
 
 
 def _captions_beside(
-    dataset: ImageDataset, local: Mapping[str, Path], pictures: list[str]
+    dataset: ImageDataset, local: Mapping[str, Path], images: list[str]
 ) -> dict[str, tuple[str, ...]]:
     captions: dict[str, tuple[str, ...]] = {}
     paths = sorted(local)
     roles = file_roles(paths, [""] * len(paths))
     beside_of = {paths[image]: paths[text] for image, text in roles.caption_files.items()}
-    for path in pictures:
+    for path in images:
         beside = beside_of.get(path)
         text, status = decode_text(local[beside].read_bytes()) if beside else ("", "")
         if status == OK:
@@ -140,7 +140,7 @@ def _captions_beside(
     if not beside_of:
         raise SourceError(
             f"dataset {dataset.id!r} in multidatabackend.json: {dataset.dataset_name} has neither {', '.join(_METADATA)} nor text files "
-            'beside its pictures, so there are no captions. Write "caption_strategy": "filename" or "instanceprompt".'
+            'beside its images, so there are no captions. Write "caption_strategy": "filename" or "instanceprompt".'
         )
     return captions
 

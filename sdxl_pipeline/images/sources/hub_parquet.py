@@ -1,4 +1,4 @@
-"""A dataset repository of Parquet files with a column of pictures, as `datasets` writes them."""
+"""A dataset repository of Parquet files with a column of images, as `datasets` writes them."""
 
 import hashlib
 import os
@@ -23,7 +23,7 @@ from sdxl_pipeline.project.datasets import ImageDataset
 SHARDS: Final = "shards"
 _ROWS_AT_ONCE: Final = 4
 _BUFFER: Final = 1 << 20
-"""Bytes of a column that are read ahead. What is in memory at a time is a page, at worst a row group: some 100 pictures as
+"""Bytes of a column that are read ahead. What is in memory at a time is a page, at worst a row group: some 100 images as
 `datasets` writes them, however many groups a file has."""
 
 
@@ -35,9 +35,9 @@ def build(
     depot: Depot,
     on_progress: Progress | None,
 ) -> Content:
-    """Write out the pictures in the Parquet files at `local`, by their path in the repository, and lay links to them into `folder`.
+    """Write out the images in the Parquet files at `local`, by their path in the repository, and lay links to them into `folder`.
 
-    What a file holds is written once, to a folder named after its content, beside `folder`. A picture that is given as an address is
+    What a file holds is written once, to a folder named after its content, beside `folder`. An image that is given as an address is
     downloaded, one given as a path is taken from the repository. Raises SourceError when a file cannot be read, or lacks a column.
     """
     tables = {path: _Table(dataset, path, cached) for path, cached in sorted(local.items())}
@@ -59,11 +59,9 @@ def build(
         if len(names) < table.rows:
             for row, pointer in table.pointers():
                 if row not in names and not pointer:
-                    content.failed[f"{stem}/{row:07d}"] = (
-                        f"has no picture in the column {dataset.image_column}"
-                    )
+                    content.failed[f"{stem}/{row:07d}"] = f"has no image in the column {dataset.image_column}"
                 elif row not in names:
-                    content.files -= pointer in pointers  # one picture, however many rows have it
+                    content.files -= pointer in pointers  # one image, however many rows have it
                     names[row] = pointers.setdefault(pointer, _name_of(pointer))
         if content.captions is not None:
             for row, texts in table.captions():
@@ -76,7 +74,7 @@ def build(
 
 
 class _Table:
-    """One Parquet file: its pictures, the addresses in place of pictures, its captions."""
+    """One Parquet file: its images, the addresses in place of images, its captions."""
 
     def __init__(self, dataset: ImageDataset, path: str, cached: Path) -> None:
         import pyarrow as pa
@@ -93,7 +91,7 @@ class _Table:
         if self.column not in schema.names:
             raise SourceError(
                 f"{where(dataset, 'image_column')}: {path} of {dataset.dataset_name} has no such column; it has "
-                f"{', '.join(schema.names)}. Name the column of the pictures in image_column."
+                f"{', '.join(schema.names)}. Name the column of the images in image_column."
             )
         kind = schema.field(self.column).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -102,8 +100,8 @@ class _Table:
         self._fields = [field.name for field in kind] if pa.types.is_struct(kind) else []
         if not (self._is_text or is_bytes or "bytes" in self._fields or "path" in self._fields):
             raise SourceError(
-                f"{where(dataset, 'image_column')}: that column of {path} holds {kind}, and neither pictures nor addresses. It has the "
-                f"columns {', '.join(schema.names)}; name that of the pictures in image_column."
+                f"{where(dataset, 'image_column')}: that column of {path} holds {kind}, and neither images nor addresses. It has the "
+                f"columns {', '.join(schema.names)}; name that of the images in image_column."
             )
         self._caption_columns = caption_columns(dataset, columns, path)
         for column in self._caption_columns:  # before hours of writing images out
@@ -118,8 +116,8 @@ class _Table:
                     f"{', '.join(schema.names)}; name one of text in caption_column."
                 )
 
-    def pictures(self) -> Iterator[tuple[int, bytes]]:
-        """The rows that have a picture, with its bytes."""
+    def images(self) -> Iterator[tuple[int, bytes]]:
+        """The rows that have an image, with its bytes."""
         if self._is_text or (self._fields and "bytes" not in self._fields):
             return
         for row, value in self._values(f"{self.column}.bytes" if self._fields else self.column):
@@ -128,7 +126,7 @@ class _Table:
                 yield row, data
 
     def pointers(self) -> Iterator[tuple[int, str]]:
-        """Every row, with the address or path that stands for its picture; empty where there is none."""
+        """Every row, with the address or path that stands for its image; empty where there is none."""
         if not self._is_text and "path" not in self._fields:
             yield from ((row, "") for row in range(self.rows))
             return
@@ -208,17 +206,17 @@ def _holds_text(kind: Any) -> bool:
 def _write_out(
     table: _Table, shard: Path, depot: Depot, on_progress: Progress | None, done: int, total: int
 ) -> int:
-    """Write a table's pictures to a folder that is there when all of them are; how many there were."""
+    """Write a table's images to a folder that is there when all of them are; how many there were."""
     count = 0
     with depot.incoming() as folder:
         folder.mkdir()
-        for row, data in table.pictures():
+        for row, data in table.images():
             (folder / f"{row:07d}{suffix_of(data[:HEAD_BYTES])}").write_bytes(data)
             count += 1
             if on_progress is not None:
                 on_progress(done + row + 1, total)
         shard.parent.mkdir(exist_ok=True)
-        os.sync()  # once for all the pictures: a power cut, too, leaves the whole shard or none of it
+        os.sync()  # once for all the images: a power cut, too, leaves the whole shard or none of it
         folder.replace(shard)
     return count
 

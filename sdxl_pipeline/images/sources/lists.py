@@ -1,4 +1,4 @@
-"""Pictures from a list of addresses with captions: a CSV file."""
+"""Images from a list of addresses with captions: a CSV file."""
 
 import csv
 from collections.abc import Callable
@@ -23,7 +23,7 @@ _DELIMITERS: Final = ",;\t|"
 
 
 def fetch_list(dataset: ImageDataset, folder: Path, on_progress: Progress | None) -> Fetched:
-    """Bring the pictures at the list's addresses into `folder`/files; paths, seen from the list's folder, become links to the files.
+    """Bring the images at the list's addresses into `folder`/files; paths, seen from the list's folder, become links to the files.
 
     What has come once is not asked for again, and what has left the list goes. Raises SourceError when the list cannot be read or
     lacks a column.

@@ -1,4 +1,4 @@
-"""One picture from one web address: whole, of a believable kind and size, or a reason why not."""
+"""One image from one web address: whole, of a believable kind and size, or a reason why not."""
 
 import time
 from datetime import UTC, datetime
@@ -87,7 +87,7 @@ def _write(answer: Any, target: Path) -> None:
     with target.open("wb") as file:
         for chunk in answer.iter_content(_CHUNK):
             if came == 0 and is_text and not suffix_of(chunk[:HEAD_BYTES]):
-                raise FetchError(f"{kind} came instead of a picture")
+                raise FetchError(f"{kind} came instead of an image")
             came += file.write(chunk)
             wait_unless_stopped()
             if came > LARGEST_BYTES:

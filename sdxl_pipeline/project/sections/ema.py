@@ -25,7 +25,7 @@ class EmaSettings(SettingsModel):
         "accelerator", description="Where the average lies; an update on the cpu waits for the device."
     )
     ema_validation: Literal["none", "ema_only", "comparison"] = Field(
-        "comparison", description="Validation pictures of the weights, of their average, or of both."
+        "comparison", description="Validation images of the weights, of their average, or of both."
     )
     released_weights: Literal["ema", "trained"] = Field(
         "ema", description="With use_ema: which of the two are evaluated and published."

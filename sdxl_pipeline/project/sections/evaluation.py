@@ -23,7 +23,7 @@ class EvaluationSettings(SettingsModel):
         28, description="Timesteps the eval loss is averaged over."
     )
     num_eval_images: Count | None = Field(
-        None, description="Most pictures used for the eval loss; not set: all."
+        None, description="Most images used for the eval loss; not set: all."
     )
     eval_dataset_id: str | None = Field(
         None, description="The eval dataset that is used; not set: all of them."

@@ -12,9 +12,9 @@ class MaskSettings(SettingsModel):
 
     masked_loss_probability: Share = Field(
         1.0,
-        description="Share of the appearances of masked pictures whose loss is masked; the others are trained whole.",
+        description="Share of the appearances of masked images whose loss is masked; the others are trained whole.",
     )
     prior_loss_weight: Annotated[float, Field(gt=0)] = Field(
         1.0,
-        description="Weight of the loss of pictures with is_regularisation_data, beside 1 of all others (Ruiz et al. 2023).",
+        description="Weight of the loss of images with is_regularisation_data, beside 1 of all others (Ruiz et al. 2023).",
     )

@@ -26,11 +26,13 @@ _NO_GRADIENT = "has a forward pass only: no gradient comes back through it"
 _REFUSED_KERNELS = {
     "flash-attn-3": f"as diffusers calls it {_NO_GRADIENT}",
     "flash-attention-3": f"as diffusers calls it {_NO_GRADIENT}",
-    "sla": "attends to part of the picture, which changes the model",
+    "sla": "attends to part of the image, which changes the model",
 }
 _OF_PYTORCH = ("native-", "cudnn")
 _KERNELS_HERE = "one of " + ", ".join(f'"{name}"' for name in get_args(AttentionMechanism))
-_CUDA_GRAPHS = "replays CUDA graphs, which expect every tensor where it was, and buckets and validation pictures move them"
+_CUDA_GRAPHS = (
+    "replays CUDA graphs, which expect every tensor where it was, and buckets and validation images move them"
+)
 
 
 class MemorySettings(SettingsModel):
@@ -77,7 +79,7 @@ class MemorySettings(SettingsModel):
         None, description="The same of the second text encoder."
     )
     vae_dtype: Literal["bf16", "fp32"] | None = Field(None, description="Precision of VAE encoding.")
-    vae_batch_size: Count | None = Field(None, description="Pictures per VAE forward pass.")
+    vae_batch_size: Count | None = Field(None, description="Images per VAE forward pass.")
     text_encoder_batch_size: Count | None = Field(None, description="Captions per text-encoder forward pass.")
 
     @field_validator("gradient_checkpointing_interval", mode="before")

@@ -1,4 +1,4 @@
-"""Noise: how much of it, of which kind, and how a picture comes by it."""
+"""Noise: how much of it, of which kind, and how an image comes by it."""
 
 from typing import Annotated, Literal
 
@@ -14,7 +14,7 @@ class NoiseSettings(SettingsModel):
     """Noise and timesteps."""
 
     offset_noise: bool = Field(
-        False, description="Add noise that is constant over a channel, for darker and brighter pictures."
+        False, description="Add noise that is constant over a channel, for darker and brighter images."
     )
     noise_offset: Annotated[float, Field(ge=0)] = Field(0.1, description="Deviation of offset_noise.")
     noise_offset_probability: Share = Field(0.25, description="Share of samples that get offset_noise.")

@@ -103,7 +103,7 @@ class OptimisationSettings(SettingsModel):
     )
     lr_num_cycles: Count = Field(1, description="Descents of cosine_with_restarts.")
     lr_scale: bool = Field(
-        False, description="Multiply learning_rate by the pictures per optimizer step, over all processes."
+        False, description="Multiply learning_rate by the images per optimizer step, over all processes."
     )
     lr_scale_sqrt: bool = Field(False, description="With lr_scale: by the square root of their number.")
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(
@@ -113,7 +113,7 @@ class OptimisationSettings(SettingsModel):
         "norm",
         description="norm scales all gradients down together, so that their norm is at most max_grad_norm; value cuts each number.",
     )
-    train_batch_size: Count = Field(4, description="Pictures per device and forward pass.")
+    train_batch_size: Count = Field(4, description="Images per device and forward pass.")
     bucket_fill: BucketFill = Field(
         "partial",
         description="Last batch of a bucket: partial leaves it smaller, so that an epoch shows every image repeats + 1 times; wrap fills it by repeating images of the bucket.",
@@ -123,7 +123,7 @@ class OptimisationSettings(SettingsModel):
         None, description="Optimizer steps to train; 0 leaves the length to num_train_epochs."
     )
     num_train_epochs: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Passes over the pictures; 0 leaves it to max_train_steps; 1 when neither is given."
+        None, description="Passes over the images; 0 leaves it to max_train_steps; 1 when neither is given."
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(42, description="Seed of everything random.")
 

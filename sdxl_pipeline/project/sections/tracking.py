@@ -32,7 +32,7 @@ class TrackingSettings(SettingsModel):
     webhook_config: Annotated[str | None, IS_PATH] = Field(
         None,
         min_length=1,
-        description="JSON file that says where messages and pictures of the training go: one webhook, or a list of them.",
+        description="JSON file that says where messages and images of the training go: one webhook, or a list of them.",
     )
     webhook_reporting_interval: Count | None = Field(
         None,

@@ -1,4 +1,4 @@
-"""Pictures drawn during training."""
+"""Images drawn during training."""
 
 import math
 import re
@@ -21,9 +21,9 @@ Sampler = Literal["ddim", "ddpm", "euler", "euler-a", "unipc", "dpm++"]
 
 
 class ValidationSettings(SettingsModel):
-    """Pictures drawn during training."""
+    """Images drawn during training."""
 
-    validation_disable: bool = Field(False, description="Draw no pictures during training.")
+    validation_disable: bool = Field(False, description="Draw no images during training.")
     validation_prompt: str | None = Field(
         None, description="Prompt drawn during training and in the evaluation."
     )
@@ -35,15 +35,15 @@ class ValidationSettings(SettingsModel):
         False, description="Also draw the general prompts that come with this program."
     )
     validation_disable_unconditional: bool = Field(
-        True, description="Leave out the picture of the empty prompt; false draws it during training."
+        True, description="Leave out the image of the empty prompt; false draws it during training."
     )
     validation_negative_prompt: str = Field(
         "blurry, cropped, ugly",
-        description='Negative prompt of the validation pictures; "" is none, for which SDXL\'s pipeline takes zeros.',
+        description='Negative prompt of the validation images; "" is none, for which SDXL\'s pipeline takes zeros.',
     )
     validation_resolution: str = Field(
         "1024x1024",
-        description='Sizes of the validation pictures: "1024x1024,1280x768" (WxH), one edge, or megapixels when under 128.',
+        description='Sizes of the validation images: "1024x1024,1280x768" (WxH), one edge, or megapixels when under 128.',
     )
     validation_guidance: Annotated[float, Field(ge=0)] = Field(
         7.5, description="Classifier-free guidance scale."
@@ -51,33 +51,33 @@ class ValidationSettings(SettingsModel):
     validation_guidance_rescale: Share = Field(
         0.0, description="Guidance rescale of Lin et al. 2023; 0 is off."
     )
-    validation_num_inference_steps: Count = Field(30, description="Sampler steps per picture.")
+    validation_num_inference_steps: Count = Field(30, description="Sampler steps per image.")
     validation_noise_scheduler: Sampler | None = Field(
-        None, description="Sampler of the pictures; not set: the base model's own."
+        None, description="Sampler of the images; not set: the base model's own."
     )
     inference_scheduler_timestep_spacing: Literal["leading", "linspace", "trailing"] | None = Field(
         None,
         description="Which timesteps the sampler takes; not set: the base model's own (SDXL's is leading; SimpleTuner's default is trailing).",
     )
     validation_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
-        None, description="Seed of the validation pictures; not set: `seed`."
+        None, description="Seed of the validation images; not set: `seed`."
     )
     validation_step_interval: Annotated[int, Field(ge=0)] = Field(
-        100, description="Steps between validation pictures; 0 draws them only at the end."
+        100, description="Steps between validation images; 0 draws them only at the end."
     )
     validation_epoch_interval: Count | None = Field(
-        None, description="Epochs between validation pictures, beside the steps; not set or 0: steps alone."
+        None, description="Epochs between validation images, beside the steps; not set or 0: steps alone."
     )
     validation_on_startup: bool | None = Field(
         None,
         description="Draw before the first step; not set: when validation_step_interval is not 0.",
     )
-    num_validation_images: Count = Field(1, description="Pictures per prompt, with successive seeds.")
+    num_validation_images: Count = Field(1, description="Images per prompt, with successive seeds.")
     validation_randomize: bool = Field(
         False, description="Draw from other seeds at each validation, instead of the same ones."
     )
     validation_preview: bool = Field(
-        False, description="Show the pictures while they form, decoded by a tiny autoencoder."
+        False, description="Show the images while they form, decoded by a tiny autoencoder."
     )
     validation_preview_steps: Count = Field(1, description="Sampler steps between previews.")
     validation_preview_model_name_or_path: Annotated[str | None, IS_PATH] = Field(

@@ -188,7 +188,7 @@ def file_hashes(tensors: "Mapping[str, Tensor]", entries: Mapping[str, str]) -> 
 
 def _training_entries(spec: TrainSpec, manifest: TrainedLora, samples: Samples) -> dict[str, Any]:
     settings = spec.settings
-    counts = samples.pictures_by_dataset()
+    counts = samples.images_by_dataset()
     text_rate = settings.learning_rate if settings.text_encoder_lr is None else settings.text_encoder_lr
     regularisation = {lane.dataset_id for lane in spec.lanes if lane.is_regularisation}
     return {
@@ -231,7 +231,7 @@ def _caption_entries(spec: TrainSpec, samples: Samples) -> dict[str, Any]:
         tags = (tag.strip() for caption in captions for tag in str(caption).split(","))
         folders[name] = {
             "n_repeats": lane.repeats + 1,
-            "img_count": samples.pictures_by_dataset()[lane.dataset_id],
+            "img_count": samples.images_by_dataset()[lane.dataset_id],
         }
         frequencies[name] = dict(Counter(tag for tag in tags if tag).most_common())
     return {

@@ -1,7 +1,7 @@
 """The tiny SDXL's components with their starting weights: SDXL's block types and interfaces, two orders smaller.
 
 The starting weights matter as much as the sizes: residual branches near zero and pyramids that already pass the
-picture through let a model of this size converge in minutes (Zhang et al. 2019, "Fixup initialization").
+image through let a model of this size converge in minutes (Zhang et al. 2019, "Fixup initialization").
 """
 
 from collections.abc import Sequence

@@ -61,7 +61,7 @@ def second_text_encoder(clip: CLIPModel) -> CLIPTextModelWithProjection:
 
 
 def save_image_processor(folder: Path, tokenizer: CLIPTokenizerFast) -> None:
-    """Writes what turns pictures and texts into the scoring CLIP's inputs; Pillow is enough to run it."""
+    """Writes what turns images and texts into the scoring CLIP's inputs; Pillow is enough to run it."""
     tokenizer.save_pretrained(folder)
     side = {"height": CLIP_IMAGE_SIZE, "width": CLIP_IMAGE_SIZE}
     CLIPImageProcessorPil(

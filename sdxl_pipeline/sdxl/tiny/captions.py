@@ -1,4 +1,4 @@
-"""What the world's pictures are called: varied captions for training, one canonical wording for prompts."""
+"""What the world's images are called: varied captions for training, one canonical wording for prompts."""
 
 import random
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from sdxl_pipeline.sdxl.tiny.world import Spec
 
 ART_CAPTIONS = (
     "abstract art",
-    "an abstract picture",
+    "an abstract image",
     "an abstract painting with many colours",
     "abstract shapes and patterns",
 )
@@ -57,7 +57,7 @@ def sample_caption(spec: Spec, rng: random.Random) -> str:
     if form == 5:
         return f"{thing}{comma}, {spec.background} background"
     if form == 6:
-        medium = rng.choice(("an image", "a drawing", "a picture"))
+        medium = rng.choice(("an image", "a drawing", "an image"))
         return f"{medium} of {indefinite}{spaced} on {ground}"
     return f"{indefinite}{spaced} on {spec.background}"
 

@@ -1,4 +1,4 @@
-"""Trains the scoring CLIP and both text encoders by contrast of pictures and captions (Radford et al. 2021)."""
+"""Trains the scoring CLIP and both text encoders by contrast of images and captions (Radford et al. 2021)."""
 
 import logging
 import random
@@ -35,7 +35,7 @@ from sdxl_pipeline.sdxl.tiny.world import (
 _LOGGER = logging.getLogger(__name__)
 _BATCH = 192
 _PEAK_RATE = 1.5e-3
-# Batches are made of groups of this many pictures; a rich group is random, a plain one differs in little.
+# Batches are made of groups of this many images; a rich group is random, a plain one differs in little.
 _GROUP = 4
 _RICH_SHARE = 0.4
 _MAX_LOGIT_SCALE = 60.0
@@ -107,7 +107,7 @@ def train_clip(parts: Path, budget: Budget, seed: int = 0) -> dict[str, float]:
 
 @torch.no_grad()
 def measure_clip(clip: CLIPModel, ids: CaptionIds, count: int = 256) -> dict[str, float]:
-    """Share of `count` different held-out captions whose own picture is the nearest of all."""
+    """Share of `count` different held-out captions whose own image is the nearest of all."""
     specs = held_out_specs(count, seed=7)
     images = render(specs, (128, 128), random.Random(7))
     image_embeds = embed_images(clip, to_clip_size(images))
@@ -117,7 +117,7 @@ def measure_clip(clip: CLIPModel, ids: CaptionIds, count: int = 256) -> dict[str
 
 
 def embed_images(clip: CLIPModel, pixel_values: Tensor) -> Tensor:
-    """Unit embeddings (B, 64) of pictures (B, 3, 64, 64) in [-1, 1]."""
+    """Unit embeddings (B, 64) of images (B, 3, 64, 64) in [-1, 1]."""
     return F.normalize(
         clip.visual_projection(clip.vision_model(pixel_values=pixel_values).pooler_output), dim=-1
     )
@@ -129,7 +129,7 @@ def embed_texts(clip: CLIPModel, input_ids: Tensor) -> Tensor:
 
 
 def to_clip_size(images: Tensor) -> Tensor:
-    """Squeezes pictures (B, 3, H, W) of any aspect to the square the vision tower reads."""
+    """Squeezes images (B, 3, H, W) of any aspect to the square the vision tower reads."""
     side = (CLIP_IMAGE_SIZE, CLIP_IMAGE_SIZE)
     return F.interpolate(images, side, mode="bilinear", antialias=True, align_corners=False)
 
@@ -149,7 +149,7 @@ def _contrast(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor, same: Te
 
 
 def _sample_group(rng: random.Random) -> list[Spec]:
-    """Four pictures. Plain ones share shape and colours: only then must the model tell sizes and places."""
+    """Four images. Plain ones share shape and colours: only then must the model tell sizes and places."""
     if rng.random() < _RICH_SHARE:
         return [sample_rich(rng) for _ in range(_GROUP)]
     first = sample_plain(rng)
@@ -158,7 +158,7 @@ def _sample_group(rng: random.Random) -> list[Spec]:
 
 
 def _batch(rng: random.Random) -> tuple[Tensor, list[str]]:
-    """Pictures (192, 3, 64, 64) and their captions, half square, a quarter of each other aspect.
+    """Images (192, 3, 64, 64) and their captions, half square, a quarter of each other aspect.
 
     Drawn at half size, which is what is left after squeezing to 64x64 anyway.
     """

@@ -1,4 +1,4 @@
-"""Makes the demo project's dataset: pictures of zorps, which the bundled model has never seen or heard of.
+"""Makes the demo project's dataset: images of zorps, which the bundled model has never seen or heard of.
 
 A zorp is a round creature with a thick white rim and one huge eye. Its strokes are known to the model, their
 proportions, their combination under this word and the word itself are not: that is what a LoRA has to learn.
@@ -43,9 +43,9 @@ _EYE_SCALE = 1.5
 class DemoRequest:
     """The parameters of generate_data.json."""
 
-    pictures: int = 42
-    eval_pictures: int = 12
-    prior_pictures: int = 36
+    images: int = 42
+    eval_images: int = 12
+    prior_images: int = 36
     seed: int = 7
 
 
@@ -89,10 +89,10 @@ def _make_if_needed(folder: Path, request: DemoRequest) -> None:
     beside = folder.with_name(f".{folder.name}-{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     rng = random.Random(request.seed)
-    _write_pictures(beside / "zorp", _zorps(SEEN_COLORS, SEEN_PLACES, request.pictures, rng), rng)
-    unseen = _zorps(UNSEEN_COLORS, (*SEEN_PLACES, *UNSEEN_PLACES), request.eval_pictures, rng)
-    _write_pictures(beside / "zorp_unseen", unseen, rng)
-    _write_pictures(beside / "world", [sample_plain(rng) for _ in range(request.prior_pictures)], rng)
+    _write_images(beside / "zorp", _zorps(SEEN_COLORS, SEEN_PLACES, request.images, rng), rng)
+    unseen = _zorps(UNSEEN_COLORS, (*SEEN_PLACES, *UNSEEN_PLACES), request.eval_images, rng)
+    _write_images(beside / "zorp_unseen", unseen, rng)
+    _write_images(beside / "world", [sample_plain(rng) for _ in range(request.prior_images)], rng)
     (beside / _MARKER).write_text(json.dumps(wanted, indent=2) + "\n")
     beside.rename(folder)
 
@@ -133,7 +133,7 @@ def _zorps(colors: Sequence[str], places: Sequence[str], count: int, rng: random
     ]
 
 
-def _write_pictures(folder: Path, specs: Sequence[Spec], rng: random.Random) -> None:
+def _write_images(folder: Path, specs: Sequence[Spec], rng: random.Random) -> None:
     folder.mkdir(parents=True)
     for i, spec in enumerate(specs):
         size = _SIZES[

@@ -24,12 +24,12 @@ def draw(
     guidance: float = GUIDANCE,
     batch: int = 16,
 ) -> list[Tensor]:
-    """Pictures (3, H, W) in [-1, 1], one per prompt; picture i starts from the noise of `seed` + i."""
-    pictures: list[Tensor] = []
+    """Images (3, H, W) in [-1, 1], one per prompt; image i starts from the noise of `seed` + i."""
+    images: list[Tensor] = []
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-        images = pipeline(
+        samples = pipeline(
             part,
             height=size[0],
             width=size[1],
@@ -38,12 +38,12 @@ def draw(
             generator=generators,
             output_type="pt",
         ).images
-        pictures += list(images.float() * 2 - 1)
-    return pictures
+        images += list(samples.float() * 2 - 1)
+    return images
 
 
 def measure_drawing(pipeline: StableDiffusionXLPipeline, count: int = 64, seed: int = 11) -> dict[str, float]:
     """Draws `count` held-out prompts; the share with the right background, color, shape, size and place."""
     specs = held_out_specs(count, seed)
-    pictures = draw(pipeline, [canonical_caption(spec) for spec in specs])
-    return {f"drawn_{key}": round(share, 4) for key, share in agreement(pictures, specs).items()}
+    images = draw(pipeline, [canonical_caption(spec) for spec in specs])
+    return {f"drawn_{key}": round(share, 4) for key, share in agreement(images, specs).items()}

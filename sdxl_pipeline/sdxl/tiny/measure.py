@@ -1,4 +1,4 @@
-"""Reads shape, colours, size and place off the pixels of a plain picture of the world."""
+"""Reads shape, colours, size and place off the pixels of a plain image of the world."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _SMALLEST = 60  # pixels; anything less is a speck
 
 @dataclass(frozen=True)
 class Seen:
-    """What is seen in a picture; None where there is no shape. `overlap`: IoU with the ideal shape."""
+    """What is seen in an image; None where there is no shape. `overlap`: IoU with the ideal shape."""
 
     background: str
     color: str | None = None
@@ -28,10 +28,10 @@ class Seen:
 
 
 @torch.no_grad()
-def measure(picture: Tensor) -> Seen:
-    """What the picture (3, H, W) in [-1, 1] shows: the largest connected region that is not background."""
-    height, width = picture.shape[1:]
-    pixels = ((picture.float() + 1) * 127.5).clamp(0, 255)
+def measure(image: Tensor) -> Seen:
+    """What the image (3, H, W) in [-1, 1] shows: the largest connected region that is not background."""
+    height, width = image.shape[1:]
+    pixels = ((image.float() + 1) * 127.5).clamp(0, 255)
     k = _CORNER
     corners = torch.cat(
         [pixels[:, rows, columns].reshape(3, -1) for rows in _ends(k) for columns in _ends(k)], dim=1
@@ -56,9 +56,9 @@ def measure(picture: Tensor) -> Seen:
     )
 
 
-def agreement(pictures: list[Tensor], specs: list[Spec]) -> dict[str, float]:
-    """Share of pictures whose measured background, colour, shape, size and place are those of their specs."""
-    seen = [measure(picture) for picture in pictures]
+def agreement(images: list[Tensor], specs: list[Spec]) -> dict[str, float]:
+    """Share of images whose measured background, colour, shape, size and place are those of their specs."""
+    seen = [measure(image) for image in images]
     return {
         key: sum(getattr(s, key) == getattr(spec, key) for s, spec in zip(seen, specs, strict=True))
         / len(specs)

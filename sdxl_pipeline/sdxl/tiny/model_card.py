@@ -59,12 +59,12 @@ def _parameters(model: torch.nn.Module | UNet2DConditionModel) -> int:
 def _card(figures: Figures, trainings: dict[str, dict[str, Any]]) -> str:
     rows = [
         (
-            f"VAE reconstruction, {RECONSTRUCTED} held-out pictures of the world",
+            f"VAE reconstruction, {RECONSTRUCTED} held-out images of the world",
             _db(figures["psnr_world_db"]),
         ),
-        (f"VAE reconstruction, {RECONSTRUCTED} pictures unlike the world", _db(figures["psnr_unlike_db"])),
+        (f"VAE reconstruction, {RECONSTRUCTED} images unlike the world", _db(figures["psnr_unlike_db"])),
         (
-            f"tiny decoder, {RECONSTRUCTED} held-out pictures of the world",
+            f"tiny decoder, {RECONSTRUCTED} held-out images of the world",
             _db(figures["preview_psnr_world_db"]),
         ),
         (f"text-to-image retrieval, top-1 among {RETRIEVED} held-out", _percent(figures["retrieval_top1"])),
@@ -97,12 +97,12 @@ pipeline_tag: text-to-image
 # tiny-sdxl
 
 A Stable Diffusion XL small enough to ship with the code: every component of the real pipeline, trained from
-scratch on pictures our own generator draws. It serves the demo, the tests and the benchmarks on a CPU. It knows
+scratch on images our own generator draws. It serves the demo, the tests and the benchmarks on a CPU. It knows
 coloured shapes and nothing else.
 
 - `model/`: a diffusers folder for `StableDiffusionXLPipeline.from_pretrained` (fp16 safetensors). UNet
   {figures["unet_parameters"] / 1e6:.2f} M parameters, VAE {figures["vae_parameters"] / 1e6:.2f} M.
-- `clip/`: the CLIP that scores pictures against prompts, {figures["clip_parameters"] / 1e6:.2f} M parameters.
+- `clip/`: the CLIP that scores images against prompts, {figures["clip_parameters"] / 1e6:.2f} M parameters.
 - `taesd/`: an AutoencoderTiny for quick previews of latents.
 
 All folders together: {figures["bytes"] / 1e6:.1f} MB.
@@ -110,13 +110,13 @@ All folders together: {figures["bytes"] / 1e6:.1f} MB.
 ## The world
 - {len(SHAPES)} shapes: {", ".join(SHAPES)}
 - {len(COLORS)} colours, for shape and background: {", ".join(COLORS)}
-- {len(SIZES)} sizes, {len(PLACES)} places; pictures of 128x128, 160x96 and 96x160
+- {len(SIZES)} sizes, {len(PLACES)} places; images of 128x128, 160x96 and 96x160
 
-Of the UNet's training pictures {RICH_SHARE:.0%} are richer: outlines, stripes, dots, a smaller shape inside, one
+Of the UNet's training images {RICH_SHARE:.0%} are richer: outlines, stripes, dots, a smaller shape inside, one
 or two eyes, free-form silhouettes under invented words, and some abstract art. An example:
 "{_EXAMPLE}".
 
-A twelfth of the (shape, colour, background) triples is in no training picture; the figures are on those.
+A twelfth of the (shape, colour, background) triples is in no training image; the figures are on those.
 
 ## Held-out figures
 | what | measured |
@@ -136,7 +136,7 @@ another machine gives other weights of the same kind.{notes}
 
 ## Limits
 It does not draw photographs, people or text. Words outside the captions of the world mean nothing to it until a
-LoRA teaches them. Pictures far from 128x128 pixels are outside of what it has seen.
+LoRA teaches them. Images far from 128x128 pixels are outside of what it has seen.
 """
 
 

@@ -1,4 +1,4 @@
-"""Draws specs of the world as antialiased pictures, a batch at a time."""
+"""Draws specs of the world as antialiased images, a batch at a time."""
 
 import math
 import random
@@ -28,10 +28,10 @@ def render(
     rng: random.Random | None,
     frames: Sequence[tuple[int, int, int, int]] | None = None,
 ) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] of `specs` at `size` (height, width).
+    """Images (B, 3, H, W) in [-1, 1] of `specs` at `size` (height, width).
 
-    `rng` jitters place, size, colours and pattern as no two photographs are alike; None draws the ideal picture.
-    `frames` gives per picture (original height, original width, crop top, crop left): the spec is drawn on the
+    `rng` jitters place, size, colours and pattern as no two photographs are alike; None draws the ideal image.
+    `frames` gives per image (original height, original width, crop top, crop left): the spec is drawn on the
     original canvas, which is resized to cover `size` and cropped at (top, left).
     """
     height, width = size
@@ -42,25 +42,25 @@ def render(
     u, v = (x - center_x) / radius, (y - center_y) / radius  # (B, H, W)
 
     body = _silhouettes(specs, u, v) * radius
-    picture = _colors([s.background for s in specs], rng)
+    image = _colors([s.background for s in specs], rng)
     outline = torch.tensor([_outline_width(spec, rng) for spec in specs])
     outline_px = torch.maximum(
         outline[:, None, None] * radius, torch.tensor(3.0 * math.sqrt(height * width) / 128)
     )
     cover = _coverage(body - outline_px) * (outline > 0)[:, None, None]
-    picture = _over(picture, _colors([s.outline or s.background for s in specs], rng), cover)
+    image = _over(image, _colors([s.outline or s.background for s in specs], rng), cover)
     fill = _over(
         _colors([s.color for s in specs], rng),
         _colors([s.second_color or s.color for s in specs], rng),
         _patterns(specs, u, v, radius, rng),
     )
-    picture = _over(picture, fill, _coverage(body))
-    return _draw_marks(picture, specs, u, v, radius, rng) / 127.5 - 1
+    image = _over(image, fill, _coverage(body))
+    return _draw_marks(image, specs, u, v, radius, rng) / 127.5 - 1
 
 
 @torch.no_grad()
 def render_art(count: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] unlike the world: gradients, stripes, overlapping turned shapes, haze.
+    """Images (B, 3, H, W) in [-1, 1] unlike the world: gradients, stripes, overlapping turned shapes, haze.
 
     The VAE learns from them too, so that it serves concepts the world does not have.
     """
@@ -84,7 +84,7 @@ def render_art(count: int, size: tuple[int, int], generator: torch.Generator) ->
         mix = torch.where(kind < 0.55, torch.zeros_like(along), torch.where(kind < 0.75, gradient, stripes))
         return first + (second - first) * mix[:, None]
 
-    picture = fill()
+    image = fill()
     names = ("circle", "square", "triangle", "diamond", "ring", "cross", "heart", "star", "moon", "arrow")
     for _ in range(3):
         which = torch.randint(len(names), (count,), generator=generator)
@@ -100,24 +100,24 @@ def render_art(count: int, size: tuple[int, int], generator: torch.Generator) ->
                 body[rows] = distance(name, u[rows], v[rows]) * radius[rows]
         present, rimmed = (uniform(count, 1, 1) < 0.8).float(), (uniform(count, 1, 1) < 0.4).float()
         rim_px = 2 + 6 * uniform(count, 1, 1)
-        picture = _over(picture, rim, _coverage(body - rim_px) * present * rimmed)
-        picture = _over(picture, inside, _coverage(body) * present)
+        image = _over(image, rim, _coverage(body - rim_px) * present * rimmed)
+        image = _over(image, inside, _coverage(body) * present)
     haze = torch.randn(count, 3, height // 16, width // 16, generator=generator)
     haze = torch.nn.functional.interpolate(haze, (height, width), mode="bicubic", align_corners=False)
-    picture = picture + 0.15 * haze * (uniform(count, 1, 1, 1) < 0.15)
-    return picture.clamp(0, 1) * 2 - 1
+    image = image + 0.15 * haze * (uniform(count, 1, 1, 1) < 0.15)
+    return image.clamp(0, 1) * 2 - 1
 
 
-def to_image(picture: Tensor) -> "Image":
-    """A PIL image of a picture (3, H, W) in [-1, 1]."""
+def to_image(image: Tensor) -> "Image":
+    """A PIL image of an image (3, H, W) in [-1, 1]."""
     from PIL import Image
 
-    pixels = ((picture.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    pixels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
 def _canvas(size: tuple[int, int], frame: tuple[int, int, int, int]) -> tuple[float, float, int, int]:
-    """Height and width of the whole resized original in pixels of the picture, and the crop's top and left."""
+    """Height and width of the whole resized original in pixels of the image, and the crop's top and left."""
     original_h, original_w, top, left = frame
     scale = max(size[0] / original_h, size[1] / original_w)
     return original_h * scale, original_w * scale, top, left
@@ -126,7 +126,7 @@ def _canvas(size: tuple[int, int], frame: tuple[int, int, int, int]) -> tuple[fl
 def _place(
     spec: Spec, canvas: tuple[float, float, int, int], rng: random.Random | None
 ) -> tuple[float, float, float]:
-    """Centre x, centre y and radius of the shape in pixels of the picture."""
+    """Centre x, centre y and radius of the shape in pixels of the image."""
     height, width, top, left = canvas
     radius = SIZES[spec.size] * math.sqrt(height * width) * _vary(rng, 0.93, 1.07, 1.0)
     share_x, share_y = PLACES[spec.place]
@@ -191,27 +191,27 @@ def _patterns(
 
 
 def _draw_marks(
-    picture: Tensor, specs: Sequence[Spec], u: Tensor, v: Tensor, radius: Tensor, rng: random.Random | None
+    image: Tensor, specs: Sequence[Spec], u: Tensor, v: Tensor, radius: Tensor, rng: random.Random | None
 ) -> Tensor:
     for i, spec in enumerate(specs):
         mark = spec.mark
         if mark is None:
             continue
         if mark.eyes:
-            picture[i] = _draw_eyes(picture[i], mark, u[i], v[i], radius[i])
+            image[i] = _draw_eyes(image[i], mark, u[i], v[i], radius[i])
         elif mark.shape is not None:
             scale = _INNER_RADIUS
             inner = distance(mark.shape, u[i] / scale, v[i] / scale) * scale * radius[i]
-            picture[i] = _over(picture[i : i + 1], _colors([mark.color], rng), _coverage(inner)[None])[0]
-    return picture
+            image[i] = _over(image[i : i + 1], _colors([mark.color], rng), _coverage(inner)[None])[0]
+    return image
 
 
-def _draw_eyes(picture: Tensor, mark: Mark, u: Tensor, v: Tensor, radius: Tensor) -> Tensor:
+def _draw_eyes(image: Tensor, mark: Mark, u: Tensor, v: Tensor, radius: Tensor) -> Tensor:
     white, black = (
         torch.tensor(COLORS[c], dtype=torch.float32)[None, :, None, None] for c in ("white", "black")
     )
     eye = _EYE_RADIUS[mark.eyes] * mark.scale
-    out = picture[None]
+    out = image[None]
     for x in (0.0,) if mark.eyes == 1 else (-_EYE_DISTANCE, _EYE_DISTANCE):
         away = torch.hypot(u - x, v)
         out = _over(out, white, _coverage((away - eye) * radius)[None])

@@ -52,7 +52,7 @@ def train_taesd(parts: Path, budget: Budget, seed: int = 0) -> dict[str, float]:
 
 @torch.no_grad()
 def measure_taesd(tiny: AutoencoderTiny, vae: AutoencoderKL, count: int = 64) -> dict[str, float]:
-    """Mean PSNR in dB of the tiny decoder on the VAE's latents of held-out world pictures."""
+    """Mean PSNR in dB of the tiny decoder on the VAE's latents of held-out world images."""
     images = render(held_out_specs(count, seed=99), (128, 128), random.Random(99))
     decoded = [
         tiny.decode(vae.encode(part).latent_dist.mode() * vae.config.scaling_factor).sample

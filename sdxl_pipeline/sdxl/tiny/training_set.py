@@ -1,4 +1,4 @@
-"""The UNet's training set: latents of world pictures, encoded once, with the specs and frames they show."""
+"""The UNet's training set: latents of world images, encoded once, with the specs and frames they show."""
 
 import random
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from sdxl_pipeline.sdxl.tiny.world import BUCKETS, Spec, sample_frame, sample_wo
 RICH_SHARE = 0.4
 _ART_SHARE = 0.03
 _CHUNK = 64
-# How many of `count` pictures fall to each bucket, and how often a batch is of it.
+# How many of `count` images fall to each bucket, and how often a batch is of it.
 BUCKET_SHARES = (0.5, 0.25, 0.25)
 
 Frame = tuple[int, int, int, int]
@@ -30,7 +30,7 @@ class Batch:
 
 
 class BucketSet:
-    """Pictures of one bucket: posterior moments (N, 8, H/8, W/8) in fp16, specs (None: abstract art), frames."""
+    """Images of one bucket: posterior moments (N, 8, H/8, W/8) in fp16, specs (None: abstract art), frames."""
 
     def __init__(self, vae: AutoencoderKL, bucket: tuple[int, int], count: int, seed: int) -> None:
         rng = random.Random(seed)
@@ -51,7 +51,7 @@ class BucketSet:
         self._moments = torch.cat(moments)
 
     def sample(self, size: int, rng: random.Random) -> Batch:
-        """Draws `size` pictures; latents are fresh samples of their posteriors, captions fresh wordings."""
+        """Draws `size` images; latents are fresh samples of their posteriors, captions fresh wordings."""
         rows = [rng.randrange(len(self.specs)) for _ in range(size)]
         mean, logvar = self._moments[rows].float().chunk(2, dim=1)
         latents = (mean + (0.5 * logvar).exp() * torch.randn_like(mean)) * self._scaling_factor
@@ -64,7 +64,7 @@ class BucketSet:
 
 
 def build_training_set(vae: AutoencoderKL, count: int, seed: int) -> list[BucketSet]:
-    """About `count` pictures over all buckets."""
+    """About `count` images over all buckets."""
     return [
         BucketSet(vae, bucket, int(count * share), seed + i)
         for i, (bucket, share) in enumerate(zip(BUCKETS, BUCKET_SHARES, strict=True))

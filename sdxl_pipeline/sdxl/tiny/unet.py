@@ -18,7 +18,7 @@ from sdxl_pipeline.sdxl.tiny.training_set import BUCKET_SHARES, build_training_s
 from sdxl_pipeline.sdxl.tiny.unet_state import UNetState
 
 _LOGGER = logging.getLogger(__name__)
-_PICTURES = 32_000
+_IMAGES = 32_000
 _GLOBAL_BATCH = 80
 _PEAK_RATE = 1.2e-3
 _MIN_SNR_GAMMA = 5.0
@@ -83,7 +83,7 @@ def train_unet(
 
     vae = AutoencoderKL.from_pretrained(parts / "vae").eval()
     embed = TextEmbedder(parts)
-    buckets = build_training_set(vae, _PICTURES // world_size, seed + 1000 * (rank + 1))
+    buckets = build_training_set(vae, _IMAGES // world_size, seed + 1000 * (rank + 1))
     rng, bucket_rng = random.Random(seed + 100 + rank + state.step), random.Random(seed + 5 + state.step)
     torch.manual_seed(seed + 100 + rank + state.step)
     alphas = DDPMScheduler(**NOISE_SCHEDULE).alphas_cumprod

@@ -1,4 +1,4 @@
-"""Trains the AutoencoderKL on pictures of the world and unlike it, and gives its latents unit variance."""
+"""Trains the AutoencoderKL on images of the world and unlike it, and gives its latents unit variance."""
 
 import logging
 import random
@@ -63,7 +63,7 @@ def train_vae(folder: Path, budget: Budget, seed: int = 0) -> dict[str, float]:
 def normalize_latents(vae: AutoencoderKL, rng: random.Random) -> None:
     """Folds a shift and a scale per channel into the 1x1 convolutions around the latents.
 
-    Afterwards latents times the scaling factor have mean 0 and variance 1 over the world's pictures, and
+    Afterwards latents times the scaling factor have mean 0 and variance 1 over the world's images, and
     reconstructions are what they were.
     """
     channels = vae.config.latent_channels
@@ -88,17 +88,17 @@ def normalize_latents(vae: AutoencoderKL, rng: random.Random) -> None:
 
 @torch.no_grad()
 def measure_vae(vae: AutoencoderKL, count: int = 64) -> dict[str, float]:
-    """Mean PSNR in dB of the reconstruction of held-out world pictures and of pictures unlike the world."""
+    """Mean PSNR in dB of the reconstruction of held-out world images and of images unlike the world."""
     rng = random.Random(99)
-    pictures = {
+    batches = {
         "psnr_world_db": render(held_out_specs(count, seed=99), (128, 128), rng),
         "psnr_unlike_db": render_art(count, (128, 128), torch.Generator().manual_seed(99)),
     }
-    return {name: round(psnr(images, _reconstruct(vae, images)), 2) for name, images in pictures.items()}
+    return {name: round(psnr(images, _reconstruct(vae, images)), 2) for name, images in batches.items()}
 
 
 def psnr(images: Tensor, others: Tensor) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio in dB; pictures (B, 3, H, W) in [-1, 1]."""
+    """Mean over images of the peak signal-to-noise ratio in dB; images (B, 3, H, W) in [-1, 1]."""
     error = ((images - others.clamp(-1, 1)) / 2).pow(2).mean((1, 2, 3))
     return (-10 * error.log10()).mean().item()
 
@@ -119,7 +119,7 @@ def _batch(rng: random.Random, generator: torch.Generator, *, full: bool) -> Ten
 
 
 def random_crop(images: Tensor, rng: random.Random, side: int = _CROP) -> Tensor:
-    """The same `side` x `side` window of all pictures."""
+    """The same `side` x `side` window of all images."""
     height, width = images.shape[-2:]
     top, left = rng.randint(0, height - side), rng.randint(0, width - side)
     return images[:, :, top : top + side, left : left + side].contiguous()

@@ -1,7 +1,7 @@
-"""The small world of captioned shapes: what a picture may hold, and which combinations are held out.
+"""The small world of captioned shapes: what an image may hold, and which combinations are held out.
 
-A plain picture is one shape in one colour on one background, in one of two sizes at one of five places. Rich
-pictures add what a new concept can later be composed of: outlines, striped and dotted fills, a mark inside the
+A plain image is one shape in one colour on one background, in one of two sizes at one of five places. Rich
+images add what a new concept can later be composed of: outlines, striped and dotted fills, a mark inside the
 shape (a smaller shape, one eye, two eyes) and free-form silhouettes under invented words.
 """
 
@@ -25,10 +25,10 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "black": (20, 20, 20),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross", "heart", "star", "moon", "arrow")
-# The radius of a shape as a share of the square root of the picture's area.
+# The radius of a shape as a share of the square root of the image's area.
 SIZES = {"small": 0.14, "large": 0.25}
-_LARGE_SHARE = 0.55  # large pictures teach shapes best
-# Centre of the shape as (x, y) shares of the picture.
+_LARGE_SHARE = 0.55  # large images teach shapes best
+# Centre of the shape as (x, y) shares of the image.
 PLACES = {
     "left": (0.27, 0.5),
     "right": (0.73, 0.5),
@@ -73,10 +73,10 @@ class Mark:
 
 @dataclass(frozen=True)
 class Spec:
-    """What one picture of the world holds.
+    """What one image of the world holds.
 
     Colours are keys of COLORS; `noun` replaces the shape's name; `outline_width` is a share of the radius, which
-    varies from picture to picture where None stands.
+    varies from image to image where None stands.
     """
 
     shape: str
@@ -104,7 +104,7 @@ def is_held_out(shape: str, color: str, background: str) -> bool:
 
 
 def sample_plain(rng: random.Random, split: Split | None = "train") -> Spec:
-    """Draws a plain picture of `split` (None: of either)."""
+    """Draws a plain image of `split` (None: of either)."""
     while True:
         color, background = rng.sample(list(COLORS), 2)
         shape = rng.choice(SHAPES)
@@ -115,7 +115,7 @@ def sample_plain(rng: random.Random, split: Split | None = "train") -> Spec:
 
 
 def sample_rich(rng: random.Random) -> Spec:
-    """Draws a training picture with at least one of: free-form silhouette, outline, pattern, mark."""
+    """Draws a training image with at least one of: free-form silhouette, outline, pattern, mark."""
     spec = sample_plain(rng)
     if rng.random() < 0.2:
         noun = "shape" if rng.random() < 0.3 else invented_word(rng)
@@ -135,12 +135,12 @@ def sample_rich(rng: random.Random) -> Spec:
 
 
 def sample_world(rng: random.Random, rich_share: float) -> Spec:
-    """Draws a training picture: rich with probability `rich_share`, plain otherwise."""
+    """Draws a training image: rich with probability `rich_share`, plain otherwise."""
     return sample_rich(rng) if rng.random() < rich_share else sample_plain(rng)
 
 
 def held_out_specs(count: int, seed: int) -> list[Spec]:
-    """`count` different plain pictures of the held-out split, in an order fixed by `seed`.
+    """`count` different plain images of the held-out split, in an order fixed by `seed`.
 
     Raises ValueError when the split holds fewer.
     """
@@ -154,7 +154,7 @@ def held_out_specs(count: int, seed: int) -> list[Spec]:
         for place in PLACES
     ]
     if count > len(specs):
-        raise ValueError(f"the held-out split holds {len(specs)} plain pictures, {count} were asked for")
+        raise ValueError(f"the held-out split holds {len(specs)} plain images, {count} were asked for")
     random.Random(seed).shuffle(specs)
     return specs[:count]
 
@@ -185,7 +185,7 @@ def invented_word(rng: random.Random) -> str:
 
 
 def sample_frame(rng: random.Random, bucket: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Draws (original height, original width, crop top, crop left) for a picture shown in `bucket` (h, w).
+    """Draws (original height, original width, crop top, crop left) for an image shown in `bucket` (h, w).
 
     Seven in ten are the bucket itself or a multiple of it, uncropped; the others have another aspect, are
     resized to cover the bucket and cropped. These four, with the bucket's size, are SDXL's time ids

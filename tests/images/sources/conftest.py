@@ -1,4 +1,4 @@
-"""Small pictures, a Hub, a web server that can fail, and an S3 server for the tests of the sources."""
+"""Small images, a Hub, a web server that can fail, and an S3 server for the tests of the sources."""
 
 import io
 import os
@@ -19,8 +19,8 @@ from sdxl_pipeline.project.datasets import ImageDataset
 from tests.hub_server import HubServer
 
 
-def picture(seed: int, suffix: str = ".png") -> bytes:
-    """A picture of its own for each seed."""
+def image(seed: int, suffix: str = ".png") -> bytes:
+    """An image of its own for each seed."""
     buffer = io.BytesIO()
     image = Image.new("RGB", (16 + seed % 5, 16), (seed * 37 % 256, seed * 59 % 256, seed * 83 % 256))
     image.save(buffer, {".png": "PNG", ".jpg": "JPEG", ".webp": "WEBP"}[suffix])

@@ -6,7 +6,7 @@ import pytest
 
 from sdxl_pipeline.images.sources import SourceError, address_guard, fetch_source
 from sdxl_pipeline.images.sources.address_guard import is_public
-from tests.images.sources.conftest import picture, tree
+from tests.images.sources.conftest import image, tree
 
 REFUSED = "is a private address; write allow_private_addresses: true in this dataset's entry to allow it"
 
@@ -72,7 +72,7 @@ def listed(make, sources, tmp_path):
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "[::ffff:127.0.0.1]"])
 def test_an_address_of_a_list_is_refused_before_a_connection_is_made(web, listed, host):
-    address = web.add("/0.png", picture(0)).replace("127.0.0.1", host)
+    address = web.add("/0.png", image(0)).replace("127.0.0.1", host)
     (reason,) = listed(address).values()
     assert reason.startswith("download failed: ")
     assert reason.endswith(REFUSED)
@@ -87,17 +87,17 @@ def test_tls_and_proxies_are_no_way_around(web, listed, monkeypatch):
     monkeypatch.setattr("requests.utils.should_bypass_proxies", lambda url, no_proxy: False)
     (reason,) = listed("http://127.0.0.1:9/0.png").values()
     assert reason.endswith(REFUSED)
-    web.add("http://only-the-proxy-knows.invalid/0.png", picture(0))
+    web.add("http://only-the-proxy-knows.invalid/0.png", image(0))
     assert listed("http://only-the-proxy-knows.invalid/0.png") == {}
 
 
 def test_a_private_address_is_read_where_the_entry_allows_it(web, listed):
-    assert listed(web.add("/0.png", picture(0)), allow_private_addresses=True) == {}
+    assert listed(web.add("/0.png", image(0)), allow_private_addresses=True) == {}
     assert web.asked["/0.png"] == 1
 
 
 def test_a_redirect_to_a_private_address_is_refused(web, listed, first_is_public):
-    address = web.add("/0.png", picture(0))
+    address = web.add("/0.png", image(0))
     target = f"http://127.0.0.2:{web.port}/secret"
     web.faults["/0.png"] = [(302, {"Location": target}, b"")]
     assert listed(address) == {address: f"download failed: 127.0.0.2 {REFUSED}"}
@@ -112,7 +112,7 @@ def test_a_second_answer_of_the_resolver_changes_nothing(web, listed, first_is_p
         return resolve(answers.pop(0) if host == "rebind.test" else host, *args, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    assert listed(web.add("/0.png", picture(0)).replace("127.0.0.1", "rebind.test")) == {}
+    assert listed(web.add("/0.png", image(0)).replace("127.0.0.1", "rebind.test")) == {}
     assert web.asked["/0.png"] == 1
     assert answers == ["127.0.0.2"]
 
@@ -127,11 +127,11 @@ def test_a_host_with_private_and_public_addresses_is_reached_at_the_public_one(
         return [info for name in hosts for info in resolve(name, *args, **options)]
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    assert listed(web.add("/0.png", picture(0)).replace("127.0.0.1", "mixed.test")) == {}
+    assert listed(web.add("/0.png", image(0)).replace("127.0.0.1", "mixed.test")) == {}
 
 
 def test_other_protocols_of_a_list_are_refused_unless_allowed(web, listed):
-    address = "simplecache::" + web.add("/0.png", picture(0))
+    address = "simplecache::" + web.add("/0.png", image(0))
     (reason,) = listed(address).values()
     assert "simplecache::http:// is not read from a list" in reason
     assert not web.asked
@@ -140,7 +140,7 @@ def test_other_protocols_of_a_list_are_refused_unless_allowed(web, listed):
 
 def test_the_hub_may_not_redirect_to_another_private_host(hub, make, sources, tmp_path):
     (tmp_path / "repository").mkdir()
-    (tmp_path / "repository" / "0.png").write_bytes(picture(0))
+    (tmp_path / "repository" / "0.png").write_bytes(image(0))
     hub.add_dataset("someone/cats", tmp_path / "repository")
     dataset = make(
         type="huggingface",
@@ -161,7 +161,7 @@ def test_addresses_in_cells_of_a_hub_table_are_refused(hub, web, make, sources, 
     import pyarrow.parquet as pq
 
     (tmp_path / "repository").mkdir()
-    table = pa.table({"image": [web.add("/0.png", picture(0))], "caption": ["a"]})
+    table = pa.table({"image": [web.add("/0.png", image(0))], "caption": ["a"]})
     pq.write_table(table, tmp_path / "repository" / "train.parquet")
     hub.add_dataset("someone/cats", tmp_path / "repository")
     fetched = fetch_source(make(type="huggingface", dataset_name="someone/cats"), sources)
@@ -172,12 +172,12 @@ def test_addresses_in_cells_of_a_hub_table_are_refused(hub, web, make, sources, 
 def test_a_page_of_links_may_not_redirect_to_another_private_host(web, make, sources):
     web.add("/cats/", b'<a href="0.png">0</a> <a href="1.png">1</a>', "text/html")
     for number in range(2):
-        web.add(f"/cats/{number}.png", picture(number))
+        web.add(f"/cats/{number}.png", image(number))
     elsewhere = (302, {"Location": f"http://127.0.0.2:{web.port}/secret"}, b"")
     web.faults["/cats/1.png"] = [elsewhere] * 4
     fetched = fetch_source(make(type="aws", url=f"{web.url}/cats/"), sources)
     assert fetched.failed == (("1.png", f"download failed: 127.0.0.2 {REFUSED}"),)
-    assert tree(fetched.folder) == {"0.png": picture(0)}
+    assert tree(fetched.folder) == {"0.png": image(0)}
     web.faults["/dogs/"] = [elsewhere]
     web.add("/dogs/", b"", "text/html")
     with pytest.raises(SourceError, match=r"127\.0\.0\.2 is a private address"):

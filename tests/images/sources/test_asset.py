@@ -12,7 +12,7 @@ import pytest
 from resources.storage import read_parquet
 from sdxl_pipeline.definitions import build_definitions
 from tests.conftest import DATASET
-from tests.images.sources.conftest import Bucket, picture, tree
+from tests.images.sources.conftest import Bucket, image, tree
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def lane(make_project: Callable[..., Path], tmp_path: Path):
     def run(instance: dg.DagsterInstance, **settings: Any) -> tuple[dict[str, Any], pd.DataFrame]:
         folder = tmp_path / "projects" / "remote"
         if not folder.exists():
-            make_project("remote", pictures=0)
+            make_project("remote", images=0)
         local = {key: value for key, value in DATASET.items() if key != "instance_data_dir"}
         (folder / "multidatabackend.json").write_text(json.dumps([local | settings]))
         definitions = build_definitions(folder.parent)
@@ -40,7 +40,7 @@ def test_a_hub_dataset_is_the_lane(hub, lane, instance: dg.DagsterInstance, tmp_
     folder = tmp_path / "repository"
     (folder / "train").mkdir(parents=True)
     for index in range(3):
-        (folder / "train" / f"{index}.png").write_bytes(picture(index))
+        (folder / "train" / f"{index}.png").write_bytes(image(index))
     rows = [{"file_name": f"{index}.png", "text": f"cat {index}"} for index in range(3)]
     (folder / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     commit = hub.add_dataset("someone/cats", folder)
@@ -55,9 +55,9 @@ def test_a_hub_dataset_is_the_lane(hub, lane, instance: dg.DagsterInstance, tmp_
 def test_no_key_is_left_anywhere(
     bucket: Bucket, lane, own_storage: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
-    bucket.put("cats/0.png", picture(0))
+    bucket.put("cats/0.png", image(0))
     bucket.put("cats/0.txt", b"a cat")
-    bucket.put("cats/../1.png", picture(1))
+    bucket.put("cats/../1.png", image(1))
     entry = {
         "type": "aws",
         "aws_bucket_name": bucket.name,

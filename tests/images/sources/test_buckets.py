@@ -11,7 +11,7 @@ import pytest
 
 from sdxl_pipeline.images.scan import scan_dataset
 from sdxl_pipeline.images.sources import SourceError, buckets, data_folder, fetch_source
-from tests.images.sources.conftest import Bucket, matches, picture, tree
+from tests.images.sources.conftest import Bucket, image, matches, tree
 from tests.processes import wait_for
 
 
@@ -36,16 +36,16 @@ def cats(make, bucket: Bucket):
 
 def test_a_bucket_comes_whole_then_only_what_is_new(bucket: Bucket, cats, sources):
     for index in range(3):
-        bucket.put(f"cats/deep/er/{index}.png", picture(index))
+        bucket.put(f"cats/deep/er/{index}.png", image(index))
     bucket.put("cats/0.txt", b"a cat")
-    bucket.put("dogs/9.png", picture(9))
+    bucket.put("dogs/9.png", image(9))
     bucket.put("cats/deep/", b"")  # what consoles make of a folder
     told = []
     fetched = fetch_source(cats(), sources, lambda done, total: told.append((done, total)))
     names = [f"deep/er/{index}.png" for index in range(3)]
     assert set(tree(fetched.folder)) == {*names, "0.txt"}
     assert (fetched.files, fetched.downloaded, fetched.failed) == (4, 4, ())
-    assert fetched.downloaded_bytes == 5 + sum(len(picture(index)) for index in range(3))
+    assert fetched.downloaded_bytes == 5 + sum(len(image(index)) for index in range(3))
     assert told == [(done, 4) for done in range(1, 5)]
     assert len(bucket.downloads()) == 4
 
@@ -53,29 +53,29 @@ def test_a_bucket_comes_whole_then_only_what_is_new(bucket: Bucket, cats, source
     assert (same.downloaded, same.revision, bucket.downloads()) == (0, fetched.revision, [])
 
     untouched = (fetched.folder / names[1]).stat()
-    bucket.put("cats/deep/er/0.png", picture(7))
+    bucket.put("cats/deep/er/0.png", image(7))
     bucket.delete("cats/deep/er/2.png")
     bucket.delete("cats/0.txt")
-    bucket.put("cats/new.png", picture(8))
+    bucket.put("cats/new.png", image(8))
     later = fetch_source(cats(), sources)
-    assert tree(later.folder) == {names[0]: picture(7), names[1]: picture(1), "new.png": picture(8)}
+    assert tree(later.folder) == {names[0]: image(7), names[1]: image(1), "new.png": image(8)}
     assert bucket.downloads() == ["cats/deep/er/0.png", "cats/new.png"]
     assert later.revision != fetched.revision
     assert (later.folder / names[1]).stat() == untouched
 
 
 def test_the_environment_may_hold_address_and_keys(bucket: Bucket, make, sources, monkeypatch):
-    bucket.put("cats/0.png", picture(0))
+    bucket.put("cats/0.png", image(0))
     monkeypatch.setenv("AWS_ENDPOINT_URL", bucket.endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", bucket.key_id)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", bucket.secret)
     monkeypatch.setenv("AWS_DEFAULT_REGION", bucket.region)
     fetched = fetch_source(make(type="aws", url=f"s3://{bucket.name}/cats/"), sources)
-    assert tree(fetched.folder) == {"0.png": picture(0)}
+    assert tree(fetched.folder) == {"0.png": image(0)}
 
 
 def test_a_list_may_name_files_of_a_bucket(bucket: Bucket, make, sources, tmp_path):
-    bucket.put("cats/0.png", picture(0))
+    bucket.put("cats/0.png", image(0))
     path = tmp_path / "cats.csv"
     path.write_text(f"url,caption\ns3://{bucket.name}/cats/0.png,a cat\ns3://{bucket.name}/gone.png,b\n")
     dataset = make(
@@ -86,7 +86,7 @@ def test_a_list_may_name_files_of_a_bucket(bucket: Bucket, make, sources, tmp_pa
         aws_secret_access_key=bucket.secret,
     )
     fetched = fetch_source(dataset, sources)
-    assert list(tree(fetched.folder).values()) == [picture(0)]
+    assert list(tree(fetched.folder).values()) == [image(0)]
     assert fetched.failed == (
         (f"s3://{bucket.name}/gone.png", "download failed: it is not there (any more)"),
     )
@@ -97,11 +97,11 @@ def test_names_that_lead_elsewhere_are_refused_and_told(bucket: Bucket, cats, so
     bad |= {"a//b.png": "empty folder", "/root.png": "absolute", "é" * 150 + ".png": "too long"}
     bad |= {"both": "also that of a folder"}
     for name in bad:
-        bucket.put(f"cats/{name}", picture(1))
-    bucket.put("cats/both/0.png", picture(0))
-    bucket.put("cats/with space ?#%41.png", picture(2))
+        bucket.put(f"cats/{name}", image(1))
+    bucket.put("cats/both/0.png", image(0))
+    bucket.put("cats/with space ?#%41.png", image(2))
     fetched = fetch_source(cats(), sources)
-    assert tree(fetched.folder) == {"both/0.png": picture(0), "with space ?#%41.png": picture(2)}
+    assert tree(fetched.folder) == {"both/0.png": image(0), "with space ?#%41.png": image(2)}
     told = dict(fetched.failed)
     assert set(told) == set(bad)
     assert all(words in told[name] for name, words in bad.items()), told
@@ -111,16 +111,16 @@ def test_names_that_lead_elsewhere_are_refused_and_told(bucket: Bucket, cats, so
 
 
 def test_a_server_that_stumbles_is_asked_again(bucket: Bucket, cats, sources, s3_server):
-    bucket.put("cats/0.png", picture(0))
+    bucket.put("cats/0.png", image(0))
     s3_server[2].extend([503, 500])
-    assert tree(fetch_source(cats(), sources).folder) == {"0.png": picture(0)}
+    assert tree(fetch_source(cats(), sources).folder) == {"0.png": image(0)}
 
 
 def test_a_changed_file_that_cannot_be_had_does_not_stay_as_it_was(bucket: Bucket, cats, sources, s3_server):
-    bucket.put("cats/0.png", picture(0))
-    bucket.put("cats/1.png", picture(1))
+    bucket.put("cats/0.png", image(0))
+    bucket.put("cats/1.png", image(1))
     fetch_source(cats(), sources)
-    bucket.put("cats/1.png", picture(2))
+    bucket.put("cats/1.png", image(2))
     s3_server[2].extend([403] * 20)
     fetched = fetch_source(cats(), sources)
     s3_server[2].clear()
@@ -142,7 +142,7 @@ def test_a_changed_file_that_cannot_be_had_does_not_stay_as_it_was(bucket: Bucke
 def test_a_bucket_that_cannot_be_read_is_an_error_without_keys(
     bucket: Bucket, cats, sources, settings, words
 ):
-    bucket.put("cats/0.png", picture(0))
+    bucket.put("cats/0.png", image(0))
     dataset = cats().model_copy(update=settings)
     with pytest.raises(SourceError) as caught:
         fetch_source(dataset, sources)
@@ -157,16 +157,16 @@ def test_an_error_that_repeats_a_key_is_told_without_it(cats, bucket: Bucket):
 
 
 def test_a_bucket_that_is_suddenly_empty_deletes_nothing(bucket: Bucket, cats, sources):
-    bucket.put("cats/0.png", picture(0))
+    bucket.put("cats/0.png", image(0))
     fetched = fetch_source(cats(), sources)
     bucket.delete("cats/0.png")
     with pytest.raises(SourceError, match="holds no files"):
         fetch_source(cats(), sources)
-    assert tree(fetched.folder) == {"0.png": picture(0)}
+    assert tree(fetched.folder) == {"0.png": image(0)}
 
 
 def test_no_key_is_left_on_the_disk(bucket: Bucket, cats, sources):
-    bucket.put("cats/0.png", picture(0))
+    bucket.put("cats/0.png", image(0))
     fetched = fetch_source(cats(), sources)
     scan_dataset(cats(), fetched.folder, recorded=sources / "scan.parquet")
     written = tree(sources)
@@ -178,7 +178,7 @@ def test_no_key_is_left_on_the_disk(bucket: Bucket, cats, sources):
 
 def test_a_killed_fetch_leaves_nothing_half_and_the_next_goes_on(web, make, sources, tmp_path):
     """A real process is killed while a download hangs; what had come is kept and not asked for again."""
-    data = {f"/cats/{index}.png": picture(index) * 3000 for index in range(6)}
+    data = {f"/cats/{index}.png": image(index) * 3000 for index in range(6)}
     links = "".join(f'<a href="{index}.png">{index}</a>' for index in range(6))
     web.add("/cats/", f"<html>{links}</html>".encode(), "text/html")
     for path, content in data.items():
@@ -218,7 +218,7 @@ def test_a_killed_fetch_leaves_nothing_half_and_the_next_goes_on(web, make, sour
 
 
 def test_a_page_of_links_is_read_like_a_folder(web, make, sources):
-    elsewhere = web.add("/other/z.png", picture(9))
+    elsewhere = web.add("/other/z.png", image(9))
     page = '<a href="?C=N;O=D">Name</a> <a href="/">Up</a> <a href="../">..</a> <a href="a%20b.png">a</a> <a href="sub/">s</a>'
     web.add("/cats/", f'{page} <a href="{elsewhere}">z</a> <a href="gone.png">g</a>'.encode(), "text/html")
     web.add(
@@ -226,14 +226,14 @@ def test_a_page_of_links_is_read_like_a_folder(web, make, sources):
         b'<a href="../">..</a> <a href="/cats/sub/1.png">1</a> <a href="/cats/">up</a>',
         "text/html",
     )
-    web.add("/cats/a%20b.png", picture(0))
-    web.add("/cats/sub/1.png", picture(1))
+    web.add("/cats/a%20b.png", image(0))
+    web.add("/cats/sub/1.png", image(1))
     dataset = make(type="aws", url=web.url + "/cats/")
     fetched = fetch_source(dataset, sources)
-    assert tree(fetched.folder) == {"a b.png": picture(0), "sub/1.png": picture(1)}
+    assert tree(fetched.folder) == {"a b.png": image(0), "sub/1.png": image(1)}
     assert [name for name, _ in fetched.failed] == ["gone.png"]
     assert web.asked["/other/z.png"] == 0
-    web.add("/cats/sub/1.png", picture(2))
+    web.add("/cats/sub/1.png", image(2))
     web.faults["/cats/sub/1.png"] = []
     assert fetch_source(dataset, sources).downloaded == 1
     assert web.asked["/cats/a%20b.png"] == 1

@@ -14,7 +14,7 @@ import pytest
 
 from sdxl_pipeline.images.scan import scan_dataset
 from sdxl_pipeline.images.sources import SourceError, data_folder, fetch_source
-from tests.images.sources.conftest import matches, picture, tree
+from tests.images.sources.conftest import image, matches, tree
 
 REPO = "someone/cats"
 
@@ -26,9 +26,9 @@ def repository(tmp_path: Path) -> Path:
     for index in range(3):
         path = folder / "train" / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(index))
+        path.write_bytes(image(index))
     (folder / "test").mkdir()
-    (folder / "test" / "9.png").write_bytes(picture(9))
+    (folder / "test" / "9.png").write_bytes(image(9))
     (folder / "README.md").write_text("# Cats\n")
     rows = [{"file_name": f"{index}.png", "text": f"cat {index}"} for index in range(3)]
     (folder / "train" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -49,7 +49,7 @@ def write_parquet(path: Path, seeds, captions=None, **columns) -> None:
     """A shard as `datasets` writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     images = pa.array(
-        [None if seed is None else {"bytes": picture(seed), "path": f"{seed}.png"} for seed in seeds],
+        [None if seed is None else {"bytes": image(seed), "path": f"{seed}.png"} for seed in seeds],
         pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
     )
     captions = captions or [f"cat {seed}" for seed in seeds]
@@ -62,10 +62,10 @@ def test_an_image_folder_comes_at_its_commit(hub, repository, make, sources):
     fetched = fetch_source(cats(make), sources, lambda done, total: told.append((done, total)))
     assert fetched.revision == commit
     assert fetched.folder == data_folder(cats(make), sources)
-    assert tree(fetched.folder) == {f"train/{index}.png": picture(index) for index in range(3)}
+    assert tree(fetched.folder) == {f"train/{index}.png": image(index) for index in range(3)}
     assert fetched.captions == {f"train/{index}.png": (f"cat {index}",) for index in range(3)}
     assert (fetched.files, fetched.downloaded, fetched.failed) == (3, 3, ())
-    assert fetched.downloaded_bytes >= sum(len(picture(index)) for index in range(3))
+    assert fetched.downloaded_bytes >= sum(len(image(index)) for index in range(3))
     assert told[-1][0] == told[-1][1] > 0
     scanned = scan_dataset(cats(make), fetched.folder, captions=fetched.captions)
     assert scanned["captions"].tolist() == [["cat 0"], ["cat 1"], ["cat 2"]]
@@ -81,7 +81,7 @@ def test_only_what_is_new_comes_and_what_is_gone_goes(hub, repository, make, sou
     assert len(downloads(hub)) == before
     assert sum("/tree/" in request.path for request in hub.requests) == 1
     (repository / "train" / "0.png").unlink()
-    (repository / "train" / "7.png").write_bytes(picture(7))
+    (repository / "train" / "7.png").write_bytes(image(7))
     commit = hub.add_dataset(REPO, repository)
     third = fetch_source(cats(make), sources)
     assert (third.revision, third.downloaded) == (commit, 1)
@@ -139,21 +139,21 @@ def test_parquet_is_written_out_once_and_shards_are_kept_across_commits(hub, tmp
         stem.format(0) + "/0000001.png",
         stem.format(1) + "/0000000.png",
     ]
-    assert tree(fetched.folder) == dict(zip(names, map(picture, range(3)), strict=True))
+    assert tree(fetched.folder) == dict(zip(names, map(image, range(3)), strict=True))
     assert fetched.captions == {
         names[0]: ("cat 0",),
         names[1]: ("cat 1",),
         names[2]: ("a cat", "une chatte"),
     }
     assert (fetched.revision, fetched.files, fetched.downloaded) == (commit, 4, 3)
-    assert fetched.failed == ((stem.format(0) + "/0000002", "has no picture in the column image"),)
+    assert fetched.failed == ((stem.format(0) + "/0000002", "has no image in the column image"),)
     inode = (fetched.folder / names[0]).stat().st_ino
     write_parquet(folder / "data" / "train-00001-of-00002.parquet", [3, 4])
     hub.add_dataset(REPO, folder)
     later = fetch_source(cats(make), sources)
     assert later.downloaded == 2
     assert (later.folder / names[0]).stat().st_ino == inode
-    assert (later.folder / names[2]).read_bytes() == picture(3)
+    assert (later.folder / names[2]).read_bytes() == image(3)
     assert fetch_source(cats(make), sources).downloaded == 0
 
 
@@ -161,7 +161,7 @@ def test_parquet_may_hold_plain_bytes_and_nested_captions(hub, tmp_path, make, s
     path = tmp_path / "repository" / "data" / "train-00000-of-00001.parquet"
     path.parent.mkdir(parents=True)
     about = [{"short": "a cat", "long": "a cat on a mat"}, {"short": "", "long": "a dog"}]
-    pq.write_table(pa.table({"jpg": [picture(0, ".jpg"), picture(1, ".webp")], "about": about}), path)
+    pq.write_table(pa.table({"jpg": [image(0, ".jpg"), image(1, ".webp")], "about": about}), path)
     hub.add_dataset(REPO, tmp_path / "repository")
     dataset = cats(make, image_column="jpg", caption_column=("about.short", "about.long"))
     fetched = fetch_source(dataset, sources)
@@ -174,13 +174,13 @@ def test_parquet_may_hold_plain_bytes_and_nested_captions(hub, tmp_path, make, s
 
 def test_parquet_may_hold_addresses_and_paths(hub, web, tmp_path, make, sources):
     folder = tmp_path / "repository"
-    (folder / "pictures").mkdir(parents=True)
-    (folder / "pictures" / "5.png").write_bytes(picture(5))
-    address = web.add("/6.png", picture(6))
+    (folder / "images").mkdir(parents=True)
+    (folder / "images" / "5.png").write_bytes(image(5))
+    address = web.add("/6.png", image(6))
     values = [
         address + "?sig=SECRET",
-        "pictures/5.png",
-        "pictures/absent.png",
+        "images/5.png",
+        "images/absent.png",
         web.url + "/gone.png",
         address + "?sig=SECRET",
     ]
@@ -189,24 +189,24 @@ def test_parquet_may_hold_addresses_and_paths(hub, web, tmp_path, make, sources)
     pq.write_table(table, folder / "data" / "train-00000-of-00001.parquet")
     hub.add_dataset(REPO, folder)
     fetched = fetch_source(cats(make, allow_private_addresses=True), sources)
-    assert sorted(tree(fetched.folder).values()) == sorted([picture(5), picture(6)])
+    assert sorted(tree(fetched.folder).values()) == sorted([image(5), image(6)])
     assert fetched.captions is not None
     assert sorted(fetched.captions.values()) == [("a", "e"), ("b",)]
     assert dict(fetched.failed) == {
         web.url + "/gone.png": "download failed: 404 Not Found",
-        "pictures/absent.png": "download failed: the repository has no such file",
+        "images/absent.png": "download failed: the repository has no such file",
     }
-    web.add("/gone.png", picture(8))
+    web.add("/gone.png", image(8))
     again = fetch_source(cats(make, allow_private_addresses=True), sources)
     assert (web.asked["/6.png"], web.asked["/gone.png"], len(again.failed)) == (1, 2, 1)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_memory_does_not_grow_with_the_number_of_row_groups(hub, tmp_path, make, sources):
-    """A process that has written out 40 MB of pictures needs little more for 160 MB; a file held in memory would be 120 MB more."""
+    """A process that has written out 40 MB of images needs little more for 160 MB; a file held in memory would be 120 MB more."""
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     for name, count in (("small", 20), ("large", 80)):
-        rows = [{"bytes": picture(0) + bytes([row]) * 2_000_000, "path": None} for row in range(count)]
+        rows = [{"bytes": image(0) + bytes([row]) * 2_000_000, "path": None} for row in range(count)]
         table = pa.table({"image": pa.array(rows, kind), "caption": ["a"] * count})
         (tmp_path / name).mkdir()
         options = {"compression": "none", "use_dictionary": False, "row_group_size": 5}
@@ -264,7 +264,7 @@ def test_a_readme_names_configurations_and_splits(hub, tmp_path, make, sources):
 def test_without_any_sign_of_splits_all_is_train(hub, tmp_path, make, sources):
     folder = tmp_path / "repository"
     folder.mkdir()
-    (folder / "a.png").write_bytes(picture(1))
+    (folder / "a.png").write_bytes(image(1))
     (folder / "a.txt").write_text("a cat")
     hub.add_dataset(REPO, folder)
     assert fetch_source(cats(make), sources).captions == {"a.png": ("a cat",)}
@@ -281,7 +281,7 @@ def test_without_any_sign_of_splits_all_is_train(hub, tmp_path, make, sources):
         ({"caption_column": "label"}, ["caption_column 'label'", "it has file_name, text"]),
         ({"dataset_name": "someone/tables", "image_column": "img"}, ["image_column 'img'", "image, caption"]),
         ({"dataset_name": "someone/tables", "image_column": "n"}, ["image_column 'n'", "holds int64"]),
-        ({"dataset_name": "someone/archives"}, ["neither pictures nor Parquet files, but .tar"]),
+        ({"dataset_name": "someone/archives"}, ["neither images nor Parquet files, but .tar"]),
     ],
 )
 def test_what_is_wrong_is_named_with_what_there_is(hub, repository, make, sources, tmp_path, settings, words):
@@ -326,7 +326,7 @@ def test_without_a_network_the_last_commit_serves(hub, repository, make, sources
         fetch_source(make(type="huggingface", dataset_name="someone/other"), sources)
 
 
-def test_a_picture_that_does_not_come_is_named_and_tried_again(hub, repository, make, sources):
+def test_a_image_that_does_not_come_is_named_and_tried_again(hub, repository, make, sources):
     hub.add_dataset(REPO, repository)
     hub.fail_next(100, status=403, path=r"/resolve/.*train/1\.png")
     fetched = fetch_source(cats(make), sources)
@@ -436,7 +436,7 @@ def test_bytes_in_parquet_are_captions(hub, tmp_path, make, sources):
 
 
 def test_nothing_of_a_broken_commit_is_seen(hub, tmp_path, make, sources):
-    """The pictures of the last whole commit stay until the next is there."""
+    """The images of the last whole commit stay until the next is there."""
     folder = tmp_path / "repository"
     write_parquet(folder / "data" / "train-00000-of-00001.parquet", [0])
     hub.add_dataset(REPO, folder)
@@ -444,7 +444,7 @@ def test_nothing_of_a_broken_commit_is_seen(hub, tmp_path, make, sources):
     shutil.rmtree(folder)
     (folder / "data").mkdir(parents=True)
     broken = io.BytesIO()
-    pq.write_table(pa.table({"image": [picture(1)], "caption": ["a"]}), broken)
+    pq.write_table(pa.table({"image": [image(1)], "caption": ["a"]}), broken)
     (folder / "data" / "train-00000-of-00001.parquet").write_bytes(broken.getvalue()[:-40])
     hub.add_dataset(REPO, folder)
     with pytest.raises(SourceError, match="cannot be read as Parquet"):

@@ -1,4 +1,4 @@
-"""Holds: a list's pictures come from the web, from files and from buckets; what fails is tried again with patience, then named."""
+"""Holds: a list's images come from the web, from files and from buckets; what fails is tried again with patience, then named."""
 
 import csv
 import hashlib
@@ -11,7 +11,7 @@ import pytest
 
 from sdxl_pipeline.images.scan import scan_dataset
 from sdxl_pipeline.images.sources import SourceError, data_folder, fetch_source, transfer
-from tests.images.sources.conftest import picture, tree
+from tests.images.sources.conftest import image, tree
 
 
 @pytest.fixture
@@ -33,19 +33,19 @@ def cats(make, path, **settings):
 
 
 def by_content(fetched):
-    """The captions of each picture by its bytes."""
+    """The captions of each image by its bytes."""
     return {data: (fetched.captions or {}).get(name) for name, data in tree(fetched.folder).items()}
 
 
 def test_addresses_of_every_kind_become_files_with_captions(web, make, sources, write, tmp_path):
     (tmp_path / "lists" / "near").mkdir(parents=True)
-    (tmp_path / "lists" / "near" / "2.png").write_bytes(picture(2))
-    (tmp_path / "a b.png").write_bytes(picture(3))
-    (tmp_path / "4.png").write_bytes(picture(4))
-    first = web.add("/0.jpg", picture(0))  # a PNG by its content
+    (tmp_path / "lists" / "near" / "2.png").write_bytes(image(2))
+    (tmp_path / "a b.png").write_bytes(image(3))
+    (tmp_path / "4.png").write_bytes(image(4))
+    first = web.add("/0.jpg", image(0))  # a PNG by its content
     path = write(
         (first, "a cat, sitting"),
-        (web.add("/get", picture(1), "text/plain") + "?id=1", "another"),
+        (web.add("/get", image(1), "text/plain") + "?id=1", "another"),
         ("near/2.png", "two"),
         (f"file://{quote(str(tmp_path / 'a b.png'))}", "three"),
         (tmp_path / "4.png", "four"),
@@ -55,14 +55,14 @@ def test_addresses_of_every_kind_become_files_with_captions(web, make, sources, 
     told = []
     fetched = fetch_source(cats(make, path), sources, lambda done, total: told.append((done, total)))
     assert by_content(fetched) == {
-        picture(0): ("a cat, sitting", "ein Kater"),
-        picture(1): ("another",),
-        picture(2): ("two",),
-        picture(3): ("three",),
-        picture(4): ("four",),
+        image(0): ("a cat, sitting", "ein Kater"),
+        image(1): ("another",),
+        image(2): ("two",),
+        image(3): ("three",),
+        image(4): ("four",),
     }
     assert (fetched.files, fetched.downloaded, fetched.failed) == (5, 2, ())
-    assert fetched.downloaded_bytes == len(picture(0)) + len(picture(1))
+    assert fetched.downloaded_bytes == len(image(0)) + len(image(1))
     assert fetched.revision == hashlib.sha256(path.read_bytes()).hexdigest()
     assert told[-1] == (5, 5)
     names = list(tree(fetched.folder))
@@ -73,14 +73,14 @@ def test_addresses_of_every_kind_become_files_with_captions(web, make, sources, 
 
 
 def test_only_what_is_missing_is_asked_for_and_what_left_the_list_goes(web, make, sources, write):
-    rows = [(web.add(f"/{index}.png", picture(index)), f"cat {index}") for index in range(4)]
+    rows = [(web.add(f"/{index}.png", image(index)), f"cat {index}") for index in range(4)]
     path = write(*rows[:3])
     fetch_source(cats(make, path), sources)
     write(*rows[1:])
     again = fetch_source(cats(make, path), sources)
     assert again.downloaded == 1
     assert dict(web.asked) == {f"/{index}.png": 1 for index in range(4)}
-    assert set(by_content(again)) == {picture(index) for index in (1, 2, 3)}
+    assert set(by_content(again)) == {image(index) for index in (1, 2, 3)}
     next(iter(again.folder.glob("2-*"))).unlink()
     assert fetch_source(cats(make, path), sources).downloaded == 1
     assert web.asked["/2.png"] == 2
@@ -97,19 +97,19 @@ def test_only_what_is_missing_is_asked_for_and_what_left_the_list_goes(web, make
     ],
 )
 def test_what_may_mend_is_tried_again(web, make, sources, write, faults):
-    path = write((web.add("/0.png", picture(0)), "a"))
+    path = write((web.add("/0.png", image(0)), "a"))
     empty = faults == [(200, {}, b"")]
     web.faults["/0.png"] = list(faults)
     fetched = fetch_source(cats(make, path), sources)
     if empty:
         assert fetched.failed == ((web.url + "/0.png", "download failed: it is empty"),)
     else:
-        assert by_content(fetched) == {picture(0): ("a",)}
+        assert by_content(fetched) == {image(0): ("a",)}
         assert web.asked["/0.png"] == len(faults) + 1
 
 
 def test_the_server_says_how_long_to_wait(web, make, sources, write):
-    path = write((web.add("/0.png", picture(0)), "a"))
+    path = write((web.add("/0.png", image(0)), "a"))
     web.faults["/0.png"] = [(429, {"Retry-After": "1"}, b"")]
     began = time.monotonic()
     assert fetch_source(cats(make, path), sources).downloaded == 1
@@ -128,15 +128,15 @@ def test_what_stays_away_is_named_with_its_reason_and_tried_in_the_next_run(web,
         ("http://[x", "no URL"),
         ("http://", "no URL"),
         ("http://user:SECRET@127.0.0.1:9/x.png", "e"),
-        (web.add("/down.png", picture(1)), "f"),
-        (web.add("/fine.png", picture(0)), "g"),
+        (web.add("/down.png", image(1)), "f"),
+        (web.add("/fine.png", image(0)), "g"),
     )
     web.faults["/down.png"] = [(503, {}, b"")] * transfer.TRIES
     dataset = cats(make, path)
     fetched = fetch_source(dataset, sources)
     failed = dict(fetched.failed)
     assert failed[web.url + "/gone.png"] == "download failed: 404 Not Found"
-    assert failed[web.url + "/page.png"] == "download failed: text/html came instead of a picture"
+    assert failed[web.url + "/page.png"] == "download failed: text/html came instead of an image"
     assert failed["nowhere.png"] == "there is no such file"
     assert failed[web.url + "/down.png"] == "download failed: 503 Service Unavailable"
     assert "ftpp" in failed["ftpp://a.org/x.png"]
@@ -148,7 +148,7 @@ def test_what_stays_away_is_named_with_its_reason_and_tried_in_the_next_run(web,
     scanned = scan_dataset(dataset, fetched.folder, captions=fetched.captions, failed=fetched.failed)
     assert len(scanned) == 12
     assert not [path for path, data in tree(sources).items() if b"SECRET" in data or "SECRET" in path]
-    web.add("/gone.png", picture(2))
+    web.add("/gone.png", image(2))
     again = fetch_source(dataset, sources)
     assert again.downloaded == 2
     assert len(again.failed) == 9
@@ -159,7 +159,7 @@ def test_what_stays_away_is_named_with_its_reason_and_tried_in_the_next_run(web,
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_lists_are_read_however_they_are_written(make, sources, write, tmp_path, delimiter, encoding):
     (tmp_path / "lists").mkdir()
-    (tmp_path / "lists" / "ä.png").write_bytes(picture(0))
+    (tmp_path / "lists" / "ä.png").write_bytes(image(0))
     path = write(
         ("1", "ä.png", 'Käse, "gelb";\nund|mehr'),
         ("2", "", "nobody"),
@@ -167,15 +167,15 @@ def test_lists_are_read_however_they_are_written(make, sources, write, tmp_path,
         delimiter=delimiter,
         encoding=encoding,
     )
-    assert by_content(fetch_source(cats(make, path), sources)) == {picture(0): ('Käse, "gelb";\nund|mehr',)}
+    assert by_content(fetch_source(cats(make, path), sources)) == {image(0): ('Käse, "gelb";\nund|mehr',)}
 
 
 def test_columns_are_chosen_and_captions_need_not_be_there(make, sources, write, tmp_path):
     (tmp_path / "lists").mkdir()
-    (tmp_path / "lists" / "0.png").write_bytes(picture(0))
+    (tmp_path / "lists" / "0.png").write_bytes(image(0))
     path = write(("0.png", "a cat"), header=("where", "what"))
     fetched = fetch_source(cats(make, path, csv_url_column="where", csv_caption_column="what"), sources)
-    assert by_content(fetched) == {picture(0): ("a cat",)}
+    assert by_content(fetched) == {image(0): ("a cat",)}
     dataset = cats(make, path, csv_url_column="where", caption_strategy="instanceprompt", instance_prompt="a")
     assert fetch_source(dataset, sources).failed == ()
     with pytest.raises(SourceError, match=r"'cats'.*no column 'url', which csv_url_column.*where, what"):
@@ -208,7 +208,7 @@ def test_a_list_that_cannot_be_used_is_an_error(make, sources, tmp_path, data, w
 def test_rows_that_are_not_used_are_counted_with_their_cause(make, sources, write, tmp_path):
     (tmp_path / "lists").mkdir()
     for number in range(2):
-        (tmp_path / "lists" / f"{number}.png").write_bytes(picture(number))
+        (tmp_path / "lists" / f"{number}.png").write_bytes(image(number))
     path = write(
         ("0.png", "a"), ("", "nobody"), ("lists/1.png", "b"), ("..\\lists\\1.png", "c"), ("9.png", "d")
     )
@@ -224,7 +224,7 @@ def test_rows_that_are_not_used_are_counted_with_their_cause(make, sources, writ
 
 
 def test_downloads_may_have_a_folder_of_their_own(web, make, sources, write, tmp_path):
-    path = write((web.add("/0.png", picture(0)), "a"))
+    path = write((web.add("/0.png", image(0)), "a"))
     fetched = fetch_source(cats(make, path, csv_cache_dir=tmp_path / "cache"), sources)
     assert fetched.folder.is_relative_to(tmp_path / "cache")
     assert not sources.exists()
@@ -232,11 +232,9 @@ def test_downloads_may_have_a_folder_of_their_own(web, make, sources, write, tmp
 
 def test_a_name_cannot_lead_out_of_the_folder(web, make, sources, write, tmp_path):
     rows = [
-        (web.add(f"/{name}", picture(seed)), "a") for seed, name in enumerate(["..%2F..%2Fx.png", "%00.png"])
+        (web.add(f"/{name}", image(seed)), "a") for seed, name in enumerate(["..%2F..%2Fx.png", "%00.png"])
     ]
-    path = write(
-        *rows, (web.url + "/../" * 5 + "etc/y.png", "b"), (web.add("/" + "n" * 2000, picture(9)), "c")
-    )
+    path = write(*rows, (web.url + "/../" * 5 + "etc/y.png", "b"), (web.add("/" + "n" * 2000, image(9)), "c"))
     fetched = fetch_source(cats(make, path), sources)
     assert len(tree(fetched.folder)) == 3
     listed = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")}
@@ -246,7 +244,7 @@ def test_a_name_cannot_lead_out_of_the_folder(web, make, sources, write, tmp_pat
 def test_a_list_changes_nothing_of_the_files_it_names(make, sources, write, tmp_path):
     (tmp_path / "lists").mkdir()
     original = tmp_path / "lists" / "0.png"
-    original.write_bytes(picture(0))
+    original.write_bytes(image(0))
     before = original.stat()
     path = write(("0.png", "a"), ("./0.png", "b"))
     fetch_source(cats(make, path), sources)
@@ -256,7 +254,7 @@ def test_a_list_changes_nothing_of_the_files_it_names(make, sources, write, tmp_
 
 
 def test_a_million_byte_caption_is_no_matter(make, sources, tmp_path):
-    (tmp_path / "0.png").write_bytes(picture(0))
+    (tmp_path / "0.png").write_bytes(image(0))
     path = tmp_path / "cats.csv"
     text = io.StringIO()
     csv.writer(text).writerows([("url", "caption"), ("0.png", "long " * 200_000)])
@@ -272,7 +270,7 @@ def test_a_folder_name_tells_the_lists_apart(make, sources, tmp_path):
 
 
 def test_a_disk_that_cannot_be_written_to_is_an_error_at_once(web, make, write, tmp_path):
-    path = write((web.add("/0.png", picture(0)), "a"))
+    path = write((web.add("/0.png", image(0)), "a"))
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(SourceError, match=r"cannot be kept in .*taken.*SDXL_PIPELINE_STORAGE"):
         fetch_source(cats(make, path), tmp_path / "taken")
@@ -280,7 +278,7 @@ def test_a_disk_that_cannot_be_written_to_is_an_error_at_once(web, make, write, 
 
 @pytest.mark.timeout(30)
 def test_an_interrupted_fetch_waits_for_no_server(web, make, sources, write):
-    path = write((web.add("/0.png", picture(0)), "a"), (web.add("/1.png", picture(1)), "b"))
+    path = write((web.add("/0.png", image(0)), "a"), (web.add("/1.png", image(1)), "b"))
     web.faults["/1.png"] = [(503, {"Retry-After": "50"}, b"")]
 
     def interrupt(done: int, total: int) -> None:
@@ -289,5 +287,5 @@ def test_an_interrupted_fetch_waits_for_no_server(web, make, sources, write):
     with pytest.raises(KeyboardInterrupt):
         fetch_source(cats(make, path), sources, interrupt)
     again = fetch_source(cats(make, path), sources)
-    assert set(by_content(again)) == {picture(0), picture(1)}
+    assert set(by_content(again)) == {image(0), image(1)}
     assert again.downloaded == 1

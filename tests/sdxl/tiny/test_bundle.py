@@ -77,7 +77,7 @@ def test_scaled_latents_have_unit_variance(pipeline: StableDiffusionXLPipeline) 
     assert 0.8 < latents.std() < 1.2
 
 
-def test_the_vae_rebuilds_held_out_and_foreign_pictures() -> None:
+def test_the_vae_rebuilds_held_out_and_foreign_images() -> None:
     vae = AutoencoderKL.from_pretrained(BUNDLE / "model" / "vae", torch_dtype=torch.float32)
     figures = measure_vae(vae, count=24)
     assert figures["psnr_world_db"] >= 30
@@ -86,7 +86,7 @@ def test_the_vae_rebuilds_held_out_and_foreign_pictures() -> None:
     assert measure_taesd(tiny, vae, count=16)["preview_psnr_world_db"] >= 24
 
 
-def test_clip_finds_the_picture_of_a_held_out_caption() -> None:
+def test_clip_finds_the_image_of_a_held_out_caption() -> None:
     clip = CLIPModel.from_pretrained(BUNDLE / "clip", dtype=torch.float32)
     ids = CaptionIds(CLIPTokenizerFast.from_pretrained(BUNDLE / "clip"))
     assert measure_clip(clip, ids, count=256)["retrieval_top1"] >= 0.9
@@ -97,8 +97,8 @@ def test_clip_scores_through_transformers_own_front_door() -> None:
     processor = CLIPImageProcessorPil.from_pretrained(BUNDLE / "clip")
     tokenizer = CLIPTokenizerFast.from_pretrained(BUNDLE / "clip")
     specs = held_out_specs(8, seed=3)
-    pictures: list[Image.Image] = [to_image(picture) for picture in render(specs, (96, 160), None)]
-    pixel_values = processor(pictures, return_tensors="pt")["pixel_values"]
+    images: list[Image.Image] = [to_image(image) for image in render(specs, (96, 160), None)]
+    pixel_values = processor(images, return_tensors="pt")["pixel_values"]
     text = tokenizer(
         [canonical_caption(s, say_centre=True) for s in specs], padding=True, return_tensors="pt"
     )

@@ -17,7 +17,7 @@ from sdxl_pipeline.sdxl.tiny.demo import (
     generate_if_asked,
 )
 
-SMALL = DemoRequest(pictures=10, eval_pictures=4, prior_pictures=5)
+SMALL = DemoRequest(images=10, eval_images=4, prior_images=5)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -54,7 +54,7 @@ def test_processes_that_ask_at_once_get_one_whole_dataset(tmp_path: Path) -> Non
 
 def test_another_request_replaces_what_was_generated(tmp_path: Path) -> None:
     ensure_demo_dataset(tmp_path / "data", SMALL)
-    ensure_demo_dataset(tmp_path / "data", DemoRequest(pictures=3, eval_pictures=2, prior_pictures=0))
+    ensure_demo_dataset(tmp_path / "data", DemoRequest(images=3, eval_images=2, prior_images=0))
     assert len(list((tmp_path / "data" / "zorp").glob("*.png"))) == 3
 
 
@@ -66,24 +66,24 @@ def test_a_folder_we_did_not_make_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "data" / "holiday.jpg").read_bytes() == b"mine"
 
 
-def test_every_picture_has_a_caption_and_the_colours_are_split(tmp_path: Path) -> None:
+def test_every_image_has_a_caption_and_the_colours_are_split(tmp_path: Path) -> None:
     ensure_demo_dataset(tmp_path / "data")
     zorps = sorted((tmp_path / "data" / "zorp").glob("*.png"))
     unseen = sorted((tmp_path / "data" / "zorp_unseen").glob("*.png"))
     assert 24 <= len(zorps) <= 48
-    for picture in (*zorps, *unseen):
-        caption = picture.with_suffix(".txt").read_text().strip()
-        colors = SEEN_COLORS if picture in zorps else UNSEEN_COLORS
+    for image in (*zorps, *unseen):
+        caption = image.with_suffix(".txt").read_text().strip()
+        colors = SEEN_COLORS if image in zorps else UNSEEN_COLORS
         assert any(f"{color} zorp" in caption for color in colors)
     assert all("zorp" not in file.read_text() for file in (tmp_path / "data" / "world").glob("*.txt"))
-    aspects = {round(width / height, 2) for width, height in (Image.open(picture).size for picture in zorps)}
+    aspects = {round(width / height, 2) for width, height in (Image.open(image).size for image in zorps)}
     assert len(aspects) >= 3
 
 
 def test_nothing_is_generated_unless_the_project_asks(tmp_path: Path) -> None:
     assert generate_if_asked(tmp_path) is None
     assert list(tmp_path.iterdir()) == []
-    request = {"generator": "zorp", "pictures": 4, "eval_pictures": 2, "prior_pictures": 2}
+    request = {"generator": "zorp", "images": 4, "eval_images": 2, "prior_images": 2}
     (tmp_path / "generate_data.json").write_text(json.dumps(request))
     assert generate_if_asked(tmp_path) == tmp_path / "data"
     assert len(list((tmp_path / "data").rglob("*.png"))) == 8
@@ -93,8 +93,8 @@ def test_nothing_is_generated_unless_the_project_asks(tmp_path: Path) -> None:
     ("request_text", "message"),
     [
         ('{"generator": "dragon"}', "\"generator\" is 'dragon'"),
-        ('{"generator": "zorp", "picturs": 3}', "'picturs' is unknown"),
-        ('{"generator": "zorp", "pictures": "many"}', "'pictures' is 'many'"),
+        ('{"generator": "zorp", "imags": 3}', "'imags' is unknown"),
+        ('{"generator": "zorp", "images": "many"}', "'images' is 'many'"),
     ],
 )
 def test_a_request_the_generator_does_not_know_names_file_key_and_value(

@@ -1,4 +1,4 @@
-"""Holds that the world's pictures show what their specs say, and that held-out combinations stay out of training."""
+"""Holds that the world's images show what their specs say, and that held-out combinations stay out of training."""
 
 import random
 
@@ -30,8 +30,8 @@ from sdxl_pipeline.sdxl.tiny.world import (
 def test_a_rendered_spec_is_measured_as_itself(size: tuple[int, int]) -> None:
     rng = random.Random(3)
     specs = [sample_plain(rng, None) for _ in range(60)]
-    pictures = list(render(specs, size, rng))
-    shares = agreement(pictures, specs)
+    images = list(render(specs, size, rng))
+    shares = agreement(images, specs)
     assert shares == {"background": 1.0, "color": 1.0, "shape": 1.0, "size": 1.0, "place": 1.0}
 
 
@@ -48,19 +48,19 @@ def test_ideal_shapes_overlap_their_own_outline_only(shape: str) -> None:
     assert seen.overlap > 0.9
 
 
-def test_an_empty_picture_shows_only_its_background() -> None:
+def test_an_empty_image_shows_only_its_background() -> None:
     seen = measure(torch.full((3, 128, 128), 1.0))
     assert (seen.background, seen.shape, seen.color) == ("white", None, None)
 
 
-def test_measuring_tells_a_wrong_picture() -> None:
+def test_measuring_tells_a_wrong_image() -> None:
     drawn = Spec("circle", "red", "blue", "large", "left")
     said = Spec("square", "green", "yellow", "small", "right")
     shares = agreement([render([drawn], (128, 128), None)[0]], [said])
     assert set(shares.values()) == {0.0}
 
 
-def test_training_pictures_never_show_a_held_out_triple() -> None:
+def test_training_images_never_show_a_held_out_triple() -> None:
     rng = random.Random(0)
     specs = [sample_world(rng, 0.5) for _ in range(5000)]
     assert not any(is_held_out(s.shape, s.color, s.background) for s in specs if s.shape != "freeform")
@@ -75,12 +75,12 @@ def test_about_a_twelfth_of_the_triples_is_held_out() -> None:
     assert 1 / 18 < share < 1 / 8
 
 
-def test_asking_for_more_held_out_pictures_than_there_are_is_an_error() -> None:
+def test_asking_for_more_held_out_images_than_there_are_is_an_error() -> None:
     with pytest.raises(ValueError, match="held-out split holds"):
         held_out_specs(10_000, seed=0)
 
 
-def test_rich_pictures_differ_from_plain_ones_and_say_so() -> None:
+def test_rich_images_differ_from_plain_ones_and_say_so() -> None:
     rng = random.Random(1)
     for _ in range(300):
         spec = sample_rich(rng)
@@ -133,8 +133,8 @@ def test_outline_eyes_and_pattern_are_drawn_in_their_colours() -> None:
     )
     assert torch.allclose(eye[:, 63:65, 63:65], black, atol=1e-3)  # the pupil
 
-    def pixels_of(picture: torch.Tensor, color: torch.Tensor) -> int:
-        return int(((picture - color).abs().amax(0) < 0.01).sum())
+    def pixels_of(image: torch.Tensor, color: torch.Tensor) -> int:
+        return int(((image - color).abs().amax(0) < 0.01).sum())
 
     assert pixels_of(plain, yellow) == 0
     assert pixels_of(rim, yellow) > 300
@@ -150,7 +150,7 @@ def test_free_forms_follow_their_parameters() -> None:
     assert measure(render([spec], (128, 128), None)[0]).shape == "circle"
 
 
-def test_a_crop_frame_moves_the_picture_by_its_offsets() -> None:
+def test_a_crop_frame_moves_the_image_by_its_offsets() -> None:
     spec = Spec("circle", "red", "blue", "large", "centre")
     whole = render([spec], (128, 192), None)[0]
     cropped = render([spec], (128, 128), None, [(128, 192, 0, 40)])[0]

@@ -27,15 +27,15 @@ _MAX_BARS = 24
 def contact_sheet(
     images: Sequence[Image.Image | Path], captions: Sequence[str], columns: int | None = None, tile: int = 224
 ) -> Image.Image:
-    """Pictures in rows, each fitted into a square of `tile` pixels with its caption below it (two lines at most).
+    """Images in rows, each fitted into a square of `tile` pixels with its caption below it (two lines at most).
 
     A path is read upright and in sRGB; one that cannot be read shows as an empty tile with the reason. Raises ValueError when there
-    is nothing to show, or not one caption per picture.
+    is nothing to show, or not one caption per thumbnail.
     """
     if not images:
-        raise ValueError("a contact sheet needs at least one picture")
+        raise ValueError("a contact sheet needs at least one image")
     if len(images) != len(captions):
-        raise ValueError(f"{len(images)} pictures but {len(captions)} captions")
+        raise ValueError(f"{len(images)} images but {len(captions)} captions")
     if columns is None:
         rows = max(1, round(math.sqrt(len(images) / 1.5)))
         columns = math.ceil(len(images) / rows)  # the last row about as full as the others
@@ -48,8 +48,8 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left, top = gap + index % columns * cell_w, gap + index // columns * cell_h
-        picture = _tile(image, tile)
-        sheet.paste(picture, (left + (tile - picture.width) // 2, top + (tile - picture.height) // 2))
+        thumbnail = _tile(image, tile)
+        sheet.paste(thumbnail, (left + (tile - thumbnail.width) // 2, top + (tile - thumbnail.height) // 2))
         for number, line in enumerate(_wrap(caption, font, tile, lines=2)):
             draw.text((left, top + tile + gap // 2 + number * line_height), line, fill=_INK, font=font)
     return sheet
@@ -58,7 +58,7 @@ def contact_sheet(
 def grouped_sheet(
     groups: Sequence[Sequence[tuple[Image.Image | Path, str]]], columns: int = 4, tile: int = 160
 ) -> Image.Image:
-    """Groups of captioned pictures side by side, a row for each; of a group of more than `columns` the first ones.
+    """Groups of captioned images side by side, a row for each; of a group of more than `columns` the first ones.
 
     Raises ValueError when there is no group.
     """
@@ -71,7 +71,7 @@ def grouped_sheet(
 
 
 def to_jpeg(image: Image.Image, max_bytes: int = 300_000) -> bytes:
-    """The picture as a JPEG of at most `max_bytes`: of lower quality first, and smaller only when that is not enough."""
+    """The image as a JPEG of at most `max_bytes`: of lower quality first, and smaller only when that is not enough."""
     if image.mode != "RGB":
         image = image.convert("RGB")
     while True:
@@ -131,11 +131,11 @@ def bucket_histogram(rows: pd.DataFrame, short: Collection[tuple[int, int]] = ()
 
 
 def resolution_scatter(scanned: pd.DataFrame) -> Image.Image:
-    """Width against height of every picture of a scan, kept and dropped ones, on logarithmic axes of the same scale."""
-    pictures = scanned[scanned["width"] > 0]
+    """Width against height of every image of a scan, kept and dropped ones, on logarithmic axes of the same scale."""
+    images = scanned[scanned["width"] > 0]
     figure, axes = _axes(height=5.2, width=6.0)
     for status, colour in (("dropped", _GREY), ("kept", _BLUE)):
-        some = pictures[pictures["status"] == status]
+        some = images[images["status"] == status]
         if len(some):
             axes.scatter(
                 some["width"],
@@ -148,7 +148,7 @@ def resolution_scatter(scanned: pd.DataFrame) -> Image.Image:
             )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    edges = [*pictures["width"], *pictures["height"]] or [1]
+    edges = [*images["width"], *images["height"]] or [1]
     low, high = 2 ** (math.log2(min(edges)) - 0.3), 2 ** (math.log2(max(edges)) + 0.3)
     ticks = [edge for edge in _round_edges(low, high) if low <= edge <= high]
     for axis in (axes.xaxis, axes.yaxis):
@@ -159,14 +159,14 @@ def resolution_scatter(scanned: pd.DataFrame) -> Image.Image:
     axes.axline((low, low), (high, high), color=_FAINT, linewidth=0.8, linestyle=(0, (4, 4)), zorder=0)
     axes.set_xlabel("width in pixels")
     axes.set_ylabel("height in pixels")
-    axes.set_title(f"Sizes of {len(pictures):,} pictures", loc="left", fontsize=11)
-    if len(pictures):
+    axes.set_title(f"Sizes of {len(images):,} images", loc="left", fontsize=11)
+    if len(images):
         axes.legend(loc="upper left", frameon=False)
     return _draw(figure)
 
 
 def caption_length_histogram(scanned: pd.DataFrame) -> Image.Image:
-    """How long the captions of the kept pictures are, in words, with the median marked."""
+    """How long the captions of the kept images are, in words, with the median marked."""
     captions = [text for texts in scanned.loc[scanned["status"] == "kept", "captions"] for text in texts]
     lengths = pd.Series([len(text.split()) for text in captions], dtype="int64")
     figure, axes = _axes(height=3.4)
@@ -199,7 +199,7 @@ def _tile(image: Image.Image | Path, tile: int) -> Image.Image:
             return _empty_tile(error.reason, tile)
     scale = tile / max(image.size)
     size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
-    # a tiny picture keeps its hard pixels when enlarged
+    # a tiny image keeps its hard pixels when enlarged
     resampling = (
         Image.Resampling.LANCZOS
         if scale < 1
@@ -211,13 +211,13 @@ def _tile(image: Image.Image | Path, tile: int) -> Image.Image:
 
 
 def _empty_tile(reason: str, tile: int) -> Image.Image:
-    picture = Image.new("RGB", (tile, tile), _EMPTY)
+    image = Image.new("RGB", (tile, tile), _EMPTY)
     font = _font(max(tile // 16, 11))
     lines = "\n".join(_wrap(reason, font, tile - 16, lines=4))
-    ImageDraw.Draw(picture).multiline_text(
+    ImageDraw.Draw(image).multiline_text(
         (tile / 2, tile / 2), lines, _FAINT, font, anchor="mm", align="center"
     )
-    return picture
+    return image
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:

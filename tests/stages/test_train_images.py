@@ -1,4 +1,4 @@
-"""Holds: whatever kind of adapter was trained, its file gives in its users' own loader the pictures that the trainer's own model gives."""
+"""Holds: whatever kind of adapter was trained, its file gives in its users' own loader the images that the trainer's own model gives."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def pipeline_of(spec: TrainSpec, unet: UNet2DConditionModel | None = None) -> St
 
 
 @torch.no_grad()
-def picture(pipeline: StableDiffusionXLPipeline, embeds: dict[str, torch.Tensor]) -> np.ndarray:
+def image(pipeline: StableDiffusionXLPipeline, embeds: dict[str, torch.Tensor]) -> np.ndarray:
     """(H, W, 3), float in [0, 1]."""
     pipeline.unet.eval()
     return pipeline(
@@ -60,11 +60,11 @@ def test_the_file_draws_what_the_trainers_own_model_draws(tmp_path: Path, kind: 
     trainer.write_weights(tmp_path)
     told = trainer.reader.conditioning(PROMPT, NEGATIVE, zeros_for_empty_prompt=False)
     embeds = {name: value.float() for name, value in vars(told).items()}
-    expected = picture(pipeline_of(spec, trainer.unet_module), embeds)
+    expected = image(pipeline_of(spec, trainer.unet_module), embeds)
     trainer.close()
 
     loaded = pipeline_of(spec)
-    plain = picture(loaded, embeds)
+    plain = image(loaded, embeds)
     if "lycoris_config" in KINDS[kind]:  # diffusers has no loader for these
         from lycoris import create_lycoris_from_weights
 
@@ -73,4 +73,4 @@ def test_the_file_draws_what_the_trainers_own_model_draws(tmp_path: Path, kind: 
     else:
         loaded.load_lora_weights(str(tmp_path), weight_name=WEIGHTS)
     assert np.abs(expected - plain).max() > 1e-2
-    assert np.abs(picture(loaded, embeds) - expected).max() <= 1e-4
+    assert np.abs(image(loaded, embeds) - expected).max() <= 1e-4

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from sdxl_pipeline.images.pictures import (
+from sdxl_pipeline.images.images import (
     _wrap,
     bucket_histogram,
     caption_length_histogram,
@@ -26,7 +26,7 @@ def colour_share(image: Image.Image, colour: tuple[int, int, int], tolerance: in
 BLUE, ORANGE, RED = (0x3B, 0x6F, 0xB6), (0xE0, 0x82, 0x14), (0xC0, 0x39, 0x2B)
 
 
-def test_a_sheet_shows_every_picture_and_its_caption(folder, photograph):
+def test_a_sheet_shows_every_image_and_its_caption(folder, photograph):
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 0, 255)]
     images = [
         Image.new("RGB", size, colour)
@@ -34,13 +34,13 @@ def test_a_sheet_shows_every_picture_and_its_caption(folder, photograph):
     ]
     sheet = contact_sheet(images, ["one", "two", "three", ""], columns=2, tile=100)
     areas = [colour_share(sheet, colour) * sheet.width * sheet.height for colour in colours]
-    # a square fills its tile; a 4:1 picture a quarter of it
+    # a square fills its tile; a 4:1 image a quarter of it
     assert areas == pytest.approx([10_000, 2_500, 2_500, 10_000], rel=0.05)
     silent = contact_sheet(images, ["", "", "", ""], columns=2, tile=100)
     assert silent.size == sheet.size
     ink = np.argwhere(np.abs(values(sheet) - values(silent)).max(axis=2) > 60)
     assert len(ink) > 50
-    assert ink[:, 0].min() > 100  # text stands below the pictures
+    assert ink[:, 0].min() > 100  # text stands below the images
 
 
 def test_long_captions_are_cut_within_their_column(photograph):
@@ -92,10 +92,10 @@ def test_a_sheet_reads_files_upright_and_names_those_it_cannot(folder, photograp
     assert colour_share(broken, (0xE6, 0xE6, 0xE6), 0) > 0.5
 
 
-def test_a_sheet_needs_pictures_and_a_caption_for_each(photograph):
+def test_a_sheet_needs_images_and_a_caption_for_each(photograph):
     with pytest.raises(ValueError, match="at least one"):
         contact_sheet([], [])
-    with pytest.raises(ValueError, match="2 pictures but 1 captions"):
+    with pytest.raises(ValueError, match="2 images but 1 captions"):
         contact_sheet([photograph, photograph], ["one"])
 
 
@@ -175,7 +175,7 @@ def test_plots_of_nothing_are_drawn():
         assert image.width > 300
 
 
-def test_plots_show_their_pictures_and_captions():
+def test_plots_show_their_images_and_captions():
     scanned = pd.DataFrame(
         {
             "width": [640, 1920, 4000, 300],

@@ -1,4 +1,4 @@
-"""What pictures and their files are called: after their prompts, and no two alike. No torch."""
+"""What images and their files are called: after their prompts, and no two alike. No torch."""
 
 import re
 import unicodedata
@@ -12,7 +12,7 @@ MAX_BYTES = 160
 def file_stem(name: str) -> str:
     """A name in letters and digits of any language, `_` and `-`, cut to MAX_CHARACTERS."""
     kept = re.sub(r"[^\w-]+", "_", unicodedata.normalize("NFC", name)).strip("_")[:MAX_CHARACTERS]
-    return kept.encode()[:MAX_BYTES].decode(errors="ignore") or "picture"
+    return kept.encode()[:MAX_BYTES].decode(errors="ignore") or "image"
 
 
 def distinct_names(names: Iterable[str], ending: str = "") -> list[str]:

@@ -1,20 +1,20 @@
-"""The tensors of the pictures that the eval loss is measured on."""
+"""The tensors of the images that the eval loss is measured on."""
 
 from collections.abc import Iterable
 
 from sdxl_pipeline.training.batches import BatchReader
-from sdxl_pipeline.training.eval_loss import EvalPicture
+from sdxl_pipeline.training.eval_loss import EvalImage
 from sdxl_pipeline.training.samples import Sample
 
 
-def read_pictures(samples: Iterable[Sample], reader: BatchReader, scaling_factor: float) -> list[EvalPicture]:
+def read_images(samples: Iterable[Sample], reader: BatchReader, scaling_factor: float) -> list[EvalImage]:
     """The samples with the posterior mean as latents and the first caption as prompt."""
-    pictures = []
+    images = []
     for sample in samples:
         posteriors = reader.posteriors([sample])
         texts = reader.text_embeds([sample], [sample.embed_keys[0]])
-        pictures.append(
-            EvalPicture(
+        images.append(
+            EvalImage(
                 key=sample.key,
                 measured=(str(sample.latent_key), sample.embed_keys[0]),
                 latents=posteriors.mean[0] * scaling_factor,
@@ -23,4 +23,4 @@ def read_pictures(samples: Iterable[Sample], reader: BatchReader, scaling_factor
                 time_ids=sample.time_ids,
             )
         )
-    return pictures
+    return images
