@@ -17,11 +17,11 @@ from sdxl_pipeline.project.project import BrokenProject, Project
 
 
 def build_assets(project: Project) -> list[dg.AssetsDefinition]:
-    """All assets of one project: a lane per image dataset, its masks, then the model, its evaluation and its release.
+    """All assets of one project: a dataset per image dataset, its masks, then the model, its evaluation and its release.
 
-    Among them stand the checks that compare one lane with others.
+    Among them stand the checks that compare one dataset with others.
     """
-    lanes = [
+    datasets = [
         build(project, dataset)
         for dataset in project.datasets
         for build in (build_dataset, build_aspect_buckets, build_vae_latents, build_text_embeds)
@@ -34,7 +34,7 @@ def build_assets(project: Project) -> list[dg.AssetsDefinition]:
     return [
         build_base_model(project),
         build_training_plan(project),
-        *lanes,
+        *datasets,
         *(build_mask_dataset(project, entry) for entry in project.mask_datasets),
         *masks,
         *build_leak_checks(project),

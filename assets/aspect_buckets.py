@@ -11,7 +11,7 @@ import pandas as pd
 
 from assets import data_checks as checks
 from assets.failures import told_to_the_user
-from assets.keys import lane_key, version
+from assets.keys import dataset_key, version
 from assets.show import dropped_table, image
 from resources.storage import Storage
 from sdxl_pipeline.images.buckets import filter_reasons
@@ -58,7 +58,7 @@ def holdout_share(project: Project, dataset: ImageDataset) -> float:
 
 def build_aspect_buckets(project: Project, dataset: ImageDataset) -> dg.AssetsDefinition:
     """`<project>/<dataset>/aspect_buckets`."""
-    key = lane_key(project, dataset, "aspect_buckets")
+    key = dataset_key(project, dataset, "aspect_buckets")
     share = holdout_share(project, dataset)
     held_out = share > 0 and dataset.dataset_type != "eval"
     geometry = dataset.model_dump(mode="json", include=SETTINGS)
@@ -70,7 +70,7 @@ def build_aspect_buckets(project: Project, dataset: ImageDataset) -> dg.AssetsDe
         key=key,
         group_name=project.name,
         kinds={"pandas"},
-        ins={"scanned": dg.AssetIn(key=lane_key(project, dataset, "dataset"), dagster_type=pd.DataFrame)},
+        ins={"scanned": dg.AssetIn(key=dataset_key(project, dataset, "dataset"), dagster_type=pd.DataFrame)},
         code_version=version(CODE, [geometry, share, project.training.seed]),
         check_specs=checks.bucket_specs(key, held_out=held_out),
         description="A row per crop: bucket, resize, crop, original size, train or eval. Read by the VAE stage and by the size conditioning alike.",

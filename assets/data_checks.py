@@ -8,7 +8,7 @@ import dagster as dg
 import pandas as pd
 
 from assets.checks import result, specs
-from assets.keys import lane_key
+from assets.keys import dataset_key
 from assets.show import NAMES_SHOWN, image
 from resources.storage import Storage
 from sdxl_pipeline.images.crops import images_per_bucket
@@ -143,11 +143,11 @@ def _build_regularisation_check(
     name = f"may_repeat_{other.asset_name}"
 
     @dg.asset_check(
-        asset=lane_key(project, dataset, "dataset"),
+        asset=dataset_key(project, dataset, "dataset"),
         name=name,
         description=f"No regularisation image is also an ordinary training image of {other.id}.",
         additional_ins={
-            "trained": dg.AssetIn(key=lane_key(project, other, "dataset"), dagster_type=pd.DataFrame)
+            "trained": dg.AssetIn(key=dataset_key(project, other, "dataset"), dagster_type=pd.DataFrame)
         },
     )
     def regularisation_check(scanned: pd.DataFrame, trained: pd.DataFrame) -> dg.AssetCheckResult:
@@ -171,11 +171,11 @@ def _build_leak_check(
     name = f"may_leak_from_{other.asset_name}"
 
     @dg.asset_check(
-        asset=lane_key(project, dataset, "dataset"),
+        asset=dataset_key(project, dataset, "dataset"),
         name=name,
         description=_LEAK_DESCRIPTION,
         additional_ins={
-            "trained": dg.AssetIn(key=lane_key(project, other, "dataset"), dagster_type=pd.DataFrame)
+            "trained": dg.AssetIn(key=dataset_key(project, other, "dataset"), dagster_type=pd.DataFrame)
         },
     )
     def leak_check(storage: Storage, scanned: pd.DataFrame, trained: pd.DataFrame) -> dg.AssetCheckResult:

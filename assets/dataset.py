@@ -10,7 +10,7 @@ from pydantic import Field
 
 from assets import data_checks as checks
 from assets.failures import told_to_the_user
-from assets.keys import lane_key, version
+from assets.keys import dataset_key, version
 from assets.show import dropped_table, image, names_list
 from resources.storage import Storage
 from sdxl_pipeline.images.caption_filters import caption_filter_of, filter_digest
@@ -59,7 +59,7 @@ class Launchpad(dg.Config):
 
 def build_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefinition:
     """`<project>/<dataset>/dataset`."""
-    key = lane_key(project, entry, "dataset")
+    key = dataset_key(project, entry, "dataset")
     dataset = complete_caption_settings(entry, project.text_embeds_of(entry), project.training.seed)
     settings = dataset.model_dump(mode="json", include=SETTINGS)
 

@@ -7,8 +7,8 @@ from typing import Any
 import dagster as dg
 
 from assets import checks
+from assets.datasets import dataset_inputs, model_input, training_datasets, validation_prompts
 from assets.keys import GPU_POOL, project_key, version
-from assets.lanes import lane_inputs, model_input, training_lanes, validation_prompts
 from assets.lora import read_training_spec
 from assets.show import figures_table, image, present
 from resources.launcher import LocalLauncher
@@ -46,7 +46,7 @@ def build_evaluation(project: Project) -> dg.AssetsDefinition:
         kinds={"torch"},
         pool=GPU_POOL,
         ins=model_input(project)
-        | lane_inputs(project)
+        | dataset_inputs(project)
         | {"lora": dg.AssetIn(key=project_key(project, "lora"), dagster_type=TrainedLora)},
         code_version=version(CODE, [settings_read, [prompt.model_dump() for prompt in prompts]]),
         check_specs=checks.evaluation_specs(key),
@@ -58,7 +58,7 @@ def build_evaluation(project: Project) -> dg.AssetsDefinition:
         storage: Storage,
         model: ResolvedModel,
         lora: TrainedLora,
-        **lanes: Any,
+        **datasets: Any,
     ) -> Iterator[Any]:
         trained = read_training_spec(lora)
         # What the run was trained with stands; how it is looked at follows config.json as it is now.
@@ -69,7 +69,7 @@ def build_evaluation(project: Project) -> dg.AssetsDefinition:
             hardware=trained.hardware,
             settings=trained.settings.model_copy(update=looked_at),
             lora=lora,
-            lanes=training_lanes(project, storage, lanes),
+            datasets=training_datasets(project, storage, datasets),
             prompts=prompts,
             output_dir=str(Path(project.training.output_dir) / "evaluation"),
             previous_report_path=str(previous) if previous.is_file() else None,

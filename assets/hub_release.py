@@ -8,10 +8,10 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
+from assets.datasets import model_input
 from assets.evaluation import release_dir
 from assets.failures import told_to_the_user
-from assets.keys import lane_key, project_key, version
-from assets.lanes import model_input
+from assets.keys import dataset_key, project_key, version
 from assets.lora import FORMATS, read_training_spec
 from assets.show import image, model_card, present
 from resources.hub import HubResource
@@ -177,7 +177,7 @@ def _lineage(
 ) -> dict[str, Any]:
     """Data version of each upstream asset, the base model's revision and digests, the weights' digest."""
     stages = [project_key(project, "base_model"), project_key(project, "lora")] + [
-        lane_key(project, dataset, stage)
+        dataset_key(project, dataset, stage)
         for dataset in project.datasets
         for stage in (
             "dataset",

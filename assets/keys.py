@@ -17,7 +17,7 @@ def project_key(project: Project, stage: str) -> dg.AssetKey:
     return dg.AssetKey([project.name, stage])
 
 
-def lane_key(project: Project, dataset: ImageDataset, stage: str) -> dg.AssetKey:
+def dataset_key(project: Project, dataset: ImageDataset, stage: str) -> dg.AssetKey:
     """Key of a stage that each dataset has: `<project>/<dataset>/<stage>`."""
     return dg.AssetKey([project.name, dataset.asset_name, stage])
 

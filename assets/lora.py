@@ -10,16 +10,16 @@ import dagster as dg
 from pydantic import Field
 
 from assets import checks
-from assets.failures import USERS_TO_MEND, told_to_the_user
-from assets.keys import GPU_POOL, lane_key, project_key, version
-from assets.lanes import (
-    lane_inputs,
+from assets.datasets import (
+    dataset_inputs,
     mask_inputs,
     model_input,
-    training_lanes,
+    training_datasets,
     upstream_metadata,
     validation_prompts,
 )
+from assets.failures import USERS_TO_MEND, told_to_the_user
+from assets.keys import GPU_POOL, dataset_key, project_key, version
 from assets.show import appearances_range, figures_table, image, present
 from resources.hardware import HardwareProfile
 from resources.hub import HubResource
@@ -31,7 +31,7 @@ from sdxl_pipeline.images.fingerprint import METADATA_ENTRY, OVERRIDES_ENTRY, pr
 from sdxl_pipeline.project.precedence import resolve_hardware, resolve_settings
 from sdxl_pipeline.project.project import Project
 from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.specs import SettingDifference, TrainedLora, TrainingLane, TrainSpec
+from sdxl_pipeline.protocol.specs import SettingDifference, TrainedLora, TrainingDataset, TrainSpec
 from sdxl_pipeline.release.adapter_words import adapter_name
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.sdxl.initial_adapter import initial_adapter_digest, with_initial_adapter
@@ -66,7 +66,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
         group_name=project.name,
         kinds={"torch", "safetensors"},
         pool=GPU_POOL,
-        ins=model_input(project) | lane_inputs(project) | mask_inputs(project),
+        ins=model_input(project) | dataset_inputs(project) | mask_inputs(project),
         code_version=version(
             CODE,
             [
@@ -87,7 +87,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
         trackers: TrackerResource,
         webhook: WebhookResource,
         model: ResolvedModel,
-        **lanes: Any,
+        **datasets: Any,
     ) -> Iterator[Any]:
         profile = hardware.hardware()
         with told_to_the_user():
@@ -102,7 +102,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
             base_model=model,
             hardware=resolve_hardware(settings, profile),
             settings=settings,
-            lanes=training_lanes(project, storage, lanes),
+            datasets=training_datasets(project, storage, datasets),
             prompts=validation_prompts(project),
             run_dir="",
             project=project.name,
@@ -128,7 +128,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
         seen = upstream_metadata(
             context,
             (
-                lane_key(project, dataset, "dataset")
+                dataset_key(project, dataset, "dataset")
                 for dataset in (*project.datasets, *project.mask_datasets)
             ),
             METADATA_ENTRY,
@@ -137,7 +137,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
             value=result,
             data_version=dg.DataVersion(result.weights_sha256),
             metadata=_metadata(result)
-            | _uses(spec.lanes)
+            | _uses(spec.datasets)
             | _objective(settings)
             | _adapter(settings)
             | _trained_with(differences, overrides)
@@ -208,10 +208,10 @@ def _trained_with(
     )
 
 
-def _uses(lanes: Sequence[TrainingLane]) -> dict[str, Any]:
+def _uses(datasets: Sequence[TrainingDataset]) -> dict[str, Any]:
     """The datasets that are masked, and those that are regularisation."""
-    masked = ", ".join(lane.dataset_id for lane in lanes if lane.masks)
-    preserved = ", ".join(lane.dataset_id for lane in lanes if lane.is_regularisation)
+    masked = ", ".join(dataset.dataset_id for dataset in datasets if dataset.masks)
+    preserved = ", ".join(dataset.dataset_id for dataset in datasets if dataset.is_regularisation)
     return present({"masked_datasets": masked or None, "regularisation_datasets": preserved or None})
 
 

@@ -11,7 +11,7 @@ from assets.checks import result, specs
 from assets.data_checks import files_accounted_for
 from assets.dataset import Launchpad, scan_files, source_of
 from assets.failures import told_to_the_user
-from assets.keys import lane_key, version
+from assets.keys import dataset_key, version
 from assets.show import NAMES_SHOWN, dropped_table, image
 from resources.storage import Storage
 from sdxl_pipeline.images.decoding import UnreadableImage
@@ -30,7 +30,7 @@ SAMPLES = 12
 
 def build_mask_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefinition:
     """`<project>/<masks>/dataset`."""
-    key = lane_key(project, entry, "dataset")
+    key = dataset_key(project, entry, "dataset")
 
     @dg.asset(
         key=key,
@@ -75,7 +75,7 @@ def build_mask_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefini
 
 def build_masks(project: Project, dataset: ImageDataset, entry: ImageDataset) -> dg.AssetsDefinition:
     """`<project>/<dataset>/masks`: the masks of `entry` as those of the images of `dataset`."""
-    key = lane_key(project, dataset, "masks")
+    key = dataset_key(project, dataset, "masks")
     kind = kind_of(entry)
 
     @dg.asset(
@@ -83,8 +83,8 @@ def build_masks(project: Project, dataset: ImageDataset, entry: ImageDataset) ->
         group_name=project.name,
         kinds={"pandas"},
         ins={
-            "scanned": dg.AssetIn(key=lane_key(project, dataset, "dataset"), dagster_type=pd.DataFrame),
-            "found": dg.AssetIn(key=lane_key(project, entry, "dataset"), dagster_type=pd.DataFrame),
+            "scanned": dg.AssetIn(key=dataset_key(project, dataset, "dataset"), dagster_type=pd.DataFrame),
+            "found": dg.AssetIn(key=dataset_key(project, entry, "dataset"), dagster_type=pd.DataFrame),
         },
         code_version=version(CODE, [kind, dataset.missing_masks]),
         check_specs=specs(

@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 from rich.console import Console
 
-from assets.keys import lane_key, project_key
+from assets.keys import dataset_key, project_key
 from sdxl_pipeline.definitions import build_definitions
 from sdxl_pipeline.project.project import Project, discover_projects
 from sdxl_pipeline.protocol.specs import (
@@ -52,12 +52,12 @@ def load_results(project: Project) -> Results:
     def load(key: dg.AssetKey, value_type: type) -> Any:
         return definitions.load_asset_value(key, python_type=value_type)
 
-    def of_lanes(stage: str, value_type: type) -> list[Any]:
-        return [load(lane_key(project, dataset, stage), value_type) for dataset in project.datasets]
+    def of_datasets(stage: str, value_type: type) -> list[Any]:
+        return [load(dataset_key(project, dataset, stage), value_type) for dataset in project.datasets]
 
     return Results(
-        latents=of_lanes("vae_latents", LatentCache),
-        texts=of_lanes("text_embeds", TextEmbedCache),
+        latents=of_datasets("vae_latents", LatentCache),
+        texts=of_datasets("text_embeds", TextEmbedCache),
         lora=load(project_key(project, "lora"), TrainedLora),
         report=load(project_key(project, "evaluation"), EvaluationReport),
         release=load(project_key(project, "hub_release"), HubRelease),

@@ -8,7 +8,7 @@ import pandas as pd
 
 from assets import checks
 from assets.device_stage import materialized
-from assets.keys import GPU_POOL, lane_key, project_key, version
+from assets.keys import GPU_POOL, dataset_key, project_key, version
 from assets.show import names_list
 from resources.hardware import HardwareProfile
 from resources.launcher import LocalLauncher
@@ -24,7 +24,7 @@ CODE = "2"
 
 def build_text_embeds(project: Project, dataset: ImageDataset) -> dg.AssetsDefinition:
     """`<project>/<dataset>/text_embeds`."""
-    key = lane_key(project, dataset, "text_embeds")
+    key = dataset_key(project, dataset, "text_embeds")
     cache_entry = project.text_embeds_of(dataset)
     windows = project.training.text_windows
     prompts = tuple(
@@ -38,7 +38,7 @@ def build_text_embeds(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
         pool=GPU_POOL,
         ins={
             "model": dg.AssetIn(key=project_key(project, "base_model"), dagster_type=ResolvedModel),
-            "scanned": dg.AssetIn(key=lane_key(project, dataset, "dataset"), dagster_type=pd.DataFrame),
+            "scanned": dg.AssetIn(key=dataset_key(project, dataset, "dataset"), dagster_type=pd.DataFrame),
         },
         deps=[project_key(project, "training_plan")],
         code_version=version(CODE, [prompts, project.text_cache_of(dataset), windows]),

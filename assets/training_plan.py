@@ -8,7 +8,7 @@ import pandas as pd
 
 from assets.checks import OVER_FITTING, check_unseen_images, specs
 from assets.failures import told_to_the_user
-from assets.keys import lane_key, project_key, version
+from assets.keys import dataset_key, project_key, version
 from assets.show import appearances_range, figures_table
 from resources.hardware import HardwareProfile
 from sdxl_pipeline.project.precedence import resolve_hardware, resolve_settings
@@ -45,7 +45,7 @@ def build_training_plan(project: Project) -> dg.AssetsDefinition:
         kinds={"pandas"},
         ins={
             dataset.asset_name: dg.AssetIn(
-                key=lane_key(project, dataset, "aspect_buckets"), dagster_type=pd.DataFrame
+                key=dataset_key(project, dataset, "aspect_buckets"), dagster_type=pd.DataFrame
             )
             for dataset in project.datasets
         },

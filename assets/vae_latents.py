@@ -8,7 +8,7 @@ import pandas as pd
 
 from assets import checks
 from assets.device_stage import materialized
-from assets.keys import GPU_POOL, lane_key, project_key, version
+from assets.keys import GPU_POOL, dataset_key, project_key, version
 from assets.show import figures_table, image, names_list
 from resources.hardware import HardwareProfile
 from resources.launcher import LocalLauncher
@@ -24,7 +24,7 @@ CODE = "3"
 
 def build_vae_latents(project: Project, dataset: ImageDataset) -> dg.AssetsDefinition:
     """`<project>/<dataset>/vae_latents`."""
-    key = lane_key(project, dataset, "vae_latents")
+    key = dataset_key(project, dataset, "vae_latents")
 
     @dg.asset(
         key=key,
@@ -33,7 +33,9 @@ def build_vae_latents(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
         pool=GPU_POOL,
         ins={
             "model": dg.AssetIn(key=project_key(project, "base_model"), dagster_type=ResolvedModel),
-            "rows": dg.AssetIn(key=lane_key(project, dataset, "aspect_buckets"), dagster_type=pd.DataFrame),
+            "rows": dg.AssetIn(
+                key=dataset_key(project, dataset, "aspect_buckets"), dagster_type=pd.DataFrame
+            ),
         },
         deps=[project_key(project, "training_plan")],
         code_version=version(CODE, [project.training.vae_dtype, dataset.latent_cache]),

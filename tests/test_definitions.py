@@ -23,16 +23,18 @@ def test_graph_of_a_project(make_project: Callable[..., Path]) -> None:
     folder = make_project("shop")
     graph = build_definitions(folder.parent).resolve_asset_graph()
     keys = {"/".join(key.path) for key in graph.get_all_asset_keys()}
-    lane = {f"shop/shapes/{stage}" for stage in ("dataset", "aspect_buckets", "vae_latents", "text_embeds")}
+    dataset = {
+        f"shop/shapes/{stage}" for stage in ("dataset", "aspect_buckets", "vae_latents", "text_embeds")
+    }
     once = ("base_model", "training_plan", "lora", "evaluation", "hub_release")
-    assert keys == lane | {f"shop/{stage}" for stage in once}
+    assert keys == dataset | {f"shop/{stage}" for stage in once}
     for key in graph.get_all_asset_keys():
         assert graph.get(key).group_name == "shop"
         assert graph.get(key).code_version
     pooled = {"/".join(k.path) for k in graph.get_all_asset_keys() if "gpu" in graph.get(k).pools}
     assert pooled == {"shop/shapes/vae_latents", "shop/shapes/text_embeds", "shop/lora", "shop/evaluation"}
     parents = {"/".join(key.path) for key in graph.get(dg.AssetKey(["shop", "lora"])).parent_keys}
-    assert parents == {"shop/base_model", *(lane - {"shop/shapes/dataset"})}
+    assert parents == {"shop/base_model", *(dataset - {"shop/shapes/dataset"})}
     for stage in ("vae_latents", "text_embeds"):
         waits_for = graph.get(dg.AssetKey(["shop", "shapes", stage])).parent_keys
         assert dg.AssetKey(["shop", "training_plan"]) in waits_for

@@ -86,7 +86,7 @@ def example_loop(spec: TrainSpec) -> ExampleLoop:
         text_encoders=(encoders.text_encoder, encoders.text_encoder_2),
         scheduler=load_noise_scheduler(spec.base_model),
     )
-    loader = _images(Path(spec.lanes[0].data_dir), spec.settings.train_batch_size, _bucket(trainer))
+    loader = _images(Path(spec.datasets[0].data_dir), spec.settings.train_batch_size, _bucket(trainer))
     return ExampleLoop(models, loader, Accelerator(cpu=True), torch.float32)
 
 

@@ -10,7 +10,7 @@ from sdxl_pipeline.project.hardware import PRESETS, Hardware
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.program import StopSignal
 from sdxl_pipeline.protocol.reporter import Reporter
-from sdxl_pipeline.protocol.specs import EncodeLatentsSpec, EncodeTextSpec, TrainingLane, TrainSpec
+from sdxl_pipeline.protocol.specs import EncodeLatentsSpec, EncodeTextSpec, TrainingDataset, TrainSpec
 from sdxl_pipeline.sdxl.base_model import BUNDLED_NAME, ResolvedModel, resolve_base_model
 from sdxl_pipeline.stages import encode_latents, encode_text
 
@@ -39,14 +39,16 @@ def prepared_run(root: Path, steps: int, resolution: int, images: int = IMAGES) 
         base_model=model,
         hardware=HARDWARE,
         settings=settings,
-        lanes=(_lane(root, model, HARDWARE, resolution, images),),
+        datasets=(_dataset(root, model, HARDWARE, resolution, images),),
         prompts=(),
         run_dir=str(root / "run"),
         project="benchmark",
     )
 
 
-def _lane(root: Path, model: ResolvedModel, hardware: Hardware, resolution: int, images: int) -> TrainingLane:
+def _dataset(
+    root: Path, model: ResolvedModel, hardware: Hardware, resolution: int, images: int
+) -> TrainingDataset:
     data = root / "data"
     write_dataset(data, images)
     dataset = ImageDataset.model_validate(
@@ -93,7 +95,7 @@ def _lane(root: Path, model: ResolvedModel, hardware: Hardware, resolution: int,
     )
     assert latents is not None
     assert texts is not None
-    return TrainingLane(
+    return TrainingDataset(
         dataset_id=dataset.id,
         data_dir=str(data),
         rows_path=str(root / "rows.parquet"),

@@ -63,13 +63,13 @@ def evaluate(spec: EvaluateSpec, identity: str, reporter: Reporter, stop: StopSi
     clip_folder = (
         scoring_model_folder(settings, spec.base_model) if settings.evaluation_type == "clip" else None
     )
-    source, samples = choose_samples(spec.lanes, settings)
+    source, samples = choose_samples(spec.datasets, settings)
     if not samples:
         raise StageError("there is no image to evaluate on: the datasets' aspect_buckets have no rows")
     reporter.log(f"Evaluating on {len(samples)} images ({source}).")
     subject = load_subject(spec)
     encoders = OnDemandEncoders(spec.base_model, spec.hardware)
-    with closing(BatchReader(spec.lanes, encoders, subject.live_texts)) as reader:
+    with closing(BatchReader(spec.datasets, encoders, subject.live_texts)) as reader:
         work = Work(spec, subject, reader, samples, reporter, stop)
         return _measure(work, identity, source, clip_folder, started)
 
@@ -163,7 +163,7 @@ def draw_gallery(work: Work) -> list[tuple[Drawing, Drawing]]:
         if spec.prompts:
             shots = plan_shots(spec.prompts, spec.settings, work.reader, zeros)
         else:
-            shots = plan_caption_shots(work.samples, spec.lanes, spec.settings, work.reader, zeros)
+            shots = plan_caption_shots(work.samples, spec.datasets, spec.settings, work.reader, zeros)
         drawings = []
         for done, shot in enumerate(shots, already):
             work.reporter.progress("gallery", done, 2 * len(shots), "images")

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.specs import TrainingLane, ValidationPrompt
+from sdxl_pipeline.protocol.specs import TrainingDataset, ValidationPrompt
 from sdxl_pipeline.sdxl.drawing import Conditioning, draw_pixels, image_from_pixels
 from sdxl_pipeline.store.files import atomic_path
 from sdxl_pipeline.training.batches import BatchReader
@@ -80,15 +80,15 @@ def plan_shots(
 
 def plan_caption_shots(
     samples: Sequence[Sample],
-    lanes: Sequence[TrainingLane],
+    datasets: Sequence[TrainingDataset],
     settings: TrainingSettings,
     reader: BatchReader,
     zeros_for_empty_prompt: bool,
 ) -> list[Shot]:
     """For a project without prompts: the first few distinct captions of its images, without a negative prompt."""
     captions: dict[str, str] = {}
-    for lane in lanes:
-        table = pd.read_parquet(lane.text_embeds.entries_path, columns=["embed_key", "caption"])
+    for dataset in datasets:
+        table = pd.read_parquet(dataset.text_embeds.entries_path, columns=["embed_key", "caption"])
         captions.update(zip(table["embed_key"], table["caption"], strict=True))
     distinct = {captions[sample.embed_keys[0]]: sample for sample in reversed(samples)}
     shots = []

@@ -53,7 +53,7 @@ def evaluation_identity(spec: EvaluateSpec) -> str:
     Raises StageError when the weights are not those that were trained.
     """
     _require_weights(spec.lora)
-    source, samples = choose_samples(spec.lanes, spec.settings)
+    source, samples = choose_samples(spec.datasets, spec.settings)
     return digest_json(
         {
             "code_version": CODE_VERSION,

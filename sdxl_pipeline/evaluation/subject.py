@@ -95,7 +95,7 @@ def load_subject(spec: EvaluateSpec) -> Subject:
     if spec.settings.train_text_encoder:
         encoders = load_text_encoders(spec.base_model, dtype).to(spec.hardware.device)
         models |= named_encoders(encoders)
-        live_texts = LiveTexts(encoders, text_windows(spec.lanes))
+        live_texts = LiveTexts(encoders, text_windows(spec.datasets))
     _load_adapter(models, Path(spec.lora.weights_path), spec.lora.adapted_modules)
     return AdaptedModels(_pipeline(spec, base), models, live_texts)
 

@@ -66,7 +66,7 @@ def read_datasets(path: Path, folder: Path, training: TrainingSettings, config_f
         )
         return reading
     seen: dict[str, str] = {}
-    lanes: dict[str, str] = {}
+    asset_names: dict[str, str] = {}
     for position, raw in enumerate(content, start=1):
         if not isinstance(raw, Mapping):
             reading.problems.append(
@@ -78,7 +78,13 @@ def read_datasets(path: Path, folder: Path, training: TrainingSettings, config_f
         where = f"[{position}]" if not isinstance(name, str) else f'[{position}] "{name}"'
         if isinstance(name, str):
             _check_name(
-                name, where, seen, lanes, path, reading, is_lane=named.get("dataset_type") != "text_embeds"
+                name,
+                where,
+                seen,
+                asset_names,
+                path,
+                reading,
+                has_assets=named.get("dataset_type") != "text_embeds",
             )
         if not _is_true(named.get("disabled", named.get("disable", False))):
             _read_entry(raw, named, f"{where}.", path, folder, training, config_file, reading)
@@ -94,10 +100,10 @@ def _check_name(
     name: str,
     where: str,
     seen: dict[str, str],
-    lanes: dict[str, str],
+    asset_names: dict[str, str],
     path: Path,
     reading: DatasetsReading,
-    is_lane: bool,
+    has_assets: bool,
 ) -> None:
     if name in seen:
         message = f"the id is already that of entry {seen[name]}"
@@ -106,14 +112,14 @@ def _check_name(
         )
         return
     seen[name] = where
-    if not is_lane:
+    if not has_assets:
         return
-    lane = asset_name(name)
-    if lane in lanes:
-        message = f"its assets would have the name {lane}, which those of entry {lanes[lane]} have"
+    asset = asset_name(name)
+    if asset in asset_names:
+        message = f"its assets would have the name {asset}, which those of entry {asset_names[asset]} have"
         remedy = "use letters, digits and underscores that tell the two ids apart"
         reading.problems.append(Problem(path, f"{where}.id", name, message, remedy))
-    lanes.setdefault(lane, where)
+    asset_names.setdefault(asset, where)
 
 
 def _read_entry(

@@ -110,7 +110,9 @@ class ImageDataset(SettingsModel):
     """Captioned images: a folder, a dataset of the Hub, a bucket, or a list of addresses."""
 
     id: str = Field(
-        min_length=1, max_length=100, description="Unique name; it becomes a lane of the asset graph."
+        min_length=1,
+        max_length=100,
+        description="Unique name; its assets carry it as their key's second part.",
     )
     type: Literal["local", "huggingface", "aws", "csv"] = Field(
         "local",

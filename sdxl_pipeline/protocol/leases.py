@@ -1,4 +1,4 @@
-"""What a stage that reads the caches of its lanes says to a prune: these entries are in use."""
+"""What a stage that reads the caches of its datasets says to a prune: these entries are in use."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -6,22 +6,22 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from sdxl_pipeline.protocol.specs import TrainingLane
+from sdxl_pipeline.protocol.specs import TrainingDataset
 from sdxl_pipeline.store.folder import StoreFolder
 
 
 @contextmanager
-def leased_lanes(lanes: Sequence[TrainingLane], purpose: str) -> Iterator[None]:
-    """Keep the entries of these lanes from being pruned while the block runs, those that are encoded in it included.
+def leased_datasets(datasets: Sequence[TrainingDataset], purpose: str) -> Iterator[None]:
+    """Keep the entries of these datasets from being pruned while the block runs, those that are encoded in it included.
 
     Open the stores inside the block: what they find then stays.
     """
     keys: dict[Path, list[str]] = {}
-    for lane in lanes:
-        latents, texts = lane.latents, lane.text_embeds
+    for dataset in datasets:
+        latents, texts = dataset.latents, dataset.text_embeds
         for mode, folder, tables, column in (
-            (lane.latent_cache, latents.store_root, (latents.entries_path,), "latent_key"),
-            (lane.text_cache, texts.store_root, (texts.entries_path, texts.prompts_path), "embed_key"),
+            (dataset.latent_cache, latents.store_root, (latents.entries_path,), "latent_key"),
+            (dataset.text_cache, texts.store_root, (texts.entries_path, texts.prompts_path), "embed_key"),
         ):
             if mode != "disable" or Path(folder).exists():
                 named = keys.setdefault(Path(folder), [])

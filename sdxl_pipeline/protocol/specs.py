@@ -145,7 +145,7 @@ class TextEmbedCache(StageModel):
     bytes: int = Field(description="Size in bytes of these embeddings that are in the store.")
 
 
-class LaneMasks(StageModel):
+class DatasetMasks(StageModel):
     """The masks of one dataset's images."""
 
     kind: MaskKind
@@ -155,7 +155,7 @@ class LaneMasks(StageModel):
     )
 
 
-class TrainingLane(StageModel):
+class TrainingDataset(StageModel):
     """One dataset as the trainer sees it: its crop plan joined with its caches on `path`."""
 
     dataset_id: str
@@ -177,7 +177,7 @@ class TrainingLane(StageModel):
         default=None,
         description="Trigger words of the dataset, for the file's metadata where captions hold them.",
     )
-    masks: LaneMasks | None = Field(default=None, description="None where the whole images are learned.")
+    masks: DatasetMasks | None = Field(default=None, description="None where the whole images are learned.")
     is_regularisation: bool = Field(
         default=False, description="Train its images towards what the base model predicts of them."
     )
@@ -199,7 +199,7 @@ class TrainSpec(StageModel):
     settings: TrainingSettings = Field(
         description="Effective settings: launchpad, config.json, profile and defaults merged."
     )
-    lanes: tuple[TrainingLane, ...]
+    datasets: tuple[TrainingDataset, ...]
     prompts: tuple[ValidationPrompt, ...]
     run_dir: str = Field(
         description="Folder of this identity: checkpoints, weights, metrics, validation images."
@@ -368,7 +368,7 @@ class EvaluateSpec(StageModel):
     hardware: Hardware
     settings: TrainingSettings
     lora: TrainedLora
-    lanes: tuple[TrainingLane, ...]
+    datasets: tuple[TrainingDataset, ...]
     prompts: tuple[ValidationPrompt, ...]
     output_dir: str
     previous_report_path: str | None = Field(

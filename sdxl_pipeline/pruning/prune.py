@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdxl_pipeline.pruning.references import LANE_STAGES, References, packed, references
+from sdxl_pipeline.pruning.references import DATASET_STAGES, References, packed, references
 from sdxl_pipeline.store.compaction import Compaction, compact
 from sdxl_pipeline.store.files import unfinished
 from sdxl_pipeline.store.places import Places
@@ -134,20 +134,20 @@ def _gone_projects(places: Places, needed: References) -> Iterator[Path]:
         if folder.name not in needed.projects:
             yield folder
     for folder in _folders(places.work):
-        # Other things than projects work there too; a lane's stage shows what is one.
-        lane = any(any(folder.glob(f"*/{stage}")) for stage in LANE_STAGES)
-        if lane and folder.name not in needed.projects:
+        # Other things than projects work there too; a dataset's stage shows what is one.
+        dataset = any(any(folder.glob(f"*/{stage}")) for stage in DATASET_STAGES)
+        if dataset and folder.name not in needed.projects:
             yield folder
 
 
 def _gone_datasets(places: Places, needed: References) -> Iterator[Path]:
     for project in needed.projects:
         for folder in _folders(places.values / project):
-            if not needed.has_lane(project, folder.name):
+            if not needed.has_dataset(project, folder.name):
                 yield folder
         for folder in _folders(places.work / project):
-            lane = any((folder / stage).is_dir() for stage in LANE_STAGES)
-            if lane and not needed.has_lane(project, folder.name):
+            dataset = any((folder / stage).is_dir() for stage in DATASET_STAGES)
+            if dataset and not needed.has_dataset(project, folder.name):
                 yield folder
 
 
@@ -158,7 +158,7 @@ def _superseded_tables(places: Places, needed: References) -> Iterator[Path]:
             if (
                 _KEPT_TABLE.fullmatch(path.name)
                 and path.resolve() not in needed.files
-                and needed.has_lane(project, dataset)
+                and needed.has_dataset(project, dataset)
             ):
                 yield path
 

@@ -15,7 +15,7 @@ from sdxl_pipeline.project.project import BrokenProject, Project, discover_proje
 from sdxl_pipeline.store.index import pack_keys
 from sdxl_pipeline.store.places import Places
 
-LANE_STAGES = ("dataset", "aspect_buckets", "vae_latents", "text_embeds")
+DATASET_STAGES = ("dataset", "aspect_buckets", "vae_latents", "text_embeds")
 _KEY_COLUMNS = {"vae_latents": "latent_key", "text_embeds": "embed_key"}
 
 
@@ -42,7 +42,7 @@ class References:
     notes: list[str] = field(default_factory=list)
     """What the user should know of what is kept, or goes."""
 
-    def has_lane(self, project: str, dataset: str) -> bool:
+    def has_dataset(self, project: str, dataset: str) -> bool:
         """Whether a dataset is one of an existing project's."""
         if project not in self.projects:
             return False
@@ -109,14 +109,14 @@ def _note_settings(found: References, places: Places, project: Project) -> None:
 
 
 def _manifests(places: Places, found: References, project: str) -> Iterator[tuple[str, Path]]:
-    """The manifests that a project's lanes hand on, and those that its stages have just finished."""
+    """The manifests that a project's datasets hand on, and those that its stages have just finished."""
     for stage in _KEY_COLUMNS:
         for path in (
             *(places.values / project).glob(f"*/{stage}.json"),
             *(places.work / project).glob(f"*/{stage}/*.finished.json"),
         ):
             dataset = path.relative_to(places.values if path.is_relative_to(places.values) else places.work)
-            if found.has_lane(project, dataset.parts[1]):
+            if found.has_dataset(project, dataset.parts[1]):
                 yield stage, path
 
 

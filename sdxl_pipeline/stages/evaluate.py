@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sdxl_pipeline.evaluation.identity import evaluation_identity
 from sdxl_pipeline.protocol.finished import read_finished, write_finished
-from sdxl_pipeline.protocol.leases import leased_lanes
+from sdxl_pipeline.protocol.leases import leased_datasets
 from sdxl_pipeline.protocol.program import StopSignal, run_stage
 from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.protocol.specs import EvaluateSpec, EvaluationReport
@@ -26,7 +26,7 @@ def main(spec: EvaluateSpec, reporter: Reporter, stop: StopSignal) -> Evaluation
 
     from sdxl_pipeline.evaluation.evaluator import evaluate
 
-    with leased_lanes(spec.lanes, "evaluate"):
+    with leased_datasets(spec.datasets, "evaluate"):
         report = evaluate(spec, identity, reporter, stop)
     write_finished(result, report)
     return report

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.leases import leased_lanes
+from sdxl_pipeline.protocol.leases import leased_datasets
 from sdxl_pipeline.protocol.program import StageError, StopSignal, run_stage
 from sdxl_pipeline.protocol.reporter import Reporter, is_main_process
 from sdxl_pipeline.protocol.specs import EMA_FOLDER, TrainedLora, TrainSpec
@@ -60,7 +60,7 @@ def main(spec: TrainSpec, reporter: Reporter, stop: StopSignal) -> TrainedLora:
         with ExitStack() as afterwards, watch or nullcontext():
             if is_main_process():
                 begin_run(spec, names, reporter)
-                afterwards.enter_context(leased_lanes(spec.lanes, f"train {spec.project}"))
+                afterwards.enter_context(leased_datasets(spec.datasets, f"train {spec.project}"))
             trainer = Trainer(spec, identity, reporter, stop, watch)
             afterwards.callback(trainer.close)
             if trainer.is_main and trainer.resumed_from is None:
@@ -215,7 +215,7 @@ def _finish(trainer: "Trainer") -> TrainedLora:
 
 def _count_images(spec: TrainSpec, split: Split) -> dict[str, int]:
     """Return the number of images of one split, by dataset."""
-    return load_samples(spec.lanes, split, spec.settings.micro_conditioning).images_by_dataset()
+    return load_samples(spec.datasets, split, spec.settings.micro_conditioning).images_by_dataset()
 
 
 def _released(manifest: TrainedLora, settings: TrainingSettings) -> TrainedLora | None:

@@ -16,7 +16,7 @@ from sdxl_pipeline.images.crops import fresh_place
 from sdxl_pipeline.project.datasets import CacheMode
 from sdxl_pipeline.protocol.finished import finished_path
 from sdxl_pipeline.protocol.program import StageError
-from sdxl_pipeline.protocol.specs import TrainingLane
+from sdxl_pipeline.protocol.specs import TrainingDataset
 from sdxl_pipeline.sdxl.drawing import Conditioning
 from sdxl_pipeline.sdxl.latents import sample_latents
 from sdxl_pipeline.sdxl.time_ids import time_ids
@@ -120,35 +120,35 @@ class Batch:
 
 
 class BatchReader:
-    """Reads the encoded forms of images and prompts from the stores of all lanes, and has encoded what these leave to the training.
+    """Reads the encoded forms of images and prompts from the stores of all datasets, and has encoded what these leave to the training.
 
-    Threads may read from one. `encoders` makes what a lane's cache mode leaves out; without them every entry must be there. With
+    Threads may read from one. `encoders` makes what a dataset's cache mode leaves out; without them every entry must be there. With
     `live_texts` no text is read from a store: it is encoded at each use, by encoders that are trained.
     """
 
     def __init__(
         self,
-        lanes: Sequence[TrainingLane],
+        datasets: Sequence[TrainingDataset],
         encoders: OnDemandEncoders | None = None,
         live_texts: LiveTexts | None = None,
     ) -> None:
         self.live_texts = live_texts
-        self._lanes = {lane.dataset_id: lane for lane in lanes}
-        self.fresh_crops = frozenset(lane.dataset_id for lane in lanes if lane.fresh_crops)
+        self._datasets = {dataset.dataset_id: dataset for dataset in datasets}
+        self.fresh_crops = frozenset(dataset.dataset_id for dataset in datasets if dataset.fresh_crops)
         """The datasets whose crops are drawn anew at each appearance."""
         self._encoders = encoders
         self._prompts: dict[str, tuple[str, str]] = {}  # prompt -> dataset, embed key
         self._empty_prompts: dict[str, str] = {}  # dataset -> embed key
-        for lane in lanes:
-            table = pd.read_parquet(lane.text_embeds.prompts_path, columns=["prompt", "embed_key"])
+        for dataset in datasets:
+            table = pd.read_parquet(dataset.text_embeds.prompts_path, columns=["prompt", "embed_key"])
             keys = dict(zip(table["prompt"], table["embed_key"], strict=True))
             if "" not in keys:
                 raise StageError(
-                    f"dataset {lane.dataset_id!r}: {lane.text_embeds.prompts_path} lacks the empty prompt; materialize text_embeds again"
+                    f"dataset {dataset.dataset_id!r}: {dataset.text_embeds.prompts_path} lacks the empty prompt; materialize text_embeds again"
                 )
-            self._empty_prompts[lane.dataset_id] = keys[""]
+            self._empty_prompts[dataset.dataset_id] = keys[""]
             for prompt, key in keys.items():
-                self._prompts.setdefault(prompt, (lane.dataset_id, key))
+                self._prompts.setdefault(prompt, (dataset.dataset_id, key))
         prompts = frozenset((*self._empty_prompts.values(), *(key for _, key in self._prompts.values())))
         caches: dict[tuple[str, CacheMode], Cache] = {}
         stores: dict[str, TensorStore] = {}
@@ -158,9 +158,13 @@ class BatchReader:
                 stores[root] = TensorStore(Path(root))
             return caches.setdefault((root, mode), Cache(stores[root], mode, remembered))
 
-        self._latents = {lane.dataset_id: cache(lane.latents.store_root, lane.latent_cache) for lane in lanes}
+        self._latents = {
+            dataset.dataset_id: cache(dataset.latents.store_root, dataset.latent_cache)
+            for dataset in datasets
+        }
         self._texts = {
-            lane.dataset_id: cache(lane.text_embeds.store_root, lane.text_cache, prompts) for lane in lanes
+            dataset.dataset_id: cache(dataset.text_embeds.store_root, dataset.text_cache, prompts)
+            for dataset in datasets
         }
         self._caches = list(caches.values())
 
@@ -205,32 +209,32 @@ class BatchReader:
             cache.close()
 
     def _encode_crop(self, sample: Sample) -> Tensors:
-        lane = self._lanes[sample.dataset_id]
-        return self._require_encoders(lane).latents(lane, sample)
+        dataset = self._datasets[sample.dataset_id]
+        return self._require_encoders(dataset).latents(dataset, sample)
 
     def _encode_text(self, dataset_id: str, embed_key: str) -> Tensors:
-        lane = self._lanes[dataset_id]
-        return self._require_encoders(lane).text(lane, embed_key)
+        dataset = self._datasets[dataset_id]
+        return self._require_encoders(dataset).text(dataset, embed_key)
 
-    def _require_encoders(self, lane: TrainingLane) -> OnDemandEncoders:
+    def _require_encoders(self, dataset: TrainingDataset) -> OnDemandEncoders:
         if self._encoders is None:
-            raise ValueError(f"dataset {lane.dataset_id!r} is encoded on demand, which takes encoders")
+            raise ValueError(f"dataset {dataset.dataset_id!r} is encoded on demand, which takes encoders")
         return self._encoders
 
-    def _captions(self, datasets: Sequence[str], embed_keys: Sequence[str]) -> list[str]:
-        lanes = [self._lanes[dataset_id] for dataset_id in datasets]
+    def _captions(self, dataset_ids: Sequence[str], embed_keys: Sequence[str]) -> list[str]:
+        datasets = [self._datasets[dataset_id] for dataset_id in dataset_ids]
         return [
-            self._require_encoders(lane).caption(lane, key)
-            for lane, key in zip(lanes, embed_keys, strict=True)
+            self._require_encoders(dataset).caption(dataset, key)
+            for dataset, key in zip(datasets, embed_keys, strict=True)
         ]
 
-    def _read_texts(self, datasets: Sequence[str], embed_keys: Sequence[str]) -> Tensors:
+    def _read_texts(self, dataset_ids: Sequence[str], embed_keys: Sequence[str]) -> Tensors:
         if self.live_texts is not None:
-            return self.live_texts.encode(self._captions(datasets, embed_keys))
+            return self.live_texts.encode(self._captions(dataset_ids, embed_keys))
         return self._read_from(
-            [self._texts[dataset_id] for dataset_id in datasets],
+            [self._texts[dataset_id] for dataset_id in dataset_ids],
             embed_keys,
-            [partial(self._encode_text, *named) for named in zip(datasets, embed_keys, strict=True)],
+            [partial(self._encode_text, *named) for named in zip(dataset_ids, embed_keys, strict=True)],
         )
 
     def _read_from(
@@ -244,17 +248,19 @@ class BatchReader:
     def _report_damage(self, found: Sequence[str]) -> str:
         """Verify every entry that these datasets use, so that one more run of the encode stages replaces all damaged ones."""
         parts = []
-        for lane in self._lanes.values():
-            rows = pd.read_parquet(lane.rows_path, columns=["path", "key", "crop_index"])
-            latents = pd.read_parquet(lane.latents.entries_path, columns=["key", "crop_index", "latent_key"])
-            texts = pd.read_parquet(lane.text_embeds.entries_path, columns=["path", "embed_key"])
-            prompts = pd.read_parquet(lane.text_embeds.prompts_path, columns=["prompt", "embed_key"])
+        for dataset in self._datasets.values():
+            rows = pd.read_parquet(dataset.rows_path, columns=["path", "key", "crop_index"])
+            latents = pd.read_parquet(
+                dataset.latents.entries_path, columns=["key", "crop_index", "latent_key"]
+            )
+            texts = pd.read_parquet(dataset.text_embeds.entries_path, columns=["path", "embed_key"])
+            prompts = pd.read_parquet(dataset.text_embeds.prompts_path, columns=["prompt", "embed_key"])
             texts = pd.concat([texts, prompts.rename(columns={"prompt": "path"})])
             for asset, manifest, cache, named, column in (
-                ("vae_latents", lane.latents, self._latents, rows.merge(latents), "latent_key"),
-                ("text_embeds", lane.text_embeds, self._texts, texts, "embed_key"),
+                ("vae_latents", dataset.latents, self._latents, rows.merge(latents), "latent_key"),
+                ("text_embeds", dataset.text_embeds, self._texts, texts, "embed_key"),
             ):
-                store = cache[lane.dataset_id].store
+                store = cache[dataset.dataset_id].store
                 broken = {*found, *store.discard_damaged(named[column])}
                 names = list(dict.fromkeys(named["path"][named[column].isin(broken)]))
                 if names:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.protocol.reporter import Reporter
-from sdxl_pipeline.protocol.specs import Ancestor, RunLineage, TrainingLane, TrainSpec
+from sdxl_pipeline.protocol.specs import Ancestor, RunLineage, TrainingDataset, TrainSpec
 from sdxl_pipeline.sdxl.initial_adapter import USUAL_NAME
 from sdxl_pipeline.store.files import link_or_copy
 from sdxl_pipeline.training.checkpoints import (
@@ -132,19 +132,21 @@ def differences(other: TrainSpec, spec: TrainSpec) -> list[str]:
     ]
     if other.base_model.digest != spec.base_model.digest:
         changes.append(f"base model: {other.base_model.source} -> {spec.base_model.source}")
-    theirs, ours = ({lane.dataset_id: _data_of(lane) for lane in each.lanes} for each in (other, spec))
+    theirs, ours = (
+        {dataset.dataset_id: _data_of(dataset) for dataset in each.datasets} for each in (other, spec)
+    )
     for dataset_id in sorted(theirs.keys() | ours.keys()):
         if theirs.get(dataset_id) != ours.get(dataset_id):
             changes.append(f"images, captions or settings of the dataset {dataset_id}")
     return changes
 
 
-def _data_of(lane: TrainingLane) -> tuple[object, ...]:
+def _data_of(dataset: TrainingDataset) -> tuple[object, ...]:
     """Return what decides the samples of a dataset; the names of its tables hold their digests."""
     return (
-        *(Path(lane.rows_path).name, lane.latents.digest, lane.text_embeds.digest),
-        *(lane.repeats, lane.probability, lane.fresh_crops, lane.is_regularisation),
-        lane.masks and (lane.masks.kind, Path(lane.masks.pairs_path).name),
+        *(Path(dataset.rows_path).name, dataset.latents.digest, dataset.text_embeds.digest),
+        *(dataset.repeats, dataset.probability, dataset.fresh_crops, dataset.is_regularisation),
+        dataset.masks and (dataset.masks.kind, Path(dataset.masks.pairs_path).name),
     )
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.program import StageError
-from sdxl_pipeline.protocol.specs import TrainingLane
+from sdxl_pipeline.protocol.specs import TrainingDataset
 from sdxl_pipeline.training.samples import Samples, load_samples
 
 EvalSource = Literal["eval dataset", "held-out share", "training images"]
@@ -14,14 +14,16 @@ DEFAULT_IMAGES = 32
 """Images used when num_eval_images is not set. Each costs eval_timesteps forward passes, twice."""
 
 
-def choose_samples(lanes: Sequence[TrainingLane], settings: TrainingSettings) -> tuple[EvalSource, Samples]:
+def choose_samples(
+    datasets: Sequence[TrainingDataset], settings: TrainingSettings
+) -> tuple[EvalSource, Samples]:
     """The samples of the eval loss and where they come from: eval datasets, else the held-out share, else the training images.
 
-    An eval dataset is a lane with no image to train on; eval_dataset_id chooses one, and StageError is raised where it is empty. Of more than num_eval_images the first by key are taken: keys are digests,
+    An eval dataset is a dataset with no image to train on; eval_dataset_id chooses one, and StageError is raised where it is empty. Of more than num_eval_images the first by key are taken: keys are digests,
     so that is an even choice, and the same one every time.
     """
-    training = load_samples(lanes, "train", settings.micro_conditioning)
-    held_out = load_samples(lanes, "eval", settings.micro_conditioning)
+    training = load_samples(datasets, "train", settings.micro_conditioning)
+    held_out = load_samples(datasets, "eval", settings.micro_conditioning)
     eval_datasets = held_out.images_by_dataset().keys() - training.images_by_dataset().keys()
     if settings.eval_dataset_id is not None:
         if settings.eval_dataset_id not in eval_datasets:
@@ -36,6 +38,6 @@ def choose_samples(lanes: Sequence[TrainingLane], settings: TrainingSettings) ->
     elif held_out:
         source, samples = "held-out share", held_out.first_by_key(count)
     else:
-        learned = [lane.dataset_id for lane in lanes if not lane.is_regularisation]
+        learned = [dataset.dataset_id for dataset in datasets if not dataset.is_regularisation]
         source, samples = "training images", training.one_of_each().first_by_key(count, learned)
     return source, samples

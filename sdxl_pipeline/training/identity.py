@@ -196,17 +196,17 @@ def run_identity(spec: TrainSpec) -> str:
 
 
 def run_names(spec: TrainSpec) -> RunNames:
-    """What the run is called. Reads the lanes' tables; raises StageError when they do not fit together.
+    """What the run is called. Reads the datasets' tables; raises StageError when they do not fit together.
 
     The device is not part of it, nor is the number of CPU threads: a LoRA trained on a GPU is the same run on a laptop, although the
     last bits would differ. The number of processes is, since it multiplies the batch. A checkpoint to begin from is part of it, unless
     its run is of the same trajectory.
     """
     settings = spec.settings
-    samples = load_samples(spec.lanes, "train", settings.micro_conditioning)
+    samples = load_samples(spec.datasets, "train", settings.micro_conditioning)
     content = _content(spec, samples)
     # the passes too may have been raised for the processes
-    any_processes = {"num_processes": None, "passes": passes_per_epoch(spec.lanes, samples)}
+    any_processes = {"num_processes": None, "passes": passes_per_epoch(spec.datasets, samples)}
     kin = _without_length(content | any_processes)
     names = _names(settings, content, kin)
     chosen = chosen_checkpoint(settings)
@@ -242,13 +242,19 @@ def _content(spec: TrainSpec, samples: Samples) -> dict[str, Any]:
         "code_version": CODE_VERSION,
         "base_model": spec.base_model.digest,
         "samples": samples.digest(),
-        "passes": planned_passes(spec.lanes, samples, spec.settings, spec.hardware.num_processes).by_dataset,
+        "passes": planned_passes(
+            spec.datasets, samples, spec.settings, spec.hardware.num_processes
+        ).by_dataset,
         "fresh_crops": sorted(
-            lane.dataset_id for lane in spec.lanes if lane.fresh_crops and lane.dataset_id in trained
+            dataset.dataset_id
+            for dataset in spec.datasets
+            if dataset.fresh_crops and dataset.dataset_id in trained
         ),
-        "masks": masks_identity(spec.lanes, samples),
+        "masks": masks_identity(spec.datasets, samples),
         "regularisation": sorted(
-            lane.dataset_id for lane in spec.lanes if lane.is_regularisation and lane.dataset_id in trained
+            dataset.dataset_id
+            for dataset in spec.datasets
+            if dataset.is_regularisation and dataset.dataset_id in trained
         ),
         "starts_from": _start(spec.settings),
         "settings": numeric_settings(spec.settings),

@@ -119,7 +119,7 @@ class Looks:
         # Of the objective only what decides target and noise: weights, offsets and their like stay out of the eval loss.
         self._objective = Objective(objective.alphas_cumprod.cpu(), objective.prediction_type)
         if spec.settings.eval_loss_in_training:
-            source, samples = choose_samples(spec.lanes, spec.settings)
+            source, samples = choose_samples(spec.datasets, spec.settings)
             if not samples:
                 raise StageError(
                     "there is no image to take the eval loss of: the datasets' aspect_buckets have no rows"

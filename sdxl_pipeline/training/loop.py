@@ -92,7 +92,7 @@ class Trainer:
         self.trainable = build_trainable(spec).to(self.device)
         self.batch_loss = BatchLoss(settings, scheduler, self.trainable, base_dtype(spec), self.device)
         encoders = OnDemandEncoders(spec.base_model, spec.hardware)
-        self.reader = BatchReader(spec.lanes, encoders, self.trainable.live_texts)
+        self.reader = BatchReader(spec.datasets, encoders, self.trainable.live_texts)
         self.batches = TrainingBatches(
             order=planned.read_ahead,
             reader=self.reader,

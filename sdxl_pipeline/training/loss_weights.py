@@ -57,12 +57,12 @@ class LossWeights:
 
 
 def build_loss_weights(spec: TrainSpec) -> LossWeights:
-    """What the spec says of its lanes."""
-    tables = mask_tables(spec.lanes)
+    """What the spec says of its datasets."""
+    tables = mask_tables(spec.datasets)
     return LossWeights(
         masks=MaskReader(tables) if tables else None,
         masked_share=spec.settings.masked_loss_probability,
-        prior=frozenset(lane.dataset_id for lane in spec.lanes if lane.is_regularisation),
+        prior=frozenset(dataset.dataset_id for dataset in spec.datasets if dataset.is_regularisation),
         prior_weight=spec.settings.prior_loss_weight,
         asks_base=spec.settings.model_type != "full",
     )

@@ -8,7 +8,7 @@ import pandas as pd
 
 from sdxl_pipeline.images.digests import frame_digest
 from sdxl_pipeline.project.datasets import MaskKind
-from sdxl_pipeline.protocol.specs import TrainingLane
+from sdxl_pipeline.protocol.specs import TrainingDataset
 from sdxl_pipeline.training.samples import Samples
 
 
@@ -22,22 +22,22 @@ class MaskTable:
     """By the digest of an image's bytes: path of its mask within `folder`, and the digest of that one's bytes."""
 
 
-def mask_tables(lanes: Iterable[TrainingLane]) -> dict[str, MaskTable]:
+def mask_tables(datasets: Iterable[TrainingDataset]) -> dict[str, MaskTable]:
     """The masks of each dataset that has some, by its id."""
     tables = {}
-    for lane in lanes:
-        if lane.masks is not None:
-            pairs = pd.read_parquet(lane.masks.pairs_path, columns=["key", "mask_path", "mask_key"])
+    for dataset in datasets:
+        if dataset.masks is not None:
+            pairs = pd.read_parquet(dataset.masks.pairs_path, columns=["key", "mask_path", "mask_key"])
             files = zip(pairs["mask_path"].tolist(), pairs["mask_key"].tolist(), strict=True)
-            tables[lane.dataset_id] = MaskTable(
-                lane.masks.kind,
-                Path(lane.masks.data_dir),
+            tables[dataset.dataset_id] = MaskTable(
+                dataset.masks.kind,
+                Path(dataset.masks.data_dir),
                 dict(zip(pairs["key"].tolist(), files, strict=True)),
             )
     return tables
 
 
-def masks_identity(lanes: Iterable[TrainingLane], samples: Samples) -> dict[str, list[str]]:
+def masks_identity(datasets: Iterable[TrainingDataset], samples: Samples) -> dict[str, list[str]]:
     """By dataset, the kind of its masks and a digest of which of its images among `samples` is masked by which content."""
     trained = samples.keys_by_dataset()
     return {
@@ -52,6 +52,6 @@ def masks_identity(lanes: Iterable[TrainingLane], samples: Samples) -> dict[str,
                 ("key", "mask_key"),
             ),
         ]
-        for name, table in mask_tables(lanes).items()
+        for name, table in mask_tables(datasets).items()
         if name in trained
     }

@@ -16,7 +16,7 @@ from sdxl_pipeline.encoding.keys import embed_key, latent_key
 from sdxl_pipeline.project.datasets import CacheMode
 from sdxl_pipeline.project.hardware import Hardware
 from sdxl_pipeline.protocol.program import StageError
-from sdxl_pipeline.protocol.specs import TrainingLane
+from sdxl_pipeline.protocol.specs import TrainingDataset
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.store.tensor_store import StoreWriter, TensorStore
 from sdxl_pipeline.training.samples import Sample
@@ -40,27 +40,27 @@ class OnDemandEncoders:
         self._caption_encoders: dict[int, CaptionEncoder] = {}  # by the number of windows
         self._lock = RLock()
 
-    def latents(self, lane: TrainingLane, sample: Sample) -> Tensors:
+    def latents(self, dataset: TrainingDataset, sample: Sample) -> Tensors:
         """`mean` and `logvar` of a sample. Raises StageError naming the image when it cannot be read, or is another one by now."""
         if sample.latent_key is not None:
             crop = SimpleNamespace(key=sample.key, **vars(sample.crop))
             made = latent_key(crop, self._base_model.vae_digest, self._hardware.vae_dtype)
-            _require_same_name(lane, made, sample.latent_key, "vae_latents")
+            _require_same_name(dataset, made, sample.latent_key, "vae_latents")
         with self._lock:
-            return self._latent_encoder.encode(Path(lane.data_dir) / sample.path, sample.crop, sample.key)
+            return self._latent_encoder.encode(Path(dataset.data_dir) / sample.path, sample.crop, sample.key)
 
-    def text(self, lane: TrainingLane, key: str) -> Tensors:
+    def text(self, dataset: TrainingDataset, key: str) -> Tensors:
         """`prompt_embeds` and `pooled_prompt_embeds` of the caption or prompt whose embeddings go by `key`."""
-        caption = self.caption(lane, key)
-        windows = lane.text_embeds.windows
+        caption = self.caption(dataset, key)
+        windows = dataset.text_embeds.windows
         made = embed_key(caption, self._base_model.text_digest, self._hardware.text_precision, windows)
-        _require_same_name(lane, made, key, "text_embeds")
+        _require_same_name(dataset, made, key, "text_embeds")
         with self._lock:
             return self._caption_encoder(windows).encode(caption)
 
-    def caption(self, lane: TrainingLane, key: str) -> str:
+    def caption(self, dataset: TrainingDataset, key: str) -> str:
         """The caption or prompt whose embeddings go by `key`."""
-        return self._captions_of(lane)[key]
+        return self._captions_of(dataset)[key]
 
     @cached_property
     def _latent_encoder(self) -> "LatentEncoder":
@@ -75,16 +75,16 @@ class OnDemandEncoders:
             self._caption_encoders[windows] = CaptionEncoder(self._base_model, self._hardware, windows)
         return self._caption_encoders[windows]
 
-    def _captions_of(self, lane: TrainingLane) -> Mapping[str, str]:
+    def _captions_of(self, dataset: TrainingDataset) -> Mapping[str, str]:
         with self._lock:
-            if lane.dataset_id not in self._captions:
-                captions = pd.read_parquet(lane.text_embeds.entries_path, columns=["embed_key", "caption"])
-                prompts = pd.read_parquet(lane.text_embeds.prompts_path, columns=["embed_key", "prompt"])
-                self._captions[lane.dataset_id] = {
+            if dataset.dataset_id not in self._captions:
+                captions = pd.read_parquet(dataset.text_embeds.entries_path, columns=["embed_key", "caption"])
+                prompts = pd.read_parquet(dataset.text_embeds.prompts_path, columns=["embed_key", "prompt"])
+                self._captions[dataset.dataset_id] = {
                     **dict(zip(captions["embed_key"], captions["caption"], strict=True)),
                     **dict(zip(prompts["embed_key"], prompts["prompt"], strict=True)),
                 }
-            return self._captions[lane.dataset_id]
+            return self._captions[dataset.dataset_id]
 
 
 class Cache:
@@ -180,10 +180,10 @@ def read_from(
     return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
 
 
-def _require_same_name(lane: TrainingLane, made: str, expected: str, stage: str) -> None:
+def _require_same_name(dataset: TrainingDataset, made: str, expected: str, stage: str) -> None:
     """Refuse to write under a name what it does not stand for: the store would be wrong for everyone who shares it."""
     if made != expected:
         raise StageError(
-            f"dataset {lane.dataset_id!r}: {stage} was planned with another model, precision or crop plan than the training encodes "
+            f"dataset {dataset.dataset_id!r}: {stage} was planned with another model, precision or crop plan than the training encodes "
             f"with; materialize {stage} again, or leave vae_dtype and mixed_precision out of the launchpad"
         )

@@ -11,7 +11,7 @@ from sdxl_pipeline.training.samples import Samples
 
 
 class SampledDataset(Protocol):
-    """A dataset and how often its images are shown, such as a TrainingLane."""
+    """A dataset and how often its images are shown, such as a TrainingDataset."""
 
     @property
     def dataset_id(self) -> str:
@@ -35,19 +35,19 @@ class Passes:
     """The `repeats` that stand in for those of the settings, where these would not fill a step."""
 
 
-def passes_per_epoch(lanes: Sequence[SampledDataset], samples: Samples) -> dict[str, float]:
+def passes_per_epoch(datasets: Sequence[SampledDataset], samples: Samples) -> dict[str, float]:
     """How often the images of each dataset among `samples` appear in an epoch.
 
     That is repeats + 1, times the dataset's probability relative to the largest one.
     """
     present = samples.images_by_dataset()
-    used = [lane for lane in lanes if lane.dataset_id in present]
-    largest = max((lane.probability for lane in used), default=1.0)
-    return {lane.dataset_id: (lane.repeats + 1) * lane.probability / largest for lane in used}
+    used = [dataset for dataset in datasets if dataset.dataset_id in present]
+    largest = max((dataset.probability for dataset in used), default=1.0)
+    return {dataset.dataset_id: (dataset.repeats + 1) * dataset.probability / largest for dataset in used}
 
 
 def planned_passes(
-    lanes: Sequence[SampledDataset], samples: Samples, settings: TrainingSettings, num_processes: int
+    datasets: Sequence[SampledDataset], samples: Samples, settings: TrainingSettings, num_processes: int
 ) -> Passes:
     """`passes_per_epoch`, if one epoch fills one optimizer step, counted over all datasets together, since they share their batches.
 
@@ -59,7 +59,7 @@ def planned_passes(
         raise StageError(
             "there is no image to train on: the datasets' aspect_buckets have no row of the split 'train'"
         )
-    passes = passes_per_epoch(lanes, samples)
+    passes = passes_per_epoch(datasets, samples)
 
     def images(factor: int) -> int:
         return sum(math.floor(count * passes[name] * factor) for name, count in counts.items())
@@ -75,10 +75,15 @@ def planned_passes(
             factor += 1
         return Passes(
             {name: value * factor for name, value in passes.items()},
-            {lane.dataset_id: (lane.repeats + 1) * factor - 1 for lane in lanes if lane.dataset_id in counts},
+            {
+                dataset.dataset_id: (dataset.repeats + 1) * factor - 1
+                for dataset in datasets
+                if dataset.dataset_id in counts
+            },
         )
     largest = max(
-        (lane for lane in lanes if lane.dataset_id in counts), key=lambda lane: counts[lane.dataset_id]
+        (dataset for dataset in datasets if dataset.dataset_id in counts),
+        key=lambda dataset: counts[dataset.dataset_id],
     )
     own = counts[largest.dataset_id] * passes[largest.dataset_id]
     lacking = need - have + math.floor(own)

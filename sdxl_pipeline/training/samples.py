@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from sdxl_pipeline.images.crops import Crop
 from sdxl_pipeline.images.digests import frame_digest
 from sdxl_pipeline.protocol.program import StageError
-from sdxl_pipeline.protocol.specs import TrainingLane
+from sdxl_pipeline.protocol.specs import TrainingDataset
 from sdxl_pipeline.training.draws import seed_for
 
 Split = Literal["train", "eval"]
@@ -197,19 +197,23 @@ class Samples(Sequence[Sample]):
 
 
 def load_samples(
-    lanes: Iterable[TrainingLane], split: Split, micro_conditioning: MicroConditioning = "original"
+    datasets: Iterable[TrainingDataset], split: Split, micro_conditioning: MicroConditioning = "original"
 ) -> Samples:
-    """The samples of one split of all lanes. Of images to be measured by, one that is not mirrored.
+    """The samples of one split of all datasets. Of images to be measured by, one that is not mirrored.
 
     `micro_conditioning` says what SDXL is told as the image's original size: the file's own, or the size it was resized to.
     Images that the latent stage reported as failed are left out, and so is from training what another dataset holds out. Raises
     StageError when an image has no latent or no caption embedding otherwise: the caches are then older than the dataset.
     """
-    lanes = list(lanes)
-    frame = pd.concat([_load_lane(lane, split, micro_conditioning) for lane in lanes], ignore_index=True)
+    datasets = list(datasets)
+    frame = pd.concat(
+        [_load_dataset(dataset, split, micro_conditioning) for dataset in datasets], ignore_index=True
+    )
     if split == "eval":
         return Samples(frame).one_of_each()
-    held_out = held_out_keys(pd.read_parquet(lane.rows_path, columns=["key", "split"]) for lane in lanes)
+    held_out = held_out_keys(
+        pd.read_parquet(dataset.rows_path, columns=["key", "split"]) for dataset in datasets
+    )
     return Samples(frame[~frame["key"].isin(held_out)])
 
 
@@ -226,31 +230,33 @@ def held_out_keys(plans: Iterable[pd.DataFrame]) -> set[str]:
     return keys
 
 
-def _load_lane(lane: TrainingLane, split: Split, micro_conditioning: MicroConditioning) -> pd.DataFrame:
-    rows = pd.read_parquet(lane.rows_path, columns=["path", "key", "crop_index", *_GEOMETRY, "split"])
+def _load_dataset(
+    dataset: TrainingDataset, split: Split, micro_conditioning: MicroConditioning
+) -> pd.DataFrame:
+    rows = pd.read_parquet(dataset.rows_path, columns=["path", "key", "crop_index", *_GEOMETRY, "split"])
     rows = rows[rows["split"] == split].drop(columns="split").reset_index(drop=True)
     rows["copy"] = rows.groupby(["key", "crop_index"], sort=False).cumcount()
-    entries = pd.read_parquet(lane.latents.entries_path, columns=["key", "crop_index", "latent_key"])
+    entries = pd.read_parquet(dataset.latents.entries_path, columns=["key", "crop_index", "latent_key"])
     entries = entries.drop_duplicates(["key", "crop_index"])
     rows = rows.merge(entries, on=["key", "crop_index"], how="left", sort=False)
     lacking = rows["latent_key"].isna()
     if lacking.any():
-        failed = {item.name for item in lane.latents.failed}
-        _require(lane, "latent", [path for path in rows.loc[lacking, "path"] if path not in failed])
+        failed = {item.name for item in dataset.latents.failed}
+        _require(dataset, "latent", [path for path in rows.loc[lacking, "path"] if path not in failed])
         rows = rows[~lacking]
-    captions = _captions_by_copy(lane)
+    captions = _captions_by_copy(dataset)
     rows = rows.merge(captions, on=["key", "copy"], how="left", sort=False)
-    _require(lane, "caption embedding", rows.loc[rows["embed_keys"].isna(), "path"].tolist())
-    _require_as_many(lane, rows, captions)
+    _require(dataset, "caption embedding", rows.loc[rows["embed_keys"].isna(), "path"].tolist())
+    _require_as_many(dataset, rows, captions)
     told = "original" if micro_conditioning == "original" else "resized"
     rows["told_h"], rows["told_w"] = rows[f"{told}_h"], rows[f"{told}_w"]
-    rows["dataset_id"] = pd.Series(lane.dataset_id, index=rows.index, dtype="str")
+    rows["dataset_id"] = pd.Series(dataset.dataset_id, index=rows.index, dtype="str")
     return rows
 
 
-def _captions_by_copy(lane: TrainingLane) -> pd.DataFrame:
+def _captions_by_copy(dataset: TrainingDataset) -> pd.DataFrame:
     """key, copy and embed_keys (joined by spaces) of every image; copies of one content are numbered by them."""
-    texts = pd.read_parquet(lane.text_embeds.entries_path, columns=["path", "key", "embed_key"])
+    texts = pd.read_parquet(dataset.text_embeds.entries_path, columns=["path", "key", "embed_key"])
     places, _ = pd.factorize(texts["path"])
     if (np.bincount(places) > 1).any() if len(places) else False:
         images = texts.groupby(["path", "key"], sort=False)["embed_key"].agg(" ".join).reset_index()
@@ -263,14 +269,14 @@ def _captions_by_copy(lane: TrainingLane) -> pd.DataFrame:
     return images
 
 
-def _require_as_many(lane: TrainingLane, rows: pd.DataFrame, captions: pd.DataFrame) -> None:
+def _require_as_many(dataset: TrainingDataset, rows: pd.DataFrame, captions: pd.DataFrame) -> None:
     """Raise StageError when captions are known of a copy that is not in the plan: the rest would be paired by guessing."""
     if captions["copy"].any():
         further = captions[captions["copy"] > 0]
         known = set(zip(rows["key"], rows["copy"], strict=True))
         kept = set(rows["key"])
         _require(
-            lane,
+            dataset,
             "place for each caption of their copies",
             [
                 key
@@ -280,11 +286,11 @@ def _require_as_many(lane: TrainingLane, rows: pd.DataFrame, captions: pd.DataFr
         )
 
 
-def _require(lane: TrainingLane, what: str, missing: list[str]) -> None:
+def _require(dataset: TrainingDataset, what: str, missing: list[str]) -> None:
     if missing:
         distinct = list(dict.fromkeys(missing))
         names = ", ".join(distinct[:NAMED_IN_ERRORS]) + (", ..." if len(distinct) > NAMED_IN_ERRORS else "")
         raise StageError(
-            f"dataset {lane.dataset_id!r}: {len(distinct)} images of the crop plan have no {what} ({names}); "
+            f"dataset {dataset.dataset_id!r}: {len(distinct)} images of the crop plan have no {what} ({names}); "
             "materialize the dataset's vae_latents and text_embeds again"
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from sdxl_pipeline.protocol.program import StageError
-from sdxl_pipeline.protocol.specs import TrainingLane, TrainSpec
+from sdxl_pipeline.protocol.specs import TrainingDataset, TrainSpec
 from sdxl_pipeline.sdxl.adapters import AdapterError, add_lora
 from sdxl_pipeline.sdxl.components import TextEncoders, load_text_encoders
 from sdxl_pipeline.sdxl.precision import dtype_from_name
@@ -63,9 +63,9 @@ def named_encoders(encoders: TextEncoders) -> dict[str, CLIPTextModel]:
     return {"text_encoder": encoders.text_encoder, "text_encoder_2": encoders.text_encoder_2}
 
 
-def text_windows(lanes: Iterable[TrainingLane]) -> int:
+def text_windows(datasets: Iterable[TrainingDataset]) -> int:
     """Windows of 77 tokens that captions are encoded in: those of the text stage, which is asked the same for all datasets."""
-    return max(lane.text_embeds.windows for lane in lanes)
+    return max(dataset.text_embeds.windows for dataset in datasets)
 
 
 class CaptionedUNet(nn.Module):

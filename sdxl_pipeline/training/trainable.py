@@ -188,4 +188,4 @@ def build_trainable(spec: TrainSpec) -> Trainable:
         return TrainableLora(trainable_unet(spec))
     encoders = trainable_text_encoders(spec)
     unet = trainable_unet(spec, named_encoders(encoders))
-    return TrainableLora(unet, encoders, text_windows(spec.lanes))
+    return TrainableLora(unet, encoders, text_windows(spec.datasets))

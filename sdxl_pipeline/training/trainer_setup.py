@@ -58,8 +58,8 @@ class PlannedOrder:
 def plan_order(spec: TrainSpec, num_processes: int, reporter: Reporter) -> PlannedOrder:
     """The order of the spec's training images; repeats that are raised and batches that are not full are logged."""
     settings = spec.settings
-    samples = load_samples(spec.lanes, "train", settings.micro_conditioning)
-    passes = planned_passes(spec.lanes, samples, settings, num_processes)
+    samples = load_samples(spec.datasets, "train", settings.micro_conditioning)
+    passes = planned_passes(spec.datasets, samples, settings, num_processes)
     order = partial(
         SampleOrder,
         samples,

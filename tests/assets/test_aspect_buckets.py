@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from assets.aspect_buckets import build_aspect_buckets
-from assets.keys import lane_key
+from assets.keys import dataset_key
 from resources.storage import Storage, ValueIOManager
 from sdxl_pipeline.project.project import load_project
 
@@ -26,7 +26,7 @@ def planned(folder: Path, scanned: pd.DataFrame) -> dg.ExecuteInProcessResult:
     project = load_project(folder)
     (dataset,) = project.datasets
 
-    @dg.asset(key=lane_key(project, dataset, "dataset"))
+    @dg.asset(key=dataset_key(project, dataset, "dataset"))
     def scan() -> pd.DataFrame:
         return scanned
 

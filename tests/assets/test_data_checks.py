@@ -34,7 +34,7 @@ def place(folder: Path, name: str, source: str, caption: str | None = None, **ch
 
 
 def evaluate(folder: Path, instance: dg.DagsterInstance) -> dict[tuple[str, str], dg.AssetCheckEvaluation]:
-    """Results of every check of the dataset and aspect_buckets assets, by lane and name."""
+    """Results of every check of the dataset and aspect_buckets assets, by dataset and name."""
     definitions = build_definitions(folder.parent)
     result = dg.materialize(
         list(definitions.assets or []),
@@ -179,9 +179,9 @@ def test_an_eval_dataset_is_compared_with_every_dataset_that_is_trained_on(
         {"id": "things", "instance_data_dir": "things"},
         {"id": "unseen", "instance_data_dir": "unseen", "dataset_type": "eval"},
     )
-    for lane, names in {"people": IMAGES[:2], "things": IMAGES[2:4], "unseen": IMAGES[4:]}.items():
+    for dataset, names in {"people": IMAGES[:2], "things": IMAGES[2:4], "unseen": IMAGES[4:]}.items():
         for name in names:
-            place(folder / lane, f"{name}.png", name)
+            place(folder / dataset, f"{name}.png", name)
     clean = evaluate(folder, instance)
     leaks = ["may_leak_from_people", "may_leak_from_things"]
     assert all(clean["unseen/dataset", name].passed for name in leaks)

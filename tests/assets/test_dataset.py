@@ -17,7 +17,7 @@ from tests.conftest import draw_image
 LONG_AGO = 1_600_000_000
 
 
-class Lane:
+class Dataset:
     """The dataset asset of one project, materialized again and again."""
 
     def __init__(self, instance: dg.DagsterInstance, folder: Path, storage: Path) -> None:
@@ -59,52 +59,52 @@ class Lane:
 
 
 @pytest.fixture
-def lane(instance: dg.DagsterInstance, make_project: Callable[..., Path], own_storage: Path) -> Lane:
-    lane = Lane(instance, make_project(images=4, dataset={"find_near_duplicates": False}), own_storage)
-    lane.settle()
-    return lane
+def dataset(instance: dg.DagsterInstance, make_project: Callable[..., Path], own_storage: Path) -> Dataset:
+    dataset = Dataset(instance, make_project(images=4, dataset={"find_near_duplicates": False}), own_storage)
+    dataset.settle()
+    return dataset
 
 
-def test_a_second_run_trusts_what_is_recorded_and_verify_asks_otherwise(lane: Lane) -> None:
-    first, before = lane.run()
+def test_a_second_run_trusts_what_is_recorded_and_verify_asks_otherwise(dataset: Dataset) -> None:
+    first, before = dataset.run()
     assert (first["found"], first["kept"], first["captions"]) == (4, 4, 4)
-    assert (lane.storage / "work" / "small" / "shapes" / "dataset" / "scan.parquet").exists()
-    caption = lane.data / "image_00.txt"
+    assert (dataset.storage / "work" / "small" / "shapes" / "dataset" / "scan.parquet").exists()
+    caption = dataset.data / "image_00.txt"
     caption.write_text(caption.read_text().upper())  # size, inode and time stay as they were
-    lane.settle()
-    again, trusted = lane.run()
+    dataset.settle()
+    again, trusted = dataset.run()
     assert again["version"] == first["version"]
     pd.testing.assert_frame_equal(trusted, before)
-    verified, read = lane.run(verify=True)
+    verified, read = dataset.run(verify=True)
     assert verified["version"] != first["version"]
     assert read["captions"].tolist()[0] == [caption.read_text()]
     caption.write_text(caption.read_text().lower())
-    lane.settle()
-    lane.change(verify=True)
-    assert lane.run()[0]["version"] == first["version"]
+    dataset.settle()
+    dataset.change(verify=True)
+    assert dataset.run()[0]["version"] == first["version"]
 
 
-def test_skip_file_discovery_takes_the_record_at_its_word(lane: Lane) -> None:
-    lane.change(skip_file_discovery="vae,aspect")
-    first, before = lane.run()
+def test_skip_file_discovery_takes_the_record_at_its_word(dataset: Dataset) -> None:
+    dataset.change(skip_file_discovery="vae,aspect")
+    first, before = dataset.run()
     assert "discovery" not in first  # nothing was recorded yet
-    draw_image(lane.data, 9)
-    again, same = lane.run()
+    draw_image(dataset.data, 9)
+    again, same = dataset.run()
     assert again["discovery"].startswith("skipped")
     pd.testing.assert_frame_equal(same, before)
-    assert len(lane.run(verify=True)[1]) == 5
+    assert len(dataset.run(verify=True)[1]) == 5
 
 
-def test_what_the_captions_depend_on_makes_the_asset_stale(lane: Lane) -> None:
-    versions = [lane.code_version()]
-    filters = lane.folder / "filters.txt"
+def test_what_the_captions_depend_on_makes_the_asset_stale(dataset: Dataset) -> None:
+    versions = [dataset.code_version()]
+    filters = dataset.folder / "filters.txt"
     filters.write_text("a large\n")
     entries = [{"id": "texts", "dataset_type": "text_embeds", "caption_filter_list": "filters.txt"}]
-    file = lane.folder / "multidatabackend.json"
+    file = dataset.folder / "multidatabackend.json"
     file.write_text(json.dumps(json.loads(file.read_text()) + entries))
-    versions.append(lane.code_version())
+    versions.append(dataset.code_version())
     filters.write_text("a small\n")
-    versions.append(lane.code_version())
+    versions.append(dataset.code_version())
     for change in (
         {"caption_filter_list": ["red"]},
         {"caption_shuffle": {"enable": True, "split_on": "space"}},
@@ -112,20 +112,20 @@ def test_what_the_captions_depend_on_makes_the_asset_stale(lane: Lane) -> None:
         {"disable_multiline_split": True},
         {"find_near_duplicates": True},
     ):
-        lane.change(**change)
-        versions.append(lane.code_version())
+        dataset.change(**change)
+        versions.append(dataset.code_version())
     assert len(set(versions)) == len(versions)
-    lane.change(verify=True, skip_file_discovery="vae", repeats=3)
-    assert lane.code_version() == versions[-1]
+    dataset.change(verify=True, skip_file_discovery="vae", repeats=3)
+    assert dataset.code_version() == versions[-1]
 
 
-def test_filters_shuffles_and_samples_arrive_in_the_value(lane: Lane) -> None:
-    lane.change(
+def test_filters_shuffles_and_samples_arrive_in_the_value(dataset: Dataset) -> None:
+    dataset.change(
         caption_filter_list=["a ", "(on", "s/background/wall/"],
         caption_shuffle={"enable": True, "count": 1},
         max_num_samples=2,
     )
-    told, scanned = lane.run()
+    told, scanned = dataset.run()
     assert (told["kept"], told["captions"], told["caption_filter_lines"]) == (2, 4, 3)
     assert "`(on`" in told["filter_lines_taken_literally"]
     for texts in scanned.loc[scanned["status"] == "kept", "captions"]:
@@ -135,33 +135,35 @@ def test_filters_shuffles_and_samples_arrive_in_the_value(lane: Lane) -> None:
     assert set(scanned.loc[scanned["status"] == "dropped", "reason"]) == {"left out by max_num_samples"}
 
 
-def test_images_trained_without_caption_are_named(lane: Lane) -> None:
-    (lane.data / "image_01.txt").unlink()
-    lane.change(missing_captions="empty")
-    told, _ = lane.run()
+def test_images_trained_without_caption_are_named(dataset: Dataset) -> None:
+    (dataset.data / "image_01.txt").unlink()
+    dataset.change(missing_captions="empty")
+    told, _ = dataset.run()
     rows = told["trained_without_caption"]
     assert [(row.data["reason"], row.data["names"]) for row in rows.records] == [
         ("caption missing", "image_01.png")
     ]
 
 
-def test_a_list_of_images_is_fetched_and_its_failures_are_rows(lane: Lane) -> None:
-    listed = lane.folder / "list.csv"
+def test_a_list_of_images_is_fetched_and_its_failures_are_rows(dataset: Dataset) -> None:
+    listed = dataset.folder / "list.csv"
     names = [f"image_{number:02d}.png" for number in range(4)]
-    rows = [f"{lane.data / name},caption of {name}" for name in names] + [f"{lane.data / 'gone.png'},gone"]
+    rows = [f"{dataset.data / name},caption of {name}" for name in names] + [
+        f"{dataset.data / 'gone.png'},gone"
+    ]
     listed.write_text("\n".join(["url,caption", *rows]))
-    lane.change(type="csv", csv_file="list.csv", instance_data_dir=None, caption_strategy="csv")
-    told, scanned = lane.run()
+    dataset.change(type="csv", csv_file="list.csv", instance_data_dir=None, caption_strategy="csv")
+    told, scanned = dataset.run()
     assert (told["files_at_source"], told["kept"], told["failed_downloads"]) == (5, 4, 1)
     assert told["revision"]
     kept = scanned[scanned["status"] == "kept"]
     assert sorted(text for texts in kept["captions"] for text in texts) == [
         f"caption of {name}" for name in names
     ]
-    again, _ = lane.run()
+    again, _ = dataset.run()
     assert again["version"] == told["version"]
     listed.write_text(listed.read_text() + "\n,nobody\n")
-    assert "1 row of list.csv without a value in column 'url', at line 7" in lane.run()[0]["not_used"]
+    assert "1 row of list.csv without a value in column 'url', at line 7" in dataset.run()[0]["not_used"]
 
 
 @pytest.mark.parametrize(
@@ -181,10 +183,10 @@ def test_a_list_of_images_is_fetched_and_its_failures_are_rows(lane: Lane) -> No
     ],
 )
 def test_what_the_user_can_mend_is_told_in_a_sentence(
-    lane: Lane, settings: dict[str, Any], message: str
+    dataset: Dataset, settings: dict[str, Any], message: str
 ) -> None:
-    (lane.data / "broken.jsonl").write_text('{"filename": "image_00", "caption": {"short": "a"}}')
-    lane.change(**settings)
+    (dataset.data / "broken.jsonl").write_text('{"filename": "image_00", "caption": {"short": "a"}}')
+    dataset.change(**settings)
     with pytest.raises(dg.Failure, match=message) as raised:
-        lane.run()
+        dataset.run()
     assert raised.value.allow_retries is False

@@ -29,7 +29,7 @@ WATCHED = {
     "validation_preview": True,
     "webhook_config": "webhooks.json",
 }
-LANE = ["dataset", "aspect_buckets", "vae_latents", "text_embeds"]
+DATASET = ["dataset", "aspect_buckets", "vae_latents", "text_embeds"]
 
 
 def materialize(
@@ -38,7 +38,7 @@ def materialize(
     """Run the named stages of the project at `folder`, or all of them."""
     definitions = build_definitions(folder.parent)
     name = folder.name
-    keys = [dg.AssetKey([name, "shapes", s] if s in LANE else [name, s]) for s in stages]
+    keys = [dg.AssetKey([name, "shapes", s] if s in DATASET else [name, s]) for s in stages]
     return dg.materialize(
         list(definitions.assets or []),
         selection=dg.AssetSelection.assets(*keys) if keys else None,
@@ -145,7 +145,7 @@ def test_one_new_image_and_one_edited_caption_cost_one_encoding_each(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
     folder = make_project()
-    stages = ("base_model", *LANE)
+    stages = ("base_model", *DATASET)
     first = materialize(instance, folder, *stages)
     assert metadata(first, "small", "shapes", "vae_latents")["encoded"] == 8
     # Eight captions, the validation prompt, the negative prompt and the empty prompt.
@@ -172,7 +172,7 @@ def test_another_vae_encodes_all_latents_again_and_no_text(
     instance: dg.DagsterInstance, make_project: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = make_project(images=4)
-    stages = ("base_model", *LANE)
+    stages = ("base_model", *DATASET)
     materialize(instance, folder, *stages)
 
     vae = tmp_path / "another_vae"
@@ -191,7 +191,7 @@ def test_launchpad_settings_stand_above_the_config_file(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
     folder = make_project(images=4, config={"eval_holdout_share": 0.0})
-    materialize(instance, folder, "base_model", *LANE)
+    materialize(instance, folder, "base_model", *DATASET)
     run_config = {"ops": {"small__lora": {"config": {"settings": {"max_train_steps": 2, "lora_rank": 2}}}}}
     result = materialize(instance, folder, "lora", run_config=run_config)
     shown = metadata(result, "small", "lora")
@@ -211,7 +211,7 @@ def test_push_without_a_token_fails_before_any_training(
     folder = make_project(
         images=4, config={"push_to_hub": True, "hub_model_id": "someone/lora", "eval_holdout_share": 0}
     )
-    materialize(instance, folder, "base_model", *LANE)
+    materialize(instance, folder, "base_model", *DATASET)
     with pytest.raises(Exception, match="HF_TOKEN"):
         materialize(instance, folder, "lora")
     assert not list((folder / "output").rglob("metrics.jsonl"))

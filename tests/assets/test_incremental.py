@@ -42,7 +42,7 @@ class InProcessLauncher(LocalLauncher):
         return manifest_type.model_validate_json(returned.model_dump_json())
 
 
-class Lane:
+class Dataset:
     """One project, materialized up to its caches or its LoRA again and again."""
 
     def __init__(self, instance: dg.DagsterInstance, folder: Path) -> None:
@@ -89,51 +89,51 @@ class Lane:
 
 
 @pytest.fixture
-def lane(instance: dg.DagsterInstance, make_project: Callable[..., Path]) -> Lane:
+def dataset(instance: dg.DagsterInstance, make_project: Callable[..., Path]) -> Dataset:
     # no image is held out, so that every one has mirrored crops where these are asked for
-    return Lane(instance, make_project(config={"eval_holdout_share": 0, "evaluation_type": "none"}))
+    return Dataset(instance, make_project(config={"eval_holdout_share": 0, "evaluation_type": "none"}))
 
 
-def test_changes_of_files_cost_exactly_their_encodings(lane: Lane) -> None:
+def test_changes_of_files_cost_exactly_their_encodings(dataset: Dataset) -> None:
     # Eight captions, the validation prompt, the negative prompt and the empty prompt.
-    assert lane.cost() == (8, 11)
-    assert lane.cost() == (0, 0)
+    assert dataset.cost() == (8, 11)
+    assert dataset.cost() == (0, 0)
 
-    added = draw_image(lane.data, 8)
-    assert lane.cost() == (1, 1)
+    added = draw_image(dataset.data, 8)
+    assert dataset.cost() == (1, 1)
 
-    draw_image(lane.data, 15).replace(lane.data / "image_03.png")  # other pixels under an old name
-    (lane.data / "image_15.txt").unlink()
-    assert lane.cost() == (1, 0)
+    draw_image(dataset.data, 15).replace(dataset.data / "image_03.png")  # other pixels under an old name
+    (dataset.data / "image_15.txt").unlink()
+    assert dataset.cost() == (1, 0)
 
-    (lane.data / "image_03.txt").write_text("an image with another caption")
-    assert lane.cost() == (0, 1)
+    (dataset.data / "image_03.txt").write_text("an image with another caption")
+    assert dataset.cost() == (0, 1)
 
     for suffix in (".png", ".txt"):
-        (lane.data / f"image_02{suffix}").rename(lane.data / f"another name{suffix}")
-        (lane.data / "sub").mkdir(exist_ok=True)
-        (lane.data / f"image_04{suffix}").rename(lane.data / "sub" / f"image_04{suffix}")
-    assert lane.cost() == (0, 0)
+        (dataset.data / f"image_02{suffix}").rename(dataset.data / f"another name{suffix}")
+        (dataset.data / "sub").mkdir(exist_ok=True)
+        (dataset.data / f"image_04{suffix}").rename(dataset.data / "sub" / f"image_04{suffix}")
+    assert dataset.cost() == (0, 0)
 
     kept = added.read_bytes()
     added.unlink()
-    assert lane.cost() == (0, 0)
+    assert dataset.cost() == (0, 0)
     added.write_bytes(kept)
-    assert lane.cost() == (0, 0)
+    assert dataset.cost() == (0, 0)
 
 
-def test_renamed_and_moved_images_are_the_same_training(lane: Lane) -> None:
-    assert "3 steps" in lane.run(train=True)["training"]
-    (lane.data / "moved").mkdir()
-    for path in sorted(lane.data.glob("image_*")):
-        path.rename(lane.data / "moved" / path.name.replace("image", "renamed"))
-    told = lane.run(train=True)
+def test_renamed_and_moved_images_are_the_same_training(dataset: Dataset) -> None:
+    assert "3 steps" in dataset.run(train=True)["training"]
+    (dataset.data / "moved").mkdir()
+    for path in sorted(dataset.data.glob("image_*")):
+        path.rename(dataset.data / "moved" / path.name.replace("image", "renamed"))
+    told = dataset.run(train=True)
     assert (told["latents"], told["captions"]) == (0, 0)
     assert "reused, nothing trained" in told["training"]
 
 
-def test_changes_of_settings_cost_what_depends_on_them_and_going_back_costs_nothing(lane: Lane) -> None:
-    lane.cost()
+def test_changes_of_settings_cost_what_depends_on_them_and_going_back_costs_nothing(dataset: Dataset) -> None:
+    dataset.cost()
     for there, cost in [
         ({"resolution": 96}, (8, 0)),
         ({"resolution": 128, "caption_strategy": "filename"}, (0, 8)),
@@ -141,26 +141,26 @@ def test_changes_of_settings_cost_what_depends_on_them_and_going_back_costs_noth
         ({"repeats": 0, "random_flip": True}, (8, 0)),
         ({"random_flip": False}, (0, 0)),
     ]:
-        lane.configure_dataset(**there)
-        assert lane.cost() == cost, there
+        dataset.configure_dataset(**there)
+        assert dataset.cost() == cost, there
 
-    lane.configure(vae_dtype="bf16")
-    assert lane.cost() == (8, 0)
-    lane.configure(vae_dtype="fp32", tokenizer_max_length=154)
-    assert lane.cost() == (0, 11)
-    lane.configure(tokenizer_max_length=77)
-    assert lane.cost() == (0, 0)
+    dataset.configure(vae_dtype="bf16")
+    assert dataset.cost() == (8, 0)
+    dataset.configure(vae_dtype="fp32", tokenizer_max_length=154)
+    assert dataset.cost() == (0, 11)
+    dataset.configure(tokenizer_max_length=77)
+    assert dataset.cost() == (0, 0)
 
 
-def test_another_text_encoder_encodes_the_captions_and_no_image(lane: Lane, tmp_path: Path) -> None:
-    lane.cost()
+def test_another_text_encoder_encodes_the_captions_and_no_image(dataset: Dataset, tmp_path: Path) -> None:
+    dataset.cost()
     other = tmp_path / "other"
     shutil.copytree(BUNDLED_MODEL, other)
     weights = next((other / "text_encoder").glob("*.safetensors"))
     tensors = load_file(weights)
     name = next(iter(sorted(tensors)))
     save_file(tensors | {name: tensors[name] + 0.01}, weights, metadata={"format": "pt"})
-    lane.configure(pretrained_model_name_or_path=str(other))
-    assert lane.cost() == (0, 11)
-    lane.configure(pretrained_model_name_or_path="bundled:tiny-sdxl")
-    assert lane.cost() == (0, 0)
+    dataset.configure(pretrained_model_name_or_path=str(other))
+    assert dataset.cost() == (0, 11)
+    dataset.configure(pretrained_model_name_or_path="bundled:tiny-sdxl")
+    assert dataset.cost() == (0, 0)

@@ -7,9 +7,9 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from tests.assets.test_graph import LANE, materialize, metadata
+from tests.assets.test_graph import DATASET, materialize, metadata
 
-STAGES = ["base_model", *LANE, "lora"]
+STAGES = ["base_model", *DATASET, "lora"]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from sdxl_pipeline.project.project import load_project
 from tests.assets.test_incremental import InProcessLauncher
 from tests.conftest import DATASET, draw_image
 
-LANE = ("dataset", "aspect_buckets", "vae_latents", "text_embeds")
+STAGES = ("dataset", "aspect_buckets", "vae_latents", "text_embeds")
 MASKS = {
     "id": "shape-masks",
     "dataset_type": "conditioning",
@@ -162,7 +162,7 @@ def test_masks_stand_upstream_of_the_training_and_of_no_latents(masked):
         dg.AssetKey(["small", "shapes", "dataset"]),
         dg.AssetKey(["small", "shape_masks", "dataset"]),
     }
-    for stage in LANE:
+    for stage in STAGES:
         assert masks not in upstream("shapes", stage)
     assert masks not in upstream("evaluation")
 
@@ -185,8 +185,8 @@ def test_the_doctor_says_what_each_dataset_is_for(masked, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_an_edited_mask_costs_a_training_and_no_encoding(masked):
-    lanes = [f"{lane}/{stage}" for lane in ("shapes", "people") for stage in LANE]
-    keys = ["base_model", *lanes, "shape_masks/dataset", "shapes/masks", "lora"]
+    datasets = [f"{dataset}/{stage}" for dataset in ("shapes", "people") for stage in STAGES]
+    keys = ["base_model", *datasets, "shape_masks/dataset", "shapes/masks", "lora"]
     first = masked.run(*keys)
     assert "3 steps" in first["lora"]["summary"]
     assert first["lora"]["masked_datasets"] == "shapes"
@@ -200,9 +200,9 @@ def test_an_edited_mask_costs_a_training_and_no_encoding(masked):
     assert "3 steps" in edited["lora"]["summary"]
     assert edited["lora"]["identity"] != first["lora"]["identity"]
     assert edited["lora"]["sha256"] != first["lora"]["sha256"]
-    for lane in ("shapes", "people"):
-        assert edited[f"{lane}/vae_latents"]["encoded"] == 0
-        assert edited[f"{lane}/vae_latents"]["version"] == first[f"{lane}/vae_latents"]["version"]
+    for dataset in ("shapes", "people"):
+        assert edited[f"{dataset}/vae_latents"]["encoded"] == 0
+        assert edited[f"{dataset}/vae_latents"]["version"] == first[f"{dataset}/vae_latents"]["version"]
     draw_mask(path.parent, masked.folder / "data" / "image_00.png")
     again = masked.run(*keys)
     assert again["lora"]["identity"] == first["lora"]["identity"]

@@ -23,7 +23,7 @@ from sdxl_pipeline.images.fingerprint import project_fingerprint
 from sdxl_pipeline.project.project import load_project
 from sdxl_pipeline.protocol.specs import SettingDifference, TrainedLora
 from sdxl_pipeline.release.portable import portable_lineage
-from tests.assets.test_graph import LANE, metadata
+from tests.assets.test_graph import DATASET, metadata
 from tests.assets.test_incremental import InProcessLauncher
 from tests.training.conftest import fresh_accelerator  # noqa: F401 (a fixture)
 
@@ -45,13 +45,13 @@ class Runs:
 
     def __init__(self, instance: dg.DagsterInstance, folder: Path) -> None:
         self.instance, self.folder = instance, folder
-        self.materialize("base_model", *LANE)
+        self.materialize("base_model", *DATASET)
 
     def materialize(
         self, *stages: str, ops: dict[str, Any] | None = None, **resources: Any
     ) -> dg.ExecuteInProcessResult:
         definitions = build_definitions(self.folder.parent)
-        keys = [dg.AssetKey(["small", *(["shapes"] if stage in LANE else []), stage]) for stage in stages]
+        keys = [dg.AssetKey(["small", *(["shapes"] if stage in DATASET else []), stage]) for stage in stages]
         return dg.materialize(
             list(definitions.assets or []),
             selection=dg.AssetSelection.assets(*keys),

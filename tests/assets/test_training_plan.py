@@ -15,7 +15,7 @@ from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.program import StageError
 from sdxl_pipeline.training.plan import PlannedDataset, plan_training
 from tests.conftest import DATASET, draw_image
-from tests.lanes import SETTINGS, SQUARE, WIDE, make_lane
+from tests.datasets import SETTINGS, SQUARE, WIDE, make_dataset
 
 ENCODERS = ("vae_latents", "text_embeds")
 
@@ -111,9 +111,9 @@ def test_the_plan_shows_what_trains_and_what_is_held_out_and_makes_no_encoder_st
 
 
 def planned(folder: Path, buckets: list[tuple[int, int]], processes: int = 1, **changes: Any) -> Any:
-    lane = make_lane(folder, buckets=buckets)
+    dataset = make_dataset(folder, buckets=buckets)
     settings = TrainingSettings(**{"pretrained_model_name_or_path": "model", **SETTINGS, **changes})
-    rows = pd.read_parquet(lane.rows_path)
+    rows = pd.read_parquet(dataset.rows_path)
     return plan_training([PlannedDataset("shapes", rows, 0, 1.0)], settings, processes)
 
 

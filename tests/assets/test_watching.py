@@ -10,7 +10,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from tests.assets.test_graph import LANE, materialize
+from tests.assets.test_graph import DATASET, materialize
 
 SECRET = "t0ken-nobody-may-see"
 WATCHED = {
@@ -46,7 +46,7 @@ def test_a_launched_training_is_watched(
     file = folder / "webhooks.json"
     file.write_text(json.dumps({"webhook_type": "raw", "callback_url": address}))
     monkeypatch.setenv("SDXL_PIPELINE_PROJECTS", str(folder.parent))
-    result = materialize(instance, folder, "base_model", *LANE, "lora")
+    result = materialize(instance, folder, "base_model", *DATASET, "lora")
     server.shutdown()
     server.server_close()
 

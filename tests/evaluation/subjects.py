@@ -17,7 +17,7 @@ from sdxl_pipeline.sdxl.adapters import adapted_module_names, add_lora, save_ada
 from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, ResolvedModel, resolve_base_model
 from sdxl_pipeline.sdxl.components import load_unet
 from sdxl_pipeline.store.files import sha256_file
-from tests.lanes import make_lane
+from tests.datasets import make_dataset
 
 SIZES = ((128, 128), (96, 160), (160, 96))
 PROMPTS = (
@@ -111,7 +111,7 @@ def make_spec(
         hardware=PRESETS["cpu"],
         settings=settings,
         lora=make_lora(folder, model, settings, scale),
-        lanes=(make_lane(folder / "shapes", buckets=SIZES, splits=splits, prompts=texts),),
+        datasets=(make_dataset(folder / "shapes", buckets=SIZES, splits=splits, prompts=texts),),
         prompts=prompts,
         output_dir=str(folder / "evaluation"),
     )

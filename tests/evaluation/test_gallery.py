@@ -21,8 +21,8 @@ from sdxl_pipeline.protocol.specs import ValidationPrompt
 from sdxl_pipeline.sdxl.components import load_pipeline
 from sdxl_pipeline.training.batches import BatchReader
 from sdxl_pipeline.training.eval_samples import choose_samples
+from tests.datasets import make_dataset
 from tests.evaluation.subjects import PROMPTS, tiny_model, tiny_settings
-from tests.lanes import make_lane
 
 
 def flat(value: float) -> np.ndarray:
@@ -52,7 +52,9 @@ def test_a_dark_image_and_a_pale_one_are_no_faults():
 @pytest.fixture
 def reader(tmp_path: Path) -> BatchReader:
     texts = [text for prompt in PROMPTS for text in (prompt.prompt, prompt.negative_prompt)]
-    return BatchReader((make_lane(tmp_path / "photos", "photos", splits={"a.png": "train"}, prompts=texts),))
+    return BatchReader(
+        (make_dataset(tmp_path / "photos", "photos", splits={"a.png": "train"}, prompts=texts),)
+    )
 
 
 def test_every_prompt_is_drawn_at_every_size_and_seed(reader: BatchReader):
@@ -91,13 +93,13 @@ def test_a_prompt_that_was_not_encoded_is_named(reader: BatchReader):
 
 
 def test_without_prompts_some_captions_are_drawn(tmp_path: Path):
-    lanes = (
-        make_lane(tmp_path / "photos", "photos", splits={f"{number}.png": "eval" for number in range(6)}),
+    datasets = (
+        make_dataset(tmp_path / "photos", "photos", splits={f"{number}.png": "eval" for number in range(6)}),
     )
     settings = tiny_settings()
-    _, samples = choose_samples(lanes, settings)
-    reader = BatchReader(lanes)
-    shots = plan_caption_shots(samples, lanes, settings, reader, True)
+    _, samples = choose_samples(datasets, settings)
+    reader = BatchReader(datasets)
+    shots = plan_caption_shots(samples, datasets, settings, reader, True)
     assert len(shots) == MAX_CAPTION_PROMPTS
     by_caption = {f"photos {sample.path[0]} 0": sample for sample in samples}
     for shot in shots:

@@ -1,14 +1,14 @@
-"""Holds that what a stage reads of its lanes stays through a prune."""
+"""Holds that what a stage reads of its datasets stays through a prune."""
 
 from pathlib import Path
 
 import pytest
 
-from sdxl_pipeline.protocol.leases import leased_lanes
+from sdxl_pipeline.protocol.leases import leased_datasets
 from sdxl_pipeline.store.compaction import compact
 from sdxl_pipeline.store.index import pack_keys
 from sdxl_pipeline.store.tensor_store import TensorStore
-from tests.lanes import make_lane
+from tests.datasets import make_dataset
 
 
 def entries(*roots: str) -> list[int]:
@@ -16,17 +16,19 @@ def entries(*roots: str) -> list[int]:
 
 
 @pytest.mark.parametrize("mode", ["full", "ondemand", "disable"])
-def test_all_entries_of_all_lanes_stay_until_the_block_ends(tmp_path: Path, mode):
-    lanes = [
-        make_lane(tmp_path / name, name, captions=2).model_copy(
+def test_all_entries_of_all_datasets_stay_until_the_block_ends(tmp_path: Path, mode):
+    datasets = [
+        make_dataset(tmp_path / name, name, captions=2).model_copy(
             update={"latent_cache": mode, "text_cache": mode}
         )
         for name in ("first", "second")
     ]
-    roots = [root for lane in lanes for root in (lane.latents.store_root, lane.text_embeds.store_root)]
+    roots = [
+        root for dataset in datasets for root in (dataset.latents.store_root, dataset.text_embeds.store_root)
+    ]
     before = entries(*roots)
     assert min(before) > 0
-    with leased_lanes(lanes, "train"):
+    with leased_datasets(datasets, "train"):
         for root in roots:
             assert compact(Path(root), lambda: pack_keys([])).entries == 0
         assert entries(*roots) == before
@@ -36,15 +38,15 @@ def test_all_entries_of_all_lanes_stay_until_the_block_ends(tmp_path: Path, mode
 
 
 def test_a_cache_that_keeps_nothing_makes_no_store(tmp_path: Path):
-    lane = make_lane(tmp_path)
+    dataset = make_dataset(tmp_path)
     none = str(tmp_path / "none")
-    lane = lane.model_copy(
+    dataset = dataset.model_copy(
         update={
             "latent_cache": "disable",
-            "latents": lane.latents.model_copy(
+            "latents": dataset.latents.model_copy(
                 update={"store_root": none, "entries_path": f"{none}.parquet"}
             ),
         }
     )
-    with leased_lanes([lane], "train"):
+    with leased_datasets([dataset], "train"):
         assert not Path(none).exists()

@@ -261,7 +261,7 @@ def test_tables_that_no_manifest_and_no_spec_names_go_once_they_are_old(world: W
     (named.parent / "encode_latents.spec.json").write_text(json.dumps({"rows_path": str(named)}))
     run = Path(load_project(folder).training.output_dir) / "lora" / "abc"
     run.mkdir(parents=True)
-    (run / "spec.json").write_text(json.dumps({"lanes": [{"rows_path": str(by_run)}]}))
+    (run / "spec.json").write_text(json.dumps({"datasets": [{"rows_path": str(by_run)}]}))
     for path in world.places.root.rglob("*"):
         os.utime(path, (OLD, OLD))
     os.utime(young)

@@ -32,7 +32,7 @@ from sdxl_pipeline.sdxl.adapters import UNET, adapted_module_names, add_adapter,
 from sdxl_pipeline.sdxl.base_model import resolve_base_model
 from sdxl_pipeline.sdxl.components import load_pipeline, load_unet
 from sdxl_pipeline.store.files import sha256_file
-from tests.lanes import make_lane, make_spec
+from tests.datasets import make_dataset, make_spec
 from tests.release.key_readers import read_as_a1111, read_as_comfyui
 from tests.sdxl.adapted_unets import EVERY_KIND, KINDS, adapted_unet, output, settings_of
 from tests.sdxl.original_layout import (
@@ -51,7 +51,7 @@ class Run:
 
     def __init__(self, folder: Path, kind: str, **settings: object):
         self.spec: TrainSpec = make_spec(
-            folder, make_lane(folder / "lane", captions=2), **{**KINDS[kind], **settings}
+            folder, make_dataset(folder / "dataset", captions=2), **{**KINDS[kind], **settings}
         )
         self.unet = adapted_unet(self.spec.base_model, settings_of(kind))
         path = Path(self.spec.run_dir) / "pytorch_lora_weights.safetensors"
@@ -234,7 +234,7 @@ def test_captions_and_folder_names_are_written_only_if_asked(tmp_path: Path):
     run = Run(tmp_path, "lora")
     header = metadata_of(run.write(metadata_include_captions=True).path)
     frequencies = json.loads(header["ss_tag_frequency"])
-    captions = pd.read_parquet(run.spec.lanes[0].text_embeds.entries_path)["caption"]
+    captions = pd.read_parquet(run.spec.datasets[0].text_embeds.entries_path)["caption"]
     assert frequencies == {"images": dict.fromkeys(captions, 1)}
     assert json.loads(header["ss_dataset_dirs"]) == {"images": {"n_repeats": 1, "img_count": 5}}
 

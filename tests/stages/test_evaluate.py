@@ -94,8 +94,8 @@ def test_the_same_evaluation_is_reused_until_something_differs(tmp_path: Path):
 def test_names_of_files_make_no_difference(tmp_path: Path):
     spec = make_spec(tmp_path, scale=0.1, evaluation_type="none")
     before = evaluate(spec)
-    (lane,) = spec.lanes
-    for table in (lane.rows_path, lane.latents.entries_path, lane.text_embeds.entries_path):
+    (dataset,) = spec.datasets
+    for table in (dataset.rows_path, dataset.latents.entries_path, dataset.text_embeds.entries_path):
         named = pd.read_parquet(table)
         turned = named.assign(path=[f"moved/{ord('z') - ord(path[0])}.png" for path in named["path"]])
         turned.sort_values("path").to_parquet(table)

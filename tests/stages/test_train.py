@@ -17,7 +17,7 @@ from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.store.disk_space import DiskFullError
 from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.metrics import read_metrics
-from tests.lanes import SQUARE, WIDE, digest, make_lane, make_spec
+from tests.datasets import SQUARE, WIDE, digest, make_dataset, make_spec
 from tests.processes import DEAD_PID
 from tests.train_programs import TWO_PROCESSES, Listener, losses, on_two_processes, run, with_settings
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def hard_spec(folder: Path, run: str, **settings) -> TrainSpec:
     folder.mkdir(parents=True, exist_ok=True)
-    return make_spec(folder, make_lane(folder / "lane", captions=3), run=run, **{**HARD, **settings})
+    return make_spec(folder, make_dataset(folder / "dataset", captions=3), run=run, **{**HARD, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_run_trains_and_says_what_it_did(unbroken):
 def test_two_processes_train_as_one_with_twice_the_batch_and_neither_starves_on_a_bucket_of_one(
     tmp_path, fill
 ):
-    lane = make_lane(tmp_path / "lane", buckets=[SQUARE] * 3 + [WIDE])
+    dataset = make_dataset(tmp_path / "dataset", buckets=[SQUARE] * 3 + [WIDE])
     settings = {
         "train_batch_size": 1,
         "gradient_accumulation_steps": 2,
@@ -87,7 +87,7 @@ def test_two_processes_train_as_one_with_twice_the_batch_and_neither_starves_on_
         "snr_gamma": 5.0,
         "bucket_fill": fill,
     }
-    spec = make_spec(tmp_path, lane, **settings, **WITH_IMAGES)
+    spec = make_spec(tmp_path, dataset, **settings, **WITH_IMAGES)
     listener = Listener()
     one = main(with_settings(spec, "one", train_batch_size=2), listener, StopSignal())
     outcome = {
@@ -198,15 +198,15 @@ def test_checkpoints_are_kept_to_their_limit(tmp_path):
 
 def with_broken_images(folder: Path, broken: set[int], **settings) -> TrainSpec:
     """A run over 3 square images and 2 wide ones, of which some have latents of NaN."""
-    lane = make_lane(folder / "lane")
+    dataset = make_dataset(folder / "dataset")
     store = TensorStore(folder / "broken")
     with store.writer() as writer:
         for index, (height, width) in enumerate([SQUARE] * 3 + [WIDE] * 2):
             mean = torch.full((4, height // 8, width // 8), float("nan") if index in broken else 0.5)
             key = digest("latent", digest("image", "shapes", index))
             writer.add(key, {"mean": mean, "logvar": torch.zeros_like(mean)})
-    latents = lane.latents.model_copy(update={"store_root": str(store.root)})
-    return make_spec(folder, lane.model_copy(update={"latents": latents}), **settings)
+    latents = dataset.latents.model_copy(update={"store_root": str(store.root)})
+    return make_spec(folder, dataset.model_copy(update={"latents": latents}), **settings)
 
 
 def test_a_step_that_is_not_finite_is_skipped_named_and_leaves_no_trace(tmp_path):

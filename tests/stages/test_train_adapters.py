@@ -24,7 +24,7 @@ from sdxl_pipeline.store.files import sha256_file
 from sdxl_pipeline.training.batches import BatchReader
 from sdxl_pipeline.training.identity import run_identity
 from sdxl_pipeline.training.validation import draw_images
-from tests.lanes import make_lane, make_spec
+from tests.datasets import make_dataset, make_spec
 from tests.sdxl.adapted_unets import KINDS
 from tests.train_programs import TWO_PROCESSES, Listener, losses, on_two_processes, run, with_settings
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
@@ -42,7 +42,7 @@ SETTINGS = {
 
 
 def adapter_spec(folder: Path, kind: str, **settings) -> TrainSpec:
-    return make_spec(folder, make_lane(folder / "lane"), **{**SETTINGS, **KINDS[kind], **settings})
+    return make_spec(folder, make_dataset(folder / "dataset"), **{**SETTINGS, **KINDS[kind], **settings})
 
 
 def pixels(path: str) -> np.ndarray:
@@ -65,7 +65,7 @@ def test_the_file_is_the_model_that_drew_and_a_resumed_run_gives_its_bytes(tmp_p
     (trained,) = [
         image for image in manifest.validation_images if image.step == spec.settings.max_train_steps
     ]
-    reader = BatchReader(spec.lanes, None)
+    reader = BatchReader(spec.datasets, None)
     (again,) = draw_images(spec, unet, reader, 4, tmp_path / "again")
     assert np.abs(pixels(trained.path) - pixels(again.path)).max() <= 1
     plain = load_unet(spec.base_model, torch.float32)
@@ -136,7 +136,7 @@ def test_a_run_starts_from_a_file_whose_content_is_part_of_what_it_is(tmp_path: 
     second = main(spec, Listener(), StopSignal())
     unet = load_unet(spec.base_model, torch.float32)
     load_adapter({UNET: unet}, Path(first.weights_path))
-    (again,) = draw_images(spec, unet, BatchReader(spec.lanes, None), 0, tmp_path / "again")
+    (again,) = draw_images(spec, unet, BatchReader(spec.datasets, None), 0, tmp_path / "again")
     (start,) = [image for image in second.validation_images if image.step == 0]
     assert np.array_equal(pixels(start.path), pixels(again.path))
 

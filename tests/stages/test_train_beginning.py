@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 
 from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
 from sdxl_pipeline.protocol.reporter import Reporter
-from sdxl_pipeline.protocol.specs import RunLineage, TrainedLora, TrainingLane, TrainSpec
+from sdxl_pipeline.protocol.specs import RunLineage, TrainedLora, TrainingDataset, TrainSpec
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.beginning import begin_run
 from sdxl_pipeline.training.checkpoints import load_checkpoint
 from sdxl_pipeline.training.identity import run_names
 from sdxl_pipeline.training.lineage import SPEC_FILE, write_lineage
 from sdxl_pipeline.training.metrics import read_metrics
-from tests.lanes import make_lane, make_spec
+from tests.datasets import make_dataset, make_spec
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,14 +46,14 @@ class Listener(Reporter):
 
 
 @cache
-def lane_of(folder: Path) -> TrainingLane:
-    return make_lane(folder / "lane")
+def dataset_of(folder: Path) -> TrainingDataset:
+    return make_dataset(folder / "dataset")
 
 
 def spec_of(runs: Path, run: str, **settings: object) -> TrainSpec:
     """A run in `runs`, beside the others there."""
     runs.mkdir(parents=True, exist_ok=True)
-    spec = make_spec(runs.parent, lane_of(runs.parent), **{**CONSTANT, **settings})
+    spec = make_spec(runs.parent, dataset_of(runs.parent), **{**CONSTANT, **settings})
     return spec.model_copy(update={"run_dir": str(runs / run)})
 
 
@@ -306,9 +306,9 @@ def test_latest_with_dora_logs_the_lora_to_start_from(beside):
 
 def test_other_images_of_the_nearest_run_are_logged(beside):
     spec = spec_of(beside, "images", max_train_steps=1)
-    more = spec.lanes[0].model_copy(update={"repeats": 1})
+    more = spec.datasets[0].model_copy(update={"repeats": 1})
     listener = Listener()
-    train(spec.model_copy(update={"lanes": (more,)}), listener)
+    train(spec.model_copy(update={"datasets": (more,)}), listener)
     (line,) = [line for line in listener.lines if "This run starts at step 0" in line]
     assert "images, captions or settings of the dataset shapes" in line
     shutil.rmtree(beside / "images")

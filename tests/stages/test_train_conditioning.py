@@ -13,8 +13,8 @@ from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.order import SampleOrder
 from sdxl_pipeline.training.samples import load_samples
-from tests.encoded_lanes import Silent, draw_images, prepare_lane
-from tests.lanes import make_spec
+from tests.datasets import make_spec
+from tests.encoded_datasets import Silent, draw_images, prepare_dataset
 from tests.training.conftest import fresh_accelerator, one_thread  # noqa: F401 (fixtures)
 
 STEPS, BATCH = 16, 3
@@ -43,24 +43,26 @@ def test_crops_and_captions_reach_the_unet_as_they_were_planned(tmp_path: Path, 
         train_batch_size=BATCH,
         caption_dropout_probability=DROPPED,
     )
-    lane = prepare_lane(
-        tmp_path / "lane", tmp_path / "images", spec.base_model, crop=True, crop_aspect="square"
+    dataset = prepare_dataset(
+        tmp_path / "dataset", tmp_path / "images", spec.base_model, crop=True, crop_aspect="square"
     )
-    main(spec.model_copy(update={"lanes": (lane,)}), Silent(), StopSignal())
+    main(spec.model_copy(update={"datasets": (dataset,)}), Silent(), StopSignal())
     assert len(calls) == STEPS
 
-    rows = pd.read_parquet(lane.rows_path).set_index("key")
+    rows = pd.read_parquet(dataset.rows_path).set_index("key")
     assert ((rows["crop_top"] > 0) | (rows["crop_left"] > 0)).all(), "the crops lie at random places"
     assert len(rows.groupby(["crop_top", "crop_left"])) == len(rows) == 3
     columns = ["original_h", "original_w", "crop_top", "crop_left", "bucket_h", "bucket_w"]
     sizes = {tuple(size) for size in rows[["original_h", "original_w"]].to_numpy().tolist()}
     assert sizes == {(HEIGHT, WIDTH), (WIDTH, HEIGHT)}
-    texts = pd.read_parquet(Path(lane.text_embeds.entries_path)).set_index("key")["embed_key"]
-    prompts = pd.read_parquet(lane.text_embeds.prompts_path).set_index("prompt")["embed_key"]
-    store = TensorStore(Path(lane.text_embeds.store_root))
+    texts = pd.read_parquet(Path(dataset.text_embeds.entries_path)).set_index("key")["embed_key"]
+    prompts = pd.read_parquet(dataset.text_embeds.prompts_path).set_index("prompt")["embed_key"]
+    store = TensorStore(Path(dataset.text_embeds.store_root))
     empty = store.read(prompts[""])
 
-    order = SampleOrder(load_samples([lane], "train"), {lane.dataset_id: 1.0}, spec.settings.seed, BATCH)
+    order = SampleOrder(
+        load_samples([dataset], "train"), {dataset.dataset_id: 1.0}, spec.settings.seed, BATCH
+    )
     dropped = 0
     for index, told in enumerate(calls):
         keys = [draw.sample.key for draw in order.batch(index, 0)]

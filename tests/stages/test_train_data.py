@@ -8,15 +8,15 @@ import pytest
 from safetensors.torch import load_file
 
 from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
-from sdxl_pipeline.protocol.specs import FailedItem, TrainedLora, TrainingLane, TrainSpec
+from sdxl_pipeline.protocol.specs import FailedItem, TrainedLora, TrainingDataset, TrainSpec
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.batches import BatchReader
 from sdxl_pipeline.training.identity import run_identity
 from sdxl_pipeline.training.order import SampleOrder
 from sdxl_pipeline.training.samples import load_samples
-from tests.encoded_lanes import Silent, draw_images, listing, prepare_lane, rows_of
-from tests.lanes import make_lane, make_spec
+from tests.datasets import make_dataset, make_spec
+from tests.encoded_datasets import Silent, draw_images, listing, prepare_dataset, rows_of
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,15 +38,17 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def spec_of(folder: Path, *lanes: TrainingLane, run: str = "run", **settings: object) -> TrainSpec:
+def spec_of(folder: Path, *datasets: TrainingDataset, run: str = "run", **settings: object) -> TrainSpec:
     folder.mkdir(parents=True, exist_ok=True)
-    return make_spec(folder, *lanes, run=run, **{**SETTINGS, **settings})
+    return make_spec(folder, *datasets, run=run, **{**SETTINGS, **settings})
 
 
 def spec_in_mode(folder: Path, images: Path, mode: str, **settings: object) -> TrainSpec:
     spec = spec_of(folder, **settings)
-    lane = prepare_lane(folder / "drawings", images, spec.base_model, latent_cache=mode, text_cache=mode)
-    return spec.model_copy(update={"lanes": (lane,)})
+    dataset = prepare_dataset(
+        folder / "drawings", images, spec.base_model, latent_cache=mode, text_cache=mode
+    )
+    return spec.model_copy(update={"datasets": (dataset,)})
 
 
 def train(spec: TrainSpec) -> TrainedLora:
@@ -82,9 +84,9 @@ def test_every_cache_mode_trains_the_same_lora(full, lazy, tmp_path, images):
     assert kept.identity == lazy[1].identity == never.identity == run_identity(kept_spec)
     assert never.weights_sha256 == lazy[1].weights_sha256
     assert_nearly_same_weights(never, kept)
-    lane = lazy[0].lanes[0]
-    seen = {sample.latent_key for sample in load_samples([lane], "train")}
-    assert not TensorStore(lane.latents.store_root).missing(seen)
+    dataset = lazy[0].datasets[0]
+    seen = {sample.latent_key for sample in load_samples([dataset], "train")}
+    assert not TensorStore(dataset.latents.store_root).missing(seen)
     assert (
         len({Path(image.path).read_bytes() for run in (kept, never) for image in run.validation_images}) <= 2
     )
@@ -109,8 +111,8 @@ def test_an_interrupted_run_that_encodes_on_demand_goes_on_bit_for_bit(lazy, tmp
 
 def test_fresh_crops_are_another_run(full, tmp_path, images):
     spec, _ = full
-    fresh = spec.lanes[0].model_copy(update={"latent_cache": "disable", "fresh_crops": True})
-    assert run_identity(spec.model_copy(update={"lanes": (fresh,)})) != run_identity(spec)
+    fresh = spec.datasets[0].model_copy(update={"latent_cache": "disable", "fresh_crops": True})
+    assert run_identity(spec.model_copy(update={"datasets": (fresh,)})) != run_identity(spec)
 
 
 def test_names_of_files_make_no_difference(full, tmp_path, images):
@@ -122,8 +124,8 @@ def test_names_of_files_make_no_difference(full, tmp_path, images):
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, place)
         shutil.copy(path.with_suffix(".txt"), place.with_suffix(".txt"))
-    lane = prepare_lane(tmp_path / "drawings", moved, spec.base_model)
-    before, after = (load_samples(lanes, "train") for lanes in (spec.lanes, (lane,)))
+    dataset = prepare_dataset(tmp_path / "drawings", moved, spec.base_model)
+    before, after = (load_samples(datasets, "train") for datasets in (spec.datasets, (dataset,)))
     assert {sample.path for sample in before}.isdisjoint(sample.path for sample in after)
     assert after.digest() == before.digest()
     assert [sample.id for sample in after] == [sample.id for sample in before]
@@ -131,7 +133,7 @@ def test_names_of_files_make_no_difference(full, tmp_path, images):
     for index in range(12):
         ours, theirs = order.batch(index, 0), again.batch(index, 0)
         assert [(d.sample.id, d.embed_key) for d in ours] == [(d.sample.id, d.embed_key) for d in theirs]
-    renamed = spec_of(tmp_path, lane)
+    renamed = spec_of(tmp_path, dataset)
     assert run_identity(renamed) == trained.identity
     assert train(renamed).weights_sha256 == trained.weights_sha256
 
@@ -149,8 +151,8 @@ def test_copies_of_a_image_are_told_apart_by_their_captions(tmp_path, images):
             (folder / f"{name}.txt").write_text(caption)
         (folder / "drawing_0.png").unlink()
         (folder / "drawing_0.txt").unlink()
-        lane = prepare_lane(tmp_path / f"lane {number}", folder, spec.base_model)
-        found.append(load_samples([lane], "train"))
+        dataset = prepare_dataset(tmp_path / f"dataset {number}", folder, spec.base_model)
+        found.append(load_samples([dataset], "train"))
     one, other = found
     assert len({sample.id for sample in one}) == len(one) == 7
     assert len({sample.key for sample in one}) == 6
@@ -162,11 +164,11 @@ def test_two_resolutions_of_one_folder_are_two_datasets(tmp_path):
     images = tmp_path / "images"
     draw_images(images, count=10)  # none is held out of fewer than 8
     spec = spec_of(tmp_path, train_batch_size=1, max_train_steps=3)
-    lanes = tuple(
-        prepare_lane(tmp_path / name, images, spec.base_model, holdout=0.4, id=name, resolution=resolution)
+    datasets = tuple(
+        prepare_dataset(tmp_path / name, images, spec.base_model, holdout=0.4, id=name, resolution=resolution)
         for name, resolution in (("small", 48), ("large", 80))
     )
-    trained, held_out = (load_samples(lanes, split) for split in ("train", "eval"))
+    trained, held_out = (load_samples(datasets, split) for split in ("train", "eval"))
     assert set(trained.images_by_dataset()) == {"small", "large"}
     assert {s.key for s in trained}.isdisjoint({s.key for s in held_out})
     for samples in (trained, held_out):
@@ -174,22 +176,22 @@ def test_two_resolutions_of_one_folder_are_two_datasets(tmp_path):
         assert keys[0] == keys[1]
         assert keys[0]
     assert len({s.latent_key for s in trained}) == len(trained)
-    assert all(rows_of(lane)["split"].value_counts().min() > 0 for lane in lanes)
+    assert all(rows_of(dataset)["split"].value_counts().min() > 0 for dataset in datasets)
     order = SampleOrder(trained, {"small": 1.0, "large": 1.0}, 42, 1)
     shown = [order.batch(index, 0)[0].sample.dataset_id for index in range(order.batches_until(1))]
     assert sorted(shown) == sorted(s.dataset_id for s in trained)
-    assert train(spec.model_copy(update={"lanes": lanes})).steps == 3
+    assert train(spec.model_copy(update={"datasets": datasets})).steps == 3
 
 
 def test_the_manifest_counts_trained_and_held_out_images(tmp_path, images):
     """Not the scanned ones: one image has no latent, one is in the eval dataset only, and each crop is no image of its own."""
     splits = {"a.png": "train", "b.png": "train", "c.png": "eval", "d.png": "train"}
-    mixed = make_lane(tmp_path / "mixed", "mixed", splits=splits, crops=2)
+    mixed = make_dataset(tmp_path / "mixed", "mixed", splits=splits, crops=2)
     latents = pd.read_parquet(mixed.latents.entries_path)
     latents[latents["path"] != "d.png"].to_parquet(mixed.latents.entries_path)
     failed = mixed.latents.model_copy(update={"failed": (FailedItem(name="d.png", reason="damaged"),)})
     mixed = mixed.model_copy(update={"latents": failed, "repeats": 3})
-    judged = make_lane(tmp_path / "judged", "judged", splits=["eval"] * 5)
+    judged = make_dataset(tmp_path / "judged", "judged", splits=["eval"] * 5)
     result = train(make_spec(tmp_path, mixed, judged, max_train_steps=2))
     assert result.trained_images == {"mixed": 2}
     assert result.held_out_images == {"judged": 5, "mixed": 1}
@@ -197,24 +199,24 @@ def test_the_manifest_counts_trained_and_held_out_images(tmp_path, images):
 
 def test_captions_of_two_windows_train_and_draw(tmp_path, images):
     spec = spec_of(tmp_path, **WITH_IMAGES)
-    lane = prepare_lane(tmp_path / "drawings", images, spec.base_model, windows=2)
-    reader = BatchReader([lane])
-    samples = list(load_samples([lane], "train"))[:2]
+    dataset = prepare_dataset(tmp_path / "drawings", images, spec.base_model, windows=2)
+    reader = BatchReader([dataset])
+    samples = list(load_samples([dataset], "train"))[:2]
     texts = reader.text_embeds(samples, [sample.embed_keys[0] for sample in samples])
     assert texts.prompt_embeds.shape == (2, 154, 128)
     assert reader.prompt_embeds("")[0].shape == (1, 154, 128)
-    result = train(spec.model_copy(update={"lanes": (lane,)}))
+    result = train(spec.model_copy(update={"datasets": (dataset,)}))
     assert result.steps == STEPS
     assert len(result.validation_images) == 1
 
 
 def test_too_small_datasets_are_repeated_if_that_is_allowed(tmp_path, images):
     spec = spec_of(tmp_path, train_batch_size=4, gradient_accumulation_steps=4, max_train_steps=1)
-    lane = prepare_lane(tmp_path / "drawings", images, spec.base_model)
+    dataset = prepare_dataset(tmp_path / "drawings", images, spec.base_model)
     with pytest.raises(StageError, match="give 6 images an epoch, but one step takes 16"):
-        train(spec.model_copy(update={"lanes": (lane,)}))
+        train(spec.model_copy(update={"datasets": (dataset,)}))
     settings = spec.settings.model_copy(update={"allow_dataset_oversubscription": True})
-    result = train(spec.model_copy(update={"lanes": (lane,), "settings": settings}))
+    result = train(spec.model_copy(update={"datasets": (dataset,), "settings": settings}))
     assert result.steps == 1
     assert result.raised_repeats == {"drawings": 2}
     assert result.images_per_epoch == {"drawings": 18.0}
@@ -237,10 +239,10 @@ def test_damaged_cache_entries_stop_the_training_by_name_and_are_encoded_again(t
     assert "checksum did not match" in message
     assert "vae_latents of 'drawing_" in message  # both are reported at once, by the names of their images
     assert "text_embeds of 'a red circle'" in message  # the last entry that the text stage writes is a prompt
-    lane = prepare_lane(tmp_path / "drawings", images, spec.base_model)
-    assert (lane.latents.encoded, lane.latents.reused) == (1, 5)
-    assert lane.text_embeds.encoded == 1
-    trained = train(spec.model_copy(update={"lanes": (lane,)}))
+    dataset = prepare_dataset(tmp_path / "drawings", images, spec.base_model)
+    assert (dataset.latents.encoded, dataset.latents.reused) == (1, 5)
+    assert dataset.text_embeds.encoded == 1
+    trained = train(spec.model_copy(update={"datasets": (dataset,)}))
     assert_nearly_same_weights(trained, full[1])
 
 

@@ -16,7 +16,7 @@ from sdxl_pipeline.release.export import ExportError, verify_export
 from sdxl_pipeline.sdxl.components import load_unet
 from sdxl_pipeline.stages import evaluate, train
 from sdxl_pipeline.store.files import sha256_path
-from tests.lanes import NEGATIVE, PROMPT, make_lane, make_spec
+from tests.datasets import NEGATIVE, PROMPT, make_dataset, make_spec
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,7 +56,9 @@ def full_spec(folder: Path, run: str, **settings: object) -> TrainSpec:
         "eval_timesteps": 2,
         "evaluation_type": "none",
     }
-    return make_spec(folder, make_lane(folder / "lane", splits=splits), run=run, **{**values, **settings})
+    return make_spec(
+        folder, make_dataset(folder / "dataset", splits=splits), run=run, **{**values, **settings}
+    )
 
 
 def run(spec: TrainSpec, stop_after: int | None = None) -> TrainedLora:
@@ -145,7 +147,7 @@ def test_the_evaluation_measures_it_beside_its_base_model(trained, tmp_path):
         hardware=spec.hardware,
         settings=spec.settings,
         lora=manifest,
-        lanes=spec.lanes,
+        datasets=spec.datasets,
         prompts=spec.prompts,
         output_dir=str(tmp_path),
     )
@@ -175,7 +177,7 @@ def test_a_release_of_it_is_verified_without_loading_it(trained, tmp_path):
 def _embeddings(spec: TrainSpec) -> dict[str, torch.Tensor]:
     from sdxl_pipeline.training.batches import BatchReader
 
-    reader = BatchReader(spec.lanes)
+    reader = BatchReader(spec.datasets)
     (prompt, pooled), (negative, negative_pooled) = map(reader.prompt_embeds, (PROMPT, NEGATIVE))
     return {
         "prompt_embeds": prompt,

@@ -25,7 +25,7 @@ from sdxl_pipeline.sdxl.tiny.demo import generate_if_asked
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.checkpoints import load_checkpoint
 from sdxl_pipeline.training.metrics import METRICS_FILE, read_metrics
-from tests.encoded_lanes import Silent, prepare_lane
+from tests.encoded_datasets import Silent, prepare_dataset
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
 GOLDEN = Path(__file__).with_name("golden_demo_losses.json")
@@ -79,8 +79,8 @@ def demo_spec(folder: Path) -> TrainSpec:
     project, hardware = load_project(place), PRESETS["cpu"]
     settings, _ = resolve_settings(project.training, hardware, {"validation_disable": True})
     model = resolve_base_model(settings, place, cache_dir=folder / "digests")
-    lanes = [
-        prepare_lane(
+    datasets = [
+        prepare_dataset(
             folder / dataset.id, place / dataset.instance_data_dir, model, **dataset.model_dump()
         ).model_copy(update={"repeats": dataset.repeats, "probability": dataset.probability})
         for dataset in project.datasets
@@ -89,7 +89,7 @@ def demo_spec(folder: Path) -> TrainSpec:
         base_model=model,
         hardware=resolve_hardware(settings, hardware),
         settings=settings,
-        lanes=tuple(lanes),
+        datasets=tuple(datasets),
         prompts=(),
         run_dir=str(folder / "run"),
         project=project.name,

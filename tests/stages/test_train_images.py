@@ -10,8 +10,8 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from sdxl_pipeline.protocol.program import StopSignal
 from sdxl_pipeline.protocol.specs import TrainSpec
 from sdxl_pipeline.training.loop import Trainer
-from tests.encoded_lanes import Silent
-from tests.lanes import NEGATIVE, PROMPT, make_lane, make_spec
+from tests.datasets import NEGATIVE, PROMPT, make_dataset, make_spec
+from tests.encoded_datasets import Silent
 from tests.sdxl.adapted_unets import EVERY_KIND, KINDS
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
@@ -48,7 +48,7 @@ def image(pipeline: StableDiffusionXLPipeline, embeds: dict[str, torch.Tensor]) 
 def test_the_file_draws_what_the_trainers_own_model_draws(tmp_path: Path, kind: str):
     spec = make_spec(
         tmp_path,
-        make_lane(tmp_path / "lane"),
+        make_dataset(tmp_path / "dataset"),
         max_train_steps=3,
         learning_rate=1e-2,
         lr_warmup_steps=0,

@@ -9,7 +9,7 @@ from sdxl_pipeline.protocol.program import StopSignal
 from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.release.formats.kohya_file import kohya_file_name
 from sdxl_pipeline.stages.train import main
-from tests.lanes import make_lane, make_spec
+from tests.datasets import make_dataset, make_spec
 from tests.train_programs import (
     TWO_PROCESSES,
     Listener,
@@ -46,7 +46,9 @@ OTHERS = ["adamw_bf16", "prodigy", "adamw_schedulefree", "adafactor", "optimi-st
 
 
 def hard_spec(folder: Path, **settings: object) -> TrainSpec:
-    return make_spec(folder, make_lane(folder / "lane", captions=3), run="unbroken", **{**HARD, **settings})
+    return make_spec(
+        folder, make_dataset(folder / "dataset", captions=3), run="unbroken", **{**HARD, **settings}
+    )
 
 
 def files(manifest: TrainedLora) -> dict[str, bytes]:

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from sdxl_pipeline.protocol.program import StageStopped, StopSignal
 from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.stages.train import main
-from tests.encoded_lanes import Silent
-from tests.lanes import SQUARE, WIDE, make_lane, make_spec
+from tests.datasets import SQUARE, WIDE, make_dataset, make_spec
+from tests.encoded_datasets import Silent
 from tests.train_programs import TWO_PROCESSES, losses, on_two_processes, run, with_settings
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
-from tests.training.test_loss_weights import masked_lane
+from tests.training.test_loss_weights import masked_dataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,8 +36,8 @@ def spec_of(folder: Path, run: str = "run") -> TrainSpec:
     """Four masked images and three regularisation ones, in buckets that they share."""
     folder.mkdir(parents=True, exist_ok=True)
     buckets = [SQUARE, SQUARE, WIDE, WIDE]
-    subject = masked_lane(make_lane(folder / "subject", "subject", buckets), folder / "masks")
-    people = make_lane(folder / "people", "people", buckets[:3])
+    subject = masked_dataset(make_dataset(folder / "subject", "subject", buckets), folder / "masks")
+    people = make_dataset(folder / "people", "people", buckets[:3])
     people = people.model_copy(update={"is_regularisation": True})
     return make_spec(folder, subject, people, run=run, **SETTINGS)
 
@@ -68,10 +68,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
 
 
 def test_white_masks_train_what_none_would(tmp_path):
-    lane = make_lane(tmp_path / "lane", buckets=[SQUARE, SQUARE, WIDE])
+    dataset = make_dataset(tmp_path / "dataset", buckets=[SQUARE, SQUARE, WIDE])
     settings = {"max_train_steps": 2, "lr_warmup_steps": 0}
-    plain = train(make_spec(tmp_path, lane, run="plain", **settings))
-    masked = masked_lane(lane, tmp_path / "masks")
+    plain = train(make_spec(tmp_path, dataset, run="plain", **settings))
+    masked = masked_dataset(dataset, tmp_path / "masks")
     white = _white(tmp_path / "white.png")
     pairs = pd.read_parquet(masked.masks.pairs_path)
     pairs[["mask_path", "mask_key"]] = [white.name, _digest(white)]

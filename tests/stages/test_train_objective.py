@@ -15,7 +15,7 @@ from sdxl_pipeline.training.corruption import build_corruption
 from sdxl_pipeline.training.order import SampleOrder
 from sdxl_pipeline.training.samples import load_samples
 from sdxl_pipeline.training.scheduled_sampling import RolloutDraw
-from tests.lanes import make_spec
+from tests.datasets import make_spec
 from tests.train_programs import Listener, losses, run, with_settings
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
@@ -44,12 +44,12 @@ def train(spec: TrainSpec, stop: StopSignal | None = None) -> TrainedLora:
 
 
 def batches_of(spec: TrainSpec) -> TrainingBatches:
-    samples = load_samples(spec.lanes, "train")
-    (lane,) = spec.lanes
+    samples = load_samples(spec.datasets, "train")
+    (dataset,) = spec.datasets
     settings = spec.settings
     return TrainingBatches(
-        SampleOrder(samples, {lane.dataset_id: 1.0}, settings.seed, settings.train_batch_size, 1),
-        BatchReader(spec.lanes),
+        SampleOrder(samples, {dataset.dataset_id: 1.0}, settings.seed, settings.train_batch_size, 1),
+        BatchReader(spec.datasets),
         latent_scaling_factor(spec.base_model),
         build_corruption(settings, 1000),
     )

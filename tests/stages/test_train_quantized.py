@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from sdxl_pipeline.protocol.program import StopSignal
 from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.stages.train import main
-from tests.lanes import make_lane, make_spec
+from tests.datasets import make_dataset, make_spec
 from tests.sdxl.test_precision import BY_DEFAULT, EXPECTED, require
 from tests.train_programs import run
 from tests.training.conftest import fresh_accelerator, one_thread  # noqa: F401 (fixtures)
@@ -22,17 +22,17 @@ PRECISIONS = [
 
 
 @pytest.fixture(scope="module")
-def lane(tmp_path_factory):
-    return make_lane(tmp_path_factory.mktemp("lane"), splits=["train"] * 4 + ["eval"])
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("dataset"), splits=["train"] * 4 + ["eval"])
 
 
 @pytest.mark.usefixtures("one_thread", "fresh_accelerator")
 @pytest.mark.parametrize(("precision", "mixed_precision"), PRECISIONS)
-def test_images_and_eval_losses_are_taken_between_the_steps(precision, mixed_precision, lane, tmp_path):
+def test_images_and_eval_losses_are_taken_between_the_steps(precision, mixed_precision, dataset, tmp_path):
     require(precision)
     spec = make_spec(
         tmp_path,
-        lane,
+        dataset,
         base_model_precision=precision,
         mixed_precision=mixed_precision,
         max_train_steps=2,
@@ -58,7 +58,7 @@ def test_images_and_eval_losses_are_taken_between_the_steps(precision, mixed_pre
 )
 def test_two_processes_train_what_one_does(precision, optimizer, package, tmp_path):
     pytest.importorskip(package, reason="needs the extras `quantization` and `optimizers`")
-    lane = make_lane(tmp_path / "lane", captions=1)
+    dataset = make_dataset(tmp_path / "dataset", captions=1)
     asked = {
         "max_train_steps": 3,
         "base_model_precision": precision,
@@ -67,9 +67,9 @@ def test_two_processes_train_what_one_does(precision, optimizer, package, tmp_pa
         "gradient_checkpointing": True,
         "gradient_checkpointing_interval": 2,
     }
-    one = run(make_spec(tmp_path, lane, run="one", train_batch_size=2, **asked))
+    one = run(make_spec(tmp_path, dataset, run="one", train_batch_size=2, **asked))
     two = run(
-        make_spec(tmp_path, lane, run="two", train_batch_size=1, num_processes=2, **asked),
+        make_spec(tmp_path, dataset, run="two", train_batch_size=1, num_processes=2, **asked),
         "-m",
         "torch.distributed.run",
         "--standalone",

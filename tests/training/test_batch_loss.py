@@ -16,9 +16,9 @@ from sdxl_pipeline.protocol.program import StopSignal
 from sdxl_pipeline.protocol.specs import TrainSpec
 from sdxl_pipeline.training.batches import Batch
 from sdxl_pipeline.training.loop import Trainer
-from tests.encoded_lanes import Silent
-from tests.lanes import SQUARE, make_lane, make_spec
-from tests.training.test_loss_weights import masked_lane
+from tests.datasets import SQUARE, make_dataset, make_spec
+from tests.encoded_datasets import Silent
+from tests.training.test_loss_weights import masked_dataset
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_accelerator")
 
@@ -191,10 +191,10 @@ def rolled_out(spec: TrainSpec, unet: UNet2DConditionModel, batch: Batch) -> Ten
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_rollouts_masks_and_regularisation_in_one_batch(tmp_path: Path, solver: str):
     """With an adapter that changes something, whose dropout is off while it rolls out and on while it is trained."""
-    subject = masked_lane(
-        make_lane(tmp_path / "subject", "subject", [SQUARE] * 4), tmp_path / "masks", images=[0, 1]
+    subject = masked_dataset(
+        make_dataset(tmp_path / "subject", "subject", [SQUARE] * 4), tmp_path / "masks", images=[0, 1]
     )
-    people = make_lane(tmp_path / "people", "people", [SQUARE] * 4)
+    people = make_dataset(tmp_path / "people", "people", [SQUARE] * 4)
     people = people.model_copy(update={"is_regularisation": True})
     settings = {"max_train_steps": 1, "train_batch_size": 8, **ROLLED, **SOLVERS[solver]}
     spec = make_spec(tmp_path, subject, people, **settings)

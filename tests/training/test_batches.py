@@ -18,18 +18,18 @@ from sdxl_pipeline.training.corruption import Corruption
 from sdxl_pipeline.training.order import SampleOrder
 from sdxl_pipeline.training.samples import load_samples
 from sdxl_pipeline.training.timesteps import TimestepDraw
-from tests.lanes import PROMPT, digest, make_lane
+from tests.datasets import PROMPT, digest, make_dataset
 
 SCALE = 0.25
 
 
 def make_batches(
-    lane, batch_size=2, num_processes=1, rank=0, dropout=0.0, seed=5, accumulation=1
+    dataset, batch_size=2, num_processes=1, rank=0, dropout=0.0, seed=5, accumulation=1
 ) -> TrainingBatches:
-    samples = load_samples([lane], "train")
+    samples = load_samples([dataset], "train")
     return TrainingBatches(
-        order=SampleOrder(samples, {lane.dataset_id: 1.0}, seed, batch_size, num_processes),
-        reader=BatchReader([lane]),
+        order=SampleOrder(samples, {dataset.dataset_id: 1.0}, seed, batch_size, num_processes),
+        reader=BatchReader([dataset]),
         scaling_factor=SCALE,
         corruption=Corruption(TimestepDraw(1000), accumulation=accumulation),
         caption_dropout_probability=dropout,
@@ -38,8 +38,8 @@ def make_batches(
 
 
 @pytest.fixture
-def lane(tmp_path):
-    return make_lane(tmp_path / "lane")
+def dataset(tmp_path):
+    return make_dataset(tmp_path / "dataset")
 
 
 def assert_same(one, other):
@@ -48,10 +48,10 @@ def assert_same(one, other):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
-def test_a_batch_holds_what_the_stores_hold_of_its_images(lane):
-    batches = make_batches(lane)
-    latent_store = TensorStore(lane.latents.store_root)
-    text_store = TensorStore(lane.text_embeds.store_root)
+def test_a_batch_holds_what_the_stores_hold_of_its_images(dataset):
+    batches = make_batches(dataset)
+    latent_store = TensorStore(dataset.latents.store_root)
+    text_store = TensorStore(dataset.text_embeds.store_root)
     for index in range(6):
         batch = batches.read(index)
         draws = batches.order.batch(index, 0)
@@ -72,9 +72,9 @@ def test_a_batch_holds_what_the_stores_hold_of_its_images(lane):
 @pytest.mark.parametrize(
     ("batch_size", "num_processes", "accumulation"), [(2, 1, 1), (2, 1, 3), (1, 2, 2), (2, 3, 2), (4, 2, 5)]
 )
-def test_every_image_weighs_the_same_in_an_optimizer_step(lane, batch_size, num_processes, accumulation):
+def test_every_image_weighs_the_same_in_an_optimizer_step(dataset, batch_size, num_processes, accumulation):
     ranks = [
-        make_batches(lane, batch_size, num_processes, rank, accumulation=accumulation)
+        make_batches(dataset, batch_size, num_processes, rank, accumulation=accumulation)
         for rank in range(num_processes)
     ]
     stand_ins = 0
@@ -96,8 +96,8 @@ def test_every_image_weighs_the_same_in_an_optimizer_step(lane, batch_size, num_
     assert bool(stand_ins) == (num_processes > 1 and batch_size < 4)
 
 
-def test_latents_are_drawn_anew_from_their_posterior_at_each_appearance(lane):
-    batches, store = make_batches(lane), TensorStore(lane.latents.store_root)
+def test_latents_are_drawn_anew_from_their_posterior_at_each_appearance(dataset):
+    batches, store = make_batches(dataset), TensorStore(dataset.latents.store_root)
     drawn: dict[str, list[torch.Tensor]] = {}
     for index in range(60):
         batch = batches.read(index)
@@ -113,18 +113,18 @@ def test_latents_are_drawn_anew_from_their_posterior_at_each_appearance(lane):
     assert abs(values.std() - 1) < 0.02
 
 
-def test_reading_is_a_pure_function_of_the_index(lane):
-    straight = [make_batches(lane).read(index) for index in range(5)]
-    other = make_batches(lane)
+def test_reading_is_a_pure_function_of_the_index(dataset):
+    straight = [make_batches(dataset).read(index) for index in range(5)]
+    other = make_batches(dataset)
     torch.manual_seed(99)  # torch's own state plays no part
     for index in (4, 2):
         assert_same(other.read(index), straight[index])
-    assert not torch.equal(make_batches(lane, seed=6).read(0).noise, straight[0].noise)
+    assert not torch.equal(make_batches(dataset, seed=6).read(0).noise, straight[0].noise)
 
 
-def test_two_processes_see_together_what_one_with_twice_the_batch_sees(lane):
-    one = make_batches(lane, batch_size=2, dropout=0.5)
-    two = [make_batches(lane, batch_size=1, num_processes=2, rank=rank, dropout=0.5) for rank in range(2)]
+def test_two_processes_see_together_what_one_with_twice_the_batch_sees(dataset):
+    one = make_batches(dataset, batch_size=2, dropout=0.5)
+    two = [make_batches(dataset, batch_size=1, num_processes=2, rank=rank, dropout=0.5) for rank in range(2)]
     for index in range(8):
         whole = one.read(index)
         parts = [part for batches in two if (part := batches.read(index)).share]
@@ -133,8 +133,8 @@ def test_two_processes_see_together_what_one_with_twice_the_batch_sees(lane):
             assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
 
 
-def test_noise_and_timesteps_are_drawn_from_their_distributions(lane):
-    batches = make_batches(lane)
+def test_noise_and_timesteps_are_drawn_from_their_distributions(dataset):
+    batches = make_batches(dataset)
     read = [batches.read(index) for index in range(150)]
     noise = torch.cat([batch.noise.flatten() for batch in read])
     assert abs(noise.mean()) < 0.01
@@ -145,9 +145,9 @@ def test_noise_and_timesteps_are_drawn_from_their_distributions(lane):
     assert abs(timesteps.mean() - 499.5) < 60
 
 
-def test_dropped_captions_are_the_cached_empty_prompt_at_the_asked_rate(lane):
-    batches = make_batches(lane, dropout=0.3)
-    text_store = TensorStore(lane.text_embeds.store_root)
+def test_dropped_captions_are_the_cached_empty_prompt_at_the_asked_rate(dataset):
+    batches = make_batches(dataset, dropout=0.3)
+    text_store = TensorStore(dataset.text_embeds.store_root)
     empty = text_store.read(digest("text", "prompt", ""))
     kinds: Counter[str] = Counter()
     for index in range(300):
@@ -160,11 +160,11 @@ def test_dropped_captions_are_the_cached_empty_prompt_at_the_asked_rate(lane):
                     kinds[kind] += 1
     assert kinds.total() == batches.order.images_until(300)
     assert abs(kinds["dropped"] / 600 - 0.3) < 0.06
-    assert torch.equal(make_batches(lane, dropout=1.0).read(0).prompt_embeds[0], empty["prompt_embeds"])
+    assert torch.equal(make_batches(dataset, dropout=1.0).read(0).prompt_embeds[0], empty["prompt_embeds"])
 
 
-def test_a_reversed_batch_is_caught(lane, monkeypatch):
-    batches = make_batches(lane)
+def test_a_reversed_batch_is_caught(dataset, monkeypatch):
+    batches = make_batches(dataset)
     batches.read(0)
     straight = BatchReader.posteriors
     monkeypatch.setattr(BatchReader, "posteriors", lambda self, samples: straight(self, samples[::-1]))
@@ -172,28 +172,28 @@ def test_a_reversed_batch_is_caught(lane, monkeypatch):
         batches.read(0)
 
 
-def test_a_store_without_the_empty_prompt_is_an_error(lane):
+def test_a_store_without_the_empty_prompt_is_an_error(dataset):
     import pandas as pd
 
-    path = lane.text_embeds.prompts_path
+    path = dataset.text_embeds.prompts_path
     table = pd.read_parquet(path)
     table[table["prompt"] != ""].to_parquet(path)
     with pytest.raises(StageError, match="lacks the empty prompt"):
-        BatchReader([lane])
+        BatchReader([dataset])
 
 
-def test_prompts_are_read_by_their_text(lane):
-    reader = BatchReader([lane])
+def test_prompts_are_read_by_their_text(dataset):
+    reader = BatchReader([dataset])
     embeds, pooled = reader.prompt_embeds(PROMPT)
-    stored = TensorStore(lane.text_embeds.store_root).read(digest("text", "prompt", PROMPT))
+    stored = TensorStore(dataset.text_embeds.store_root).read(digest("text", "prompt", PROMPT))
     assert torch.equal(embeds[0], stored["prompt_embeds"])
     assert torch.equal(pooled[0], stored["pooled_prompt_embeds"])
     with pytest.raises(StageError, match="'a blue square' has not been encoded"):
         reader.prompt_embeds("a blue square")
 
 
-def test_reading_ahead_changes_nothing_and_passes_errors_on(lane, monkeypatch):
-    batches = make_batches(lane)
+def test_reading_ahead_changes_nothing_and_passes_errors_on(dataset, monkeypatch):
+    batches = make_batches(dataset)
     with closing(prefetched(batches, 3, 9, pin=False)) as ahead:
         read = list(ahead)
     assert len(read) == 6

@@ -11,8 +11,8 @@ from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.program import StopSignal
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.checkpoint_uploads import UPLOADS, CheckpointUploads
+from tests.datasets import make_dataset, make_spec
 from tests.hub_server import HubServer
-from tests.lanes import make_lane, make_spec
 from tests.train_programs import Listener
 
 REPO = "someone/cat-lora"
@@ -90,10 +90,10 @@ def test_add_does_not_wait_for_the_hub(tmp_path, monkeypatch):
 
 
 def test_train_pushes_each_checkpoint(hub, tmp_path):
-    lane = make_lane(tmp_path / "lane")
+    dataset = make_dataset(tmp_path / "dataset")
     spec = make_spec(
         tmp_path,
-        lane,
+        dataset,
         run="pushed",
         max_train_steps=4,
         checkpoint_step_interval=2,

@@ -25,7 +25,7 @@ from sdxl_pipeline.protocol.program import StageError, StopSignal
 from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.store.disk_space import DiskFullError
 from sdxl_pipeline.stages.train import main
-from tests.lanes import make_spec
+from tests.datasets import make_spec
 
 here, run = Path(sys.argv[1]), Path(sys.argv[1]) / "run"
 run.mkdir()

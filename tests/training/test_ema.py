@@ -10,7 +10,7 @@ from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.ema import Ema
 from sdxl_pipeline.training.shown_weights import ShownWeights
-from tests.lanes import make_lane, make_spec
+from tests.datasets import make_dataset, make_spec
 
 CPU = torch.device("cpu")
 SCHEDULE_FREE = {"optimizer": "adamw_schedulefree", "lr_scheduler": "constant_with_warmup"}
@@ -114,13 +114,13 @@ def test_a_schedule_free_optimizer_shows_its_average_and_trains_on_from_the_same
 
 
 @pytest.fixture(scope="module")
-def lane(tmp_path_factory):
-    return make_lane(tmp_path_factory.mktemp("lane"), captions=1)
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("dataset"), captions=1)
 
 
-def train(folder, lane, run, **settings):
+def train(folder, dataset, run, **settings):
     spec = make_spec(
-        folder, lane, run=run, **{"max_train_steps": 6, "checkpoint_step_interval": 3, **settings}
+        folder, dataset, run=run, **{"max_train_steps": 6, "checkpoint_step_interval": 3, **settings}
     )
     return spec, main(spec, Reporter(), StopSignal())
 
@@ -129,11 +129,11 @@ WITH_EMA = {"use_ema": True, "ema_decay": 0.9}
 
 
 @pytest.fixture(scope="module")
-def with_ema(tmp_path_factory, lane):
+def with_ema(tmp_path_factory, dataset):
     folder = tmp_path_factory.mktemp("ema")
     return train(
         folder,
-        lane,
+        dataset,
         "run",
         **WITH_EMA,
         validation_disable=False,
@@ -169,13 +169,13 @@ def test_the_plain_weights_can_be_released_without_training_again(with_ema):
 
 
 @pytest.mark.parametrize("settings", [WITH_EMA, SCHEDULE_FREE], ids=["ema", "schedule-free"])
-def test_a_resumed_run_writes_the_same_bytes(settings, lane, tmp_path):
+def test_a_resumed_run_writes_the_same_bytes(settings, dataset, tmp_path):
     if "optimizer" in settings:
         pytest.importorskip("schedulefree", reason="needs the extra `optimizers`")
-    _, unbroken = train(tmp_path, lane, "unbroken", **settings)
+    _, unbroken = train(tmp_path, dataset, "unbroken", **settings)
 
     spec = make_spec(
-        tmp_path, lane, run="broken", **{"max_train_steps": 6, "checkpoint_step_interval": 3, **settings}
+        tmp_path, dataset, run="broken", **{"max_train_steps": 6, "checkpoint_step_interval": 3, **settings}
     )
 
     class StopsAtTheFirstCheckpoint(StopSignal):
@@ -192,9 +192,9 @@ def test_a_resumed_run_writes_the_same_bytes(settings, lane, tmp_path):
     assert (tmp_path / "broken" / trained).read_bytes() == (tmp_path / "unbroken" / trained).read_bytes()
 
 
-def test_a_schedule_free_run_writes_its_average_and_not_what_it_trains(lane, tmp_path):
+def test_a_schedule_free_run_writes_its_average_and_not_what_it_trains(dataset, tmp_path):
     pytest.importorskip("schedulefree", reason="needs the extra `optimizers`")
-    spec, manifest = train(tmp_path, lane, "run", **SCHEDULE_FREE, learning_rate=0.01)
+    spec, manifest = train(tmp_path, dataset, "run", **SCHEDULE_FREE, learning_rate=0.01)
     written = load_file(manifest.weights_path)
     trained = load_file(f"{spec.run_dir}/checkpoints/step-00000006/trainable.safetensors")
     for own, tensor in trained.items():

@@ -17,8 +17,8 @@ from sdxl_pipeline.training.eval_samples import choose_samples
 from sdxl_pipeline.training.losses import HuberLoss
 from sdxl_pipeline.training.objective import Objective
 from sdxl_pipeline.training.weighting import debiased_estimation
+from tests.datasets import make_dataset
 from tests.evaluation.subjects import tiny_settings
-from tests.lanes import make_lane
 
 SCHEDULE = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 EPSILON = Objective(SCHEDULE.alphas_cumprod, "epsilon")
@@ -167,8 +167,8 @@ def splits(**named: str) -> dict[str, str]:
 
 
 def test_an_eval_dataset_comes_before_a_held_out_share(tmp_path: Path):
-    mixed = make_lane(tmp_path / "photos", "photos", splits=splits(a="train", b="eval"))
-    apart = make_lane(tmp_path / "test_set", "test_set", splits=splits(c="eval", d="eval"))
+    mixed = make_dataset(tmp_path / "photos", "photos", splits=splits(a="train", b="eval"))
+    apart = make_dataset(tmp_path / "test_set", "test_set", splits=splits(c="eval", d="eval"))
     settings = tiny_settings()
     source, samples = choose_samples((mixed, apart), settings)
     assert source == "eval dataset"
@@ -179,27 +179,29 @@ def test_an_eval_dataset_comes_before_a_held_out_share(tmp_path: Path):
 
 
 def test_without_either_the_training_images_are_used_and_said_to_be(tmp_path: Path):
-    lane = make_lane(tmp_path / "photos", "photos", splits=splits(a="train", b="train"))
-    source, samples = choose_samples((lane,), tiny_settings())
+    dataset = make_dataset(tmp_path / "photos", "photos", splits=splits(a="train", b="train"))
+    source, samples = choose_samples((dataset,), tiny_settings())
     assert source == "training images"
     assert {sample.path for sample in samples} == {"a.png", "b.png"}
 
 
 def test_num_eval_images_takes_the_first_by_key(tmp_path: Path):
-    lane = make_lane(tmp_path / "photos", "photos", splits={f"{number}.png": "eval" for number in range(8)})
-    _, everything = choose_samples((lane,), tiny_settings())
-    _, some = choose_samples((lane,), tiny_settings(num_eval_images=3))
+    dataset = make_dataset(
+        tmp_path / "photos", "photos", splits={f"{number}.png": "eval" for number in range(8)}
+    )
+    _, everything = choose_samples((dataset,), tiny_settings())
+    _, some = choose_samples((dataset,), tiny_settings(num_eval_images=3))
     assert [sample.key for sample in everything] == sorted(sample.key for sample in everything)
     assert list(some) == everything[:3]
 
 
 def test_images_are_the_scaled_posterior_mean_and_the_first_caption(tmp_path: Path):
-    lane = make_lane(tmp_path / "photos", "photos", splits=splits(a="eval", b="eval"))
-    _, samples = choose_samples((lane,), tiny_settings())
-    found = read_images(samples, BatchReader((lane,)), scaling_factor=0.5)
+    dataset = make_dataset(tmp_path / "photos", "photos", splits=splits(a="eval", b="eval"))
+    _, samples = choose_samples((dataset,), tiny_settings())
+    found = read_images(samples, BatchReader((dataset,)), scaling_factor=0.5)
     latents, texts = (
-        TensorStore(Path(lane.latents.store_root)),
-        TensorStore(Path(lane.text_embeds.store_root)),
+        TensorStore(Path(dataset.latents.store_root)),
+        TensorStore(Path(dataset.text_embeds.store_root)),
     )
     for image, sample in zip(found, samples, strict=True):
         assert torch.equal(image.latents, latents.read(sample.latent_key)["mean"] * 0.5)

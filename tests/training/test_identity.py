@@ -9,7 +9,7 @@ import pytest
 
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.training.identity import EXCLUDED, run_identity, run_names
-from tests.lanes import make_lane, make_spec
+from tests.datasets import make_dataset, make_spec
 
 
 @pytest.fixture
@@ -102,7 +102,9 @@ def test_a_run_of_another_length_is_of_the_same_trajectory_where_the_rate_does_n
 
 def test_the_number_of_processes_is_part_of_it_and_does_not_hide_that_it_is_the_same_training(tmp_path, spec):
     one, two = (
-        run_names(make_spec(tmp_path, *spec.lanes, num_processes=number, allow_dataset_oversubscription=True))
+        run_names(
+            make_spec(tmp_path, *spec.datasets, num_processes=number, allow_dataset_oversubscription=True)
+        )
         for number in (1, 3)  # whose batches are more images than there are
     )
     assert not {one.identity, one.trajectory, one.family} & {two.identity, two.trajectory, two.family}
@@ -112,8 +114,8 @@ def test_the_number_of_processes_is_part_of_it_and_does_not_hide_that_it_is_the_
 
 def test_data_are_known_by_content_and_not_by_place(tmp_path, spec):
     before = run_identity(spec)
-    shutil.rmtree(tmp_path / "lane")
-    moved = make_spec(tmp_path, make_lane(tmp_path / "moved"), run="elsewhere")
+    shutil.rmtree(tmp_path / "dataset")
+    moved = make_spec(tmp_path, make_dataset(tmp_path / "moved"), run="elsewhere")
     assert run_identity(moved) == before
 
     texts = pd.read_parquet(tmp_path / "moved" / "texts.parquet")
@@ -121,7 +123,7 @@ def test_data_are_known_by_content_and_not_by_place(tmp_path, spec):
     texts.to_parquet(tmp_path / "moved" / "texts.parquet")
     assert run_identity(moved) != before
     assert run_identity(
-        moved.model_copy(update={"lanes": (moved.lanes[0].model_copy(update={"repeats": 1}),)})
+        moved.model_copy(update={"datasets": (moved.datasets[0].model_copy(update={"repeats": 1}),)})
     ) != run_identity(moved)
 
 

@@ -27,7 +27,7 @@ from sdxl_pipeline.training.looks import LookCosts, LookTimes
 from sdxl_pipeline.training.metrics import read_metrics
 from sdxl_pipeline.training.objective import Objective
 from sdxl_pipeline.training.watch import Watch
-from tests.lanes import make_lane, make_spec
+from tests.datasets import make_dataset, make_spec
 
 SECRET = "t0ken-nobody-may-see"
 
@@ -96,12 +96,12 @@ def posts(tmp_path, monkeypatch) -> Iterator[list[dict[str, Any]]]:
 
 def spec_of(folder: Path, run: str, **settings: Any) -> TrainSpec:
     folder = folder / run  # apart from the other runs, whose checkpoints would be taken up
-    lanes = (
-        make_lane(folder / "shapes", "shapes", captions=2),
-        make_lane(folder / "held", "held", splits=["eval"] * 5),
-        make_lane(folder / "spare", "spare", splits=["eval"] * 5),
+    datasets = (
+        make_dataset(folder / "shapes", "shapes", captions=2),
+        make_dataset(folder / "held", "held", splits=["eval"] * 5),
+        make_dataset(folder / "spare", "spare", splits=["eval"] * 5),
     )
-    return make_spec(folder, *lanes, **{**RANDOM, **settings})
+    return make_spec(folder, *datasets, **{**RANDOM, **settings})
 
 
 def evaluated_afterwards(spec: TrainSpec, manifest: TrainedLora) -> float:
@@ -111,10 +111,10 @@ def evaluated_afterwards(spec: TrainSpec, manifest: TrainedLora) -> float:
     pipeline.load_lora_weights(weights.parent, weight_name=weights.name)
     scheduler = load_noise_scheduler(spec.base_model)
     objective = Objective(scheduler.alphas_cumprod, scheduler.config.prediction_type)
-    source, samples = choose_samples(spec.lanes, spec.settings)
+    source, samples = choose_samples(spec.datasets, spec.settings)
     assert source == "eval dataset"
     assert set(samples.images_by_dataset()) == {"held"}
-    images = read_images(samples, BatchReader(spec.lanes), latent_scaling_factor(spec.base_model))
+    images = read_images(samples, BatchReader(spec.datasets), latent_scaling_factor(spec.base_model))
     return eval_loss(pipeline.unet, objective, images, eval_timesteps(3), batch_size=1).mean
 
 

@@ -8,8 +8,8 @@ import torch
 from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
 from sdxl_pipeline.training.disk import DiskWatch
 from sdxl_pipeline.training.loop import Trainer
-from tests.encoded_lanes import Silent
-from tests.lanes import make_spec
+from tests.datasets import make_spec
+from tests.encoded_datasets import Silent
 
 
 class Hosts:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sdxl_pipeline.images.masks import mask_crop
 from sdxl_pipeline.protocol.program import StageError
-from sdxl_pipeline.protocol.specs import LaneMasks, TrainingLane
+from sdxl_pipeline.protocol.specs import DatasetMasks, TrainingDataset
 from sdxl_pipeline.training import masks as masks_module
 from sdxl_pipeline.training.identity import run_identity
 from sdxl_pipeline.training.loss_weights import LossWeights, build_loss_weights
@@ -20,16 +20,18 @@ from sdxl_pipeline.training.mask_tables import mask_tables
 from sdxl_pipeline.training.masks import MaskReader
 from sdxl_pipeline.training.objective import Objective
 from sdxl_pipeline.training.samples import Sample, load_samples
-from tests.lanes import SQUARE, make_lane, make_spec
+from tests.datasets import SQUARE, make_dataset, make_spec
 
 SEED = 5
 
 
-def masked_lane(lane: TrainingLane, folder: Path, images: Sequence[int] | None = None) -> TrainingLane:
-    """The lane with a mask for its images of these numbers, or all: random grey, another one for each."""
+def masked_dataset(
+    dataset: TrainingDataset, folder: Path, images: Sequence[int] | None = None
+) -> TrainingDataset:
+    """The dataset with a mask for its images of these numbers, or all: random grey, another one for each."""
     folder.mkdir(parents=True, exist_ok=True)
     pairs = []
-    rows = pd.read_parquet(lane.rows_path).drop_duplicates("path")
+    rows = pd.read_parquet(dataset.rows_path).drop_duplicates("path")
     for number, row in enumerate(rows.itertuples()):
         if images is not None and number not in images:
             continue
@@ -41,21 +43,21 @@ def masked_lane(lane: TrainingLane, folder: Path, images: Sequence[int] | None =
         pairs.append({"path": row.path, "key": row.key, "mask_path": path.name, "mask_key": key})
     table = folder / "pairs.parquet"
     pd.DataFrame(pairs).to_parquet(table)
-    lane_masks = LaneMasks(kind="mask", data_dir=str(folder), pairs_path=str(table))
-    return lane.model_copy(update={"masks": lane_masks})
+    dataset_masks = DatasetMasks(kind="mask", data_dir=str(folder), pairs_path=str(table))
+    return dataset.model_copy(update={"masks": dataset_masks})
 
 
-def samples_of(lane: TrainingLane) -> list[Sample]:
-    return [sample for sample in load_samples([lane], "train") if sample.bucket == SQUARE]
+def samples_of(dataset: TrainingDataset) -> list[Sample]:
+    return [sample for sample in load_samples([dataset], "train") if sample.bucket == SQUARE]
 
 
 @pytest.fixture
-def lane(tmp_path):
-    return make_lane(tmp_path / "lane", crops=2)
+def dataset(tmp_path):
+    return make_dataset(tmp_path / "dataset", crops=2)
 
 
-def test_each_mask_is_cut_as_its_image_and_travels_with_its_key(lane, tmp_path):
-    masked = masked_lane(lane, tmp_path / "masks")
+def test_each_mask_is_cut_as_its_image_and_travels_with_its_key(dataset, tmp_path):
+    masked = masked_dataset(dataset, tmp_path / "masks")
     samples = samples_of(masked)
     assert any(sample.crop.flipped for sample in samples)
     read = build_loss_weights(make_spec(tmp_path, masked)).of(samples, SEED, 0, range(len(samples)))
@@ -66,16 +68,16 @@ def test_each_mask_is_cut_as_its_image_and_travels_with_its_key(lane, tmp_path):
         assert 0 < weights.mean() < 1
 
 
-def test_images_without_a_mask_count_whole(lane, tmp_path):
-    masked = masked_lane(lane, tmp_path / "masks", images=[0])
+def test_images_without_a_mask_count_whole(dataset, tmp_path):
+    masked = masked_dataset(dataset, tmp_path / "masks", images=[0])
     samples = samples_of(masked)
     read = build_loss_weights(make_spec(tmp_path, masked)).of(samples, SEED, 0, range(len(samples)))
     whole = [bool((weights == 1).all()) for weights in read.weights]
     assert whole == [not sample.path.endswith("00.png") for sample in samples]
 
 
-def test_the_asked_share_of_appearances_is_masked_by_slot_alone(lane, tmp_path):
-    masked = masked_lane(lane, tmp_path / "masks")
+def test_the_asked_share_of_appearances_is_masked_by_slot_alone(dataset, tmp_path):
+    masked = masked_dataset(dataset, tmp_path / "masks")
     sample = samples_of(masked)[0]
     weights = LossWeights(MaskReader(mask_tables([masked])), masked_share=0.3)
 
@@ -88,8 +90,8 @@ def test_the_asked_share_of_appearances_is_masked_by_slot_alone(lane, tmp_path):
     assert drawn[7] == whole(7, range(2)) + whole(7, range(2, 4))
 
 
-def test_a_mask_in_memory_is_not_read_again_and_memory_is_bounded(lane, tmp_path, monkeypatch):
-    masked = masked_lane(lane, tmp_path / "masks")
+def test_a_mask_in_memory_is_not_read_again_and_memory_is_bounded(dataset, tmp_path, monkeypatch):
+    masked = masked_dataset(dataset, tmp_path / "masks")
     samples = samples_of(masked)
     reads = []
 
@@ -110,8 +112,8 @@ def test_a_mask_in_memory_is_not_read_again_and_memory_is_bounded(lane, tmp_path
     assert len(reads) == 4  # the first one had to make room
 
 
-def test_a_mask_that_has_changed_or_gone_stops_with_its_name(lane, tmp_path):
-    masked = masked_lane(lane, tmp_path / "masks")
+def test_a_mask_that_has_changed_or_gone_stops_with_its_name(dataset, tmp_path):
+    masked = masked_dataset(dataset, tmp_path / "masks")
     samples = samples_of(masked)[:1]
     path = tmp_path / "masks" / f"{Path(samples[0].path).stem}.png"
     Image.new("L", (30, 30)).save(path)
@@ -122,11 +124,11 @@ def test_a_mask_that_has_changed_or_gone_stops_with_its_name(lane, tmp_path):
         MaskReader(mask_tables([masked])).read(samples, [True])
 
 
-def test_an_edited_mask_is_another_run_with_the_same_latents(lane, tmp_path):
-    masked = masked_lane(lane, tmp_path / "masks")
+def test_an_edited_mask_is_another_run_with_the_same_latents(dataset, tmp_path):
+    masked = masked_dataset(dataset, tmp_path / "masks")
     before = run_identity(make_spec(tmp_path, masked))
-    assert before != run_identity(make_spec(tmp_path, lane))
-    moved = masked_lane(lane, tmp_path / "moved" / "masks")
+    assert before != run_identity(make_spec(tmp_path, dataset))
+    moved = masked_dataset(dataset, tmp_path / "moved" / "masks")
     assert run_identity(make_spec(tmp_path, moved)) == before
     segmentation = masked.masks.model_copy(update={"kind": "segmentation"})
     other = masked.model_copy(update={"masks": segmentation})
@@ -136,13 +138,13 @@ def test_an_edited_mask_is_another_run_with_the_same_latents(lane, tmp_path):
     pairs.loc[1, "mask_key"] = "0" * 64
     pairs.to_parquet(moved.masks.pairs_path)
     assert run_identity(make_spec(tmp_path, moved)) != before
-    latents = [[sample.latent_key for sample in load_samples([each], "train")] for each in (lane, moved)]
+    latents = [[sample.latent_key for sample in load_samples([each], "train")] for each in (dataset, moved)]
     assert latents[0] == latents[1]
 
 
-def test_regularisation_is_another_run(tmp_path, lane):
-    plain = run_identity(make_spec(tmp_path, lane))
-    prior = lane.model_copy(update={"is_regularisation": True})
+def test_regularisation_is_another_run(tmp_path, dataset):
+    plain = run_identity(make_spec(tmp_path, dataset))
+    prior = dataset.model_copy(update={"is_regularisation": True})
     assert run_identity(make_spec(tmp_path, prior)) != plain
 
 

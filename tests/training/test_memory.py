@@ -23,7 +23,7 @@ from sdxl_pipeline.training import memory
 from sdxl_pipeline.training.activations import Pass, activations
 from sdxl_pipeline.training.adapter_activations import kept_by_adapters
 from sdxl_pipeline.training.memory import MemoryEstimate, estimate_memory, optimizer_bytes, remedies
-from tests.lanes import make_lane, make_spec
+from tests.datasets import make_dataset, make_spec
 from tests.sdxl.adapted_unets import lycoris
 from tests.train_programs import run
 
@@ -307,14 +307,14 @@ class Listener(Reporter):
 
 
 @pytest.fixture(scope="module")
-def lane(tmp_path_factory):
-    return make_lane(tmp_path_factory.mktemp("lane"))
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("dataset"))
 
 
-def test_a_run_says_before_and_after_and_warns_of_a_small_device(lane, tmp_path, monkeypatch):
+def test_a_run_says_before_and_after_and_warns_of_a_small_device(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "device_bytes", lambda device: 2**20)
     heard = Listener()
-    manifest = main(make_spec(tmp_path, lane, max_train_steps=2), heard, StopSignal())
+    manifest = main(make_spec(tmp_path, dataset, max_train_steps=2), heard, StopSignal())
     said = next(line for line in heard.lines if line.startswith("Memory:"))
     assert "activations" in said
     warned = next(line for line in heard.lines if line.startswith("Warning: the device has"))
@@ -328,9 +328,9 @@ def test_a_run_says_before_and_after_and_warns_of_a_small_device(lane, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "dora", "lokr, whole matrices"])
-def test_a_process_of_its_own_takes_what_was_estimated(kind, lane, tmp_path):
+def test_a_process_of_its_own_takes_what_was_estimated(kind, dataset, tmp_path):
     seeing = {"validation_disable": False, "validation_step_interval": 1}
-    spec = make_spec(tmp_path, lane, max_train_steps=2, **seeing, **ADAPTERS[kind])
+    spec = make_spec(tmp_path, dataset, max_train_steps=2, **seeing, **ADAPTERS[kind])
     # Linux counts the peak of the process that started it, which here is pytest's, as its own
     manifest = run(spec, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1")
     assert manifest.estimated_memory_bytes == pytest.approx(manifest.peak_memory_bytes, rel=0.05)
@@ -357,12 +357,12 @@ class StopsAtTheFirstCheckpoint(StopSignal):
     ],
 )
 def test_a_run_on_quantized_weights_that_was_resumed_leaves_the_same_bytes(
-    precision, package, lane, tmp_path
+    precision, package, dataset, tmp_path
 ):
     pytest.importorskip(package, reason="needs the extra `quantization`")
     settings = {"max_train_steps": 4, "checkpoint_step_interval": 2, "base_model_precision": precision}
-    unbroken = main(make_spec(tmp_path, lane, run="unbroken", **settings), Reporter(), StopSignal())
-    spec = make_spec(tmp_path, lane, run="broken", **settings)
+    unbroken = main(make_spec(tmp_path, dataset, run="unbroken", **settings), Reporter(), StopSignal())
+    spec = make_spec(tmp_path, dataset, run="broken", **settings)
     with pytest.raises(StageStopped):
         main(spec, Reporter(), StopsAtTheFirstCheckpoint(tmp_path / "broken"))
     resumed = main(spec, Reporter(), StopSignal())
@@ -370,7 +370,9 @@ def test_a_run_on_quantized_weights_that_was_resumed_leaves_the_same_bytes(
     assert resumed.weights_sha256 == unbroken.weights_sha256
 
 
-def test_with_complete_caches_no_text_encoder_is_made_and_a_vae_for_images_alone(lane, tmp_path, monkeypatch):
+def test_with_complete_caches_no_text_encoder_is_made_and_a_vae_for_images_alone(
+    dataset, tmp_path, monkeypatch
+):
     made = []
     for kind in (CLIPTextModel, CLIPTextModelWithProjection, AutoencoderKL):
 
@@ -381,8 +383,8 @@ def test_with_complete_caches_no_text_encoder_is_made_and_a_vae_for_images_alone
             make(self, *arguments, **named)
 
         monkeypatch.setattr(kind, "__init__", counted)
-    main(make_spec(tmp_path, lane, run="blind", max_train_steps=1), Reporter(), StopSignal())
+    main(make_spec(tmp_path, dataset, run="blind", max_train_steps=1), Reporter(), StopSignal())
     assert made == []
     seeing = {"validation_disable": False, "validation_step_interval": 0}
-    main(make_spec(tmp_path, lane, run="seeing", max_train_steps=1, **seeing), Reporter(), StopSignal())
+    main(make_spec(tmp_path, dataset, run="seeing", max_train_steps=1, **seeing), Reporter(), StopSignal())
     assert set(made) == {AutoencoderKL}

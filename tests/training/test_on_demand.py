@@ -10,7 +10,7 @@ from sdxl_pipeline.encoding.on_demand import CaptionEncoder, LatentEncoder
 from sdxl_pipeline.images.crops import Crop, fresh_place
 from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.program import StageError
-from sdxl_pipeline.protocol.specs import TrainingLane
+from sdxl_pipeline.protocol.specs import TrainingDataset
 from sdxl_pipeline.sdxl.base_model import ResolvedModel, resolve_base_model
 from sdxl_pipeline.store.tensor_store import TensorStore
 from sdxl_pipeline.training.batches import BatchReader, TrainingBatches
@@ -19,8 +19,8 @@ from sdxl_pipeline.training.on_demand import OnDemandEncoders
 from sdxl_pipeline.training.order import SampleOrder
 from sdxl_pipeline.training.samples import Sample, load_samples
 from sdxl_pipeline.training.timesteps import TimestepDraw
-from tests.encoded_lanes import HARDWARE, draw_images, listing, prepare_lane
-from tests.lanes import NEGATIVE, PROMPT, model_folder
+from tests.datasets import NEGATIVE, PROMPT, model_folder
+from tests.encoded_datasets import HARDWARE, draw_images, listing, prepare_dataset
 
 LATENTS = ("mean", "logvar")
 DEFERRED = ("ondemand", "disable")
@@ -50,27 +50,27 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def reader_of(lane: TrainingLane, model: ResolvedModel) -> BatchReader:
-    return BatchReader([lane], OnDemandEncoders(model, HARDWARE))
+def reader_of(dataset: TrainingDataset, model: ResolvedModel) -> BatchReader:
+    return BatchReader([dataset], OnDemandEncoders(model, HARDWARE))
 
 
-def wide(lane: TrainingLane) -> list[Sample]:
+def wide(dataset: TrainingDataset) -> list[Sample]:
     """The images of one bucket."""
-    samples = list(load_samples([lane], "train"))
+    samples = list(load_samples([dataset], "train"))
     return [sample for sample in samples if sample.bucket == samples[0].bucket]
 
 
-def own_latents(lane: TrainingLane, encoder: LatentEncoder, sample: Sample) -> dict[str, torch.Tensor]:
+def own_latents(dataset: TrainingDataset, encoder: LatentEncoder, sample: Sample) -> dict[str, torch.Tensor]:
     """What the image's file is encoded to, without any reader."""
-    return encoder.encode(Path(lane.data_dir) / sample.path, sample.crop)
+    return encoder.encode(Path(dataset.data_dir) / sample.path, sample.crop)
 
 
 def assert_position_is_image(
-    lane: TrainingLane, encoder: LatentEncoder, reader: BatchReader, samples: list[Sample]
+    dataset: TrainingDataset, encoder: LatentEncoder, reader: BatchReader, samples: list[Sample]
 ) -> None:
     posteriors = reader.posteriors(samples)
     assert posteriors.keys == tuple(sample.key for sample in samples)
-    expected = [own_latents(lane, encoder, sample) for sample in samples]
+    expected = [own_latents(dataset, encoder, sample) for sample in samples]
     assert not torch.equal(expected[0]["mean"], expected[1]["mean"]), "a reversed batch would not be seen"
     for place, own in enumerate(expected):
         torch.testing.assert_close(posteriors.mean[place], own["mean"].float(), rtol=1e-3, atol=1e-3)
@@ -79,40 +79,42 @@ def assert_position_is_image(
 
 @pytest.mark.parametrize("mode", ["full", *DEFERRED])
 def test_position_i_of_the_latents_is_image_i(tmp_path, images, model, latent_encoder, mode):
-    lane = prepare_lane(tmp_path, images, model, latent_cache=mode)
-    samples = wide(lane)
-    reader = reader_of(lane, model)
+    dataset = prepare_dataset(tmp_path, images, model, latent_cache=mode)
+    samples = wide(dataset)
+    reader = reader_of(dataset, model)
     assert len(samples) == 3
-    assert_position_is_image(lane, latent_encoder, reader, samples)  # none of them is there but in full mode
-    assert_position_is_image(lane, latent_encoder, reader, samples[::-1])
+    assert_position_is_image(
+        dataset, latent_encoder, reader, samples
+    )  # none of them is there but in full mode
+    assert_position_is_image(dataset, latent_encoder, reader, samples[::-1])
     reader.close()
     assert_position_is_image(
-        lane, latent_encoder, reader_of(lane, model), [samples[2], samples[0], samples[1]]
+        dataset, latent_encoder, reader_of(dataset, model), [samples[2], samples[0], samples[1]]
     )
 
 
 @pytest.mark.parametrize("present", [[0], [1], [2], [0, 2]])
 def test_position_i_is_image_i_when_some_are_in_the_store(tmp_path, images, model, latent_encoder, present):
-    lane = prepare_lane(tmp_path, images, model, latent_cache="ondemand")
-    samples = wide(lane)
-    with_some = reader_of(lane, model)
+    dataset = prepare_dataset(tmp_path, images, model, latent_cache="ondemand")
+    samples = wide(dataset)
+    with_some = reader_of(dataset, model)
     with_some.posteriors([samples[index] for index in present])
     with_some.close()
-    store = TensorStore(lane.latents.store_root)
+    store = TensorStore(dataset.latents.store_root)
     assert len(store) == len(present)
-    reader = reader_of(lane, model)
-    assert_position_is_image(lane, latent_encoder, reader, samples)
+    reader = reader_of(dataset, model)
+    assert_position_is_image(dataset, latent_encoder, reader, samples)
     reader.flush()
     store.refresh()
     assert len(store) == 3
-    assert_position_is_image(lane, latent_encoder, reader, [*samples, samples[0]])
+    assert_position_is_image(dataset, latent_encoder, reader, [*samples, samples[0]])
 
 
 @pytest.mark.parametrize("mode", ["full", *DEFERRED])
 def test_position_i_of_the_texts_is_the_caption_of_image_i(tmp_path, images, model, caption_encoder, mode):
-    lane = prepare_lane(tmp_path, images, model, text_cache=mode)
-    samples = list(load_samples([lane], "train"))
-    reader, encoder = reader_of(lane, model), caption_encoder
+    dataset = prepare_dataset(tmp_path, images, model, text_cache=mode)
+    samples = list(load_samples([dataset], "train"))
+    reader, encoder = reader_of(dataset, model), caption_encoder
     for order in (samples[:3], samples[::-1], [samples[1], samples[4], samples[0], samples[1]]):
         texts = reader.text_embeds(order, [sample.embed_keys[0] for sample in order])
         for place, sample in enumerate(order):
@@ -123,14 +125,14 @@ def test_position_i_of_the_texts_is_the_caption_of_image_i(tmp_path, images, mod
                 texts.pooled_prompt_embeds[place], own["pooled_prompt_embeds"], rtol=1e-3, atol=1e-3
             )
     reader.close()
-    written = len(TensorStore(lane.text_embeds.store_root))
+    written = len(TensorStore(dataset.text_embeds.store_root))
     assert written == {"full": 9, "ondemand": 6, "disable": 0}[mode]
 
 
 @pytest.mark.parametrize("mode", DEFERRED)
 def test_prompts_are_had_in_every_mode(tmp_path, images, model, caption_encoder, mode):
-    lane = prepare_lane(tmp_path, images, model, text_cache=mode)
-    reader, encoder = reader_of(lane, model), caption_encoder
+    dataset = prepare_dataset(tmp_path, images, model, text_cache=mode)
+    reader, encoder = reader_of(dataset, model), caption_encoder
     conditioning = reader.conditioning(PROMPT, NEGATIVE, zeros_for_empty_prompt=True)
     assert torch.equal(conditioning.prompt_embeds[0], encoder.encode(PROMPT)["prompt_embeds"])
     assert torch.equal(conditioning.negative_prompt_embeds[0], encoder.encode(NEGATIVE)["prompt_embeds"])
@@ -140,16 +142,16 @@ def test_prompts_are_had_in_every_mode(tmp_path, images, model, caption_encoder,
     reader.close()
 
 
-def batches_of(lane: TrainingLane, model: ResolvedModel, dropout: float = 0.0) -> TrainingBatches:
-    samples = load_samples([lane], "train")
-    order = SampleOrder(samples, {lane.dataset_id: 1.0}, seed=3, batch_size=2)
-    return TrainingBatches(order, reader_of(lane, model), 0.5, Corruption(TimestepDraw(1000)), dropout)
+def batches_of(dataset: TrainingDataset, model: ResolvedModel, dropout: float = 0.0) -> TrainingBatches:
+    samples = load_samples([dataset], "train")
+    order = SampleOrder(samples, {dataset.dataset_id: 1.0}, seed=3, batch_size=2)
+    return TrainingBatches(order, reader_of(dataset, model), 0.5, Corruption(TimestepDraw(1000)), dropout)
 
 
 def test_disable_touches_no_store(tmp_path, images, model):
-    lane = prepare_lane(tmp_path, images, model, latent_cache="disable", text_cache="disable")
+    dataset = prepare_dataset(tmp_path, images, model, latent_cache="disable", text_cache="disable")
     before = listing(tmp_path)
-    batches = batches_of(lane, model, dropout=0.3)
+    batches = batches_of(dataset, model, dropout=0.3)
     for index in range(5):
         batches.read(index)
         batches.reader.flush()
@@ -159,22 +161,22 @@ def test_disable_touches_no_store(tmp_path, images, model):
 
 
 def test_no_model_is_loaded_while_everything_is_there(tmp_path, images, model, monkeypatch):
-    lane = prepare_lane(tmp_path, images, model)
-    lane = lane.model_copy(update={"latent_cache": "ondemand", "text_cache": "disable"})
+    dataset = prepare_dataset(tmp_path, images, model)
+    dataset = dataset.model_copy(update={"latent_cache": "ondemand", "text_cache": "disable"})
     monkeypatch.setattr(OnDemandEncoders, "_latent_encoder", None)
     monkeypatch.setattr(OnDemandEncoders, "_caption_encoder", None)
-    batches = batches_of(lane, model, dropout=0.3)
+    batches = batches_of(dataset, model, dropout=0.3)
     for index in range(4):
         batches.read(index)
 
 
 def test_what_was_encoded_is_written_a_shard_at_a_time_and_when_asked(tmp_path, images, model, monkeypatch):
     monkeypatch.setattr("sdxl_pipeline.training.on_demand.WRITTEN_TOGETHER", 2)
-    lane = prepare_lane(tmp_path, images, model, latent_cache="ondemand")
-    reader, samples = reader_of(lane, model), wide(lane)
+    dataset = prepare_dataset(tmp_path, images, model, latent_cache="ondemand")
+    reader, samples = reader_of(dataset, model), wide(dataset)
 
     def written() -> int:
-        return len(TensorStore(lane.latents.store_root))
+        return len(TensorStore(dataset.latents.store_root))
 
     for sample, expected in zip(samples, (0, 2, 2), strict=True):
         reader.posteriors([sample])
@@ -186,42 +188,42 @@ def test_what_was_encoded_is_written_a_shard_at_a_time_and_when_asked(tmp_path, 
 
 def test_a_image_that_changed_is_an_error_that_names_it(tmp_path, images, model):
     shutil.copytree(images, tmp_path / "images")
-    lane = prepare_lane(tmp_path / "lane", tmp_path / "images", model, latent_cache="ondemand")
-    sample = wide(lane)[1]
+    dataset = prepare_dataset(tmp_path / "dataset", tmp_path / "images", model, latent_cache="ondemand")
+    sample = wide(dataset)[1]
     other = next(
-        s for s in load_samples([lane], "train") if s.key != sample.key and s.bucket == sample.bucket
+        s for s in load_samples([dataset], "train") if s.key != sample.key and s.bucket == sample.bucket
     )
     shutil.copy(images / other.path, tmp_path / "images" / sample.path)
-    reader = reader_of(lane, model)
+    reader = reader_of(dataset, model)
     with pytest.raises(StageError, match=f"{sample.path}: changed since the dataset was scanned"):
-        reader.posteriors(wide(lane))
+        reader.posteriors(wide(dataset))
     reader.close()
-    assert not TensorStore(lane.latents.store_root).missing([wide(lane)[0].latent_key])
+    assert not TensorStore(dataset.latents.store_root).missing([wide(dataset)[0].latent_key])
     (tmp_path / "images" / sample.path).unlink()
     with pytest.raises(StageError, match=f"{sample.path}: cannot be read"):
-        reader_of(lane, model).posteriors([sample])
+        reader_of(dataset, model).posteriors([sample])
 
 
 def test_nothing_is_written_under_a_name_it_does_not_stand_for(tmp_path, images, model):
     """As when the launchpad changes a precision for the training alone: the store would be wrong for all who share it."""
-    lane = prepare_lane(tmp_path, images, model, latent_cache="ondemand", text_cache="ondemand")
+    dataset = prepare_dataset(tmp_path, images, model, latent_cache="ondemand", text_cache="ondemand")
     hardware = HARDWARE.model_copy(update={"vae_dtype": "bf16", "mixed_precision": "bf16"})
-    reader = BatchReader([lane], OnDemandEncoders(model, hardware))
+    reader = BatchReader([dataset], OnDemandEncoders(model, hardware))
     with pytest.raises(StageError, match="'drawings': vae_latents was planned with another"):
-        reader.posteriors(wide(lane))
+        reader.posteriors(wide(dataset))
     with pytest.raises(StageError, match="text_embeds was planned with another"):
         reader.prompt_embeds(PROMPT)
     reader.close()
-    assert not TensorStore(lane.latents.store_root).keys()
+    assert not TensorStore(dataset.latents.store_root).keys()
 
 
 CROPPED = {"crop": True, "crop_aspect": "square", "crop_style": "random"}
 
 
 def test_fresh_crops_are_cut_anew_each_time_and_say_where(tmp_path, images, model, latent_encoder):
-    lane = prepare_lane(tmp_path, images, model, latent_cache="disable", fresh_crops=True, **CROPPED)
+    dataset = prepare_dataset(tmp_path, images, model, latent_cache="disable", fresh_crops=True, **CROPPED)
     before = listing(tmp_path / "latents")
-    batches = batches_of(lane, model)
+    batches = batches_of(dataset, model)
     places: dict[str, set[tuple[int, int]]] = {}
     for index in range(12):
         batch = batches.read(index)
@@ -244,14 +246,14 @@ def test_fresh_crops_are_cut_anew_each_time_and_say_where(tmp_path, images, mode
     assert len(places) == 6
     assert all(len(found) > 1 for found in places.values())
     assert listing(tmp_path / "latents") == before
-    again = batches_of(lane, model).read(7)
+    again = batches_of(dataset, model).read(7)
     assert torch.equal(again.latents, batches.read(7).latents)
     assert torch.equal(again.time_ids, batches.read(7).time_ids)
 
 
-def test_lanes_of_different_modes_meet_in_one_batch(tmp_path, images, model, latent_encoder):
-    full = prepare_lane(tmp_path / "full", images, model)
-    lazy = prepare_lane(
+def test_datasets_of_different_modes_meet_in_one_batch(tmp_path, images, model, latent_encoder):
+    full = prepare_dataset(tmp_path / "full", images, model)
+    lazy = prepare_dataset(
         tmp_path / "lazy", images, model, latent_cache="ondemand", text_cache="disable", id="lazy"
     )
     reader = BatchReader([full, lazy], OnDemandEncoders(model, HARDWARE))

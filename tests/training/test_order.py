@@ -11,7 +11,7 @@ from sdxl_pipeline.project.sections.optimisation import BucketFill
 from sdxl_pipeline.training.order import Draw, SampleOrder
 from sdxl_pipeline.training.passes import passes_per_epoch
 from sdxl_pipeline.training.samples import Samples
-from tests.lanes import SQUARE, WIDE, digest, make_lane
+from tests.datasets import SQUARE, WIDE, digest, make_dataset
 
 
 def rows(
@@ -162,13 +162,13 @@ def test_ranks_share_a_global_batch_without_overlap():
 
 
 def test_repeats_and_probability_are_passes(tmp_path):
-    lanes = [
-        make_lane(tmp_path / "a", "a", repeats=1, probability=2.0),
-        make_lane(tmp_path / "b", "b", repeats=0, probability=1.0),
-        make_lane(tmp_path / "eval", "eval", probability=9.0),
+    datasets = [
+        make_dataset(tmp_path / "a", "a", repeats=1, probability=2.0),
+        make_dataset(tmp_path / "b", "b", repeats=0, probability=1.0),
+        make_dataset(tmp_path / "eval", "eval", probability=9.0),
     ]
     samples = samples_of(rows(10, "a"), rows(10, "b"))
-    passes = passes_per_epoch(lanes, samples)
+    passes = passes_per_epoch(datasets, samples)
     assert passes == {"a": 2.0, "b": 0.5}
 
     order = order_of(samples, passes, batch_size=1)

@@ -17,7 +17,7 @@ from sdxl_pipeline.sdxl.drawing import SAMPLERS, expected_latents
 from sdxl_pipeline.training.batches import BatchReader
 from sdxl_pipeline.training.previews import Preview, Previews
 from sdxl_pipeline.training.validation import draw_images
-from tests.lanes import make_spec
+from tests.datasets import make_spec
 
 CPU = torch.device("cpu")
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -66,7 +66,7 @@ def draw(folder: Path, **settings) -> tuple[np.ndarray, list[tuple[Preview, np.n
 
     previews = Previews(spec, CPU, folder / "previews", show) if settings else None
     unet = load_unet(spec.base_model, torch.float32)
-    (image,) = draw_images(spec, unet, BatchReader(spec.lanes), 40, folder / "images", previews, " (b)")
+    (image,) = draw_images(spec, unet, BatchReader(spec.datasets), 40, folder / "images", previews, " (b)")
     return pixels_of(image.path), shown
 
 
@@ -142,5 +142,5 @@ def test_sdxls_own_is_asked_of_the_hub_and_its_lack_is_told(tmp_path, monkeypatc
         StageError,
         match=r"needs the tiny autoencoder madebyollin/taesdxl, which cannot be had.*set validation_preview to false",
     ):
-        made(tmp_path)  # the lanes' model is not the bundled one, but a folder
+        made(tmp_path)  # the datasets' model is not the bundled one, but a folder
     made(tmp_path, validation_preview_model_name_or_path=TINY)

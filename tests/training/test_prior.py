@@ -12,19 +12,21 @@ from sdxl_pipeline.protocol.program import StopSignal
 from sdxl_pipeline.protocol.specs import TrainSpec
 from sdxl_pipeline.sdxl.components import load_unet
 from sdxl_pipeline.training.loop import Trainer
-from tests.encoded_lanes import Silent
-from tests.lanes import SQUARE, make_lane, make_spec
+from tests.datasets import SQUARE, make_dataset, make_spec
+from tests.encoded_datasets import Silent
 
 SUBJECT, PRIOR = "subject", "people"
 
 
 def spec_of(folder: Path, prior: tuple[str, ...] = (PRIOR,), **settings: Any) -> TrainSpec:
     """Two datasets of two images each, `prior` among them regularisation, in batches of all four."""
-    lanes = [
-        make_lane(folder / name, name, [SQUARE] * 2).model_copy(update={"is_regularisation": name in prior})
+    datasets = [
+        make_dataset(folder / name, name, [SQUARE] * 2).model_copy(
+            update={"is_regularisation": name in prior}
+        )
         for name in (SUBJECT, PRIOR)
     ]
-    return make_spec(folder, *lanes, **{"train_batch_size": 4, "max_train_steps": 2, **settings})
+    return make_spec(folder, *datasets, **{"train_batch_size": 4, "max_train_steps": 2, **settings})
 
 
 @pytest.fixture

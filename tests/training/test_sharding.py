@@ -17,7 +17,7 @@ from sdxl_pipeline.protocol.reporter import Reporter
 from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.stages import train
 from sdxl_pipeline.training.metrics import read_metrics
-from tests.lanes import make_lane, make_spec
+from tests.datasets import make_dataset, make_spec
 
 STEPS = 4
 
@@ -37,9 +37,9 @@ SETTINGS = {
 
 
 def spec_of(folder: Path, run: str, processes: int, **settings: object) -> TrainSpec:
-    lane = make_lane(folder / "lane")
+    dataset = make_dataset(folder / "dataset")
     values = {**SETTINGS, "train_batch_size": 2 // processes, **settings}
-    return make_spec(folder, lane, num_processes=processes, run=run, **values)
+    return make_spec(folder, dataset, num_processes=processes, run=run, **values)
 
 
 def run_two(spec: TrainSpec) -> TrainedLora:

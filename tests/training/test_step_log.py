@@ -11,7 +11,7 @@ from sdxl_pipeline.training.metrics import METRICS_FILE, MetricsLog, StepMetrics
 from sdxl_pipeline.training.order import SampleOrder
 from sdxl_pipeline.training.samples import load_samples
 from sdxl_pipeline.training.step_log import StepLog, TakenStep
-from tests.lanes import SQUARE, make_lane
+from tests.datasets import SQUARE, make_dataset
 from tests.train_programs import Listener
 
 NAN = float("nan")
@@ -33,8 +33,8 @@ def scaled(scale: float) -> SimpleNamespace:
 
 @pytest.fixture
 def reported(tmp_path: Path):
-    lane = make_lane(tmp_path / "lane", buckets=[SQUARE] * 4)
-    order = SampleOrder(load_samples([lane], "train"), {lane.dataset_id: 1.0}, seed=3, batch_size=1)
+    dataset = make_dataset(tmp_path / "dataset", buckets=[SQUARE] * 4)
+    order = SampleOrder(load_samples([dataset], "train"), {dataset.dataset_id: 1.0}, seed=3, batch_size=1)
 
     def report(steps, scaler=None):
         listener, metrics = Listener(), MetricsLog(tmp_path / METRICS_FILE, 0)
@@ -62,8 +62,8 @@ def test_the_part_of_an_accumulated_step_that_is_not_finite_is_named_and_no_othe
 def test_the_time_to_the_end_is_that_of_the_steps_and_of_the_looks(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(step_log, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    lane = make_lane(tmp_path / "lane", buckets=[SQUARE] * 4)
-    order = SampleOrder(load_samples([lane], "train"), {lane.dataset_id: 1.0}, seed=3, batch_size=1)
+    dataset = make_dataset(tmp_path / "dataset", buckets=[SQUARE] * 4)
+    order = SampleOrder(load_samples([dataset], "train"), {dataset.dataset_id: 1.0}, seed=3, batch_size=1)
     seen: list[StepMetrics] = []
     watch, looks = (
         SimpleNamespace(steps=seen.extend),

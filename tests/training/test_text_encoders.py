@@ -24,33 +24,33 @@ from sdxl_pipeline.training.metrics import read_metrics
 from sdxl_pipeline.training.on_demand import OnDemandEncoders
 from sdxl_pipeline.training.samples import load_samples
 from sdxl_pipeline.training.trainable import build_trainable
-from tests.encoded_lanes import draw_images, prepare_lane
-from tests.lanes import NEGATIVE, PROMPT, make_spec, model_folder
+from tests.datasets import NEGATIVE, PROMPT, make_spec, model_folder
+from tests.encoded_datasets import draw_images, prepare_dataset
 
 STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def lanes(tmp_path_factory):
-    """`lanes(windows)`: real captions, with an embedding of each; the training must make its own."""
-    folder = tmp_path_factory.mktemp("lanes")
+def datasets(tmp_path_factory):
+    """`datasets(windows)`: real captions, with an embedding of each; the training must make its own."""
+    folder = tmp_path_factory.mktemp("datasets")
     draw_images(folder / "images", count=6)
     (folder / "images" / "drawing_0.txt").write_text("a very, very " + "long drawing " * 60)
     settings = TrainingSettings(pretrained_model_name_or_path=str(model_folder()))
     model = resolve_base_model(settings, folder, cache_dir=folder / "digests")
     made = {}
 
-    def lane(windows: int = 1):
+    def dataset(windows: int = 1):
         if windows not in made:
-            made[windows] = prepare_lane(
+            made[windows] = prepare_dataset(
                 folder / str(windows), folder / "images", model, windows=windows, holdout=0.2
             )
         return made[windows]
 
-    return lane
+    return dataset
 
 
-def spec_of(folder: Path, lane, run: str = "run", **settings: object) -> TrainSpec:
+def spec_of(folder: Path, dataset, run: str = "run", **settings: object) -> TrainSpec:
     values = {
         "train_text_encoder": True,
         "max_train_steps": STEPS,
@@ -62,7 +62,7 @@ def spec_of(folder: Path, lane, run: str = "run", **settings: object) -> TrainSp
         "evaluation_type": "none",
         "eval_timesteps": 2,
     }
-    return make_spec(folder, lane, run=run, **{**values, **settings})
+    return make_spec(folder, dataset, run=run, **{**values, **settings})
 
 
 class Stopping(Reporter):
@@ -88,17 +88,17 @@ def losses(manifest: TrainedLora) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def trained(lanes, tmp_path_factory):
+def trained(datasets, tmp_path_factory):
     images = {"validation_disable": False, "validation_step_interval": STEPS, "learning_rate": 3e-3}
-    spec = spec_of(tmp_path_factory.mktemp("trained"), lanes(), **images)
+    spec = spec_of(tmp_path_factory.mktemp("trained"), datasets(), **images)
     return spec, run(spec)
 
 
 @pytest.mark.parametrize("windows", [1, 2])
-def test_encoders_that_stand_still_train_the_unet_as_the_cache_does(lanes, tmp_path, windows):
+def test_encoders_that_stand_still_train_the_unet_as_the_cache_does(datasets, tmp_path, windows):
     settings = {"max_train_steps": 2}
-    live = run(spec_of(tmp_path, lanes(windows), "live", text_encoder_lr=0, **settings))
-    cached = run(spec_of(tmp_path, lanes(windows), "cached", train_text_encoder=False, **settings))
+    live = run(spec_of(tmp_path, datasets(windows), "live", text_encoder_lr=0, **settings))
+    cached = run(spec_of(tmp_path, datasets(windows), "cached", train_text_encoder=False, **settings))
     assert losses(live) == pytest.approx(losses(cached), rel=1e-5)
     ours, theirs = load_file(live.weights_path), load_file(cached.weights_path)
     assert {name for name in ours if name.startswith("unet.")} == theirs.keys()
@@ -108,8 +108,8 @@ def test_encoders_that_stand_still_train_the_unet_as_the_cache_does(lanes, tmp_p
     assert not any(tensor.any() for name, tensor in ours.items() if "text_" in name and "lora_B" in name)
 
 
-def test_the_gradient_is_that_of_diffusers_own_pipeline(lanes, tmp_path):
-    spec = spec_of(tmp_path, lanes())
+def test_the_gradient_is_that_of_diffusers_own_pipeline(datasets, tmp_path):
+    spec = spec_of(tmp_path, datasets())
     trainable = build_trainable(spec)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -158,9 +158,9 @@ def test_the_gradient_is_that_of_diffusers_own_pipeline(lanes, tmp_path):
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_gradient_checkpointing_changes_no_gradient(lanes, tmp_path):
+def test_gradient_checkpointing_changes_no_gradient(datasets, tmp_path):
     def gradients(**settings: object) -> list[torch.Tensor]:
-        trainable = build_trainable(spec_of(tmp_path, lanes(), **settings))
+        trainable = build_trainable(spec_of(tmp_path, datasets(), **settings))
         trainable.module.train()
         generator = torch.Generator().manual_seed(2)
         ids = trainable.live_texts.input_ids([PROMPT])
@@ -175,28 +175,31 @@ def test_gradient_checkpointing_changes_no_gradient(lanes, tmp_path):
         torch.testing.assert_close(one, other)
 
 
-def test_captions_reach_the_step_as_tokens_and_a_dropped_one_as_the_empty_prompt(lanes, tmp_path):
-    spec = spec_of(tmp_path, lanes(2))
+def test_captions_reach_the_step_as_tokens_and_a_dropped_one_as_the_empty_prompt(datasets, tmp_path):
+    spec = spec_of(tmp_path, datasets(2))
     trainable = build_trainable(spec)
-    reader = BatchReader(spec.lanes, OnDemandEncoders(spec.base_model, spec.hardware), trainable.live_texts)
-    samples = load_samples(spec.lanes, "train")[:2]
+    reader = BatchReader(
+        spec.datasets, OnDemandEncoders(spec.base_model, spec.hardware), trainable.live_texts
+    )
+    samples = load_samples(spec.datasets, "train")[:2]
     tokens = reader.tokens(samples, [samples[0].embed_keys[0], reader.empty_prompt_key("drawings")])
     assert tokens.keys == (samples[0].key, samples[1].key)
     assert tokens.input_ids.shape == (2, 2, 2, 77)
     assert torch.equal(tokens.input_ids[1], trainable.live_texts.input_ids([""])[0])
     captions = {
-        Path(lane.data_dir, samples[0].path).with_suffix(".txt").read_text().strip() for lane in spec.lanes
+        Path(dataset.data_dir, samples[0].path).with_suffix(".txt").read_text().strip()
+        for dataset in spec.datasets
     }
     assert torch.equal(tokens.input_ids[:1], trainable.live_texts.input_ids(list(captions)))
 
 
-def test_what_is_drawn_is_read_by_the_encoders_as_they_stand(lanes, tmp_path):
-    spec = spec_of(tmp_path, lanes())
+def test_what_is_drawn_is_read_by_the_encoders_as_they_stand(datasets, tmp_path):
+    spec = spec_of(tmp_path, datasets())
     trainable = build_trainable(spec)
     trainable.module.train()
     encoders = OnDemandEncoders(spec.base_model, spec.hardware)
-    live = BatchReader(spec.lanes, encoders, trainable.live_texts)
-    cached = BatchReader(spec.lanes)
+    live = BatchReader(spec.datasets, encoders, trainable.live_texts)
+    cached = BatchReader(spec.datasets)
     for one, other in zip(live.prompt_embeds(PROMPT), cached.prompt_embeds(PROMPT), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
     with torch.no_grad():
@@ -249,7 +252,7 @@ def test_the_evaluation_reads_captions_with_the_encoders_of_each_model(trained, 
         hardware=spec.hardware,
         settings=spec.settings,
         lora=manifest,
-        lanes=spec.lanes,
+        datasets=spec.datasets,
         prompts=spec.prompts,
         output_dir=str(tmp_path / "live"),
     )
@@ -272,10 +275,10 @@ def test_the_evaluation_reads_captions_with_the_encoders_of_each_model(trained, 
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_twice_the_batch(lanes, tmp_path):
+def test_two_processes_train_as_one_with_twice_the_batch(datasets, tmp_path):
     settings = {"max_train_steps": 3, "max_grad_norm": 1.0}
-    one = run(spec_of(tmp_path, lanes(), "one", train_batch_size=2, **settings))
-    spec = spec_of(tmp_path, lanes(), "two", train_batch_size=1, **settings)
+    one = run(spec_of(tmp_path, datasets(), "one", train_batch_size=2, **settings))
+    spec = spec_of(tmp_path, datasets(), "two", train_batch_size=1, **settings)
     spec = spec.model_copy(update={"hardware": spec.hardware.model_copy(update={"num_processes": 2})})
     (tmp_path / "two.json").write_text(spec.model_dump_json())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

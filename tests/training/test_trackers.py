@@ -15,7 +15,7 @@ from sdxl_pipeline.protocol.specs import TrainSpec, ValidationImage
 from sdxl_pipeline.training.metrics import StepMetrics
 from sdxl_pipeline.training.previews import Preview
 from sdxl_pipeline.training.trackers import Trackers, require_tracker
-from tests.lanes import make_spec
+from tests.datasets import make_spec
 
 
 def rows(first: int, last: int, loss: float) -> list[StepMetrics]:

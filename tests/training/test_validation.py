@@ -24,7 +24,7 @@ from sdxl_pipeline.training.identity import numeric_settings
 from sdxl_pipeline.training.shown_weights import EMA_LABEL
 from sdxl_pipeline.training.validation import draw_images, is_due, is_validation_step, plan_images
 from sdxl_pipeline.training.validation_log import ValidationLog
-from tests.lanes import NEGATIVE, PROMPT, digest, make_spec
+from tests.datasets import NEGATIVE, PROMPT, digest, make_spec
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def spec(tmp_path):
         validation_guidance_rescale=0.5,
         validation_num_inference_steps=3,
     )
-    (lane,) = spec.lanes
+    (dataset,) = spec.datasets
     encoders = load_text_encoders(spec.base_model, torch.float32)
     prompts = ["", PROMPT, NEGATIVE]
     embeds, pooled = encode_prompts(encoders, prompts)
@@ -56,13 +56,13 @@ def spec(tmp_path):
     pd.DataFrame({"prompt": prompts, "embed_key": [digest("real", prompt) for prompt in prompts]}).to_parquet(
         path
     )
-    texts = lane.text_embeds.model_copy(update={"store_root": str(store.root), "prompts_path": str(path)})
-    return spec.model_copy(update={"lanes": (lane.model_copy(update={"text_embeds": texts}),)})
+    texts = dataset.text_embeds.model_copy(update={"store_root": str(store.root), "prompts_path": str(path)})
+    return spec.model_copy(update={"datasets": (dataset.model_copy(update={"text_embeds": texts}),)})
 
 
 def draw(spec, folder: Path, unet=None) -> list[ValidationImage]:
     unet = unet if unet is not None else load_unet(spec.base_model, torch.float32)
-    return list(draw_images(spec, unet, BatchReader(spec.lanes), 12, folder))
+    return list(draw_images(spec, unet, BatchReader(spec.datasets), 12, folder))
 
 
 def pixels(path: str) -> np.ndarray:
@@ -144,7 +144,7 @@ def test_no_image_takes_the_place_of_another(spec, tmp_path):
         "validation_num_inference_steps": 1,
     }
     many = spec.model_copy(update={"settings": TrainingSettings(**values), "prompts": tuple(prompts)})
-    unet, reader = load_unet(spec.base_model, torch.float32), BatchReader(spec.lanes)
+    unet, reader = load_unet(spec.base_model, torch.float32), BatchReader(spec.datasets)
     images = [
         image
         for label in ("", EMA_LABEL)

@@ -42,7 +42,7 @@ _PREDICTION: Final = {"epsilon": "epsilon", "v_prediction": "v"}
 def header_entries(spec: TrainSpec, manifest: TrainedLora, thumbnail: Path | None = None) -> dict[str, str]:
     """Return what is known of the training before the tensors are converted; the same training gives the same entries."""
     settings = spec.settings
-    samples = load_samples(spec.lanes, "train", settings.micro_conditioning)
+    samples = load_samples(spec.datasets, "train", settings.micro_conditioning)
     buckets = _buckets(samples)
     (width, height), _ = buckets.most_common(1)[0]
     words = trigger_words(spec)
@@ -83,15 +83,15 @@ def trigger_words(spec: TrainSpec) -> list[str]:
 
     An instance prompt that no caption holds was not trained: `caption_strategy` decides whether it is put into the captions.
     """
-    lanes = [lane for lane in spec.lanes if not lane.is_regularisation]
+    datasets = [dataset for dataset in spec.datasets if not dataset.is_regularisation]
     prompts = [
         (text or "").strip()
-        for text in (spec.settings.instance_prompt, *(lane.instance_prompt for lane in lanes))
+        for text in (spec.settings.instance_prompt, *(dataset.instance_prompt for dataset in datasets))
     ]
     candidates = [prompt for prompt in dict.fromkeys(prompts) if prompt]
     if not candidates:
         return []
-    tables = [pd.read_parquet(lane.text_embeds.entries_path, columns=["caption"]) for lane in lanes]
+    tables = [pd.read_parquet(dataset.text_embeds.entries_path, columns=["caption"]) for dataset in datasets]
     captions = pd.concat(tables)["caption"].astype("str").str.casefold()
     return [prompt for prompt in candidates if captions.str.contains(prompt.casefold(), regex=False).any()]
 
@@ -190,7 +190,7 @@ def _training_entries(spec: TrainSpec, manifest: TrainedLora, samples: Samples) 
     settings = spec.settings
     counts = samples.images_by_dataset()
     text_rate = settings.learning_rate if settings.text_encoder_lr is None else settings.text_encoder_lr
-    regularisation = {lane.dataset_id for lane in spec.lanes if lane.is_regularisation}
+    regularisation = {dataset.dataset_id for dataset in spec.datasets if dataset.is_regularisation}
     return {
         "ss_steps": manifest.steps,
         "ss_max_train_steps": manifest.steps,
@@ -221,17 +221,17 @@ def _caption_entries(spec: TrainSpec, samples: Samples) -> dict[str, Any]:
     keys = samples.keys_by_dataset()
     folders: dict[str, dict[str, int]] = {}
     frequencies: dict[str, dict[str, int]] = {}
-    for lane in spec.lanes:
-        if lane.dataset_id not in keys:
+    for dataset in spec.datasets:
+        if dataset.dataset_id not in keys:
             continue
-        name = Path(lane.data_dir).name
-        name = name if name not in folders else f"{name} ({lane.dataset_id})"
-        table = pd.read_parquet(lane.text_embeds.entries_path, columns=["key", "caption"])
-        captions = table[table["key"].isin(keys[lane.dataset_id])]["caption"]
+        name = Path(dataset.data_dir).name
+        name = name if name not in folders else f"{name} ({dataset.dataset_id})"
+        table = pd.read_parquet(dataset.text_embeds.entries_path, columns=["key", "caption"])
+        captions = table[table["key"].isin(keys[dataset.dataset_id])]["caption"]
         tags = (tag.strip() for caption in captions for tag in str(caption).split(","))
         folders[name] = {
-            "n_repeats": lane.repeats + 1,
-            "img_count": samples.images_by_dataset()[lane.dataset_id],
+            "n_repeats": dataset.repeats + 1,
+            "img_count": samples.images_by_dataset()[dataset.dataset_id],
         }
         frequencies[name] = dict(Counter(tag for tag in tags if tag).most_common())
     return {

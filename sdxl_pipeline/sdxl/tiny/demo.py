@@ -119,7 +119,7 @@ def zorp_caption(spec: Spec) -> str:
 
 @contextmanager
 def _alone(lock_file: Path) -> Iterator[None]:
-    """Keeps other processes out: the dataset's lanes ask for it at the same time."""
+    """Keeps other processes out: the dataset's assets ask for it at the same time."""
     with lock_file.open("w") as lock:
         lock_descriptor(lock.fileno())
         yield

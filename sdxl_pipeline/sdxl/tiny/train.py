@@ -56,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     missing = [part for part in PARTS if not _record_file(parts, part).exists()]
     if "tokenizer" in missing:
         _make("tokenizer", parts, options.bundle, options.pace)
-    lanes: list[list[str]] = [
-        [part for part in lane if part in missing] for lane in (("vae", "taesd"), ("clip",))
+    groups: list[list[str]] = [
+        [part for part in group if part in missing] for group in (("vae", "taesd"), ("clip",))
     ]
-    _run_side_by_side([lane for lane in lanes if lane], parts, options.bundle, options.pace)
+    _run_side_by_side([group for group in groups if group], parts, options.bundle, options.pace)
     for part in ("unet", "bundle", "card"):
         if part in missing:
             _make(part, parts, options.bundle, options.pace)
@@ -82,24 +82,24 @@ def _make(part: str, parts: Path, bundle: Path, pace: float) -> None:
     _record_file(parts, part).write_text(json.dumps(record) + "\n")
 
 
-def _run_side_by_side(lanes: list[list[str]], parts: Path, bundle: Path, pace: float) -> None:
-    """Makes the parts of each lane one after the other, every lane in a process of its own."""
+def _run_side_by_side(groups: list[list[str]], parts: Path, bundle: Path, pace: float) -> None:
+    """Makes the parts of each group one after the other, every group in a process of its own."""
     spawn = multiprocessing.get_context("spawn")
-    children = [spawn.Process(target=_make_all, args=(lane, parts, bundle, pace)) for lane in lanes]
+    children = [spawn.Process(target=_make_all, args=(group, parts, bundle, pace)) for group in groups]
     for child in children:
         child.start()
     for child in children:
         child.join()
-    failed = [lane for lane, child in zip(lanes, children, strict=True) if child.exitcode]
+    failed = [group for group, child in zip(groups, children, strict=True) if child.exitcode]
     if failed:
         raise SystemExit(
             f"training failed in {failed}; run again to take it up from the last part that is whole"
         )
 
 
-def _make_all(lane: list[str], parts: Path, bundle: Path, pace: float) -> None:
+def _make_all(group: list[str], parts: Path, bundle: Path, pace: float) -> None:
     _start_logging()
-    for part in lane:
+    for part in group:
         _make(part, parts, bundle, pace)
 
 

@@ -16,7 +16,7 @@ from tests.images.sources.conftest import Bucket, image, tree
 
 
 @pytest.fixture
-def lane(make_project: Callable[..., Path], tmp_path: Path):
+def dataset(make_project: Callable[..., Path], tmp_path: Path):
     """Materializes the dataset asset of a project with one entry; gives its metadata and its value."""
 
     def run(instance: dg.DagsterInstance, **settings: Any) -> tuple[dict[str, Any], pd.DataFrame]:
@@ -36,7 +36,7 @@ def lane(make_project: Callable[..., Path], tmp_path: Path):
     return run
 
 
-def test_a_hub_dataset_is_the_lane(hub, lane, instance: dg.DagsterInstance, tmp_path: Path):
+def test_a_hub_dataset_is_the_dataset(hub, dataset, instance: dg.DagsterInstance, tmp_path: Path):
     folder = tmp_path / "repository"
     (folder / "train").mkdir(parents=True)
     for index in range(3):
@@ -45,15 +45,15 @@ def test_a_hub_dataset_is_the_lane(hub, lane, instance: dg.DagsterInstance, tmp_
     (folder / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     commit = hub.add_dataset("someone/cats", folder)
     entry = {"type": "huggingface", "dataset_name": "someone/cats", "caption_strategy": "huggingface"}
-    told, scanned = lane(instance, **entry)
+    told, scanned = dataset(instance, **entry)
     assert (told["revision"], told["downloaded"], told["kept"]) == (commit, 3, 3)
     assert sorted(map(tuple, scanned["captions"])) == [("cat 0",), ("cat 1",), ("cat 2",)]
-    again, _ = lane(instance, **entry)
+    again, _ = dataset(instance, **entry)
     assert again["downloaded"] == 0
 
 
 def test_no_key_is_left_anywhere(
-    bucket: Bucket, lane, own_storage: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    bucket: Bucket, dataset, own_storage: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     bucket.put("cats/0.png", image(0))
     bucket.put("cats/0.txt", b"a cat")
@@ -69,9 +69,9 @@ def test_no_key_is_left_anywhere(
     history = tmp_path / "history"
     history.mkdir()
     with dg.instance_for_test(temp_dir=str(history)) as instance:
-        told, _ = lane(instance, **entry)
+        told, _ = dataset(instance, **entry)
         with pytest.raises(dg.Failure) as caught:
-            lane(instance, **entry | {"aws_bucket_name": "absent"})
+            dataset(instance, **entry | {"aws_bucket_name": "absent"})
     assert (told["downloaded"], told["kept"], told["failed_downloads"]) == (2, 1, 1)
     written = tree(own_storage) | tree(history)
     assert any(name.endswith(".db") for name in written)

@@ -1,4 +1,4 @@
-"""Lanes of real images, as the stages before the training leave them under each cache mode."""
+"""Datasets of real images, as the stages before the training leave them under each cache mode."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from sdxl_pipeline.project.datasets import CacheMode, ImageDataset
 from sdxl_pipeline.project.hardware import PRESETS
 from sdxl_pipeline.protocol.program import StopSignal
 from sdxl_pipeline.protocol.reporter import Reporter
-from sdxl_pipeline.protocol.specs import EncodeLatentsSpec, EncodeTextSpec, TrainingLane
+from sdxl_pipeline.protocol.specs import EncodeLatentsSpec, EncodeTextSpec, TrainingDataset
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
 from sdxl_pipeline.stages import encode_latents, encode_text
-from tests.lanes import NEGATIVE, PROMPT
+from tests.datasets import NEGATIVE, PROMPT
 
 HARDWARE = PRESETS["cpu"]
 
@@ -41,7 +41,7 @@ def draw_images(folder: Path, count: int = 6, size: tuple[int, int] = (128, 96))
         (folder / f"drawing_{number}.txt").write_text(f"a drawing, number {number}, of an ellipse\n")
 
 
-def prepare_lane(
+def prepare_dataset(
     folder: Path,
     images: Path,
     model: ResolvedModel,
@@ -53,7 +53,7 @@ def prepare_lane(
     repeats: int = 0,
     fresh_crops: bool = False,
     **settings: object,
-) -> TrainingLane:
+) -> TrainingDataset:
     """Scan, plan and run both encode stages in `folder`, the stores being `folder`/latents and `folder`/texts."""
     folder.mkdir(parents=True, exist_ok=True)
     dataset = ImageDataset.model_validate(
@@ -107,7 +107,7 @@ def prepare_lane(
     )
     assert latents is not None
     assert texts is not None
-    return TrainingLane(
+    return TrainingDataset(
         dataset_id=dataset.id,
         data_dir=str(images),
         rows_path=str(folder / "rows.parquet"),
@@ -126,6 +126,6 @@ def listing(root: Path) -> dict[str, tuple[int, int]]:
     return {str(path.relative_to(root)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
-def rows_of(lane: TrainingLane) -> pd.DataFrame:
-    """The lane's crop plan."""
-    return pd.read_parquet(lane.rows_path)
+def rows_of(dataset: TrainingDataset) -> pd.DataFrame:
+    """The dataset's crop plan."""
+    return pd.read_parquet(dataset.rows_path)

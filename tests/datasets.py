@@ -1,4 +1,4 @@
-"""Lanes as the trainer and the evaluation read them, made without any encoding stage: tables and stores filled with generated latents and embeddings."""
+"""Datasets as the trainer and the evaluation read them, made without any encoding stage: tables and stores filled with generated latents and embeddings."""
 
 import atexit
 import hashlib
@@ -18,7 +18,7 @@ from sdxl_pipeline.project.training import TrainingSettings
 from sdxl_pipeline.protocol.specs import (
     LatentCache,
     TextEmbedCache,
-    TrainingLane,
+    TrainingDataset,
     TrainSpec,
     ValidationPrompt,
 )
@@ -73,7 +73,7 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def make_lane(
+def make_dataset(
     folder: Path,
     dataset_id: str = "shapes",
     buckets: Sequence[tuple[int, int]] = (SQUARE, SQUARE, SQUARE, WIDE, WIDE),
@@ -83,8 +83,8 @@ def make_lane(
     splits: Sequence[str] | Mapping[str, str] | None = None,
     crops: int = 1,
     prompts: Sequence[str] = (PROMPT, NEGATIVE),
-) -> TrainingLane:
-    """A lane with one image per entry of `buckets`; each of its tensors is filled from its own seed.
+) -> TrainingDataset:
+    """A dataset with one image per entry of `buckets`; each of its tensors is filled from its own seed.
 
     `splits` gives each one's split; by path, the images are those of its paths, and `buckets` go round. Of several `crops` every
     other one is mirrored.
@@ -148,7 +148,7 @@ def make_lane(
 
     for name, table in (("rows", rows), ("latents", latents), ("texts", texts), ("prompts", known)):
         pd.DataFrame(table).to_parquet(folder / f"{name}.parquet")
-    return TrainingLane(
+    return TrainingDataset(
         dataset_id=dataset_id,
         data_dir=str(folder / "images"),
         rows_path=str(folder / "rows.parquet"),
@@ -193,7 +193,7 @@ def by_path(samples: Samples) -> dict[str, Sample]:
 
 
 def make_spec(
-    folder: Path, *lanes: TrainingLane, num_processes: int = 1, run: str = "run", **settings: Any
+    folder: Path, *datasets: TrainingDataset, num_processes: int = 1, run: str = "run", **settings: Any
 ) -> TrainSpec:
     """A spec on the bundled model; `settings` change SETTINGS."""
     effective = TrainingSettings(
@@ -203,7 +203,7 @@ def make_spec(
         base_model=resolve_base_model(effective, folder, cache_dir=folder / "digests"),
         hardware=PRESETS["cpu"].model_copy(update={"num_processes": num_processes}),
         settings=effective,
-        lanes=lanes or (make_lane(folder / "lane"),),
+        datasets=datasets or (make_dataset(folder / "dataset"),),
         prompts=(ValidationPrompt(name="circle", prompt=PROMPT, negative_prompt=NEGATIVE),),
         run_dir=str(folder / run),
         project="small",

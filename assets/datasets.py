@@ -1,4 +1,4 @@
-"""What every stage after the caches needs of the datasets: the graph's edges to them, and their lanes as a spec holds them."""
+"""What every stage after the caches needs of the datasets: the graph's edges to them, and their datasets as a spec holds them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -6,16 +6,16 @@ from typing import Any
 import dagster as dg
 import pandas as pd
 
-from assets.keys import lane_key, project_key
+from assets.keys import dataset_key, project_key
 from assets.masks import kind_of
 from resources.storage import Storage
 from sdxl_pipeline.project.datasets import ImageDataset
 from sdxl_pipeline.project.project import Project
 from sdxl_pipeline.protocol.specs import (
-    LaneMasks,
+    DatasetMasks,
     LatentCache,
     TextEmbedCache,
-    TrainingLane,
+    TrainingDataset,
     ValidationPrompt,
 )
 from sdxl_pipeline.sdxl.base_model import ResolvedModel
@@ -27,11 +27,11 @@ STAGES: dict[str, type] = {
 }
 
 
-def lane_inputs(project: Project) -> dict[str, dg.AssetIn]:
-    """Inputs of a stage that reads every lane, by the names `training_lanes` takes them back from."""
+def dataset_inputs(project: Project) -> dict[str, dg.AssetIn]:
+    """Inputs of a stage that reads every dataset, by the names `training_datasets` takes them back from."""
     return {
         f"{dataset.asset_name}__{stage}": dg.AssetIn(
-            key=lane_key(project, dataset, stage), dagster_type=STAGES[stage]
+            key=dataset_key(project, dataset, stage), dagster_type=STAGES[stage]
         )
         for dataset in project.datasets
         for stage in STAGES
@@ -39,10 +39,10 @@ def lane_inputs(project: Project) -> dict[str, dg.AssetIn]:
 
 
 def mask_inputs(project: Project) -> dict[str, dg.AssetIn]:
-    """The masks of the datasets that have some, by the names `training_lanes` takes them back from."""
+    """The masks of the datasets that have some, by the names `training_datasets` takes them back from."""
     return {
         f"{dataset.asset_name}__masks": dg.AssetIn(
-            key=lane_key(project, dataset, "masks"), dagster_type=pd.DataFrame
+            key=dataset_key(project, dataset, "masks"), dagster_type=pd.DataFrame
         )
         for dataset in project.datasets
         if project.masks_of(dataset)
@@ -54,10 +54,12 @@ def model_input(project: Project) -> dict[str, dg.AssetIn]:
     return {"model": dg.AssetIn(key=project_key(project, "base_model"), dagster_type=ResolvedModel)}
 
 
-def training_lanes(project: Project, storage: Storage, inputs: Mapping[str, Any]) -> tuple[TrainingLane, ...]:
-    """The lanes of a project as specs hold them, from the loaded `lane_inputs` and, where masks matter, `mask_inputs`."""
+def training_datasets(
+    project: Project, storage: Storage, inputs: Mapping[str, Any]
+) -> tuple[TrainingDataset, ...]:
+    """The datasets of a project as specs hold them, from the loaded `dataset_inputs` and, where masks matter, `mask_inputs`."""
     return tuple(
-        TrainingLane(
+        TrainingDataset(
             dataset_id=dataset.id,
             data_dir=str(storage.data_dir(dataset)),
             latent_cache=dataset.latent_cache,
@@ -78,21 +80,21 @@ def training_lanes(project: Project, storage: Storage, inputs: Mapping[str, Any]
             repeats=dataset.repeats,
             probability=dataset.probability,
             instance_prompt=dataset.instance_prompt,
-            masks=_lane_masks(project, dataset, storage, inputs),
+            masks=_dataset_masks(project, dataset, storage, inputs),
             is_regularisation=dataset.is_regularisation_data,
         )
         for dataset in project.datasets
     )
 
 
-def _lane_masks(
+def _dataset_masks(
     project: Project, dataset: ImageDataset, storage: Storage, inputs: Mapping[str, Any]
-) -> LaneMasks | None:
+) -> DatasetMasks | None:
     entry, pairs = project.masks_of(dataset), inputs.get(f"{dataset.asset_name}__masks")
     if entry is None or pairs is None:
         return None
     folder = storage.work_dir(project.name, dataset.asset_name, "masks")
-    return LaneMasks(
+    return DatasetMasks(
         kind=kind_of(entry),
         data_dir=str(storage.data_dir(entry)),
         pairs_path=str(storage.keep_table(pairs, folder, "masks")),
