@@ -4,7 +4,7 @@ import dagster as dg
 
 from assets.aspect_buckets import build_aspect_buckets
 from assets.base_model import build_base_model
-from assets.data_checks import build_leak_checks, build_regularisation_checks
+from assets.checks.data_checks import build_leak_checks, build_regularisation_checks
 from assets.dataset import build_dataset
 from assets.evaluation import build_evaluation
 from assets.hub_release import build_hub_release
@@ -13,7 +13,7 @@ from assets.masks import build_mask_dataset, build_masks
 from assets.text_embeds import build_text_embeds
 from assets.training_plan import build_training_plan
 from assets.vae_latents import build_vae_latents
-from sdxl_pipeline.project.project import BrokenProject, Project
+from sdxl_pipeline.config.loader import BrokenProject, Project
 
 
 def build_assets(project: Project) -> list[dg.AssetsDefinition]:

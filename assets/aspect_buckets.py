@@ -9,19 +9,19 @@ import dagster as dg
 import numpy as np
 import pandas as pd
 
-from assets import data_checks as checks
-from assets.failures import told_to_the_user
-from assets.keys import dataset_key, version
-from assets.show import dropped_table, image
+from assets.asset_keys import dataset_key, version
+from assets.checks import data_checks
+from assets.errors import told_to_the_user
+from assets.metadata import dropped_table, image
 from resources.storage import Storage
-from sdxl_pipeline.images.buckets import filter_reasons
-from sdxl_pipeline.images.crops import images_per_bucket, plan_crops
-from sdxl_pipeline.images.digests import rows_digest
-from sdxl_pipeline.images.faces import DETECTOR, find_faces, require_detector
-from sdxl_pipeline.images.holdout import hold_out
-from sdxl_pipeline.images.images import bucket_histogram
-from sdxl_pipeline.project.datasets import ImageDataset
-from sdxl_pipeline.project.project import Project
+from sdxl_pipeline.config.loader import Project
+from sdxl_pipeline.config.schema.datasets import ImageDataset
+from sdxl_pipeline.data.buckets.bucket_sizes import filter_reasons
+from sdxl_pipeline.data.buckets.crop_plan import images_per_bucket, plan_crops
+from sdxl_pipeline.data.buckets.face_detection import DETECTOR, find_faces, require_detector
+from sdxl_pipeline.data.buckets.holdout import hold_out
+from sdxl_pipeline.data.quality.contact_sheets import bucket_histogram
+from sdxl_pipeline.data.scan.table_digests import rows_digest
 
 CODE = "3"
 SETTINGS = {
@@ -72,7 +72,7 @@ def build_aspect_buckets(project: Project, dataset: ImageDataset) -> dg.AssetsDe
         kinds={"pandas"},
         ins={"scanned": dg.AssetIn(key=dataset_key(project, dataset, "dataset"), dagster_type=pd.DataFrame)},
         code_version=version(CODE, [geometry, share, project.training.seed]),
-        check_specs=checks.bucket_specs(key, held_out=held_out),
+        check_specs=data_checks.bucket_specs(key, held_out=held_out),
         description="A row per crop: bucket, resize, crop, original size, train or eval. Read by the VAE stage and by the size conditioning alike.",
     )
     def aspect_buckets(
@@ -96,8 +96,8 @@ def build_aspect_buckets(project: Project, dataset: ImageDataset) -> dg.AssetsDe
             data_version=dg.DataVersion(rows_digest(rows)),
             metadata=metadata,
             check_results=[
-                *checks.check_buckets(rows, dropped, kept, batch_size, project.training.bucket_fill),
-                *([checks.check_held_out(rows, kept, storage.data_dir(dataset))] if held_out else []),
+                *data_checks.check_buckets(rows, dropped, kept, batch_size, project.training.bucket_fill),
+                *([data_checks.check_held_out(rows, kept, storage.data_dir(dataset))] if held_out else []),
             ],
         )
 

@@ -5,14 +5,14 @@ from typing import Any
 
 import dagster as dg
 
-from assets.failures import told_to_the_user
-from assets.keys import project_key, version
-from assets.show import figures_table, present
+from assets.asset_keys import project_key, version
+from assets.errors import told_to_the_user
+from assets.metadata import figures_table, present
 from resources.storage import Storage
+from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.evaluation.scoring_model import scoring_model_folder
-from sdxl_pipeline.project.project import Project
-from sdxl_pipeline.sdxl.base_model import resolve_base_model
-from sdxl_pipeline.sdxl.tiny_autoencoder import tiny_autoencoder_folder
+from sdxl_pipeline.models.base_model import resolve_base_model
+from sdxl_pipeline.models.tiny_autoencoder import tiny_autoencoder_folder
 
 CODE = "1"
 

@@ -8,22 +8,26 @@ import dagster as dg
 import pandas as pd
 from pydantic import Field
 
-from assets import data_checks as checks
-from assets.failures import told_to_the_user
-from assets.keys import dataset_key, version
-from assets.show import dropped_table, image, names_list
+from assets.asset_keys import dataset_key, version
+from assets.checks import data_checks
+from assets.errors import told_to_the_user
+from assets.metadata import dropped_table, image, names_list
 from resources.storage import Storage
-from sdxl_pipeline.images.caption_filters import caption_filter_of, filter_digest
-from sdxl_pipeline.images.captions import complete_caption_settings
-from sdxl_pipeline.images.digests import dataset_digest
-from sdxl_pipeline.images.fingerprint import METADATA_ENTRY, dataset_fingerprint
-from sdxl_pipeline.images.images import caption_length_histogram, contact_sheet, resolution_scatter
-from sdxl_pipeline.images.looks import look_at
-from sdxl_pipeline.images.scan import recall_dataset, scan_dataset
-from sdxl_pipeline.images.sources import SOURCE_SETTINGS, Fetched, fetch_source
-from sdxl_pipeline.project.datasets import ImageDataset
-from sdxl_pipeline.project.project import Project
-from sdxl_pipeline.sdxl.tiny.demo import generate_if_asked
+from sdxl_pipeline.config.loader import Project
+from sdxl_pipeline.config.schema.datasets import ImageDataset
+from sdxl_pipeline.data.captions.caption_filters import caption_filter_of, filter_digest
+from sdxl_pipeline.data.captions.caption_rules import complete_caption_settings
+from sdxl_pipeline.data.quality.contact_sheets import (
+    caption_length_histogram,
+    contact_sheet,
+    resolution_scatter,
+)
+from sdxl_pipeline.data.quality.perceptual_hash import look_at
+from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY, dataset_fingerprint
+from sdxl_pipeline.data.scan.dataset_scan import recall_dataset, scan_dataset
+from sdxl_pipeline.data.scan.table_digests import dataset_digest
+from sdxl_pipeline.data.sources import SOURCE_SETTINGS, Fetched, fetch_source
+from sdxl_pipeline.demo.demo_dataset import generate_if_asked
 
 CODE = "3"
 SETTINGS = SOURCE_SETTINGS | {
@@ -68,7 +72,7 @@ def build_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefinition:
         group_name=project.name,
         kinds={"pandas"},
         code_version=version(CODE, [settings, filter_digest(dataset.caption_filter_list)]),
-        check_specs=checks.dataset_specs(key),
+        check_specs=data_checks.dataset_specs(key),
         description=f"Every file of {source_of(dataset)}: kept, or dropped with a reason.",
     )
     def dataset_asset(
@@ -88,7 +92,7 @@ def build_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefinition:
             value=scanned,
             data_version=dg.DataVersion(dataset_digest(scanned)),
             metadata=_metadata(storage, dataset, scanned) | told | {METADATA_ENTRY: fingerprint},
-            check_results=checks.check_dataset(scanned, dataset, storage.data_dir(dataset), notes),
+            check_results=data_checks.check_dataset(scanned, dataset, storage.data_dir(dataset), notes),
         )
 
     return dataset_asset

@@ -6,25 +6,25 @@ from typing import Any
 
 import dagster as dg
 
-from assets import checks
-from assets.datasets import dataset_inputs, model_input, training_datasets, validation_prompts
-from assets.keys import GPU_POOL, project_key, version
+from assets.asset_keys import GPU_POOL, project_key, version
+from assets.checks import result_checks
+from assets.dataset_inputs import dataset_inputs, model_input, training_datasets, validation_prompts
 from assets.lora import read_training_spec
-from assets.show import figures_table, image, present
-from resources.launcher import LocalLauncher
+from assets.metadata import figures_table, image, present
+from resources.stage_client import LocalLauncher
 from resources.storage import Storage
-from sdxl_pipeline.evaluation.identity import LOOKED_AT
+from sdxl_pipeline.config.loader import Project
+from sdxl_pipeline.evaluation.evaluation_identity import LOOKED_AT
 from sdxl_pipeline.evaluation.report import describe_difference
-from sdxl_pipeline.project.project import Project
-from sdxl_pipeline.protocol.specs import (
+from sdxl_pipeline.models.base_model import ResolvedModel
+from sdxl_pipeline.release.export import REPORT_FILE
+from sdxl_pipeline.runtime.specs import (
     SPOKEN_KINDS,
     ClipSummary,
     EvaluateSpec,
     EvaluationReport,
     TrainedLora,
 )
-from sdxl_pipeline.release.export import REPORT_FILE
-from sdxl_pipeline.sdxl.base_model import ResolvedModel
 
 CODE = "2"
 
@@ -49,7 +49,7 @@ def build_evaluation(project: Project) -> dg.AssetsDefinition:
         | dataset_inputs(project)
         | {"lora": dg.AssetIn(key=project_key(project, "lora"), dagster_type=TrainedLora)},
         code_version=version(CODE, [settings_read, [prompt.model_dump() for prompt in prompts]]),
-        check_specs=checks.evaluation_specs(key),
+        check_specs=result_checks.evaluation_specs(key),
         description="Eval loss of base and LoRA at fixed timesteps and noise, CLIP score, and a gallery of base beside LoRA.",
     )
     def evaluation(
@@ -91,8 +91,8 @@ def build_evaluation(project: Project) -> dg.AssetsDefinition:
             data_version=dg.DataVersion(report.identity),
             metadata=_metadata(report),
             check_results=[
-                *checks.check_evaluation(report),
-                checks.check_formats("loads_everywhere", lora, model, trained.settings),
+                *result_checks.check_evaluation(report),
+                result_checks.check_formats("loads_everywhere", lora, model, trained.settings),
             ],
         )
 

@@ -8,19 +8,19 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from assets.datasets import model_input
+from assets.asset_keys import dataset_key, project_key, version
+from assets.dataset_inputs import model_input
+from assets.errors import told_to_the_user
 from assets.evaluation import release_dir
-from assets.failures import told_to_the_user
-from assets.keys import dataset_key, project_key, version
 from assets.lora import FORMATS, read_training_spec
-from assets.show import image, model_card, present
+from assets.metadata import image, model_card, present
 from resources.hub import HubResource
-from sdxl_pipeline.project.project import Project
-from sdxl_pipeline.protocol.specs import EvaluationReport, HubRelease, TrainedLora
+from sdxl_pipeline.config.loader import Project
+from sdxl_pipeline.files.digest import digest_json
+from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.release.export import build_release, verify_export, verify_formats
-from sdxl_pipeline.release.formats.header import trigger_words
-from sdxl_pipeline.sdxl.base_model import ResolvedModel
-from sdxl_pipeline.store.digest import digest_json
+from sdxl_pipeline.release.formats.kohya_header import trigger_words
+from sdxl_pipeline.runtime.specs import EvaluationReport, HubRelease, TrainedLora
 
 CODE = "2"
 MIN_PREFIX = 8

@@ -9,8 +9,9 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from assets import checks
-from assets.datasets import (
+from assets.asset_keys import GPU_POOL, dataset_key, project_key, version
+from assets.checks import result_checks
+from assets.dataset_inputs import (
     dataset_inputs,
     mask_inputs,
     model_input,
@@ -18,31 +19,30 @@ from assets.datasets import (
     upstream_metadata,
     validation_prompts,
 )
-from assets.failures import USERS_TO_MEND, told_to_the_user
-from assets.keys import GPU_POOL, dataset_key, project_key, version
-from assets.show import appearances_range, figures_table, image, present
+from assets.errors import USERS_TO_MEND, told_to_the_user
+from assets.metadata import appearances_range, figures_table, image, present
 from resources.hardware import HardwareProfile
 from resources.hub import HubResource
-from resources.launcher import LocalLauncher
+from resources.stage_client import LocalLauncher
 from resources.storage import Storage
 from resources.trackers import TrackerResource
 from resources.webhook import WebhookResource
-from sdxl_pipeline.images.fingerprint import METADATA_ENTRY, OVERRIDES_ENTRY, project_fingerprint
-from sdxl_pipeline.project.precedence import resolve_hardware, resolve_settings
-from sdxl_pipeline.project.project import Project
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.specs import SettingDifference, TrainedLora, TrainingDataset, TrainSpec
-from sdxl_pipeline.release.adapter_words import adapter_name
-from sdxl_pipeline.sdxl.base_model import ResolvedModel
-from sdxl_pipeline.sdxl.initial_adapter import initial_adapter_digest, with_initial_adapter
-from sdxl_pipeline.store.files import write_text_atomic
-from sdxl_pipeline.training.identity import (
+from sdxl_pipeline.config.loader import Project
+from sdxl_pipeline.config.resolve import resolve_hardware, resolve_settings
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY, OVERRIDES_ENTRY, project_fingerprint
+from sdxl_pipeline.files.atomic_files import write_text_atomic
+from sdxl_pipeline.models.adapters.init_adapter_source import initial_adapter_digest, with_initial_adapter
+from sdxl_pipeline.models.base_model import ResolvedModel
+from sdxl_pipeline.release.adapter_labels import adapter_name
+from sdxl_pipeline.runtime.specs import SettingDifference, TrainedLora, TrainingDataset, TrainSpec
+from sdxl_pipeline.training.checkpoint.run_identity import (
     decides_weights,
     numeric_settings,
     run_identity,
     setting_changes,
 )
-from sdxl_pipeline.training.lineage import SPEC_FILE
+from sdxl_pipeline.training.checkpoint.run_lineage import SPEC_FILE
 
 CODE = "1"
 FORMATS = ("lora_format", "lora_export_dtype", "metadata_include_captions")
@@ -74,7 +74,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
                 project.training.model_dump(mode="json", include={"released_weights", *FORMATS}),
             ],
         ),
-        check_specs=checks.lora_specs(key),
+        check_specs=result_checks.lora_specs(key),
         description="The trained LoRA. `settings` in the launchpad replaces keys of config.json for one run.",
     )
     def lora(
@@ -151,7 +151,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
             tags={"dagster/code_version": version(CODE, [identity, result.released_weights])}
             if overrides
             else None,
-            check_results=checks.check_lora(result, model, settings),
+            check_results=result_checks.check_lora(result, model, settings),
         )
 
     return lora

@@ -7,21 +7,21 @@ from typing import Any
 import dagster as dg
 import pandas as pd
 
-from assets.checks import result, specs
-from assets.data_checks import files_accounted_for
+from assets.asset_keys import dataset_key, version
+from assets.checks.data_checks import files_accounted_for
+from assets.checks.result_checks import result, specs
 from assets.dataset import Launchpad, scan_files, source_of
-from assets.failures import told_to_the_user
-from assets.keys import dataset_key, version
-from assets.show import NAMES_SHOWN, dropped_table, image
+from assets.errors import told_to_the_user
+from assets.metadata import NAMES_SHOWN, dropped_table, image
 from resources.storage import Storage
-from sdxl_pipeline.images.decoding import UnreadableImage
-from sdxl_pipeline.images.digests import dataset_digest
-from sdxl_pipeline.images.fingerprint import METADATA_ENTRY, dataset_fingerprint
-from sdxl_pipeline.images.images import contact_sheet
-from sdxl_pipeline.images.masks import MaskPairs, overlaid, pair_masks
-from sdxl_pipeline.project.datasets import ImageDataset, MaskKind
-from sdxl_pipeline.project.project import Project
-from sdxl_pipeline.store.digest import digest_json
+from sdxl_pipeline.config.loader import Project
+from sdxl_pipeline.config.schema.datasets import ImageDataset, MaskKind
+from sdxl_pipeline.data.decoding.image_decoding import UnreadableImage
+from sdxl_pipeline.data.masks.mask_pairs import MaskPairs, overlaid, pair_masks
+from sdxl_pipeline.data.quality.contact_sheets import contact_sheet
+from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY, dataset_fingerprint
+from sdxl_pipeline.data.scan.table_digests import dataset_digest
+from sdxl_pipeline.files.digest import digest_json
 
 CODE = "2"
 SOURCE = {"type", "instance_data_dir", "url", "aws_bucket_name", "aws_data_prefix", "aws_endpoint_url"}

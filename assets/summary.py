@@ -8,10 +8,10 @@ from typing import Any
 import dagster as dg
 from rich.console import Console
 
-from assets.keys import dataset_key, project_key
+from assets.asset_keys import dataset_key, project_key
+from sdxl_pipeline.config.loader import Project, discover_projects
 from sdxl_pipeline.definitions import build_definitions
-from sdxl_pipeline.project.project import Project, discover_projects
-from sdxl_pipeline.protocol.specs import (
+from sdxl_pipeline.runtime.specs import (
     SPOKEN_KINDS,
     EvaluationReport,
     HubRelease,

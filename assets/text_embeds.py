@@ -6,18 +6,18 @@ from typing import Any
 import dagster as dg
 import pandas as pd
 
-from assets import checks
-from assets.device_stage import materialized
-from assets.keys import GPU_POOL, dataset_key, project_key, version
-from assets.show import names_list
+from assets.asset_keys import GPU_POOL, dataset_key, project_key, version
+from assets.checks import result_checks
+from assets.metadata import names_list
+from assets.stage_asset import materialized
 from resources.hardware import HardwareProfile
-from resources.launcher import LocalLauncher
+from resources.stage_client import LocalLauncher
 from resources.storage import Storage
-from sdxl_pipeline.project.datasets import ImageDataset
-from sdxl_pipeline.project.precedence import resolve_hardware
-from sdxl_pipeline.project.project import Project
-from sdxl_pipeline.protocol.specs import EncodeTextSpec, TextEmbedCache
-from sdxl_pipeline.sdxl.base_model import ResolvedModel
+from sdxl_pipeline.config.loader import Project
+from sdxl_pipeline.config.resolve import resolve_hardware
+from sdxl_pipeline.config.schema.datasets import ImageDataset
+from sdxl_pipeline.models.base_model import ResolvedModel
+from sdxl_pipeline.runtime.specs import EncodeTextSpec, TextEmbedCache
 
 CODE = "2"
 
@@ -42,7 +42,7 @@ def build_text_embeds(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
         },
         deps=[project_key(project, "training_plan")],
         code_version=version(CODE, [prompts, project.text_cache_of(dataset), windows]),
-        check_specs=checks.text_specs(key),
+        check_specs=result_checks.text_specs(key),
         description="Embeddings of every caption, of the validation prompts and of the empty prompt, by both text encoders.",
     )
     def text_embeds(
@@ -84,7 +84,7 @@ def build_text_embeds(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
             ),
             data_version=lambda cache: cache.digest,
             metadata=_metadata,
-            checked=checks.check_text,
+            checked=result_checks.check_text,
         )
 
     return text_embeds

@@ -6,15 +6,15 @@ from typing import Any
 import dagster as dg
 import pandas as pd
 
-from assets.checks import OVER_FITTING, check_unseen_images, specs
-from assets.failures import told_to_the_user
-from assets.keys import dataset_key, project_key, version
-from assets.show import appearances_range, figures_table
+from assets.asset_keys import dataset_key, project_key, version
+from assets.checks.result_checks import OVER_FITTING, check_unseen_images, specs
+from assets.errors import told_to_the_user
+from assets.metadata import appearances_range, figures_table
 from resources.hardware import HardwareProfile
-from sdxl_pipeline.project.precedence import resolve_hardware, resolve_settings
-from sdxl_pipeline.project.project import Project
-from sdxl_pipeline.protocol.specs import TrainingPlan
-from sdxl_pipeline.training.plan import PlannedDataset, plan_training
+from sdxl_pipeline.config.loader import Project
+from sdxl_pipeline.config.resolve import resolve_hardware, resolve_settings
+from sdxl_pipeline.runtime.specs import TrainingPlan
+from sdxl_pipeline.training.data.training_plan import PlannedDataset, plan_training
 
 CODE = "1"
 SETTINGS = {

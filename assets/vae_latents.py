@@ -6,18 +6,18 @@ from typing import Any
 import dagster as dg
 import pandas as pd
 
-from assets import checks
-from assets.device_stage import materialized
-from assets.keys import GPU_POOL, dataset_key, project_key, version
-from assets.show import figures_table, image, names_list
+from assets.asset_keys import GPU_POOL, dataset_key, project_key, version
+from assets.checks import result_checks
+from assets.metadata import figures_table, image, names_list
+from assets.stage_asset import materialized
 from resources.hardware import HardwareProfile
-from resources.launcher import LocalLauncher
+from resources.stage_client import LocalLauncher
 from resources.storage import Storage
-from sdxl_pipeline.project.datasets import ImageDataset
-from sdxl_pipeline.project.precedence import resolve_hardware
-from sdxl_pipeline.project.project import Project
-from sdxl_pipeline.protocol.specs import EncodeLatentsSpec, LatentCache
-from sdxl_pipeline.sdxl.base_model import ResolvedModel
+from sdxl_pipeline.config.loader import Project
+from sdxl_pipeline.config.resolve import resolve_hardware
+from sdxl_pipeline.config.schema.datasets import ImageDataset
+from sdxl_pipeline.models.base_model import ResolvedModel
+from sdxl_pipeline.runtime.specs import EncodeLatentsSpec, LatentCache
 
 CODE = "3"
 
@@ -39,7 +39,7 @@ def build_vae_latents(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
         },
         deps=[project_key(project, "training_plan")],
         code_version=version(CODE, [project.training.vae_dtype, dataset.latent_cache]),
-        check_specs=checks.latent_specs(key),
+        check_specs=result_checks.latent_specs(key),
         description="Posterior mean and log-variance of every planned crop; what is in the store already is not encoded again.",
     )
     def vae_latents(
@@ -75,7 +75,7 @@ def build_vae_latents(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
             ),
             data_version=lambda cache: cache.digest,
             metadata=_metadata,
-            checked=checks.check_latents,
+            checked=result_checks.check_latents,
         )
 
     return vae_latents

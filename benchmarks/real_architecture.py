@@ -24,7 +24,7 @@ from safetensors import safe_open
 from skimage import data as photographs
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, SDXL_BASE_CONFIGS
+from sdxl_pipeline.models.base_model import BUNDLED_MODEL, SDXL_BASE_CONFIGS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STAGES = {

@@ -6,7 +6,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field, ValidationError
 
-from sdxl_pipeline.project.hardware import PRESETS, Hardware, HardwareError, hardware_from_name
+from sdxl_pipeline.config.hardware_profiles import PRESETS, Hardware, HardwareError, hardware_from_name
 
 PROFILE_VARIABLE = "SDXL_HARDWARE"
 NAMES = ", ".join(["auto", *PRESETS])

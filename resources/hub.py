@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from pydantic import Field
 
-from sdxl_pipeline.hub_calls import explain, repeat_while_busy, upload
+from sdxl_pipeline.hub_client import explain, repeat_while_busy, upload
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -1,7 +1,7 @@
 """Runs whose processes are gone give back their pool slots, and no process of a run outlives the run's own process.
 
 Dagster knows a run by its events: one that is killed stays "started", and its step keeps its slot in the pool. Here every process of a
-run holds a lock (see `sdxl_pipeline.protocol.liveness`), and whoever starts or waits looks for runs without any.
+run holds a lock (see `sdxl_pipeline.runtime.process_liveness`), and whoever starts or waits looks for runs without any.
 """
 
 import multiprocessing
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 import psutil
 
-from sdxl_pipeline.protocol.liveness import (
+from sdxl_pipeline.runtime.process_liveness import (
     RUN_FOLDER_VARIABLE,
     RunProcesses,
     examined_runs,
@@ -27,7 +27,7 @@ from sdxl_pipeline.protocol.liveness import (
     hold_liveness,
     hold_liveness_of_environment,
 )
-from sdxl_pipeline.protocol.program import DEFAULT_STOP_TIMEOUT_SECONDS, is_resource_tracker
+from sdxl_pipeline.runtime.stage_runner import DEFAULT_STOP_TIMEOUT_SECONDS, is_resource_tracker
 
 if TYPE_CHECKING:
     # Dagster exports neither these nor the types of an executor's arguments.

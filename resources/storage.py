@@ -12,12 +12,12 @@ import dagster as dg
 import pandas as pd
 from pydantic import BaseModel, Field, ValidationError
 
-from sdxl_pipeline.images.sources import data_folder
-from sdxl_pipeline.project.datasets import ImageDataset, TextEmbedsDataset
-from sdxl_pipeline.project.project import projects_folder
-from sdxl_pipeline.store.disk_space import describe_disk_full, is_disk_full
-from sdxl_pipeline.store.files import write_bytes_atomic, write_text_atomic
-from sdxl_pipeline.store.places import ROOT_VARIABLE, Places, storage_root
+from sdxl_pipeline.config.loader import projects_folder
+from sdxl_pipeline.config.schema.datasets import ImageDataset, TextEmbedsDataset
+from sdxl_pipeline.data.sources import data_folder
+from sdxl_pipeline.files.atomic_files import write_bytes_atomic, write_text_atomic
+from sdxl_pipeline.files.disk_space import describe_disk_full, is_disk_full
+from sdxl_pipeline.files.storage_layout import ROOT_VARIABLE, Places, storage_root
 
 
 @contextmanager

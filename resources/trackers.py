@@ -7,7 +7,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.config.schema.training import TrainingSettings
 
 # Name in `report_to` -> module it needs. Each is an extra of this project by the same name.
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}

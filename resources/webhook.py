@@ -5,9 +5,9 @@ from pathlib import Path
 import dagster as dg
 from pydantic import Field
 
-from sdxl_pipeline.project.problems import ProjectError
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.webhook import in_environment, load_webhooks
+from sdxl_pipeline.config.problems import ProjectError
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.runtime.webhook import in_environment, load_webhooks
 
 
 class WebhookResource(dg.ConfigurableResource):

@@ -11,15 +11,15 @@ import dagster as dg
 from pydantic import Field
 
 from resources.storage import Storage
-from sdxl_pipeline.images.fingerprint import (
+from sdxl_pipeline.config.loader import Project, load_project, projects_folder
+from sdxl_pipeline.config.problems import ProjectError
+from sdxl_pipeline.data.scan.dataset_fingerprint import (
     METADATA_ENTRY,
     OVERRIDES_ENTRY,
     folder_states,
     lies_elsewhere,
     project_fingerprint,
 )
-from sdxl_pipeline.project.problems import ProjectError
-from sdxl_pipeline.project.project import Project, load_project, projects_folder
 
 if TYPE_CHECKING:
     # Dagster gives no public name to what define_asset_job returns.
@@ -247,8 +247,8 @@ def build_prune_job(root: Path | None = None) -> dg.JobDefinition:
         description="Entries, tables, downloads and leftovers that no project refers to and no running stage uses.",
     )
     def free(context: dg.OpExecutionContext, config: PruneConfig, storage: Storage) -> None:
-        from sdxl_pipeline.pruning.prune import prune
-        from sdxl_pipeline.pruning.references import PruneError
+        from sdxl_pipeline.cache.prune import prune
+        from sdxl_pipeline.cache.references import PruneError
 
         try:
             report = prune(storage.path, projects_folder(root), dry_run=config.dry_run)

@@ -8,14 +8,14 @@ import assets
 import resources
 from resources.hardware import HardwareProfile
 from resources.hub import HubResource
-from resources.launcher import LocalLauncher
 from resources.run_liveness import follow_run_process, live_run_executor
+from resources.stage_client import LocalLauncher
 from resources.storage import Storage, ValueIOManager
 from resources.trackers import TrackerResource
 from resources.webhook import WebhookResource
 from sdxl_pipeline.automation import build_prune_job, build_schedule, build_sensor, retraining_job
-from sdxl_pipeline.project.problems import ProjectError, only_project_errors
-from sdxl_pipeline.project.project import BrokenProject, Project, discover_projects
+from sdxl_pipeline.config.loader import BrokenProject, Project, discover_projects
+from sdxl_pipeline.config.problems import ProjectError, only_project_errors
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PRELOADED = ["dagster._cli", "sdxl_pipeline.definitions", "pyarrow.parquet", "matplotlib.figure"]

@@ -13,18 +13,18 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdxl_pipeline.project.hardware import PRESETS
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.specs import (
+from sdxl_pipeline.cache.store.tensor_store import TensorStore
+from sdxl_pipeline.config.hardware_profiles import PRESETS
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.models.base_model import BUNDLED_MODEL, resolve_base_model
+from sdxl_pipeline.runtime.specs import (
     LatentCache,
     TextEmbedCache,
     TrainingDataset,
     TrainSpec,
     ValidationPrompt,
 )
-from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, resolve_base_model
-from sdxl_pipeline.store.tensor_store import TensorStore
-from sdxl_pipeline.training.samples import Sample, Samples
+from sdxl_pipeline.training.data.samples import Sample, Samples
 
 PROMPT, NEGATIVE = "a red circle", "blurry"
 SQUARE, WIDE = (64, 64), (64, 96)  # (height, width), pixels

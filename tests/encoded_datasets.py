@@ -6,15 +6,15 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw
 
-from sdxl_pipeline.images.crops import plan_crops
-from sdxl_pipeline.images.holdout import hold_out
-from sdxl_pipeline.images.scan import scan_dataset
-from sdxl_pipeline.project.datasets import CacheMode, ImageDataset
-from sdxl_pipeline.project.hardware import PRESETS
-from sdxl_pipeline.protocol.program import StopSignal
-from sdxl_pipeline.protocol.reporter import Reporter
-from sdxl_pipeline.protocol.specs import EncodeLatentsSpec, EncodeTextSpec, TrainingDataset
-from sdxl_pipeline.sdxl.base_model import ResolvedModel
+from sdxl_pipeline.config.hardware_profiles import PRESETS
+from sdxl_pipeline.config.schema.datasets import CacheMode, ImageDataset
+from sdxl_pipeline.data.buckets.crop_plan import plan_crops
+from sdxl_pipeline.data.buckets.holdout import hold_out
+from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
+from sdxl_pipeline.models.base_model import ResolvedModel
+from sdxl_pipeline.runtime.reporter import Reporter
+from sdxl_pipeline.runtime.specs import EncodeLatentsSpec, EncodeTextSpec, TrainingDataset
+from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.stages import encode_latents, encode_text
 from tests.datasets import NEGATIVE, PROMPT
 

@@ -11,10 +11,10 @@ from dagster._core.events import DagsterEvent, StepMaterializationData
 
 from resources.storage import Storage
 from sdxl_pipeline.automation import build_prune_job, build_schedule, build_sensor
+from sdxl_pipeline.cache.store.tensor_store import TensorStore
+from sdxl_pipeline.config.loader import load_project
+from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY, OVERRIDES_ENTRY, project_fingerprint
 from sdxl_pipeline.definitions import build_definitions
-from sdxl_pipeline.images.fingerprint import METADATA_ENTRY, OVERRIDES_ENTRY, project_fingerprint
-from sdxl_pipeline.project.project import load_project
-from sdxl_pipeline.store.tensor_store import TensorStore
 from tests.conftest import draw_image
 
 

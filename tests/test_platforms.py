@@ -44,7 +44,7 @@ def test_every_module_imports_where_fcntl_and_resource_do_not_exist():
 @pytest.mark.parametrize(
     "command",
     [
-        "from sdxl_pipeline.cli import main; main(['doctor'])",
+        "from sdxl_pipeline.cli.main import main; main(['doctor'])",
         "import sdxl_pipeline.definitions",
         "from sdxl_pipeline.stages import train",
     ],

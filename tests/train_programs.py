@@ -14,17 +14,17 @@ from pathlib import Path
 
 import psutil
 
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.program import EXIT_STOPPED
-from sdxl_pipeline.protocol.reporter import Reporter
-from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
-from sdxl_pipeline.training.metrics import read_metrics
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.runtime.reporter import Reporter
+from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
+from sdxl_pipeline.runtime.stage_runner import EXIT_STOPPED
+from sdxl_pipeline.training.logging.metrics_log import read_metrics
 
 REPOSITORY = Path(__file__).parents[1]
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["sdxl_pipeline.training.loop", "sdxl_pipeline.stages.train"])
+_FORKS.set_forkserver_preload(["sdxl_pipeline.training.trainer", "sdxl_pipeline.stages.train"])
 
 
 class Listener(Reporter):
@@ -157,7 +157,7 @@ def _manifest_path(spec: TrainSpec) -> Path:
 def _program(spec_path: str, manifest_path: str, variables: Mapping[str, object]) -> None:
     import torch
 
-    from sdxl_pipeline.protocol.program import run_stage
+    from sdxl_pipeline.runtime.stage_runner import run_stage
     from sdxl_pipeline.stages.train import main
 
     os.environ.update({name: str(value) for name, value in variables.items()})

@@ -84,12 +84,12 @@ def scan_of(images: int) -> pd.DataFrame:
 def _plan(images: int, settings: dict[str, Any]) -> None:
     """Plan in this process, and print ({what: seconds}, peak bytes, peak bytes with the search for leaks)."""
     from assets.aspect_buckets import _metadata
-    from assets.data_checks import check_buckets, check_held_out
-    from sdxl_pipeline.encoding.keys import latent_keys
-    from sdxl_pipeline.images.crops import plan_crops
-    from sdxl_pipeline.images.digests import dataset_digest, rows_digest
-    from sdxl_pipeline.images.holdout import choose_held_out
-    from sdxl_pipeline.project.datasets import ImageDataset
+    from assets.checks.data_checks import check_buckets, check_held_out
+    from sdxl_pipeline.cache.encode.cache_keys import latent_keys
+    from sdxl_pipeline.config.schema.datasets import ImageDataset
+    from sdxl_pipeline.data.buckets.crop_plan import plan_crops
+    from sdxl_pipeline.data.buckets.holdout import choose_held_out
+    from sdxl_pipeline.data.scan.table_digests import dataset_digest, rows_digest
 
     seconds: dict[str, float] = {}
 

@@ -13,13 +13,13 @@ import pandas as pd
 
 from benchmarks.figures import Figure, Options
 from benchmarks.photographs import write_dataset
-from sdxl_pipeline.images.crops import plan_crops
-from sdxl_pipeline.images.scan import scan_dataset
-from sdxl_pipeline.project.datasets import ImageDataset
-from sdxl_pipeline.project.hardware import PRESETS
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.specs import EncodeLatentsSpec
-from sdxl_pipeline.sdxl.base_model import BUNDLED_NAME, resolve_base_model
+from sdxl_pipeline.config.hardware_profiles import PRESETS
+from sdxl_pipeline.config.schema.datasets import ImageDataset
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.data.buckets.crop_plan import plan_crops
+from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
+from sdxl_pipeline.models.base_model import BUNDLED_NAME, resolve_base_model
+from sdxl_pipeline.runtime.specs import EncodeLatentsSpec
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REFERENCE_IMAGES_PER_SECOND = 31.0
@@ -94,8 +94,8 @@ def _in_a_process(spec: Path, store: Path, bare: bool) -> dict[str, float]:
 def _encode(spec_path: Path, root: Path, bare: bool) -> dict[str, float]:
     import torch
 
-    from sdxl_pipeline.protocol.program import StopSignal
-    from sdxl_pipeline.protocol.reporter import Reporter
+    from sdxl_pipeline.runtime.reporter import Reporter
+    from sdxl_pipeline.runtime.stage_runner import StopSignal
     from sdxl_pipeline.stages.encode_latents import main
     from sdxl_pipeline.stages.train import peak_memory_bytes
 
@@ -123,11 +123,11 @@ def _encode(spec_path: Path, root: Path, bare: bool) -> dict[str, float]:
 
 def _bare_vae(spec: EncodeLatentsSpec) -> float:
     """Images/s of the same VAE on the same batches, decoded before: nothing is loaded, copied or stored meanwhile."""
-    from sdxl_pipeline.encoding.batches import crop_batches
-    from sdxl_pipeline.encoding.devices import load_latent_encoder
-    from sdxl_pipeline.encoding.keys import latent_keys
-    from sdxl_pipeline.encoding.loading import read_crops
-    from sdxl_pipeline.sdxl.latents import encode_moments, pixels_from_crops
+    from sdxl_pipeline.cache.encode.cache_keys import latent_keys
+    from sdxl_pipeline.cache.encode.crop_batches import crop_batches
+    from sdxl_pipeline.cache.encode.crop_table import read_crops
+    from sdxl_pipeline.cache.encode.encoder_devices import load_latent_encoder
+    from sdxl_pipeline.models.vae import encode_moments, pixels_from_crops
 
     crops = pd.read_parquet(spec.rows_path)
     crops["latent_key"] = latent_keys(crops, spec.base_model.vae_digest, spec.hardware.vae_dtype)

@@ -18,8 +18,8 @@ from PIL import Image
 
 from benchmarks.figures import Figure, Options
 from benchmarks.photographs import pieces
-from sdxl_pipeline.images.scan import scan_dataset
-from sdxl_pipeline.project.datasets import ImageDataset
+from sdxl_pipeline.config.schema.datasets import ImageDataset
+from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
 
 REFERENCE_IMAGES_PER_SECOND = 556
 """SimpleTuner's discovery of 339 images, which decodes each one."""

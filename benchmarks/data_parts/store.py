@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.figures import Figure, Options
-from sdxl_pipeline.store.tensor_store import TensorStore
+from sdxl_pipeline.cache.store.tensor_store import TensorStore
 
 BATCH = 8
 LATENTS = {"mean": (4, 128, 128), "logvar": (4, 128, 128)}
@@ -26,8 +26,8 @@ OPENING = """
 import json, os, sys, time
 import numpy as np
 import pyarrow.parquet
-from sdxl_pipeline.store.index import index_of_shard, merged, unpack_keys, write_index
-from sdxl_pipeline.store.tensor_store import TensorStore
+from sdxl_pipeline.cache.store.store_index import index_of_shard, merged, unpack_keys, write_index
+from sdxl_pipeline.cache.store.tensor_store import TensorStore
 from pathlib import Path
 
 root, count, make = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "make"

@@ -11,10 +11,10 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.figures import Figure, Options
-from sdxl_pipeline.project.hardware import PRESETS
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.specs import EncodeTextSpec
-from sdxl_pipeline.sdxl.base_model import BUNDLED_NAME, resolve_base_model
+from sdxl_pipeline.config.hardware_profiles import PRESETS
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.models.base_model import BUNDLED_NAME, resolve_base_model
+from sdxl_pipeline.runtime.specs import EncodeTextSpec
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REFERENCE_CAPTIONS_PER_SECOND = 106.0
@@ -95,8 +95,8 @@ def _in_a_process(spec: Path, store: Path) -> dict[str, float]:
 def _embed(spec_path: Path, root: Path) -> dict[str, float]:
     import torch
 
-    from sdxl_pipeline.protocol.program import StopSignal
-    from sdxl_pipeline.protocol.reporter import Reporter
+    from sdxl_pipeline.runtime.reporter import Reporter
+    from sdxl_pipeline.runtime.stage_runner import StopSignal
     from sdxl_pipeline.stages.encode_text import main
 
     torch.set_num_threads(1)
@@ -120,9 +120,9 @@ def _embed(spec_path: Path, root: Path) -> dict[str, float]:
 
 def _bare(spec: EncodeTextSpec, captions: list[str], batch_size: int) -> float:
     """Captions/s of both encoders, on tokens made before: nothing is tokenized, copied or stored meanwhile."""
-    from sdxl_pipeline.encoding.devices import load_encoders
-    from sdxl_pipeline.sdxl.prompt_tokens import PromptReader
-    from sdxl_pipeline.sdxl.text_encoding import encode_tokens
+    from sdxl_pipeline.cache.encode.encoder_devices import load_encoders
+    from sdxl_pipeline.models.prompt_encoding import encode_tokens
+    from sdxl_pipeline.models.prompt_tokens import PromptReader
 
     encoders = load_encoders(spec.base_model, spec.hardware)
     reader = PromptReader(encoders)

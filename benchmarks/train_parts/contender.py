@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader
 
 from benchmarks.train_parts.interleaved import Watch, allowances, report_peak, serve
 from benchmarks.train_parts.loops import BareLoop, ExampleLoop, ExampleModels, Tensors
-from sdxl_pipeline.protocol.program import StopSignal
-from sdxl_pipeline.protocol.reporter import PlainReporter
-from sdxl_pipeline.protocol.specs import TrainSpec
-from sdxl_pipeline.sdxl.components import load_noise_scheduler, load_text_encoders, load_vae
-from sdxl_pipeline.training.identity import run_identity
-from sdxl_pipeline.training.loop import Trainer
+from sdxl_pipeline.models.components import load_noise_scheduler, load_text_encoders, load_vae
+from sdxl_pipeline.runtime.reporter import PlainReporter
+from sdxl_pipeline.runtime.specs import TrainSpec
+from sdxl_pipeline.runtime.stage_runner import StopSignal
+from sdxl_pipeline.training.checkpoint.run_identity import run_identity
+from sdxl_pipeline.training.trainer import Trainer
 
 BATCHES_IN_MEMORY = 16
 

@@ -21,17 +21,17 @@ marks = {}
 def mark(name):
     used = resource.getrusage(resource.RUSAGE_SELF)
     marks[name] = (time.time() - started, used.ru_utime + used.ru_stime)
-from sdxl_pipeline.protocol.specs import TrainSpec
-from sdxl_pipeline.protocol.reporter import PlainReporter
-from sdxl_pipeline.protocol.program import StopSignal
+from sdxl_pipeline.runtime.specs import TrainSpec
+from sdxl_pipeline.runtime.reporter import PlainReporter
+from sdxl_pipeline.runtime.stage_runner import StopSignal
 import sdxl_pipeline.stages.train
 mark("Python and the stage's own modules")
 import torch
 mark("importing torch")
-import sdxl_pipeline.training.loop as loop
+import sdxl_pipeline.training.trainer as loop
 mark("importing diffusers, peft and the rest")
 from pathlib import Path
-from sdxl_pipeline.training.identity import run_identity
+from sdxl_pipeline.training.checkpoint.run_identity import run_identity
 spec = TrainSpec.model_validate_json(Path(sys.argv[1]).read_text())
 Path(spec.run_dir).mkdir(parents=True, exist_ok=True)
 class First(PlainReporter):

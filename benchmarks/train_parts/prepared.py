@@ -3,15 +3,15 @@
 from pathlib import Path
 
 from benchmarks.photographs import write_dataset
-from sdxl_pipeline.images.crops import plan_crops
-from sdxl_pipeline.images.scan import scan_dataset
-from sdxl_pipeline.project.datasets import ImageDataset
-from sdxl_pipeline.project.hardware import PRESETS, Hardware
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.program import StopSignal
-from sdxl_pipeline.protocol.reporter import Reporter
-from sdxl_pipeline.protocol.specs import EncodeLatentsSpec, EncodeTextSpec, TrainingDataset, TrainSpec
-from sdxl_pipeline.sdxl.base_model import BUNDLED_NAME, ResolvedModel, resolve_base_model
+from sdxl_pipeline.config.hardware_profiles import PRESETS, Hardware
+from sdxl_pipeline.config.schema.datasets import ImageDataset
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.data.buckets.crop_plan import plan_crops
+from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
+from sdxl_pipeline.models.base_model import BUNDLED_NAME, ResolvedModel, resolve_base_model
+from sdxl_pipeline.runtime.reporter import Reporter
+from sdxl_pipeline.runtime.specs import EncodeLatentsSpec, EncodeTextSpec, TrainingDataset, TrainSpec
+from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.stages import encode_latents, encode_text
 
 HARDWARE = PRESETS["cpu"].model_copy(update={"cpu_threads": 1})

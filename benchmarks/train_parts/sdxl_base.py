@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from benchmarks.train_parts.loops import BareLoop, ExampleModels, Tensors
 
-_SDXL = Path(__file__).resolve().parents[2] / "sdxl_pipeline" / "sdxl"
+_SDXL = Path(__file__).resolve().parents[2] / "sdxl_pipeline" / "models"
 CONFIGS = _SDXL / "configs" / "sdxl-base-1.0"
 TINY_CONFIGS = _SDXL / "tiny" / "model"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizerFast
 
-from sdxl_pipeline.protocol.specs import ClipSummary
+from sdxl_pipeline.runtime.specs import ClipSummary
 
 BATCH_SIZE = 16
 

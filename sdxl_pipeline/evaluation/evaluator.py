@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl_pipeline.evaluation.clip_score import ClipScorer, summarize
-from sdxl_pipeline.evaluation.comparison import Pair, comparison_sheet
+from sdxl_pipeline.evaluation.comparison_grid import Pair, comparison_sheet
+from sdxl_pipeline.evaluation.eval_models import Subject, load_subject
 from sdxl_pipeline.evaluation.gallery import Drawing, draw, plan_caption_shots, plan_shots
-from sdxl_pipeline.evaluation.paired import paired_difference, released_losses
+from sdxl_pipeline.evaluation.paired_difference import paired_difference, released_losses
 from sdxl_pipeline.evaluation.report import (
     change_since,
     describe_difference,
@@ -17,10 +18,10 @@ from sdxl_pipeline.evaluation.report import (
     write_report,
 )
 from sdxl_pipeline.evaluation.scoring_model import scoring_model_folder, scoring_model_name
-from sdxl_pipeline.evaluation.subject import Subject, load_subject
-from sdxl_pipeline.protocol.program import StageError, StopSignal
-from sdxl_pipeline.protocol.reporter import Reporter
-from sdxl_pipeline.protocol.specs import (
+from sdxl_pipeline.files.atomic_files import atomic_path
+from sdxl_pipeline.models.components import load_noise_scheduler
+from sdxl_pipeline.runtime.reporter import Reporter
+from sdxl_pipeline.runtime.specs import (
     SPOKEN_KINDS,
     ClipSummary,
     EvaluateSpec,
@@ -29,15 +30,14 @@ from sdxl_pipeline.protocol.specs import (
     LossSummary,
     ValidationImage,
 )
-from sdxl_pipeline.sdxl.components import load_noise_scheduler
-from sdxl_pipeline.store.files import atomic_path
-from sdxl_pipeline.training.batches import BatchReader
-from sdxl_pipeline.training.eval_images import read_images
-from sdxl_pipeline.training.eval_loss import eval_loss, eval_timesteps
-from sdxl_pipeline.training.eval_samples import EvalSource, choose_samples
-from sdxl_pipeline.training.objective import Objective
-from sdxl_pipeline.training.on_demand import OnDemandEncoders
-from sdxl_pipeline.training.samples import Samples
+from sdxl_pipeline.runtime.stage_runner import StageError, StopSignal
+from sdxl_pipeline.training.data.batches import BatchReader
+from sdxl_pipeline.training.data.on_demand_cache import OnDemandEncoders
+from sdxl_pipeline.training.data.samples import Samples
+from sdxl_pipeline.training.diffusion.objective import Objective
+from sdxl_pipeline.training.validation.eval_images import read_images
+from sdxl_pipeline.training.validation.eval_loss import eval_loss, eval_timesteps
+from sdxl_pipeline.training.validation.eval_samples import EvalSource, choose_samples
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ import pandas as pd
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.specs import TrainingDataset, ValidationPrompt
-from sdxl_pipeline.sdxl.drawing import Conditioning, draw_pixels, image_from_pixels
-from sdxl_pipeline.store.files import atomic_path
-from sdxl_pipeline.training.batches import BatchReader
-from sdxl_pipeline.training.image_names import distinct_stems, file_stem
-from sdxl_pipeline.training.samples import Sample
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.files.atomic_files import atomic_path
+from sdxl_pipeline.models.sampling import Conditioning, draw_pixels, image_from_pixels
+from sdxl_pipeline.runtime.specs import TrainingDataset, ValidationPrompt
+from sdxl_pipeline.training.data.batches import BatchReader
+from sdxl_pipeline.training.data.samples import Sample
+from sdxl_pipeline.training.validation.image_file_names import distinct_stems, file_stem
 
 MAX_CAPTION_PROMPTS = 4
 """Captions drawn when the project has no validation prompt."""

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdxl_pipeline.protocol.specs import (
+from sdxl_pipeline.files.atomic_files import atomic_path, write_text_atomic
+from sdxl_pipeline.runtime.specs import (
     SPOKEN_KINDS,
     ClipSummary,
     EvaluationReport,
     LossSummary,
     PairedDifference,
 )
-from sdxl_pipeline.store.files import atomic_path, write_text_atomic
 
 BASE_COLOUR, LORA_COLOUR = "#8a8a8a", "#1f5fa8"
 WIDE_RANGE = 5

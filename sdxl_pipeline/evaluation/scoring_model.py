@@ -3,10 +3,10 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.program import StageError
-from sdxl_pipeline.sdxl.base_model import BUNDLED_CLIP, BUNDLED_NAME, ResolvedModel
-from sdxl_pipeline.sdxl.hub_download import download_snapshot
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.models.base_model import BUNDLED_CLIP, BUNDLED_NAME, ResolvedModel
+from sdxl_pipeline.models.hub_download import download_snapshot
+from sdxl_pipeline.runtime.stage_runner import StageError
 
 BUNDLED_CLIP_NAME = "bundled:tiny-clip"
 CONFIG = "config.json"

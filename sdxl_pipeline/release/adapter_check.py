@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdxl_pipeline.sdxl.adapter_files import (
+from sdxl_pipeline.models.adapters.adapter import load_adapter, require_whole
+from sdxl_pipeline.models.adapters.adapter_files import (
     PREFIXES,
     UNET,
     AdapterError,
@@ -20,9 +21,8 @@ from sdxl_pipeline.sdxl.adapter_files import (
     changes_something,
     read_header,
 )
-from sdxl_pipeline.sdxl.adapters import load_adapter, require_whole
-from sdxl_pipeline.sdxl.base_model import ResolvedModel
-from sdxl_pipeline.sdxl.lycoris import count_lycoris_layers
+from sdxl_pipeline.models.adapters.lycoris import count_lycoris_layers
+from sdxl_pipeline.models.base_model import ResolvedModel
 
 
 def count_changed_layers(path: Path, base_model: ResolvedModel) -> int:

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.specs import EvaluationReport, TrainedLora, ValidationImage, ValidationPrompt
-from sdxl_pipeline.release.portable import ReleaseError, portable_lineage, portable_settings, require_portable
-from sdxl_pipeline.sdxl.base_model import ResolvedModel
-from sdxl_pipeline.store.disk_space import require_space
-from sdxl_pipeline.store.files import sha256_path, write_text_atomic
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.files.atomic_files import sha256_path, write_text_atomic
+from sdxl_pipeline.files.disk_space import require_space
+from sdxl_pipeline.models.base_model import ResolvedModel
+from sdxl_pipeline.release.sanitize import ReleaseError, portable_lineage, portable_settings, require_portable
+from sdxl_pipeline.runtime.specs import EvaluationReport, TrainedLora, ValidationImage, ValidationPrompt
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 UNET_FOLDER = "unet"
@@ -94,8 +94,8 @@ def verify_export(path: Path, base_model: ResolvedModel) -> int:
     """
     if path.is_dir():
         return _verify_unet(path, base_model)
+    from sdxl_pipeline.models.adapters.adapter_files import AdapterError
     from sdxl_pipeline.release.adapter_check import count_changed_layers
-    from sdxl_pipeline.sdxl.adapter_files import AdapterError
 
     try:
         return count_changed_layers(path, base_model)
@@ -108,7 +108,7 @@ def verify_formats(lora: TrainedLora, base_model: ResolvedModel, settings: Train
     if lora.weights_kind == "unet":
         return f"{_verify_unet(Path(lora.weights_path), base_model)} weights fit the base model's UNet."
     from sdxl_pipeline.release.formats import FormatError
-    from sdxl_pipeline.release.formats.gate import check_files
+    from sdxl_pipeline.release.formats.format_check import check_files
 
     try:
         return check_files(lora, base_model, settings.lora_format)

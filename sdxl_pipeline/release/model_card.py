@@ -5,14 +5,14 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from sdxl_pipeline.project.sections.adapter import AdapterSettings
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.specs import SPOKEN_KINDS, TrainedLora, ValidationPrompt, WeightsKind
-from sdxl_pipeline.release.adapter_words import adapter_name, adapter_tags, is_shown
-from sdxl_pipeline.release.portable import portable_name, portable_settings
+from sdxl_pipeline.config.schema.adapter import AdapterSettings
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.models.base_model import ResolvedModel
+from sdxl_pipeline.release.adapter_labels import adapter_name, adapter_tags, is_shown
+from sdxl_pipeline.release.sanitize import portable_name, portable_settings
 from sdxl_pipeline.release.snippet import hub_id
 from sdxl_pipeline.release.usage import usage
-from sdxl_pipeline.sdxl.base_model import ResolvedModel
+from sdxl_pipeline.runtime.specs import SPOKEN_KINDS, TrainedLora, ValidationPrompt, WeightsKind
 
 LICENCES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}
 """Licences of base models that pass on to what is derived from them, by Hub id."""

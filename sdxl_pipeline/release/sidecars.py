@@ -7,12 +7,12 @@ from typing import Any
 
 from PIL import Image
 
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.specs import SPOKEN_KINDS, TrainedLora, ValidationPrompt
-from sdxl_pipeline.release.adapter_words import adapter_name
-from sdxl_pipeline.release.portable import portable_name
-from sdxl_pipeline.sdxl.base_model import ResolvedModel
-from sdxl_pipeline.store.files import atomic_path, write_text_atomic
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.files.atomic_files import atomic_path, write_text_atomic
+from sdxl_pipeline.models.base_model import ResolvedModel
+from sdxl_pipeline.release.adapter_labels import adapter_name
+from sdxl_pipeline.release.sanitize import portable_name
+from sdxl_pipeline.runtime.specs import SPOKEN_KINDS, TrainedLora, ValidationPrompt
 
 
 def write_sidecars(

@@ -14,24 +14,24 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.specs import TrainedLora
-from sdxl_pipeline.release.export import ExportError
-from sdxl_pipeline.release.formats.header import thumbnail_uri
-from sdxl_pipeline.release.model_card import LICENCES
-from sdxl_pipeline.release.sidecars import description
-from sdxl_pipeline.release.snippet import hub_id
-from sdxl_pipeline.release.unet_folder import open_tensors, tensor_shapes
-from sdxl_pipeline.sdxl.base_model import ResolvedModel
-from sdxl_pipeline.sdxl.components import load_noise_scheduler, load_text_encoders, load_vae
-from sdxl_pipeline.sdxl.original_layout import (
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.files.disk_space import require_space
+from sdxl_pipeline.files.stable_safetensors import write_streamed_safetensors
+from sdxl_pipeline.models.base_model import ResolvedModel
+from sdxl_pipeline.models.components import load_noise_scheduler, load_text_encoders, load_vae
+from sdxl_pipeline.models.original_layout import (
     first_text_tensors,
     second_text_tensors,
     unet_tensors,
     vae_tensors,
 )
-from sdxl_pipeline.store.disk_space import require_space
-from sdxl_pipeline.store.stable_safetensors import write_streamed_safetensors
+from sdxl_pipeline.release.export import ExportError
+from sdxl_pipeline.release.formats.kohya_header import thumbnail_uri
+from sdxl_pipeline.release.model_card import LICENCES
+from sdxl_pipeline.release.sidecars import description
+from sdxl_pipeline.release.snippet import hub_id
+from sdxl_pipeline.release.unet_folder import open_tensors, tensor_shapes
+from sdxl_pipeline.runtime.specs import TrainedLora
 
 DTYPE = torch.float16
 MARKERS = frozenset({"v_pred", "ztsnr"})

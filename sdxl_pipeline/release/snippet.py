@@ -3,11 +3,11 @@
 import json
 from collections.abc import Sequence
 
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.specs import ValidationPrompt, WeightsKind
-from sdxl_pipeline.release.portable import portable_name
-from sdxl_pipeline.sdxl.base_model import BUNDLED_NAME, ResolvedModel
-from sdxl_pipeline.sdxl.drawing import scheduler_changes
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.models.base_model import BUNDLED_NAME, ResolvedModel
+from sdxl_pipeline.models.sampling import scheduler_changes
+from sdxl_pipeline.release.sanitize import portable_name
+from sdxl_pipeline.runtime.specs import ValidationPrompt, WeightsKind
 
 
 def hub_id(base_model: ResolvedModel) -> str | None:
@@ -40,7 +40,7 @@ def snippet(
         )
     imported = "StableDiffusionXLPipeline" + (", UNet2DConditionModel" if kind == "unet" else "")
     base_import = (
-        "from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL\n"
+        "from sdxl_pipeline.models.base_model import BUNDLED_MODEL\n"
         if base_model.source == BUNDLED_NAME
         else ""
     )

@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdxl_pipeline.sdxl.base_model import ResolvedModel
+from sdxl_pipeline.models.base_model import ResolvedModel
 
 if TYPE_CHECKING:
     from torch import Tensor

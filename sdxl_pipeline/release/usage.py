@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.specs import TrainedLora, ValidationPrompt
-from sdxl_pipeline.release.portable import portable_name
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.models.base_model import ResolvedModel
+from sdxl_pipeline.release.sanitize import portable_name
 from sdxl_pipeline.release.snippet import snippet
-from sdxl_pipeline.sdxl.base_model import ResolvedModel
+from sdxl_pipeline.runtime.specs import TrainedLora, ValidationPrompt
 
 _COMFYUI_SAMPLING = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}
 """Prediction type -> what ComfyUI's node ModelSamplingDiscrete calls it."""

@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from sdxl_pipeline.encoding.keys import latent_keys
-from sdxl_pipeline.images.digests import frame_digest
-from sdxl_pipeline.protocol.finished import read_finished, write_finished
-from sdxl_pipeline.protocol.program import StopSignal, run_stage
-from sdxl_pipeline.protocol.ranks import Ranks
-from sdxl_pipeline.protocol.reporter import Reporter
-from sdxl_pipeline.protocol.specs import EncodeLatentsSpec, FailedItem, LatentCache
-from sdxl_pipeline.store.digest import digest_json
-from sdxl_pipeline.store.files import atomic_path
-from sdxl_pipeline.store.folder import StoreFolder
-from sdxl_pipeline.store.tensor_store import TensorStore
+from sdxl_pipeline.cache.encode.cache_keys import latent_keys
+from sdxl_pipeline.cache.store.store_folder import StoreFolder
+from sdxl_pipeline.cache.store.tensor_store import TensorStore
+from sdxl_pipeline.data.scan.table_digests import frame_digest
+from sdxl_pipeline.files.atomic_files import atomic_path
+from sdxl_pipeline.files.digest import digest_json
+from sdxl_pipeline.runtime.finished_manifest import read_finished, write_finished
+from sdxl_pipeline.runtime.ranks import Ranks
+from sdxl_pipeline.runtime.reporter import Reporter
+from sdxl_pipeline.runtime.specs import EncodeLatentsSpec, FailedItem, LatentCache
+from sdxl_pipeline.runtime.stage_runner import StopSignal, run_stage
 
 if TYPE_CHECKING:
-    from sdxl_pipeline.encoding.latents import EncodedShare
+    from sdxl_pipeline.cache.encode.latent_encoding import EncodedShare
 
 _ENTRY_COLUMNS = ["path", "crop_index", "key", "latent_key"]
 _IDENTIFIED_BY = ("path", "crop_index", "key", "latent_key")
@@ -75,7 +75,7 @@ def _encode(
         wanted = np.unpackbits(np.frombuffer(plan, np.uint8), count=len(crops)).astype(bool)
         store = TensorStore(spec.store_root)
 
-    from sdxl_pipeline.encoding.latents import EncodedShare, encode_share
+    from sdxl_pipeline.cache.encode.latent_encoding import EncodedShare, encode_share
 
     share = encode_share(spec, crops, wanted, ranks.rank, ranks.count, store, reporter, stop)
     shares = ranks.gather(share.model_dump_json().encode())
@@ -146,8 +146,8 @@ def _finish(
     stop: StopSignal,
 ) -> LatentCache:
     """Write the table of entries, and tell what all processes did."""
-    from sdxl_pipeline.encoding.latent_views import channel_statistics, write_sample
-    from sdxl_pipeline.sdxl.components import latent_scaling_factor
+    from sdxl_pipeline.cache.encode.latent_preview import channel_statistics, write_sample
+    from sdxl_pipeline.models.components import latent_scaling_factor
 
     reasons = {key: reason for share in shares for key, reason in share.reasons.items()}
     lost = crops["latent_key"].isin(list(reasons))

@@ -17,20 +17,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from sdxl_pipeline.encoding.keys import EMPTY_PROMPT, embed_key
-from sdxl_pipeline.images.digests import frame_digest
-from sdxl_pipeline.protocol.finished import read_finished, write_finished
-from sdxl_pipeline.protocol.program import StopSignal, run_stage
-from sdxl_pipeline.protocol.ranks import Ranks
-from sdxl_pipeline.protocol.reporter import Reporter
-from sdxl_pipeline.protocol.specs import EncodeTextSpec, TextEmbedCache
-from sdxl_pipeline.store.digest import digest_json
-from sdxl_pipeline.store.files import atomic_path
-from sdxl_pipeline.store.folder import StoreFolder
-from sdxl_pipeline.store.tensor_store import TensorStore
+from sdxl_pipeline.cache.encode.cache_keys import EMPTY_PROMPT, embed_key
+from sdxl_pipeline.cache.store.store_folder import StoreFolder
+from sdxl_pipeline.cache.store.tensor_store import TensorStore
+from sdxl_pipeline.data.scan.table_digests import frame_digest
+from sdxl_pipeline.files.atomic_files import atomic_path
+from sdxl_pipeline.files.digest import digest_json
+from sdxl_pipeline.runtime.finished_manifest import read_finished, write_finished
+from sdxl_pipeline.runtime.ranks import Ranks
+from sdxl_pipeline.runtime.reporter import Reporter
+from sdxl_pipeline.runtime.specs import EncodeTextSpec, TextEmbedCache
+from sdxl_pipeline.runtime.stage_runner import StopSignal, run_stage
 
 if TYPE_CHECKING:
-    from sdxl_pipeline.encoding.text import EncodedTexts
+    from sdxl_pipeline.cache.encode.caption_encoding import EncodedTexts
 
 NAMED_CAPTIONS = 20
 _ENTRY_COLUMNS = ["path", "key", "caption", "embed_key"]
@@ -80,7 +80,7 @@ def _encode(
         wanted = np.unpackbits(np.frombuffer(plan, np.uint8), count=len(texts)).astype(bool)
         store = TensorStore(spec.store_root)
 
-    from sdxl_pipeline.encoding.text import EncodedTexts, encode_share
+    from sdxl_pipeline.cache.encode.caption_encoding import EncodedTexts, encode_share
 
     to_encode = [texts[index] for index in np.flatnonzero(wanted)]
     share = encode_share(spec, to_encode, ranks.rank, ranks.count, store, reporter, stop)
@@ -177,7 +177,7 @@ def _finish(
     stop: StopSignal,
 ) -> TextEmbedCache:
     """Write the tables, count the captions that lose their tail, and tell what all processes did."""
-    from sdxl_pipeline.encoding.text import lost_tails, own_texts
+    from sdxl_pipeline.cache.encode.caption_encoding import lost_tails, own_texts
 
     _write_tables(spec, entries, keys)
     counted: dict[str, int] = {}
@@ -210,7 +210,7 @@ def _token_counts(
     spec: EncodeTextSpec, keys: Mapping[str, str], counted: dict[str, int], stop: StopSignal
 ) -> dict[str, int]:
     """Tokens of every caption and prompt. Counted are those that neither this run nor the last one has read; all are then recorded."""
-    from sdxl_pipeline.encoding.text import token_counts
+    from sdxl_pipeline.cache.encode.caption_encoding import token_counts
 
     path = Path(spec.entries_path).with_suffix(".tokens.parquet")
     if path.exists():

@@ -5,13 +5,13 @@ The report of the same evaluation is reused when its images are still there; not
 
 from pathlib import Path
 
-from sdxl_pipeline.evaluation.identity import evaluation_identity
-from sdxl_pipeline.protocol.finished import read_finished, write_finished
-from sdxl_pipeline.protocol.leases import leased_datasets
-from sdxl_pipeline.protocol.program import StopSignal, run_stage
-from sdxl_pipeline.protocol.reporter import Reporter
-from sdxl_pipeline.protocol.specs import EvaluateSpec, EvaluationReport
-from sdxl_pipeline.store.files import remove_unfinished
+from sdxl_pipeline.evaluation.evaluation_identity import evaluation_identity
+from sdxl_pipeline.files.atomic_files import remove_unfinished
+from sdxl_pipeline.runtime.finished_manifest import read_finished, write_finished
+from sdxl_pipeline.runtime.reporter import Reporter
+from sdxl_pipeline.runtime.specs import EvaluateSpec, EvaluationReport
+from sdxl_pipeline.runtime.stage_runner import StopSignal, run_stage
+from sdxl_pipeline.runtime.store_leases import leased_datasets
 
 
 def main(spec: EvaluateSpec, reporter: Reporter, stop: StopSignal) -> EvaluationReport:

@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.leases import leased_datasets
-from sdxl_pipeline.protocol.program import StageError, StopSignal, run_stage
-from sdxl_pipeline.protocol.reporter import Reporter, is_main_process
-from sdxl_pipeline.protocol.specs import EMA_FOLDER, TrainedLora, TrainSpec
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.files.atomic_files import remove_unfinished, sha256_path, write_text_atomic
+from sdxl_pipeline.files.disk_space import require_space
 from sdxl_pipeline.release.formats import FormatError
 from sdxl_pipeline.release.formats.kohya_file import KohyaFile, ensure_kohya_file
-from sdxl_pipeline.store.disk_space import require_space
-from sdxl_pipeline.store.files import remove_unfinished, sha256_path, write_text_atomic
-from sdxl_pipeline.training.eval_log import read_eval_log
-from sdxl_pipeline.training.identity import run_names
-from sdxl_pipeline.training.lineage import read_lineage
-from sdxl_pipeline.training.metrics import METRICS_FILE, final_loss, read_metrics
-from sdxl_pipeline.training.run_lock import run_lock
-from sdxl_pipeline.training.samples import Split, load_samples
-from sdxl_pipeline.training.validation_log import read_validation_log
+from sdxl_pipeline.runtime.reporter import Reporter, is_main_process
+from sdxl_pipeline.runtime.specs import EMA_FOLDER, TrainedLora, TrainSpec
+from sdxl_pipeline.runtime.stage_runner import StageError, StopSignal, run_stage
+from sdxl_pipeline.runtime.store_leases import leased_datasets
+from sdxl_pipeline.training.checkpoint.run_identity import run_names
+from sdxl_pipeline.training.checkpoint.run_lineage import read_lineage
+from sdxl_pipeline.training.checkpoint.run_lock import run_lock
+from sdxl_pipeline.training.data.samples import Split, load_samples
+from sdxl_pipeline.training.logging.eval_log import read_eval_log
+from sdxl_pipeline.training.logging.metrics_log import METRICS_FILE, final_loss, read_metrics
+from sdxl_pipeline.training.logging.validation_log import read_validation_log
 
 if TYPE_CHECKING:
-    from sdxl_pipeline.training.loop import Trainer
+    from sdxl_pipeline.training.trainer import Trainer
 
 FINISHED = "finished.json"
 
@@ -52,9 +52,9 @@ def main(spec: TrainSpec, reporter: Reporter, stop: StopSignal) -> TrainedLora:
             )
             return _with_kohya_file(finished, spec, reporter) if is_main_process() else finished
 
-        from sdxl_pipeline.training.beginning import begin_run, report_nearest_run
-        from sdxl_pipeline.training.loop import Trainer
-        from sdxl_pipeline.training.watch import Watch
+        from sdxl_pipeline.training.checkpoint.resume import begin_run, report_nearest_run
+        from sdxl_pipeline.training.logging.observers import Watch
+        from sdxl_pipeline.training.trainer import Trainer
 
         watch = Watch(spec, identity, reporter) if is_main_process() else None
         with ExitStack() as afterwards, watch or nullcontext():
@@ -108,7 +108,7 @@ def _with_kohya_file(manifest: TrainedLora, spec: TrainSpec, reporter: Reporter)
 
 def _last_image(manifest: TrainedLora, averaged: bool) -> Path | None:
     """The last validation image of the trained weights, or of their average; None where there is none."""
-    from sdxl_pipeline.training.shown_weights import EMA_LABEL
+    from sdxl_pipeline.training.optim.eval_weights import EMA_LABEL
 
     images = [image for image in manifest.validation_images if image.name.endswith(EMA_LABEL) == averaged]
     last = max(images, key=lambda image: image.step, default=None)
@@ -140,9 +140,9 @@ def _finish(trainer: "Trainer") -> TrainedLora:
     """Write the weights and the plots, on the main process, and give the manifest."""
     import torch
 
-    from sdxl_pipeline.training.disk import CHECKPOINT_ADVICE
-    from sdxl_pipeline.training.plots import plot_loss_curve
-    from sdxl_pipeline.training.sheet import write_sheet
+    from sdxl_pipeline.training.checkpoint.free_disk_monitor import CHECKPOINT_ADVICE
+    from sdxl_pipeline.training.logging.loss_plot import plot_loss_curve
+    from sdxl_pipeline.training.validation.validation_grid import write_sheet
 
     spec, run_dir = trainer.spec, trainer.run_dir
     rows = read_metrics(run_dir / METRICS_FILE)

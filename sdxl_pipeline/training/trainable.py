@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-from sdxl_pipeline.protocol.specs import TrainSpec, WeightsKind
-from sdxl_pipeline.sdxl.adapters import UNET, adapted_module_names, save_adapter
-from sdxl_pipeline.sdxl.components import TextEncoders
-from sdxl_pipeline.training.text_encoders import (
+from sdxl_pipeline.models.adapters.adapter import UNET, adapted_module_names, save_adapter
+from sdxl_pipeline.models.components import TextEncoders
+from sdxl_pipeline.runtime.specs import TrainSpec, WeightsKind
+from sdxl_pipeline.training.text_encoder_training import (
     CaptionedUNet,
     LiveTexts,
     named_encoders,
     text_windows,
     trainable_text_encoders,
 )
-from sdxl_pipeline.training.unet import full_unet, trainable_unet
+from sdxl_pipeline.training.trained_unet import full_unet, trainable_unet
 
 
 class Trainable(ABC):
@@ -179,7 +179,7 @@ def build_trainable(spec: TrainSpec) -> Trainable:
     """What the settings say is trained, on the CPU. Raises StageError for settings that the model or this machine cannot do."""
     settings = spec.settings
     if settings.model_type == "full" and settings.fsdp_enable:
-        from sdxl_pipeline.training.sharding import ShardedUNet
+        from sdxl_pipeline.training.distributed.sharding import ShardedUNet
 
         return ShardedUNet(full_unet(spec), settings.fsdp_reshard_after_forward)
     if settings.model_type == "full":

@@ -7,12 +7,12 @@ from functools import partial
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from sdxl_pipeline.protocol.program import StageError
-from sdxl_pipeline.protocol.reporter import Reporter
-from sdxl_pipeline.protocol.specs import TrainSpec
-from sdxl_pipeline.training.order import SampleOrder
-from sdxl_pipeline.training.passes import Passes, planned_passes
-from sdxl_pipeline.training.samples import load_samples
+from sdxl_pipeline.runtime.reporter import Reporter
+from sdxl_pipeline.runtime.specs import TrainSpec
+from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.training.data.bucket_sampler import SampleOrder
+from sdxl_pipeline.training.data.samples import load_samples
+from sdxl_pipeline.training.data.sampling_weights import Passes, planned_passes
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """How long a process waits for the others with its device."""

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 
 from assets.aspect_buckets import build_aspect_buckets
-from assets.keys import dataset_key
+from assets.asset_keys import dataset_key
 from resources.storage import Storage, ValueIOManager
-from sdxl_pipeline.project.project import load_project
+from sdxl_pipeline.config.loader import load_project
 
 
 def scan_of(sizes: list[tuple[int, int]]) -> pd.DataFrame:

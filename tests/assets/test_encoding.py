@@ -8,8 +8,8 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from assets.checks import check_latents, check_text
-from sdxl_pipeline.protocol.specs import (
+from assets.checks.result_checks import check_latents, check_text
+from sdxl_pipeline.runtime.specs import (
     EncodeLatentsSpec,
     EncodeTextSpec,
     FailedItem,

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from assets import summary
 from sdxl_pipeline.definitions import build_definitions
+from sdxl_pipeline.models.base_model import BUNDLED_MODEL
 from sdxl_pipeline.release.export import SETTINGS_FILE
-from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL
 from tests.conftest import draw_image
 
 OBJECTIVE = {

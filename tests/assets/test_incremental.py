@@ -16,12 +16,12 @@ import pytest
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
-from resources.launcher import LocalLauncher
+from resources.stage_client import LocalLauncher
+from sdxl_pipeline.config.hardware_profiles import Hardware
 from sdxl_pipeline.definitions import build_definitions
-from sdxl_pipeline.project.hardware import Hardware
-from sdxl_pipeline.protocol.program import StopSignal
-from sdxl_pipeline.protocol.reporter import PlainReporter
-from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL
+from sdxl_pipeline.models.base_model import BUNDLED_MODEL
+from sdxl_pipeline.runtime.reporter import PlainReporter
+from sdxl_pipeline.runtime.stage_runner import StopSignal
 from tests.conftest import draw_image
 
 

@@ -12,10 +12,10 @@ from PIL import Image, ImageDraw
 
 from assets.aspect_buckets import holdout_share
 from resources.storage import read_parquet
-from sdxl_pipeline.cli import main
+from sdxl_pipeline.cli.main import main
+from sdxl_pipeline.config.loader import load_project
+from sdxl_pipeline.data.scan.dataset_fingerprint import project_fingerprint
 from sdxl_pipeline.definitions import build_definitions
-from sdxl_pipeline.images.fingerprint import project_fingerprint
-from sdxl_pipeline.project.project import load_project
 from tests.assets.test_incremental import InProcessLauncher
 from tests.conftest import DATASET, draw_image
 

@@ -18,11 +18,11 @@ from assets.hub_release import plain_overrides
 from resources.hardware import HardwareProfile
 from resources.trackers import TrackerResource
 from sdxl_pipeline.automation import trained_fingerprint
+from sdxl_pipeline.config.loader import load_project
+from sdxl_pipeline.data.scan.dataset_fingerprint import project_fingerprint
 from sdxl_pipeline.definitions import build_definitions
-from sdxl_pipeline.images.fingerprint import project_fingerprint
-from sdxl_pipeline.project.project import load_project
-from sdxl_pipeline.protocol.specs import SettingDifference, TrainedLora
-from sdxl_pipeline.release.portable import portable_lineage
+from sdxl_pipeline.release.sanitize import portable_lineage
+from sdxl_pipeline.runtime.specs import SettingDifference, TrainedLora
 from tests.assets.test_graph import DATASET, metadata
 from tests.assets.test_incremental import InProcessLauncher
 from tests.training.conftest import fresh_accelerator  # noqa: F401 (a fixture)

@@ -10,10 +10,10 @@ import dagster as dg
 import pandas as pd
 import pytest
 
+from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.definitions import build_definitions
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.program import StageError
-from sdxl_pipeline.training.plan import PlannedDataset, plan_training
+from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.training.data.training_plan import PlannedDataset, plan_training
 from tests.conftest import DATASET, draw_image
 from tests.datasets import SETTINGS, SQUARE, WIDE, make_dataset
 

@@ -9,20 +9,20 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_pipeline.encoding.keys import latent_keys
-from sdxl_pipeline.images.looks import look_at
-from sdxl_pipeline.images.scan import scan_dataset
-from sdxl_pipeline.project.datasets import ImageDataset
-from sdxl_pipeline.project.hardware import PRESETS
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.program import StopSignal
-from sdxl_pipeline.protocol.reporter import Reporter
-from sdxl_pipeline.protocol.specs import EncodeLatentsSpec, LatentCache
-from sdxl_pipeline.sdxl.base_model import BUNDLED_NAME, resolve_base_model
-from sdxl_pipeline.sdxl.components import latent_scaling_factor, load_vae
-from sdxl_pipeline.sdxl.latents import decode, encode_moments, pixels_from_crops
+from sdxl_pipeline.cache.encode.cache_keys import latent_keys
+from sdxl_pipeline.cache.store.tensor_store import TensorStore
+from sdxl_pipeline.config.hardware_profiles import PRESETS
+from sdxl_pipeline.config.schema.datasets import ImageDataset
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.data.quality.perceptual_hash import look_at
+from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
+from sdxl_pipeline.models.base_model import BUNDLED_NAME, resolve_base_model
+from sdxl_pipeline.models.components import latent_scaling_factor, load_vae
+from sdxl_pipeline.models.vae import decode, encode_moments, pixels_from_crops
+from sdxl_pipeline.runtime.reporter import Reporter
+from sdxl_pipeline.runtime.specs import EncodeLatentsSpec, LatentCache
+from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.stages import encode_latents
-from sdxl_pipeline.store.tensor_store import TensorStore
 from tests.corpus.cases import Kept
 
 

@@ -15,20 +15,20 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_pipeline.encoding.keys import latent_keys
-from sdxl_pipeline.images.crops import plan_crops
-from sdxl_pipeline.images.looks import look_at
-from sdxl_pipeline.images.pixels import load_crop
-from sdxl_pipeline.images.scan import DatasetFolderError, scan_dataset
-from sdxl_pipeline.protocol.program import StageError, StopSignal
-from sdxl_pipeline.protocol.reporter import Reporter
-from sdxl_pipeline.sdxl.components import load_vae
-from sdxl_pipeline.sdxl.latents import encode_moments, pixels_from_crops
+from sdxl_pipeline.cache.encode.cache_keys import latent_keys
+from sdxl_pipeline.cache.store.tensor_store import TensorStore
+from sdxl_pipeline.data.buckets.crop_plan import plan_crops
+from sdxl_pipeline.data.decoding.pixels import load_crop
+from sdxl_pipeline.data.quality.perceptual_hash import look_at
+from sdxl_pipeline.data.scan.dataset_scan import DatasetFolderError, scan_dataset
+from sdxl_pipeline.models.components import load_vae
+from sdxl_pipeline.models.vae import encode_moments, pixels_from_crops
+from sdxl_pipeline.runtime.reporter import Reporter
+from sdxl_pipeline.runtime.stage_runner import StageError, StopSignal
 from sdxl_pipeline.stages import encode_latents
-from sdxl_pipeline.store.tensor_store import TensorStore
 from tests.corpus.cases import NEIGHBOURS, photograph, put, write_neighbours
 from tests.corpus.pipeline import check_frame, dataset_of, encode, scan, spec_of
-from tests.images.photographs import encoded
+from tests.data.photographs import encoded
 
 MOVING = "moving.png"
 STATES = [

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sdxl_pipeline.images.crops import plan_crops
-from sdxl_pipeline.images.pixels import load_crop
+from sdxl_pipeline.data.buckets.crop_plan import plan_crops
+from sdxl_pipeline.data.decoding.pixels import load_crop
 from tests.corpus.cases import Case, Kept, cases, write_neighbours
 from tests.corpus.pipeline import (
     check_frame,

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from sdxl_pipeline.protocol.program import StageError
-from sdxl_pipeline.images.crops import plan_crops
-from sdxl_pipeline.store.tensor_store import TensorStore
+from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.data.buckets.crop_plan import plan_crops
+from sdxl_pipeline.cache.store.tensor_store import TensorStore
 from tests.corpus.pipeline import dataset_of, encode, scan, spec_of
 from tests.small_disk import enlarge_disk, mount_small_disk
 

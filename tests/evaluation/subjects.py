@@ -6,17 +6,17 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from sdxl_pipeline.project.hardware import PRESETS
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.specs import (
+from sdxl_pipeline.config.hardware_profiles import PRESETS
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.files.atomic_files import sha256_file
+from sdxl_pipeline.models.adapters.adapter import adapted_module_names, add_lora, save_adapter
+from sdxl_pipeline.models.base_model import BUNDLED_MODEL, ResolvedModel, resolve_base_model
+from sdxl_pipeline.models.components import load_unet
+from sdxl_pipeline.runtime.specs import (
     EvaluateSpec,
     TrainedLora,
     ValidationPrompt,
 )
-from sdxl_pipeline.sdxl.adapters import adapted_module_names, add_lora, save_adapter
-from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, ResolvedModel, resolve_base_model
-from sdxl_pipeline.sdxl.components import load_unet
-from sdxl_pipeline.store.files import sha256_file
 from tests.datasets import make_dataset
 
 SIZES = ((128, 128), (96, 160), (160, 96))

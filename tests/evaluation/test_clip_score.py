@@ -12,8 +12,8 @@ from PIL import Image
 
 from sdxl_pipeline.evaluation.clip_score import BATCH_SIZE, ClipScorer, summarize
 from sdxl_pipeline.evaluation.scoring_model import choose_files, scoring_model_folder, scoring_model_name
-from sdxl_pipeline.protocol.program import StageError
-from sdxl_pipeline.sdxl.base_model import BUNDLED_CLIP
+from sdxl_pipeline.models.base_model import BUNDLED_CLIP
+from sdxl_pipeline.runtime.stage_runner import StageError
 from tests.evaluation.subjects import tiny_model, tiny_settings
 from tests.hub_server import HubServer
 

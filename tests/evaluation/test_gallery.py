@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_pipeline.evaluation.comparison import Pair, comparison_sheet
+from sdxl_pipeline.evaluation.comparison_grid import Pair, comparison_sheet
 from sdxl_pipeline.evaluation.gallery import (
     MAX_CAPTION_PROMPTS,
     Drawing,
@@ -16,11 +16,11 @@ from sdxl_pipeline.evaluation.gallery import (
     plan_caption_shots,
     plan_shots,
 )
-from sdxl_pipeline.protocol.program import StageError
-from sdxl_pipeline.protocol.specs import ValidationPrompt
-from sdxl_pipeline.sdxl.components import load_pipeline
-from sdxl_pipeline.training.batches import BatchReader
-from sdxl_pipeline.training.eval_samples import choose_samples
+from sdxl_pipeline.models.components import load_pipeline
+from sdxl_pipeline.runtime.specs import ValidationPrompt
+from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.training.data.batches import BatchReader
+from sdxl_pipeline.training.validation.eval_samples import choose_samples
 from tests.datasets import make_dataset
 from tests.evaluation.subjects import PROMPTS, tiny_model, tiny_settings
 

@@ -15,7 +15,7 @@ from sdxl_pipeline.evaluation.report import (
     report_figures,
     write_report,
 )
-from sdxl_pipeline.protocol.specs import (
+from sdxl_pipeline.runtime.specs import (
     ClipSummary,
     EvaluationReport,
     FailedItem,

@@ -15,7 +15,7 @@ from PIL import Image
 from skimage import data as photographs
 
 from sdxl_pipeline.definitions import build_definitions
-from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL
+from sdxl_pipeline.models.base_model import BUNDLED_MODEL
 
 pytestmark = pytest.mark.real
 

@@ -10,17 +10,17 @@ import torch
 from PIL import Image
 
 from sdxl_pipeline.evaluation.report import write_report
-from sdxl_pipeline.protocol.specs import (
+from sdxl_pipeline.files.atomic_files import sha256_path
+from sdxl_pipeline.models.base_model import resolve_base_model
+from sdxl_pipeline.models.components import load_unet
+from sdxl_pipeline.release.export import build_release
+from sdxl_pipeline.runtime.specs import (
     ClipSummary,
     EvaluationReport,
     LossSummary,
     TrainedLora,
     ValidationImage,
 )
-from sdxl_pipeline.release.export import build_release
-from sdxl_pipeline.sdxl.base_model import resolve_base_model
-from sdxl_pipeline.sdxl.components import load_unet
-from sdxl_pipeline.store.files import sha256_path
 from tests.evaluation.subjects import PROMPTS, make_lora, tiny_settings
 
 LINEAGE = {

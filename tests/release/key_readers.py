@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from diffusers import UNet2DConditionModel
 
-from tests.sdxl.original_layout import unet_tensors
+from tests.models.original_layout import unet_tensors
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
 TEXT_LAYERS = (*ATTENTION, "mlp.fc1", "mlp.fc2")

@@ -12,8 +12,12 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sdxl_pipeline.project.paths import PLACES, SOURCES
-from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.config.paths import PLACES, SOURCES
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.files.disk_space import DiskFullError
+from sdxl_pipeline.models.adapters.adapter import adapted_module_names, add_lora, save_adapter
+from sdxl_pipeline.models.base_model import SDXL_BASE_CONFIGS
+from sdxl_pipeline.models.components import load_pipeline, load_text_encoders
 from sdxl_pipeline.release.export import (
     CARD_FILE,
     LINEAGE_FILE,
@@ -23,13 +27,9 @@ from sdxl_pipeline.release.export import (
     ExportError,
     verify_export,
 )
-from sdxl_pipeline.release.portable import ReleaseError, portable_name, portable_settings, require_portable
-from sdxl_pipeline.sdxl.adapters import adapted_module_names, add_lora, save_adapter
-from sdxl_pipeline.sdxl.base_model import SDXL_BASE_CONFIGS
-from sdxl_pipeline.sdxl.components import load_pipeline, load_text_encoders
-from sdxl_pipeline.store.disk_space import DiskFullError
+from sdxl_pipeline.release.sanitize import ReleaseError, portable_name, portable_settings, require_portable
 from tests.hub_server import HubServer
-from tests.sdxl.adapted_unets import adapted_unet, settings_of
+from tests.models.adapted_unets import adapted_unet, settings_of
 
 
 def files_in(folder: Path) -> set[str]:

@@ -16,6 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from sdxl_pipeline.models.adapters.lora import add_lora, lora_header, lora_layers, lora_tensors
+from sdxl_pipeline.models.base_model import BUNDLED_MODEL, SDXL_BASE_CONFIGS
+from sdxl_pipeline.models.sgm_names import sgm_name, sgm_prefixes
 from sdxl_pipeline.release.formats import FormatError
 from sdxl_pipeline.release.formats.kohya import kohya_layers, kohya_tensors
 from sdxl_pipeline.release.formats.layers import (
@@ -27,10 +30,7 @@ from sdxl_pipeline.release.formats.layers import (
     read_diffusers,
     read_kohya,
 )
-from sdxl_pipeline.release.formats.updates import update_of
-from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, SDXL_BASE_CONFIGS
-from sdxl_pipeline.sdxl.lora import add_lora, lora_header, lora_layers, lora_tensors
-from sdxl_pipeline.sdxl.sgm_names import sgm_name, sgm_prefixes
+from sdxl_pipeline.release.formats.weight_updates import update_of
 from tests.release.key_readers import (
     UnmatchedKeysError,
     read_as_a1111,

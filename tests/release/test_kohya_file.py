@@ -19,29 +19,35 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
+from sdxl_pipeline.files.atomic_files import sha256_file
+from sdxl_pipeline.models.adapters.adapter import (
+    UNET,
+    adapted_module_names,
+    add_adapter,
+    load_adapter,
+    save_adapter,
+)
+from sdxl_pipeline.models.adapters.init_adapter import start_from_file
+from sdxl_pipeline.models.base_model import resolve_base_model
+from sdxl_pipeline.models.components import load_pipeline, load_unet
 from sdxl_pipeline.release.formats import FormatError
-from sdxl_pipeline.release.formats.gate import check_files
-from sdxl_pipeline.release.formats.header import THUMBNAIL_BYTES, thumbnail_uri
+from sdxl_pipeline.release.formats.format_check import check_files
 from sdxl_pipeline.release.formats.kohya import kohya_layers, low_rank, read_trained
 from sdxl_pipeline.release.formats.kohya_file import KohyaFile, ensure_kohya_file, kohya_file_name
+from sdxl_pipeline.release.formats.kohya_header import THUMBNAIL_BYTES, thumbnail_uri
 from sdxl_pipeline.release.formats.layers import layer_table
-from sdxl_pipeline.release.formats.updates import BaseWeights, updates
-from sdxl_pipeline.sdxl.adapter_start import start_from_file
-from sdxl_pipeline.sdxl.adapters import UNET, adapted_module_names, add_adapter, load_adapter, save_adapter
-from sdxl_pipeline.sdxl.base_model import resolve_base_model
-from sdxl_pipeline.sdxl.components import load_pipeline, load_unet
-from sdxl_pipeline.store.files import sha256_file
+from sdxl_pipeline.release.formats.weight_updates import BaseWeights, updates
+from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
 from tests.datasets import make_dataset, make_spec
-from tests.release.key_readers import read_as_a1111, read_as_comfyui
-from tests.sdxl.adapted_unets import EVERY_KIND, KINDS, adapted_unet, output, settings_of
-from tests.sdxl.original_layout import (
+from tests.models.adapted_unets import EVERY_KIND, KINDS, adapted_unet, output, settings_of
+from tests.models.original_layout import (
     first_text_tensors,
     second_text_tensors,
     unet_tensors,
     vae_tensors,
     write_checkpoint,
 )
+from tests.release.key_readers import read_as_a1111, read_as_comfyui
 
 NORMED = [kind for kind in KINDS if "dora" in kind or "norms" in kind]
 

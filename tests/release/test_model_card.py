@@ -8,11 +8,11 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.files.atomic_files import sha256_path
+from sdxl_pipeline.models.adapters.adapter import save_adapter
 from sdxl_pipeline.release.model_card import hub_id
-from sdxl_pipeline.sdxl.adapters import save_adapter
-from sdxl_pipeline.store.files import sha256_path
-from tests.sdxl.adapted_unets import KINDS, adapted_unet, output
+from tests.models.adapted_unets import KINDS, adapted_unet, output
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 

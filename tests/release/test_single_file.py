@@ -12,20 +12,20 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.release import single_file
-from sdxl_pipeline.release.export import ExportError
-from sdxl_pipeline.release.single_file import require_loadable, write_checkpoint
-from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, ResolvedModel, resolve_base_model
-from sdxl_pipeline.sdxl.components import (
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.files.disk_space import DiskFullError
+from sdxl_pipeline.models.base_model import BUNDLED_MODEL, ResolvedModel, resolve_base_model
+from sdxl_pipeline.models.components import (
     load_noise_scheduler,
     load_pipeline,
     load_text_encoders,
     load_unet,
     load_vae,
 )
-from sdxl_pipeline.store.disk_space import DiskFullError
-from sdxl_pipeline.training import disk
+from sdxl_pipeline.release import single_file
+from sdxl_pipeline.release.export import ExportError
+from sdxl_pipeline.release.single_file import require_loadable, write_checkpoint
+from sdxl_pipeline.training.checkpoint import free_disk_monitor
 
 
 def resolved(checkpoint: Path, folder: Path) -> ResolvedModel:
@@ -149,8 +149,8 @@ def test_a_weight_that_float16_cannot_hold_stops_the_release(
 def test_a_disk_without_room_is_noticed_before_anything_is_written(
     inputs, unet_inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    usage = disk.shutil.disk_usage(tmp_path)._replace(free=2 << 20)
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _folder: usage)
+    usage = free_disk_monitor.shutil.disk_usage(tmp_path)._replace(free=2 << 20)
+    monkeypatch.setattr(free_disk_monitor.shutil, "disk_usage", lambda _folder: usage)
     with pytest.raises(DiskFullError, match="the single-file checkpoint"):
         write(tmp_path, inputs, unet_inputs)
     assert list((tmp_path / "models").iterdir()) == []

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import dagster as dg
 
-from resources.launcher import LocalLauncher
 from resources.run_liveness import follow_run_process
+from resources.stage_client import LocalLauncher
+from sdxl_pipeline.config.hardware_profiles import PRESETS, Hardware
 from sdxl_pipeline.definitions import EXECUTOR
-from sdxl_pipeline.project.hardware import PRESETS, Hardware
 from tests.stages.sleepy_stage import SleepyManifest, SleepySpec, note
 
 

@@ -4,7 +4,7 @@ import dagster as dg
 import pytest
 
 from resources.hardware import HardwareProfile
-from sdxl_pipeline.project.hardware import PRESETS, detect
+from sdxl_pipeline.config.hardware_profiles import PRESETS, detect
 
 
 def test_the_field_goes_before_the_environment_and_that_before_detection(monkeypatch):

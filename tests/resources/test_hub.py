@@ -4,7 +4,7 @@ import dagster as dg
 import pytest
 
 from resources.hub import HubResource, why_not_writable
-from sdxl_pipeline import hub_calls
+from sdxl_pipeline import hub_client
 from tests.hub_server import HubServer
 
 
@@ -17,7 +17,7 @@ def server():
 @pytest.fixture
 def hub(server, monkeypatch, tmp_path):
     server.adopt_process(monkeypatch, tmp_path)
-    monkeypatch.setattr(hub_calls, "first_wait_seconds", 0.01)
+    monkeypatch.setattr(hub_client, "first_wait_seconds", 0.01)
     return server
 
 
@@ -90,10 +90,10 @@ def test_check_can_push_waits_as_long_as_the_hub_asks(hub, user, monkeypatch):
 
 def test_check_can_push_gives_up_after_some_tries_with_a_sentence(hub, user):
     before = len(hub.requests)
-    hub.fail_next(hub_calls.TRIES, status=503, path="/whoami")
+    hub.fail_next(hub_client.TRIES, status=503, path="/whoami")
     with pytest.raises(dg.Failure, match=r"HTTP 503.*out of order.*again later"):
         HubResource().check_can_push(f"{user}/stars")
-    assert len(hub.requests) - before == hub_calls.TRIES
+    assert len(hub.requests) - before == hub_client.TRIES
 
 
 def test_check_can_push_does_not_wait_for_hours(hub, user):

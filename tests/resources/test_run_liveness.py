@@ -11,7 +11,7 @@ import dagster as dg
 import pytest
 
 from resources.run_liveness import LiveRunLauncher, PoolWaitLog, fail_dead_runs, liveness_folder
-from sdxl_pipeline.protocol.liveness import examined_runs
+from sdxl_pipeline.runtime.process_liveness import examined_runs
 from tests.processes import wait_for, wait_for_number
 from tests.resources.worker import REPOSITORY, Worker, wait_until_gone
 from tests.stages.sleepy_stage import SleepySpec
@@ -103,7 +103,7 @@ def test_waiting_run_logs_the_holder_and_goes_on_when_all_its_processes_are_kill
 def hold_as_a_run(instance: dg.DagsterInstance, run_id: str, folder: Path, *keys: str) -> Worker:
     """A process that counts as one of a run until it is killed."""
     code = (
-        "import os, sys, time; from pathlib import Path; from sdxl_pipeline.protocol.liveness import hold_liveness; "
+        "import os, sys, time; from pathlib import Path; from sdxl_pipeline.runtime.process_liveness import hold_liveness; "
         "from tests.stages.sleepy_stage import note; hold_liveness(Path(sys.argv[1])); "
         "note(Path(sys.argv[2]), os.getpid()); time.sleep(600)"
     )

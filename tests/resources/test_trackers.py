@@ -5,7 +5,7 @@ import pytest
 
 from resources import trackers
 from resources.trackers import TrackerResource
-from sdxl_pipeline.project.training import TrainingSettings
+from sdxl_pipeline.config.schema.training import TrainingSettings
 
 STEPS = {"max_train_steps": 10}
 

@@ -6,8 +6,8 @@ import dagster as dg
 import pytest
 
 from resources.webhook import WebhookResource
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.webhook import WEBHOOKS_VARIABLE, load_webhooks
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.runtime.webhook import WEBHOOKS_VARIABLE, load_webhooks
 
 
 def file_of(folder, name):

@@ -10,9 +10,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal, run_stage
-from sdxl_pipeline.protocol.reporter import Reporter, is_main_process
-from sdxl_pipeline.store.errors import StoreError
+from sdxl_pipeline.files.storage_errors import StorageError
+from sdxl_pipeline.runtime.reporter import Reporter, is_main_process
+from sdxl_pipeline.runtime.stage_runner import StageError, StageStopped, StopSignal, run_stage
 
 STEP_SECONDS = 0.02
 
@@ -65,7 +65,7 @@ def main(spec: SleepySpec, reporter: Reporter, stop: StopSignal) -> SleepyManife
         case "user":
             raise StageError("steps: 7 is unlucky; write 8")
         case "store":
-            raise StoreError("no space left on the moon")
+            raise StorageError("no space left on the moon")
         case "crash":
             raise RuntimeError("the floor gave way")
         case "out_of_memory":

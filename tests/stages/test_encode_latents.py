@@ -1,4 +1,4 @@
-"""Holds that every crop gets its own latents, once, whatever else is in the folder; and that what is done survives a stop.
+"""Holds that every crop gets its own latent_encoding, once, whatever else is in the folder; and that what is done survives a stop.
 
 Images are scanned, planned, encoded and read back through the product's own code, with the bundled model on the CPU.
 """
@@ -15,23 +15,23 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_pipeline.encoding import devices, latents, on_demand
-from sdxl_pipeline.encoding.devices import load_latent_encoder
-from sdxl_pipeline.images.crops import plan_crops
-from sdxl_pipeline.images.digests import frame_digest
-from sdxl_pipeline.images.pixels import load_crop
-from sdxl_pipeline.images.scan import scan_dataset
-from sdxl_pipeline.project.datasets import ImageDataset
-from sdxl_pipeline.project.hardware import PRESETS
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
-from sdxl_pipeline.protocol.reporter import Reporter
-from sdxl_pipeline.protocol.specs import EncodeLatentsSpec, LatentCache
-from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, BUNDLED_NAME, ResolvedModel, resolve_base_model
-from sdxl_pipeline.sdxl.components import load_vae
-from sdxl_pipeline.sdxl.latents import encode_moments, pixels_from_crops
+from sdxl_pipeline.cache.encode import encoder_devices, latent_encoding, on_demand_encoders
+from sdxl_pipeline.cache.encode.encoder_devices import load_latent_encoder
+from sdxl_pipeline.cache.store.tensor_store import TensorStore
+from sdxl_pipeline.config.hardware_profiles import PRESETS
+from sdxl_pipeline.config.schema.datasets import ImageDataset
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.data.buckets.crop_plan import plan_crops
+from sdxl_pipeline.data.decoding.pixels import load_crop
+from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
+from sdxl_pipeline.data.scan.table_digests import frame_digest
+from sdxl_pipeline.models.base_model import BUNDLED_MODEL, BUNDLED_NAME, ResolvedModel, resolve_base_model
+from sdxl_pipeline.models.components import load_vae
+from sdxl_pipeline.models.vae import encode_moments, pixels_from_crops
+from sdxl_pipeline.runtime.reporter import Reporter
+from sdxl_pipeline.runtime.specs import EncodeLatentsSpec, LatentCache
+from sdxl_pipeline.runtime.stage_runner import StageError, StageStopped, StopSignal
 from sdxl_pipeline.stages import encode_latents
-from sdxl_pipeline.store.tensor_store import TensorStore
 
 COLOURS = ["red", "lime", "blue", "yellow", "white", "black", "orange"]
 SIZES = [(64, 64), (128, 64), (64, 128)]  # (width, height)
@@ -140,7 +140,7 @@ def test_a_second_run_encodes_nothing_and_does_not_load_the_vae(make_spec, monke
     spec = make_spec()
     first = run(spec)
     sample = (tmp_path / "sample.png").stat().st_mtime_ns
-    monkeypatch.setattr(devices, "load_vae", lambda *_: pytest.fail("the VAE was loaded"))
+    monkeypatch.setattr(encoder_devices, "load_vae", lambda *_: pytest.fail("the VAE was loaded"))
     second = run(spec)
     assert counts(second) == (7, 0, 7, 0)
     assert second.images_per_second is None
@@ -246,9 +246,9 @@ def test_several_crops_of_a_image_are_decoded_once(make_spec, data: Path, monkey
     rows = pd.read_parquet(spec.rows_path).iloc[[0, 3]]
     pd.concat([rows, rows.assign(crop_index=1, flipped=True)]).to_parquet(spec.rows_path)
     read: list[str] = []
-    original = latents.read_crops
+    original = latent_encoding.read_crops
     monkeypatch.setattr(
-        latents,
+        latent_encoding,
         "read_crops",
         lambda path, key, crops: read.append(path.name) or original(path, key, crops),
     )
@@ -304,7 +304,7 @@ def test_a_image_whose_decoding_fails_is_named(make_spec, data: Path):
     spec = make_spec()
     rows = pd.read_parquet(spec.rows_path)
     (data / "noise.png").write_bytes((data / "noise.png").read_bytes()[:2000])
-    from sdxl_pipeline.store.files import sha256_file
+    from sdxl_pipeline.files.atomic_files import sha256_file
 
     rows.loc[rows["path"] == "noise.png", "key"] = sha256_file(data / "noise.png")
     rows.to_parquet(spec.rows_path)
@@ -320,7 +320,7 @@ def test_latents_that_are_not_finite_are_named_and_not_kept(make_spec, monkeypat
         mean[blue] = torch.inf
         return mean, logvar
 
-    monkeypatch.setattr(latents, "encode_moments", overflowing)
+    monkeypatch.setattr(latent_encoding, "encode_moments", overflowing)
     spec = make_spec()
     cache = run(spec)
     assert [(failed.name, "NaN" in failed.reason, "fp32" in failed.reason) for failed in cache.failed] == [
@@ -341,14 +341,14 @@ def infinite(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 )
 def test_the_hint_for_latents_that_are_not_finite_fits_the_dtype(make_spec, data, monkeypatch, dtype, hint):
     spec = make_spec(vae_dtype=dtype)
-    monkeypatch.setattr(latents, "encode_moments", infinite)
+    monkeypatch.setattr(latent_encoding, "encode_moments", infinite)
     reasons = {failed.reason for failed in run(spec).failed}
     assert len(reasons) == 1
     assert hint in reasons.pop()
-    monkeypatch.setattr(on_demand, "encode_moments", infinite)
+    monkeypatch.setattr(on_demand_encoders, "encode_moments", infinite)
     row = next(pd.read_parquet(spec.rows_path).itertuples())
     with pytest.raises(StageError, match=f"{row.path}.*{hint}"):
-        on_demand.LatentEncoder(spec.base_model, spec.hardware).encode(data / row.path, row)
+        on_demand_encoders.LatentEncoder(spec.base_model, spec.hardware).encode(data / row.path, row)
 
 
 def test_a_vae_with_a_broken_weight_stops_the_stage_by_its_name(make_spec, monkeypatch):
@@ -357,7 +357,7 @@ def test_a_vae_with_a_broken_weight_stops_the_stage_by_its_name(make_spec, monke
         vae.encoder.conv_in.weight.data[0, 0, 0, 0] = torch.nan
         return vae
 
-    monkeypatch.setattr(latents, "load_latent_encoder", broken)
+    monkeypatch.setattr(latent_encoding, "load_latent_encoder", broken)
     with pytest.raises(
         StageError,
         match=r"the VAE of bundled:tiny-sdxl has NaN or infinite weights.*encoder.conv_in.weight.*Download",

@@ -13,17 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_pipeline.images.crops import plan_crops
-from sdxl_pipeline.images.scan import scan_dataset
-from sdxl_pipeline.project.datasets import ImageDataset
-from sdxl_pipeline.project.hardware import PRESETS
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.program import StopSignal
-from sdxl_pipeline.protocol.reporter import Reporter
-from sdxl_pipeline.protocol.specs import EncodeLatentsSpec, EncodeTextSpec, LatentCache, TextEmbedCache
-from sdxl_pipeline.sdxl.base_model import BUNDLED_NAME, resolve_base_model
+from sdxl_pipeline.cache.store.tensor_store import TensorStore
+from sdxl_pipeline.config.hardware_profiles import PRESETS
+from sdxl_pipeline.config.schema.datasets import ImageDataset
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.data.buckets.crop_plan import plan_crops
+from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
+from sdxl_pipeline.models.base_model import BUNDLED_NAME, resolve_base_model
+from sdxl_pipeline.runtime.reporter import Reporter
+from sdxl_pipeline.runtime.specs import EncodeLatentsSpec, EncodeTextSpec, LatentCache, TextEmbedCache
+from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.stages import encode_latents, encode_text
-from sdxl_pipeline.store.tensor_store import TensorStore
 from tests.processes import runs, wait_for, wait_for_number
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
@@ -77,7 +77,7 @@ def start(spec: EncodeLatentsSpec | EncodeTextSpec, module: str, **environment: 
     path = folder / f"{module.rpartition('.')[2]}.spec.json"
     path.write_text(spec.model_dump_json())
     ranks = spec.hardware.num_processes
-    torchrun = ["sdxl_pipeline.protocol.torchrun", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    torchrun = ["sdxl_pipeline.runtime.torchrun", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     return subprocess.Popen(
         [
             sys.executable, "-m", *(torchrun if ranks > 1 else []), module, str(path),

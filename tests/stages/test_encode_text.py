@@ -11,18 +11,18 @@ import pandas as pd
 import pytest
 import torch
 
-from sdxl_pipeline.encoding import devices, text
-from sdxl_pipeline.images.digests import frame_digest
-from sdxl_pipeline.project.hardware import PRESETS
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
-from sdxl_pipeline.protocol.reporter import Reporter
-from sdxl_pipeline.protocol.specs import EncodeTextSpec, TextEmbedCache
-from sdxl_pipeline.sdxl.base_model import BUNDLED_MODEL, BUNDLED_NAME, ResolvedModel, resolve_base_model
-from sdxl_pipeline.sdxl.components import load_pipeline, load_tokenizers
-from sdxl_pipeline.sdxl.prompt_tokens import PromptReader
+from sdxl_pipeline.cache.encode import caption_encoding, encoder_devices
+from sdxl_pipeline.cache.store.tensor_store import TensorStore
+from sdxl_pipeline.config.hardware_profiles import PRESETS
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.data.scan.table_digests import frame_digest
+from sdxl_pipeline.models.base_model import BUNDLED_MODEL, BUNDLED_NAME, ResolvedModel, resolve_base_model
+from sdxl_pipeline.models.components import load_pipeline, load_tokenizers
+from sdxl_pipeline.models.prompt_tokens import PromptReader
+from sdxl_pipeline.runtime.reporter import Reporter
+from sdxl_pipeline.runtime.specs import EncodeTextSpec, TextEmbedCache
+from sdxl_pipeline.runtime.stage_runner import StageError, StageStopped, StopSignal
 from sdxl_pipeline.stages import encode_text
-from sdxl_pipeline.store.tensor_store import TensorStore
 
 CAPTIONS = [
     ("a.png", "a red circle"),
@@ -106,7 +106,7 @@ def test_the_manifest_describes_the_captions(make_spec):
 
 def test_a_second_run_encodes_nothing_and_loads_no_encoder(make_spec, monkeypatch):
     first = run(make_spec())
-    monkeypatch.setattr(devices, "load_text_encoders", lambda *_: pytest.fail("encoders were loaded"))
+    monkeypatch.setattr(encoder_devices, "load_text_encoders", lambda *_: pytest.fail("encoders were loaded"))
     second = run(make_spec())
     assert counts(second) == (6, 0, 6)
     assert second.captions_per_second is None
@@ -151,9 +151,11 @@ def test_no_caption_is_tokenized_that_was_counted_before(make_spec, monkeypatch)
     captions = [*CAPTIONS, ("d.png", LONG)]
     run(make_spec(captions))
     counted: list[str] = []
-    original = text.token_counts
+    original = caption_encoding.token_counts
     monkeypatch.setattr(
-        text, "token_counts", lambda spec, new, stop: counted.extend(new) or original(spec, new, stop)
+        caption_encoding,
+        "token_counts",
+        lambda spec, new, stop: counted.extend(new) or original(spec, new, stop),
     )
     assert run(make_spec([*captions, ("e.png", "a star")])).truncated_count == 1
     assert counted == []
@@ -253,7 +255,7 @@ def test_a_caption_that_overflows_is_an_error_that_names_it(make_spec, monkeypat
         embeds[(input_ids == ids).flatten(1).all(1)] = torch.nan
         return embeds, torch.zeros(len(input_ids), 64)
 
-    monkeypatch.setattr(text, "encode_tokens", overflowing)
+    monkeypatch.setattr(caption_encoding, "encode_tokens", overflowing)
     with pytest.raises(StageError, match=rf"'a blue star'.*{advice}"):
         run(make_spec(mixed_precision=precision))
 

@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sdxl_pipeline.evaluation.identity import evaluation_identity
-from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
-from sdxl_pipeline.protocol.reporter import Reporter
-from sdxl_pipeline.protocol.specs import EvaluateSpec, EvaluationReport
+from sdxl_pipeline.evaluation.evaluation_identity import evaluation_identity
+from sdxl_pipeline.files.atomic_files import sha256_file
+from sdxl_pipeline.runtime.reporter import Reporter
+from sdxl_pipeline.runtime.specs import EvaluateSpec, EvaluationReport
+from sdxl_pipeline.runtime.stage_runner import StageError, StageStopped, StopSignal
 from sdxl_pipeline.stages.evaluate import main
-from sdxl_pipeline.store.files import sha256_file
 from tests.evaluation.subjects import make_spec
 from tests.processes import DEAD_PID
 

@@ -11,12 +11,12 @@ from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
-from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
-from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
+from sdxl_pipeline.cache.store.tensor_store import TensorStore
+from sdxl_pipeline.files.disk_space import DiskFullError
+from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
+from sdxl_pipeline.runtime.stage_runner import StageError, StageStopped, StopSignal
 from sdxl_pipeline.stages.train import main
-from sdxl_pipeline.store.disk_space import DiskFullError
-from sdxl_pipeline.store.tensor_store import TensorStore
-from sdxl_pipeline.training.metrics import read_metrics
+from sdxl_pipeline.training.logging.metrics_log import read_metrics
 from tests.datasets import SQUARE, WIDE, digest, make_dataset, make_spec
 from tests.processes import DEAD_PID
 from tests.train_programs import TWO_PROCESSES, Listener, losses, on_two_processes, run, with_settings

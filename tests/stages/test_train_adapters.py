@@ -12,20 +12,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sdxl_pipeline.protocol.program import StageError, StopSignal
-from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
+from sdxl_pipeline.files.atomic_files import sha256_file
+from sdxl_pipeline.models.adapters.adapter import UNET, load_adapter
+from sdxl_pipeline.models.components import load_unet
 from sdxl_pipeline.release.formats import FormatError
-from sdxl_pipeline.release.formats.gate import check_files
-from sdxl_pipeline.sdxl.adapters import UNET, load_adapter
-from sdxl_pipeline.sdxl.components import load_unet
+from sdxl_pipeline.release.formats.format_check import check_files
+from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
+from sdxl_pipeline.runtime.stage_runner import StageError, StopSignal
 from sdxl_pipeline.stages import train
 from sdxl_pipeline.stages.train import main
-from sdxl_pipeline.store.files import sha256_file
-from sdxl_pipeline.training.batches import BatchReader
-from sdxl_pipeline.training.identity import run_identity
-from sdxl_pipeline.training.validation import draw_images
+from sdxl_pipeline.training.checkpoint.run_identity import run_identity
+from sdxl_pipeline.training.data.batches import BatchReader
+from sdxl_pipeline.training.validation.validation_images import draw_images
 from tests.datasets import make_dataset, make_spec
-from tests.sdxl.adapted_unets import KINDS
+from tests.models.adapted_unets import KINDS
 from tests.train_programs import TWO_PROCESSES, Listener, losses, on_two_processes, run, with_settings
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 

@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 import torch
 
-import sdxl_pipeline.training.loop as loop
-from sdxl_pipeline.protocol.program import StopSignal
+import sdxl_pipeline.training.trainer as loop
+from sdxl_pipeline.cache.store.tensor_store import TensorStore
+from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.stages.train import main
-from sdxl_pipeline.store.tensor_store import TensorStore
-from sdxl_pipeline.training.order import SampleOrder
-from sdxl_pipeline.training.samples import load_samples
+from sdxl_pipeline.training.data.bucket_sampler import SampleOrder
+from sdxl_pipeline.training.data.samples import load_samples
 from tests.datasets import make_spec
 from tests.encoded_datasets import Silent, draw_images, prepare_dataset
 from tests.training.conftest import fresh_accelerator, one_thread  # noqa: F401 (fixtures)

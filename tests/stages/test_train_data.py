@@ -7,14 +7,14 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
-from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
-from sdxl_pipeline.protocol.specs import FailedItem, TrainedLora, TrainingDataset, TrainSpec
+from sdxl_pipeline.cache.store.tensor_store import TensorStore
+from sdxl_pipeline.runtime.specs import FailedItem, TrainedLora, TrainingDataset, TrainSpec
+from sdxl_pipeline.runtime.stage_runner import StageError, StageStopped, StopSignal
 from sdxl_pipeline.stages.train import main
-from sdxl_pipeline.store.tensor_store import TensorStore
-from sdxl_pipeline.training.batches import BatchReader
-from sdxl_pipeline.training.identity import run_identity
-from sdxl_pipeline.training.order import SampleOrder
-from sdxl_pipeline.training.samples import load_samples
+from sdxl_pipeline.training.checkpoint.run_identity import run_identity
+from sdxl_pipeline.training.data.batches import BatchReader
+from sdxl_pipeline.training.data.bucket_sampler import SampleOrder
+from sdxl_pipeline.training.data.samples import load_samples
 from tests.datasets import make_dataset, make_spec
 from tests.encoded_datasets import Silent, draw_images, listing, prepare_dataset, rows_of
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)

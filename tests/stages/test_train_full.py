@@ -9,13 +9,13 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from sdxl_pipeline.protocol.program import StageStopped, StopSignal
-from sdxl_pipeline.protocol.reporter import Reporter
-from sdxl_pipeline.protocol.specs import EMA_FOLDER, EvaluateSpec, TrainedLora, TrainSpec
+from sdxl_pipeline.files.atomic_files import sha256_path
+from sdxl_pipeline.models.components import load_unet
 from sdxl_pipeline.release.export import ExportError, verify_export
-from sdxl_pipeline.sdxl.components import load_unet
+from sdxl_pipeline.runtime.reporter import Reporter
+from sdxl_pipeline.runtime.specs import EMA_FOLDER, EvaluateSpec, TrainedLora, TrainSpec
+from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal
 from sdxl_pipeline.stages import evaluate, train
-from sdxl_pipeline.store.files import sha256_path
 from tests.datasets import NEGATIVE, PROMPT, make_dataset, make_spec
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
@@ -175,7 +175,7 @@ def test_a_release_of_it_is_verified_without_loading_it(trained, tmp_path):
 
 
 def _embeddings(spec: TrainSpec) -> dict[str, torch.Tensor]:
-    from sdxl_pipeline.training.batches import BatchReader
+    from sdxl_pipeline.training.data.batches import BatchReader
 
     reader = BatchReader(spec.datasets)
     (prompt, pooled), (negative, negative_pooled) = map(reader.prompt_embeds, (PROMPT, NEGATIVE))

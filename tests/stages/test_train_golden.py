@@ -14,17 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdxl_pipeline.project.hardware import PRESETS
-from sdxl_pipeline.project.precedence import resolve_hardware, resolve_settings
-from sdxl_pipeline.project.project import DEFAULT_ROOT, load_project
-from sdxl_pipeline.project.training import TrainingSettings
-from sdxl_pipeline.protocol.program import StageStopped, StopSignal
-from sdxl_pipeline.protocol.specs import TrainSpec
-from sdxl_pipeline.sdxl.base_model import resolve_base_model
-from sdxl_pipeline.sdxl.tiny.demo import generate_if_asked
+from sdxl_pipeline.config.hardware_profiles import PRESETS
+from sdxl_pipeline.config.loader import DEFAULT_ROOT, load_project
+from sdxl_pipeline.config.resolve import resolve_hardware, resolve_settings
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.demo.demo_dataset import generate_if_asked
+from sdxl_pipeline.models.base_model import resolve_base_model
+from sdxl_pipeline.runtime.specs import TrainSpec
+from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal
 from sdxl_pipeline.stages.train import main
-from sdxl_pipeline.training.checkpoints import load_checkpoint
-from sdxl_pipeline.training.metrics import METRICS_FILE, read_metrics
+from sdxl_pipeline.training.checkpoint.checkpoints import load_checkpoint
+from sdxl_pipeline.training.logging.metrics_log import METRICS_FILE, read_metrics
 from tests.encoded_datasets import Silent, prepare_dataset
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
-from sdxl_pipeline.protocol.program import StopSignal
-from sdxl_pipeline.protocol.specs import TrainSpec
-from sdxl_pipeline.training.loop import Trainer
+from sdxl_pipeline.runtime.specs import TrainSpec
+from sdxl_pipeline.runtime.stage_runner import StopSignal
+from sdxl_pipeline.training.trainer import Trainer
 from tests.datasets import NEGATIVE, PROMPT, make_dataset, make_spec
 from tests.encoded_datasets import Silent
-from tests.sdxl.adapted_unets import EVERY_KIND, KINDS
+from tests.models.adapted_unets import EVERY_KIND, KINDS
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_pipeline.protocol.program import StopSignal
-from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.release.formats.kohya_file import kohya_file_name
+from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
+from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.stages.train import main
 from tests.datasets import make_dataset, make_spec
 from tests.train_programs import (

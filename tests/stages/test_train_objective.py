@@ -6,15 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdxl_pipeline.protocol.program import StageError, StageStopped, StopSignal
-from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
-from sdxl_pipeline.sdxl.components import latent_scaling_factor
+from sdxl_pipeline.models.components import latent_scaling_factor
+from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
+from sdxl_pipeline.runtime.stage_runner import StageError, StageStopped, StopSignal
 from sdxl_pipeline.stages.train import main
-from sdxl_pipeline.training.batches import BatchReader, TrainingBatches
-from sdxl_pipeline.training.corruption import build_corruption
-from sdxl_pipeline.training.order import SampleOrder
-from sdxl_pipeline.training.samples import load_samples
-from sdxl_pipeline.training.scheduled_sampling import RolloutDraw
+from sdxl_pipeline.training.data.batches import BatchReader, TrainingBatches
+from sdxl_pipeline.training.data.bucket_sampler import SampleOrder
+from sdxl_pipeline.training.data.samples import load_samples
+from sdxl_pipeline.training.diffusion.forward_process import build_corruption
+from sdxl_pipeline.training.diffusion.scheduled_sampling import RolloutDraw
 from tests.datasets import make_spec
 from tests.train_programs import Listener, losses, run, with_settings
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)

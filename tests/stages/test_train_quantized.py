@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdxl_pipeline.protocol.program import StopSignal
-from sdxl_pipeline.protocol.reporter import Reporter
+from sdxl_pipeline.runtime.reporter import Reporter
+from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.stages.train import main
 from tests.datasets import make_dataset, make_spec
-from tests.sdxl.test_precision import BY_DEFAULT, EXPECTED, require
+from tests.models.test_precision import BY_DEFAULT, EXPECTED, require
 from tests.train_programs import run
 from tests.training.conftest import fresh_accelerator, one_thread  # noqa: F401 (fixtures)
 

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sdxl_pipeline.project.sections.release import ExportDtype
+from sdxl_pipeline.config.schema.release import ExportDtype
+from sdxl_pipeline.models.adapters.adapter_files import read_header
 from sdxl_pipeline.release.formats import FormatError
 from sdxl_pipeline.release.formats.layers import (
     ALPHA,
@@ -25,8 +26,7 @@ from sdxl_pipeline.release.formats.layers import (
     read_diffusers,
     read_lycoris,
 )
-from sdxl_pipeline.release.formats.updates import BaseWeights, decomposed, update_of
-from sdxl_pipeline.sdxl.adapter_files import read_header
+from sdxl_pipeline.release.formats.weight_updates import BaseWeights, decomposed, update_of
 
 APPROXIMATION_RANK: Final = 64
 """Of the plain LoRA that stands for a weight-decomposed adapter; twice the adapter's own rank if that is more."""

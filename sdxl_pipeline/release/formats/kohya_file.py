@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sdxl_pipeline.protocol.specs import TrainedLora, TrainSpec
-from sdxl_pipeline.release.formats.header import (
+from sdxl_pipeline.files.atomic_files import sha256_file, write_bytes_atomic
+from sdxl_pipeline.files.digest import digest_json
+from sdxl_pipeline.files.stable_safetensors import stable_safetensors, tensors_sha256
+from sdxl_pipeline.models.adapters.adapter_files import AdapterError, read_header
+from sdxl_pipeline.release.formats.kohya_header import (
     approximation_entries,
     dates,
     file_hashes,
     header_entries,
     network_entries,
 )
-from sdxl_pipeline.sdxl.adapter_files import AdapterError, read_header
-from sdxl_pipeline.store.digest import digest_json
-from sdxl_pipeline.store.files import sha256_file, write_bytes_atomic
-from sdxl_pipeline.store.stable_safetensors import stable_safetensors, tensors_sha256
+from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
 
 VERSION: Final = 1
 """Raise it when a change of this package changes the files it writes, so that finished runs get new ones."""
@@ -58,7 +58,7 @@ def ensure_kohya_file(
         return kept
     from sdxl_pipeline.release.formats.kohya import choose_dtype, kohya_layers, kohya_tensors, read_trained
     from sdxl_pipeline.release.formats.layers import layer_table
-    from sdxl_pipeline.release.formats.updates import BaseWeights
+    from sdxl_pipeline.release.formats.weight_updates import BaseWeights
 
     table = layer_table(spec.base_model.config_path)
     with BaseWeights(spec.base_model) as base:

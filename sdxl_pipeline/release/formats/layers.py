@@ -17,9 +17,9 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from sdxl_pipeline.models.adapters.adapter_files import PREFIXES, UNET
+from sdxl_pipeline.models.sgm_names import sgm_name, sgm_prefixes
 from sdxl_pipeline.release.formats import FormatError
-from sdxl_pipeline.sdxl.adapter_files import PREFIXES, UNET
-from sdxl_pipeline.sdxl.sgm_names import sgm_name, sgm_prefixes
 
 KOHYA_PREFIXES: Final[Mapping[str, str]] = dict(
     zip(PREFIXES, ("lora_unet_", "lora_te1_", "lora_te2_"), strict=True)

@@ -6,15 +6,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sdxl_pipeline.encoding import latents
-from sdxl_pipeline.protocol.program import StageError, run_stage
-from sdxl_pipeline.protocol.specs import EncodeLatentsSpec
+from sdxl_pipeline.cache.encode import latent_encoding
+from sdxl_pipeline.runtime.specs import EncodeLatentsSpec
+from sdxl_pipeline.runtime.stage_runner import StageError, run_stage
 from sdxl_pipeline.stages.encode_latents import main
 
-encode_share = latents.encode_share
+encode_share = latent_encoding.encode_share
 
 
-def troubled(*arguments: Any) -> latents.EncodedShare:
+def troubled(*arguments: Any) -> latent_encoding.EncodedShare:
     if os.environ["RANK"] == "1":
         if os.environ["TROUBLE"] == "fails":
             raise StageError("the second process cannot go on")
@@ -27,5 +27,5 @@ def troubled(*arguments: Any) -> latents.EncodedShare:
 
 
 if __name__ == "__main__":
-    sys.modules["sdxl_pipeline.encoding.latents"].encode_share = troubled
+    sys.modules["sdxl_pipeline.cache.encode.latent_encoding"].encode_share = troubled
     run_stage(EncodeLatentsSpec, main)

@@ -1,6 +1,6 @@
 """The sleepy stage under the name for which the launcher uses torchrun."""
 
-from sdxl_pipeline.protocol.program import run_stage
+from sdxl_pipeline.runtime.stage_runner import run_stage
 from tests.stages.sleepy_stage import SleepySpec, main
 
 if __name__ == "__main__":

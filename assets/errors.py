@@ -1,0 +1,45 @@
+"""What a user can mend is a failed step with a sentence, not a stack trace."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import dagster as dg
+
+from resources.storage import full_disk_as_failure
+from sdxl_pipeline.config.problems import ProjectError
+from sdxl_pipeline.data.buckets.face_detection import FaceDetectorError
+from sdxl_pipeline.data.buckets.holdout import HoldoutError
+from sdxl_pipeline.data.captions.caption_errors import CaptionError
+from sdxl_pipeline.data.scan.dataset_scan import DatasetFolderError
+from sdxl_pipeline.data.sources import SourceError
+from sdxl_pipeline.files.storage_errors import StorageError
+from sdxl_pipeline.models.adapters.adapter_files import AdapterError
+from sdxl_pipeline.models.model_files import BaseModelError
+from sdxl_pipeline.release.export import ExportError
+from sdxl_pipeline.release.sanitize import ReleaseError
+from sdxl_pipeline.runtime.stage_runner import StageError
+
+USERS_TO_MEND = (
+    CaptionError,
+    DatasetFolderError,
+    FaceDetectorError,
+    HoldoutError,
+    ProjectError,
+    SourceError,
+    ExportError,
+    ReleaseError,
+    AdapterError,
+    BaseModelError,
+    StageError,
+    StorageError,
+)
+
+
+@contextmanager
+def told_to_the_user() -> Iterator[None]:
+    """Turn the library's own errors into failed steps that say what to do, and are not tried again."""
+    try:
+        with full_disk_as_failure():
+            yield
+    except USERS_TO_MEND as error:
+        raise dg.Failure(description=str(error), allow_retries=False) from error

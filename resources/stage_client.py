@@ -1,0 +1,201 @@
+"""Where a stage runs: here, in a process of its own.
+
+The design and its reasons: a child process gives its device memory back when it ends, and a crash of CUDA is a failed step and not a
+dead worker. `accelerate launch` is not put in between, since it swallows the signal to stop and leaves the training behind.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+import dagster as dg
+from pydantic import BaseModel, Field
+
+import sdxl_pipeline
+from resources.message_relay import MessageRelay
+from resources.process_group import ProcessGroup, interrupts_ignored
+from resources.storage import full_disk_as_failure
+from sdxl_pipeline.config.hardware_profiles import Hardware
+from sdxl_pipeline.files.atomic_files import write_text_atomic
+from sdxl_pipeline.runtime.stage_runner import (
+    EXIT_DONE,
+    EXIT_STOPPED,
+    PARENT_PID_VARIABLE,
+    STOP_TIMEOUT_VARIABLE,
+    StageFailure,
+    error_path,
+)
+
+ManifestT = TypeVar("ManifestT", bound=BaseModel)
+
+POLL_SECONDS = 0.5
+REPOSITORY = Path(sdxl_pipeline.__file__).parents[1]
+DISTRIBUTED_STAGES = ("train", "encode_latents", "encode_text")
+
+# Bars of libraries fill a log with thousands of lines; the stages report progress themselves. What the user has set, stands.
+QUIET_LIBRARIES = {
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+}
+
+OUT_OF_MEMORY_ADVICE = (
+    "The device's memory does not hold this. Lower train_batch_size (raising gradient_accumulation_steps keeps the effective batch), set "
+    "gradient_checkpointing to true, lower vae_batch_size when it was the VAE that failed, or choose a smaller hardware profile."
+)
+
+
+class LocalLauncher(dg.ConfigurableResource):
+    """Runs a stage as a child of the step, on this machine: plain Python for one device, torchrun for several."""
+
+    stop_timeout_seconds: float = Field(
+        default=120.0,
+        gt=0,
+        description="How long a stopped stage may take to come to a safe point (a checkpoint of the step it is in) before it is killed. "
+        "Keep it below run_monitoring.cancel_timeout_seconds in dagster.yaml.",
+    )
+    progress_log_seconds: float = Field(
+        default=10.0, ge=0, description="Seconds between two progress lines of one task in the event log."
+    )
+    metric_points: int = Field(
+        default=100, ge=2, description="About how many points of a training curve the asset's plots get."
+    )
+
+    def run(
+        self,
+        context: dg.AssetExecutionContext,
+        stage: str,
+        spec: BaseModel,
+        manifest_type: type[ManifestT],
+        work_dir: Path,
+        hardware: Hardware,
+        environment: Mapping[str, str] | None = None,
+    ) -> ManifestT:
+        """Run a stage to its end and give its manifest.
+
+        `stage` is the name of a module in `sdxl_pipeline.stages`, or a dotted module path. While the stage runs, the spec and the
+        manifest have names of their run's own in `work_dir`, so that two runs at once do not take each other's; afterwards they are
+        `<stage>.spec.json` and `<stage>.manifest.json`, the record of the last run. `environment` is added to the child's. The asset that calls this has to
+        return a `MaterializeResult`, as with every Pipes session.
+
+        Raises `dagster.Failure`: not to be retried when the stage says that the user has to change something, or that memory does not
+        suffice. When the run is interrupted, or anything else is raised here, the child's whole group is stopped first: after this
+        call, however it ends, no process of the stage is left. (Dagster itself starts an interrupted step again when its asset has
+        a RetryPolicy and the run has one process.)
+        """
+        module = stage if "." in stage else f"sdxl_pipeline.stages.{stage}"
+        name = module.rpartition(".")[2]
+        spec_path = work_dir.resolve() / f"{name}.{context.run_id}.spec.json"
+        manifest_path = spec_path.with_name(f"{name}.{context.run_id}.manifest.json")
+        with full_disk_as_failure():
+            write_text_atomic(spec_path, spec.model_dump_json(indent=2) + "\n")
+        processes = hardware.num_processes if name in DISTRIBUTED_STAGES else 1
+        command = self._command(module, processes, [str(spec_path), "--manifest", str(manifest_path)])
+        relay = MessageRelay(context, self.progress_log_seconds, self.metric_points)
+        try:
+            exit_code = self._run(context, name, command, relay, environment or {})
+            if exit_code != EXIT_DONE:
+                raise _failure(name, exit_code, manifest_path)
+            return manifest_type.model_validate_json(manifest_path.read_bytes())
+        finally:
+            for path, last in (
+                (spec_path, "spec"),
+                (manifest_path, "manifest"),
+                (error_path(manifest_path), "error"),
+            ):
+                with suppress(FileNotFoundError):
+                    path.replace(work_dir / f"{name}.{last}.json")
+
+    def _run(
+        self,
+        context: dg.AssetExecutionContext,
+        name: str,
+        command: list[str],
+        relay: MessageRelay,
+        environment: Mapping[str, str],
+    ) -> int:
+        """Run a command to its end and give its exit code; stop it when anything is raised here."""
+        with dg.open_pipes_session(
+            context=context,
+            context_injector=dg.PipesEnvContextInjector(),
+            message_reader=dg.PipesTempFileMessageReader(),
+        ) as session:
+            group = ProcessGroup(
+                command, self._environment({**session.get_bootstrap_env_vars(), **environment})
+            )
+            try:
+                context.log.info(f"Stage {name} runs as process {group.leader.pid}: {' '.join(command)}")
+                while (exit_code := group.wait(POLL_SECONDS)) is None:
+                    relay.relay(session.get_custom_messages())
+                group.end_rest()
+            except BaseException as interruption:
+                with interrupts_ignored():
+                    try:
+                        context.log.info(
+                            f"{type(interruption).__name__}: stopping stage {name} (process {group.leader.pid}) at a safe point, "
+                            f"within {self.stop_timeout_seconds:g} s."
+                        )
+                    finally:
+                        group.stop(self.stop_timeout_seconds)
+                raise
+        relay.relay(session.get_custom_messages())
+        relay.finish()
+        return exit_code
+
+    def _command(self, module: str, processes: int, arguments: list[str]) -> list[str]:
+        if processes == 1:
+            return [sys.executable, "-m", module, *arguments]
+        torchrun = [
+            "--standalone",
+            f"--nproc-per-node={processes}",
+            f"--shutdown-timeout={max(1, round(self.stop_timeout_seconds))}",
+        ]
+        return [sys.executable, "-m", "sdxl_pipeline.runtime.torchrun", *torchrun, "-m", module, *arguments]
+
+    def _environment(self, additions: Mapping[str, str]) -> dict[str, str]:
+        """The environment of this process, tokens of the Hub and the trackers included, which so never stand in a spec."""
+        search_path = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return {
+            **QUIET_LIBRARIES,
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(search_path),
+            "PYTHONUNBUFFERED": "1",
+            PARENT_PID_VARIABLE: str(os.getpid()),
+            STOP_TIMEOUT_VARIABLE: f"{self.stop_timeout_seconds:g}",
+            **additions,
+        }
+
+
+def _failure(name: str, exit_code: int, manifest_path: Path) -> dg.Failure:
+    """What a stage's end means to whoever reads the run's page."""
+    path = error_path(manifest_path)
+    if exit_code == EXIT_STOPPED:
+        return dg.Failure(
+            f"Stage {name} was stopped from outside, at a safe point. Materialize this asset again to take up from there."
+        )
+    if exit_code < 0:
+        number = signal.Signals(-exit_code).name
+        cause = (
+            " Often the kernel does this when the machine runs out of memory." if number == "SIGKILL" else ""
+        )
+        return dg.Failure(
+            f"Stage {name} was killed by {number}.{cause} Its last lines are in stdout and stderr."
+        )
+    if not path.exists():
+        return dg.Failure(
+            f"Stage {name} ended with exit code {exit_code}; stdout and stderr of this step say why."
+        )
+    failure = StageFailure.model_validate_json(path.read_bytes())
+    if failure.kind == "user":
+        return dg.Failure(failure.message, allow_retries=False)
+    if failure.kind == "out_of_memory":
+        return dg.Failure(f"Stage {name}: {failure.message}\n{OUT_OF_MEMORY_ADVICE}", allow_retries=False)
+    return dg.Failure(
+        f"Stage {name} failed: {failure.message}",
+        metadata={"traceback": dg.MetadataValue.md(f"```\n{failure.traceback}\n```")},
+    )

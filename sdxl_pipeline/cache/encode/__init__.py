@@ -1,0 +1,1 @@
+"""Encoding of images and captions into the tensor store."""

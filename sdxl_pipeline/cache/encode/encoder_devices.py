@@ -1,0 +1,87 @@
+"""The encoders on the device that is this process's own, and what goes there and comes back."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sdxl_pipeline.config.hardware_profiles import Hardware
+from sdxl_pipeline.models.base_model import ResolvedModel
+from sdxl_pipeline.models.components import TextEncoders, load_text_encoders, load_vae
+from sdxl_pipeline.models.model_files import BaseModelError
+from sdxl_pipeline.models.precision import PrecisionError, dtype_from_name, quantize_model
+from sdxl_pipeline.runtime.stage_runner import StageError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+def own_device(hardware: Hardware) -> torch.device:
+    """The device of this process, made its current one: under torchrun the GPU with its local rank."""
+    if hardware.device != "cuda":
+        return torch.device(hardware.device)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def load_latent_encoder(model: ResolvedModel, hardware: Hardware) -> AutoencoderKL:
+    """The VAE on this process's device. Raises StageError when it cannot be had."""
+    try:
+        vae = load_vae(model, dtype_from_name(hardware.vae_dtype))
+    except BaseModelError as error:
+        raise StageError(str(error)) from error
+    return vae.to(own_device(hardware), memory_format=torch.channels_last)
+
+
+def load_encoders(model: ResolvedModel, hardware: Hardware) -> TextEncoders:
+    """Both text encoders on this process's device. Raises StageError when they cannot be had."""
+    try:
+        encoders = load_text_encoders(model, dtype_from_name(hardware.text_dtype))
+        quantize_model(encoders.text_encoder, hardware.text_encoder_1_precision, "text_encoder_1_precision")
+        quantize_model(encoders.text_encoder_2, hardware.text_encoder_2_precision, "text_encoder_2_precision")
+    except (BaseModelError, PrecisionError) as error:
+        raise StageError(str(error)) from error
+    return encoders.to(own_device(hardware))
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on its way to the device; to a GPU through page-locked memory, while this process goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class Computed:
+    """Tensors that a device computes, to be had on the CPU by `result`.
+
+    A CPU has computed them when this is made. A GPU only has its orders then; so they may be asked for when it has the next ones.
+    """
+
+    def __init__(self, device: torch.device, compute: Callable[[], tuple[Tensor, ...]]) -> None:
+        self._events: tuple[torch.cuda.Event, ...] = ()
+        if device.type != "cuda":
+            started = time.perf_counter()
+            self._tensors = [tensor.cpu() for tensor in compute()]
+            self._seconds = time.perf_counter() - started
+            return
+        self._events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(3))
+        self._events[0].record()
+        computed = compute()
+        self._events[1].record()
+        self._tensors = [
+            torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+            for tensor in computed
+        ]
+        self._events[2].record()
+
+    def result(self) -> tuple[list[Tensor], float]:
+        """The tensors on the CPU, and the seconds that computing them took. Waits for them. Any thread may ask."""
+        if self._events:
+            started, ended, copied = self._events
+            copied.synchronize()
+            self._seconds = started.elapsed_time(ended) / 1000
+        return self._tensors, self._seconds

@@ -1,0 +1,86 @@
+"""Latents and embeddings made when the training first asks for them: one at a time, by the names the stores keep them under.
+
+One at a time, so that what comes out does not depend on what else was asked for. A model is loaded at its first use. The result is what
+the encode stages store, but for the last bits of the dtype, which follow the batch.
+"""
+
+from functools import cached_property
+from pathlib import Path
+
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from sdxl_pipeline.cache.encode.crop_table import read_crops
+from sdxl_pipeline.cache.encode.encoder_devices import load_encoders, load_latent_encoder
+from sdxl_pipeline.cache.encode.encoder_overflow import explain_embeds, explain_latents
+from sdxl_pipeline.config.hardware_profiles import Hardware
+from sdxl_pipeline.data.buckets.crop_plan import Crop
+from sdxl_pipeline.data.decoding.image_decoding import UnreadableImage
+from sdxl_pipeline.models.base_model import ResolvedModel
+from sdxl_pipeline.models.components import TextEncoders
+from sdxl_pipeline.models.prompt_encoding import encode_tokens
+from sdxl_pipeline.models.prompt_tokens import PromptReader
+from sdxl_pipeline.models.vae import encode_moments, pixels_from_crops
+from sdxl_pipeline.runtime.stage_runner import StageError
+
+
+class LatentEncoder:
+    """Images to latents, on the device of this process."""
+
+    def __init__(self, base_model: ResolvedModel, hardware: Hardware) -> None:
+        self._base_model = base_model
+        self._hardware = hardware
+
+    @cached_property
+    def _vae(self) -> AutoencoderKL:
+        return load_latent_encoder(self._base_model, self._hardware)
+
+    def encode(self, path: Path, crop: Crop, key: str | None = None) -> dict[str, Tensor]:
+        """`mean` and `logvar` of one crop, (4, bucket_h / 8, bucket_w / 8) each, on the CPU in the VAE's dtype.
+
+        `key` is the digest that the image was planned under; None takes whatever lies at `path`. Raises StageError, naming the
+        image, when it cannot be read or is another one by now, and when its latents are not finite.
+        """
+        try:
+            pixels = pixels_from_crops(read_crops(path, key, [crop]))
+        except UnreadableImage as error:
+            raise StageError(
+                f"{path}: {error.reason}. Mend or remove it and materialize the dataset again."
+            ) from error
+        mean, logvar = (moment[0].cpu() for moment in encode_moments(self._vae, pixels))
+        if not (mean.isfinite().all() and logvar.isfinite().all()):
+            reason = explain_latents(self._vae, self._hardware.vae_dtype, self._base_model)
+            raise StageError(f"{path}: {reason}")
+        return {"mean": mean, "logvar": logvar}
+
+
+class CaptionEncoder:
+    """Captions and prompts to embeddings, on the device of this process."""
+
+    def __init__(self, base_model: ResolvedModel, hardware: Hardware, windows: int = 1) -> None:
+        self._base_model = base_model
+        self._hardware = hardware
+        self._windows = windows
+
+    @cached_property
+    def _encoders(self) -> TextEncoders:
+        return load_encoders(self._base_model, self._hardware)
+
+    @cached_property
+    def _reader(self) -> PromptReader:
+        return PromptReader(self._encoders, self._windows)
+
+    def encode(self, caption: str) -> dict[str, Tensor]:
+        """`prompt_embeds` (77 * windows, C1 + C2) and `pooled_prompt_embeds` (C2) of one caption, on the CPU in the encoders' dtype.
+
+        Raises StageError, naming the caption, when they are not finite.
+        """
+        input_ids = self._reader.in_windows(self._reader.read([caption]))
+        prompt_embeds, pooled_prompt_embeds = (
+            embeds[0].cpu() for embeds in encode_tokens(self._encoders, *input_ids)
+        )
+        if not (prompt_embeds.isfinite().all() and pooled_prompt_embeds.isfinite().all()):
+            raise StageError(
+                explain_embeds(self._encoders, self._hardware.text_dtype, self._base_model, caption)
+            )
+        return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}

@@ -1,0 +1,1 @@
+"""Tensor store: safetensors shards with a Parquet index."""

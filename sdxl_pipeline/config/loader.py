@@ -1,0 +1,314 @@
+"""A project: one folder, one LoRA. Both of its files are read here, and everything wrong with them is told at once."""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from sdxl_pipeline.config.dataset_parser import read_datasets
+from sdxl_pipeline.config.init_adapter_path import check_init_lora
+from sdxl_pipeline.config.json_files import read_json
+from sdxl_pipeline.config.lycoris_file import with_lycoris_file
+from sdxl_pipeline.config.paths import exists, inside, with_absolute_paths
+from sdxl_pipeline.config.problems import NO_VALUE, Problem, ProjectError, only_project_errors
+from sdxl_pipeline.config.resume_checkpoint import check_resume_from
+from sdxl_pipeline.config.schema.adapter import AdapterSettings
+from sdxl_pipeline.config.schema.datasets import CacheMode, ImageDataset, TextEmbedsDataset, asset_name
+from sdxl_pipeline.config.schema.settings_model import SettingsModel
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.config.settings_parser import read_settings
+from sdxl_pipeline.config.simpletuner_schema import TRAINING
+from sdxl_pipeline.config.validators.settings_rules import check_training, idle_settings
+from sdxl_pipeline.config.webhook_file import read_webhooks
+
+CONFIG_FILE: Final = "config.json"
+DATASETS_FILE: Final = "multidatabackend.json"
+PROJECTS_VARIABLE: Final = "SDXL_PIPELINE_PROJECTS"
+DEFAULT_ROOT: Final = Path(__file__).resolve().parents[2] / "projects"
+GENERAL_PROMPTS: Final = Path(__file__).with_name("prompt_library.json")
+
+_WHAT_CONFIG = "an object of training settings"
+_DATASET_KEYS = dict.fromkeys(ImageDataset.model_fields, f"the dataset's entry in {DATASETS_FILE}")
+
+
+class Prompt(NamedTuple):
+    """One validation prompt; `name` is short and unique within the project."""
+
+    name: str
+    prompt: str
+    negative_prompt: str
+
+
+@dataclass(frozen=True)
+class Project:
+    """A project whose files are right.
+
+    `name` is safe as an asset key and group; `folder` is absolute, as are all paths in the settings. `datasets` (of images),
+    `mask_datasets` and `text_embeds` leave out disabled entries. `warnings` name what was read and has no effect.
+    """
+
+    name: str
+    folder: Path
+    training: TrainingSettings
+    datasets: tuple[ImageDataset, ...]
+    text_embeds: tuple[TextEmbedsDataset, ...]
+    prompts: tuple[Prompt, ...]
+    warnings: tuple[str, ...]
+    mask_datasets: tuple[ImageDataset, ...] = ()
+    unused_settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The warnings about one dataset's own settings, by its id."""
+
+    @property
+    def train_datasets(self) -> tuple[ImageDataset, ...]:
+        """The datasets that are trained on."""
+        return tuple(dataset for dataset in self.datasets if dataset.dataset_type == "image")
+
+    @property
+    def eval_datasets(self) -> tuple[ImageDataset, ...]:
+        """The datasets that only the eval loss sees."""
+        return tuple(dataset for dataset in self.datasets if dataset.dataset_type == "eval")
+
+    def masks_of(self, dataset: ImageDataset) -> ImageDataset | None:
+        """The masks of the images of `dataset`; None where it names none."""
+        return next((entry for entry in self.mask_datasets if entry.id == dataset.conditioning_data), None)
+
+    def text_embeds_of(self, dataset: ImageDataset) -> TextEmbedsDataset:
+        """Where the captions of `dataset` are kept: the entry it names, else the default one, else the first, else one made up."""
+        by_id = {entry.id: entry for entry in self.text_embeds}
+        if dataset.text_embeds is not None:
+            return by_id[dataset.text_embeds]
+        default = next((entry for entry in self.text_embeds if entry.default), None)
+        return default or next(iter(self.text_embeds), TextEmbedsDataset(id="text-embeds", default=True))
+
+    def text_cache_of(self, dataset: ImageDataset) -> CacheMode:
+        """The cache mode of the captions of `dataset`: none is made while the text encoders are trained, which would outdate it."""
+        return "disable" if self.training.train_text_encoder else self.text_embeds_of(dataset).text_cache
+
+
+@dataclass(frozen=True)
+class BrokenProject:
+    """A project whose files hold problems; the other projects are not touched by it."""
+
+    name: str
+    folder: Path
+    error: ProjectError
+
+
+def projects_folder(root: Path | None = None) -> Path:
+    """The folder `root`, else that of the environment variable SDXL_PIPELINE_PROJECTS, else `projects` beside the package; absolute."""
+    if root is None:
+        named = os.environ.get(PROJECTS_VARIABLE)
+        root = Path(named).expanduser() if named else DEFAULT_ROOT
+    return root.resolve()
+
+
+def discover_projects(root: Path | None = None) -> list[Project | BrokenProject]:
+    """Every project folder in `root`, sorted by folder name; a folder is one if it holds either of the two files.
+
+    `root` defaults to the environment variable SDXL_PIPELINE_PROJECTS, else to `projects` beside the package.
+    """
+    root = projects_folder(root)
+    if not root.is_dir():
+        remedy = f"create it, or let {PROJECTS_VARIABLE} name the folder that holds the project folders"
+        return [
+            _broken(asset_name(root.name) or "projects", root, "there is no such folder of projects", remedy)
+        ]
+    try:
+        folders = [folder for folder in sorted(root.iterdir()) if _is_project(folder)]
+    except OSError as error:
+        message = f"cannot be listed: {error.strerror or error}"
+        return [_broken(asset_name(root.name) or "projects", root, message, "make it a readable folder")]
+    found: list[Project | BrokenProject] = []
+    taken = {asset_name(folder.name) for folder in folders}
+    owners: dict[str, Path] = {}
+    for folder in folders:
+        name = asset_name(folder.name)
+        shown = Path(os.fsencode(folder).decode(errors="backslashreplace"))
+        if shown != folder:
+            message = (
+                "the folder's name is not UTF-8, so that neither Dagster nor a manifest can hold its path"
+            )
+            found.append(_broken(name, shown, message, "rename the folder"))
+            continue
+        if name in owners:
+            message = f"its assets would have the name {name}, which those of {owners[name].name} have"
+            remedy = "rename one of the two folders: spaces, dashes and the like become _, and accents composed or not are one name"
+            number = next(n for n in range(2, len(folders) + 3) if f"{name}_{n}" not in taken)
+            found.append(_broken(f"{name}_{number}", folder, message, remedy))
+            taken.add(f"{name}_{number}")
+            continue
+        owners[name] = folder
+        try:
+            found.append(load_project(folder))
+        except ProjectError as error:
+            found.append(BrokenProject(name, folder, error))
+    return found
+
+
+def _is_project(folder: Path) -> bool:
+    files = (CONFIG_FILE, DATASETS_FILE)
+    return not folder.name.startswith(".") and any(exists(folder / name) for name in files)
+
+
+def load_project(folder: Path) -> Project:
+    """Read the project in `folder`. Raises ProjectError with every problem of its files, and nothing else."""
+    with only_project_errors(folder):
+        return _load(folder.resolve())
+
+
+def _load(folder: Path) -> Project:
+    config_file = folder / CONFIG_FILE
+    content, problems = read_json(config_file, _WHAT_CONFIG)
+    if content is not None and not isinstance(content, Mapping):
+        problems.append(
+            Problem(config_file, "", NO_VALUE, "does not hold an object", f"write {_WHAT_CONFIG}")
+        )
+    raw: Mapping[str, Any] = content if isinstance(content, Mapping) else {}
+    config = read_settings(raw, TrainingSettings, TRAINING, config_file, elsewhere=_DATASET_KEYS)
+    problems += config.problems
+    training = config.settings
+    if training is None:  # every key of config.json has a default, so the remaining keys always make settings
+        raise AssertionError("TrainingSettings has a required key")
+    warnings = [*config.warnings, *(f"{CONFIG_FILE}: {idle}" for idle in idle_settings(training))]
+    training = _without_idle_adapter(training, warnings)
+    training = with_lycoris_file(training, folder, problems, warnings)
+    named_files = (
+        *check_init_lora(training.init_lora, folder),
+        *check_resume_from(training.resume_from_checkpoint, folder),
+    )
+    told = {problem.key.partition(".")[0] for problem in config.problems}
+    for finding in (*check_training(training), *named_files):
+        spelled = config.spelled.get(finding.key, finding.key)
+        if spelled in told:
+            continue  # its value was left out, which is not what is wrong
+        shown = getattr(training, finding.key)
+        shown = raw.get(spelled) if isinstance(shown, SettingsModel) else shown
+        problems.append(Problem(config_file, spelled, shown, finding.message, finding.remedy))
+
+    datasets_file = _find_datasets_file(training, folder, config_file, warnings)
+    datasets = read_datasets(datasets_file, folder, training, config_file)
+    problems += datasets.problems
+    warnings += datasets.warnings
+    evaluated = [dataset.id for dataset in datasets.images if dataset.dataset_type == "eval"]
+    if training.eval_dataset_id is not None and training.eval_dataset_id not in evaluated:
+        remedy = (
+            f"write one of {', '.join(evaluated)}" if evaluated else 'add one with "dataset_type": "eval"'
+        )
+        spelled = config.spelled.get("eval_dataset_id", "eval_dataset_id")
+        problems.append(
+            Problem(config_file, spelled, training.eval_dataset_id, "is the id of no eval dataset", remedy)
+        )
+    prompts = _read_prompts(training, folder, problems)
+    if training.webhook_config is not None:
+        problems += read_webhooks(inside(folder, training.webhook_config))[1]
+    if problems:
+        raise ProjectError(problems)
+    return Project(
+        name=asset_name(folder.name),
+        folder=folder,
+        training=_complete(training, folder, datasets_file),
+        datasets=tuple(datasets.images),
+        text_embeds=tuple(datasets.text_embeds),
+        prompts=prompts,
+        warnings=tuple(warnings),
+        mask_datasets=tuple(datasets.masks),
+        unused_settings=datasets.unused,
+    )
+
+
+def _without_idle_adapter(training: TrainingSettings, warnings: list[str]) -> TrainingSettings:
+    """Return the settings of model_type full without those of an adapter. One to start from is left to the checks: it is meant."""
+    if training.model_type != "full":
+        return training
+    written = training.model_fields_set & (AdapterSettings.model_fields.keys() - {"init_lora"})
+    for key in sorted(written):
+        warnings.append(
+            f"{CONFIG_FILE}: {key} has no effect with model_type full, which trains the UNet itself and makes no adapter"
+        )
+    return TrainingSettings.model_validate(training.model_dump(include=training.model_fields_set - written))
+
+
+def _find_datasets_file(
+    training: TrainingSettings, folder: Path, config_file: Path, warnings: list[str]
+) -> Path:
+    """The file that data_backend_config names; where that is absent, the one of the same name, or the usual one, in the folder."""
+    named = inside(folder, training.data_backend_config)
+    if exists(named):
+        return named
+    for other in (folder / named.name, folder / DATASETS_FILE):
+        if exists(other):
+            warnings.append(
+                f"{config_file.name}: data_backend_config names {training.data_backend_config}, which does not exist; "
+                f"{other.name} of the project folder is read instead"
+            )
+            return other
+    return named
+
+
+def _read_prompts(training: TrainingSettings, folder: Path, problems: list[Problem]) -> tuple[Prompt, ...]:
+    """The validation prompt and those of the prompt library, in that order, named uniquely."""
+    negative = training.validation_negative_prompt
+    prompts = (
+        [Prompt("validation", training.validation_prompt, negative)] if training.validation_prompt else []
+    )
+    if training.validation_prompt_library:
+        general = json.loads(GENERAL_PROMPTS.read_text(encoding="utf-8"))
+        prompts += [Prompt(name, prompt, negative) for name, prompt in general.items()]
+    if training.user_prompt_library is None:
+        return tuple(prompts)
+    path = inside(folder, training.user_prompt_library)
+    what = '{"name": "prompt"} or {"name": {"prompt": "...", "negative_prompt": "..."}}'
+    content, found = read_json(path, what)
+    problems += found
+    if content is None:
+        return tuple(prompts)
+    if not isinstance(content, Mapping) or not content:
+        problems.append(Problem(path, "", NO_VALUE, "holds no prompts by name", f"write {what}"))
+        return tuple(prompts)
+    for name, entry in content.items():
+        fields = {"prompt": entry} if isinstance(entry, str) else entry
+        if not isinstance(fields, Mapping) or not all(
+            isinstance(fields.get(key, ""), str) for key in ("prompt", "negative_prompt")
+        ):
+            problems.append(Problem(path, name, entry, "is not a prompt", f"write {what}"))
+            continue
+        for key in fields.keys() - {"prompt", "negative_prompt"}:
+            near = difflib.get_close_matches(key, ["prompt", "negative_prompt"], n=1)
+            remedy = f"write {near[0]}" if near else "remove it; prompt and negative_prompt are known"
+            problems.append(Problem(path, f"{name}.{key}", fields[key], "is not a known key", remedy))
+        if not fields.get("prompt", "").strip():
+            problems.append(Problem(path, name, entry, "has no prompt", f"write {what}"))
+            continue
+        if any(prompt.name == name for prompt in prompts):
+            problems.append(
+                Problem(path, name, entry, "is the name of another validation prompt", "give it another name")
+            )
+            continue
+        prompts.append(Prompt(name, fields["prompt"], fields.get("negative_prompt", negative)))
+    return tuple(prompts)
+
+
+def _complete(training: TrainingSettings, folder: Path, datasets_file: Path) -> TrainingSettings:
+    """The settings with absolute paths, and a repository name where one is needed and none is given."""
+    changes: dict[str, Any] = {"data_backend_config": str(datasets_file)}
+    if training.push_to_hub and training.hub_model_id is None:
+        changes["hub_model_id"] = _repository_name(folder)
+    completed = with_absolute_paths(training, folder).model_copy(update=changes)
+    completed.model_fields_set.intersection_update(training.model_fields_set)
+    return completed
+
+
+def _repository_name(folder: Path) -> str:
+    """Return the folder's name as the Hub allows one: no run of dashes or dots, at most 96 characters, no .git at its end."""
+    name = folder.name if folder.name.isascii() else asset_name(folder.name)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+    name = re.sub(r"[-.]{2,}", "-", name).lstrip("-._")[:96]
+    return re.sub(r"(\.git|[-._])+$", "", name) or "sdxl-lora"
+
+
+def _broken(name: str, folder: Path, message: str, remedy: str) -> BrokenProject:
+    return BrokenProject(name, folder, ProjectError([Problem(folder, "", NO_VALUE, message, remedy)]))

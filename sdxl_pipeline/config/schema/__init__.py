@@ -1,0 +1,1 @@
+"""Settings models: one module per section of config.json, and the entries of multidatabackend.json."""

@@ -1,0 +1,76 @@
+"""The adapter."""
+
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field, field_validator
+
+from sdxl_pipeline.config.schema.lycoris import LycorisSettings
+from sdxl_pipeline.config.schema.settings_model import IS_PATH, BadValueError, Count, SettingsModel, read_list
+
+ATTENTION_PROJECTIONS: Final = ("to_k", "to_q", "to_v", "to_out.0")
+"""Suffixes of the UNet's attention projections."""
+
+
+class AdapterSettings(SettingsModel):
+    """The adapter."""
+
+    lora_type: Literal["standard", "lycoris"] = Field(
+        "standard",
+        description="Adapter kind: PEFT's LoRA, or a LyCORIS one (extra `lycoris`) as lycoris_config says.",
+    )
+    lora_rank: Count = Field(16, description="Rank of the update matrices.")
+    lora_alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Updates are scaled by lora_alpha / lora_rank; not set: equal to lora_rank."
+    )
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Probability of dropping an adapter's input."
+    )
+    lora_init_type: Literal["default", "gaussian"] = Field(
+        "default", description="Start of the first matrix: uniform, or normal with deviation 1 / lora_rank."
+    )
+    use_dora: bool = Field(
+        False, description="DoRA: train the norms of the weights' rows apart from their directions."
+    )
+    lora_target_modules: tuple[str, ...] = Field(
+        ATTENTION_PROJECTIONS,
+        min_length=1,
+        description="Name suffixes of the UNet layers (linear or convolution) that get an adapter: a list, or names joined by commas.",
+    )
+    lycoris_config: Annotated[LycorisSettings | str | None, IS_PATH] = Field(
+        None, description="JSON file of the LyCORIS adapter (keys below), or its content."
+    )
+    init_lokr_norm: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Start a LoKr of whole matrices as noise of the weights' mean and deviation times this; not set: as no change.",
+    )
+    init_lora: Annotated[str | None, IS_PATH] = Field(
+        None,
+        description="Start from an adapter: a .safetensors file, or its Hub id with or without a file name (owner/name/file.safetensors).",
+    )
+
+    @property
+    def effective_lora_alpha(self) -> float:
+        """`lora_alpha`, or the rank where it is not set."""
+        return float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def lycoris(self) -> LycorisSettings:
+        """The LyCORIS adapter. Raises ValueError where there is none, or only the name of its file."""
+        if not isinstance(self.lycoris_config, LycorisSettings):
+            raise ValueError(f"lycoris_config is {self.lycoris_config!r}, and was not read")
+        return self.lycoris_config
+
+    @field_validator("lora_init_type", mode="before")
+    @classmethod
+    def _read_init_type(cls, value: Any) -> Any:
+        if value in ("pissa", "olora", "loftq"):
+            raise BadValueError(
+                f"{value} changes the base model's weights, so that the adapter would not fit the base model that its users have",
+                'write "default" or "gaussian"',
+            )
+        return "default" if value in (True, "true", "True") else value
+
+    @field_validator("lora_target_modules", mode="before")
+    @classmethod
+    def _read_target_modules(cls, value: Any) -> Any:
+        return read_list(value)

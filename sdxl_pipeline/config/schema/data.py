@@ -1,0 +1,105 @@
+"""Datasets: the file that lists them, and defaults for its entries."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from sdxl_pipeline.config.schema.settings_model import (
+    IS_PATH,
+    Count,
+    SettingsModel,
+    none_for_zero,
+    read_stages,
+)
+
+ResolutionType = Literal["area", "pixel_area", "pixel"]
+CaptionStrategy = Literal["filename", "textfile", "instanceprompt", "parquet", "csv", "huggingface"]
+
+
+class DataSettings(SettingsModel):
+    """Datasets: the file that lists them, and defaults for its entries."""
+
+    data_backend_config: Annotated[str, IS_PATH] = Field(
+        "multidatabackend.json", min_length=1, description="The file that lists the datasets."
+    )
+    resolution: Annotated[float, Field(gt=0)] = Field(
+        1024.0, description="Default of the datasets' resolution."
+    )
+    resolution_type: ResolutionType = Field(
+        "pixel_area", description="Default of the datasets' resolution_type."
+    )
+    minimum_image_size: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="Default of the datasets' minimum_image_size."
+    )
+    maximum_image_size: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Default of the datasets' maximum_image_size."
+    )
+    target_downsample_size: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Default of the datasets' target_downsample_size."
+    )
+    max_upscale_threshold: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="Default of the datasets' max_upscale_threshold."
+    )
+    aspect_bucket_rounding: Annotated[int, Field(ge=1, le=9)] = Field(
+        2, description="Decimals that aspect ratios are rounded to when buckets are chosen."
+    )
+    aspect_bucket_alignment: Annotated[int, Field(ge=8, multiple_of=8)] = Field(
+        64, description="Bucket edges are multiples of this many pixels."
+    )
+    caption_strategy: CaptionStrategy = Field(
+        "filename", description="Default of the datasets' caption_strategy."
+    )
+    instance_prompt: str | None = Field(None, description="Default of the datasets' instance_prompt.")
+    prepend_instance_prompt: bool = Field(
+        False, description="Default of the datasets' prepend_instance_prompt."
+    )
+    only_instance_prompt: bool = Field(False, description="Default of the datasets' only_instance_prompt.")
+    disable_multiline_split: bool = Field(
+        False, description="Default of the datasets' disable_multiline_split."
+    )
+    skip_file_discovery: str = Field("", description="Default of the datasets' skip_file_discovery.")
+    write_batch_size: Count = Field(128, description="Default of the text_embeds entries' write_batch_size.")
+    vae_cache_ondemand: bool = Field(False, description="Default of the datasets' vae_cache_ondemand.")
+    vae_cache_disable: bool = Field(False, description="Default of the datasets' vae_cache_disable.")
+    vae_cache_clear_each_epoch: bool = Field(
+        False, description="Default of the datasets' vae_cache_clear_each_epoch."
+    )
+    text_cache_ondemand: bool = Field(
+        False, description="Default of the text_embeds entries' text_cache_ondemand."
+    )
+    text_cache_disable: bool = Field(
+        False, description="Default of the text_embeds entries' text_cache_disable."
+    )
+    tokenizer_max_length: Literal[77, 154, 231] = Field(
+        77,
+        description="Tokens a caption may have before its tail is cut: 77 is the encoders' own window; 154 and 231 encode captions in two and three windows.",
+    )
+    allow_dataset_oversubscription: bool = Field(
+        False,
+        description="Raise the repeats of datasets that are too small for one step, instead of refusing.",
+    )
+
+    @property
+    def text_windows(self) -> int:
+        """Windows of 77 tokens that every caption is encoded in."""
+        return self.tokenizer_max_length // 77
+
+    @field_validator("caption_strategy", mode="before")
+    @classmethod
+    def _read_caption_strategy(cls, value: Any) -> Any:
+        return "instanceprompt" if value == "instance_prompt" else value
+
+    @field_validator("skip_file_discovery", mode="before")
+    @classmethod
+    def _read_stages(cls, value: Any) -> Any:
+        return read_stages(value)
+
+    @field_validator("maximum_image_size", "target_downsample_size", mode="before")
+    @classmethod
+    def _zero_size_is_not_set(cls, value: Any) -> Any:
+        return none_for_zero(value)
+
+    @field_validator("tokenizer_max_length", mode="before")
+    @classmethod
+    def _read_number(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, str) and value.strip().isdigit() else value

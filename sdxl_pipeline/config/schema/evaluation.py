@@ -1,0 +1,52 @@
+"""Evaluation."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from sdxl_pipeline.config.schema.settings_model import IS_PATH, Count, SettingsModel, none_for_zero
+
+
+class EvaluationSettings(SettingsModel):
+    """Evaluation."""
+
+    evaluation_type: Literal["none", "clip"] = Field(
+        "none", description="clip also scores the gallery with CLIP."
+    )
+    pretrained_evaluation_model_name_or_path: Annotated[str, IS_PATH] = Field(
+        "openai/clip-vit-large-patch14",
+        min_length=1,
+        description="CLIP that scores: Hub id, local folder or bundled:tiny-clip.",
+    )
+    eval_loss_disable: bool = Field(False, description="Leave the eval loss out.")
+    eval_timesteps: Annotated[int, Field(ge=1, le=1000)] = Field(
+        28, description="Timesteps the eval loss is averaged over."
+    )
+    num_eval_images: Count | None = Field(
+        None, description="Most images used for the eval loss; not set: all."
+    )
+    eval_dataset_id: str | None = Field(
+        None, description="The eval dataset that is used; not set: all of them."
+    )
+    eval_steps_interval: Count | None = Field(
+        None, description="Steps between eval losses taken during training; not set or 0: none by steps."
+    )
+    eval_epoch_interval: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Epochs between eval losses taken during training, 0.5 for two an epoch; not set or 0: none by epochs.",
+    )
+    eval_holdout_share: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        0.1,
+        description="Share of each dataset kept out of training for the eval loss when no eval dataset is given: at least 1 image of 8, 2 of 20.",
+    )
+
+    @property
+    def eval_loss_in_training(self) -> bool:
+        """Whether the eval loss is taken while the training goes on."""
+        intervals = (self.eval_steps_interval, self.eval_epoch_interval)
+        return not self.eval_loss_disable and any(interval is not None for interval in intervals)
+
+    @field_validator("eval_steps_interval", "eval_epoch_interval", mode="before")
+    @classmethod
+    def _read_eval_intervals(cls, value: Any) -> Any:
+        return none_for_zero(value)

@@ -1,0 +1,171 @@
+"""The file that `lycoris_config` names: which LyCORIS algorithm is trained, on which layers.
+
+Names and meanings are those of the lycoris-lora package (Yeh et al. 2023, arXiv:2309.14859). What a file of weights does not tell its
+reader, or what the package itself loads back wrongly, is refused here rather than after the training.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal, get_args
+
+from pydantic import Field, ValidationError, field_validator
+
+from sdxl_pipeline.config.schema.settings_model import BadValueError, Count, SettingsModel, Share
+from sdxl_pipeline.config.simpletuner_schema import Later, Vocabulary
+
+Algorithm = Literal["lokr", "loha", "lora", "locon"]
+_LATER_ALGORITHMS = frozenset({"dylora", "glora", "full", "diag-oft", "boft", "ia3", "tlora"})
+Alpha = Annotated[float, Field(gt=0)]
+Factor = Annotated[int, Field(ge=-1)]
+
+
+class LycorisOverride(SettingsModel):
+    """Of the layers within one kind of module."""
+
+    algo: Algorithm | None = Field(None, description="Another algorithm.")
+    dim: Count | None = Field(None, description="Another rank.")
+    alpha: Alpha | None = Field(None, description="Another alpha.")
+    factor: Factor | None = Field(None, description="Another LoKr factor.")
+    full_matrix: bool | None = Field(None, description="LoKr's second factor as a whole matrix.")
+    decompose_both: bool | None = Field(None, description="LoKr's first factor as a product as well.")
+    use_tucker: bool | None = Field(None, description="Tucker decomposition of convolutions.")
+
+
+class LycorisPreset(SettingsModel):
+    """Which layers get an adapter."""
+
+    enable_conv: bool = Field(True, description="Adapt convolutions with a kernel above 1x1 as well.")
+    target_module: tuple[str, ...] = Field(
+        (),
+        description="Class names of modules whose layers are adapted, as Attention, FeedForward, ResnetBlock2D.",
+    )
+    target_name: tuple[str, ...] = Field(
+        (), description="Names of layers or modules: regular expressions, or patterns with use_fnmatch."
+    )
+    module_algo_map: dict[str, LycorisOverride] = Field(
+        default_factory=dict, description="Class name -> what is different there: dim, alpha, factor, algo."
+    )
+    name_algo_map: dict[str, LycorisOverride] = Field(
+        default_factory=dict, description="Name or pattern -> what is different there."
+    )
+    exclude_name: tuple[str, ...] = Field((), description="Names that are left out.")
+    use_fnmatch: bool = Field(
+        False, description="Names are shell patterns (*.to_q), not regular expressions."
+    )
+    lora_prefix: Literal["lycoris"] = Field(
+        "lycoris", description="Of tensors in the file, by which its readers find the layers."
+    )
+
+    @field_validator("module_algo_map", "name_algo_map", mode="before")
+    @classmethod
+    def _read_overrides(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {name: _override(name, options) for name, options in value.items()}
+
+
+class LycorisSettings(SettingsModel):
+    """A LyCORIS adapter."""
+
+    algo: Algorithm = Field(
+        description="lokr: Kronecker product; loha: Hadamard product; lora, locon: low-rank product."
+    )
+    multiplier: float = Field(1.0, description="Strength while training: 1, since no file holds it.")
+    linear_dim: Count = Field(
+        4, description="Rank; for lokr one above a layer's size (as 10000) means whole matrices."
+    )
+    linear_alpha: Alpha = Field(
+        1.0, description="Updates are scaled by alpha / rank; LoKr of whole matrices is not scaled."
+    )
+    conv_dim: Count | None = Field(
+        None, description="Rank for convolutions above 1x1; not set: as linear_dim."
+    )
+    conv_alpha: Alpha | None = Field(
+        None, description="Alpha for convolutions above 1x1; not set: as linear_alpha."
+    )
+    factor: Factor = Field(
+        -1, description="LoKr: a layer's sizes are split into about factor x the rest; -1: near the root."
+    )
+    full_matrix: bool = Field(False, description="LoKr: the second factor as a whole matrix.")
+    decompose_both: bool = Field(False, description="LoKr: the first factor as a product as well.")
+    use_tucker: bool = Field(False, description="LoHa, locon: Tucker decomposition of convolutions.")
+    use_scalar: bool = Field(False, description="A trained scale, which is multiplied into the file.")
+    dora_wd: bool = Field(False, description="Weight decomposition, as DoRA's.")
+    bypass_mode: bool | None = Field(
+        None,
+        description="Add the update to a layer's output, not to its weight; not set: true, but for dora_wd.",
+    )
+    dropout: Share = Field(0.0, description="Of the update's output; needs bypass_mode.")
+    rank_dropout: Share = Field(0.0, description="Of rows of the update.")
+    module_dropout: Share = Field(0.0, description="Of whole layers' updates.")
+    apply_preset: LycorisPreset | None = Field(
+        None, description="Which layers; not set: every linear layer and convolution."
+    )
+
+    @property
+    def bypasses(self) -> bool:
+        """Whether updates are added to outputs: exact in bf16, where W + update would be rounded to W's few digits."""
+        return not self.dora_wd if self.bypass_mode is None else self.bypass_mode
+
+    @property
+    def algorithms(self) -> frozenset[str]:
+        """Every algorithm in use."""
+        return frozenset({self.algo, *(override.algo for override in self.overrides if override.algo)})
+
+    @property
+    def overrides(self) -> tuple[LycorisOverride, ...]:
+        """What is different for some layers."""
+        preset = self.apply_preset or LycorisPreset()
+        return (*preset.module_algo_map.values(), *preset.name_algo_map.values())
+
+    @field_validator("algo", mode="before")
+    @classmethod
+    def _algorithm_is_here(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in _LATER_ALGORITHMS:
+            known = ", ".join(f'"{name}"' for name in get_args(Algorithm))
+            raise BadValueError(f"{value} is not available yet", f"write one of {known}")
+        return value
+
+    @field_validator("multiplier")
+    @classmethod
+    def _refuse_another_strength(cls, value: float) -> float:
+        if value != 1:
+            raise BadValueError(
+                "would train at a strength that the file of weights does not hold",
+                "write 1.0, and choose the strength where the adapter is used",
+            )
+        return value
+
+
+LYCORIS: Final = Vocabulary(
+    spellings={"use_cp": "use_tucker", "use_conv_cp": "use_tucker"},
+    later={
+        "unbalanced_factorization": Later(
+            (False, None), "write false: lycoris-lora does not load such a file back"
+        ),
+        "wd_on_output": Later((True, None), "write true: lycoris-lora does not load such a file back"),
+        "train_norm": Later((False, None)),
+        "rescaled": Later((False, None)),
+        "constraint": Later((0, None)),
+        "train_llm_adapter": Later((False, None)),
+        "preset": Later((None, "full"), "write the layers in apply_preset"),
+    },
+    idle={"block_size": "algo", "tlora_min_rank": "algo", "tlora_alpha": "algo"},
+)
+"""Beyond the fields of `LycorisSettings`."""
+
+
+def _override(name: str, options: Any) -> LycorisOverride:
+    if isinstance(options, LycorisOverride):
+        return options
+    known = ", ".join(LycorisOverride.model_fields)
+    if not isinstance(options, Mapping):
+        raise BadValueError(f"{name}: is not an object", f"write an object with any of {known}")
+    if unknown := sorted(set(options) - set(LycorisOverride.model_fields)):
+        raise BadValueError(
+            f"{name}: {', '.join(map(str, unknown))} is not known there", f"{known} are known there"
+        )
+    try:
+        return LycorisOverride.model_validate(options)
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        raise BadValueError(f"{name}: {detail['loc'][0]}: {detail['msg']}", f"correct {name}") from error

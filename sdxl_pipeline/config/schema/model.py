@@ -1,0 +1,43 @@
+"""The model."""
+
+from typing import Annotated, Final, Literal
+
+from pydantic import Field
+
+from sdxl_pipeline.config.schema.settings_model import IS_PATH, SettingsModel
+
+MODEL_FLAVOURS: Final = {"base-1.0": "stabilityai/stable-diffusion-xl-base-1.0"}
+"""Hub repository of each `model_flavour`."""
+
+
+class ModelSettings(SettingsModel):
+    """The model."""
+
+    model_type: Literal["lora", "full"] = Field(
+        "lora", description="What is trained: an adapter, or in full all weights of the UNet."
+    )
+    train_text_encoder: bool = Field(
+        False,
+        description="Give both text encoders a LoRA as well; captions are then encoded anew at every step, and no text cache is used.",
+    )
+    text_encoder_lr: Annotated[float, Field(ge=0, le=10)] | None = Field(
+        None, description="Learning rate of the text encoders; not set: learning_rate."
+    )
+    layer_freeze_strategy: Literal["bitfit"] | None = Field(
+        None, description="bitfit trains only the biases of the UNet; for model_type full."
+    )
+    model_family: Literal["sdxl"] = Field("sdxl", description="This project trains Stable Diffusion XL.")
+    model_flavour: Literal["base-1.0"] = Field(
+        "base-1.0", description="Which released SDXL; base-1.0 is stabilityai/stable-diffusion-xl-base-1.0."
+    )
+    pretrained_model_name_or_path: Annotated[str | None, IS_PATH] = Field(
+        None,
+        description="Hub id, diffusers folder, .safetensors checkpoint or bundled:tiny-sdxl; replaces model_flavour.",
+    )
+    pretrained_vae_model_name_or_path: Annotated[str | None, IS_PATH] = Field(
+        None, description="Hub id or folder of another VAE."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of the base model on the Hub.")
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = Field(
+        None, description="What the UNet predicts; not set: what the base model's scheduler says."
+    )

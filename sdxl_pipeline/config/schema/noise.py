@@ -1,0 +1,90 @@
+"""Noise: how much of it, of which kind, and how an image comes by it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from sdxl_pipeline.config.schema.settings_model import SettingsModel, Share
+
+Timestep = Annotated[int, Field(ge=0, le=1000)]
+Steps = Annotated[int, Field(ge=0)]
+
+
+class NoiseSettings(SettingsModel):
+    """Noise and timesteps."""
+
+    offset_noise: bool = Field(
+        False, description="Add noise that is constant over a channel, for darker and brighter images."
+    )
+    noise_offset: Annotated[float, Field(ge=0)] = Field(0.1, description="Deviation of offset_noise.")
+    noise_offset_probability: Share = Field(0.25, description="Share of samples that get offset_noise.")
+    input_perturbation: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="Deviation of noise that the UNet sees but is not asked for (Ning et al. 2023), 0.1 in the paper.",
+    )
+    input_perturbation_steps: Steps = Field(
+        0, description="Optimizer steps over which input_perturbation falls to 0; 0 keeps it."
+    )
+    timestep_bias_strategy: Literal["earlier", "later", "range"] | None = Field(
+        None,
+        description="Timesteps to draw more often: those with less noise (earlier), with more (later), or a range.",
+    )
+    timestep_bias_multiplier: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="How many times as often as the others they are drawn."
+    )
+    timestep_bias_portion: Share = Field(0.25, description="Share of the schedule that is earlier or later.")
+    timestep_bias_begin: Timestep = Field(0, description="First timestep of the range.")
+    timestep_bias_end: Timestep = Field(1000, description="Timestep at which the range ends, not in it.")
+    disable_segmented_timestep_sampling: bool = Field(
+        True,
+        description="false cuts the schedule into one segment for each sample of a global batch, and draws a timestep from each.",
+    )
+
+    def favoured_timesteps(self, num_train_timesteps: int) -> range | None:
+        """The timesteps that are drawn more often than the others; None without a bias.
+
+        "earlier" timesteps are those with less noise, as in diffusers' training scripts.
+        """
+        portion = int(self.timestep_bias_portion * num_train_timesteps)
+        match self.timestep_bias_strategy:
+            case None:
+                return None
+            case "earlier":
+                return range(portion)
+            case "later":
+                return range(num_train_timesteps - portion, num_train_timesteps)
+            case "range":
+                return range(self.timestep_bias_begin, min(self.timestep_bias_end, num_train_timesteps))
+
+
+class ScheduledSamplingSettings(SettingsModel):
+    """Scheduled sampling."""
+
+    scheduled_sampling_max_step_offset: Annotated[int, Field(ge=0, lt=1000)] = Field(
+        0,
+        description="Most timesteps that the model itself denoises before it is trained, each a forward pass without gradient; 0 is off.",
+    )
+    scheduled_sampling_probability: Share = Field(
+        0.0, description="Share of samples that are rolled out, from start_step on."
+    )
+    scheduled_sampling_ramp_steps: Steps = Field(
+        0,
+        description="Optimizer steps in which the share goes from prob_start to prob_end; 0: it is scheduled_sampling_probability.",
+    )
+    scheduled_sampling_prob_start: Share = Field(0.0, description="Share before and at the ramp's start.")
+    scheduled_sampling_prob_end: Share = Field(0.5, description="Share from the ramp's end on.")
+    scheduled_sampling_start_step: Steps = Field(
+        0, description="Optimizer step at which the ramp begins, or without one the rollouts."
+    )
+    scheduled_sampling_ramp_shape: Literal["linear", "cosine"] = Field(
+        "linear", description="Shape of the ramp."
+    )
+    scheduled_sampling_strategy: Literal["uniform", "biased_early", "biased_late"] = Field(
+        "uniform", description="How offsets are drawn: all alike, more small ones, or more large ones."
+    )
+    scheduled_sampling_sampler: Literal["unipc", "euler", "dpm"] = Field(
+        "unipc", description="Solver of the rollouts."
+    )
+    scheduled_sampling_order: Annotated[int, Field(ge=1, le=3)] = Field(
+        2, description="Order of unipc and dpm; euler's is 1."
+    )

@@ -1,0 +1,59 @@
+"""The objective: what the UNet is taught, and what its errors cost."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from sdxl_pipeline.config.schema.settings_model import SettingsModel, Share, none_for_zero
+
+
+class ObjectiveSettings(SettingsModel):
+    """The objective."""
+
+    rescale_betas_zero_snr: bool | None = Field(
+        None,
+        description="End the noise schedule in pure noise (Lin et al. 2023), for v-prediction; not set: as the base model's scheduler says.",
+    )
+    snr_gamma: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Min-SNR loss weighting (Hang et al. 2023), 5 in the paper; 0 or not set: off."
+    )
+    use_soft_min_snr: bool = Field(
+        False,
+        description="Round Min-SNR's corner off (Crowson et al. 2024); needs snr_gamma or soft_min_snr_sigma_data.",
+    )
+    soft_min_snr_sigma_data: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Soft Min-SNR by the data's deviation in place of snr_gamma, which is then its inverse square: 0.5 is a gamma of 4.",
+    )
+    debiased_estimation_loss: bool = Field(
+        False, description="Weigh the error in eps by 1 / sqrt(SNR) (Yu et al. 2023)."
+    )
+    snr_weight: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="Factor of the plain squared error, which optimizers like AdamW hardly notice."
+    )
+    loss_type: Literal["l2", "huber", "smooth_l1"] = Field(
+        "l2", description="What an error costs: its square, or less than that where it is large."
+    )
+    huber_schedule: Literal["snr", "exponential", "constant"] = Field(
+        "snr", description="How the threshold of huber and smooth_l1 goes from 1 to huber_c with more noise."
+    )
+    huber_c: Annotated[float, Field(gt=0)] = Field(
+        0.1, description="Error from which on huber and smooth_l1 are linear."
+    )
+    diff2flow_enabled: bool = Field(False, description="Allow diff2flow_loss.")
+    diff2flow_loss: bool = Field(
+        False,
+        description="Judge the flow that the prediction amounts to, against noise - latents (Schusterbauer et al. 2025).",
+    )
+    caption_dropout_probability: Share = Field(
+        0.1, description="Share of samples trained with the empty prompt; size conditioning is kept."
+    )
+    micro_conditioning: Literal["original", "resized"] = Field(
+        "original",
+        description="original_size of SDXL's size conditioning: the file's own size, or the size after resizing (SimpleTuner).",
+    )
+
+    @field_validator("snr_gamma", mode="before")
+    @classmethod
+    def _zero_is_not_set(cls, value: Any) -> Any:
+        return none_for_zero(value)

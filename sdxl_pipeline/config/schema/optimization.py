@@ -1,0 +1,222 @@
+"""Optimisation."""
+
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from sdxl_pipeline.config.schema.settings_model import BadValueError, Count, SettingsModel, none_for_zero
+
+OptimizerValue = bool | float | str | tuple[float, ...]
+
+OptimizerName = Literal[
+    "adamw",
+    "torch-adam",
+    "torch-adamw",
+    "torch-sgd",
+    "torch-radam",
+    "torch-nadam",
+    "torch-rmsprop",
+    "torch-adagrad",
+    "torch-adadelta",
+    "torch-adafactor",
+    "torch-adamax",
+    "torch-asgd",
+    "adamw_bf16",
+    "adamw_schedulefree",
+    "adamw_schedulefree+aggressive",
+    "adamw_schedulefree+no_kahan",
+    "optimi-adam",
+    "optimi-adamw",
+    "optimi-adan",
+    "optimi-lion",
+    "optimi-radam",
+    "optimi-ranger",
+    "optimi-sgd",
+    "optimi-stableadamw",
+    "ao-adamw8bit",
+    "ao-adamw4bit",
+    "ao-adamfp8",
+    "ao-adamwfp8",
+    "bnb-adagrad",
+    "bnb-adagrad8bit",
+    "bnb-adam",
+    "bnb-adam8bit",
+    "bnb-adamw",
+    "bnb-adamw8bit",
+    "bnb-adamw-paged",
+    "bnb-adamw8bit-paged",
+    "bnb-lion",
+    "bnb-lion8bit",
+    "bnb-lion-paged",
+    "bnb-lion8bit-paged",
+    "bnb-ademamix",
+    "bnb-ademamix8bit",
+    "bnb-ademamix-paged",
+    "bnb-ademamix8bit-paged",
+    "prodigy",
+    "adafactor",
+]
+
+_REFUSED_OPTIMIZERS = {
+    "torch-sparseadam": "takes sparse gradients alone, as embeddings give them; those of a UNet are dense",
+}
+
+ScheduleName = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "sine"
+]
+
+BucketFill = Literal["partial", "wrap"]
+
+
+class OptimisationSettings(SettingsModel):
+    """Optimisation."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = Field(
+        1e-4, description="Learning rate after warm-up."
+    )
+    optimizer: OptimizerName = Field(
+        "adamw",
+        description="Optimizer; all but adamw, adafactor and torch's need the extra `optimizers`.",
+    )
+    optimizer_config: dict[str, OptimizerValue] = Field(
+        default_factory=dict,
+        description='The optimizer\'s own settings, as "beta1=0.9,weight_decay=0.01" or an object.',
+    )
+    gradient_precision: Literal["unmodified", "fp32"] = Field(
+        "unmodified",
+        description="fp32 sums the gradients of weights held in bf16 (adamw_bf16) in fp32; all others have fp32 gradients anyway.",
+    )
+    lr_scheduler: ScheduleName = Field(
+        "constant_with_warmup", description="Shape of the learning rate over the run."
+    )
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Steps over which the learning rate rises from 0; for sine, from its peak to its trough.",
+    )
+    lr_end: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="Learning rate at the end of cosine, cosine_with_restarts and polynomial, and at sine's troughs; not set, it is 4e-7 for polynomial and sine, 0 for the others.",
+    )
+    lr_power: Annotated[float, Field(gt=0)] = Field(
+        0.8, description="Exponent of polynomial: 1 is a straight line, more falls sooner."
+    )
+    lr_num_cycles: Count = Field(1, description="Descents of cosine_with_restarts.")
+    lr_scale: bool = Field(
+        False, description="Multiply learning_rate by the images per optimizer step, over all processes."
+    )
+    lr_scale_sqrt: bool = Field(False, description="With lr_scale: by the square root of their number.")
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(
+        2.0, description="Bound of the gradients, by grad_clip_method; 0 leaves them alone."
+    )
+    grad_clip_method: Literal["norm", "value"] = Field(
+        "norm",
+        description="norm scales all gradients down together, so that their norm is at most max_grad_norm; value cuts each number.",
+    )
+    train_batch_size: Count = Field(4, description="Images per device and forward pass.")
+    bucket_fill: BucketFill = Field(
+        "partial",
+        description="Last batch of a bucket: partial leaves it smaller, so that an epoch shows every image repeats + 1 times; wrap fills it by repeating images of the bucket.",
+    )
+    gradient_accumulation_steps: Count = Field(1, description="Forward passes per optimizer step.")
+    max_train_steps: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Optimizer steps to train; 0 leaves the length to num_train_epochs."
+    )
+    num_train_epochs: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Passes over the images; 0 leaves it to max_train_steps; 1 when neither is given."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(42, description="Seed of everything random.")
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _gradients_are_dense(cls, value: Any) -> Any:
+        if isinstance(value, str) and (reason := _REFUSED_OPTIMIZERS.get(value)):
+            raise BadValueError(f"{value} {reason}", 'write "torch-adam" or "adamw"')
+        return value
+
+    @field_validator("lr_scheduler", mode="before")
+    @classmethod
+    def _other_names(cls, value: Any) -> Any:
+        return {"cosine_with_warmup": "cosine"}.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("max_train_steps", "num_train_epochs", mode="before")
+    @classmethod
+    def _zero_length_is_not_set(cls, value: Any) -> Any:
+        return none_for_zero(value)
+
+    @field_validator("optimizer_config", mode="before")
+    @classmethod
+    def _read_optimizer_config(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return parse_assignments(value)
+        if isinstance(value, dict):
+            return {key: _scalar(item) if isinstance(item, str) else item for key, item in value.items()}
+        return value
+
+    @field_validator("gradient_precision", "lr_num_cycles", mode="before")
+    @classmethod
+    def _not_set_is_the_default(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, str) and value.strip().lower() in ("", "none", "null"):
+            return cls.model_fields[info.field_name or ""].default
+        return value
+
+    @property
+    def is_schedule_free(self) -> bool:
+        """Whether the optimizer averages its weights instead of following a schedule (Defazio et al. 2024)."""
+        return self.optimizer.startswith("adamw_schedulefree")
+
+    def longest_warmup(self, steps: int) -> int:
+        """Return the most `lr_warmup_steps` with which one of `steps` optimizer steps is taken at `learning_rate`.
+
+        A schedule raises the rate from 0 at step 0, so it is reached at step `lr_warmup_steps`, counted from 0; a schedule-free optimizer
+        reaches it one step earlier. The peak of `sine` does not wait for it.
+        """
+        if self.lr_scheduler == "sine":
+            return self.lr_warmup_steps
+        return steps if self.is_schedule_free else steps - 1
+
+    @property
+    def effective_lr_end(self) -> float:
+        """`lr_end`, or the schedule's default."""
+        if self.lr_end is not None:
+            return self.lr_end
+        return 4e-7 if self.lr_scheduler in ("polynomial", "sine") else 0.0
+
+    @model_validator(mode="after")
+    def _a_warm_up_is_meant(self) -> Self:
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps > 0:
+            object.__setattr__(self, "lr_scheduler", "constant_with_warmup")  # as the reference reads it
+        return self
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.max_train_steps is None and self.num_train_epochs is None:
+            object.__setattr__(self, "num_train_epochs", 1)  # the model is frozen for everyone else
+        return self
+
+
+def parse_assignments(text: str) -> dict[str, OptimizerValue]:
+    """`"beta1=0.9,weight_decay=0.01"` as a dict; numbers and booleans are typed. Raises BadValueError for a part without "="."""
+    values: dict[str, OptimizerValue] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (name and equals and value):
+            raise BadValueError(
+                f"{part!r} is not of the form name=value", 'write for example "beta1=0.9,weight_decay=0.01"'
+            )
+        if name in values:
+            raise BadValueError(f"{name!r} is given twice", "keep one of the two")
+        values[name] = _scalar(value)
+    return values
+
+
+def _scalar(text: str) -> OptimizerValue:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    if not math.isfinite(number):
+        raise BadValueError(f"holds {text}, which is not a finite number", "write a finite number")
+    return number

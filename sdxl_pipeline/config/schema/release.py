@@ -1,0 +1,57 @@
+"""Release."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from sdxl_pipeline.config.schema.settings_model import BadValueError, SettingsModel
+
+LoraFormat = Literal["both", "diffusers", "comfyui"]
+ExportDtype = Literal["auto", "float16", "bfloat16", "float32"]
+
+
+class ReleaseSettings(SettingsModel):
+    """Release."""
+
+    lora_format: LoraFormat = Field(
+        "both",
+        description="Files of the adapter: pytorch_lora_weights.safetensors for diffusers; comfyui: <project>.safetensors with kohya's keys, "
+        "for ComfyUI, A1111, Forge, kohya and InvokeAI. A run keeps diffusers' file in any case.",
+    )
+    lora_export_dtype: ExportDtype = Field(
+        "auto",
+        description="Data type of <project>.safetensors; auto: float16, or bfloat16 for an adapter whose values float16 cannot hold.",
+    )
+    metadata_include_captions: bool = Field(
+        False,
+        description="Write folder names and how often each tag of the captions occurs into the header of <project>.safetensors.",
+    )
+    push_to_hub: bool = Field(False, description="Upload the release to the Hugging Face Hub.")
+    push_checkpoints_to_hub: bool = Field(
+        False,
+        description="With push_to_hub: also upload the weights of each checkpoint, while the training goes on, into the repository's folder checkpoints. They have passed no check.",
+    )
+    hub_model_id: str | None = Field(
+        None,
+        description='Repository, "name" or "owner/name"; not set: the project\'s name.',
+    )
+    model_card_private: bool = Field(True, description="Create the repository as private.")
+    model_card_note: str | None = Field(None, description="A note at the top of the model card.")
+
+    @field_validator("hub_model_id", mode="after")
+    @classmethod
+    def _is_a_repository_name(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
+        try:
+            validate_repo_id(value)
+        except HFValidationError as error:
+            message = str(error).removesuffix(f": '{value}'.").removesuffix(".")
+            raise BadValueError(
+                f"is no name that the Hub takes: {message[0].lower()}{message[1:]}",
+                'write "name" or "owner/name" of letters, digits, "-", "_" and ".", such as "your-name/cat-lora"',
+            ) from error
+        return value

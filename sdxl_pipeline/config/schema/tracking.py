@@ -1,0 +1,61 @@
+"""Tracking."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from sdxl_pipeline.config.schema.settings_model import (
+    IS_PATH,
+    BadValueError,
+    Count,
+    SettingsModel,
+    none_for_zero,
+    read_list,
+)
+
+
+class TrackingSettings(SettingsModel):
+    """Tracking."""
+
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (), description='Trackers, joined by commas: tensorboard, wandb, trackio; "none" for none.'
+    )
+    tracker_project_name: str | None = Field(
+        None, description="Project name in the trackers; not set: the project's name."
+    )
+    tracker_run_name: str | None = Field(
+        None, description="Run name in the trackers; not set: the run's identity."
+    )
+    logging_dir: Annotated[str, IS_PATH] = Field(
+        "logs", min_length=1, description="Folder of the tensorboard logs."
+    )
+    webhook_config: Annotated[str | None, IS_PATH] = Field(
+        None,
+        min_length=1,
+        description="JSON file that says where messages and images of the training go: one webhook, or a list of them.",
+    )
+    webhook_reporting_interval: Count | None = Field(
+        None,
+        description="Steps between the figures sent to raw webhooks; not set or 0: no figures. Discord gets none.",
+    )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _read_trackers(cls, value: Any) -> Any:
+        return read_list(value)
+
+    @field_validator("webhook_config", mode="before")
+    @classmethod
+    def _read_webhook_config(cls, value: Any) -> Any:
+        text = value.strip() if isinstance(value, str) else ""
+        if isinstance(value, dict | list) or text.startswith(("{", "[")) or "://" in text:
+            raise BadValueError(
+                "is the webhook itself, and its address is a secret that config.json would carry into logs and specs",
+                "write it into a JSON file of its own, and the path of that file here",
+            )
+        return value
+
+    @field_validator("webhook_reporting_interval", mode="before")
+    @classmethod
+    def _read_webhook_reporting_interval(cls, value: Any) -> Any:
+        return none_for_zero(value)

@@ -1,0 +1,192 @@
+"""Objectives that cannot be meant: what excludes each other, and what has no effect beside the rest."""
+
+from collections.abc import Iterator
+
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.config.validators.dataset_rules import Finding
+
+TIMESTEPS = 1000
+"""Of SDXL's noise schedule, as long as no base model has been looked at."""
+
+
+def check_objective(training: TrainingSettings) -> Iterator[Finding]:
+    """What is wrong between the keys of the objective, the noise and scheduled sampling."""
+    yield from _check_prediction(training)
+    yield from _check_soft_min_snr(training)
+    yield from _check_weightings(training)
+    if (
+        training.timestep_bias_strategy == "range"
+        and training.timestep_bias_begin >= training.timestep_bias_end
+    ):
+        yield Finding(
+            "timestep_bias_begin",
+            f"is not below timestep_bias_end ({training.timestep_bias_end}), so no timestep lies between them",
+            f"write less than {training.timestep_bias_end}",
+        )
+
+
+def _check_prediction(training: TrainingSettings) -> Iterator[Finding]:
+    if training.rescale_betas_zero_snr and training.prediction_type == "epsilon":
+        yield Finding(
+            "rescale_betas_zero_snr",
+            "makes the last timestep pure noise, where a prediction of eps says nothing of the image and no sampler can start from it",
+            'write false, or "prediction_type": "v_prediction" for a base model that predicts v',
+        )
+    if training.rescale_betas_zero_snr and training.inference_scheduler_timestep_spacing == "leading":
+        yield Finding(
+            "inference_scheduler_timestep_spacing",
+            "leaves out the last timestep, which is pure noise with rescale_betas_zero_snr, and sampling has to begin there",
+            "write trailing, or leave it out",
+        )
+    if training.diff2flow_loss and not training.diff2flow_enabled:
+        yield Finding(
+            "diff2flow_loss", "needs diff2flow_enabled", 'write "diff2flow_enabled": true beside it'
+        )
+    if training.diff2flow_loss and training.prediction_type == "sample":
+        yield Finding(
+            "diff2flow_loss",
+            "is defined for predictions of eps and v, but prediction_type is sample",
+            "write false",
+        )
+
+
+def _check_soft_min_snr(training: TrainingSettings) -> Iterator[Finding]:
+    given = [key for key in ("snr_gamma", "soft_min_snr_sigma_data") if getattr(training, key) is not None]
+    if training.use_soft_min_snr and not given:
+        yield Finding(
+            "use_soft_min_snr",
+            "does not say at which SNR the weight bends",
+            'write "snr_gamma": 5 beside it, or "soft_min_snr_sigma_data": 0.5, which is a gamma of 4',
+        )
+    if training.use_soft_min_snr and len(given) == 2:
+        yield Finding(
+            "soft_min_snr_sigma_data",
+            "stands for snr_gamma = 1 / sigma_data^2, and snr_gamma is given as well",
+            "keep one of the two",
+        )
+
+
+def _check_weightings(training: TrainingSettings) -> Iterator[Finding]:
+    # each of these is the whole weighting: of two, one would be silently switched off
+    chosen = {
+        "diff2flow_loss": training.diff2flow_loss,
+        "debiased_estimation_loss": training.debiased_estimation_loss,
+        "snr_gamma": training.snr_gamma is not None or training.use_soft_min_snr,
+        "snr_weight": training.snr_weight != 1.0,
+    }
+    first, *others = [key for key, is_chosen in chosen.items() if is_chosen] or [""]
+    for key in others:
+        off = {"snr_gamma": "0 and use_soft_min_snr false", "snr_weight": "1"}.get(key, "false")
+        yield Finding(
+            key,
+            f"says how the loss is weighted, and {first} does so already",
+            f"keep one of them; off is {off}",
+        )
+    if training.loss_type == "l2":
+        return
+    for key in ("diff2flow_loss", "snr_weight"):
+        if chosen[key]:
+            yield Finding(
+                "loss_type",
+                f"is {training.loss_type}, but {key} is about the squared error",
+                f'write "loss_type": "l2", or leave {key} out',
+            )
+
+
+TUNING = {
+    "offset_noise": ("noise_offset", "noise_offset_probability"),
+    "input_perturbation": ("input_perturbation_steps",),
+    "use_soft_min_snr": ("soft_min_snr_sigma_data",),
+    "timestep_bias_strategy": (
+        "timestep_bias_begin",
+        "timestep_bias_end",
+        "timestep_bias_multiplier",
+        "timestep_bias_portion",
+    ),
+    "scheduled_sampling_max_step_offset": (
+        "scheduled_sampling_probability",
+        "scheduled_sampling_ramp_steps",
+        "scheduled_sampling_prob_start",
+        "scheduled_sampling_prob_end",
+        "scheduled_sampling_start_step",
+        "scheduled_sampling_ramp_shape",
+        "scheduled_sampling_strategy",
+        "scheduled_sampling_sampler",
+        "scheduled_sampling_order",
+    ),
+    "scheduled_sampling_ramp_steps": (
+        "scheduled_sampling_prob_start",
+        "scheduled_sampling_prob_end",
+        "scheduled_sampling_ramp_shape",
+    ),
+}
+"""Keys that only tune something, by the key that switches it on."""
+
+
+def idle_objective(training: TrainingSettings) -> Iterator[str]:
+    """Settings of the objective, the noise and scheduled sampling that have no effect beside the others, each with the reason."""
+    told: set[str] = set()
+    for switch, keys in TUNING.items():
+        if getattr(training, switch):
+            continue
+        for key in keys:
+            if key not in told and _is_changed(training, key):
+                told.add(key)
+                yield f"{key} = {getattr(training, key)} has no effect without {switch}"
+    if training.offset_noise:
+        for key in ("noise_offset", "noise_offset_probability"):
+            if not getattr(training, key):
+                yield f"offset_noise has no effect with {key} 0"
+    if training.loss_type == "l2":
+        for key in ("huber_c", "huber_schedule"):
+            if _is_changed(training, key):
+                yield f"{key} = {getattr(training, key)} has no effect with loss_type l2"
+    elif training.huber_c == 1 and _is_changed(training, "huber_schedule"):
+        yield f"huber_schedule = {training.huber_schedule} has no effect with huber_c 1: the threshold is 1 everywhere"
+    if training.diff2flow_enabled and not training.diff2flow_loss:
+        yield "diff2flow_enabled has no effect without diff2flow_loss"
+    yield from _idle_bias(training)
+    yield from _idle_rollouts(training)
+    by_snr = training.snr_gamma or training.use_soft_min_snr or training.debiased_estimation_loss
+    if training.rescale_betas_zero_snr and by_snr:
+        yield (
+            "rescale_betas_zero_snr gives the last timestep an SNR of 0, and so weighting by SNR gives it the weight 0: the answer to "
+            "pure noise is not trained"
+        )
+
+
+def _idle_bias(training: TrainingSettings) -> Iterator[str]:
+    strategy, favoured = training.timestep_bias_strategy, training.favoured_timesteps(TIMESTEPS)
+    if favoured is None:
+        return
+    others = (
+        ("timestep_bias_begin", "timestep_bias_end") if strategy != "range" else ("timestep_bias_portion",)
+    )
+    for key in others:
+        if _is_changed(training, key):
+            yield f"{key} = {getattr(training, key)} has no effect with timestep_bias_strategy {strategy}"
+    if training.timestep_bias_multiplier == 1.0:
+        yield "timestep_bias_strategy has no effect with timestep_bias_multiplier 1: all timesteps are drawn alike"
+    elif len(favoured) in (0, TIMESTEPS):
+        whole = "none" if not favoured else "all"
+        yield f"timestep_bias_strategy has no effect: it favours {whole} of the {TIMESTEPS} timesteps, which are then drawn alike"
+
+
+def _idle_rollouts(training: TrainingSettings) -> Iterator[str]:
+    if not training.scheduled_sampling_max_step_offset:
+        return
+    if training.scheduled_sampling_ramp_steps and training.scheduled_sampling_probability:
+        yield "scheduled_sampling_probability has no effect with scheduled_sampling_ramp_steps: prob_start and prob_end say it"
+    if not training.scheduled_sampling_ramp_steps and not training.scheduled_sampling_probability:
+        yield "scheduled_sampling_max_step_offset has no effect with scheduled_sampling_probability 0"
+    ends = training.scheduled_sampling_prob_start, training.scheduled_sampling_prob_end
+    if training.scheduled_sampling_ramp_steps and not any(ends):
+        yield "scheduled_sampling_max_step_offset has no effect with prob_start and prob_end 0"
+    if training.scheduled_sampling_sampler == "euler" and _is_changed(training, "scheduled_sampling_order"):
+        yield "scheduled_sampling_order has no effect with scheduled_sampling_sampler euler"
+
+
+def _is_changed(training: TrainingSettings, key: str) -> bool:
+    default = type(training).model_fields[key].get_default(call_default_factory=True)
+    value = getattr(training, key)
+    return bool(value and value != default)  # files that spell defaults out write 0 for "off"

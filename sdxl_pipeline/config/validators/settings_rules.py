@@ -1,0 +1,61 @@
+"""Combinations of training settings that cannot be meant, though each value by itself could."""
+
+from collections.abc import Iterator
+
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.config.validators.acceleration_rules import check_acceleration, idle_acceleration
+from sdxl_pipeline.config.validators.adapter_rules import check_adapter, idle_adapter_settings
+from sdxl_pipeline.config.validators.dataset_rules import Finding
+from sdxl_pipeline.config.validators.objective_rules import check_objective, idle_objective
+from sdxl_pipeline.config.validators.optimization_rules import advise_on_optimisation, check_optimisation
+from sdxl_pipeline.config.validators.trained_weights_rules import (
+    check_what_is_trained,
+    idle_for_what_is_trained,
+)
+
+
+def check_training(training: TrainingSettings) -> Iterator[Finding]:
+    """What is wrong between the keys of `config.json`."""
+    yield from check_what_is_trained(training)
+    yield from check_adapter(training)
+    yield from check_optimisation(training)
+    yield from check_objective(training)
+    yield from check_acceleration(training)
+    steps = training.max_train_steps
+    if steps is not None and training.num_train_epochs is not None:
+        yield Finding(
+            "num_train_epochs",
+            f"is given together with max_train_steps ({steps})",
+            "write 0 for the one that should not decide how long the training is",
+        )
+    if steps is not None and training.lr_warmup_steps > training.longest_warmup(steps):
+        yield Finding(
+            "lr_warmup_steps",
+            f"is too long for max_train_steps ({steps}): learning_rate would never be reached",
+            f"write at most {training.longest_warmup(steps)}",
+        )
+    repeated = {tracker for tracker in training.report_to if training.report_to.count(tracker) > 1}
+    if repeated:
+        yield Finding("report_to", f"names {', '.join(sorted(repeated))} twice", "name each tracker once")
+
+
+def idle_settings(training: TrainingSettings) -> Iterator[str]:
+    """Settings that have no effect beside the others, or hardly the one that is meant, each named with the reason."""
+    yield from idle_for_what_is_trained(training)
+    yield from advise_on_optimisation(training)
+    yield from idle_adapter_settings(training)
+    yield from idle_objective(training)
+    yield from idle_acceleration(training)
+    if training.hub_model_id is not None and not training.push_to_hub:
+        yield f"hub_model_id = {training.hub_model_id} has no effect while push_to_hub is false"
+    if training.push_checkpoints_to_hub and not training.push_to_hub:
+        yield "push_checkpoints_to_hub = true has no effect while push_to_hub is false"
+    drawn = not training.validation_disable and (
+        training.validation_prompt or training.user_prompt_library or training.validation_prompt_library
+    )
+    if training.validation_preview and not drawn:
+        yield "validation_preview = true has no effect while no validation images are drawn"
+    if training.webhook_reporting_interval is not None and training.webhook_config is None:
+        yield "webhook_reporting_interval has no effect without webhook_config"
+    if training.eval_loss_disable and (training.eval_steps_interval or training.eval_epoch_interval):
+        yield "eval_steps_interval and eval_epoch_interval have no effect while eval_loss_disable is true"

@@ -1,0 +1,1 @@
+"""Datasets: sources, scan, captions, buckets and crops, masks, duplicates."""

@@ -1,0 +1,1 @@
+"""Aspect buckets, crops and the held-out split."""

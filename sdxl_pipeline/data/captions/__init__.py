@@ -1,0 +1,1 @@
+"""Captions: where they are read from, filters and shuffles."""

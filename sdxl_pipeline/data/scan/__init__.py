@@ -1,0 +1,1 @@
+"""Scan of a dataset folder, incremental from the recorded one."""

@@ -1,0 +1,1 @@
+"""Generator of the demo dataset: coloured shapes with captions."""

@@ -1,0 +1,85 @@
+"""What the world's images are called: varied captions for training, one canonical wording for prompts."""
+
+import random
+from collections.abc import Sequence
+
+from sdxl_pipeline.demo.shape_world import Spec
+
+ART_CAPTIONS = (
+    "abstract art",
+    "an abstract image",
+    "an abstract painting with many colours",
+    "abstract shapes and patterns",
+)
+_PLACE_PHRASES: dict[str, Sequence[str]] = {
+    "left": ("on the left",),
+    "right": ("on the right",),
+    "centre": ("in the centre", "in the center", "in the middle"),
+    "top": ("at the top",),
+    "bottom": ("at the bottom",),
+}
+_COUNTS = {1: "one eye", 2: "two eyes"}
+
+
+def article(phrase: str) -> str:
+    """The indefinite article that goes before `phrase`."""
+    return "an" if phrase[0] in "aeiou" else "a"
+
+
+def canonical_caption(spec: Spec, *, say_centre: bool = False) -> str:
+    """The one plain wording of `spec`. An unsaid place means the centre, unless `say_centre`."""
+    place = "" if spec.place == "centre" and not say_centre else " " + _PLACE_PHRASES[spec.place][0]
+    thing = _thing(spec, spec.size, None)
+    return f"{article(thing)} {thing}{place} on {article(spec.background)} {spec.background} background"
+
+
+def sample_caption(spec: Spec, rng: random.Random) -> str:
+    """One of the ways people say it: size sometimes left out, synonyms, several orders of the parts."""
+    size = (
+        ("small" if spec.size == "small" else rng.choice(("large", "large", "big")))
+        if rng.random() < 0.88
+        else ""
+    )
+    place = rng.choice(_PLACE_PHRASES[spec.place])
+    if spec.place == "centre" and rng.random() < 0.65:
+        place = ""
+    thing = _thing(spec, size, rng)
+    indefinite, ground = (
+        f"{article(thing)} {thing}",
+        f"{article(spec.background)} {spec.background} background",
+    )
+    spaced, comma = (f" {place}", f", {place}") if place else ("", "")
+    form = rng.randrange(8)
+    if form < 4:
+        return f"{indefinite}{spaced} on {ground}"
+    if form == 4:
+        return f"{ground} with {indefinite}{spaced}"
+    if form == 5:
+        return f"{thing}{comma}, {spec.background} background"
+    if form == 6:
+        medium = rng.choice(("an image", "a drawing", "an image"))
+        return f"{medium} of {indefinite}{spaced} on {ground}"
+    return f"{indefinite}{spaced} on {spec.background}"
+
+
+def _thing(spec: Spec, size: str, rng: random.Random | None) -> str:
+    """The noun phrase without article: size, colours, name, then what it comes with."""
+    colors = spec.color
+    noun = spec.noun or spec.shape
+    details = []
+    if spec.pattern == "striped":
+        colors, noun = f"{spec.color} and {spec.second_color}", f"striped {noun}"
+    elif spec.pattern == "dotted":
+        details.append(f"{spec.second_color} dots")
+    if spec.outline:
+        details.append(f"{article(spec.outline)} {spec.outline} outline")
+    if spec.mark and spec.mark.eyes:
+        details.append(_COUNTS[spec.mark.eyes])
+    elif spec.mark:
+        details.append(f"a small {spec.mark.color} {spec.mark.shape} inside")
+    if rng is not None:
+        rng.shuffle(details)
+    words = [word for word in (size, colors, noun) if word]
+    if details:
+        words += ["with", " and ".join(details)]
+    return " ".join(words)

@@ -1,0 +1,1 @@
+"""Atomic files, digests, disk space and the layout of the storage folder."""

@@ -1,1 +1,0 @@
-"""Image files: scanning, captions, buckets and crops, pixels."""

@@ -1,0 +1,1 @@
+"""SDXL base models: loading, precision, encoding, sampling."""

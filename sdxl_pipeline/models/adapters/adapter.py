@@ -1,0 +1,170 @@
+"""Adapters of every kind, told apart by what a model carries or a file holds.
+
+A file may hold the adapters of several models, each under a prefix: `unet`, `text_encoder`, `text_encoder_2`.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import nn
+
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.files.stable_safetensors import write_stable_safetensors
+from sdxl_pipeline.models.adapters.adapter_files import PREFIXES, UNET, AdapterError, AdapterKind, read_header
+from sdxl_pipeline.models.adapters.lora import (
+    ADAPTER_NAME,
+    add_lora,
+    load_lora,
+    lora_header,
+    lora_layers,
+    lora_tensors,
+)
+from sdxl_pipeline.models.adapters.lycoris import (
+    add_lycoris,
+    load_lycoris,
+    lycoris_header,
+    lycoris_layers,
+    lycoris_network,
+    lycoris_tensors,
+    without_lycoris,
+)
+
+__all__ = [
+    "ADAPTER_NAME",
+    "PREFIXES",
+    "UNET",
+    "AdapterError",
+    "AdapterKind",
+    "adapted_module_names",
+    "adapter_kind",
+    "adapter_parameters",
+    "add_adapter",
+    "add_lora",
+    "add_lycoris",
+    "load_adapter",
+    "require_whole",
+    "save_adapter",
+    "without_adapter",
+]
+
+
+def add_adapter(unet: nn.Module, settings: TrainingSettings, seed: int) -> list[nn.Parameter]:
+    """Freeze a UNet and give it the adapter that the settings describe; gives its trainable parameters, in float32.
+
+    Raises AdapterError when it cannot be had on this UNet.
+    """
+    if settings.lora_type == "lycoris":
+        return add_lycoris(
+            unet,
+            settings.lycoris,
+            seed,
+            quantized=settings.base_model_precision not in (None, "no_change"),
+            init_norm=settings.init_lokr_norm,
+        )
+    return add_lora(
+        unet,
+        rank=settings.lora_rank,
+        alpha=settings.effective_lora_alpha,
+        dropout=settings.lora_dropout,
+        target_modules=settings.lora_target_modules,
+        seed=seed,
+        use_dora=settings.use_dora,
+        init=settings.lora_init_type,
+    )
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable parameters, in the order of the model's modules."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def adapted_module_names(model: nn.Module) -> list[str]:
+    """Names of the layers that have an adapter, sorted."""
+    return sorted(lora_layers(model) if lycoris_network(model) is None else lycoris_layers(model))
+
+
+def adapter_kind(model: nn.Module) -> AdapterKind:
+    """Of the adapter that a model carries."""
+    if lycoris_network(model) is not None:
+        return "lycoris"
+    return "dora" if any(config.use_dora for config in model.peft_config.values()) else "lora"  # type: ignore[operator]
+
+
+@contextmanager
+def without_adapter(*models: nn.Module) -> Iterator[None]:
+    """The models as the base model has them."""
+    with ExitStack() as stack:
+        for model in models:
+            if lycoris_network(model) is not None:
+                stack.enter_context(without_lycoris(model))
+            else:
+                model.disable_adapters()  # type: ignore[operator]
+                stack.callback(model.enable_adapters)  # type: ignore[arg-type]
+        yield
+
+
+def save_adapter(
+    models: Mapping[str, nn.Module],
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+    adapter_name: str = ADAPTER_NAME,
+) -> None:
+    """Write the adapters of `models`, by prefix, to `path`, in the format that the users of their kind read.
+
+    LoRA and DoRA: diffusers', for `StableDiffusionXLPipeline.load_lora_weights`. LyCORIS, of the UNet alone: lycoris-lora's, for its
+    `create_lycoris_from_weights` and ComfyUI. The file is written beside and renamed, and its bytes depend on the weights and
+    `metadata` alone.
+    """
+    header = dict(metadata or {})
+    if lycoris_network(models[UNET]) is not None:
+        if len(models) > 1:
+            raise AdapterError("A file of LyCORIS holds the UNet's adapter alone.")
+        write_stable_safetensors(path, lycoris_tensors(models[UNET]), header | lycoris_header(models[UNET]))
+        return
+    tensors = {
+        name: tensor
+        for prefix, model in models.items()
+        for name, tensor in lora_tensors(model, prefix, adapter_name).items()
+    }
+    write_stable_safetensors(path, tensors, header | lora_header(models, adapter_name))
+
+
+def load_adapter(
+    models: Mapping[str, nn.Module], path: Path, adapter_name: str = ADAPTER_NAME
+) -> dict[str, list[str]]:
+    """Add the adapters of a file to `models`, by prefix, that have none of that name; gives the names of the layers changed in each.
+
+    It is loaded as its users do: by diffusers' loader, or by lycoris-lora's. A part for a model that is not given is left aside. Raises
+    AdapterError for a file that changes no layer of one of the models.
+    """
+    if read_header(path).kind == "lycoris":
+        if others := models.keys() - {UNET}:
+            raise AdapterError(
+                f"{path} is a LyCORIS file, which holds nothing for {', '.join(sorted(others))}."
+            )
+        load_lycoris(models[UNET], path)
+    else:
+        load_lora(models, path, adapter_name)
+    return {prefix: adapted_module_names(model) for prefix, model in models.items()}
+
+
+def require_whole(models: Mapping[str, nn.Module], path: Path, adapter_name: str = ADAPTER_NAME) -> None:
+    """Raise AdapterError unless `models` carry every tensor of the file, which diffusers' format names, and no other.
+
+    Diffusers only warns of tensors that it finds no place for, or that a layer lacks.
+    """
+    if lycoris_network(models[UNET]) is not None:
+        return  # load_lycoris compares by itself
+    loaded = {
+        name: tensor.shape
+        for prefix, model in models.items()
+        for name, tensor in lora_tensors(model, prefix, adapter_name).items()
+    }
+    with safe_open(path, framework="pt") as file:
+        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    if astray := sorted(
+        name for name in loaded.keys() | stored.keys() if loaded.get(name) != stored.get(name)
+    ):
+        raise AdapterError(f"{path} does not fit: {len(astray)} tensors are astray, as {astray[0]}.")

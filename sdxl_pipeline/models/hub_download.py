@@ -1,0 +1,104 @@
+"""Model files from the Hugging Face Hub: only the files that will be used, at a revision that is known, offline where possible."""
+
+import logging
+import os
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from sdxl_pipeline.files.disk_space import DiskFullError, hub_cache_full_message, is_disk_full
+from sdxl_pipeline.hub_client import explain, repeat_while_busy
+from sdxl_pipeline.models.model_files import BaseModelError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A repository's files on this disk, and the commit they are of."""
+
+    folder: Path
+    revision: str
+
+
+def download_snapshot(
+    repo_id: str,
+    revision: str | None,
+    probes: Collection[str],
+    choose: Callable[[Collection[str]], Iterable[str]],
+) -> Snapshot:
+    """Bring the files that `choose` picks from the repository's listing into the Hub cache of this machine.
+
+    `probes` are names of small files, one of which the repository holds: fetching them first tells the commit, from the network or,
+    without one, from the cache. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they mean to huggingface_hub. Raises
+    DiskFullError when the cache's disk is full,
+    BaseModelError when the repository or revision does not exist, needs a token, or cannot be reached and is not cached; and
+    whatever `choose` raises.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    endpoint = os.environ.get("HF_ENDPOINT") or None
+
+    def fetch(files: Collection[str], at: str | None) -> Path:
+        download = partial(
+            snapshot_download, repo_id, revision=at, allow_patterns=list(files), endpoint=endpoint
+        )
+        try:
+            return Path(repeat_while_busy(download, f"Downloading {repo_id}", over_connections=False))
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            needed = None
+            with suppress(Exception):  # asked only now, since it takes a request per file
+                needed = sum(file.file_size for file in download(dry_run=True) if file.will_download)
+            raise DiskFullError(hub_cache_full_message(Path(HF_HUB_CACHE), repo_id, needed)) from error
+
+    try:
+        commit = fetch(probes, revision).name
+        try:
+            listing: Collection[str] = HfApi(endpoint=endpoint).list_repo_files(repo_id, revision=commit)
+        except (HTTPError, OfflineModeIsEnabled) as error:
+            logger.info("%s is not reachable (%s); its cached files are used.", repo_id, type(error).__name__)
+            listing = _cached_files(fetch(probes, commit))
+        files = tuple(choose(listing))
+        folder = fetch(files, commit)
+    except GatedRepoError as error:
+        raise BaseModelError(
+            f"{repo_id} is gated: accept its terms at https://huggingface.co/{repo_id}, then set HF_TOKEN or run `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise BaseModelError(
+            f"{repo_id} has no revision {revision!r}. Give a branch, tag or commit of it."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise BaseModelError(
+            f"{repo_id} is not a repository of the Hub that this machine may read. Correct the name; if it is private, set HF_TOKEN "
+            "or run `hf auth login`."
+        ) from error
+    except HFValidationError as error:
+        raise BaseModelError(f"{repo_id!r} is not a valid repository name: {error}") from error
+    except (LocalEntryNotFoundError, HTTPError) as error:
+        raise BaseModelError(
+            f"{repo_id} cannot be reached, and this machine's Hub cache does not hold all files that are needed of it "
+            f"({explain(error)}). Connect once, or give a local folder."
+        ) from error
+    if missing := [name for name in files if not (folder / name).exists()]:
+        raise BaseModelError(f"{repo_id}: the download lacks {', '.join(missing)}. Run again.")
+    return Snapshot(folder, commit)
+
+
+def _cached_files(folder: Path) -> list[str]:
+    # a link whose blob is gone counts as absent
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]

@@ -1,0 +1,1 @@
+"""The bundled model: a trained, very small SDXL that generates coloured shapes."""

@@ -1,0 +1,57 @@
+"""The tiny autoencoder that shows latents for a fraction of the VAE's time and memory (TAESD, Boer Bohan 2023).
+
+Its decoder takes scaled latents as the UNet has them. One distilled from another VAE shows other colours, so it belongs to a base model
+as its VAE does.
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Final
+
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.models.base_model import BUNDLED_NAME, BUNDLED_TAESD, ResolvedModel
+from sdxl_pipeline.models.hub_download import download_snapshot
+from sdxl_pipeline.models.model_files import BaseModelError
+
+BUNDLED_TAESD_NAME: Final = "bundled:tiny-taesd"
+SDXL_TAESD_ID: Final = "madebyollin/taesdxl"
+CONFIG: Final = "config.json"
+WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
+
+
+def tiny_autoencoder_folder(settings: TrainingSettings, base_model: ResolvedModel) -> Path:
+    """Folder of the tiny autoencoder that draws the previews, downloaded if need be; safetensors only. Does not import torch.
+
+    Not named, it is SDXL's, or the bundled one with the bundled model. Raises BaseModelError when it cannot be had.
+    """
+    source = settings.validation_preview_model_name_or_path
+    if source is None:
+        source = BUNDLED_TAESD_NAME if base_model.source == BUNDLED_NAME else SDXL_TAESD_ID
+    if source == BUNDLED_TAESD_NAME:
+        return BUNDLED_TAESD
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        choose_files([path.name for path in folder.iterdir()], source)
+        return folder
+    if folder.is_absolute() or source.count("/") != 1 or source.startswith("bundled:"):
+        raise BaseModelError(
+            f"validation_preview_model_name_or_path is {source!r}, which is no folder. Give the folder of a tiny autoencoder in "
+            f"diffusers' layout, a Hub id such as {SDXL_TAESD_ID!r}, or {BUNDLED_TAESD_NAME!r}."
+        )
+    try:
+        return download_snapshot(source, None, [CONFIG], lambda names: choose_files(names, source)).folder
+    except BaseModelError as error:
+        raise BaseModelError(
+            f"validation_preview needs the tiny autoencoder {source}, which cannot be had: {error} Or name a folder that holds it in "
+            "validation_preview_model_name_or_path, or set validation_preview to false."
+        ) from error
+
+
+def choose_files(names: Collection[str], source: str) -> list[str]:
+    """Of the files of a tiny autoencoder, those that are read. Raises BaseModelError where one is not there."""
+    if missing := [name for name in (CONFIG, WEIGHTS) if name not in names]:
+        raise BaseModelError(
+            f"{source} has no {' and no '.join(missing)}, so it is no tiny autoencoder that can be loaded: its weights are read from "
+            "safetensors only."
+        )
+    return [CONFIG, WEIGHTS]

@@ -1,1 +1,0 @@
-"""config.json and multidatabackend.json read into validated settings."""

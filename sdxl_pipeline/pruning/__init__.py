@@ -1,1 +1,0 @@
-"""Freeing what no project refers to."""

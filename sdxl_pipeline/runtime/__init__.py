@@ -1,0 +1,1 @@
+"""What stage programs share: spec, manifest, reporter, signals, webhooks."""

@@ -1,0 +1,460 @@
+"""What goes into each device stage (its spec) and what comes out (its manifest).
+
+A spec is written to JSON by the asset that launches the stage; the stage writes its manifest last, by rename. Both are plain
+data: paths are absolute strings, no tensor and no secret stands in them. Torch is not imported here, so that the code location can
+read manifests without loading it.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sdxl_pipeline.config.hardware_profiles import Hardware
+from sdxl_pipeline.config.schema.datasets import CacheMode, MaskKind
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.models.base_model import ResolvedModel
+
+
+class StageModel(BaseModel):
+    """A frozen record that refuses keys it does not know, so that a spec and the program reading it cannot drift apart."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FailedItem(StageModel):
+    """One image or caption that a stage could not process."""
+
+    name: str = Field(description="Path of the image within its dataset, or the caption.")
+    reason: str = Field(description="Why, in words a user can act on.")
+
+
+class EncodeLatentsSpec(StageModel):
+    """Input of `sdxl_pipeline.stages.encode_latents`: VAE-encode the crops of one dataset."""
+
+    base_model: ResolvedModel = Field(description="The base model whose VAE encodes.")
+    hardware: Hardware = Field(description="Device, precision and batch sizes.")
+    data_dir: str = Field(description="Folder that the rows' `path` column is relative to.")
+    rows_path: str = Field(description="Parquet of the dataset's aspect_buckets rows.")
+    store_root: str = Field(description="Root of the content-addressed latent store.")
+    entries_path: str = Field(
+        description="Parquet to write: path, crop_index, key, latent_key, one row per encoded crop."
+    )
+    sample_path: str = Field(description="PNG to write: some crops beside their decoded latents.")
+    mode: CacheMode = Field(
+        default="full", description="full encodes now; ondemand and disable leave it to the training."
+    )
+    trust_recorded: bool = Field(
+        default=False,
+        description="Take a finished manifest of these rows at its word (skip_file_discovery: vae).",
+    )
+
+
+class LatentCache(StageModel):
+    """Output of `encode_latents`. `digest` covers images, crop numbers and latent keys, in any order and under any file names."""
+
+    identity: str = Field(description="Digest of everything that was asked for.")
+    store_root: str
+    entries_path: str
+    digest: str
+    planned: int = Field(description="Crops asked for.")
+    encoded: int
+    reused: int
+    deferred: int = Field(default=0, description="Left to the training by the cache mode.")
+    failed: tuple[FailedItem, ...] = Field(
+        description="Unreadable or non-finite; planned = encoded + reused + deferred + failed."
+    )
+    seconds: float
+    images_per_second: float | None = Field(
+        description="Encoded crops per second of all processes, loading of the VAE apart; None when nothing was encoded."
+    )
+    vae_busy: float | None = Field(
+        default=None, description="Share of that time in which the VAE was encoding; None with it."
+    )
+    bytes: int = Field(description="Size in bytes of this dataset's latents that are in the store.")
+    latent_mean: tuple[float, ...] = Field(
+        description="Per channel, of the scaled posterior means of `measured` crops; empty when none was looked at."
+    )
+    latent_std: tuple[float, ...]
+    measured: int = Field(
+        default=0,
+        description="Latents that mean and deviation are of: all, or a sample of them drawn by their keys.",
+    )
+    sample_path: str | None
+
+
+class EncodeTextSpec(StageModel):
+    """Input of `sdxl_pipeline.stages.encode_text`: embed the captions of one dataset, the empty prompt and the extra prompts."""
+
+    base_model: ResolvedModel
+    hardware: Hardware
+    captions_path: str = Field(
+        description="Parquet with the columns path, key, caption; one row per (image, caption)."
+    )
+    extra_prompts: tuple[str, ...] = Field(
+        description="Validation and negative prompts; the empty prompt is always added."
+    )
+    store_root: str
+    entries_path: str = Field(description="Parquet to write: path, key, caption, embed_key.")
+    prompts_path: str = Field(
+        description="Parquet to write: prompt, embed_key for the empty prompt and extra_prompts."
+    )
+    shard_rows: int = Field(default=128, ge=1, description="Captions written per shard (write_batch_size).")
+    windows: int = Field(
+        default=1,
+        ge=1,
+        description="Windows of 77 tokens that every caption is encoded in, one after the other.",
+    )
+    mode: CacheMode = Field(
+        default="full",
+        description="full encodes now; ondemand and disable leave the captions to the training.",
+    )
+    trust_recorded: bool = Field(
+        default=False,
+        description="Take a finished manifest of these captions at its word (skip_file_discovery: text).",
+    )
+
+
+class TextEmbedCache(StageModel):
+    """Output of `encode_text`. `digest` covers images and their captions' keys, in any order and under any file names."""
+
+    identity: str = Field(description="Digest of everything that was asked for.")
+    store_root: str
+    entries_path: str
+    prompts_path: str
+    digest: str
+    captions: int = Field(description="Distinct captions, extra prompts and the empty prompt included.")
+    encoded: int
+    reused: int
+    deferred: int = Field(default=0, description="Left to the training by the cache mode.")
+    windows: int = Field(default=1, description="Windows of 77 tokens per caption.")
+    truncated: tuple[str, ...] = Field(
+        description="The first captions that are longer than their windows, and so lose their tail."
+    )
+    truncated_tails: tuple[str, ...] = Field(
+        default=(), description="What each of `truncated` loses, in the same order."
+    )
+    truncated_count: int | None = Field(
+        default=0,
+        description="How many captions lose their tail; None where the training encodes them, and counts none.",
+    )
+    seconds: float
+    captions_per_second: float | None = Field(
+        description="Encoded captions per second of all processes, loading of the encoders apart; None when none was encoded."
+    )
+    bytes: int = Field(description="Size in bytes of these embeddings that are in the store.")
+
+
+class DatasetMasks(StageModel):
+    """The masks of one dataset's images."""
+
+    kind: MaskKind
+    data_dir: str = Field(description="Folder that `mask_path` is relative to.")
+    pairs_path: str = Field(
+        description="Parquet: path, key, mask_path, mask_key, one row per image that has a mask."
+    )
+
+
+class TrainingDataset(StageModel):
+    """One dataset as the trainer sees it: its crop plan joined with its caches on `path`."""
+
+    dataset_id: str
+    data_dir: str = Field(
+        description="Folder of the images, for latents that are encoded during the training."
+    )
+    rows_path: str = Field(description="Parquet of aspect_buckets rows; `split` says train or eval.")
+    latents: LatentCache
+    text_embeds: TextEmbedCache
+    repeats: int = Field(default=0, ge=0, description="Extra passes per epoch: 0 is once.")
+    probability: float = Field(default=1.0, gt=0, description="Relative sampling weight.")
+    latent_cache: CacheMode = "full"
+    text_cache: CacheMode = "full"
+    fresh_crops: bool = Field(
+        default=False,
+        description="Draw the crop's place within its resized image anew in every epoch (vae_cache_clear_each_epoch).",
+    )
+    instance_prompt: str | None = Field(
+        default=None,
+        description="Trigger words of the dataset, for the file's metadata where captions hold them.",
+    )
+    masks: DatasetMasks | None = Field(default=None, description="None where the whole images are learned.")
+    is_regularisation: bool = Field(
+        default=False, description="Train its images towards what the base model predicts of them."
+    )
+
+
+class ValidationPrompt(StageModel):
+    """One prompt drawn during training and in the evaluation's gallery."""
+
+    name: str = Field(description="Short name for files and plots.")
+    prompt: str
+    negative_prompt: str = ""
+
+
+class TrainSpec(StageModel):
+    """Input of `sdxl_pipeline.stages.train`. Its identity (training.identity.run_identity) names the run."""
+
+    base_model: ResolvedModel
+    hardware: Hardware
+    settings: TrainingSettings = Field(
+        description="Effective settings: launchpad, config.json, profile and defaults merged."
+    )
+    datasets: tuple[TrainingDataset, ...]
+    prompts: tuple[ValidationPrompt, ...]
+    run_dir: str = Field(
+        description="Folder of this identity: checkpoints, weights, metrics, validation images."
+    )
+    project: str
+
+
+class TrainingPlan(StageModel):
+    """Value of the training_plan asset: the numbers of a run, from the crop plans."""
+
+    steps: int
+    batches_per_epoch: int = Field(description="Of all processes together, in the first epoch.")
+    images_per_epoch: int = Field(description="Appearances of images in the first epoch.")
+    trained_images: dict[str, int] = Field(description="By dataset.")
+    held_out_images: dict[str, int] = Field(description="By dataset, those of eval datasets included.")
+    appearances: dict[str, tuple[int, int]] = Field(
+        description="(fewest, most) appearances of an image in the first epoch, by dataset."
+    )
+    raised_repeats: dict[str, int]
+
+
+class ValidationImage(StageModel):
+    """One image drawn during training."""
+
+    step: int
+    name: str
+    prompt: str
+    path: str
+    seed: int
+
+
+class Ancestor(StageModel):
+    """The run that another one began from, at one of its checkpoints."""
+
+    identity: str
+    step: int
+    same_trajectory: bool = Field(
+        description="Whether the two differ in their length alone, so that the later one has the weights it would have had by itself."
+    )
+    takes_optimizer: bool = Field(
+        description="Whether the optimizer's state was taken over with the weights."
+    )
+
+
+class RunLineage(StageModel):
+    """lineage.json in a run's folder."""
+
+    identity: str
+    trajectory: str = Field(description="Digest of all that decides the steps, whatever their number.")
+    family: str = Field(description="Digest of all but the length, even where a step depends on it.")
+    kin: str | None = Field(
+        None,
+        description="Digest of all but the length and the number of processes; None of a run by an earlier version.",
+    )
+    optimizer: str
+    ancestor: Ancestor | None
+
+
+WeightsKind = Literal["lora", "unet"]
+"""What a training leaves: an adapter's file, or the folder of a whole UNet."""
+
+SPOKEN_KINDS: Final[Mapping[WeightsKind, str]] = {"lora": "LoRA", "unet": "trained UNet"}
+"""What people call them."""
+
+
+EMA_FOLDER = "ema"
+"""Beside the trained weights: their average, under the same name."""
+
+
+class SettingDifference(StageModel):
+    """One setting of a run that differs from the configuration, both values as text with their source."""
+
+    setting: str
+    configured: str
+    used: str
+
+
+class TrainedLora(StageModel):
+    """Output of `train`; for `model_type: full` a trained UNet."""
+
+    identity: str
+    run_dir: str
+    weights_kind: WeightsKind = "lora"
+    weights_path: str = Field(
+        description="pytorch_lora_weights.safetensors in diffusers' format, or the folder `unet`."
+    )
+    weights_sha256: str = Field(description="Of the file, or of the folder's files and their names.")
+    released_weights: Literal["trained", "ema"] = Field(
+        default="trained",
+        description="What weights_path holds: the weights as trained, or their average; both lie in run_dir under use_ema.",
+    )
+    kohya_path: str | None = Field(
+        default=None,
+        description="<project>.safetensors in kohya's key grammar beside weights_path; None of a UNet, or where no such file exists.",
+    )
+    kohya_sha256: str | None = Field(default=None, description="Of that file.")
+    kohya_dtype: str | None = Field(
+        default=None, description="Data type of its tensors: float16, bfloat16 or float32."
+    )
+    dora_approximation: dict[str, int | float] | None = Field(
+        default=None,
+        description="For weight-decomposed adapters, whose kohya file is a plain LoRA: its rank and relative_error (Frobenius).",
+    )
+    steps: int
+    epochs: float = Field(description="Passes over the training images.")
+    samples: int = Field(description="Images seen.")
+    trained_images: dict[str, int] = Field(
+        default={}, description="Images that were trained, by dataset, regularisation datasets included."
+    )
+    held_out_images: dict[str, int] = Field(
+        default={}, description="Images kept out of training for the eval loss, by dataset."
+    )
+    images_per_epoch: dict[str, float] = Field(
+        default={}, description="Appearances of images in an epoch, by dataset."
+    )
+    appearances: dict[str, tuple[int, int]] = Field(
+        default={}, description="(fewest, most) appearances of an image in the first epoch, by dataset."
+    )
+    crops_per_image: dict[str, float] = Field(
+        default={}, description="Mean number of crops that take turns, by dataset."
+    )
+    raised_repeats: dict[str, int] = Field(
+        default={}, description="What allow_dataset_oversubscription made of the datasets' repeats."
+    )
+    resumed_from_step: int | None = Field(
+        description="None for a run that began at step 0; the step of the checkpoint otherwise."
+    )
+    ancestor: Ancestor | None = Field(
+        default=None, description="The run it began from; None for one that began at step 0."
+    )
+    reused: bool = Field(
+        description="True when a finished run of this identity was found and nothing was trained."
+    )
+    overrides: tuple[SettingDifference, ...] = Field(
+        default=(),
+        description="Settings of the launching run that make these weights differ from those that config.json describes; set by the asset.",
+    )
+    skipped_steps: int = Field(
+        default=0, description="Steps that changed nothing, since their loss or gradients were not finite."
+    )
+    final_loss: float = Field(description="Mean training loss over the last tenth of the steps.")
+    eval_losses: tuple[tuple[int, float], ...] = Field(
+        default=(), description="(step, eval loss) taken during the training; step 0 is the base model."
+    )
+    seconds: float
+    steps_per_second: float | None
+    peak_memory_bytes: int = Field(description="Most that the main process held, as measured.")
+    memory_estimate: dict[str, int] = Field(
+        default={}, description="Bytes by what they are for, estimated before the first step."
+    )
+    estimated_memory_bytes: int | None = Field(
+        default=None, description="Of these, what is held at one time at the most."
+    )
+    trainable_parameters: int
+    adapted_modules: int = Field(description="Layers that have an adapter, or of a UNet those trained.")
+    metrics_path: str = Field(description="metrics.jsonl, one line per logged step.")
+    loss_curve_path: str = Field(description="PNG.")
+    validation_sheet_path: str | None = Field(description="PNG: prompts down, steps across.")
+    validation_images: tuple[ValidationImage, ...]
+
+
+class EvaluateSpec(StageModel):
+    """Input of `sdxl_pipeline.stages.evaluate`."""
+
+    base_model: ResolvedModel
+    hardware: Hardware
+    settings: TrainingSettings
+    lora: TrainedLora
+    datasets: tuple[TrainingDataset, ...]
+    prompts: tuple[ValidationPrompt, ...]
+    output_dir: str
+    previous_report_path: str | None = Field(
+        default=None, description="The last release's report.json, to compare with."
+    )
+
+
+class LossSummary(StageModel):
+    """Fixed-noise eval loss of one model."""
+
+    mean: float
+    by_timestep: tuple[tuple[int, float], ...] = Field(description="(timestep, mean squared error).")
+    by_image: tuple[tuple[str, float], ...] = Field(
+        default=(),
+        description="(image, mean squared error); equal names mean the same content, crop, caption, timesteps and noise.",
+    )
+
+
+class PairedDifference(StageModel):
+    """Eval loss of one model minus that of another, over the images that both were measured on."""
+
+    images: int
+    mean: float
+    standard_error: float | None = Field(description="Of the mean, over images; None for fewer than two.")
+
+    @property
+    def is_lower(self) -> bool:
+        """Whether the mean is below zero by more than two standard errors."""
+        return self.standard_error is not None and self.mean < -2 * self.standard_error
+
+    @property
+    def is_higher(self) -> bool:
+        """Whether the mean is above zero by more than two standard errors."""
+        return self.standard_error is not None and self.mean > 2 * self.standard_error
+
+
+class ClipSummary(StageModel):
+    """CLIP score, 100 * max(cosine, 0) (Hessel et al. 2021), over the gallery images."""
+
+    min: float
+    max: float
+    mean: float
+    std: float
+
+
+class EvaluationReport(StageModel):
+    """Output of `evaluate`."""
+
+    identity: str = Field(description="Digest of everything the figures and images depend on.")
+    reused: bool = Field(description="True when this very evaluation was found finished.")
+    weights_kind: WeightsKind = "lora"
+    lora_sha256: str
+    eval_source: Literal["eval dataset", "held-out share", "training images"]
+    eval_images: int
+    base_loss: LossSummary | None = Field(description="None only when eval_loss_disable is set.")
+    lora_loss: LossSummary | None
+    base_clip: ClipSummary | None = Field(description="None when evaluation_type is none.")
+    lora_clip: ClipSummary | None
+    gallery_path: str = Field(description="PNG: for each prompt the base model's image beside the other.")
+    images: tuple[ValidationImage, ...]
+    broken_images: tuple[FailedItem, ...] = Field(
+        description="LoRA images that are black, constant or not finite."
+    )
+    loss_plot_path: str | None
+    report_path: str = Field(description="report.md beside report.json in output_dir.")
+    difference_to_base: PairedDifference | None = Field(
+        default=None, description="Of the trained model to the base model; None with eval_loss_disable."
+    )
+    difference_to_release: PairedDifference | None = Field(
+        default=None,
+        description="Of this model to the last release; None where there is none to compare with.",
+    )
+    change_since_release: dict[str, float] = Field(
+        description="This minus the last release, for each figure both have."
+    )
+    seconds: float
+
+
+class HubRelease(StageModel):
+    """Value of the hub_release asset."""
+
+    folder: str = Field(description="Local folder holding exactly what is, or would be, published.")
+    files: tuple[str, ...]
+    model_card_path: str
+    pushed: bool
+    repo_id: str | None
+    commit: str | None
+    url: str | None
+    lineage: dict[str, Any]

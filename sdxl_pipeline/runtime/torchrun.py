@@ -1,0 +1,23 @@
+"""torchrun, with its life tied to its launcher's: `python -m sdxl_pipeline.runtime.torchrun <torchrun's own arguments>`.
+
+torchrun's agent stands between the launcher and the ranks and would survive a killed launcher, with all of them. So the agent follows
+the launcher, and each rank, which has the agent as its parent, follows the agent.
+"""
+
+import os
+import sys
+
+from sdxl_pipeline.runtime.stage_runner import PARENT_PID_VARIABLE, follow_parent
+
+
+def main() -> None:
+    """Run torchrun in this process, so that no further process comes in between."""
+    if follow_parent():
+        os.environ[PARENT_PID_VARIABLE] = str(os.getpid())
+    from torch.distributed.run import main as torchrun
+
+    torchrun(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

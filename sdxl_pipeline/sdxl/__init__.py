@@ -1,1 +1,0 @@
-"""The SDXL base model: where it lies, its components, its conditioning, its adapters."""

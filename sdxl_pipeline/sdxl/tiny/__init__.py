@@ -1,1 +1,0 @@
-"""The bundled tiny SDXL: the world it lives in, the trainings that made it, and its weights."""

@@ -1,0 +1,1 @@
+"""Checkpoints, resume, warm start and the identity of a run."""

@@ -1,0 +1,263 @@
+"""What a run is: the digest of everything that decides its result. No torch.
+
+The same identity again means the same LoRA, so a finished run is reused and an unfinished one resumed. A key of the settings belongs
+to the identity unless it stands below with the reason why it cannot change the weights; a key added later is thus in by default, and
+the worst that a forgotten entry can do is to train again.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from sdxl_pipeline.config.schema.checkpoints import CHECKPOINT_STATE
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.files.atomic_files import sha256_file
+from sdxl_pipeline.files.digest import digest_json
+from sdxl_pipeline.models.adapters.adapter_files import AdapterError
+from sdxl_pipeline.models.adapters.init_adapter_source import initial_adapter_digest
+from sdxl_pipeline.runtime.specs import TrainSpec
+from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.training.checkpoint.run_lineage import chosen_checkpoint, lineage_of_checkpoint
+from sdxl_pipeline.training.data.mask_tables import masks_identity
+from sdxl_pipeline.training.data.samples import Samples, load_samples
+from sdxl_pipeline.training.data.sampling_weights import passes_per_epoch, planned_passes
+
+CODE_VERSION = 3
+"""Raise it when a change of the trainer changes the numbers it computes."""
+
+LENGTH = ("max_train_steps", "num_train_epochs")
+
+CONSTANT_SCHEDULES = frozenset({"constant", "constant_with_warmup", "sine"})
+"""The values of lr_scheduler whose learning rate at a step does not depend on the number of steps."""
+
+EXCLUDED: Mapping[str, tuple[str, ...]] = {
+    "the base model's digest stands for them": (
+        "model_family",
+        "model_flavour",
+        "pretrained_model_name_or_path",
+        "pretrained_vae_model_name_or_path",
+        "revision",
+    ),
+    "the samples' keys and sizes stand for them": (
+        "data_backend_config",
+        "resolution",
+        "resolution_type",
+        "minimum_image_size",
+        "maximum_image_size",
+        "target_downsample_size",
+        "max_upscale_threshold",
+        "aspect_bucket_rounding",
+        "aspect_bucket_alignment",
+        "caption_strategy",
+        "instance_prompt",
+        "prepend_instance_prompt",
+        "only_instance_prompt",
+        "disable_multiline_split",
+        "skip_file_discovery",
+        "tokenizer_max_length",
+        "vae_cache_ondemand",
+        "vae_cache_disable",
+        "vae_cache_clear_each_epoch",
+        "text_cache_ondemand",
+        "text_cache_disable",
+        "eval_holdout_share",
+        "micro_conditioning",
+        "vae_dtype",
+    ),
+    "the passes stand for it": ("allow_dataset_oversubscription",),
+    "they say how fast or in what portions to compute, not what": (
+        "gradient_checkpointing",
+        "attention_mechanism",
+        "dynamo_backend",
+        "dynamo_mode",
+        "dynamo_fullgraph",
+        "dynamo_dynamic",
+        "dynamo_use_regional_compilation",
+        "fsdp_enable",
+        "fsdp_version",
+        "fsdp_reshard_after_forward",
+        "gradient_checkpointing_interval",
+        "ema_device",
+        "vae_batch_size",
+        "text_encoder_batch_size",
+        "write_batch_size",
+    ),
+    "they say where and how often to save, not what": (
+        "output_dir",
+        "released_weights",
+        "checkpoint_step_interval",
+        "checkpoint_epoch_interval",
+        "checkpoints_total_limit",
+        "checkpointing_rolling_steps",
+        "checkpoints_rolling_total_limit",
+        "disk_low_threshold",
+        "disk_low_action",
+        "resume_from_checkpoint",
+    ),
+    "images and scores are drawn from the weights and do not flow back": (
+        "validation_disable",
+        "ema_validation",
+        "validation_prompt",
+        "user_prompt_library",
+        "validation_prompt_library",
+        "validation_disable_unconditional",
+        "validation_negative_prompt",
+        "validation_resolution",
+        "validation_guidance",
+        "validation_guidance_rescale",
+        "validation_num_inference_steps",
+        "validation_noise_scheduler",
+        "inference_scheduler_timestep_spacing",
+        "validation_seed",
+        "validation_step_interval",
+        "validation_epoch_interval",
+        "validation_on_startup",
+        "num_validation_images",
+        "validation_randomize",
+        "validation_preview",
+        "validation_preview_steps",
+        "validation_preview_model_name_or_path",
+        "evaluation_type",
+        "pretrained_evaluation_model_name_or_path",
+        "eval_loss_disable",
+        "eval_timesteps",
+        "num_eval_images",
+        "eval_dataset_id",
+        "eval_steps_interval",
+        "eval_epoch_interval",
+    ),
+    "they say in which formats the trained weights are written": (
+        "lora_format",
+        "lora_export_dtype",
+        "metadata_include_captions",
+    ),
+    "they say who is told, and when to run": (
+        "push_to_hub",
+        "push_checkpoints_to_hub",
+        "hub_model_id",
+        "model_card_private",
+        "model_card_note",
+        "report_to",
+        "tracker_project_name",
+        "tracker_run_name",
+        "logging_dir",
+        "webhook_config",
+        "webhook_reporting_interval",
+        "retraining_cron",
+    ),
+    "the digest of its file's content stands for it": ("init_lora",),
+    "it stands there with its default filled in": ("lora_alpha",),
+}
+
+
+def numeric_settings(settings: TrainingSettings) -> dict[str, Any]:
+    """The settings that decide the weights, as plain data."""
+    excluded = {key for keys in EXCLUDED.values() for key in keys}
+    kept = {key: value for key, value in settings.model_dump(mode="json").items() if key not in excluded}
+    return kept | {"lora_alpha": settings.effective_lora_alpha}
+
+
+_DECISIVE = frozenset(("init_lora", "lora_alpha", "vae_dtype"))
+"""Of `EXCLUDED`, the settings whose value makes the weights differ all the same."""
+
+_MACHINE = ("device", "num_processes", "cpu_threads")
+
+
+def setting_changes(before: TrainSpec, after: TrainSpec) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ between two specs, by name: both values as plain data, those of the machine included."""
+
+    def values(spec: TrainSpec) -> dict[str, Any]:
+        settings = spec.settings.model_dump(mode="json") | {"lora_alpha": spec.settings.effective_lora_alpha}
+        return settings | {key: getattr(spec.hardware, key) for key in _MACHINE}
+
+    old, new = values(before), values(after)
+    return {key: (old[key], new[key]) for key in new if old[key] != new[key]}
+
+
+def decides_weights(key: str) -> bool:
+    """Return whether another value of one of the `setting_changes` makes other weights."""
+    excluded = {name for names in EXCLUDED.values() for name in names} | {"device", "cpu_threads"}
+    return key in _DECISIVE or key not in excluded
+
+
+class RunNames(NamedTuple):
+    """Digests that name a run, hex SHA-256 each."""
+
+    identity: str
+    trajectory: str
+    """Runs of one trajectory take the same steps as far as both of them go."""
+    family: str
+    """Runs of one family differ in their length alone, on which the steps may depend."""
+    kin: str
+    """Runs of one kin differ in their length and in the number of processes alone."""
+
+
+def run_identity(spec: TrainSpec) -> str:
+    """The first of `run_names`."""
+    return run_names(spec).identity
+
+
+def run_names(spec: TrainSpec) -> RunNames:
+    """What the run is called. Reads the datasets' tables; raises StageError when they do not fit together.
+
+    The device is not part of it, nor is the number of CPU threads: a LoRA trained on a GPU is the same run on a laptop, although the
+    last bits would differ. The number of processes is, since it multiplies the batch. A checkpoint to begin from is part of it, unless
+    its run is of the same trajectory.
+    """
+    settings = spec.settings
+    samples = load_samples(spec.datasets, "train", settings.micro_conditioning)
+    content = _content(spec, samples)
+    # the passes too may have been raised for the processes
+    any_processes = {"num_processes": None, "passes": passes_per_epoch(spec.datasets, samples)}
+    kin = _without_length(content | any_processes)
+    names = _names(settings, content, kin)
+    chosen = chosen_checkpoint(settings)
+    if chosen is not None:
+        lineage = lineage_of_checkpoint(chosen)
+        if lineage is None or lineage.trajectory != names.trajectory:
+            begins_from = {"begins_from": sha256_file(chosen / CHECKPOINT_STATE)}
+            return _names(settings, content | begins_from, kin | begins_from)
+    return names
+
+
+def _names(settings: TrainingSettings, content: Mapping[str, Any], kin: Mapping[str, Any]) -> RunNames:
+    identity, family = digest_json(content), digest_json(_without_length(content))
+    constant = settings.is_schedule_free or settings.lr_scheduler in CONSTANT_SCHEDULES
+    return RunNames(identity, family if constant else identity, family, digest_json(kin))
+
+
+def _without_length(content: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in content["settings"].items() if key not in LENGTH}
+    return {**content, "settings": kept}
+
+
+def _start(settings: TrainingSettings) -> str | None:
+    try:
+        return initial_adapter_digest(settings.init_lora)
+    except AdapterError as error:
+        raise StageError(f"config.json: init_lora: {error}") from error
+
+
+def _content(spec: TrainSpec, samples: Samples) -> dict[str, Any]:
+    trained = samples.images_by_dataset()
+    return {
+        "code_version": CODE_VERSION,
+        "base_model": spec.base_model.digest,
+        "samples": samples.digest(),
+        "passes": planned_passes(
+            spec.datasets, samples, spec.settings, spec.hardware.num_processes
+        ).by_dataset,
+        "fresh_crops": sorted(
+            dataset.dataset_id
+            for dataset in spec.datasets
+            if dataset.fresh_crops and dataset.dataset_id in trained
+        ),
+        "masks": masks_identity(spec.datasets, samples),
+        "regularisation": sorted(
+            dataset.dataset_id
+            for dataset in spec.datasets
+            if dataset.is_regularisation and dataset.dataset_id in trained
+        ),
+        "starts_from": _start(spec.settings),
+        "settings": numeric_settings(spec.settings),
+        "num_processes": spec.hardware.num_processes,
+    }

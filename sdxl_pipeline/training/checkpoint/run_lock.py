@@ -1,0 +1,39 @@
+"""One trainer per run. No torch."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import lock_descriptor
+
+from sdxl_pipeline.runtime.stage_runner import StageError, StopSignal
+
+LOCK = ".lock"
+LOCK_POLL_SECONDS = 0.5
+LOCK_TIMEOUT_SECONDS = 180.0
+
+
+@contextmanager
+def run_lock(run_dir: Path, stop: StopSignal, timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
+    """Be the only trainer in a run's folder. The kernel frees the lock when its holder dies, however that dies.
+
+    Waits for a trainer that was stopped and is still saving; raises StageError when another holds on beyond `timeout` seconds.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    give_up = time.monotonic() + timeout
+    with (run_dir / LOCK).open("a+") as lock:
+        while not lock_descriptor(lock.fileno(), blocking=False):
+            stop.raise_if_requested()
+            if time.monotonic() >= give_up:
+                lock.seek(0)
+                raise StageError(
+                    f"another trainer (process {lock.read().strip() or 'unknown'}) is at work in {run_dir}; "
+                    "wait for it to end, or stop it"
+                )
+            time.sleep(LOCK_POLL_SECONDS)
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield

@@ -1,0 +1,1 @@
+"""Samples, their order, batches and loss masks."""

@@ -1,0 +1,57 @@
+"""Which training image is masked by which file. No torch."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from sdxl_pipeline.config.schema.datasets import MaskKind
+from sdxl_pipeline.data.scan.table_digests import frame_digest
+from sdxl_pipeline.runtime.specs import TrainingDataset
+from sdxl_pipeline.training.data.samples import Samples
+
+
+@dataclass(frozen=True)
+class MaskTable:
+    """The masks of one dataset."""
+
+    kind: MaskKind
+    folder: Path
+    files: Mapping[str, tuple[str, str]]
+    """By the digest of an image's bytes: path of its mask within `folder`, and the digest of that one's bytes."""
+
+
+def mask_tables(datasets: Iterable[TrainingDataset]) -> dict[str, MaskTable]:
+    """The masks of each dataset that has some, by its id."""
+    tables = {}
+    for dataset in datasets:
+        if dataset.masks is not None:
+            pairs = pd.read_parquet(dataset.masks.pairs_path, columns=["key", "mask_path", "mask_key"])
+            files = zip(pairs["mask_path"].tolist(), pairs["mask_key"].tolist(), strict=True)
+            tables[dataset.dataset_id] = MaskTable(
+                dataset.masks.kind,
+                Path(dataset.masks.data_dir),
+                dict(zip(pairs["key"].tolist(), files, strict=True)),
+            )
+    return tables
+
+
+def masks_identity(datasets: Iterable[TrainingDataset], samples: Samples) -> dict[str, list[str]]:
+    """By dataset, the kind of its masks and a digest of which of its images among `samples` is masked by which content."""
+    trained = samples.keys_by_dataset()
+    return {
+        name: [
+            table.kind,
+            frame_digest(
+                pd.DataFrame(
+                    [(key, table.files[key][1]) for key in sorted(trained[name] & table.files.keys())],
+                    columns=["key", "mask_key"],
+                    dtype="str",
+                ),
+                ("key", "mask_key"),
+            ),
+        ]
+        for name, table in mask_tables(datasets).items()
+        if name in trained
+    }

@@ -1,0 +1,1 @@
+"""Forward process, objective and loss."""

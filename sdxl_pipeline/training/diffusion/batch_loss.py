@@ -1,0 +1,82 @@
+"""The loss of one batch: what the UNet sees, what it answers, and what the answer costs."""
+
+from functools import partial
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.training.data.batches import ALL, Batch
+from sdxl_pipeline.training.diffusion.objective import build_objective
+from sdxl_pipeline.training.diffusion.prior_preservation import towards_base
+from sdxl_pipeline.training.diffusion.scheduled_sampling import Predict, build_solver, roll_out
+from sdxl_pipeline.training.trainable import Trainable
+
+
+class BatchLoss:
+    """Computes losses on the device of `trainable`, whose UNet computes in `dtype`."""
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        scheduler: DDPMScheduler,
+        trainable: Trainable,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.objective = build_objective(settings, scheduler).to(device)
+        self._solver = build_solver(settings, scheduler)
+        self._trainable, self._dtype = trainable, dtype
+
+    def __call__(self, module: nn.Module, batch: Batch) -> Tensor:
+        """Mean loss of a batch on the device, (). `module` is that of `trainable`, or what data parallelism has wrapped around it."""
+        objective, timesteps = self.objective, batch.timesteps
+        # no gradient flows through what asks without the wrapping, so the processes need not meet there
+        aside = partial(self._predict, self._trainable.module, batch)
+        noisy_latents = objective.add_noise(batch.latents, batch.input_noise, timesteps)
+        if batch.rollouts:
+            noisy_latents = self._rolled_out(batch, noisy_latents, aside)
+        wanted = objective.wanted(batch.latents, batch.noise, timesteps)
+        if any(batch.prior):
+            wanted = towards_base(
+                wanted,
+                batch,
+                noisy_latents,
+                objective,
+                self._trainable.unet,
+                aside,
+                self._trainable.encoders,
+            )
+        prediction = self._predict(module, batch, noisy_latents, timesteps)
+        errors = objective.errors(objective.judged(prediction, noisy_latents, timesteps), wanted, timesteps)
+        if batch.loss_weights is not None:
+            errors = errors * batch.loss_weights
+        return objective.losses(errors, timesteps).mean()
+
+    def _predict(
+        self,
+        module: nn.Module,
+        batch: Batch,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        items: Tensor | slice = ALL,
+    ) -> Tensor:
+        """The answer to `noisy_latents` at `timesteps`, for these items of the batch."""
+        prediction: Tensor = module(
+            noisy_latents.to(self._dtype),
+            timesteps,
+            **batch.conditioning(self._dtype, items),
+            return_dict=False,
+        )[0]
+        return prediction
+
+    def _rolled_out(self, batch: Batch, noisy_latents: Tensor, predict: Predict) -> Tensor:
+        """`noisy_latents` with the batch's rollouts in them, by the UNet as it draws: without dropout."""
+        self._trainable.module.eval()
+        try:
+            return roll_out(
+                noisy_latents, batch.latents, batch.input_noise, batch.rollouts, self._solver, predict
+            )
+        finally:
+            self._trainable.module.train()

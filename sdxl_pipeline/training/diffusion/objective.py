@@ -1,0 +1,130 @@
+"""What the UNet is trained to predict, and how its errors are weighted."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.training.diffusion.diff2flow import flow_from_epsilon, flow_from_velocity, flow_target
+from sdxl_pipeline.training.diffusion.huber_loss import HuberLoss
+from sdxl_pipeline.training.diffusion.weighting import Weighting, build_weighting
+
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The denoising objective over a discrete variance-preserving schedule (Ho et al. 2020).
+
+    With abar_t the cumulative product of 1 - beta_t, x_0 the latents and eps the noise:
+
+        x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps          what the UNet sees
+        v_t = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0          the target of v-prediction (Salimans and Ho 2022)
+        SNR(t) = abar_t / (1 - abar_t)
+
+    All arithmetic is float32, whatever the UNet computes in.
+    """
+
+    alphas_cumprod: Tensor  # (T,) float32
+    prediction_type: PredictionType
+    weighting: Weighting | None = None
+    """Weight of the error in x_0 by SNR; None weighs all errors in the prediction alike."""
+    scale: float = 1.0
+    """Factor of every loss."""
+    huber: HuberLoss | None = None
+    """In place of the squared error."""
+    diff2flow: bool = False
+    """Judge the flow that the prediction amounts to."""
+
+    def to(self, device: torch.device) -> "Objective":
+        """The same objective with its schedule on a device."""
+        return replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t for x_0 = `latents` (B, C, H, W) and eps = `noise`, at `timesteps` (B,)."""
+        signal, sigma = self._scales(timesteps)
+        return signal * latents + sigma * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the UNet should answer: eps, v_t or x_0, (B, C, H, W)."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return latents
+        signal, sigma = self._scales(timesteps)
+        return signal * noise - sigma * latents
+
+    def weights(self, timesteps: Tensor) -> Tensor:
+        """Weight of each image's error, (B,).
+
+        For the same x_t, an error in eps is one in x_0 times sqrt(SNR), and an error in v one times sqrt(SNR + 1): hence the division.
+        """
+        if self.weighting is None:
+            return torch.full_like(timesteps, self.scale, dtype=torch.float32)
+        alphas_cumprod = self.alphas_cumprod[timesteps]
+        snr = alphas_cumprod / (1 - alphas_cumprod)
+        weights = self.weighting(snr)
+        if self.prediction_type == "epsilon":
+            return weights / snr
+        return weights / (snr + 1) if self.prediction_type == "v_prediction" else weights
+
+    def judged(self, prediction: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        """What is judged of the UNet's answer `prediction` to `noisy_latents`: itself, or the flow it amounts to; (B, C, H, W) float32."""
+        if not self.diff2flow:
+            return prediction.float()
+        flow = flow_from_epsilon if self.prediction_type == "epsilon" else flow_from_velocity
+        return flow(prediction.float(), noisy_latents, *self._scales(timesteps))
+
+    def wanted(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What `judged` should be, (B, C, H, W). The UNet may have seen other noise than this."""
+        return flow_target(latents, noise) if self.diff2flow else self.target(latents, noise, timesteps)
+
+    def errors(self, judged: Tensor, wanted: Tensor, timesteps: Tensor) -> Tensor:
+        """What the difference costs at each place, not yet weighted by timestep, (B, C, H, W)."""
+        if self.huber is not None:
+            return self.huber(judged - wanted, timesteps, self.alphas_cumprod)
+        return (judged - wanted).square()
+
+    def losses(self, errors: Tensor, timesteps: Tensor) -> Tensor:
+        """Weighted mean of each image's `errors`, (B,)."""
+        return self.weights(timesteps) * errors.mean(dim=(1, 2, 3))
+
+    def _scales(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """(sqrt(abar), sqrt(1 - abar)), each (B, 1, 1, 1)."""
+        alphas_cumprod = self.alphas_cumprod[timesteps][:, None, None, None]
+        return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+
+
+def build_objective(settings: TrainingSettings, scheduler: DDPMScheduler) -> Objective:
+    """The objective that the settings ask for, over the schedule of `scheduler`, which holds what they change in it.
+
+    Raises StageError for predictions that the schedule does not allow.
+    """
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
+        raise StageError(
+            "with rescale_betas_zero_snr the last timestep is pure noise, which the UNet would only have to repeat: a prediction of eps "
+            "says nothing of the image there, and no sampler can start from it. Set prediction_type to v_prediction for a base "
+            "model that predicts v, or rescale_betas_zero_snr to false"
+        )
+    if settings.diff2flow_loss and prediction_type == "sample":
+        raise StageError(
+            "diff2flow_loss needs a base model that predicts eps or v, but this one predicts the sample"
+        )
+    huber = (
+        None
+        if settings.loss_type == "l2"
+        else HuberLoss(settings.loss_type, settings.huber_schedule, settings.huber_c)
+    )
+    return Objective(
+        scheduler.alphas_cumprod.float(),
+        prediction_type,
+        weighting=build_weighting(settings),
+        scale=settings.snr_weight,
+        huber=huber,
+        diff2flow=settings.diff2flow_loss,
+    )

@@ -1,0 +1,1 @@
+"""Sharded models and synchronization of processes."""

@@ -1,0 +1,1 @@
+"""Metrics, plots, trackers and observers of a run."""

@@ -1,0 +1,1 @@
+"""Estimate of device memory."""

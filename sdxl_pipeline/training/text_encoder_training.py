@@ -1,0 +1,134 @@
+"""The text encoders as they are trained: an adapter on each, and captions encoded anew at every step, with gradient.
+
+What the text cache holds would be out of date after one step, so nothing is read from it. Tokens, windows and embeddings are made by the
+same code that fills the cache.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from sdxl_pipeline.models.adapters.adapter import AdapterError, add_lora
+from sdxl_pipeline.models.components import TextEncoders, load_text_encoders
+from sdxl_pipeline.models.precision import dtype_from_name
+from sdxl_pipeline.models.prompt_encoding import embed_tokens, encode_tokens
+from sdxl_pipeline.models.prompt_tokens import PromptReader
+from sdxl_pipeline.runtime.specs import TrainingDataset, TrainSpec
+from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.training.rng import seed_for
+
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""The layers of a text encoder that get an adapter: diffusers' choice."""
+
+
+def trainable_text_encoders(spec: TrainSpec) -> TextEncoders:
+    """Both text encoders on the CPU, each with a new LoRA in float32; only the LoRAs ask for gradients.
+
+    The last layer of the first encoder has none: SDXL reads the output of the layer before it, so no gradient would ever come there.
+    """
+    settings = spec.settings
+    encoders = load_text_encoders(spec.base_model, dtype_from_name(settings.mixed_precision or "no"))
+    for name, encoder in named_encoders(encoders).items():
+        layers: int = encoder.config.num_hidden_layers
+        try:
+            add_lora(
+                encoder,
+                rank=settings.lora_rank,
+                alpha=settings.effective_lora_alpha,
+                dropout=settings.lora_dropout,
+                target_modules=[
+                    f"layers.{layer}.self_attn.{projection}"
+                    for layer in range(layers if name == "text_encoder_2" else layers - 1)
+                    for projection in ATTENTION_PROJECTIONS
+                ],
+                seed=seed_for(settings.seed, "adapter", name),
+                use_dora=settings.use_dora,
+                init=settings.lora_init_type,
+            )
+        except AdapterError as error:
+            raise StageError(f"config.json: train_text_encoder: {error}") from error
+        if settings.gradient_checkpointing:
+            encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    return encoders
+
+
+def named_encoders(encoders: TextEncoders) -> dict[str, CLIPTextModel]:
+    """Both, by the prefixes that a LoRA file knows them under."""
+    return {"text_encoder": encoders.text_encoder, "text_encoder_2": encoders.text_encoder_2}
+
+
+def text_windows(datasets: Iterable[TrainingDataset]) -> int:
+    """Windows of 77 tokens that captions are encoded in: those of the text stage, which is asked the same for all datasets."""
+    return max(dataset.text_embeds.windows for dataset in datasets)
+
+
+class CaptionedUNet(nn.Module):
+    """A UNet together with its text encoders: called as a UNet is, but with captions' tokens for their embeddings.
+
+    One module, so that data parallelism sees all that is trained in one forward pass.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, encoders: TextEncoders) -> None:
+        super().__init__()
+        self.unet = unet
+        self.text_encoder, self.text_encoder_2 = encoders.text_encoder, encoders.text_encoder_2
+        self._encoders = encoders
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        added_cond_kwargs: dict[str, Tensor],
+        return_dict: bool = True,
+    ) -> Any:
+        """The UNet's answer (B, 4, H/8, W/8) to `encoder_hidden_states`, which are token ids (B, 2, windows, 77)."""
+        input_ids, input_ids_2 = encoder_hidden_states.unbind(1)
+        prompt_embeds, pooled_prompt_embeds = embed_tokens(self._encoders, input_ids, input_ids_2)
+        return self.unet(
+            sample,
+            timestep,
+            encoder_hidden_states=prompt_embeds.to(sample.dtype),
+            added_cond_kwargs={"text_embeds": pooled_prompt_embeds.to(sample.dtype), **added_cond_kwargs},
+            return_dict=return_dict,
+        )
+
+
+class LiveTexts:
+    """Captions and prompts as the text encoders read them now. Threads may tokenize by one."""
+
+    def __init__(self, encoders: TextEncoders, windows: int) -> None:
+        self._encoders = encoders
+        self._reader = PromptReader(encoders, windows)
+        self._tokenizing = Lock()
+
+    def input_ids(self, captions: Sequence[str]) -> Tensor:
+        """Token ids for both encoders, int64 (B, 2, windows, 77)."""
+        with self._tokenizing:
+            return torch.stack(self._reader.in_windows(self._reader.read(captions)), dim=1)
+
+    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """`prompt_embeds` (B, 77 * windows, C1 + C2) and `pooled_prompt_embeds` (B, C2), without dropout and gradient, on the CPU."""
+        with _evaluating(*named_encoders(self._encoders).values()):
+            embeds = encode_tokens(self._encoders, *self.input_ids(captions).unbind(1))
+        return dict(
+            zip(("prompt_embeds", "pooled_prompt_embeds"), (each.cpu() for each in embeds), strict=True)
+        )
+
+
+@contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)

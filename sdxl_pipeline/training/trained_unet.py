@@ -1,0 +1,88 @@
+"""The UNet as it is trained: frozen base weights with an adapter, or all of its own."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from sdxl_pipeline.models.adapters.adapter import UNET, AdapterError, add_adapter
+from sdxl_pipeline.models.adapters.init_adapter import has_text_part, start_from_file
+from sdxl_pipeline.models.attention_kernels import AttentionKernelError, use_attention_kernel
+from sdxl_pipeline.models.compilation import compile_unet
+from sdxl_pipeline.models.components import load_unet
+from sdxl_pipeline.models.gradient_checkpointing import enable_checkpointing
+from sdxl_pipeline.models.precision import PrecisionError, dtype_from_name, quantize_model
+from sdxl_pipeline.runtime.specs import TrainSpec
+from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.training.optim.optimizers import trainable_dtype
+from sdxl_pipeline.training.rng import seed_for
+
+
+def base_dtype(spec: TrainSpec) -> torch.dtype:
+    """Of the frozen weights: the autocast type, since nothing would be gained by holding them wider."""
+    return dtype_from_name(spec.settings.mixed_precision or "no")
+
+
+def trainable_unet(
+    spec: TrainSpec, encoders: Mapping[str, nn.Module] = MappingProxyType({})
+) -> UNet2DConditionModel:
+    """The base model's UNet on the CPU, with a new adapter in float32; only the adapter asks for gradients.
+
+    `encoders` are text encoders with new adapters, by prefix, which start as the UNet's does where `init_lora`'s file has a part for them.
+    Raises StageError for target modules that are not there, and for a precision whose package is missing.
+    """
+    settings = spec.settings
+    unet: UNet2DConditionModel = load_unet(spec.base_model, base_dtype(spec))
+    try:
+        quantize_model(unet, settings.base_model_precision or "no_change")
+        if (
+            settings.lora_type == "lycoris"
+            and settings.lycoris.module_dropout
+            and spec.hardware.num_processes > 1
+        ):
+            raise AdapterError(
+                "lycoris_config: module_dropout leaves out other layers on each process, which would wait for each other's gradients. "
+                "Write 0, or train on one device."
+            )
+        add_adapter(unet, settings, seed_for(settings.seed, "adapter"))
+        if settings.init_lora is not None:
+            held = has_text_part(Path(settings.init_lora))
+            start_from_file({UNET: unet, **(encoders if held else {})}, Path(settings.init_lora))
+    except (AdapterError, PrecisionError) as error:
+        raise StageError(f"config.json: {error}") from error
+    _prepare_passes(unet, spec)
+    return unet
+
+
+def full_unet(spec: TrainSpec) -> UNet2DConditionModel:
+    """The base model's UNet on the CPU in `trainable_dtype`; every weight asks for gradients, or only the biases (bitfit)."""
+    settings = spec.settings
+    unet: UNet2DConditionModel = load_unet(spec.base_model, trainable_dtype(settings))
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(settings.layer_freeze_strategy is None or name.endswith(".bias"))
+    _prepare_passes(unet, spec)
+    return unet
+
+
+def _prepare_passes(unet: UNet2DConditionModel, spec: TrainSpec) -> None:
+    """How the UNet computes: its attention, what it recomputes, what is compiled."""
+    settings = spec.settings
+    try:
+        use_attention_kernel(
+            unet, settings.attention_mechanism or "diffusers", torch.device(spec.hardware.device)
+        )
+    except AttentionKernelError as error:
+        raise StageError(f"config.json: attention_mechanism: {error}") from error
+    if settings.gradient_checkpointing:
+        enable_checkpointing(unet, settings.gradient_checkpointing_interval)
+    compile_unet(
+        unet,
+        settings.dynamo_backend,
+        regional=settings.dynamo_use_regional_compilation,
+        mode=settings.dynamo_mode,
+        fullgraph=settings.dynamo_fullgraph,
+        dynamic=settings.dynamo_dynamic,
+    )

@@ -1,0 +1,43 @@
+"""Which images a LoRA is measured on. No torch."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.runtime.specs import TrainingDataset
+from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.training.data.samples import Samples, load_samples
+
+EvalSource = Literal["eval dataset", "held-out share", "training images"]
+
+DEFAULT_IMAGES = 32
+"""Images used when num_eval_images is not set. Each costs eval_timesteps forward passes, twice."""
+
+
+def choose_samples(
+    datasets: Sequence[TrainingDataset], settings: TrainingSettings
+) -> tuple[EvalSource, Samples]:
+    """The samples of the eval loss and where they come from: eval datasets, else the held-out share, else the training images.
+
+    An eval dataset is a dataset with no image to train on; eval_dataset_id chooses one, and StageError is raised where it is empty. Of more than num_eval_images the first by key are taken: keys are digests,
+    so that is an even choice, and the same one every time.
+    """
+    training = load_samples(datasets, "train", settings.micro_conditioning)
+    held_out = load_samples(datasets, "eval", settings.micro_conditioning)
+    eval_datasets = held_out.images_by_dataset().keys() - training.images_by_dataset().keys()
+    if settings.eval_dataset_id is not None:
+        if settings.eval_dataset_id not in eval_datasets:
+            raise StageError(
+                f"config.json: eval_dataset_id: {settings.eval_dataset_id!r} has no images to evaluate on"
+            )
+        eval_datasets = {settings.eval_dataset_id}
+    count = settings.num_eval_images or DEFAULT_IMAGES
+    source: EvalSource
+    if eval_datasets:
+        source, samples = "eval dataset", held_out.first_by_key(count, eval_datasets)
+    elif held_out:
+        source, samples = "held-out share", held_out.first_by_key(count)
+    else:
+        learned = [dataset.dataset_id for dataset in datasets if not dataset.is_regularisation]
+        source, samples = "training images", training.one_of_each().first_by_key(count, learned)
+    return source, samples

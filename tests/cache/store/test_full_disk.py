@@ -1,0 +1,66 @@
+"""Holds what becomes of a store when its disk is full: on a small file system of its own, which really is."""
+
+from pathlib import Path
+
+from tests.small_disk import run_on_small_disk
+
+PROGRAM = """
+import hashlib, os, sys, torch
+from sdxl_pipeline.cache.store.tensor_store import StorageError, TensorStore
+from tests.small_disk import enlarge_disk, mount_small_disk
+
+root = sys.argv[1]
+mount_small_disk(root, "2m")
+
+key = lambda number: hashlib.sha256(str(number).encode()).hexdigest()
+entry = lambda number: {"mean": torch.full((50_000,), float(number))}
+
+def write(numbers, ballast=0):
+    store = TensorStore(root)
+    with store.writer(shard_rows=2) as writer:
+        for number in numbers:
+            writer.add(key(number), entry(number))
+
+def hidden():
+    return [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names if ".tmp" in name]
+
+try:
+    write(range(20))
+except StorageError as error:
+    print(error)
+else:
+    sys.exit("no error")
+store = TensorStore(root)
+kept = [number for number in range(20) if key(number) in store]
+assert kept == list(range(len(kept))) and 6 <= len(kept) <= 10, kept
+assert all(bool((store.read(key(n))["mean"] == n).all()) for n in kept)
+assert not hidden(), hidden()
+assert len(os.listdir(os.path.join(root, "shards"))) == len(kept) // 2
+
+# not even room for an index: what was written is still read
+with open(os.path.join(root, "ballast"), "wb", buffering=0) as ballast:
+    try:
+        while True:
+            ballast.write(bytes(4096))
+    except OSError:
+        pass
+try:
+    write([100, 101])
+except StorageError as error:
+    assert "no space left" in str(error)
+assert len(TensorStore(root)) == len(kept)
+assert not hidden(), hidden()
+os.unlink(os.path.join(root, "ballast"))
+
+enlarge_disk(root, "20m")
+write(range(20))
+store = TensorStore(root)
+assert all(bool((store.read(key(n))["mean"] == n).all()) for n in range(20))
+assert not os.listdir(os.path.join(root, "index"))
+"""
+
+
+def test_a_full_disk_is_told_keeps_what_was_written_and_the_next_run_goes_on(tmp_path: Path):
+    told = run_on_small_disk(PROGRAM, tmp_path)
+    assert f"no space left on the disk of {tmp_path} for the next 2 entries: 390.6 KiB are needed" in told
+    assert "cache_dir_vae" in told

@@ -1,0 +1,66 @@
+"""Holds: what is not JSON is told with its place, and a key given twice does not silently win."""
+
+import os
+
+import pytest
+
+from sdxl_pipeline.config.json_files import read_json
+
+
+def read(tmp_path, content):
+    path = tmp_path / "file.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_json(path, "an object")
+
+
+def test_a_syntax_error_is_told_with_line_and_column(tmp_path):
+    content, (problem,) = read(tmp_path, '{\n  "a": 1\n  "b": 2\n}')
+    assert content is None
+    assert "line 3, column 3" in problem.message
+    assert '"b": 2' in problem.remedy
+
+
+@pytest.mark.parametrize(
+    "text", ["", "   ", '{"a": 1,}', "{'a': 1}", '{"a": NaN}', '{"a": -Infinity}', "[" * 100_000]
+)
+def test_what_is_not_json_is_a_problem(tmp_path, text):
+    content, (problem,) = read(tmp_path, text)
+    assert content is None
+    assert problem.file.name == "file.json"
+
+
+def test_keys_given_twice_are_told_wherever_they_stand(tmp_path):
+    content, problems = read(tmp_path, '[{"id": "a", "id": "b", "more": {"x": 1, "x": 1}}, {"id": "c"}]')
+    assert content[1] == {"id": "c"}
+    assert [(problem.key, problem.value) for problem in problems] == [
+        ("[1].id", ["a", "b"]),
+        ("[1].more.x", [1, 1]),
+    ]
+
+
+def test_a_byte_order_mark_is_no_problem_and_another_encoding_is(tmp_path):
+    assert read(tmp_path, b'\xef\xbb\xbf{"a": 1}') == ({"a": 1}, [])
+    _, (problem,) = read(tmp_path, '{"a": "é"}'.encode("latin-1"))
+    assert "UTF-8" in problem.message
+
+
+def test_a_folder_in_the_files_place_is_a_problem(tmp_path):
+    (tmp_path / "file.json").mkdir()
+    _, (problem,) = read_json(tmp_path / "file.json", "an object")
+    assert "cannot be read" in problem.message
+
+
+def test_read_json_of_null_is_a_problem(tmp_path):
+    content, (problem,) = read(tmp_path, " null\n")
+    assert content is None
+    assert problem.message == "holds null"
+    assert problem.remedy == "write an object"
+
+
+def test_read_json_of_a_pipe_or_device_is_a_problem_and_does_not_wait(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "endless.json").symlink_to("/dev/zero")
+    for name in ("pipe.json", "endless.json"):
+        content, (problem,) = read_json(tmp_path / name, "an object")
+        assert content is None
+        assert "not a file" in problem.message

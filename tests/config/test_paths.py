@@ -1,0 +1,81 @@
+"""Holds: every setting that may hold a path is known as one, and all are seen from the project's folder, wherever they were written."""
+
+from pathlib import Path
+from types import UnionType
+from typing import get_args
+
+import pytest
+
+from sdxl_pipeline.config.hardware_profiles import PRESETS
+from sdxl_pipeline.config.paths import FOUND_WITH_THE_MODEL, PLACES, SOURCES, with_absolute_paths
+from sdxl_pipeline.config.resolve import READ_WITH_THE_PROJECT, resolve_settings
+from sdxl_pipeline.config.schema.training import TrainingSettings
+
+TEXTS = {
+    "eval_dataset_id",
+    "hub_model_id",
+    "instance_prompt",
+    "model_card_note",
+    "retraining_cron",
+    "revision",
+    "skip_file_discovery",
+    "tracker_project_name",
+    "tracker_run_name",
+    "validation_negative_prompt",
+    "validation_prompt",
+    "validation_resolution",
+}
+"""Settings of free text that hold no path."""
+
+
+LAUNCHED = {*PLACES, *SOURCES} - {*READ_WITH_THE_PROJECT, *FOUND_WITH_THE_MODEL, "lycoris_config"}
+
+
+def test_every_setting_of_free_text_is_a_path_or_known_to_be_none():
+    kinds = {key: field.annotation for key, field in TrainingSettings.model_fields.items()}
+    free = {
+        key
+        for key, kind in kinds.items()
+        if kind is str or (isinstance(kind, UnionType) and str in get_args(kind))
+    }
+    assert free == {*PLACES, *SOURCES, *TEXTS}
+    assert not TEXTS & {*PLACES, *SOURCES}
+
+
+def test_paths_are_seen_from_the_folder_and_names_stay_names(tmp_path: Path):
+    (tmp_path / "taesd").mkdir()
+    (tmp_path / "start.safetensors").touch()
+    written = {
+        "webhook_config": "hooks.json",
+        "output_dir": "/elsewhere",
+        "resume_from_checkpoint": "step-1",
+        "validation_preview_model_name_or_path": "taesd",
+        "init_lora": "start.safetensors",
+        "pretrained_evaluation_model_name_or_path": "owner/clip",
+        "pretrained_model_name_or_path": "taesd",
+    }
+    settings = with_absolute_paths(TrainingSettings.model_validate(written), tmp_path)
+    assert {key: getattr(settings, key) for key in written} == {
+        **written,
+        **{
+            key: str(tmp_path / written[key])
+            for key in (
+                "webhook_config",
+                "resume_from_checkpoint",
+                "validation_preview_model_name_or_path",
+                "init_lora",
+            )
+        },
+    }
+    assert settings.logging_dir == str(tmp_path / "logs")
+    assert settings.model_fields_set == written.keys()
+    assert with_absolute_paths(TrainingSettings(), tmp_path).resume_from_checkpoint == "latest"
+
+
+@pytest.mark.parametrize("key", sorted(LAUNCHED))
+def test_the_launchpads_paths_are_seen_from_there_as_well(tmp_path: Path, key: str):
+    (tmp_path / "it.safetensors").touch()
+    settings, sources = resolve_settings(
+        TrainingSettings(), PRESETS["cpu"], {key: "it.safetensors"}, tmp_path
+    )
+    assert (getattr(settings, key), sources[key]) == (str(tmp_path / "it.safetensors"), "launchpad")

@@ -1,0 +1,42 @@
+"""Datasets and a photograph for the tests of sdxl_pipeline.data."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from sdxl_pipeline.config.schema.datasets import ImageDataset
+from tests.data.photographs import PHOTOGRAPHS
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The folder that `make_dataset`'s datasets read."""
+    path = tmp_path / "images"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def make_dataset(folder: Path) -> Callable[..., ImageDataset]:
+    """A dataset over `folder`, at a small resolution unless told otherwise."""
+
+    def make(**settings: Any) -> ImageDataset:
+        defaults = {
+            "id": "photos",
+            "instance_data_dir": folder,
+            "resolution": 256,
+            "caption_strategy": "filename",
+        }
+        return ImageDataset.model_validate(defaults | settings)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def photograph() -> Image.Image:
+    """The astronaut, 320x200: a real photograph that is not symmetric in any way."""
+    with Image.open(PHOTOGRAPHS / "astronaut.png") as image:
+        return image.convert("RGB").resize((320, 200), Image.Resampling.LANCZOS)

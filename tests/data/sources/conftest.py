@@ -1,0 +1,226 @@
+"""Small images, a Hub, a web server that can fail, and an S3 server for the tests of the sources."""
+
+import io
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from sdxl_pipeline.config.schema.datasets import ImageDataset
+from sdxl_pipeline.data.sources import download
+from tests.hub_server import HubServer
+
+
+def image(seed: int, suffix: str = ".png") -> bytes:
+    """An image of its own for each seed."""
+    buffer = io.BytesIO()
+    image = Image.new("RGB", (16 + seed % 5, 16), (seed * 37 % 256, seed * 59 % 256, seed * 83 % 256))
+    image.save(buffer, {".png": "PNG", ".jpg": "JPEG", ".webp": "WEBP"}[suffix])
+    return buffer.getvalue()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Content by path of every file below a folder, links followed."""
+    paths = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(paths)}
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "first_wait_seconds", 0.01)
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    return tmp_path / "storage" / "sources"
+
+
+@pytest.fixture
+def make() -> Callable[..., ImageDataset]:
+    """A dataset entry as it stands after the door."""
+
+    def dataset(**settings: Any) -> ImageDataset:
+        return ImageDataset.model_validate({"id": "cats", "resolution": 64, **settings})
+
+    return dataset
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    with HubServer() as server:
+        server.adopt_process(monkeypatch, tmp_path / "hf_home")
+        yield server
+
+
+@dataclass
+class Web:
+    """A web server: `pages` by path, and what to do to the next requests of a path instead."""
+
+    port: int = 0
+    pages: dict[str, tuple[str, bytes]] = field(default_factory=dict)
+    faults: dict[str, list[tuple[int, dict[str, str], bytes | None]]] = field(default_factory=dict)
+    """(status, headers, body) for the next requests of a path; a body of None cuts the page's own off in the middle."""
+    asked: Counter[str] = field(default_factory=Counter)
+    stalls: dict[str, int] = field(default_factory=dict)
+    """Paths whose download stops after so many bytes until `go_on` is set; `stalled` tells that one has."""
+    stalled: threading.Event = field(default_factory=threading.Event)
+    go_on: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def add(self, path: str, data: bytes, kind: str = "image/png") -> str:
+        self.pages[path] = (kind, data)
+        return self.url + path
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    web = Web()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            path = self.path.split("?")[0]
+            if self.command == "GET":
+                web.asked[path] += 1
+            fault = (web.faults.get(path) or [None]).pop(0)
+            kind, data = web.pages.get(path, ("text/html", b"not here"))
+            status, headers = (200 if path in web.pages else 404), {}
+            length = len(data)
+            if fault is not None:
+                status, headers, body = fault
+                data = data[: len(data) // 2] if body is None else body
+                length = length if body is None else len(data)
+            self.send_response(status)
+            etag = {"ETag": f'"{hash(data)}"'}
+            for name, value in {
+                "Content-Type": kind,
+                "Content-Length": str(length),
+                **etag,
+                **headers,
+            }.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                if path in web.stalls:
+                    self.wfile.write(data[: web.stalls[path]])
+                    web.stalled.set()
+                    web.go_on.wait(60)
+                    return
+                self.wfile.write(data)
+            self.close_connection = length != len(data)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    web.port = server.server_port
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield web
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def matches(text: str, *words: str) -> bool:
+    """Whether the words stand in a text in this order."""
+    return re.search(".*".join(map(re.escape, words)), text, re.DOTALL) is not None
+
+
+class Bucket:
+    """A bucket of an S3 server on this machine, which counts what is asked of it."""
+
+    name = "photos"
+    region = "eu-central-1"
+    key_id, secret = "AKIALOCALTESTS", "wJalrXUtnFEMI7MDENGbPxRfiCYEXAMPLEKEY"
+
+    def __init__(self, endpoint: str, asked: list[tuple[str, str]]) -> None:
+        import boto3
+
+        self.endpoint, self.asked = endpoint, asked
+        self._client = boto3.client(
+            "s3",
+            endpoint_url=endpoint,
+            region_name=self.region,
+            aws_access_key_id=self.key_id,
+            aws_secret_access_key=self.secret,
+        )
+        self._client.create_bucket(
+            Bucket=self.name, CreateBucketConfiguration={"LocationConstraint": self.region}
+        )
+
+    def put(self, name: str, data: bytes) -> None:
+        self._client.put_object(Bucket=self.name, Key=name, Body=data)
+
+    def delete(self, name: str) -> None:
+        self._client.delete_object(Bucket=self.name, Key=name)
+
+    def downloads(self) -> list[str]:
+        """The paths of the files asked for since the last call."""
+        found = [path for method, path in self.asked if method == "GET" and path.count("/") > 1]
+        self.asked.clear()
+        return sorted(path.removeprefix(f"/{self.name}/") for path in found)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[tuple[str, list[tuple[str, str]], list[int]]]:
+    """An S3 server: its address, what was asked of it, and statuses to answer the next downloads with instead."""
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    asked: list[tuple[str, str]] = []
+    faults: list[int] = []
+    backend = DomainDispatcherApplication(create_backend_app)
+
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        asked.append((method, path))
+        if method == "GET" and path.endswith(".png") and faults:
+            start_response(f"{faults.pop(0)} Injected", [("Content-Length", "0")])
+            return []
+        return backend(environ, start_response)
+
+    server = make_server("127.0.0.1", 0, application, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", asked, faults
+    server.shutdown()
+    thread.join()
+
+
+@pytest.fixture
+def bucket(
+    s3_server: tuple[str, list[tuple[str, str]], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> Bucket:
+    """An empty bucket; the environment holds neither credentials nor an address of it."""
+    import requests
+
+    endpoint, asked, faults = s3_server
+    requests.post(f"{endpoint}/moto-api/reset", timeout=10)
+    for name in list(os.environ):
+        if name.startswith("AWS_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    made = Bucket(endpoint, asked)
+    asked.clear()
+    faults.clear()
+    return made

@@ -1,0 +1,66 @@
+"""Holds that a file is written whole or not at all, and that its digest is that of its bytes."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdxl_pipeline.files.atomic_files import atomic_path, sha256_file, write_bytes_atomic, write_text_atomic
+
+
+def test_bytes_and_text_are_written_into_folders_that_are_made(tmp_path: Path):
+    write_bytes_atomic(tmp_path / "a" / "b.bin", b"\x00\xff")
+    write_text_atomic(tmp_path / "a" / "c.txt", "größe\r\n")
+    assert (tmp_path / "a" / "b.bin").read_bytes() == b"\x00\xff"
+    assert (tmp_path / "a" / "c.txt").read_bytes() == "größe\r\n".encode()
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["b.bin", "c.txt"]
+
+
+def test_a_failure_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path: Path):
+    target = tmp_path / "file.parquet"
+    target.write_text("old")
+
+    def write_half() -> None:
+        with atomic_path(target) as temporary:
+            assert temporary.parent == tmp_path
+            assert temporary.suffix == ".parquet"
+            temporary.write_text("half")
+            raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        write_half()
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path):
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "absent"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_killed_while_writing_leaves_the_old_content(tmp_path: Path):
+    target = tmp_path / "state.json"
+    target.write_text("old")
+    program = (
+        "import sys, time; from pathlib import Path; from sdxl_pipeline.files.atomic_files import atomic_path\n"
+        "with atomic_path(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('new, but only in part'); print('written', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(target)], stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "written\n"
+        os.kill(child.pid, signal.SIGKILL)
+    assert target.read_text() == "old"
+
+
+def test_sha256_of_a_file_larger_than_one_piece(tmp_path: Path):
+    data = os.urandom((1 << 20) + 7)
+    (tmp_path / "large").write_bytes(data)
+    assert sha256_file(tmp_path / "large") == hashlib.sha256(data).hexdigest()

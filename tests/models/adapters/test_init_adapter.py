@@ -1,0 +1,202 @@
+"""Holds `init_lora`: the adapter starts as the file's, whatever its format and alpha, or the reason why it cannot is given."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.utils import convert_state_dict_to_kohya
+from safetensors.torch import load_file, save_file
+
+from sdxl_pipeline.config.init_adapter_path import check_init_lora
+from sdxl_pipeline.models.adapters.adapter import (
+    UNET,
+    AdapterError,
+    add_adapter,
+    add_lora,
+    load_adapter,
+    save_adapter,
+)
+from sdxl_pipeline.models.adapters.init_adapter import start_from_file
+from sdxl_pipeline.models.adapters.init_adapter_source import find_initial_adapter, initial_adapter_digest
+from sdxl_pipeline.models.adapters.lora import lora_tensors
+from sdxl_pipeline.models.base_model import ResolvedModel
+from sdxl_pipeline.models.components import load_text_encoders, load_unet
+from tests.hub_server import HubServer
+from tests.models.adapted_unets import EVERY_KIND, adapted_unet, lycoris, output, settings_of
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "first.safetensors"
+
+
+def started(model: ResolvedModel, path: Path, kind: str, dtype: torch.dtype = torch.float32, **more):
+    unet = load_unet(model, dtype)
+    add_adapter(unet, settings_of(kind, **more), seed=1)
+    start_from_file({UNET: unet}, path)
+    return unet
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha"])
+def test_an_upper_case_suffix_is_read_as_any_other(lively: ResolvedModel, tmp_path: Path, kind: str):
+    file = tmp_path / "FIRST.SAFETENSORS"
+    unet = adapted_unet(lively, settings_of(kind), steps=1)
+    save_adapter({UNET: unet}, file)
+    assert list(check_init_lora(str(file), tmp_path)) == []
+    assert initial_adapter_digest(str(find_initial_adapter(file.name, tmp_path)))
+    assert torch.equal(output(started(lively, file, kind)), output(unet))
+    loaded = load_unet(lively, torch.float32)
+    load_adapter({UNET: loaded}, file)
+    torch.testing.assert_close(output(loaded), output(unet), rtol=0, atol=5e-6)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_a_finished_file_is_the_start_exactly(lively: ResolvedModel, file: Path, kind: str):
+    unet = adapted_unet(lively, settings_of(kind))
+    save_adapter({UNET: unet}, file)
+    again = started(lively, file, kind)
+    if "scalar" in kind:  # the scale is multiplied into the file, and starts as one
+        torch.testing.assert_close(output(again), output(unet), rtol=0, atol=5e-6)
+    else:
+        assert torch.equal(output(again), output(unet))
+    save_adapter({UNET: again}, file.with_name("again.safetensors"))
+    assert file.with_name("again.safetensors").read_bytes() == file.read_bytes()
+
+
+def test_the_strength_is_kept_whatever_lora_alpha_says(lively: ResolvedModel, file: Path):
+    unet = adapted_unet(lively, settings_of("lora, alpha above rank"), steps=1)
+    save_adapter({UNET: unet}, file)
+    again = started(lively, file, "lora, alpha above rank", lora_alpha=3)
+    torch.testing.assert_close(output(again), output(unet), rtol=0, atol=5e-6)
+
+
+def test_nothing_is_rounded_to_a_bf16_base(lively: ResolvedModel, file: Path):
+    unet = adapted_unet(lively, settings_of("dora"), steps=1)
+    save_adapter({UNET: unet}, file)
+    tensors = lora_tensors(started(lively, file, "dora", torch.bfloat16), UNET)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in load_file(file).items())
+
+
+def test_a_dora_starts_from_a_lora(lively: ResolvedModel, file: Path):
+    unet = adapted_unet(lively, settings_of("lora"), steps=1)
+    save_adapter({UNET: unet}, file)
+    again = started(lively, file, "lora", use_dora=True)
+    torch.testing.assert_close(output(again), output(unet), rtol=0, atol=5e-6)
+
+
+def kohya_file(unet: torch.nn.Module, path: Path, alpha: float) -> None:
+    """As kohya's trainer names it."""
+    tensors = {
+        name.replace("unet.", "base_model.model.", 1): tensor
+        for name, tensor in lora_tensors(unet, UNET).items()
+    }
+    named = {
+        name.replace("lora_te", "lora_unet").replace("base_model_model_", "lora_unet_"): tensor
+        for name, tensor in convert_state_dict_to_kohya(tensors).items()
+    }
+    for name in [name for name in named if name.endswith(".alpha")]:
+        named[name] = torch.tensor(alpha)
+    save_file({name: tensor.contiguous() for name, tensor in named.items()}, path)
+
+
+def test_kohyas_files_are_read_with_their_alpha(lively: ResolvedModel, file: Path):
+    unet = adapted_unet(lively, settings_of("lora, alpha above rank"), steps=1)
+    kohya_file(unet, file, alpha=10)
+    assert torch.equal(output(started(lively, file, "lora, alpha above rank")), output(unet))
+
+
+def test_a_lycoris_file_of_kohyas_trainer_is_read(lively: ResolvedModel, file: Path):
+    unet = adapted_unet(lively, settings_of("loha"), steps=1)
+    save_adapter({UNET: unet}, file)
+    save_file({name.replace("lycoris_", "lora_unet_", 1): t for name, t in load_file(file).items()}, file)
+    assert torch.equal(output(started(lively, file, "loha")), output(unet))
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "more", "words"),
+    [
+        ("lora", "lora", {"lora_rank": 8}, r"another rank.*Write lora_rank 4"),
+        ("lora", "lora", {"lora_target_modules": ["to_q"]}, r"not trained here.*lora_target_modules"),
+        (
+            "lora",
+            "lora",
+            {"lora_target_modules": ["to_k", "to_q", "to_v", "to_out.0", "conv1"]},
+            "holds nothing for",
+        ),
+        ("dora", "lora", {}, "is a DoRA. Write use_dora true"),
+        ("lora", "lokr", {}, "no LyCORIS adapter. Write lora_type standard"),
+        ("lokr", "lora", {}, "a LyCORIS adapter. Write lora_type lycoris"),
+        ("lokr", "lokr", lycoris("lokr", factor=4, linear_alpha=2), r"alpha in .* is 1, and 2 here"),
+        ("lokr", "lokr", lycoris("lokr", factor=2), "another rank"),
+        ("loha", "lokr", {}, "holds nothing for"),
+    ],
+)
+def test_another_shape_is_refused_with_what_to_write(
+    lively: ResolvedModel, file: Path, first, then, more, words
+):
+    save_adapter({UNET: adapted_unet(lively, settings_of(first), steps=0)}, file)
+    with pytest.raises(AdapterError, match=f"(?s)init_lora.*{words}"):
+        started(lively, file, then, **more)
+
+
+def test_a_part_that_is_not_trained_is_refused(lively: ResolvedModel, file: Path):
+    encoder = load_text_encoders(lively, torch.float32).text_encoder
+    add_lora(encoder, 4, 4, 0.0, ["q_proj"], seed=0)
+    unet = adapted_unet(lively, settings_of("lora"), steps=0)
+    save_adapter({UNET: unet, "text_encoder": encoder}, file)
+    with pytest.raises(
+        AdapterError, match="text encoder as well, which is not trained; write train_text_encoder"
+    ):
+        started(lively, file, "lora")
+    again = load_text_encoders(lively, torch.float32).text_encoder
+    add_lora(again, 4, 4, 0.0, ["q_proj"], seed=2)
+    fresh = load_unet(lively, torch.float32)
+    add_adapter(fresh, settings_of("lora"), seed=1)
+    start_from_file({UNET: fresh, "text_encoder": again}, file)
+    one, other = lora_tensors(encoder, "text_encoder"), lora_tensors(again, "text_encoder")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_kohyas_dora_is_refused(lively: ResolvedModel, file: Path):
+    kohya_file(adapted_unet(lively, settings_of("lora"), steps=0), file, alpha=4)
+    tensors = load_file(file)
+    name = next(iter(tensors)).split(".")[0]
+    save_file({**tensors, f"{name}.dora_scale": torch.ones(4, 1)}, file)
+    with pytest.raises(AdapterError, match="DoRA in kohya's format"):
+        started(lively, file, "lora", use_dora=True)
+
+
+def test_only_safetensors_are_opened(tmp_path: Path):
+    (tmp_path / "lora.bin").write_bytes(b"x")
+    with pytest.raises(AdapterError, match="it could run code"):
+        initial_adapter_digest(str(tmp_path / "lora.bin"))
+    (tmp_path / "lora.safetensors").write_bytes(b"x")
+    with pytest.raises(AdapterError, match="cannot be read as safetensors"):
+        initial_adapter_digest(str(tmp_path / "lora.safetensors"))
+    with pytest.raises(AdapterError, match="does not exist"):
+        find_initial_adapter(str(tmp_path / "absent.safetensors"), tmp_path)
+    with pytest.raises(AdapterError, match="does not exist"):
+        find_initial_adapter("loras/absent.safetensors", tmp_path)
+
+
+def test_a_file_of_the_hub_is_found_by_its_name_or_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, files in {"one": ["zorp"], "two": ["a", "b"]}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text(f"# {name}")
+        for file in files:
+            save_file(
+                {f"unet.{file}.lora_A.weight": torch.ones(1, 1)}, tmp_path / name / f"{file}.safetensors"
+            )
+    with HubServer() as hub:
+        hub.adopt_process(monkeypatch, tmp_path / "hf_home")
+        for name in ("one", "two"):
+            hub.add_repo(f"someone/{name}", tmp_path / name)
+        only = find_initial_adapter("someone/one", tmp_path)
+        assert only.read_bytes() == (tmp_path / "one" / "zorp.safetensors").read_bytes()
+        named = find_initial_adapter("someone/two/b.safetensors", tmp_path)
+        assert named.read_bytes() == (tmp_path / "two" / "b.safetensors").read_bytes()
+        with pytest.raises(AdapterError, match=r"has no pytorch_lora.*Its \.safetensors files: a.*, b"):
+            find_initial_adapter("someone/two", tmp_path)
+        with pytest.raises(AdapterError, match="init_lora: someone/none is not a repository"):
+            find_initial_adapter("someone/none", tmp_path)

@@ -1,0 +1,192 @@
+"""Holds that a model from the Hub is the files that are used, at a known commit, and can be had again without a network."""
+
+import errno
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sdxl_pipeline import hub_client
+from sdxl_pipeline.files.disk_space import DiskFullError
+from sdxl_pipeline.models.base_model import BUNDLED_MODEL, BUNDLED_NAME, SDXL_BASE_ID, ResolvedModel
+from sdxl_pipeline.models.model_files import BaseModelError
+from tests.hub_server import HubServer
+from tests.models.conftest import Resolve
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with HubServer() as server:
+        server.adopt_process(monkeypatch, tmp_path / "hf")
+        monkeypatch.setattr(hub_client, "first_wait_seconds", 0.01)
+        yield server
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """The bundled model as SDXL lies on the Hub: both variants, and much that nobody here needs."""
+    folder = Path(shutil.copytree(BUNDLED_MODEL, tmp_path / "repository"))
+    for path in list(folder.glob("*/*.safetensors")):
+        shutil.copy(path, path.with_suffix(".fp16.safetensors"))
+    for name in (
+        "sd_xl_base_1.0.safetensors",
+        "unet/model.onnx",
+        "text_encoder/pytorch_model.bin",
+        "README.md",
+    ):
+        (folder / name).write_bytes(b"not needed")
+    return folder
+
+
+def downloaded(hub: HubServer, tmp_path: Path) -> set[str]:
+    snapshots = tmp_path / "hf" / "hub" / "models--someone--model" / "snapshots"
+    return {
+        path.relative_to(next(snapshots.iterdir())).as_posix()
+        for path in snapshots.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_only_the_files_that_are_used_come_at_the_commit(
+    hub, repository: Path, resolve: Resolve, bundled: ResolvedModel, tmp_path: Path
+):
+    commit = hub.add_repo("someone/model", repository)
+    model = resolve("someone/model")
+    assert model.revision == commit
+    assert model.source == "someone/model"
+    assert set(model.variants.values()) == {"fp16"}
+    assert model.digests["tokenizer"] == bundled.digests["tokenizer"]
+    files = downloaded(hub, tmp_path)
+    assert {name for name in files if name.endswith(".safetensors")} == {
+        f"{part}/{stem}.fp16.safetensors"
+        for part, stem in [
+            ("unet", "diffusion_pytorch_model"),
+            ("vae", "diffusion_pytorch_model"),
+            ("text_encoder", "model"),
+            ("text_encoder_2", "model"),
+        ]
+    }
+    assert {Path(name).suffix for name in files} <= {".safetensors", ".json", ".txt"}
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("path", ["/api/models/someone/model", "/resolve/", "/lfs/"])
+def test_resolve_repeats_a_download_while_the_hub_is_busy(
+    hub: HubServer,
+    repository: Path,
+    resolve: Resolve,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    status: int,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # of its own repetitions
+    commit = hub.add_repo("someone/model", repository)
+    hub.fail_next(2, status=status, path=path, headers={"Retry-After": "0"})
+    assert resolve("someone/model").revision == commit
+
+
+def test_a_cached_model_needs_no_network(hub, repository: Path, resolve: Resolve, monkeypatch):
+    hub.add_repo("someone/model", repository)
+    online = resolve("someone/model")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    assert resolve("someone/model") == online
+    with pytest.raises(BaseModelError, match=r"someone/other cannot be reached.*local folder"):
+        resolve("someone/other")
+
+
+def test_offline_mode_uses_the_cache(hub, repository: Path, resolve: Resolve, monkeypatch):
+    from huggingface_hub import constants
+
+    hub.add_repo("someone/model", repository)
+    online = resolve("someone/model")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve("someone/model") == online
+
+
+def test_a_revision_pins_the_commit_and_main_follows(hub, repository: Path, resolve: Resolve):
+    first = hub.add_repo("someone/model", repository)
+    path = repository / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace("epsilon", "v_prediction"))
+    second = hub.add_repo("someone/model", repository)
+    assert resolve("someone/model", revision=first).revision == first
+    latest = resolve("someone/model")
+    assert latest.revision == second
+    assert latest.digest != resolve("someone/model", revision=first).digest
+    with pytest.raises(BaseModelError, match="no revision 'nonesuch'"):
+        resolve("someone/model", revision="nonesuch")
+
+
+def test_an_unknown_repository_is_named(hub, resolve: Resolve):
+    with pytest.raises(BaseModelError, match=r"someone/absent is not a repository.*HF_TOKEN"):
+        resolve("someone/absent")
+
+
+def test_a_private_repository_needs_the_token(hub, repository: Path, resolve: Resolve, monkeypatch):
+    hub.add_repo("someone/model", repository, private=True)
+    assert resolve("someone/model").revision
+    monkeypatch.setenv("HF_TOKEN", "")
+    hub.add_repo("someone/hidden", repository, private=True)
+    with pytest.raises(BaseModelError, match="HF_TOKEN") as error:
+        resolve("someone/hidden")
+    assert hub.token not in str(error.value)
+
+
+def test_a_repository_of_pickles_is_refused_before_they_are_downloaded(
+    hub, repository: Path, resolve: Resolve, tmp_path: Path
+):
+    for path in (repository / "unet").glob("*.safetensors"):
+        path.unlink()
+    (repository / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x02")
+    hub.add_repo("someone/model", repository)
+    with pytest.raises(BaseModelError, match=r"someone/model.*only as diffusion_pytorch_model\.bin"):
+        resolve("someone/model")
+    assert downloaded(hub, tmp_path) == {"model_index.json"}
+
+
+@pytest.mark.parametrize("at_root", [True, False])
+def test_a_vae_from_the_hub(hub, repository: Path, resolve: Resolve, bundled: ResolvedModel, at_root):
+    commit = hub.add_repo("someone/vae", repository / "vae" if at_root else repository)
+    model = resolve(BUNDLED_NAME, vae="someone/vae")
+    assert (model.vae_source, model.vae_revision, model.revision) == ("someone/vae", commit, None)
+    assert model.variants == {"vae": "fp16"}
+    assert Path(model.vae_path or "", "config.json").is_file()
+    assert "unet" not in {path.name for path in Path(model.vae_path or "").parent.iterdir()}
+
+
+def test_the_default_is_sdxl_base_with_a_replaced_vae_left_undownloaded(
+    hub, repository: Path, resolve: Resolve
+):
+    hub.add_repo(SDXL_BASE_ID, repository)
+    model = resolve(None, vae=str(BUNDLED_MODEL / "vae"))
+    assert model.source == SDXL_BASE_ID
+    assert [path.name for path in (Path(model.path) / "vae").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("Data processing error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_cache_disk_is_named_with_what_is_needed(
+    hub, repository: Path, resolve: Resolve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    import huggingface_hub
+
+    hub.add_repo("someone/model", repository)
+    download = huggingface_hub.snapshot_download
+
+    def on_full_disk(*args, **options):
+        if not options.get("dry_run"):
+            raise error
+        return download(*args, **options)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", on_full_disk)
+    with pytest.raises(
+        DiskFullError, match=r"for someone/model: .* (needed), .* reserve.* free\. .*HF_HOME"
+    ) as full:
+        resolve("someone/model")
+    assert "unknown" not in str(full.value)
+    assert str(tmp_path / "hf") in str(full.value)

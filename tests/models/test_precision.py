@@ -1,0 +1,171 @@
+"""Holds the names of number formats; that weights in few bits are small, close, and can be trained through with an adapter that then
+works on the whole ones; and that what cannot be had is refused with a remedy."""
+
+import inspect
+import sys
+import typing
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdxl_pipeline.config.hardware_profiles import BaseModelPrecision
+from sdxl_pipeline.models.adapters.adapter import UNET, add_lora, load_adapter, save_adapter
+from sdxl_pipeline.models.base_model import ResolvedModel
+from sdxl_pipeline.models.components import load_text_encoders, load_unet
+from sdxl_pipeline.models.precision import PrecisionError, dtype_from_name, dtype_name, quantize_model
+from tests.models.adapters.test_adapter import output
+
+PACKAGES = {"quanto": "optimum.quanto", "torchao": "torchao", "bnb": "bitsandbytes"}
+# relative error of the prediction with untrained base weights, and bytes per weight of a linear layer with its scales
+EXPECTED = {
+    "int8-quanto": (0.05, 1.1),
+    "int4-quanto": (0.5, 0.7),
+    "int2-quanto": (2.0, 0.45),
+    "fp8-quanto": (0.1, 1.1),
+    "fp8uz-quanto": (0.1, 1.1),
+    "int8-torchao": (0.05, 1.1),
+    "fp8wo-torchao": (0.1, 1.1),
+    "nf4-bnb": (0.5, 0.65),  # tables of one kilobyte weigh in so small a layer
+}
+BY_DEFAULT = ("int8-quanto", "int8-torchao", "nf4-bnb")
+
+
+def predict(unet) -> torch.Tensor:
+    """`output` with its graph."""
+    return inspect.unwrap(output)(unet)
+
+
+def require(name: str) -> None:
+    pytest.importorskip(PACKAGES[name.rpartition("-")[2]], reason="needs the extra `quantization`")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "back"),
+    [
+        ("no", torch.float32, "fp32"),
+        ("bf16", torch.bfloat16, "bf16"),
+        ("fp16", torch.float16, "fp16"),
+        ("fp32", torch.float32, "fp32"),
+    ],
+)
+def test_names_and_dtypes(name, dtype, back):
+    assert dtype_from_name(name) == dtype
+    assert dtype_name(dtype) == back
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(PrecisionError, match="'fp8' is not a precision"):
+        dtype_from_name("fp8")
+
+
+def test_all_names_of_the_settings_are_tried_here():
+    assert set(typing.get_args(BaseModelPrecision)) == {"no_change", *EXPECTED}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in EXPECTED],
+)
+def test_an_adapter_trained_on_few_bits_works_on_the_whole_weights(name, lively: ResolvedModel, tmp_path):
+    require(name)
+    unet = load_unet(lively, torch.float32)
+    exact = output(unet)
+    quantize_model(unet, name)
+    error = (output(unet) - exact).square().mean().sqrt() / exact.std()
+    assert 0 < error < EXPECTED[name][0]
+
+    parameters = add_lora(unet, 2, 2.0, 0.0, ["to_q", "to_k", "to_v", "to_out.0"], seed=0)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    losses = []
+    for _ in range(3):
+        loss = predict(unet).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
+
+    save_adapter({UNET: unet}, tmp_path / "lora.safetensors")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "lora.safetensors").values()} == {torch.float32}
+    whole = load_unet(lively, torch.float32)
+    load_adapter({UNET: whole}, tmp_path / "lora.safetensors")
+    assert output(whole).square().mean() < exact.square().mean()
+
+
+@pytest.mark.parametrize("name", BY_DEFAULT)
+def test_a_look_in_between_leaves_the_weights_as_they_are(name, lively: ResolvedModel):
+    """In eval mode bitsandbytes would bring them into another order, on CPUs that have instructions for it."""
+    require(name)
+    unet = load_unet(lively, torch.float32)
+    quantize_model(unet, name)
+    parameters = add_lora(unet, 2, 2.0, 0.0, ["to_q", "proj_in", "linear_1"], seed=0)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(predict(unet.train()).square().mean(), parameters)
+
+    before = gradients()
+    output(unet.eval())
+    assert all(map(torch.equal, before, gradients()))
+    if name == "nf4-bnb":
+        layer = unet.get_submodule("mid_block.attentions.0.proj_out")
+        assert layer.support_avx512bf16_for_cpu is False, "whatever CPU this is"
+
+
+def test_a_bitsandbytes_that_cannot_be_told_so_is_refused(lively: ResolvedModel, monkeypatch):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra `quantization`")
+
+    class Another(bitsandbytes.nn.LinearNF4):
+        def __init__(self, *arguments, **named):
+            super().__init__(*arguments, **named)
+            del self.support_avx512bf16_for_cpu
+
+    monkeypatch.setattr(bitsandbytes.nn, "LinearNF4", Another)
+    with pytest.raises(PrecisionError, match=r"nf4-bnb.*support_avx512bf16_for_cpu.*or write int8-quanto"):
+        quantize_model(load_unet(lively, torch.float32), "nf4-bnb")
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_few_bits_take_few_bytes(name, lively: ResolvedModel):
+    from sdxl_pipeline.training.memory.memory_estimate import held_bytes
+
+    require(name)
+    unet = load_unet(lively, torch.float32)
+    quantize_model(unet, name)
+    layer = unet.get_submodule("mid_block.attentions.0.proj_in")
+    assert held_bytes(layer.weight) / (96 * 96) < EXPECTED[name][1]
+    assert unet.conv_out.weight.dtype == torch.float32
+    assert type(unet.conv_out.weight) is torch.nn.Parameter
+
+
+@pytest.mark.parametrize("name", ["int8-quanto", "int8-torchao", "nf4-bnb"])
+def test_text_encoders_take_them_too(name, lively: ResolvedModel):
+    require(name)
+    ids = torch.arange(77)[None] % 50
+    encoder = load_text_encoders(lively, torch.float32).text_encoder
+    exact = encoder(ids).last_hidden_state
+    quantize_model(encoder, name, "text_encoder_1_precision")
+    error = (encoder(ids).last_hidden_state - exact).square().mean().sqrt() / exact.std()
+    assert 0 < error < 0.5
+
+
+def test_no_change_changes_nothing(lively: ResolvedModel):
+    unet = load_unet(lively, torch.float32)
+    before = output(unet)
+    quantize_model(unet, "no_change")
+    assert torch.equal(output(unet), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("int8-quanto", "optimum"), ("int8-torchao", "torchao.quantization"), ("nf4-bnb", "bitsandbytes.nn")],
+)
+def test_without_the_package_the_extra_is_named(name, module, lively: ResolvedModel, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(PrecisionError, match=rf"{name}.*sdxl-pipeline\[quantization\]"):
+        quantize_model(load_unet(lively, torch.float32), name)
+
+
+def test_an_unknown_quantization_is_refused(lively: ResolvedModel):
+    with pytest.raises(PrecisionError, match="Write one of no_change, int8-quanto"):
+        quantize_model(load_unet(lively, torch.float32), "int3-nothing")

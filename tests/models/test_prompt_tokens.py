@@ -1,0 +1,49 @@
+"""Holds that prompts are read as each tokenizer reads them, in windows, and that what is cut is told."""
+
+import pytest
+
+from sdxl_pipeline.models.base_model import ResolvedModel
+from sdxl_pipeline.models.components import Tokenizers, load_tokenizers
+from sdxl_pipeline.models.prompt_tokens import PromptReader
+
+PROMPTS = [
+    "a red circle",
+    "",
+    "stop! now !!",
+    "<|endoftext|> inside",
+    "Ünï  絵 ! \n tab\t",
+    "circle " * 200,
+    "!" * 300,
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(bundled: ResolvedModel) -> Tokenizers:
+    return load_tokenizers(bundled)
+
+
+def test_one_window_is_what_each_tokenizer_itself_gives(tokenizers: Tokenizers):
+    reader = PromptReader(tokenizers)
+    ours = reader.in_windows(reader.read(PROMPTS))
+    for ids, tokenizer in zip(ours, (tokenizers.tokenizer, tokenizers.tokenizer_2), strict=True):
+        theirs = tokenizer(
+            PROMPTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        ).input_ids
+        assert ids[:, 0].equal(theirs)
+
+
+def test_prompts_without_exclamation_marks_are_read_once(tokenizers: Tokenizers):
+    first, second = PromptReader(tokenizers).read(["a red circle", "stop!"])
+    assert first[0] is second[0]
+    assert first[1] != second[1]
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3])
+def test_the_lost_tail_is_what_lies_beyond_the_windows(tokenizers: Tokenizers, windows: int):
+    reader = PromptReader(tokenizers, windows)
+    assert reader.capacity == 75 * windows
+    words = ["circle"] * reader.capacity
+    assert len(reader.read([" ".join(words)])[0][0]) == reader.capacity
+    assert reader.lost_tail(" ".join(words)) == ""
+    assert reader.lost_tail(" ".join([*words, "a", "star"])) == "a star"
+    assert reader.lost_tail("") == ""

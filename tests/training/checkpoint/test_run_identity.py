@@ -1,0 +1,140 @@
+"""The run's identity: changed by all that changes the weights, and by nothing else."""
+
+import shutil
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.training.checkpoint.run_identity import EXCLUDED, run_identity, run_names
+from tests.datasets import make_dataset, make_spec
+
+
+@pytest.fixture
+def spec(tmp_path):
+    return make_spec(tmp_path)
+
+
+def changed(spec, **settings):
+    values = {**spec.settings.model_dump(), **settings}
+    return spec.model_copy(update={"settings": TrainingSettings(**values)})
+
+
+def test_every_excluded_key_is_a_setting_and_stands_once():
+    keys = [key for keys in EXCLUDED.values() for key in keys]
+    assert set(keys) <= set(TrainingSettings.model_fields)
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_train_steps": 13},
+        {"learning_rate": 2e-3},
+        {"lora_rank": 3},
+        {"lora_alpha": 1.0},
+        {"lora_dropout": 0.1},
+        {"seed": 1},
+        {"train_batch_size": 1},
+        {"gradient_accumulation_steps": 2},
+        {"caption_dropout_probability": 0.2},
+        {"snr_gamma": 5.0},
+        {"prediction_type": "v_prediction"},
+        {"optimizer_config": {"weight_decay": 0.0}},
+        {"mixed_precision": "bf16"},
+        {"micro_conditioning": "resized"},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_what_changes_the_weights_changes_the_identity(spec, settings):
+    assert run_identity(changed(spec, **settings)) != run_identity(spec)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"validation_prompt": "another", "validation_step_interval": 1, "validation_disable": False},
+        {"checkpoint_step_interval": 1, "checkpoints_total_limit": 1, "resume_from_checkpoint": None},
+        {"report_to": ("tensorboard",), "logging_dir": "elsewhere", "tracker_run_name": "x"},
+        {"push_to_hub": True, "hub_model_id": "me/mine"},
+        {"gradient_checkpointing": True, "vae_batch_size": 3},
+        {"output_dir": "elsewhere"},
+        {"lora_alpha": 2.0},  # the rank, which is the default
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_what_does_not_change_the_weights_does_not(spec, settings):
+    assert run_identity(changed(spec, **settings)) == run_identity(spec)
+
+
+@pytest.mark.parametrize(
+    ("settings", "goes_on"),
+    [
+        ({"lr_scheduler": "constant", "lr_warmup_steps": 0}, True),
+        ({"lr_scheduler": "constant_with_warmup"}, True),
+        ({"lr_scheduler": "sine"}, True),
+        ({"lr_scheduler": "cosine"}, False),
+        ({"lr_scheduler": "linear"}, False),
+        ({"lr_scheduler": "polynomial"}, False),
+        ({"optimizer": "adamw_schedulefree", "lr_scheduler": "constant"}, True),
+    ],
+    ids=lambda value: value.get("lr_scheduler") if isinstance(value, dict) else None,
+)
+def test_a_run_of_another_length_is_of_the_same_trajectory_where_the_rate_does_not_depend_on_it(
+    spec, settings, goes_on
+):
+    short, long, epochs, other = (
+        run_names(changed(spec, **settings, **more))
+        for more in (
+            {"max_train_steps": 12},
+            {"max_train_steps": 13},
+            {"max_train_steps": None, "num_train_epochs": 2},
+            {"max_train_steps": 12, "seed": 7},
+        )
+    )
+    assert len({short.identity, long.identity, epochs.identity}) == 3
+    assert short.family == long.family == epochs.family != other.family
+    assert (short.trajectory == long.trajectory == epochs.trajectory) is goes_on
+    assert short.trajectory != other.trajectory
+
+
+def test_the_number_of_processes_is_part_of_it_and_does_not_hide_that_it_is_the_same_training(tmp_path, spec):
+    one, two = (
+        run_names(
+            make_spec(tmp_path, *spec.datasets, num_processes=number, allow_dataset_oversubscription=True)
+        )
+        for number in (1, 3)  # whose batches are more images than there are
+    )
+    assert not {one.identity, one.trajectory, one.family} & {two.identity, two.trajectory, two.family}
+    assert one.kin == two.kin
+    assert one.kin != run_names(changed(spec, seed=7, allow_dataset_oversubscription=True)).kin
+
+
+def test_data_are_known_by_content_and_not_by_place(tmp_path, spec):
+    before = run_identity(spec)
+    shutil.rmtree(tmp_path / "dataset")
+    moved = make_spec(tmp_path, make_dataset(tmp_path / "moved"), run="elsewhere")
+    assert run_identity(moved) == before
+
+    texts = pd.read_parquet(tmp_path / "moved" / "texts.parquet")
+    texts.loc[0, "embed_key"] = texts.loc[1, "embed_key"]
+    texts.to_parquet(tmp_path / "moved" / "texts.parquet")
+    assert run_identity(moved) != before
+    assert run_identity(
+        moved.model_copy(update={"datasets": (moved.datasets[0].model_copy(update={"repeats": 1}),)})
+    ) != run_identity(moved)
+
+
+def test_the_base_model_is_known_by_content(spec):
+    model = spec.base_model
+    moved = model.model_copy(update={"source": "another name"})
+    assert run_identity(spec.model_copy(update={"base_model": moved})) == run_identity(spec)
+    other = model.model_copy(update={"digests": {**model.digests, "unet": "0" * 64}})
+    assert run_identity(spec.model_copy(update={"base_model": other})) != run_identity(spec)
+
+
+def test_it_is_told_without_torch():
+    code = "import sys, sdxl_pipeline.training.checkpoint.run_identity, sdxl_pipeline.stages.train; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,214 @@
+"""Batches: the cached tensors of the right images, caption dropout, and noise that depends on (seed, step, slot) alone."""
+
+from collections import Counter
+from contextlib import closing
+
+import pytest
+import torch
+
+from sdxl_pipeline.cache.store.tensor_store import TensorStore
+from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.training.data.batches import (
+    BatchReader,
+    MismatchedBatchError,
+    TrainingBatches,
+    prefetched,
+)
+from sdxl_pipeline.training.data.bucket_sampler import SampleOrder
+from sdxl_pipeline.training.data.samples import load_samples
+from sdxl_pipeline.training.diffusion.forward_process import Corruption
+from sdxl_pipeline.training.diffusion.timesteps import TimestepDraw
+from tests.datasets import PROMPT, digest, make_dataset
+
+SCALE = 0.25
+
+
+def make_batches(
+    dataset, batch_size=2, num_processes=1, rank=0, dropout=0.0, seed=5, accumulation=1
+) -> TrainingBatches:
+    samples = load_samples([dataset], "train")
+    return TrainingBatches(
+        order=SampleOrder(samples, {dataset.dataset_id: 1.0}, seed, batch_size, num_processes),
+        reader=BatchReader([dataset]),
+        scaling_factor=SCALE,
+        corruption=Corruption(TimestepDraw(1000), accumulation=accumulation),
+        caption_dropout_probability=dropout,
+        rank=rank,
+    )
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return make_dataset(tmp_path / "dataset")
+
+
+def assert_same(one, other):
+    assert one.keys == other.keys
+    for name in ("latents", "noise", "timesteps", "prompt_embeds", "pooled_prompt_embeds", "time_ids"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+def test_a_batch_holds_what_the_stores_hold_of_its_images(dataset):
+    batches = make_batches(dataset)
+    latent_store = TensorStore(dataset.latents.store_root)
+    text_store = TensorStore(dataset.text_embeds.store_root)
+    for index in range(6):
+        batch = batches.read(index)
+        draws = batches.order.batch(index, 0)
+        assert batch.keys == tuple(draw.sample.key for draw in draws)
+        for place, draw in enumerate(draws):
+            stored = latent_store.read(digest("latent", batch.keys[place]))
+            # the posterior's standard deviation is exp(-2): a sample lies within 6 of them
+            assert (batch.latents[place] / SCALE - stored["mean"]).abs().max() < 6 * torch.tensor(-2.0).exp()
+            assert not torch.equal(batch.latents[place] / SCALE, stored["mean"])
+            text = text_store.read(draw.embed_key)
+            assert torch.equal(batch.prompt_embeds[place], text["prompt_embeds"])
+            assert torch.equal(batch.pooled_prompt_embeds[place], text["pooled_prompt_embeds"])
+            assert batch.time_ids[place].tolist() == list(draw.sample.time_ids)
+        assert batch.time_ids.dtype == torch.float32
+        assert batch.timesteps.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "num_processes", "accumulation"), [(2, 1, 1), (2, 1, 3), (1, 2, 2), (2, 3, 2), (4, 2, 5)]
+)
+def test_every_image_weighs_the_same_in_an_optimizer_step(dataset, batch_size, num_processes, accumulation):
+    ranks = [
+        make_batches(dataset, batch_size, num_processes, rank, accumulation=accumulation)
+        for rank in range(num_processes)
+    ]
+    stand_ins = 0
+    for step in range(4):
+        weights: dict[tuple[int, str], float] = {}
+        images = 0
+        for index in range(step * accumulation, (step + 1) * accumulation):
+            parts = [batches.read(index) for batches in ranks]
+            images += parts[0].images
+            assert {part.images for part in parts} == {ranks[0].order.size(index)}
+            for part in parts:
+                assert len(part.latents) == len(part.keys) >= 1, "every process has something to compute"
+                stand_ins += not part.share
+                for key in part.keys if part.share else ():
+                    # data parallelism averages the processes' losses, each the mean over its images
+                    weights[index, key] = part.share / len(part.keys) / num_processes
+        assert len(weights) == images
+        assert list(weights.values()) == pytest.approx([1 / images] * images)
+    assert bool(stand_ins) == (num_processes > 1 and batch_size < 4)
+
+
+def test_latents_are_drawn_anew_from_their_posterior_at_each_appearance(dataset):
+    batches, store = make_batches(dataset), TensorStore(dataset.latents.store_root)
+    drawn: dict[str, list[torch.Tensor]] = {}
+    for index in range(60):
+        batch = batches.read(index)
+        for key, latents in zip(batch.keys, batch.latents, strict=True):
+            stored = store.read(digest("latent", key))
+            deviation = (latents / SCALE - stored["mean"]) / torch.exp(stored["logvar"] / 2)
+            drawn.setdefault(key, []).append(deviation)
+    assert min(map(len, drawn.values())) > 1
+    for deviations in drawn.values():
+        assert not torch.equal(deviations[0], deviations[1])
+    values = torch.cat([deviation.flatten() for some in drawn.values() for deviation in some])
+    assert abs(values.mean()) < 0.02
+    assert abs(values.std() - 1) < 0.02
+
+
+def test_reading_is_a_pure_function_of_the_index(dataset):
+    straight = [make_batches(dataset).read(index) for index in range(5)]
+    other = make_batches(dataset)
+    torch.manual_seed(99)  # torch's own state plays no part
+    for index in (4, 2):
+        assert_same(other.read(index), straight[index])
+    assert not torch.equal(make_batches(dataset, seed=6).read(0).noise, straight[0].noise)
+
+
+def test_two_processes_see_together_what_one_with_twice_the_batch_sees(dataset):
+    one = make_batches(dataset, batch_size=2, dropout=0.5)
+    two = [make_batches(dataset, batch_size=1, num_processes=2, rank=rank, dropout=0.5) for rank in range(2)]
+    for index in range(8):
+        whole = one.read(index)
+        parts = [part for batches in two if (part := batches.read(index)).share]
+        assert whole.keys == sum((part.keys for part in parts), ())
+        for name in ("latents", "noise", "timesteps", "prompt_embeds", "time_ids"):
+            assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
+
+
+def test_noise_and_timesteps_are_drawn_from_their_distributions(dataset):
+    batches = make_batches(dataset)
+    read = [batches.read(index) for index in range(150)]
+    noise = torch.cat([batch.noise.flatten() for batch in read])
+    assert abs(noise.mean()) < 0.01
+    assert abs(noise.std() - 1) < 0.01
+    timesteps = torch.cat([batch.timesteps for batch in read]).float()
+    assert timesteps.min() < 30
+    assert timesteps.max() > 970
+    assert abs(timesteps.mean() - 499.5) < 60
+
+
+def test_dropped_captions_are_the_cached_empty_prompt_at_the_asked_rate(dataset):
+    batches = make_batches(dataset, dropout=0.3)
+    text_store = TensorStore(dataset.text_embeds.store_root)
+    empty = text_store.read(digest("text", "prompt", ""))
+    kinds: Counter[str] = Counter()
+    for index in range(300):
+        batch = batches.read(index)
+        for place, draw in enumerate(batches.order.batch(index, 0)):
+            own = text_store.read(draw.embed_key)
+            for kind, text in (("dropped", empty), ("kept", own)):
+                if torch.equal(batch.prompt_embeds[place], text["prompt_embeds"]):
+                    assert torch.equal(batch.pooled_prompt_embeds[place], text["pooled_prompt_embeds"])
+                    kinds[kind] += 1
+    assert kinds.total() == batches.order.images_until(300)
+    assert abs(kinds["dropped"] / 600 - 0.3) < 0.06
+    assert torch.equal(make_batches(dataset, dropout=1.0).read(0).prompt_embeds[0], empty["prompt_embeds"])
+
+
+def test_a_reversed_batch_is_caught(dataset, monkeypatch):
+    batches = make_batches(dataset)
+    batches.read(0)
+    straight = BatchReader.posteriors
+    monkeypatch.setattr(BatchReader, "posteriors", lambda self, samples: straight(self, samples[::-1]))
+    with pytest.raises(MismatchedBatchError, match="batch 0"):
+        batches.read(0)
+
+
+def test_a_store_without_the_empty_prompt_is_an_error(dataset):
+    import pandas as pd
+
+    path = dataset.text_embeds.prompts_path
+    table = pd.read_parquet(path)
+    table[table["prompt"] != ""].to_parquet(path)
+    with pytest.raises(StageError, match="lacks the empty prompt"):
+        BatchReader([dataset])
+
+
+def test_prompts_are_read_by_their_text(dataset):
+    reader = BatchReader([dataset])
+    embeds, pooled = reader.prompt_embeds(PROMPT)
+    stored = TensorStore(dataset.text_embeds.store_root).read(digest("text", "prompt", PROMPT))
+    assert torch.equal(embeds[0], stored["prompt_embeds"])
+    assert torch.equal(pooled[0], stored["pooled_prompt_embeds"])
+    with pytest.raises(StageError, match="'a blue square' has not been encoded"):
+        reader.prompt_embeds("a blue square")
+
+
+def test_reading_ahead_changes_nothing_and_passes_errors_on(dataset, monkeypatch):
+    batches = make_batches(dataset)
+    with closing(prefetched(batches, 3, 9, pin=False)) as ahead:
+        read = list(ahead)
+    assert len(read) == 6
+    for index, batch in enumerate(read, start=3):
+        assert_same(batch, batches.read(index))
+
+    straight = TrainingBatches.read
+
+    def fail_at_four(self, index):
+        if index == 4:
+            raise OSError("disk gone")
+        return straight(self, index)
+
+    monkeypatch.setattr(TrainingBatches, "read", fail_at_four)
+    with closing(prefetched(batches, 3, 9, pin=False)) as ahead:
+        assert_same(next(ahead), straight(batches, 3))
+        with pytest.raises(OSError, match="disk gone"):
+            next(ahead)

@@ -1,0 +1,294 @@
+"""Holds every optimizer by its name: it comes from its library and learns, its options reach it, and saved and loaded it goes on as if
+nothing had been."""
+
+import copy
+import importlib
+import inspect
+import sys
+import typing
+
+import pytest
+import torch
+
+from sdxl_pipeline.config.optimizer_registry import RECIPES
+from sdxl_pipeline.config.schema.optimization import OptimizerName
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.training.checkpoint.checkpoints import TrainingState, load_checkpoint, save_checkpoint
+from sdxl_pipeline.training.optim.lr_schedules import build_schedule
+from sdxl_pipeline.training.optim.optimizers import (
+    build_optimizer,
+    effective_learning_rate,
+    hold_parameters,
+    rate_of,
+)
+
+NAMES = typing.get_args(OptimizerName)
+TARGET = 0.5
+
+
+def settings_of(**values) -> TrainingSettings:
+    rate = 1.0 if values.get("optimizer") == "prodigy" else 0.01
+    return TrainingSettings(**{"max_train_steps": 20, "learning_rate": rate, **values})
+
+
+def make_parameters() -> list[torch.nn.Parameter]:
+    """One large enough (4096 numbers) to be held in few bits, one small."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in [(32, 128), (5,)]]
+
+
+def build(settings, parameters):
+    pytest.importorskip(RECIPES[settings.optimizer].package, reason="needs the extra `optimizers`")
+    hold_parameters(settings, parameters)
+    optimizer = build_optimizer(settings, parameters)
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    return optimizer, build_schedule(settings, optimizer, 20)
+
+
+def take_steps(optimizer, schedule, parameters, first, last) -> None:
+    """Towards `TARGET`, with noise that is a function of the step."""
+    for step in range(first, last):
+        torch.manual_seed(1000 + step)  # what the trainer leaves behind at this point
+        for parameter in parameters:
+            noise = torch.randn(parameter.shape).to(parameter.dtype)
+            parameter.grad = (parameter.detach() - TARGET) + 0.1 * noise
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+def distance(parameters) -> float:
+    return sum((parameter.detach().float() - TARGET).square().sum().item() for parameter in parameters)
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_saved_optimizer_goes_on_to_the_same_bits(name, tmp_path):
+    scheduled = {} if "schedulefree" in name else {"lr_scheduler": "cosine"}
+    precision = {"mixed_precision": "bf16"} if name == "adamw_bf16" else {}
+    settings = settings_of(optimizer=name, lr_warmup_steps=3, **scheduled, **precision)
+
+    unbroken = make_parameters()
+    optimizer, schedule = build(settings, unbroken)
+    before = distance(unbroken)
+    take_steps(optimizer, schedule, unbroken, 0, 7)
+    state = TrainingState(7, 0, 0, {}, optimizer.state_dict(), schedule.state_dict(), None)
+    place = save_checkpoint(tmp_path, "me", state, lambda folder: folder)
+    kept = [parameter.detach().clone() for parameter in unbroken]
+    take_steps(optimizer, schedule, unbroken, 7, 12)
+    assert distance(unbroken) < before
+
+    resumed = make_parameters()
+    optimizer, schedule = build(settings, resumed)
+    with torch.no_grad():
+        for parameter, value in zip(resumed, kept, strict=True):
+            parameter.copy_(value)
+    loaded = load_checkpoint(place)
+    optimizer.load_state_dict(loaded.optimizer)
+    schedule.load_state_dict(loaded.schedule)
+    take_steps(optimizer, schedule, resumed, 7, 12)
+
+    for one, other, start in zip(unbroken, resumed, kept, strict=True):
+        assert torch.equal(one, other)
+        assert not torch.equal(one, start)
+    assert {file.suffix for file in place.iterdir()} == {".safetensors", ".json"}
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_what_steps_change_in_a_group_is_named_as_learnt(name):
+    precision = {"mixed_precision": "bf16"} if name == "adamw_bf16" else {}
+    parameters = make_parameters()
+    optimizer, schedule = build(settings_of(optimizer=name, **precision), parameters)
+    (group,) = optimizer.param_groups
+    take_steps(optimizer, schedule, parameters, 0, 1)
+    after_the_first = copy.deepcopy({key: value for key, value in group.items() if key != "params"})
+    take_steps(optimizer, schedule, parameters, 1, 8)
+    changed = {key for key, value in after_the_first.items() if group[key] != value} - {"lr"}
+    assert changed <= RECIPES[name].learnt
+    assert "step" not in group or "step" in changed
+
+
+@pytest.mark.parametrize(
+    ("name", "betas"),
+    [
+        ("adamw", (0.7, 0.999)),
+        ("ao-adamw8bit", (0.7, 0.999)),
+        ("bnb-lion8bit", (0.7, 0.99)),
+        ("prodigy", (0.7, 0.99)),
+        ("adamw_schedulefree", (0.7, 0.999)),
+    ],
+)
+def test_options_reach_the_optimizer(name, betas):
+    group = build(
+        settings_of(optimizer=name, optimizer_config="beta1=0.7,weight_decay=0.5"), make_parameters()
+    )[0].param_groups[0]
+    assert tuple(group["betas"]) == betas
+    assert group["weight_decay"] == 0.5
+
+
+def test_options_reach_optimi_which_keeps_its_betas_apart():
+    config = {"betas": [0.9, 0.8, 0.7], "weight_decay": 0.5}
+    group = build(settings_of(optimizer="optimi-adan", optimizer_config=config), make_parameters())[0]
+    assert [group.param_groups[0][f"beta{place}"] for place in (1, 2, 3)] == [0.9, 0.8, 0.7]
+    group = build(settings_of(optimizer="optimi-lion", optimizer_config="beta1=0.7"), make_parameters())[0]
+    assert (group.param_groups[0]["beta1"], group.param_groups[0]["beta2"]) == (0.7, 0.99)
+
+
+def test_numbers_arrive_in_the_type_of_the_option():
+    optimizer, _ = build(settings_of(optimizer="optimi-ranger", optimizer_config="k=3"), make_parameters())
+    assert optimizer.param_groups[0]["k"] == 3
+    assert isinstance(optimizer.param_groups[0]["k"], int)
+    with pytest.raises(StageError, match=r"amsgrad = 3\.0; write amsgrad=true or amsgrad=false"):
+        build(settings_of(optimizer_config="amsgrad=3"), make_parameters())
+
+
+def test_adamw_is_adamw():
+    """One step by hand (Loshchilov and Hutter 2019): decay, then the bias-corrected update, which is the sign at the first step."""
+    (weight,) = parameters = [torch.nn.Parameter(torch.tensor([2.0, -1.0]))]
+    optimizer = build_optimizer(settings_of(), parameters)
+    assert optimizer.param_groups[0]["fused"]
+    weight.grad = torch.tensor([0.3, -4.0])
+    optimizer.step()
+    expected = torch.tensor([2.0, -1.0]) * (1 - 0.01 * 0.01) - 0.01 * torch.tensor([1.0, -1.0])
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_rounding_by_lot_keeps_updates_that_bf16_would_lose():
+    """1000 steps of -1e-4 from 1.0, where bf16's numbers lie 2^-8 apart: rounded to the nearest, none would move the weight."""
+    pytest.importorskip("torchao", reason="needs the extra `optimizers`")
+    parameters = [torch.nn.Parameter(torch.ones(1000))]
+    settings = settings_of(
+        optimizer="adamw_bf16", learning_rate=1e-4, optimizer_config="weight_decay=0", mixed_precision="bf16"
+    )
+    optimizer, _ = build(settings, parameters)
+    assert parameters[0].dtype == torch.bfloat16
+    assert torch.equal(torch.tensor(1.0 - 1e-4).bfloat16(), torch.tensor(1.0).bfloat16())
+    for _ in range(1000):
+        parameters[0].grad = torch.ones(1000, dtype=torch.bfloat16)
+        optimizer.step()
+    drift = 1 - parameters[0].detach().float()
+    assert drift.mean().item() == pytest.approx(0.1, rel=0.02)
+    assert drift.std() > 0.005  # each by its own lot
+
+
+def test_gradients_of_bf16_weights_are_summed_in_fp32_when_asked():
+    for precision, grown in (("unmodified", False), ("fp32", True)):
+        parameters = [torch.nn.Parameter(torch.ones(1))]
+        hold_parameters(settings_of(optimizer="adamw_bf16", gradient_precision=precision), parameters)
+        (parameters[0].float() * 1.0).sum().backward()
+        (parameters[0].float() * 1e-3).sum().backward()
+        assert bool(parameters[0].grad > 1) is grown
+
+
+def test_several_processes_cannot_average_gradients_wider_than_the_weights():
+    settings = settings_of(optimizer="adamw_bf16", mixed_precision="bf16", gradient_precision="fp32")
+    with pytest.raises(StageError, match='write "unmodified"'):
+        build_optimizer(settings, make_parameters(), num_processes=2)
+    assert build_optimizer(settings_of(gradient_precision="fp32"), make_parameters(), num_processes=2)
+
+
+def test_averaged_weights_are_not_those_that_are_trained():
+    """x = (1 - 1/k) x + z/k over the steps (Defazio et al. 2024); y lies between x and z, one part in ten from x."""
+    pytest.importorskip("schedulefree", reason="needs the extra `optimizers`")
+    parameters = make_parameters()
+    optimizer, schedule = build(settings_of(optimizer="adamw_schedulefree"), parameters)
+    averaged = parameters[0].detach().clone()
+    for step in range(5):
+        take_steps(optimizer, schedule, parameters, step, step + 1)
+        averaged = averaged.lerp(optimizer.state[parameters[0]]["z"], 1 / (step + 1))
+    trained = parameters[0].detach().clone()
+    torch.testing.assert_close(trained, averaged.lerp(optimizer.state[parameters[0]]["z"], 0.1))
+    optimizer.eval()
+    torch.testing.assert_close(parameters[0].detach(), averaged)
+
+
+def test_the_rate_that_is_shown_is_the_one_that_is_taken():
+    for name, config in (("prodigy", "d0=1e-3"), ("adamw_schedulefree", "")):
+        optimizer, schedule = build(
+            settings_of(optimizer=name, optimizer_config=config, lr_warmup_steps=10), make_parameters()
+        )
+        take_steps(optimizer, schedule, make_parameters(), 0, 1)
+        group = optimizer.param_groups[0]
+        expected = group["d"] * 1.0 if name == "prodigy" else 0.01 / 10
+        assert rate_of(optimizer, 1.0) == pytest.approx(expected)
+    assert rate_of(build_optimizer(settings_of(), make_parameters()), 0.3) == 0.3
+
+
+def test_the_rate_may_grow_with_the_batch():
+    values = {"train_batch_size": 2, "gradient_accumulation_steps": 3}
+    assert effective_learning_rate(settings_of(**values), 2) == 0.01
+    assert effective_learning_rate(settings_of(lr_scale=True, **values), 2) == pytest.approx(0.12)
+    scaled = settings_of(lr_scale=True, lr_scale_sqrt=True, **values)
+    assert effective_learning_rate(scaled, 2) == pytest.approx(0.01 * 12**0.5)
+    assert build_optimizer(scaled, make_parameters(), 2).param_groups[0]["lr"] == pytest.approx(
+        0.01 * 12**0.5
+    )
+
+
+def test_an_unknown_option_is_named_with_those_there_are():
+    settings = settings_of(optimizer_config={"momentum": 0.9})
+    with pytest.raises(
+        StageError, match=r"'momentum', which 'adamw' does not take; adamw takes beta1, beta2, .*weight_decay"
+    ):
+        build_optimizer(settings, make_parameters())
+    with pytest.raises(StageError, match="optimizer_config"):
+        build_optimizer(settings_of(optimizer_config={"beta1": 1.5}), make_parameters())
+    with pytest.raises(StageError, match="'warmup_steps', which 'adamw_schedulefree'"):
+        build(
+            settings_of(optimizer="adamw_schedulefree", optimizer_config="warmup_steps=3"), make_parameters()
+        )
+
+
+def test_options_that_exclude_each_other_are_an_error_of_the_settings():
+    with pytest.raises(StageError, match=r"optimizer_config .*cannot be `True` together"):
+        build_optimizer(settings_of(optimizer_config="fused=true,foreach=true"), make_parameters())
+    for option in ("differentiable", "capturable"):
+        with pytest.raises(StageError, match=f"'{option}', which 'adamw' does not take"):
+            build_optimizer(settings_of(optimizer_config=f"{option}=true"), make_parameters())
+    (group,) = build_optimizer(settings_of(optimizer_config="foreach=true"), make_parameters()).param_groups
+    assert group["foreach"]
+    assert not group["fused"]
+
+
+def test_torch_adamw_is_adamw():
+    ours, theirs = (
+        build_optimizer(settings_of(optimizer=name), make_parameters()) for name in ("adamw", "torch-adamw")
+    )
+    assert type(ours) is type(theirs) is torch.optim.AdamW
+    for group, other in zip(ours.param_groups, theirs.param_groups, strict=True):
+        assert {**group, "params": None} == {**other, "params": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("optimi-lion", "optimi"), ("ao-adamw4bit", "torchao.optim"), ("bnb-adamw", "bitsandbytes.optim")],
+)
+def test_a_missing_package_is_an_error_that_names_the_extra(name, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(StageError, match=rf"'{name}'.*sdxl-pipeline\[optimizers\]"):
+        build_optimizer(settings_of(optimizer=name), make_parameters())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_options_are_those_of_the_class(name):
+    recipe = RECIPES[name]
+    signature = inspect.signature(
+        getattr(importlib.import_module(recipe.module), recipe.class_name)
+    ).parameters
+    taken = {
+        key: each.default for key, each in signature.items() if key not in {"params", "lr"} | recipe.reserved
+    }
+    assert set(recipe.options) == set(taken)
+    assert set(recipe.defaults) <= set(taken) | recipe.reserved
+    numbers = (int, float)
+    for key, default in taken.items():
+        recorded = recipe.options[key]
+        if isinstance(default, bool) or not isinstance(default, numbers):
+            assert type(recorded) is type(default), key
+        else:
+            assert isinstance(recorded, numbers), key
+        if isinstance(default, tuple):
+            assert len(recorded) == len(default), key

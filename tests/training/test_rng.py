@@ -1,0 +1,25 @@
+"""Random choices: the same for the same purpose in every process and version, unrelated otherwise, and evenly spread."""
+
+from sdxl_pipeline.training.rng import choose, seed_for, uniform
+
+
+def test_choices_never_change():
+    # a change here changes every run: raise identity.CODE_VERSION with it
+    assert seed_for(42, "noise", 0, 0) == 6453527374581327334
+    assert seed_for(42, "noise", 0, 1) != seed_for(42, "noise", 1, 0)
+    assert seed_for(1, "2") != seed_for(1, 2)
+
+
+def test_uniform_is_uniform():
+    values = [uniform(7, "test", index) for index in range(20_000)]
+    assert min(values) >= 0
+    assert max(values) < 1
+    assert abs(sum(values) / len(values) - 0.5) < 0.01
+    assert abs(sum(value < 0.1 for value in values) / len(values) - 0.1) < 0.01
+
+
+def test_choose_takes_every_index_about_equally_often():
+    counts = [0] * 5
+    for index in range(10_000):
+        counts[choose(5, 7, index)] += 1
+    assert min(counts) > 1800

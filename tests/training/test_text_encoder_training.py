@@ -1,0 +1,299 @@
+"""Holds: text encoders trained beside the UNet: the gradient, the file, the captions they see, and that nothing changes while they stand still."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.files.atomic_files import sha256_file
+from sdxl_pipeline.models.base_model import resolve_base_model
+from sdxl_pipeline.release.export import verify_export
+from sdxl_pipeline.runtime.reporter import Reporter
+from sdxl_pipeline.runtime.specs import EvaluateSpec, TrainedLora, TrainSpec
+from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal
+from sdxl_pipeline.stages import evaluate, train
+from sdxl_pipeline.training.data.batches import BatchReader
+from sdxl_pipeline.training.data.on_demand_cache import OnDemandEncoders
+from sdxl_pipeline.training.data.samples import load_samples
+from sdxl_pipeline.training.logging.metrics_log import read_metrics
+from sdxl_pipeline.training.trainable import build_trainable
+from tests.datasets import NEGATIVE, PROMPT, make_spec, model_folder
+from tests.encoded_datasets import draw_images, prepare_dataset
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    """`datasets(windows)`: real captions, with an embedding of each; the training must make its own."""
+    folder = tmp_path_factory.mktemp("datasets")
+    draw_images(folder / "images", count=6)
+    (folder / "images" / "drawing_0.txt").write_text("a very, very " + "long drawing " * 60)
+    settings = TrainingSettings(pretrained_model_name_or_path=str(model_folder()))
+    model = resolve_base_model(settings, folder, cache_dir=folder / "digests")
+    made = {}
+
+    def dataset(windows: int = 1):
+        if windows not in made:
+            made[windows] = prepare_dataset(
+                folder / str(windows), folder / "images", model, windows=windows, holdout=0.2
+            )
+        return made[windows]
+
+    return dataset
+
+
+def spec_of(folder: Path, dataset, run: str = "run", **settings: object) -> TrainSpec:
+    values = {
+        "train_text_encoder": True,
+        "max_train_steps": STEPS,
+        "lr_warmup_steps": 0,
+        "checkpoint_step_interval": 0,
+        "max_grad_norm": 0,  # else the text encoders' gradients would shrink the UNet's
+        "caption_dropout_probability": 0.3,
+        "validation_guidance": 3.0,
+        "evaluation_type": "none",
+        "eval_timesteps": 2,
+    }
+    return make_spec(folder, dataset, run=run, **{**values, **settings})
+
+
+class Stopping(Reporter):
+    def __init__(self, stop: StopSignal, after: int):
+        super().__init__()
+        self._stop, self._after = stop, after
+
+    def _show_log(self, message: str) -> None:
+        pass
+
+    def progress(self, task: str, done: int, total: int, unit: str = "") -> None:
+        if (task, done) == ("train", self._after):
+            self._stop.request()
+
+
+def run(spec: TrainSpec, stop_after: int = -1) -> TrainedLora:
+    stop = StopSignal()
+    return train.main(spec, Stopping(stop, stop_after), stop)
+
+
+def losses(manifest: TrainedLora) -> list[float]:
+    return [row.loss for row in read_metrics(Path(manifest.metrics_path))]
+
+
+@pytest.fixture(scope="module")
+def trained(datasets, tmp_path_factory):
+    images = {"validation_disable": False, "validation_step_interval": STEPS, "learning_rate": 3e-3}
+    spec = spec_of(tmp_path_factory.mktemp("trained"), datasets(), **images)
+    return spec, run(spec)
+
+
+@pytest.mark.parametrize("windows", [1, 2])
+def test_encoders_that_stand_still_train_the_unet_as_the_cache_does(datasets, tmp_path, windows):
+    settings = {"max_train_steps": 2}
+    live = run(spec_of(tmp_path, datasets(windows), "live", text_encoder_lr=0, **settings))
+    cached = run(spec_of(tmp_path, datasets(windows), "cached", train_text_encoder=False, **settings))
+    assert losses(live) == pytest.approx(losses(cached), rel=1e-5)
+    ours, theirs = load_file(live.weights_path), load_file(cached.weights_path)
+    assert {name for name in ours if name.startswith("unet.")} == theirs.keys()
+    for name, tensor in theirs.items():
+        # AdamW scales small gradients up, and with them the last bits that differ from one processor to another
+        assert (ours[name] - tensor).norm() <= 1e-2 * tensor.norm(), name
+    assert not any(tensor.any() for name, tensor in ours.items() if "text_" in name and "lora_B" in name)
+
+
+def test_the_gradient_is_that_of_diffusers_own_pipeline(datasets, tmp_path):
+    spec = spec_of(tmp_path, datasets())
+    trainable = build_trainable(spec)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainable.parameters.values():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    trainable.write(tmp_path / "lora.safetensors", {})
+    latents, target = torch.randn(2, 2, 4, 8, 8, generator=generator)
+    prompts, time_ids = [PROMPT, "something else!"], torch.full((2, 6), 64.0)
+    timesteps = torch.tensor([10, 900])
+    added = {"time_ids": time_ids}
+    ids = trainable.live_texts.input_ids(prompts)
+    prediction = trainable.module(latents, timesteps, ids, added, return_dict=False)[0]
+    (prediction - target).square().mean().backward()
+    ours = {
+        f"{prefix}.{name}": parameter.grad
+        for prefix, encoder in zip(("text_encoder", "text_encoder_2"), trainable.encoders, strict=True)
+        for name, parameter in encoder.named_parameters()
+        if parameter.requires_grad
+    }
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(spec.base_model.path, torch_dtype=torch.float32)
+    pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors", adapter_name="default")
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+        for name, parameter in encoder.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    embeds, _, pooled, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
+    answer = pipeline.unet(
+        latents,
+        timesteps,
+        encoder_hidden_states=embeds,
+        added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids},
+    ).sample
+    (answer - target).square().mean().backward()
+    theirs = {
+        f"{prefix}.{name}": parameter.grad
+        for prefix, encoder in (
+            ("text_encoder", pipeline.text_encoder),
+            ("text_encoder_2", pipeline.text_encoder_2),
+        )
+        for name, parameter in encoder.named_parameters()
+        if parameter.requires_grad
+    }
+    assert ours.keys() == theirs.keys()
+    assert all(gradient is not None and gradient.any() for gradient in ours.values()), "none is left out"
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_gradient_checkpointing_changes_no_gradient(datasets, tmp_path):
+    def gradients(**settings: object) -> list[torch.Tensor]:
+        trainable = build_trainable(spec_of(tmp_path, datasets(), **settings))
+        trainable.module.train()
+        generator = torch.Generator().manual_seed(2)
+        ids = trainable.live_texts.input_ids([PROMPT])
+        latents = torch.randn(1, 4, 8, 8, generator=generator)
+        added = {"time_ids": torch.full((1, 6), 64.0)}
+        trainable.module(latents, torch.tensor([500]), ids, added, return_dict=False)[0].sum().backward()
+        return [parameter.grad for parameter in trainable.text_parameters]
+
+    plain, saving = gradients(), gradients(gradient_checkpointing=True)
+    assert plain
+    for one, other in zip(plain, saving, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_captions_reach_the_step_as_tokens_and_a_dropped_one_as_the_empty_prompt(datasets, tmp_path):
+    spec = spec_of(tmp_path, datasets(2))
+    trainable = build_trainable(spec)
+    reader = BatchReader(
+        spec.datasets, OnDemandEncoders(spec.base_model, spec.hardware), trainable.live_texts
+    )
+    samples = load_samples(spec.datasets, "train")[:2]
+    tokens = reader.tokens(samples, [samples[0].embed_keys[0], reader.empty_prompt_key("drawings")])
+    assert tokens.keys == (samples[0].key, samples[1].key)
+    assert tokens.input_ids.shape == (2, 2, 2, 77)
+    assert torch.equal(tokens.input_ids[1], trainable.live_texts.input_ids([""])[0])
+    captions = {
+        Path(dataset.data_dir, samples[0].path).with_suffix(".txt").read_text().strip()
+        for dataset in spec.datasets
+    }
+    assert torch.equal(tokens.input_ids[:1], trainable.live_texts.input_ids(list(captions)))
+
+
+def test_what_is_drawn_is_read_by_the_encoders_as_they_stand(datasets, tmp_path):
+    spec = spec_of(tmp_path, datasets())
+    trainable = build_trainable(spec)
+    trainable.module.train()
+    encoders = OnDemandEncoders(spec.base_model, spec.hardware)
+    live = BatchReader(spec.datasets, encoders, trainable.live_texts)
+    cached = BatchReader(spec.datasets)
+    for one, other in zip(live.prompt_embeds(PROMPT), cached.prompt_embeds(PROMPT), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        for parameter in trainable.text_parameters:
+            parameter.fill_(0.1)
+    assert not torch.allclose(live.prompt_embeds(PROMPT)[0], cached.prompt_embeds(PROMPT)[0], atol=1e-2)
+    assert all(encoder.training for encoder in trainable.encoders), "left as they were"
+
+
+def test_diffusers_draws_from_the_file_what_the_trainer_drew(trained):
+    spec, manifest = trained
+    tensors = load_file(manifest.weights_path)
+    assert {name.split(".")[0] for name in tensors} == {"unet", "text_encoder", "text_encoder_2"}
+    assert all(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(spec.base_model.path, torch_dtype=torch.float32)
+    weights = Path(manifest.weights_path)
+    pipeline.load_lora_weights(weights.parent, weight_name=weights.name)
+    pixels = pipeline(
+        PROMPT,
+        negative_prompt=NEGATIVE,
+        height=64,
+        width=64,
+        num_inference_steps=spec.settings.validation_num_inference_steps,
+        guidance_scale=spec.settings.validation_guidance,
+        generator=torch.Generator().manual_seed(spec.settings.effective_validation_seed),
+        output_type="np",
+    ).images[0]
+    drawn = next(image for image in manifest.validation_images if image.step == STEPS)
+    with Image.open(drawn.path) as opened:
+        difference = np.abs(np.asarray(opened) - pixels * 255).max()
+    assert difference < 0.5 + 1e-4 * 255
+    assert verify_export(weights, spec.base_model) == manifest.adapted_modules
+
+
+def test_a_stopped_run_ends_in_the_same_bytes(trained):
+    spec, expected = trained
+    folder = Path(spec.run_dir).with_name("stopped")
+    stopped = spec.model_copy(update={"run_dir": str(folder)})
+    with pytest.raises(StageStopped):
+        run(stopped, stop_after=2)
+    resumed = run(stopped)
+    assert resumed.resumed_from_step == 2
+    assert resumed.weights_sha256 == expected.weights_sha256
+
+
+def test_the_evaluation_reads_captions_with_the_encoders_of_each_model(trained, tmp_path):
+    spec, manifest = trained
+    work = EvaluateSpec(
+        base_model=spec.base_model,
+        hardware=spec.hardware,
+        settings=spec.settings,
+        lora=manifest,
+        datasets=spec.datasets,
+        prompts=spec.prompts,
+        output_dir=str(tmp_path / "live"),
+    )
+    report = evaluate.main(work, Reporter(), StopSignal())
+    assert report.lora_loss.mean != report.base_loss.mean
+    cached = spec.settings.model_copy(update={"train_text_encoder": False})
+    only_unet = tmp_path / "pytorch_lora_weights.safetensors"
+    trainable = build_trainable(spec.model_copy(update={"settings": cached}))
+    trainable.write(only_unet, {})
+    lora = manifest.model_copy(
+        update={
+            "weights_path": str(only_unet),
+            "weights_sha256": sha256_file(only_unet),
+            "adapted_modules": trainable.changed_modules,
+        }
+    )
+    update = {"settings": cached, "lora": lora, "output_dir": str(tmp_path / "cached")}
+    base = evaluate.main(work.model_copy(update=update), Reporter(), StopSignal())
+    assert report.base_loss.mean == pytest.approx(base.base_loss.mean, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_twice_the_batch(datasets, tmp_path):
+    settings = {"max_train_steps": 3, "max_grad_norm": 1.0}
+    one = run(spec_of(tmp_path, datasets(), "one", train_batch_size=2, **settings))
+    spec = spec_of(tmp_path, datasets(), "two", train_batch_size=1, **settings)
+    spec = spec.model_copy(update={"hardware": spec.hardware.model_copy(update={"num_processes": 2})})
+    (tmp_path / "two.json").write_text(spec.model_dump_json())
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    program = ["-m", "sdxl_pipeline.stages.train", str(tmp_path / "two.json")]
+    done = subprocess.run(
+        [*torchrun, *program, "--manifest", str(tmp_path / "manifest.json")],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    two = TrainedLora.model_validate_json((tmp_path / "manifest.json").read_bytes())
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    ones, twos = load_file(one.weights_path), load_file(two.weights_path)
+    assert ones.keys() == twos.keys()
+    for name, tensor in ones.items():
+        torch.testing.assert_close(twos[name], tensor, rtol=0, atol=1e-5)

@@ -1,0 +1,209 @@
+"""The eval loss holds still: fixed timesteps and noise, the same bits twice, the same figure by another road, the base model's for a new LoRA."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from sdxl_pipeline.cache.store.tensor_store import TensorStore
+from sdxl_pipeline.models.adapters.adapter import add_lora
+from sdxl_pipeline.training.data.batches import BatchReader
+from sdxl_pipeline.training.diffusion.huber_loss import HuberLoss
+from sdxl_pipeline.training.diffusion.objective import Objective
+from sdxl_pipeline.training.diffusion.weighting import debiased_estimation
+from sdxl_pipeline.training.validation.eval_images import read_images
+from sdxl_pipeline.training.validation.eval_loss import EvalImage, eval_loss, eval_timesteps, fixed_noise
+from sdxl_pipeline.training.validation.eval_samples import choose_samples
+from tests.datasets import make_dataset
+from tests.evaluation.subjects import tiny_settings
+
+SCHEDULE = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+EPSILON = Objective(SCHEDULE.alphas_cumprod, "epsilon")
+WIDTH = 16
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        cross_attention_dim=WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=WIDTH + 6 * 4,
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> list[EvalImage]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        EvalImage(
+            key=f"key{number}",
+            measured=(f"latents {number}", f"caption {number}"),
+            latents=torch.randn(4, height, 8, generator=generator),
+            prompt_embeds=torch.randn(77, WIDTH, generator=generator),
+            pooled_prompt_embeds=torch.randn(WIDTH, generator=generator),
+            time_ids=(1820, 1024, 3, 0, 64, 64),
+        )
+        for number, height in enumerate((8, 16, 8))
+    ]
+
+
+def test_timesteps_are_the_middles_of_equal_parts():
+    assert eval_timesteps(4) == (125, 375, 625, 875)
+    assert eval_timesteps(1) == (500,)
+    steps = eval_timesteps(28)
+    assert len(set(steps)) == 28
+    assert {b - a for a, b in itertools.pairwise(steps)} <= {35, 36}
+    assert 0 <= steps[0] < 36
+    assert 964 <= steps[-1] <= 999
+
+
+def test_noise_depends_on_image_and_timestep_alone():
+    shape = torch.Size((4, 8, 8))
+    noise = fixed_noise("a", 500, shape)
+    torch.manual_seed(99)
+    assert torch.equal(noise, fixed_noise("a", 500, shape))
+    assert not torch.equal(noise, fixed_noise("a", 501, shape))
+    assert not torch.equal(noise, fixed_noise("b", 500, shape))
+
+
+def test_two_evaluations_agree_to_the_last_bit(unet, images):
+    first = eval_loss(unet, EPSILON, images, (100, 500, 900), batch_size=2)
+    torch.manual_seed(4321)
+    assert eval_loss(unet, EPSILON, images, (100, 500, 900), batch_size=2) == first
+
+
+def test_each_image_has_a_loss_under_a_name_that_follows_what_was_measured(unet, images):
+    whole = eval_loss(unet, EPSILON, images, (100, 900), batch_size=2)
+    alone = eval_loss(unet, EPSILON, images[1:2], (100, 900), batch_size=2)
+    assert whole.by_image[1][0] == alone.by_image[0][0]
+    assert whole.by_image[1][1] == pytest.approx(alone.mean, rel=1e-5)
+    assert sum(loss for _, loss in whole.by_image) / 3 == pytest.approx(whole.mean)
+    edited = replace(images[1], measured=("latents 1", "another caption"))
+    for other in (
+        eval_loss(unet, EPSILON, [edited], (100, 900), batch_size=2),
+        eval_loss(unet, EPSILON, images[1:2], (100, 901), batch_size=2),
+    ):
+        assert other.by_image[0][0] != alone.by_image[0][0]
+    twice = eval_loss(unet, EPSILON, [images[0], images[1], edited], (100, 900), batch_size=2)
+    assert len(twice.by_image) == 2, "copies of one image are one image"
+
+
+def test_the_loss_is_the_plain_mean_squared_error(unet, images):
+    """By another road: diffusers' own scheduler, one image and one timestep at a time."""
+    timesteps = (50, 400, 950)
+    found = eval_loss(unet, EPSILON, images, timesteps, batch_size=4)
+    for timestep, loss in found.by_timestep:
+        errors = []
+        for image in images:
+            latents, when = image.latents[None], torch.tensor([timestep])
+            noise = fixed_noise(image.key, timestep, image.latents.shape)[None]
+            added = {
+                "text_embeds": image.pooled_prompt_embeds[None],
+                "time_ids": torch.tensor([image.time_ids], dtype=torch.float32),
+            }
+            with torch.no_grad():
+                noisy = SCHEDULE.add_noise(latents, noise, when)
+                predicted = unet(noisy, when, image.prompt_embeds[None], added_cond_kwargs=added).sample
+            errors.append(torch.nn.functional.mse_loss(predicted, noise).item())
+        assert loss == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+    assert found.mean == pytest.approx(sum(loss for _, loss in found.by_timestep) / len(timesteps), rel=1e-12)
+
+
+def test_v_prediction_has_its_own_target(unet, images):
+    objective = replace(EPSILON, prediction_type="v_prediction")
+    found = eval_loss(unet, objective, images[:1], (700,), batch_size=1)
+    image, when = images[0], torch.tensor([700])
+    noise = fixed_noise(image.key, 700, image.latents.shape)[None]
+    added = {
+        "text_embeds": image.pooled_prompt_embeds[None],
+        "time_ids": torch.tensor([image.time_ids]).float(),
+    }
+    with torch.no_grad():
+        noisy = SCHEDULE.add_noise(image.latents[None], noise, when)
+        predicted = unet(noisy, when, image.prompt_embeds[None], added_cond_kwargs=added).sample
+    velocity = SCHEDULE.get_velocity(image.latents[None], noise, when)
+    assert found.mean == pytest.approx(torch.nn.functional.mse_loss(predicted, velocity).item(), rel=1e-5)
+
+
+def test_neither_weighting_nor_another_loss_reaches_the_eval_loss(unet, images):
+    huber = HuberLoss("huber", "snr", 0.1)
+    weighted = replace(EPSILON, weighting=debiased_estimation, scale=2.0, huber=huber, diff2flow=True)
+    assert eval_loss(unet, weighted, images, (20,), 4) == eval_loss(unet, EPSILON, images, (20,), 4)
+
+
+def test_a_new_lora_has_exactly_the_base_models_loss(unet, images):
+    base = eval_loss(unet, EPSILON, images, (300, 800), batch_size=3)
+    adapted = UNet2DConditionModel.from_config(unet.config).eval()
+    adapted.load_state_dict(unet.state_dict())
+    parameters = add_lora(adapted, 2, 2.0, 0.0, ("to_q", "to_v"), seed=0)
+    assert eval_loss(adapted, EPSILON, images, (300, 800), batch_size=3) == base
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.5)
+    assert eval_loss(adapted, EPSILON, images, (300, 800), batch_size=3).mean != base.mean
+    adapted.disable_adapters()
+    assert eval_loss(adapted, EPSILON, images, (300, 800), batch_size=3) == base
+
+
+def test_progress_counts_every_pair_once(unet, images):
+    calls: list[tuple[int, int]] = []
+    eval_loss(unet, EPSILON, images, (1, 2), 4, lambda done, total: calls.append((done, total)))
+    assert calls == [(4, 6), (6, 6)]  # two sizes: four pairs of one, two of the other
+
+
+def splits(**named: str) -> dict[str, str]:
+    return {f"{name}.png": split for name, split in named.items()}
+
+
+def test_an_eval_dataset_comes_before_a_held_out_share(tmp_path: Path):
+    mixed = make_dataset(tmp_path / "photos", "photos", splits=splits(a="train", b="eval"))
+    apart = make_dataset(tmp_path / "test_set", "test_set", splits=splits(c="eval", d="eval"))
+    settings = tiny_settings()
+    source, samples = choose_samples((mixed, apart), settings)
+    assert source == "eval dataset"
+    assert {sample.path for sample in samples} == {"c.png", "d.png"}
+    source, samples = choose_samples((mixed,), settings)
+    assert source == "held-out share"
+    assert [sample.path for sample in samples] == ["b.png"]
+
+
+def test_without_either_the_training_images_are_used_and_said_to_be(tmp_path: Path):
+    dataset = make_dataset(tmp_path / "photos", "photos", splits=splits(a="train", b="train"))
+    source, samples = choose_samples((dataset,), tiny_settings())
+    assert source == "training images"
+    assert {sample.path for sample in samples} == {"a.png", "b.png"}
+
+
+def test_num_eval_images_takes_the_first_by_key(tmp_path: Path):
+    dataset = make_dataset(
+        tmp_path / "photos", "photos", splits={f"{number}.png": "eval" for number in range(8)}
+    )
+    _, everything = choose_samples((dataset,), tiny_settings())
+    _, some = choose_samples((dataset,), tiny_settings(num_eval_images=3))
+    assert [sample.key for sample in everything] == sorted(sample.key for sample in everything)
+    assert list(some) == everything[:3]
+
+
+def test_images_are_the_scaled_posterior_mean_and_the_first_caption(tmp_path: Path):
+    dataset = make_dataset(tmp_path / "photos", "photos", splits=splits(a="eval", b="eval"))
+    _, samples = choose_samples((dataset,), tiny_settings())
+    found = read_images(samples, BatchReader((dataset,)), scaling_factor=0.5)
+    latents, texts = (
+        TensorStore(Path(dataset.latents.store_root)),
+        TensorStore(Path(dataset.text_embeds.store_root)),
+    )
+    for image, sample in zip(found, samples, strict=True):
+        assert torch.equal(image.latents, latents.read(sample.latent_key)["mean"] * 0.5)
+        assert torch.equal(image.prompt_embeds, texts.read(sample.embed_keys[0])["prompt_embeds"])
+        assert image.time_ids == sample.time_ids
