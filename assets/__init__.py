@@ -13,7 +13,7 @@ from assets.masks import build_mask_dataset, build_masks
 from assets.text_embeds import build_text_embeds
 from assets.training_plan import build_training_plan
 from assets.vae_latents import build_vae_latents
-from sdxl_pipeline.config.loader import BrokenProject, Project
+from sdxl_pipeline.config.loader import InvalidProject, Project
 
 
 def build_assets(project: Project) -> list[dg.AssetsDefinition]:
@@ -45,7 +45,7 @@ def build_assets(project: Project) -> list[dg.AssetsDefinition]:
     ]
 
 
-def build_broken_project(broken: BrokenProject) -> dg.AssetsDefinition:
+def build_invalid_project(broken: InvalidProject) -> dg.AssetsDefinition:
     """Stands for a project whose files have problems: the UI shows it, and materializing it says what to mend."""
 
     @dg.asset(

@@ -11,8 +11,8 @@ import pandas as pd
 
 from assets.asset_keys import dataset_key, version
 from assets.checks import data_checks
-from assets.errors import told_to_the_user
-from assets.metadata import dropped_table, image
+from assets.errors import user_errors_as_failures
+from assets.metadata import dropped_table, inline_image
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.schema.datasets import ImageDataset
@@ -108,7 +108,7 @@ def _held_out(project: Project, dataset: ImageDataset, kept: pd.DataFrame, share
     """Return the content keys to hold out. Their record is kept with the LoRAs they judge, not among what can be made again."""
     filtered = filter_reasons(dataset, kept["height"].to_numpy(), kept["width"].to_numpy()) != ""
     record = Path(project.training.output_dir) / "held_out" / f"{dataset.asset_name}.json"
-    with told_to_the_user():
+    with user_errors_as_failures():
         return hold_out(kept[~filtered], share, record)
 
 
@@ -127,7 +127,7 @@ def _find_faces(
             told = time.monotonic()
             context.log.info(f"{done} of {total} images searched for faces.")
 
-    with told_to_the_user():
+    with user_errors_as_failures():
         require_detector(dataset)
         table = storage.work_dir(project.name, dataset.asset_name, "aspect_buckets") / "faces.parquet"
         return find_faces(storage.data_dir(dataset), kept, table, on_progress)
@@ -155,7 +155,7 @@ def _metadata(rows: pd.DataFrame, dropped: pd.DataFrame, repeats: int, batch_siz
     short = [(width, height) for height, width in images.index[images < batch_size]]
     upscaled = (rows["resized_h"] > rows["source_h"]) | (rows["resized_w"] > rows["source_w"])
     return metadata | {
-        "buckets": image(bucket_histogram(rows, short), "crops per bucket"),
+        "buckets": inline_image(bucket_histogram(rows, short), "crops per bucket"),
         "crops_per_image": float(crops.mean()) if len(crops) else 1.0,
         "mirrored": int(rows["flipped"].sum()),
         "cropped_away": float(1 - (rows["bucket_h"] * rows["bucket_w"]).sum() / resized.sum()),

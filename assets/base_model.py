@@ -6,8 +6,8 @@ from typing import Any
 import dagster as dg
 
 from assets.asset_keys import project_key, version
-from assets.errors import told_to_the_user
-from assets.metadata import figures_table, present
+from assets.errors import user_errors_as_failures
+from assets.metadata import drop_none, markdown_table
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.evaluation.scoring_model import scoring_model_folder
@@ -37,7 +37,7 @@ def build_base_model(project: Project) -> dg.AssetsDefinition:
         description="The SDXL model that is fine-tuned: downloaded when it is a Hub id, and digested per component.",
     )
     def base_model(context: dg.AssetExecutionContext, storage: Storage) -> Iterator[Any]:
-        with told_to_the_user():
+        with user_errors_as_failures():
             model = resolve_base_model(settings, project.folder, cache_dir=storage.work_dir("base_models"))
             # Found or fetched now: that it cannot be had must not turn out after the training.
             scores = settings.evaluation_type == "clip"
@@ -48,7 +48,7 @@ def build_base_model(project: Project) -> dg.AssetsDefinition:
         yield dg.MaterializeResult(
             value=model,
             data_version=dg.DataVersion(model.digest),
-            metadata=present(
+            metadata=drop_none(
                 {
                     "source": model.source,
                     "path": dg.MetadataValue.path(model.path),
@@ -56,7 +56,7 @@ def build_base_model(project: Project) -> dg.AssetsDefinition:
                     "VAE": model.vae_source,
                     "scoring_model": scoring_model,
                     "preview_model": preview_model,
-                    "digests": figures_table(("component", "sha256"), sorted(model.digests.items())),
+                    "digests": markdown_table(("component", "sha256"), sorted(model.digests.items())),
                 }
             ),
         )

@@ -10,8 +10,8 @@ from pydantic import Field
 
 from assets.asset_keys import dataset_key, version
 from assets.checks import data_checks
-from assets.errors import told_to_the_user
-from assets.metadata import dropped_table, image, names_list
+from assets.errors import user_errors_as_failures
+from assets.metadata import dropped_table, inline_image, names_list
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.schema.datasets import ImageDataset
@@ -22,7 +22,7 @@ from sdxl_pipeline.data.quality.contact_sheets import (
     contact_sheet,
     resolution_scatter,
 )
-from sdxl_pipeline.data.quality.perceptual_hash import look_at
+from sdxl_pipeline.data.quality.perceptual_hash import compute_hashes
 from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY, dataset_fingerprint
 from sdxl_pipeline.data.scan.dataset_scan import recall_dataset, scan_dataset
 from sdxl_pipeline.data.scan.table_digests import dataset_digest
@@ -52,7 +52,7 @@ SAMPLES = 12
 PROGRESS_SECONDS = 10.0
 
 
-class Launchpad(dg.Config):
+class DatasetRunConfig(dg.Config):
     """What can be asked of one run."""
 
     verify: bool = Field(
@@ -76,9 +76,9 @@ def build_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefinition:
         description=f"Every file of {source_of(dataset)}: kept, or dropped with a reason.",
     )
     def dataset_asset(
-        context: dg.AssetExecutionContext, storage: Storage, config: Launchpad
+        context: dg.AssetExecutionContext, storage: Storage, config: DatasetRunConfig
     ) -> Iterator[Any]:
-        with told_to_the_user():
+        with user_errors_as_failures():
             generate_if_asked(project.folder)
             # Taken before the scan: a file that changes meanwhile is then seen as changed by the sensor.
             fingerprint = dataset_fingerprint(dataset)
@@ -133,7 +133,7 @@ def scan_files(
         )
     if dataset.find_near_duplicates:
         looked = _progress(context, "new images looked at")
-        scanned = look_at(folder, scanned, work_dir / "looks.parquet", looked)
+        scanned = compute_hashes(folder, scanned, work_dir / "looks.parquet", looked)
     for note in notes:
         context.log.warning(note)
     if notes:
@@ -232,7 +232,7 @@ def _metadata(storage: Storage, dataset: ImageDataset, scanned: pd.DataFrame) ->
     paths = [storage.data_dir(dataset) / path for path in sample["path"]]
     captions = [next(iter(texts), "") for texts in sample["captions"]]
     return metadata | {
-        "sample": image(contact_sheet(paths, captions), "some of the images with their captions"),
-        "resolutions": image(resolution_scatter(kept), "width and height of the images"),
-        "caption_lengths": image(caption_length_histogram(kept), "caption lengths"),
+        "sample": inline_image(contact_sheet(paths, captions), "some of the images with their captions"),
+        "resolutions": inline_image(resolution_scatter(kept), "width and height of the images"),
+        "caption_lengths": inline_image(caption_length_histogram(kept), "caption lengths"),
     }

@@ -27,8 +27,8 @@ STAGES: dict[str, type] = {
 }
 
 
-def dataset_inputs(project: Project) -> dict[str, dg.AssetIn]:
-    """Inputs of a stage that reads every dataset, by the names `training_datasets` takes them back from."""
+def cache_inputs(project: Project) -> dict[str, dg.AssetIn]:
+    """Inputs of a stage that reads every dataset, by the names `build_training_datasets` takes them back from."""
     return {
         f"{dataset.asset_name}__{stage}": dg.AssetIn(
             key=dataset_key(project, dataset, stage), dagster_type=STAGES[stage]
@@ -39,7 +39,7 @@ def dataset_inputs(project: Project) -> dict[str, dg.AssetIn]:
 
 
 def mask_inputs(project: Project) -> dict[str, dg.AssetIn]:
-    """The masks of the datasets that have some, by the names `training_datasets` takes them back from."""
+    """The masks of the datasets that have some, by the names `build_training_datasets` takes them back from."""
     return {
         f"{dataset.asset_name}__masks": dg.AssetIn(
             key=dataset_key(project, dataset, "masks"), dagster_type=pd.DataFrame
@@ -54,10 +54,10 @@ def model_input(project: Project) -> dict[str, dg.AssetIn]:
     return {"model": dg.AssetIn(key=project_key(project, "base_model"), dagster_type=ResolvedModel)}
 
 
-def training_datasets(
+def build_training_datasets(
     project: Project, storage: Storage, inputs: Mapping[str, Any]
 ) -> tuple[TrainingDataset, ...]:
-    """The datasets of a project as specs hold them, from the loaded `dataset_inputs` and, where masks matter, `mask_inputs`."""
+    """The datasets of a project as specs hold them, from the loaded `cache_inputs` and, where masks matter, `mask_inputs`."""
     return tuple(
         TrainingDataset(
             dataset_id=dataset.id,

@@ -17,9 +17,9 @@ from sdxl_pipeline.models.adapters.adapter_files import AdapterError
 from sdxl_pipeline.models.model_files import BaseModelError
 from sdxl_pipeline.release.export import ExportError
 from sdxl_pipeline.release.sanitize import ReleaseError
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 
-USERS_TO_MEND = (
+USER_ERRORS = (
     CaptionError,
     DatasetFolderError,
     FaceDetectorError,
@@ -30,16 +30,16 @@ USERS_TO_MEND = (
     ReleaseError,
     AdapterError,
     BaseModelError,
-    StageError,
+    UserError,
     StorageError,
 )
 
 
 @contextmanager
-def told_to_the_user() -> Iterator[None]:
+def user_errors_as_failures() -> Iterator[None]:
     """Turn the library's own errors into failed steps that say what to do, and are not tried again."""
     try:
         with full_disk_as_failure():
             yield
-    except USERS_TO_MEND as error:
+    except USER_ERRORS as error:
         raise dg.Failure(description=str(error), allow_retries=False) from error

@@ -8,10 +8,10 @@ import dagster as dg
 
 from assets.asset_keys import GPU_POOL, project_key, version
 from assets.checks import result_checks
-from assets.dataset_inputs import dataset_inputs, model_input, training_datasets, validation_prompts
+from assets.dataset_inputs import build_training_datasets, cache_inputs, model_input, validation_prompts
 from assets.lora import read_training_spec
-from assets.metadata import figures_table, image, present
-from resources.stage_client import LocalLauncher
+from assets.metadata import drop_none, inline_image, markdown_table
+from resources.stage_client import LocalStageClient
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.evaluation.evaluation_identity import LOOKED_AT
@@ -19,7 +19,7 @@ from sdxl_pipeline.evaluation.report import describe_difference
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.release.export import REPORT_FILE
 from sdxl_pipeline.runtime.specs import (
-    SPOKEN_KINDS,
+    KIND_LABELS,
     ClipSummary,
     EvaluateSpec,
     EvaluationReport,
@@ -46,7 +46,7 @@ def build_evaluation(project: Project) -> dg.AssetsDefinition:
         kinds={"torch"},
         pool=GPU_POOL,
         ins=model_input(project)
-        | dataset_inputs(project)
+        | cache_inputs(project)
         | {"lora": dg.AssetIn(key=project_key(project, "lora"), dagster_type=TrainedLora)},
         code_version=version(CODE, [settings_read, [prompt.model_dump() for prompt in prompts]]),
         check_specs=result_checks.evaluation_specs(key),
@@ -54,7 +54,7 @@ def build_evaluation(project: Project) -> dg.AssetsDefinition:
     )
     def evaluation(
         context: dg.AssetExecutionContext,
-        launcher: LocalLauncher,
+        launcher: LocalStageClient,
         storage: Storage,
         model: ResolvedModel,
         lora: TrainedLora,
@@ -69,7 +69,7 @@ def build_evaluation(project: Project) -> dg.AssetsDefinition:
             hardware=trained.hardware,
             settings=trained.settings.model_copy(update=looked_at),
             lora=lora,
-            datasets=training_datasets(project, storage, datasets),
+            datasets=build_training_datasets(project, storage, datasets),
             prompts=prompts,
             output_dir=str(Path(project.training.output_dir) / "evaluation"),
             previous_report_path=str(previous) if previous.is_file() else None,
@@ -103,13 +103,13 @@ def _metadata(report: EvaluationReport) -> dict[str, Any]:
     base, lora = report.base_loss, report.lora_loss
     scores: list[tuple[str, ClipSummary | None]] = [
         ("base", report.base_clip),
-        (SPOKEN_KINDS[report.weights_kind], report.lora_clip),
+        (KIND_LABELS[report.weights_kind], report.lora_clip),
     ]
     rows = [(name, clip.min, clip.mean, clip.max, clip.std) for name, clip in scores if clip]
     header = ("CLIP score", "minimum", "mean", "maximum", "standard deviation")
-    return present(
+    return drop_none(
         {
-            "gallery": image(report.gallery_path, f"base beside {SPOKEN_KINDS[report.weights_kind]}"),
+            "gallery": inline_image(report.gallery_path, f"base beside {KIND_LABELS[report.weights_kind]}"),
             "eval_loss_base": base.mean if base else None,
             "eval_loss_lora": lora.mean if lora else None,
             "eval_loss_ratio": lora.mean / base.mean if base and lora else None,
@@ -122,11 +122,11 @@ def _metadata(report: EvaluationReport) -> dict[str, Any]:
             "eval_images": f"{report.eval_images} ({report.eval_source})",
             "clip_score_base": report.base_clip.mean if report.base_clip else None,
             "clip_score_lora": report.lora_clip.mean if report.lora_clip else None,
-            "clip_scores": figures_table(header, rows) if rows else None,
-            "eval_loss_by_timestep": image(report.loss_plot_path, "eval loss by timestep")
+            "clip_scores": markdown_table(header, rows) if rows else None,
+            "eval_loss_by_timestep": inline_image(report.loss_plot_path, "eval loss by timestep")
             if report.loss_plot_path
             else None,
-            "change_since_release": figures_table(
+            "change_since_release": markdown_table(
                 ("figure", "change"), sorted(report.change_since_release.items())
             )
             if report.change_since_release

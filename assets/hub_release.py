@@ -10,10 +10,10 @@ from pydantic import Field
 
 from assets.asset_keys import dataset_key, project_key, version
 from assets.dataset_inputs import model_input
-from assets.errors import told_to_the_user
+from assets.errors import user_errors_as_failures
 from assets.evaluation import release_dir
 from assets.lora import FORMATS, read_training_spec
-from assets.metadata import image, model_card, present
+from assets.metadata import drop_none, inline_image, model_card
 from resources.hub import HubResource
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.files.digest import digest_json
@@ -69,7 +69,7 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
         _require_releasable(context.asset_key, lora, config.promote)
         trained = read_training_spec(lora)
         lineage = _lineage(context, project, model, lora)
-        with told_to_the_user():
+        with user_errors_as_failures():
             if lora.weights_kind == "lora":  # of a whole UNet, verify_formats reads the same folder
                 verify_export(Path(lora.weights_path), model)
             # again here: a release that is launched by itself does not wait for the evaluation's checks
@@ -89,7 +89,7 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
         yield dg.MaterializeResult(
             value=release,
             data_version=dg.DataVersion(digest_json([lora.weights_sha256, release.commit])),
-            metadata=present(
+            metadata=drop_none(
                 {
                     "published": release.url or "no: push_to_hub is off; the folder is ready on disk",
                     "repository": release.repo_id,
@@ -97,7 +97,7 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
                     "link": dg.MetadataValue.url(release.url) if release.url else None,
                     "folder": dg.MetadataValue.path(release.folder),
                     "files": ", ".join(release.files),
-                    "gallery": image(evaluation.gallery_path, "base beside LoRA"),
+                    "gallery": inline_image(evaluation.gallery_path, "base beside LoRA"),
                     "model_card": model_card(Path(release.model_card_path)),
                 }
             ),

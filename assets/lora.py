@@ -12,18 +12,18 @@ from pydantic import Field
 from assets.asset_keys import GPU_POOL, dataset_key, project_key, version
 from assets.checks import result_checks
 from assets.dataset_inputs import (
-    dataset_inputs,
+    build_training_datasets,
+    cache_inputs,
     mask_inputs,
     model_input,
-    training_datasets,
     upstream_metadata,
     validation_prompts,
 )
-from assets.errors import USERS_TO_MEND, told_to_the_user
-from assets.metadata import appearances_range, figures_table, image, present
+from assets.errors import USER_ERRORS, user_errors_as_failures
+from assets.metadata import appearances_range, drop_none, inline_image, markdown_table
 from resources.hardware import HardwareProfile
 from resources.hub import HubResource
-from resources.stage_client import LocalLauncher
+from resources.stage_client import LocalStageClient
 from resources.storage import Storage
 from resources.trackers import TrackerResource
 from resources.webhook import WebhookResource
@@ -38,9 +38,9 @@ from sdxl_pipeline.release.adapter_labels import adapter_name
 from sdxl_pipeline.runtime.specs import SettingDifference, TrainedLora, TrainingDataset, TrainSpec
 from sdxl_pipeline.training.checkpoint.run_identity import (
     decides_weights,
-    numeric_settings,
     run_identity,
     setting_changes,
+    settings_affecting_weights,
 )
 from sdxl_pipeline.training.checkpoint.run_lineage import SPEC_FILE
 
@@ -49,7 +49,7 @@ FORMATS = ("lora_format", "lora_export_dtype", "metadata_include_captions")
 """Settings that decide what is written of the trained weights, and not the weights."""
 
 
-class Launchpad(dg.Config):
+class TrainRunConfig(dg.Config):
     """What may be changed for one run, above config.json."""
 
     settings: dict[str, Any] = Field(
@@ -66,11 +66,11 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
         group_name=project.name,
         kinds={"torch", "safetensors"},
         pool=GPU_POOL,
-        ins=model_input(project) | dataset_inputs(project) | mask_inputs(project),
+        ins=model_input(project) | cache_inputs(project) | mask_inputs(project),
         code_version=version(
             CODE,
             [
-                numeric_settings(project.training),
+                settings_affecting_weights(project.training),
                 project.training.model_dump(mode="json", include={"released_weights", *FORMATS}),
             ],
         ),
@@ -79,9 +79,9 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
     )
     def lora(
         context: dg.AssetExecutionContext,
-        config: Launchpad,
+        config: TrainRunConfig,
         hardware: HardwareProfile,
-        launcher: LocalLauncher,
+        launcher: LocalStageClient,
         storage: Storage,
         hub: HubResource,
         trackers: TrackerResource,
@@ -90,7 +90,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
         **datasets: Any,
     ) -> Iterator[Any]:
         profile = hardware.hardware()
-        with told_to_the_user():
+        with user_errors_as_failures():
             settings, _ = resolve_settings(
                 trackers.apply(project.training), profile, config.settings, project.folder
             )
@@ -102,12 +102,12 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
             base_model=model,
             hardware=resolve_hardware(settings, profile),
             settings=settings,
-            datasets=training_datasets(project, storage, datasets),
+            datasets=build_training_datasets(project, storage, datasets),
             prompts=validation_prompts(project),
             run_dir="",
             project=project.name,
         )
-        with told_to_the_user():
+        with user_errors_as_failures():
             identity = run_identity(spec)
             run_dir = Path(settings.output_dir) / "lora" / identity[:16]
             spec = spec.model_copy(update={"run_dir": str(run_dir)})
@@ -171,7 +171,7 @@ def _differences(
     """
     settings, hardware = project.training, spec.hardware
     # A configuration that cannot be resolved describes no weights: then everything that it does not state itself differs.
-    with suppress(*USERS_TO_MEND, dg.Failure):
+    with suppress(*USER_ERRORS, dg.Failure):
         profile = HardwareProfile().hardware()
         settings, _ = resolve_settings(settings, profile, {}, project.folder)
         settings = with_initial_adapter(settings, project.folder)
@@ -185,7 +185,7 @@ def _differences(
     decisive = [key for key in differences if decides_weights(key) or key in chosen]
     if decisive and set(decisive) <= {"init_lora", "resume_from_checkpoint"}:
         # two paths may lead to one file, and a checkpoint of the same trajectory to the same weights
-        with suppress(*USERS_TO_MEND):
+        with suppress(*USER_ERRORS):
             if run_identity(configured) == identity:
                 decisive = []
     return tuple(differences.values()), tuple(differences[key] for key in decisive)
@@ -200,9 +200,9 @@ def _trained_with(
         for each in differences
     ]
     header = ("setting", "configured", "this run", "changes the weights")
-    return present(
+    return drop_none(
         {
-            "trained_with": figures_table(header, rows) if rows else None,
+            "trained_with": markdown_table(header, rows) if rows else None,
             OVERRIDES_ENTRY: ", ".join(each.setting for each in overrides) or None,
         }
     )
@@ -212,13 +212,13 @@ def _uses(datasets: Sequence[TrainingDataset]) -> dict[str, Any]:
     """The datasets that are masked, and those that are regularisation."""
     masked = ", ".join(dataset.dataset_id for dataset in datasets if dataset.masks)
     preserved = ", ".join(dataset.dataset_id for dataset in datasets if dataset.is_regularisation)
-    return present({"masked_datasets": masked or None, "regularisation_datasets": preserved or None})
+    return drop_none({"masked_datasets": masked or None, "regularisation_datasets": preserved or None})
 
 
 def _objective(settings: TrainingSettings) -> dict[str, Any]:
     """What is taught other than by default."""
     changed = [(key, str(value)) for key, value in settings.changed_objective.items()]
-    return present({"objective": figures_table(("setting", "value"), changed) if changed else None})
+    return drop_none({"objective": markdown_table(("setting", "value"), changed) if changed else None})
 
 
 def _summary(result: TrainedLora) -> str:
@@ -237,24 +237,24 @@ def _memory(result: TrainedLora) -> dg.MetadataValue | None:
         ("**estimated, at one time**", result.estimated_memory_bytes / 2**30),
         ("**measured peak**", result.peak_memory_bytes / 2**30),
     ]
-    return figures_table(("memory of the main process", "GiB"), [*rows, *peaks])
+    return markdown_table(("memory of the main process", "GiB"), [*rows, *peaks])
 
 
 def _adapter(settings: TrainingSettings) -> dict[str, Any]:
     if settings.model_type != "lora":
         return {}
     start = initial_adapter_digest(settings.init_lora)
-    return present({"adapter": adapter_name(settings).partition(" ")[2], "started_from_sha256": start})
+    return drop_none({"adapter": adapter_name(settings).partition(" ")[2], "started_from_sha256": start})
 
 
 def _metadata(result: TrainedLora) -> dict[str, Any]:
     sheet = result.validation_sheet_path
-    return present(
+    return drop_none(
         {
             "summary": _summary(result),
             "final_loss": result.final_loss,
             "eval_loss": result.eval_losses[-1][1] if result.eval_losses else None,
-            "eval_losses": figures_table(("step", "eval loss"), result.eval_losses)
+            "eval_losses": markdown_table(("step", "eval loss"), result.eval_losses)
             if result.eval_losses
             else None,
             "steps": result.steps,
@@ -264,7 +264,7 @@ def _metadata(result: TrainedLora) -> dict[str, Any]:
             else None,
             "epochs": result.epochs,
             "images_seen": result.samples,
-            "datasets": figures_table(
+            "datasets": markdown_table(
                 (
                     "dataset",
                     "trained images",
@@ -295,12 +295,14 @@ def _metadata(result: TrainedLora) -> dict[str, Any]:
             "memory": _memory(result),
             "trainable_parameters": result.trainable_parameters,
             "adapted_modules": result.adapted_modules,
-            "loss_curve": image(result.loss_curve_path, "loss, gradient norm and learning rate over steps"),
-            "validation": image(sheet, "validation images over steps") if sheet else None,
+            "loss_curve": inline_image(
+                result.loss_curve_path, "loss, gradient norm and learning rate over steps"
+            ),
+            "validation": inline_image(sheet, "validation images over steps") if sheet else None,
             "weights": dg.MetadataValue.path(result.weights_path),
             "kohya_weights": dg.MetadataValue.path(result.kohya_path) if result.kohya_path else None,
             "kohya_dtype": result.kohya_dtype,
-            "dora_approximation": figures_table(
+            "dora_approximation": markdown_table(
                 ("approximation as a plain LoRA", "value"), sorted(result.dora_approximation.items())
             )
             if result.dora_approximation

@@ -10,9 +10,9 @@ import pandas as pd
 from assets.asset_keys import dataset_key, version
 from assets.checks.data_checks import files_accounted_for
 from assets.checks.result_checks import result, specs
-from assets.dataset import Launchpad, scan_files, source_of
-from assets.errors import told_to_the_user
-from assets.metadata import NAMES_SHOWN, dropped_table, image
+from assets.dataset import DatasetRunConfig, scan_files, source_of
+from assets.errors import user_errors_as_failures
+from assets.metadata import NAMES_SHOWN, dropped_table, inline_image
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.schema.datasets import ImageDataset, MaskKind
@@ -44,8 +44,10 @@ def build_mask_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefini
         ),
         description=f"Every file of {source_of(entry)}: a mask, or dropped with a reason.",
     )
-    def mask_dataset(context: dg.AssetExecutionContext, storage: Storage, config: Launchpad) -> Iterator[Any]:
-        with told_to_the_user():
+    def mask_dataset(
+        context: dg.AssetExecutionContext, storage: Storage, config: DatasetRunConfig
+    ) -> Iterator[Any]:
+        with user_errors_as_failures():
             fingerprint = dataset_fingerprint(entry)  # before the scan, as that of images
             scanned, told, _ = scan_files(context, storage, project, entry, config.verify or entry.verify)
         kept = scanned[scanned["status"] == "kept"]
@@ -128,7 +130,7 @@ def _paired(paired: MaskPairs, dataset: ImageDataset) -> dg.AssetCheckResult:
     refuses = dataset.missing_masks == "refuse"
     faulty = paired.without if refuses else paired.refused
     told = [f"{path}: {reason}" for path, reason in zip(faulty["path"], faulty["reason"], strict=True)]
-    remedy = (
+    hint = (
         " Add the masks (all white to learn everything)"
         + (', or write "missing_masks": "unmasked" to train images that have none whole.' if refuses else ".")
         if told
@@ -137,7 +139,7 @@ def _paired(paired: MaskPairs, dataset: ImageDataset) -> dg.AssetCheckResult:
     return result(
         "masks_paired",
         not told,
-        f"{len(paired.pairs)} images have a mask, {len(paired.without)} have none{_named(told)}.{remedy}",
+        f"{len(paired.pairs)} images have a mask, {len(paired.without)} have none{_named(told)}.{hint}",
     )
 
 
@@ -165,4 +167,4 @@ def _overlays(pairs: pd.DataFrame, images: Path, masks: Path, kind: MaskKind) ->
         names.append(str(row.path))
     if not shown:
         return {}
-    return {"sample": image(contact_sheet(shown, names), "images, what their masks ignore in red")}
+    return {"sample": inline_image(contact_sheet(shown, names), "images, what their masks ignore in red")}

@@ -24,9 +24,9 @@ _LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^()\s]+)\)")
 _CODE = re.compile(r"(```.*?```)", re.DOTALL)
 
 
-def image(image: Image.Image | Path | str, alt: str) -> dg.MetadataValue:
+def inline_image(image: Image.Image | Path | str, alt: str) -> dg.MetadataValue:
     """An image shown inline by the UI, as a JPEG of at most 300 KB."""
-    return dg.MetadataValue.md(_inline_image(image, alt, MAX_IMAGE_BYTES))
+    return dg.MetadataValue.md(_encode_jpeg(image, alt, MAX_IMAGE_BYTES))
 
 
 def model_card(path: Path) -> dg.MetadataValue:
@@ -42,7 +42,7 @@ def model_card(path: Path) -> dg.MetadataValue:
         if not target.is_relative_to(path.parent.resolve()) or not target.exists():
             return link[0]
         if link["image"]:
-            return _inline_image(target, link["text"], MAX_CARD_IMAGE_BYTES)
+            return _encode_jpeg(target, link["text"], MAX_CARD_IMAGE_BYTES)
         return f"`{link['target']}`"
 
     parts = _CODE.split(body.replace("<Gallery />", ""))  # which only the Hub shows
@@ -51,7 +51,7 @@ def model_card(path: Path) -> dg.MetadataValue:
     )
 
 
-def _inline_image(image: Image.Image | Path | str, alt: str, max_bytes: int) -> str:
+def _encode_jpeg(image: Image.Image | Path | str, alt: str, max_bytes: int) -> str:
     if not isinstance(image, Image.Image):
         with Image.open(image) as opened:
             image = opened.convert("RGB")
@@ -89,7 +89,7 @@ def names_list(names: Iterable[str]) -> dg.MetadataValue:
     return dg.MetadataValue.md("\n".join(lines) or "none")
 
 
-def figures_table(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> dg.MetadataValue:
+def markdown_table(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> dg.MetadataValue:
     """A Markdown table; floats with four significant digits."""
 
     def cell(value: object) -> str:
@@ -100,7 +100,7 @@ def figures_table(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -
     return dg.MetadataValue.md("\n".join(lines))
 
 
-def present(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def drop_none(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that have a value: a rate of work that was not needed is left out rather than shown as zero."""
     return {name: value for name, value in metadata.items() if value is not None}
 

@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 
 import dagster as dg
 
-from assets.metadata import present
-from resources.stage_client import LocalLauncher
+from assets.metadata import drop_none
+from resources.stage_client import LocalStageClient
 from sdxl_pipeline.runtime.specs import (
     EncodeLatentsSpec,
     EncodeTextSpec,
@@ -22,7 +22,7 @@ ManifestT = TypeVar("ManifestT", LatentCache, TextEmbedCache, EvaluationReport)
 
 def materialized(
     context: dg.AssetExecutionContext,
-    launcher: LocalLauncher,
+    launcher: LocalStageClient,
     stage: str,
     spec: EncodeLatentsSpec | EncodeTextSpec | EvaluateSpec,
     manifest_type: type[ManifestT],
@@ -34,13 +34,13 @@ def materialized(
 ) -> dg.MaterializeResult:
     """Run a stage on the hardware of its spec, and give its manifest as the asset's value.
 
-    `told` is a line for the log; entries of `metadata` that are None are left out. Raises what `LocalLauncher.run` raises.
+    `told` is a line for the log; entries of `metadata` that are None are left out. Raises what `LocalStageClient.run` raises.
     """
     manifest = launcher.run(context, stage, spec, manifest_type, work_dir, spec.hardware)
     context.log.info(told(manifest))
     return dg.MaterializeResult(
         value=manifest,
         data_version=dg.DataVersion(data_version(manifest)),
-        metadata=present(metadata(manifest)),
+        metadata=drop_none(metadata(manifest)),
         check_results=checked(manifest),
     )

@@ -12,7 +12,7 @@ from assets.asset_keys import dataset_key, project_key
 from sdxl_pipeline.config.loader import Project, discover_projects
 from sdxl_pipeline.definitions import build_definitions
 from sdxl_pipeline.runtime.specs import (
-    SPOKEN_KINDS,
+    KIND_LABELS,
     EvaluationReport,
     HubRelease,
     LatentCache,
@@ -67,7 +67,7 @@ def load_results(project: Project) -> Results:
 def work_done(results: Results) -> list[str]:
     """Sentences on what was encoded, trained and measured, and what was reused."""
     lora, report = results.lora, results.report
-    called = SPOKEN_KINDS[lora.weights_kind]
+    called = KIND_LABELS[lora.weights_kind]
     lines = [
         f"latents: {sum(c.encoded for c in results.latents)} encoded, {sum(c.reused for c in results.latents)} reused",
         f"captions: {sum(c.encoded for c in results.texts)} encoded, {sum(c.reused for c in results.texts)} reused",
@@ -89,7 +89,7 @@ def places(results: Results) -> list[tuple[str, str]]:
     lora = results.lora
     return [
         ("before and after", _short(results.report.gallery_path)),
-        (SPOKEN_KINDS[lora.weights_kind], _short(lora.weights_path)),
+        (KIND_LABELS[lora.weights_kind], _short(lora.weights_path)),
         *([("for ComfyUI, A1111", _short(lora.kohya_path))] if lora.kohya_path else []),
         ("report", _short(results.report.report_path)),
         ("release", results.release.url or _short(results.release.folder)),

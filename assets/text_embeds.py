@@ -11,7 +11,7 @@ from assets.checks import result_checks
 from assets.metadata import names_list
 from assets.stage_asset import materialized
 from resources.hardware import HardwareProfile
-from resources.stage_client import LocalLauncher
+from resources.stage_client import LocalStageClient
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.resolve import resolve_hardware
@@ -48,7 +48,7 @@ def build_text_embeds(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
     def text_embeds(
         context: dg.AssetExecutionContext,
         hardware: HardwareProfile,
-        launcher: LocalLauncher,
+        launcher: LocalStageClient,
         storage: Storage,
         model: ResolvedModel,
         scanned: pd.DataFrame,

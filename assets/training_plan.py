@@ -8,8 +8,8 @@ import pandas as pd
 
 from assets.asset_keys import dataset_key, project_key, version
 from assets.checks.result_checks import OVER_FITTING, check_unseen_images, specs
-from assets.errors import told_to_the_user
-from assets.metadata import appearances_range, figures_table
+from assets.errors import user_errors_as_failures
+from assets.metadata import appearances_range, markdown_table
 from resources.hardware import HardwareProfile
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.resolve import resolve_hardware, resolve_settings
@@ -61,7 +61,7 @@ def build_training_plan(project: Project) -> dg.AssetsDefinition:
             PlannedDataset(dataset.id, rows[dataset.asset_name], dataset.repeats, dataset.probability)
             for dataset in project.datasets
         ]
-        with told_to_the_user():
+        with user_errors_as_failures():
             settings, _ = resolve_settings(project.training, profile, {}, project.folder)
             processes = resolve_hardware(settings, profile).num_processes
             plan = plan_training(datasets, settings, processes)
@@ -82,7 +82,7 @@ def _metadata(plan: TrainingPlan) -> dict[str, Any]:
         "steps": plan.steps,
         "batches_per_epoch": plan.batches_per_epoch,
         "images_per_epoch": plan.images_per_epoch,
-        "datasets": figures_table(
+        "datasets": markdown_table(
             ("dataset", "trained images", "held-out images", "appearances an epoch", "repeats raised to"),
             [
                 (

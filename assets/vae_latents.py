@@ -8,10 +8,10 @@ import pandas as pd
 
 from assets.asset_keys import GPU_POOL, dataset_key, project_key, version
 from assets.checks import result_checks
-from assets.metadata import figures_table, image, names_list
+from assets.metadata import inline_image, markdown_table, names_list
 from assets.stage_asset import materialized
 from resources.hardware import HardwareProfile
-from resources.stage_client import LocalLauncher
+from resources.stage_client import LocalStageClient
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.resolve import resolve_hardware
@@ -45,7 +45,7 @@ def build_vae_latents(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
     def vae_latents(
         context: dg.AssetExecutionContext,
         hardware: HardwareProfile,
-        launcher: LocalLauncher,
+        launcher: LocalStageClient,
         storage: Storage,
         model: ResolvedModel,
         rows: pd.DataFrame,
@@ -83,7 +83,7 @@ def build_vae_latents(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
 
 def _metadata(cache: LatentCache) -> dict[str, Any]:
     channels = range(len(cache.latent_mean))
-    scaled_latents = figures_table(
+    scaled_latents = markdown_table(
         ("channel", "mean", "standard deviation"),
         [(channel, cache.latent_mean[channel], cache.latent_std[channel]) for channel in channels],
     )
@@ -98,7 +98,7 @@ def _metadata(cache: LatentCache) -> dict[str, Any]:
         "seconds": cache.seconds,
         "scaled_latents": scaled_latents if cache.measured else None,
         "scaled_latents_of": f"{cache.measured} of {cache.planned} crops" if cache.measured else None,
-        "sample": image(cache.sample_path, "crops beside their decoded latents")
+        "sample": inline_image(cache.sample_path, "crops beside their decoded latents")
         if cache.sample_path
         else None,
         "store": dg.MetadataValue.path(cache.store_root),

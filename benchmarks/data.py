@@ -12,7 +12,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from benchmarks.figures import Figure, Options, as_json, show
+from benchmarks.figures import Measurement, Options, as_json, show
 
 PARTS = ("scan", "buckets", "latents", "text", "store", "end_to_end")
 
@@ -36,7 +36,7 @@ def main() -> None:
         options = Options(
             workdir=str((arguments.workdir or Path(temporary)).resolve()), quick=arguments.quick
         )
-        figures: list[Figure] = []
+        figures: list[Measurement] = []
         for part in arguments.parts or PARTS:
             print(f"measuring {part} ...", flush=True)
             figures += importlib.import_module(f"benchmarks.data_parts.{part}").measure(options)

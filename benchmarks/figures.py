@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
-class Figure:
+class Measurement:
     """One measured value. `target` is what it is held against, in words ("at least 0.9"); `met` whether it holds, None without one."""
 
     part: str
@@ -30,7 +30,7 @@ class Options:
     repeats: int = 5
 
 
-def show(figures: Sequence[Figure]) -> None:
+def show(figures: Sequence[Measurement]) -> None:
     """Print the figures, and the machine they were measured on; without rich, which a GPU's machine may lack, a line for each."""
     try:
         from rich.console import Console
@@ -52,6 +52,6 @@ def show(figures: Sequence[Figure]) -> None:
     )
 
 
-def as_json(figures: Sequence[Figure]) -> str:
+def as_json(figures: Sequence[Measurement]) -> str:
     """The figures as a JSON list."""
     return json.dumps([asdict(figure) for figure in figures], indent=1)

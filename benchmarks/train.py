@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.figures import Figure, Options, as_json, show
+from benchmarks.figures import Measurement, Options, as_json, show
 
 PARTS = ("loop", "launch")
 
@@ -43,7 +43,7 @@ def main() -> None:
         options = Options(
             workdir=str((arguments.workdir or Path(temporary)).resolve()), quick=arguments.quick
         )
-        figures: list[Figure] = []
+        figures: list[Measurement] = []
         for part in arguments.parts or PARTS:
             print(f"measuring {part} ...", flush=True)
             figures += importlib.import_module(f"benchmarks.train_parts.{part}").measure(options)

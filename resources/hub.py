@@ -56,7 +56,7 @@ class HubResource(dg.ConfigurableResource):
                 f"push_to_hub is true, but the Hub at {api.endpoint} cannot be asked whether it would take the release: {explain(error)}. "
                 "Materialize this asset again later."
             ) from error
-        problem = why_not_writable(account, repo_id)
+        problem = missing_write_access(account, repo_id)
         if problem:
             raise dg.Failure(f"{problem} {TOKEN_ADVICE}", allow_retries=False)
 
@@ -92,7 +92,7 @@ def _warn(message: str) -> None:
     dg.get_dagster_logger().warning(message)
 
 
-def why_not_writable(account: dict[str, Any], repo_id: str) -> str | None:
+def missing_write_access(account: dict[str, Any], repo_id: str) -> str | None:
     """Why the account and token that the Hub's whoami describes cannot write to a repository; None when they can.
 
     The Hub gives every token a role: "read", "write", or "fineGrained" with permissions per user, organization or repository.

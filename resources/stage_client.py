@@ -50,7 +50,7 @@ OUT_OF_MEMORY_ADVICE = (
 )
 
 
-class LocalLauncher(dg.ConfigurableResource):
+class LocalStageClient(dg.ConfigurableResource):
     """Runs a stage as a child of the step, on this machine: plain Python for one device, torchrun for several."""
 
     stop_timeout_seconds: float = Field(

@@ -17,7 +17,7 @@ from sdxl_pipeline.config.schema.datasets import ImageDataset, TextEmbedsDataset
 from sdxl_pipeline.data.sources import data_folder
 from sdxl_pipeline.files.atomic_files import write_bytes_atomic, write_text_atomic
 from sdxl_pipeline.files.disk_space import describe_disk_full, is_disk_full
-from sdxl_pipeline.files.storage_layout import ROOT_VARIABLE, Places, storage_root
+from sdxl_pipeline.files.storage_layout import ROOT_VARIABLE, StorageLayout, storage_root
 
 
 @contextmanager
@@ -48,9 +48,9 @@ class Storage(dg.ConfigurableResource):
         return storage_root(self.root)
 
     @property
-    def places(self) -> Places:
+    def places(self) -> StorageLayout:
         """The folders under the root."""
-        return Places(self.path)
+        return StorageLayout(self.path)
 
     def data_dir(self, dataset: ImageDataset) -> Path:
         """Folder that a dataset's images lie in: the user's own, or where they are downloaded to."""
@@ -112,13 +112,13 @@ class ValueIOManager(dg.ConfigurableIOManager):
         wanted = context.dagster_type.typing_type
         path = self._path(context, wanted)
         asset = context.asset_key.to_user_string()
-        remedy = (
+        hint = (
             f"Materialize it first: dagster asset materialize -m sdxl_pipeline.definitions --select 'key:\"{asset}\"', "
             "or select the assets upstream together with this one."
         )
         if not path.exists():
             raise dg.Failure(
-                f"the value of asset {asset} is not there (looked for {path}). {remedy}", allow_retries=False
+                f"the value of asset {asset} is not there (looked for {path}). {hint}", allow_retries=False
             )
         if wanted is pd.DataFrame:
             return read_parquet(path)
@@ -127,7 +127,7 @@ class ValueIOManager(dg.ConfigurableIOManager):
         except ValidationError as error:
             raise dg.Failure(
                 f"the value of asset {asset} ({path}) does not fit {wanted.__name__}; another version of this project wrote it. "
-                f"{remedy}\n{error}",
+                f"{hint}\n{error}",
                 allow_retries=False,
             ) from error
 

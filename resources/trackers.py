@@ -43,7 +43,7 @@ class TrackerResource(dg.ConfigurableResource):
         return settings.model_copy(update=changes)
 
     def environment(self) -> dict[str, str]:
-        """What the training process needs in its environment; for `LocalLauncher.run(environment=...)`."""
+        """What the training process needs in its environment; for `LocalStageClient.run(environment=...)`."""
         if self.wandb_mode is None:
             return {}
         if self.wandb_mode not in WANDB_MODES:

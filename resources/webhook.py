@@ -19,7 +19,7 @@ class WebhookResource(dg.ConfigurableResource):
     )
 
     def environment(self, settings: TrainingSettings) -> dict[str, str]:
-        """What the training process needs in its environment; for `LocalLauncher.run(environment=...)`.
+        """What the training process needs in its environment; for `LocalStageClient.run(environment=...)`.
 
         So the addresses reach it wherever it runs, and stand in no spec. Raises `dagster.Failure` for a file that cannot be used.
         """

@@ -17,7 +17,7 @@ from sdxl_pipeline.data.scan.dataset_fingerprint import (
     METADATA_ENTRY,
     OVERRIDES_ENTRY,
     folder_states,
-    lies_elsewhere,
+    has_remote_datasets,
     project_fingerprint,
 )
 
@@ -109,7 +109,7 @@ def reason_to_wait(
     return None
 
 
-def cause_of_retraining(instance: dg.DagsterInstance, project: Project, sources_unknown: bool = False) -> str:
+def retraining_cause(instance: dg.DagsterInstance, project: Project, sources_unknown: bool = False) -> str:
     """Return in words what makes a training due."""
     trained = _recorded(instance, lora_key(project))
     if METADATA_ENTRY not in trained:
@@ -156,7 +156,7 @@ def request_retraining(
         if holder != asker and now - since < CLAIM_SECONDS:
             return dg.SkipReason(f"The {holder} has just asked for a run of this project.")
         instance.daemon_cursor_storage.set_cursor_values({claim: json.dumps([asker, now])})
-    cause = cause_of_retraining(instance, project, sources_unknown)
+    cause = retraining_cause(instance, project, sources_unknown)
     return dg.RunRequest(tags={METADATA_ENTRY: state, "reason": f"{asker}: {cause}"})
 
 
@@ -185,7 +185,7 @@ def build_schedule(project: Project) -> dg.ScheduleDefinition | None:
             current,
             project_fingerprint(current),
             "schedule",
-            sources_unknown=lies_elsewhere(current),
+            sources_unknown=has_remote_datasets(current),
         )
 
     return retraining
@@ -242,7 +242,7 @@ def build_prune_job(root: Path | None = None) -> dg.JobDefinition:
     """
 
     @dg.op(
-        name="free_what_no_project_refers_to",
+        name="garbage_collect",
         out=dg.Out(dg.Nothing),
         description="Entries, tables, downloads and leftovers that no project refers to and no running stage uses.",
     )

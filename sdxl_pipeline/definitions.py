@@ -9,12 +9,12 @@ import resources
 from resources.hardware import HardwareProfile
 from resources.hub import HubResource
 from resources.run_liveness import follow_run_process, live_run_executor
-from resources.stage_client import LocalLauncher
+from resources.stage_client import LocalStageClient
 from resources.storage import Storage, ValueIOManager
 from resources.trackers import TrackerResource
 from resources.webhook import WebhookResource
 from sdxl_pipeline.automation import build_prune_job, build_schedule, build_sensor, retraining_job
-from sdxl_pipeline.config.loader import BrokenProject, Project, discover_projects
+from sdxl_pipeline.config.loader import InvalidProject, Project, discover_projects
 from sdxl_pipeline.config.problems import ProjectError, only_project_errors
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ def build_definitions(root: Path | None = None) -> dg.Definitions:
         executor=EXECUTOR,
         resources={
             "hardware": HardwareProfile.configure_at_launch(),
-            "launcher": LocalLauncher(),
+            "launcher": LocalStageClient(),
             "storage": storage,
             "io_manager": ValueIOManager(storage=storage),
             "hub": HubResource(),
@@ -54,10 +54,10 @@ def build_definitions(root: Path | None = None) -> dg.Definitions:
     return dg.Definitions.merge(*(_definitions_of(project) for project in discover_projects(root)), shared)
 
 
-def _definitions_of(project: Project | BrokenProject) -> dg.Definitions:
+def _definitions_of(project: Project | InvalidProject) -> dg.Definitions:
     """Return what one project adds. Settings that Dagster itself refuses make it a broken project, and leave the others as they are."""
-    if isinstance(project, BrokenProject):
-        return dg.Definitions(assets=[assets.build_broken_project(project)])
+    if isinstance(project, InvalidProject):
+        return dg.Definitions(assets=[assets.build_invalid_project(project)])
     try:
         with only_project_errors(project.folder):
             schedule = build_schedule(project)
@@ -68,7 +68,7 @@ def _definitions_of(project: Project | BrokenProject) -> dg.Definitions:
                 sensors=[build_sensor(project)],
             )
     except ProjectError as error:
-        return _definitions_of(BrokenProject(project.name, project.folder, error))
+        return _definitions_of(InvalidProject(project.name, project.folder, error))
 
 
 @dg.definitions

@@ -303,7 +303,7 @@ def prune_event(
     result = job.execute_in_process(
         instance=instance,
         resources={"storage": Storage(root=str(storage))},
-        run_config={"ops": {"free_what_no_project_refers_to": {"config": config}}},
+        run_config={"ops": {"garbage_collect": {"config": config}}},
     )
     (event,) = (
         event.event_specific_data

@@ -9,7 +9,7 @@ import pandas as pd
 
 from assets.asset_keys import dataset_key
 from assets.checks.result_checks import result, specs
-from assets.metadata import NAMES_SHOWN, image
+from assets.metadata import NAMES_SHOWN, inline_image
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.schema.datasets import ImageDataset
@@ -17,7 +17,7 @@ from sdxl_pipeline.config.schema.optimization import BucketFill
 from sdxl_pipeline.data.buckets.crop_plan import images_per_bucket
 from sdxl_pipeline.data.buckets.holdout import MINIMA
 from sdxl_pipeline.data.quality.contact_sheets import grouped_sheet
-from sdxl_pipeline.data.quality.near_duplicates import find_leaks, find_look_alikes
+from sdxl_pipeline.data.quality.near_duplicates import find_leaks, find_near_duplicates
 
 MISSING_CAPTIONS_LIMIT = 0.2
 """Share of images without a caption from which a dataset is taken for a mistake rather than for a gap."""
@@ -51,7 +51,7 @@ def check_dataset(
         result("usable_images", len(kept) > 0, f"{len(kept)} of {len(scanned)} files are kept."),
         _captions_present(scanned, kept, dataset),
         files_accounted_for(scanned, kept),
-        _look_alikes(kept, dataset, folder),
+        _near_duplicates(kept, dataset, folder),
         result("may_leave_data_unused", not notes, " ".join(notes) or "All of it is used."),
         _shared_captions(kept, dataset),
     ]
@@ -193,12 +193,12 @@ def _captions_present(
     uncaptioned = scanned[~scanned["caption_status"].isin(["", "ok"])]
     captionable = len(kept) + int((uncaptioned["status"] == "dropped").sum())
     share = len(uncaptioned) / captionable if captionable else 0.0
-    remedy = ' Add the captions, or write "missing_captions": "empty" to train these images without text.'
+    hint = ' Add the captions, or write "missing_captions": "empty" to train these images without text.'
     return result(
         "captions_present",
         dataset.missing_captions == "empty" or share <= MISSING_CAPTIONS_LIMIT,
         f"{len(uncaptioned)} of {captionable} images ({share:.0%}) have no usable caption."
-        + (remedy if share else ""),
+        + (hint if share else ""),
     )
 
 
@@ -217,8 +217,8 @@ def files_accounted_for(scanned: pd.DataFrame, kept: pd.DataFrame) -> dg.AssetCh
     )
 
 
-def _look_alikes(kept: pd.DataFrame, dataset: ImageDataset, folder: Path) -> dg.AssetCheckResult:
-    found = find_look_alikes(kept)
+def _near_duplicates(kept: pd.DataFrame, dataset: ImageDataset, folder: Path) -> dg.AssetCheckResult:
+    found = find_near_duplicates(kept)
     copies = sum(len(paths) - 1 for paths in found.same)
     alike = sum(len(group.paths) for group in found.alike)
     told = [f"{copies} files are copies of others{_names([' = '.join(paths[:3]) for paths in found.same])}"]
@@ -230,13 +230,13 @@ def _look_alikes(kept: pd.DataFrame, dataset: ImageDataset, folder: Path) -> dg.
         told.append("look-alikes were not searched, since find_near_duplicates is off")
     if found.featureless:
         told.append(f"{found.featureless} flat or evenly shaded ones cannot be compared")
-    remedy = " Each of them is trained on: remove those that are not meant." if copies or alike else ""
+    hint = " Each of them is trained on: remove those that are not meant." if copies or alike else ""
     groups = [group.paths for group in found.alike] + list(found.same)
     sheet = [[(folder / path, path) for path in paths] for paths in groups]
     return result(
         "may_look_alike",
         not groups,
-        "; ".join(told) + "." + remedy,
+        "; ".join(told) + "." + hint,
         _sheet(sheet, "images that look alike, in rows"),
     )
 
@@ -313,4 +313,4 @@ def _names(names: Sequence[str]) -> str:
 def _sheet(groups: Sequence[Sequence[tuple[Path, str]]], alt: str) -> dict[str, dg.MetadataValue]:
     if not groups:
         return {}
-    return {"images": image(grouped_sheet(groups[:GROUPS_SHOWN]), alt)}
+    return {"images": inline_image(grouped_sheet(groups[:GROUPS_SHOWN]), alt)}

@@ -16,7 +16,7 @@ from sdxl_pipeline.files.atomic_files import sha256_file, sha256_path
 from sdxl_pipeline.models.adapters.adapter_files import changes_something
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.runtime.specs import (
-    SPOKEN_KINDS,
+    KIND_LABELS,
     EvaluationReport,
     LatentCache,
     TextEmbedCache,
@@ -222,7 +222,7 @@ def _better_than_base(report: EvaluationReport) -> dg.AssetCheckResult:
         message = "Not measured: eval_loss_disable is true."
     else:
         message = (
-            f"base {report.base_loss.mean:.4f}, {SPOKEN_KINDS[report.weights_kind]} {report.lora_loss.mean:.4f} on "
+            f"base {report.base_loss.mean:.4f}, {KIND_LABELS[report.weights_kind]} {report.lora_loss.mean:.4f} on "
             f"{report.eval_images} images ({report.eval_source}); difference {describe_difference(difference)}."
         )
         if difference.standard_error is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.figures import Figure, Options
+from benchmarks.figures import Measurement, Options
 
 IMAGES = 1_000_000
 SECONDS = 10.0
@@ -32,7 +32,7 @@ SETTINGS = {
 }
 
 
-def measure(options: Options) -> list[Figure]:
+def measure(options: Options) -> list[Measurement]:
     """Seconds and bytes for one million rows of realistic sizes, for three of the crop aspects."""
     images = 20_000 if options.quick else IMAGES
     figures = []
@@ -47,11 +47,11 @@ def measure(options: Options) -> list[Figure]:
         seconds, peak, with_leaks = json.loads(told.splitlines()[-1])
         note = f"{images:,} images, crop_aspect {name}"
         bucketing = sum(seconds[what] for what in BUCKETING)
-        figures += [Figure("buckets", what, value, "s", note=note) for what, value in seconds.items()]
+        figures += [Measurement("buckets", what, value, "s", note=note) for what, value in seconds.items()]
         figures += [
-            Figure("buckets", "bucketing", bucketing, "s", "under 10 s", bucketing < SECONDS, f"{note}: {', '.join(BUCKETING)}"),
-            Figure("buckets", "peak memory", peak / 2**30, "GiB", "under 2 GiB", peak < BYTES, note),
-            Figure("buckets", "peak memory with the search", with_leaks / 2**30, "GiB", note=note),
+            Measurement("buckets", "bucketing", bucketing, "s", "under 10 s", bucketing < SECONDS, f"{note}: {', '.join(BUCKETING)}"),
+            Measurement("buckets", "peak memory", peak / 2**30, "GiB", "under 2 GiB", peak < BYTES, note),
+            Measurement("buckets", "peak memory with the search", with_leaks / 2**30, "GiB", note=note),
         ]  # fmt: skip
     return figures
 
@@ -75,7 +75,7 @@ def scan_of(images: int) -> pd.DataFrame:
             "captions": [[f"a photograph of the thing that has the number {n}, in colour"] for n in numbers],
             "phash": [
                 hashlib.sha512(b"look %d" % n).hexdigest()[:80] for n in numbers
-            ],  # 40 bytes, as look_at fills them
+            ],  # 40 bytes, as compute_hashes fills them
             "status": "kept",
         }
     ).astype({"path": "str", "key": "str", "phash": "str", "status": "str"})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.figures import Figure, Options
+from benchmarks.figures import Measurement, Options
 from benchmarks.photographs import write_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -38,7 +38,7 @@ DATASET = {
 }
 
 
-def measure(options: Options) -> list[Figure]:
+def measure(options: Options) -> list[Measurement]:
     """Seconds to the first step on 339 images at 256 px, cold and warm, and the largest process on the way."""
     root = Path(options.workdir) / "end_to_end"
     shutil.rmtree(root / "storage", ignore_errors=True)
@@ -53,7 +53,7 @@ def measure(options: Options) -> list[Figure]:
     warm, _ = _until_first_step(root, project)
     note = f"{count} images, whole graph by `dagster asset materialize`"
     return [
-        Figure(
+        Measurement(
             "end to end",
             "launch to first step, cold caches",
             cold,
@@ -62,8 +62,10 @@ def measure(options: Options) -> list[Figure]:
             cold < REFERENCE_SECONDS,
             note,
         ),
-        Figure("end to end", "launch to first step, warm caches", warm, "s", note="the run itself made anew"),
-        Figure(
+        Measurement(
+            "end to end", "launch to first step, warm caches", warm, "s", note="the run itself made anew"
+        ),
+        Measurement(
             "end to end",
             "largest process",
             peak / 1e9,

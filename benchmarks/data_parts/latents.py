@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmarks.figures import Figure, Options
+from benchmarks.figures import Measurement, Options
 from benchmarks.photographs import write_dataset
 from sdxl_pipeline.config.hardware_profiles import PRESETS
 from sdxl_pipeline.config.schema.datasets import ImageDataset
@@ -27,7 +27,7 @@ BUSY = 0.9
 IMAGES = 339
 
 
-def measure(options: Options) -> list[Figure]:
+def measure(options: Options) -> list[Measurement]:
     """Images/s, the VAE's busy share and the ratio to the bare VAE at 256 px; peak memory of N and of 4 N images.
 
     Each repeat is a process of its own, which encodes the whole dataset into a new store and then runs the bare VAE.
@@ -44,15 +44,15 @@ def measure(options: Options) -> list[Figure]:
     large = _in_a_process(_spec(root, 4 * count), root / "store-large", bare=False)["peak"]
     part, note = "latents", f"{count} images, 256 px, one thread, median of {options.repeats}"
     return [
-        Figure(
+        Measurement(
             part, "images encoded", images_per_second, "/s",
             f"above {REFERENCE_IMAGES_PER_SECOND:g}", images_per_second > REFERENCE_IMAGES_PER_SECOND, note,
         ),
-        Figure(part, "bare VAE, crops in memory", bare, "/s", note="the same process, right after"),
-        Figure(part, "encoding / bare VAE", ratio, "", f"at least {BUSY}", ratio >= BUSY),
-        Figure(part, "VAE busy", busy, "of the time", f"at least {BUSY}", busy >= BUSY),
-        Figure(part, f"peak memory, {count} images", small / 1e9, "GB"),
-        Figure(
+        Measurement(part, "bare VAE, crops in memory", bare, "/s", note="the same process, right after"),
+        Measurement(part, "encoding / bare VAE", ratio, "", f"at least {BUSY}", ratio >= BUSY),
+        Measurement(part, "VAE busy", busy, "of the time", f"at least {BUSY}", busy >= BUSY),
+        Measurement(part, f"peak memory, {count} images", small / 1e9, "GB"),
+        Measurement(
             part, f"peak memory, {4 * count} images", large / 1e9, "GB",
             "at most 5 % more", large <= 1.05 * small,
         ),

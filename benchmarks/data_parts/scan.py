@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.figures import Figure, Options
+from benchmarks.figures import Measurement, Options
 from benchmarks.photographs import pieces
 from sdxl_pipeline.config.schema.datasets import ImageDataset
 from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
@@ -28,7 +28,7 @@ _PHOTOGRAPHS = 24
 _QUALITIES = (99, 98, 97, 95, 92, 88, 80)
 
 
-def measure(options: Options) -> list[Figure]:
+def measure(options: Options) -> list[Measurement]:
     """Seconds and rates of the first scan, of a re-scan of the unchanged folder, and of one that verifies every file."""
     count, repeats = (60, 2) if options.quick else (10_000, min(options.repeats, 3))
     with _images(Path(options.workdir), count) as folder:
@@ -54,15 +54,17 @@ def measure(options: Options) -> list[Figure]:
     target = f"more than {REFERENCE_IMAGES_PER_SECOND} (SimpleTuner)"
     made_of = f"{count:,} JPEGs, {megabytes:,.0f} MB, page cache warm"
     return [
-        Figure("scan", "sha256, one process per core", megabytes / limit, "MB/s", note=made_of),
-        Figure("scan", "first scan", rate, "images/s", target, rate > REFERENCE_IMAGES_PER_SECOND),
-        Figure("scan", "first scan", megabytes / first_seconds, "MB/s"),
-        Figure(
+        Measurement("scan", "sha256, one process per core", megabytes / limit, "MB/s", note=made_of),
+        Measurement("scan", "first scan", rate, "images/s", target, rate > REFERENCE_IMAGES_PER_SECOND),
+        Measurement("scan", "first scan", megabytes / first_seconds, "MB/s"),
+        Measurement(
             "scan", "first scan against sha256", limit / first_seconds, "of its speed", "as near 1 as can be"
         ),
-        Figure("scan", "re-scan, nothing changed", again_seconds, "s", note=f"{2 * count:,} files looked at"),
-        Figure("scan", "re-scan against first scan", ratio, "times faster", "at least 20", ratio >= 20),
-        Figure("scan", "re-scan with verify", verify_seconds, "s"),
+        Measurement(
+            "scan", "re-scan, nothing changed", again_seconds, "s", note=f"{2 * count:,} files looked at"
+        ),
+        Measurement("scan", "re-scan against first scan", ratio, "times faster", "at least 20", ratio >= 20),
+        Measurement("scan", "re-scan with verify", verify_seconds, "s"),
     ]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.figures import Figure, Options
+from benchmarks.figures import Measurement, Options
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
 
 BATCH = 8
@@ -62,7 +62,7 @@ print(json.dumps({"seconds": seconds, "held": held, "peak": highest, "missing": 
 """
 
 
-def measure(options: Options) -> list[Figure]:
+def measure(options: Options) -> list[Measurement]:
     """The store's figures. Data lies in a folder of its own below the work folder, deleted afterwards."""
     Path(options.workdir).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="store-", dir=options.workdir) as folder:
@@ -97,7 +97,7 @@ def _fill(root: Path, shapes: dict[str, tuple[int, ...]], count: int) -> tuple[T
 
 def _reading(
     root: Path, name: str, shapes: dict[str, tuple[int, ...]], count: int, repeats: int
-) -> list[Figure]:
+) -> list[Measurement]:
     store, keys = _fill(root, shapes, count)
     draw = random.Random(0)
     order = [draw.sample(keys, BATCH) for _ in range(count // BATCH)]
@@ -120,7 +120,7 @@ def _reading(
     rate = batch_bytes * len(order) / first / 1e9
     overhead = (again - stacking) / len(order) * 1e6
     return [
-        Figure(
+        Measurement(
             "store",
             f"{name}, random batches of {BATCH}",
             rate,
@@ -129,21 +129,21 @@ def _reading(
             rate >= 1,
             f"from page cache, opening the store and its shards included; {batch_bytes / 1e6:.2f} MB a batch",
         ),
-        Figure(
+        Measurement(
             "store",
             f"{name}, shards mapped before",
             batch_bytes * len(order) / again / 1e9,
             "GB/s",
             note=f"torch.stack of the same tensors in memory: {batch_bytes * len(order) / stacking / 1e9:.3g} GB/s",
         ),
-        Figure(
+        Measurement(
             "store",
             f"{name}, first read of a batch of {BATCH} beyond a later one",
             (first - again) / len(order) * 1e3,
             "ms",
             note="opens the store, maps the shards and verifies the checksum of each entry",
         ),
-        Figure(
+        Measurement(
             "store",
             f"{name}, batch of {BATCH} beyond torch.stack",
             overhead,
@@ -153,7 +153,7 @@ def _reading(
     ]
 
 
-def _fixed_cost(root: Path, repeats: int) -> Figure:
+def _fixed_cost(root: Path, repeats: int) -> Measurement:
     """What a batch costs whatever its size: measured on entries that are almost nothing."""
     store, keys = _fill(root, {"mean": (2,), "logvar": (2,)}, 512)
     draw = random.Random(0)
@@ -170,7 +170,7 @@ def _fixed_cost(root: Path, repeats: int) -> Figure:
             store.read_batch(batch)
 
     stacking, reading = (_seconds(work, repeats) / len(order) * 1e6 for work in (stack, read))
-    return Figure(
+    return Measurement(
         "store",
         f"fixed cost of a batch of {BATCH}",
         reading - stacking,
@@ -179,11 +179,11 @@ def _fixed_cost(root: Path, repeats: int) -> Figure:
     )
 
 
-def _disk(root: Path, name: str, shapes: dict[str, tuple[int, ...]], count: int) -> Figure:
+def _disk(root: Path, name: str, shapes: dict[str, tuple[int, ...]], count: int) -> Measurement:
     store, keys = _fill(root, shapes, count)
     used = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
     ratio = used / store.entry_nbytes(keys)
-    return Figure(
+    return Measurement(
         "store",
         f"bytes on disk, {name}",
         ratio,
@@ -194,7 +194,7 @@ def _disk(root: Path, name: str, shapes: dict[str, tuple[int, ...]], count: int)
     )
 
 
-def _opening(root: Path, count: int) -> list[Figure]:
+def _opening(root: Path, count: int) -> list[Measurement]:
     command = [sys.executable, "-c", OPENING, str(root), str(count)]
     subprocess.run([*command, "make"], check=True)
     seen = [
@@ -204,7 +204,7 @@ def _opening(root: Path, count: int) -> list[Figure]:
     middle = {key: statistics.median(run[key] for run in seen) for key in seen[0]}
     entries = f"{int(middle['entries']):,} entries"
     return [
-        Figure(
+        Measurement(
             "store",
             f"opening, {entries}",
             middle["seconds"],
@@ -213,7 +213,7 @@ def _opening(root: Path, count: int) -> list[Figure]:
             middle["seconds"] <= 1.2,
             f"in {-(-count // 128):,} shards",
         ),
-        Figure(
+        Measurement(
             "store",
             f"memory for {entries}",
             middle["held"] / 1e6,
@@ -222,7 +222,7 @@ def _opening(root: Path, count: int) -> list[Figure]:
             middle["peak"] < 300e6,
             f"{middle['peak'] / 1e6:.0f} MB at most while opening",
         ),
-        Figure(
+        Measurement(
             "store",
             f"which of {entries} are missing",
             middle["missing"],

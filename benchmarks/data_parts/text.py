@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.figures import Figure, Options
+from benchmarks.figures import Measurement, Options
 from sdxl_pipeline.config.hardware_profiles import PRESETS
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.models.base_model import BUNDLED_NAME, resolve_base_model
@@ -28,7 +28,7 @@ WORDS = (
 )
 
 
-def measure(options: Options) -> list[Figure]:
+def measure(options: Options) -> list[Measurement]:
     """Captions/s of the stage, its ratio to a bare loop over the encoders with the same batches, and single captions.
 
     Each repeat is a process of its own, which embeds all captions into a new store and then runs the bare loops.
@@ -44,19 +44,19 @@ def measure(options: Options) -> list[Figure]:
     ratio = statistics.median(run["stage"] / run["batched"] for run in runs)
     part, note = "text", f"{count} different captions, one thread, median of {options.repeats}"
     return [
-        Figure(
+        Measurement(
             part, "captions embedded", stage, "/s",
             f"above {REFERENCE_CAPTIONS_PER_SECOND:g}", stage > REFERENCE_CAPTIONS_PER_SECOND, note,
         ),
-        Figure(
+        Measurement(
             part, f"encoders alone, batches of {BATCH}", batched, "/s",
             note=f"tokens in memory; the reference's bare loop: {REFERENCE_BATCHED:g}",
         ),
-        Figure(
+        Measurement(
             part, "encoders alone, single captions", single, "/s",
             note=f"the reference's bare loop: {REFERENCE_SINGLE:g}",
         ),
-        Figure(part, "embedding / encoders alone", ratio, "", f"at least {RATIO}", ratio >= RATIO),
+        Measurement(part, "embedding / encoders alone", ratio, "", f"at least {RATIO}", ratio >= RATIO),
     ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from benchmarks.figures import Figure, as_json, show
+from benchmarks.figures import Measurement, as_json, show
 from benchmarks.train_parts import sdxl_base
 from benchmarks.train_parts.loops import BareLoop, ExampleLoop
 from sdxl_pipeline.models.attention_kernels import AttentionKernelError, use_backend
@@ -41,7 +41,7 @@ class Bench:
         self.unet: UNet2DConditionModel = sdxl_base.random_unet(self.configs, self.device, self.dtype)
         self.peak = sdxl_base.peak_flops(self.device)
         self.flops: dict[int, int] = {}
-        self.figures: list[Figure] = []
+        self.figures: list[Measurement] = []
 
     def cached_loop(self, batch_size: int, unet: UNet2DConditionModel | None = None) -> BareLoop:
         """The loop of a batch that lies on the device of the UNet, of this bench's where none is given."""
@@ -131,7 +131,7 @@ class Bench:
 
     def add(self, name: str, value: float, unit: str, note: str = "") -> None:
         """Keep a figure, and show it at once: a later variant may take the process with it."""
-        self.figures.append(Figure("gpu", name, value, unit, note=note))
+        self.figures.append(Measurement("gpu", name, value, unit, note=note))
         print(f"{name}: {value:.4g} {unit} {note}".rstrip(), flush=True)
 
     def add_failure(self, name: str, error: Exception) -> None:
@@ -141,7 +141,7 @@ class Bench:
         self.add(name, float("nan"), "", reason[:100])
 
 
-def measure(options: argparse.Namespace) -> list[Figure]:
+def measure(options: argparse.Namespace) -> list[Measurement]:
     """Every variant of the options, one after the other."""
     bench = Bench(options)
     bench.count_flops()

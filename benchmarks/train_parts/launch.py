@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.figures import Figure, Options
+from benchmarks.figures import Measurement, Options
 from benchmarks.train_parts.interleaved import REPOSITORY
 from benchmarks.train_parts.prepared import prepared_run
 
@@ -49,7 +49,7 @@ finally:
 """
 
 
-def measure(options: Options) -> list[Figure]:
+def measure(options: Options) -> list[Measurement]:
     """Seconds by the clock and CPU seconds from launch to the first step, part by part: medians."""
     root = Path(options.workdir) / "launch"
     shutil.rmtree(root, ignore_errors=True)
@@ -65,15 +65,15 @@ def measure(options: Options) -> list[Figure]:
             statistics.median(launch["marks"][name][clock] for launch in launches) for clock in (0, 1)
         )
         figures.append(
-            Figure("launch", name, wall - wall_before, "s", note=f"{cpu - cpu_before:.2f} s of CPU")
+            Measurement("launch", name, wall - wall_before, "s", note=f"{cpu - cpu_before:.2f} s of CPU")
         )
         wall_before, cpu_before = wall, cpu
     peak = statistics.median(launch["peak"] for launch in launches)
     note = f"warm caches, train stage alone, {len(launches)} launches, {cpu_before:.2f} s of CPU"
     return [
         *figures,
-        Figure("launch", "launch to first step", wall_before, "s", note=note),
-        Figure("launch", "peak memory by then", peak / 1e9, "GB"),
+        Measurement("launch", "launch to first step", wall_before, "s", note=note),
+        Measurement("launch", "peak memory by then", peak / 1e9, "GB"),
     ]
 
 

@@ -4,7 +4,7 @@ import shutil
 import statistics
 from pathlib import Path
 
-from benchmarks.figures import Figure, Options
+from benchmarks.figures import Measurement, Options
 from benchmarks.train_parts.interleaved import ratio, take_turns
 from benchmarks.train_parts.prepared import BATCH_SIZE, prepared_run
 
@@ -14,7 +14,7 @@ ROUNDS, STEPS, WARM_UP = 21, 20, 10
 CONTENDERS = ("trainer", "bare", "example")
 
 
-def measure(options: Options) -> list[Figure]:
+def measure(options: Options) -> list[Measurement]:
     """Ratios of steps per second on the bundled model, batch 4, float32, one thread; peak memory of each process."""
     rounds, steps, warm_up = (1, 2, 1) if options.quick else (max(ROUNDS, options.repeats), STEPS, WARM_UP)
     root = Path(options.workdir) / "loop"
@@ -29,12 +29,12 @@ def measure(options: Options) -> list[Figure]:
     trainer, bare, example = (taken[name] for name in CONTENDERS)
     to_bare, to_example = ratio(trainer.seconds, bare.seconds), ratio(trainer.seconds, example.seconds)
     speeds = [
-        Figure("loop", name, steps / statistics.median(taken[name].seconds), "steps/s", note=note)
+        Measurement("loop", name, steps / statistics.median(taken[name].seconds), "steps/s", note=note)
         for name in CONTENDERS
     ]
     return [
         *speeds,
-        Figure(
+        Measurement(
             "loop",
             "trainer, of the bare loop's speed",
             to_bare,
@@ -43,14 +43,14 @@ def measure(options: Options) -> list[Figure]:
             to_bare >= TARGET,
             "bare: noising, UNet, loss, backward, clipping, AdamW; batches in memory",
         ),
-        Figure(
+        Measurement(
             "loop",
             "the same, by CPU seconds of all threads",
             ratio(trainer.cpu_seconds, bare.cpu_seconds),
             "",
             note="steadier on a busy machine; the thread that reads ahead counts in full",
         ),
-        Figure(
+        Measurement(
             "loop",
             "trainer, of the example's speed",
             to_example,
@@ -59,6 +59,6 @@ def measure(options: Options) -> list[Figure]:
             to_example > 1,
             "diffusers' example for LoRAs: VAE and text encoders in the loop",
         ),
-        Figure("loop", "trainer, peak memory", trainer.peak / 1e9, "GB"),
-        Figure("loop", "example, peak memory", example.peak / 1e9, "GB"),
+        Measurement("loop", "trainer, peak memory", trainer.peak / 1e9, "GB"),
+        Measurement("loop", "example, peak memory", example.peak / 1e9, "GB"),
     ]

@@ -18,7 +18,7 @@ from sdxl_pipeline.cache.references import DATASET_STAGES, References, packed, r
 from sdxl_pipeline.cache.store.compaction import Compaction, compact
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
 from sdxl_pipeline.files.atomic_files import unfinished
-from sdxl_pipeline.files.storage_layout import Places
+from sdxl_pipeline.files.storage_layout import StorageLayout
 
 Progress = Callable[[str, int, int], None]
 
@@ -69,7 +69,7 @@ def prune(
     With `verify`, every entry of the stores is read and compared with its checksum first; a damaged one is removed from the index, so
     that the next run encodes it again. `on_progress(what, done, total)` counts bytes, and entries while verifying. Raises PruneError when it cannot be told what is referred to; nothing is freed then.
     """
-    places = Places(root)
+    places = StorageLayout(root)
     needed = references(places, projects_folder)
     freed: list[Freed] = []
     notes = list(needed.notes)
@@ -116,7 +116,7 @@ def _verified(root: Path, dry_run: bool, on_progress: Progress | None) -> int:
 
 
 def _compacted(
-    store: Path, places: Places, projects_folder: Path, dry_run: bool, on_progress: Progress | None
+    store: Path, places: StorageLayout, projects_folder: Path, dry_run: bool, on_progress: Progress | None
 ) -> Compaction:
     def needed() -> np.ndarray | None:
         now = references(places, projects_folder)
@@ -129,7 +129,7 @@ def _compacted(
     return compact(store, needed, dry_run=dry_run, on_progress=told)
 
 
-def _gone_projects(places: Places, needed: References) -> Iterator[Path]:
+def _gone_projects(places: StorageLayout, needed: References) -> Iterator[Path]:
     for folder in _folders(places.values):
         if folder.name not in needed.projects:
             yield folder
@@ -140,7 +140,7 @@ def _gone_projects(places: Places, needed: References) -> Iterator[Path]:
             yield folder
 
 
-def _gone_datasets(places: Places, needed: References) -> Iterator[Path]:
+def _gone_datasets(places: StorageLayout, needed: References) -> Iterator[Path]:
     for project in needed.projects:
         for folder in _folders(places.values / project):
             if not needed.has_dataset(project, folder.name):
@@ -151,7 +151,7 @@ def _gone_datasets(places: Places, needed: References) -> Iterator[Path]:
                 yield folder
 
 
-def _superseded_tables(places: Places, needed: References) -> Iterator[Path]:
+def _superseded_tables(places: StorageLayout, needed: References) -> Iterator[Path]:
     for project in needed.projects:
         for path in (places.work / project).rglob("*.parquet"):
             dataset = path.relative_to(places.work / project).parts[0]
@@ -163,7 +163,7 @@ def _superseded_tables(places: Places, needed: References) -> Iterator[Path]:
                 yield path
 
 
-def _unfinished(places: Places, needed: References) -> Iterator[Path]:
+def _unfinished(places: StorageLayout, needed: References) -> Iterator[Path]:
     """What killed processes left: files written beside their target, and what a stage's launcher names after its run."""
     for folder in (places.values, places.work, *needed.outputs):
         yield from unfinished(folder)
@@ -176,7 +176,7 @@ def _unfinished(places: Places, needed: References) -> Iterator[Path]:
             yield path
 
 
-def _downloads(places: Places, needed: References) -> Iterator[Path]:
+def _downloads(places: StorageLayout, needed: References) -> Iterator[Path]:
     if needed.sources is None:
         return
     for folder in _folders(places.sources):

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sdxl_pipeline.cache.store.store_index import pack_keys
-from sdxl_pipeline.config.loader import BrokenProject, Project, discover_projects
+from sdxl_pipeline.config.loader import InvalidProject, Project, discover_projects
 from sdxl_pipeline.data.sources import data_folder
-from sdxl_pipeline.files.storage_layout import Places
+from sdxl_pipeline.files.storage_layout import StorageLayout
 
 DATASET_STAGES = ("dataset", "aspect_buckets", "vae_latents", "text_embeds")
 _KEY_COLUMNS = {"vae_latents": "latent_key", "text_embeds": "embed_key"}
@@ -50,14 +50,14 @@ class References:
         return datasets is None or dataset in datasets
 
 
-def references(places: Places, projects_folder: Path) -> References:
+def references(places: StorageLayout, projects_folder: Path) -> References:
     """What the projects in `projects_folder` refer to, and those of every other folder that has used this storage.
 
     Raises PruneError when a folder of projects is not there, or a manifest cannot be read: then too little would be known.
     """
     found = References(keys={places.latents.resolve(): [], places.text_embeds.resolve(): []})
     for project in _projects(places, projects_folder):
-        if isinstance(project, BrokenProject):
+        if isinstance(project, InvalidProject):
             _note_broken(found, project)
         else:
             _note_settings(found, places, project)
@@ -69,20 +69,20 @@ def references(places: Places, projects_folder: Path) -> References:
     return found
 
 
-def _projects(places: Places, projects_folder: Path) -> Iterator[Project | BrokenProject]:
+def _projects(places: StorageLayout, projects_folder: Path) -> Iterator[Project | InvalidProject]:
     folders = {projects_folder: None} | dict(places.remembered_projects())
     for folder, marker in folders.items():
         if not folder.is_dir():
-            remedy = (
+            hint = (
                 "Let SDXL_PIPELINE_PROJECTS name the folder that holds the project folders."
                 if marker is None
                 else f"Its projects keep things here. Bring it back, or, if it is gone for good, delete {marker}."
             )
-            raise PruneError(f"there is no folder of projects {folder}. {remedy}")
+            raise PruneError(f"there is no folder of projects {folder}. {hint}")
         yield from discover_projects(folder)
 
 
-def _note_broken(found: References, project: BrokenProject) -> None:
+def _note_broken(found: References, project: InvalidProject) -> None:
     found.projects[project.name] = None
     found.sources = None
     found.notes.append(
@@ -91,7 +91,7 @@ def _note_broken(found: References, project: BrokenProject) -> None:
     )
 
 
-def _note_settings(found: References, places: Places, project: Project) -> None:
+def _note_settings(found: References, places: StorageLayout, project: Project) -> None:
     datasets = (*project.datasets, *project.mask_datasets)
     names = frozenset(dataset.asset_name for dataset in datasets)
     others = found.projects.get(project.name, frozenset())
@@ -108,7 +108,7 @@ def _note_settings(found: References, places: Places, project: Project) -> None:
         found.files.update(_named_tables(spec))
 
 
-def _manifests(places: Places, found: References, project: str) -> Iterator[tuple[str, Path]]:
+def _manifests(places: StorageLayout, found: References, project: str) -> Iterator[tuple[str, Path]]:
     """The manifests that a project's datasets hand on, and those that its stages have just finished."""
     for stage in _KEY_COLUMNS:
         for path in (

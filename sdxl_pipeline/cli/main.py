@@ -22,7 +22,7 @@ from sdxl_pipeline.config.hardware_profiles import PRESETS, Hardware, HardwareEr
 from sdxl_pipeline.config.loader import (
     CONFIG_FILE,
     DATASETS_FILE,
-    BrokenProject,
+    InvalidProject,
     Project,
     discover_projects,
     load_project,
@@ -165,9 +165,9 @@ def _doctor(names: Sequence[str], hardware_name: str, set_only: bool, console: C
     return 0 if healthy else 1
 
 
-def _named_projects(names: Sequence[str], console: Console) -> tuple[list[Project | BrokenProject], bool]:
+def _named_projects(names: Sequence[str], console: Console) -> tuple[list[Project | InvalidProject], bool]:
     """The projects by these names or in these folders, and whether each name was one."""
-    found: list[Project | BrokenProject] = []
+    found: list[Project | InvalidProject] = []
     all_known = True
     for name in names:
         folder = Path(name)
@@ -175,7 +175,7 @@ def _named_projects(names: Sequence[str], console: Console) -> tuple[list[Projec
             try:
                 found.append(load_project(folder))
             except ProjectError as error:
-                found.append(BrokenProject(folder.resolve().name, folder, error))
+                found.append(InvalidProject(folder.resolve().name, folder, error))
             continue
         discovered = discover_projects()
         matching = [project for project in discovered if name in (project.name, project.folder.name)]
@@ -189,11 +189,11 @@ def _named_projects(names: Sequence[str], console: Console) -> tuple[list[Projec
     return found, all_known
 
 
-def _examine(project: Project | BrokenProject, hardware: Hardware, set_only: bool, console: Console) -> bool:
+def _examine(project: Project | InvalidProject, hardware: Hardware, set_only: bool, console: Console) -> bool:
     """Show one project; whether it can be trained as it stands."""
     console.rule(f"[bold]{escape(project.name)}[/]", align="left")
     console.print(escape(str(project.folder)), style="dim", soft_wrap=True)
-    if isinstance(project, BrokenProject):
+    if isinstance(project, InvalidProject):
         return _show_error(project.error, console)
     try:
         settings, sources = resolve_settings(project.training, hardware, {}, project.folder)

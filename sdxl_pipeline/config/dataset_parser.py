@@ -17,20 +17,20 @@ from sdxl_pipeline.config.schema.datasets import (
     asset_name,
 )
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.config.settings_parser import Reading, read_settings
+from sdxl_pipeline.config.settings_parser import ParsedSettings, parse_settings
 from sdxl_pipeline.config.simpletuner_schema import HUGGINGFACE, IMAGES, TEXT_EMBEDS
 from sdxl_pipeline.config.validators.dataset_rules import check_images
 from sdxl_pipeline.config.validators.mask_rules import (
     check_image_entry,
     check_mask_entry,
     check_mask_links,
-    idle_mask_settings,
     mask_source,
+    unused_mask_settings,
 )
 from sdxl_pipeline.config.validators.unused_dataset_settings import (
-    idle_between_entries,
-    idle_dataset_settings,
-    idle_mask_entry,
+    find_unused_dataset_settings,
+    unused_across_entries,
+    unused_mask_entry_settings,
 )
 
 _WHAT = "a list of datasets, each an object with an id and an instance_data_dir"
@@ -40,7 +40,7 @@ _TEXT_INHERITED = ("write_batch_size", "text_cache_ondemand", "text_cache_disabl
 
 
 @dataclass
-class DatasetsReading:
+class ParsedDatasets:
     """The entries of a datasets file that are not disabled, in the file's order, and what is wrong with the file."""
 
     images: list[ImageDataset] = field(default_factory=list)
@@ -54,9 +54,9 @@ class DatasetsReading:
     """Those of `warnings` that are about settings of one entry without effect, by its id."""
 
 
-def read_datasets(path: Path, folder: Path, training: TrainingSettings, config_file: Path) -> DatasetsReading:
+def parse_datasets(path: Path, folder: Path, training: TrainingSettings, config_file: Path) -> ParsedDatasets:
     """Read the datasets file at `path` of the project in `folder`; relative paths in it are relative to that folder."""
-    reading = DatasetsReading()
+    reading = ParsedDatasets()
     content, reading.problems = read_json(path, _WHAT)
     if content is None:
         return reading
@@ -89,9 +89,9 @@ def read_datasets(path: Path, folder: Path, training: TrainingSettings, config_f
         if not _is_true(named.get("disabled", named.get("disable", False))):
             _read_entry(raw, named, f"{where}.", path, folder, training, config_file, reading)
     _check_together(seen, path, reading)
-    _find_idle(seen, path, training, config_file, reading)
+    _find_unused(seen, path, training, config_file, reading)
     reading.warnings += [
-        f"{config_file.name}: {idle}" for idle in idle_mask_settings(training, reading.images)
+        f"{config_file.name}: {idle}" for idle in unused_mask_settings(training, reading.images)
     ]
     return reading
 
@@ -102,7 +102,7 @@ def _check_name(
     seen: dict[str, str],
     asset_names: dict[str, str],
     path: Path,
-    reading: DatasetsReading,
+    reading: ParsedDatasets,
     has_assets: bool,
 ) -> None:
     if name in seen:
@@ -117,8 +117,8 @@ def _check_name(
     asset = asset_name(name)
     if asset in asset_names:
         message = f"its assets would have the name {asset}, which those of entry {asset_names[asset]} have"
-        remedy = "use letters, digits and underscores that tell the two ids apart"
-        reading.problems.append(Problem(path, f"{where}.id", name, message, remedy))
+        hint = "use letters, digits and underscores that tell the two ids apart"
+        reading.problems.append(Problem(path, f"{where}.id", name, message, hint))
     asset_names.setdefault(asset, where)
 
 
@@ -130,11 +130,11 @@ def _read_entry(
     folder: Path,
     training: TrainingSettings,
     config_file: Path,
-    reading: DatasetsReading,
+    reading: ParsedDatasets,
 ) -> None:
     dataset_type = named.get("dataset_type", "image")
     if dataset_type == "text_embeds":
-        texts = read_settings(
+        texts = parse_settings(
             _on_this_machine(raw, named, where, path, reading),
             TextEmbedsDataset,
             TEXT_EMBEDS,
@@ -157,10 +157,10 @@ def _read_entry(
             if isinstance(dataset_type, str) and dataset_type in IMAGES.later_values["dataset_type"]
             else "is not a known dataset_type"
         )
-        remedy = f"write one of {', '.join(_TYPES)}, or disable the entry"
-        reading.problems.append(Problem(path, f"{where}dataset_type", dataset_type, message, remedy))
+        hint = f"write one of {', '.join(_TYPES)}, or disable the entry"
+        reading.problems.append(Problem(path, f"{where}dataset_type", dataset_type, message, hint))
         return
-    images = read_settings(
+    images = parse_settings(
         _with_hub_columns(raw, named, where, path, reading),
         ImageDataset,
         IMAGES,
@@ -186,7 +186,7 @@ def _read_entry(
             continue  # a value that could not be read stands there
         value = getattr(entry, finding.key)
         shown = NO_VALUE if value is None else value
-        reading.problems.append(Problem(place, key, shown, finding.message, finding.remedy))
+        reading.problems.append(Problem(place, key, shown, finding.message, finding.hint))
     reading.written[entry.id] = frozenset(images.spelled)
     (reading.masks if is_mask else reading.images).append(
         _absolute(
@@ -202,7 +202,7 @@ def _read_entry(
 
 
 def _on_this_machine(
-    raw: Mapping[str, Any], named: Mapping[str, Any], where: str, path: Path, reading: DatasetsReading
+    raw: Mapping[str, Any], named: Mapping[str, Any], where: str, path: Path, reading: ParsedDatasets
 ) -> Mapping[str, Any]:
     """Return a text_embeds entry without the storage elsewhere that it names: embeddings are kept here, where they are used."""
     kind = named.get("type", "local")
@@ -215,14 +215,14 @@ def _on_this_machine(
 
 
 def _with_hub_columns(
-    raw: Mapping[str, Any], named: Mapping[str, Any], where: str, path: Path, reading: DatasetsReading
+    raw: Mapping[str, Any], named: Mapping[str, Any], where: str, path: Path, reading: ParsedDatasets
 ) -> Mapping[str, Any]:
     """Return the entry with what its object `huggingface` says beside its own keys."""
     written = named.get("huggingface")
     if not isinstance(written, Mapping):
         return raw
     entry = {key: value for key, value in raw.items() if key.lstrip("-") != "huggingface"}
-    columns = read_settings(written, HubColumns, HUGGINGFACE, path, f"{where}huggingface.")
+    columns = parse_settings(written, HubColumns, HUGGINGFACE, path, f"{where}huggingface.")
     _take_findings(columns, reading)
     if named.get("type") != "huggingface":
         reading.warnings.append(f"{path.name}: {where}huggingface has no effect beside another type")
@@ -231,13 +231,13 @@ def _with_hub_columns(
     return entry | {key: value for key, value in found.items() if named.get(key) is None}
 
 
-def _take_findings(found: "Reading[Any]", reading: DatasetsReading) -> None:
+def _take_findings(found: "ParsedSettings[Any]", reading: ParsedDatasets) -> None:
     reading.problems += found.problems
     reading.warnings += found.warnings
 
 
 def _inherited(
-    raw: Mapping[str, Any], training: TrainingSettings, where: str, reading: DatasetsReading
+    raw: Mapping[str, Any], training: TrainingSettings, where: str, reading: ParsedDatasets
 ) -> dict[str, Any]:
     """What the entry takes over from config.json. Sizes are taken over only in their own unit."""
     given = training.model_fields_set
@@ -262,56 +262,56 @@ def _belongs_in_config() -> dict[str, str]:
     return dict.fromkeys(TrainingSettings.model_fields, "config.json: it holds for the whole training")
 
 
-def _check_together(places: Mapping[str, str], path: Path, reading: DatasetsReading) -> None:
+def _check_together(places: Mapping[str, str], path: Path, reading: ParsedDatasets) -> None:
     """What the entries say of each other; `places` says where each id stands in the file."""
     problems = reading.problems
     if not problems and not any(dataset.dataset_type == "image" for dataset in reading.images):
-        remedy = 'add an entry with "dataset_type": "image" that is not disabled'
-        problems.append(Problem(path, "", NO_VALUE, "holds no images to train on", remedy))
+        hint = 'add an entry with "dataset_type": "image" that is not disabled'
+        problems.append(Problem(path, "", NO_VALUE, "holds no images to train on", hint))
     defaults = [entry.id for entry in reading.text_embeds if entry.default]
     for other in defaults[1:]:
         message = f"entry {places[defaults[0]]} is the default already"
         problems.append(Problem(path, f"{places[other]}.default", True, message, "keep one default"))
     for link in check_mask_links(reading.images, reading.masks, reading.written):
         where = f"{places[link.id]}.{link.key}" if link.key else places[link.id]
-        if link.remedy:
+        if link.hint:
             entry = next(each for each in (*reading.images, *reading.masks) if each.id == link.id)
-            problems.append(Problem(path, where, getattr(entry, link.key), link.message, link.remedy))
+            problems.append(Problem(path, where, getattr(entry, link.key), link.message, link.hint))
         else:
             reading.warnings.append(f"{path.name}: {where}: {link.message}")
     known = [entry.id for entry in reading.text_embeds]
     for dataset in reading.images:
         if dataset.text_embeds is not None and dataset.text_embeds not in known:
-            remedy = (
+            hint = (
                 f"write one of {', '.join(known)}"
                 if known
                 else "leave it out, or add a text_embeds entry of that id"
             )
             message = "names no text_embeds entry"
             problems.append(
-                Problem(path, f"{places[dataset.id]}.text_embeds", dataset.text_embeds, message, remedy)
+                Problem(path, f"{places[dataset.id]}.text_embeds", dataset.text_embeds, message, hint)
             )
 
 
-def _find_idle(
+def _find_unused(
     places: Mapping[str, str],
     path: Path,
     training: TrainingSettings,
     config_file: Path,
-    reading: DatasetsReading,
+    reading: ParsedDatasets,
 ) -> None:
     """Add a warning for each setting without effect: those of an entry, and those of config.json that no entry uses."""
-    found = [*idle_between_entries(reading.images, reading.text_embeds)]
+    found = [*unused_across_entries(reading.images, reading.text_embeds)]
     inherited: dict[str, list[str]] = {}
     for dataset in reading.images:
         written = reading.written[dataset.id]
-        found += idle_dataset_settings(dataset, written)
+        found += find_unused_dataset_settings(dataset, written)
         shared = [name for name in INHERITED if name in training.model_fields_set and name not in written]
-        reasons = {idle.key: idle.reason for idle in idle_dataset_settings(dataset, shared)}
+        reasons = {idle.key: idle.reason for idle in find_unused_dataset_settings(dataset, shared)}
         for name in shared:
             inherited.setdefault(name, []).append(reasons.get(name, ""))
     for entry in reading.masks:
-        found += idle_mask_entry(entry, reading.written[entry.id])
+        found += unused_mask_entry_settings(entry, reading.written[entry.id])
     for id_, key, reason in found:
         place = places[id_]
         warning = (

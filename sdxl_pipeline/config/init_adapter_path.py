@@ -37,12 +37,12 @@ def check_init_lora(written: str | None, folder: Path) -> Iterator[Finding]:
     if written is None:
         return
     path = inside(folder, written)
-    remedy = f"name a {SUFFIX} file, or write owner/name or owner/name/file{SUFFIX} for one of the Hub"
+    hint = f"name a {SUFFIX} file, or write owner/name or owner/name/file{SUFFIX} for one of the Hub"
     on_hub = None if exists(path) else hub_file(written)
     name = path.name if on_hub is None else on_hub.file
     if exists(path) and path.is_dir():
-        yield Finding("init_lora", "is a folder", remedy)
+        yield Finding("init_lora", "is a folder", hint)
     elif name is not None and Path(name).suffix.lower() != SUFFIX:
-        yield Finding("init_lora", f"is no {SUFFIX} file; others may run code when they are opened", remedy)
+        yield Finding("init_lora", f"is no {SUFFIX} file; others may run code when they are opened", hint)
     elif on_hub is None and not exists(path):
-        yield Finding("init_lora", "does not exist", remedy)
+        yield Finding("init_lora", "does not exist", hint)

@@ -51,8 +51,8 @@ def read_json(path: Path, what: str) -> tuple[Any, list[Problem]]:
         # counted as the decoder counts: str.splitlines knows other line ends, and no empty last line
         line = text.split("\n")[error.lineno - 1].strip()
         place = f"line {error.lineno}, column {error.colno}"
-        remedy = f"correct {place}: {line[:100]}" if line else f"write JSON: {what}"
-        return None, [Problem(path, "", NO_VALUE, f"is not valid JSON: {error.msg} at {place}", remedy)]
+        hint = f"correct {place}: {line[:100]}" if line else f"write JSON: {what}"
+        return None, [Problem(path, "", NO_VALUE, f"is not valid JSON: {error.msg} at {place}", hint)]
     except _RefusedConstantError as error:
         message = f"is not valid JSON: {error} is not a JSON number"
         return None, [Problem(path, "", NO_VALUE, message, "write a finite number, or null for not set")]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from sdxl_pipeline.config.dataset_parser import read_datasets
+from sdxl_pipeline.config.dataset_parser import parse_datasets
 from sdxl_pipeline.config.init_adapter_path import check_init_lora
 from sdxl_pipeline.config.json_files import read_json
 from sdxl_pipeline.config.lycoris_file import with_lycoris_file
@@ -20,9 +20,9 @@ from sdxl_pipeline.config.schema.adapter import AdapterSettings
 from sdxl_pipeline.config.schema.datasets import CacheMode, ImageDataset, TextEmbedsDataset, asset_name
 from sdxl_pipeline.config.schema.settings_model import SettingsModel
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.config.settings_parser import read_settings
+from sdxl_pipeline.config.settings_parser import parse_settings
 from sdxl_pipeline.config.simpletuner_schema import TRAINING
-from sdxl_pipeline.config.validators.settings_rules import check_training, idle_settings
+from sdxl_pipeline.config.validators.settings_rules import check_training, unused_settings_of
 from sdxl_pipeline.config.webhook_file import read_webhooks
 
 CONFIG_FILE: Final = "config.json"
@@ -90,7 +90,7 @@ class Project:
 
 
 @dataclass(frozen=True)
-class BrokenProject:
+class InvalidProject:
     """A project whose files hold problems; the other projects are not touched by it."""
 
     name: str
@@ -106,23 +106,23 @@ def projects_folder(root: Path | None = None) -> Path:
     return root.resolve()
 
 
-def discover_projects(root: Path | None = None) -> list[Project | BrokenProject]:
+def discover_projects(root: Path | None = None) -> list[Project | InvalidProject]:
     """Every project folder in `root`, sorted by folder name; a folder is one if it holds either of the two files.
 
     `root` defaults to the environment variable SDXL_PIPELINE_PROJECTS, else to `projects` beside the package.
     """
     root = projects_folder(root)
     if not root.is_dir():
-        remedy = f"create it, or let {PROJECTS_VARIABLE} name the folder that holds the project folders"
+        hint = f"create it, or let {PROJECTS_VARIABLE} name the folder that holds the project folders"
         return [
-            _broken(asset_name(root.name) or "projects", root, "there is no such folder of projects", remedy)
+            _broken(asset_name(root.name) or "projects", root, "there is no such folder of projects", hint)
         ]
     try:
         folders = [folder for folder in sorted(root.iterdir()) if _is_project(folder)]
     except OSError as error:
         message = f"cannot be listed: {error.strerror or error}"
         return [_broken(asset_name(root.name) or "projects", root, message, "make it a readable folder")]
-    found: list[Project | BrokenProject] = []
+    found: list[Project | InvalidProject] = []
     taken = {asset_name(folder.name) for folder in folders}
     owners: dict[str, Path] = {}
     for folder in folders:
@@ -136,16 +136,16 @@ def discover_projects(root: Path | None = None) -> list[Project | BrokenProject]
             continue
         if name in owners:
             message = f"its assets would have the name {name}, which those of {owners[name].name} have"
-            remedy = "rename one of the two folders: spaces, dashes and the like become _, and accents composed or not are one name"
+            hint = "rename one of the two folders: spaces, dashes and the like become _, and accents composed or not are one name"
             number = next(n for n in range(2, len(folders) + 3) if f"{name}_{n}" not in taken)
-            found.append(_broken(f"{name}_{number}", folder, message, remedy))
+            found.append(_broken(f"{name}_{number}", folder, message, hint))
             taken.add(f"{name}_{number}")
             continue
         owners[name] = folder
         try:
             found.append(load_project(folder))
         except ProjectError as error:
-            found.append(BrokenProject(name, folder, error))
+            found.append(InvalidProject(name, folder, error))
     return found
 
 
@@ -168,13 +168,13 @@ def _load(folder: Path) -> Project:
             Problem(config_file, "", NO_VALUE, "does not hold an object", f"write {_WHAT_CONFIG}")
         )
     raw: Mapping[str, Any] = content if isinstance(content, Mapping) else {}
-    config = read_settings(raw, TrainingSettings, TRAINING, config_file, elsewhere=_DATASET_KEYS)
+    config = parse_settings(raw, TrainingSettings, TRAINING, config_file, elsewhere=_DATASET_KEYS)
     problems += config.problems
     training = config.settings
     if training is None:  # every key of config.json has a default, so the remaining keys always make settings
         raise AssertionError("TrainingSettings has a required key")
-    warnings = [*config.warnings, *(f"{CONFIG_FILE}: {idle}" for idle in idle_settings(training))]
-    training = _without_idle_adapter(training, warnings)
+    warnings = [*config.warnings, *(f"{CONFIG_FILE}: {idle}" for idle in unused_settings_of(training))]
+    training = _without_unused_adapter(training, warnings)
     training = with_lycoris_file(training, folder, problems, warnings)
     named_files = (
         *check_init_lora(training.init_lora, folder),
@@ -187,20 +187,18 @@ def _load(folder: Path) -> Project:
             continue  # its value was left out, which is not what is wrong
         shown = getattr(training, finding.key)
         shown = raw.get(spelled) if isinstance(shown, SettingsModel) else shown
-        problems.append(Problem(config_file, spelled, shown, finding.message, finding.remedy))
+        problems.append(Problem(config_file, spelled, shown, finding.message, finding.hint))
 
     datasets_file = _find_datasets_file(training, folder, config_file, warnings)
-    datasets = read_datasets(datasets_file, folder, training, config_file)
+    datasets = parse_datasets(datasets_file, folder, training, config_file)
     problems += datasets.problems
     warnings += datasets.warnings
     evaluated = [dataset.id for dataset in datasets.images if dataset.dataset_type == "eval"]
     if training.eval_dataset_id is not None and training.eval_dataset_id not in evaluated:
-        remedy = (
-            f"write one of {', '.join(evaluated)}" if evaluated else 'add one with "dataset_type": "eval"'
-        )
+        hint = f"write one of {', '.join(evaluated)}" if evaluated else 'add one with "dataset_type": "eval"'
         spelled = config.spelled.get("eval_dataset_id", "eval_dataset_id")
         problems.append(
-            Problem(config_file, spelled, training.eval_dataset_id, "is the id of no eval dataset", remedy)
+            Problem(config_file, spelled, training.eval_dataset_id, "is the id of no eval dataset", hint)
         )
     prompts = _read_prompts(training, folder, problems)
     if training.webhook_config is not None:
@@ -220,7 +218,7 @@ def _load(folder: Path) -> Project:
     )
 
 
-def _without_idle_adapter(training: TrainingSettings, warnings: list[str]) -> TrainingSettings:
+def _without_unused_adapter(training: TrainingSettings, warnings: list[str]) -> TrainingSettings:
     """Return the settings of model_type full without those of an adapter. One to start from is left to the checks: it is meant."""
     if training.model_type != "full":
         return training
@@ -278,8 +276,8 @@ def _read_prompts(training: TrainingSettings, folder: Path, problems: list[Probl
             continue
         for key in fields.keys() - {"prompt", "negative_prompt"}:
             near = difflib.get_close_matches(key, ["prompt", "negative_prompt"], n=1)
-            remedy = f"write {near[0]}" if near else "remove it; prompt and negative_prompt are known"
-            problems.append(Problem(path, f"{name}.{key}", fields[key], "is not a known key", remedy))
+            hint = f"write {near[0]}" if near else "remove it; prompt and negative_prompt are known"
+            problems.append(Problem(path, f"{name}.{key}", fields[key], "is not a known key", hint))
         if not fields.get("prompt", "").strip():
             problems.append(Problem(path, name, entry, "has no prompt", f"write {what}"))
             continue
@@ -310,5 +308,5 @@ def _repository_name(folder: Path) -> str:
     return re.sub(r"(\.git|[-._])+$", "", name) or "sdxl-lora"
 
 
-def _broken(name: str, folder: Path, message: str, remedy: str) -> BrokenProject:
-    return BrokenProject(name, folder, ProjectError([Problem(folder, "", NO_VALUE, message, remedy)]))
+def _broken(name: str, folder: Path, message: str, hint: str) -> InvalidProject:
+    return InvalidProject(name, folder, ProjectError([Problem(folder, "", NO_VALUE, message, hint)]))

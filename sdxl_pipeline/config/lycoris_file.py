@@ -8,7 +8,7 @@ from sdxl_pipeline.config.paths import exists, inside
 from sdxl_pipeline.config.problems import NO_VALUE, Problem
 from sdxl_pipeline.config.schema.lycoris import LYCORIS, LycorisSettings
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.config.settings_parser import read_settings
+from sdxl_pipeline.config.settings_parser import parse_settings
 from sdxl_pipeline.config.validators.dataset_rules import Finding
 
 EXAMPLE = (
@@ -38,11 +38,11 @@ def with_lycoris_file(
     content, unreadable = read_json(path, EXAMPLE)
     problems += unreadable
     if isinstance(content, Mapping):
-        reading = read_settings(content, LycorisSettings, LYCORIS, path)
+        reading = parse_settings(content, LycorisSettings, LYCORIS, path)
         problems += reading.problems
         warnings += reading.warnings
         for finding in () if reading.settings is None else check_lycoris(reading.settings):
-            problems.append(Problem(path, finding.key, NO_VALUE, finding.message, finding.remedy))
+            problems.append(Problem(path, finding.key, NO_VALUE, finding.message, finding.hint))
         if len(problems) == found:
             return training.model_copy(update={"lycoris_config": reading.settings})
     elif content is not None:

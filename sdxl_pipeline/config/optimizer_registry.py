@@ -17,7 +17,7 @@ INSTALL = "install the extra with `pip install 'sdxl-pipeline[optimizers]'`"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class OptimizerSpec:
     """One optimizer: the package it comes from, the class, and the options it starts from.
 
     `options` are those that the class takes, with the class's own defaults, which tell their types; a test compares them with the
@@ -56,9 +56,9 @@ _BETAS = {"betas": (0.9, 0.999)}
 _EPS = {"eps": 1e-8}
 
 
-def _optimi(class_name: str, options: Mapping[str, Any], **defaults: Any) -> Recipe:
+def _optimi(class_name: str, options: Mapping[str, Any], **defaults: Any) -> OptimizerSpec:
     # gradient_release would take the step out of the loop's hands
-    return Recipe(
+    return OptimizerSpec(
         "optimi",
         "optimi",
         class_name,
@@ -69,14 +69,14 @@ def _optimi(class_name: str, options: Mapping[str, Any], **defaults: Any) -> Rec
     )
 
 
-def _torchao(class_name: str) -> Recipe:
+def _torchao(class_name: str) -> OptimizerSpec:
     options = {**_OF_TORCHAO, "block_size": 256}
-    return Recipe(
+    return OptimizerSpec(
         "torchao", "torchao.optim", class_name, options, _ADAMW, frozenset({"bf16_stochastic_round"})
     )
 
 
-def _bitsandbytes() -> Mapping[str, Recipe]:
+def _bitsandbytes() -> Mapping[str, OptimizerSpec]:
     """bnb-adamw, bnb-adamw8bit, bnb-adamw-paged, bnb-adamw8bit-paged and so on for each kind that has them."""
     variants_of_most = ("", "8bit", "-paged", "8bit-paged")
     lion = {"betas": (0.9, 0.99), "weight_decay": 0.0}
@@ -91,7 +91,7 @@ def _bitsandbytes() -> Mapping[str, Recipe]:
         "adagrad": ("Adagrad", {"lr_decay": 0.0, "initial_accumulator_value": 0.0}, grad, ("", "8bit")),
     }
     return {
-        f"bnb-{kind}{variant}": Recipe(
+        f"bnb-{kind}{variant}": OptimizerSpec(
             "bitsandbytes",
             "bitsandbytes.optim",
             ("Paged" if "paged" in variant else "") + class_name + ("8bit" if "8bit" in variant else ""),
@@ -104,10 +104,10 @@ def _bitsandbytes() -> Mapping[str, Recipe]:
     }
 
 
-def _schedule_free(weight_decay: float, eps: float) -> Recipe:
+def _schedule_free(weight_decay: float, eps: float) -> OptimizerSpec:
     # Defazio et al. 2024, by the authors; SimpleTuner's own class adds Kahan summation for bf16 weights, which these are not
     defaults = {"betas": (0.9, 0.999), "weight_decay": weight_decay, "eps": eps}
-    return Recipe(
+    return OptimizerSpec(
         "schedulefree",
         "schedulefree",
         "AdamWScheduleFree",
@@ -118,13 +118,13 @@ def _schedule_free(weight_decay: float, eps: float) -> Recipe:
     )
 
 
-def _torch(class_name: str, options: Mapping[str, Any], **defaults: Any) -> Recipe:
+def _torch(class_name: str, options: Mapping[str, Any], **defaults: Any) -> OptimizerSpec:
     # a capturable or differentiable step is for programs of another kind
     reserved = frozenset({"capturable", "differentiable"})
-    return Recipe("torch", "torch.optim", class_name, {**_OF_TORCH, **options}, defaults, reserved)
+    return OptimizerSpec("torch", "torch.optim", class_name, {**_OF_TORCH, **options}, defaults, reserved)
 
 
-RECIPES: Mapping[OptimizerName, Recipe] = {
+OPTIMIZERS: Mapping[OptimizerName, OptimizerSpec] = {
     "adamw": _torch("AdamW", {**_BETAS, **_EPS, "amsgrad": False, "fused": None}, **{**_ADAMW, "eps": 1e-8}),
     "torch-adam": _torch(
         "Adam",
@@ -188,7 +188,7 @@ RECIPES: Mapping[OptimizerName, Recipe] = {
     "torch-asgd": _torch(
         "ASGD", {"lambd": 1e-4, "alpha": 0.75, "t0": 1e6}, lambd=1e-4, alpha=0.75, t0=1e6, weight_decay=0.0
     ),
-    "adamw_bf16": Recipe(
+    "adamw_bf16": OptimizerSpec(
         "torchao", "sdxl_pipeline.training.optim.torchao_optimizers", "StochasticAdamW", _OF_TORCHAO, _ADAMW
     ),
     "adamw_schedulefree": _schedule_free(0.01, 1e-8),
@@ -240,7 +240,7 @@ RECIPES: Mapping[OptimizerName, Recipe] = {
     "ao-adamwfp8": _torchao("AdamWFp8"),
     **_bitsandbytes(),  # type: ignore[dict-item]
     # by the method's authors (Mishchenko and Defazio 2023); SimpleTuner takes another author's extension, with options of its own
-    "prodigy": Recipe(
+    "prodigy": OptimizerSpec(
         "prodigyopt",
         "prodigyopt",
         "Prodigy",
@@ -261,7 +261,7 @@ RECIPES: Mapping[OptimizerName, Recipe] = {
     ),
     # With its own step size and its scaling by the weights off, since a LoRA's weights begin at zero and learning_rate shall mean
     # what it says (Shazeer and Stern 2018, sections 8 and 9).
-    "adafactor": Recipe(
+    "adafactor": OptimizerSpec(
         "transformers",
         "transformers.optimization",
         "Adafactor",
@@ -284,7 +284,7 @@ def read_options(optimizer: OptimizerName, written: Mapping[str, OptimizerValue]
 
     Raises BadValueError for an option that the class does not take, and for a value of another type than the option's.
     """
-    recipe = RECIPES[optimizer]
+    recipe = OPTIMIZERS[optimizer]
     betas = list(recipe.defaults.get("betas", ()))
     single = [f"beta{number}" for number in range(1, len(betas) + 1) if f"beta{number}" not in recipe.options]
     options: dict[str, Any] = {}

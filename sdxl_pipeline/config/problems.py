@@ -27,14 +27,14 @@ class Problem:
 
     `file` is the file it stands in, `key` the key as the user wrote it ("" for the file as a whole; `[2] "cats".crop` for a key of
     the dataset entry with that position and id), `value` what was written (`NO_VALUE` where there is none), `message` what is wrong
-    with it, `remedy` what to write instead. A value that is, or may hold, a secret is replaced before it is kept.
+    with it, `hint` what to write instead. A value that is, or may hold, a secret is replaced before it is kept.
     """
 
     file: Path
     key: str
     value: Any
     message: str
-    remedy: str
+    hint: str
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "value", fit_to_show(self.key, self.value))
@@ -42,7 +42,7 @@ class Problem:
     def __str__(self) -> str:
         where = f"{self.file}: {self.key}" if self.key else str(self.file)
         shown = "" if self.value is NO_VALUE else f" = {_shown(self.value)}"
-        return f"{where}{shown}\n    {self.message}\n    -> {self.remedy}"
+        return f"{where}{shown}\n    {self.message}\n    -> {self.hint}"
 
 
 class ProjectError(Exception):

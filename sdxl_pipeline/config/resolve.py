@@ -12,7 +12,7 @@ from sdxl_pipeline.config.problems import NO_VALUE, Problem, ProjectError, only_
 from sdxl_pipeline.config.schema.datasets import INHERITED, INHERITED_SIZES
 from sdxl_pipeline.config.schema.release import ReleaseSettings
 from sdxl_pipeline.config.schema.training import PROFILE_KEYS, TrainingSettings
-from sdxl_pipeline.config.settings_parser import read_settings
+from sdxl_pipeline.config.settings_parser import parse_settings
 from sdxl_pipeline.config.simpletuner_schema import TRAINING
 from sdxl_pipeline.config.validators.settings_rules import check_training
 
@@ -72,7 +72,7 @@ def resolve_settings(
 def _resolve(
     training: TrainingSettings, hardware: Hardware, overrides: Mapping[str, Any], folder: Path
 ) -> tuple[TrainingSettings, dict[str, str]]:
-    reading = read_settings(overrides, TrainingSettings, TRAINING, LAUNCHPAD)
+    reading = parse_settings(overrides, TrainingSettings, TRAINING, LAUNCHPAD)
     problems = list(reading.problems)
     for key in filter(reading.spelled.get, READ_WITH_THE_PROJECT):
         message = "is read before a training is launched, or by other assets"
@@ -117,7 +117,7 @@ def _resolve(
         source = sources[finding.key]
         source = source if source != "default" else "launchpad" if written else "config.json"
         value = getattr(resolved, finding.key)
-        problems.append(Problem(_place(source, folder), finding.key, value, finding.message, finding.remedy))
+        problems.append(Problem(_place(source, folder), finding.key, value, finding.message, finding.hint))
     if problems:
         raise ProjectError(problems)
     resolve_hardware(resolved, hardware, sources, folder)
@@ -155,8 +155,8 @@ def _profile_problems(
         key = ".".join(str(part) for part in detail["loc"]) or message.split()[0]
         value = given.get(key, detail["input"] if detail["loc"] else NO_VALUE)
         source = sources.get(key, f"hardware profile {hardware.profile}")
-        remedy = "change it, or choose another profile with SDXL_HARDWARE"
-        problems.append(Problem(_place(source, folder), key, value, message.removeprefix(f"{key} "), remedy))
+        hint = "change it, or choose another profile with SDXL_HARDWARE"
+        problems.append(Problem(_place(source, folder), key, value, message.removeprefix(f"{key} "), hint))
     return problems
 
 

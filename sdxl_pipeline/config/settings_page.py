@@ -27,7 +27,7 @@ from sdxl_pipeline.config.schema.lycoris import (
 from sdxl_pipeline.config.schema.settings_model import SettingsModel
 from sdxl_pipeline.config.schema.training import PROFILE_KEYS, SECTIONS
 from sdxl_pipeline.config.settings_parser import literal_values
-from sdxl_pipeline.config.simpletuner_schema import HUGGINGFACE, IMAGES, TEXT_EMBEDS, TRAINING, Vocabulary
+from sdxl_pipeline.config.simpletuner_schema import HUGGINGFACE, IMAGES, TEXT_EMBEDS, TRAINING, KeySchema
 
 _TYPE_NAMES = {
     bool: "true / false",
@@ -69,19 +69,19 @@ def settings_page() -> str:
             "## The file of lycoris_config\n",
             *_table(LycorisSettings, LYCORIS),
             "\n### `apply_preset`: the layers\n",
-            *_table(LycorisPreset, Vocabulary()),
+            *_table(LycorisPreset, KeySchema()),
             "\n### An entry of `module_algo_map` or `name_algo_map`\n",
-            *_table(LycorisOverride, Vocabulary()),
+            *_table(LycorisOverride, KeySchema()),
             "\n## multidatabackend.json: images\n",
             f"An entry without one of these takes it over from `config.json`: {shared}. Sizes are taken over where `resolution_type`",
             "is the same.\n",
             *_table(ImageDataset, IMAGES),
             "\n### `parquet`: a table of captions\n",
-            *_table(ParquetTable, Vocabulary()),
+            *_table(ParquetTable, KeySchema()),
             "\n### `huggingface`: columns of a dataset repository\n",
             *_table(HubColumns, HUGGINGFACE),
             "\n### `caption_shuffle`: the order of tags\n",
-            *_table(CaptionShuffle, Vocabulary()),
+            *_table(CaptionShuffle, KeySchema()),
             "\n## multidatabackend.json: text embeddings\n",
             *_table(TextEmbedsDataset, TEXT_EMBEDS),
             "\n## Not available yet\n",
@@ -98,7 +98,7 @@ def settings_page() -> str:
     )
 
 
-def _table(model: type[SettingsModel], vocabulary: Vocabulary) -> list[str]:
+def _table(model: type[SettingsModel], vocabulary: KeySchema) -> list[str]:
     spellings = {name: other for other, name in vocabulary.spellings.items()}
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key, field in model.model_fields.items():

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from sdxl_pipeline.config.problems import NO_VALUE, Problem
 from sdxl_pipeline.config.schema.settings_model import BadValueError, SettingsModel
-from sdxl_pipeline.config.simpletuner_schema import Vocabulary
+from sdxl_pipeline.config.simpletuner_schema import KeySchema
 
 M = TypeVar("M", bound=SettingsModel)
 
@@ -31,7 +31,7 @@ _LIMITS = {
 
 
 @dataclass
-class Reading(Generic[M]):
+class ParsedSettings(Generic[M]):
     """What an object holds: the settings (None if a required key is missing or wrong), and how each key was spelled."""
 
     settings: M | None
@@ -40,22 +40,22 @@ class Reading(Generic[M]):
     warnings: list[str] = field(default_factory=list)
 
 
-def read_settings(
+def parse_settings(
     raw: Mapping[str, Any],
     model: type[M],
-    vocabulary: Vocabulary,
+    vocabulary: KeySchema,
     file: Path,
     where: str = "",
     inherited: Mapping[str, Any] | None = None,
     elsewhere: Mapping[str, str] | None = None,
-) -> Reading[M]:
+) -> ParsedSettings[M]:
     """Read one object into `model`.
 
     `where` stands before each key in problems. `inherited` gives values for keys that the object leaves out. `elsewhere` says of keys
     that belong to another place which one. Where some keys are wrong, the settings are those of the remaining ones, so that the
     checks that follow can still say what else is wrong; then `problems` is not empty.
     """
-    reading: Reading[M] = Reading(None)
+    reading: ParsedSettings[M] = ParsedSettings(None)
     values: dict[str, Any] = {}
     for spelled, value in raw.items():
         _sort_in(spelled, value, values, reading, model, vocabulary, file, where, elsewhere or {})
@@ -79,9 +79,9 @@ def read_settings(
             continue  # the latter is inherited, and a problem of the file it comes from
         told.add(path)
         shown = _written_at(values, path)
-        message, remedy = _in_words(detail, path[-1], shown, owner, vocabulary)
+        message, hint = _in_words(detail, path[-1], shown, owner, vocabulary)
         spelled = ".".join((reading.spelled.get(key, key), *path[1:]))
-        reading.problems.append(Problem(file, where + spelled, shown, message, remedy))
+        reading.problems.append(Problem(file, where + spelled, shown, message, hint))
     remaining = {key: value for key, value in values.items() if key not in bad}
     try:
         reading.settings = model.model_validate(remaining)
@@ -150,9 +150,9 @@ def _sort_in(
     spelled: str,
     value: Any,
     values: dict[str, Any],
-    reading: Reading[M],
+    reading: ParsedSettings[M],
     model: type[M],
-    vocabulary: Vocabulary,
+    vocabulary: KeySchema,
     file: Path,
     where: str,
     elsewhere: Mapping[str, str],
@@ -167,8 +167,8 @@ def _sort_in(
     ):
         key = "user_prompt_library"  # both names are in use for a path; the reference's own library is switched by a boolean
 
-    def problem(message: str, remedy: str) -> None:
-        reading.problems.append(Problem(file, where + spelled, value, message, remedy))
+    def problem(message: str, hint: str) -> None:
+        reading.problems.append(Problem(file, where + spelled, value, message, hint))
 
     if key in reading.spelled:
         if values.get(key) != value:
@@ -188,7 +188,7 @@ def _sort_in(
         later = vocabulary.later[key]
         if not _is_off(value, later.off):
             off = json.dumps(later.off[0])
-            problem("is not available yet", later.remedy or f"write {off}, or leave the key out")
+            problem("is not available yet", later.hint or f"write {off}, or leave the key out")
     elif key in vocabulary.idle:
         pass  # its switch is off: any other value of the switch is a problem of its own
     elif vocabulary.is_meaningless(key):
@@ -224,7 +224,7 @@ def _plain(value: Any) -> Any:
 
 
 def _in_words(
-    detail: ErrorDetails, key: str, value: Any, model: type[M], vocabulary: Vocabulary
+    detail: ErrorDetails, key: str, value: Any, model: type[M], vocabulary: KeySchema
 ) -> tuple[str, str]:
     """What is wrong and what to write instead, from one of pydantic's errors."""
     kind, context = detail["type"], detail.get("ctx", {})
@@ -240,7 +240,7 @@ def _in_words(
     if kind == "missing":
         return "is missing", f"add it. {meaning}"
     if isinstance(context.get("error"), BadValueError):
-        return str(context["error"]), context["error"].remedy
+        return str(context["error"]), context["error"].hint
     if kind == "value_error":
         return str(context["error"]), meaning
     if choices and (kind == "literal_error" or kind.endswith("_type")):
@@ -280,7 +280,7 @@ def _kinds_of(annotation: Any) -> set[str]:
     }
 
 
-def _wrong_choice(key: str, value: Any, choices: tuple[str, ...], vocabulary: Vocabulary) -> tuple[str, str]:
+def _wrong_choice(key: str, value: Any, choices: tuple[str, ...], vocabulary: KeySchema) -> tuple[str, str]:
     listed = ", ".join(json.dumps(choice) for choice in choices)
     if isinstance(value, str):
         if value in vocabulary.later_values.get(key, frozenset()):

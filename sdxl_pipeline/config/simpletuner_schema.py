@@ -11,15 +11,15 @@ from typing import Any, Final
 
 
 @dataclass(frozen=True)
-class Later:
+class UnsupportedKey:
     """A key that is not available yet: the values that mean "off", the first of them preferred, and what to write instead."""
 
     off: tuple[Any, ...]
-    remedy: str = ""
+    hint: str = ""
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class KeySchema:
     """What is known of one kind of object beside the fields of its model.
 
     `spellings`: other name -> name. `instead`: accepted keys without effect -> what happens instead. `later`: keys not available yet. `later_values`: known values of accepted keys that are not
@@ -29,7 +29,7 @@ class Vocabulary:
 
     spellings: dict[str, str] = field(default_factory=dict)
     instead: dict[str, str] = field(default_factory=dict)
-    later: dict[str, Later] = field(default_factory=dict)
+    later: dict[str, UnsupportedKey] = field(default_factory=dict)
     later_values: dict[str, frozenset[str]] = field(default_factory=dict)
     idle: dict[str, str] = field(default_factory=dict)
     meaningless: frozenset[str] = frozenset()
@@ -44,21 +44,23 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-def _off(off: tuple[Any, ...], names: str) -> dict[str, Later]:
-    return {name: Later(off) for name in names.split()}
+def _off(off: tuple[Any, ...], names: str) -> dict[str, UnsupportedKey]:
+    return {name: UnsupportedKey(off) for name in names.split()}
 
 
 def _tunes(switch: str, names: str) -> dict[str, str]:
     return dict.fromkeys(names.split(), switch)
 
 
-_NOTHING_IS_DELETED = Later((False, None), "write false: the images are never changed or deleted here")
+_NOTHING_IS_DELETED = UnsupportedKey(
+    (False, None), "write false: the images are never changed or deleted here"
+)
 _ATTENTION = "PyTorch's scaled_dot_product_attention is used unless attention_mechanism names another kernel, such as xformers"
 _IN_OPTIMIZER_CONFIG = (
     'write it in optimizer_config, for example "beta1=0.9,beta2=0.99,weight_decay=0.01,eps=1e-8"'
 )
 
-TRAINING: Final = Vocabulary(
+TRAINING: Final = KeySchema(
     spellings={
         "use_gradient_checkpointing": "gradient_checkpointing",
         "checkpointing_steps": "checkpoint_step_interval",
@@ -96,42 +98,48 @@ TRAINING: Final = Vocabulary(
             gradient_checkpointing_segment_stride
             prodigy_steps""",
         ),
-        "disk_low_script": Later((None, ""), "write stop or wait in disk_low_action: no script is run here"),
-        "validation_lycoris_strength": Later(
+        "disk_low_script": UnsupportedKey(
+            (None, ""), "write stop or wait in disk_low_action: no script is run here"
+        ),
+        "validation_lycoris_strength": UnsupportedKey(
             (1.0, None), "write 1.0: images are drawn with the adapter as its file holds it"
         ),
-        "init_lora_step": Later((None, 0)),
-        "init_lora_ema": Later((None, "")),
-        "peft_lora_mode": Later(("standard",)),
-        "context_parallel_size": Later((1, None)),
-        "sdxl_validation_pipeline_mode": Later(("trained-stage", None)),
-        "validation_method": Later(("simpletuner-local", None)),
-        "gradient_checkpointing_backend": Later(("torch", None)),
-        "accelerate_visible_devices": Later(
+        "init_lora_step": UnsupportedKey((None, 0)),
+        "init_lora_ema": UnsupportedKey((None, "")),
+        "peft_lora_mode": UnsupportedKey(("standard",)),
+        "context_parallel_size": UnsupportedKey((1, None)),
+        "sdxl_validation_pipeline_mode": UnsupportedKey(("trained-stage", None)),
+        "validation_method": UnsupportedKey(("simpletuner-local", None)),
+        "gradient_checkpointing_backend": UnsupportedKey(("torch", None)),
+        "accelerate_visible_devices": UnsupportedKey(
             (None, ""),
             "leave it out: num_processes of the hardware profile says on how many devices to train, and the environment variable "
             "CUDA_VISIBLE_DEVICES on which",
         ),
-        "data_backend_sampling": Later(
+        "data_backend_sampling": UnsupportedKey(
             ("auto-weighting", None),
             'write "auto-weighting", which trains every image equally often. For datasets that are shown equally often whatever their '
             "size, give each a probability that is inverse to its number of images",
         ),
-        "parquet_caption_column": Later((None,), "write caption_column in the dataset's parquet object"),
-        "parquet_filename_column": Later((None,), "write filename_column in the dataset's parquet object"),
+        "parquet_caption_column": UnsupportedKey(
+            (None,), "write caption_column in the dataset's parquet object"
+        ),
+        "parquet_filename_column": UnsupportedKey(
+            (None,), "write filename_column in the dataset's parquet object"
+        ),
         "delete_unwanted_images": _NOTHING_IS_DELETED,
         "delete_problematic_images": _NOTHING_IS_DELETED,
         "delete_nsfw_images": _NOTHING_IS_DELETED,
-        "num_processes": Later(
+        "num_processes": UnsupportedKey(
             (1, None), "leave it out: the hardware profile's num_processes says how many devices train"
         ),
-        "num_machines": Later((1, None), "write 1: a training runs on one machine"),
-        "adam_beta1": Later((0.9, None), _IN_OPTIMIZER_CONFIG),
-        "adam_beta2": Later((0.999, None), _IN_OPTIMIZER_CONFIG),
-        "adam_weight_decay": Later((0.01, None), _IN_OPTIMIZER_CONFIG),
-        "adam_epsilon": Later((1e-8, None), _IN_OPTIMIZER_CONFIG),
-        "optimizer_beta1": Later((None,), _IN_OPTIMIZER_CONFIG),
-        "optimizer_beta2": Later((None,), _IN_OPTIMIZER_CONFIG),
+        "num_machines": UnsupportedKey((1, None), "write 1: a training runs on one machine"),
+        "adam_beta1": UnsupportedKey((0.9, None), _IN_OPTIMIZER_CONFIG),
+        "adam_beta2": UnsupportedKey((0.999, None), _IN_OPTIMIZER_CONFIG),
+        "adam_weight_decay": UnsupportedKey((0.01, None), _IN_OPTIMIZER_CONFIG),
+        "adam_epsilon": UnsupportedKey((1e-8, None), _IN_OPTIMIZER_CONFIG),
+        "optimizer_beta1": UnsupportedKey((None,), _IN_OPTIMIZER_CONFIG),
+        "optimizer_beta2": UnsupportedKey((None,), _IN_OPTIMIZER_CONFIG),
     },
     later_values={
         "model_flavour": _names("refiner-1.0 base-0.9 refiner-0.9"),
@@ -249,28 +257,28 @@ TRAINING: Final = Vocabulary(
 
 _WHOLE_RUN = "leave it out: every dataset is trained on from the first step to the last; or disable the entry"
 _WHOLE_IMAGES = "leave it out: each image of the column is used as a whole"
-_NOT_FILTERED = Later(
+_NOT_FILTERED = UnsupportedKey(
     (None,),
     "leave it out, and name a dataset that holds only what is to be trained: rows are not filtered here",
 )
 
 _ENTRY_SPELLINGS = {"disable": "disabled"}
 
-IMAGES: Final = Vocabulary(
+IMAGES: Final = KeySchema(
     spellings={**_ENTRY_SPELLINGS, "is_regularization_data": "is_regularisation_data"},
     later={
         **_off((False, None), "disable_validation"),
         **_off((None, ""), "conditioning slider_strength"),
-        "train_batch_size": Later(
+        "train_batch_size": UnsupportedKey(
             (None, ""), "write it in config.json: datasets share their batches, and so one train_batch_size"
         ),
-        "huggingface": Later((None,), "write an object, or leave the key out"),
+        "huggingface": UnsupportedKey((None,), "write an object, or leave the key out"),
         "filter_func": _NOT_FILTERED,
-        "composite_image_config": Later((None,), _WHOLE_IMAGES),
-        "start_epoch": Later((1, 0, None), _WHOLE_RUN),
-        "end_epoch": Later((None, "", 0), _WHOLE_RUN),
-        "start_step": Later((0, None), _WHOLE_RUN),
-        "end_step": Later((None, 0), _WHOLE_RUN),
+        "composite_image_config": UnsupportedKey((None,), _WHOLE_IMAGES),
+        "start_epoch": UnsupportedKey((1, 0, None), _WHOLE_RUN),
+        "end_epoch": UnsupportedKey((None, "", 0), _WHOLE_RUN),
+        "start_step": UnsupportedKey((0, None), _WHOLE_RUN),
+        "end_step": UnsupportedKey((None, 0), _WHOLE_RUN),
         "delete_unwanted_images": _NOTHING_IS_DELETED,
         "delete_problematic_images": _NOTHING_IS_DELETED,
         "delete_nsfw_images": _NOTHING_IS_DELETED,
@@ -294,14 +302,14 @@ IMAGES: Final = Vocabulary(
 )
 """Beyond the fields of `ImageDataset`."""
 
-HUGGINGFACE: Final = Vocabulary(
+HUGGINGFACE: Final = KeySchema(
     later={
         "filter_func": _NOT_FILTERED,
-        "composite_image_config": Later((None,), _WHOLE_IMAGES),
-        "fallback_caption_column": Later(
+        "composite_image_config": UnsupportedKey((None,), _WHOLE_IMAGES),
+        "fallback_caption_column": UnsupportedKey(
             (None,), "leave it out, or name all columns of captions in caption_column"
         ),
-        "dataset_path": Later((None,), "write the repository in dataset_name"),
+        "dataset_path": UnsupportedKey((None,), "write the repository in dataset_name"),
     },
     meaningless=_names(
         """auto_load cache_dir streaming num_proc file_extension width_column height_column quality_column description_column
@@ -310,10 +318,10 @@ HUGGINGFACE: Final = Vocabulary(
 )
 """Of the object `huggingface` in an image dataset, beyond the fields of `HubColumns`."""
 
-TEXT_EMBEDS: Final = Vocabulary(
+TEXT_EMBEDS: Final = KeySchema(
     spellings=_ENTRY_SPELLINGS,
     later={
-        "text_encoder_batch_size": Later(
+        "text_encoder_batch_size": UnsupportedKey(
             (None,), "write text_encoder_batch_size in config.json: it holds for all captions"
         ),
     },

@@ -9,8 +9,8 @@ from pydantic import Field, SecretStr, field_validator
 from sdxl_pipeline.config.json_files import read_json
 from sdxl_pipeline.config.problems import NO_VALUE, Problem
 from sdxl_pipeline.config.schema.settings_model import BadValueError, SettingsModel
-from sdxl_pipeline.config.settings_parser import read_settings
-from sdxl_pipeline.config.simpletuner_schema import Vocabulary
+from sdxl_pipeline.config.settings_parser import parse_settings
+from sdxl_pipeline.config.simpletuner_schema import KeySchema
 
 Level = Literal["critical", "error", "warning", "info", "debug"]
 
@@ -70,7 +70,7 @@ def read_webhooks(path: Path) -> tuple[tuple[Webhook, ...], list[Problem]]:
 
 
 def _read_webhook(entry: Mapping[str, Any], path: Path, where: str) -> tuple[Webhook | None, list[Problem]]:
-    reading = read_settings(entry, Webhook, Vocabulary(), path, where)
+    reading = parse_settings(entry, Webhook, KeySchema(), path, where)
     if reading.settings is not None and not reading.problems and reading.settings.address is None:
         key = "callback_url" if reading.settings.webhook_type == "raw" else "webhook_url"
         return None, [Problem(path, where + key, NO_VALUE, "is missing", "write the address to post to")]

@@ -17,43 +17,45 @@ from sdxl_pipeline.models.adapters.adapter import (
     UNET,
     AdapterError,
     load_adapter,
-    require_whole,
+    require_complete,
     without_adapter,
 )
 from sdxl_pipeline.models.components import load_text_encoders, load_unet
 from sdxl_pipeline.models.precision import dtype_from_name
-from sdxl_pipeline.models.sampling import drawing_pipeline
+from sdxl_pipeline.models.sampling import build_inference_pipeline
 from sdxl_pipeline.runtime.specs import EvaluateSpec
-from sdxl_pipeline.runtime.stage_runner import StageError
-from sdxl_pipeline.training.text_encoder_training import LiveTexts, named_encoders, text_windows
+from sdxl_pipeline.runtime.stage_runner import UserError
+from sdxl_pipeline.training.text_encoder_training import OnlineTextEncoder, named_encoders, text_windows
 
 ADAPTER = "evaluated"
 
 
-class Subject(ABC):
+class EvalModel(ABC):
     """The trained model in a pipeline without text encoders, and its base model in its place.
 
-    `live_texts` encodes captions and prompts where the text encoders were trained; else their embeddings are in the caches.
+    `online_text_encoder` encodes captions and prompts where the text encoders were trained; else their embeddings are in the caches.
     """
 
-    def __init__(self, pipeline: StableDiffusionXLPipeline, live_texts: LiveTexts | None = None) -> None:
-        self.pipeline, self.live_texts = pipeline, live_texts
+    def __init__(
+        self, pipeline: StableDiffusionXLPipeline, online_text_encoder: OnlineTextEncoder | None = None
+    ) -> None:
+        self.pipeline, self.online_text_encoder = pipeline, online_text_encoder
 
     @abstractmethod
     def base(self) -> AbstractContextManager[None]:
         """Have the base model in the pipeline while the block runs."""
 
 
-class AdaptedModels(Subject):
+class AdapterEvalModel(EvalModel):
     """A UNet, and perhaps text encoders, with adapters that can be switched off."""
 
     def __init__(
         self,
         pipeline: StableDiffusionXLPipeline,
         models: Mapping[str, nn.Module],
-        live_texts: LiveTexts | None,
+        online_text_encoder: OnlineTextEncoder | None,
     ) -> None:
-        super().__init__(pipeline, live_texts)
+        super().__init__(pipeline, online_text_encoder)
         self._models = models
 
     def base(self) -> AbstractContextManager[None]:
@@ -61,7 +63,7 @@ class AdaptedModels(Subject):
         return without_adapter(*self._models.values())
 
 
-class WholeUNet(Subject):
+class FullUNetEvalModel(EvalModel):
     """A UNet all of whose weights were trained. The base model's waits on the CPU, so that the device holds but one."""
 
     def __init__(self, pipeline: StableDiffusionXLPipeline, base_unet: UNet2DConditionModel) -> None:
@@ -80,29 +82,29 @@ class WholeUNet(Subject):
             self.pipeline.unet = _exchanged(self._base_unet, trained, device)
 
 
-def load_subject(spec: EvaluateSpec) -> Subject:
+def load_eval_model(spec: EvaluateSpec) -> EvalModel:
     """What the training left, loaded back beside the base model.
 
-    Raises StageError when it does not load back whole.
+    Raises UserError when it does not load back whole.
     """
     dtype = dtype_from_name(spec.settings.mixed_precision or spec.hardware.mixed_precision)
     base = load_unet(spec.base_model, dtype).eval()
     if spec.lora.weights_kind == "unet":
         unet = _load_unet(Path(spec.lora.weights_path), base, dtype)
-        return WholeUNet(_pipeline(spec, unet.to(spec.hardware.device)), base)
+        return FullUNetEvalModel(_pipeline(spec, unet.to(spec.hardware.device)), base)
     models: dict[str, nn.Module] = {UNET: base.to(spec.hardware.device)}
-    live_texts = None
+    online_text_encoder = None
     if spec.settings.train_text_encoder:
         encoders = load_text_encoders(spec.base_model, dtype).to(spec.hardware.device)
         models |= named_encoders(encoders)
-        live_texts = LiveTexts(encoders, text_windows(spec.datasets))
+        online_text_encoder = OnlineTextEncoder(encoders, text_windows(spec.datasets))
     _load_adapter(models, Path(spec.lora.weights_path), spec.lora.adapted_modules)
-    return AdaptedModels(_pipeline(spec, base), models, live_texts)
+    return AdapterEvalModel(_pipeline(spec, base), models, online_text_encoder)
 
 
 def _pipeline(spec: EvaluateSpec, unet: UNet2DConditionModel) -> StableDiffusionXLPipeline:
     vae_dtype = dtype_from_name(spec.settings.vae_dtype or spec.hardware.vae_dtype)
-    return drawing_pipeline(spec.base_model, unet, vae_dtype, spec.settings)
+    return build_inference_pipeline(spec.base_model, unet, vae_dtype, spec.settings)
 
 
 def _exchanged(
@@ -121,7 +123,7 @@ def _load_unet(folder: Path, base: UNet2DConditionModel, dtype: torch.dtype) -> 
         | (base.state_dict().keys() ^ unet.state_dict().keys())
     )
     if astray:
-        raise StageError(
+        raise UserError(
             f"{folder} does not load back whole: {len(astray)} weights are astray, as {astray[0]}"
         )
     return unet.eval().requires_grad_(False)
@@ -131,11 +133,11 @@ def _load_adapter(models: dict[str, nn.Module], weights: Path, trained_modules: 
     try:
         with _quiet_diffusers():
             changed = load_adapter(models, weights, ADAPTER)
-        require_whole(models, weights, ADAPTER)
+        require_complete(models, weights, ADAPTER)
     except AdapterError as error:
-        raise StageError(f"{weights} does not load back whole: {error}") from error
+        raise UserError(f"{weights} does not load back whole: {error}") from error
     if (adapted := sum(map(len, changed.values()))) != trained_modules:
-        raise StageError(
+        raise UserError(
             f"{weights} does not load back whole: it adapts {adapted} layers, but {trained_modules} were trained"
         )
 

@@ -7,7 +7,7 @@ from sdxl_pipeline.evaluation.scoring_model import scoring_model_name
 from sdxl_pipeline.files.atomic_files import sha256_path
 from sdxl_pipeline.files.digest import digest_json
 from sdxl_pipeline.runtime.specs import EvaluateSpec, TrainedLora
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.validation.eval_samples import choose_samples
 
 CODE_VERSION = 3
@@ -50,7 +50,7 @@ TRAINED_WITH: Final = frozenset(
 def evaluation_identity(spec: EvaluateSpec) -> str:
     """Hex SHA-256: the same again means the same report, but for the comparison with the release before it.
 
-    Raises StageError when the weights are not those that were trained.
+    Raises UserError when the weights are not those that were trained.
     """
     _require_weights(spec.lora)
     source, samples = choose_samples(spec.datasets, spec.settings)
@@ -71,8 +71,8 @@ def evaluation_identity(spec: EvaluateSpec) -> str:
 def _require_weights(lora: TrainedLora) -> None:
     weights = Path(lora.weights_path)
     if not weights.exists():
-        raise StageError(f"{weights} is gone; materialize lora again")
+        raise UserError(f"{weights} is gone; materialize lora again")
     if sha256_path(weights) != lora.weights_sha256:
-        raise StageError(
+        raise UserError(
             f"{weights} is not what the training wrote: its SHA-256 differs. Materialize lora again"
         )

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from sdxl_pipeline.evaluation.clip_score import ClipScorer, summarize
 from sdxl_pipeline.evaluation.comparison_grid import Pair, comparison_sheet
-from sdxl_pipeline.evaluation.eval_models import Subject, load_subject
-from sdxl_pipeline.evaluation.gallery import Drawing, draw, plan_caption_shots, plan_shots
+from sdxl_pipeline.evaluation.eval_models import EvalModel, load_eval_model
+from sdxl_pipeline.evaluation.gallery import GalleryImage, draw, plan_caption_gallery, plan_gallery
 from sdxl_pipeline.evaluation.paired_difference import paired_difference, released_losses
 from sdxl_pipeline.evaluation.report import (
     change_since,
@@ -22,7 +22,7 @@ from sdxl_pipeline.files.atomic_files import atomic_path
 from sdxl_pipeline.models.components import load_noise_scheduler
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import (
-    SPOKEN_KINDS,
+    KIND_LABELS,
     ClipSummary,
     EvaluateSpec,
     EvaluationReport,
@@ -30,7 +30,7 @@ from sdxl_pipeline.runtime.specs import (
     LossSummary,
     ValidationImage,
 )
-from sdxl_pipeline.runtime.stage_runner import StageError, StopSignal
+from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.data.on_demand_cache import OnDemandEncoders
 from sdxl_pipeline.training.data.samples import Samples
@@ -45,7 +45,7 @@ class Work:
     """What every part of the evaluation needs."""
 
     spec: EvaluateSpec
-    subject: Subject
+    eval_model: EvalModel
     reader: BatchReader
     samples: Samples
     reporter: Reporter
@@ -55,7 +55,7 @@ class Work:
 def evaluate(spec: EvaluateSpec, identity: str, reporter: Reporter, stop: StopSignal) -> EvaluationReport:
     """Measure what was trained against its base model, and write the report, which bears `identity`.
 
-    Raises StageError when there is nothing to evaluate on, no scoring model, or weights that do not load back.
+    Raises UserError when there is nothing to evaluate on, no scoring model, or weights that do not load back.
     """
     started = time.monotonic()
     settings = spec.settings
@@ -65,12 +65,12 @@ def evaluate(spec: EvaluateSpec, identity: str, reporter: Reporter, stop: StopSi
     )
     source, samples = choose_samples(spec.datasets, settings)
     if not samples:
-        raise StageError("there is no image to evaluate on: the datasets' aspect_buckets have no rows")
+        raise UserError("there is no image to evaluate on: the datasets' aspect_buckets have no rows")
     reporter.log(f"Evaluating on {len(samples)} images ({source}).")
-    subject = load_subject(spec)
+    eval_model = load_eval_model(spec)
     encoders = OnDemandEncoders(spec.base_model, spec.hardware)
-    with closing(BatchReader(spec.datasets, encoders, subject.live_texts)) as reader:
-        work = Work(spec, subject, reader, samples, reporter, stop)
+    with closing(BatchReader(spec.datasets, encoders, eval_model.online_text_encoder)) as reader:
+        work = Work(spec, eval_model, reader, samples, reporter, stop)
         return _measure(work, identity, source, clip_folder, started)
 
 
@@ -80,7 +80,7 @@ def _measure(
     """The report; its seconds count from `started`."""
     spec, settings, reporter, samples = work.spec, work.spec.settings, work.reporter, work.samples
     output_dir = Path(spec.output_dir)
-    called = SPOKEN_KINDS[spec.lora.weights_kind]
+    called = KIND_LABELS[spec.lora.weights_kind]
     base_loss = lora_loss = to_base = to_release = None
     loss_plot_path = output_dir / "loss_by_timestep.png"
     if not settings.eval_loss_disable:
@@ -92,7 +92,7 @@ def _measure(
             f"Eval loss: base model {base_loss.mean:.5f}, {called} {lora_loss.mean:.5f}, difference {describe_difference(to_base)}."
         )
 
-    drawings = draw_gallery(work)
+    drawings = generate_gallery(work)
     images, gallery_path = save_gallery(work, drawings)
     base_clip = lora_clip = None
     if clip_folder is not None:
@@ -133,7 +133,7 @@ def _measure(
 
 def measure_losses(work: Work) -> tuple[LossSummary, LossSummary]:
     """Eval loss of the base model and of what was trained, on the same images, timesteps and noise."""
-    spec, pipeline = work.spec, work.subject.pipeline
+    spec, pipeline = work.spec, work.eval_model.pipeline
     scheduler = load_noise_scheduler(spec.base_model, spec.settings.scheduler_changes)
     objective = Objective(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
     timesteps = eval_timesteps(spec.settings.eval_timesteps, scheduler.config.num_train_timesteps)
@@ -149,28 +149,28 @@ def measure_losses(work: Work) -> tuple[LossSummary, LossSummary]:
             pipeline.unet, objective, images, timesteps, spec.settings.train_batch_size, on_batch
         )
 
-    with work.subject.base():
+    with work.eval_model.base():
         base = measure("base model")
-    return base, measure(SPOKEN_KINDS[spec.lora.weights_kind])
+    return base, measure(KIND_LABELS[spec.lora.weights_kind])
 
 
-def draw_gallery(work: Work) -> list[tuple[Drawing, Drawing]]:
+def generate_gallery(work: Work) -> list[tuple[GalleryImage, GalleryImage]]:
     """(base model's, trained model's) image of every shot: of the validation prompts, or of some captions where there are none."""
-    spec, pipeline = work.spec, work.subject.pipeline
+    spec, pipeline = work.spec, work.eval_model.pipeline
     zeros = bool(pipeline.config.force_zeros_for_empty_prompt)
 
-    def images(already: int) -> list[Drawing]:
+    def images(already: int) -> list[GalleryImage]:
         if spec.prompts:
-            shots = plan_shots(spec.prompts, spec.settings, work.reader, zeros)
+            shots = plan_gallery(spec.prompts, spec.settings, work.reader, zeros)
         else:
-            shots = plan_caption_shots(work.samples, spec.datasets, spec.settings, work.reader, zeros)
+            shots = plan_caption_gallery(work.samples, spec.datasets, spec.settings, work.reader, zeros)
         drawings = []
         for done, shot in enumerate(shots, already):
             work.reporter.progress("gallery", done, 2 * len(shots), "images")
             drawings.append(draw(pipeline, shot, spec.settings, work.stop.raise_if_requested))
         return drawings
 
-    with work.subject.base():
+    with work.eval_model.base():
         before = images(0)
     after = images(len(before))
     work.reporter.progress("gallery", 2 * len(after), 2 * len(after), "images")
@@ -178,11 +178,11 @@ def draw_gallery(work: Work) -> list[tuple[Drawing, Drawing]]:
 
 
 def save_gallery(
-    work: Work, drawings: list[tuple[Drawing, Drawing]]
+    work: Work, drawings: list[tuple[GalleryImage, GalleryImage]]
 ) -> tuple[tuple[ValidationImage, ...], Path]:
     """Write every image, those of the base model as step 0, and the sheet that shows them side by side."""
     output_dir, steps = Path(work.spec.output_dir), work.spec.lora.steps
-    called = SPOKEN_KINDS[work.spec.lora.weights_kind]
+    called = KIND_LABELS[work.spec.lora.weights_kind]
     images = []
     for before, after in drawings:
         for drawing, folder, step in ((before, "base", 0), (after, "lora", steps)):
@@ -202,7 +202,7 @@ def save_gallery(
 
 
 def score_gallery(
-    clip_folder: Path, device: str, drawings: list[tuple[Drawing, Drawing]]
+    clip_folder: Path, device: str, drawings: list[tuple[GalleryImage, GalleryImage]]
 ) -> tuple[ClipSummary, ClipSummary]:
     """CLIP score of the base model's and of the trained model's images."""
     scorer = ClipScorer(clip_folder, device)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.files.atomic_files import atomic_path
-from sdxl_pipeline.models.sampling import Conditioning, draw_pixels, image_from_pixels
+from sdxl_pipeline.models.sampling import Conditioning, image_from_pixels, sample_image
 from sdxl_pipeline.runtime.specs import TrainingDataset, ValidationPrompt
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.data.samples import Sample
@@ -28,7 +28,7 @@ CONSTANT_DEVIATION = 1 / 255
 
 
 @dataclass(frozen=True)
-class Shot:
+class GalleryPrompt:
     """One image to draw."""
 
     name: str  # of the image's file
@@ -40,10 +40,10 @@ class Shot:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class GalleryImage:
     """An image as the pipeline drew it, (H, W, 3) float32 in [0, 1] unless it is broken, and the fault found in it."""
 
-    shot: Shot
+    shot: GalleryPrompt
     pixels: np.ndarray
     fault: str | None
 
@@ -60,13 +60,13 @@ class Drawing:
         return path
 
 
-def plan_shots(
+def plan_gallery(
     prompts: Sequence[ValidationPrompt],
     settings: TrainingSettings,
     reader: BatchReader,
     zeros_for_empty_prompt: bool,
-) -> list[Shot]:
-    """Every prompt at every validation size and seed. Raises StageError for a prompt that was not encoded.
+) -> list[GalleryPrompt]:
+    """Every prompt at every validation size and seed. Raises UserError for a prompt that was not encoded.
 
     `zeros_for_empty_prompt` is the base model's `force_zeros_for_empty_prompt`: without a negative prompt the pipeline then takes
     zeros, else the encoded empty prompt.
@@ -78,13 +78,13 @@ def plan_shots(
     return _with_unique_names(shots)
 
 
-def plan_caption_shots(
+def plan_caption_gallery(
     samples: Sequence[Sample],
     datasets: Sequence[TrainingDataset],
     settings: TrainingSettings,
     reader: BatchReader,
     zeros_for_empty_prompt: bool,
-) -> list[Shot]:
+) -> list[GalleryPrompt]:
     """For a project without prompts: the first few distinct captions of its images, without a negative prompt."""
     captions: dict[str, str] = {}
     for dataset in datasets:
@@ -102,16 +102,18 @@ def plan_caption_shots(
 
 def draw(
     pipeline: StableDiffusionXLPipeline,
-    shot: Shot,
+    shot: GalleryPrompt,
     settings: TrainingSettings,
     on_step: Callable[[], None] | None = None,
-) -> Drawing:
+) -> GalleryImage:
     """Draw one image with the validation settings, and look whether it is broken."""
-    pixels = draw_pixels(pipeline, shot.conditioning, (shot.height, shot.width), shot.seed, settings, on_step)
-    return Drawing(shot, pixels, find_fault(pixels))
+    pixels = sample_image(
+        pipeline, shot.conditioning, (shot.height, shot.width), shot.seed, settings, on_step
+    )
+    return GalleryImage(shot, pixels, find_defect(pixels))
 
 
-def find_fault(pixels: np.ndarray) -> str | None:
+def find_defect(pixels: np.ndarray) -> str | None:
     """What is wrong with an image of values in [0, 1], (H, W, 3): "not finite", "black" or "constant"; None when nothing is."""
     if not np.isfinite(pixels).all():
         return f"not finite: {(~np.isfinite(pixels)).mean():.0%} of its values are NaN or infinite"
@@ -127,14 +129,14 @@ def _shots(
     prompt: str,
     settings: TrainingSettings,
     conditioning: Conditioning,
-) -> list[Shot]:
+) -> list[GalleryPrompt]:
     sizes = settings.validation_sizes
     seeds = range(
         settings.effective_validation_seed,
         settings.effective_validation_seed + settings.num_validation_images,
     )
     return [
-        Shot(
+        GalleryPrompt(
             name="_".join(
                 [file_stem(name)]
                 + ([f"{width}x{height}"] if len(sizes) > 1 else [])
@@ -151,7 +153,7 @@ def _shots(
     ]
 
 
-def _with_unique_names(shots: Sequence[Shot]) -> list[Shot]:
+def _with_unique_names(shots: Sequence[GalleryPrompt]) -> list[GalleryPrompt]:
     """No image overwrites another."""
     names = distinct_stems(shot.name for shot in shots)
     return [replace(shot, name=name) for shot, name in zip(shots, names, strict=True)]

@@ -8,7 +8,7 @@ from typing import Any
 
 from sdxl_pipeline.files.atomic_files import atomic_path, write_text_atomic
 from sdxl_pipeline.runtime.specs import (
-    SPOKEN_KINDS,
+    KIND_LABELS,
     ClipSummary,
     EvaluationReport,
     LossSummary,
@@ -27,7 +27,7 @@ FIGURE_NAMES = {
     "lora_clip_mean": "CLIP score, {trained}, mean",
     "lora_clip_min": "CLIP score, {trained}, lowest",
 }
-"""Every figure that two reports can be compared by, and what people call it; `trained` is one of SPOKEN_KINDS."""
+"""Every figure that two reports can be compared by, and what people call it; `trained` is one of KIND_LABELS."""
 
 
 def figures(
@@ -49,7 +49,7 @@ def figures(
 
 def figure_name(name: str, report: EvaluationReport) -> str:
     """What people call a figure of a report."""
-    return FIGURE_NAMES[name].format(trained=SPOKEN_KINDS[report.weights_kind])
+    return FIGURE_NAMES[name].format(trained=KIND_LABELS[report.weights_kind])
 
 
 def report_figures(report: EvaluationReport) -> dict[str, float]:
@@ -101,12 +101,12 @@ def markdown(report: EvaluationReport, project: str, scoring_model: str | None) 
     def link(path: str) -> str:
         return Path(os.path.relpath(path, folder)).as_posix()
 
-    called = SPOKEN_KINDS[report.weights_kind]
+    called = KIND_LABELS[report.weights_kind]
     parts = [f"# Evaluation of {project}\n", f"![base model beside {called}]({link(report.gallery_path)})\n"]
     if report.broken_images:
         parts.append("**Broken images:**\n")
         parts.append("".join(f"- {item.name}: {item.reason}\n" for item in report.broken_images))
-    parts += ["## Figures\n", figures_table(report), ""]
+    parts += ["## Figures\n", markdown_table(report), ""]
     parts.append(f"{describe_measurement(report, scoring_model)}\n")
     if report.base_loss is not None and report.lora_loss is not None:
         parts.append("## Eval loss by timestep\n")
@@ -116,7 +116,7 @@ def markdown(report: EvaluationReport, project: str, scoring_model: str | None) 
     return "\n".join(parts).rstrip() + "\n"
 
 
-def figures_table(report: EvaluationReport) -> str:
+def markdown_table(report: EvaluationReport) -> str:
     """All figures as a Markdown table, with their change since the last release where there was one."""
     found = report_figures(report)
     if not found:
@@ -140,7 +140,7 @@ def describe_measurement(report: EvaluationReport, scoring_model: str | None) ->
         source = {
             "eval dataset": "of the eval datasets",
             "held-out share": "held out of the training",
-            "training images": f"**the {SPOKEN_KINDS[report.weights_kind]} was trained on** (there is neither an eval dataset nor a held-out share)",
+            "training images": f"**the {KIND_LABELS[report.weights_kind]} was trained on** (there is neither an eval dataset nor a held-out share)",
         }[report.eval_source]
         sentences.append(
             f"The eval loss is the mean squared error of the denoising prediction over {report.eval_images} images {source} and "

@@ -6,7 +6,7 @@ from pathlib import Path
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.models.base_model import BUNDLED_CLIP, BUNDLED_NAME, ResolvedModel
 from sdxl_pipeline.models.hub_download import download_snapshot
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 
 BUNDLED_CLIP_NAME = "bundled:tiny-clip"
 CONFIG = "config.json"
@@ -26,7 +26,7 @@ def scoring_model_folder(settings: TrainingSettings, base_model: ResolvedModel) 
     """Folder of the CLIP named by pretrained_evaluation_model_name_or_path, downloaded if need be; safetensors only.
 
     The bundled base model draws a world that only the bundled CLIP knows, and runs offline: with it, the default means that CLIP.
-    Raises StageError, or BaseModelError when the Hub does not give the files.
+    Raises UserError, or BaseModelError when the Hub does not give the files.
     """
     if _is_bundled(settings, base_model):
         return BUNDLED_CLIP
@@ -36,7 +36,7 @@ def scoring_model_folder(settings: TrainingSettings, base_model: ResolvedModel) 
         choose_files([path.name for path in folder.iterdir()], source)
         return folder
     if folder.is_absolute() or source.count("/") != 1 or source.startswith("bundled:"):
-        raise StageError(
+        raise UserError(
             f"pretrained_evaluation_model_name_or_path is {source!r}, which is no folder; give the folder of a CLIP model, "
             f"a Hub id of the form owner/name, or {BUNDLED_CLIP_NAME!r}"
         )
@@ -44,17 +44,17 @@ def scoring_model_folder(settings: TrainingSettings, base_model: ResolvedModel) 
 
 
 def choose_files(names: Collection[str], source: str) -> list[str]:
-    """Of the files of a CLIP model, those that scoring reads. Raises StageError when its weights are not in safetensors."""
+    """Of the files of a CLIP model, those that scoring reads. Raises UserError when its weights are not in safetensors."""
     for needed in (CONFIG, PROCESSOR_CONFIG):
         if needed not in names:
-            raise StageError(f"{source} has no {needed}, so it is not a CLIP model that can score images")
+            raise UserError(f"{source} has no {needed}, so it is not a CLIP model that can score images")
     weights = sorted(
         name
         for name in names
         if "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))
     )
     if not weights:
-        raise StageError(
+        raise UserError(
             f"{source} has no .safetensors weights, and nothing else is loaded, since pickled files can run code when opened. "
             'Set "pretrained_evaluation_model_name_or_path" to a CLIP that has them, as "openai/clip-vit-large-patch14", or to a '
             "folder with a converted copy"

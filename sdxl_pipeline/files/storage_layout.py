@@ -18,7 +18,7 @@ def storage_root(named: str | None = None) -> Path:
 
 
 @dataclass(frozen=True)
-class Places:
+class StorageLayout:
     """The folders under one root."""
 
     root: Path

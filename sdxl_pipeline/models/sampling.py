@@ -46,7 +46,7 @@ class Conditioning:
     negative_pooled_prompt_embeds: Tensor | None = None
 
 
-def drawing_pipeline(
+def build_inference_pipeline(
     model: ResolvedModel,
     unet: UNet2DConditionModel,
     vae_dtype: torch.dtype,
@@ -91,7 +91,7 @@ def scheduler_changes(model: ResolvedModel, settings: TrainingSettings) -> dict[
 
 
 @torch.no_grad()
-def draw_pixels(
+def sample_image(
     pipeline: StableDiffusionXLPipeline,
     conditioning: Conditioning,
     size: tuple[int, int],
@@ -175,7 +175,7 @@ def _estimates(scheduler: Any, take: Callable[[int, int, Tensor], None]) -> Iter
     def step(model_output: Tensor, timestep: Tensor, sample: Tensor, **options: Any) -> Any:
         nonlocal number
         number += 1
-        take(number, len(scheduler.timesteps), expected_latents(scheduler, model_output, timestep, sample))
+        take(number, len(scheduler.timesteps), predict_x0(scheduler, model_output, timestep, sample))
         return own(model_output, timestep, sample, **options)
 
     scheduler.step = step
@@ -185,7 +185,7 @@ def _estimates(scheduler: Any, take: Callable[[int, int, Tensor], None]) -> Iter
         del scheduler.step
 
 
-def expected_latents(scheduler: Any, prediction: Tensor, timestep: Tensor, sample: Tensor) -> Tensor:
+def predict_x0(scheduler: Any, prediction: Tensor, timestep: Tensor, sample: Tensor) -> Tensor:
     """The clean latents that a prediction at a timestep implies, in float32: (B, 4, h, w) as `prediction` and `sample`.
 
     Of noise, x0 = (x_t - sqrt(1 - abar) eps) / sqrt(abar); of velocity, x0 = sqrt(abar) x_t - sqrt(1 - abar) v (Salimans and Ho 2022).

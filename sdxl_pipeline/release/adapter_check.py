@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdxl_pipeline.models.adapters.adapter import load_adapter, require_whole
+from sdxl_pipeline.models.adapters.adapter import load_adapter, require_complete
 from sdxl_pipeline.models.adapters.adapter_files import (
     PREFIXES,
     UNET,
@@ -38,7 +38,7 @@ def count_changed_layers(path: Path, base_model: ResolvedModel) -> int:
         else:
             with _without_copies():
                 layers = sum(len(names) for names in load_adapter(models, path).values())
-            require_whole(models, path)
+            require_complete(models, path)
         tensors = load_file(path)
     except (AdapterError, OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise AdapterError(f"{path} does not load back: {error}") from error

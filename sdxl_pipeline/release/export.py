@@ -51,7 +51,7 @@ def build_release(
 
     `lineage` is plain data that goes into lineage.json as it is, but for local paths. Raises ReleaseError when the weights are not those
     that were evaluated, when a local path or the Hub token would be published, or when `folder` holds something that is no release;
-    ExportError and StageError when the checkpoint of a trained UNet cannot be written.
+    ExportError and UserError when the checkpoint of a trained UNet cannot be written.
     """
     if (
         report.lora_sha256 != lora.weights_sha256

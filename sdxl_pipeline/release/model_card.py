@@ -12,7 +12,7 @@ from sdxl_pipeline.release.adapter_labels import adapter_name, adapter_tags, is_
 from sdxl_pipeline.release.sanitize import portable_name, portable_settings
 from sdxl_pipeline.release.snippet import hub_id
 from sdxl_pipeline.release.usage import usage
-from sdxl_pipeline.runtime.specs import SPOKEN_KINDS, TrainedLora, ValidationPrompt, WeightsKind
+from sdxl_pipeline.runtime.specs import KIND_LABELS, TrainedLora, ValidationPrompt, WeightsKind
 
 LICENCES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}
 """Licences of base models that pass on to what is derived from them, by Hub id."""
@@ -68,7 +68,7 @@ def model_card(
         settings.model_card_note or "",
         _opening(project, base_model, settings, lora),
         "<Gallery />" if images else "",  # the Hub shows the images of the front matter in its place
-        f"![base model beside {SPOKEN_KINDS[lora.weights_kind]}]({files['gallery']})",
+        f"![base model beside {KIND_LABELS[lora.weights_kind]}]({files['gallery']})",
         "## Use",
         usage(base_model, settings, lora, prompts, trigger_words, files),
         "## Evaluation",
@@ -169,7 +169,7 @@ def _training(settings: TrainingSettings, lora: TrainedLora, files: Mapping[str,
         *(
             (f"`{name}`", _shown(values[name]))
             for name in dict.fromkeys((*SHOWN_SETTINGS, *settings.changed_objective))
-            if values[name] is not None and _says_something(name, settings, lora)
+            if values[name] is not None and _is_informative(name, settings, lora)
         ),
     ]
     parts = [_table(("setting", "value"), rows), f"All settings: [{files['settings']}]({files['settings']})."]
@@ -178,7 +178,7 @@ def _training(settings: TrainingSettings, lora: TrainedLora, files: Mapping[str,
     return "\n\n".join(parts)
 
 
-def _says_something(name: str, settings: TrainingSettings, lora: TrainedLora) -> bool:
+def _is_informative(name: str, settings: TrainingSettings, lora: TrainedLora) -> bool:
     if lora.weights_kind == "lora":
         return is_shown(name, settings)
     return name not in AdapterSettings.model_fields

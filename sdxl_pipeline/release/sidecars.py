@@ -12,7 +12,7 @@ from sdxl_pipeline.files.atomic_files import atomic_path, write_text_atomic
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.release.adapter_labels import adapter_name
 from sdxl_pipeline.release.sanitize import portable_name
-from sdxl_pipeline.runtime.specs import SPOKEN_KINDS, TrainedLora, ValidationPrompt
+from sdxl_pipeline.runtime.specs import KIND_LABELS, TrainedLora, ValidationPrompt
 
 
 def write_sidecars(
@@ -47,5 +47,5 @@ def description(
     project: str, base_model: ResolvedModel, settings: TrainingSettings, lora: TrainedLora
 ) -> str:
     """Return what the weights are, in a sentence without markup."""
-    what = adapter_name(settings) if lora.weights_kind == "lora" else f"a {SPOKEN_KINDS['unet']}"
+    what = adapter_name(settings) if lora.weights_kind == "lora" else f"a {KIND_LABELS['unet']}"
     return f"{project}: {what} for {portable_name(base_model.source)}, {lora.steps:,} steps."

@@ -249,8 +249,8 @@ class RunLineage(StageModel):
 
     identity: str
     trajectory: str = Field(description="Digest of all that decides the steps, whatever their number.")
-    family: str = Field(description="Digest of all but the length, even where a step depends on it.")
-    kin: str | None = Field(
+    any_length: str = Field(description="Digest of all but the length, even where a step depends on it.")
+    any_length_or_world_size: str | None = Field(
         None,
         description="Digest of all but the length and the number of processes; None of a run by an earlier version.",
     )
@@ -261,7 +261,7 @@ class RunLineage(StageModel):
 WeightsKind = Literal["lora", "unet"]
 """What a training leaves: an adapter's file, or the folder of a whole UNet."""
 
-SPOKEN_KINDS: Final[Mapping[WeightsKind, str]] = {"lora": "LoRA", "unet": "trained UNet"}
+KIND_LABELS: Final[Mapping[WeightsKind, str]] = {"lora": "LoRA", "unet": "trained UNet"}
 """What people call them."""
 
 

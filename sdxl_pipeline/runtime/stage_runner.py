@@ -57,7 +57,7 @@ SpecT = TypeVar("SpecT", bound=BaseModel)
 ManifestT = TypeVar("ManifestT", bound=BaseModel)
 
 
-class StageError(Exception):
+class UserError(Exception):
     """A failure the user can mend. Only the message is shown, so it names what is wrong and what to do."""
 
 
@@ -71,10 +71,10 @@ class StageFailure(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["user", "out_of_memory", "crash"] = Field(
-        description="user: a StageError, which a retry will not mend; out_of_memory: of the device; crash: anything else."
+        description="user: a UserError, which a retry will not mend; out_of_memory: of the device; crash: anything else."
     )
     message: str
-    traceback: str = Field(default="", description="Empty for a StageError.")
+    traceback: str = Field(default="", description="Empty for a UserError.")
 
 
 class StopSignal:
@@ -157,7 +157,7 @@ def _work(
     except StageStopped:
         reporter.log("Stopped at a safe point; the next run takes up from here.")
         return EXIT_STOPPED
-    except (StageError, StorageError) as error:  # a store's own words say what to do, too
+    except (UserError, StorageError) as error:  # a store's own words say what to do, too
         sys.stderr.write(f"{error}\n")
         _write_failure(manifest_path, StageFailure(kind="user", message=str(error)))
         return EXIT_FAILED
@@ -254,7 +254,7 @@ def _only_one(manifest_path: Path, reporter: Reporter, stop: StopSignal) -> Iter
         while not lock_descriptor(lock.fileno(), blocking=False):
             stop.raise_if_requested()
             if time.monotonic() > give_up:
-                raise StageError(
+                raise UserError(
                     f"another process is still working on {manifest_path.parent} (it holds {lock.name}); "
                     "wait for that run to end, or stop it, and run this again"
                 )

@@ -17,9 +17,9 @@ from sdxl_pipeline.release.formats import FormatError
 from sdxl_pipeline.release.formats.kohya_file import KohyaFile, ensure_kohya_file
 from sdxl_pipeline.runtime.reporter import Reporter, is_main_process
 from sdxl_pipeline.runtime.specs import EMA_FOLDER, TrainedLora, TrainSpec
-from sdxl_pipeline.runtime.stage_runner import StageError, StopSignal, run_stage
+from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError, run_stage
 from sdxl_pipeline.runtime.store_leases import leased_datasets
-from sdxl_pipeline.training.checkpoint.run_identity import run_names
+from sdxl_pipeline.training.checkpoint.run_identity import run_fingerprints
 from sdxl_pipeline.training.checkpoint.run_lineage import read_lineage
 from sdxl_pipeline.training.checkpoint.run_lock import run_lock
 from sdxl_pipeline.training.data.samples import Split, load_samples
@@ -35,7 +35,7 @@ FINISHED = "finished.json"
 
 def main(spec: TrainSpec, reporter: Reporter, stop: StopSignal) -> TrainedLora:
     """Train as the spec says, or find that it has been."""
-    names = run_names(spec)
+    names = run_fingerprints(spec)
     identity, run_dir = names.identity, Path(spec.run_dir)
     with run_lock(run_dir, stop) if is_main_process() else nullcontext():
         if is_main_process():
@@ -52,14 +52,14 @@ def main(spec: TrainSpec, reporter: Reporter, stop: StopSignal) -> TrainedLora:
             )
             return _with_kohya_file(finished, spec, reporter) if is_main_process() else finished
 
-        from sdxl_pipeline.training.checkpoint.resume import begin_run, report_nearest_run
-        from sdxl_pipeline.training.logging.observers import Watch
+        from sdxl_pipeline.training.checkpoint.resume import report_nearest_run, resume_run
+        from sdxl_pipeline.training.logging.observers import RunObserver
         from sdxl_pipeline.training.trainer import Trainer
 
-        watch = Watch(spec, identity, reporter) if is_main_process() else None
+        watch = RunObserver(spec, identity, reporter) if is_main_process() else None
         with ExitStack() as afterwards, watch or nullcontext():
             if is_main_process():
-                begin_run(spec, names, reporter)
+                resume_run(spec, names, reporter)
                 afterwards.enter_context(leased_datasets(spec.datasets, f"train {spec.project}"))
             trainer = Trainer(spec, identity, reporter, stop, watch)
             afterwards.callback(trainer.close)
@@ -118,7 +118,7 @@ def _last_image(manifest: TrainedLora, averaged: bool) -> Path | None:
 def finished_run(run_dir: Path, identity: str) -> TrainedLora | None:
     """The manifest of a finished run whose weights are still what they were; None when there is none.
 
-    Raises StageError when the folder holds the finished run of another identity.
+    Raises UserError when the folder holds the finished run of another identity.
     """
     path = run_dir / FINISHED
     try:
@@ -126,7 +126,7 @@ def finished_run(run_dir: Path, identity: str) -> TrainedLora | None:
     except (FileNotFoundError, ValidationError):
         return None
     if manifest.identity != identity:
-        raise StageError(
+        raise UserError(
             f"{run_dir} holds another run (identity {manifest.identity[:12]}, not {identity[:12]}); give each run a folder of its own"
         )
     manifest = _relocated(manifest, run_dir)
@@ -157,7 +157,7 @@ def _finish(trainer: "Trainer") -> TrainedLora:
         run_dir / "loss_curve.png",
         run_dir / "validation.png",
     )
-    with trainer.trainable.gathered(torch.device("cpu")):
+    with trainer.trainable.summon_full_params(torch.device("cpu")):
         if trainer.is_main:
             files = 2 if trainer.trainable.kind == "lora" else 1  # an adapter is written in two formats
             require_space(run_dir, files * trainer.written_bytes, "the final weights", CHECKPOINT_ADVICE)

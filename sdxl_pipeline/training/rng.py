@@ -11,7 +11,7 @@ import json
 import numpy as np
 
 
-def seed_for(*purpose: int | str) -> int:
+def derive_seed(*purpose: int | str) -> int:
     """A seed in [0, 2**63) for a purpose such as `(run_seed, "noise", step, slot)`; different purposes give unrelated seeds."""
     digest = hashlib.blake2b(json.dumps(purpose).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
@@ -19,19 +19,19 @@ def seed_for(*purpose: int | str) -> int:
 
 def uniform(*purpose: int | str) -> float:
     """A number in [0, 1), uniform over purposes."""
-    return (seed_for(*purpose) >> 10) / 2**53
+    return (derive_seed(*purpose) >> 10) / 2**53
 
 
 def choose(count: int, *purpose: int | str) -> int:
     """An index in [0, count), uniform over purposes up to a bias of count / 2**63."""
-    return seed_for(*purpose) % count
+    return derive_seed(*purpose) % count
 
 
 def scattered(names: np.ndarray, seed: int) -> np.ndarray:
     """Numbers below 2**64 for already random ones, unrelated under different seeds: uint64 of shape (N,) both.
 
     A bijection, so different numbers stay different. It is the last step of the generator SplitMix64 (Steele, Lea and Flood 2014, "Fast
-    splittable pseudorandom number generators"), which takes a few nanoseconds where `seed_for` takes microseconds.
+    splittable pseudorandom number generators"), which takes a few nanoseconds where `derive_seed` takes microseconds.
     """
     mixed = names ^ np.uint64(seed)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -20,8 +20,8 @@ from sdxl_pipeline.models.precision import dtype_from_name
 from sdxl_pipeline.models.prompt_encoding import embed_tokens, encode_tokens
 from sdxl_pipeline.models.prompt_tokens import PromptReader
 from sdxl_pipeline.runtime.specs import TrainingDataset, TrainSpec
-from sdxl_pipeline.runtime.stage_runner import StageError
-from sdxl_pipeline.training.rng import seed_for
+from sdxl_pipeline.runtime.stage_runner import UserError
+from sdxl_pipeline.training.rng import derive_seed
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """The layers of a text encoder that get an adapter: diffusers' choice."""
@@ -47,12 +47,12 @@ def trainable_text_encoders(spec: TrainSpec) -> TextEncoders:
                     for layer in range(layers if name == "text_encoder_2" else layers - 1)
                     for projection in ATTENTION_PROJECTIONS
                 ],
-                seed=seed_for(settings.seed, "adapter", name),
+                seed=derive_seed(settings.seed, "adapter", name),
                 use_dora=settings.use_dora,
                 init=settings.lora_init_type,
             )
         except AdapterError as error:
-            raise StageError(f"config.json: train_text_encoder: {error}") from error
+            raise UserError(f"config.json: train_text_encoder: {error}") from error
         if settings.gradient_checkpointing:
             encoder.gradient_checkpointing_enable({"use_reentrant": False})
     return encoders
@@ -68,7 +68,7 @@ def text_windows(datasets: Iterable[TrainingDataset]) -> int:
     return max(dataset.text_embeds.windows for dataset in datasets)
 
 
-class CaptionedUNet(nn.Module):
+class UNetWithTextEncoders(nn.Module):
     """A UNet together with its text encoders: called as a UNet is, but with captions' tokens for their embeddings.
 
     One module, so that data parallelism sees all that is trained in one forward pass.
@@ -100,7 +100,7 @@ class CaptionedUNet(nn.Module):
         )
 
 
-class LiveTexts:
+class OnlineTextEncoder:
     """Captions and prompts as the text encoders read them now. Threads may tokenize by one."""
 
     def __init__(self, encoders: TextEncoders, windows: int) -> None:

@@ -19,8 +19,8 @@ from sdxl_pipeline.models.adapters.adapter import UNET, adapted_module_names, sa
 from sdxl_pipeline.models.components import TextEncoders
 from sdxl_pipeline.runtime.specs import TrainSpec, WeightsKind
 from sdxl_pipeline.training.text_encoder_training import (
-    CaptionedUNet,
-    LiveTexts,
+    OnlineTextEncoder,
+    UNetWithTextEncoders,
     named_encoders,
     text_windows,
     trainable_text_encoders,
@@ -38,7 +38,7 @@ class Trainable(ABC):
     weights_name: ClassVar[str]
     """The name that `write` is given in a run's folder and in its checkpoints."""
 
-    live_texts: LiveTexts | None = None
+    online_text_encoder: OnlineTextEncoder | None = None
     """How captions and prompts are encoded while the text encoders are trained; None where they are not."""
     encoders: tuple[nn.Module, ...] = ()
     """The text encoders that are trained."""
@@ -75,31 +75,31 @@ class Trainable(ABC):
         return module
 
     @contextmanager
-    def gathered(self, device: torch.device) -> Iterator[None]:
+    def summon_full_params(self, device: torch.device) -> Iterator[None]:
         """Have `unet` whole, on the main process at least, to be drawn with or written. To be entered by all processes together."""
         yield
 
-    def whole_parameters(self) -> dict[str, Tensor]:
-        """`parameters` as a checkpoint holds them; on the main process, while `gathered` runs."""
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """`parameters` as a checkpoint holds them; on the main process, while `summon_full_params` runs."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
-    def whole_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
+    def full_optimizer_state_dict(self, state: dict[str, Any]) -> dict[str, Any]:
         """The state of the optimizer as a checkpoint holds it. To be called by all processes together."""
         return state
 
-    def divided_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
+    def shard_optimizer_state_dict(self, state: dict[str, Any]) -> dict[str, Any]:
         """What of a checkpoint's optimizer state is this process's own."""
         return state
 
     @property
-    def holds_parameters(self) -> bool:
+    def export_is_exact(self) -> bool:
         """Whether `write` makes a folder of safetensors that hold `parameters`, and nothing else, by name and bit for bit."""
         return False
 
     @property
     def written_bytes(self) -> int:
-        """What `write` takes on the disk, but for a few kilobytes; on the main process, while `gathered` runs."""
-        return sum(tensor.nbytes for tensor in self.whole_parameters().values())
+        """What `write` takes on the disk, but for a few kilobytes; on the main process, while `summon_full_params` runs."""
+        return sum(tensor.nbytes for tensor in self.full_state_dict().values())
 
     @property
     @abstractmethod
@@ -120,12 +120,12 @@ class TrainableLora(Trainable):
     def __init__(
         self, unet: UNet2DConditionModel, encoders: TextEncoders | None = None, windows: int = 1
     ) -> None:
-        super().__init__(unet, unet if encoders is None else CaptionedUNet(unet, encoders))
+        super().__init__(unet, unet if encoders is None else UNetWithTextEncoders(unet, encoders))
         self._models: dict[str, nn.Module] = {UNET: unet}
         if encoders is not None:
             self._models |= named_encoders(encoders)
             self.encoders = tuple(named_encoders(encoders).values())
-            self.live_texts = LiveTexts(encoders, windows)
+            self.online_text_encoder = OnlineTextEncoder(encoders, windows)
 
     @property
     def changed_modules(self) -> int:
@@ -147,7 +147,7 @@ class TrainableUNet(Trainable):
         super().__init__(unet, unet)
 
     @property
-    def holds_parameters(self) -> bool:
+    def export_is_exact(self) -> bool:
         """Unless some are frozen."""
         return self.parameters.keys() == self.unet.state_dict().keys()
 
@@ -176,7 +176,7 @@ class TrainableUNet(Trainable):
 
 
 def build_trainable(spec: TrainSpec) -> Trainable:
-    """What the settings say is trained, on the CPU. Raises StageError for settings that the model or this machine cannot do."""
+    """What the settings say is trained, on the CPU. Raises UserError for settings that the model or this machine cannot do."""
     settings = spec.settings
     if settings.model_type == "full" and settings.fsdp_enable:
         from sdxl_pipeline.training.distributed.sharding import ShardedUNet

@@ -16,9 +16,9 @@ from sdxl_pipeline.models.components import load_unet
 from sdxl_pipeline.models.gradient_checkpointing import enable_checkpointing
 from sdxl_pipeline.models.precision import PrecisionError, dtype_from_name, quantize_model
 from sdxl_pipeline.runtime.specs import TrainSpec
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.optim.optimizers import trainable_dtype
-from sdxl_pipeline.training.rng import seed_for
+from sdxl_pipeline.training.rng import derive_seed
 
 
 def base_dtype(spec: TrainSpec) -> torch.dtype:
@@ -32,7 +32,7 @@ def trainable_unet(
     """The base model's UNet on the CPU, with a new adapter in float32; only the adapter asks for gradients.
 
     `encoders` are text encoders with new adapters, by prefix, which start as the UNet's does where `init_lora`'s file has a part for them.
-    Raises StageError for target modules that are not there, and for a precision whose package is missing.
+    Raises UserError for target modules that are not there, and for a precision whose package is missing.
     """
     settings = spec.settings
     unet: UNet2DConditionModel = load_unet(spec.base_model, base_dtype(spec))
@@ -47,12 +47,12 @@ def trainable_unet(
                 "lycoris_config: module_dropout leaves out other layers on each process, which would wait for each other's gradients. "
                 "Write 0, or train on one device."
             )
-        add_adapter(unet, settings, seed_for(settings.seed, "adapter"))
+        add_adapter(unet, settings, derive_seed(settings.seed, "adapter"))
         if settings.init_lora is not None:
             held = has_text_part(Path(settings.init_lora))
             start_from_file({UNET: unet, **(encoders if held else {})}, Path(settings.init_lora))
     except (AdapterError, PrecisionError) as error:
-        raise StageError(f"config.json: {error}") from error
+        raise UserError(f"config.json: {error}") from error
     _prepare_passes(unet, spec)
     return unet
 
@@ -75,7 +75,7 @@ def _prepare_passes(unet: UNet2DConditionModel, spec: TrainSpec) -> None:
             unet, settings.attention_mechanism or "diffusers", torch.device(spec.hardware.device)
         )
     except AttentionKernelError as error:
-        raise StageError(f"config.json: attention_mechanism: {error}") from error
+        raise UserError(f"config.json: attention_mechanism: {error}") from error
     if settings.gradient_checkpointing:
         enable_checkpointing(unet, settings.gradient_checkpointing_interval)
     compile_unet(

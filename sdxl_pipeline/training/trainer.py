@@ -14,7 +14,7 @@ from torch import Tensor
 from sdxl_pipeline.models.components import latent_scaling_factor, load_noise_scheduler
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import TrainSpec
-from sdxl_pipeline.runtime.stage_runner import StageError, StageStopped, StopSignal
+from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
 from sdxl_pipeline.training.checkpoint.checkpoint_schedule import (
     CheckpointKind,
     checkpoint_due,
@@ -30,30 +30,30 @@ from sdxl_pipeline.training.checkpoint.checkpoints import (
     require_same_parameters,
     save_checkpoint,
 )
-from sdxl_pipeline.training.checkpoint.free_disk_monitor import DiskWatch
+from sdxl_pipeline.training.checkpoint.free_disk_monitor import FreeDiskMonitor
 from sdxl_pipeline.training.checkpoint.run_lineage import read_lineage
-from sdxl_pipeline.training.checkpoint.warm_start import under_own_settings
+from sdxl_pipeline.training.checkpoint.warm_start import rebase_state
 from sdxl_pipeline.training.data.batches import Batch, BatchReader, TrainingBatches, prefetched
-from sdxl_pipeline.training.data.bucket_sampler import planned_steps
+from sdxl_pipeline.training.data.bucket_sampler import total_planned_steps
 from sdxl_pipeline.training.data.loss_weights import build_loss_weights
 from sdxl_pipeline.training.data.on_demand_cache import OnDemandEncoders
 from sdxl_pipeline.training.diffusion.batch_loss import BatchLoss
-from sdxl_pipeline.training.diffusion.forward_process import build_corruption
-from sdxl_pipeline.training.distributed.cpu_group import HostGroup
-from sdxl_pipeline.training.distributed.sharding import own_part, whole_number
+from sdxl_pipeline.training.diffusion.forward_process import build_forward_process
+from sdxl_pipeline.training.distributed.cpu_group import CpuGroup
+from sdxl_pipeline.training.distributed.sharding import shard_like, to_full_tensor
 from sdxl_pipeline.training.logging.metrics_log import METRICS_FILE, MetricsLog
-from sdxl_pipeline.training.logging.observers import Watch
-from sdxl_pipeline.training.logging.step_log import StepLog, TakenStep
+from sdxl_pipeline.training.logging.observers import RunObserver
+from sdxl_pipeline.training.logging.step_log import StepLog, StepRecord
 from sdxl_pipeline.training.memory.memory_estimate import announce_estimate
-from sdxl_pipeline.training.optim.eval_weights import ShownWeights
+from sdxl_pipeline.training.optim.eval_weights import EvalWeights
 from sdxl_pipeline.training.optim.lr_schedules import build_schedule
-from sdxl_pipeline.training.optim.non_finite import poisoned, step_if_finite
-from sdxl_pipeline.training.optim.optimizers import build_optimizer, hold_parameters, rate_of
-from sdxl_pipeline.training.rng import seed_for
+from sdxl_pipeline.training.optim.non_finite import propagate_nonfinite, step_if_finite
+from sdxl_pipeline.training.optim.optimizers import build_optimizer, cast_parameters, current_lr
+from sdxl_pipeline.training.rng import derive_seed
 from sdxl_pipeline.training.trainable import build_trainable
 from sdxl_pipeline.training.trained_unet import base_dtype
 from sdxl_pipeline.training.trainer_setup import build_accelerator, plan_order
-from sdxl_pipeline.training.validation.validation_runner import Looks, LookTimes
+from sdxl_pipeline.training.validation.validation_runner import ValidationSchedule, Validator
 
 REPORT_INTERVAL = 10
 """Optimizer steps between two looks at the losses, the only moments when the loop waits for the device."""
@@ -73,42 +73,42 @@ class Trainer:
         identity: str,
         reporter: Reporter,
         stop: StopSignal,
-        watch: Watch | None = None,
+        watch: RunObserver | None = None,
     ) -> None:
         self.spec, self.identity, self.reporter, self.stop = spec, identity, reporter, stop
         self.watch = watch
         settings = spec.settings
         self.run_dir = Path(spec.run_dir)
-        self.disk = DiskWatch(self.run_dir, settings)
+        self.disk = FreeDiskMonitor(self.run_dir, settings)
         self.started = time.monotonic()
         self.accumulation = settings.gradient_accumulation_steps
         self.accelerator = build_accelerator(spec)
         self.is_main: bool = self.accelerator.is_main_process
         self.device: torch.device = self.accelerator.device
-        self.hosts = HostGroup(self.accelerator.num_processes)
+        self.hosts = CpuGroup(self.accelerator.num_processes)
 
         planned = plan_order(spec, self.accelerator.num_processes, reporter)
         self.order, self.passes = planned.order, planned.passes
         self.images_per_epoch = planned.images_per_epoch
-        self.total_steps = planned_steps(settings, self.order)
+        self.total_steps = total_planned_steps(settings, self.order)
 
         scheduler = load_noise_scheduler(spec.base_model, settings.scheduler_changes)
         self.trainable = build_trainable(spec).to(self.device)
         self.batch_loss = BatchLoss(settings, scheduler, self.trainable, base_dtype(spec), self.device)
         encoders = OnDemandEncoders(spec.base_model, spec.hardware)
-        self.reader = BatchReader(spec.datasets, encoders, self.trainable.live_texts)
+        self.reader = BatchReader(spec.datasets, encoders, self.trainable.online_text_encoder)
         self.batches = TrainingBatches(
             order=planned.read_ahead,
             reader=self.reader,
             scaling_factor=latent_scaling_factor(spec.base_model),
-            corruption=build_corruption(settings, scheduler.config.num_train_timesteps),
+            forward_process=build_forward_process(settings, scheduler.config.num_train_timesteps),
             caption_dropout_probability=settings.caption_dropout_probability,
             rank=self.accelerator.process_index,
             loss_weights=build_loss_weights(spec),
         )
 
         self.parameters = self.trainable.parameters
-        hold_parameters(settings, self.parameters.values())
+        cast_parameters(settings, self.parameters.values())
         self.optimizer = self.accelerator.prepare(
             build_optimizer(
                 settings,
@@ -119,7 +119,7 @@ class Trainer:
         )
         self.schedule = build_schedule(settings, self.optimizer.optimizer, self.total_steps)
         self.unet = self.trainable.prepared(self.accelerator)
-        self.shown = ShownWeights(settings, self.optimizer.optimizer, self.parameters, self.device)
+        self.shown = EvalWeights(settings, self.optimizer.optimizer, self.parameters, self.device)
         self.memory = announce_estimate(
             spec, self.trainable, self.order.samples, self.device, reporter.log if self.is_main else None
         )
@@ -132,10 +132,19 @@ class Trainer:
         self.resumed_from: int | None = None
         self._resume()
 
-        self.look_times = LookTimes(spec, self.total_steps, self.epochs_at)
+        self.validation_schedule = ValidationSchedule(spec, self.total_steps, self.epochs_at)
         objective = self.batch_loss.objective
-        self.looks = (
-            Looks(self.look_times, self.reader, objective, self.device, self.step, self.watch, reporter, stop)
+        self.validator = (
+            Validator(
+                self.validation_schedule,
+                self.reader,
+                objective,
+                self.device,
+                self.step,
+                self.watch,
+                reporter,
+                stop,
+            )
             if self.watch is not None
             else None
         )
@@ -147,7 +156,7 @@ class Trainer:
             training_seconds=self._training_seconds_before,
             metrics=MetricsLog(self.run_dir / METRICS_FILE, self.step) if self.is_main else None,
             watch=self.watch,
-            looks=self.looks,
+            validator=self.validator,
         )
 
     def train(self) -> None:
@@ -156,7 +165,7 @@ class Trainer:
         if self.watch is not None:
             self.watch.begin(self.step, self.total_steps)
         self.reporter.progress("train", self.step, self.total_steps, "steps")
-        self._look_if_due()
+        self._validate_if_due()
         self._stop_if_asked()
         first, last = self.step * self.accumulation, self.total_steps * self.accumulation
         self.log.restart_clock()
@@ -169,7 +178,7 @@ class Trainer:
                 due = checkpoint_due(self.spec.settings, self.step, self.total_steps, self.epochs_at)
                 if due is not None:
                     self._save(due)
-                self._look_if_due()
+                self._validate_if_due()
                 self._stop_if_asked()
 
     def _optimizer_step(self, batches: Iterator[Batch]) -> None:
@@ -179,19 +188,19 @@ class Trainer:
             with nullcontext() if is_last else self.accelerator.no_sync(self.unet):
                 batch = next(batches)
                 loss = self._loss(batch, self.step * self.accumulation + part) * batch.share
-                self.accelerator.backward(poisoned(loss))
+                self.accelerator.backward(propagate_nonfinite(loss))
             losses.append(loss.detach())
             images += batch.images
         self.accelerator.unscale_gradients()
-        grad_norm = whole_number(self._clip_gradients())
+        grad_norm = to_full_tensor(self._clip_gradients())
         lr = float(self.schedule.get_last_lr()[0])
         step_if_finite(self.optimizer, grad_norm)
         self.schedule.step()
         self.optimizer.optimizer.zero_grad()  # accelerate's own asks at each step what arguments this one takes
         self.step += 1
         self.shown.update(self.step)
-        rate, scalars = rate_of(self.optimizer, lr), self.shown.scalars(self.step)
-        self.log.add(TakenStep(self.step, torch.stack(losses), grad_norm, rate, images, scalars))
+        rate, scalars = current_lr(self.optimizer, lr), self.shown.scalars(self.step)
+        self.log.add(StepRecord(self.step, torch.stack(losses), grad_norm, rate, images, scalars))
 
     def _clip_gradients(self) -> Tensor:
         """The norm that all gradients together had, ()."""
@@ -209,19 +218,19 @@ class Trainer:
         # The adapter's dropout is the one random choice that torch's global state makes.
         _seed(
             self.device,
-            seed_for(self.spec.settings.seed, "dropout", index, self.accelerator.process_index),
+            derive_seed(self.spec.settings.seed, "dropout", index, self.accelerator.process_index),
         )
         return self.batch_loss(self.unet, batch.to(self.device))
 
     def state(self) -> TrainingState:
-        """Everything training has changed, as of now; to be asked of all processes together while what they train is `gathered`."""
+        """Everything training has changed, as of now; to be asked of all processes together while what they train is `summon_full_params`."""
         scaler = self.accelerator.scaler
         return TrainingState(
             step=self.step,
             seconds=self.seconds,
             training_seconds=self.log.training_seconds,
-            parameters=self.trainable.whole_parameters(),
-            optimizer=self.trainable.whole_optimizer(self.optimizer.state_dict()),
+            parameters=self.trainable.full_state_dict(),
+            optimizer=self.trainable.full_optimizer_state_dict(self.optimizer.state_dict()),
             schedule=self.schedule.state_dict(),
             scaler=None if scaler is None else scaler.state_dict(),
             average=self.shown.state(),
@@ -231,11 +240,11 @@ class Trainer:
         """Be as `state` was."""
         require_same_parameters(state, self.parameters)
         if not state.same_trajectory:
-            state = under_own_settings(state, self.spec.settings, self.optimizer.optimizer, self.schedule)
+            state = rebase_state(state, self.spec.settings, self.optimizer.optimizer, self.schedule)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(own_part(state.parameters[name], parameter))
-        self.optimizer.load_state_dict(self.trainable.divided_optimizer(state.optimizer))
+                parameter.copy_(shard_like(state.parameters[name], parameter))
+        self.optimizer.load_state_dict(self.trainable.shard_optimizer_state_dict(state.optimizer))
         self.schedule.load_state_dict(state.schedule)
         if state.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
@@ -270,7 +279,7 @@ class Trainer:
 
     @property
     def written_bytes(self) -> int:
-        """What `write_weights` takes on the disk, but for a few kilobytes; on the main process, while what is trained is `gathered`."""
+        """What `write_weights` takes on the disk, but for a few kilobytes; on the main process, while what is trained is `summon_full_params`."""
         return self.trainable.written_bytes * (1 if self.shown.ema is None else 2)
 
     def write_weights(self, folder: Path) -> Path:
@@ -304,7 +313,7 @@ class Trainer:
     def _save(self, kind: CheckpointKind = "step") -> None:
         self.log.report()
         self.reader.flush()
-        with self.trainable.gathered(torch.device("cpu")):
+        with self.trainable.summon_full_params(torch.device("cpu")):
             state = self.state()
             if self.is_main:
                 place = save_checkpoint(
@@ -312,7 +321,7 @@ class Trainer:
                     self.identity,
                     state,
                     export=self.write_weights,
-                    exports_parameters=self.trainable.holds_parameters and self.shown.are_trained,
+                    exports_parameters=self.trainable.export_is_exact and self.shown.are_trained,
                     export_bytes=self.written_bytes,
                     limit=checkpoint_limit(self.spec.settings, kind),
                     kind=kind,
@@ -323,7 +332,7 @@ class Trainer:
         self.log.restart_clock()
 
     def _stop_if_asked(self) -> None:
-        asked, disk_is_low = self.hosts.any_of(
+        asked, disk_is_low = self.hosts.all_reduce_any(
             self.stop.requested, self.is_main and self.disk.must_stop(self.stop, self.reporter.log)
         )
         if asked or disk_is_low:
@@ -332,17 +341,17 @@ class Trainer:
         if asked:
             raise StageStopped
         if disk_is_low:
-            raise StageError(
+            raise UserError(
                 f"{self.disk.what_is_wrong()}. Step {self.step} is saved; free some, and run this again to go on from there"
             )
 
-    def _look_if_due(self) -> None:
-        if not self.look_times.are_due(self.step):
+    def _validate_if_due(self) -> None:
+        if not self.validation_schedule.are_due(self.step):
             return
         self.log.report()
-        with self.trainable.gathered(self.device):
-            if self.looks is not None:
-                self.looks.take(self.step, self.unet_module, self.shown)
+        with self.trainable.summon_full_params(self.device):
+            if self.validator is not None:
+                self.validator.take(self.step, self.unet_module, self.shown)
         self.hosts.wait()
         self.log.restart_clock()
 

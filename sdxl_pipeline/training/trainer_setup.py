@@ -9,17 +9,17 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import TrainSpec
-from sdxl_pipeline.runtime.stage_runner import StageError
-from sdxl_pipeline.training.data.bucket_sampler import SampleOrder
+from sdxl_pipeline.runtime.stage_runner import UserError
+from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler
 from sdxl_pipeline.training.data.samples import load_samples
-from sdxl_pipeline.training.data.sampling_weights import Passes, planned_passes
+from sdxl_pipeline.training.data.sampling_weights import SamplingWeights, plan_sampling_weights
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """How long a process waits for the others with its device."""
 
 
 def build_accelerator(spec: TrainSpec) -> Accelerator:
-    """The devices that the spec asks for. Raises StageError when they are not there, or the processes not as many."""
+    """The devices that the spec asks for. Raises UserError when they are not there, or the processes not as many."""
     hardware = spec.hardware
     accelerator = Accelerator(
         cpu=hardware.device == "cpu",
@@ -27,12 +27,12 @@ def build_accelerator(spec: TrainSpec) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
     )
     if accelerator.device.type != hardware.device:
-        raise StageError(
+        raise UserError(
             f"the hardware profile {hardware.profile!r} asks for the device {hardware.device}, but torch has only "
             f"{accelerator.device.type} here; choose another profile, for example SDXL_HARDWARE=cpu"
         )
     if accelerator.num_processes != hardware.num_processes:
-        raise StageError(
+        raise UserError(
             f"the spec asks for {hardware.num_processes} processes, but {accelerator.num_processes} are running; "
             "start it with torchrun --nproc-per-node of that number"
         )
@@ -43,9 +43,9 @@ def build_accelerator(spec: TrainSpec) -> Accelerator:
 class PlannedOrder:
     """The samples of a run in their order, and how often an epoch shows them."""
 
-    passes: Passes
-    order: SampleOrder
-    read_ahead: SampleOrder
+    passes: SamplingWeights
+    order: BucketBatchSampler
+    read_ahead: BucketBatchSampler
     """The same order again, for the thread that reads ahead: an order remembers the epoch it planned last."""
 
     @property
@@ -59,9 +59,9 @@ def plan_order(spec: TrainSpec, num_processes: int, reporter: Reporter) -> Plann
     """The order of the spec's training images; repeats that are raised and batches that are not full are logged."""
     settings = spec.settings
     samples = load_samples(spec.datasets, "train", settings.micro_conditioning)
-    passes = planned_passes(spec.datasets, samples, settings, num_processes)
+    passes = plan_sampling_weights(spec.datasets, samples, settings, num_processes)
     order = partial(
-        SampleOrder,
+        BucketBatchSampler,
         samples,
         passes.by_dataset,
         settings.seed,

@@ -54,10 +54,10 @@ def test_latents_are_accounted_for(changes: dict[str, Any], complete: bool, soun
     ("windows", "cut", "remedy"),
     [(1, 2, '"tokenizer_max_length": 154'), (2, 2, '"tokenizer_max_length": 231'), (3, 2, "Shorten them"), (1, 0, "0 of 5")],
 )  # fmt: skip
-def test_captions_that_lose_their_tail_come_with_a_remedy(windows: int, cut: int, remedy: str):
+def test_captions_that_lose_their_tail_come_with_a_remedy(windows: int, cut: int, hint: str):
     (result,) = check_text(TEXTS.model_copy(update={"windows": windows, "truncated_count": cut}))
     assert result.passed == (cut == 0)
-    assert remedy in str(result.description)
+    assert hint in str(result.description)
 
 
 def test_what_was_not_counted_is_not_called_whole():

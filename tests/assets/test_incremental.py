@@ -16,7 +16,7 @@ import pytest
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
-from resources.stage_client import LocalLauncher
+from resources.stage_client import LocalStageClient
 from sdxl_pipeline.config.hardware_profiles import Hardware
 from sdxl_pipeline.definitions import build_definitions
 from sdxl_pipeline.models.base_model import BUNDLED_MODEL
@@ -25,7 +25,7 @@ from sdxl_pipeline.runtime.stage_runner import StopSignal
 from tests.conftest import draw_image
 
 
-class InProcessLauncher(LocalLauncher):
+class InProcessLauncher(LocalStageClient):
     def run(
         self,
         context: dg.AssetExecutionContext,

@@ -12,7 +12,7 @@ import pytest
 
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.definitions import build_definitions
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.training_plan import PlannedDataset, plan_training
 from tests.conftest import DATASET, draw_image
 from tests.datasets import SETTINGS, SQUARE, WIDE, make_dataset
@@ -124,5 +124,5 @@ def test_a_lonely_bucket_shows_its_image_once_or_wrapped(tmp_path: Path) -> None
     assert (partial.appearances, partial.images_per_epoch, partial.steps) == ({"shapes": (1, 1)}, 8, 3)
     wrap = planned(tmp_path / "b", buckets, bucket_fill="wrap", **sizes)
     assert (wrap.appearances, wrap.images_per_epoch, wrap.steps) == ({"shapes": (1, 4)}, 12, 3)
-    with pytest.raises(StageError, match="x 3 processes"):
+    with pytest.raises(UserError, match="x 3 processes"):
         planned(tmp_path / "c", buckets, processes=3, **sizes)

@@ -16,7 +16,7 @@ from sdxl_pipeline.cache.prune import DAMAGED, PruneReport, prune
 from sdxl_pipeline.cache.references import PruneError
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
 from sdxl_pipeline.config.loader import load_project
-from sdxl_pipeline.files.storage_layout import Places
+from sdxl_pipeline.files.storage_layout import StorageLayout
 from sdxl_pipeline.runtime.specs import LatentCache, TextEmbedCache
 
 OLD = time.time() - 7200
@@ -30,7 +30,7 @@ class World:
     """A storage, and projects with one dataset `shapes` each, whose stages seem to have run."""
 
     def __init__(self, root: Path, make_project: Callable[..., Path]) -> None:
-        self.places = Places(root)
+        self.places = StorageLayout(root)
         self.make_project = make_project
         self.projects: Path | None = None
 

@@ -81,7 +81,7 @@ def problems_of(write_project: Callable[..., Path]) -> Callable[..., dict[str, P
             load_project(write_project(config, datasets))
         by_key = {problem.key: problem for problem in caught.value.problems}
         assert len(by_key) == len(caught.value.problems)
-        assert all(problem.message and problem.remedy for problem in caught.value.problems)
+        assert all(problem.message and problem.hint for problem in caught.value.problems)
         return by_key
 
     return problems

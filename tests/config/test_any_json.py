@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from sdxl_pipeline.config.hardware_profiles import PRESETS
-from sdxl_pipeline.config.loader import BrokenProject, Project, discover_projects, load_project
+from sdxl_pipeline.config.loader import InvalidProject, Project, discover_projects, load_project
 from sdxl_pipeline.config.problems import ProjectError
 from sdxl_pipeline.config.resolve import resolve_settings
 from sdxl_pipeline.config.schema.datasets import ImageDataset, TextEmbedsDataset
 from sdxl_pipeline.config.schema.settings_model import SettingsModel
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.config.simpletuner_schema import IMAGES, TEXT_EMBEDS, TRAINING, Vocabulary
+from sdxl_pipeline.config.simpletuner_schema import IMAGES, TEXT_EMBEDS, TRAINING, KeySchema
 from tests.config.conftest import IMAGE_ENTRY
 
 FAULT = "a fault of this program"
@@ -71,7 +71,7 @@ def random_value(rng: random.Random, depth: int = 0) -> Any:
     return {rng.choice(names): random_value(rng, depth + 1) for _ in range(size)}
 
 
-def keys_of(model: type[SettingsModel], vocabulary: Vocabulary) -> list[str]:
+def keys_of(model: type[SettingsModel], vocabulary: KeySchema) -> list[str]:
     """Every key that an object may hold."""
     return [*model.model_fields, *vocabulary.spellings, *vocabulary.later, *vocabulary.idle]
 
@@ -153,7 +153,7 @@ def test_discover_projects_one_broken_leaves_the_others(
     folder = write_project({}, name="sound")
     broken, sound = discover_projects(folder.parent)
     assert isinstance(sound, Project)
-    assert isinstance(broken, BrokenProject)
+    assert isinstance(broken, InvalidProject)
     (problem,) = broken.error.problems
     assert problem.file == folder.parent / "broken" / "config.json"
     assert FAULT not in problem.message
@@ -165,7 +165,7 @@ def test_load_project_unforeseen_exception_becomes_a_problem_with_its_place(
     def fail(*_: object) -> None:
         raise IndexError("list index out of range")
 
-    monkeypatch.setattr("sdxl_pipeline.config.loader.read_datasets", fail)
+    monkeypatch.setattr("sdxl_pipeline.config.loader.parse_datasets", fail)
     with pytest.raises(ProjectError) as caught:
         load_project(write_project())
     (problem,) = caught.value.problems

@@ -230,10 +230,9 @@ def test_a_value_taken_over_is_a_problem_of_the_file_it_stands_in(problems_of):
 
 def test_remedies_for_sizes_in_the_wrong_unit_give_the_size_that_was_meant(problems_of):
     entry = {**IMAGE_ENTRY, "resolution_type": "area", "resolution": 1024}
-    assert "such as 1," in problems_of({}, [entry])['[1] "cats".resolution'].remedy
+    assert "such as 1," in problems_of({}, [entry])['[1] "cats".resolution'].hint
     assert (
-        "such as 1000,"
-        in problems_of({}, [{**IMAGE_ENTRY, "resolution": 1.0}])['[1] "cats".resolution'].remedy
+        "such as 1000," in problems_of({}, [{**IMAGE_ENTRY, "resolution": 1.0}])['[1] "cats".resolution'].hint
     )
 
 
@@ -309,7 +308,7 @@ def test_objects_within_an_entry_are_read_like_the_entry(write_project):
 def test_an_unknown_key_within_an_object_is_answered_with_the_nearest(problems_of):
     entry = {**IMAGE_ENTRY, "parquet": {"path": "a", "filename_colum": "f", "caption_column": 3}}
     problems = problems_of({}, [entry])
-    assert problems['[1] "cats".parquet.filename_colum'].remedy == "write filename_column"
+    assert problems['[1] "cats".parquet.filename_colum'].hint == "write filename_column"
     assert '[1] "cats".parquet.caption_column' in problems
 
 

@@ -17,7 +17,7 @@ def test_a_syntax_error_is_told_with_line_and_column(tmp_path):
     content, (problem,) = read(tmp_path, '{\n  "a": 1\n  "b": 2\n}')
     assert content is None
     assert "line 3, column 3" in problem.message
-    assert '"b": 2' in problem.remedy
+    assert '"b": 2' in problem.hint
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_read_json_of_null_is_a_problem(tmp_path):
     content, (problem,) = read(tmp_path, " null\n")
     assert content is None
     assert problem.message == "holds null"
-    assert problem.remedy == "write an object"
+    assert problem.hint == "write an object"
 
 
 def test_read_json_of_a_pipe_or_device_is_a_problem_and_does_not_wait(tmp_path):

@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from sdxl_pipeline.config.loader import (
     PROJECTS_VARIABLE,
-    BrokenProject,
+    InvalidProject,
     Project,
     Prompt,
     discover_projects,
@@ -40,7 +40,7 @@ def test_discover_projects_a_folder_name_that_is_not_utf8_leaves_the_other_folde
     good = write_project(name="good")
     write_project(name="bad").rename(good.parent / os.fsdecode(b"bad\xff"))
     bad, other = discover_projects(good.parent)
-    assert isinstance(bad, BrokenProject)
+    assert isinstance(bad, InvalidProject)
     assert isinstance(other, Project)
     assert "name is not UTF-8" in str(bad.error).encode().decode()  # can be shown
     assert bad.folder.name == r"bad\xff"
@@ -60,7 +60,7 @@ def test_discover_projects_a_name_taken_twice_leaves_the_other_folders(write_pro
     }
     assert names == {
         "dog x": ("dog_x", Project),
-        "dog-x": ("dog_x_3", BrokenProject),
+        "dog-x": ("dog_x_3", InvalidProject),
         "dog_x_2": ("dog_x_2", Project),
     }
 
@@ -69,7 +69,7 @@ def test_discover_projects_a_name_taken_twice_leaves_the_other_folders(write_pro
 def test_load_project_hub_model_id_that_the_hub_refuses_is_a_problem(problems_of, name):
     problem = problems_of({"push_to_hub": True, "hub_model_id": name})["hub_model_id"]
     assert "is no name that the Hub takes" in problem.message
-    assert "your-name/cat-lora" in problem.remedy
+    assert "your-name/cat-lora" in problem.hint
 
 
 @pytest.mark.parametrize("name", ["dog -- v2", "lora.", "dog.git", "a.git.git", "a" * 97, "猫", "...", "_x_"])
@@ -276,7 +276,7 @@ def test_a_broken_project_breaks_no_other(write_project):
     (good.parent / "notes").mkdir()
     found = discover_projects(good.parent)
     assert [(type(project), project.name, project.folder) for project in found] == [
-        (BrokenProject, "broken", broken),
+        (InvalidProject, "broken", broken),
         (Project, "good", good),
     ]
     assert "line 1, column 2" in str(found[0].error)
@@ -287,7 +287,7 @@ def test_two_folders_of_one_asset_name_are_a_problem_of_the_second(write_project
     write_project(name="cat_1")
     first, second = discover_projects(root)
     assert (type(first), first.name) == (Project, "cat_1")
-    assert (type(second), second.name) == (BrokenProject, "cat_1_2")
+    assert (type(second), second.name) == (InvalidProject, "cat_1_2")
     assert "cat-1" in str(second.error)
 
 
@@ -297,5 +297,5 @@ def test_the_environment_says_where_the_projects_are(write_project, monkeypatch,
     assert [project.name for project in discover_projects()] == ["good"]
     monkeypatch.setenv(PROJECTS_VARIABLE, str(tmp_path / "nowhere"))
     (missing,) = discover_projects()
-    assert isinstance(missing, BrokenProject)
+    assert isinstance(missing, InvalidProject)
     assert PROJECTS_VARIABLE in str(missing.error)

@@ -121,4 +121,4 @@ def test_the_launchpad_cannot_change_what_is_read_before_it_or_elsewhere(write_p
         resolve_settings(project.training, PRESETS["cpu"], {key: value})
     (problem,) = caught.value.problems
     assert problem.key == key
-    assert "config.json" in problem.remedy
+    assert "config.json" in problem.hint

@@ -8,7 +8,7 @@ from sdxl_pipeline.config.loader import load_project
 def test_a_checkpoint_that_is_not_there_is_told_with_the_project(problems_of):
     problem = problems_of({"resume_from_checkpoint": "kept/good"})["resume_from_checkpoint"]
     assert "kept/good, where no checkpoint is" in problem.message
-    assert '"latest", or "none"' in problem.remedy
+    assert '"latest", or "none"' in problem.hint
 
 
 def test_one_that_is_there_is_known_by_its_place(write_project):

@@ -7,7 +7,7 @@ import pytest
 from sdxl_pipeline.config.loader import load_project
 from sdxl_pipeline.config.schema.datasets import ImageDataset, TextEmbedsDataset
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.config.settings_parser import read_settings
+from sdxl_pipeline.config.settings_parser import parse_settings
 from sdxl_pipeline.config.simpletuner_schema import IMAGES, TEXT_EMBEDS, TRAINING
 
 
@@ -40,13 +40,13 @@ def test_one_setting_under_two_spellings_must_agree(problems_of, write_project):
     [("learning_rat", "learning_rate"), ("use_gradient_checkpoint", "use_gradient_checkpointing")],
 )
 def test_an_unknown_key_is_answered_with_the_nearest_known_one(problems_of, key, nearest):
-    assert problems_of({key: 1})[key].remedy == f"write {nearest}"
+    assert problems_of({key: 1})[key].hint == f"write {nearest}"
 
 
 def test_a_key_in_the_wrong_file_is_sent_to_the_other(problems_of):
     problems = problems_of({"crop_style": "random"}, [{"id": "a", "instance_data_dir": "d", "lora_rank": 4}])
-    assert "multidatabackend.json" in problems["crop_style"].remedy
-    assert "config.json" in problems['[1] "a".lora_rank'].remedy
+    assert "multidatabackend.json" in problems["crop_style"].hint
+    assert "config.json" in problems['[1] "a".lora_rank'].hint
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ INLINE = {"algo": "lokr", "linear_dim": 4, "linear_alpha": 1}
 )
 def test_no_value_of_any_key_is_more_than_a_problem(model, vocabulary, value):
     for key in model.model_fields:
-        for problem in read_settings({key: value}, model, vocabulary, Path("config.json")).problems:
+        for problem in parse_settings({key: value}, model, vocabulary, Path("config.json")).problems:
             assert problem.message
             assert "pydantic" not in str(problem)
 
@@ -168,12 +168,12 @@ def test_no_value_of_any_key_is_more_than_a_problem(model, vocabulary, value):
     ],
 )
 def test_a_mistake_in_an_object_that_might_be_a_path_is_told_at_its_place(
-    problems_of, changes, key, words, remedy
+    problems_of, changes, key, words, hint
 ):
     (problem,) = problems_of({"lora_type": "lycoris", "lycoris_config": {**INLINE, **changes}}).values()
     assert problem.key == key
     assert words in problem.message
-    assert remedy in problem.remedy
+    assert hint in problem.hint
 
 
 @pytest.mark.parametrize("value", [["a"], 5])

@@ -182,15 +182,15 @@ def test_load_project_filter_in_the_huggingface_object_is_refused_by_name(proble
         ("filter_func", {"a": 1}, "rows are not filtered here"),
     ],
 )
-def test_load_project_dataset_schedule_is_refused_by_name(problems_of, key, value, remedy):
+def test_load_project_dataset_schedule_is_refused_by_name(problems_of, key, value, hint):
     problem = problems_of({}, [{**IMAGE_ENTRY, key: value}])[f'[1] "cats".{key}']
     assert problem.message == "is not available yet"
-    assert remedy in problem.remedy
+    assert hint in problem.hint
 
 
 def test_load_project_uniform_sampling_is_refused_and_auto_weighting_is_read(problems_of, write_project):
     problem = problems_of({"data_backend_sampling": "uniform"})["data_backend_sampling"]
-    assert "probability that is inverse to its number of images" in problem.remedy
+    assert "probability that is inverse to its number of images" in problem.hint
     assert load_project(write_project({"data_backend_sampling": "auto-weighting"})).warnings == ()
 
 
@@ -204,20 +204,20 @@ def test_load_project_leading_spacing_with_zero_snr_is_refused(problems_of):
 def test_load_project_unknown_attention_lists_the_four_that_work(problems_of, name):
     problem = problems_of({"attention_mechanism": name})["attention_mechanism"]
     assert name in problem.message
-    assert 'one of "diffusers", "xformers", "flash-attn-2", "flex"' in problem.remedy
+    assert 'one of "diffusers", "xformers", "flash-attn-2", "flex"' in problem.hint
 
 
 def test_load_project_tlora_does_not_suggest_lora(problems_of, write_project):
     config = {"lora_type": "lycoris", "lycoris_config": {"algo": "tlora"}}
     problem = problems_of(config)["lycoris_config.algo"]
     assert problem.message == "tlora is not available yet"
-    assert problem.remedy == 'write one of "lokr", "loha", "lora", "locon"'
+    assert problem.hint == 'write one of "lokr", "loha", "lora", "locon"'
 
 
 def test_load_project_visible_devices_name_the_field_of_the_profile(problems_of):
     problem = problems_of({"accelerate_visible_devices": "0,1"})["accelerate_visible_devices"]
-    assert "num_processes of the hardware profile" in problem.remedy
-    assert "CUDA_VISIBLE_DEVICES" in problem.remedy
+    assert "num_processes of the hardware profile" in problem.hint
+    assert "CUDA_VISIBLE_DEVICES" in problem.hint
 
 
 def resolve_problem(write_project, config, profile, overrides):

@@ -14,7 +14,7 @@ from sdxl_pipeline.cache.store.tensor_store import TensorStore
 from sdxl_pipeline.config.hardware_profiles import PRESETS
 from sdxl_pipeline.config.schema.datasets import ImageDataset
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.data.quality.perceptual_hash import look_at
+from sdxl_pipeline.data.quality.perceptual_hash import compute_hashes
 from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
 from sdxl_pipeline.models.base_model import BUNDLED_NAME, resolve_base_model
 from sdxl_pipeline.models.components import latent_scaling_factor, load_vae
@@ -36,7 +36,7 @@ def dataset_of(folder: Path) -> ImageDataset:
 def scan(folder: Path) -> pd.DataFrame:
     """The folder's files as the dataset asset has them: scanned, and looked at."""
     dataset = dataset_of(folder)
-    frame = look_at(folder, scan_dataset(dataset, folder), folder.parent / "work" / "looks.parquet")
+    frame = compute_hashes(folder, scan_dataset(dataset, folder), folder.parent / "work" / "looks.parquet")
     assert frame["path"].is_unique
     assert ((frame["status"] == "kept") | (frame["status"] == "dropped")).all()
     assert ((frame["reason"] != "") == (frame["status"] == "dropped")).all()

@@ -19,12 +19,12 @@ from sdxl_pipeline.cache.encode.cache_keys import latent_keys
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
 from sdxl_pipeline.data.buckets.crop_plan import plan_crops
 from sdxl_pipeline.data.decoding.pixels import load_crop
-from sdxl_pipeline.data.quality.perceptual_hash import look_at
+from sdxl_pipeline.data.quality.perceptual_hash import compute_hashes
 from sdxl_pipeline.data.scan.dataset_scan import DatasetFolderError, scan_dataset
 from sdxl_pipeline.models.components import load_vae
 from sdxl_pipeline.models.vae import encode_moments, pixels_from_crops
 from sdxl_pipeline.runtime.reporter import Reporter
-from sdxl_pipeline.runtime.stage_runner import StageError, StopSignal
+from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError
 from sdxl_pipeline.stages import encode_latents
 from tests.corpus.cases import NEIGHBOURS, photograph, put, write_neighbours
 from tests.corpus.pipeline import check_frame, dataset_of, encode, scan, spec_of
@@ -154,7 +154,7 @@ def test_latents_are_of_the_state_their_key_says_however_the_file_changes_meanwh
 def test_a_folder_that_is_gone_when_it_is_encoded_is_one_sentence(data, tmp_path):
     spec = spec_of(tmp_path, data, plan(data, scan(data)))
     data.rename(tmp_path / "away")
-    with pytest.raises(StageError, match="does not exist; it was there when the dataset was scanned") as told:
+    with pytest.raises(UserError, match="does not exist; it was there when the dataset was scanned") as told:
         encode(spec)
     assert str(data) in str(told.value)
     assert not Path(spec.entries_path).exists()
@@ -183,7 +183,7 @@ def test_a_folder_that_goes_while_it_is_encoded_keeps_what_was_done(data, tmp_pa
             if data.exists():
                 data.rename(tmp_path / "away")
 
-    with pytest.raises(StageError, match="does not exist"):
+    with pytest.raises(UserError, match="does not exist"):
         encode_latents.main(spec, GoingAway(), StopSignal())
     kept = len(TensorStore(spec.store_root))
     assert 4 <= kept < 23
@@ -212,11 +212,11 @@ def test_a_folder_that_goes_while_it_is_scanned_or_looked_at_leaves_a_reason_for
         scan_dataset(dataset_of(data), data)
     away.rename(data)
     frame = scan_dataset(dataset_of(data), data)
-    looked = look_at(data, frame, tmp_path / "looks.parquet", go)
+    looked = compute_hashes(data, frame, tmp_path / "looks.parquet", go)
     dropped = looked[looked["status"] == "dropped"]
     assert set(dropped["reason"]) <= {"cannot be read: No such file or directory"}
     away.rename(data)
-    looked = look_at(data, frame, tmp_path / "looks.parquet")
+    looked = compute_hashes(data, frame, tmp_path / "looks.parquet")
     assert (looked["status"] == "kept").all(), "nothing of it was remembered"
 
 

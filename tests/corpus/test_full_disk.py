@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.data.buckets.crop_plan import plan_crops
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
 from tests.corpus.pipeline import dataset_of, encode, scan, spec_of
@@ -33,7 +33,7 @@ spec = spec_of(here, here / "data", rows, store)
 
 try:
     encode(spec)
-except StageError as error:
+except UserError as error:
     print(error)
 else:
     sys.exit("no error")

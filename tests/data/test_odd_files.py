@@ -21,7 +21,7 @@ from sdxl_pipeline.data.decoding.image_decoding import DAMAGED, UnreadableImage,
 from sdxl_pipeline.data.decoding.pixels import load_crop, load_upright
 from sdxl_pipeline.data.masks.mask_pairs import mask_crop, overlaid
 from sdxl_pipeline.data.quality.contact_sheets import contact_sheet
-from sdxl_pipeline.data.quality.perceptual_hash import look_at
+from sdxl_pipeline.data.quality.perceptual_hash import compute_hashes
 from sdxl_pipeline.data.scan import image_reader
 from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
 from tests.data.decoding.test_pixels import whole
@@ -90,7 +90,7 @@ def test_grey_with_premultiplied_alpha_is_scanned_hashed_and_encoded(
     path.write_bytes(premultiplied_grey_tiff(grey, alpha))
     with Image.open(path) as image:
         assert image.mode == "La"
-    looked = look_at(folder, scan_dataset(make_dataset(), folder), tmp_path / "looks.parquet")
+    looked = compute_hashes(folder, scan_dataset(make_dataset(), folder), tmp_path / "looks.parquet")
     assert rows(looked) == {"associated.tif": ""}
     expected = grey.astype(float) * (alpha / 255) + 255 - alpha
     assert np.abs(load_crop(path, whole(200, 320))[:, :, 1] - expected).max() <= 2
@@ -134,7 +134,7 @@ def test_the_hash_of_a_keyed_grey_png_is_that_of_the_image_over_white(make_datas
     (folder / "keyed.png").write_bytes(png(keyed, 400, 8, 0, tRNS=struct.pack(">H", 3)))
     grey[grey == 3] = 255
     (folder / "white.png").write_bytes(encoded(Image.fromarray(grey), "PNG"))
-    looked = look_at(folder, scan_dataset(make_dataset(), folder), tmp_path / "looks.parquet")
+    looked = compute_hashes(folder, scan_dataset(make_dataset(), folder), tmp_path / "looks.parquet")
     assert looked["phash"].nunique() == 1
 
 
@@ -204,7 +204,7 @@ def test_whatever_a_decoder_raises_the_other_files_go_on(
     """Every place where files of a dataset are decoded."""
     for name in ("a.png", "b.tif", "c.bmp"):
         (folder / name).write_bytes(encoded(photograph, {"p": "PNG", "t": "TIFF", "b": "BMP"}[name[2]]))
-    sound = look_at(folder, scan_dataset(make_dataset(), folder), tmp_path / "sound.parquet")
+    sound = compute_hashes(folder, scan_dataset(make_dataset(), folder), tmp_path / "sound.parquet")
     assert set(sound["status"]) == {"kept"}
 
     def fail(*_):
@@ -215,7 +215,7 @@ def test_whatever_a_decoder_raises_the_other_files_go_on(
     said = type(failure).__name__
     text = " ".join(str(failure).split())
     scanned = scan_dataset(make_dataset(), folder)
-    looked = look_at(folder, sound, tmp_path / "looks.parquet")
+    looked = compute_hashes(folder, sound, tmp_path / "looks.parquet")
     for found in (rows(scanned), rows(looked)):
         assert found.pop("a.png") == ""
         assert set(found) == {"b.tif", "c.bmp"}
@@ -241,7 +241,7 @@ def test_whatever_a_decoder_raises_the_other_files_go_on(
     assert isinstance(reason, str)
     # a failure of the program or the machine is not remembered as the content's
     monkeypatch.undo()
-    again = look_at(folder, sound, tmp_path / "looks.parquet")
+    again = compute_hashes(folder, sound, tmp_path / "looks.parquet")
     assert isinstance(failure, ValueError) or set(again["status"]) == {"kept"}
 
 
@@ -312,7 +312,7 @@ def test_the_scan_shares_the_memory_budget_of_perceptual_hashing(
 
     monkeypatch.setattr(TiffImagePlugin.TiffImageFile, "load", counted)
     scanned = scan_dataset(make_dataset(), folder)
-    assert set(look_at(folder, scanned, tmp_path / "looks.parquet")["status"]) == {"kept"}
+    assert set(compute_hashes(folder, scanned, tmp_path / "looks.parquet")["status"]) == {"kept"}
     assert len(most) >= 16
     assert max(most) == 1
 

@@ -13,7 +13,7 @@ from PIL import Image
 from sdxl_pipeline.evaluation.clip_score import BATCH_SIZE, ClipScorer, summarize
 from sdxl_pipeline.evaluation.scoring_model import choose_files, scoring_model_folder, scoring_model_name
 from sdxl_pipeline.models.base_model import BUNDLED_CLIP
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 from tests.evaluation.subjects import tiny_model, tiny_settings
 from tests.hub_server import HubServer
 
@@ -90,7 +90,7 @@ def test_a_folder_is_named_without_its_place(tmp_path: Path):
 
 def test_a_name_that_is_nothing_is_refused(tmp_path: Path):
     settings = tiny_settings(pretrained_evaluation_model_name_or_path=str(tmp_path / "absent"))
-    with pytest.raises(StageError, match="is no folder"):
+    with pytest.raises(UserError, match="is no folder"):
         scoring_model_folder(settings, tiny_model(settings, tmp_path))
 
 
@@ -103,7 +103,7 @@ def test_weights_are_taken_from_safetensors_only():
         "pytorch_model.bin",
         "tf_model.h5",
     ]
-    with pytest.raises(StageError, match=r"no \.safetensors"):
+    with pytest.raises(UserError, match=r"no \.safetensors"):
         choose_files(published, "openai/some-clip")
     chosen = choose_files([*published, "model.safetensors"], "openai/some-clip")
     assert set(chosen) == {

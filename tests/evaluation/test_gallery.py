@@ -10,15 +10,15 @@ from PIL import Image
 from sdxl_pipeline.evaluation.comparison_grid import Pair, comparison_sheet
 from sdxl_pipeline.evaluation.gallery import (
     MAX_CAPTION_PROMPTS,
-    Drawing,
+    GalleryImage,
     draw,
-    find_fault,
-    plan_caption_shots,
-    plan_shots,
+    find_defect,
+    plan_caption_gallery,
+    plan_gallery,
 )
 from sdxl_pipeline.models.components import load_pipeline
 from sdxl_pipeline.runtime.specs import ValidationPrompt
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.validation.eval_samples import choose_samples
 from tests.datasets import make_dataset
@@ -31,13 +31,13 @@ def flat(value: float) -> np.ndarray:
 
 def test_faults_are_named():
     scene = np.random.default_rng(0).random((16, 16, 3)).astype(np.float32)
-    assert find_fault(scene) is None
-    assert find_fault(flat(0.0)) == "black"
-    assert find_fault(flat(0.7)) == "constant: one colour all over"
+    assert find_defect(scene) is None
+    assert find_defect(flat(0.0)) == "black"
+    assert find_defect(flat(0.7)) == "constant: one colour all over"
     one_nan = scene.copy()
     one_nan[3, 4, 1] = np.nan
-    assert str(find_fault(one_nan)).startswith("not finite")
-    assert find_fault(flat(np.inf)) == "not finite: 100% of its values are NaN or infinite"
+    assert str(find_defect(one_nan)).startswith("not finite")
+    assert find_defect(flat(np.inf)) == "not finite: 100% of its values are NaN or infinite"
 
 
 def test_a_dark_image_and_a_pale_one_are_no_faults():
@@ -45,8 +45,8 @@ def test_a_dark_image_and_a_pale_one_are_no_faults():
     dark[5:9, 5:9] = 0.05
     pale = flat(1.0)
     pale[5:9, 5:9, 0] = 0.9
-    assert find_fault(dark) is None
-    assert find_fault(pale) is None
+    assert find_defect(dark) is None
+    assert find_defect(pale) is None
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def reader(tmp_path: Path) -> BatchReader:
 
 def test_every_prompt_is_drawn_at_every_size_and_seed(reader: BatchReader):
     settings = tiny_settings(validation_resolution="64x64,96x64", num_validation_images=2)
-    shots = plan_shots(PROMPTS, settings, reader, zeros_for_empty_prompt=True)
+    shots = plan_gallery(PROMPTS, settings, reader, zeros_for_empty_prompt=True)
     assert [shot.name for shot in shots[:4]] == [
         "circle_64x64_seed7",
         "circle_64x64_seed8",
@@ -68,19 +68,19 @@ def test_every_prompt_is_drawn_at_every_size_and_seed(reader: BatchReader):
     ]
     assert (shots[2].height, shots[2].width) == (64, 96)
     assert len(shots) == 8
-    assert [shot.name for shot in plan_shots(PROMPTS, tiny_settings(), reader, True)] == ["circle", "star"]
+    assert [shot.name for shot in plan_gallery(PROMPTS, tiny_settings(), reader, True)] == ["circle", "star"]
 
 
 def test_names_never_meet_in_one_file(reader: BatchReader):
     names = ["a/b", "a b", "A b", "..", "ünï"]
     prompts = [ValidationPrompt(name=name, prompt="a red circle") for name in names]
-    stems = [shot.name for shot in plan_shots(prompts, tiny_settings(), reader, True)]
+    stems = [shot.name for shot in plan_gallery(prompts, tiny_settings(), reader, True)]
     assert stems == ["a_b", "a_b_2", "A_b_3", "image", "ünï"]
 
 
 def test_an_empty_negative_prompt_is_what_the_pipeline_makes_of_it(reader: BatchReader):
-    with_zeros = plan_shots(PROMPTS, tiny_settings(), reader, zeros_for_empty_prompt=True)
-    encoded = plan_shots(PROMPTS, tiny_settings(), reader, zeros_for_empty_prompt=False)
+    with_zeros = plan_gallery(PROMPTS, tiny_settings(), reader, zeros_for_empty_prompt=True)
+    encoded = plan_gallery(PROMPTS, tiny_settings(), reader, zeros_for_empty_prompt=False)
     assert with_zeros[1].conditioning.negative_prompt_embeds is None
     expected = reader.prompt_embeds("")[0]
     assert torch.equal(encoded[1].conditioning.negative_prompt_embeds, expected)  # type: ignore[arg-type]
@@ -88,8 +88,8 @@ def test_an_empty_negative_prompt_is_what_the_pipeline_makes_of_it(reader: Batch
 
 
 def test_a_prompt_that_was_not_encoded_is_named(reader: BatchReader):
-    with pytest.raises(StageError, match="a green square"):
-        plan_shots([ValidationPrompt(name="x", prompt="a green square")], tiny_settings(), reader, True)
+    with pytest.raises(UserError, match="a green square"):
+        plan_gallery([ValidationPrompt(name="x", prompt="a green square")], tiny_settings(), reader, True)
 
 
 def test_without_prompts_some_captions_are_drawn(tmp_path: Path):
@@ -99,7 +99,7 @@ def test_without_prompts_some_captions_are_drawn(tmp_path: Path):
     settings = tiny_settings()
     _, samples = choose_samples(datasets, settings)
     reader = BatchReader(datasets)
-    shots = plan_caption_shots(samples, datasets, settings, reader, True)
+    shots = plan_caption_gallery(samples, datasets, settings, reader, True)
     assert len(shots) == MAX_CAPTION_PROMPTS
     by_caption = {f"photos {sample.path[0]} 0": sample for sample in samples}
     for shot in shots:
@@ -113,7 +113,7 @@ def test_without_prompts_some_captions_are_drawn(tmp_path: Path):
 def test_one_seed_draws_one_image_and_nan_weights_are_seen(reader: BatchReader, tmp_path: Path):
     settings = tiny_settings()
     pipeline = load_pipeline(tiny_model(settings, tmp_path), torch.float32, text_encoders=False)
-    circle, star = plan_shots(PROMPTS, settings, reader, zeros_for_empty_prompt=True)
+    circle, star = plan_gallery(PROMPTS, settings, reader, zeros_for_empty_prompt=True)
     steps: list[int] = []
     first = draw(pipeline, circle, settings, lambda: steps.append(1))
     assert len(steps) == settings.validation_num_inference_steps
@@ -146,9 +146,9 @@ def test_the_sheet_shows_before_left_of_after():
 
 
 def test_drawing_with_nan_is_black_where_it_is_not_a_number(reader: BatchReader):
-    shot = plan_shots(PROMPTS, tiny_settings(), reader, True)[0]
+    shot = plan_gallery(PROMPTS, tiny_settings(), reader, True)[0]
     pixels = flat(1.0)
     pixels[0, 0] = np.nan
-    image = Drawing(shot, pixels, "not finite").image
+    image = GalleryImage(shot, pixels, "not finite").image
     assert image.getpixel((0, 0)) == (0, 0, 0)
     assert image.getpixel((1, 0)) == (255, 255, 255)

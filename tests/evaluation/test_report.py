@@ -9,7 +9,7 @@ from PIL import Image
 from sdxl_pipeline.evaluation.report import (
     FIGURE_NAMES,
     change_since,
-    figures_table,
+    markdown_table,
     plot_losses,
     portable,
     report_figures,
@@ -76,8 +76,8 @@ def test_a_later_evaluation_is_compared_by_what_both_measured(tmp_path: Path):
 
 
 def test_the_table_shows_changes_only_after_a_release(tmp_path: Path):
-    assert "change" not in figures_table(make_report(tmp_path))
-    compared = figures_table(make_report(tmp_path, change_since_release={"lora_loss": -0.02}))
+    assert "change" not in markdown_table(make_report(tmp_path))
+    compared = markdown_table(make_report(tmp_path, change_since_release={"lora_loss": -0.02}))
     assert "| Eval loss, LoRA | 0.1 | -0.02 |" in compared
     assert {line.count("|") for line in compared.splitlines()} == {4}
 

@@ -20,7 +20,7 @@ from sdxl_pipeline.models.adapters.adapter import (
     adapter_parameters,
     add_adapter,
     load_adapter,
-    require_whole,
+    require_complete,
     save_adapter,
     without_adapter,
 )
@@ -69,7 +69,7 @@ def test_a_file_loads_through_its_users_loader_as_the_model_that_was_trained(
 
     unet = load_unet(lively, torch.float32)
     names = load_adapter({UNET: unet}, path)[UNET]
-    require_whole({UNET: unet}, path)
+    require_complete({UNET: unet}, path)
     torch.testing.assert_close(output(unet), expected, rtol=0, atol=1e-4)
     assert names == adapted_module_names(trained)
     with without_adapter(unet):

@@ -6,7 +6,7 @@ import torch
 from sdxl_pipeline.cache.encode.encoder_overflow import explain_embeds
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.models.components import load_text_encoders
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 
 
 @pytest.mark.parametrize(
@@ -27,5 +27,5 @@ def test_the_hint_for_embeddings_fits_the_dtype(bundled: ResolvedModel, dtype: s
 def test_a_text_encoder_with_a_broken_weight_is_reported(bundled: ResolvedModel):
     encoders = load_text_encoders(bundled, torch.float32)
     next(encoders.text_encoder_2.parameters()).data[0] = torch.inf
-    with pytest.raises(StageError, match=r"text encoder 2 of bundled:tiny-sdxl has NaN or infinite weights"):
+    with pytest.raises(UserError, match=r"text encoder 2 of bundled:tiny-sdxl has NaN or infinite weights"):
         explain_embeds(encoders, "fp32", bundled, "a red star")

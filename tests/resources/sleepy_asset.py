@@ -10,13 +10,13 @@ from pathlib import Path
 import dagster as dg
 
 from resources.run_liveness import follow_run_process
-from resources.stage_client import LocalLauncher
+from resources.stage_client import LocalStageClient
 from sdxl_pipeline.config.hardware_profiles import PRESETS, Hardware
 from sdxl_pipeline.definitions import EXECUTOR
 from tests.stages.sleepy_stage import SleepyManifest, SleepySpec, note
 
 
-def launch(context: dg.AssetExecutionContext, launcher: LocalLauncher) -> dg.MaterializeResult:
+def launch(context: dg.AssetExecutionContext, launcher: LocalStageClient) -> dg.MaterializeResult:
     spec = SleepySpec.model_validate_json(os.environ["SLEEPY_SPEC"])
     note(spec.folder / "worker.pid", os.getpid())
     hardware = Hardware.model_validate(
@@ -35,22 +35,24 @@ def launch(context: dg.AssetExecutionContext, launcher: LocalLauncher) -> dg.Mat
 
 
 @dg.asset
-def sleepy(context: dg.AssetExecutionContext, launcher: LocalLauncher) -> dg.MaterializeResult:
+def sleepy(context: dg.AssetExecutionContext, launcher: LocalStageClient) -> dg.MaterializeResult:
     return launch(context, launcher)
 
 
 @dg.asset(retry_policy=dg.RetryPolicy(max_retries=1))
-def sleepy_with_a_retry(context: dg.AssetExecutionContext, launcher: LocalLauncher) -> dg.MaterializeResult:
+def sleepy_with_a_retry(
+    context: dg.AssetExecutionContext, launcher: LocalStageClient
+) -> dg.MaterializeResult:
     return launch(context, launcher)
 
 
 @dg.asset(pool="gpu")
-def pooled(context: dg.AssetExecutionContext, launcher: LocalLauncher) -> dg.MaterializeResult:
+def pooled(context: dg.AssetExecutionContext, launcher: LocalStageClient) -> dg.MaterializeResult:
     return launch(context, launcher)
 
 
-def launcher() -> LocalLauncher:
-    return LocalLauncher(
+def launcher() -> LocalStageClient:
+    return LocalStageClient(
         stop_timeout_seconds=float(os.environ.get("SLEEPY_STOP_TIMEOUT", "30")), metric_points=10
     )
 

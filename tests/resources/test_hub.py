@@ -3,7 +3,7 @@
 import dagster as dg
 import pytest
 
-from resources.hub import HubResource, why_not_writable
+from resources.hub import HubResource, missing_write_access
 from sdxl_pipeline import hub_client
 from tests.hub_server import HubServer
 
@@ -181,5 +181,5 @@ def scope(name, *permissions):
     ],
 )
 def test_what_the_hub_says_of_a_token_decides(repo_id, asked, problem):
-    answer = why_not_writable(asked, repo_id)
+    answer = missing_write_access(asked, repo_id)
     assert (answer is None) if problem is None else (problem in answer)

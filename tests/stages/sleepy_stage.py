@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sdxl_pipeline.files.storage_errors import StorageError
 from sdxl_pipeline.runtime.reporter import Reporter, is_main_process
-from sdxl_pipeline.runtime.stage_runner import StageError, StageStopped, StopSignal, run_stage
+from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError, run_stage
 
 STEP_SECONDS = 0.02
 
@@ -63,7 +63,7 @@ def main(spec: SleepySpec, reporter: Reporter, stop: StopSignal) -> SleepyManife
     reporter.image("dot", spec.folder / "dot.png", caption="a dot", step=spec.steps)
     match spec.ending:
         case "user":
-            raise StageError("steps: 7 is unlucky; write 8")
+            raise UserError("steps: 7 is unlucky; write 8")
         case "store":
             raise StorageError("no space left on the moon")
         case "crash":

@@ -30,7 +30,7 @@ from sdxl_pipeline.models.components import load_vae
 from sdxl_pipeline.models.vae import encode_moments, pixels_from_crops
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import EncodeLatentsSpec, LatentCache
-from sdxl_pipeline.runtime.stage_runner import StageError, StageStopped, StopSignal
+from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
 from sdxl_pipeline.stages import encode_latents
 
 COLOURS = ["red", "lime", "blue", "yellow", "white", "black", "orange"]
@@ -188,7 +188,7 @@ def test_where_one_copy_of_a_image_is_gone_the_other_is_encoded(make_spec, data:
 def test_a_folder_that_is_gone_is_one_sentence(make_spec, data: Path):
     spec = make_spec()
     data.rename(data.with_name("moved"))
-    with pytest.raises(StageError, match=r"folder .*data does not exist.*instance_data_dir"):
+    with pytest.raises(UserError, match=r"folder .*data does not exist.*instance_data_dir"):
         run(spec)
 
 
@@ -347,7 +347,7 @@ def test_the_hint_for_latents_that_are_not_finite_fits_the_dtype(make_spec, data
     assert hint in reasons.pop()
     monkeypatch.setattr(on_demand_encoders, "encode_moments", infinite)
     row = next(pd.read_parquet(spec.rows_path).itertuples())
-    with pytest.raises(StageError, match=f"{row.path}.*{hint}"):
+    with pytest.raises(UserError, match=f"{row.path}.*{hint}"):
         on_demand_encoders.LatentEncoder(spec.base_model, spec.hardware).encode(data / row.path, row)
 
 
@@ -359,7 +359,7 @@ def test_a_vae_with_a_broken_weight_stops_the_stage_by_its_name(make_spec, monke
 
     monkeypatch.setattr(latent_encoding, "load_latent_encoder", broken)
     with pytest.raises(
-        StageError,
+        UserError,
         match=r"the VAE of bundled:tiny-sdxl has NaN or infinite weights.*encoder.conv_in.weight.*Download",
     ):
         run(make_spec())

@@ -21,7 +21,7 @@ from sdxl_pipeline.models.components import load_pipeline, load_tokenizers
 from sdxl_pipeline.models.prompt_tokens import PromptReader
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import EncodeTextSpec, TextEmbedCache
-from sdxl_pipeline.runtime.stage_runner import StageError, StageStopped, StopSignal
+from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
 from sdxl_pipeline.stages import encode_text
 
 CAPTIONS = [
@@ -256,7 +256,7 @@ def test_a_caption_that_overflows_is_an_error_that_names_it(make_spec, monkeypat
         return embeds, torch.zeros(len(input_ids), 64)
 
     monkeypatch.setattr(caption_encoding, "encode_tokens", overflowing)
-    with pytest.raises(StageError, match=rf"'a blue star'.*{advice}"):
+    with pytest.raises(UserError, match=rf"'a blue star'.*{advice}"):
         run(make_spec(mixed_precision=precision))
 
 

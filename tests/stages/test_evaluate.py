@@ -16,7 +16,7 @@ from sdxl_pipeline.evaluation.evaluation_identity import evaluation_identity
 from sdxl_pipeline.files.atomic_files import sha256_file
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import EvaluateSpec, EvaluationReport
-from sdxl_pipeline.runtime.stage_runner import StageError, StageStopped, StopSignal
+from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
 from sdxl_pipeline.stages.evaluate import main
 from tests.evaluation.subjects import make_spec
 from tests.processes import DEAD_PID
@@ -128,10 +128,10 @@ def test_another_file_than_the_trained_one_is_refused(changed, tmp_path: Path):
     other = tmp_path / "pytorch_lora_weights.safetensors"
     save_file(tensors | {name: tensors[name] + 1}, other)
     lora = spec.lora.model_copy(update={"weights_path": str(other)})
-    with pytest.raises(StageError, match="SHA-256 differs"):
+    with pytest.raises(UserError, match="SHA-256 differs"):
         evaluate(spec.model_copy(update={"lora": lora}))
     gone = spec.lora.model_copy(update={"weights_path": str(tmp_path / "gone.safetensors")})
-    with pytest.raises(StageError, match="is gone"):
+    with pytest.raises(UserError, match="is gone"):
         evaluate(spec.model_copy(update={"lora": gone}))
 
 
@@ -143,7 +143,7 @@ def test_a_file_that_does_not_load_back_whole_is_refused(changed, tmp_path: Path
     lost = next(name for name in tensors if name.endswith("lora_B.weight"))
     save_file({name: tensor for name, tensor in tensors.items() if name != lost}, lacking)
     update = {"weights_path": str(lacking), "weights_sha256": sha256_file(lacking)}
-    with pytest.raises(StageError, match="does not load back whole"):
+    with pytest.raises(UserError, match="does not load back whole"):
         evaluate(spec.model_copy(update={"lora": spec.lora.model_copy(update=update)}))
 
 

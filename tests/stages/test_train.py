@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
 from sdxl_pipeline.files.disk_space import DiskFullError
 from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
-from sdxl_pipeline.runtime.stage_runner import StageError, StageStopped, StopSignal
+from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.logging.metrics_log import read_metrics
 from tests.datasets import SQUARE, WIDE, digest, make_dataset, make_spec
@@ -185,7 +185,7 @@ def test_mixed_precision_trains_float32_adapters(unbroken):
 
 def test_a_folder_of_another_run_is_refused(unbroken):
     spec, _ = unbroken
-    with pytest.raises(StageError, match="holds another run"):
+    with pytest.raises(UserError, match="holds another run"):
         main(with_settings(spec, "unbroken", seed=1), Listener(), StopSignal())
 
 
@@ -249,7 +249,7 @@ def test_nothing_but_skipped_steps_end_a_run_and_keep_its_last_checkpoint(tmp_pa
     )
     listener = Listener()
     with pytest.raises(
-        StageError, match=r"steps 1 to 10 were skipped one after the other.*image_0.*learning_rate"
+        UserError, match=r"steps 1 to 10 were skipped one after the other.*image_0.*learning_rate"
     ):
         main(broken.model_copy(update={"run_dir": sound.run_dir}), listener, StopSignal())
     assert sum("is skipped" in line for line in listener.lines) == 9
@@ -261,7 +261,7 @@ def test_nothing_but_skipped_steps_end_a_run_and_keep_its_last_checkpoint(tmp_pa
 
 
 def test_the_number_of_processes_must_be_what_the_spec_says(tmp_path):
-    with pytest.raises(StageError, match=r"2 processes, but 1 are running.*torchrun"):
+    with pytest.raises(UserError, match=r"2 processes, but 1 are running.*torchrun"):
         main(make_spec(tmp_path, num_processes=2), Listener(), StopSignal())
 
 

@@ -18,7 +18,7 @@ from sdxl_pipeline.models.components import load_unet
 from sdxl_pipeline.release.formats import FormatError
 from sdxl_pipeline.release.formats.format_check import check_files
 from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
-from sdxl_pipeline.runtime.stage_runner import StageError, StopSignal
+from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError
 from sdxl_pipeline.stages import train
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.checkpoint.run_identity import run_identity
@@ -145,9 +145,9 @@ def test_a_run_starts_from_a_file_whose_content_is_part_of_what_it_is(tmp_path: 
     assert run_identity(with_settings(spec, "run", init_lora=str(moved))) == identity
     assert run_identity(with_settings(spec, "run", init_lora=second.weights_path)) != identity
     assert run_identity(with_settings(spec, "run", init_lora=None)) != identity
-    with pytest.raises(StageError, match=r"init_lora.*does not exist"):
+    with pytest.raises(UserError, match=r"init_lora.*does not exist"):
         run_identity(with_settings(spec, "run", init_lora=str(tmp_path / "absent.safetensors")))
-    with pytest.raises(StageError, match=r"config.json: init_lora.*Write lora_rank 4"):
+    with pytest.raises(UserError, match=r"config.json: init_lora.*Write lora_rank 4"):
         main(with_settings(spec, "other rank", lora_rank=8), Listener(), StopSignal())
 
 

@@ -11,7 +11,7 @@ import sdxl_pipeline.training.trainer as loop
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
 from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.stages.train import main
-from sdxl_pipeline.training.data.bucket_sampler import SampleOrder
+from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler
 from sdxl_pipeline.training.data.samples import load_samples
 from tests.datasets import make_spec
 from tests.encoded_datasets import Silent, draw_images, prepare_dataset
@@ -60,7 +60,7 @@ def test_crops_and_captions_reach_the_unet_as_they_were_planned(tmp_path: Path, 
     store = TensorStore(Path(dataset.text_embeds.store_root))
     empty = store.read(prompts[""])
 
-    order = SampleOrder(
+    order = BucketBatchSampler(
         load_samples([dataset], "train"), {dataset.dataset_id: 1.0}, spec.settings.seed, BATCH
     )
     dropped = 0

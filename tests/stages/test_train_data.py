@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
 from sdxl_pipeline.runtime.specs import FailedItem, TrainedLora, TrainingDataset, TrainSpec
-from sdxl_pipeline.runtime.stage_runner import StageError, StageStopped, StopSignal
+from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.checkpoint.run_identity import run_identity
 from sdxl_pipeline.training.data.batches import BatchReader
-from sdxl_pipeline.training.data.bucket_sampler import SampleOrder
+from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler
 from sdxl_pipeline.training.data.samples import load_samples
 from tests.datasets import make_dataset, make_spec
 from tests.encoded_datasets import Silent, draw_images, listing, prepare_dataset, rows_of
@@ -129,7 +129,7 @@ def test_names_of_files_make_no_difference(full, tmp_path, images):
     assert {sample.path for sample in before}.isdisjoint(sample.path for sample in after)
     assert after.digest() == before.digest()
     assert [sample.id for sample in after] == [sample.id for sample in before]
-    order, again = (SampleOrder(samples, {"drawings": 1.0}, 42, 2) for samples in (before, after))
+    order, again = (BucketBatchSampler(samples, {"drawings": 1.0}, 42, 2) for samples in (before, after))
     for index in range(12):
         ours, theirs = order.batch(index, 0), again.batch(index, 0)
         assert [(d.sample.id, d.embed_key) for d in ours] == [(d.sample.id, d.embed_key) for d in theirs]
@@ -177,7 +177,7 @@ def test_two_resolutions_of_one_folder_are_two_datasets(tmp_path):
         assert keys[0]
     assert len({s.latent_key for s in trained}) == len(trained)
     assert all(rows_of(dataset)["split"].value_counts().min() > 0 for dataset in datasets)
-    order = SampleOrder(trained, {"small": 1.0, "large": 1.0}, 42, 1)
+    order = BucketBatchSampler(trained, {"small": 1.0, "large": 1.0}, 42, 1)
     shown = [order.batch(index, 0)[0].sample.dataset_id for index in range(order.batches_until(1))]
     assert sorted(shown) == sorted(s.dataset_id for s in trained)
     assert train(spec.model_copy(update={"datasets": datasets})).steps == 3
@@ -213,7 +213,7 @@ def test_captions_of_two_windows_train_and_draw(tmp_path, images):
 def test_too_small_datasets_are_repeated_if_that_is_allowed(tmp_path, images):
     spec = spec_of(tmp_path, train_batch_size=4, gradient_accumulation_steps=4, max_train_steps=1)
     dataset = prepare_dataset(tmp_path / "drawings", images, spec.base_model)
-    with pytest.raises(StageError, match="give 6 images an epoch, but one step takes 16"):
+    with pytest.raises(UserError, match="give 6 images an epoch, but one step takes 16"):
         train(spec.model_copy(update={"datasets": (dataset,)}))
     settings = spec.settings.model_copy(update={"allow_dataset_oversubscription": True})
     result = train(spec.model_copy(update={"datasets": (dataset,), "settings": settings}))
@@ -233,7 +233,7 @@ def test_damaged_cache_entries_stop_the_training_by_name_and_are_encoded_again(t
     spec = spec_in_mode(tmp_path, images, "full", **WITH_IMAGES)
     for store in ("latents", "texts"):
         flip_last_byte(tmp_path / "drawings" / store)
-    with pytest.raises(StageError) as raised:
+    with pytest.raises(UserError) as raised:
         train(spec)
     message = str(raised.value)
     assert "checksum did not match" in message

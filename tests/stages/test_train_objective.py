@@ -8,13 +8,13 @@ from safetensors.torch import load_file
 
 from sdxl_pipeline.models.components import latent_scaling_factor
 from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
-from sdxl_pipeline.runtime.stage_runner import StageError, StageStopped, StopSignal
+from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.data.batches import BatchReader, TrainingBatches
-from sdxl_pipeline.training.data.bucket_sampler import SampleOrder
+from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler
 from sdxl_pipeline.training.data.samples import load_samples
-from sdxl_pipeline.training.diffusion.forward_process import build_corruption
-from sdxl_pipeline.training.diffusion.scheduled_sampling import RolloutDraw
+from sdxl_pipeline.training.diffusion.forward_process import build_forward_process
+from sdxl_pipeline.training.diffusion.scheduled_sampling import RolloutSampler
 from tests.datasets import make_spec
 from tests.train_programs import Listener, losses, run, with_settings
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
@@ -48,10 +48,10 @@ def batches_of(spec: TrainSpec) -> TrainingBatches:
     (dataset,) = spec.datasets
     settings = spec.settings
     return TrainingBatches(
-        SampleOrder(samples, {dataset.dataset_id: 1.0}, settings.seed, settings.train_batch_size, 1),
+        BucketBatchSampler(samples, {dataset.dataset_id: 1.0}, settings.seed, settings.train_batch_size, 1),
         BatchReader(spec.datasets),
         latent_scaling_factor(spec.base_model),
-        build_corruption(settings, 1000),
+        build_forward_process(settings, 1000),
     )
 
 
@@ -63,7 +63,7 @@ def test_rollouts_of_no_step_are_plain_training_bit_for_bit(tmp_path: Path, monk
     rolled = train(with_settings(spec, "rolled", **rolling))
     assert losses(rolled) != losses(plain)
 
-    monkeypatch.setattr(RolloutDraw, "_offset", lambda *_: 0)
+    monkeypatch.setattr(RolloutSampler, "_offset", lambda *_: 0)
     still = train(with_settings(spec, "still", **rolling))
     assert losses(still) == losses(plain)
     ones, others = load_file(plain.weights_path), load_file(still.weights_path)
@@ -116,5 +116,5 @@ def test_everything_at_once_on_two_processes_as_on_one(tmp_path: Path):
 
 
 def test_a_base_model_that_predicts_noise_is_not_trained_with_zero_terminal_snr(tmp_path: Path):
-    with pytest.raises(StageError, match="v_prediction"):
+    with pytest.raises(UserError, match="v_prediction"):
         train(make_spec(tmp_path, max_train_steps=1, rescale_betas_zero_snr=True))

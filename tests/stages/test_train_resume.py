@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import RunLineage, TrainedLora, TrainingDataset, TrainSpec
-from sdxl_pipeline.runtime.stage_runner import StageError, StageStopped, StopSignal
+from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.checkpoint.checkpoints import load_checkpoint
-from sdxl_pipeline.training.checkpoint.resume import begin_run
-from sdxl_pipeline.training.checkpoint.run_identity import run_names
+from sdxl_pipeline.training.checkpoint.resume import resume_run
+from sdxl_pipeline.training.checkpoint.run_identity import run_fingerprints
 from sdxl_pipeline.training.checkpoint.run_lineage import SPEC_FILE, write_lineage
 from sdxl_pipeline.training.logging.metrics_log import read_metrics
 from tests.datasets import make_dataset, make_spec
@@ -86,7 +86,7 @@ def test_a_finished_run_made_longer_goes_on_from_its_end_and_equals_one_by_itsel
     assert longer.resumed_from_step == 4
     assert longer.ancestor is not None
     assert longer.ancestor.same_trajectory
-    assert longer.ancestor.identity == run_names(spec_of(runs, "four")).identity
+    assert longer.ancestor.identity == run_fingerprints(spec_of(runs, "four")).identity
     assert longer.identity == alone.identity
     assert longer.weights_sha256 == alone.weights_sha256
     assert losses(longer) == losses(alone)
@@ -223,8 +223,8 @@ def test_a_checkpoint_that_was_put_elsewhere_is_the_same_and_brings_nothing_of_i
     assert same.skipped_steps == 0
     assert not {"chat.jsonl", "validation"} & {path.name for path in Path(same.run_dir).iterdir()}
 
-    names, listener = run_names(spec := other_settings(runs, tmp_path.name, kept)), Listener()
-    begin_run(spec, names, listener)
+    names, listener = run_fingerprints(spec := other_settings(runs, tmp_path.name, kept)), Listener()
+    resume_run(spec, names, listener)
     assert any("its optimizer's state, under its own settings" in line for line in listener.lines)
     assert {path.name for path in Path(spec.run_dir).iterdir()} == {"checkpoints", "lineage.json"}
 
@@ -235,7 +235,7 @@ def test_the_same_training_on_other_devices_is_named_with_the_way_to_go_on_from_
     spec = spec_of(runs.with_name("devices"), "two")
     spec = spec.model_copy(update={"hardware": spec.hardware.model_copy(update={"num_processes": 2})})
     listener = Listener()
-    begin_run(spec, run_names(spec), listener)
+    resume_run(spec, run_fingerprints(spec), listener)
     (line,) = listener.lines
     assert "The run four is at step 4 of this training on another number of processes" in line
     assert line.endswith(f"resume_from_checkpoint: {place}")
@@ -250,7 +250,7 @@ def beside(runs: Path) -> Path:
         shutil.copytree(runs / "four", folder / run)
         spec = spec_of(folder, run, **settings)
         (folder / run / SPEC_FILE).write_text(spec.model_dump_json())
-        lineage = RunLineage(**run_names(spec)._asdict(), optimizer="adamw", ancestor=None)
+        lineage = RunLineage(**run_fingerprints(spec)._asdict(), optimizer="adamw", ancestor=None)
         write_lineage(folder / run, lineage)
     for checkpoint in (folder / "damaged" / "checkpoints").iterdir():
         (checkpoint / "trainable.safetensors").write_bytes(b"x")
@@ -317,11 +317,11 @@ def test_other_images_of_the_nearest_run_are_logged(beside):
 def test_a_run_whose_own_checkpoints_are_damaged_begins_where_it_began(runs):
     place = runs / "four" / "checkpoints" / "step-00000004"
     spec = other_settings(runs, "damaged", place)
-    begin_run(spec, run_names(spec), Listener())
+    resume_run(spec, run_fingerprints(spec), Listener())
     own = Path(spec.run_dir) / "checkpoints" / "step-00000004"
     (own / "trainable.safetensors").unlink()  # which may be the very file of the other run
     (own / "trainable.safetensors").write_bytes(b"x")
-    begin_run(spec, run_names(spec), Listener())
+    resume_run(spec, run_fingerprints(spec), Listener())
     assert load_checkpoint(own).step == 4
     assert load_checkpoint(place).step == 4
 
@@ -337,7 +337,7 @@ def test_a_run_whose_own_checkpoints_are_damaged_begins_where_it_began(runs):
 def test_a_checkpoint_that_does_not_fit_is_refused(runs, tmp_path, step, settings, message):
     place = runs / "four" / "checkpoints" / f"step-{step:08d}"
     spec = other_settings(runs, tmp_path.name, place, **settings)
-    with pytest.raises(StageError, match=message):
+    with pytest.raises(UserError, match=message):
         train(spec)
 
 
@@ -348,7 +348,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over_among_others(ru
     newest = folder / "four" / "checkpoints" / "step-00000004"
     weights = newest / "trainable.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    with pytest.raises(StageError, match="which is damaged"):
+    with pytest.raises(UserError, match="which is damaged"):
         train(other_settings(tmp_path / "runs", "named", newest))
     assert train(spec_of(folder, "five", max_train_steps=5)).resumed_from_step == 2
 
@@ -360,7 +360,7 @@ def test_begin_run_names_each_damaged_checkpoint_of_the_other_run(runs, tmp_path
         (damaged / "trainable.safetensors").unlink()
         (damaged / "trainable.safetensors").write_bytes(b"x")
         listener, spec = Listener(), spec_of(tmp_path, f"five_{step}", max_train_steps=5)
-        begin_run(spec, run_names(spec), listener)
+        resume_run(spec, run_fingerprints(spec), listener)
         assert f"checkpoint {damaged} is damaged and is passed over" in listener.lines
         assert begins_at is None or any(begins_at in line for line in listener.lines)
         shutil.rmtree(spec.run_dir)

@@ -1,13 +1,13 @@
 """Random choices: the same for the same purpose in every process and version, unrelated otherwise, and evenly spread."""
 
-from sdxl_pipeline.training.rng import choose, seed_for, uniform
+from sdxl_pipeline.training.rng import choose, derive_seed, uniform
 
 
 def test_choices_never_change():
     # a change here changes every run: raise identity.CODE_VERSION with it
-    assert seed_for(42, "noise", 0, 0) == 6453527374581327334
-    assert seed_for(42, "noise", 0, 1) != seed_for(42, "noise", 1, 0)
-    assert seed_for(1, "2") != seed_for(1, 2)
+    assert derive_seed(42, "noise", 0, 0) == 6453527374581327334
+    assert derive_seed(42, "noise", 0, 1) != derive_seed(42, "noise", 1, 0)
+    assert derive_seed(1, "2") != derive_seed(1, 2)
 
 
 def test_uniform_is_uniform():

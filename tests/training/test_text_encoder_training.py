@@ -25,7 +25,7 @@ from sdxl_pipeline.training.data.samples import load_samples
 from sdxl_pipeline.training.logging.metrics_log import read_metrics
 from sdxl_pipeline.training.trainable import build_trainable
 from tests.datasets import NEGATIVE, PROMPT, make_spec, model_folder
-from tests.encoded_datasets import draw_images, prepare_dataset
+from tests.encoded_datasets import generate_validation_images, prepare_dataset
 
 STEPS = 4
 
@@ -34,7 +34,7 @@ STEPS = 4
 def datasets(tmp_path_factory):
     """`datasets(windows)`: real captions, with an embedding of each; the training must make its own."""
     folder = tmp_path_factory.mktemp("datasets")
-    draw_images(folder / "images", count=6)
+    generate_validation_images(folder / "images", count=6)
     (folder / "images" / "drawing_0.txt").write_text("a very, very " + "long drawing " * 60)
     settings = TrainingSettings(pretrained_model_name_or_path=str(model_folder()))
     model = resolve_base_model(settings, folder, cache_dir=folder / "digests")
@@ -120,7 +120,7 @@ def test_the_gradient_is_that_of_diffusers_own_pipeline(datasets, tmp_path):
     prompts, time_ids = [PROMPT, "something else!"], torch.full((2, 6), 64.0)
     timesteps = torch.tensor([10, 900])
     added = {"time_ids": time_ids}
-    ids = trainable.live_texts.input_ids(prompts)
+    ids = trainable.online_text_encoder.input_ids(prompts)
     prediction = trainable.module(latents, timesteps, ids, added, return_dict=False)[0]
     (prediction - target).square().mean().backward()
     ours = {
@@ -163,7 +163,7 @@ def test_gradient_checkpointing_changes_no_gradient(datasets, tmp_path):
         trainable = build_trainable(spec_of(tmp_path, datasets(), **settings))
         trainable.module.train()
         generator = torch.Generator().manual_seed(2)
-        ids = trainable.live_texts.input_ids([PROMPT])
+        ids = trainable.online_text_encoder.input_ids([PROMPT])
         latents = torch.randn(1, 4, 8, 8, generator=generator)
         added = {"time_ids": torch.full((1, 6), 64.0)}
         trainable.module(latents, torch.tensor([500]), ids, added, return_dict=False)[0].sum().backward()
@@ -179,18 +179,18 @@ def test_captions_reach_the_step_as_tokens_and_a_dropped_one_as_the_empty_prompt
     spec = spec_of(tmp_path, datasets(2))
     trainable = build_trainable(spec)
     reader = BatchReader(
-        spec.datasets, OnDemandEncoders(spec.base_model, spec.hardware), trainable.live_texts
+        spec.datasets, OnDemandEncoders(spec.base_model, spec.hardware), trainable.online_text_encoder
     )
     samples = load_samples(spec.datasets, "train")[:2]
     tokens = reader.tokens(samples, [samples[0].embed_keys[0], reader.empty_prompt_key("drawings")])
     assert tokens.keys == (samples[0].key, samples[1].key)
     assert tokens.input_ids.shape == (2, 2, 2, 77)
-    assert torch.equal(tokens.input_ids[1], trainable.live_texts.input_ids([""])[0])
+    assert torch.equal(tokens.input_ids[1], trainable.online_text_encoder.input_ids([""])[0])
     captions = {
         Path(dataset.data_dir, samples[0].path).with_suffix(".txt").read_text().strip()
         for dataset in spec.datasets
     }
-    assert torch.equal(tokens.input_ids[:1], trainable.live_texts.input_ids(list(captions)))
+    assert torch.equal(tokens.input_ids[:1], trainable.online_text_encoder.input_ids(list(captions)))
 
 
 def test_what_is_drawn_is_read_by_the_encoders_as_they_stand(datasets, tmp_path):
@@ -198,7 +198,7 @@ def test_what_is_drawn_is_read_by_the_encoders_as_they_stand(datasets, tmp_path)
     trainable = build_trainable(spec)
     trainable.module.train()
     encoders = OnDemandEncoders(spec.base_model, spec.hardware)
-    live = BatchReader(spec.datasets, encoders, trainable.live_texts)
+    live = BatchReader(spec.datasets, encoders, trainable.online_text_encoder)
     cached = BatchReader(spec.datasets)
     for one, other in zip(live.prompt_embeds(PROMPT), cached.prompt_embeds(PROMPT), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)

@@ -22,7 +22,7 @@ def test_a_full_training_trains_every_weight_in_float32(tmp_path):
     assert trainable.kind == "unet"
     assert trainable.parameters.keys() == trainable.unet.state_dict().keys()
     assert {parameter.dtype for parameter in trainable.parameters.values()} == {torch.float32}
-    assert trainable.holds_parameters
+    assert trainable.export_is_exact
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_bitfit_trains_the_biases_alone(tmp_path):
     trainable = build_trainable(full_spec(tmp_path, layer_freeze_strategy="bitfit"))
     assert trainable.parameters
     assert all(name.endswith(".bias") for name in trainable.parameters)
-    assert not trainable.holds_parameters, "a checkpoint must hold them by themselves"
+    assert not trainable.export_is_exact, "a checkpoint must hold them by themselves"
 
 
 def test_the_folder_of_a_unet_is_diffusers_own_and_says_nothing_of_this_machine(tmp_path):

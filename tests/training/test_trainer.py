@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdxl_pipeline.runtime.stage_runner import StageError, StageStopped, StopSignal
-from sdxl_pipeline.training.checkpoint.free_disk_monitor import DiskWatch
+from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
+from sdxl_pipeline.training.checkpoint.free_disk_monitor import FreeDiskMonitor
 from sdxl_pipeline.training.trainer import Trainer
 from tests.datasets import make_spec
 from tests.encoded_datasets import Silent
@@ -19,7 +19,7 @@ class Hosts:
         self.flags, self.root = list(flags), root
         self.found_while_waiting: list[str] = []
 
-    def any_of(self, *flags: bool) -> list[bool]:
+    def all_reduce_any(self, *flags: bool) -> list[bool]:
         return self.flags
 
     def wait(self) -> None:
@@ -29,12 +29,12 @@ class Hosts:
 
 @pytest.mark.parametrize("is_main", [True, False], ids=["the one that writes", "another"])
 @pytest.mark.parametrize(
-    ("asked", "disk_is_low", "error"), [(True, False, StageStopped), (False, True, StageError)]
+    ("asked", "disk_is_low", "error"), [(True, False, StageStopped), (False, True, UserError)]
 )
 def test_no_process_leaves_before_the_checkpoint_is_written(
     tmp_path, monkeypatch, is_main, asked, disk_is_low, error
 ):
-    monkeypatch.setattr(DiskWatch, "what_is_wrong", lambda self: "the disk is full")
+    monkeypatch.setattr(FreeDiskMonitor, "what_is_wrong", lambda self: "the disk is full")
     spec = make_spec(tmp_path, max_train_steps=2, disk_low_threshold="1K")
     trainer = Trainer(spec, "0" * 64, Silent(), StopSignal())
     hosts = Hosts(Path(spec.run_dir) / "checkpoints", asked, disk_is_low)

@@ -16,7 +16,7 @@ from sdxl_pipeline.models.prompt_encoding import encode_tokens
 from sdxl_pipeline.models.prompt_tokens import PromptReader, Tokens
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import EncodeTextSpec, StageModel
-from sdxl_pipeline.runtime.stage_runner import StageError, StopSignal
+from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError
 
 _COUNTED_AT_A_TIME = 4096
 
@@ -45,7 +45,7 @@ def encode_share(
 ) -> EncodedTexts:
     """Encode this process's share of some (key, caption) into the store, in batches that are the same for any number of processes.
 
-    Raises StageError when the encoders cannot be had, give what is not finite, or the store's disk is full. What was encoded before
+    Raises UserError when the encoders cannot be had, give what is not finite, or the store's disk is full. What was encoded before
     any end is kept.
     """
     own = own_texts(spec, texts, rank, processes)
@@ -80,7 +80,7 @@ def encode_share(
             if last is not None:
                 last.result()
     except StorageError as error:
-        raise StageError(str(error)) from error
+        raise UserError(str(error)) from error
     reporter.progress("encode text", taken, total, "captions")
     return EncodedTexts(encoded=taken, seconds=perf_counter() - started, tokens=tuple(tokens))
 
@@ -140,7 +140,7 @@ def _store(
     finite = (prompt_embeds.isfinite().flatten(1).all(1) & pooled_prompt_embeds.isfinite().all(1)).tolist()
     for index, (key, caption) in enumerate(batch):
         if not finite[index]:
-            raise StageError(explain(caption))
+            raise UserError(explain(caption))
         writer.add(
             key, {"prompt_embeds": prompt_embeds[index], "pooled_prompt_embeds": pooled_prompt_embeds[index]}
         )

@@ -9,7 +9,7 @@ import numpy as np
 from sdxl_pipeline.data.buckets.crop_plan import Crop
 from sdxl_pipeline.data.decoding.image_decoding import UnreadableImage, unexpected_as_unreadable
 from sdxl_pipeline.data.decoding.pixels import load_crops
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 
 
 def read_crops(path: Path, key: str | None, crops: Sequence[Crop]) -> list[np.ndarray]:
@@ -27,7 +27,7 @@ def read_crops(path: Path, key: str | None, crops: Sequence[Crop]) -> list[np.nd
 
 
 def require_folder(data_dir: Path) -> None:
-    """Raise StageError when the images' folder is not there: one sentence, rather than one for each image."""
+    """Raise UserError when the images' folder is not there: one sentence, rather than one for each image."""
     try:
         if data_dir.is_dir():
             next(data_dir.iterdir(), None)
@@ -35,7 +35,7 @@ def require_folder(data_dir: Path) -> None:
         reason = "does not exist"
     except OSError as error:
         reason = f"cannot be read ({error.strerror})"
-    raise StageError(
+    raise UserError(
         f"the images' folder {data_dir} {reason}; it was there when the dataset was scanned. Mount it or put it back, or mend "
         "instance_data_dir in multidatabackend.json, and materialize this again"
     )

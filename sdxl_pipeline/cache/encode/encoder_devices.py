@@ -15,7 +15,7 @@ from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.models.components import TextEncoders, load_text_encoders, load_vae
 from sdxl_pipeline.models.model_files import BaseModelError
 from sdxl_pipeline.models.precision import PrecisionError, dtype_from_name, quantize_model
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -31,22 +31,22 @@ def own_device(hardware: Hardware) -> torch.device:
 
 
 def load_latent_encoder(model: ResolvedModel, hardware: Hardware) -> AutoencoderKL:
-    """The VAE on this process's device. Raises StageError when it cannot be had."""
+    """The VAE on this process's device. Raises UserError when it cannot be had."""
     try:
         vae = load_vae(model, dtype_from_name(hardware.vae_dtype))
     except BaseModelError as error:
-        raise StageError(str(error)) from error
+        raise UserError(str(error)) from error
     return vae.to(own_device(hardware), memory_format=torch.channels_last)
 
 
 def load_encoders(model: ResolvedModel, hardware: Hardware) -> TextEncoders:
-    """Both text encoders on this process's device. Raises StageError when they cannot be had."""
+    """Both text encoders on this process's device. Raises UserError when they cannot be had."""
     try:
         encoders = load_text_encoders(model, dtype_from_name(hardware.text_dtype))
         quantize_model(encoders.text_encoder, hardware.text_encoder_1_precision, "text_encoder_1_precision")
         quantize_model(encoders.text_encoder_2, hardware.text_encoder_2_precision, "text_encoder_2_precision")
     except (BaseModelError, PrecisionError) as error:
-        raise StageError(str(error)) from error
+        raise UserError(str(error)) from error
     return encoders.to(own_device(hardware))
 
 

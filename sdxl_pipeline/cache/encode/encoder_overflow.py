@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.models.components import TextEncoders
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 
 _PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def explain_latents(vae: AutoencoderKL, dtype: str, model: ResolvedModel) -> str:
-    """Return why the VAE gave latents that are not finite in `dtype`. Raises StageError when its weights are not finite either."""
+    """Return why the VAE gave latents that are not finite in `dtype`. Raises UserError when its weights are not finite either."""
     source = model.vae_source or model.source
     _require_finite(vae, f"VAE of {source}", "set pretrained_vae_model_name_or_path to another one")
     if dtype != "fp32":
@@ -26,23 +26,23 @@ def explain_latents(vae: AutoencoderKL, dtype: str, model: ResolvedModel) -> str
 
 
 def explain_embeds(encoders: TextEncoders, dtype: str, model: ResolvedModel, caption: str) -> str:
-    """Return why the text encoders gave embeddings that are not finite. Raises StageError when their weights are not finite either."""
+    """Return why the text encoders gave embeddings that are not finite. Raises UserError when their weights are not finite either."""
     for name, encoder in (
         ("text encoder 1", encoders.text_encoder),
         ("text encoder 2", encoders.text_encoder_2),
     ):
         _require_finite(encoder, f"{name} of {model.source}", "name another base model")
-    remedy = {"fp16": "Set mixed_precision to bf16 or no.", "bf16": "Set mixed_precision to no."}.get(
+    hint = {"fp16": "Set mixed_precision to bf16 or no.", "bf16": "Set mixed_precision to no."}.get(
         dtype, "Their weights are finite: change this caption, or name another base model."
     )
-    return f"the text encoders gave NaN or infinite embeddings in {dtype} for the caption {caption[:200]!r}. {remedy}"
+    return f"the text encoders gave NaN or infinite embeddings in {dtype} for the caption {caption[:200]!r}. {hint}"
 
 
-def _require_finite(model: nn.Module, name: str, remedy: str) -> None:
+def _require_finite(model: nn.Module, name: str, hint: str) -> None:
     for key, tensor in chain(model.named_parameters(), model.named_buffers()):
         if not _finite(tensor):
-            raise StageError(
-                f"the {name} has NaN or infinite weights, the first in {key}: its file is broken. Download it again, or {remedy}."
+            raise UserError(
+                f"the {name} has NaN or infinite weights, the first in {key}: its file is broken. Download it again, or {hint}."
             )
 
 

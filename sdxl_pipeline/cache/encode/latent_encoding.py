@@ -26,7 +26,7 @@ from sdxl_pipeline.data.decoding.image_decoding import UnreadableImage
 from sdxl_pipeline.models.vae import encode_moments, pixels_from_bytes
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import EncodeLatentsSpec, StageModel
-from sdxl_pipeline.runtime.stage_runner import StageError, StopSignal
+from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError
 
 # Enough that decoding does not hold up a fast GPU, few enough that images of 100 megapixels do not fill the memory.
 _MOST_DECODING_THREADS = 16
@@ -57,7 +57,7 @@ def encode_share(
 ) -> EncodedShare:
     """Encode this process's share of the wanted crops (bool, (N,)) into the store.
 
-    `crops` are rows of the plan with their `latent_key`. An image that cannot be read is named in the result. Raises StageError when
+    `crops` are rows of the plan with their `latent_key`. An image that cannot be read is named in the result. Raises UserError when
     the VAE cannot be had, the images' folder is gone, or the store's disk is full. What was encoded before any end is kept.
     """
     batches = crop_batches(crops, wanted, spec.hardware.vae_batch_size)
@@ -84,7 +84,7 @@ def encode_share(
             if last is not None:
                 last.result()
     except StorageError as error:
-        raise StageError(str(error)) from error
+        raise UserError(str(error)) from error
     reporter.progress("encode latents", work.taken, work.total, "crops")
     return work.share(time.perf_counter() - started)
 

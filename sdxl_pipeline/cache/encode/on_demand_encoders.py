@@ -21,7 +21,7 @@ from sdxl_pipeline.models.components import TextEncoders
 from sdxl_pipeline.models.prompt_encoding import encode_tokens
 from sdxl_pipeline.models.prompt_tokens import PromptReader
 from sdxl_pipeline.models.vae import encode_moments, pixels_from_crops
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 
 
 class LatentEncoder:
@@ -38,19 +38,19 @@ class LatentEncoder:
     def encode(self, path: Path, crop: Crop, key: str | None = None) -> dict[str, Tensor]:
         """`mean` and `logvar` of one crop, (4, bucket_h / 8, bucket_w / 8) each, on the CPU in the VAE's dtype.
 
-        `key` is the digest that the image was planned under; None takes whatever lies at `path`. Raises StageError, naming the
+        `key` is the digest that the image was planned under; None takes whatever lies at `path`. Raises UserError, naming the
         image, when it cannot be read or is another one by now, and when its latents are not finite.
         """
         try:
             pixels = pixels_from_crops(read_crops(path, key, [crop]))
         except UnreadableImage as error:
-            raise StageError(
+            raise UserError(
                 f"{path}: {error.reason}. Mend or remove it and materialize the dataset again."
             ) from error
         mean, logvar = (moment[0].cpu() for moment in encode_moments(self._vae, pixels))
         if not (mean.isfinite().all() and logvar.isfinite().all()):
             reason = explain_latents(self._vae, self._hardware.vae_dtype, self._base_model)
-            raise StageError(f"{path}: {reason}")
+            raise UserError(f"{path}: {reason}")
         return {"mean": mean, "logvar": logvar}
 
 
@@ -73,14 +73,14 @@ class CaptionEncoder:
     def encode(self, caption: str) -> dict[str, Tensor]:
         """`prompt_embeds` (77 * windows, C1 + C2) and `pooled_prompt_embeds` (C2) of one caption, on the CPU in the encoders' dtype.
 
-        Raises StageError, naming the caption, when they are not finite.
+        Raises UserError, naming the caption, when they are not finite.
         """
         input_ids = self._reader.in_windows(self._reader.read([caption]))
         prompt_embeds, pooled_prompt_embeds = (
             embeds[0].cpu() for embeds in encode_tokens(self._encoders, *input_ids)
         )
         if not (prompt_embeds.isfinite().all() and pooled_prompt_embeds.isfinite().all()):
-            raise StageError(
+            raise UserError(
                 explain_embeds(self._encoders, self._hardware.text_dtype, self._base_model, caption)
             )
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}

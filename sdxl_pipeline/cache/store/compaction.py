@@ -85,7 +85,7 @@ def compact(
             done += sum(plan.size[name] for name in names)
         with folder.locked():
             index = folder.read_index()
-            freed += folder.sweep(index)
+            freed += folder.collect_orphans(index)
     entries = int((index.find(plan.index.keys) < 0).sum())
     return Compaction(entries, deleted, rewritten, freed, plan.kept_for)
 
@@ -158,7 +158,7 @@ def _foreseen(folder: StoreFolder, plan: _Plan) -> Compaction:
     going = np.array([name in plan.dead | plan.thin for name in index.shards], bool)[index.shard]
     copied = int(index.nbytes[going & plan.needed].sum())
     freed = sum(plan.size[name] for name in plan.dead | plan.thin) - copied
-    freed += folder.sweep(plan.index, dry_run=True)
+    freed += folder.collect_orphans(plan.index, dry_run=True)
     entries = int((going & ~plan.needed).sum())
     return Compaction(entries, len(plan.dead), len(plan.thin), freed, plan.kept_for)
 

@@ -31,7 +31,7 @@ from sdxl_pipeline.files.disk_space import DiskFullError, disk_full_message
 from sdxl_pipeline.files.storage_errors import StorageError, ignore_full_disk
 
 # Far longer than a writer takes between putting a shard in place and its index part.
-SWEEP_AFTER_SECONDS = 3600.0
+ORPHAN_AGE_SECONDS = 3600.0
 
 _log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class StoreFolder:
         for part in folded:
             part.unlink(missing_ok=True)
 
-    def fold(self) -> None:
+    def merge_index(self) -> None:
         """Move the parts' rows into index.parquet, take in shards that no index names, and sweep away leftovers.
 
         Nothing is lost when the disk is too full for the new index: the parts stay, and are read as they are.
@@ -149,16 +149,16 @@ class StoreFolder:
             if parts or orphans or not self.index_path.exists():
                 index = merged([index, *self._indices_of(orphans, sizes)])
                 self.write_index(index, parts)
-            self.sweep(index)
+            self.collect_orphans(index)
 
-    def sweep(self, index: Index, dry_run: bool = False) -> int:
+    def collect_orphans(self, index: Index, dry_run: bool = False) -> int:
         """Delete what killed writers left, and give how many bytes that is. The lock is held.
 
         Only what is older than an hour, and older than the oldest writer at work, goes: unfinished files, and shards of which no entry
         is in `index`.
         """
         used = {index.shards[code] for code in np.unique(index.shard).tolist()}
-        before = time.time_ns() - int(SWEEP_AFTER_SECONDS * 1e9)
+        before = time.time_ns() - int(ORPHAN_AGE_SECONDS * 1e9)
         before = min(before, oldest_writer_ns(live_leases(self.leases), default=before))
         size = 0
         for folder in (self.shards, self.parts, self.leases, self.root):

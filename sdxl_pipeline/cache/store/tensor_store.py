@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 # A mapping of each, no open file: reading from a shard that is not among them costs a tenth of a millisecond more.
 _OPEN_SHARDS = 2048
 # Parts that are folded while a writer is still at work, so that opening the store stays quick.
-_FOLDED_PARTS = 256
+_MERGE_AFTER_PARTS = 256
 # Each after reading the index again: a prune may move an entry while it is looked for, but hardly twice.
 _ATTEMPTS = 3
 
@@ -66,7 +66,7 @@ class TensorStore:
         self._indices = (self._folder.read_index(),)
         if len(self) and not self._folder.index_path.exists():
             with suppress(OSError):  # a store that is read only is read from its shards each time
-                self._folder.fold()
+                self._folder.merge_index()
 
     def keys(self) -> frozenset[str]:
         """The keys of all entries."""
@@ -205,7 +205,7 @@ class TensorStore:
                 try:
                     writer.flush()
                 finally:
-                    self._folder.fold()
+                    self._folder.merge_index()
 
     def _no_entry(self, key: str) -> StorageError:
         return StorageError(f"{self.root} holds no entry {key}. Run the stage that writes it again.")
@@ -339,8 +339,8 @@ class StoreWriter:
         entries, self._entries = self._entries, {}  # what cannot be written now is not tried again
         self._store._add_shard(entries)
         self._shards += 1
-        if self._shards % _FOLDED_PARTS == 0:
-            self._store._folder.fold()
+        if self._shards % _MERGE_AFTER_PARTS == 0:
+            self._store._folder.merge_index()
 
 
 def _packed(keys: Sequence[str]) -> np.ndarray:

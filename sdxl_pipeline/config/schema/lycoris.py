@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 from pydantic import Field, ValidationError, field_validator
 
 from sdxl_pipeline.config.schema.settings_model import BadValueError, Count, SettingsModel, Share
-from sdxl_pipeline.config.simpletuner_schema import Later, Vocabulary
+from sdxl_pipeline.config.simpletuner_schema import KeySchema, UnsupportedKey
 
 Algorithm = Literal["lokr", "loha", "lora", "locon"]
 _LATER_ALGORITHMS = frozenset({"dylora", "glora", "full", "diag-oft", "boft", "ia3", "tlora"})
@@ -136,18 +136,20 @@ class LycorisSettings(SettingsModel):
         return value
 
 
-LYCORIS: Final = Vocabulary(
+LYCORIS: Final = KeySchema(
     spellings={"use_cp": "use_tucker", "use_conv_cp": "use_tucker"},
     later={
-        "unbalanced_factorization": Later(
+        "unbalanced_factorization": UnsupportedKey(
             (False, None), "write false: lycoris-lora does not load such a file back"
         ),
-        "wd_on_output": Later((True, None), "write true: lycoris-lora does not load such a file back"),
-        "train_norm": Later((False, None)),
-        "rescaled": Later((False, None)),
-        "constraint": Later((0, None)),
-        "train_llm_adapter": Later((False, None)),
-        "preset": Later((None, "full"), "write the layers in apply_preset"),
+        "wd_on_output": UnsupportedKey(
+            (True, None), "write true: lycoris-lora does not load such a file back"
+        ),
+        "train_norm": UnsupportedKey((False, None)),
+        "rescaled": UnsupportedKey((False, None)),
+        "constraint": UnsupportedKey((0, None)),
+        "train_llm_adapter": UnsupportedKey((False, None)),
+        "preset": UnsupportedKey((None, "full"), "write the layers in apply_preset"),
     },
     idle={"block_size": "algo", "tlora_min_rank": "algo", "tlora_alpha": "algo"},
 )

@@ -69,7 +69,7 @@ ScheduleName = Literal[
 BucketFill = Literal["partial", "wrap"]
 
 
-class OptimisationSettings(SettingsModel):
+class OptimizationSettings(SettingsModel):
     """Optimisation."""
 
     learning_rate: Annotated[float, Field(gt=0, le=10)] = Field(

@@ -28,9 +28,9 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 1024
 class BadValueError(ValueError):
     """A value that cannot be used, and what to write instead."""
 
-    def __init__(self, message: str, remedy: str) -> None:
+    def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
-        self.remedy = remedy
+        self.hint = hint
 
 
 class SettingsModel(BaseModel):

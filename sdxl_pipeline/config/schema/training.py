@@ -17,7 +17,7 @@ from sdxl_pipeline.config.schema.memory import MemorySettings
 from sdxl_pipeline.config.schema.model import ModelSettings
 from sdxl_pipeline.config.schema.noise import NoiseSettings, ScheduledSamplingSettings
 from sdxl_pipeline.config.schema.objective import ObjectiveSettings
-from sdxl_pipeline.config.schema.optimization import OptimisationSettings
+from sdxl_pipeline.config.schema.optimization import OptimizationSettings
 from sdxl_pipeline.config.schema.release import ReleaseSettings
 from sdxl_pipeline.config.schema.settings_model import SettingsModel
 from sdxl_pipeline.config.schema.sharding import ShardingSettings
@@ -40,7 +40,7 @@ PROFILE_KEYS: Final = (
 SECTIONS: Final[tuple[type[SettingsModel], ...]] = (
     ModelSettings,
     AdapterSettings,
-    OptimisationSettings,
+    OptimizationSettings,
     EmaSettings,
     ObjectiveSettings,
     NoiseSettings,
@@ -74,7 +74,7 @@ class TrainingSettings(
     NoiseSettings,
     ObjectiveSettings,
     EmaSettings,
-    OptimisationSettings,
+    OptimizationSettings,
     AdapterSettings,
     ModelSettings,
 ):

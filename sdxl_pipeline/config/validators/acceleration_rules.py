@@ -35,7 +35,7 @@ def check_acceleration(training: TrainingSettings) -> Iterator[Finding]:
         )
 
 
-def idle_acceleration(training: TrainingSettings) -> Iterator[str]:
+def unused_acceleration_settings(training: TrainingSettings) -> Iterator[str]:
     """Settings of the compilation that have no effect without it."""
     given = [key for key in _TUNING if key in training.model_fields_set and getattr(training, key)]
     if training.dynamo_backend == "no" and given:

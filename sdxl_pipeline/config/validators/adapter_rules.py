@@ -38,7 +38,7 @@ def check_adapter(training: TrainingSettings) -> Iterator[Finding]:
         yield from _check_over_fewer_bits(training, training.base_model_precision)
 
 
-def idle_adapter_settings(training: TrainingSettings) -> Iterator[str]:
+def unused_adapter_settings(training: TrainingSettings) -> Iterator[str]:
     """Settings of one kind of adapter that have no effect beside another kind."""
     if training.lora_type == "lycoris":
         for key in ("lora_rank", "lora_alpha"):
@@ -71,7 +71,7 @@ def _check_lycoris_keys(training: TrainingSettings) -> Iterator[Finding]:
     if not isinstance(config, LycorisSettings):
         return
     for finding in check_lycoris(config):
-        yield Finding("lycoris_config", f"{finding.key} {finding.message}", finding.remedy)
+        yield Finding("lycoris_config", f"{finding.key} {finding.message}", finding.hint)
     if training.init_lokr_norm is not None:
         if training.init_lora is not None:
             yield Finding(
@@ -101,12 +101,12 @@ def _check_convolutions(training: TrainingSettings) -> Iterator[Finding]:
 
 
 def _check_over_fewer_bits(training: TrainingSettings, precision: str) -> Iterator[Finding]:
-    remedy = "or write base_model_precision no_change"
+    hint = "or write base_model_precision no_change"
     if training.use_dora and precision not in DORA_PRECISIONS:
         yield Finding(
             "use_dora",
             f"takes norms of the base weights at each step, for which PEFT cannot read those of base_model_precision {precision}",
-            f"leave it out, or write base_model_precision {' or '.join(DORA_PRECISIONS)}, {remedy}",
+            f"leave it out, or write base_model_precision {' or '.join(DORA_PRECISIONS)}, {hint}",
         )
     config = training.lycoris_config
     if training.lora_type == "standard" or not isinstance(config, LycorisSettings):
@@ -115,12 +115,12 @@ def _check_over_fewer_bits(training: TrainingSettings, precision: str) -> Iterat
         f"rebuilds each weight at each step, and base_model_precision {precision} holds them in fewer bits"
     )
     if config.dora_wd:
-        yield Finding("lycoris_config", f"dora_wd {rebuilds}", f"leave dora_wd out, {remedy}")
+        yield Finding("lycoris_config", f"dora_wd {rebuilds}", f"leave dora_wd out, {hint}")
     if config.bypass_mode is False:
-        yield Finding("lycoris_config", f"bypass_mode false {rebuilds}", f"write bypass_mode true, {remedy}")
+        yield Finding("lycoris_config", f"bypass_mode false {rebuilds}", f"write bypass_mode true, {hint}")
     if training.init_lokr_norm is not None:
         yield Finding(
             "init_lokr_norm",
             f"takes the weights' deviations, and base_model_precision {precision} holds them in fewer bits",
-            f"leave it out, {remedy}",
+            f"leave it out, {hint}",
         )

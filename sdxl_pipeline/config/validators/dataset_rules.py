@@ -13,7 +13,7 @@ class Finding(NamedTuple):
 
     key: str
     message: str
-    remedy: str
+    hint: str
 
 
 def check_images(dataset: ImageDataset) -> Iterator[Finding]:
@@ -61,9 +61,9 @@ def _check_source(dataset: ImageDataset) -> Iterator[Finding]:
         "aws": ("aws_bucket_name", "write the bucket's name, or a URL such as s3://bucket/photos in url"),
         "csv": ("csv_file", "write the path of the list"),
     }
-    key, remedy = needed[dataset.type]
+    key, hint = needed[dataset.type]
     if getattr(dataset, key) is None and not (dataset.type in ("aws", "local") and dataset.url):
-        yield Finding(key, f"is missing, and type {dataset.type} needs it", remedy)
+        yield Finding(key, f"is missing, and type {dataset.type} needs it", hint)
     yield from _check_addresses(dataset)
     if dataset.url is not None and dataset.type != "aws":
         yield Finding(

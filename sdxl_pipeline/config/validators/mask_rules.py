@@ -36,7 +36,7 @@ class LinkFinding(NamedTuple):
     id: str
     key: str
     message: str
-    remedy: str
+    hint: str
 
 
 def mask_source(entry: ImageDataset) -> ImageDataset:
@@ -131,7 +131,7 @@ def check_mask_links(
         )
 
 
-def idle_mask_settings(training: MaskSettings, images: Sequence[ImageDataset]) -> Iterator[str]:
+def unused_mask_settings(training: MaskSettings, images: Sequence[ImageDataset]) -> Iterator[str]:
     """Settings of masks and regularisation that have no effect, or leave the datasets' own without one."""
     has_masks = any(each.conditioning_data for each in images)
     if training.masked_loss_probability == 0 and has_masks:

@@ -123,7 +123,7 @@ TUNING = {
 """Keys that only tune something, by the key that switches it on."""
 
 
-def idle_objective(training: TrainingSettings) -> Iterator[str]:
+def unused_objective_settings(training: TrainingSettings) -> Iterator[str]:
     """Settings of the objective, the noise and scheduled sampling that have no effect beside the others, each with the reason."""
     told: set[str] = set()
     for switch, keys in TUNING.items():
@@ -145,8 +145,8 @@ def idle_objective(training: TrainingSettings) -> Iterator[str]:
         yield f"huber_schedule = {training.huber_schedule} has no effect with huber_c 1: the threshold is 1 everywhere"
     if training.diff2flow_enabled and not training.diff2flow_loss:
         yield "diff2flow_enabled has no effect without diff2flow_loss"
-    yield from _idle_bias(training)
-    yield from _idle_rollouts(training)
+    yield from _unused_bias(training)
+    yield from _unused_rollouts(training)
     by_snr = training.snr_gamma or training.use_soft_min_snr or training.debiased_estimation_loss
     if training.rescale_betas_zero_snr and by_snr:
         yield (
@@ -155,7 +155,7 @@ def idle_objective(training: TrainingSettings) -> Iterator[str]:
         )
 
 
-def _idle_bias(training: TrainingSettings) -> Iterator[str]:
+def _unused_bias(training: TrainingSettings) -> Iterator[str]:
     strategy, favoured = training.timestep_bias_strategy, training.favoured_timesteps(TIMESTEPS)
     if favoured is None:
         return
@@ -172,7 +172,7 @@ def _idle_bias(training: TrainingSettings) -> Iterator[str]:
         yield f"timestep_bias_strategy has no effect: it favours {whole} of the {TIMESTEPS} timesteps, which are then drawn alike"
 
 
-def _idle_rollouts(training: TrainingSettings) -> Iterator[str]:
+def _unused_rollouts(training: TrainingSettings) -> Iterator[str]:
     if not training.scheduled_sampling_max_step_offset:
         return
     if training.scheduled_sampling_ramp_steps and training.scheduled_sampling_probability:

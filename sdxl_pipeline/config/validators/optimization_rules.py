@@ -3,17 +3,17 @@
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from sdxl_pipeline.config.optimizer_registry import INSTALL, RECIPES, read_options
+from sdxl_pipeline.config.optimizer_registry import INSTALL, OPTIMIZERS, read_options
 from sdxl_pipeline.config.schema.ema import EmaSettings
 from sdxl_pipeline.config.schema.settings_model import BadValueError
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.config.validators.dataset_rules import Finding
 
 
-def check_optimisation(training: TrainingSettings) -> Iterator[Finding]:
+def check_optimization(training: TrainingSettings) -> Iterator[Finding]:
     """What is wrong between the settings of the optimisation and their neighbours."""
     yield from _check_schedule(training)
-    recipe = RECIPES[training.optimizer]
+    recipe = OPTIMIZERS[training.optimizer]
     if find_spec(recipe.package) is None:
         yield Finding(
             "optimizer",
@@ -23,7 +23,7 @@ def check_optimisation(training: TrainingSettings) -> Iterator[Finding]:
     try:
         read_options(training.optimizer, training.optimizer_config)
     except BadValueError as error:
-        yield Finding("optimizer_config", str(error), error.remedy)
+        yield Finding("optimizer_config", str(error), error.hint)
     if training.use_ema and training.is_schedule_free:
         yield Finding(
             "use_ema",
@@ -38,7 +38,7 @@ def check_optimisation(training: TrainingSettings) -> Iterator[Finding]:
         )
 
 
-def advise_on_optimisation(training: TrainingSettings) -> Iterator[str]:
+def advise_on_optimization(training: TrainingSettings) -> Iterator[str]:
     """What works, and is rarely meant."""
     if training.optimizer == "prodigy" and training.learning_rate < 0.1:
         yield (
@@ -61,7 +61,7 @@ def advise_on_optimisation(training: TrainingSettings) -> Iterator[str]:
         yield "lr_scale_sqrt has no effect without lr_scale"
     if training.gradient_precision == "fp32" and not _may_hold_bf16(training):
         yield "gradient_precision = fp32 has no effect: the weights that are trained are float32, and so are their gradients"
-    yield from _idle_schedule(training)
+    yield from _unused_schedule(training)
 
 
 _WITH_AN_END = ("cosine", "cosine_with_restarts", "polynomial", "sine")
@@ -76,7 +76,7 @@ def _may_hold_bf16(training: TrainingSettings) -> bool:
     return training.optimizer == "adamw_bf16" or (kahan and training.mixed_precision in (None, "bf16"))
 
 
-def _idle_schedule(training: TrainingSettings) -> Iterator[str]:
+def _unused_schedule(training: TrainingSettings) -> Iterator[str]:
     """Numbers of other learning-rate schedules than the one there is."""
     name = training.lr_scheduler
     if training.lr_end is not None and name not in _WITH_AN_END:

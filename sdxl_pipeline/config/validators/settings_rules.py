@@ -3,14 +3,17 @@
 from collections.abc import Iterator
 
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.config.validators.acceleration_rules import check_acceleration, idle_acceleration
-from sdxl_pipeline.config.validators.adapter_rules import check_adapter, idle_adapter_settings
+from sdxl_pipeline.config.validators.acceleration_rules import (
+    check_acceleration,
+    unused_acceleration_settings,
+)
+from sdxl_pipeline.config.validators.adapter_rules import check_adapter, unused_adapter_settings
 from sdxl_pipeline.config.validators.dataset_rules import Finding
-from sdxl_pipeline.config.validators.objective_rules import check_objective, idle_objective
-from sdxl_pipeline.config.validators.optimization_rules import advise_on_optimisation, check_optimisation
+from sdxl_pipeline.config.validators.objective_rules import check_objective, unused_objective_settings
+from sdxl_pipeline.config.validators.optimization_rules import advise_on_optimization, check_optimization
 from sdxl_pipeline.config.validators.trained_weights_rules import (
     check_what_is_trained,
-    idle_for_what_is_trained,
+    unused_for_trained_weights,
 )
 
 
@@ -18,7 +21,7 @@ def check_training(training: TrainingSettings) -> Iterator[Finding]:
     """What is wrong between the keys of `config.json`."""
     yield from check_what_is_trained(training)
     yield from check_adapter(training)
-    yield from check_optimisation(training)
+    yield from check_optimization(training)
     yield from check_objective(training)
     yield from check_acceleration(training)
     steps = training.max_train_steps
@@ -39,13 +42,13 @@ def check_training(training: TrainingSettings) -> Iterator[Finding]:
         yield Finding("report_to", f"names {', '.join(sorted(repeated))} twice", "name each tracker once")
 
 
-def idle_settings(training: TrainingSettings) -> Iterator[str]:
+def unused_settings_of(training: TrainingSettings) -> Iterator[str]:
     """Settings that have no effect beside the others, or hardly the one that is meant, each named with the reason."""
-    yield from idle_for_what_is_trained(training)
-    yield from advise_on_optimisation(training)
-    yield from idle_adapter_settings(training)
-    yield from idle_objective(training)
-    yield from idle_acceleration(training)
+    yield from unused_for_trained_weights(training)
+    yield from advise_on_optimization(training)
+    yield from unused_adapter_settings(training)
+    yield from unused_objective_settings(training)
+    yield from unused_acceleration_settings(training)
     if training.hub_model_id is not None and not training.push_to_hub:
         yield f"hub_model_id = {training.hub_model_id} has no effect while push_to_hub is false"
     if training.push_checkpoints_to_hub and not training.push_to_hub:

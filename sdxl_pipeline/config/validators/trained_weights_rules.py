@@ -69,7 +69,7 @@ def _check_fsdp(training: TrainingSettings) -> Iterator[Finding]:
         )
 
 
-def idle_for_what_is_trained(training: TrainingSettings) -> Iterator[str]:
+def unused_for_trained_weights(training: TrainingSettings) -> Iterator[str]:
     """Settings of what is not trained."""
     if training.text_encoder_lr is not None and not training.train_text_encoder:
         yield "text_encoder_lr has no effect while train_text_encoder is false"

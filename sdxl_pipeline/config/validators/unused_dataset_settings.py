@@ -32,7 +32,7 @@ _NOT_FOR_MASKS: Final = (
 _OFF: Final = (None, False, "", ())
 
 
-class Idle(NamedTuple):
+class UnusedSetting(NamedTuple):
     """A key without effect in the entry `id`: which, and why. `key` is "" for the entry as a whole."""
 
     id: str
@@ -40,7 +40,7 @@ class Idle(NamedTuple):
     reason: str
 
 
-def idle_dataset_settings(dataset: ImageDataset, keys: Collection[str]) -> Iterator[Idle]:
+def find_unused_dataset_settings(dataset: ImageDataset, keys: Collection[str]) -> Iterator[UnusedSetting]:
     """Yield those of `keys` that are set in an entry of images and have no effect there."""
     if dataset.crop_aspect_weights:  # which may be written in crop_aspect_buckets
         keys = {*keys, "crop_aspect_weights"}
@@ -48,42 +48,44 @@ def idle_dataset_settings(dataset: ImageDataset, keys: Collection[str]) -> Itera
         for key in names:
             value = getattr(dataset, key)
             if key in keys and value not in _OFF and (reason := reason_of(dataset)):
-                yield Idle(dataset.id, key, reason)
+                yield UnusedSetting(dataset.id, key, reason)
 
 
-def idle_mask_entry(entry: ImageDataset, keys: Collection[str]) -> Iterator[Idle]:
+def unused_mask_entry_settings(entry: ImageDataset, keys: Collection[str]) -> Iterator[UnusedSetting]:
     """Yield what is set in an entry of masks and not read; keys of geometry are compared with the images' elsewhere."""
     ignored = [key for key in _NOT_FOR_MASKS if key in keys and getattr(entry, key) not in (*_OFF, 0)]
     if ignored:
-        yield Idle(
+        yield UnusedSetting(
             entry.id,
             "",
             f"its {', '.join(ignored)} have no effect: masks have no captions, latents or repeats",
         )
 
 
-def idle_between_entries(
+def unused_across_entries(
     images: Sequence[ImageDataset], text_embeds: Sequence[TextEmbedsDataset]
-) -> Iterator[Idle]:
+) -> Iterator[UnusedSetting]:
     """Yield settings that have no effect, or not the one that is meant, beside the other entries; their paths are absolute."""
     trained = [dataset for dataset in images if dataset.dataset_type == "image"]
     if len(trained) == 1 and trained[0].probability != 1:
-        yield Idle(trained[0].id, "probability", "it is the only dataset that is trained on")
+        yield UnusedSetting(trained[0].id, "probability", "it is the only dataset that is trained on")
     for dataset in trained:
         if dataset.is_regularisation_data:
             for other in trained:
                 if not other.is_regularisation_data and _is_within(dataset, other):
                     reason = f"its folder is within that of {other.id}, so that the same images are also trained as ordinary ones"
-                    yield Idle(
+                    yield UnusedSetting(
                         dataset.id, "", f"{reason}; keep regularisation images in a folder of their own"
                     )
     chosen = next((entry for entry in text_embeds if entry.default), next(iter(text_embeds), None))
     used = {dataset.text_embeds for dataset in images} | ({chosen.id} if chosen else set())
     for entry in text_embeds:
         if entry.id not in used:
-            yield Idle(entry.id, "", "has no effect: no dataset names it in text_embeds")
+            yield UnusedSetting(entry.id, "", "has no effect: no dataset names it in text_embeds")
         if entry.text_cache_ondemand and entry.text_cache_disable:
-            yield Idle(entry.id, "text_cache_ondemand", "text_cache_disable is true, so that nothing is kept")
+            yield UnusedSetting(
+                entry.id, "text_cache_ondemand", "text_cache_disable is true, so that nothing is kept"
+            )
 
 
 def _is_within(dataset: ImageDataset, other: ImageDataset) -> bool:

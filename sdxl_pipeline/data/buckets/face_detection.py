@@ -42,15 +42,15 @@ class FaceDetectorError(Exception):
 
 def require_detector(dataset: ImageDataset) -> None:
     """Raise FaceDetectorError when OpenCV is not installed, or is one without the detector."""
-    remedy = "pip install 'sdxl-pipeline[faces]', or write crop_style random, center or corner"
+    hint = "pip install 'sdxl-pipeline[faces]', or write crop_style random, center or corner"
     setting = f'dataset {dataset.id!r} in multidatabackend.json: "crop_style": "face"'
     try:
         import cv2
     except ImportError as error:
-        raise FaceDetectorError(f"{setting} needs OpenCV, which is not installed: {remedy}") from error
+        raise FaceDetectorError(f"{setting} needs OpenCV, which is not installed: {hint}") from error
     if not hasattr(cv2, "CascadeClassifier") or not _cascade_path(cv2).is_file():
         raise FaceDetectorError(
-            f"{setting} needs OpenCV 4; version {cv2.__version__} no longer has the face cascades: {remedy}"
+            f"{setting} needs OpenCV 4; version {cv2.__version__} no longer has the face cascades: {hint}"
         )
 
 

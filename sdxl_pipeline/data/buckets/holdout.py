@@ -14,7 +14,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sdxl_pipeline.data.buckets.hash_rng import chosen, fractions
-from sdxl_pipeline.data.quality.near_duplicates import find_look_alikes
+from sdxl_pipeline.data.quality.near_duplicates import find_near_duplicates
 from sdxl_pipeline.files.atomic_files import write_text_atomic
 
 MINIMA = ((20, 2), (8, 1))
@@ -103,7 +103,7 @@ def _groups(images: pd.DataFrame) -> "pd.Series[str]":
     key_of = dict(zip(images["path"].tolist(), images["key"].tolist(), strict=True))
     keys = sorted(set(key_of.values()))
     name_of = dict(zip(keys, keys, strict=True))
-    for group in find_look_alikes(images).alike:
+    for group in find_near_duplicates(images).alike:
         alike = [key_of[path] for path in group.paths]
         name_of.update(dict.fromkeys(alike, min(alike)))
     return pd.Series(name_of, dtype="str")

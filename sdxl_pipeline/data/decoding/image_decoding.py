@@ -139,7 +139,7 @@ def read_header(data: bytes | BinaryIO) -> ImageHeader:
     """
     with open_image(data) as image:
         name = _format_name(image)
-        if not isinstance(data, bytes) or not _looks_complete(data, name):
+        if not isinstance(data, bytes) or not _is_complete(data, name):
             with pixel_memory(image):
                 decode(image)
                 height, width = _upright_size(image, data)
@@ -265,7 +265,7 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in _TURNS else 1
 
 
-def _looks_complete(data: bytes, format_name: str) -> bool:
+def _is_complete(data: bytes, format_name: str) -> bool:
     match format_name:
         case "PNG":
             return any(kind == b"IEND" for kind, _ in _png_chunks(data))
@@ -288,7 +288,7 @@ def _ends_early(file: BinaryIO, name: str) -> bool:
     match name:
         case "PNG":
             file.seek(0)
-            return not _looks_complete(file.read(), name)
+            return not _is_complete(file.read(), name)
         case "WEBP":
             return not _webp_complete(head, size)
         case "TIFF" if len(head) >= 8:

@@ -25,7 +25,7 @@ MAX_PAIRS = 2_000_000
 MAX_CANDIDATES = 1 << 32
 """Comparisons after which it ends: a minute or so."""
 
-_LOOK_BYTES = 40
+_HASH_BYTES = 40
 _FEATURES = (
     16  # a hash with fewer bits set is of a flat or evenly shaded image: its bits are mostly rounding errors
 )
@@ -34,7 +34,7 @@ _ALL_AT_ONCE = 1 << 26
 _CANDIDATES_AT_ONCE = 1 << 22
 
 
-class Looks(NamedTuple):
+class PerceptualHashes(NamedTuple):
     """What images look like: `hashes` uint64 (N,), `colours` uint8 (N, 32)."""
 
     hashes: np.ndarray
@@ -66,7 +66,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class LookAlikes:
+class NearDuplicates:
     """What a dataset holds more than once."""
 
     same: tuple[tuple[str, ...], ...]
@@ -90,7 +90,7 @@ class Leak:
     """Whether the bytes are the same."""
 
 
-def find_look_alikes(frame: pd.DataFrame) -> LookAlikes:
+def find_near_duplicates(frame: pd.DataFrame) -> NearDuplicates:
     """What of a scan's kept images is there more than once. `frame` has the columns path, key, phash and status."""
     kept = frame[frame["status"] == "kept"].sort_values("path", kind="stable")
     same = tuple(
@@ -100,13 +100,13 @@ def find_look_alikes(frame: pd.DataFrame) -> LookAlikes:
     images = kept.drop_duplicates("key")
     images = images[images["phash"] != ""]
     which, distinct = pd.factorize(images["phash"])  # so that equal looks, however many, cost nothing
-    looks = looks_of(distinct)
-    told = looks.have_features
-    pairs = near_pairs(Looks(looks.hashes[told], looks.colours[told]))
+    fingerprints = parse_hashes(distinct)
+    told = fingerprints.have_features
+    pairs = near_pairs(PerceptualHashes(fingerprints.hashes[told], fingerprints.colours[told]))
     compared = told[which]
     number = np.cumsum(told) - 1  # of each distinct look, among those that are compared
     groups = _groups(images["path"].to_numpy()[compared], number[which[compared]], pairs)
-    return LookAlikes(same, groups, int((~compared).sum()), pairs.complete)
+    return NearDuplicates(same, groups, int((~compared).sum()), pairs.complete)
 
 
 def find_leaks(train: pd.DataFrame, evaluation: pd.DataFrame) -> tuple[list[Leak], bool]:
@@ -127,7 +127,7 @@ def find_leaks(train: pd.DataFrame, evaluation: pd.DataFrame) -> tuple[list[Leak
     rest = np.array([row not in found for row in range(len(evaluation))], dtype=bool)
     evaluation = evaluation.assign(row=np.arange(len(evaluation)))[rest]
     evaluation = _comparable(evaluation)
-    pairs = near_pairs(looks_of(evaluation["phash"]), looks_of(train["phash"]))
+    pairs = near_pairs(parse_hashes(evaluation["phash"]), parse_hashes(train["phash"]))
     rows, paths, others = (evaluation["row"].tolist(), evaluation["path"].tolist(), train["path"].tolist())
     order = np.lexsort((pairs.second, pairs.distance))
     for first, second, distance in zip(
@@ -137,22 +137,22 @@ def find_leaks(train: pd.DataFrame, evaluation: pd.DataFrame) -> tuple[list[Leak
     return [found[row] for row in sorted(found)], pairs.complete
 
 
-def looks_of(phashes: Iterable[str]) -> Looks:
+def parse_hashes(phashes: Iterable[str]) -> PerceptualHashes:
     """The scans' `phash` as numbers."""
-    data = np.frombuffer(bytes.fromhex("".join(phashes)), np.uint8).reshape(-1, _LOOK_BYTES)
-    return Looks(data[:, :8].copy().view(">u8").ravel().astype(np.uint64), data[:, 8:])
+    data = np.frombuffer(bytes.fromhex("".join(phashes)), np.uint8).reshape(-1, _HASH_BYTES)
+    return PerceptualHashes(data[:, :8].copy().view(">u8").ravel().astype(np.uint64), data[:, 8:])
 
 
-def near_pairs(looks: Looks, others: Looks | None = None) -> Pairs:
-    """Pairs of one of `looks` (N) and one of `others` (M) that look alike, each once.
+def near_pairs(fingerprints: PerceptualHashes, others: PerceptualHashes | None = None) -> Pairs:
+    """Pairs of one of `fingerprints` (N) and one of `others` (M) that look alike, each once.
 
-    Without `others`, pairs within `looks`, the first index below the second. Exact: few hashes are compared each with each; of more,
+    Without `others`, pairs within `fingerprints`, the first index below the second. Exact: few hashes are compared each with each; of more,
     only those that differ in at most a third of MAX_DISTANCE bits within one of three bands of their bits, which every pair does
     (multi-index hashing; Norouzi, Punjani and Fleet 2012). Memory and time are bounded by MAX_PAIRS and MAX_CANDIDATES.
     """
     within = others is None
-    hashes, colours = looks
-    targets, target_colours = looks if others is None else others
+    hashes, colours = fingerprints
+    targets, target_colours = fingerprints if others is None else others
     compare = _compare_all if len(hashes) * len(targets) <= _ALL_AT_ONCE else _compare_bands
     codes = np.empty(0, np.int64)  # a pair as one number
     fresh: list[np.ndarray] = []
@@ -271,4 +271,4 @@ def _groups(paths: np.ndarray, which: np.ndarray, pairs: Pairs) -> tuple[Group, 
 
 def _comparable(frame: pd.DataFrame) -> pd.DataFrame:
     frame = frame[frame["phash"] != ""]
-    return frame[looks_of(frame["phash"]).have_features]
+    return frame[parse_hashes(frame["phash"]).have_features]

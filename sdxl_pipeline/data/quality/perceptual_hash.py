@@ -39,13 +39,13 @@ _FILE_BYTES_AT_ONCE = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
+class _HashResult:
     phash: str = ""
     problem: str = ""
     lasting: bool = True  # False: says something of the file as it was just now, not of its content
 
 
-def look_at(
+def compute_hashes(
     folder: Path, frame: pd.DataFrame, table: Path, on_progress: Callable[[int, int], None] | None = None
 ) -> pd.DataFrame:
     """A scan's frame with `phash` filled in for its kept images, and those whose pixels are damaged dropped with a reason.
@@ -67,23 +67,23 @@ def look_at(
     for key, path in zip(new["key"].tolist(), new["path"].tolist(), strict=True):
         waiting.setdefault(key, []).append(path)
     if waiting:
-        found = _look_at_all(folder, waiting, table, known, on_progress)
+        found = _hash_all(folder, waiting, table, known, on_progress)
         known = pd.concat([known, _table_of(found)])
         places = pd.Index(known["key"]).get_indexer(pd.Index(frame["key"]))
-    return _with_looks(frame, known, np.where(kept, places, -1))
+    return _with_hashes(frame, known, np.where(kept, places, -1))
 
 
-def _look_at_all(
+def _hash_all(
     folder: Path,
     waiting: dict[str, list[str]],
     table: Path,
     known: pd.DataFrame,
     on_progress: Callable[[int, int], None] | None,
-) -> dict[str, _Look]:
+) -> dict[str, _HashResult]:
     """What images look like by key; what lasts of it is added to the table."""
     import imagehash  # noqa: F401 - imported before the threads that need it
 
-    found: dict[str, _Look] = {}
+    found: dict[str, _HashResult] = {}
     budget = Budget(_FILE_BYTES_AT_ONCE)
     items = list(waiting.items())
     saved = time.monotonic()
@@ -91,7 +91,7 @@ def _look_at_all(
         try:
             for start in range(0, len(items), _BATCH):
                 batch = items[start : start + _BATCH]
-                looks = pool.map(lambda item: _look_at_one(folder, item[0], item[1], budget), batch)
+                looks = pool.map(lambda item: _hash_one(folder, item[0], item[1], budget), batch)
                 for done, ((key, _), look) in enumerate(zip(batch, looks, strict=True), start + 1):
                     found[key] = look
                     if on_progress is not None:
@@ -105,24 +105,24 @@ def _look_at_all(
     return found
 
 
-def _look_at_one(folder: Path, key: str, paths: list[str], budget: Budget) -> _Look:
+def _hash_one(folder: Path, key: str, paths: list[str], budget: Budget) -> _HashResult:
     """Look at the content `key`, at the first of its paths that still has it."""
-    look = _Look(problem=CHANGED, lasting=False)
+    look = _HashResult(problem=CHANGED, lasting=False)
     for path in paths:
         try:
             with unexpected_as_unreadable(), budget.taking((folder / path).stat().st_size):
                 data = (folder / path).read_bytes()
                 if hashlib.sha256(data).hexdigest() == key:
-                    return _Look(phash=_look(data))
-            look = _Look(problem=CHANGED, lasting=False)
+                    return _HashResult(phash=_hash_image(data))
+            look = _HashResult(problem=CHANGED, lasting=False)
         except UnreadableImage as error:
-            look = _Look(problem=error.reason, lasting=error.lasting)
+            look = _HashResult(problem=error.reason, lasting=error.lasting)
             if error.lasting:
                 break
     return look
 
 
-def _look(data: bytes) -> str:
+def _hash_image(data: bytes) -> str:
     """Return the hash of the image in `data`. Raises UnreadableImage naming what is wrong with it."""
     with open_image(data) as image:
         if image.format in ("JPEG", "MPO"):
@@ -134,17 +134,17 @@ def _look(data: bytes) -> str:
             ):  # whose inks it takes for the inverse of what they are
                 small = Image.fromarray(pixels)
                 small.info = image.info  # with its orientation
-                return look_of(small)
+                return perceptual_hash(small)
             image.draft(None, (_SMALLEST_EDGE, _SMALLEST_EDGE))
         elif image.format == "PNG" and (reason := png_damage(data)):
             raise UnreadableImage(reason)
         with pixel_memory(image):
             decode(image)
-            return look_of(_shrunk(image))
+            return perceptual_hash(_shrunk(image))
 
 
-def look_of(image: Image.Image) -> str:
-    """What a decoded image looks like, as `look_at` writes it into `phash`."""
+def perceptual_hash(image: Image.Image) -> str:
+    """What a decoded image looks like, as `compute_hashes` writes it into `phash`."""
     import imagehash
 
     seen = to_eight_bits(upright(image))
@@ -168,7 +168,7 @@ def _shrunk(image: Image.Image) -> Image.Image:
     return image.reduce(factor) if plain and factor > 1 else image
 
 
-def _with_looks(frame: pd.DataFrame, known: pd.DataFrame, places: np.ndarray) -> pd.DataFrame:
+def _with_hashes(frame: pd.DataFrame, known: pd.DataFrame, places: np.ndarray) -> pd.DataFrame:
     """`places`: where in `known` each row's look stands, or -1."""
     looked = frame.copy()
     looks = known.reset_index(drop=True).reindex(places).set_axis(frame.index).fillna("")
@@ -179,7 +179,7 @@ def _with_looks(frame: pd.DataFrame, known: pd.DataFrame, places: np.ndarray) ->
     return looked
 
 
-def _table_of(found: dict[str, _Look]) -> pd.DataFrame:
+def _table_of(found: dict[str, _HashResult]) -> pd.DataFrame:
     columns = {
         "key": list(found),
         "phash": [look.phash for look in found.values()],
@@ -203,7 +203,7 @@ def _read_table(path: Path) -> pd.DataFrame:
     return table
 
 
-def _write_table(path: Path, known: pd.DataFrame, found: dict[str, _Look]) -> None:
+def _write_table(path: Path, known: pd.DataFrame, found: dict[str, _HashResult]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -54,7 +54,7 @@ def dataset_fingerprint(dataset: ImageDataset) -> str:
     return digest_json([images, states]) if states else images
 
 
-def lies_elsewhere(project: Project) -> bool:
+def has_remote_datasets(project: Project) -> bool:
     """Whether the project has images whose changes cannot be seen from this machine. One pinned commit never changes."""
     return any(
         dataset.type != "local"

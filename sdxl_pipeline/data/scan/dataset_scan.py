@@ -14,7 +14,7 @@ from sdxl_pipeline.config.schema.datasets import ImageDataset
 from sdxl_pipeline.data.captions.caption_rules import OK, UNREADABLE, CaptionRules, caption_rules, captions_in
 from sdxl_pipeline.data.captions.caption_tables import MISSING, captions_from_table, table_path
 from sdxl_pipeline.data.scan.file_listing import find_files
-from sdxl_pipeline.data.scan.file_types import FileRoles, file_roles
+from sdxl_pipeline.data.scan.file_types import FileTypes, classify_files
 from sdxl_pipeline.data.scan.folder_notes import folder_notes
 from sdxl_pipeline.data.scan.image_reader import ReadFile, read_image, read_text
 from sdxl_pipeline.data.scan.recorded_scan import (
@@ -157,16 +157,16 @@ def _list_folder(dataset: ImageDataset, folder: Path, may_be_empty: bool) -> pd.
     return files
 
 
-def _roles_of(dataset: ImageDataset, folder: Path, files: pd.DataFrame) -> FileRoles:
+def _roles_of(dataset: ImageDataset, folder: Path, files: pd.DataFrame) -> FileTypes:
     table = table_path(dataset, folder)
     inside = table is not None and table.is_relative_to(folder)
     name = table.relative_to(folder).as_posix() if table is not None and inside else None
-    return file_roles(files["path"].tolist(), files["problem"].tolist(), name)
+    return classify_files(files["path"].tolist(), files["problem"].tolist(), name)
 
 
 def _read_changed(
     files: pd.DataFrame,
-    roles: FileRoles,
+    roles: FileTypes,
     folder: Path,
     began_ns: int,
     read_texts: bool,
@@ -215,7 +215,7 @@ def _threads() -> int:
 
 def _frame(
     scan: RecordedScan,
-    roles: FileRoles,
+    roles: FileTypes,
     rules: CaptionRules,
     folder: Path,
     on_note: Callable[[str], None] | None,
@@ -260,7 +260,7 @@ def _frame(
 
 def _texts(
     scan: RecordedScan,
-    roles: FileRoles,
+    roles: FileTypes,
     rules: CaptionRules,
     readable: Sequence[int],
     folder: Path,

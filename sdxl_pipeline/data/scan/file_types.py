@@ -12,7 +12,7 @@ SHADOWED = "caption file is not read beside one with the extension"
 
 
 @dataclass(frozen=True)
-class FileRoles:
+class FileTypes:
     """The roles of the files of a listing, by their position in it."""
 
     images: list[int]
@@ -24,7 +24,7 @@ class FileRoles:
     """Why, of every file that is neither an image nor a companion."""
 
 
-def file_roles(paths: Sequence[str], problems: Sequence[str], table: str | None = None) -> FileRoles:
+def classify_files(paths: Sequence[str], problems: Sequence[str], table: str | None = None) -> FileTypes:
     """The roles of the files at `paths`, relative and sorted; `problems` says what is wrong with one as a file.
 
     A caption file has the name of its image, but for the extension, .txt or .caption, whose case does not matter. Where there are
@@ -76,7 +76,7 @@ def file_roles(paths: Sequence[str], problems: Sequence[str], table: str | None 
     caption_files = {
         position: found for position in images if (found := caption_of(stems[position])) is not None
     }
-    return FileRoles(images, caption_files, companions, left_out)
+    return FileTypes(images, caption_files, companions, left_out)
 
 
 def split_suffix(path: str) -> tuple[str, str]:

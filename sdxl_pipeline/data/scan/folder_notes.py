@@ -10,7 +10,7 @@ from sdxl_pipeline.config.schema.datasets import ImageDataset
 from sdxl_pipeline.data.captions.caption_errors import CaptionError
 from sdxl_pipeline.data.captions.caption_tables import captions_from_table, table_path
 from sdxl_pipeline.data.scan.file_listing import find_files
-from sdxl_pipeline.data.scan.file_types import SHADOWED, FileRoles, file_roles
+from sdxl_pipeline.data.scan.file_types import SHADOWED, FileTypes, classify_files
 from sdxl_pipeline.data.sources.fetch_result import SourceError
 from sdxl_pipeline.data.sources.url_lists import read_list
 
@@ -25,7 +25,7 @@ _TABLES: Final = tuple(
 )
 
 
-def folder_notes(dataset: ImageDataset, paths: Sequence[str], roles: FileRoles) -> Iterator[str]:
+def folder_notes(dataset: ImageDataset, paths: Sequence[str], roles: FileTypes) -> Iterator[str]:
     """Yield a sentence on each kind of content that the dataset's settings leave unused: `paths` are relative to its folder.
 
     - caption files beside images, or a table of captions, while captions are the files' names;
@@ -64,7 +64,7 @@ def local_notes(dataset: ImageDataset) -> list[str]:
             return notes
         files = find_files(folder)
         paths = files["path"].tolist()
-        roles = file_roles(paths, files["problem"].tolist())
+        roles = classify_files(paths, files["problem"].tolist())
         notes += folder_notes(dataset, paths, roles)
         if table_path(dataset, folder) is not None:
             images = [paths[position] for position in roles.images]

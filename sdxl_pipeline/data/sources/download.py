@@ -40,7 +40,7 @@ class FetchError(Exception):
         self.again, self.wait = again, wait
 
 
-def patiently(action: Callable[[], T]) -> T:
+def retry(action: Callable[[], T]) -> T:
     """The action's value; after a FetchError that another try may mend, it is called again, each time after a longer wait."""
     for tried in range(1, TRIES + 1):
         try:
@@ -74,7 +74,7 @@ def fetch_all(
 
     def run(job: Callable[[], int]) -> int:
         _task.stop = stop
-        return patiently(job)
+        return retry(job)
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         running = {pool.submit(run, job): name for name, job in jobs.items()}
@@ -95,7 +95,7 @@ def fetch_all(
     return received, failed
 
 
-class Depot:
+class DownloadCache:
     """A dataset's place among the downloads: `files`, what is on its way, and a ledger of what has come.
 
     The ledger has a line per file, `{"name": ..., "stamp": ...}`, where the stamp is the state of the remote file that the local one
@@ -106,19 +106,19 @@ class Depot:
         self.folder = folder
         self.files = folder / "files"
         self._incoming = folder / "incoming"
-        self._ledger = folder / "ledger.jsonl"
+        self._manifest = folder / "ledger.jsonl"
         self._writing = threading.Lock()
         self.stamps: dict[str, Any] = {}
 
     @contextmanager
-    def opened(self) -> Iterator["Depot"]:
+    def opened(self) -> Iterator["DownloadCache"]:
         """The depot for this process alone; a second one waits. What an earlier one left half done is cleared away."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as lock:
             lock_descriptor(lock.fileno())
             shutil.rmtree(self._incoming, ignore_errors=True)
             self._incoming.mkdir()
-            self.stamps = self._read_ledger()
+            self.stamps = self._read_manifest()
             yield self
 
     @contextmanager
@@ -154,8 +154,8 @@ class Depot:
     def enter(self, name: str, stamp: Any) -> None:
         """Note in the ledger what the file of this name is a copy of."""
         line = json.dumps({"name": name, "stamp": stamp}) + "\n"
-        with self._writing, self._ledger.open("a", encoding="utf-8") as ledger:
-            ledger.write(line)
+        with self._writing, self._manifest.open("a", encoding="utf-8") as manifest:
+            manifest.write(line)
             self.stamps[name] = stamp
 
     def holds(self, name: str, stamp: Any) -> bool:
@@ -176,17 +176,17 @@ class Depot:
                     Path(folder, entry).rmdir()
         self.stamps = {name: stamp for name, stamp in self.stamps.items() if name in keep}
         lines = (json.dumps({"name": name, "stamp": stamp}) for name, stamp in sorted(self.stamps.items()))
-        write_text_atomic(self._ledger, "".join(f"{line}\n" for line in lines))
+        write_text_atomic(self._manifest, "".join(f"{line}\n" for line in lines))
 
     def _place(self, temporary: Path, name: str) -> None:
         path = self.files / name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.replace(path)
 
-    def _read_ledger(self) -> dict[str, Any]:
+    def _read_manifest(self) -> dict[str, Any]:
         stamps: dict[str, Any] = {}
         with suppress(FileNotFoundError):
-            for line in self._ledger.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in self._manifest.read_text(encoding="utf-8", errors="replace").splitlines():
                 with suppress(ValueError, KeyError, TypeError):  # the last line may be cut by a kill
                     entry = json.loads(line)
                     stamps[entry["name"]] = entry["stamp"]

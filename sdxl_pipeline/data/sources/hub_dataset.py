@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from sdxl_pipeline.config.schema.datasets import ImageDataset
 from sdxl_pipeline.data.sources import hub_folder, hub_parquet
-from sdxl_pipeline.data.sources.download import Depot, FetchError, Progress, fetch_all, patiently
+from sdxl_pipeline.data.sources.download import DownloadCache, FetchError, Progress, fetch_all, retry
 from sdxl_pipeline.data.sources.fetch_result import Fetched, SourceError
 from sdxl_pipeline.data.sources.hub_files import (
     Content,
@@ -40,7 +40,7 @@ def fetch_hub_dataset(dataset: ImageDataset, folder: Path, on_progress: Progress
     a Parquet file are written out once, and stay for later commits that have the same file. Where the Hub cannot be reached, the
     commit that was fetched last serves. Raises SourceError.
     """
-    with Depot(folder).opened() as depot, checked_connections(dataset):
+    with DownloadCache(folder).opened() as cache, checked_connections(dataset):
         repository = _open(dataset, folder)
         about = _about(dataset, repository)
         files = files_of_split(dataset, repository.files, about)
@@ -60,18 +60,18 @@ def fetch_hub_dataset(dataset: ImageDataset, folder: Path, on_progress: Progress
             raise SourceError(
                 f"{where(dataset)}: {len(failed)} of {len(tables)} Parquet files could not be downloaded, such as {path} ({reason}). Run again."
             )
-        with depot.incoming() as content:
+        with cache.incoming() as content:
             content.mkdir()
             built = (
                 hub_folder.build(dataset, repository, local, content)
                 if is_folder
-                else hub_parquet.build(dataset, repository, local, content, depot, on_progress)
+                else hub_parquet.build(dataset, repository, local, content, cache, on_progress)
             )
-            _exchange(depot, content, repository)
-        _clear_away(depot, built)
+            _exchange(cache, content, repository)
+        _clear_away(cache, built)
     came = [path for path in missing if path in local]
     return Fetched(
-        depot.files,
+        cache.files,
         captions=built.captions,
         revision=repository.commit,
         files=built.files + len(failed),
@@ -109,7 +109,7 @@ def _about(dataset: ImageDataset, repository: HubRepository) -> dict[str, Any]:
     if README not in repository.files:
         return {}
     try:
-        return metadata_load(patiently(partial(download_file, repository, README))) or {}
+        return metadata_load(retry(partial(download_file, repository, README))) or {}
     except FetchError as error:
         raise SourceError(
             f"{where(dataset)}: its {README} could not be downloaded ({error}). Run again."
@@ -135,21 +135,21 @@ def _download(
     return in_order, {path: f"download failed: {reason}" for path, reason in failed.items()}
 
 
-def _exchange(depot: Depot, content: Path, repository: HubRepository) -> None:
+def _exchange(cache: DownloadCache, content: Path, repository: HubRepository) -> None:
     """Let `files` be a link to the content, under a name that tells the commit."""
-    named = depot.folder / f"{_CONTENT}{repository.commit[:12]}-{secrets.token_hex(3)}"
+    named = cache.folder / f"{_CONTENT}{repository.commit[:12]}-{secrets.token_hex(3)}"
     content.replace(named)
-    with depot.incoming() as link:
+    with cache.incoming() as link:
         link.symlink_to(named, target_is_directory=True)
-        link.replace(depot.files)
+        link.replace(cache.files)
 
 
-def _clear_away(depot: Depot, built: Content) -> None:
+def _clear_away(cache: DownloadCache, built: Content) -> None:
     """Remove what only earlier commits had."""
-    current = depot.files.resolve()
-    for folder in depot.folder.glob(f"{_CONTENT}*"):
+    current = cache.files.resolve()
+    for folder in cache.folder.glob(f"{_CONTENT}*"):
         if folder.resolve() != current:
             shutil.rmtree(folder)
-    for shard in depot.folder.glob(f"{hub_parquet.SHARDS}/*"):
+    for shard in cache.folder.glob(f"{hub_parquet.SHARDS}/*"):
         if shard.name not in built.shards:
             shutil.rmtree(shard)

@@ -21,7 +21,7 @@ from sdxl_pipeline.data.captions.table_rows import (
 )
 from sdxl_pipeline.data.captions.text_files import OK, decode_text
 from sdxl_pipeline.data.decoding.image_formats import IMAGE_SUFFIXES
-from sdxl_pipeline.data.scan.file_types import CAPTION_SUFFIXES, file_roles
+from sdxl_pipeline.data.scan.file_types import CAPTION_SUFFIXES, classify_files
 from sdxl_pipeline.data.sources.fetch_result import SourceError
 from sdxl_pipeline.data.sources.file_names import why_not_local
 from sdxl_pipeline.data.sources.hub_captions import caption_columns, captions_of_row
@@ -130,7 +130,7 @@ def _captions_beside(
 ) -> dict[str, tuple[str, ...]]:
     captions: dict[str, tuple[str, ...]] = {}
     paths = sorted(local)
-    roles = file_roles(paths, [""] * len(paths))
+    roles = classify_files(paths, [""] * len(paths))
     beside_of = {paths[image]: paths[text] for image, text in roles.caption_files.items()}
     for path in images:
         beside = beside_of.get(path)

@@ -12,7 +12,7 @@ from sdxl_pipeline.config.credentials import without_credentials
 from sdxl_pipeline.config.schema.datasets import ImageDataset
 from sdxl_pipeline.data.captions.table_rows import TableError
 from sdxl_pipeline.data.decoding.image_formats import HEAD_BYTES, suffix_of
-from sdxl_pipeline.data.sources.download import Depot, FetchError, Progress, fetch_all
+from sdxl_pipeline.data.sources.download import DownloadCache, FetchError, Progress, fetch_all
 from sdxl_pipeline.data.sources.fetch_result import SourceError
 from sdxl_pipeline.data.sources.file_names import name_of_address
 from sdxl_pipeline.data.sources.http_download import download
@@ -32,7 +32,7 @@ def build(
     repository: HubRepository,
     local: Mapping[str, Path],
     folder: Path,
-    depot: Depot,
+    cache: DownloadCache,
     on_progress: Progress | None,
 ) -> Content:
     """Write out the images in the Parquet files at `local`, by their path in the repository, and lay links to them into `folder`.
@@ -48,9 +48,9 @@ def build(
     for path, table in tables.items():
         key = hashlib.sha256(f"{repository.files[path]}\0{dataset.image_column}".encode()).hexdigest()[:24]
         content.shards.add(key)
-        shard = depot.folder / SHARDS / key
+        shard = cache.folder / SHARDS / key
         if not shard.is_dir():
-            content.written += _write_out(table, shard, depot, on_progress, done, total)
+            content.written += _write_out(table, shard, cache, on_progress, done, total)
         done += table.rows
         stem = posixpath.splitext(path)[0]
         (folder / stem).parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def build(
                     known = content.captions.get(names[row], ())
                     content.captions[names[row]] = tuple(dict.fromkeys((*known, *texts)))
     if pointers:
-        _fetch_pointers(dataset, repository, pointers, folder, depot, content, on_progress)
+        _fetch_pointers(dataset, repository, pointers, folder, cache, content, on_progress)
     return content
 
 
@@ -204,11 +204,11 @@ def _holds_text(kind: Any) -> bool:
 
 
 def _write_out(
-    table: _Table, shard: Path, depot: Depot, on_progress: Progress | None, done: int, total: int
+    table: _Table, shard: Path, cache: DownloadCache, on_progress: Progress | None, done: int, total: int
 ) -> int:
     """Write a table's images to a folder that is there when all of them are; how many there were."""
     count = 0
-    with depot.incoming() as folder:
+    with cache.incoming() as folder:
         folder.mkdir()
         for row, data in table.images():
             (folder / f"{row:07d}{suffix_of(data[:HEAD_BYTES])}").write_bytes(data)
@@ -231,12 +231,12 @@ def _fetch_pointers(
     repository: HubRepository,
     pointers: Mapping[str, str],
     folder: Path,
-    depot: Depot,
+    cache: DownloadCache,
     content: Content,
     on_progress: Progress | None,
 ) -> None:
     """Bring what addresses and paths stand for, and lay links to it into `folder`. What came before is not asked for again."""
-    with Depot(depot.folder / "linked").opened() as linked:
+    with DownloadCache(cache.folder / "linked").opened() as linked:
         found: dict[str, Path] = {}
 
         def job(pointer: str, name: str) -> int:

@@ -12,11 +12,11 @@ from sdxl_pipeline.config.schema.datasets import ImageDataset
 from sdxl_pipeline.data.sources.address_guard import AddressGuard, own_host, refused
 from sdxl_pipeline.data.sources.download import (
     DISK_ERRORS,
-    Depot,
+    DownloadCache,
     FetchError,
     Progress,
     fetch_all,
-    patiently,
+    retry,
 )
 from sdxl_pipeline.data.sources.fetch_result import Fetched, SourceError
 from sdxl_pipeline.data.sources.file_names import names_in_the_way, why_not_local
@@ -45,20 +45,20 @@ def fetch_bucket(dataset: ImageDataset, folder: Path, on_progress: Progress | No
     """
     address = bucket_url(dataset)
     filesystem, root = _open(dataset, address)
-    with Depot(folder).opened() as depot:
+    with DownloadCache(folder).opened() as cache:
         remote, failed = _list(dataset, address, filesystem, root)
-        pending = {name: entry for name, entry in remote.items() if not depot.holds(name, entry["stamp"])}
+        pending = {name: entry for name, entry in remote.items() if not cache.holds(name, entry["stamp"])}
         total = len(remote)
         jobs = {
-            name: partial(_fetch, dataset, filesystem, depot, name, entry) for name, entry in pending.items()
+            name: partial(_fetch, dataset, filesystem, cache, name, entry) for name, entry in pending.items()
         }
-        depot.keep_only(set(remote))
+        cache.keep_only(set(remote))
         received, lost = fetch_all(jobs, on_progress, total - len(pending), total)
         # A file of which only an older copy is here must not stand for the new one.
-        depot.keep_only({name for name in remote if name not in lost})
+        cache.keep_only({name for name in remote if name not in lost})
     failed |= {name: f"download failed: {reason}" for name, reason in lost.items()}
     return Fetched(
-        depot.files,
+        cache.files,
         revision=digest_json([[name, entry["stamp"]] for name, entry in sorted(remote.items())]),
         files=total + len(failed) - len(lost),
         downloaded=len(pending) - len(lost),
@@ -205,7 +205,7 @@ def _walk_links(dataset: ImageDataset, filesystem: Any, page: str) -> Iterator[t
     pending, seen = [page], {page}
     while pending:
         here = pending.pop()
-        for entry in patiently(partial(_links, dataset, filesystem, here)):
+        for entry in retry(partial(_links, dataset, filesystem, here)):
             address = entry["name"]
             if not address.startswith(page) or "?" in address or "#" in address or address in seen:
                 continue  # orders of the same listing, and ways back up
@@ -239,13 +239,15 @@ def _stamp(info: dict[str, Any]) -> list[Any]:
     return [info.get("size"), None if state is None else str(state)]
 
 
-def _fetch(dataset: ImageDataset, filesystem: Any, depot: Depot, name: str, entry: dict[str, Any]) -> int:
-    with depot.incoming() as temporary:
+def _fetch(
+    dataset: ImageDataset, filesystem: Any, cache: DownloadCache, name: str, entry: dict[str, Any]
+) -> int:
+    with cache.incoming() as temporary:
         fetch_remote(dataset, filesystem, entry["path"], temporary)
         came, expected = temporary.stat().st_size, entry["stamp"][0]
         if expected is not None and came != expected:
             raise FetchError(f"{came} of {expected} bytes came", again=True)
-        return depot.put(temporary, name, entry["stamp"])
+        return cache.put(temporary, name, entry["stamp"])
 
 
 def _where(dataset: ImageDataset, address: str) -> str:

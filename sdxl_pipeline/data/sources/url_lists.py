@@ -11,7 +11,7 @@ from sdxl_pipeline.config.schema.datasets import ImageDataset
 from sdxl_pipeline.data.captions.table_rows import TableError, csv_rows, likely_cause, unnamed_notes
 from sdxl_pipeline.data.captions.text_files import OK, decode_text
 from sdxl_pipeline.data.decoding.image_formats import HEAD_BYTES, suffix_of
-from sdxl_pipeline.data.sources.download import Depot, FetchError, Progress, fetch_all
+from sdxl_pipeline.data.sources.download import DownloadCache, FetchError, Progress, fetch_all
 from sdxl_pipeline.data.sources.fetch_result import Fetched, SourceError
 from sdxl_pipeline.data.sources.file_names import name_of_address
 from sdxl_pipeline.data.sources.http_download import download
@@ -30,14 +30,14 @@ def fetch_list(dataset: ImageDataset, folder: Path, on_progress: Progress | None
     """
     listed = read_list(dataset)
     captions_of = listed.captions
-    with Depot(folder).opened() as depot:
-        known = {str(stamp): name for name, stamp in depot.stamps.items() if depot.holds(name, stamp)}
+    with DownloadCache(folder).opened() as cache:
+        known = {str(stamp): name for name, stamp in cache.stamps.items() if cache.holds(name, stamp)}
         names, lost, jobs = {}, {}, {}
         for address in captions_of:
             if protocol_of(address) in ("", "file"):
                 if (path := local_file(dataset, address)) is not None:
                     names[address] = name_of_address(address, _suffix_of(path.as_uri()))
-                    depot.link(path, names[address])
+                    cache.link(path, names[address])
                 else:
                     cause = likely_cause(address, lambda name: local_file(dataset, name) is not None)
                     lost[address] = "there is no such file" + (f": {cause}" if cause else "")
@@ -46,12 +46,12 @@ def fetch_list(dataset: ImageDataset, folder: Path, on_progress: Progress | None
             if identity in known:
                 names[address] = known[identity]
             else:
-                jobs[address] = _job(dataset, depot, address, identity, names)
+                jobs[address] = _job(dataset, cache, address, identity, names)
         received, not_had = fetch_all(jobs, on_progress, len(captions_of) - len(jobs), len(captions_of))
-        depot.keep_only(set(names.values()))
+        cache.keep_only(set(names.values()))
     lost |= {address: f"download failed: {reason}" for address, reason in not_had.items()}
     return Fetched(
-        depot.files,
+        cache.files,
         captions={
             names[address]: texts for address, texts in captions_of.items() if address in names and texts
         },
@@ -155,10 +155,10 @@ def _delimiter(text: str, url_column: str) -> str:
 
 
 def _job(
-    dataset: ImageDataset, depot: Depot, address: str, identity: str, names: dict[str, str]
+    dataset: ImageDataset, cache: DownloadCache, address: str, identity: str, names: dict[str, str]
 ) -> Callable[[], int]:
     def fetch() -> int:
-        with depot.incoming() as temporary:
+        with cache.incoming() as temporary:
             if protocol_of(address) in ("http", "https"):
                 download(address, temporary, dataset.allow_private_addresses)
             elif protocol_of(address) not in STORES and not dataset.allow_private_addresses:
@@ -171,7 +171,7 @@ def _job(
             with temporary.open("rb") as file:
                 suffix = suffix_of(file.read(HEAD_BYTES)) or _suffix_of(address)
             name = identity + suffix
-            size = depot.put(temporary, name, identity)
+            size = cache.put(temporary, name, identity)
             names[address] = name
             return size
 

@@ -44,7 +44,7 @@ __all__ = [
     "add_lora",
     "add_lycoris",
     "load_adapter",
-    "require_whole",
+    "require_complete",
     "save_adapter",
     "without_adapter",
 ]
@@ -150,7 +150,7 @@ def load_adapter(
     return {prefix: adapted_module_names(model) for prefix, model in models.items()}
 
 
-def require_whole(models: Mapping[str, nn.Module], path: Path, adapter_name: str = ADAPTER_NAME) -> None:
+def require_complete(models: Mapping[str, nn.Module], path: Path, adapter_name: str = ADAPTER_NAME) -> None:
     """Raise AdapterError unless `models` carry every tensor of the file, which diffusers' format names, and no other.
 
     Diffusers only warns of tensors that it finds no place for, or that a layer lacks.

@@ -79,6 +79,6 @@ def changes_something(tensors: Mapping[str, Any]) -> bool:
     return any(map(all, factors.values()))
 
 
-def spoken(prefix: str) -> str:
+def display_name(prefix: str) -> str:
     """The model of a prefix, for a message."""
     return "UNet" if prefix == UNET else prefix.replace("_", " ")

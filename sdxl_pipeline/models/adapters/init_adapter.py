@@ -19,9 +19,9 @@ from sdxl_pipeline.models.adapters.adapter_files import (
     UNET,
     AdapterError,
     AdapterFile,
+    display_name,
     lower_case_suffix,
     read_header,
-    spoken,
 )
 from sdxl_pipeline.models.adapters.lora import ADAPTER_NAME, lora_layers, lora_tensors, set_magnitudes
 from sdxl_pipeline.models.adapters.lycoris import (
@@ -73,7 +73,7 @@ def _start_lora(models: Mapping[str, nn.Module], file: AdapterFile) -> None:
         if prefix not in models and any(name.startswith(f"{prefix}.") for name in tensors):
             switch = "leave train_text_encoder out" if prefix == UNET else "write train_text_encoder true"
             raise AdapterError(
-                f"init_lora: {file.path} holds an adapter of the {spoken(prefix)} as well, which is not trained; {switch}, or name a "
+                f"init_lora: {file.path} holds an adapter of the {display_name(prefix)} as well, which is not trained; {switch}, or name a "
                 "file without it."
             )
     for prefix, model in models.items():

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from sdxl_pipeline.models.adapters.adapter_files import UNET, AdapterError, lower_case_suffix, spoken
+from sdxl_pipeline.models.adapters.adapter_files import UNET, AdapterError, display_name, lower_case_suffix
 
 ADAPTER_NAME: Final = "default"
 
@@ -45,7 +45,7 @@ def add_lora(
     kind = UNET if _is_unet(model) else "text_encoder"
     if absent := [target for target in target_modules if not any(_ends_in(name, target) for name in names)]:
         raise AdapterError(
-            f"lora_target_modules: no layer of the {spoken(kind)} ends in {', '.join(map(repr, absent))}. {_TYPICAL_NAMES[kind]}"
+            f"lora_target_modules: no layer of the {display_name(kind)} ends in {', '.join(map(repr, absent))}. {_TYPICAL_NAMES[kind]}"
         )
     _require_plain_convolutions(model, target_modules, use_dora)
     model.requires_grad_(False)
@@ -117,7 +117,7 @@ def load_lora(models: Mapping[str, nn.Module], path: Path, adapter_name: str = A
         )
     for prefix, model in models.items():
         if not any(name.startswith(f"{prefix}.") for name in state_dict):
-            raise AdapterError(f"{path} holds no LoRA for the {spoken(prefix)} of SDXL.")
+            raise AdapterError(f"{path} holds no LoRA for the {display_name(prefix)} of SDXL.")
         how: dict[str, Any] = {
             "network_alphas": network_alphas,
             "adapter_name": adapter_name,

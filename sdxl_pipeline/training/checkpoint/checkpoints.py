@@ -22,7 +22,7 @@ from sdxl_pipeline.config.schema.checkpoints import CHECKPOINT_STATE
 from sdxl_pipeline.files.atomic_files import link_or_copy, sha256_file, write_text_atomic
 from sdxl_pipeline.files.disk_space import require_space
 from sdxl_pipeline.runtime.specs import RunLineage
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.checkpoint.checkpoint_schedule import CheckpointKind
 from sdxl_pipeline.training.checkpoint.free_disk_monitor import CHECKPOINT_ADVICE
 from sdxl_pipeline.training.checkpoint.optimizer_state import flatten_optimizer, unflatten_optimizer
@@ -116,7 +116,7 @@ def checkpoint_bytes(state: TrainingState, exports_parameters: bool, export_byte
 def latest_checkpoint(root: Path, identity: str, report: Callable[[str], None]) -> Path | None:
     """The newest checkpoint whose files are what they were when written; a damaged one is named through `report` and passed over.
 
-    Raises StageError when a checkpoint belongs to a run of another identity.
+    Raises UserError when a checkpoint belongs to a run of another identity.
     """
     for place in reversed(checkpoints(root)):
         if not is_intact(place):
@@ -124,7 +124,7 @@ def latest_checkpoint(root: Path, identity: str, report: Callable[[str], None]) 
             continue
         found = checkpoint_identity(place)
         if found != identity:
-            raise StageError(
+            raise UserError(
                 f"{place} belongs to another run (identity {found[:12]}, not {identity[:12]}); give each run a folder of its own"
             )
         return place
@@ -177,7 +177,7 @@ def checkpoint_identity(place: Path) -> str:
     return identity
 
 
-def adopt_checkpoint(source: Path, root: Path, lineage: RunLineage) -> None:
+def import_checkpoint(source: Path, root: Path, lineage: RunLineage) -> None:
     """Make the intact checkpoint `source` of its ancestor one of the run of `lineage`, whose checkpoints lie in `root`.
 
     What is not taken over is left out. Of another trajectory, it says so, for `load_checkpoint` to tell.
@@ -211,7 +211,7 @@ def load_checkpoint(place: Path) -> TrainingState:
     """Read a checkpoint, tensors on the CPU."""
     state = json.loads((place / CHECKPOINT_STATE).read_bytes())
     if state["format"] != FORMAT:
-        raise StageError(
+        raise UserError(
             f"{place} was written in format {state['format']}, this version reads {FORMAT}; delete it to train from the start"
         )
     return TrainingState(
@@ -243,7 +243,7 @@ def parameter_shapes(place: Path) -> dict[str, tuple[int, ...]]:
 
 
 def require_same_parameters(state: TrainingState, parameters: Mapping[str, Tensor]) -> None:
-    """Raise StageError unless `state` is of parameters of these names and shapes."""
+    """Raise UserError unless `state` is of parameters of these names and shapes."""
     theirs, ours = (
         {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         for tensors in (state.parameters, parameters)
@@ -251,7 +251,7 @@ def require_same_parameters(state: TrainingState, parameters: Mapping[str, Tenso
     if theirs == ours:
         return
     name = min(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
-    raise StageError(
+    raise UserError(
         f"the checkpoint of step {state.step} holds other parameters than this run trains: {name} is {theirs.get(name, 'not there')}, and "
         f"not {ours.get(name, 'trained')}. Name a checkpoint of the same adapter in resume_from_checkpoint, or delete it to train from the start"
     )

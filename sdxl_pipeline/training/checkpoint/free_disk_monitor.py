@@ -9,7 +9,7 @@ from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.files.disk_space import size_text
 from sdxl_pipeline.runtime.stage_runner import StopSignal
 
-LOOK_INTERVAL_SECONDS = 10.0
+CHECK_INTERVAL_SECONDS = 10.0
 """Between two looks at the free space, which may ask a file server."""
 
 WAIT_INTERVAL_SECONDS = 5.0
@@ -17,17 +17,17 @@ WAIT_INTERVAL_SECONDS = 5.0
 CHECKPOINT_ADVICE = "Free some, or lower checkpoints_total_limit, or change output_dir, and run this again: what was saved before is kept."
 
 
-class DiskWatch:
+class FreeDiskMonitor:
     """Watches the disk of a run's folder for falling below `disk_low_threshold`."""
 
     def __init__(self, folder: Path, settings: TrainingSettings) -> None:
         self._folder, self._threshold = folder, settings.disk_low_threshold
         self._waits = settings.disk_low_action == "wait"
-        self._next_look = 0.0
+        self._next_validation = 0.0
 
     def must_stop(self, stop: StopSignal, report: Callable[[str], None]) -> bool:
         """Whether the disk is low and the run is to end; where it is to wait, this does so until there is space or `stop` is asked for."""
-        if self._threshold is None or time.monotonic() < self._next_look:
+        if self._threshold is None or time.monotonic() < self._next_validation:
             return False
         if self._is_low() and not self._waits:
             return True
@@ -35,7 +35,7 @@ class DiskWatch:
             report(f"{self.what_is_wrong()}. Waiting until there is more (disk_low_action).")
         while self._is_low() and not stop.requested:
             time.sleep(WAIT_INTERVAL_SECONDS)
-        self._next_look = time.monotonic() + LOOK_INTERVAL_SECONDS
+        self._next_validation = time.monotonic() + CHECK_INTERVAL_SECONDS
         return False
 
     def what_is_wrong(self) -> str:

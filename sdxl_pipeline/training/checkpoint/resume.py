@@ -19,13 +19,13 @@ from sdxl_pipeline.files.atomic_files import link_or_copy
 from sdxl_pipeline.models.adapters.init_adapter_source import USUAL_NAME
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import Ancestor, RunLineage, TrainingDataset, TrainSpec
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.checkpoint.checkpoints import (
     CHECKPOINTS,
-    adopt_checkpoint,
     checkpoint_identity,
     checkpoint_step,
     checkpoints,
+    import_checkpoint,
     is_intact,
     load_checkpoint,
     parameter_shapes,
@@ -33,7 +33,7 @@ from sdxl_pipeline.training.checkpoint.checkpoints import (
 )
 from sdxl_pipeline.training.checkpoint.run_identity import (
     CONSTANT_SCHEDULES,
-    RunNames,
+    RunFingerprints,
     decides_weights,
     setting_changes,
 )
@@ -46,7 +46,7 @@ from sdxl_pipeline.training.checkpoint.run_lineage import (
     write_lineage,
 )
 from sdxl_pipeline.training.checkpoint.warm_start import optimizer_fits
-from sdxl_pipeline.training.data.bucket_sampler import planned_steps
+from sdxl_pipeline.training.data.bucket_sampler import total_planned_steps
 from sdxl_pipeline.training.trainer_setup import plan_order
 
 IMAGES = "validation"
@@ -60,14 +60,14 @@ class _Source(NamedTuple):
     step: int
     lineage: RunLineage | None
 
-    def is_of_trajectory(self, names: RunNames) -> bool:
+    def is_of_trajectory(self, names: RunFingerprints) -> bool:
         return self.lineage is not None and self.lineage.trajectory == names.trajectory
 
 
-def begin_run(spec: TrainSpec, names: RunNames, reporter: Reporter) -> None:
+def resume_run(spec: TrainSpec, names: RunFingerprints, reporter: Reporter) -> None:
     """Record the run's lineage, and give it the checkpoint it begins from unless it has one of its own. For the holder of its lock.
 
-    Raises StageError for a named checkpoint that it cannot begin from.
+    Raises UserError for a named checkpoint that it cannot begin from.
     """
     run_dir, settings = Path(spec.run_dir), spec.settings
     resumes = settings.resume_from_checkpoint is not None
@@ -84,25 +84,28 @@ def begin_run(spec: TrainSpec, names: RunNames, reporter: Reporter) -> None:
         )
         if (run := run_of_checkpoint(source.place)) is not None:
             _take_records(run, run_dir)
-        adopt_checkpoint(source.place, run_dir / CHECKPOINTS, lineage)
+        import_checkpoint(source.place, run_dir / CHECKPOINTS, lineage)
 
 
 def report_nearest_run(
     spec: TrainSpec,
-    names: RunNames,
+    names: RunFingerprints,
     shapes: Mapping[str, tuple[int, ...]],
     total_steps: int,
     reporter: Reporter,
 ) -> None:
     """Log which other run is nearest to one that starts at step 0 although it resumes from the latest checkpoint, and how to continue it.
 
-    `shapes` are those of the parameters that this run trains. A run of the same family or kin is logged by `begin_run`.
+    `shapes` are those of the parameters that this run trains. A run of the same family or kin is logged by `resume_run`.
     """
     if spec.settings.resume_from_checkpoint is None:
         return
     newest: dict[Path, _Source] = {}
     for source in _beside(Path(spec.run_dir), names):
-        if source.lineage and (source.lineage.family == names.family or source.lineage.kin == names.kin):
+        if source.lineage and (
+            source.lineage.any_length == names.any_length
+            or source.lineage.any_length_or_world_size == names.any_length_or_world_size
+        ):
             return
         newest[source.place.parent.parent] = source
     found = [
@@ -178,11 +181,11 @@ def _advice(
     )
 
 
-def _find_source(spec: TrainSpec, names: RunNames, reporter: Reporter) -> _Source | None:
+def _find_source(spec: TrainSpec, names: RunFingerprints, reporter: Reporter) -> _Source | None:
     chosen = chosen_checkpoint(spec.settings)
     if chosen is not None:
         if not is_intact(chosen):
-            raise StageError(
+            raise UserError(
                 f"config.json: resume_from_checkpoint names {chosen}, which is damaged; name another checkpoint"
             )
         source = _Source(chosen, checkpoint_step(chosen), lineage_of_checkpoint(chosen))
@@ -198,15 +201,21 @@ def _find_source(spec: TrainSpec, names: RunNames, reporter: Reporter) -> _Sourc
                 return source
             reporter.log(f"checkpoint {source.place} is damaged and is passed over")
         return None
-    if family := [source for source in others if source.lineage and source.lineage.family == names.family]:
-        furthest = max(family, key=lambda source: source.step)
+    if any_length := [
+        source for source in others if source.lineage and source.lineage.any_length == names.any_length
+    ]:
+        furthest = max(any_length, key=lambda source: source.step)
         reporter.log(
             f"{furthest.place} is of a run that differs from this one in its length alone, but the learning rate of lr_scheduler "
             f"{spec.settings.lr_scheduler} depends on the length: this run begins at step 0. It would have gone on with "
             f"{', '.join(sorted(CONSTANT_SCHEDULES))}."
         )
-    elif kin := [source for source in others if source.lineage and source.lineage.kin == names.kin]:
-        furthest = max(kin, key=lambda source: source.step)
+    elif any_length_or_world_size := [
+        source
+        for source in others
+        if source.lineage and source.lineage.any_length_or_world_size == names.any_length_or_world_size
+    ]:
+        furthest = max(any_length_or_world_size, key=lambda source: source.step)
         reporter.log(
             f"The run {furthest.place.parent.parent.name} is at step {furthest.step} of this training on another number of processes, "
             "which makes its batches, and so its steps, others: this run begins at step 0. It would go on from there with "
@@ -215,19 +224,19 @@ def _find_source(spec: TrainSpec, names: RunNames, reporter: Reporter) -> _Sourc
     return None
 
 
-def _require_steps_left(source: _Source, names: RunNames, end: int) -> None:
+def _require_steps_left(source: _Source, names: RunFingerprints, end: int) -> None:
     if source.step > end or (source.step == end and not source.is_of_trajectory(names)):
-        raise StageError(
+        raise UserError(
             f"config.json: resume_from_checkpoint names {source.place}, after which no step is left of {end}; raise max_train_steps"
         )
 
 
 def _planned_steps(spec: TrainSpec) -> int:
     order = plan_order(spec, spec.hardware.num_processes, Reporter()).order
-    return planned_steps(spec.settings, order)
+    return total_planned_steps(spec.settings, order)
 
 
-def _beside(run_dir: Path, names: RunNames) -> Iterator[_Source]:
+def _beside(run_dir: Path, names: RunFingerprints) -> Iterator[_Source]:
     """The checkpoints of the other runs whose folders lie beside this one's."""
     for folder in sorted(run_dir.parent.iterdir()):
         lineage = read_lineage(folder)
@@ -237,7 +246,7 @@ def _beside(run_dir: Path, names: RunNames) -> Iterator[_Source]:
             )
 
 
-def _ancestor(source: _Source, names: RunNames, spec: TrainSpec) -> Ancestor:
+def _ancestor(source: _Source, names: RunFingerprints, spec: TrainSpec) -> Ancestor:
     same = source.is_of_trajectory(names)
     of_same_name = source.lineage is not None and source.lineage.optimizer == spec.settings.optimizer
     return Ancestor(

@@ -15,11 +15,11 @@ from sdxl_pipeline.files.digest import digest_json
 from sdxl_pipeline.models.adapters.adapter_files import AdapterError
 from sdxl_pipeline.models.adapters.init_adapter_source import initial_adapter_digest
 from sdxl_pipeline.runtime.specs import TrainSpec
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.checkpoint.run_lineage import chosen_checkpoint, lineage_of_checkpoint
 from sdxl_pipeline.training.data.mask_tables import masks_identity
 from sdxl_pipeline.training.data.samples import Samples, load_samples
-from sdxl_pipeline.training.data.sampling_weights import passes_per_epoch, planned_passes
+from sdxl_pipeline.training.data.sampling_weights import plan_sampling_weights, sampling_weights_per_epoch
 
 CODE_VERSION = 3
 """Raise it when a change of the trainer changes the numbers it computes."""
@@ -149,7 +149,7 @@ EXCLUDED: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def numeric_settings(settings: TrainingSettings) -> dict[str, Any]:
+def settings_affecting_weights(settings: TrainingSettings) -> dict[str, Any]:
     """The settings that decide the weights, as plain data."""
     excluded = {key for keys in EXCLUDED.values() for key in keys}
     kept = {key: value for key, value in settings.model_dump(mode="json").items() if key not in excluded}
@@ -179,25 +179,25 @@ def decides_weights(key: str) -> bool:
     return key in _DECISIVE or key not in excluded
 
 
-class RunNames(NamedTuple):
+class RunFingerprints(NamedTuple):
     """Digests that name a run, hex SHA-256 each."""
 
     identity: str
     trajectory: str
     """Runs of one trajectory take the same steps as far as both of them go."""
-    family: str
+    any_length: str
     """Runs of one family differ in their length alone, on which the steps may depend."""
-    kin: str
+    any_length_or_world_size: str
     """Runs of one kin differ in their length and in the number of processes alone."""
 
 
 def run_identity(spec: TrainSpec) -> str:
-    """The first of `run_names`."""
-    return run_names(spec).identity
+    """The first of `run_fingerprints`."""
+    return run_fingerprints(spec).identity
 
 
-def run_names(spec: TrainSpec) -> RunNames:
-    """What the run is called. Reads the datasets' tables; raises StageError when they do not fit together.
+def run_fingerprints(spec: TrainSpec) -> RunFingerprints:
+    """What the run is called. Reads the datasets' tables; raises UserError when they do not fit together.
 
     The device is not part of it, nor is the number of CPU threads: a LoRA trained on a GPU is the same run on a laptop, although the
     last bits would differ. The number of processes is, since it multiplies the batch. A checkpoint to begin from is part of it, unless
@@ -207,22 +207,26 @@ def run_names(spec: TrainSpec) -> RunNames:
     samples = load_samples(spec.datasets, "train", settings.micro_conditioning)
     content = _content(spec, samples)
     # the passes too may have been raised for the processes
-    any_processes = {"num_processes": None, "passes": passes_per_epoch(spec.datasets, samples)}
-    kin = _without_length(content | any_processes)
-    names = _names(settings, content, kin)
+    any_processes = {"num_processes": None, "passes": sampling_weights_per_epoch(spec.datasets, samples)}
+    any_length_or_world_size = _without_length(content | any_processes)
+    names = _names(settings, content, any_length_or_world_size)
     chosen = chosen_checkpoint(settings)
     if chosen is not None:
         lineage = lineage_of_checkpoint(chosen)
         if lineage is None or lineage.trajectory != names.trajectory:
             begins_from = {"begins_from": sha256_file(chosen / CHECKPOINT_STATE)}
-            return _names(settings, content | begins_from, kin | begins_from)
+            return _names(settings, content | begins_from, any_length_or_world_size | begins_from)
     return names
 
 
-def _names(settings: TrainingSettings, content: Mapping[str, Any], kin: Mapping[str, Any]) -> RunNames:
-    identity, family = digest_json(content), digest_json(_without_length(content))
+def _names(
+    settings: TrainingSettings, content: Mapping[str, Any], any_length_or_world_size: Mapping[str, Any]
+) -> RunFingerprints:
+    identity, any_length = digest_json(content), digest_json(_without_length(content))
     constant = settings.is_schedule_free or settings.lr_scheduler in CONSTANT_SCHEDULES
-    return RunNames(identity, family if constant else identity, family, digest_json(kin))
+    return RunFingerprints(
+        identity, any_length if constant else identity, any_length, digest_json(any_length_or_world_size)
+    )
 
 
 def _without_length(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,7 +238,7 @@ def _start(settings: TrainingSettings) -> str | None:
     try:
         return initial_adapter_digest(settings.init_lora)
     except AdapterError as error:
-        raise StageError(f"config.json: init_lora: {error}") from error
+        raise UserError(f"config.json: init_lora: {error}") from error
 
 
 def _content(spec: TrainSpec, samples: Samples) -> dict[str, Any]:
@@ -243,7 +247,7 @@ def _content(spec: TrainSpec, samples: Samples) -> dict[str, Any]:
         "code_version": CODE_VERSION,
         "base_model": spec.base_model.digest,
         "samples": samples.digest(),
-        "passes": planned_passes(
+        "passes": plan_sampling_weights(
             spec.datasets, samples, spec.settings, spec.hardware.num_processes
         ).by_dataset,
         "fresh_crops": sorted(
@@ -258,6 +262,6 @@ def _content(spec: TrainSpec, samples: Samples) -> dict[str, Any]:
             if dataset.is_regularisation and dataset.dataset_id in trained
         ),
         "starts_from": _start(spec.settings),
-        "settings": numeric_settings(spec.settings),
+        "settings": settings_affecting_weights(spec.settings),
         "num_processes": spec.hardware.num_processes,
     }

@@ -11,7 +11,7 @@ from sdxl_pipeline.config.schema.checkpoints import CHECKPOINT_STATE
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.files.atomic_files import write_text_atomic
 from sdxl_pipeline.runtime.specs import RunLineage, TrainSpec
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 
 LINEAGE_FILE = "lineage.json"
 SPEC_FILE = "spec.json"
@@ -60,11 +60,11 @@ def run_of_checkpoint(place: Path) -> Path | None:
 def chosen_checkpoint(settings: TrainingSettings) -> Path | None:
     """The checkpoint that `resume_from_checkpoint` names; None for "latest" and for a start from nothing.
 
-    Raises StageError when it is not there.
+    Raises UserError when it is not there.
     """
     place = named_checkpoint(settings.resume_from_checkpoint, Path())
     if place is not None and not is_checkpoint(place):
-        raise StageError(f"config.json: resume_from_checkpoint names {place}, {NO_CHECKPOINT}; {NAME_ONE}")
+        raise UserError(f"config.json: resume_from_checkpoint names {place}, {NO_CHECKPOINT}; {NAME_ONE}")
     return place and place.resolve()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import lock_descriptor
 
-from sdxl_pipeline.runtime.stage_runner import StageError, StopSignal
+from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError
 
 LOCK = ".lock"
 LOCK_POLL_SECONDS = 0.5
@@ -19,7 +19,7 @@ LOCK_TIMEOUT_SECONDS = 180.0
 def run_lock(run_dir: Path, stop: StopSignal, timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
     """Be the only trainer in a run's folder. The kernel frees the lock when its holder dies, however that dies.
 
-    Waits for a trainer that was stopped and is still saving; raises StageError when another holds on beyond `timeout` seconds.
+    Waits for a trainer that was stopped and is still saving; raises UserError when another holds on beyond `timeout` seconds.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     give_up = time.monotonic() + timeout
@@ -28,7 +28,7 @@ def run_lock(run_dir: Path, stop: StopSignal, timeout: float = LOCK_TIMEOUT_SECO
             stop.raise_if_requested()
             if time.monotonic() >= give_up:
                 lock.seek(0)
-                raise StageError(
+                raise UserError(
                     f"another trainer (process {lock.read().strip() or 'unknown'}) is at work in {run_dir}; "
                     "wait for it to end, or stop it"
                 )

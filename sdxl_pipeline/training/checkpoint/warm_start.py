@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sdxl_pipeline.config.optimizer_registry import RECIPES
+from sdxl_pipeline.config.optimizer_registry import OPTIMIZERS
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.training.checkpoint.checkpoints import TrainingState
 from sdxl_pipeline.training.optim.lr_schedules import Schedule
@@ -35,7 +35,7 @@ def optimizer_fits(state: TrainingState, settings: TrainingSettings, device: str
     return theirs <= ours
 
 
-def under_own_settings(
+def rebase_state(
     state: TrainingState, settings: TrainingSettings, optimizer: Optimizer, schedule: Schedule
 ) -> TrainingState:
     """`state` with the options of `optimizer` and the learning rate of `schedule`, both as they were built for this run by `settings`.
@@ -55,7 +55,7 @@ def under_own_settings(
         # some options are settled by the first step, which will not come again
         first = optimizer.param_groups[0]["params"][0]
         settled = after_a_step(settings, tuple(first.shape), first.device).param_groups[0]
-        learnt = RECIPES[settings.optimizer].learnt
+        learnt = OPTIMIZERS[settings.optimizer].learnt
         for group, theirs in zip(groups, taken["param_groups"], strict=True):
             group |= {name: value for name, value in settled.items() if name not in _OWN_IN_EACH_GROUP}
             group |= {name: theirs[name] for name in learnt if name in theirs}

@@ -20,15 +20,15 @@ from sdxl_pipeline.models.time_ids import time_ids
 from sdxl_pipeline.models.vae import sample_latents
 from sdxl_pipeline.runtime.finished_manifest import finished_path
 from sdxl_pipeline.runtime.specs import TrainingDataset
-from sdxl_pipeline.runtime.stage_runner import StageError
-from sdxl_pipeline.training.data.bucket_sampler import Draw, SampleOrder
+from sdxl_pipeline.runtime.stage_runner import UserError
+from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler, SampleRef
 from sdxl_pipeline.training.data.loss_weights import ALL_ALIKE, LossWeights
 from sdxl_pipeline.training.data.on_demand_cache import Cache, OnDemandEncoders, Tensors, read_from
 from sdxl_pipeline.training.data.samples import NAMED_IN_ERRORS, Sample
-from sdxl_pipeline.training.diffusion.forward_process import Corruption
+from sdxl_pipeline.training.diffusion.forward_process import ForwardProcess
 from sdxl_pipeline.training.diffusion.scheduled_sampling import Rollout
-from sdxl_pipeline.training.rng import seed_for, uniform
-from sdxl_pipeline.training.text_encoder_training import LiveTexts
+from sdxl_pipeline.training.rng import derive_seed, uniform
+from sdxl_pipeline.training.text_encoder_training import OnlineTextEncoder
 
 PREFETCHED_BATCHES = 2
 ALL = slice(None)
@@ -123,16 +123,16 @@ class BatchReader:
     """Reads the encoded forms of images and prompts from the stores of all datasets, and has encoded what these leave to the training.
 
     Threads may read from one. `encoders` makes what a dataset's cache mode leaves out; without them every entry must be there. With
-    `live_texts` no text is read from a store: it is encoded at each use, by encoders that are trained.
+    `online_text_encoder` no text is read from a store: it is encoded at each use, by encoders that are trained.
     """
 
     def __init__(
         self,
         datasets: Sequence[TrainingDataset],
         encoders: OnDemandEncoders | None = None,
-        live_texts: LiveTexts | None = None,
+        online_text_encoder: OnlineTextEncoder | None = None,
     ) -> None:
-        self.live_texts = live_texts
+        self.online_text_encoder = online_text_encoder
         self._datasets = {dataset.dataset_id: dataset for dataset in datasets}
         self.fresh_crops = frozenset(dataset.dataset_id for dataset in datasets if dataset.fresh_crops)
         """The datasets whose crops are drawn anew at each appearance."""
@@ -143,7 +143,7 @@ class BatchReader:
             table = pd.read_parquet(dataset.text_embeds.prompts_path, columns=["prompt", "embed_key"])
             keys = dict(zip(table["prompt"], table["embed_key"], strict=True))
             if "" not in keys:
-                raise StageError(
+                raise UserError(
                     f"dataset {dataset.dataset_id!r}: {dataset.text_embeds.prompts_path} lacks the empty prompt; materialize text_embeds again"
                 )
             self._empty_prompts[dataset.dataset_id] = keys[""]
@@ -169,7 +169,7 @@ class BatchReader:
         self._caches = list(caches.values())
 
     def posteriors(self, samples: Sequence[Sample]) -> Posteriors:
-        """The latents of samples of one bucket, as mean and log-variance. Raises StageError for an image that cannot be encoded."""
+        """The latents of samples of one bucket, as mean and log-variance. Raises UserError for an image that cannot be encoded."""
         read = self._read_from(
             [self._latents[sample.dataset_id] for sample in samples],
             [sample.latent_key for sample in samples],
@@ -193,10 +193,12 @@ class BatchReader:
 
     def tokens(self, samples: Sequence[Sample], embed_keys: Sequence[str]) -> CaptionTokens:
         """The caption that `embed_keys[i]` stands for as the text of `samples[i]`, for text encoders that are trained."""
-        if self.live_texts is None:
+        if self.online_text_encoder is None:
             raise ValueError("captions are tokenized where text encoders are trained")
         captions = self._captions([sample.dataset_id for sample in samples], embed_keys)
-        return CaptionTokens(tuple(sample.key for sample in samples), self.live_texts.input_ids(captions))
+        return CaptionTokens(
+            tuple(sample.key for sample in samples), self.online_text_encoder.input_ids(captions)
+        )
 
     def flush(self) -> None:
         """Write what was encoded on demand and is to be kept."""
@@ -229,8 +231,8 @@ class BatchReader:
         ]
 
     def _read_texts(self, dataset_ids: Sequence[str], embed_keys: Sequence[str]) -> Tensors:
-        if self.live_texts is not None:
-            return self.live_texts.encode(self._captions(dataset_ids, embed_keys))
+        if self.online_text_encoder is not None:
+            return self.online_text_encoder.encode(self._captions(dataset_ids, embed_keys))
         return self._read_from(
             [self._texts[dataset_id] for dataset_id in dataset_ids],
             embed_keys,
@@ -243,7 +245,7 @@ class BatchReader:
         try:
             return read_from(caches, keys, make)
         except DamagedEntryError as error:
-            raise StageError(self._report_damage(error.keys)) from error
+            raise UserError(self._report_damage(error.keys)) from error
 
     def _report_damage(self, found: Sequence[str]) -> str:
         """Verify every entry that these datasets use, so that one more run of the encode stages replaces all damaged ones."""
@@ -282,16 +284,16 @@ class BatchReader:
     def prompt_embeds(self, prompt: str) -> tuple[Tensor, Tensor]:
         """(prompt_embeds (1, 77 * windows, C1 + C2), pooled_prompt_embeds (1, C2)) of the empty prompt or one of the extra prompts.
 
-        Raises StageError for a prompt that the text stage was not asked to encode.
+        Raises UserError for a prompt that the text stage was not asked to encode.
         """
         if prompt not in self._prompts:
-            raise StageError(f"the prompt {prompt!r} has not been encoded; materialize text_embeds again")
+            raise UserError(f"the prompt {prompt!r} has not been encoded; materialize text_embeds again")
         dataset_id, key = self._prompts[prompt]
         tensors = self._read_texts([dataset_id], [key])
         return tensors["prompt_embeds"], tensors["pooled_prompt_embeds"]
 
     def conditioning(self, prompt: str, negative_prompt: str, zeros_for_empty_prompt: bool) -> Conditioning:
-        """What the pipeline needs to draw a prompt. Raises StageError for prompts that were not encoded.
+        """What the pipeline needs to draw a prompt. Raises UserError for prompts that were not encoded.
 
         `zeros_for_empty_prompt` is the base model's `force_zeros_for_empty_prompt`: without a negative prompt its pipeline takes zeros,
         else the encoded empty prompt.
@@ -304,7 +306,7 @@ class BatchReader:
 
 @dataclass(frozen=True)
 class TrainingBatches:
-    """The batches of one process: `SampleOrder` says which images, this reads them and draws what is random about them.
+    """The batches of one process: `BucketBatchSampler` says which images, this reads them and draws what is random about them.
 
     Every image of a global batch has a *slot*, its index over all processes. Noise, timestep and caption dropout are drawn from
     (seed, batch, slot), so they depend neither on the number of processes nor on what was drawn before.
@@ -313,10 +315,10 @@ class TrainingBatches:
     pass, since they exchange their gradients.
     """
 
-    order: SampleOrder
+    order: BucketBatchSampler
     reader: BatchReader
     scaling_factor: float
-    corruption: Corruption
+    forward_process: ForwardProcess
     caption_dropout_probability: float = 0.0
     rank: int = 0
     loss_weights: LossWeights = ALL_ALIKE
@@ -335,7 +337,7 @@ class TrainingBatches:
             for draw, slot in zip(draws, slots, strict=True)
         ]
         posteriors = self.reader.posteriors(samples)
-        reads = self.reader.text_embeds if self.reader.live_texts is None else self.reader.tokens
+        reads = self.reader.text_embeds if self.reader.online_text_encoder is None else self.reader.tokens
         texts = reads(samples, embed_keys)
         weighed = self.loss_weights.of(samples, self.order.seed, index, slots)
         keys = tuple(sample.key for sample in samples)
@@ -344,7 +346,7 @@ class TrainingBatches:
                 f"batch {index}: crops of {keys}, latents of {posteriors.keys}, captions of {texts.keys}, masks of {weighed.keys}"
             )
         shape = posteriors.mean.shape[1:]
-        corrupted = self.corruption.draw(shape, self.order.seed, index, slots, len(everyone))
+        noise_sample = self.forward_process.draw(shape, self.order.seed, index, slots, len(everyone))
         return Batch(
             keys=keys,
             latents=torch.cat(
@@ -358,10 +360,10 @@ class TrainingBatches:
                     for i, slot in enumerate(slots)
                 ]
             ),
-            noise=corrupted.noise,
-            perturbed_noise=corrupted.perturbed_noise,
-            timesteps=corrupted.timesteps,
-            rollouts=corrupted.rollouts,
+            noise=noise_sample.noise,
+            perturbed_noise=noise_sample.perturbed_noise,
+            timesteps=noise_sample.timesteps,
+            rollouts=noise_sample.rollouts,
             **{name: value for name, value in vars(texts).items() if name != "keys"},
             time_ids=time_ids(
                 [sample.original_size for sample in samples],
@@ -379,12 +381,12 @@ class TrainingBatches:
 
         Data parallelism averages the gradients of the processes, hence the number of processes.
         """
-        parts = self.corruption.accumulation
+        parts = self.forward_process.accumulation
         first = index - index % parts
         images = sum(map(self.order.size, range(first, first + parts)))
         return count * self.order.num_processes / images
 
-    def _drawn(self, draw: Draw) -> Sample:
+    def _drawn(self, draw: SampleRef) -> Sample:
         """The sample, cut anew where its dataset says so."""
         sample, crop = draw.sample, draw.sample.crop
         if sample.dataset_id not in self.reader.fresh_crops:
@@ -404,7 +406,7 @@ class TrainingBatches:
 
     def _generator(self, purpose: str, index: int, slot: int) -> torch.Generator:
         # on the CPU, so that every device trains on the same noise
-        return torch.Generator().manual_seed(seed_for(self.order.seed, purpose, index, slot))
+        return torch.Generator().manual_seed(derive_seed(self.order.seed, purpose, index, slot))
 
 
 def prefetched(batches: TrainingBatches, first: int, last: int, pin: bool) -> Generator[Batch, None, None]:

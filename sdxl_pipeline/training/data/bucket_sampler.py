@@ -14,13 +14,13 @@ import numpy as np
 
 from sdxl_pipeline.config.schema.optimization import BucketFill
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.samples import Sample, Samples
-from sdxl_pipeline.training.rng import choose, scattered, seed_for
+from sdxl_pipeline.training.rng import choose, derive_seed, scattered
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class SampleRef:
     """One appearance of an image in an epoch, with the crop and the caption that were chosen for it."""
 
     sample: Sample
@@ -45,7 +45,7 @@ class _Plan(NamedTuple):
     starts: np.ndarray  # (batches + 1,): batch i is sample[starts[i] : starts[i + 1]]
 
 
-class SampleOrder:
+class BucketBatchSampler:
     """The batches of a run, in order.
 
     A *global batch* is what all processes together take in one forward pass: at most `batch_size * num_processes` draws from one
@@ -73,17 +73,17 @@ class SampleOrder:
         self.global_batch_size = batch_size * num_processes
         self._fill = fill
         self._passes, self._phases = self._spread(passes)
-        self._first_crop = scattered(samples.lots, seed_for(seed, "first crop")) >> np.uint64(1)
+        self._first_crop = scattered(samples.random_draws, derive_seed(seed, "first crop")) >> np.uint64(1)
         self._epoch_starts = [0]  # index of each epoch's first global batch, as far as they were asked for
         self._image_starts = [0]  # and the images in the batches before it
         self._planned: dict[int, _Plan] = {}
 
-    def batch(self, index: int, rank: int) -> list[Draw]:
+    def batch(self, index: int, rank: int) -> list[SampleRef]:
         """Return the draws of process `rank` in the global batch `index`, counted from the start of the run."""
         slots = self.slots(index, rank)
         return self.draws(index)[slots.start : slots.stop]
 
-    def draws(self, index: int) -> list[Draw]:
+    def draws(self, index: int) -> list[SampleRef]:
         """Return the draws of all processes in a global batch."""
         epoch, place = self.locate(index)
         plan = self._plan(epoch)
@@ -148,13 +148,15 @@ class SampleOrder:
         """
         codes, names = self.samples.datasets
         spread = np.zeros(len(codes)), np.zeros(len(codes))
-        lots = scattered(self.samples.lots, seed_for(self.seed, "phase"))
+        random_draws = scattered(self.samples.random_draws, derive_seed(self.seed, "phase"))
         for code, name in enumerate(names):
             own = np.flatnonzero(codes == code)
             times = max(passes[name], 1 / len(own))
             spread[0][own] = times
             if times % 1:
-                spread[1][own[np.argsort(lots[own], kind="stable")]] = (np.arange(len(own)) + 0.5) / len(own)
+                spread[1][own[np.argsort(random_draws[own], kind="stable")]] = (
+                    np.arange(len(own)) + 0.5
+                ) / len(own)
         return spread
 
     def _start_next_epoch(self) -> None:
@@ -190,11 +192,11 @@ class SampleOrder:
         draws = self._draws(epoch)
         codes, sizes = self.samples.buckets
         bucket = codes[draws.sample]
-        names = self.samples.lots[draws.image] + draws.occurrence.astype(np.uint64)
-        lots = scattered(
-            scattered(names, seed_for(self.seed, "order")), seed_for(self.seed, "order of", epoch)
+        names = self.samples.random_draws[draws.image] + draws.occurrence.astype(np.uint64)
+        random_draws = scattered(
+            scattered(names, derive_seed(self.seed, "order")), derive_seed(self.seed, "order of", epoch)
         )
-        shuffled = np.lexsort((lots, bucket))
+        shuffled = np.lexsort((random_draws, bucket))
         ends = np.cumsum(np.bincount(bucket, minlength=len(sizes)))
         full = self.global_batch_size
         taken, lengths, places = [], [], []
@@ -205,7 +207,7 @@ class SampleOrder:
             taken.append(own)
             lengths.append(np.minimum(full, len(own) - full * np.arange(count)))
             places.append(
-                scattered(np.arange(count, dtype=np.uint64), seed_for(self.seed, "batch", epoch, *size))
+                scattered(np.arange(count, dtype=np.uint64), derive_seed(self.seed, "batch", epoch, *size))
             )
         shuffled_batches = np.argsort(np.concatenate(places), kind="stable")
         length = np.concatenate(lengths)
@@ -219,15 +221,15 @@ class SampleOrder:
         }
         return self._planned[epoch]
 
-    def _draw(self, sample: Sample, epoch: int, occurrence: int) -> Draw:
+    def _draw(self, sample: Sample, epoch: int, occurrence: int) -> SampleRef:
         caption = choose(len(sample.embed_keys), self.seed, "caption", epoch, sample.image, occurrence)
-        return Draw(sample, epoch, occurrence, sample.embed_keys[caption])
+        return SampleRef(sample, epoch, occurrence, sample.embed_keys[caption])
 
 
-def planned_steps(settings: TrainingSettings, order: SampleOrder) -> int:
+def total_planned_steps(settings: TrainingSettings, order: BucketBatchSampler) -> int:
     """Return the optimizer steps of a run: as many as the settings ask for, or as their epochs take.
 
-    Raises StageError when the epochs take too few steps for the warm-up; max_train_steps is compared when the settings are read.
+    Raises UserError when the epochs take too few steps for the warm-up; max_train_steps is compared when the settings are read.
     """
     if settings.max_train_steps is not None:
         return settings.max_train_steps
@@ -235,7 +237,7 @@ def planned_steps(settings: TrainingSettings, order: SampleOrder) -> int:
     batches = order.batches_until(epochs)
     steps = math.ceil(batches / parts)
     if settings.lr_warmup_steps > settings.longest_warmup(steps):
-        raise StageError(
+        raise UserError(
             f"lr_warmup_steps is {settings.lr_warmup_steps}, but the training has only {steps} steps, so learning_rate would never be "
             f"reached: {batches} batches in num_train_epochs {epochs}, by gradient_accumulation_steps {parts}. "
             f"Write at most {settings.longest_warmup(steps)}, or more epochs"

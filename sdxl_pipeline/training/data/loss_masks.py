@@ -11,7 +11,7 @@ from torch import Tensor
 from sdxl_pipeline.data.buckets.crop_plan import Crop
 from sdxl_pipeline.data.decoding.image_decoding import UnreadableImage
 from sdxl_pipeline.data.masks.mask_pairs import LATENT_SCALE, mask_crop
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.mask_tables import MaskTable
 from sdxl_pipeline.training.data.samples import Sample
 
@@ -41,7 +41,7 @@ class MaskReader:
     def read(self, samples: Sequence[Sample], masked: Sequence[bool]) -> Masks:
         """The masks of samples of one bucket; ones for an image that has none, or is not `masked`.
 
-        Raises StageError naming a mask that cannot be read, or has changed since it was scanned.
+        Raises UserError naming a mask that cannot be read, or has changed since it was scanned.
         """
         return Masks(
             keys=tuple(sample.key for sample in samples),
@@ -78,4 +78,4 @@ def _cut(table: MaskTable, path: str, key: str, crop: Crop) -> Tensor:
         reason = f"cannot be read: {error.strerror}"
     except UnreadableImage as error:
         reason = error.reason
-    raise StageError(f"the mask {place}: {reason}. Mend it, and materialize the dataset's masks again")
+    raise UserError(f"the mask {place}: {reason}. Mend it, and materialize the dataset's masks again")

@@ -14,7 +14,7 @@ from sdxl_pipeline.training.rng import uniform
 
 
 @dataclass(frozen=True)
-class Weighed:
+class LossMask:
     """What counts of some images."""
 
     keys: tuple[str, ...]
@@ -39,7 +39,7 @@ class LossWeights:
     asks_base: bool = True
     """Whether their target is the base model's prediction. Where the base model's own weights are trained, there is none to ask."""
 
-    def of(self, samples: Sequence[Sample], seed: int, index: int, slots: Sequence[int]) -> Weighed:
+    def of(self, samples: Sequence[Sample], seed: int, index: int, slots: Sequence[int]) -> LossMask:
         """What counts of samples of one bucket that have these slots in the global batch `index`."""
         keys = tuple(sample.key for sample in samples)
         prior = tuple(sample.dataset_id in self.prior for sample in samples)
@@ -53,7 +53,7 @@ class LossWeights:
                 :, None, None, None
             ]
             weights = counted if weights is None else weights * counted
-        return Weighed(keys, weights, prior if self.prior and self.asks_base else ())
+        return LossMask(keys, weights, prior if self.prior and self.asks_base else ())
 
 
 def build_loss_weights(spec: TrainSpec) -> LossWeights:

@@ -18,7 +18,7 @@ from sdxl_pipeline.config.hardware_profiles import Hardware
 from sdxl_pipeline.config.schema.datasets import CacheMode
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.runtime.specs import TrainingDataset
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.samples import Sample
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class OnDemandEncoders:
         self._lock = RLock()
 
     def latents(self, dataset: TrainingDataset, sample: Sample) -> Tensors:
-        """`mean` and `logvar` of a sample. Raises StageError naming the image when it cannot be read, or is another one by now."""
+        """`mean` and `logvar` of a sample. Raises UserError naming the image when it cannot be read, or is another one by now."""
         if sample.latent_key is not None:
             crop = SimpleNamespace(key=sample.key, **vars(sample.crop))
             made = latent_key(crop, self._base_model.vae_digest, self._hardware.vae_dtype)
@@ -183,7 +183,7 @@ def read_from(
 def _require_same_name(dataset: TrainingDataset, made: str, expected: str, stage: str) -> None:
     """Refuse to write under a name what it does not stand for: the store would be wrong for everyone who shares it."""
     if made != expected:
-        raise StageError(
+        raise UserError(
             f"dataset {dataset.dataset_id!r}: {stage} was planned with another model, precision or crop plan than the training encodes "
             f"with; materialize {stage} again, or leave vae_dtype and mixed_precision out of the launchpad"
         )

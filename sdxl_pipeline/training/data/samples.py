@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 from sdxl_pipeline.data.buckets.crop_plan import Crop
 from sdxl_pipeline.data.scan.table_digests import frame_digest
 from sdxl_pipeline.runtime.specs import TrainingDataset
-from sdxl_pipeline.runtime.stage_runner import StageError
-from sdxl_pipeline.training.rng import seed_for
+from sdxl_pipeline.runtime.stage_runner import UserError
+from sdxl_pipeline.training.rng import derive_seed
 
 Split = Literal["train", "eval"]
 MicroConditioning = Literal["original", "resized"]
@@ -32,8 +32,8 @@ _DIGESTED = (
     *_IMAGE,
     "crop_index",
     "latent_key",
-    "told_h",
-    "told_w",
+    "original_height",
+    "original_width",
     "crop_top",
     "crop_left",
     "bucket_h",
@@ -81,7 +81,7 @@ class Sample:
 class Samples(Sequence[Sample]):
     """Samples in columns, since a run may have millions; those of one image stand together, by their crop_index.
 
-    `frame` has a row per sample: dataset_id, key, copy, crop_index, path, latent_key, the fields of Crop, told_h and told_w (the size
+    `frame` has a row per sample: dataset_id, key, copy, crop_index, path, latent_key, the fields of Crop, original_height and original_width (the size
     that SDXL is told), and embed_keys, joined by spaces. It is sorted by the first four, which makes the order a matter of content.
     """
 
@@ -116,7 +116,7 @@ class Samples(Sequence[Sample]):
             ),
             latent_key=str(row["latent_key"]),
             embed_keys=tuple(str(row["embed_keys"]).split(" ")),
-            original_size=(int(row["told_h"]), int(row["told_w"])),
+            original_size=(int(row["original_height"]), int(row["original_width"])),
         )
 
     @cached_property
@@ -150,7 +150,7 @@ class Samples(Sequence[Sample]):
         return codes, [(size >> 32, size & (2**32 - 1)) for size in sizes.tolist()]
 
     @cached_property
-    def lots(self) -> np.ndarray:
+    def random_draws(self) -> np.ndarray:
         """A random number below 2**64 for each image, a function of its name alone: uint64 of shape (images,)."""
         images = self._frame.iloc[self.first]
         digests = bytes.fromhex("".join(images["key"].tolist()))
@@ -158,7 +158,7 @@ class Samples(Sequence[Sample]):
         codes, names = self.datasets
         copies, number = np.unique(images["copy"].to_numpy(), return_inverse=True)
         salts = np.array(
-            [[seed_for("picture", name, copy) for copy in copies.tolist()] for name in names], np.uint64
+            [[derive_seed("picture", name, copy) for copy in copies.tolist()] for name in names], np.uint64
         ).reshape(len(names), -1)
         return content ^ salts[codes, number]
 
@@ -203,7 +203,7 @@ def load_samples(
 
     `micro_conditioning` says what SDXL is told as the image's original size: the file's own, or the size it was resized to.
     Images that the latent stage reported as failed are left out, and so is from training what another dataset holds out. Raises
-    StageError when an image has no latent or no caption embedding otherwise: the caches are then older than the dataset.
+    UserError when an image has no latent or no caption embedding otherwise: the caches are then older than the dataset.
     """
     datasets = list(datasets)
     frame = pd.concat(
@@ -249,7 +249,7 @@ def _load_dataset(
     _require(dataset, "caption embedding", rows.loc[rows["embed_keys"].isna(), "path"].tolist())
     _require_as_many(dataset, rows, captions)
     told = "original" if micro_conditioning == "original" else "resized"
-    rows["told_h"], rows["told_w"] = rows[f"{told}_h"], rows[f"{told}_w"]
+    rows["original_height"], rows["original_width"] = rows[f"{told}_h"], rows[f"{told}_w"]
     rows["dataset_id"] = pd.Series(dataset.dataset_id, index=rows.index, dtype="str")
     return rows
 
@@ -270,7 +270,7 @@ def _captions_by_copy(dataset: TrainingDataset) -> pd.DataFrame:
 
 
 def _require_as_many(dataset: TrainingDataset, rows: pd.DataFrame, captions: pd.DataFrame) -> None:
-    """Raise StageError when captions are known of a copy that is not in the plan: the rest would be paired by guessing."""
+    """Raise UserError when captions are known of a copy that is not in the plan: the rest would be paired by guessing."""
     if captions["copy"].any():
         further = captions[captions["copy"] > 0]
         known = set(zip(rows["key"], rows["copy"], strict=True))
@@ -290,7 +290,7 @@ def _require(dataset: TrainingDataset, what: str, missing: list[str]) -> None:
     if missing:
         distinct = list(dict.fromkeys(missing))
         names = ", ".join(distinct[:NAMED_IN_ERRORS]) + (", ..." if len(distinct) > NAMED_IN_ERRORS else "")
-        raise StageError(
+        raise UserError(
             f"dataset {dataset.dataset_id!r}: {len(distinct)} images of the crop plan have no {what} ({names}); "
             "materialize the dataset's vae_latents and text_embeds again"
         )

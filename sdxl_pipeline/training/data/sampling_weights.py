@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.samples import Samples
 
 
@@ -27,7 +27,7 @@ class SampledDataset(Protocol):
 
 
 @dataclass(frozen=True)
-class Passes:
+class SamplingWeights:
     """What an epoch takes of each dataset."""
 
     by_dataset: Mapping[str, float]
@@ -35,7 +35,7 @@ class Passes:
     """The `repeats` that stand in for those of the settings, where these would not fill a step."""
 
 
-def passes_per_epoch(datasets: Sequence[SampledDataset], samples: Samples) -> dict[str, float]:
+def sampling_weights_per_epoch(datasets: Sequence[SampledDataset], samples: Samples) -> dict[str, float]:
     """How often the images of each dataset among `samples` appear in an epoch.
 
     That is repeats + 1, times the dataset's probability relative to the largest one.
@@ -46,20 +46,20 @@ def passes_per_epoch(datasets: Sequence[SampledDataset], samples: Samples) -> di
     return {dataset.dataset_id: (dataset.repeats + 1) * dataset.probability / largest for dataset in used}
 
 
-def planned_passes(
+def plan_sampling_weights(
     datasets: Sequence[SampledDataset], samples: Samples, settings: TrainingSettings, num_processes: int
-) -> Passes:
-    """`passes_per_epoch`, if one epoch fills one optimizer step, counted over all datasets together, since they share their batches.
+) -> SamplingWeights:
+    """`sampling_weights_per_epoch`, if one epoch fills one optimizer step, counted over all datasets together, since they share their batches.
 
     Else, with `allow_dataset_oversubscription`, every dataset's passes are multiplied by the smallest whole number that does it, which
-    leaves their shares as they are; without it StageError names the numbers and the `repeats` that would do.
+    leaves their shares as they are; without it UserError names the numbers and the `repeats` that would do.
     """
     counts = samples.images_by_dataset()
     if not counts:
-        raise StageError(
+        raise UserError(
             "there is no image to train on: the datasets' aspect_buckets have no row of the split 'train'"
         )
-    passes = passes_per_epoch(datasets, samples)
+    passes = sampling_weights_per_epoch(datasets, samples)
 
     def images(factor: int) -> int:
         return sum(math.floor(count * passes[name] * factor) for name, count in counts.items())
@@ -68,12 +68,12 @@ def planned_passes(
     need = settings.train_batch_size * num_processes * accumulation
     have = images(1)
     if have >= need:
-        return Passes(passes)
+        return SamplingWeights(passes)
     if settings.allow_dataset_oversubscription:
         factor = max(2, math.ceil(need / sum(count * passes[name] for name, count in counts.items())))
         while images(factor) < need:  # part of an image is none
             factor += 1
-        return Passes(
+        return SamplingWeights(
             {name: value * factor for name, value in passes.items()},
             {
                 dataset.dataset_id: (dataset.repeats + 1) * factor - 1
@@ -88,7 +88,7 @@ def planned_passes(
     own = counts[largest.dataset_id] * passes[largest.dataset_id]
     lacking = need - have + math.floor(own)
     repeats = math.ceil(lacking * (largest.repeats + 1) / own) - 1
-    raise StageError(
+    raise UserError(
         f"the datasets give {have} images an epoch, but one step takes {need}: train_batch_size {settings.train_batch_size} x "
         f'{num_processes} processes x gradient_accumulation_steps {accumulation}. Set "repeats": {repeats} for dataset '
         f"{largest.dataset_id!r} in the data backend file, or lower one of the three, or set allow_dataset_oversubscription to have them raised"

@@ -7,9 +7,9 @@ import pandas as pd
 
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.runtime.specs import TrainingPlan
-from sdxl_pipeline.training.data.bucket_sampler import SampleOrder, planned_steps
+from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler, total_planned_steps
 from sdxl_pipeline.training.data.samples import Samples, held_out_keys
-from sdxl_pipeline.training.data.sampling_weights import planned_passes
+from sdxl_pipeline.training.data.sampling_weights import plan_sampling_weights
 
 
 class PlannedDataset(NamedTuple):
@@ -24,12 +24,12 @@ class PlannedDataset(NamedTuple):
 def plan_training(
     datasets: Sequence[PlannedDataset], settings: TrainingSettings, num_processes: int
 ) -> TrainingPlan:
-    """Return the numbers of a run. Raises StageError when the images do not fill a step, or the steps are fewer than the warm-up's."""
+    """Return the numbers of a run. Raises UserError when the images do not fill a step, or the steps are fewer than the warm-up's."""
     held_out_anywhere = held_out_keys(dataset.rows for dataset in datasets)
     rows = pd.concat([_train_rows(dataset) for dataset in datasets], ignore_index=True)
     samples = Samples(rows[~rows["key"].isin(held_out_anywhere)])
-    passes = planned_passes(datasets, samples, settings, num_processes)
-    order = SampleOrder(
+    passes = plan_sampling_weights(datasets, samples, settings, num_processes)
+    order = BucketBatchSampler(
         samples,
         passes.by_dataset,
         settings.seed,
@@ -42,7 +42,7 @@ def plan_training(
         for dataset in datasets
     }
     return TrainingPlan(
-        steps=planned_steps(settings, order),
+        steps=total_planned_steps(settings, order),
         batches_per_epoch=order.batches_in(0),
         images_per_epoch=order.images_until(order.batches_in(0)),
         trained_images=samples.images_by_dataset(),

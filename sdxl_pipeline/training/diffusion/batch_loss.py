@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.training.data.batches import ALL, Batch
 from sdxl_pipeline.training.diffusion.objective import build_objective
-from sdxl_pipeline.training.diffusion.prior_preservation import towards_base
+from sdxl_pipeline.training.diffusion.prior_preservation import prior_preservation_target
 from sdxl_pipeline.training.diffusion.scheduled_sampling import Predict, build_solver, roll_out
 from sdxl_pipeline.training.trainable import Trainable
 
@@ -33,26 +33,28 @@ class BatchLoss:
         """Mean loss of a batch on the device, (). `module` is that of `trainable`, or what data parallelism has wrapped around it."""
         objective, timesteps = self.objective, batch.timesteps
         # no gradient flows through what asks without the wrapping, so the processes need not meet there
-        aside = partial(self._predict, self._trainable.module, batch)
+        predict_no_grad = partial(self._predict, self._trainable.module, batch)
         noisy_latents = objective.add_noise(batch.latents, batch.input_noise, timesteps)
         if batch.rollouts:
-            noisy_latents = self._rolled_out(batch, noisy_latents, aside)
-        wanted = objective.wanted(batch.latents, batch.noise, timesteps)
+            noisy_latents = self._rolled_out(batch, noisy_latents, predict_no_grad)
+        target = objective.target(batch.latents, batch.noise, timesteps)
         if any(batch.prior):
-            wanted = towards_base(
-                wanted,
+            target = prior_preservation_target(
+                target,
                 batch,
                 noisy_latents,
                 objective,
                 self._trainable.unet,
-                aside,
+                predict_no_grad,
                 self._trainable.encoders,
             )
         prediction = self._predict(module, batch, noisy_latents, timesteps)
-        errors = objective.errors(objective.judged(prediction, noisy_latents, timesteps), wanted, timesteps)
+        loss = objective.elementwise_loss(
+            objective.to_loss_space(prediction, noisy_latents, timesteps), target, timesteps
+        )
         if batch.loss_weights is not None:
-            errors = errors * batch.loss_weights
-        return objective.losses(errors, timesteps).mean()
+            loss = loss * batch.loss_weights
+        return objective.per_sample_loss(loss, timesteps).mean()
 
     def _predict(
         self,

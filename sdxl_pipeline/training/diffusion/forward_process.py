@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.training.diffusion.noise import NoiseDraw, build_noise_draw
-from sdxl_pipeline.training.diffusion.scheduled_sampling import Rollout, RolloutDraw, build_rollout_draw
-from sdxl_pipeline.training.diffusion.timesteps import TimestepDraw, build_timestep_draw
+from sdxl_pipeline.training.diffusion.noise import NoiseSampler, build_noise_sampler
+from sdxl_pipeline.training.diffusion.scheduled_sampling import Rollout, RolloutSampler, build_rollout_sampler
+from sdxl_pipeline.training.diffusion.timesteps import TimestepSampler, build_timestep_sampler
 
 
 @dataclass(frozen=True)
-class Corrupted:
+class NoiseSample:
     """What was drawn for the images of one batch."""
 
     noise: Tensor  # (B, C, H, W) float32: what the UNet is asked for
@@ -23,18 +23,18 @@ class Corrupted:
 
 
 @dataclass(frozen=True)
-class Corruption:
+class ForwardProcess:
     """How noise and timesteps are drawn: pure functions of (seed, batch, slot), and of the optimizer step where they change with it."""
 
-    timesteps: TimestepDraw
-    noise: NoiseDraw = field(default_factory=NoiseDraw)
-    rollouts: RolloutDraw | None = None
+    timesteps: TimestepSampler
+    noise: NoiseSampler = field(default_factory=NoiseSampler)
+    rollouts: RolloutSampler | None = None
     accumulation: int = 1
     """Batches in an optimizer step."""
 
     def draw(
         self, shape: Sequence[int], seed: int, index: int, slots: Sequence[int], global_batch_size: int
-    ) -> Corrupted:
+    ) -> NoiseSample:
         """For the images in `slots` of the global batch `index`, whose latents have `shape` (C, H, W)."""
         step = index // self.accumulation
         noise = [self.noise.noise(shape, seed, index, slot) for slot in slots]
@@ -47,7 +47,7 @@ class Corruption:
             else None
         )
         timesteps = [self.timesteps.draw(seed, index, slot, global_batch_size) for slot in slots]
-        return Corrupted(
+        return NoiseSample(
             torch.stack(noise),
             torch.stack(perturbed) if perturbed else None,
             torch.tensor(timesteps),
@@ -55,11 +55,11 @@ class Corruption:
         )
 
 
-def build_corruption(settings: TrainingSettings, num_train_timesteps: int) -> Corruption:
+def build_forward_process(settings: TrainingSettings, num_train_timesteps: int) -> ForwardProcess:
     """What the settings ask for."""
-    return Corruption(
-        build_timestep_draw(settings, num_train_timesteps),
-        build_noise_draw(settings),
-        build_rollout_draw(settings, num_train_timesteps),
+    return ForwardProcess(
+        build_timestep_sampler(settings, num_train_timesteps),
+        build_noise_sampler(settings),
+        build_rollout_sampler(settings, num_train_timesteps),
         settings.gradient_accumulation_steps,
     )

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.training.rng import seed_for, uniform
+from sdxl_pipeline.training.rng import derive_seed, uniform
 
 
 @dataclass(frozen=True)
-class NoiseDraw:
+class NoiseSampler:
     """The noise of every slot of a global batch, a pure function of (seed, batch, slot), drawn on the CPU: the same on every device."""
 
     offset: float = 0.0
@@ -43,9 +43,9 @@ class NoiseDraw:
         return noise + self.perturbation_at(step) * torch.randn(noise.shape, generator=generator)
 
 
-def build_noise_draw(settings: TrainingSettings) -> NoiseDraw:
+def build_noise_sampler(settings: TrainingSettings) -> NoiseSampler:
     """The draw that the settings ask for."""
-    return NoiseDraw(
+    return NoiseSampler(
         offset=settings.noise_offset if settings.offset_noise else 0.0,
         offset_probability=settings.noise_offset_probability,
         perturbation=settings.input_perturbation,
@@ -54,4 +54,4 @@ def build_noise_draw(settings: TrainingSettings) -> NoiseDraw:
 
 
 def _generator(seed: int, purpose: str, index: int, slot: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed_for(seed, purpose, index, slot))
+    return torch.Generator().manual_seed(derive_seed(seed, purpose, index, slot))

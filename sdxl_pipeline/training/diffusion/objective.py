@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.diffusion.diff2flow import flow_from_epsilon, flow_from_velocity, flow_target
 from sdxl_pipeline.training.diffusion.huber_loss import HuberLoss
 from sdxl_pipeline.training.diffusion.weighting import Weighting, build_weighting
@@ -49,7 +49,7 @@ class Objective:
         signal, sigma = self._scales(timesteps)
         return signal * latents + sigma * noise
 
-    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def prediction_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the UNet should answer: eps, v_t or x_0, (B, C, H, W)."""
         if self.prediction_type == "epsilon":
             return noise
@@ -72,26 +72,31 @@ class Objective:
             return weights / snr
         return weights / (snr + 1) if self.prediction_type == "v_prediction" else weights
 
-    def judged(self, prediction: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
-        """What is judged of the UNet's answer `prediction` to `noisy_latents`: itself, or the flow it amounts to; (B, C, H, W) float32."""
+    def to_loss_space(self, prediction: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        """Return what the loss compares for the UNet's output: `prediction` itself, or the flow it implies; (B, C, H, W) float32."""
         if not self.diff2flow:
             return prediction.float()
         flow = flow_from_epsilon if self.prediction_type == "epsilon" else flow_from_velocity
         return flow(prediction.float(), noisy_latents, *self._scales(timesteps))
 
-    def wanted(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What `judged` should be, (B, C, H, W). The UNet may have seen other noise than this."""
-        return flow_target(latents, noise) if self.diff2flow else self.target(latents, noise, timesteps)
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the target of `to_loss_space`, (B, C, H, W). The UNet may have seen other noise than `noise`."""
+        return (
+            flow_target(latents, noise)
+            if self.diff2flow
+            else self.prediction_target(latents, noise, timesteps)
+        )
 
-    def errors(self, judged: Tensor, wanted: Tensor, timesteps: Tensor) -> Tensor:
-        """What the difference costs at each place, not yet weighted by timestep, (B, C, H, W)."""
+    def elementwise_loss(self, prediction: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the loss of each element, not yet weighted by timestep, (B, C, H, W)."""
+        error = prediction - target
         if self.huber is not None:
-            return self.huber(judged - wanted, timesteps, self.alphas_cumprod)
-        return (judged - wanted).square()
+            return self.huber(error, timesteps, self.alphas_cumprod)
+        return error.square()
 
-    def losses(self, errors: Tensor, timesteps: Tensor) -> Tensor:
-        """Weighted mean of each image's `errors`, (B,)."""
-        return self.weights(timesteps) * errors.mean(dim=(1, 2, 3))
+    def per_sample_loss(self, elementwise_loss: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the weighted mean of each sample's elements, (B,)."""
+        return self.weights(timesteps) * elementwise_loss.mean(dim=(1, 2, 3))
 
     def _scales(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """(sqrt(abar), sqrt(1 - abar)), each (B, 1, 1, 1)."""
@@ -102,17 +107,17 @@ class Objective:
 def build_objective(settings: TrainingSettings, scheduler: DDPMScheduler) -> Objective:
     """The objective that the settings ask for, over the schedule of `scheduler`, which holds what they change in it.
 
-    Raises StageError for predictions that the schedule does not allow.
+    Raises UserError for predictions that the schedule does not allow.
     """
     prediction_type = scheduler.config.prediction_type
     if prediction_type == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
-        raise StageError(
+        raise UserError(
             "with rescale_betas_zero_snr the last timestep is pure noise, which the UNet would only have to repeat: a prediction of eps "
             "says nothing of the image there, and no sampler can start from it. Set prediction_type to v_prediction for a base "
             "model that predicts v, or rescale_betas_zero_snr to false"
         )
     if settings.diff2flow_loss and prediction_type == "sample":
-        raise StageError(
+        raise UserError(
             "diff2flow_loss needs a base model that predicts eps or v, but this one predicts the sample"
         )
     huber = (

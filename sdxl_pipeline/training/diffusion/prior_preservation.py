@@ -19,7 +19,7 @@ from sdxl_pipeline.training.diffusion.scheduled_sampling import Predict
 
 
 @torch.no_grad()
-def towards_base(
+def prior_preservation_target(
     wanted: Tensor,
     batch: Batch,
     noisy_latents: Tensor,
@@ -40,4 +40,4 @@ def towards_base(
     noisy, timesteps = noisy_latents[items], batch.timesteps[items]
     with without_adapter(unet, *encoders):
         prediction = predict(noisy, timesteps, items)
-    return wanted.index_copy(0, items, objective.judged(prediction, noisy, timesteps))
+    return wanted.index_copy(0, items, objective.to_loss_space(prediction, noisy, timesteps))

@@ -50,7 +50,7 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class RolloutDraw:
+class RolloutSampler:
     """Which images are rolled out, and from where: a pure function of (seed, batch, slot)."""
 
     num_train_timesteps: int
@@ -168,11 +168,11 @@ def roll_out(
     return rolled_out
 
 
-def build_rollout_draw(settings: TrainingSettings, num_train_timesteps: int) -> RolloutDraw | None:
+def build_rollout_sampler(settings: TrainingSettings, num_train_timesteps: int) -> RolloutSampler | None:
     """The draw that the settings ask for; None when nothing is ever rolled out."""
     if not settings.scheduled_sampling_max_step_offset:
         return None
-    return RolloutDraw(
+    return RolloutSampler(
         num_train_timesteps,
         max_offset=settings.scheduled_sampling_max_step_offset,
         probability=settings.scheduled_sampling_probability,

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.training.rng import choose, seed_for, uniform
+from sdxl_pipeline.training.rng import choose, derive_seed, uniform
 
 
 @dataclass(frozen=True)
-class TimestepDraw:
+class TimestepSampler:
     """The timestep of every slot of a global batch, a pure function of (seed, batch, slot)."""
 
     num_train_timesteps: int
@@ -24,7 +24,7 @@ class TimestepDraw:
     def draw(self, seed: int, index: int, slot: int, slots: int) -> int:
         """The timestep of `slot` in the global batch `index` of `slots` images."""
         if self.favoured is None and not self.segmented:
-            generator = torch.Generator().manual_seed(seed_for(seed, "timestep", index, slot))
+            generator = torch.Generator().manual_seed(derive_seed(seed, "timestep", index, slot))
             return int(torch.randint(self.num_train_timesteps, (1,), generator=generator))
         place = uniform(seed, "timestep", index, slot)
         if self.segmented:
@@ -43,9 +43,9 @@ class TimestepDraw:
         return cumulative / cumulative[-1]
 
 
-def build_timestep_draw(settings: TrainingSettings, num_train_timesteps: int) -> TimestepDraw:
+def build_timestep_sampler(settings: TrainingSettings, num_train_timesteps: int) -> TimestepSampler:
     """The draw that the settings ask for."""
-    return TimestepDraw(
+    return TimestepSampler(
         num_train_timesteps,
         settings.favoured_timesteps(num_train_timesteps),
         settings.timestep_bias_multiplier,

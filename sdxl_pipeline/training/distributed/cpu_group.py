@@ -9,7 +9,7 @@ TIMEOUT = timedelta(days=7)
 """How long a process waits for the others: as long as the first may draw images, measure, or wait for space on its disk."""
 
 
-class HostGroup:
+class CpuGroup:
     """The processes of a training, from the accelerator's start on; with one process nothing is said and nobody waits."""
 
     def __init__(self, num_processes: int) -> None:
@@ -17,7 +17,7 @@ class HostGroup:
             torch.distributed.new_group(backend="gloo", timeout=TIMEOUT) if num_processes > 1 else None
         )
 
-    def any_of(self, *flags: bool) -> list[bool]:
+    def all_reduce_any(self, *flags: bool) -> list[bool]:
         """Which flags are raised on any process: the same answer everywhere, so that none goes on to wait for one that has left."""
         if self._group is None:
             return list(flags)

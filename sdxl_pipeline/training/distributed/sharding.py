@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.trainable import TrainableUNet
 
 SHARDED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
@@ -28,7 +28,7 @@ SHARDED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
 class ShardedUNet(TrainableUNet):
     """The UNet itself, divided among the processes by `to`.
 
-    `unet` is the divided one, which can be called only by all processes together; on the main process, while `gathered` runs, it is a
+    `unet` is the divided one, which can be called only by all processes together; on the main process, while `summon_full_params` runs, it is a
     whole one.
     """
 
@@ -37,10 +37,10 @@ class ShardedUNet(TrainableUNet):
         self._reshard_after_forward = reshard_after_forward
 
     def to(self, device: torch.device) -> Self:
-        """Divide the UNet, block by block, each part on its process's device. Raises StageError where there is but one process."""
+        """Divide the UNet, block by block, each part on its process's device. Raises UserError where there is but one process."""
         processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         if processes == 1:
-            raise StageError(
+            raise UserError(
                 "config.json: fsdp_enable divides the UNet among several processes, but there is one. Choose a hardware profile with "
                 "more devices, or write false"
             )
@@ -56,7 +56,7 @@ class ShardedUNet(TrainableUNet):
         return self
 
     @property
-    def holds_parameters(self) -> bool:
+    def export_is_exact(self) -> bool:
         """All of them are trained."""
         return True
 
@@ -66,10 +66,12 @@ class ShardedUNet(TrainableUNet):
         return module
 
     @contextmanager
-    def gathered(self, device: torch.device) -> Iterator[None]:
+    def summon_full_params(self, device: torch.device) -> Iterator[None]:
         """Have `unet` whole on `device`, on the main process. To be entered by all processes together."""
         keeps = torch.distributed.get_rank() == 0
-        weights = {name: _whole(parameter, keeps, device) for name, parameter in self.parameters.items()}
+        weights = {
+            name: _full_tensor(parameter, keeps, device) for name, parameter in self.parameters.items()
+        }
         divided = self.unet
         if keeps:
             self.unet = _unet_of(divided, weights)
@@ -79,31 +81,31 @@ class ShardedUNet(TrainableUNet):
         finally:
             self.unet = divided
 
-    def whole_parameters(self) -> dict[str, Tensor]:
-        """`parameters` as a checkpoint holds them; on the main process, while `gathered` runs."""
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """`parameters` as a checkpoint holds them; on the main process, while `summon_full_params` runs."""
         return {name: parameter.detach() for name, parameter in self.unet.named_parameters()}
 
-    def whole_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
+    def full_optimizer_state_dict(self, state: dict[str, Any]) -> dict[str, Any]:
         """An optimizer's state with whole tensors on the main process. To be called by all processes together."""
         keeps = torch.distributed.get_rank() == 0
         cpu = torch.device("cpu")
         values = {
-            index: {name: _whole(value, keeps, cpu) for name, value in entries.items()}
+            index: {name: _full_tensor(value, keeps, cpu) for name, value in entries.items()}
             for index, entries in state["state"].items()
         }
         return {**state, "state": values}
 
-    def divided_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
+    def shard_optimizer_state_dict(self, state: dict[str, Any]) -> dict[str, Any]:
         """The part of a whole optimizer state that is this process's own."""
         parameters = list(self.parameters.values())
         values = {
-            index: {name: own_part(value, parameters[index]) for name, value in entries.items()}
+            index: {name: shard_like(value, parameters[index]) for name, value in entries.items()}
             for index, entries in state["state"].items()
         }
         return {**state, "state": values}
 
 
-def own_part(value: Any, parameter: Tensor) -> Any:
+def shard_like(value: Any, parameter: Tensor) -> Any:
     """Of a tensor shaped like a divided parameter what is this process's own; anything else as it is."""
     if not (isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape):
         return value
@@ -113,12 +115,12 @@ def own_part(value: Any, parameter: Tensor) -> Any:
     )
 
 
-def whole_number(value: Tensor) -> Tensor:
+def to_full_tensor(value: Tensor) -> Tensor:
     """A number of all processes together, such as a norm, as an ordinary tensor."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _whole(value: Any, keeps: bool, device: torch.device) -> Any:
+def _full_tensor(value: Any, keeps: bool, device: torch.device) -> Any:
     """A tensor gathered from all processes, for the one that keeps it; an empty one for the others."""
     if not isinstance(value, DTensor):
         return value

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sdxl_pipeline.files.atomic_files import write_text_atomic
 from sdxl_pipeline.runtime.specs import LossSummary, StageModel
-from sdxl_pipeline.training.logging.metrics_log import whole_lines
+from sdxl_pipeline.training.logging.metrics_log import complete_lines
 
 EVAL_FILE = "eval_loss.jsonl"
 
@@ -45,4 +45,4 @@ def read_eval_log(run_dir: Path) -> list[EvalRow]:
     path = run_dir / EVAL_FILE
     if not path.exists():
         return []
-    return [EvalRow.model_validate(json.loads(line)) for line in whole_lines(path)]
+    return [EvalRow.model_validate(json.loads(line)) for line in complete_lines(path)]

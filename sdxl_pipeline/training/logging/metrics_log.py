@@ -55,10 +55,10 @@ def read_metrics(path: Path) -> list[StepMetrics]:
     """The rows of a log, without a last line that a kill cut short. Empty when there is no log yet."""
     if not path.exists():
         return []
-    return [StepMetrics(**json.loads(line)) for line in whole_lines(path)]
+    return [StepMetrics(**json.loads(line)) for line in complete_lines(path)]
 
 
-def whole_lines(path: Path) -> list[str]:
+def complete_lines(path: Path) -> list[str]:
     """The lines of a text file that end in a newline."""
     return [
         line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")

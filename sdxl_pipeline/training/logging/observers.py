@@ -8,7 +8,7 @@ from types import TracebackType
 from sdxl_pipeline.config.problems import ProjectError
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import LossSummary, TrainedLora, TrainSpec, ValidationImage
-from sdxl_pipeline.runtime.stage_runner import StageError, StageStopped
+from sdxl_pipeline.runtime.stage_runner import StageStopped, UserError
 from sdxl_pipeline.runtime.webhook import (
     PREVIEW,
     PROGRESS,
@@ -27,11 +27,11 @@ PREVIEW_SECONDS = 2.0
 """Between two previews of an image on the run's page and in its log; trackers and webhooks get them all."""
 
 
-class Watch:
+class RunObserver:
     """Tells everyone. Make one on the main process only.
 
     As a context manager around all that may fail it tells what ends the run early, and closes the trackers and the webhooks. Raises
-    StageError for trackers and webhooks that cannot be used.
+    UserError for trackers and webhooks that cannot be used.
     """
 
     def __init__(self, spec: TrainSpec, identity: str, reporter: Reporter) -> None:
@@ -43,15 +43,15 @@ class Watch:
         try:
             webhooks = load_webhooks(Path(config) if config else None)
         except ProjectError as error:
-            raise StageError(str(error)) from error
+            raise UserError(str(error)) from error
         self._trackers = Trackers(spec, identity)
         self._webhooks = Webhooks(webhooks, Origin(spec.project, identity[:12]), reporter.log)
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "RunObserver":
         return self
 
     def begin(self, resumed_at: int, total_steps: int) -> None:
-        """All is loaded, and the first step comes next. Raises StageError for a tracker that does not begin."""
+        """All is loaded, and the first step comes next. Raises UserError for a tracker that does not begin."""
         self._trackers.start(resumed_at)
         self._step, self._total_steps = resumed_at, total_steps
         begins = "starts" if resumed_at == 0 else f"goes on from step {resumed_at}"
@@ -64,7 +64,7 @@ class Watch:
             self._send("training.stopped", "The training was stopped; the next run goes on.", "warning")
         elif error is not None:
             # Only the words of an error that was made for users are known to hold nothing private.
-            reason = str(error) if isinstance(error, StageError) else type(error).__name__
+            reason = str(error) if isinstance(error, UserError) else type(error).__name__
             self._send("training.failed", f"The training failed: {reason}", "error")
         try:
             self._trackers.close()

@@ -10,15 +10,15 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sdxl_pipeline.runtime.reporter import Reporter
-from sdxl_pipeline.training.data.bucket_sampler import Draw, SampleOrder
+from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler, SampleRef
 from sdxl_pipeline.training.logging.metrics_log import MetricsLog, StepMetrics
-from sdxl_pipeline.training.logging.observers import Watch
+from sdxl_pipeline.training.logging.observers import RunObserver
 from sdxl_pipeline.training.optim.non_finite import SkippedSteps
-from sdxl_pipeline.training.validation.validation_runner import Looks
+from sdxl_pipeline.training.validation.validation_runner import Validator
 
 
 @dataclass(frozen=True, slots=True)
-class TakenStep:
+class StepRecord:
     """One optimizer step, taken or skipped, as the device knows it."""
 
     number: int  # 1 for the first
@@ -32,30 +32,30 @@ class TakenStep:
 class StepLog:
     """Keeps steps on the device until `report`, the only moment when the training waits for it.
 
-    Each process has one; `metrics`, `watch` and `looks` are the main process's alone.
+    Each process has one; `metrics`, `watch` and `validator` are the main process's alone.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
         reporter: Reporter,
-        order: SampleOrder,
+        order: BucketBatchSampler,
         total_steps: int,
         training_seconds: float,
         metrics: MetricsLog | None,
-        watch: Watch | None,
-        looks: Looks | None = None,
+        watch: RunObserver | None,
+        validator: Validator | None = None,
     ) -> None:
         self._accelerator, self._reporter = accelerator, reporter
         self._order, self._total_steps = order, total_steps
-        self._metrics, self._watch, self._looks = metrics, watch, looks
-        self._kept: list[TakenStep] = []
+        self._metrics, self._watch, self._looks = metrics, watch, validator
+        self._kept: list[StepRecord] = []
         self._skipped = SkippedSteps(total_steps)
         self.training_seconds = training_seconds
         """Spent in optimizer steps, by all sessions."""
         self.restart_clock()
 
-    def add(self, step: TakenStep) -> None:
+    def add(self, step: StepRecord) -> None:
         """Keep a step for the next report."""
         self._kept.append(step)
 
@@ -66,7 +66,7 @@ class StepLog:
     def report(self) -> None:
         """Fetch the steps kept since the last report; write and show those taken, and name those skipped.
 
-        Raises StageError when too many were skipped in a row.
+        Raises UserError when too many were skipped in a row.
         """
         if not self._kept:
             return
@@ -111,7 +111,7 @@ class StepLog:
         scaler = self._accelerator.scaler
         return scaler is not None and scaler.get_scale() >= 1
 
-    def _count_skipped(self, kept: list[TakenStep], rows: list[StepMetrics]) -> None:
+    def _count_skipped(self, kept: list[StepRecord], rows: list[StepMetrics]) -> None:
         if all(map(self._was_taken, rows)):
             self._skipped.taken()
             return
@@ -125,7 +125,7 @@ class StepLog:
                     self._skipped.skipped(step.number, row.loss, self._suspects(step, finite[:, index]))
                 )
 
-    def _suspects(self, step: TakenStep, finite: Tensor) -> Iterator[list[Draw]]:
+    def _suspects(self, step: StepRecord, finite: Tensor) -> Iterator[list[SampleRef]]:
         """The batches of a step whose loss was not finite, or all of them; `finite` is (processes, accumulation)."""
         processes, accumulation = finite.shape
         for part in range(accumulation):

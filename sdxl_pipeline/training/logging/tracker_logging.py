@@ -13,8 +13,8 @@ from PIL import Image
 
 from sdxl_pipeline.config.credentials import HIDDEN, without_credentials
 from sdxl_pipeline.runtime.specs import TrainSpec, ValidationImage
-from sdxl_pipeline.runtime.stage_runner import StageError
-from sdxl_pipeline.training.checkpoint.run_identity import numeric_settings
+from sdxl_pipeline.runtime.stage_runner import UserError
+from sdxl_pipeline.training.checkpoint.run_identity import settings_affecting_weights
 from sdxl_pipeline.training.logging.metrics_log import StepMetrics
 from sdxl_pipeline.training.validation.previews import Preview
 
@@ -23,7 +23,7 @@ KEY_VARIABLES = ("WANDB_API_KEY", "HF_TOKEN")
 
 
 class Trackers:
-    """The trackers of `report_to`. Make one on the main process only; raises StageError for one that cannot be used.
+    """The trackers of `report_to`. Make one on the main process only; raises UserError for one that cannot be used.
 
     tensorboard writes under `logging_dir`: the graph gives an absolute one, a relative one is seen from the run's folder. wandb and
     trackio obey their own environment (WANDB_MODE=offline needs no network, trackio keeps its figures under TRACKIO_DIR). All continue
@@ -37,7 +37,7 @@ class Trackers:
             require_tracker(name)
 
     def start(self, resumed_at: int) -> None:
-        """Begin, after accelerate's state is there; until then nothing is logged. Raises StageError for a tracker that will not."""
+        """Begin, after accelerate's state is there; until then nothing is logged. Raises UserError for a tracker that will not."""
         for name in self._spec.settings.report_to:
             with _told(name):
                 tracker = _build(name, self._spec, self._identity, resumed_at)
@@ -92,7 +92,7 @@ class Trackers:
 def _build(name: str, spec: TrainSpec, identity: str, resumed_at: int) -> GeneralTracker:
     settings = spec.settings
     project, run_name = settings.tracker_project_name or spec.project, settings.tracker_run_name
-    config = numeric_settings(settings)  # no places on this disk, no addresses
+    config = settings_affecting_weights(settings)  # no places on this disk, no addresses
     # tensorboard and trackio know runs by their names alone
     unique = f"{run_name}-{identity[:12]}" if run_name else identity[:12]
     if name == "tensorboard":
@@ -106,9 +106,9 @@ def _build(name: str, spec: TrainSpec, identity: str, resumed_at: int) -> Genera
 
 
 def require_tracker(name: str) -> None:
-    """Raise StageError when the package of a tracker is not installed, or wandb has no key."""
+    """Raise UserError when the package of a tracker is not installed, or wandb has no key."""
     if importlib.util.find_spec(name) is None:
-        raise StageError(
+        raise UserError(
             f"config.json: report_to asks for {name}, which is not installed; install the extra with "
             f"`pip install 'sdxl-pipeline[{name}]'`, or take {name} out of report_to"
         )
@@ -124,7 +124,7 @@ def _require_key() -> None:
         offline = wandb.setup().settings.mode in ("offline", "dryrun", "disabled")
         usable = offline or wandb.login(prompt=False, verify=False)
     if not usable:
-        raise StageError(
+        raise UserError(
             "config.json: report_to asks for wandb, which has no key on this machine; run `wandb login` there, set WANDB_API_KEY, or "
             "set WANDB_MODE=offline to keep the figures in the run's folder"
         )
@@ -132,14 +132,14 @@ def _require_key() -> None:
 
 @contextmanager
 def _told(name: str) -> Iterator[None]:
-    """Whatever a tracker raises becomes a StageError that names it, without the keys it was given."""
+    """Whatever a tracker raises becomes a UserError that names it, without the keys it was given."""
     try:
         yield
     except Exception as error:
         words = without_credentials(str(error))
         for variable in KEY_VARIABLES:
             words = words.replace(os.environ.get(variable) or HIDDEN, HIDDEN)
-        raise StageError(
+        raise UserError(
             f"config.json: report_to asks for {name}, which cannot be started ({type(error).__name__}: {words}); mend that, or take "
             f"{name} out of report_to"
         ) from error

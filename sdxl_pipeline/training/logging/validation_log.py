@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sdxl_pipeline.files.atomic_files import write_text_atomic
 from sdxl_pipeline.runtime.specs import ValidationImage
-from sdxl_pipeline.training.logging.metrics_log import whole_lines
+from sdxl_pipeline.training.logging.metrics_log import complete_lines
 
 VALIDATION_FILE = "validation.jsonl"
 
@@ -49,6 +49,6 @@ def read_validation_log(run_dir: Path) -> list[ValidationImage]:
     path = run_dir / VALIDATION_FILE
     if not path.exists():
         return []
-    rows = (json.loads(line) for line in whole_lines(path))
+    rows = (json.loads(line) for line in complete_lines(path))
     images = [ValidationImage(**{**row, "path": str(run_dir / row["path"])}) for row in rows]
     return [image for image in images if Path(image.path).exists()]

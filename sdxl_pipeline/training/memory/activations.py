@@ -12,17 +12,17 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from sdxl_pipeline.models.gradient_checkpointing import LAYERS, NEVER_RECOMPUTED
-from sdxl_pipeline.training.memory.adapter_activations import Kept, takes_text
+from sdxl_pipeline.training.memory.adapter_activations import SavedActivations, takes_text
 
 LATENT_EDGE = 8
 """Pixels along one edge of a latent."""
 
 _TOKENS: Final = 77
-_NO_ADAPTER: Final[Mapping[str, Kept]] = MappingProxyType({})
+_NO_ADAPTER: Final[Mapping[str, SavedActivations]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class Pass:
+class ForwardPass:
     """A forward pass with gradients. `dtype`: of the numbers it computes with."""
 
     height: int  # pixels
@@ -66,9 +66,9 @@ class Activations:
 
 
 def activations(
-    unet: UNet2DConditionModel, asked: Pass, adapters: Mapping[str, Kept] = _NO_ADAPTER
+    unet: UNet2DConditionModel, asked: ForwardPass, adapters: Mapping[str, SavedActivations] = _NO_ADAPTER
 ) -> Activations:
-    """What a pass takes; `adapters` is what `kept_by_adapters` says of the UNet.
+    """What a pass takes; `adapters` is what `saved_by_adapters` says of the UNet.
 
     Each layer keeps so many bytes for each number that goes in or comes out: a residual block for its input and output channels times
     its pixels, a transformer block for its channels times its tokens; with its adapter, what that keeps as well. A recomputed layer
@@ -94,14 +94,14 @@ def activations(
     return Activations(sum(kept) + outside, max(whole.values()))
 
 
-def _layers(unet: UNet2DConditionModel, asked: Pass) -> Iterator[tuple[str, float]]:
+def _layers(unet: UNet2DConditionModel, asked: ForwardPass) -> Iterator[tuple[str, float]]:
     """The name of each layer, and the bytes that it keeps without an adapter."""
     factors = _FACTORS[asked.full, asked.wide_norms]
     for name, size, is_residual in _sizes(unet, asked):
         yield name, size * (factors.residual if is_residual else factors.transformer)
 
 
-def _inputs(unet: UNet2DConditionModel, asked: Pass) -> Iterator[float]:
+def _inputs(unet: UNet2DConditionModel, asked: ForwardPass) -> Iterator[float]:
     factors = _FACTORS[asked.full, asked.wide_norms]
     for _, size, is_residual in _sizes(unet, asked):
         yield size * (factors.residual_inputs if is_residual else factors.transformer_inputs)
@@ -114,7 +114,7 @@ def _enclosing(name: str, layers: Mapping[str, float]) -> str | None:
     return name or None
 
 
-def _places(name: str, unet: UNet2DConditionModel, asked: Pass) -> int:
+def _places(name: str, unet: UNet2DConditionModel, asked: ForwardPass) -> int:
     """Tokens or pixels of one image that go into a layer."""
     if takes_text(name):
         return _TOKENS
@@ -127,12 +127,12 @@ def _places(name: str, unet: UNet2DConditionModel, asked: Pass) -> int:
     return _at_level(asked, level)
 
 
-def _at_level(asked: Pass, level: int) -> int:
+def _at_level(asked: ForwardPass, level: int) -> int:
     edge = LATENT_EDGE << level
     return (asked.height // edge) * (asked.width // edge)
 
 
-def _sizes(unet: UNet2DConditionModel, asked: Pass) -> Iterator[tuple[str, int, bool]]:
+def _sizes(unet: UNet2DConditionModel, asked: ForwardPass) -> Iterator[tuple[str, int, bool]]:
     """For each of `LAYERS`: its name, the bytes of its numbers, and whether it is a residual block."""
     each = asked.batch_size * asked.dtype.itemsize
     for name, layer in unet.named_modules():

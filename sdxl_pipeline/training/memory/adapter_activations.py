@@ -21,7 +21,7 @@ Layer = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Kept:
+class SavedActivations:
     """Bytes that an adapted layer keeps beyond those of the layer without its adapter."""
 
     by_place: float
@@ -30,15 +30,15 @@ class Kept:
     """For a pass, whatever goes in: weights that are rebuilt or cast."""
 
 
-def kept_by_adapters(unet: nn.Module, dtype: torch.dtype) -> dict[str, Kept]:
+def saved_by_adapters(unet: nn.Module, dtype: torch.dtype) -> dict[str, SavedActivations]:
     """For each adapted layer of a UNet that computes in `dtype`, by its name; none where there is no adapter.
 
     Of each kind and size of layer one runs, on a few zeros. An input that is kept as it is counts for the first of the layers that have
     it in common, and what attention gives to its last projection for none, since attention itself keeps that.
     """
-    answers: dict[tuple[Any, ...], tuple[Kept, float]] = {}
+    answers: dict[tuple[Any, ...], tuple[SavedActivations, float]] = {}
     counted = {_ATTENDED}
-    kept: dict[str, Kept] = {}
+    kept: dict[str, SavedActivations] = {}
     for name, adapted, plain, base in _adapted_layers(unet):
         key = (*_size(base), *(tuple(parameter.shape) for parameter in adapted.parameters()))
         if key not in answers:
@@ -46,7 +46,7 @@ def kept_by_adapters(unet: nn.Module, dtype: torch.dtype) -> dict[str, Kept]:
         kept[name], of_input = answers[key]
         if of_input and (source := _source(name)) not in counted:
             counted.add(source)
-            kept[name] = Kept(kept[name].by_place + of_input, kept[name].once)
+            kept[name] = SavedActivations(kept[name].by_place + of_input, kept[name].once)
     return kept
 
 
@@ -82,7 +82,7 @@ def _size(base: Any) -> tuple[Any, ...]:
     return base.in_features, base.out_features
 
 
-def _ask(adapted: Any, plain: Layer, base: nn.Module, dtype: torch.dtype) -> tuple[Kept, float]:
+def _ask(adapted: Any, plain: Layer, base: nn.Module, dtype: torch.dtype) -> tuple[SavedActivations, float]:
     """What a layer keeps beside its input, and the bytes of one place of its input if it keeps that."""
     some = next(parameter for parameter in adapted.parameters() if parameter.requires_grad)
     own = {_storage(held) for layer in (adapted, base) for held in chain(layer.parameters(), layer.buffers())}
@@ -97,7 +97,7 @@ def _ask(adapted: Any, plain: Layer, base: nn.Module, dtype: torch.dtype) -> tup
             extra.append(saved - _saved(plain, inputs, own)[0])
     few, many = (side * side if is_convolution else side for side in _SIDES)
     by_place = (extra[1] - extra[0]) / (many - few)
-    return Kept(by_place, extra[0] - few * by_place), keeps_input * width * dtype.itemsize
+    return SavedActivations(by_place, extra[0] - few * by_place), keeps_input * width * dtype.itemsize
 
 
 @contextmanager

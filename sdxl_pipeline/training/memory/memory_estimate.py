@@ -14,8 +14,8 @@ from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.models.precision import dtype_from_name
 from sdxl_pipeline.runtime.specs import TrainSpec
 from sdxl_pipeline.training.data.samples import Samples
-from sdxl_pipeline.training.memory.activations import Pass, activations
-from sdxl_pipeline.training.memory.adapter_activations import kept_by_adapters
+from sdxl_pipeline.training.memory.activations import ForwardPass, activations
+from sdxl_pipeline.training.memory.adapter_activations import saved_by_adapters
 from sdxl_pipeline.training.optim.optimizers import after_a_step, trainable_dtype
 from sdxl_pipeline.training.trainable import Trainable
 
@@ -81,7 +81,7 @@ def estimate_memory(
     largest = max(buckets, key=lambda size: size[0] * size[1])
     dtype = dtype_from_name(settings.mixed_precision or "no")
     full = settings.model_type == "full"
-    asked = Pass(
+    asked = ForwardPass(
         *largest,
         batch_size=settings.train_batch_size,
         dtype=dtype,
@@ -90,7 +90,7 @@ def estimate_memory(
         interval=settings.gradient_checkpointing_interval or 1,
         wide_norms=_has_wide_norms(unet, dtype),
     )
-    needed = activations(unet, asked, {} if full else kept_by_adapters(unet, dtype))
+    needed = activations(unet, asked, {} if full else saved_by_adapters(unet, dtype))
     active = needed.kept + needed.passing
     held = trainable_dtype(settings).itemsize
     if full and held > dtype.itemsize and not asked.checkpointing:
@@ -136,18 +136,18 @@ def announce_estimate(
         estimate = replace(estimate, process=process + LOADED_LATER)
     if log is None:
         return estimate
-    parts = ", ".join(f"{name} {spoken_bytes(size)}" for name, size in estimate.parts().items())
-    log(f"Memory: about {spoken_bytes(estimate.total)} ({parts}).")
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in estimate.parts().items())
+    log(f"Memory: about {format_bytes(estimate.total)} ({parts}).")
     there = device_bytes(device)
     if there < estimate.total:
         log(
-            f"Warning: the device has {spoken_bytes(there)} of memory, and this training takes about {spoken_bytes(estimate.total)}. "
-            f"It would take less with {'; '.join(remedies(settings, estimate)) or 'a smaller resolution'}."
+            f"Warning: the device has {format_bytes(there)} of memory, and this training takes about {format_bytes(estimate.total)}. "
+            f"It would take less with {'; '.join(hints(settings, estimate)) or 'a smaller resolution'}."
         )
     return estimate
 
 
-def remedies(settings: TrainingSettings, estimate: MemoryEstimate) -> list[str]:
+def hints(settings: TrainingSettings, estimate: MemoryEstimate) -> list[str]:
     """The settings that would lower an estimate, the largest parts first."""
     large = settings.model_type == "full"
     offers = [
@@ -217,7 +217,7 @@ def device_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().total)
 
 
-def spoken_bytes(size: int) -> str:
+def format_bytes(size: int) -> str:
     """In GiB, or in MiB below one."""
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 1024**2:.0f} MiB"
 
@@ -232,7 +232,7 @@ def _image_bytes(settings: TrainingSettings, unet: UNet2DConditionModel, vae_con
     channels = vae.config.block_out_channels[min(1, len(vae.config.block_out_channels) - 1)]
     decoding = 4 * height * width * channels * itemsize
     dtype = dtype_from_name(settings.mixed_precision or "no")
-    drawing = Pass(
+    drawing = ForwardPass(
         height,
         width,
         batch_size=2,

@@ -17,7 +17,7 @@ EMA_LABEL = " EMA"
 """Ends the names of the images that the average draws."""
 
 
-class ShownWeights:
+class EvalWeights:
     """What stands for a run's result while the run goes on. `optimizer` is the library's own, without what accelerate wraps around it."""
 
     def __init__(

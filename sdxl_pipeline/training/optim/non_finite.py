@@ -7,8 +7,8 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
-from sdxl_pipeline.runtime.stage_runner import StageError
-from sdxl_pipeline.training.data.bucket_sampler import Draw
+from sdxl_pipeline.runtime.stage_runner import UserError
+from sdxl_pipeline.training.data.bucket_sampler import SampleRef
 
 NON_FINITE_LIMIT = 10
 """Skipped steps in a row that end a run."""
@@ -17,7 +17,7 @@ NAMED_IMAGES = 16
 """Images named of a skipped step."""
 
 
-def poisoned(loss: Tensor) -> Tensor:
+def propagate_nonfinite(loss: Tensor) -> Tensor:
     """The loss, to the bit; one that is not finite gets gradients that are not finite either.
 
     Without it an infinite Huber loss would have finite ones. Since data parallelism averages gradients, every process then comes to the
@@ -57,8 +57,8 @@ class SkippedSteps:
         """A step was taken."""
         self._row.clear()
 
-    def skipped(self, number: int, loss: float, batches: Iterable[Sequence[Draw]]) -> str:
-        """The warning for step `number`, whose loss or gradients came of `batches`. Raises StageError at the limit."""
+    def skipped(self, number: int, loss: float, batches: Iterable[Sequence[SampleRef]]) -> str:
+        """The warning for step `number`, whose loss or gradients came of `batches`. Raises UserError at the limit."""
         self._row.append(number)
         what = f"its loss is {loss}" if not math.isfinite(loss) else "its gradients are not finite"
         images = list(dict.fromkeys(_name(draw) for batch in batches for draw in batch))
@@ -66,12 +66,12 @@ class SkippedSteps:
         named = ", ".join(images[:NAMED_IMAGES]) + more
         if len(self._row) < self._limit:
             return f"Warning: step {number} is skipped, since {what}. Its images: {named}."
-        raise StageError(
+        raise UserError(
             f"steps {self._row[0]} to {number} were skipped one after the other, the last since {what} with the images {named}. "
             "If the same images return, look at them and their latents; else lower learning_rate, lengthen lr_warmup_steps, or set "
             "mixed_precision to bf16 or no. The weights are those from before these steps, and so are the checkpoints'"
         )
 
 
-def _name(draw: Draw) -> str:
+def _name(draw: SampleRef) -> str:
     return f"{draw.sample.dataset_id}/{draw.sample.path} (key {draw.sample.key[:12]})"

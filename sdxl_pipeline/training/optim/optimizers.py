@@ -10,10 +10,10 @@ import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from sdxl_pipeline.config.optimizer_registry import INSTALL, RECIPES, Recipe, read_options
+from sdxl_pipeline.config.optimizer_registry import INSTALL, OPTIMIZERS, OptimizerSpec, read_options
 from sdxl_pipeline.config.schema.settings_model import BadValueError
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 
 
 def trainable_dtype(settings: TrainingSettings) -> torch.dtype:
@@ -27,7 +27,7 @@ def trainable_dtype(settings: TrainingSettings) -> torch.dtype:
     return torch.bfloat16 if in_bf16 else torch.float32
 
 
-def hold_parameters(settings: TrainingSettings, parameters: Iterable[Parameter]) -> None:
+def cast_parameters(settings: TrainingSettings, parameters: Iterable[Parameter]) -> None:
     """Bring trained parameters to `trainable_dtype`, in place, and their gradients to `gradient_precision`."""
     dtype = trainable_dtype(settings)
     for parameter in parameters:
@@ -55,23 +55,23 @@ def build_optimizer(
 
     `text_parameters` are those of text encoders, whose rate is `text_encoder_lr` where that is given.
 
-    Raises StageError when the package it comes from is missing, or when `optimizer_config` has an option or a value it does not take.
+    Raises UserError when the package it comes from is missing, or when `optimizer_config` has an option or a value it does not take.
     """
     if (
         settings.gradient_precision == "fp32"
         and trainable_dtype(settings) != torch.float32
         and num_processes > 1
     ):
-        raise StageError(
+        raise UserError(
             f"config.json: gradient_precision fp32 holds gradients wider than weights in bf16 are, which {num_processes} processes "
             'cannot average; write "unmodified"'
         )
-    recipe, trainable, texts = RECIPES[settings.optimizer], list(parameters), list(text_parameters)
+    recipe, trainable, texts = OPTIMIZERS[settings.optimizer], list(parameters), list(text_parameters)
     kind = _load(settings.optimizer, recipe)
     try:
         options = {**recipe.defaults, **read_options(settings.optimizer, settings.optimizer_config)}
     except BadValueError as error:  # a launch that no config file was read for
-        raise StageError(f"config.json: optimizer_config {error}; {error.remedy}") from error
+        raise UserError(f"config.json: optimizer_config {error}; {error.hint}") from error
     if recipe.package == "torch" and recipe.class_name in ("Adam", "AdamW") and not options.get("foreach"):
         # one kernel for all parameters, where torch has one for the device
         fused = all(parameter.device.type in ("cpu", "cuda", "mps") for parameter in trainable)
@@ -85,7 +85,7 @@ def build_optimizer(
         )
         optimizer = kind(groups, lr=rate, **options)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise StageError(f"config.json: optimizer_config {settings.optimizer_config!r}: {error}") from error
+        raise UserError(f"config.json: optimizer_config {settings.optimizer_config!r}: {error}") from error
     if recipe.package == "torchao":
         from sdxl_pipeline.training.optim.torchao_optimizers import make_repeatable
 
@@ -116,18 +116,18 @@ def _text_group(settings: TrainingSettings, parameters: list[Parameter], rate: f
     }
 
 
-def rate_of(optimizer: Optimizer, scheduled: float) -> float:
+def current_lr(optimizer: Optimizer, scheduled: float) -> float:
     """The learning rate a step is really taken with: those that find or warm up their own say so themselves."""
     group = optimizer.param_groups[0]
     return float(group.get("scheduled_lr") or scheduled * group.get("d", 1.0))
 
 
-def _load(name: str, recipe: Recipe) -> Callable[..., Optimizer]:
+def _load(name: str, recipe: OptimizerSpec) -> Callable[..., Optimizer]:
     try:
         module = importlib.import_module(recipe.module)
         return getattr(module, recipe.class_name)
     except (ImportError, AttributeError) as error:
-        raise StageError(
+        raise UserError(
             f"config.json: optimizer {name!r} comes from {recipe.distribution}, which is not installed, or not in a version that has it "
             f'({error}); {INSTALL}, or write "optimizer": "adamw"'
         ) from error

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torchao.optim.adam import _AdamW
 
-from sdxl_pipeline.training.rng import seed_for
+from sdxl_pipeline.training.rng import derive_seed
 
 _SQUARES = "exp_avg_sq"
 
@@ -53,7 +53,7 @@ def make_repeatable(optimizer: Optimizer, seed: int) -> None:
 
     def seeded_step(self: Optimizer, closure: None = None) -> None:
         taken = self.state[parameter].get("step", 0)  # torchao keeps it on the CPU
-        torch.manual_seed(seed_for(seed, "rounding", int(taken)))
+        torch.manual_seed(derive_seed(seed, "rounding", int(taken)))
         if on_cpu:
             with torch.compiler.set_stance("force_eager"):
                 step(closure)

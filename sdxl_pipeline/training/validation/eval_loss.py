@@ -14,7 +14,7 @@ from torch import Tensor
 from sdxl_pipeline.files.digest import digest_json
 from sdxl_pipeline.runtime.specs import LossSummary
 from sdxl_pipeline.training.diffusion.objective import Objective
-from sdxl_pipeline.training.rng import seed_for
+from sdxl_pipeline.training.rng import derive_seed
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def eval_timesteps(count: int, num_train_timesteps: int = 1000) -> tuple[int, ..
 
 def fixed_noise(key: str, timestep: int, shape: torch.Size) -> Tensor:
     """The noise of one image at one timestep: float32, drawn on the CPU, so it is the same on every device."""
-    generator = torch.Generator("cpu").manual_seed(seed_for("eval-noise", key, timestep))
+    generator = torch.Generator("cpu").manual_seed(derive_seed("eval-noise", key, timestep))
     return torch.randn(shape, generator=generator)
 
 
@@ -120,5 +120,5 @@ def _errors(
             "time_ids": torch.tensor([p.time_ids for p in images], dtype=torch.float32, device=unet.device),
         },
     ).sample
-    target = objective.target(latents, noise, timesteps)
+    target = objective.prediction_target(latents, noise, timesteps)
     return (prediction.float().cpu() - target).square().mean(dim=(1, 2, 3))

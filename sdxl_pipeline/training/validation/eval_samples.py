@@ -5,7 +5,7 @@ from typing import Literal
 
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.runtime.specs import TrainingDataset
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.samples import Samples, load_samples
 
 EvalSource = Literal["eval dataset", "held-out share", "training images"]
@@ -19,7 +19,7 @@ def choose_samples(
 ) -> tuple[EvalSource, Samples]:
     """The samples of the eval loss and where they come from: eval datasets, else the held-out share, else the training images.
 
-    An eval dataset is a dataset with no image to train on; eval_dataset_id chooses one, and StageError is raised where it is empty. Of more than num_eval_images the first by key are taken: keys are digests,
+    An eval dataset is a dataset with no image to train on; eval_dataset_id chooses one, and UserError is raised where it is empty. Of more than num_eval_images the first by key are taken: keys are digests,
     so that is an even choice, and the same one every time.
     """
     training = load_samples(datasets, "train", settings.micro_conditioning)
@@ -27,7 +27,7 @@ def choose_samples(
     eval_datasets = held_out.images_by_dataset().keys() - training.images_by_dataset().keys()
     if settings.eval_dataset_id is not None:
         if settings.eval_dataset_id not in eval_datasets:
-            raise StageError(
+            raise UserError(
                 f"config.json: eval_dataset_id: {settings.eval_dataset_id!r} has no images to evaluate on"
             )
         eval_datasets = {settings.eval_dataset_id}

@@ -17,7 +17,7 @@ from sdxl_pipeline.models.precision import dtype_from_name
 from sdxl_pipeline.models.sampling import image_from_pixels
 from sdxl_pipeline.models.tiny_autoencoder import tiny_autoencoder_folder
 from sdxl_pipeline.runtime.specs import TrainSpec
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 
 LONGEST_EDGE = 512
 """Of a preview, in pixels: it is sent at every few sampler steps, and looked at for a second."""
@@ -47,7 +47,7 @@ class Previews:
 
     Each has a file of its own, so that whoever reads it late sees what he was told of; those of one training step make room for the next.
 
-    The autoencoder is loaded when this is made, so that one that is missing or broken is a StageError before the first step.
+    The autoencoder is loaded when this is made, so that one that is missing or broken is a UserError before the first step.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class Previews:
             place = tiny_autoencoder_folder(settings, spec.base_model)
             self._autoencoder: AutoencoderTiny = load_tiny_autoencoder(place, dtype).to(device)
         except BaseModelError as error:
-            raise StageError(f"config.json: validation_preview: {error}") from error
+            raise UserError(f"config.json: validation_preview: {error}") from error
         except (OSError, ValueError, RuntimeError) as error:  # as diffusers tells of a file that does not fit
-            raise StageError(
+            raise UserError(
                 f"config.json: validation_preview: {place} is no tiny autoencoder that can be loaded ({error})"
             ) from error
         self._every = settings.validation_preview_steps
@@ -69,7 +69,7 @@ class Previews:
         self._step: int | None = None
 
     def of(self, name: str, stem: str, prompt: str, step: int) -> Callable[[int, int, Tensor], None]:
-        """What `draw_pixels` is to call with each sampler step, their count and the estimate of one image; `stem` begins its files' names."""
+        """What `sample_image` is to call with each sampler step, their count and the estimate of one image; `stem` begins its files' names."""
         folder = self._folder / f"step-{step:08d}"
         if step != self._step:
             self._step = step

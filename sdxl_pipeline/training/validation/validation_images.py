@@ -9,11 +9,11 @@ from diffusers import UNet2DConditionModel
 
 from sdxl_pipeline.files.atomic_files import atomic_path
 from sdxl_pipeline.models.precision import dtype_from_name
-from sdxl_pipeline.models.sampling import draw_pixels, drawing_pipeline, image_from_pixels
+from sdxl_pipeline.models.sampling import build_inference_pipeline, image_from_pixels, sample_image
 from sdxl_pipeline.runtime.specs import TrainSpec, ValidationImage, ValidationPrompt
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.optim.eval_weights import EMA_LABEL
-from sdxl_pipeline.training.rng import seed_for
+from sdxl_pipeline.training.rng import derive_seed
 from sdxl_pipeline.training.validation.image_file_names import distinct_names, distinct_stems, file_stem
 from sdxl_pipeline.training.validation.previews import Previews
 
@@ -38,7 +38,7 @@ def plan_images(spec: TrainSpec, step: int) -> list[PlannedImage]:
     sizes = settings.validation_sizes
     first_seed = settings.effective_validation_seed
     if settings.validation_randomize:
-        first_seed = seed_for(first_seed, "validation", step) % 2**32
+        first_seed = derive_seed(first_seed, "validation", step) % 2**32
     prompts = spec.prompts if settings.validation_disable_unconditional else (*spec.prompts, UNCONDITIONAL)
     images = []
     for prompt in prompts:
@@ -83,7 +83,7 @@ def is_due(
     return done > before
 
 
-def draw_images(
+def generate_validation_images(
     spec: TrainSpec,
     unet: UNet2DConditionModel,
     reader: BatchReader,
@@ -102,7 +102,7 @@ def draw_images(
     """
     settings = spec.settings
     vae_dtype = dtype_from_name(settings.vae_dtype or spec.hardware.vae_dtype)
-    pipeline = drawing_pipeline(spec.base_model, unet, vae_dtype, settings)
+    pipeline = build_inference_pipeline(spec.base_model, unet, vae_dtype, settings)
     zeros = bool(pipeline.config.force_zeros_for_empty_prompt)
     for image in plan_images(spec, step):
         name, prompt = image.name + label, image.prompt.prompt
@@ -112,7 +112,7 @@ def draw_images(
         was_training = unet.training
         unet.eval()
         try:
-            pixels = draw_pixels(pipeline, conditioning, image.size, image.seed, settings, on_step, forming)
+            pixels = sample_image(pipeline, conditioning, image.size, image.seed, settings, on_step, forming)
         finally:
             unet.train(was_training)
         path = folder / f"step-{step:08d}" / f"{stem}.png"

@@ -14,18 +14,22 @@ from diffusers import UNet2DConditionModel
 from sdxl_pipeline.models.components import latent_scaling_factor
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import LossSummary, TrainSpec
-from sdxl_pipeline.runtime.stage_runner import StageError, StopSignal
+from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.diffusion.objective import Objective
 from sdxl_pipeline.training.logging.eval_log import EvalLog, EvalRow
-from sdxl_pipeline.training.logging.observers import Watch
+from sdxl_pipeline.training.logging.observers import RunObserver
 from sdxl_pipeline.training.logging.validation_log import ValidationLog
-from sdxl_pipeline.training.optim.eval_weights import ShownWeights
+from sdxl_pipeline.training.optim.eval_weights import EvalWeights
 from sdxl_pipeline.training.validation.eval_images import read_images
 from sdxl_pipeline.training.validation.eval_loss import eval_loss, eval_timesteps
 from sdxl_pipeline.training.validation.eval_samples import choose_samples
 from sdxl_pipeline.training.validation.previews import Previews
-from sdxl_pipeline.training.validation.validation_images import draw_images, is_due, is_validation_step
+from sdxl_pipeline.training.validation.validation_images import (
+    generate_validation_images,
+    is_due,
+    is_validation_step,
+)
 
 
 class _Stopped(Exception):  # noqa: N818  # the look is given up, the run has still to save
@@ -33,7 +37,7 @@ class _Stopped(Exception):  # noqa: N818  # the look is given up, the run has st
 
 
 @dataclass(frozen=True)
-class LookTimes:
+class ValidationSchedule:
     """When looks are due; every process knows."""
 
     spec: TrainSpec
@@ -57,10 +61,10 @@ class LookTimes:
         return self.images_are_due(step) or self.eval_loss_is_due(step)
 
 
-class LookCosts:
+class ValidationCosts:
     """How long the looks to come will take, going by those that this session has taken. Each kind costs its own."""
 
-    def __init__(self, times: LookTimes, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, times: ValidationSchedule, clock: Callable[[], float] = time.monotonic) -> None:
         self._last, self._clock = times.total_steps, clock
         self._are_due = {"images": times.images_are_due, "eval_loss": times.eval_loss_is_due}
         self._taken: dict[str, list[float]] = {}  # seconds each
@@ -84,28 +88,28 @@ class LookCosts:
         return seconds
 
 
-class Looks:
+class Validator:
     """Takes the looks that are due, on the main process, and records and tells what it saw; a run that resumes repeats none.
 
-    What they need is found when this is made: raises StageError for a tiny autoencoder that cannot be had, and when there is no image
+    What they need is found when this is made: raises UserError for a tiny autoencoder that cannot be had, and when there is no image
     to take the eval loss of.
     """
 
     def __init__(
         self,
-        times: LookTimes,
+        times: ValidationSchedule,
         reader: BatchReader,
         objective: Objective,
         device: torch.device,
         resumed_at: int,
-        watch: Watch,
+        watch: RunObserver,
         reporter: Reporter,
         stop: StopSignal,
     ) -> None:
         spec = times.spec
         run_dir = Path(spec.run_dir)
         self._times, self._spec, self._reader = times, spec, reader
-        self._costs = LookCosts(times)
+        self._costs = ValidationCosts(times)
         self._watch, self._stop = watch, stop
         self._folder = run_dir / "validation"
         self._drawn = ValidationLog(run_dir, resumed_at)
@@ -121,15 +125,15 @@ class Looks:
         if spec.settings.eval_loss_in_training:
             source, samples = choose_samples(spec.datasets, spec.settings)
             if not samples:
-                raise StageError(
+                raise UserError(
                     "there is no image to take the eval loss of: the datasets' aspect_buckets have no rows"
                 )
             reporter.log(f"The eval loss is taken of {len(samples)} images ({source}).")
             self._read_images = partial(read_images, samples, reader, latent_scaling_factor(spec.base_model))
             # text encoders that are trained read the captions anew at each look
-            self._images = None if reader.live_texts else self._read_images()
+            self._images = None if reader.online_text_encoder else self._read_images()
 
-    def take(self, step: int, unet: UNet2DConditionModel, shown: ShownWeights) -> None:
+    def take(self, step: int, unet: UNet2DConditionModel, shown: EvalWeights) -> None:
         """Take what is due after a step with those weights of the UNet that `shown` says, and leave it as it was. A stop ends it early."""
         if self._times.eval_loss_is_due(step) and not self._taken.has(step):
             try:
@@ -164,9 +168,9 @@ class Looks:
         if self._stop.requested:
             raise _Stopped
 
-    def _draw(self, step: int, unet: UNet2DConditionModel, shown: ShownWeights) -> None:
+    def _draw(self, step: int, unet: UNet2DConditionModel, shown: EvalWeights) -> None:
         draw = partial(
-            draw_images,
+            generate_validation_images,
             self._spec,
             unet,
             self._reader,

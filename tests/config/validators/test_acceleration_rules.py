@@ -60,13 +60,13 @@ def test_off_spelled_out_changes_nothing(write_project):
         ),
     ],
 )
-def test_what_cannot_work_is_refused_with_the_reason(write_project, config, key, said, remedy):
+def test_what_cannot_work_is_refused_with_the_reason(write_project, config, key, said, hint):
     with pytest.raises(ProjectError) as caught:
         load_project(write_project(config))
     (problem,) = caught.value.problems
     assert problem.key == key
     assert said in problem.message
-    assert remedy in problem.remedy
+    assert hint in problem.hint
 
 
 def test_tuning_without_compilation_is_said(write_project):

@@ -47,7 +47,7 @@ def lycoris_problems(write_project):
         (folder / "lycoris_config.json").write_text(text)
         with pytest.raises(ProjectError) as caught:
             load_project(folder)
-        return {problem.key: f"{problem.message} -> {problem.remedy}" for problem in caught.value.problems}
+        return {problem.key: f"{problem.message} -> {problem.hint}" for problem in caught.value.problems}
 
     return problems
 

@@ -84,10 +84,10 @@ def test_defaults_spelled_out_change_nothing(write_project):
         ({"scheduled_sampling_sampler": "unipcc"}, "scheduled_sampling_sampler", "known values", "unipc"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(problems_of, config, key, said, remedy):
+def test_what_cannot_be_meant_is_refused(problems_of, config, key, said, hint):
     problem = problems_of(config)[key]
     assert said in problem.message
-    assert remedy in problem.remedy
+    assert hint in problem.hint
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from sdxl_pipeline.config.loader import load_project
 from sdxl_pipeline.config.schema.optimization import OptimizerName
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.config.validators import optimization_rules
-from sdxl_pipeline.config.validators.settings_rules import idle_settings
+from sdxl_pipeline.config.validators.settings_rules import unused_settings_of
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_an_optimizer_whose_package_is_missing_is_told_before_anything_is_encode
     )
     problem = problems_of({"optimizer": "optimi-lion"})["optimizer"]
     assert "comes from torch-optimi, which is not installed" in problem.message
-    assert "pip install 'sdxl-pipeline[optimizers]'" in problem.remedy
+    assert "pip install 'sdxl-pipeline[optimizers]'" in problem.hint
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_an_optimizer_whose_package_is_missing_is_told_before_anything_is_encode
     ],
 )
 def test_numbers_of_another_schedule_are_spoken_of(config, told):
-    (line,) = idle_settings(TrainingSettings(**config))
+    (line,) = unused_settings_of(TrainingSettings(**config))
     assert line.startswith(told)
 
 
@@ -96,7 +96,7 @@ def test_numbers_of_another_schedule_are_spoken_of(config, told):
     ],
 )
 def test_of_those_that_are_used_nothing_is_said(config):
-    assert list(idle_settings(TrainingSettings(**config))) == []
+    assert list(unused_settings_of(TrainingSettings(**config))) == []
 
 
 @pytest.mark.parametrize(
@@ -112,20 +112,23 @@ def test_of_those_that_are_used_nothing_is_said(config):
 def test_precisions_that_cannot_be_had_are_refused_with_the_reason(problems_of, key, name, told):
     problem = problems_of({key: name})[key]
     assert told in problem.message
-    assert "int8-quanto" in problem.remedy
+    assert "int8-quanto" in problem.hint
 
 
 def test_no_interval_is_every_layer():
     assert TrainingSettings(gradient_checkpointing_interval=0).gradient_checkpointing_interval is None
-    idle = idle_settings(TrainingSettings(gradient_checkpointing=False, gradient_checkpointing_interval=2))
+    idle = unused_settings_of(
+        TrainingSettings(gradient_checkpointing=False, gradient_checkpointing_interval=2)
+    )
     assert any("gradient_checkpointing_interval" in line for line in idle)
 
 
 def test_few_bits_that_save_nothing_are_spoken_of():
     values = {"base_model_precision": "int8-torchao"}
-    assert not list(idle_settings(TrainingSettings(**values, gradient_checkpointing=True)))
+    assert not list(unused_settings_of(TrainingSettings(**values, gradient_checkpointing=True)))
     assert any(
-        "unpacked" in line for line in idle_settings(TrainingSettings(**values, gradient_checkpointing=False))
+        "unpacked" in line
+        for line in unused_settings_of(TrainingSettings(**values, gradient_checkpointing=False))
     )
 
 
@@ -135,9 +138,9 @@ def test_values_that_spell_a_default_are_understood():
 
 
 def test_a_tiny_rate_under_prodigy_is_spoken_of():
-    told = list(idle_settings(TrainingSettings(optimizer="prodigy", learning_rate=1e-4)))
+    told = list(unused_settings_of(TrainingSettings(optimizer="prodigy", learning_rate=1e-4)))
     assert any("write 1" in line for line in told)
-    assert not list(idle_settings(TrainingSettings(optimizer="prodigy", learning_rate=1.0)))
+    assert not list(unused_settings_of(TrainingSettings(optimizer="prodigy", learning_rate=1.0)))
 
 
 @pytest.mark.parametrize(
@@ -159,10 +162,10 @@ def test_a_tiny_rate_under_prodigy_is_spoken_of():
         ({"optimizer_config": "fused=true,foreach=true"}, "fused and foreach", "one of the two"),
     ],
 )
-def test_load_project_optimizer_config_is_checked_when_it_is_read(problems_of, config, message, remedy):
+def test_load_project_optimizer_config_is_checked_when_it_is_read(problems_of, config, message, hint):
     problem = problems_of(config)["optimizer_config"]
     assert message in problem.message
-    assert remedy in problem.remedy
+    assert hint in problem.hint
 
 
 def test_load_project_optimizer_config_that_fits_is_read(write_project):

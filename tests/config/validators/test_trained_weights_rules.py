@@ -4,7 +4,7 @@ import pytest
 
 from sdxl_pipeline.config.loader import load_project
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.config.validators.settings_rules import check_training, idle_settings
+from sdxl_pipeline.config.validators.settings_rules import check_training, unused_settings_of
 
 
 def findings(**settings: object) -> dict[str, str]:
@@ -50,9 +50,9 @@ def test_what_trained_text_encoders_cannot_have(settings, key, reason):
 
 def test_a_rate_of_encoders_that_are_not_trained_is_said_to_be_idle():
     settings = TrainingSettings.model_validate({"text_encoder_lr": 1e-6})
-    assert [line for line in idle_settings(settings) if "text_encoder_lr" in line]
+    assert [line for line in unused_settings_of(settings) if "text_encoder_lr" in line]
     trained = TrainingSettings.model_validate({"text_encoder_lr": 1e-6, "train_text_encoder": "true"})
-    assert not [line for line in idle_settings(trained) if "text_encoder_lr" in line]
+    assert not [line for line in unused_settings_of(trained) if "text_encoder_lr" in line]
 
 
 def test_no_text_cache_is_made_for_encoders_that_are_trained(make_project):

@@ -20,7 +20,7 @@ from sdxl_pipeline.data.decoding.image_formats import (
     suffix_of,
 )
 from sdxl_pipeline.data.decoding.pixels import load_upright
-from sdxl_pipeline.data.quality.perceptual_hash import look_at
+from sdxl_pipeline.data.quality.perceptual_hash import compute_hashes
 from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
 from tests.data.odd_files import dib, tga
 from tests.data.photographs import PHOTOGRAPHS, encoded, values
@@ -66,7 +66,7 @@ def test_the_content_decides_and_not_the_name(make_dataset, folder, tmp_path, ph
     assert dict(zip(scanned["path"], scanned["format"], strict=True)) == {f"{n}.jpg": n for n in files}
     assert set(scanned["width"]) == {320}
     assert set(scanned["height"]) == {200}
-    looked = look_at(folder, scanned, tmp_path / "looks.parquet")
+    looked = compute_hashes(folder, scanned, tmp_path / "looks.parquet")
     assert set(looked["status"]) == {"kept"}
     for name, (_, tolerance) in files.items():
         loaded = load_upright(folder / f"{name}.jpg")

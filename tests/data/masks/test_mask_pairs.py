@@ -24,7 +24,7 @@ from sdxl_pipeline.data.masks.mask_pairs import (
 from tests.data.decoding.test_pixels import ORIENTATION, turned_for, whole
 
 WIDTH, HEIGHT = 600, 400
-SUBJECT = (
+EVAL_MODEL = (
     330,
     60,
     480,
@@ -40,7 +40,7 @@ def png(image: Image.Image, **options: object) -> bytes:
 
 def painted(mode: str, background: object, subject: object, scale: float = 1.0) -> Image.Image:
     image = Image.new(mode, (round(WIDTH * scale), round(HEIGHT * scale)), background)
-    box = [round(edge * scale) for edge in SUBJECT]
+    box = [round(edge * scale) for edge in EVAL_MODEL]
     ImageDraw.Draw(image).rectangle((*box[:2], box[2] - 1, box[3] - 1), fill=subject)
     return image
 

@@ -9,7 +9,12 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance
 
 from sdxl_pipeline.data.quality import near_duplicates, perceptual_hash
-from sdxl_pipeline.data.quality.near_duplicates import Looks, find_leaks, find_look_alikes, near_pairs
+from sdxl_pipeline.data.quality.near_duplicates import (
+    PerceptualHashes,
+    find_leaks,
+    find_near_duplicates,
+    near_pairs,
+)
 from tests.data.photographs import PHOTOGRAPHS, encoded
 
 NAMES = ["astronaut", "camera", "chelsea", "clock_motion", "coffee", "coins", "grass", "ihc", "moon"]
@@ -45,7 +50,7 @@ GREY = "80" * 32
 
 def look(image: Image.Image) -> str:
     """An image's entry in `phash`, as a scan has it."""
-    return perceptual_hash.look_of(image)
+    return perceptual_hash.perceptual_hash(image)
 
 
 def frame_of(images: dict[str, str], keys: dict[str, str] | None = None) -> pd.DataFrame:
@@ -66,8 +71,8 @@ def balanced(count: int, seed: int = 0) -> np.ndarray:
     return np.packbits(chosen, axis=1).view(">u8").ravel().astype(np.uint64)
 
 
-def grey(hashes: np.ndarray) -> Looks:
-    return Looks(hashes, np.full((len(hashes), 32), 128, np.uint8))
+def grey(hashes: np.ndarray) -> PerceptualHashes:
+    return PerceptualHashes(hashes, np.full((len(hashes), 32), 128, np.uint8))
 
 
 def flipped(value: np.uint64, *bits: int) -> np.uint64:
@@ -86,7 +91,7 @@ def pairs_of(found: near_duplicates.Pairs) -> dict[tuple[int, int], int]:
 def test_copies_are_found_and_different_photographs_are_not(photographs, change):
     hashes = {name: look(image) for name, image in photographs.items()}
     hashes |= {f"{name} {change}": look(COPIES[change](image)) for name, image in photographs.items()}
-    found = find_look_alikes(frame_of(hashes))
+    found = find_near_duplicates(frame_of(hashes))
     assert {group.paths for group in found.alike} == {(name, f"{name} {change}") for name in NAMES}
     assert (found.same, found.featureless, found.complete) == ((), 0, True)
 
@@ -98,7 +103,7 @@ def test_the_same_bytes_under_several_names_are_told_apart_from_look_alikes():
         keys={"a.png": "1", "b.png": "1"},
     )
     frame.loc[4, "status"] = "dropped"
-    found = find_look_alikes(frame)
+    found = find_near_duplicates(frame)
     assert found.same == (("a.png", "b.png"),)
     assert [(group.paths, group.distance) for group in found.alike] == [(("a.png", "near.png"), 2)]
 
@@ -115,7 +120,7 @@ def test_one_drawing_in_two_colours_is_two_images():
         "blue": look(draw("blue")),
     }
     assert drawn["red"][:16] == drawn["blue"][:16]
-    assert [group.paths for group in find_look_alikes(frame_of(drawn)).alike] == [("again", "red")]
+    assert [group.paths for group in find_near_duplicates(frame_of(drawn)).alike] == [("again", "red")]
 
 
 def test_neighbours_of_neighbours_are_one_group_and_the_largest_comes_first():
@@ -123,7 +128,7 @@ def test_neighbours_of_neighbours_are_one_group_and_the_largest_comes_first():
     chain = [common, flipped(common, *range(6)), flipped(common, *range(12)), flipped(common, *range(16))]
     hashes = {f"c{number}": f"{value:016x}" for number, value in enumerate(chain)}
     hashes |= {"r0": f"{rare:016x}", "r1": f"{rare:016x}"}
-    found = find_look_alikes(frame_of(hashes))
+    found = find_near_duplicates(frame_of(hashes))
     assert [(group.paths, group.distance) for group in found.alike] == [
         (("c0", "c1", "c2", "c3"), 6),
         (("r0", "r1"), 0),
@@ -133,9 +138,9 @@ def test_neighbours_of_neighbours_are_one_group_and_the_largest_comes_first():
 def test_images_without_features_are_counted_and_not_compared():
     flat = {f"{colour}.png": look(Image.new("RGB", (64, 64), colour)) for colour in ("red", "blue")}
     shaded = {"shaded.png": look(Image.linear_gradient("L"))}
-    found = find_look_alikes(frame_of(flat | shaded | {"not looked at.png": ""}))
+    found = find_near_duplicates(frame_of(flat | shaded | {"not looked at.png": ""}))
     assert (found.alike, found.featureless) == ((), 3)
-    assert find_look_alikes(frame_of({})) == near_duplicates.LookAlikes((), (), 0, True)
+    assert find_near_duplicates(frame_of({})) == near_duplicates.NearDuplicates((), (), 0, True)
 
 
 @pytest.mark.parametrize("others", [False, True], ids=["within", "between"])
@@ -175,7 +180,7 @@ def test_a_film_ends_the_search_instead_of_filling_the_memory(monkeypatch):
 
 def test_equal_hashes_however_many_cost_nothing():
     value = f"{balanced(1)[0]:016x}"
-    found = find_look_alikes(frame_of({f"{number:06d}": value for number in range(20_000)}))
+    found = find_near_duplicates(frame_of({f"{number:06d}": value for number in range(20_000)}))
     assert [len(group.paths) for group in found.alike] == [20_000]
     assert found.complete
 

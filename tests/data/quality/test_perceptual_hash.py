@@ -18,7 +18,7 @@ from PIL import Image, ImageCms
 from sdxl_pipeline.data.decoding import memory_budget
 from sdxl_pipeline.data.quality import perceptual_hash
 from sdxl_pipeline.data.quality.near_duplicates import MAX_COLOUR_DISTANCE
-from sdxl_pipeline.data.quality.perceptual_hash import CHANGED, look_at
+from sdxl_pipeline.data.quality.perceptual_hash import CHANGED, compute_hashes
 from tests.data.photographs import PHOTOGRAPHS, encoded
 
 LOOK = 80  # hex digits
@@ -40,7 +40,7 @@ def scan(folder: Path) -> pd.DataFrame:
 
 def look(folder: Path, table: Path) -> dict[str, str]:
     """The hash of each image by name, or the reason why it was dropped."""
-    frame = look_at(folder, scan(folder), table)
+    frame = compute_hashes(folder, scan(folder), table)
     assert (frame["reason"].ne("") == frame["status"].eq("dropped")).all()
     assert (frame["phash"].ne("") == frame["status"].eq("kept")).all()
     return dict(zip(frame["path"], frame["phash"] + frame["reason"], strict=True))
@@ -187,8 +187,8 @@ def test_nothing_is_looked_at_twice(folder, table, photograph, monkeypatch):
     (folder / "1.png").unlink()
     (folder / "copy.png").write_bytes((folder / "2.png").read_bytes())
     frame, read = scan(folder), []
-    monkeypatch.setattr(perceptual_hash, "_look_at_one", lambda *arguments: read.append(arguments))
-    again = look_at(folder, frame, table)
+    monkeypatch.setattr(perceptual_hash, "_hash_one", lambda *arguments: read.append(arguments))
+    again = compute_hashes(folder, frame, table)
     assert read == []
     found = dict(zip(again["path"], again["phash"] + again["reason"], strict=True))
     assert found == {
@@ -205,11 +205,11 @@ def test_the_frame_handed_in_stays_as_it_was_and_dropped_rows_are_left_alone(fol
     frame = scan(folder)
     frame.loc[1, ["status", "reason", "key"]] = ["dropped", "caption is empty", ""]
     before = frame.copy()
-    looked = look_at(folder, frame.drop(columns="phash"), table)
+    looked = compute_hashes(folder, frame.drop(columns="phash"), table)
     pd.testing.assert_frame_equal(frame, before)
     assert looked["reason"].tolist() == ["", "caption is empty"]
     assert looked["phash"].map(len).tolist() == [LOOK, 0]
-    assert look_at(folder, frame[1:], table.with_name("none.parquet"))["phash"].tolist() == [""]
+    assert compute_hashes(folder, frame[1:], table.with_name("none.parquet"))["phash"].tolist() == [""]
     pd.testing.assert_frame_equal(looked.drop(columns="phash"), before.drop(columns="phash"))
 
 
@@ -220,13 +220,13 @@ def test_a_file_that_changed_or_went_is_dropped_and_not_remembered(folder, table
     original = (folder / "changed.png").read_bytes()
     (folder / "changed.png").write_bytes(encoded(photograph.rotate(90), "PNG"))
     (folder / "gone.png").unlink()
-    looked = look_at(folder, frame, table).set_index("path")
+    looked = compute_hashes(folder, frame, table).set_index("path")
     assert looked["status"].to_dict() == {"changed.png": "dropped", "fine.png": "kept", "gone.png": "dropped"}
     assert looked.loc["changed.png", "reason"] == CHANGED
     assert looked.loc["gone.png", "reason"] == "cannot be read: No such file or directory"
     assert pq.read_table(table)["key"].to_pylist() == [looked.loc["fine.png", "key"]]
     (folder / "changed.png").write_bytes(original)
-    assert look_at(folder, frame, table).set_index("path").loc["changed.png", "status"] == "kept"
+    assert compute_hashes(folder, frame, table).set_index("path").loc["changed.png", "status"] == "kept"
 
 
 def test_one_of_two_names_is_enough_to_look_at_a_image(folder, table, photograph):
@@ -234,7 +234,7 @@ def test_one_of_two_names_is_enough_to_look_at_a_image(folder, table, photograph
         photograph.save(folder / name)
     frame = scan(folder)
     (folder / "a.png").write_bytes(b"changed")
-    assert look_at(folder, frame, table)["phash"].map(len).tolist() == [LOOK, LOOK]
+    assert compute_hashes(folder, frame, table)["phash"].map(len).tolist() == [LOOK, LOOK]
 
 
 def test_a_table_that_cannot_be_used_is_made_anew(folder, table, photograph):
@@ -266,13 +266,13 @@ def test_a_kill_loses_little(folder, table, photograph):
         def on_progress(done, total):
             if done == 35:
                 os.kill(os.getpid(), signal.SIGKILL)
-        perceptual_hash.look_at(Path({str(folder)!r}), pd.read_parquet({str(table.parent.parent / "scan.parquet")!r}), Path({str(table)!r}), on_progress)
+        perceptual_hash.compute_hashes(Path({str(folder)!r}), pd.read_parquet({str(table.parent.parent / "scan.parquet")!r}), Path({str(table)!r}), on_progress)
     """)
     done = subprocess.run([sys.executable, "-c", program], check=False, env=os.environ)
     assert done.returncode == -signal.SIGKILL
     assert pq.read_table(table).num_rows == 30
     told = []
-    look_at(folder, scan(folder), table, lambda done, total: told.append((done, total)))
+    compute_hashes(folder, scan(folder), table, lambda done, total: told.append((done, total)))
     assert told == [(done, 10) for done in range(1, 11)]
 
 

@@ -10,7 +10,7 @@ from sdxl_pipeline.config.schema.datasets import ImageDataset
 from sdxl_pipeline.data.scan.dataset_fingerprint import (
     dataset_fingerprint,
     folder_fingerprint,
-    lies_elsewhere,
+    has_remote_datasets,
 )
 
 REMOTE = [
@@ -65,7 +65,9 @@ def test_a_folder_changes_with_its_files_and_with_what_stands_beside(tmp_path: P
 
 def test_only_a_pinned_commit_stays_as_it_is(make_project):
     def elsewhere(name: str, **settings) -> bool:
-        return lies_elsewhere(load_project(make_project(name, dataset={"instance_data_dir": "", **settings})))
+        return has_remote_datasets(
+            load_project(make_project(name, dataset={"instance_data_dir": "", **settings}))
+        )
 
     hub = {"type": "huggingface", "dataset_name": "someone/cats"}
     assert elsewhere("branch", **hub, revision="main")

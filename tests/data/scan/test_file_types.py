@@ -1,7 +1,7 @@
 """Which caption file is which image's, and what every other file is called."""
 
 from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
-from sdxl_pipeline.data.scan.file_types import file_roles, split_suffix
+from sdxl_pipeline.data.scan.file_types import classify_files, split_suffix
 from tests.data.photographs import encoded
 
 COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
@@ -10,7 +10,7 @@ COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
 def captioned(*paths: str) -> tuple[dict[str, str], dict[str, str]]:
     """The caption file of each image, and the reason of each file that is left out."""
     ordered = sorted(paths)
-    roles = file_roles(ordered, [""] * len(ordered))
+    roles = classify_files(ordered, [""] * len(ordered))
     found = {ordered[image]: ordered[text] for image, text in roles.caption_files.items()}
     assert len(ordered) == len(roles.images) + len(roles.companions) + len(roles.left_out)
     return found, {ordered[position]: reason for position, reason in roles.left_out.items()}

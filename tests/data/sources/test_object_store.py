@@ -193,10 +193,12 @@ def test_a_killed_fetch_leaves_nothing_half_and_the_next_goes_on(web, make, sour
     command = [sys.executable, "-c", program, dataset.model_dump_json(), str(sources)]
     child = subprocess.Popen(command, cwd=Path(__file__).parents[3])
     folder = data_folder(dataset, sources)
-    ledger = folder.parent / "ledger.jsonl"
+    manifest = folder.parent / "ledger.jsonl"
     try:
         wait_for(
-            lambda: ledger.exists() and len(ledger.read_text().splitlines()) == 5 and web.stalled.is_set(),
+            lambda: (
+                manifest.exists() and len(manifest.read_text().splitlines()) == 5 and web.stalled.is_set()
+            ),
             60,
             "five files fetched and the sixth begun",
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from sdxl_pipeline.cache.encode import latent_encoding
 from sdxl_pipeline.runtime.specs import EncodeLatentsSpec
-from sdxl_pipeline.runtime.stage_runner import StageError, run_stage
+from sdxl_pipeline.runtime.stage_runner import UserError, run_stage
 from sdxl_pipeline.stages.encode_latents import main
 
 encode_share = latent_encoding.encode_share
@@ -17,7 +17,7 @@ encode_share = latent_encoding.encode_share
 def troubled(*arguments: Any) -> latent_encoding.EncodedShare:
     if os.environ["RANK"] == "1":
         if os.environ["TROUBLE"] == "fails":
-            raise StageError("the second process cannot go on")
+            raise UserError("the second process cannot go on")
         Path(os.environ["TROUBLE"]).write_text(str(os.getpid()))
         stop = arguments[-1]
         while True:

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from sdxl_pipeline.runtime.specs import Ancestor, RunLineage
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.checkpoint.checkpoint_schedule import CheckpointKind
 from sdxl_pipeline.training.checkpoint.checkpoints import (
     TrainingState,
-    adopt_checkpoint,
     checkpoint_bytes,
     checkpoint_step,
     clear_checkpoints,
+    import_checkpoint,
     is_intact,
     latest_checkpoint,
     load_checkpoint,
@@ -158,7 +158,7 @@ def test_what_else_lies_among_the_checkpoints_is_left_alone(tmp_path):
 
 
 def test_a_checkpoint_knows_its_run_wherever_it_lies(tmp_path):
-    lineage = RunLineage(identity="me", trajectory="t", family="f", optimizer="adamw", ancestor=None)
+    lineage = RunLineage(identity="me", trajectory="t", any_length="f", optimizer="adamw", ancestor=None)
     run = tmp_path / "run"
     inside = save_checkpoint(run / "checkpoints", "me", make_state(4), export, lineage=lineage)
     elsewhere = shutil.copytree(inside, tmp_path / "kept" / "good")
@@ -173,7 +173,7 @@ def test_a_checkpoint_knows_its_run_wherever_it_lies(tmp_path):
 
 
 def test_the_run_of_a_checkpoint_by_an_earlier_version_is_known_from_its_folder(tmp_path):
-    lineage = RunLineage(identity="me", trajectory="t", family="f", optimizer="adamw", ancestor=None)
+    lineage = RunLineage(identity="me", trajectory="t", any_length="f", optimizer="adamw", ancestor=None)
     place = save(tmp_path / "run" / "checkpoints", 4)
     state = json.loads((place / "state.json").read_text())
     del state["lineage"]
@@ -200,7 +200,7 @@ def test_an_unfinished_checkpoint_is_none(tmp_path):
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     save(tmp_path, 2)
-    with pytest.raises(StageError, match="belongs to another run"):
+    with pytest.raises(UserError, match="belongs to another run"):
         latest_checkpoint(tmp_path, "somebody else", print)
 
 
@@ -208,7 +208,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path):
     place = save(tmp_path, 2)
     state = json.loads((place / "state.json").read_text())
     (place / "state.json").write_text(json.dumps(state | {"format": 99}))
-    with pytest.raises(StageError, match="format 99"):
+    with pytest.raises(UserError, match="format 99"):
         load_checkpoint(place)
 
 
@@ -245,7 +245,12 @@ def test_a_checkpoint_with_added_weights_is_not_intact(tmp_path):
 def test_an_adopted_checkpoint_is_intact(tmp_path):
     ancestor = Ancestor(identity="me", step=2, same_trajectory=False, takes_optimizer=False)
     lineage = RunLineage(
-        identity="you", trajectory="t", family="f", kin="k", optimizer="adamw", ancestor=ancestor
+        identity="you",
+        trajectory="t",
+        any_length="f",
+        any_length_or_world_size="k",
+        optimizer="adamw",
+        ancestor=ancestor,
     )
-    adopt_checkpoint(save(tmp_path / "me", 2), tmp_path / "you", lineage)
+    import_checkpoint(save(tmp_path / "me", 2), tmp_path / "you", lineage)
     assert latest_checkpoint(tmp_path / "you", "you", pytest.fail) == tmp_path / "you" / "step-00000002"

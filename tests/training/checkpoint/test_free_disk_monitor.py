@@ -13,7 +13,7 @@ from sdxl_pipeline.config.schema.settings_model import BadValueError
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.training.checkpoint import free_disk_monitor
-from sdxl_pipeline.training.checkpoint.free_disk_monitor import DiskWatch
+from sdxl_pipeline.training.checkpoint.free_disk_monitor import FreeDiskMonitor
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -21,7 +21,7 @@ PROGRAM = """
 import ctypes, os, sys
 from pathlib import Path
 
-from sdxl_pipeline.runtime.stage_runner import StageError, StopSignal
+from sdxl_pipeline.runtime.stage_runner import UserError, StopSignal
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.files.disk_space import DiskFullError
 from sdxl_pipeline.stages.train import main
@@ -55,7 +55,7 @@ print("kept:", len(kept))
 libc.mount(b"tmpfs", str(run).encode(), b"tmpfs", MS_REMOUNT, b"size=16m")
 try:
     train(disk_low_threshold="12M")
-except StageError as error:
+except UserError as error:
     print("low:", error)
 else:
     sys.exit("no error")
@@ -118,7 +118,7 @@ def test_a_run_may_wait_for_space(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(100, 0, free.pop(0) if free else 50))
     monkeypatch.setattr(free_disk_monitor, "WAIT_INTERVAL_SECONDS", 0.0)
     said: list[str] = []
-    watch = DiskWatch(tmp_path, TrainingSettings(disk_low_threshold=10, disk_low_action="wait"))
+    watch = FreeDiskMonitor(tmp_path, TrainingSettings(disk_low_threshold=10, disk_low_action="wait"))
     assert not watch.must_stop(StopSignal(), said.append)
     assert len(said) == 1
     assert "disk_low_threshold (10 bytes). Waiting" in said[0]
@@ -129,10 +129,10 @@ def test_a_run_that_waits_for_space_can_be_stopped(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(100, 100, 0))
     stop = StopSignal()
     stop.request()
-    watch = DiskWatch(tmp_path, TrainingSettings(disk_low_threshold=10, disk_low_action="wait"))
+    watch = FreeDiskMonitor(tmp_path, TrainingSettings(disk_low_threshold=10, disk_low_action="wait"))
     assert not watch.must_stop(stop, lambda line: None)
 
 
 def test_without_a_threshold_nobody_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.delattr(shutil, "disk_usage")
-    assert not DiskWatch(tmp_path, TrainingSettings()).must_stop(StopSignal(), print)
+    assert not FreeDiskMonitor(tmp_path, TrainingSettings()).must_stop(StopSignal(), print)

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.training.checkpoint.run_identity import EXCLUDED, run_identity, run_names
+from sdxl_pipeline.training.checkpoint.run_identity import EXCLUDED, run_fingerprints, run_identity
 from tests.datasets import make_dataset, make_spec
 
 
@@ -86,7 +86,7 @@ def test_a_run_of_another_length_is_of_the_same_trajectory_where_the_rate_does_n
     spec, settings, goes_on
 ):
     short, long, epochs, other = (
-        run_names(changed(spec, **settings, **more))
+        run_fingerprints(changed(spec, **settings, **more))
         for more in (
             {"max_train_steps": 12},
             {"max_train_steps": 13},
@@ -95,21 +95,26 @@ def test_a_run_of_another_length_is_of_the_same_trajectory_where_the_rate_does_n
         )
     )
     assert len({short.identity, long.identity, epochs.identity}) == 3
-    assert short.family == long.family == epochs.family != other.family
+    assert short.any_length == long.any_length == epochs.any_length != other.any_length
     assert (short.trajectory == long.trajectory == epochs.trajectory) is goes_on
     assert short.trajectory != other.trajectory
 
 
 def test_the_number_of_processes_is_part_of_it_and_does_not_hide_that_it_is_the_same_training(tmp_path, spec):
     one, two = (
-        run_names(
+        run_fingerprints(
             make_spec(tmp_path, *spec.datasets, num_processes=number, allow_dataset_oversubscription=True)
         )
         for number in (1, 3)  # whose batches are more images than there are
     )
-    assert not {one.identity, one.trajectory, one.family} & {two.identity, two.trajectory, two.family}
-    assert one.kin == two.kin
-    assert one.kin != run_names(changed(spec, seed=7, allow_dataset_oversubscription=True)).kin
+    assert not {one.identity, one.trajectory, one.any_length} & {two.identity, two.trajectory, two.any_length}
+    assert one.any_length_or_world_size == two.any_length_or_world_size
+    assert (
+        one.any_length_or_world_size
+        != run_fingerprints(
+            changed(spec, seed=7, allow_dataset_oversubscription=True)
+        ).any_length_or_world_size
+    )
 
 
 def test_data_are_known_by_content_and_not_by_place(tmp_path, spec):

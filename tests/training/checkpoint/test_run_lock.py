@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_pipeline.runtime.stage_runner import StageError, StageStopped, StopSignal
+from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
 from sdxl_pipeline.training.checkpoint.run_lock import run_lock
 
 
@@ -26,7 +26,7 @@ def test_two_trainers_never_share_a_run(tmp_path):
         while not held.exists():
             time.sleep(0.01)
         with (
-            pytest.raises(StageError, match=f"process {other.pid}.*is at work in"),
+            pytest.raises(UserError, match=f"process {other.pid}.*is at work in"),
             run_lock(run_dir, StopSignal(), timeout=0.0),
         ):
             pytest.fail("two trainers hold one run")

@@ -3,19 +3,19 @@
 import pytest
 import torch
 
-from sdxl_pipeline.config.optimizer_registry import RECIPES
+from sdxl_pipeline.config.optimizer_registry import OPTIMIZERS
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.training.checkpoint.checkpoints import TrainingState
 from sdxl_pipeline.training.checkpoint.optimizer_state import flatten_optimizer
-from sdxl_pipeline.training.checkpoint.warm_start import optimizer_fits, under_own_settings
+from sdxl_pipeline.training.checkpoint.warm_start import optimizer_fits, rebase_state
 from sdxl_pipeline.training.optim.lr_schedules import build_schedule
-from sdxl_pipeline.training.optim.optimizers import build_optimizer, hold_parameters
+from sdxl_pipeline.training.optim.optimizers import build_optimizer, cast_parameters
 
 SHAPES = {"matrix": (32, 128), "vector": (5,)}
 
 
 def settings_of(name: str, config: str, **values: object) -> TrainingSettings:
-    pytest.importorskip(RECIPES[name].package, reason="needs the extra `optimizers`")
+    pytest.importorskip(OPTIMIZERS[name].package, reason="needs the extra `optimizers`")
     rate = 1.0 if name == "prodigy" else 0.01
     values = {"learning_rate": rate, "lr_scheduler": "constant", "max_train_steps": 20, **values}
     return TrainingSettings(optimizer=name, optimizer_config=config, **values)
@@ -24,7 +24,7 @@ def settings_of(name: str, config: str, **values: object) -> TrainingSettings:
 def started(settings: TrainingSettings):
     generator = torch.Generator().manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES.values()]
-    hold_parameters(settings, parameters)
+    cast_parameters(settings, parameters)
     optimizer = build_optimizer(settings, parameters)
     if settings.is_schedule_free:
         optimizer.train()
@@ -72,13 +72,13 @@ def test_all_options_are_the_new_runs_and_what_was_learnt_is_kept(name, config, 
     settings = settings_of(name, config, learning_rate=rate)
     assert optimizer_fits(state, settings, "cpu")
     optimizer, schedule, parameters = started(settings)
-    taken = under_own_settings(state, settings, optimizer, schedule)
+    taken = rebase_state(state, settings, optimizer, schedule)
     optimizer.load_state_dict(taken.optimizer)
     schedule.load_state_dict(taken.schedule)
     (group,), (before,) = optimizer.param_groups, state.optimizer["param_groups"]
     assert {key: group[key] for key in expected} == expected
     assert (float(group["lr"]), group["initial_lr"]) == (pytest.approx(rate), pytest.approx(rate))
-    learnt = RECIPES[name].learnt & before.keys()
+    learnt = OPTIMIZERS[name].learnt & before.keys()
     assert {key: group[key] for key in learnt} == {key: before[key] for key in learnt}
     kept, expected_tensors = (
         flatten_optimizer(each)[0] for each in (optimizer.state_dict(), state.optimizer)
@@ -110,7 +110,7 @@ def test_what_the_first_step_settles_is_settled_for_the_run_that_takes_over():
     settings = settings_of("optimi-adamw", "", model_type="full", mixed_precision="bf16")
     state = state_after(settings)
     optimizer, schedule, parameters = started(settings)
-    optimizer.load_state_dict(under_own_settings(state, settings, optimizer, schedule).optimizer)
+    optimizer.load_state_dict(rebase_state(state, settings, optimizer, schedule).optimizer)
     assert optimizer.param_groups[0]["kahan_sum"]
     go_on(optimizer, schedule, parameters)
 
@@ -119,7 +119,7 @@ def test_an_optimizer_that_begins_anew_has_its_first_step_before_it():
     settings = settings_of("optimi-adamw", "beta1=0.5")
     state = TrainingState(3, 0, 0, {}, {}, {}, None)
     optimizer, schedule, parameters = started(settings)
-    taken = under_own_settings(state, settings, optimizer, schedule)
+    taken = rebase_state(state, settings, optimizer, schedule)
     assert not taken.optimizer["state"]
     optimizer.load_state_dict(taken.optimizer)
     assert optimizer.param_groups[0]["beta1"] == 0.5

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.batches import (
     BatchReader,
     MismatchedBatchError,
     TrainingBatches,
     prefetched,
 )
-from sdxl_pipeline.training.data.bucket_sampler import SampleOrder
+from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler
 from sdxl_pipeline.training.data.samples import load_samples
-from sdxl_pipeline.training.diffusion.forward_process import Corruption
-from sdxl_pipeline.training.diffusion.timesteps import TimestepDraw
+from sdxl_pipeline.training.diffusion.forward_process import ForwardProcess
+from sdxl_pipeline.training.diffusion.timesteps import TimestepSampler
 from tests.datasets import PROMPT, digest, make_dataset
 
 SCALE = 0.25
@@ -28,10 +28,10 @@ def make_batches(
 ) -> TrainingBatches:
     samples = load_samples([dataset], "train")
     return TrainingBatches(
-        order=SampleOrder(samples, {dataset.dataset_id: 1.0}, seed, batch_size, num_processes),
+        order=BucketBatchSampler(samples, {dataset.dataset_id: 1.0}, seed, batch_size, num_processes),
         reader=BatchReader([dataset]),
         scaling_factor=SCALE,
-        corruption=Corruption(TimestepDraw(1000), accumulation=accumulation),
+        forward_process=ForwardProcess(TimestepSampler(1000), accumulation=accumulation),
         caption_dropout_probability=dropout,
         rank=rank,
     )
@@ -178,7 +178,7 @@ def test_a_store_without_the_empty_prompt_is_an_error(dataset):
     path = dataset.text_embeds.prompts_path
     table = pd.read_parquet(path)
     table[table["prompt"] != ""].to_parquet(path)
-    with pytest.raises(StageError, match="lacks the empty prompt"):
+    with pytest.raises(UserError, match="lacks the empty prompt"):
         BatchReader([dataset])
 
 
@@ -188,7 +188,7 @@ def test_prompts_are_read_by_their_text(dataset):
     stored = TensorStore(dataset.text_embeds.store_root).read(digest("text", "prompt", PROMPT))
     assert torch.equal(embeds[0], stored["prompt_embeds"])
     assert torch.equal(pooled[0], stored["pooled_prompt_embeds"])
-    with pytest.raises(StageError, match="'a blue square' has not been encoded"):
+    with pytest.raises(UserError, match="'a blue square' has not been encoded"):
         reader.prompt_embeds("a blue square")
 
 

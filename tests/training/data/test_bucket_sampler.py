@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 
 from sdxl_pipeline.config.schema.optimization import BucketFill
-from sdxl_pipeline.training.data.bucket_sampler import Draw, SampleOrder
+from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler, SampleRef
 from sdxl_pipeline.training.data.samples import Samples
-from sdxl_pipeline.training.data.sampling_weights import passes_per_epoch
+from sdxl_pipeline.training.data.sampling_weights import sampling_weights_per_epoch
 from tests.datasets import SQUARE, WIDE, digest, make_dataset
 
 
@@ -34,7 +34,7 @@ def rows(
             "bucket_h": buckets[crop % len(buckets)][0],
             "bucket_w": buckets[crop % len(buckets)][1],
             **dict.fromkeys(("resized_h", "resized_w", "original_h", "original_w"), 96),
-            **dict.fromkeys(("source_h", "source_w", "told_h", "told_w"), 96),
+            **dict.fromkeys(("source_h", "source_w", "original_height", "original_width"), 96),
             "crop_top": 0,
             "crop_left": 0,
             "flipped": False,
@@ -59,16 +59,16 @@ def order_of(
     batch_size: int = 2,
     num_processes: int = 1,
     fill: BucketFill = "partial",
-) -> SampleOrder:
+) -> BucketBatchSampler:
     given = passes if isinstance(passes, Mapping) else dict.fromkeys(samples.images_by_dataset(), passes)
-    return SampleOrder(samples, given, seed, batch_size, num_processes, fill)
+    return BucketBatchSampler(samples, given, seed, batch_size, num_processes, fill)
 
 
-def ids(draws: Sequence[Draw]) -> list[str]:
+def ids(draws: Sequence[SampleRef]) -> list[str]:
     return [draw.sample.id for draw in draws]
 
 
-def epoch_of(order: SampleOrder, epoch: int) -> list[list[Draw]]:
+def epoch_of(order: BucketBatchSampler, epoch: int) -> list[list[SampleRef]]:
     """All batches of an epoch."""
     return [
         order.batch(index, 0) for index in range(order.batches_until(epoch), order.batches_until(epoch + 1))
@@ -168,7 +168,7 @@ def test_repeats_and_probability_are_passes(tmp_path):
         make_dataset(tmp_path / "eval", "eval", probability=9.0),
     ]
     samples = samples_of(rows(10, "a"), rows(10, "b"))
-    passes = passes_per_epoch(datasets, samples)
+    passes = sampling_weights_per_epoch(datasets, samples)
     assert passes == {"a": 2.0, "b": 0.5}
 
     order = order_of(samples, passes, batch_size=1)

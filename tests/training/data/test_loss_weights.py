@@ -12,7 +12,7 @@ from PIL import Image
 
 from sdxl_pipeline.data.masks.mask_pairs import mask_crop
 from sdxl_pipeline.runtime.specs import DatasetMasks, TrainingDataset
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.checkpoint.run_identity import run_identity
 from sdxl_pipeline.training.data import loss_masks
 from sdxl_pipeline.training.data.loss_masks import MaskReader
@@ -117,10 +117,10 @@ def test_a_mask_that_has_changed_or_gone_stops_with_its_name(dataset, tmp_path):
     samples = samples_of(masked)[:1]
     path = tmp_path / "masks" / f"{Path(samples[0].path).stem}.png"
     Image.new("L", (30, 30)).save(path)
-    with pytest.raises(StageError, match=r"image_00.png: changed since.*materialize"):
+    with pytest.raises(UserError, match=r"image_00.png: changed since.*materialize"):
         MaskReader(mask_tables([masked])).read(samples, [True])
     path.unlink()
-    with pytest.raises(StageError, match=r"image_00.png: cannot be read"):
+    with pytest.raises(UserError, match=r"image_00.png: cannot be read"):
         MaskReader(mask_tables([masked])).read(samples, [True])
 
 
@@ -149,9 +149,11 @@ def test_regularisation_is_another_run(tmp_path, dataset):
 
 
 def losses(objective: Objective, prediction: torch.Tensor, latents, noise, timesteps, weights=None):
-    wanted = objective.wanted(latents, noise, timesteps)
-    errors = objective.errors(objective.judged(prediction, noise, timesteps), wanted, timesteps)
-    return objective.losses(errors if weights is None else errors * weights, timesteps)
+    wanted = objective.target(latents, noise, timesteps)
+    errors = objective.elementwise_loss(
+        objective.to_loss_space(prediction, noise, timesteps), wanted, timesteps
+    )
+    return objective.per_sample_loss(errors if weights is None else errors * weights, timesteps)
 
 
 @pytest.fixture

@@ -12,15 +12,15 @@ from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.data.buckets.crop_plan import Crop, fresh_place
 from sdxl_pipeline.models.base_model import ResolvedModel, resolve_base_model
 from sdxl_pipeline.runtime.specs import TrainingDataset
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.batches import BatchReader, TrainingBatches
-from sdxl_pipeline.training.data.bucket_sampler import SampleOrder
+from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler
 from sdxl_pipeline.training.data.on_demand_cache import OnDemandEncoders
 from sdxl_pipeline.training.data.samples import Sample, load_samples
-from sdxl_pipeline.training.diffusion.forward_process import Corruption
-from sdxl_pipeline.training.diffusion.timesteps import TimestepDraw
+from sdxl_pipeline.training.diffusion.forward_process import ForwardProcess
+from sdxl_pipeline.training.diffusion.timesteps import TimestepSampler
 from tests.datasets import NEGATIVE, PROMPT, model_folder
-from tests.encoded_datasets import HARDWARE, draw_images, listing, prepare_dataset
+from tests.encoded_datasets import HARDWARE, generate_validation_images, listing, prepare_dataset
 
 LATENTS = ("mean", "logvar")
 DEFERRED = ("ondemand", "disable")
@@ -46,7 +46,7 @@ def caption_encoder(model: ResolvedModel) -> CaptionEncoder:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drawings")
-    draw_images(folder)
+    generate_validation_images(folder)
     return folder
 
 
@@ -137,15 +137,17 @@ def test_prompts_are_had_in_every_mode(tmp_path, images, model, caption_encoder,
     assert torch.equal(conditioning.prompt_embeds[0], encoder.encode(PROMPT)["prompt_embeds"])
     assert torch.equal(conditioning.negative_prompt_embeds[0], encoder.encode(NEGATIVE)["prompt_embeds"])
     assert torch.equal(reader.prompt_embeds("")[1][0], encoder.encode("")["pooled_prompt_embeds"])
-    with pytest.raises(StageError, match="'never seen' has not been encoded"):
+    with pytest.raises(UserError, match="'never seen' has not been encoded"):
         reader.prompt_embeds("never seen")
     reader.close()
 
 
 def batches_of(dataset: TrainingDataset, model: ResolvedModel, dropout: float = 0.0) -> TrainingBatches:
     samples = load_samples([dataset], "train")
-    order = SampleOrder(samples, {dataset.dataset_id: 1.0}, seed=3, batch_size=2)
-    return TrainingBatches(order, reader_of(dataset, model), 0.5, Corruption(TimestepDraw(1000)), dropout)
+    order = BucketBatchSampler(samples, {dataset.dataset_id: 1.0}, seed=3, batch_size=2)
+    return TrainingBatches(
+        order, reader_of(dataset, model), 0.5, ForwardProcess(TimestepSampler(1000)), dropout
+    )
 
 
 def test_disable_touches_no_store(tmp_path, images, model):
@@ -195,12 +197,12 @@ def test_a_image_that_changed_is_an_error_that_names_it(tmp_path, images, model)
     )
     shutil.copy(images / other.path, tmp_path / "images" / sample.path)
     reader = reader_of(dataset, model)
-    with pytest.raises(StageError, match=f"{sample.path}: changed since the dataset was scanned"):
+    with pytest.raises(UserError, match=f"{sample.path}: changed since the dataset was scanned"):
         reader.posteriors(wide(dataset))
     reader.close()
     assert not TensorStore(dataset.latents.store_root).missing([wide(dataset)[0].latent_key])
     (tmp_path / "images" / sample.path).unlink()
-    with pytest.raises(StageError, match=f"{sample.path}: cannot be read"):
+    with pytest.raises(UserError, match=f"{sample.path}: cannot be read"):
         reader_of(dataset, model).posteriors([sample])
 
 
@@ -209,9 +211,9 @@ def test_nothing_is_written_under_a_name_it_does_not_stand_for(tmp_path, images,
     dataset = prepare_dataset(tmp_path, images, model, latent_cache="ondemand", text_cache="ondemand")
     hardware = HARDWARE.model_copy(update={"vae_dtype": "bf16", "mixed_precision": "bf16"})
     reader = BatchReader([dataset], OnDemandEncoders(model, hardware))
-    with pytest.raises(StageError, match="'drawings': vae_latents was planned with another"):
+    with pytest.raises(UserError, match="'drawings': vae_latents was planned with another"):
         reader.posteriors(wide(dataset))
-    with pytest.raises(StageError, match="text_embeds was planned with another"):
+    with pytest.raises(UserError, match="text_embeds was planned with another"):
         reader.prompt_embeds(PROMPT)
     reader.close()
     assert not TensorStore(dataset.latents.store_root).keys()

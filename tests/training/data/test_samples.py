@@ -7,7 +7,7 @@ import pytest
 
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.runtime.specs import FailedItem
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.samples import load_samples
 from sdxl_pipeline.training.data.training_plan import PlannedDataset, plan_training
 from tests.datasets import SQUARE, WIDE, by_path, digest, make_dataset
@@ -77,7 +77,7 @@ def edit(path: str, change) -> None:
 def test_a_failed_image_is_left_out_and_a_lost_one_is_an_error(tmp_path):
     dataset = make_dataset(tmp_path)
     edit(dataset.latents.entries_path, lambda table: table[table["path"] != "image_02.png"])
-    with pytest.raises(StageError, match=r"'shapes': 1 images .* no latent \(image_02.png\)"):
+    with pytest.raises(UserError, match=r"'shapes': 1 images .* no latent \(image_02.png\)"):
         load_samples([dataset], "train")
     failed = (FailedItem(name="image_02.png", reason="NaN"),)
     reported = dataset.model_copy(update={"latents": dataset.latents.model_copy(update={"failed": failed})})
@@ -87,7 +87,7 @@ def test_a_failed_image_is_left_out_and_a_lost_one_is_an_error(tmp_path):
 def test_a_image_without_caption_is_an_error(tmp_path):
     dataset = make_dataset(tmp_path)
     edit(dataset.text_embeds.entries_path, lambda table: table[table["path"] != "image_03.png"])
-    with pytest.raises(StageError, match=r"no caption embedding \(image_03.png\)"):
+    with pytest.raises(UserError, match=r"no caption embedding \(image_03.png\)"):
         load_samples([dataset], "train")
 
 
@@ -95,7 +95,7 @@ def test_a_image_without_caption_is_an_error(tmp_path):
 def test_a_image_that_changed_between_the_stages_is_an_error(tmp_path, table):
     dataset = make_dataset(tmp_path)
     edit(str(Path(tmp_path) / f"{table}.parquet"), lambda t: t.assign(key=["other", *t["key"][1:]]))
-    with pytest.raises(StageError, match="materialize"):
+    with pytest.raises(UserError, match="materialize"):
         load_samples([dataset], "train")
 
 

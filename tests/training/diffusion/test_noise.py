@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.training.diffusion.forward_process import build_corruption
-from sdxl_pipeline.training.diffusion.noise import build_noise_draw
-from sdxl_pipeline.training.rng import seed_for
+from sdxl_pipeline.training.diffusion.forward_process import build_forward_process
+from sdxl_pipeline.training.diffusion.noise import build_noise_sampler
+from sdxl_pipeline.training.rng import derive_seed
 
 SHAPE = (4, 8, 12)
 
 
 def draw_of(**settings):
-    return build_noise_draw(TrainingSettings(**settings))
+    return build_noise_sampler(TrainingSettings(**settings))
 
 
 def drawn(count: int = 400, **settings) -> torch.Tensor:
@@ -22,7 +22,7 @@ def drawn(count: int = 400, **settings) -> torch.Tensor:
 
 
 def test_plain_noise_is_what_torch_draws():
-    generator = torch.Generator().manual_seed(seed_for(5, "noise", 3, 1))
+    generator = torch.Generator().manual_seed(derive_seed(5, "noise", 3, 1))
     assert torch.equal(draw_of().noise(SHAPE, 5, 3, 1), torch.randn(SHAPE, generator=generator))
 
 
@@ -60,10 +60,10 @@ def test_perturbation_fades_over_its_steps():
 
 def test_steps_are_counted_in_optimizer_steps():
     settings = {"input_perturbation": 0.2, "input_perturbation_steps": 2, "gradient_accumulation_steps": 3}
-    corruption = build_corruption(TrainingSettings(**settings), 1000)
-    perturbed = [corruption.draw(SHAPE, 5, index, range(2), 2).perturbed_noise for index in range(8)]
+    forward_process = build_forward_process(TrainingSettings(**settings), 1000)
+    perturbed = [forward_process.draw(SHAPE, 5, index, range(2), 2).perturbed_noise for index in range(8)]
     assert [each is not None for each in perturbed] == [True] * 6 + [False] * 2
-    plain = [corruption.draw(SHAPE, 5, index, range(2), 2).noise for index in range(6)]
+    plain = [forward_process.draw(SHAPE, 5, index, range(2), 2).noise for index in range(6)]
     deviations = [(seen - noise).std().item() for seen, noise in zip(perturbed[:6], plain, strict=True)]
     assert deviations == pytest.approx([0.2] * 3 + [0.1] * 3, rel=0.1)
 
@@ -80,10 +80,10 @@ def test_draws_are_the_same_on_one_process_and_on_two(rank):
         "scheduled_sampling_max_step_offset": 4,
         "scheduled_sampling_probability": 0.7,
     }
-    corruption = build_corruption(TrainingSettings(**settings), 1000)
+    forward_process = build_forward_process(TrainingSettings(**settings), 1000)
     for index in range(12):
-        whole = corruption.draw(SHAPE, 5, index, range(4), 4)
-        part = corruption.draw(SHAPE, 5, index, range(2 * rank, 2 * rank + 2), 4)
+        whole = forward_process.draw(SHAPE, 5, index, range(4), 4)
+        part = forward_process.draw(SHAPE, 5, index, range(2 * rank, 2 * rank + 2), 4)
         own = slice(2 * rank, 2 * rank + 2)
         assert torch.equal(whole.noise[own], part.noise)
         assert torch.equal(whole.perturbed_noise[own], part.perturbed_noise)

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.diffusion.objective import Objective, build_objective
 
 SCHEDULE = {
@@ -37,10 +37,12 @@ def losses_of(batch, prediction_type: str, timesteps=TIMESTEPS, zero_snr=False, 
     scheduler = scheduler_of(prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr)
     objective = build_objective(TrainingSettings(**settings), scheduler)
     noisy = objective.add_noise(batch.latents, batch.noise, timesteps)
-    judged = objective.judged(batch.prediction, noisy, timesteps)
-    errors = objective.errors(judged, objective.wanted(batch.latents, batch.noise, timesteps), timesteps)
+    prediction = objective.to_loss_space(batch.prediction, noisy, timesteps)
+    errors = objective.elementwise_loss(
+        prediction, objective.target(batch.latents, batch.noise, timesteps), timesteps
+    )
     assert errors.shape == batch.latents.shape
-    return objective.losses(errors, timesteps)
+    return objective.per_sample_loss(errors, timesteps)
 
 
 def error_of(batch, prediction_type: str, timesteps=TIMESTEPS, zero_snr=False) -> torch.Tensor:
@@ -146,7 +148,7 @@ def test_huber_is_the_square_of_small_errors_and_linear_in_large_ones():
     )
     timesteps = torch.tensor([500, 500])
     errors = torch.tensor([1e-4, 100.0])[:, None, None, None]
-    small, large = objective.errors(errors, torch.zeros_like(errors), timesteps).flatten()
+    small, large = objective.elementwise_loss(errors, torch.zeros_like(errors), timesteps).flatten()
     assert small.item() == pytest.approx(
         1e-8, rel=1e-5
     )  # sqrt(e^2 + c^2) - c itself would keep no digit of it
@@ -205,7 +207,7 @@ def test_zero_terminal_snr_is_lin_et_al(batch, prediction_type):
     last = torch.tensor([999] * 6)
     assert torch.equal(objective.add_noise(batch.latents, batch.noise, last), batch.noise)
     if prediction_type == "v_prediction":
-        assert torch.equal(objective.target(batch.latents, batch.noise, last), -batch.latents)
+        assert torch.equal(objective.prediction_target(batch.latents, batch.noise, last), -batch.latents)
     for settings in ({}, {"snr_gamma": 5.0}, {"loss_type": "huber"}, {"debiased_estimation_loss": True}):
         assert losses_of(batch, prediction_type, last, zero_snr=True, **settings).isfinite().all()
     expected = error_of(batch, prediction_type, zero_snr=True).square().mean((1, 2, 3))
@@ -214,12 +216,12 @@ def test_zero_terminal_snr_is_lin_et_al(batch, prediction_type):
 
 def test_the_flow_of_a_predicted_sample_is_refused():
     settings = TrainingSettings(diff2flow_enabled=True, diff2flow_loss=True)
-    with pytest.raises(StageError, match="predicts the sample"):
+    with pytest.raises(UserError, match="predicts the sample"):
         build_objective(settings, scheduler_of(prediction_type="sample"))
 
 
 def test_epsilon_with_zero_terminal_snr_is_refused():
-    with pytest.raises(StageError, match=r"pure noise.*v_prediction"):
+    with pytest.raises(UserError, match=r"pure noise.*v_prediction"):
         build_objective(TrainingSettings(), scheduler_of(rescale_betas_zero_snr=True))
 
 

@@ -15,7 +15,7 @@ from sdxl_pipeline.training.trainer import Trainer
 from tests.datasets import SQUARE, make_dataset, make_spec
 from tests.encoded_datasets import Silent
 
-SUBJECT, PRIOR = "subject", "people"
+EVAL_MODEL, PRIOR = "subject", "people"
 
 
 def spec_of(folder: Path, prior: tuple[str, ...] = (PRIOR,), **settings: Any) -> TrainSpec:
@@ -24,7 +24,7 @@ def spec_of(folder: Path, prior: tuple[str, ...] = (PRIOR,), **settings: Any) ->
         make_dataset(folder / name, name, [SQUARE] * 2).model_copy(
             update={"is_regularisation": name in prior}
         )
-        for name in (SUBJECT, PRIOR)
+        for name in (EVAL_MODEL, PRIOR)
     ]
     return make_spec(folder, *datasets, **{"train_batch_size": 4, "max_train_steps": 2, **settings})
 
@@ -73,7 +73,7 @@ def answer(unet: torch.nn.Module, batch: Any, noisy_latents: torch.Tensor) -> to
     ids=lambda settings: next(iter(settings), "plain"),
 )
 def test_its_loss_is_exactly_zero_before_the_first_step_and_so_is_its_gradient(tmp_path, start, settings):
-    trainer = start(spec_of(tmp_path, prior=(SUBJECT, PRIOR), **settings))
+    trainer = start(spec_of(tmp_path, prior=(EVAL_MODEL, PRIOR), **settings))
     loss = trainer._loss(trainer.batches.read(0), 0)
     assert loss.item() == 0.0
     loss.backward()

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.training.diffusion.scheduled_sampling import (
     Rollout,
-    build_rollout_draw,
+    build_rollout_sampler,
     build_solver,
     roll_out,
 )
@@ -143,7 +143,7 @@ def test_items_go_together_as_they_go_alone(batch, name):
 
 def draw_of(**settings):
     named = {f"scheduled_sampling_{key}": value for key, value in settings.items()}
-    return build_rollout_draw(TrainingSettings(**named), 1000)
+    return build_rollout_sampler(TrainingSettings(**named), 1000)
 
 
 def test_off_is_off():

@@ -5,24 +5,24 @@ import pytest
 import torch
 
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.training.diffusion.timesteps import TimestepDraw, build_timestep_draw
-from sdxl_pipeline.training.rng import seed_for
+from sdxl_pipeline.training.diffusion.timesteps import TimestepSampler, build_timestep_sampler
+from sdxl_pipeline.training.rng import derive_seed
 
 SLOTS = 8
 
 
 def drawn(batches: int = 1000, slots: int = SLOTS, seed: int = 5, **settings) -> np.ndarray:
     """(batches, slots)."""
-    draw = build_timestep_draw(TrainingSettings(**settings), 1000)
+    draw = build_timestep_sampler(TrainingSettings(**settings), 1000)
     return np.array(
         [[draw.draw(seed, index, slot, slots) for slot in range(slots)] for index in range(batches)]
     )
 
 
 def test_unbiased_timesteps_are_those_of_torch():
-    draw = TimestepDraw(1000)
+    draw = TimestepSampler(1000)
     for index, slot in ((0, 0), (3, 1), (70, 5)):
-        generator = torch.Generator().manual_seed(seed_for(5, "timestep", index, slot))
+        generator = torch.Generator().manual_seed(derive_seed(5, "timestep", index, slot))
         assert draw.draw(5, index, slot, SLOTS) == torch.randint(1000, (1,), generator=generator).item()
     assert [
         draw.draw(42, index, 0, 1) for index in range(5)
@@ -75,7 +75,7 @@ def test_a_segmented_batch_has_one_timestep_of_each_part():
 
 
 def test_a_segmented_batch_of_more_than_there_are_timesteps():
-    draw = TimestepDraw(4, segmented=True)
+    draw = TimestepSampler(4, segmented=True)
     found = sorted(draw.draw(1, 0, slot, 8) for slot in range(8))
     assert found == [0, 0, 1, 1, 2, 2, 3, 3]
 

@@ -14,7 +14,7 @@ from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.config.validators.settings_rules import check_training
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
-from sdxl_pipeline.runtime.stage_runner import StageError, StopSignal
+from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError
 from sdxl_pipeline.stages import train
 from sdxl_pipeline.training.logging.metrics_log import read_metrics
 from tests.datasets import make_dataset, make_spec
@@ -103,7 +103,7 @@ def test_two_processes_with_half_a_unet_each_train_as_one_with_a_whole(tmp_path)
 
 
 def test_one_process_has_nothing_to_divide(tmp_path):
-    with pytest.raises(StageError, match="there is one"):
+    with pytest.raises(UserError, match="there is one"):
         train.main(spec_of(tmp_path, "one", 1, fsdp_enable=True), Reporter(), StopSignal())
 
 

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sdxl_pipeline.training.data.bucket_sampler import SampleOrder
+from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler
 from sdxl_pipeline.training.data.samples import load_samples
 from sdxl_pipeline.training.logging import step_log
 from sdxl_pipeline.training.logging.metrics_log import METRICS_FILE, MetricsLog, StepMetrics, read_metrics
-from sdxl_pipeline.training.logging.step_log import StepLog, TakenStep
+from sdxl_pipeline.training.logging.step_log import StepLog, StepRecord
 from tests.datasets import SQUARE, make_dataset
 from tests.train_programs import Listener
 
@@ -34,14 +34,16 @@ def scaled(scale: float) -> SimpleNamespace:
 @pytest.fixture
 def reported(tmp_path: Path):
     dataset = make_dataset(tmp_path / "dataset", buckets=[SQUARE] * 4)
-    order = SampleOrder(load_samples([dataset], "train"), {dataset.dataset_id: 1.0}, seed=3, batch_size=1)
+    order = BucketBatchSampler(
+        load_samples([dataset], "train"), {dataset.dataset_id: 1.0}, seed=3, batch_size=1
+    )
 
     def report(steps, scaler=None):
         listener, metrics = Listener(), MetricsLog(tmp_path / METRICS_FILE, 0)
         watch = SimpleNamespace(steps=lambda rows: None)
         log = StepLog(OneProcess(scaler=scaler), listener, order, 100, 0.0, metrics, watch)
         for number, (losses, norm) in enumerate(steps, start=1):
-            log.add(TakenStep(number, torch.tensor(losses), torch.tensor(norm), 1e-3, images=2))
+            log.add(StepRecord(number, torch.tensor(losses), torch.tensor(norm), 1e-3, images=2))
         log.report()
         rows = [(row.step, row.loss, row.grad_norm) for row in read_metrics(tmp_path / METRICS_FILE)]
         return rows, listener.lines, order
@@ -63,15 +65,17 @@ def test_the_time_to_the_end_is_that_of_the_steps_and_of_the_looks(tmp_path, mon
     now = [100.0]
     monkeypatch.setattr(step_log, "time", SimpleNamespace(monotonic=lambda: now[0]))
     dataset = make_dataset(tmp_path / "dataset", buckets=[SQUARE] * 4)
-    order = SampleOrder(load_samples([dataset], "train"), {dataset.dataset_id: 1.0}, seed=3, batch_size=1)
+    order = BucketBatchSampler(
+        load_samples([dataset], "train"), {dataset.dataset_id: 1.0}, seed=3, batch_size=1
+    )
     seen: list[StepMetrics] = []
-    watch, looks = (
+    watch, validator = (
         SimpleNamespace(steps=seen.extend),
         SimpleNamespace(seconds_to_come=lambda step: 7.0 * step),
     )
-    log = StepLog(OneProcess(scaler=None), Listener(), order, 100, 0.0, None, watch, looks)
+    log = StepLog(OneProcess(scaler=None), Listener(), order, 100, 0.0, None, watch, validator)
     for number in (1, 2):
-        log.add(TakenStep(number, torch.ones(1), torch.tensor(1.0), 1e-3, images=2))
+        log.add(StepRecord(number, torch.ones(1), torch.tensor(1.0), 1e-3, images=2))
     now[0] += 4.0
     log.report()
     assert [row.eta_seconds for row in seen] == [99 * 2.0 + 7.0, 98 * 2.0 + 14.0]

@@ -11,7 +11,7 @@ from accelerate.tracking import TensorBoardTracker
 from PIL import Image
 
 from sdxl_pipeline.runtime.specs import TrainSpec, ValidationImage
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.logging.metrics_log import StepMetrics
 from sdxl_pipeline.training.logging.tracker_logging import Trackers, require_tracker
 from sdxl_pipeline.training.validation.previews import Preview
@@ -153,7 +153,7 @@ def test_without_trackers_nothing_is_written(tmp_path):
 
 def test_a_missing_tracker_is_an_error_that_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(StageError, match=r"report_to asks for wandb.*sdxl-pipeline\[wandb\]"):
+    with pytest.raises(UserError, match=r"report_to asks for wandb.*sdxl-pipeline\[wandb\]"):
         require_tracker("wandb")
 
 
@@ -172,10 +172,10 @@ def wandb_without_a_key(tmp_path, monkeypatch) -> Iterator[None]:
 
 
 def test_wandb_without_a_key_is_refused_before_anything_is_loaded(wandb_without_a_key, tmp_path, monkeypatch):
-    with pytest.raises(StageError, match=r"wandb login.*WANDB_API_KEY.*WANDB_MODE=offline"):
+    with pytest.raises(UserError, match=r"wandb login.*WANDB_API_KEY.*WANDB_MODE=offline"):
         Trackers(make_spec(tmp_path, report_to="wandb"), "identity")
     monkeypatch.setenv("WANDB_API_KEY", "short")
-    with pytest.raises(StageError, match="wandb, which cannot be started"):
+    with pytest.raises(UserError, match="wandb, which cannot be started"):
         require_tracker("wandb")
 
 
@@ -208,7 +208,7 @@ def test_a_tracker_that_does_not_begin_is_named_without_its_key(tmp_path, monkey
 
     monkeypatch.setattr(TensorBoardTracker, "start", refuse)
     trackers = Trackers(make_spec(tmp_path, report_to="tensorboard"), "identity")
-    with pytest.raises(StageError, match=r"tensorboard, which cannot be started \(PermissionError") as told:
+    with pytest.raises(UserError, match=r"tensorboard, which cannot be started \(PermissionError") as told:
         trackers.start(0)
     trackers.close()
     for secret in ("s3cret-key", "pass", "key=1"):

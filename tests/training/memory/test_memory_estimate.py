@@ -20,13 +20,13 @@ from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.memory import memory_estimate
-from sdxl_pipeline.training.memory.activations import Pass, activations
-from sdxl_pipeline.training.memory.adapter_activations import kept_by_adapters
+from sdxl_pipeline.training.memory.activations import ForwardPass, activations
+from sdxl_pipeline.training.memory.adapter_activations import saved_by_adapters
 from sdxl_pipeline.training.memory.memory_estimate import (
     MemoryEstimate,
     estimate_memory,
+    hints,
     optimizer_bytes,
-    remedies,
 )
 from tests.datasets import make_dataset, make_spec
 from tests.models.adapted_unets import lycoris
@@ -94,7 +94,7 @@ def without_content(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return unet
 
 
-def kept_by_torch(unet: UNet2DConditionModel, asked: Pass) -> int:
+def kept_by_torch(unet: UNet2DConditionModel, asked: ForwardPass) -> int:
     """Bytes that autograd saves of one forward pass beside what the model holds."""
     if asked.checkpointing:
         enable_checkpointing(unet, asked.interval)
@@ -159,10 +159,10 @@ CASES = [
 def compare(folder, edge: int, kind: str, dtype, checkpointing: bool, interval: int) -> tuple[float, int]:
     """What the rule says is kept, and what torch keeps."""
     unet = unet_of(folder, dtype, kind)
-    asked = Pass(edge, edge, 2, dtype, kind == "full", checkpointing, interval)
+    asked = ForwardPass(edge, edge, 2, dtype, kind == "full", checkpointing, interval)
     # what is made on the way is to be without content as well, such as DoRA's unit matrices
     with getattr(next(unet.parameters()), "fake_mode", contextlib.nullcontext()):
-        adapters = {} if asked.full else kept_by_adapters(unet, dtype)
+        adapters = {} if asked.full else saved_by_adapters(unet, dtype)
         return activations(unet, asked, adapters).kept, kept_by_torch(unet, asked)
 
 
@@ -189,8 +189,8 @@ def test_norms_that_compute_in_float32_are_counted(kind, checkpointing, monkeypa
     monkeypatch.setattr(functional, "group_norm", wide(functional.group_norm))
     monkeypatch.setattr(functional, "layer_norm", wide(functional.layer_norm))
     unet = unet_of(BUNDLED_MODEL, torch.bfloat16, kind)
-    asked = Pass(128, 128, 2, torch.bfloat16, kind == "full", checkpointing, wide_norms=True)
-    adapters = {} if asked.full else kept_by_adapters(unet, torch.bfloat16)
+    asked = ForwardPass(128, 128, 2, torch.bfloat16, kind == "full", checkpointing, wide_norms=True)
+    adapters = {} if asked.full else saved_by_adapters(unet, torch.bfloat16)
     assert activations(unet, asked, adapters).kept == pytest.approx(kept_by_torch(unet, asked), rel=0.12)
 
 
@@ -225,8 +225,8 @@ def test_what_quantized_layers_keep_beside_their_weights_is_counted(precision):
         base_model_precision=precision, mixed_precision="no", gradient_checkpointing=False, train_batch_size=2
     )
     estimate = estimate_memory(settings, unet, unet, [(128, 128)])
-    asked = Pass(128, 128, 2, torch.float32, False, False)
-    passing = activations(unet, asked, kept_by_adapters(unet, torch.float32)).passing
+    asked = ForwardPass(128, 128, 2, torch.float32, False, False)
+    passing = activations(unet, asked, saved_by_adapters(unet, torch.float32)).passing
     kept = sum(storage.nbytes() for storage in saved.values())
     assert estimate.activations - passing == pytest.approx(kept, rel=0.15)
 
@@ -292,9 +292,9 @@ def test_a_image_between_steps_counts_where_it_takes_more():
 def test_what_is_advised_is_what_is_not_done_yet():
     estimate = MemoryEstimate(0, 10, 1, 2, 0, 1, 20, 0)
     light = settings_of(base_model_precision="int8-quanto")
-    assert remedies(light, estimate) == []
+    assert hints(light, estimate) == []
     heavy = settings_of(gradient_checkpointing=False, train_batch_size=4, mixed_precision="no")
-    assert remedies(heavy, estimate) == [
+    assert hints(heavy, estimate) == [
         "gradient_checkpointing true",
         "a smaller train_batch_size, and more gradient_accumulation_steps for it",
         "mixed_precision bf16",

@@ -9,7 +9,7 @@ from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.optim.ema import Ema
-from sdxl_pipeline.training.optim.eval_weights import ShownWeights
+from sdxl_pipeline.training.optim.eval_weights import EvalWeights
 from tests.datasets import make_dataset, make_spec
 
 CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ def test_weights_that_were_replaced_come_back_to_the_bit_even_after_an_error():
     parameters = {"weight": torch.nn.Parameter(torch.randn(50))}
     before = parameters["weight"].detach().clone()
     optimizer = torch.optim.AdamW(parameters.values())
-    shown = ShownWeights(settings_of(), optimizer, parameters, CPU)
+    shown = EvalWeights(settings_of(), optimizer, parameters, CPU)
     shown.ema.average["weight"].fill_(7.0)
 
     def fail_at_drawing():
@@ -79,7 +79,7 @@ def test_weights_that_were_replaced_come_back_to_the_bit_even_after_an_error():
 )
 def test_which_weights_are_drawn(compared, labels):
     parameters = one_parameter(1.0)
-    shown = ShownWeights(
+    shown = EvalWeights(
         settings_of(ema_validation=compared), torch.optim.AdamW(parameters.values()), parameters, CPU
     )
     shown.ema.average["weight"].fill_(2.0)
@@ -99,7 +99,7 @@ def test_a_schedule_free_optimizer_shows_its_average_and_trains_on_from_the_same
 
     parameters = {"weight": torch.nn.Parameter(torch.randn(50))}
     optimizer = AdamWScheduleFree(parameters.values(), lr=0.1)
-    shown = ShownWeights(settings_of(use_ema=False, **SCHEDULE_FREE), optimizer, parameters, CPU)
+    shown = EvalWeights(settings_of(use_ema=False, **SCHEDULE_FREE), optimizer, parameters, CPU)
     for _ in range(3):
         parameters["weight"].grad = parameters["weight"].detach().clone()
         optimizer.step()

@@ -8,8 +8,13 @@ import torch
 from accelerate import Accelerator
 
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.runtime.stage_runner import StageError
-from sdxl_pipeline.training.optim.non_finite import NON_FINITE_LIMIT, SkippedSteps, poisoned, step_if_finite
+from sdxl_pipeline.runtime.stage_runner import UserError
+from sdxl_pipeline.training.optim.non_finite import (
+    NON_FINITE_LIMIT,
+    SkippedSteps,
+    propagate_nonfinite,
+    step_if_finite,
+)
 from sdxl_pipeline.training.optim.optimizers import build_optimizer
 
 
@@ -46,7 +51,7 @@ def test_an_infinite_loss_with_finite_gradients_is_seen_in_the_gradients():
     parameter = torch.nn.Parameter(torch.ones(2))
     loss = torch.nn.functional.smooth_l1_loss(parameter, torch.tensor([0.0, float("inf")]))
     assert torch.autograd.grad(loss, parameter, retain_graph=True)[0].isfinite().all()
-    poisoned(loss).backward()
+    propagate_nonfinite(loss).backward()
     assert not torch.linalg.vector_norm(parameter.grad).isfinite()
 
 
@@ -55,8 +60,8 @@ def test_a_finite_loss_and_its_gradients_keep_every_bit():
     parameter = torch.nn.Parameter(torch.randn(50, generator=generator))
     loss = (parameter**3).mean()
     expected = torch.autograd.grad(loss, parameter, retain_graph=True)[0]
-    assert torch.equal(poisoned(loss), loss)
-    assert torch.equal(torch.autograd.grad(poisoned(loss), parameter)[0], expected)
+    assert torch.equal(propagate_nonfinite(loss), loss)
+    assert torch.equal(torch.autograd.grad(propagate_nonfinite(loss), parameter)[0], expected)
 
 
 def draw(name: str) -> SimpleNamespace:
@@ -79,5 +84,5 @@ def test_only_steps_in_a_row_end_the_run():
         skipped.taken()
     for step in range(91, 90 + NON_FINITE_LIMIT):
         assert "its gradients are not finite" in skipped.skipped(step, 0.5, [])
-    with pytest.raises(StageError, match="steps 91 to 100 were skipped"):
+    with pytest.raises(UserError, match="steps 91 to 100 were skipped"):
         skipped.skipped(90 + NON_FINITE_LIMIT, 0.5, [])

@@ -10,17 +10,17 @@ import typing
 import pytest
 import torch
 
-from sdxl_pipeline.config.optimizer_registry import RECIPES
+from sdxl_pipeline.config.optimizer_registry import OPTIMIZERS
 from sdxl_pipeline.config.schema.optimization import OptimizerName
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.checkpoint.checkpoints import TrainingState, load_checkpoint, save_checkpoint
 from sdxl_pipeline.training.optim.lr_schedules import build_schedule
 from sdxl_pipeline.training.optim.optimizers import (
     build_optimizer,
+    cast_parameters,
+    current_lr,
     effective_learning_rate,
-    hold_parameters,
-    rate_of,
 )
 
 NAMES = typing.get_args(OptimizerName)
@@ -39,8 +39,8 @@ def make_parameters() -> list[torch.nn.Parameter]:
 
 
 def build(settings, parameters):
-    pytest.importorskip(RECIPES[settings.optimizer].package, reason="needs the extra `optimizers`")
-    hold_parameters(settings, parameters)
+    pytest.importorskip(OPTIMIZERS[settings.optimizer].package, reason="needs the extra `optimizers`")
+    cast_parameters(settings, parameters)
     optimizer = build_optimizer(settings, parameters)
     if hasattr(optimizer, "train"):
         optimizer.train()
@@ -107,7 +107,7 @@ def test_what_steps_change_in_a_group_is_named_as_learnt(name):
     after_the_first = copy.deepcopy({key: value for key, value in group.items() if key != "params"})
     take_steps(optimizer, schedule, parameters, 1, 8)
     changed = {key for key, value in after_the_first.items() if group[key] != value} - {"lr"}
-    assert changed <= RECIPES[name].learnt
+    assert changed <= OPTIMIZERS[name].learnt
     assert "step" not in group or "step" in changed
 
 
@@ -141,7 +141,7 @@ def test_numbers_arrive_in_the_type_of_the_option():
     optimizer, _ = build(settings_of(optimizer="optimi-ranger", optimizer_config="k=3"), make_parameters())
     assert optimizer.param_groups[0]["k"] == 3
     assert isinstance(optimizer.param_groups[0]["k"], int)
-    with pytest.raises(StageError, match=r"amsgrad = 3\.0; write amsgrad=true or amsgrad=false"):
+    with pytest.raises(UserError, match=r"amsgrad = 3\.0; write amsgrad=true or amsgrad=false"):
         build(settings_of(optimizer_config="amsgrad=3"), make_parameters())
 
 
@@ -177,7 +177,7 @@ def test_rounding_by_lot_keeps_updates_that_bf16_would_lose():
 def test_gradients_of_bf16_weights_are_summed_in_fp32_when_asked():
     for precision, grown in (("unmodified", False), ("fp32", True)):
         parameters = [torch.nn.Parameter(torch.ones(1))]
-        hold_parameters(settings_of(optimizer="adamw_bf16", gradient_precision=precision), parameters)
+        cast_parameters(settings_of(optimizer="adamw_bf16", gradient_precision=precision), parameters)
         (parameters[0].float() * 1.0).sum().backward()
         (parameters[0].float() * 1e-3).sum().backward()
         assert bool(parameters[0].grad > 1) is grown
@@ -185,7 +185,7 @@ def test_gradients_of_bf16_weights_are_summed_in_fp32_when_asked():
 
 def test_several_processes_cannot_average_gradients_wider_than_the_weights():
     settings = settings_of(optimizer="adamw_bf16", mixed_precision="bf16", gradient_precision="fp32")
-    with pytest.raises(StageError, match='write "unmodified"'):
+    with pytest.raises(UserError, match='write "unmodified"'):
         build_optimizer(settings, make_parameters(), num_processes=2)
     assert build_optimizer(settings_of(gradient_precision="fp32"), make_parameters(), num_processes=2)
 
@@ -213,8 +213,8 @@ def test_the_rate_that_is_shown_is_the_one_that_is_taken():
         take_steps(optimizer, schedule, make_parameters(), 0, 1)
         group = optimizer.param_groups[0]
         expected = group["d"] * 1.0 if name == "prodigy" else 0.01 / 10
-        assert rate_of(optimizer, 1.0) == pytest.approx(expected)
-    assert rate_of(build_optimizer(settings_of(), make_parameters()), 0.3) == 0.3
+        assert current_lr(optimizer, 1.0) == pytest.approx(expected)
+    assert current_lr(build_optimizer(settings_of(), make_parameters()), 0.3) == 0.3
 
 
 def test_the_rate_may_grow_with_the_batch():
@@ -231,22 +231,22 @@ def test_the_rate_may_grow_with_the_batch():
 def test_an_unknown_option_is_named_with_those_there_are():
     settings = settings_of(optimizer_config={"momentum": 0.9})
     with pytest.raises(
-        StageError, match=r"'momentum', which 'adamw' does not take; adamw takes beta1, beta2, .*weight_decay"
+        UserError, match=r"'momentum', which 'adamw' does not take; adamw takes beta1, beta2, .*weight_decay"
     ):
         build_optimizer(settings, make_parameters())
-    with pytest.raises(StageError, match="optimizer_config"):
+    with pytest.raises(UserError, match="optimizer_config"):
         build_optimizer(settings_of(optimizer_config={"beta1": 1.5}), make_parameters())
-    with pytest.raises(StageError, match="'warmup_steps', which 'adamw_schedulefree'"):
+    with pytest.raises(UserError, match="'warmup_steps', which 'adamw_schedulefree'"):
         build(
             settings_of(optimizer="adamw_schedulefree", optimizer_config="warmup_steps=3"), make_parameters()
         )
 
 
 def test_options_that_exclude_each_other_are_an_error_of_the_settings():
-    with pytest.raises(StageError, match=r"optimizer_config .*cannot be `True` together"):
+    with pytest.raises(UserError, match=r"optimizer_config .*cannot be `True` together"):
         build_optimizer(settings_of(optimizer_config="fused=true,foreach=true"), make_parameters())
     for option in ("differentiable", "capturable"):
-        with pytest.raises(StageError, match=f"'{option}', which 'adamw' does not take"):
+        with pytest.raises(UserError, match=f"'{option}', which 'adamw' does not take"):
             build_optimizer(settings_of(optimizer_config=f"{option}=true"), make_parameters())
     (group,) = build_optimizer(settings_of(optimizer_config="foreach=true"), make_parameters()).param_groups
     assert group["foreach"]
@@ -268,13 +268,13 @@ def test_torch_adamw_is_adamw():
 )
 def test_a_missing_package_is_an_error_that_names_the_extra(name, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(StageError, match=rf"'{name}'.*sdxl-pipeline\[optimizers\]"):
+    with pytest.raises(UserError, match=rf"'{name}'.*sdxl-pipeline\[optimizers\]"):
         build_optimizer(settings_of(optimizer=name), make_parameters())
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_recipe_options_are_those_of_the_class(name):
-    recipe = RECIPES[name]
+    recipe = OPTIMIZERS[name]
     signature = inspect.signature(
         getattr(importlib.import_module(recipe.module), recipe.class_name)
     ).parameters

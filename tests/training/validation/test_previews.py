@@ -12,11 +12,11 @@ from PIL import Image
 
 from sdxl_pipeline.models.base_model import BUNDLED_NAME, BUNDLED_TAESD
 from sdxl_pipeline.models.components import load_unet
-from sdxl_pipeline.models.sampling import SAMPLERS, expected_latents
-from sdxl_pipeline.runtime.stage_runner import StageError
+from sdxl_pipeline.models.sampling import SAMPLERS, predict_x0
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.validation.previews import Preview, Previews
-from sdxl_pipeline.training.validation.validation_images import draw_images
+from sdxl_pipeline.training.validation.validation_images import generate_validation_images
 from tests.datasets import make_spec
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def test_a_true_prediction_gives_the_clean_latents_whatever_the_sampler_counts_i
         }[prediction_type]
         noisy = scheduler.add_noise(clean, noise, timestep[None])
         scheduler._step_index = None  # as at the start of a drawing, so that it looks for the timestep
-        found = expected_latents(scheduler, truth, timestep, noisy)
+        found = predict_x0(scheduler, truth, timestep, noisy)
         torch.testing.assert_close(found, clean, rtol=0, atol=2e-3)
 
 
@@ -66,7 +66,9 @@ def draw(folder: Path, **settings) -> tuple[np.ndarray, list[tuple[Preview, np.n
 
     previews = Previews(spec, CPU, folder / "previews", show) if settings else None
     unet = load_unet(spec.base_model, torch.float32)
-    (image,) = draw_images(spec, unet, BatchReader(spec.datasets), 40, folder / "images", previews, " (b)")
+    (image,) = generate_validation_images(
+        spec, unet, BatchReader(spec.datasets), 40, folder / "images", previews, " (b)"
+    )
     return pixels_of(image.path), shown
 
 
@@ -113,24 +115,24 @@ def made(folder: Path, **settings) -> Previews:
 
 
 def test_what_cannot_be_loaded_is_told_before_anything_is_drawn(tmp_path, monkeypatch):
-    with pytest.raises(StageError, match=r"validation_preview.*'/nowhere', which is no folder"):
+    with pytest.raises(UserError, match=r"validation_preview.*'/nowhere', which is no folder"):
         made(tmp_path, validation_preview_model_name_or_path="/nowhere")
     pickled = tmp_path / "pickled"
     shutil.copytree(BUNDLED_TAESD, pickled)
     weights = pickled / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(StageError, match=r"has no diffusion_pytorch_model\.safetensors.*safetensors only"):
+    with pytest.raises(UserError, match=r"has no diffusion_pytorch_model\.safetensors.*safetensors only"):
         made(tmp_path, validation_preview_model_name_or_path=str(pickled))
     larger = tmp_path / "larger"
     shutil.copytree(BUNDLED_TAESD, larger)
     config = json.loads((larger / "config.json").read_text())
     (larger / "config.json").write_text(json.dumps({**config, "num_decoder_blocks": [3, 2, 2, 1]}))
-    with pytest.raises(StageError, match="validation_preview"):
+    with pytest.raises(UserError, match="validation_preview"):
         made(tmp_path, validation_preview_model_name_or_path=str(larger))
     cut = tmp_path / "cut"
     shutil.copytree(BUNDLED_TAESD, cut)
     (cut / weights.name).write_bytes((BUNDLED_TAESD / weights.name).read_bytes()[:5000])
-    with pytest.raises(StageError, match=r"validation_preview: .*cut is no tiny autoencoder"):
+    with pytest.raises(UserError, match=r"validation_preview: .*cut is no tiny autoencoder"):
         made(tmp_path, validation_preview_model_name_or_path=str(cut))
 
 
@@ -139,7 +141,7 @@ def test_sdxls_own_is_asked_of_the_hub_and_its_lack_is_told(tmp_path, monkeypatc
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        StageError,
+        UserError,
         match=r"needs the tiny autoencoder madebyollin/taesdxl, which cannot be had.*set validation_preview to false",
     ):
         made(tmp_path)  # the datasets' model is not the bundled one, but a folder

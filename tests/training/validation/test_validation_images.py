@@ -16,15 +16,15 @@ from sdxl_pipeline.config.schema.validation import Sampler
 from sdxl_pipeline.evaluation.evaluation_identity import LOOKED_AT
 from sdxl_pipeline.models.components import load_noise_scheduler, load_pipeline, load_text_encoders, load_unet
 from sdxl_pipeline.models.prompt_encoding import encode_prompts
-from sdxl_pipeline.models.sampling import SAMPLERS, drawing_pipeline
+from sdxl_pipeline.models.sampling import SAMPLERS, build_inference_pipeline
 from sdxl_pipeline.runtime.specs import ValidationImage, ValidationPrompt
-from sdxl_pipeline.runtime.stage_runner import StageError
-from sdxl_pipeline.training.checkpoint.run_identity import numeric_settings
+from sdxl_pipeline.runtime.stage_runner import UserError
+from sdxl_pipeline.training.checkpoint.run_identity import settings_affecting_weights
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.logging.validation_log import ValidationLog
 from sdxl_pipeline.training.optim.eval_weights import EMA_LABEL
 from sdxl_pipeline.training.validation.validation_images import (
-    draw_images,
+    generate_validation_images,
     is_due,
     is_validation_step,
     plan_images,
@@ -67,7 +67,7 @@ def spec(tmp_path):
 
 def draw(spec, folder: Path, unet=None) -> list[ValidationImage]:
     unet = unet if unet is not None else load_unet(spec.base_model, torch.float32)
-    return list(draw_images(spec, unet, BatchReader(spec.datasets), 12, folder))
+    return list(generate_validation_images(spec, unet, BatchReader(spec.datasets), 12, folder))
 
 
 def pixels(path: str) -> np.ndarray:
@@ -153,7 +153,7 @@ def test_no_image_takes_the_place_of_another(spec, tmp_path):
     images = [
         image
         for label in ("", EMA_LABEL)
-        for image in draw_images(many, unet, reader, 12, tmp_path, None, label)
+        for image in generate_validation_images(many, unet, reader, 12, tmp_path, None, label)
     ]
     assert len({image.name for image in images}) == len({image.path.lower() for image in images}) == 24
     assert all(Path(image.path).is_file() for image in images)
@@ -241,7 +241,7 @@ def test_drawing_pipeline_timestep_spacing_reaches_every_sampler(spec, sampler, 
     values = {"validation_noise_scheduler": sampler, "inference_scheduler_timestep_spacing": spacing}
     settings = TrainingSettings(**{**spec.settings.model_dump(), **values})
     unet = load_unet(spec.base_model, torch.float32)
-    pipeline = drawing_pipeline(spec.base_model, unet, torch.float32, settings)
+    pipeline = build_inference_pipeline(spec.base_model, unet, torch.float32, settings)
     assert pipeline.scheduler.config.timestep_spacing == spacing
     pipeline.scheduler.set_timesteps(4)
     first = float(pipeline.scheduler.timesteps[0])
@@ -254,7 +254,7 @@ def test_validation_timestep_spacing_changes_the_image_and_not_the_run(spec, tmp
     other = spec.model_copy(update={"settings": TrainingSettings(**values)})
     (trailing,) = draw(other, tmp_path / "trailing")
     assert np.abs(pixels(own.path) - pixels(trailing.path)).max() > 1
-    assert numeric_settings(other.settings) == numeric_settings(spec.settings)
+    assert settings_affecting_weights(other.settings) == settings_affecting_weights(spec.settings)
     assert "inference_scheduler_timestep_spacing" in LOOKED_AT
 
 
@@ -270,7 +270,7 @@ def test_zero_terminal_snr_is_drawn_from_pure_noise(spec, tmp_path):
     unet = load_unet(spec.base_model, torch.float32)
     settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     with_zero_snr = TrainingSettings(**{**spec.settings.model_dump(), **settings})
-    pipeline = drawing_pipeline(spec.base_model, unet, torch.float32, with_zero_snr)
+    pipeline = build_inference_pipeline(spec.base_model, unet, torch.float32, with_zero_snr)
     pipeline.scheduler.set_timesteps(4)
     assert pipeline.scheduler.timesteps.tolist() == [999, 749, 499, 249]  # Lin et al. 2023, table 2
     trained_on = load_noise_scheduler(spec.base_model, with_zero_snr.scheduler_changes)
@@ -279,13 +279,13 @@ def test_zero_terminal_snr_is_drawn_from_pure_noise(spec, tmp_path):
     (image,) = draw(spec.model_copy(update={"settings": with_zero_snr}), tmp_path)
     assert pixels(image.path).std() > 1
 
-    with_own = drawing_pipeline(spec.base_model, unet, torch.float32, spec.settings)
+    with_own = build_inference_pipeline(spec.base_model, unet, torch.float32, spec.settings)
     assert with_own.scheduler.config == load_pipeline(spec.base_model, torch.float32).scheduler.config
 
 
 def test_a_prompt_that_was_not_encoded_is_an_error(spec, tmp_path):
     other = ValidationPrompt(name="x", prompt="never seen")
-    with pytest.raises(StageError, match="'never seen' has not been encoded"):
+    with pytest.raises(UserError, match="'never seen' has not been encoded"):
         draw(spec.model_copy(update={"prompts": (other,)}), tmp_path)
 
 

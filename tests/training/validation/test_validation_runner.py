@@ -16,17 +16,17 @@ from diffusers import StableDiffusionXLPipeline
 from sdxl_pipeline.models.components import latent_scaling_factor, load_noise_scheduler
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import LossSummary, TrainedLora, TrainSpec
-from sdxl_pipeline.runtime.stage_runner import StageError, StageStopped, StopSignal
+from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.diffusion.objective import Objective
 from sdxl_pipeline.training.logging.eval_log import EVAL_FILE, EvalLog, EvalRow, read_eval_log
 from sdxl_pipeline.training.logging.metrics_log import read_metrics
-from sdxl_pipeline.training.logging.observers import Watch
+from sdxl_pipeline.training.logging.observers import RunObserver
 from sdxl_pipeline.training.validation.eval_images import read_images
 from sdxl_pipeline.training.validation.eval_loss import eval_loss, eval_timesteps
 from sdxl_pipeline.training.validation.eval_samples import choose_samples
-from sdxl_pipeline.training.validation.validation_runner import LookCosts, LookTimes
+from sdxl_pipeline.training.validation.validation_runner import ValidationCosts, ValidationSchedule
 from tests.datasets import make_dataset, make_spec
 
 SECRET = "t0ken-nobody-may-see"
@@ -173,9 +173,9 @@ def test_the_time_to_the_end_counts_the_looks_to_come(tmp_path):
         "validation_step_interval": 10,
         "validation_epoch_interval": 1,
     }
-    times = LookTimes(make_spec(tmp_path, **settings), 23, epochs_at=lambda step: step / 7)
+    times = ValidationSchedule(make_spec(tmp_path, **settings), 23, epochs_at=lambda step: step / 7)
     now = [0.0]
-    costs = LookCosts(times, clock=lambda: now[0])
+    costs = ValidationCosts(times, clock=lambda: now[0])
     assert costs.to_come(0) == 0.0  # nothing is known yet
 
     def take(kind: str, seconds: float) -> None:
@@ -234,8 +234,8 @@ def test_the_log_of_eval_losses_forgets_what_will_be_taken_again(tmp_path):
 def test_what_ends_a_run_is_told_and_only_words_made_for_users(tmp_path, posts):
     PartialState(cpu=True)
     spec = spec_of(tmp_path, "failing", webhook_config=str(tmp_path / "webhooks.json"))
-    for error in (StageError("lower learning_rate"), RuntimeError("a private path")):
-        watch = Watch(spec, "0" * 64, Reporter())
+    for error in (UserError("lower learning_rate"), RuntimeError("a private path")):
+        watch = RunObserver(spec, "0" * 64, Reporter())
         watch.begin(resumed_at=4, total_steps=6)
         with pytest.raises(type(error)), watch:
             raise error
@@ -257,7 +257,7 @@ def test_a_failure_of_the_setup_is_told_and_ends_the_sending(tmp_path, posts, mo
         main(spec_of(tmp_path, "large", **webhook), Reporter(), StopSignal())
     unseen = {**LOOKING, "validation_preview_model_name_or_path": "/nowhere"}
     monkeypatch.undo()
-    with pytest.raises(StageError, match="which is no folder"):
+    with pytest.raises(UserError, match="which is no folder"):
         main(spec_of(tmp_path, "run", **unseen, **webhook), Reporter(), StopSignal())
     memory, folder = posts
     assert (memory["message_type"], memory["step"]) == ("training.failed", None)
@@ -272,11 +272,11 @@ def out_of_memory(spec: TrainSpec) -> None:
 
 def test_what_looking_needs_is_missed_at_the_start(tmp_path):
     missing = spec_of(tmp_path, "run", **{**LOOKING, "validation_preview_model_name_or_path": "/nowhere"})
-    with pytest.raises(StageError, match="which is no folder"):
+    with pytest.raises(UserError, match="which is no folder"):
         main(missing, Reporter(), StopSignal())
     nobody = spec_of(tmp_path, "run", **LOOKING, eval_dataset_id="shapes")
-    with pytest.raises(StageError, match="eval_dataset_id: 'shapes' has no images to evaluate on"):
+    with pytest.raises(UserError, match="eval_dataset_id: 'shapes' has no images to evaluate on"):
         main(nobody, Reporter(), StopSignal())
     broken = spec_of(tmp_path, "run", webhook_config=str(tmp_path / "absent.json"))
-    with pytest.raises(StageError, match=r"absent\.json"):
+    with pytest.raises(UserError, match=r"absent\.json"):
         main(broken, Reporter(), StopSignal())
