@@ -33,14 +33,14 @@ class Ranks:
         """Whether this is the process that plans and collects."""
         return self.rank == 0
 
-    def tell(self, plan: bytes) -> None:
+    def broadcast(self, plan: bytes) -> None:
         """Tell the other processes what there is to do. For the main process, once."""
         if self.count > 1:
             for left in self._folder.parent.glob(self._old):
                 shutil.rmtree(left, ignore_errors=True)
             write_bytes_atomic(self._folder / _PLAN, plan)
 
-    def hear(self) -> bytes:
+    def receive(self) -> bytes:
         """What the main process says there is to do. Raises StageStopped when a stop comes first."""
         return self._wait_for(_PLAN)
 

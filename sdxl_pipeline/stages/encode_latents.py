@@ -60,16 +60,16 @@ def _encode(
         identity = digest_json([spec.store_root, frame_digest(crops, _IDENTIFIED_BY)])
         cache = _without_encoding(spec, crops, identity, reporter)
         if cache is not None:
-            ranks.tell(b"")
+            ranks.broadcast(b"")
             write_finished(Path(spec.entries_path), cache)
             return cache.model_copy(update={"seconds": time.monotonic() - started})
         store = TensorStore(spec.store_root)
         wanted = crops["latent_key"].isin(store.missing(crops["latent_key"])).to_numpy()
         new = crops["latent_key"][wanted].nunique()
         reporter.log(f"{len(crops)} crops: {new} to encode, {len(crops) - new} cached.")
-        ranks.tell(np.packbits(wanted).tobytes())
+        ranks.broadcast(np.packbits(wanted).tobytes())
     else:
-        plan = ranks.hear()
+        plan = ranks.receive()
         if not plan:
             return None
         wanted = np.unpackbits(np.frombuffer(plan, np.uint8), count=len(crops)).astype(bool)

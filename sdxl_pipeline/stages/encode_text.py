@@ -65,16 +65,16 @@ def _encode(
         identity = _identity(spec, entries)
         cache = _without_encoding(spec, entries, keys, identity, reporter)
         if cache is not None:
-            ranks.tell(b"")
+            ranks.broadcast(b"")
             write_finished(Path(spec.entries_path), cache)
             return cache.model_copy(update={"seconds": time.monotonic() - started})
         store = TensorStore(spec.store_root)
         missing = set(store.missing(keys.values()))
         reporter.log(f"{len(keys)} captions: {len(missing)} to encode, {len(keys) - len(missing)} cached.")
         wanted = np.array([key in missing for key, _ in texts])
-        ranks.tell(np.packbits(wanted).tobytes())
+        ranks.broadcast(np.packbits(wanted).tobytes())
     else:
-        plan = ranks.hear()
+        plan = ranks.receive()
         if not plan:
             return None
         wanted = np.unpackbits(np.frombuffer(plan, np.uint8), count=len(texts)).astype(bool)

@@ -85,7 +85,7 @@ class Trainer:
         self.accelerator = build_accelerator(spec)
         self.is_main: bool = self.accelerator.is_main_process
         self.device: torch.device = self.accelerator.device
-        self.hosts = CpuGroup(self.accelerator.num_processes)
+        self.cpu_group = CpuGroup(self.accelerator.num_processes)
 
         planned = plan_order(spec, self.accelerator.num_processes, reporter)
         self.order, self.passes = planned.order, planned.passes
@@ -332,12 +332,12 @@ class Trainer:
         self.log.restart_clock()
 
     def _stop_if_asked(self) -> None:
-        asked, disk_is_low = self.hosts.all_reduce_any(
+        asked, disk_is_low = self.cpu_group.all_reduce_any(
             self.stop.requested, self.is_main and self.disk.must_stop(self.stop, self.reporter.log)
         )
         if asked or disk_is_low:
             self._save()
-            self.hosts.wait()  # a launcher ends them all once one has left, the one that still writes too
+            self.cpu_group.barrier()  # a launcher ends them all once one has left, the one that still writes too
         if asked:
             raise StageStopped
         if disk_is_low:
@@ -352,7 +352,7 @@ class Trainer:
         with self.trainable.summon_full_params(self.device):
             if self.validator is not None:
                 self.validator.take(self.step, self.unet_module, self.shown)
-        self.hosts.wait()
+        self.cpu_group.barrier()
         self.log.restart_clock()
 
 

@@ -25,7 +25,7 @@ class CpuGroup:
         torch.distributed.all_reduce(raised, torch.distributed.ReduceOp.MAX, group=self._group)
         return [bool(flag) for flag in raised.tolist()]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait for all others to come here: by the host, since a device would give up."""
         if self._group is not None:
             torch.distributed.barrier(group=self._group)
