@@ -7,7 +7,7 @@ from sdxl_pipeline.demo.shape_world import Spec
 
 ART_CAPTIONS = (
     "abstract art",
-    "an abstract image",
+    "an abstract picture",
     "an abstract painting with many colours",
     "abstract shapes and patterns",
 )
@@ -57,7 +57,7 @@ def sample_caption(spec: Spec, rng: random.Random) -> str:
     if form == 5:
         return f"{thing}{comma}, {spec.background} background"
     if form == 6:
-        medium = rng.choice(("an image", "a drawing", "an image"))
+        medium = rng.choice(("an image", "a drawing", "a picture"))
         return f"{medium} of {indefinite}{spaced} on {ground}"
     return f"{indefinite}{spaced} on {spec.background}"
 

@@ -168,7 +168,7 @@ def _finish(trainer: "Trainer") -> TrainedLora:
         )
         if images:
             write_sheet(images, sheet)
-    trainer.hosts.wait()
+    trainer.cpu_group.barrier()
     if trainer.uploads is not None:
         trainer.uploads.finish()
     manifest = TrainedLora(

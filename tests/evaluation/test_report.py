@@ -117,7 +117,7 @@ def test_a_report_without_measurements_says_so(tmp_path: Path):
     assert "Neither the eval loss nor the CLIP score" in (tmp_path / "report.md").read_text()
 
 
-def test_the_plot_is_a_image(tmp_path: Path):
+def test_the_plot_is_an_image(tmp_path: Path):
     path = tmp_path / "plot.png"
     plot_losses(BASE, LORA, "LoRA", path)
     with Image.open(path) as plot:

@@ -178,7 +178,7 @@ def test_renamed_images_keep_their_latents_and_the_datasets_digest(make_spec, da
     assert {"zebra.png", "deep/a.png"} < set(pd.read_parquet(spec.entries_path)["path"])
 
 
-def test_where_one_copy_of_a_image_is_gone_the_other_is_encoded(make_spec, data: Path):
+def test_where_one_copy_of_an_image_is_gone_the_other_is_encoded(make_spec, data: Path):
     shutil.copy(data / "00.png", data / "copy.png")
     spec = make_spec()
     (data / "00.png").unlink()
@@ -241,7 +241,7 @@ def test_nothing_to_encode_imports_no_torch(make_spec, tmp_path: Path):
         assert done.returncode == 0, done.stderr
 
 
-def test_several_crops_of_a_image_are_decoded_once(make_spec, data: Path, monkeypatch):
+def test_several_crops_of_an_image_are_decoded_once(make_spec, data: Path, monkeypatch):
     spec = make_spec(vae_batch_size=8)
     rows = pd.read_parquet(spec.rows_path).iloc[[0, 3]]
     pd.concat([rows, rows.assign(crop_index=1, flipped=True)]).to_parquet(spec.rows_path)

@@ -138,7 +138,7 @@ def test_names_of_files_make_no_difference(full, tmp_path, images):
     assert train(renamed).weights_sha256 == trained.weights_sha256
 
 
-def test_copies_of_a_image_are_told_apart_by_their_captions(tmp_path, images):
+def test_copies_of_an_image_are_told_apart_by_their_captions(tmp_path, images):
     spec = spec_of(tmp_path / "spec")
     captions = ("a drawing, number 0, of an ellipse", "another caption")
     found = []

@@ -22,7 +22,7 @@ class Hosts:
     def all_reduce_any(self, *flags: bool) -> list[bool]:
         return self.flags
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         places = self.root.iterdir() if self.root.exists() else ()
         self.found_while_waiting.append(",".join(place.name for place in places))
 
@@ -38,7 +38,7 @@ def test_no_process_leaves_before_the_checkpoint_is_written(
     spec = make_spec(tmp_path, max_train_steps=2, disk_low_threshold="1K")
     trainer = Trainer(spec, "0" * 64, Silent(), StopSignal())
     hosts = Hosts(Path(spec.run_dir) / "checkpoints", asked, disk_is_low)
-    trainer.hosts, trainer.is_main = hosts, is_main  # type: ignore[assignment]
+    trainer.cpu_group, trainer.is_main = hosts, is_main  # type: ignore[assignment]
     with pytest.raises(error):
         trainer.train()
     trainer.close()

@@ -150,7 +150,7 @@ def test_the_plan_has_a_row_for_each_image_and_names_those_left_out(make_dataset
     assert rows["key"].tolist() == [key_of("a.png"), key_of("d.png")]
 
 
-def test_adding_a_image_moves_no_other(make_dataset):
+def test_adding_an_image_moves_no_other(make_dataset):
     dataset = make_dataset(crop=True)
     images = [(f"{number}.png", 300 + number, 700) for number in range(20)]
     held_out = {key_of("3.png"), key_of("7.png")}
@@ -241,7 +241,7 @@ def test_random_aspects_follow_their_weights_and_what_the_image_holds(make_datas
     assert abs(held.count(1.0) - 267) < 38  # two to one
 
 
-def test_the_crops_of_a_image_are_drawn_independently_and_never_twice(make_dataset):
+def test_the_crops_of_an_image_are_drawn_independently_and_never_twice(make_dataset):
     dataset = make_dataset(crop=True, crops_per_image=4)
     rows, _ = plan(dataset, ("wide", 256, 900), ("hardly", 256, 258), ("square", 500, 500))
     by_path = dict(iter(rows.groupby("path", sort=False)))

@@ -360,7 +360,7 @@ def test_thumbnails_keep_the_aspect(folder, photograph):
 
 @pytest.mark.parametrize("format_name", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
 @pytest.mark.filterwarnings("ignore:::PIL")  # it remarks on each odd tag
-def test_no_damage_gives_anything_but_a_image_or_a_reason(folder, photograph, format_name):
+def test_no_damage_gives_anything_but_an_image_or_a_reason(folder, photograph, format_name):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     options = {} if format_name in ("BMP", "GIF") else {"exif": exif, "icc_profile": swapped_profile()}

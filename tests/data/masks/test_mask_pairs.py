@@ -210,7 +210,7 @@ def test_a_mask_that_could_be_one_of_several_is_none():
     assert reasons(paired.refused) == {"a.jpg": SEVERAL_MASKS}
 
 
-def test_copies_of_a_image_must_have_one_mask():
+def test_copies_of_an_image_must_have_one_mask():
     images = scanned(("a.jpg", "same", 60, 40), ("b.jpg", "same", 60, 40), ("c.jpg", "c", 60, 40))
     one = scanned(("a.png", "m", 60, 40), ("b.png", "m", 60, 40), ("c.png", "n", 60, 40))
     assert len(pair_masks(images, one).pairs) == 3

@@ -229,7 +229,7 @@ def test_a_file_that_changed_or_went_is_dropped_and_not_remembered(folder, table
     assert compute_hashes(folder, frame, table).set_index("path").loc["changed.png", "status"] == "kept"
 
 
-def test_one_of_two_names_is_enough_to_look_at_a_image(folder, table, photograph):
+def test_one_of_two_names_is_enough_to_look_at_an_image(folder, table, photograph):
     for name in ("a.png", "b.png"):
         photograph.save(folder / name)
     frame = scan(folder)

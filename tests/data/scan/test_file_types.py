@@ -47,7 +47,7 @@ def test_kohyas_extension_is_a_caption_file_after_txt():
     }
 
 
-def test_the_caption_of_a_image_that_is_left_out_is_left_with_it():
+def test_the_caption_of_an_image_that_is_left_out_is_left_with_it():
     assert captioned("a.psd", "a.txt", "b.txt") == (
         {},
         {"a.psd": "image format .psd is not supported", "b.txt": "caption without image"},

@@ -75,7 +75,7 @@ def test_captions_that_differ_by_where_their_lines_break_differ():
     assert len(digests) == len(captions)
 
 
-def test_a_image_twice_is_not_a_image_once():
+def test_a_image_twice_is_not_an_image_once():
     assert dataset_digest(scan_of([IMAGES[0]] * 2)) != dataset_digest(scan_of(IMAGES[:1]))
     assert dataset_digest(scan_of().iloc[:0]) == dataset_digest(scan_of().assign(status="dropped"))
 

@@ -210,7 +210,7 @@ def test_captions_take_turns():
 
 
 @pytest.mark.parametrize("passes", [1.0, 2.0, 0.75])
-def test_the_crops_of_a_image_take_turns(passes):
+def test_the_crops_of_an_image_take_turns(passes):
     samples = samples_of(rows(8, crops=3, buckets=[SQUARE, WIDE]))
     order = order_of(samples, passes, batch_size=2)
     shown: dict[str, list[int]] = defaultdict(list)

@@ -110,7 +110,7 @@ def test_the_unet_is_left_in_the_mode_it_was_in(spec, tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_every_prompt_size_and_number_is_a_image_of_its_own(tmp_path):
+def test_every_prompt_size_and_number_is_an_image_of_its_own(tmp_path):
     spec = make_spec(
         tmp_path,
         validation_disable=False,
@@ -215,7 +215,7 @@ def test_randomized_seeds_are_a_function_of_the_step(tmp_path):
 
 
 @pytest.mark.parametrize("sampler", get_args(Sampler))
-def test_every_sampler_draws_a_image_of_its_own(spec, tmp_path, sampler):
+def test_every_sampler_draws_an_image_of_its_own(spec, tmp_path, sampler):
     (own,) = draw(spec, tmp_path / "own")
     values = {**spec.settings.model_dump(), "validation_noise_scheduler": sampler}
     other_spec = spec.model_copy(update={"settings": type(spec.settings)(**values)})
