@@ -92,7 +92,7 @@ def build_masks(project: Project, dataset: ImageDataset, entry: ImageDataset) ->
         check_specs=specs(
             key,
             masks_paired="Every image has a mask of its own shape, unless missing_masks lets it be trained whole.",
-            may_lack_a_image="Every mask belongs to an image that is trained.",
+            may_lack_an_image="Every mask belongs to an image that is trained.",
         ),
         description=f"Which image of {dataset.id} is masked by which file of {entry.id}: white is learned, black is ignored.",
     )
@@ -148,7 +148,7 @@ def _used(paired: MaskPairs) -> dg.AssetCheckResult:
         f"{path}: {reason}"
         for path, reason in zip(paired.unused["path"], paired.unused["reason"], strict=True)
     ]
-    return result("may_lack_a_image", not told, f"{len(told)} files are no image's mask{_named(told)}.")
+    return result("may_lack_an_image", not told, f"{len(told)} files are no image's mask{_named(told)}.")
 
 
 def _named(told: list[str]) -> str:

@@ -59,7 +59,7 @@ def evaluation_identity(spec: EvaluateSpec) -> str:
             "code_version": CODE_VERSION,
             "base_model": spec.base_model.digest,
             "lora": spec.lora.weights_sha256,
-            "images": [source, samples.digest()],
+            "pictures": [source, samples.digest()],
             "prompts": [prompt.model_dump() for prompt in spec.prompts],
             "settings": spec.settings.model_dump(mode="json", include=set(LOOKED_AT | TRAINED_WITH)),
             "scoring_model": scoring_model_name(spec.settings, spec.base_model),

@@ -94,7 +94,7 @@ def test_pairs_are_counted_and_shown_with_their_overlays(masked):
     jpeg = base64.b64decode(shown["sample"].split("base64,")[1].removesuffix(")"))
     assert jpeg.startswith(b"\xff\xd8")
     assert masked.checks["masks_paired"].passed
-    assert masked.checks["may_lack_a_image"].passed
+    assert masked.checks["may_lack_an_image"].passed
     assert (shown["files"]["found"], shown["files"]["kept"]) == (6, 6)
     pairs = read_parquet(Path(shown["path"]))
     assert pairs["path"].tolist() == pairs["mask_path"].tolist()
@@ -112,8 +112,8 @@ def test_a_image_without_mask_stops_the_training_with_its_name_unless_that_is_me
     assert refused.blocking
     assert "image_03.png: no mask" in refused.description
     assert "missing_masks" in refused.description
-    assert "stray.png: mask without image" in masked.checks["may_lack_a_image"].description
-    assert not masked.checks["may_lack_a_image"].blocking
+    assert "stray.png: mask without image" in masked.checks["may_lack_an_image"].description
+    assert not masked.checks["may_lack_an_image"].blocking
 
     file = masked.folder / "multidatabackend.json"
     first, *others = json.loads(file.read_text())

@@ -27,7 +27,7 @@ def latent_key(row: Row, vae_digest: str, vae_dtype: str) -> str:
     crop = {column: int(getattr(row, column)) for column in _CROP_COLUMNS} | {"flipped": bool(row.flipped)}
     return digest_json(
         {
-            "image": row.key,
+            "picture": row.key,
             "crop": crop,
             "vae": vae_digest,
             "dtype": vae_dtype,
@@ -40,7 +40,7 @@ def latent_keys(rows: pd.DataFrame, vae_digest: str, vae_dtype: str) -> list[str
     """`latent_key` of every row of a crop plan, in a few microseconds each: `digest_json`'s spelling is written down directly."""
     spelling = (
         '{"crop":{"bucket_h":%d,"bucket_w":%d,"crop_left":%d,"crop_top":%d,"flipped":%s,"resized_h":%d,"resized_w":%d},'
-        f'"dtype":{_quoted(vae_dtype)},"image":%s,"vae":{_quoted(vae_digest)},"version":{LATENTS_VERSION}}}'
+        f'"dtype":{_quoted(vae_dtype)},"picture":%s,"vae":{_quoted(vae_digest)},"version":{LATENTS_VERSION}}}'
     )
     flipped = ["true" if value else "false" for value in rows["flipped"].tolist()]
     names = ("bucket_h", "bucket_w", "crop_left", "crop_top", "flipped", "resized_h", "resized_w")
