@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from tests.hub_server import HubServer
+from tests.support.hub_server import HubServer
 
 
 @pytest.fixture

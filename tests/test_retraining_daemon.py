@@ -12,7 +12,7 @@ import dagster as dg
 import pytest
 
 from tests.conftest import draw_image
-from tests.processes import wait_for
+from tests.support.processes import wait_for
 from tests.test_automation import record_training
 
 QUEUE_ONLY = """

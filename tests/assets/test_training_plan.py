@@ -15,7 +15,7 @@ from sdxl_pipeline.definitions import build_definitions
 from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.training_plan import PlannedDataset, plan_training
 from tests.conftest import DATASET, draw_image
-from tests.datasets import SETTINGS, SQUARE, WIDE, make_dataset
+from tests.support.training_datasets import SETTINGS, SQUARE, WIDE, make_dataset
 
 ENCODERS = ("vae_latents", "text_embeds")
 

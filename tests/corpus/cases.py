@@ -13,7 +13,7 @@ import simplejpeg
 from PIL import Image
 
 from tests.corpus.profiles import ADOBE_GAMMA, ADOBE_RGB, DISPLAY_P3, profile, to_srgb
-from tests.data.photographs import PHOTOGRAPHS, encoded
+from tests.support.photographs import PHOTOGRAPHS, encoded
 
 SIZE = (96, 64)  # width, height
 NEIGHBOURS = ("00 first.png", "zz last.jpg")

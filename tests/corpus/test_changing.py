@@ -28,7 +28,7 @@ from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError
 from sdxl_pipeline.stages import encode_latents
 from tests.corpus.cases import NEIGHBOURS, photograph, put, write_neighbours
 from tests.corpus.pipeline import check_frame, dataset_of, encode, scan, spec_of
-from tests.data.photographs import encoded
+from tests.support.photographs import encoded
 
 MOVING = "moving.png"
 STATES = [

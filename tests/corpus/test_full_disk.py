@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.small_disk import run_on_small_disk
+from tests.support.small_disk import run_on_small_disk
 
 PROGRAM = """
 import os, sys
@@ -14,7 +14,7 @@ from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.data.buckets.crop_plan import plan_crops
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
 from tests.corpus.pipeline import dataset_of, encode, scan, spec_of
-from tests.small_disk import enlarge_disk, mount_small_disk
+from tests.support.small_disk import enlarge_disk, mount_small_disk
 
 here, store = Path(sys.argv[1]), Path(sys.argv[1]) / "store"
 store.mkdir()

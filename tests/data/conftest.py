@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sdxl_pipeline.config.schema.datasets import ImageDataset
-from tests.data.photographs import PHOTOGRAPHS
+from tests.support.photographs import PHOTOGRAPHS
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from sdxl_pipeline.data.scan import image_reader
 from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
 from tests.data.decoding.test_pixels import whole
 from tests.data.odd_files import png, premultiplied_grey_tiff, tiff, twelve_bit_tiff
-from tests.data.photographs import encoded
+from tests.support.photographs import encoded
 
 MODES = [
     "1",

@@ -17,7 +17,7 @@ from sdxl_pipeline.runtime.specs import (
     TrainedLora,
     ValidationPrompt,
 )
-from tests.datasets import make_dataset
+from tests.support.training_datasets import make_dataset
 
 SIZES = ((128, 128), (96, 160), (160, 96))
 PROMPTS = (

@@ -15,7 +15,7 @@ from sdxl_pipeline.evaluation.scoring_model import choose_files, scoring_model_f
 from sdxl_pipeline.models.base_model import BUNDLED_CLIP
 from sdxl_pipeline.runtime.stage_runner import UserError
 from tests.evaluation.subjects import tiny_model, tiny_settings
-from tests.hub_server import HubServer
+from tests.support.hub_server import HubServer
 
 
 @pytest.fixture(scope="module")

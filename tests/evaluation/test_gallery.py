@@ -21,8 +21,8 @@ from sdxl_pipeline.runtime.specs import ValidationPrompt
 from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.validation.eval_samples import choose_samples
-from tests.datasets import make_dataset
 from tests.evaluation.subjects import PROMPTS, tiny_model, tiny_settings
+from tests.support.training_datasets import make_dataset
 
 
 def flat(value: float) -> np.ndarray:

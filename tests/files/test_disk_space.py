@@ -16,7 +16,7 @@ from sdxl_pipeline.files.disk_space import (
     require_space,
     size_text,
 )
-from tests.small_disk import run_on_small_disk
+from tests.support.small_disk import run_on_small_disk
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -86,7 +86,7 @@ from PIL import Image
 
 from sdxl_pipeline.definitions import build_definitions
 from tests.conftest import CONFIG, DATASET
-from tests.small_disk import enlarge_disk, mount_small_disk
+from tests.support.small_disk import enlarge_disk, mount_small_disk
 
 here = Path(sys.argv[1])
 storage, project = here / "storage", here / "projects" / "full"

@@ -11,8 +11,8 @@ from sdxl_pipeline import hub_client
 from sdxl_pipeline.files.disk_space import DiskFullError
 from sdxl_pipeline.models.base_model import BUNDLED_MODEL, BUNDLED_NAME, SDXL_BASE_ID, ResolvedModel
 from sdxl_pipeline.models.model_files import BaseModelError
-from tests.hub_server import HubServer
 from tests.models.conftest import Resolve
+from tests.support.hub_server import HubServer
 
 
 @pytest.fixture

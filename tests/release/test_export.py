@@ -28,8 +28,8 @@ from sdxl_pipeline.release.export import (
     verify_export,
 )
 from sdxl_pipeline.release.sanitize import ReleaseError, portable_name, portable_settings, require_portable
-from tests.hub_server import HubServer
 from tests.models.adapted_unets import adapted_unet, settings_of
+from tests.support.hub_server import HubServer
 
 
 def files_in(folder: Path) -> set[str]:

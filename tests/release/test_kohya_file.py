@@ -38,7 +38,6 @@ from sdxl_pipeline.release.formats.kohya_header import THUMBNAIL_BYTES, thumbnai
 from sdxl_pipeline.release.formats.layers import layer_table
 from sdxl_pipeline.release.formats.weight_updates import BaseWeights, updates
 from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
-from tests.datasets import make_dataset, make_spec
 from tests.models.adapted_unets import EVERY_KIND, KINDS, adapted_unet, output, settings_of
 from tests.models.original_layout import (
     first_text_tensors,
@@ -48,6 +47,7 @@ from tests.models.original_layout import (
     write_checkpoint,
 )
 from tests.release.key_readers import read_as_a1111, read_as_comfyui
+from tests.support.training_datasets import make_dataset, make_spec
 
 NORMED = [kind for kind in KINDS if "dora" in kind or "norms" in kind]
 

@@ -5,7 +5,7 @@ import pytest
 
 from resources.hub import HubResource, missing_write_access
 from sdxl_pipeline import hub_client
-from tests.hub_server import HubServer
+from tests.support.hub_server import HubServer
 
 
 @pytest.fixture(scope="module")

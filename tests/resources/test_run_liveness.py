@@ -12,9 +12,9 @@ import pytest
 
 from resources.run_liveness import LiveRunLauncher, PoolWaitLog, fail_dead_runs, liveness_folder
 from sdxl_pipeline.runtime.process_liveness import examined_runs
-from tests.processes import wait_for, wait_for_number
 from tests.resources.worker import REPOSITORY, Worker, wait_until_gone
 from tests.stages.sleepy_stage import SleepySpec
+from tests.support.processes import wait_for, wait_for_number
 
 FOREVER = 100_000
 MATERIALIZE = [

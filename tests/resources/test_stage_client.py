@@ -9,10 +9,10 @@ import dagster as dg
 import psutil
 import pytest
 
-from tests.processes import runs, wait_for, wait_for_number
 from tests.resources.sleepy_asset import launcher, sleepy, sleepy_with_a_retry
 from tests.resources.worker import Worker, wait_until_gone
 from tests.stages.sleepy_stage import SleepyManifest, SleepySpec
+from tests.support.processes import runs, wait_for, wait_for_number
 
 FOREVER = 100_000
 

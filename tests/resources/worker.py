@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
-from tests.processes import runs, wait_for, wait_for_number
 from tests.stages.sleepy_stage import SleepySpec
+from tests.support.processes import runs, wait_for, wait_for_number
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -11,7 +11,7 @@ import pytest
 
 from sdxl_pipeline.runtime import process_liveness
 from sdxl_pipeline.runtime.process_liveness import examined_runs, forget_run, hold_liveness
-from tests.processes import wait_for
+from tests.support.processes import wait_for
 
 
 def hold(run: Path) -> None:

@@ -22,8 +22,8 @@ from sdxl_pipeline.runtime.stage_runner import (
     StopSignal,
     error_path,
 )
-from tests.processes import runs, wait_for, wait_for_number
 from tests.stages.sleepy_stage import SleepySpec
+from tests.support.processes import runs, wait_for, wait_for_number
 
 REPOSITORY = Path(__file__).parents[2]
 STAGE = [sys.executable, "-m", "tests.stages.sleepy_stage"]

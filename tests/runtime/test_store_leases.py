@@ -8,7 +8,7 @@ from sdxl_pipeline.cache.store.compaction import compact
 from sdxl_pipeline.cache.store.store_index import pack_keys
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
 from sdxl_pipeline.runtime.store_leases import leased_datasets
-from tests.datasets import make_dataset
+from tests.support.training_datasets import make_dataset
 
 
 def entries(*roots: str) -> list[int]:

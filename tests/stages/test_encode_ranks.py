@@ -24,7 +24,7 @@ from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import EncodeLatentsSpec, EncodeTextSpec, LatentCache, TextEmbedCache
 from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.stages import encode_latents, encode_text
-from tests.processes import runs, wait_for, wait_for_number
+from tests.support.processes import runs, wait_for, wait_for_number
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
 REPOSITORY = Path(__file__).parents[2]

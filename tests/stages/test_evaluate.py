@@ -19,7 +19,7 @@ from sdxl_pipeline.runtime.specs import EvaluateSpec, EvaluationReport
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
 from sdxl_pipeline.stages.evaluate import main
 from tests.evaluation.subjects import make_spec
-from tests.processes import DEAD_PID
+from tests.support.processes import DEAD_PID
 
 
 def evaluate(spec: EvaluateSpec) -> EvaluationReport:

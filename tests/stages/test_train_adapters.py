@@ -24,9 +24,9 @@ from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.checkpoint.run_identity import run_identity
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.validation.validation_images import draw_images
-from tests.datasets import make_dataset, make_spec
 from tests.models.adapted_unets import KINDS
-from tests.train_programs import TWO_PROCESSES, Listener, losses, on_two_processes, run, with_settings
+from tests.support.train_programs import TWO_PROCESSES, Listener, losses, on_two_processes, run, with_settings
+from tests.support.training_datasets import make_dataset, make_spec
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,8 +15,8 @@ from sdxl_pipeline.training.checkpoint.run_identity import run_identity
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler
 from sdxl_pipeline.training.data.samples import load_samples
-from tests.datasets import make_dataset, make_spec
-from tests.encoded_datasets import Silent, draw_images, listing, prepare_dataset, rows_of
+from tests.support.encoded_datasets import Silent, draw_images, listing, prepare_dataset, rows_of
+from tests.support.training_datasets import make_dataset, make_spec
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("one_thread")

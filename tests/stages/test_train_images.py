@@ -10,9 +10,9 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from sdxl_pipeline.runtime.specs import TrainSpec
 from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.training.trainer import Trainer
-from tests.datasets import NEGATIVE, PROMPT, make_dataset, make_spec
-from tests.encoded_datasets import Silent
 from tests.models.adapted_unets import EVERY_KIND, KINDS
+from tests.support.encoded_datasets import Silent
+from tests.support.training_datasets import NEGATIVE, PROMPT, make_dataset, make_spec
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("one_thread")

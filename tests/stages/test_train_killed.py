@@ -9,8 +9,7 @@ from sdxl_pipeline.release.formats.kohya_file import kohya_file_name
 from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.stages.train import main
-from tests.datasets import make_dataset, make_spec
-from tests.train_programs import (
+from tests.support.train_programs import (
     TWO_PROCESSES,
     Listener,
     kill_all_on_the_way,
@@ -21,6 +20,7 @@ from tests.train_programs import (
     run_forked,
     with_settings,
 )
+from tests.support.training_datasets import make_dataset, make_spec
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("one_thread")

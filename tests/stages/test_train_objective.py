@@ -15,8 +15,8 @@ from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler
 from sdxl_pipeline.training.data.samples import load_samples
 from sdxl_pipeline.training.diffusion.forward_process import build_forward_process
 from sdxl_pipeline.training.diffusion.scheduled_sampling import RolloutSampler
-from tests.datasets import make_spec
-from tests.train_programs import Listener, losses, run, with_settings
+from tests.support.train_programs import Listener, losses, run, with_settings
+from tests.support.training_datasets import make_spec
 from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("one_thread")

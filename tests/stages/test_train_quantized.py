@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.stages.train import main
-from tests.datasets import make_dataset, make_spec
 from tests.models.test_precision import BY_DEFAULT, EXPECTED, require
-from tests.train_programs import run
+from tests.support.train_programs import run
+from tests.support.training_datasets import make_dataset, make_spec
 from tests.training.conftest import fresh_accelerator, one_thread  # noqa: F401 (fixtures)
 
 PRECISIONS = [

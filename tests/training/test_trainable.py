@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from sdxl_pipeline.training.trainable import build_trainable
-from tests.datasets import make_spec
+from tests.support.training_datasets import make_spec
 
 
 def full_spec(folder: Path, **settings: object):

@@ -8,8 +8,8 @@ import torch
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
 from sdxl_pipeline.training.checkpoint.free_disk_monitor import FreeDiskMonitor
 from sdxl_pipeline.training.trainer import Trainer
-from tests.datasets import make_spec
-from tests.encoded_datasets import Silent
+from tests.support.encoded_datasets import Silent
+from tests.support.training_datasets import make_spec
 
 
 class Hosts:

@@ -18,7 +18,7 @@ from assets.checks.data_checks import check_buckets, check_dataset
 from sdxl_pipeline.config.schema.datasets import ImageDataset
 from sdxl_pipeline.definitions import build_definitions
 from tests.conftest import DATASET
-from tests.data.photographs import PHOTOGRAPHS
+from tests.support.photographs import PHOTOGRAPHS
 
 IMAGES = ["astronaut", "camera", "chelsea", "coffee", "coins", "moon"]
 

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from tests.small_disk import run_on_small_disk
+from tests.support.small_disk import run_on_small_disk
 
 PROGRAM = """
 import hashlib, os, sys, torch
 from sdxl_pipeline.cache.store.tensor_store import StorageError, TensorStore
-from tests.small_disk import enlarge_disk, mount_small_disk
+from tests.support.small_disk import enlarge_disk, mount_small_disk
 
 root = sys.argv[1]
 mount_small_disk(root, "2m")

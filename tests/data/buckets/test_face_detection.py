@@ -12,7 +12,7 @@ from PIL import Image
 from sdxl_pipeline.data.buckets import face_detection
 from sdxl_pipeline.data.buckets.crop_plan import plan_crops
 from sdxl_pipeline.data.buckets.face_detection import FaceDetectorError, find_faces, require_detector
-from tests.data.photographs import PHOTOGRAPHS, encoded
+from tests.support.photographs import PHOTOGRAPHS, encoded
 
 needs_opencv = pytest.mark.skipif(find_spec("cv2") is None, reason="the extra `faces` is not installed")
 

@@ -13,7 +13,7 @@ from sdxl_pipeline.data.captions.caption_rules import (
 )
 from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
 from sdxl_pipeline.data.scan.image_reader import MAX_TEXT, read_text
-from tests.data.photographs import encoded
+from tests.support.photographs import encoded
 
 TEXTFILE = {"caption_strategy": "textfile"}
 

@@ -8,7 +8,7 @@ import pytest
 from sdxl_pipeline.data.captions.caption_errors import CaptionError
 from sdxl_pipeline.data.captions.caption_tables import captions_from_table
 from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
-from tests.data.photographs import encoded
+from tests.support.photographs import encoded
 
 
 @pytest.fixture

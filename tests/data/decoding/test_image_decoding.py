@@ -9,7 +9,7 @@ from PIL import Image
 from sdxl_pipeline.data.decoding import image_decoding
 from sdxl_pipeline.data.decoding.image_decoding import MAX_PIXELS, UnreadableImage, open_image, read_header
 from tests.corpus.cases import bomb
-from tests.data.photographs import encoded
+from tests.support.photographs import encoded
 
 EDGE = 60_000
 

@@ -23,7 +23,7 @@ from sdxl_pipeline.data.decoding.pixels import load_upright
 from sdxl_pipeline.data.quality.perceptual_hash import compute_hashes
 from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
 from tests.data.odd_files import dib, tga
-from tests.data.photographs import PHOTOGRAPHS, encoded, values
+from tests.support.photographs import PHOTOGRAPHS, encoded, values
 
 EDGE = 60_000
 DOCS = Path(__file__).parents[3] / "docs"

@@ -12,7 +12,7 @@ from PIL import Image, ImageCms
 from sdxl_pipeline.data.buckets.crop_plan import Crop, plan_crop, plan_crops
 from sdxl_pipeline.data.decoding.image_decoding import UnreadableImage, read_header
 from sdxl_pipeline.data.decoding.pixels import load_crop, load_upright
-from tests.data.photographs import PHOTOGRAPHS, encoded, values
+from tests.support.photographs import PHOTOGRAPHS, encoded, values
 
 ORIENTATION = 0x0112
 

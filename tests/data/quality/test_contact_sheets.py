@@ -16,7 +16,7 @@ from sdxl_pipeline.data.quality.contact_sheets import (
     resolution_scatter,
     to_jpeg,
 )
-from tests.data.photographs import PHOTOGRAPHS, encoded, values
+from tests.support.photographs import PHOTOGRAPHS, encoded, values
 
 
 def colour_share(image: Image.Image, colour: tuple[int, int, int], tolerance: int = 12) -> float:

@@ -15,7 +15,7 @@ from sdxl_pipeline.data.quality.near_duplicates import (
     find_near_duplicates,
     near_pairs,
 )
-from tests.data.photographs import PHOTOGRAPHS, encoded
+from tests.support.photographs import PHOTOGRAPHS, encoded
 
 NAMES = ["astronaut", "camera", "chelsea", "clock_motion", "coffee", "coins", "grass", "ihc", "moon"]
 

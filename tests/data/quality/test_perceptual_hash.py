@@ -19,7 +19,7 @@ from sdxl_pipeline.data.decoding import memory_budget
 from sdxl_pipeline.data.quality import perceptual_hash
 from sdxl_pipeline.data.quality.near_duplicates import MAX_COLOUR_DISTANCE
 from sdxl_pipeline.data.quality.perceptual_hash import CHANGED, compute_hashes
-from tests.data.photographs import PHOTOGRAPHS, encoded
+from tests.support.photographs import PHOTOGRAPHS, encoded
 
 LOOK = 80  # hex digits
 

@@ -2,7 +2,7 @@
 
 from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
 from sdxl_pipeline.data.scan.file_types import classify_files, split_suffix
-from tests.data.photographs import encoded
+from tests.support.photographs import encoded
 
 COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
 

@@ -4,7 +4,7 @@ import pytest
 
 from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
 from sdxl_pipeline.data.scan.folder_notes import local_notes
-from tests.data.photographs import encoded
+from tests.support.photographs import encoded
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from sdxl_pipeline.data.scan import image_reader
 from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
 from sdxl_pipeline.data.scan.image_reader import read_image, read_text
-from tests.data.photographs import encoded
+from tests.support.photographs import encoded
 
 
 def test_a_image_read_in_pieces_gives_what_it_gives_whole(folder, photograph, monkeypatch):

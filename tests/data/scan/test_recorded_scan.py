@@ -10,7 +10,7 @@ import pytest
 
 from sdxl_pipeline.data.scan import dataset_scan, image_reader
 from sdxl_pipeline.data.scan.dataset_scan import NOT_SAMPLED, recall_dataset, scan_dataset
-from tests.data.photographs import encoded
+from tests.support.photographs import encoded
 
 LONG_AGO = 1_600_000_000
 

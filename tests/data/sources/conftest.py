@@ -16,7 +16,7 @@ from PIL import Image
 
 from sdxl_pipeline.config.schema.datasets import ImageDataset
 from sdxl_pipeline.data.sources import download
-from tests.hub_server import HubServer
+from tests.support.hub_server import HubServer
 
 
 def image(seed: int, suffix: str = ".png") -> bytes:

@@ -12,7 +12,7 @@ import pytest
 from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
 from sdxl_pipeline.data.sources import SourceError, data_folder, fetch_source, object_store
 from tests.data.sources.conftest import Bucket, image, matches, tree
-from tests.processes import wait_for
+from tests.support.processes import wait_for
 
 
 @pytest.fixture

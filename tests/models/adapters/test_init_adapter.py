@@ -21,8 +21,8 @@ from sdxl_pipeline.models.adapters.init_adapter_source import find_initial_adapt
 from sdxl_pipeline.models.adapters.lora import lora_tensors
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.models.components import load_text_encoders, load_unet
-from tests.hub_server import HubServer
 from tests.models.adapted_unets import EVERY_KIND, adapted_unet, lycoris, output, settings_of
+from tests.support.hub_server import HubServer
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.checkpoint.checkpoint_uploads import UPLOADS, CheckpointUploads
-from tests.datasets import make_dataset, make_spec
-from tests.hub_server import HubServer
-from tests.train_programs import Listener
+from tests.support.hub_server import HubServer
+from tests.support.train_programs import Listener
+from tests.support.training_datasets import make_dataset, make_spec
 
 REPO = "someone/cat-lora"
 PUSHED = {"push_to_hub": True, "push_checkpoints_to_hub": True, "hub_model_id": REPO}

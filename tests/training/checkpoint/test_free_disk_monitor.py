@@ -25,7 +25,7 @@ from sdxl_pipeline.runtime.stage_runner import UserError, StopSignal
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.files.disk_space import DiskFullError
 from sdxl_pipeline.stages.train import main
-from tests.datasets import make_spec
+from tests.support.training_datasets import make_spec
 
 here, run = Path(sys.argv[1]), Path(sys.argv[1]) / "run"
 run.mkdir()

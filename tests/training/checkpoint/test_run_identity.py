@@ -9,7 +9,7 @@ import pytest
 
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.training.checkpoint.run_identity import EXCLUDED, run_fingerprints, run_identity
-from tests.datasets import make_dataset, make_spec
+from tests.support.training_datasets import make_dataset, make_spec
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from sdxl_pipeline.config.schema.optimization import BucketFill
 from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler, SampleRef
 from sdxl_pipeline.training.data.samples import Samples
 from sdxl_pipeline.training.data.sampling_weights import sampling_weights_per_epoch
-from tests.datasets import SQUARE, WIDE, digest, make_dataset
+from tests.support.training_datasets import SQUARE, WIDE, digest, make_dataset
 
 
 def rows(

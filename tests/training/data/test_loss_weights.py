@@ -20,7 +20,7 @@ from sdxl_pipeline.training.data.loss_weights import LossWeights, build_loss_wei
 from sdxl_pipeline.training.data.mask_tables import mask_tables
 from sdxl_pipeline.training.data.samples import Sample, load_samples
 from sdxl_pipeline.training.diffusion.objective import Objective
-from tests.datasets import SQUARE, make_dataset, make_spec
+from tests.support.training_datasets import SQUARE, make_dataset, make_spec
 
 SEED = 5
 

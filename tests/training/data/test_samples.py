@@ -10,7 +10,7 @@ from sdxl_pipeline.runtime.specs import FailedItem
 from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.samples import load_samples
 from sdxl_pipeline.training.data.training_plan import PlannedDataset, plan_training
-from tests.datasets import SQUARE, WIDE, by_path, digest, make_dataset
+from tests.support.training_datasets import SQUARE, WIDE, by_path, digest, make_dataset
 
 
 def test_a_sample_joins_what_belongs_to_one_image(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.sampling_weights import plan_sampling_weights
-from tests.datasets import SETTINGS, make_dataset
+from tests.support.training_datasets import SETTINGS, make_dataset
 from tests.training.data.test_bucket_sampler import rows, samples_of
 
 

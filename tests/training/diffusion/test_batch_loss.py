@@ -16,8 +16,8 @@ from sdxl_pipeline.runtime.specs import TrainSpec
 from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.training.data.batches import Batch
 from sdxl_pipeline.training.trainer import Trainer
-from tests.datasets import SQUARE, make_dataset, make_spec
-from tests.encoded_datasets import Silent
+from tests.support.encoded_datasets import Silent
+from tests.support.training_datasets import SQUARE, make_dataset, make_spec
 from tests.training.data.test_loss_weights import masked_dataset
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_accelerator")

@@ -12,8 +12,8 @@ from sdxl_pipeline.models.components import load_unet
 from sdxl_pipeline.runtime.specs import TrainSpec
 from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.training.trainer import Trainer
-from tests.datasets import SQUARE, make_dataset, make_spec
-from tests.encoded_datasets import Silent
+from tests.support.encoded_datasets import Silent
+from tests.support.training_datasets import SQUARE, make_dataset, make_spec
 
 EVAL_MODEL, PRIOR = "subject", "people"
 

@@ -17,7 +17,7 @@ from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError
 from sdxl_pipeline.stages import train
 from sdxl_pipeline.training.logging.metrics_log import read_metrics
-from tests.datasets import make_dataset, make_spec
+from tests.support.training_datasets import make_dataset, make_spec
 
 STEPS = 4
 

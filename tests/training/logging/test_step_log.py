@@ -11,8 +11,8 @@ from sdxl_pipeline.training.data.samples import load_samples
 from sdxl_pipeline.training.logging import step_log
 from sdxl_pipeline.training.logging.metrics_log import METRICS_FILE, MetricsLog, StepMetrics, read_metrics
 from sdxl_pipeline.training.logging.step_log import StepLog, StepRecord
-from tests.datasets import SQUARE, make_dataset
-from tests.train_programs import Listener
+from tests.support.train_programs import Listener
+from tests.support.training_datasets import SQUARE, make_dataset
 
 NAN = float("nan")
 

@@ -15,7 +15,7 @@ from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.logging.metrics_log import StepMetrics
 from sdxl_pipeline.training.logging.tracker_logging import Trackers, require_tracker
 from sdxl_pipeline.training.validation.previews import Preview
-from tests.datasets import make_spec
+from tests.support.training_datasets import make_spec
 
 
 def rows(first: int, last: int, loss: float) -> list[StepMetrics]:

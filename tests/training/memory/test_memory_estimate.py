@@ -28,9 +28,9 @@ from sdxl_pipeline.training.memory.memory_estimate import (
     hints,
     optimizer_bytes,
 )
-from tests.datasets import make_dataset, make_spec
 from tests.models.adapted_unets import lycoris
-from tests.train_programs import run
+from tests.support.train_programs import run
+from tests.support.training_datasets import make_dataset, make_spec
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 EVERYWHERE = [*TARGETS, "net.0.proj", "net.2", "conv1", "conv2", "conv_shortcut", "proj_in", "conv"]

@@ -10,7 +10,7 @@ from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.optim.ema import Ema
 from sdxl_pipeline.training.optim.eval_weights import EvalWeights
-from tests.datasets import make_dataset, make_spec
+from tests.support.training_datasets import make_dataset, make_spec
 
 CPU = torch.device("cpu")
 SCHEDULE_FREE = {"optimizer": "adamw_schedulefree", "lr_scheduler": "constant_with_warmup"}

@@ -17,8 +17,8 @@ from sdxl_pipeline.training.diffusion.weighting import debiased_estimation
 from sdxl_pipeline.training.validation.eval_images import read_images
 from sdxl_pipeline.training.validation.eval_loss import EvalImage, eval_loss, eval_timesteps, fixed_noise
 from sdxl_pipeline.training.validation.eval_samples import choose_samples
-from tests.datasets import make_dataset
 from tests.evaluation.subjects import tiny_settings
+from tests.support.training_datasets import make_dataset
 
 SCHEDULE = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 EPSILON = Objective(SCHEDULE.alphas_cumprod, "epsilon")

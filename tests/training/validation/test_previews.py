@@ -17,7 +17,7 @@ from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.validation.previews import Preview, Previews
 from sdxl_pipeline.training.validation.validation_images import generate_validation_images
-from tests.datasets import make_spec
+from tests.support.training_datasets import make_spec
 
 CPU = torch.device("cpu")
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -29,7 +29,7 @@ from sdxl_pipeline.training.validation.validation_images import (
     is_validation_step,
     plan_images,
 )
-from tests.datasets import NEGATIVE, PROMPT, digest, make_spec
+from tests.support.training_datasets import NEGATIVE, PROMPT, digest, make_spec
 
 CPU = torch.device("cpu")
 

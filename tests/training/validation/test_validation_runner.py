@@ -27,7 +27,7 @@ from sdxl_pipeline.training.validation.eval_images import read_images
 from sdxl_pipeline.training.validation.eval_loss import eval_loss, eval_timesteps
 from sdxl_pipeline.training.validation.eval_samples import choose_samples
 from sdxl_pipeline.training.validation.validation_runner import ValidationCosts, ValidationSchedule
-from tests.datasets import make_dataset, make_spec
+from tests.support.training_datasets import make_dataset, make_spec
 
 SECRET = "t0ken-nobody-may-see"
 

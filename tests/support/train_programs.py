@@ -20,7 +20,7 @@ from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.runtime.stage_runner import EXIT_STOPPED
 from sdxl_pipeline.training.logging.metrics_log import read_metrics
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 _FORKS = multiprocessing.get_context("forkserver")

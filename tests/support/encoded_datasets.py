@@ -16,7 +16,7 @@ from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import EncodeLatentsSpec, EncodeTextSpec, TrainingDataset
 from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.stages import encode_latents, encode_text
-from tests.datasets import NEGATIVE, PROMPT
+from tests.support.training_datasets import NEGATIVE, PROMPT
 
 HARDWARE = PRESETS["cpu"]
 
