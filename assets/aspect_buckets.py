@@ -16,6 +16,7 @@ from assets.metadata import dropped_table, inline_image
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.schema.datasets import ImageDataset
+from sdxl_pipeline.config.schema.key_facts import keys_used_by
 from sdxl_pipeline.data.buckets.bucket_sizes import filter_reasons
 from sdxl_pipeline.data.buckets.crop_plan import images_per_bucket, plan_crops
 from sdxl_pipeline.data.buckets.face_detection import DETECTOR, find_faces, require_detector
@@ -24,26 +25,7 @@ from sdxl_pipeline.data.quality.contact_sheets import bucket_histogram
 from sdxl_pipeline.data.scan.table_digests import rows_digest
 
 CODE = "3"
-SETTINGS = {
-    "dataset_type",
-    "resolution",
-    "resolution_type",
-    "crop",
-    "crop_style",
-    "crop_aspect",
-    "crop_aspect_buckets",
-    "crop_aspect_weights",
-    "crops_per_image",
-    "random_flip",
-    "minimum_image_size",
-    "maximum_image_size",
-    "target_downsample_size",
-    "minimum_aspect_ratio",
-    "maximum_aspect_ratio",
-    "max_upscale_threshold",
-    "aspect_bucket_alignment",
-    "aspect_bucket_rounding",
-}
+SETTINGS = keys_used_by(ImageDataset, "aspect_buckets")
 PROGRESS_SECONDS = 10.0
 
 

@@ -15,6 +15,7 @@ from assets.metadata import dropped_table, inline_image, names_list
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.schema.datasets import ImageDataset
+from sdxl_pipeline.config.schema.key_facts import keys_used_by
 from sdxl_pipeline.data.captions.caption_filters import caption_filter_of, filter_digest
 from sdxl_pipeline.data.captions.caption_rules import complete_caption_settings
 from sdxl_pipeline.data.quality.contact_sheets import (
@@ -26,26 +27,11 @@ from sdxl_pipeline.data.quality.perceptual_hash import compute_hashes
 from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY, dataset_fingerprint
 from sdxl_pipeline.data.scan.dataset_scan import recall_dataset, scan_dataset
 from sdxl_pipeline.data.scan.table_digests import dataset_digest
-from sdxl_pipeline.data.sources import SOURCE_SETTINGS, Fetched, fetch_source
+from sdxl_pipeline.data.sources import Fetched, fetch_source
 from sdxl_pipeline.demo.demo_dataset import generate_if_asked
 
 CODE = "3"
-SETTINGS = SOURCE_SETTINGS | {
-    "instance_data_dir",
-    "caption_column",
-    "csv_caption_column",
-    "allow_private_addresses",
-    "find_near_duplicates",
-    "max_num_samples",
-    "caption_strategy",
-    "parquet",
-    "disable_multiline_split",
-    "caption_shuffle",
-    "instance_prompt",
-    "prepend_instance_prompt",
-    "only_instance_prompt",
-    "missing_captions",
-}
+SETTINGS = keys_used_by(ImageDataset, "dataset")
 TRUSTING = {"metadata", "aspect"}
 """Stages of skip_file_discovery with which the recorded files are taken at their word."""
 SAMPLES = 12

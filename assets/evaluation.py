@@ -38,7 +38,7 @@ def build_evaluation(project: Project) -> dg.AssetsDefinition:
     """`<project>/evaluation`."""
     key = project_key(project, "evaluation")
     prompts = validation_prompts(project)
-    settings_read = project.training.model_dump(mode="json", include=set(LOOKED_AT))
+    settings_read = project.training.model_dump(mode="json", include=LOOKED_AT)
 
     @dg.asset(
         key=key,

@@ -12,10 +12,12 @@ from assets.asset_keys import dataset_key, project_key, version
 from assets.dataset_inputs import model_input
 from assets.errors import user_errors_as_failures
 from assets.evaluation import release_dir
-from assets.lora import FORMATS, read_training_spec
+from assets.lora import read_training_spec
 from assets.metadata import drop_none, inline_image, model_card
 from resources.hub import HubResource
 from sdxl_pipeline.config.loader import Project
+from sdxl_pipeline.config.schema.key_facts import keys_used_by
+from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.files.digest import digest_json
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.release.export import build_release, verify_export, verify_formats
@@ -52,9 +54,7 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
         },
         code_version=version(
             CODE,
-            settings.model_dump(
-                mode="json", include={"push_to_hub", "hub_model_id", "model_card_note", *FORMATS}
-            ),
+            settings.model_dump(mode="json", include=keys_used_by(TrainingSettings, "hub_release")),
         ),
         description="What is, or would be, published: the weights for diffusers, ComfyUI and A1111, the model card, gallery, settings, lineage.",
     )

@@ -16,6 +16,7 @@ from assets.metadata import NAMES_SHOWN, dropped_table, inline_image
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.schema.datasets import ImageDataset, MaskKind
+from sdxl_pipeline.config.schema.key_facts import keys_used_by
 from sdxl_pipeline.data.decoding.image_decoding import UnreadableImage
 from sdxl_pipeline.data.masks.mask_pairs import MaskPairs, overlaid, pair_masks
 from sdxl_pipeline.data.quality.contact_sheets import contact_sheet
@@ -24,7 +25,7 @@ from sdxl_pipeline.data.scan.table_digests import dataset_digest
 from sdxl_pipeline.files.digest import digest_json
 
 CODE = "2"
-SOURCE = {"type", "instance_data_dir", "url", "aws_bucket_name", "aws_data_prefix", "aws_endpoint_url"}
+SOURCE = keys_used_by(ImageDataset, "masks")
 SAMPLES = 12
 
 

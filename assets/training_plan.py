@@ -13,21 +13,13 @@ from assets.metadata import appearances_range, markdown_table
 from resources.hardware import HardwareProfile
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.resolve import resolve_hardware, resolve_settings
+from sdxl_pipeline.config.schema.key_facts import keys_used_by
+from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.runtime.specs import TrainingPlan
 from sdxl_pipeline.training.data.training_plan import PlannedDataset, plan_training
 
 CODE = "1"
-SETTINGS = {
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "bucket_fill",
-    "allow_dataset_oversubscription",
-    "max_train_steps",
-    "num_train_epochs",
-    "lr_scheduler",
-    "lr_warmup_steps",
-    "seed",
-}
+SETTINGS = keys_used_by(TrainingSettings, "training_plan")
 
 
 def build_training_plan(project: Project) -> dg.AssetsDefinition:

@@ -3,19 +3,19 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sdxl_pipeline.config.json_files import read_json
 from sdxl_pipeline.config.paths import inside
 from sdxl_pipeline.config.problems import NO_VALUE, Problem
 from sdxl_pipeline.config.schema.datasets import (
-    INHERITED,
-    INHERITED_SIZES,
     HubColumns,
     ImageDataset,
     TextEmbedsDataset,
     asset_name,
 )
+from sdxl_pipeline.config.schema.key_facts import keys_with
+from sdxl_pipeline.config.schema.settings_model import SettingsModel
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.config.settings_parser import ParsedSettings, parse_settings
 from sdxl_pipeline.config.simpletuner_schema import HUGGINGFACE, IMAGES, TEXT_EMBEDS
@@ -33,10 +33,14 @@ from sdxl_pipeline.config.validators.unused_dataset_settings import (
     unused_mask_entry_settings,
 )
 
+D = TypeVar("D", bound=SettingsModel)
+
 _WHAT = "a list of datasets, each an object with an id and an instance_data_dir"
 _TYPES = ("image", "eval", "conditioning", "text_embeds")
 _STORED_ELSEWHERE = ("aws", "csv", "huggingface", "webshart", "memory")
-_TEXT_INHERITED = ("write_batch_size", "text_cache_ondemand", "text_cache_disable")
+_INHERITED = keys_with(ImageDataset, lambda key: key.inherited == "value")
+_INHERITED_SIZES = keys_with(ImageDataset, lambda key: key.inherited == "size")
+_TEXT_INHERITED = keys_with(TextEmbedsDataset, lambda key: key.inherited)
 
 
 @dataclass
@@ -144,7 +148,7 @@ def _read_entry(
         )
         _take_findings(texts, reading)
         if texts.settings:
-            reading.text_embeds.append(_absolute(texts.settings, folder, "cache_dir", "caption_filter_list"))
+            reading.text_embeds.append(_absolute(texts.settings, folder))
         return
     if dataset_type == "image_embeds":  # in the reference it only says where latents are kept
         reading.warnings.append(
@@ -188,17 +192,7 @@ def _read_entry(
         shown = NO_VALUE if value is None else value
         reading.problems.append(Problem(place, key, shown, finding.message, finding.hint))
     reading.written[entry.id] = frozenset(images.spelled)
-    (reading.masks if is_mask else reading.images).append(
-        _absolute(
-            entry,
-            folder,
-            "instance_data_dir",
-            "cache_dir_vae",
-            "csv_file",
-            "csv_cache_dir",
-            "caption_filter_list",
-        )
-    )
+    (reading.masks if is_mask else reading.images).append(_absolute(entry, folder))
 
 
 def _on_this_machine(
@@ -241,16 +235,16 @@ def _inherited(
 ) -> dict[str, Any]:
     """What the entry takes over from config.json. Sizes are taken over only in their own unit."""
     given = training.model_fields_set
-    values: dict[str, Any] = {key: getattr(training, key) for key in INHERITED if key in given}
+    values: dict[str, Any] = {key: getattr(training, key) for key in _INHERITED if key in given}
     unit = raw.get("resolution_type", training.resolution_type)
     values["resolution_type"] = training.resolution_type
     if unit == training.resolution_type:
         values |= {
-            key: getattr(training, key) for key in INHERITED_SIZES if key in given or key == "resolution"
+            key: getattr(training, key) for key in _INHERITED_SIZES if key in given or key == "resolution"
         }
         return values
     values["resolution"] = 1.0 if unit == "area" else 1024.0
-    for key in INHERITED_SIZES:
+    for key in _INHERITED_SIZES:
         if key in given and key not in raw:
             reading.warnings.append(
                 f"{where}{key} does not take over {key} of config.json, whose unit is {training.resolution_type} and not {unit}"
@@ -306,7 +300,7 @@ def _find_unused(
     for dataset in reading.images:
         written = reading.written[dataset.id]
         found += find_unused_dataset_settings(dataset, written)
-        shared = [name for name in INHERITED if name in training.model_fields_set and name not in written]
+        shared = [name for name in _INHERITED if name in training.model_fields_set and name not in written]
         reasons = {idle.key: idle.reason for idle in find_unused_dataset_settings(dataset, shared)}
         for name in shared:
             inherited.setdefault(name, []).append(reasons.get(name, ""))
@@ -326,12 +320,10 @@ def _find_unused(
     ]
 
 
-def _absolute(settings: Any, folder: Path, *keys: str) -> Any:
-    """The settings with these paths made absolute, seen from `folder`."""
-    paths = {key: getattr(settings, key) for key in keys}
-    return settings.model_copy(
-        update={key: inside(folder, value) for key, value in paths.items() if isinstance(value, Path)}
-    )
+def _absolute(settings: D, folder: Path) -> D:
+    """Return the settings with all paths absolute; relative ones are relative to `folder`."""
+    paths = {key: inside(folder, value) for key, value in settings if isinstance(value, Path)}
+    return settings.model_copy(update=paths)
 
 
 def _is_true(value: Any) -> bool:

@@ -4,24 +4,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from sdxl_pipeline.config.schema.checkpoints import LATEST
+from sdxl_pipeline.config.schema.key_facts import key_of, keys_with
 from sdxl_pipeline.config.schema.training import TrainingSettings
 
-PLACES: Final = ("data_backend_config", "output_dir", "logging_dir", "user_prompt_library", "webhook_config")
-"""Settings that say where something lies on this machine. They are no part of what made the weights."""
+PLACES: Final = keys_with(TrainingSettings, lambda key: key.path == "local")
+"""Keys of paths of this machine, such as the output folder."""
 
-FOUND_WITH_THE_MODEL: Final = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path")
-"""Sources that stay as they are written: `resolve_base_model` looks for them from the project's folder, and records what it found."""
-
-SOURCES: Final = (
-    *FOUND_WITH_THE_MODEL,
-    "pretrained_evaluation_model_name_or_path",
-    "validation_preview_model_name_or_path",
-    "init_lora",
-    "resume_from_checkpoint",
-    "lycoris_config",
-)
-"""Settings that name a model, a checkpoint or a file of settings: by a name, or by a local path, of which only the last part means
-something elsewhere."""
+SOURCES: Final = keys_with(TrainingSettings, lambda key: key.path not in (None, "local"))
+"""Keys that name a model, a checkpoint or a file by a name or a local path. Of a path only the last part means something elsewhere."""
 
 
 def with_absolute_paths(settings: TrainingSettings, folder: Path) -> TrainingSettings:
@@ -51,8 +41,8 @@ def exists(path: Path) -> bool:
 
 
 def _completed(key: str, value: Any, folder: Path) -> Any:
-    if not isinstance(value, str) or key in FOUND_WITH_THE_MODEL or value == LATEST:
-        return value
+    kind = key_of(TrainingSettings.model_fields[key]).path
+    if not isinstance(value, str) or kind == "base model" or value == LATEST:
+        return value  # `resolve_base_model` searches for the base model from the project's folder
     path = inside(folder, value)
-    is_path = key in (*PLACES, "resume_from_checkpoint") or exists(path)
-    return str(path) if is_path else value
+    return str(path) if kind != "name or path" or exists(path) else value

@@ -9,9 +9,8 @@ from pydantic import ValidationError
 from sdxl_pipeline.config.hardware_profiles import Hardware
 from sdxl_pipeline.config.paths import with_absolute_paths
 from sdxl_pipeline.config.problems import NO_VALUE, Problem, ProjectError, only_project_errors
-from sdxl_pipeline.config.schema.datasets import INHERITED, INHERITED_SIZES
-from sdxl_pipeline.config.schema.release import ReleaseSettings
-from sdxl_pipeline.config.schema.training import PROFILE_KEYS, TrainingSettings
+from sdxl_pipeline.config.schema.key_facts import keys_with
+from sdxl_pipeline.config.schema.training import LENGTH_KEYS, PROFILE_KEYS, TrainingSettings
 from sdxl_pipeline.config.settings_parser import parse_settings
 from sdxl_pipeline.config.simpletuner_schema import TRAINING
 from sdxl_pipeline.config.validators.settings_rules import check_training
@@ -19,37 +18,8 @@ from sdxl_pipeline.config.validators.settings_rules import check_training
 LAUNCHPAD: Final = Path("launchpad")
 """Stands for the file in problems with values given at the launch of a run."""
 
-READ_WITH_THE_PROJECT: Final = (
-    *INHERITED,
-    *INHERITED_SIZES,
-    *ReleaseSettings.model_fields,
-    "model_family",
-    "model_flavour",
-    "pretrained_model_name_or_path",
-    "pretrained_vae_model_name_or_path",
-    "revision",
-    "resolution_type",
-    "write_batch_size",
-    "tokenizer_max_length",
-    "text_cache_ondemand",
-    "text_cache_disable",
-    "data_backend_config",
-    "output_dir",
-    "logging_dir",
-    "validation_prompt",
-    "validation_negative_prompt",
-    "validation_prompt_library",
-    "user_prompt_library",
-    "eval_holdout_share",
-    "eval_dataset_id",
-    "evaluation_type",
-    "pretrained_evaluation_model_name_or_path",
-    "retraining_cron",
-)
-"""Settings that have shaped the base model, the datasets, prompts or schedules before a run is launched, or that other assets read, so
-that a training's launchpad cannot change them."""
-
-_LENGTH = ("max_train_steps", "num_train_epochs")
+READ_WITH_THE_PROJECT: Final = keys_with(TrainingSettings, lambda key: not key.overridable)
+"""Keys that a run config cannot set: the base model, datasets, prompts, schedules or other assets read them before the run starts."""
 
 
 def resolve_settings(
@@ -95,12 +65,12 @@ def _resolve(
     launched = with_absolute_paths(reading.settings, folder)
     for settings, source in ((training, "config.json"), (launched, "launchpad")):
         given = {key: getattr(settings, key) for key in settings.model_fields_set}
-        if any(given.get(key) is not None for key in _LENGTH):
-            for key in _LENGTH:  # whoever says how long to train decides it alone
+        if any(given.get(key) is not None for key in LENGTH_KEYS):
+            for key in LENGTH_KEYS:  # whoever says how long to train decides it alone
                 values.pop(key, None)
                 sources[key] = "default"
         for key, value in given.items():
-            if value is not None or key not in (*PROFILE_KEYS, *_LENGTH):
+            if value is not None or key not in (*PROFILE_KEYS, *LENGTH_KEYS):
                 values[key], sources[key] = value, source
     filled_in = {
         key: value for key, value in training.model_dump().items() if key not in training.model_fields_set
@@ -167,4 +137,4 @@ def _place(source: str, folder: Path) -> Path:
 
 def _without_length(values: dict[str, Any]) -> dict[str, Any]:
     """Values filled in by the project, such as absolute paths, without the default length, which follows from what is given."""
-    return {key: value for key, value in values.items() if key not in (*_LENGTH, *PROFILE_KEYS)}
+    return {key: value for key, value in values.items() if key not in (*LENGTH_KEYS, *PROFILE_KEYS)}

@@ -1,23 +1,23 @@
 """The page of every accepted key (docs/settings.md), made from the models that accept them, so that it cannot drift from the code."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Final, Union, get_args, get_origin
 
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from sdxl_pipeline.config.schema.datasets import (
-    INHERITED,
-    INHERITED_SIZES,
     CaptionShuffle,
     HubColumns,
     ImageDataset,
     ParquetTable,
     TextEmbedsDataset,
 )
+from sdxl_pipeline.config.schema.key_facts import Key, key_of, keys_with
 from sdxl_pipeline.config.schema.lycoris import (
     LYCORIS,
     LycorisOverride,
@@ -25,7 +25,7 @@ from sdxl_pipeline.config.schema.lycoris import (
     LycorisSettings,
 )
 from sdxl_pipeline.config.schema.settings_model import SettingsModel
-from sdxl_pipeline.config.schema.training import PROFILE_KEYS, SECTIONS
+from sdxl_pipeline.config.schema.training import PROFILE_KEYS, SECTIONS, TrainingSettings
 from sdxl_pipeline.config.settings_parser import literal_values
 from sdxl_pipeline.config.simpletuner_schema import HUGGINGFACE, IMAGES, TEXT_EMBEDS, TRAINING, KeySchema
 
@@ -52,10 +52,56 @@ where it came from.
 """
 
 
+_CONFIG_FACTS = """- affects the weights, identity contains: a finished run of the same identity is reused, an unfinished one is resumed. A key that
+  affects the weights is part of the identity: its value, or the digest of what it names.
+- path: `local` is a path of this machine; `checkpoint` a path; `name or path` a Hub id, or a path if that file or folder exists;
+  `base model` the same for the base model.
+- run config: the settings of a single run may replace the value.
+- profile: the hardware profile gives the value if `config.json` does not.
+- length: one of these keys decides how long a run is.
+- card, published: the model card shows the value; the release contains it (of a name or path only the last part).
+- only with, needs: the value has no effect with another `lora_type`, or if a key that it needs is off.
+- also part of: the code version of these assets, or the identity of the evaluation (`run_evaluation`: with the run's value), contains
+  the value, so changing it marks them as stale.
+"""
+
+_DATASET_FACTS = """- default: the key of the same name in `config.json` gives the value if the entry does not (`size`: only if `resolution_type` is the
+  same).
+- masks: an entry of masks uses the value of its images' entry (`of image`), or none (`unused`).
+- part of: the code version of these assets, the name of the download folder (`source`) or the digest of the recorded scan (`scan`)
+  contains the value.
+"""
+
+_Column = tuple[str, Callable[[Key], str]]
+
+_CONFIG_COLUMNS: Final[tuple[_Column, ...]] = (
+    ("affects the weights", lambda key: "yes" if key.identity.affects_weights else "no"),
+    ("identity contains", lambda key: key.identity.value),
+    ("path", lambda key: key.path or ""),
+    ("run config", lambda key: "yes" if key.overridable else "no"),
+    ("profile", lambda key: "yes" if key.profile else ""),
+    ("length", lambda key: "yes" if key.length else ""),
+    ("card", lambda key: "yes" if key.on_card else ""),
+    ("published", lambda key: "yes" if key.is_published else "no"),
+    ("only with", lambda key: f"lora_type {key.lora_type}" if key.lora_type else ""),
+    ("needs", lambda key: ", ".join(f"`{name}`" for name in key.needs)),
+    ("also part of", lambda key: ", ".join(key.used_by)),
+)
+
+_DATASET_COLUMNS: Final[tuple[_Column, ...]] = (
+    (
+        "default",
+        lambda key: {"value": "config.json", "size": "config.json, size"}.get(key.inherited or "", ""),
+    ),
+    ("masks", lambda key: key.masks or ""),
+    ("part of", lambda key: ", ".join(key.used_by)),
+)
+
+
 def settings_page() -> str:
     """The page as Markdown."""
     profile = ", ".join(f"`{key}`" for key in PROFILE_KEYS)
-    shared = ", ".join(f"`{key}`" for key in (*INHERITED_SIZES, *INHERITED))
+    shared = ", ".join(f"`{key}`" for key in keys_with(ImageDataset, lambda key: key.inherited))
     return "\n".join(
         [
             _INTRODUCTION,
@@ -84,6 +130,14 @@ def settings_page() -> str:
             *_table(CaptionShuffle, KeySchema()),
             "\n## multidatabackend.json: text embeddings\n",
             *_table(TextEmbedsDataset, TEXT_EMBEDS),
+            "## How the keys of config.json are used\n",
+            _CONFIG_FACTS,
+            *_facts_table(TrainingSettings, _CONFIG_COLUMNS),
+            "\n## How the keys of multidatabackend.json are used\n",
+            _DATASET_FACTS,
+            *_facts_table(ImageDataset, _DATASET_COLUMNS),
+            "\n### Text embeddings\n",
+            *_facts_table(TextEmbedsDataset, _DATASET_COLUMNS[:1]),
             "\n## Not available yet\n",
             "These are accepted with a value that means off, so that a file which spells out a default works; any other value is",
             "refused. Keys that only tune one of them are accepted with it.\n",
@@ -106,6 +160,14 @@ def _table(model: type[SettingsModel], vocabulary: KeySchema) -> list[str]:
         cells = (name, _type(field), _default(field), field.description or "")
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return rows
+
+
+def _facts_table(model: type[SettingsModel], columns: Sequence[_Column]) -> list[str]:
+    """Return a Markdown table with the facts of each key."""
+    rows = [("key", *(title for title, _ in columns)), ("---",) * (len(columns) + 1)]
+    for name, field in model.model_fields.items():
+        rows.append((f"`{name}`", *(text(key_of(field)) for _, text in columns)))
+    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def _later_table() -> list[str]:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Final
 
+from sdxl_pipeline.config.schema.key_facts import keys_used_by
+from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.evaluation.scoring_model import scoring_model_name
 from sdxl_pipeline.files.atomic_files import sha256_path
 from sdxl_pipeline.files.digest import digest_json
@@ -13,37 +15,10 @@ from sdxl_pipeline.training.validation.eval_samples import choose_samples
 CODE_VERSION = 3
 """Raise it when a change of the evaluation changes the numbers or images it gives."""
 
-LOOKED_AT: Final = frozenset(
-    (
-        "validation_resolution",
-        "validation_guidance",
-        "validation_guidance_rescale",
-        "validation_num_inference_steps",
-        "validation_noise_scheduler",
-        "inference_scheduler_timestep_spacing",
-        "validation_seed",
-        "num_validation_images",
-        "evaluation_type",
-        "pretrained_evaluation_model_name_or_path",
-        "eval_loss_disable",
-        "eval_timesteps",
-        "num_eval_images",
-        "eval_dataset_id",
-    )
-)
+LOOKED_AT: Final = keys_used_by(TrainingSettings, "evaluation")
 """Settings that say how a LoRA is looked at; they may change after it was trained."""
 
-TRAINED_WITH: Final = frozenset(
-    (
-        "prediction_type",
-        "rescale_betas_zero_snr",
-        "mixed_precision",
-        "vae_dtype",
-        "micro_conditioning",
-        "train_batch_size",
-        "seed",
-    )
-)
+TRAINED_WITH: Final = keys_used_by(TrainingSettings, "run_evaluation")
 """Settings of the training that the evaluation's figures and images depend on as well."""
 
 
@@ -61,7 +36,7 @@ def evaluation_identity(spec: EvaluateSpec) -> str:
             "lora": spec.lora.weights_sha256,
             "pictures": [source, samples.digest()],
             "prompts": [prompt.model_dump() for prompt in spec.prompts],
-            "settings": spec.settings.model_dump(mode="json", include=set(LOOKED_AT | TRAINED_WITH)),
+            "settings": spec.settings.model_dump(mode="json", include=LOOKED_AT | TRAINED_WITH),
             "scoring_model": scoring_model_name(spec.settings, spec.base_model),
             "device": spec.hardware.device,
         }

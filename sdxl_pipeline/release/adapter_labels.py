@@ -1,5 +1,6 @@
 """What a model card calls an adapter, by its kind."""
 
+from sdxl_pipeline.config.schema.key_facts import key_of
 from sdxl_pipeline.config.schema.training import TrainingSettings
 
 _ALGORITHMS = {"lokr": "LoKr", "loha": "LoHa", "lora": "LoRA", "locon": "LoCon"}
@@ -24,8 +25,5 @@ def adapter_tags(settings: TrainingSettings) -> tuple[str, ...]:
 
 def is_shown(name: str, settings: TrainingSettings) -> bool:
     """Whether a setting says something about this adapter: those of PEFT's LoRA say nothing of a LyCORIS one."""
-    if settings.lora_type == "lycoris":
-        return not name.startswith("lora_") and name != "use_dora"
-    return name not in ("lycoris_config", "init_lokr_norm", "use_dora") or (
-        name == "use_dora" and settings.use_dora
-    )
+    only = key_of(TrainingSettings.model_fields[name]).lora_type
+    return only in (None, settings.lora_type) and (name != "use_dora" or settings.use_dora)

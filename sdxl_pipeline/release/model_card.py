@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from sdxl_pipeline.config.schema.adapter import AdapterSettings
+from sdxl_pipeline.config.schema.key_facts import keys_with
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.release.adapter_labels import adapter_name, adapter_tags, is_shown
@@ -19,29 +20,7 @@ LICENCES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}
 
 _RELATIONS: Mapping[WeightsKind, str] = {"lora": "adapter", "unet": "finetune"}
 
-SHOWN_SETTINGS = (
-    "lora_rank",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_target_modules",
-    "use_dora",
-    "lycoris_config",
-    "init_lokr_norm",
-    "init_lora",
-    "learning_rate",
-    "text_encoder_lr",
-    "lr_scheduler",
-    "lr_warmup_steps",
-    "optimizer",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "caption_dropout_probability",
-    "snr_gamma",
-    "prediction_type",
-    "mixed_precision",
-    "base_model_precision",
-    "seed",
-)
+SHOWN_SETTINGS = keys_with(TrainingSettings, lambda key: key.on_card)
 """The settings that say most about a training; all of them are in a file of the release."""
 
 

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from sdxl_pipeline.config.paths import PLACES, SOURCES
+from sdxl_pipeline.config.paths import SOURCES
+from sdxl_pipeline.config.schema.key_facts import keys_with
 from sdxl_pipeline.config.schema.training import TrainingSettings
 
-LOCAL_KEYS = frozenset({*PLACES, "retraining_cron"})
+LOCAL_KEYS = frozenset(keys_with(TrainingSettings, lambda key: not key.is_published))
 """Settings that say where things lie on this machine, or when it works; they are no part of what made the weights."""
 
 TEXT_SUFFIXES = frozenset({".md", ".json", ".txt"})

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from sdxl_pipeline.config.hardware_profiles import PRESETS
-from sdxl_pipeline.config.paths import FOUND_WITH_THE_MODEL, PLACES, SOURCES, with_absolute_paths
+from sdxl_pipeline.config.paths import PLACES, SOURCES, with_absolute_paths
 from sdxl_pipeline.config.resolve import READ_WITH_THE_PROJECT, resolve_settings
 from sdxl_pipeline.config.schema.training import TrainingSettings
 
@@ -28,7 +28,7 @@ TEXTS = {
 """Settings of free text that hold no path."""
 
 
-LAUNCHED = {*PLACES, *SOURCES} - {*READ_WITH_THE_PROJECT, *FOUND_WITH_THE_MODEL, "lycoris_config"}
+LAUNCHED = {*PLACES, *SOURCES} - {*READ_WITH_THE_PROJECT, "lycoris_config"}
 
 
 def test_every_setting_of_free_text_is_a_path_or_known_to_be_none():

@@ -148,7 +148,7 @@ def test_no_value_of_any_key_is_more_than_a_problem(model, vocabulary, value):
 
 
 @pytest.mark.parametrize(
-    ("changes", "key", "words", "remedy"),
+    ("changes", "key", "words", "hint"),
     [
         ({"fctor": 4}, "lycoris_config.fctor", "is not a known key", "factor"),
         ({"algo": "nope"}, "lycoris_config.algo", "is not one of the known values", "lokr"),

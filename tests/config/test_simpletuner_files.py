@@ -173,7 +173,7 @@ def test_load_project_filter_in_the_huggingface_object_is_refused_by_name(proble
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "remedy"),
+    ("key", "value", "hint"),
     [
         ("start_step", 100, "from the first step to the last"),
         ("end_step", 100, "from the first step to the last"),

@@ -4,8 +4,9 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, field_validator
 
+from sdxl_pipeline.config.schema.key_facts import Identity, Key
 from sdxl_pipeline.config.schema.lycoris import LycorisSettings
-from sdxl_pipeline.config.schema.settings_model import IS_PATH, BadValueError, Count, SettingsModel, read_list
+from sdxl_pipeline.config.schema.settings_model import BadValueError, Count, SettingsModel, read_list
 
 ATTENTION_PROJECTIONS: Final = ("to_k", "to_q", "to_v", "to_out.0")
 """Suffixes of the UNet's attention projections."""
@@ -18,32 +19,37 @@ class AdapterSettings(SettingsModel):
         "standard",
         description="Adapter kind: PEFT's LoRA, or a LyCORIS one (extra `lycoris`) as lycoris_config says.",
     )
-    lora_rank: Count = Field(16, description="Rank of the update matrices.")
-    lora_alpha: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Updates are scaled by lora_alpha / lora_rank; not set: equal to lora_rank."
+    lora_rank: Annotated[Count, Key(on_card=True, lora_type="standard")] = Field(
+        16, description="Rank of the update matrices."
     )
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+    lora_alpha: Annotated[
+        Annotated[float, Field(gt=0)] | None,
+        Key(Identity.EFFECTIVE_VALUE, on_card=True, lora_type="standard"),
+    ] = Field(None, description="Updates are scaled by lora_alpha / lora_rank; not set: equal to lora_rank.")
+    lora_dropout: Annotated[float, Field(ge=0, lt=1), Key(on_card=True, lora_type="standard")] = Field(
         0.0, description="Probability of dropping an adapter's input."
     )
-    lora_init_type: Literal["default", "gaussian"] = Field(
+    lora_init_type: Annotated[Literal["default", "gaussian"], Key(lora_type="standard")] = Field(
         "default", description="Start of the first matrix: uniform, or normal with deviation 1 / lora_rank."
     )
-    use_dora: bool = Field(
+    use_dora: Annotated[bool, Key(on_card=True, lora_type="standard")] = Field(
         False, description="DoRA: train the norms of the weights' rows apart from their directions."
     )
-    lora_target_modules: tuple[str, ...] = Field(
+    lora_target_modules: Annotated[tuple[str, ...], Key(on_card=True, lora_type="standard")] = Field(
         ATTENTION_PROJECTIONS,
         min_length=1,
         description="Name suffixes of the UNet layers (linear or convolution) that get an adapter: a list, or names joined by commas.",
     )
-    lycoris_config: Annotated[LycorisSettings | str | None, IS_PATH] = Field(
-        None, description="JSON file of the LyCORIS adapter (keys below), or its content."
-    )
-    init_lokr_norm: Annotated[float, Field(gt=0)] | None = Field(
+    lycoris_config: Annotated[
+        LycorisSettings | str | None, Key(path="name or path", on_card=True, lora_type="lycoris")
+    ] = Field(None, description="JSON file of the LyCORIS adapter (keys below), or its content.")
+    init_lokr_norm: Annotated[
+        Annotated[float, Field(gt=0)] | None, Key(on_card=True, lora_type="lycoris")
+    ] = Field(
         None,
         description="Start a LoKr of whole matrices as noise of the weights' mean and deviation times this; not set: as no change.",
     )
-    init_lora: Annotated[str | None, IS_PATH] = Field(
+    init_lora: Annotated[str | None, Key(Identity.FILE_CONTENT, path="name or path", on_card=True)] = Field(
         None,
         description="Start from an adapter: a .safetensors file, or its Hub id with or without a file name (owner/name/file.safetensors).",
     )

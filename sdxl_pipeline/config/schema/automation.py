@@ -1,10 +1,11 @@
 """Automation."""
 
 import re
-from typing import Final
+from typing import Annotated, Final
 
 from pydantic import Field, field_validator
 
+from sdxl_pipeline.config.schema.key_facts import Identity, Key
 from sdxl_pipeline.config.schema.settings_model import BadValueError, SettingsModel
 
 _CRON: Final = {
@@ -19,10 +20,12 @@ _CRON: Final = {
 class AutomationSettings(SettingsModel):
     """Automation."""
 
-    retraining_cron: str | None = Field(
-        None,
-        pattern=r"^(@(hourly|daily|midnight|weekly|monthly|yearly|annually)|\S+( +\S+){4})$",
-        description='When to train again, as cron ("0 3 * * 0" is Sundays at three); not set: never by itself.',
+    retraining_cron: Annotated[str | None, Key(Identity.REPORTING, overridable=False, published=False)] = (
+        Field(
+            None,
+            pattern=r"^(@(hourly|daily|midnight|weekly|monthly|yearly|annually)|\S+( +\S+){4})$",
+            description='When to train again, as cron ("0 3 * * 0" is Sundays at three); not set: never by itself.',
+        )
     )
 
     @field_validator("retraining_cron", mode="after")

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, field_validator
 
+from sdxl_pipeline.config.schema.key_facts import Identity, Key
 from sdxl_pipeline.config.schema.settings_model import (
-    IS_PATH,
     LARGEST,
     BadValueError,
     Count,
@@ -25,35 +25,35 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 class CheckpointSettings(SettingsModel):
     """Checkpoints."""
 
-    output_dir: Annotated[str, IS_PATH] = Field(
+    output_dir: Annotated[str, Key(Identity.SAVING, path="local", overridable=False)] = Field(
         "output", min_length=1, description="Folder for runs, checkpoints and the finished LoRA."
     )
-    checkpoint_step_interval: Annotated[int, Field(ge=0)] = Field(
+    checkpoint_step_interval: Annotated[int, Field(ge=0), Key(Identity.SAVING)] = Field(
         500, description="Steps between checkpoints; 0 writes only the one at the end."
     )
-    checkpoint_epoch_interval: Count | None = Field(
+    checkpoint_epoch_interval: Annotated[Count | None, Key(Identity.SAVING)] = Field(
         None, description="Epochs between checkpoints, beside those by steps. Not set: none by epochs."
     )
-    checkpoints_total_limit: Count | None = Field(
+    checkpoints_total_limit: Annotated[Count | None, Key(Identity.SAVING)] = Field(
         None, description="Checkpoints kept; the oldest goes first. Not set or 0: all."
     )
-    checkpointing_rolling_steps: Count | None = Field(
+    checkpointing_rolling_steps: Annotated[Count | None, Key(Identity.SAVING)] = Field(
         None,
         description="Steps between rolling checkpoints, which soon make room for the next. Not set: none.",
     )
-    checkpoints_rolling_total_limit: Count = Field(
+    checkpoints_rolling_total_limit: Annotated[Count, Key(Identity.SAVING)] = Field(
         1, description="Rolling checkpoints kept, beside checkpoints_total_limit."
     )
-    resume_from_checkpoint: Annotated[str | None, IS_PATH] = Field(
+    resume_from_checkpoint: Annotated[str | None, Key(Identity.SAVING, path="checkpoint")] = Field(
         LATEST,
         description='"latest" continues an unfinished run of the same identity, or one that differs in its length alone; the path of a '
         "checkpoint's folder begins there; none starts again. A finished run of the same identity is reused all the same.",
     )
-    disk_low_threshold: Annotated[int, Field(ge=1)] | None = Field(
+    disk_low_threshold: Annotated[Annotated[int, Field(ge=1)] | None, Key(Identity.SAVING)] = Field(
         None,
         description='Free space, as "100G" or in bytes, below which disk_low_action is taken. Not set: any that holds a checkpoint will do.',
     )
-    disk_low_action: Literal["stop", "wait"] = Field(
+    disk_low_action: Annotated[Literal["stop", "wait"], Key(Identity.SAVING)] = Field(
         "stop", description="stop saves a checkpoint and ends the run; wait holds it until there is space."
     )
 

@@ -15,8 +15,8 @@ from anyascii import anyascii
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from sdxl_pipeline.config.schema.data import CaptionStrategy, ResolutionType
+from sdxl_pipeline.config.schema.key_facts import Key
 from sdxl_pipeline.config.schema.settings_model import (
-    IS_PATH,
     BadValueError,
     Count,
     SettingsModel,
@@ -25,25 +25,6 @@ from sdxl_pipeline.config.schema.settings_model import (
 )
 
 Positive = Annotated[float, Field(gt=0)]
-
-INHERITED: Final = (
-    "max_upscale_threshold",
-    "aspect_bucket_rounding",
-    "aspect_bucket_alignment",
-    "caption_strategy",
-    "instance_prompt",
-    "prepend_instance_prompt",
-    "only_instance_prompt",
-    "disable_multiline_split",
-    "skip_file_discovery",
-    "vae_cache_ondemand",
-    "vae_cache_disable",
-    "vae_cache_clear_each_epoch",
-)
-"""Keys of `config.json` that hold for every image dataset without its own."""
-
-INHERITED_SIZES: Final = ("resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size")
-"""The same for sizes, whose unit is `resolution_type`: they hold where the unit is the same."""
 
 SKIPPABLE_STAGES: Final = ("vae", "aspect", "metadata", "text")
 
@@ -57,7 +38,7 @@ MaskKind = Literal["mask", "segmentation"]
 class ParquetTable(SettingsModel):
     """A table of captions by file: Parquet, or JSON Lines."""
 
-    path: Annotated[str, IS_PATH] = Field(
+    path: Annotated[str, Key(path="local")] = Field(
         min_length=1, description="The table, relative to the images' folder or absolute."
     )
     filename_column: str = Field("filename", description="Column of the file names.")
@@ -114,25 +95,33 @@ class ImageDataset(SettingsModel):
         max_length=100,
         description="Unique name; its assets carry it as their key's second part.",
     )
-    type: Literal["local", "huggingface", "aws", "csv"] = Field(
+    type: Annotated[
+        Literal["local", "huggingface", "aws", "csv"], Key(used_by=("source", "scan", "dataset", "masks"))
+    ] = Field(
         "local",
         description="Where the images are. local: a folder; huggingface: a dataset repository; aws: a bucket or any fsspec URL; csv: a list of addresses.",
     )
-    dataset_type: Literal["image", "eval", "conditioning"] = Field(
-        "image",
-        description="image trains; eval is only measured with the eval loss; conditioning holds the masks of an image dataset.",
+    dataset_type: Annotated[Literal["image", "eval", "conditioning"], Key(used_by=("aspect_buckets",))] = (
+        Field(
+            "image",
+            description="image trains; eval is only measured with the eval loss; conditioning holds the masks of an image dataset.",
+        )
     )
     disabled: bool = Field(False, description="Leave this entry out.")
-    instance_data_dir: Path | None = Field(
+    instance_data_dir: Annotated[Path | None, Key(used_by=("dataset", "masks"))] = Field(
         None, description="Folder of the images, searched recursively; nothing is written into it."
     )
-    url: str | None = Field(
+    url: Annotated[str | None, Key(used_by=("source", "dataset", "masks"))] = Field(
         None,
         description="For type aws: any fsspec URL of a folder, such as s3://bucket/photos, gs://..., https://...; may also be written in instance_data_dir.",
     )
-    aws_bucket_name: str | None = Field(None, description="The bucket; with aws_data_prefix instead of url.")
-    aws_data_prefix: str | None = Field(None, description="Folder within the bucket.")
-    aws_endpoint_url: str | None = Field(
+    aws_bucket_name: Annotated[str | None, Key(used_by=("source", "dataset", "masks"))] = Field(
+        None, description="The bucket; with aws_data_prefix instead of url."
+    )
+    aws_data_prefix: Annotated[str | None, Key(used_by=("source", "dataset", "masks"))] = Field(
+        None, description="Folder within the bucket."
+    )
+    aws_endpoint_url: Annotated[str | None, Key(used_by=("source", "dataset", "masks"))] = Field(
         None, description="Address of an S3-compatible service; not set: AWS, or the environment's."
     )
     aws_region_name: str | None = Field(None, description="Region; not set: the environment's.")
@@ -145,29 +134,39 @@ class ImageDataset(SettingsModel):
     aws_session_token: SecretStr | None = Field(
         None, exclude=True, description="Session token; better left to the environment (AWS_SESSION_TOKEN)."
     )
-    dataset_name: str | None = Field(None, description="For type huggingface: the repository, owner/name.")
-    dataset_config: str | None = Field(
+    dataset_name: Annotated[str | None, Key(used_by=("source", "dataset"))] = Field(
+        None, description="For type huggingface: the repository, owner/name."
+    )
+    dataset_config: Annotated[str | None, Key(used_by=("source", "dataset"))] = Field(
         None, description="For type huggingface: the configuration (subset); not set: the default one."
     )
-    revision: str | None = Field(
+    revision: Annotated[str | None, Key(used_by=("source", "dataset"))] = Field(
         None, description="For type huggingface: branch, tag or commit; what it stands for is recorded."
     )
-    split: str = Field("train", description="For type huggingface: the split.")
-    image_column: str = Field("image", description="For type huggingface: column of the images.")
-    caption_column: str | tuple[str, ...] | None = Field(
+    split: Annotated[str, Key(used_by=("source", "dataset"))] = Field(
+        "train", description="For type huggingface: the split."
+    )
+    image_column: Annotated[str, Key(used_by=("source", "dataset"))] = Field(
+        "image", description="For type huggingface: column of the images."
+    )
+    caption_column: Annotated[str | tuple[str, ...] | None, Key(used_by=("scan", "dataset"))] = Field(
         None,
         description="For type huggingface: column of the captions, or several; not set: caption or text.",
     )
-    csv_file: Path | None = Field(
+    csv_file: Annotated[Path | None, Key(used_by=("source", "dataset"))] = Field(
         None, description="For type csv: the list, with a header; addresses may be URLs or paths."
     )
-    csv_url_column: str = Field("url", description="For type csv: column of the addresses.")
-    csv_caption_column: str = Field("caption", description="For type csv: column of the captions.")
+    csv_url_column: Annotated[str, Key(used_by=("source", "dataset"))] = Field(
+        "url", description="For type csv: column of the addresses."
+    )
+    csv_caption_column: Annotated[str, Key(used_by=("scan", "dataset"))] = Field(
+        "caption", description="For type csv: column of the captions."
+    )
     csv_cache_dir: Path | None = Field(
         None,
         description="For type csv: folder that downloads are kept in; not set: the storage resource's.",
     )
-    allow_private_addresses: bool = Field(
+    allow_private_addresses: Annotated[bool, Key(used_by=("dataset",))] = Field(
         False,
         description="Let downloads connect to private, loopback and link-local addresses, also by a redirect; only for servers of your own network.",
     )
@@ -175,7 +174,7 @@ class ImageDataset(SettingsModel):
         "discovery",
         description="Where sizes are read from. They are read from the files whatever stands here, since these are hashed anyway.",
     )
-    skip_file_discovery: str = Field(
+    skip_file_discovery: Annotated[str, Key(inherited="value")] = Field(
         "",
         description="Stages that trust what is recorded and do not look again: metadata or aspect (files), text, vae.",
     )
@@ -183,95 +182,112 @@ class ImageDataset(SettingsModel):
         False,
         description="Read and hash every file again, also those whose size, time and inode are unchanged.",
     )
-    find_near_duplicates: bool = Field(
+    find_near_duplicates: Annotated[bool, Key(used_by=("dataset",))] = Field(
         True,
         description="Decode each new image once, to find damaged ones and ones that look alike before anything is encoded.",
     )
-    max_num_samples: Count | None = Field(
+    max_num_samples: Annotated[Count | None, Key(used_by=("dataset",))] = Field(
         None, description="Use this many of the images, chosen by their content; not set: all."
     )
-    resolution: Positive = Field(description="Size of the training crops; its unit is resolution_type.")
-    resolution_type: ResolutionType = Field(
+    resolution: Annotated[Positive, Key(inherited="size", masks="of image", used_by=("aspect_buckets",))] = (
+        Field(description="Size of the training crops; its unit is resolution_type.")
+    )
+    resolution_type: Annotated[ResolutionType, Key(masks="of image", used_by=("aspect_buckets",))] = Field(
         "pixel_area",
         description="area: megapixels; pixel_area: N stands for N*N pixels; pixel: length of the shorter edge.",
     )
-    crop: bool = Field(
+    crop: Annotated[bool, Key(masks="of image", used_by=("aspect_buckets",))] = Field(
         False, description="Crop to crop_aspect; false keeps each image's aspect, trimmed to its bucket."
     )
-    crop_style: Literal["random", "center", "corner", "face"] = Field(
-        "random", description="Where the crop is taken; face needs the extra `faces`."
-    )
-    crop_aspect: Literal["square", "preserve", "closest", "random"] = Field(
+    crop_style: Annotated[
+        Literal["random", "center", "corner", "face"], Key(masks="of image", used_by=("aspect_buckets",))
+    ] = Field("random", description="Where the crop is taken; face needs the extra `faces`.")
+    crop_aspect: Annotated[
+        Literal["square", "preserve", "closest", "random"], Key(masks="of image", used_by=("aspect_buckets",))
+    ] = Field(
         "square",
         description="Shape of the crop: square; preserve: the image's own; closest or random: one of crop_aspect_buckets.",
     )
-    crop_aspect_buckets: tuple[Positive, ...] = Field(
+    crop_aspect_buckets: Annotated[
+        tuple[Positive, ...], Key(masks="of image", used_by=("aspect_buckets",))
+    ] = Field(
         (),
         description='Aspect ratios (width / height) for crop_aspect closest and random; {"1.0": 3, "0.75": 1} weighs them for random.',
     )
-    crop_aspect_weights: tuple[Positive, ...] = Field(
+    crop_aspect_weights: Annotated[tuple[Positive, ...], Key(used_by=("aspect_buckets",))] = Field(
         (),
         description="Weights of crop_aspect_buckets for crop_aspect random, in their order; not set: equal.",
     )
-    crops_per_image: Count = Field(
+    crops_per_image: Annotated[Count, Key(masks="of image", used_by=("aspect_buckets",))] = Field(
         1, description="Crops cached per image; successive epochs take them in turn."
     )
-    random_flip: bool = Field(False, description="Train each image mirrored left to right half of the time.")
-    minimum_image_size: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="Smaller images are left out; in the unit of resolution_type."
+    random_flip: Annotated[bool, Key(masks="of image", used_by=("aspect_buckets",))] = Field(
+        False, description="Train each image mirrored left to right half of the time."
     )
-    maximum_image_size: Positive | None = Field(
-        None, description="Larger images are first scaled down to target_downsample_size."
-    )
-    target_downsample_size: Positive | None = Field(
+    minimum_image_size: Annotated[
+        float, Field(ge=0), Key(inherited="size", masks="of image", used_by=("aspect_buckets",))
+    ] = Field(0.0, description="Smaller images are left out; in the unit of resolution_type.")
+    maximum_image_size: Annotated[
+        Positive | None, Key(inherited="size", masks="of image", used_by=("aspect_buckets",))
+    ] = Field(None, description="Larger images are first scaled down to target_downsample_size.")
+    target_downsample_size: Annotated[
+        Positive | None, Key(inherited="size", masks="of image", used_by=("aspect_buckets",))
+    ] = Field(
         None, description="Size that images above maximum_image_size are scaled down to before the crop."
     )
-    minimum_aspect_ratio: Positive | None = Field(
-        None, description="Images of a smaller width / height are left out."
+    minimum_aspect_ratio: Annotated[Positive | None, Key(masks="of image", used_by=("aspect_buckets",))] = (
+        Field(None, description="Images of a smaller width / height are left out.")
     )
-    maximum_aspect_ratio: Positive | None = Field(
-        None, description="Images of a larger width / height are left out."
+    maximum_aspect_ratio: Annotated[Positive | None, Key(masks="of image", used_by=("aspect_buckets",))] = (
+        Field(None, description="Images of a larger width / height are left out.")
     )
-    max_upscale_threshold: Annotated[float, Field(ge=0)] | None = Field(
+    max_upscale_threshold: Annotated[
+        Annotated[float, Field(ge=0)] | None,
+        Key(inherited="value", masks="of image", used_by=("aspect_buckets",)),
+    ] = Field(
         None,
         description="Images that would be enlarged by more than this share are left out; 0.2 allows 20 %.",
     )
-    aspect_bucket_alignment: Annotated[int, Field(ge=8, multiple_of=8)] = Field(
-        64, description="Bucket edges are multiples of this many pixels."
-    )
-    aspect_bucket_rounding: Annotated[int, Field(ge=1, le=9)] = Field(
-        2, description="Decimals that aspect ratios are rounded to when buckets are chosen."
-    )
-    caption_strategy: CaptionStrategy = Field(
+    aspect_bucket_alignment: Annotated[
+        int, Field(ge=8, multiple_of=8), Key(inherited="value", masks="of image", used_by=("aspect_buckets",))
+    ] = Field(64, description="Bucket edges are multiples of this many pixels.")
+    aspect_bucket_rounding: Annotated[
+        int, Field(ge=1, le=9), Key(inherited="value", masks="of image", used_by=("aspect_buckets",))
+    ] = Field(2, description="Decimals that aspect ratios are rounded to when buckets are chosen.")
+    caption_strategy: Annotated[
+        CaptionStrategy, Key(inherited="value", masks="unused", used_by=("dataset",))
+    ] = Field(
         "filename",
         description="filename: its stem, _ as space; textfile: the .txt or .caption file beside it, a caption per line; instanceprompt; parquet, csv, huggingface: a column.",
     )
-    parquet: ParquetTable | None = Field(
+    parquet: Annotated[ParquetTable | None, Key(masks="unused", used_by=("dataset",))] = Field(
         None, description="For caption_strategy parquet: the table and its columns."
     )
-    disable_multiline_split: bool = Field(
-        False, description="A text file is one caption, line breaks and all, instead of one per line."
+    disable_multiline_split: Annotated[bool, Key(inherited="value", masks="unused", used_by=("dataset",))] = (
+        Field(False, description="A text file is one caption, line breaks and all, instead of one per line.")
     )
-    caption_shuffle: CaptionShuffle | None = Field(
+    caption_shuffle: Annotated[CaptionShuffle | None, Key(masks="unused", used_by=("dataset",))] = Field(
         None, description="Further captions made by changing the order of tags."
     )
-    caption_filter_list: Path | tuple[str, ...] | None = Field(
+    caption_filter_list: Annotated[Path | tuple[str, ...] | None, Key(masks="unused")] = Field(
         None, description="What to take out of every caption; not set: that of the text_embeds entry."
     )
-    instance_prompt: str | None = Field(
-        None, description="The caption of instanceprompt, or the phrase to prepend."
+    instance_prompt: Annotated[str | None, Key(inherited="value", masks="unused", used_by=("dataset",))] = (
+        Field(None, description="The caption of instanceprompt, or the phrase to prepend.")
     )
-    prepend_instance_prompt: bool = Field(
-        False, description="Put instance_prompt and a space before each caption."
+    prepend_instance_prompt: Annotated[bool, Key(inherited="value", masks="unused", used_by=("dataset",))] = (
+        Field(False, description="Put instance_prompt and a space before each caption.")
     )
-    only_instance_prompt: bool = Field(False, description="Use instance_prompt in place of each caption.")
-    missing_captions: Literal["drop", "empty"] = Field(
+    only_instance_prompt: Annotated[bool, Key(inherited="value", masks="unused", used_by=("dataset",))] = (
+        Field(False, description="Use instance_prompt in place of each caption.")
+    )
+    missing_captions: Annotated[Literal["drop", "empty"], Key(masks="unused", used_by=("dataset",))] = Field(
         "drop", description="Images without a caption: drop them, or train them with the empty prompt."
     )
     conditioning_data: str | None = Field(
         None, description="id of the entry that holds the masks of these images; not set: they have none."
     )
-    missing_masks: Literal["refuse", "unmasked"] = Field(
+    missing_masks: Annotated[Literal["refuse", "unmasked"], Key(masks="unused")] = Field(
         "refuse",
         description="Images without a mask, where there is conditioning_data: stop and name them, or train them whole.",
     )
@@ -287,24 +303,26 @@ class ImageDataset(SettingsModel):
         False,
         description="Prior preservation: these images are trained towards what the base model predicts of them, without the adapter.",
     )
-    repeats: Annotated[int, Field(ge=0)] = Field(
+    repeats: Annotated[int, Field(ge=0), Key(masks="unused")] = Field(
         0, description="Extra passes per epoch: 0 sees each image once."
     )
-    probability: Positive = Field(
+    probability: Annotated[Positive, Key(masks="unused")] = Field(
         1.0, description="Weight of this dataset against the others when batches are drawn."
     )
-    cache_dir_vae: Path | None = Field(
+    cache_dir_vae: Annotated[Path | None, Key(masks="unused")] = Field(
         None, description="Root of the latent store; not set: the storage resource's."
     )
-    vae_cache_ondemand: bool = Field(
+    vae_cache_ondemand: Annotated[bool, Key(inherited="value", masks="unused")] = Field(
         False, description="Encode latents at first use in the training, and keep them."
     )
-    vae_cache_disable: bool = Field(False, description="Encode latents at each use, and keep none.")
-    vae_cache_clear_each_epoch: bool = Field(
+    vae_cache_disable: Annotated[bool, Key(inherited="value", masks="unused")] = Field(
+        False, description="Encode latents at each use, and keep none."
+    )
+    vae_cache_clear_each_epoch: Annotated[bool, Key(inherited="value", masks="unused")] = Field(
         False,
         description="Cut each image anew in every epoch: latents are encoded at each use, and none kept.",
     )
-    text_embeds: str | None = Field(
+    text_embeds: Annotated[str | None, Key(masks="unused")] = Field(
         None, description="id of the text_embeds entry to use; not set: the default one."
     )
 
@@ -399,11 +417,15 @@ class TextEmbedsDataset(SettingsModel):
         False, description="Keeps the validation prompts, and the captions of datasets that name no other."
     )
     cache_dir: Path | None = Field(None, description="Root of the store; not set: the storage resource's.")
-    write_batch_size: Count = Field(128, description="Embeddings per file of the store.")
-    text_cache_ondemand: bool = Field(
+    write_batch_size: Annotated[Count, Key(inherited="value")] = Field(
+        128, description="Embeddings per file of the store."
+    )
+    text_cache_ondemand: Annotated[bool, Key(inherited="value")] = Field(
         False, description="Encode captions at first use in the training, and keep their embeddings."
     )
-    text_cache_disable: bool = Field(False, description="Encode captions at each use, and keep none.")
+    text_cache_disable: Annotated[bool, Key(inherited="value")] = Field(
+        False, description="Encode captions at each use, and keep none."
+    )
     skip_file_discovery: str = Field(
         "", description="`text`: the datasets' captions are not looked at again."
     )

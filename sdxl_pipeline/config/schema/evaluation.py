@@ -4,40 +4,47 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from sdxl_pipeline.config.schema.settings_model import IS_PATH, Count, SettingsModel, none_for_zero
+from sdxl_pipeline.config.schema.key_facts import Identity, Key
+from sdxl_pipeline.config.schema.settings_model import Count, SettingsModel, none_for_zero
 
 
 class EvaluationSettings(SettingsModel):
     """Evaluation."""
 
-    evaluation_type: Literal["none", "clip"] = Field(
-        "none", description="clip also scores the gallery with CLIP."
-    )
-    pretrained_evaluation_model_name_or_path: Annotated[str, IS_PATH] = Field(
+    evaluation_type: Annotated[
+        Literal["none", "clip"], Key(Identity.VALIDATION, overridable=False, used_by=("evaluation",))
+    ] = Field("none", description="clip also scores the gallery with CLIP.")
+    pretrained_evaluation_model_name_or_path: Annotated[
+        str, Key(Identity.VALIDATION, path="name or path", overridable=False, used_by=("evaluation",))
+    ] = Field(
         "openai/clip-vit-large-patch14",
         min_length=1,
         description="CLIP that scores: Hub id, local folder or bundled:tiny-clip.",
     )
-    eval_loss_disable: bool = Field(False, description="Leave the eval loss out.")
-    eval_timesteps: Annotated[int, Field(ge=1, le=1000)] = Field(
-        28, description="Timesteps the eval loss is averaged over."
+    eval_loss_disable: Annotated[bool, Key(Identity.VALIDATION, used_by=("evaluation",))] = Field(
+        False, description="Leave the eval loss out."
     )
-    num_eval_images: Count | None = Field(
+    eval_timesteps: Annotated[
+        int, Field(ge=1, le=1000), Key(Identity.VALIDATION, used_by=("evaluation",))
+    ] = Field(28, description="Timesteps the eval loss is averaged over.")
+    num_eval_images: Annotated[Count | None, Key(Identity.VALIDATION, used_by=("evaluation",))] = Field(
         None, description="Most images used for the eval loss; not set: all."
     )
-    eval_dataset_id: str | None = Field(
-        None, description="The eval dataset that is used; not set: all of them."
-    )
-    eval_steps_interval: Count | None = Field(
+    eval_dataset_id: Annotated[
+        str | None, Key(Identity.VALIDATION, overridable=False, used_by=("evaluation",))
+    ] = Field(None, description="The eval dataset that is used; not set: all of them.")
+    eval_steps_interval: Annotated[Count | None, Key(Identity.VALIDATION)] = Field(
         None, description="Steps between eval losses taken during training; not set or 0: none by steps."
     )
-    eval_epoch_interval: Annotated[float, Field(gt=0)] | None = Field(
+    eval_epoch_interval: Annotated[Annotated[float, Field(gt=0)] | None, Key(Identity.VALIDATION)] = Field(
         None,
         description="Epochs between eval losses taken during training, 0.5 for two an epoch; not set or 0: none by epochs.",
     )
-    eval_holdout_share: Annotated[float, Field(ge=0, le=0.5)] = Field(
-        0.1,
-        description="Share of each dataset kept out of training for the eval loss when no eval dataset is given: at least 1 image of 8, 2 of 20.",
+    eval_holdout_share: Annotated[float, Field(ge=0, le=0.5), Key(Identity.SAMPLES, overridable=False)] = (
+        Field(
+            0.1,
+            description="Share of each dataset kept out of training for the eval loss when no eval dataset is given: at least 1 image of 8, 2 of 20.",
+        )
     )
 
     @property

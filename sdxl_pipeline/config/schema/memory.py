@@ -1,10 +1,11 @@
 """Speed and memory; a hardware profile may set these."""
 
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator
 
 from sdxl_pipeline.config.hardware_profiles import AttentionMechanism, BaseModelPrecision
+from sdxl_pipeline.config.schema.key_facts import Identity, Key
 from sdxl_pipeline.config.schema.settings_model import BadValueError, Count, SettingsModel, none_for_zero
 
 _INFERENCE = (
@@ -38,49 +39,60 @@ _CUDA_GRAPHS = (
 class MemorySettings(SettingsModel):
     """Speed and memory; a hardware profile may set these."""
 
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = Field(
-        None, description="Precision of the UNet's passes."
-    )
-    gradient_checkpointing: bool | None = Field(
+    mixed_precision: Annotated[
+        Literal["no", "bf16", "fp16"] | None, Key(profile=True, on_card=True, used_by=("run_evaluation",))
+    ] = Field(None, description="Precision of the UNet's passes.")
+    gradient_checkpointing: Annotated[bool | None, Key(Identity.COMPUTE, profile=True)] = Field(
         None, description="Recompute activations in the backward pass: less memory, slower."
     )
-    attention_mechanism: AttentionMechanism | None = Field(
+    attention_mechanism: Annotated[AttentionMechanism | None, Key(Identity.COMPUTE, profile=True)] = Field(
         None,
         description="Attention kernel. diffusers: PyTorch's scaled_dot_product_attention; xformers and flash-attn-2 need their packages, flex needs dynamo_backend inductor, and all three a GPU.",
     )
-    dynamo_backend: Literal["no", "inductor", "eager"] = Field(
+    dynamo_backend: Annotated[Literal["no", "inductor", "eager"], Key(Identity.COMPUTE)] = Field(
         "no",
         description="torch.compile for the UNet: faster steps after a first one that takes minutes. eager only traces, to find what breaks.",
     )
-    dynamo_mode: Literal["default", "max-autotune-no-cudagraphs"] | None = Field(
-        None, description="How long inductor searches for the fastest kernels; not set: default."
+    dynamo_mode: Annotated[
+        Literal["default", "max-autotune-no-cudagraphs"] | None,
+        Key(Identity.COMPUTE, needs=("dynamo_backend",)),
+    ] = Field(None, description="How long inductor searches for the fastest kernels; not set: default.")
+    dynamo_fullgraph: Annotated[bool, Key(Identity.COMPUTE, needs=("dynamo_backend",))] = Field(
+        False, description="Fail where torch.compile would leave a gap."
     )
-    dynamo_fullgraph: bool = Field(False, description="Fail where torch.compile would leave a gap.")
-    dynamo_dynamic: bool | None = Field(
+    dynamo_dynamic: Annotated[bool | None, Key(Identity.COMPUTE, needs=("dynamo_backend",))] = Field(
         None,
         description="Compile for any size at once (true) or for each (false). Not set: for any from the second size on.",
     )
-    dynamo_use_regional_compilation: bool = Field(
-        True,
-        description="Compile the transformer blocks alone, one for all: the first step comes after a fraction of the time.",
+    dynamo_use_regional_compilation: Annotated[bool, Key(Identity.COMPUTE, needs=("dynamo_backend",))] = (
+        Field(
+            True,
+            description="Compile the transformer blocks alone, one for all: the first step comes after a fraction of the time.",
+        )
     )
-    gradient_checkpointing_interval: Count | None = Field(
+    gradient_checkpointing_interval: Annotated[Count | None, Key(Identity.COMPUTE)] = Field(
         None,
         description="With gradient_checkpointing: recompute only every n-th layer; more memory, faster. 0 or 1: every layer.",
     )
-    base_model_precision: BaseModelPrecision | None = Field(
+    base_model_precision: Annotated[BaseModelPrecision | None, Key(profile=True, on_card=True)] = Field(
         None,
         description="Weights of the frozen UNet in fewer bits; all but no_change need the extra `quantization`.",
     )
-    text_encoder_1_precision: BaseModelPrecision | None = Field(
+    text_encoder_1_precision: Annotated[BaseModelPrecision | None, Key(profile=True)] = Field(
         None, description="The same of the first text encoder, while captions are embedded."
     )
-    text_encoder_2_precision: BaseModelPrecision | None = Field(
+    text_encoder_2_precision: Annotated[BaseModelPrecision | None, Key(profile=True)] = Field(
         None, description="The same of the second text encoder."
     )
-    vae_dtype: Literal["bf16", "fp32"] | None = Field(None, description="Precision of VAE encoding.")
-    vae_batch_size: Count | None = Field(None, description="Images per VAE forward pass.")
-    text_encoder_batch_size: Count | None = Field(None, description="Captions per text-encoder forward pass.")
+    vae_dtype: Annotated[
+        Literal["bf16", "fp32"] | None, Key(Identity.LATENT_KEYS, profile=True, used_by=("run_evaluation",))
+    ] = Field(None, description="Precision of VAE encoding.")
+    vae_batch_size: Annotated[Count | None, Key(Identity.COMPUTE, profile=True)] = Field(
+        None, description="Images per VAE forward pass."
+    )
+    text_encoder_batch_size: Annotated[Count | None, Key(Identity.COMPUTE, profile=True)] = Field(
+        None, description="Captions per text-encoder forward pass."
+    )
 
     @field_validator("gradient_checkpointing_interval", mode="before")
     @classmethod

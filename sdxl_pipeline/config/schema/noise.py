@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from sdxl_pipeline.config.schema.key_facts import Key
 from sdxl_pipeline.config.schema.settings_model import SettingsModel, Share
 
 Timestep = Annotated[int, Field(ge=0, le=1000)]
@@ -16,25 +17,35 @@ class NoiseSettings(SettingsModel):
     offset_noise: bool = Field(
         False, description="Add noise that is constant over a channel, for darker and brighter images."
     )
-    noise_offset: Annotated[float, Field(ge=0)] = Field(0.1, description="Deviation of offset_noise.")
-    noise_offset_probability: Share = Field(0.25, description="Share of samples that get offset_noise.")
+    noise_offset: Annotated[float, Field(ge=0), Key(needs=("offset_noise",))] = Field(
+        0.1, description="Deviation of offset_noise."
+    )
+    noise_offset_probability: Annotated[Share, Key(needs=("offset_noise",))] = Field(
+        0.25, description="Share of samples that get offset_noise."
+    )
     input_perturbation: Annotated[float, Field(ge=0)] = Field(
         0.0,
         description="Deviation of noise that the UNet sees but is not asked for (Ning et al. 2023), 0.1 in the paper.",
     )
-    input_perturbation_steps: Steps = Field(
+    input_perturbation_steps: Annotated[Steps, Key(needs=("input_perturbation",))] = Field(
         0, description="Optimizer steps over which input_perturbation falls to 0; 0 keeps it."
     )
     timestep_bias_strategy: Literal["earlier", "later", "range"] | None = Field(
         None,
         description="Timesteps to draw more often: those with less noise (earlier), with more (later), or a range.",
     )
-    timestep_bias_multiplier: Annotated[float, Field(gt=0)] = Field(
+    timestep_bias_multiplier: Annotated[float, Field(gt=0), Key(needs=("timestep_bias_strategy",))] = Field(
         1.0, description="How many times as often as the others they are drawn."
     )
-    timestep_bias_portion: Share = Field(0.25, description="Share of the schedule that is earlier or later.")
-    timestep_bias_begin: Timestep = Field(0, description="First timestep of the range.")
-    timestep_bias_end: Timestep = Field(1000, description="Timestep at which the range ends, not in it.")
+    timestep_bias_portion: Annotated[Share, Key(needs=("timestep_bias_strategy",))] = Field(
+        0.25, description="Share of the schedule that is earlier or later."
+    )
+    timestep_bias_begin: Annotated[Timestep, Key(needs=("timestep_bias_strategy",))] = Field(
+        0, description="First timestep of the range."
+    )
+    timestep_bias_end: Annotated[Timestep, Key(needs=("timestep_bias_strategy",))] = Field(
+        1000, description="Timestep at which the range ends, not in it."
+    )
     disable_segmented_timestep_sampling: bool = Field(
         True,
         description="false cuts the schedule into one segment for each sample of a global batch, and draws a timestep from each.",
@@ -64,27 +75,34 @@ class ScheduledSamplingSettings(SettingsModel):
         0,
         description="Most timesteps that the model itself denoises before it is trained, each a forward pass without gradient; 0 is off.",
     )
-    scheduled_sampling_probability: Share = Field(
-        0.0, description="Share of samples that are rolled out, from start_step on."
+    scheduled_sampling_probability: Annotated[Share, Key(needs=("scheduled_sampling_max_step_offset",))] = (
+        Field(0.0, description="Share of samples that are rolled out, from start_step on.")
     )
-    scheduled_sampling_ramp_steps: Steps = Field(
-        0,
-        description="Optimizer steps in which the share goes from prob_start to prob_end; 0: it is scheduled_sampling_probability.",
+    scheduled_sampling_ramp_steps: Annotated[Steps, Key(needs=("scheduled_sampling_max_step_offset",))] = (
+        Field(
+            0,
+            description="Optimizer steps in which the share goes from prob_start to prob_end; 0: it is scheduled_sampling_probability.",
+        )
     )
-    scheduled_sampling_prob_start: Share = Field(0.0, description="Share before and at the ramp's start.")
-    scheduled_sampling_prob_end: Share = Field(0.5, description="Share from the ramp's end on.")
-    scheduled_sampling_start_step: Steps = Field(
-        0, description="Optimizer step at which the ramp begins, or without one the rollouts."
+    scheduled_sampling_prob_start: Annotated[
+        Share, Key(needs=("scheduled_sampling_max_step_offset", "scheduled_sampling_ramp_steps"))
+    ] = Field(0.0, description="Share before and at the ramp's start.")
+    scheduled_sampling_prob_end: Annotated[
+        Share, Key(needs=("scheduled_sampling_max_step_offset", "scheduled_sampling_ramp_steps"))
+    ] = Field(0.5, description="Share from the ramp's end on.")
+    scheduled_sampling_start_step: Annotated[Steps, Key(needs=("scheduled_sampling_max_step_offset",))] = (
+        Field(0, description="Optimizer step at which the ramp begins, or without one the rollouts.")
     )
-    scheduled_sampling_ramp_shape: Literal["linear", "cosine"] = Field(
-        "linear", description="Shape of the ramp."
-    )
-    scheduled_sampling_strategy: Literal["uniform", "biased_early", "biased_late"] = Field(
-        "uniform", description="How offsets are drawn: all alike, more small ones, or more large ones."
-    )
-    scheduled_sampling_sampler: Literal["unipc", "euler", "dpm"] = Field(
-        "unipc", description="Solver of the rollouts."
-    )
-    scheduled_sampling_order: Annotated[int, Field(ge=1, le=3)] = Field(
-        2, description="Order of unipc and dpm; euler's is 1."
-    )
+    scheduled_sampling_ramp_shape: Annotated[
+        Literal["linear", "cosine"],
+        Key(needs=("scheduled_sampling_max_step_offset", "scheduled_sampling_ramp_steps")),
+    ] = Field("linear", description="Shape of the ramp.")
+    scheduled_sampling_strategy: Annotated[
+        Literal["uniform", "biased_early", "biased_late"], Key(needs=("scheduled_sampling_max_step_offset",))
+    ] = Field("uniform", description="How offsets are drawn: all alike, more small ones, or more large ones.")
+    scheduled_sampling_sampler: Annotated[
+        Literal["unipc", "euler", "dpm"], Key(needs=("scheduled_sampling_max_step_offset",))
+    ] = Field("unipc", description="Solver of the rollouts.")
+    scheduled_sampling_order: Annotated[
+        int, Field(ge=1, le=3), Key(needs=("scheduled_sampling_max_step_offset",))
+    ] = Field(2, description="Order of unipc and dpm; euler's is 1.")

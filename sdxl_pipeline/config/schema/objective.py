@@ -4,24 +4,27 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from sdxl_pipeline.config.schema.key_facts import Identity, Key
 from sdxl_pipeline.config.schema.settings_model import SettingsModel, Share, none_for_zero
 
 
 class ObjectiveSettings(SettingsModel):
     """The objective."""
 
-    rescale_betas_zero_snr: bool | None = Field(
+    rescale_betas_zero_snr: Annotated[bool | None, Key(used_by=("run_evaluation",))] = Field(
         None,
         description="End the noise schedule in pure noise (Lin et al. 2023), for v-prediction; not set: as the base model's scheduler says.",
     )
-    snr_gamma: Annotated[float, Field(gt=0)] | None = Field(
+    snr_gamma: Annotated[Annotated[float, Field(gt=0)] | None, Key(on_card=True)] = Field(
         None, description="Min-SNR loss weighting (Hang et al. 2023), 5 in the paper; 0 or not set: off."
     )
     use_soft_min_snr: bool = Field(
         False,
         description="Round Min-SNR's corner off (Crowson et al. 2024); needs snr_gamma or soft_min_snr_sigma_data.",
     )
-    soft_min_snr_sigma_data: Annotated[float, Field(gt=0)] | None = Field(
+    soft_min_snr_sigma_data: Annotated[
+        Annotated[float, Field(gt=0)] | None, Key(needs=("use_soft_min_snr",))
+    ] = Field(
         None,
         description="Soft Min-SNR by the data's deviation in place of snr_gamma, which is then its inverse square: 0.5 is a gamma of 4.",
     )
@@ -45,10 +48,12 @@ class ObjectiveSettings(SettingsModel):
         False,
         description="Judge the flow that the prediction amounts to, against noise - latents (Schusterbauer et al. 2025).",
     )
-    caption_dropout_probability: Share = Field(
+    caption_dropout_probability: Annotated[Share, Key(on_card=True)] = Field(
         0.1, description="Share of samples trained with the empty prompt; size conditioning is kept."
     )
-    micro_conditioning: Literal["original", "resized"] = Field(
+    micro_conditioning: Annotated[
+        Literal["original", "resized"], Key(Identity.SAMPLES, used_by=("run_evaluation",))
+    ] = Field(
         "original",
         description="original_size of SDXL's size conditioning: the file's own size, or the size after resizing (SimpleTuner).",
     )

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from sdxl_pipeline.config.schema.key_facts import Key
 from sdxl_pipeline.config.schema.settings_model import BadValueError, Count, SettingsModel, none_for_zero
 
 OptimizerValue = bool | float | str | tuple[float, ...]
@@ -72,10 +73,10 @@ BucketFill = Literal["partial", "wrap"]
 class OptimizationSettings(SettingsModel):
     """Optimisation."""
 
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = Field(
+    learning_rate: Annotated[float, Field(gt=0, le=10), Key(on_card=True)] = Field(
         1e-4, description="Learning rate after warm-up."
     )
-    optimizer: OptimizerName = Field(
+    optimizer: Annotated[OptimizerName, Key(on_card=True)] = Field(
         "adamw",
         description="Optimizer; all but adamw, adafactor and torch's need the extra `optimizers`.",
     )
@@ -87,10 +88,10 @@ class OptimizationSettings(SettingsModel):
         "unmodified",
         description="fp32 sums the gradients of weights held in bf16 (adamw_bf16) in fp32; all others have fp32 gradients anyway.",
     )
-    lr_scheduler: ScheduleName = Field(
+    lr_scheduler: Annotated[ScheduleName, Key(on_card=True, used_by=("training_plan",))] = Field(
         "constant_with_warmup", description="Shape of the learning rate over the run."
     )
-    lr_warmup_steps: Annotated[int, Field(ge=0)] = Field(
+    lr_warmup_steps: Annotated[int, Field(ge=0), Key(on_card=True, used_by=("training_plan",))] = Field(
         0,
         description="Steps over which the learning rate rises from 0; for sine, from its peak to its trough.",
     )
@@ -113,19 +114,27 @@ class OptimizationSettings(SettingsModel):
         "norm",
         description="norm scales all gradients down together, so that their norm is at most max_grad_norm; value cuts each number.",
     )
-    train_batch_size: Count = Field(4, description="Images per device and forward pass.")
-    bucket_fill: BucketFill = Field(
+    train_batch_size: Annotated[Count, Key(on_card=True, used_by=("training_plan", "run_evaluation"))] = (
+        Field(4, description="Images per device and forward pass.")
+    )
+    bucket_fill: Annotated[BucketFill, Key(used_by=("training_plan",))] = Field(
         "partial",
         description="Last batch of a bucket: partial leaves it smaller, so that an epoch shows every image repeats + 1 times; wrap fills it by repeating images of the bucket.",
     )
-    gradient_accumulation_steps: Count = Field(1, description="Forward passes per optimizer step.")
-    max_train_steps: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Optimizer steps to train; 0 leaves the length to num_train_epochs."
+    gradient_accumulation_steps: Annotated[Count, Key(on_card=True, used_by=("training_plan",))] = Field(
+        1, description="Forward passes per optimizer step."
     )
-    num_train_epochs: Annotated[int, Field(ge=1)] | None = Field(
+    max_train_steps: Annotated[
+        Annotated[int, Field(ge=1)] | None, Key(length=True, used_by=("training_plan",))
+    ] = Field(None, description="Optimizer steps to train; 0 leaves the length to num_train_epochs.")
+    num_train_epochs: Annotated[
+        Annotated[int, Field(ge=1)] | None, Key(length=True, used_by=("training_plan",))
+    ] = Field(
         None, description="Passes over the images; 0 leaves it to max_train_steps; 1 when neither is given."
     )
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(42, description="Seed of everything random.")
+    seed: Annotated[
+        int, Field(ge=0, lt=2**32), Key(on_card=True, used_by=("training_plan", "run_evaluation"))
+    ] = Field(42, description="Seed of everything random.")
 
     @field_validator("optimizer", mode="before")
     @classmethod

@@ -1,9 +1,10 @@
 """Release."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from sdxl_pipeline.config.schema.key_facts import Identity, Key
 from sdxl_pipeline.config.schema.settings_model import BadValueError, SettingsModel
 
 LoraFormat = Literal["both", "diffusers", "comfyui"]
@@ -13,30 +14,44 @@ ExportDtype = Literal["auto", "float16", "bfloat16", "float32"]
 class ReleaseSettings(SettingsModel):
     """Release."""
 
-    lora_format: LoraFormat = Field(
+    lora_format: Annotated[
+        LoraFormat, Key(Identity.EXPORT, overridable=False, used_by=("lora", "hub_release"))
+    ] = Field(
         "both",
         description="Files of the adapter: pytorch_lora_weights.safetensors for diffusers; comfyui: <project>.safetensors with kohya's keys, "
         "for ComfyUI, A1111, Forge, kohya and InvokeAI. A run keeps diffusers' file in any case.",
     )
-    lora_export_dtype: ExportDtype = Field(
+    lora_export_dtype: Annotated[
+        ExportDtype, Key(Identity.EXPORT, overridable=False, used_by=("lora", "hub_release"))
+    ] = Field(
         "auto",
         description="Data type of <project>.safetensors; auto: float16, or bfloat16 for an adapter whose values float16 cannot hold.",
     )
-    metadata_include_captions: bool = Field(
+    metadata_include_captions: Annotated[
+        bool, Key(Identity.EXPORT, overridable=False, used_by=("lora", "hub_release"))
+    ] = Field(
         False,
         description="Write folder names and how often each tag of the captions occurs into the header of <project>.safetensors.",
     )
-    push_to_hub: bool = Field(False, description="Upload the release to the Hugging Face Hub.")
-    push_checkpoints_to_hub: bool = Field(
+    push_to_hub: Annotated[bool, Key(Identity.REPORTING, overridable=False, used_by=("hub_release",))] = (
+        Field(False, description="Upload the release to the Hugging Face Hub.")
+    )
+    push_checkpoints_to_hub: Annotated[bool, Key(Identity.REPORTING, overridable=False)] = Field(
         False,
         description="With push_to_hub: also upload the weights of each checkpoint, while the training goes on, into the repository's folder checkpoints. They have passed no check.",
     )
-    hub_model_id: str | None = Field(
+    hub_model_id: Annotated[
+        str | None, Key(Identity.REPORTING, overridable=False, used_by=("hub_release",))
+    ] = Field(
         None,
         description='Repository, "name" or "owner/name"; not set: the project\'s name.',
     )
-    model_card_private: bool = Field(True, description="Create the repository as private.")
-    model_card_note: str | None = Field(None, description="A note at the top of the model card.")
+    model_card_private: Annotated[bool, Key(Identity.REPORTING, overridable=False)] = Field(
+        True, description="Create the repository as private."
+    )
+    model_card_note: Annotated[
+        str | None, Key(Identity.REPORTING, overridable=False, used_by=("hub_release",))
+    ] = Field(None, description="A note at the top of the model card.")
 
     @field_validator("hub_model_id", mode="after")
     @classmethod

@@ -12,11 +12,10 @@ from typing import Annotated, Any, Final, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from sdxl_pipeline.config.schema.key_facts import key_of
+
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-
-IS_PATH: Final = "path"
-"""Marks a field of text that may be a path of this machine: `Annotated[str, IS_PATH]`. Fields of type Path need no mark."""
 
 _NOT_SET = {"", "none", "null"}
 LARGEST: Final = 2**63
@@ -61,7 +60,7 @@ class SettingsModel(BaseModel):
             )
         if isinstance(value, str) and int in kinds and not {float, str} & set(kinds):
             return _whole_number(value)
-        if isinstance(value, str) and (Path in kinds or IS_PATH in field.metadata):
+        if isinstance(value, str) and (Path in kinds or key_of(field).path):
             require_path(value)
         return value
 

@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from sdxl_pipeline.config.schema.key_facts import Identity, Key
 from sdxl_pipeline.config.schema.settings_model import (
-    IS_PATH,
     BadValueError,
     Count,
     SettingsModel,
@@ -17,24 +17,24 @@ from sdxl_pipeline.config.schema.settings_model import (
 class TrackingSettings(SettingsModel):
     """Tracking."""
 
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
-        (), description='Trackers, joined by commas: tensorboard, wandb, trackio; "none" for none.'
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Key(Identity.REPORTING)] = (
+        Field((), description='Trackers, joined by commas: tensorboard, wandb, trackio; "none" for none.')
     )
-    tracker_project_name: str | None = Field(
+    tracker_project_name: Annotated[str | None, Key(Identity.REPORTING)] = Field(
         None, description="Project name in the trackers; not set: the project's name."
     )
-    tracker_run_name: str | None = Field(
+    tracker_run_name: Annotated[str | None, Key(Identity.REPORTING)] = Field(
         None, description="Run name in the trackers; not set: the run's identity."
     )
-    logging_dir: Annotated[str, IS_PATH] = Field(
+    logging_dir: Annotated[str, Key(Identity.REPORTING, path="local", overridable=False)] = Field(
         "logs", min_length=1, description="Folder of the tensorboard logs."
     )
-    webhook_config: Annotated[str | None, IS_PATH] = Field(
+    webhook_config: Annotated[str | None, Key(Identity.REPORTING, path="local")] = Field(
         None,
         min_length=1,
         description="JSON file that says where messages and images of the training go: one webhook, or a list of them.",
     )
-    webhook_reporting_interval: Count | None = Field(
+    webhook_reporting_interval: Annotated[Count | None, Key(Identity.REPORTING)] = Field(
         None,
         description="Steps between the figures sent to raw webhooks; not set or 0: no figures. Discord gets none.",
     )

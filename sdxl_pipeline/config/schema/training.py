@@ -12,6 +12,7 @@ from sdxl_pipeline.config.schema.checkpoints import CheckpointSettings
 from sdxl_pipeline.config.schema.data import DataSettings
 from sdxl_pipeline.config.schema.ema import EmaSettings
 from sdxl_pipeline.config.schema.evaluation import EvaluationSettings
+from sdxl_pipeline.config.schema.key_facts import keys_with
 from sdxl_pipeline.config.schema.masks import MaskSettings
 from sdxl_pipeline.config.schema.memory import MemorySettings
 from sdxl_pipeline.config.schema.model import ModelSettings
@@ -23,19 +24,6 @@ from sdxl_pipeline.config.schema.settings_model import SettingsModel
 from sdxl_pipeline.config.schema.sharding import ShardingSettings
 from sdxl_pipeline.config.schema.tracking import TrackingSettings
 from sdxl_pipeline.config.schema.validation import ValidationSettings
-
-PROFILE_KEYS: Final = (
-    "mixed_precision",
-    "gradient_checkpointing",
-    "attention_mechanism",
-    "base_model_precision",
-    "text_encoder_1_precision",
-    "text_encoder_2_precision",
-    "vae_dtype",
-    "vae_batch_size",
-    "text_encoder_batch_size",
-)
-"""Keys a hardware profile sets when the user's file does not."""
 
 SECTIONS: Final[tuple[type[SettingsModel], ...]] = (
     ModelSettings,
@@ -57,6 +45,10 @@ SECTIONS: Final[tuple[type[SettingsModel], ...]] = (
     AutomationSettings,
 )
 """In the order in which a person reads them."""
+
+
+OBJECTIVE_SECTIONS: Final = (ObjectiveSettings, NoiseSettings, ScheduledSamplingSettings)
+"""The sections that define the training objective."""
 
 
 class TrainingSettings(
@@ -97,8 +89,14 @@ class TrainingSettings(
     @property
     def changed_objective(self) -> dict[str, Any]:
         """The settings of objective, noise and scheduled sampling that are not the defaults, by key."""
-        sections = (ObjectiveSettings, NoiseSettings, ScheduledSamplingSettings)
-        fields = {key: field for section in sections for key, field in section.model_fields.items()}
+        fields = {key: field for section in OBJECTIVE_SECTIONS for key, field in section.model_fields.items()}
         return {
             key: getattr(self, key) for key, field in fields.items() if getattr(self, key) != field.default
         }
+
+
+PROFILE_KEYS: Final = keys_with(TrainingSettings, lambda key: key.profile)
+"""Keys that the hardware profile sets where config.json does not; the fields of `Hardware` have the same names."""
+
+LENGTH_KEYS: Final = keys_with(TrainingSettings, lambda key: key.length)
+"""Keys of which one sets the length of the run."""

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from sdxl_pipeline.config.schema.key_facts import Identity, Key
 from sdxl_pipeline.config.schema.settings_model import (
-    IS_PATH,
     BadValueError,
     Count,
     SettingsModel,
@@ -23,64 +23,78 @@ Sampler = Literal["ddim", "ddpm", "euler", "euler-a", "unipc", "dpm++"]
 class ValidationSettings(SettingsModel):
     """Images drawn during training."""
 
-    validation_disable: bool = Field(False, description="Draw no images during training.")
-    validation_prompt: str | None = Field(
+    validation_disable: Annotated[bool, Key(Identity.VALIDATION)] = Field(
+        False, description="Draw no images during training."
+    )
+    validation_prompt: Annotated[str | None, Key(Identity.VALIDATION, overridable=False)] = Field(
         None, description="Prompt drawn during training and in the evaluation."
     )
-    user_prompt_library: Annotated[str | None, IS_PATH] = Field(
-        None,
-        description='JSON file of more prompts: {"name": "prompt"} or {"name": {"prompt": ..., "negative_prompt": ...}}.',
+    user_prompt_library: Annotated[str | None, Key(Identity.VALIDATION, path="local", overridable=False)] = (
+        Field(
+            None,
+            description='JSON file of more prompts: {"name": "prompt"} or {"name": {"prompt": ..., "negative_prompt": ...}}.',
+        )
     )
-    validation_prompt_library: bool = Field(
+    validation_prompt_library: Annotated[bool, Key(Identity.VALIDATION, overridable=False)] = Field(
         False, description="Also draw the general prompts that come with this program."
     )
-    validation_disable_unconditional: bool = Field(
+    validation_disable_unconditional: Annotated[bool, Key(Identity.VALIDATION)] = Field(
         True, description="Leave out the image of the empty prompt; false draws it during training."
     )
-    validation_negative_prompt: str = Field(
+    validation_negative_prompt: Annotated[str, Key(Identity.VALIDATION, overridable=False)] = Field(
         "blurry, cropped, ugly",
         description='Negative prompt of the validation images; "" is none, for which SDXL\'s pipeline takes zeros.',
     )
-    validation_resolution: str = Field(
+    validation_resolution: Annotated[str, Key(Identity.VALIDATION, used_by=("evaluation",))] = Field(
         "1024x1024",
         description='Sizes of the validation images: "1024x1024,1280x768" (WxH), one edge, or megapixels when under 128.',
     )
-    validation_guidance: Annotated[float, Field(ge=0)] = Field(
-        7.5, description="Classifier-free guidance scale."
+    validation_guidance: Annotated[float, Field(ge=0), Key(Identity.VALIDATION, used_by=("evaluation",))] = (
+        Field(7.5, description="Classifier-free guidance scale.")
     )
-    validation_guidance_rescale: Share = Field(
+    validation_guidance_rescale: Annotated[Share, Key(Identity.VALIDATION, used_by=("evaluation",))] = Field(
         0.0, description="Guidance rescale of Lin et al. 2023; 0 is off."
     )
-    validation_num_inference_steps: Count = Field(30, description="Sampler steps per image.")
-    validation_noise_scheduler: Sampler | None = Field(
-        None, description="Sampler of the images; not set: the base model's own."
+    validation_num_inference_steps: Annotated[Count, Key(Identity.VALIDATION, used_by=("evaluation",))] = (
+        Field(30, description="Sampler steps per image.")
     )
-    inference_scheduler_timestep_spacing: Literal["leading", "linspace", "trailing"] | None = Field(
+    validation_noise_scheduler: Annotated[
+        Sampler | None, Key(Identity.VALIDATION, used_by=("evaluation",))
+    ] = Field(None, description="Sampler of the images; not set: the base model's own.")
+    inference_scheduler_timestep_spacing: Annotated[
+        Literal["leading", "linspace", "trailing"] | None, Key(Identity.VALIDATION, used_by=("evaluation",))
+    ] = Field(
         None,
         description="Which timesteps the sampler takes; not set: the base model's own (SDXL's is leading; SimpleTuner's default is trailing).",
     )
-    validation_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
-        None, description="Seed of the validation images; not set: `seed`."
-    )
-    validation_step_interval: Annotated[int, Field(ge=0)] = Field(
+    validation_seed: Annotated[
+        Annotated[int, Field(ge=0, lt=2**32)] | None, Key(Identity.VALIDATION, used_by=("evaluation",))
+    ] = Field(None, description="Seed of the validation images; not set: `seed`.")
+    validation_step_interval: Annotated[int, Field(ge=0), Key(Identity.VALIDATION)] = Field(
         100, description="Steps between validation images; 0 draws them only at the end."
     )
-    validation_epoch_interval: Count | None = Field(
+    validation_epoch_interval: Annotated[Count | None, Key(Identity.VALIDATION)] = Field(
         None, description="Epochs between validation images, beside the steps; not set or 0: steps alone."
     )
-    validation_on_startup: bool | None = Field(
+    validation_on_startup: Annotated[bool | None, Key(Identity.VALIDATION)] = Field(
         None,
         description="Draw before the first step; not set: when validation_step_interval is not 0.",
     )
-    num_validation_images: Count = Field(1, description="Images per prompt, with successive seeds.")
-    validation_randomize: bool = Field(
+    num_validation_images: Annotated[Count, Key(Identity.VALIDATION, used_by=("evaluation",))] = Field(
+        1, description="Images per prompt, with successive seeds."
+    )
+    validation_randomize: Annotated[bool, Key(Identity.VALIDATION)] = Field(
         False, description="Draw from other seeds at each validation, instead of the same ones."
     )
-    validation_preview: bool = Field(
+    validation_preview: Annotated[bool, Key(Identity.VALIDATION)] = Field(
         False, description="Show the images while they form, decoded by a tiny autoencoder."
     )
-    validation_preview_steps: Count = Field(1, description="Sampler steps between previews.")
-    validation_preview_model_name_or_path: Annotated[str | None, IS_PATH] = Field(
+    validation_preview_steps: Annotated[Count, Key(Identity.VALIDATION)] = Field(
+        1, description="Sampler steps between previews."
+    )
+    validation_preview_model_name_or_path: Annotated[
+        str | None, Key(Identity.VALIDATION, path="name or path")
+    ] = Field(
         None,
         min_length=1,
         description="Tiny autoencoder of the previews: Hub id, local folder or bundled:tiny-taesd; not set: madebyollin/taesdxl, "

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 
+from sdxl_pipeline.config.schema.key_facts import keys_with
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.config.validators.dataset_rules import Finding
 
-_TUNING = ("dynamo_mode", "dynamo_fullgraph", "dynamo_dynamic", "dynamo_use_regional_compilation")
+_TUNING = keys_with(TrainingSettings, lambda key: "dynamo_backend" in key.needs)
 
 
 def check_acceleration(training: TrainingSettings) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from sdxl_pipeline.config.lycoris_file import EXAMPLE, check_lycoris
 from sdxl_pipeline.config.schema.adapter import AdapterSettings
+from sdxl_pipeline.config.schema.key_facts import keys_with
 from sdxl_pipeline.config.schema.lycoris import LycorisSettings
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.config.validators.dataset_rules import Finding
@@ -15,13 +16,15 @@ to another dtype, which it does to them under mixed precision.)"""
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "conv", "conv_in", "conv_out")
 """How the names of the convolutions in SDXL's UNet end; quanto leaves the last two whole."""
 
-_STANDARD_ONLY = {
+_LYCORIS_KEYS = {
     "lora_dropout": "dropout",
     "lora_target_modules": "apply_preset.target_module",
-    "lora_init_type": None,
     "use_dora": "dora_wd",
 }
-"""Keys of PEFT's LoRA, and what says the same in a LyCORIS configuration."""
+"""The keys of a LyCORIS configuration that replace keys of PEFT's LoRA."""
+
+_IGNORED_BY_LYCORIS = ("lora_rank", "lora_alpha")
+"""Keys of PEFT's LoRA that SimpleTuner's LyCORIS files often contain: a warning, not an error."""
 
 
 def check_adapter(training: TrainingSettings) -> Iterator[Finding]:
@@ -41,7 +44,7 @@ def check_adapter(training: TrainingSettings) -> Iterator[Finding]:
 def unused_adapter_settings(training: TrainingSettings) -> Iterator[str]:
     """Settings of one kind of adapter that have no effect beside another kind."""
     if training.lora_type == "lycoris":
-        for key in ("lora_rank", "lora_alpha"):
+        for key in _IGNORED_BY_LYCORIS:
             if key in training.model_fields_set and getattr(training, key) is not None:
                 yield f"{key} = {getattr(training, key):g} has no effect with lora_type lycoris; lycoris_config says it"
     elif training.lycoris_config is not None:
@@ -60,9 +63,11 @@ def _check_lycoris_keys(training: TrainingSettings) -> Iterator[Finding]:
             "names a file, which is read with the project, before a run is launched",
             "write it in config.json, or the content of the file here",
         )
-    for key, instead in _STANDARD_ONLY.items():
-        field = AdapterSettings.model_fields[key]
-        if getattr(training, key) != field.get_default(call_default_factory=True):
+    for key in keys_with(AdapterSettings, lambda key: key.lora_type == "standard"):
+        field, instead = AdapterSettings.model_fields[key], _LYCORIS_KEYS.get(key)
+        if key not in _IGNORED_BY_LYCORIS and getattr(training, key) != field.get_default(
+            call_default_factory=True
+        ):
             yield Finding(
                 key,
                 "is about lora_type standard, and would have no effect",

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from sdxl_pipeline.config.credentials import holds_credentials
-from sdxl_pipeline.config.schema.datasets import INHERITED_SIZES, SKIPPABLE_STAGES, ImageDataset
+from sdxl_pipeline.config.schema.datasets import SKIPPABLE_STAGES, ImageDataset
+from sdxl_pipeline.config.schema.key_facts import keys_with
 
 
 class Finding(NamedTuple):
@@ -128,7 +129,9 @@ def _check_crops(dataset: ImageDataset) -> Iterator[Finding]:
 
 
 def _check_sizes(dataset: ImageDataset) -> Iterator[Finding]:
-    sizes = {key: getattr(dataset, key) for key in INHERITED_SIZES}
+    sizes = {
+        key: getattr(dataset, key) for key in keys_with(ImageDataset, lambda key: key.inherited == "size")
+    }
     in_megapixels = dataset.resolution_type == "area"
     for key, size in sizes.items():
         if not size:

@@ -4,28 +4,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from sdxl_pipeline.config.schema.datasets import ImageDataset
+from sdxl_pipeline.config.schema.key_facts import keys_with
 from sdxl_pipeline.config.schema.masks import MaskSettings
 from sdxl_pipeline.config.validators.dataset_rules import Finding
 
-GEOMETRY: Final = (
-    "resolution",
-    "resolution_type",
-    "crop",
-    "crop_style",
-    "crop_aspect",
-    "crop_aspect_buckets",
-    "crops_per_image",
-    "random_flip",
-    "minimum_image_size",
-    "maximum_image_size",
-    "target_downsample_size",
-    "minimum_aspect_ratio",
-    "maximum_aspect_ratio",
-    "max_upscale_threshold",
-    "aspect_bucket_alignment",
-    "aspect_bucket_rounding",
-)
-"""Keys that a mask has from its image: it is resized, cut and mirrored as that one is."""
+GEOMETRY: Final = keys_with(ImageDataset, lambda key: key.masks == "of image")
+"""Keys that a mask takes from its image: it is resized, cropped and flipped like its image."""
 
 _SOURCES = ("local", "aws")
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.config.schema.key_facts import key_of
+from sdxl_pipeline.config.schema.training import OBJECTIVE_SECTIONS, TrainingSettings
 from sdxl_pipeline.config.validators.dataset_rules import Finding
 
 TIMESTEPS = 1000
@@ -93,46 +94,13 @@ def _check_weightings(training: TrainingSettings) -> Iterator[Finding]:
             )
 
 
-TUNING = {
-    "offset_noise": ("noise_offset", "noise_offset_probability"),
-    "input_perturbation": ("input_perturbation_steps",),
-    "use_soft_min_snr": ("soft_min_snr_sigma_data",),
-    "timestep_bias_strategy": (
-        "timestep_bias_begin",
-        "timestep_bias_end",
-        "timestep_bias_multiplier",
-        "timestep_bias_portion",
-    ),
-    "scheduled_sampling_max_step_offset": (
-        "scheduled_sampling_probability",
-        "scheduled_sampling_ramp_steps",
-        "scheduled_sampling_prob_start",
-        "scheduled_sampling_prob_end",
-        "scheduled_sampling_start_step",
-        "scheduled_sampling_ramp_shape",
-        "scheduled_sampling_strategy",
-        "scheduled_sampling_sampler",
-        "scheduled_sampling_order",
-    ),
-    "scheduled_sampling_ramp_steps": (
-        "scheduled_sampling_prob_start",
-        "scheduled_sampling_prob_end",
-        "scheduled_sampling_ramp_shape",
-    ),
-}
-"""Keys that only tune something, by the key that switches it on."""
-
-
 def unused_objective_settings(training: TrainingSettings) -> Iterator[str]:
     """Settings of the objective, the noise and scheduled sampling that have no effect beside the others, each with the reason."""
-    told: set[str] = set()
-    for switch, keys in TUNING.items():
-        if getattr(training, switch):
-            continue
-        for key in keys:
-            if key not in told and _is_changed(training, key):
-                told.add(key)
-                yield f"{key} = {getattr(training, key)} has no effect without {switch}"
+    fields = {key: field for section in OBJECTIVE_SECTIONS for key, field in section.model_fields.items()}
+    for key, field in fields.items():
+        off = [switch for switch in key_of(field).needs if not getattr(training, switch)]
+        if off and _is_changed(training, key):
+            yield f"{key} = {getattr(training, key)} has no effect without {off[0]}"
     if training.offset_noise:
         for key in ("noise_offset", "noise_offset_probability"):
             if not getattr(training, key):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from sdxl_pipeline.config.optimizer_registry import INSTALL, OPTIMIZERS, read_options
-from sdxl_pipeline.config.schema.ema import EmaSettings
+from sdxl_pipeline.config.schema.key_facts import keys_with
 from sdxl_pipeline.config.schema.settings_model import BadValueError
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.config.validators.dataset_rules import Finding
@@ -54,7 +54,9 @@ def advise_on_optimization(training: TrainingSettings) -> Iterator[str]:
     if training.gradient_checkpointing_interval and training.gradient_checkpointing is False:
         yield "gradient_checkpointing_interval has no effect while gradient_checkpointing is false"
     if not training.use_ema:
-        changed = [key for key in _EMA_KEYS if getattr(training, key) != _EMA_KEYS[key].default]
+        changed = [
+            key for key in _EMA_KEYS if getattr(training, key) != TrainingSettings.model_fields[key].default
+        ]
         if changed:
             yield f"{', '.join(changed)} has no effect while use_ema is false"
     if training.lr_scale_sqrt and not training.lr_scale:
@@ -67,7 +69,7 @@ def advise_on_optimization(training: TrainingSettings) -> Iterator[str]:
 _WITH_AN_END = ("cosine", "cosine_with_restarts", "polynomial", "sine")
 """Those that lead to `lr_end`."""
 
-_EMA_KEYS = {key: field for key, field in EmaSettings.model_fields.items() if key != "use_ema"}
+_EMA_KEYS = keys_with(TrainingSettings, lambda key: "use_ema" in key.needs)
 
 
 def _may_hold_bf16(training: TrainingSettings) -> bool:

@@ -9,26 +9,9 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from sdxl_pipeline.config.schema.datasets import ImageDataset, TextEmbedsDataset
+from sdxl_pipeline.config.schema.key_facts import keys_with
 
-_NOT_FOR_MASKS: Final = (
-    "caption_strategy",
-    "parquet",
-    "disable_multiline_split",
-    "caption_shuffle",
-    "caption_filter_list",
-    "instance_prompt",
-    "prepend_instance_prompt",
-    "only_instance_prompt",
-    "missing_captions",
-    "missing_masks",
-    "repeats",
-    "probability",
-    "cache_dir_vae",
-    "vae_cache_ondemand",
-    "vae_cache_disable",
-    "vae_cache_clear_each_epoch",
-    "text_embeds",
-)
+_NOT_FOR_MASKS: Final = keys_with(ImageDataset, lambda key: key.masks == "unused")
 _OFF: Final = (None, False, "", ())
 
 

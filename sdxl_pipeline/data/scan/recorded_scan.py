@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from sdxl_pipeline.config.schema.datasets import ImageDataset
+from sdxl_pipeline.config.schema.key_facts import keys_used_by
 from sdxl_pipeline.data.scan.file_listing import LISTING_COLUMNS
 from sdxl_pipeline.files.atomic_files import atomic_path
 from sdxl_pipeline.files.digest import digest_json
@@ -54,7 +55,7 @@ class RecordedScan:
 
 def origin_of(dataset: ImageDataset, folder: Path) -> str:
     """Digest of where a dataset's files and its source's captions come from: a table of another origin says nothing of this one."""
-    source = dataset.model_dump(mode="json", include={"type", "caption_column", "csv_caption_column"})
+    source = dataset.model_dump(mode="json", include=keys_used_by(ImageDataset, "scan"))
     return digest_json([str(folder.absolute()), source])
 
 

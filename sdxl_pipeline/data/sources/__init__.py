@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from sdxl_pipeline.config.schema.datasets import ImageDataset
-from sdxl_pipeline.data.sources.fetch_result import SOURCE_SETTINGS, Fetched, SourceError, data_folder
+from sdxl_pipeline.data.sources.fetch_result import Fetched, SourceError, data_folder
 
-__all__ = ["SOURCE_SETTINGS", "Fetched", "SourceError", "data_folder", "fetch_source"]
+__all__ = ["Fetched", "SourceError", "data_folder", "fetch_source"]
 
 
 def fetch_source(

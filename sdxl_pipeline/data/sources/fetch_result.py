@@ -6,22 +6,10 @@ from pathlib import Path
 from typing import Final
 
 from sdxl_pipeline.config.schema.datasets import ImageDataset
+from sdxl_pipeline.config.schema.key_facts import keys_used_by
 from sdxl_pipeline.files.digest import digest_json
 
-SOURCE_SETTINGS: Final = {
-    "type",
-    "url",
-    "aws_bucket_name",
-    "aws_data_prefix",
-    "aws_endpoint_url",
-    "dataset_name",
-    "dataset_config",
-    "revision",
-    "split",
-    "image_column",
-    "csv_file",
-    "csv_url_column",
-}
+SOURCE_SETTINGS: Final = keys_used_by(ImageDataset, "source")
 """The settings that say where a dataset's images come from, its own folder apart."""
 
 

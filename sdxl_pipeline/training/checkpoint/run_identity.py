@@ -1,15 +1,15 @@
 """What a run is: the digest of everything that decides its result. No torch.
 
 The same identity again means the same LoRA, so a finished run is reused and an unfinished one resumed. A key of the settings belongs
-to the identity unless it stands below with the reason why it cannot change the weights; a key added later is thus in by default, and
-the worst that a forgotten entry can do is to train again.
+to the identity by its value unless its `Key` says otherwise, so a new key is part of the identity by default.
 """
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from sdxl_pipeline.config.schema.checkpoints import CHECKPOINT_STATE
-from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.config.schema.key_facts import COMPARED_BY_VALUE, Identity, keys_with
+from sdxl_pipeline.config.schema.training import LENGTH_KEYS, TrainingSettings
 from sdxl_pipeline.files.atomic_files import sha256_file
 from sdxl_pipeline.files.digest import digest_json
 from sdxl_pipeline.models.adapters.adapter_files import AdapterError
@@ -24,140 +24,19 @@ from sdxl_pipeline.training.data.sampling_weights import plan_sampling_weights, 
 CODE_VERSION = 3
 """Raise it when a change of the trainer changes the numbers it computes."""
 
-LENGTH = ("max_train_steps", "num_train_epochs")
-
 CONSTANT_SCHEDULES = frozenset({"constant", "constant_with_warmup", "sine"})
 """The values of lr_scheduler whose learning rate at a step does not depend on the number of steps."""
 
-EXCLUDED: Mapping[str, tuple[str, ...]] = {
-    "the base model's digest stands for them": (
-        "model_family",
-        "model_flavour",
-        "pretrained_model_name_or_path",
-        "pretrained_vae_model_name_or_path",
-        "revision",
-    ),
-    "the samples' keys and sizes stand for them": (
-        "data_backend_config",
-        "resolution",
-        "resolution_type",
-        "minimum_image_size",
-        "maximum_image_size",
-        "target_downsample_size",
-        "max_upscale_threshold",
-        "aspect_bucket_rounding",
-        "aspect_bucket_alignment",
-        "caption_strategy",
-        "instance_prompt",
-        "prepend_instance_prompt",
-        "only_instance_prompt",
-        "disable_multiline_split",
-        "skip_file_discovery",
-        "tokenizer_max_length",
-        "vae_cache_ondemand",
-        "vae_cache_disable",
-        "vae_cache_clear_each_epoch",
-        "text_cache_ondemand",
-        "text_cache_disable",
-        "eval_holdout_share",
-        "micro_conditioning",
-        "vae_dtype",
-    ),
-    "the passes stand for it": ("allow_dataset_oversubscription",),
-    "they say how fast or in what portions to compute, not what": (
-        "gradient_checkpointing",
-        "attention_mechanism",
-        "dynamo_backend",
-        "dynamo_mode",
-        "dynamo_fullgraph",
-        "dynamo_dynamic",
-        "dynamo_use_regional_compilation",
-        "fsdp_enable",
-        "fsdp_version",
-        "fsdp_reshard_after_forward",
-        "gradient_checkpointing_interval",
-        "ema_device",
-        "vae_batch_size",
-        "text_encoder_batch_size",
-        "write_batch_size",
-    ),
-    "they say where and how often to save, not what": (
-        "output_dir",
-        "released_weights",
-        "checkpoint_step_interval",
-        "checkpoint_epoch_interval",
-        "checkpoints_total_limit",
-        "checkpointing_rolling_steps",
-        "checkpoints_rolling_total_limit",
-        "disk_low_threshold",
-        "disk_low_action",
-        "resume_from_checkpoint",
-    ),
-    "images and scores are drawn from the weights and do not flow back": (
-        "validation_disable",
-        "ema_validation",
-        "validation_prompt",
-        "user_prompt_library",
-        "validation_prompt_library",
-        "validation_disable_unconditional",
-        "validation_negative_prompt",
-        "validation_resolution",
-        "validation_guidance",
-        "validation_guidance_rescale",
-        "validation_num_inference_steps",
-        "validation_noise_scheduler",
-        "inference_scheduler_timestep_spacing",
-        "validation_seed",
-        "validation_step_interval",
-        "validation_epoch_interval",
-        "validation_on_startup",
-        "num_validation_images",
-        "validation_randomize",
-        "validation_preview",
-        "validation_preview_steps",
-        "validation_preview_model_name_or_path",
-        "evaluation_type",
-        "pretrained_evaluation_model_name_or_path",
-        "eval_loss_disable",
-        "eval_timesteps",
-        "num_eval_images",
-        "eval_dataset_id",
-        "eval_steps_interval",
-        "eval_epoch_interval",
-    ),
-    "they say in which formats the trained weights are written": (
-        "lora_format",
-        "lora_export_dtype",
-        "metadata_include_captions",
-    ),
-    "they say who is told, and when to run": (
-        "push_to_hub",
-        "push_checkpoints_to_hub",
-        "hub_model_id",
-        "model_card_private",
-        "model_card_note",
-        "report_to",
-        "tracker_project_name",
-        "tracker_run_name",
-        "logging_dir",
-        "webhook_config",
-        "webhook_reporting_interval",
-        "retraining_cron",
-    ),
-    "the digest of its file's content stands for it": ("init_lora",),
-    "it stands there with its default filled in": ("lora_alpha",),
-}
+_NOT_BY_VALUE = set(keys_with(TrainingSettings, lambda key: key.identity is not Identity.VALUE))
+_CHANGES_WEIGHTS = frozenset(keys_with(TrainingSettings, lambda key: key.identity in COMPARED_BY_VALUE))
 
 
 def settings_affecting_weights(settings: TrainingSettings) -> dict[str, Any]:
     """The settings that decide the weights, as plain data."""
-    excluded = {key for keys in EXCLUDED.values() for key in keys}
-    kept = {key: value for key, value in settings.model_dump(mode="json").items() if key not in excluded}
-    return kept | {"lora_alpha": settings.effective_lora_alpha}
+    return settings.model_dump(mode="json", exclude=_NOT_BY_VALUE) | {
+        "lora_alpha": settings.effective_lora_alpha
+    }
 
-
-_DECISIVE = frozenset(("init_lora", "lora_alpha", "vae_dtype"))
-"""Of `EXCLUDED`, the settings whose value makes the weights differ all the same."""
 
 _MACHINE = ("device", "num_processes", "cpu_threads")
 
@@ -175,8 +54,7 @@ def setting_changes(before: TrainSpec, after: TrainSpec) -> dict[str, tuple[Any,
 
 def decides_weights(key: str) -> bool:
     """Return whether another value of one of the `setting_changes` makes other weights."""
-    excluded = {name for names in EXCLUDED.values() for name in names} | {"device", "cpu_threads"}
-    return key in _DECISIVE or key not in excluded
+    return key in _CHANGES_WEIGHTS or key == "num_processes"
 
 
 class RunFingerprints(NamedTuple):
@@ -230,7 +108,7 @@ def _names(
 
 
 def _without_length(content: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in content["settings"].items() if key not in LENGTH}
+    kept = {key: value for key, value in content["settings"].items() if key not in LENGTH_KEYS}
     return {**content, "settings": kept}
 
 

@@ -23,7 +23,7 @@ def test_off_spelled_out_changes_nothing(write_project):
 
 
 @pytest.mark.parametrize(
-    ("config", "key", "said", "remedy"),
+    ("config", "key", "said", "hint"),
     [
         ({"attention_mechanism": "sageattention"}, "attention_mechanism", "no gradient", "flash-attn-2"),
         (

@@ -29,7 +29,7 @@ def test_defaults_spelled_out_change_nothing(write_project):
 
 
 @pytest.mark.parametrize(
-    ("config", "key", "said", "remedy"),
+    ("config", "key", "said", "hint"),
     [
         (
             {"rescale_betas_zero_snr": True, "prediction_type": "epsilon"},

@@ -144,7 +144,7 @@ def test_a_tiny_rate_under_prodigy_is_spoken_of():
 
 
 @pytest.mark.parametrize(
-    ("config", "message", "remedy"),
+    ("config", "message", "hint"),
     [
         (
             {"optimizer_config": "d_coef=2"},

@@ -7,8 +7,13 @@ import sys
 import pandas as pd
 import pytest
 
+from sdxl_pipeline.config.schema.key_facts import Identity, keys_with
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.training.checkpoint.run_identity import EXCLUDED, run_fingerprints, run_identity
+from sdxl_pipeline.training.checkpoint.run_identity import (
+    run_fingerprints,
+    run_identity,
+    settings_affecting_weights,
+)
 from tests.support.training_datasets import make_dataset, make_spec
 
 
@@ -22,10 +27,10 @@ def changed(spec, **settings):
     return spec.model_copy(update={"settings": TrainingSettings(**values)})
 
 
-def test_every_excluded_key_is_a_setting_and_stands_once():
-    keys = [key for keys in EXCLUDED.values() for key in keys]
-    assert set(keys) <= set(TrainingSettings.model_fields)
-    assert len(keys) == len(set(keys))
+def test_settings_affecting_weights_contains_exactly_the_keys_compared_by_value():
+    by_value = keys_with(TrainingSettings, lambda key: key.identity is Identity.VALUE)
+    assert settings_affecting_weights(TrainingSettings()).keys() == {*by_value, "lora_alpha"}
+    assert not {"output_dir", "validation_prompt", "pretrained_model_name_or_path"} & {*by_value}
 
 
 @pytest.mark.parametrize(
