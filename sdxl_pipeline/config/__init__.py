@@ -1,1 +1,1 @@
-"""The two configuration files, read into validated settings."""
+"""Configuration: the two files of a project, parsed into validated settings."""

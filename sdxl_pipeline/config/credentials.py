@@ -1,4 +1,4 @@
-"""What must never be shown: secrets that stand in settings, in addresses, and in what libraries say of them."""
+"""Redaction of secrets in settings, in URLs and in error messages of libraries."""
 
 import difflib
 import re
@@ -15,9 +15,9 @@ _SECRET_KEYS: Final = (
     "callback_url",
 )
 _SECRET_WORD = re.compile(r"secret|token(?!izer)|passw|credential|access_?key|api_?key", re.IGNORECASE)
-# Who knows the address of a webhook may post there, and it may stand in the place of the file that holds it.
+# The URL of a webhook is a secret, and may be written instead of the path of its file.
 _ADDRESS_KEY = re.compile(r"webhook|callback", re.IGNORECASE)
-# The second form is a password with a slash in it, as AWS makes them; what looks like a port is none.
+# The second form is a password that contains a slash, as AWS generates them; digits after the colon are a port.
 _USER_INFO = re.compile(
     r"""(?<=://)(?:[^/?#\s"'<>]*@|[^/:@\s"'<>]+:(?!\d+/)[^?#\s"'<>]*@)""",
 )
@@ -25,17 +25,17 @@ _QUERY = re.compile(r"(?P<address>[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>?#]*)\?[^\s
 
 
 def without_credentials(text: str) -> str:
-    """The text with every URL in it shown without user name, password and query string, where signatures stand."""
+    """Return the text with user name, password and query string (which may be a signature) removed from every URL."""
     return _QUERY.sub(r"\g<address>", _USER_INFO.sub("", text))
 
 
-def holds_credentials(url: str) -> bool:
-    """Whether a URL carries a user name, a password or a query string."""
+def has_credentials(url: str) -> bool:
+    """Return whether a URL contains a user name, a password or a query string."""
     return without_credentials(url) != url
 
 
-def fit_to_show(key: str, value: Any) -> Any:
-    """A value as it may stand in a message: hidden where the key, however it is misspelled, speaks of a secret."""
+def redact(key: str, value: Any) -> Any:
+    """Return a value as it may appear in a message: redacted if the key, even misspelled, suggests a secret."""
     if _is_secret(key.rsplit(".", 1)[-1]) and not isinstance(value, bool | None):
         return HIDDEN
     if _ADDRESS_KEY.search(key) and "://" in str(value):
@@ -43,9 +43,9 @@ def fit_to_show(key: str, value: Any) -> Any:
     if isinstance(value, str):
         return without_credentials(value)
     if isinstance(value, Mapping):
-        return {name: fit_to_show(str(name), item) for name, item in value.items()}
+        return {name: redact(str(name), item) for name, item in value.items()}
     if isinstance(value, list):
-        return [fit_to_show("", item) for item in value]
+        return [redact("", item) for item in value]
     return value
 
 

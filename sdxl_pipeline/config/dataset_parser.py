@@ -1,4 +1,4 @@
-"""`multidatabackend.json` read into datasets: every entry, what it takes over from `config.json`, and what entries say of each other."""
+"""Parser of `multidatabackend.json`: the entries, the defaults they inherit from `config.json`, and references between entries."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -35,9 +35,9 @@ from sdxl_pipeline.config.validators.unused_dataset_settings import (
 
 D = TypeVar("D", bound=SettingsModel)
 
-_WHAT = "a list of datasets, each an object with an id and an instance_data_dir"
+_EXPECTED = "a list of datasets, each an object with an id and an instance_data_dir"
 _TYPES = ("image", "eval", "conditioning", "text_embeds")
-_STORED_ELSEWHERE = ("aws", "csv", "huggingface", "webshart", "memory")
+_REMOTE_TYPES = ("aws", "csv", "huggingface", "webshart", "memory")
 _INHERITED = keys_with(ImageDataset, lambda key: key.inherited == "value")
 _INHERITED_SIZES = keys_with(ImageDataset, lambda key: key.inherited == "size")
 _TEXT_INHERITED = keys_with(TextEmbedsDataset, lambda key: key.inherited)
@@ -45,7 +45,7 @@ _TEXT_INHERITED = keys_with(TextEmbedsDataset, lambda key: key.inherited)
 
 @dataclass
 class ParsedDatasets:
-    """The entries of a datasets file that are not disabled, in the file's order, and what is wrong with the file."""
+    """The enabled entries of a datasets file in the file's order, with problems and warnings."""
 
     images: list[ImageDataset] = field(default_factory=list)
     masks: list[ImageDataset] = field(default_factory=list)
@@ -53,32 +53,34 @@ class ParsedDatasets:
     problems: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     written: dict[str, Collection[str]] = field(default_factory=dict)
-    """The keys that stand in each entry of images or masks, by its id."""
+    """The keys written in each entry of images or masks, by id."""
     unused: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Those of `warnings` that are about settings of one entry without effect, by its id."""
+    """Those of `warnings` about unused settings of an entry, by id."""
 
 
 def parse_datasets(path: Path, folder: Path, training: TrainingSettings, config_file: Path) -> ParsedDatasets:
-    """Read the datasets file at `path` of the project in `folder`; relative paths in it are relative to that folder."""
-    reading = ParsedDatasets()
-    content, reading.problems = read_json(path, _WHAT)
+    """Parse the datasets file at `path` of the project in `folder`; relative paths in it are relative to that folder."""
+    parsed = ParsedDatasets()
+    content, parsed.problems = read_json(path, _EXPECTED)
     if content is None:
-        return reading
+        return parsed
     if not isinstance(content, list):
-        reading.problems.append(
-            Problem(path, "", NO_VALUE, f"holds {_kind(content)}, not a list", f"write {_WHAT}")
+        parsed.problems.append(
+            Problem(path, "", NO_VALUE, f"contains {_json_type(content)}, not a list", f"write {_EXPECTED}")
         )
-        return reading
+        return parsed
     seen: dict[str, str] = {}
     asset_names: dict[str, str] = {}
     for position, raw in enumerate(content, start=1):
         if not isinstance(raw, Mapping):
-            reading.problems.append(
-                Problem(path, f"[{position}]", raw, f"is {_kind(raw)}, not an object", f"write {_WHAT}")
+            parsed.problems.append(
+                Problem(
+                    path, f"[{position}]", raw, f"is {_json_type(raw)}, not an object", f"write {_EXPECTED}"
+                )
             )
             continue
-        named = {key.lstrip("-"): value for key, value in raw.items()}
-        name = named.get("id")
+        by_name = {key.lstrip("-"): value for key, value in raw.items()}
+        name = by_name.get("id")
         where = f"[{position}]" if not isinstance(name, str) else f'[{position}] "{name}"'
         if isinstance(name, str):
             _check_name(
@@ -87,17 +89,17 @@ def parse_datasets(path: Path, folder: Path, training: TrainingSettings, config_
                 seen,
                 asset_names,
                 path,
-                reading,
-                has_assets=named.get("dataset_type") != "text_embeds",
+                parsed,
+                has_assets=by_name.get("dataset_type") != "text_embeds",
             )
-        if not _is_true(named.get("disabled", named.get("disable", False))):
-            _read_entry(raw, named, f"{where}.", path, folder, training, config_file, reading)
-    _check_together(seen, path, reading)
-    _find_unused(seen, path, training, config_file, reading)
-    reading.warnings += [
-        f"{config_file.name}: {idle}" for idle in unused_mask_settings(training, reading.images)
+        if not _is_true(by_name.get("disabled", by_name.get("disable", False))):
+            _parse_entry(raw, by_name, f"{where}.", path, folder, training, config_file, parsed)
+    _check_references(seen, path, parsed)
+    _find_unused(seen, path, training, config_file, parsed)
+    parsed.warnings += [
+        f"{config_file.name}: {unused}" for unused in unused_mask_settings(training, parsed.images)
     ]
-    return reading
+    return parsed
 
 
 def _check_name(
@@ -106,12 +108,12 @@ def _check_name(
     seen: dict[str, str],
     asset_names: dict[str, str],
     path: Path,
-    reading: ParsedDatasets,
+    parsed: ParsedDatasets,
     has_assets: bool,
 ) -> None:
     if name in seen:
         message = f"the id is already that of entry {seen[name]}"
-        reading.problems.append(
+        parsed.problems.append(
             Problem(path, f"{where}.id", name, message, "give each entry an id of its own")
         )
         return
@@ -120,120 +122,120 @@ def _check_name(
         return
     asset = asset_name(name)
     if asset in asset_names:
-        message = f"its assets would have the name {asset}, which those of entry {asset_names[asset]} have"
-        hint = "use letters, digits and underscores that tell the two ids apart"
-        reading.problems.append(Problem(path, f"{where}.id", name, message, hint))
+        message = f"its assets would be named {asset}, like those of entry {asset_names[asset]}"
+        hint = "use letters, digits and underscores that distinguish the two ids"
+        parsed.problems.append(Problem(path, f"{where}.id", name, message, hint))
     asset_names.setdefault(asset, where)
 
 
-def _read_entry(
+def _parse_entry(
     raw: Mapping[str, Any],
-    named: Mapping[str, Any],
+    by_name: Mapping[str, Any],
     where: str,
     path: Path,
     folder: Path,
     training: TrainingSettings,
     config_file: Path,
-    reading: ParsedDatasets,
+    parsed: ParsedDatasets,
 ) -> None:
-    dataset_type = named.get("dataset_type", "image")
+    dataset_type = by_name.get("dataset_type", "image")
     if dataset_type == "text_embeds":
         texts = parse_settings(
-            _on_this_machine(raw, named, where, path, reading),
+            _without_remote_storage(raw, by_name, where, path, parsed),
             TextEmbedsDataset,
             TEXT_EMBEDS,
             path,
             where,
             {key: getattr(training, key) for key in _TEXT_INHERITED},
         )
-        _take_findings(texts, reading)
+        _add_findings(texts, parsed)
         if texts.settings:
-            reading.text_embeds.append(_absolute(texts.settings, folder))
+            parsed.text_embeds.append(_absolute(texts.settings, folder))
         return
-    if dataset_type == "image_embeds":  # in the reference it only says where latents are kept
-        reading.warnings.append(
-            f"{path.name}: {where}dataset_type image_embeds has no effect: latents are kept in the image dataset's cache_dir_vae"
+    if dataset_type == "image_embeds":  # SimpleTuner's location of the latents
+        parsed.warnings.append(
+            f"{path.name}: {where}dataset_type image_embeds has no effect: latents are stored in the image dataset's cache_dir_vae"
         )
         return
     if dataset_type not in _TYPES:
         message = (
-            "is not for SDXL LoRA yet"
-            if isinstance(dataset_type, str) and dataset_type in IMAGES.later_values["dataset_type"]
+            "is not supported for SDXL"
+            if isinstance(dataset_type, str) and dataset_type in IMAGES.unsupported_values["dataset_type"]
             else "is not a known dataset_type"
         )
         hint = f"write one of {', '.join(_TYPES)}, or disable the entry"
-        reading.problems.append(Problem(path, f"{where}dataset_type", dataset_type, message, hint))
+        parsed.problems.append(Problem(path, f"{where}dataset_type", dataset_type, message, hint))
         return
     images = parse_settings(
-        _with_hub_columns(raw, named, where, path, reading),
+        _with_hub_columns(raw, by_name, where, path, parsed),
         ImageDataset,
         IMAGES,
         path,
         where,
-        _inherited(named, training, where, reading),
-        _belongs_in_config(),
+        _inherited(by_name, training, where, parsed),
+        _config_keys(),
     )
-    _take_findings(images, reading)
+    _add_findings(images, parsed)
     if images.settings is None:
         return
     is_mask = images.settings.dataset_type == "conditioning"
     entry = mask_source(images.settings) if is_mask else images.settings
-    beside = check_mask_entry(entry) if is_mask else check_image_entry(entry)
-    for finding in (*check_images(entry), *beside):
+    findings = check_mask_entry(entry) if is_mask else check_image_entry(entry)
+    for finding in (*check_images(entry), *findings):
         if finding.key in images.spelled:
-            place, key = path, f"{where}{images.spelled[finding.key]}"
+            file, key = path, f"{where}{images.spelled[finding.key]}"
         elif getattr(training, finding.key, None) is not None and finding.key in training.model_fields_set:
-            place, key = config_file, finding.key
+            file, key = config_file, finding.key
         else:
-            place, key = path, f"{where}{finding.key}"
+            file, key = path, f"{where}{finding.key}"
         if any(problem.key == key for problem in images.problems):
-            continue  # a value that could not be read stands there
+            continue  # its value is invalid and reported already
         value = getattr(entry, finding.key)
-        shown = NO_VALUE if value is None else value
-        reading.problems.append(Problem(place, key, shown, finding.message, finding.hint))
-    reading.written[entry.id] = frozenset(images.spelled)
-    (reading.masks if is_mask else reading.images).append(_absolute(entry, folder))
+        displayed = NO_VALUE if value is None else value
+        parsed.problems.append(Problem(file, key, displayed, finding.message, finding.hint))
+    parsed.written[entry.id] = frozenset(images.spelled)
+    (parsed.masks if is_mask else parsed.images).append(_absolute(entry, folder))
 
 
-def _on_this_machine(
-    raw: Mapping[str, Any], named: Mapping[str, Any], where: str, path: Path, reading: ParsedDatasets
+def _without_remote_storage(
+    raw: Mapping[str, Any], by_name: Mapping[str, Any], where: str, path: Path, parsed: ParsedDatasets
 ) -> Mapping[str, Any]:
-    """Return a text_embeds entry without the storage elsewhere that it names: embeddings are kept here, where they are used."""
-    kind = named.get("type", "local")
-    if kind not in _STORED_ELSEWHERE:
+    """Return a text_embeds entry without remote storage, with a warning: embeddings are stored on this machine."""
+    kind = by_name.get("type", "local")
+    if kind not in _REMOTE_TYPES:
         return raw
-    reading.warnings.append(
-        f"{path.name}: {where}type {kind} has no effect: embeddings are kept on this machine, in the storage's text store"
+    parsed.warnings.append(
+        f"{path.name}: {where}type {kind} has no effect: embeddings are stored on this machine, in the text store of the storage resource"
     )
     return {key: value for key, value in raw.items() if key.lstrip("-") not in ("type", "cache_dir")}
 
 
 def _with_hub_columns(
-    raw: Mapping[str, Any], named: Mapping[str, Any], where: str, path: Path, reading: ParsedDatasets
+    raw: Mapping[str, Any], by_name: Mapping[str, Any], where: str, path: Path, parsed: ParsedDatasets
 ) -> Mapping[str, Any]:
-    """Return the entry with what its object `huggingface` says beside its own keys."""
-    written = named.get("huggingface")
+    """Return the entry with the values of its object `huggingface` for keys that it does not set itself."""
+    written = by_name.get("huggingface")
     if not isinstance(written, Mapping):
         return raw
     entry = {key: value for key, value in raw.items() if key.lstrip("-") != "huggingface"}
     columns = parse_settings(written, HubColumns, HUGGINGFACE, path, f"{where}huggingface.")
-    _take_findings(columns, reading)
-    if named.get("type") != "huggingface":
-        reading.warnings.append(f"{path.name}: {where}huggingface has no effect beside another type")
+    _add_findings(columns, parsed)
+    if by_name.get("type") != "huggingface":
+        parsed.warnings.append(f"{path.name}: {where}huggingface has no effect with another type")
         return entry
     found = columns.settings.model_dump(exclude_none=True) if columns.settings else {}
-    return entry | {key: value for key, value in found.items() if named.get(key) is None}
+    return entry | {key: value for key, value in found.items() if by_name.get(key) is None}
 
 
-def _take_findings(found: "ParsedSettings[Any]", reading: ParsedDatasets) -> None:
-    reading.problems += found.problems
-    reading.warnings += found.warnings
+def _add_findings(found: "ParsedSettings[Any]", parsed: ParsedDatasets) -> None:
+    parsed.problems += found.problems
+    parsed.warnings += found.warnings
 
 
 def _inherited(
-    raw: Mapping[str, Any], training: TrainingSettings, where: str, reading: ParsedDatasets
+    raw: Mapping[str, Any], training: TrainingSettings, where: str, parsed: ParsedDatasets
 ) -> dict[str, Any]:
-    """What the entry takes over from config.json. Sizes are taken over only in their own unit."""
+    """Return the values that the entry inherits from config.json; sizes only if their unit is the same."""
     given = training.model_fields_set
     values: dict[str, Any] = {key: getattr(training, key) for key in _INHERITED if key in given}
     unit = raw.get("resolution_type", training.resolution_type)
@@ -246,75 +248,75 @@ def _inherited(
     values["resolution"] = 1.0 if unit == "area" else 1024.0
     for key in _INHERITED_SIZES:
         if key in given and key not in raw:
-            reading.warnings.append(
-                f"{where}{key} does not take over {key} of config.json, whose unit is {training.resolution_type} and not {unit}"
+            parsed.warnings.append(
+                f"{where}{key} does not inherit {key} of config.json, whose unit is {training.resolution_type} and not {unit}"
             )
     return values
 
 
-def _belongs_in_config() -> dict[str, str]:
-    return dict.fromkeys(TrainingSettings.model_fields, "config.json: it holds for the whole training")
+def _config_keys() -> dict[str, str]:
+    return dict.fromkeys(TrainingSettings.model_fields, "config.json: it applies to the entire training")
 
 
-def _check_together(places: Mapping[str, str], path: Path, reading: ParsedDatasets) -> None:
-    """What the entries say of each other; `places` says where each id stands in the file."""
-    problems = reading.problems
-    if not problems and not any(dataset.dataset_type == "image" for dataset in reading.images):
+def _check_references(locations: Mapping[str, str], path: Path, parsed: ParsedDatasets) -> None:
+    """Check references between entries; `locations` has the position of each id in the file."""
+    problems = parsed.problems
+    if not problems and not any(dataset.dataset_type == "image" for dataset in parsed.images):
         hint = 'add an entry with "dataset_type": "image" that is not disabled'
-        problems.append(Problem(path, "", NO_VALUE, "holds no images to train on", hint))
-    defaults = [entry.id for entry in reading.text_embeds if entry.default]
+        problems.append(Problem(path, "", NO_VALUE, "contains no images to train on", hint))
+    defaults = [entry.id for entry in parsed.text_embeds if entry.default]
     for other in defaults[1:]:
-        message = f"entry {places[defaults[0]]} is the default already"
-        problems.append(Problem(path, f"{places[other]}.default", True, message, "keep one default"))
-    for link in check_mask_links(reading.images, reading.masks, reading.written):
-        where = f"{places[link.id]}.{link.key}" if link.key else places[link.id]
+        message = f"entry {locations[defaults[0]]} is already the default"
+        problems.append(Problem(path, f"{locations[other]}.default", True, message, "keep one default"))
+    for link in check_mask_links(parsed.images, parsed.masks, parsed.written):
+        where = f"{locations[link.id]}.{link.key}" if link.key else locations[link.id]
         if link.hint:
-            entry = next(each for each in (*reading.images, *reading.masks) if each.id == link.id)
+            entry = next(each for each in (*parsed.images, *parsed.masks) if each.id == link.id)
             problems.append(Problem(path, where, getattr(entry, link.key), link.message, link.hint))
         else:
-            reading.warnings.append(f"{path.name}: {where}: {link.message}")
-    known = [entry.id for entry in reading.text_embeds]
-    for dataset in reading.images:
+            parsed.warnings.append(f"{path.name}: {where}: {link.message}")
+    known = [entry.id for entry in parsed.text_embeds]
+    for dataset in parsed.images:
         if dataset.text_embeds is not None and dataset.text_embeds not in known:
             hint = (
                 f"write one of {', '.join(known)}"
                 if known
-                else "leave it out, or add a text_embeds entry of that id"
+                else "remove it, or add a text_embeds entry with that id"
             )
-            message = "names no text_embeds entry"
+            message = "is the id of no text_embeds entry"
             problems.append(
-                Problem(path, f"{places[dataset.id]}.text_embeds", dataset.text_embeds, message, hint)
+                Problem(path, f"{locations[dataset.id]}.text_embeds", dataset.text_embeds, message, hint)
             )
 
 
 def _find_unused(
-    places: Mapping[str, str],
+    locations: Mapping[str, str],
     path: Path,
     training: TrainingSettings,
     config_file: Path,
-    reading: ParsedDatasets,
+    parsed: ParsedDatasets,
 ) -> None:
-    """Add a warning for each setting without effect: those of an entry, and those of config.json that no entry uses."""
-    found = [*unused_across_entries(reading.images, reading.text_embeds)]
+    """Add a warning for each unused setting: those of an entry, and those of config.json that no entry uses."""
+    found = [*unused_across_entries(parsed.images, parsed.text_embeds)]
     inherited: dict[str, list[str]] = {}
-    for dataset in reading.images:
-        written = reading.written[dataset.id]
+    for dataset in parsed.images:
+        written = parsed.written[dataset.id]
         found += find_unused_dataset_settings(dataset, written)
         shared = [name for name in _INHERITED if name in training.model_fields_set and name not in written]
-        reasons = {idle.key: idle.reason for idle in find_unused_dataset_settings(dataset, shared)}
+        reasons = {unused.key: unused.reason for unused in find_unused_dataset_settings(dataset, shared)}
         for name in shared:
             inherited.setdefault(name, []).append(reasons.get(name, ""))
-    for entry in reading.masks:
-        found += unused_mask_entry_settings(entry, reading.written[entry.id])
+    for entry in parsed.masks:
+        found += unused_mask_entry_settings(entry, parsed.written[entry.id])
     for id_, key, reason in found:
-        place = places[id_]
+        where = locations[id_]
         warning = (
-            f"{path.name}: {place}.{key} has no effect: {reason}" if key else f"{path.name}: {place} {reason}"
+            f"{path.name}: {where}.{key} has no effect: {reason}" if key else f"{path.name}: {where} {reason}"
         )
-        reading.warnings.append(warning)
-        reading.unused[id_] = (*reading.unused.get(id_, ()), warning)
-    reading.warnings += [
-        f"{config_file.name}: {key} has no effect: in every dataset without its own, {why[0]}"
+        parsed.warnings.append(warning)
+        parsed.unused[id_] = (*parsed.unused.get(id_, ()), warning)
+    parsed.warnings += [
+        f"{config_file.name}: {key} has no effect: in every dataset that inherits it, {why[0]}"
         for key, why in inherited.items()
         if all(why)
     ]
@@ -330,6 +332,6 @@ def _is_true(value: Any) -> bool:
     return value is True or (isinstance(value, str) and value.strip().lower() == "true")
 
 
-def _kind(content: Any) -> str:
+def _json_type(content: Any) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return next((name for kind, name in names.items() if isinstance(content, kind)), "a number")

@@ -1,4 +1,4 @@
-"""JSON files read strictly: a key given twice, NaN or a syntax error is a problem with its place, never a surprise."""
+"""Strict JSON files: a repeated key, NaN or a syntax error is reported as a problem with its position."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from sdxl_pipeline.config.problems import NO_VALUE, Problem
 
 
 class _Object(dict[str, Any]):
-    """A JSON object that remembers which keys it was given more than once."""
+    """A JSON object that records repeated keys."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
@@ -21,20 +21,18 @@ class _Object(dict[str, Any]):
             seen.add(key)
 
 
-def read_json(path: Path, what: str) -> tuple[Any, list[Problem]]:
-    """Return the content of a JSON file and what is wrong with it; `what` says what the file is for.
+def read_json(path: Path, expected: str) -> tuple[Any, list[Problem]]:
+    """Return the content of a JSON file and its problems; `expected` describes the valid content for hints.
 
-    The content is None, with a problem, if the file cannot be read or holds null.
+    The content is None, with a problem, if the file cannot be read or contains null.
     """
     try:
-        if (
-            path.exists() and not path.is_file() and not path.is_dir()
-        ):  # a pipe has no end, and no writer to wait for
+        if path.exists() and not path.is_file() and not path.is_dir():  # reading a pipe would block
             message = "is a pipe, a socket or a device, not a file"
-            return None, [Problem(path, "", NO_VALUE, message, f"write a file in its place: {what}")]
+            return None, [Problem(path, "", NO_VALUE, message, f"replace it by a file: {expected}")]
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        return None, [Problem(path, "", NO_VALUE, "the file does not exist", f"create it: {what}")]
+        return None, [Problem(path, "", NO_VALUE, "the file does not exist", f"create it: {expected}")]
     except UnicodeDecodeError as error:
         return None, [Problem(path, "", NO_VALUE, f"is not UTF-8 (byte {error.start})", "save it as UTF-8")]
     except OSError as error:
@@ -48,33 +46,31 @@ def read_json(path: Path, what: str) -> tuple[Any, list[Problem]]:
         repeated = list(_repeated(content, ""))
         json.dumps(content, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        # counted as the decoder counts: str.splitlines knows other line ends, and no empty last line
+        # lines as the decoder counts them: str.splitlines has other line ends, and no empty last line
         line = text.split("\n")[error.lineno - 1].strip()
-        place = f"line {error.lineno}, column {error.colno}"
-        hint = f"correct {place}: {line[:100]}" if line else f"write JSON: {what}"
-        return None, [Problem(path, "", NO_VALUE, f"is not valid JSON: {error.msg} at {place}", hint)]
+        position = f"line {error.lineno}, column {error.colno}"
+        hint = f"correct {position}: {line[:100]}" if line else f"write JSON: {expected}"
+        return None, [Problem(path, "", NO_VALUE, f"is not valid JSON: {error.msg} at {position}", hint)]
     except _RefusedConstantError as error:
         message = f"is not valid JSON: {error} is not a JSON number"
         return None, [Problem(path, "", NO_VALUE, message, "write a finite number, or null for not set")]
     except UnicodeEncodeError as error:
-        message = f"holds half a character: {error.object[error.start : error.end]!a}"
-        return None, [
-            Problem(path, "", NO_VALUE, message, "write the whole character, or both of its halves")
-        ]
-    except ValueError as error:  # a number of thousands of digits
+        message = f"contains half of a surrogate pair: {error.object[error.start : error.end]!a}"
+        return None, [Problem(path, "", NO_VALUE, message, "write the character itself, or both surrogates")]
+    except ValueError as error:  # a number with thousands of digits
         return None, [Problem(path, "", NO_VALUE, f"cannot be read: {error}", "write a shorter number")]
     except RecursionError:
-        return None, [Problem(path, "", NO_VALUE, "is nested too deeply", f"write JSON: {what}")]
+        return None, [Problem(path, "", NO_VALUE, "is nested too deeply", f"write JSON: {expected}")]
     if content is None:
-        return None, [Problem(path, "", NO_VALUE, "holds null", f"write {what}")]
+        return None, [Problem(path, "", NO_VALUE, "contains null", f"write {expected}")]
     return content, [
-        Problem(path, where, values, "the key is given more than once in one object", "keep one of them")
+        Problem(path, where, values, "the key is repeated in one object", "remove all but one of them")
         for where, values in repeated
     ]
 
 
 class _RefusedConstantError(Exception):
-    """NaN, Infinity or -Infinity, which Python reads and JSON does not know."""
+    """NaN, Infinity or -Infinity, which Python accepts but JSON does not allow."""
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""A project: one folder, one LoRA. Both of its files are read here, and everything wrong with them is told at once."""
+"""Loader of projects: one folder per LoRA. Reads both of its files and reports all of their problems at once."""
 
 import difflib
 import json
@@ -22,16 +22,16 @@ from sdxl_pipeline.config.schema.settings_model import SettingsModel
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.config.settings_parser import parse_settings
 from sdxl_pipeline.config.simpletuner_schema import TRAINING
-from sdxl_pipeline.config.validators.settings_rules import check_training, unused_settings_of
+from sdxl_pipeline.config.validators.settings_rules import check_training, unused_training_settings
 from sdxl_pipeline.config.webhook_file import read_webhooks
 
 CONFIG_FILE: Final = "config.json"
 DATASETS_FILE: Final = "multidatabackend.json"
 PROJECTS_VARIABLE: Final = "SDXL_PIPELINE_PROJECTS"
 DEFAULT_ROOT: Final = Path(__file__).resolve().parents[2] / "projects"
-GENERAL_PROMPTS: Final = Path(__file__).with_name("prompt_library.json")
+PROMPT_LIBRARY: Final = Path(__file__).with_name("prompt_library.json")
 
-_WHAT_CONFIG = "an object of training settings"
+_EXPECTED_CONFIG = "an object of training settings"
 _DATASET_KEYS = dict.fromkeys(ImageDataset.model_fields, f"the dataset's entry in {DATASETS_FILE}")
 
 
@@ -45,10 +45,10 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Project:
-    """A project whose files are right.
+    """A project with valid files.
 
-    `name` is safe as an asset key and group; `folder` is absolute, as are all paths in the settings. `datasets` (of images),
-    `mask_datasets` and `text_embeds` leave out disabled entries. `warnings` name what was read and has no effect.
+    `name` is valid as an asset key and group; `folder` and all paths in the settings are absolute. `datasets` (of images), `mask_datasets`
+    and `text_embeds` do not contain disabled entries. `warnings` are about settings without effect.
     """
 
     name: str
@@ -60,24 +60,24 @@ class Project:
     warnings: tuple[str, ...]
     mask_datasets: tuple[ImageDataset, ...] = ()
     unused_settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """The warnings about one dataset's own settings, by its id."""
+    """Warnings about the settings of a dataset, by its id."""
 
     @property
     def train_datasets(self) -> tuple[ImageDataset, ...]:
-        """The datasets that are trained on."""
+        """Return the training datasets."""
         return tuple(dataset for dataset in self.datasets if dataset.dataset_type == "image")
 
     @property
     def eval_datasets(self) -> tuple[ImageDataset, ...]:
-        """The datasets that only the eval loss sees."""
+        """Return the datasets that only the eval loss uses."""
         return tuple(dataset for dataset in self.datasets if dataset.dataset_type == "eval")
 
     def masks_of(self, dataset: ImageDataset) -> ImageDataset | None:
-        """The masks of the images of `dataset`; None where it names none."""
+        """Return the masks of the images of `dataset`; None if it has none."""
         return next((entry for entry in self.mask_datasets if entry.id == dataset.conditioning_data), None)
 
     def text_embeds_of(self, dataset: ImageDataset) -> TextEmbedsDataset:
-        """Where the captions of `dataset` are kept: the entry it names, else the default one, else the first, else one made up."""
+        """Return the text_embeds entry of `dataset`: the one it names, else the default one, else the first, else a new one."""
         by_id = {entry.id: entry for entry in self.text_embeds}
         if dataset.text_embeds is not None:
             return by_id[dataset.text_embeds]
@@ -85,13 +85,13 @@ class Project:
         return default or next(iter(self.text_embeds), TextEmbedsDataset(id="text-embeds", default=True))
 
     def text_cache_of(self, dataset: ImageDataset) -> CacheMode:
-        """The cache mode of the captions of `dataset`: none is made while the text encoders are trained, which would outdate it."""
+        """Return the cache mode of the captions of `dataset`: "disable" if the text encoders are trained, which would make it stale."""
         return "disable" if self.training.train_text_encoder else self.text_embeds_of(dataset).text_cache
 
 
 @dataclass(frozen=True)
 class InvalidProject:
-    """A project whose files hold problems; the other projects are not touched by it."""
+    """A project whose files have problems; other projects are not affected."""
 
     name: str
     folder: Path
@@ -99,7 +99,7 @@ class InvalidProject:
 
 
 def projects_folder(root: Path | None = None) -> Path:
-    """The folder `root`, else that of the environment variable SDXL_PIPELINE_PROJECTS, else `projects` beside the package; absolute."""
+    """Return `root`, else the folder in the environment variable SDXL_PIPELINE_PROJECTS, else `projects` beside the package; absolute."""
     if root is None:
         named = os.environ.get(PROJECTS_VARIABLE)
         root = Path(named).expanduser() if named else DEFAULT_ROOT
@@ -107,15 +107,15 @@ def projects_folder(root: Path | None = None) -> Path:
 
 
 def discover_projects(root: Path | None = None) -> list[Project | InvalidProject]:
-    """Every project folder in `root`, sorted by folder name; a folder is one if it holds either of the two files.
+    """Load every project folder in `root`, sorted by folder name; a project folder contains at least one of the two files.
 
     `root` defaults to the environment variable SDXL_PIPELINE_PROJECTS, else to `projects` beside the package.
     """
     root = projects_folder(root)
     if not root.is_dir():
-        hint = f"create it, or let {PROJECTS_VARIABLE} name the folder that holds the project folders"
+        hint = f"create it, or set {PROJECTS_VARIABLE} to the folder of the project folders"
         return [
-            _broken(asset_name(root.name) or "projects", root, "there is no such folder of projects", hint)
+            _broken(asset_name(root.name) or "projects", root, "the projects folder does not exist", hint)
         ]
     try:
         folders = [folder for folder in sorted(root.iterdir()) if _is_project(folder)]
@@ -123,23 +123,21 @@ def discover_projects(root: Path | None = None) -> list[Project | InvalidProject
         message = f"cannot be listed: {error.strerror or error}"
         return [_broken(asset_name(root.name) or "projects", root, message, "make it a readable folder")]
     found: list[Project | InvalidProject] = []
-    taken = {asset_name(folder.name) for folder in folders}
+    used_names = {asset_name(folder.name) for folder in folders}
     owners: dict[str, Path] = {}
     for folder in folders:
         name = asset_name(folder.name)
-        shown = Path(os.fsencode(folder).decode(errors="backslashreplace"))
-        if shown != folder:
-            message = (
-                "the folder's name is not UTF-8, so that neither Dagster nor a manifest can hold its path"
-            )
-            found.append(_broken(name, shown, message, "rename the folder"))
+        displayed = Path(os.fsencode(folder).decode(errors="backslashreplace"))
+        if displayed != folder:
+            message = "the folder's name is not UTF-8, so neither Dagster nor a manifest can store its path"
+            found.append(_broken(name, displayed, message, "rename the folder"))
             continue
         if name in owners:
-            message = f"its assets would have the name {name}, which those of {owners[name].name} have"
-            hint = "rename one of the two folders: spaces, dashes and the like become _, and accents composed or not are one name"
-            number = next(n for n in range(2, len(folders) + 3) if f"{name}_{n}" not in taken)
+            message = f"its assets would be named {name}, like those of {owners[name].name}"
+            hint = "rename one of the two folders: spaces, dashes and the like become _, and composed and decomposed accents are equal"
+            number = next(n for n in range(2, len(folders) + 3) if f"{name}_{n}" not in used_names)
             found.append(_broken(f"{name}_{number}", folder, message, hint))
-            taken.add(f"{name}_{number}")
+            used_names.add(f"{name}_{number}")
             continue
         owners[name] = folder
         try:
@@ -155,39 +153,42 @@ def _is_project(folder: Path) -> bool:
 
 
 def load_project(folder: Path) -> Project:
-    """Read the project in `folder`. Raises ProjectError with every problem of its files, and nothing else."""
+    """Load the project in `folder`. Raise ProjectError with all problems of its files, and no other exception."""
     with only_project_errors(folder):
         return _load(folder.resolve())
 
 
 def _load(folder: Path) -> Project:
     config_file = folder / CONFIG_FILE
-    content, problems = read_json(config_file, _WHAT_CONFIG)
+    content, problems = read_json(config_file, _EXPECTED_CONFIG)
     if content is not None and not isinstance(content, Mapping):
         problems.append(
-            Problem(config_file, "", NO_VALUE, "does not hold an object", f"write {_WHAT_CONFIG}")
+            Problem(config_file, "", NO_VALUE, "does not contain an object", f"write {_EXPECTED_CONFIG}")
         )
     raw: Mapping[str, Any] = content if isinstance(content, Mapping) else {}
     config = parse_settings(raw, TrainingSettings, TRAINING, config_file, elsewhere=_DATASET_KEYS)
     problems += config.problems
     training = config.settings
-    if training is None:  # every key of config.json has a default, so the remaining keys always make settings
+    if training is None:  # every key of config.json has a default, so the valid keys always parse
         raise AssertionError("TrainingSettings has a required key")
-    warnings = [*config.warnings, *(f"{CONFIG_FILE}: {idle}" for idle in unused_settings_of(training))]
+    warnings = [
+        *config.warnings,
+        *(f"{CONFIG_FILE}: {unused}" for unused in unused_training_settings(training)),
+    ]
     training = _without_unused_adapter(training, warnings)
     training = with_lycoris_file(training, folder, problems, warnings)
-    named_files = (
+    file_findings = (
         *check_init_lora(training.init_lora, folder),
         *check_resume_from(training.resume_from_checkpoint, folder),
     )
-    told = {problem.key.partition(".")[0] for problem in config.problems}
-    for finding in (*check_training(training), *named_files):
+    reported = {problem.key.partition(".")[0] for problem in config.problems}
+    for finding in (*check_training(training), *file_findings):
         spelled = config.spelled.get(finding.key, finding.key)
-        if spelled in told:
-            continue  # its value was left out, which is not what is wrong
-        shown = getattr(training, finding.key)
-        shown = raw.get(spelled) if isinstance(shown, SettingsModel) else shown
-        problems.append(Problem(config_file, spelled, shown, finding.message, finding.hint))
+        if spelled in reported:
+            continue  # its value is invalid and reported already
+        displayed = getattr(training, finding.key)
+        displayed = raw.get(spelled) if isinstance(displayed, SettingsModel) else displayed
+        problems.append(Problem(config_file, spelled, displayed, finding.message, finding.hint))
 
     datasets_file = _find_datasets_file(training, folder, config_file, warnings)
     datasets = parse_datasets(datasets_file, folder, training, config_file)
@@ -208,7 +209,7 @@ def _load(folder: Path) -> Project:
     return Project(
         name=asset_name(folder.name),
         folder=folder,
-        training=_complete(training, folder, datasets_file),
+        training=_with_project_values(training, folder, datasets_file),
         datasets=tuple(datasets.images),
         text_embeds=tuple(datasets.text_embeds),
         prompts=prompts,
@@ -219,7 +220,7 @@ def _load(folder: Path) -> Project:
 
 
 def _without_unused_adapter(training: TrainingSettings, warnings: list[str]) -> TrainingSettings:
-    """Return the settings of model_type full without those of an adapter. One to start from is left to the checks: it is meant."""
+    """Return the settings of model_type full without adapter settings, with warnings. `init_lora` remains and fails validation."""
     if training.model_type != "full":
         return training
     written = training.model_fields_set & (AdapterSettings.model_fields.keys() - {"init_lora"})
@@ -233,7 +234,7 @@ def _without_unused_adapter(training: TrainingSettings, warnings: list[str]) -> 
 def _find_datasets_file(
     training: TrainingSettings, folder: Path, config_file: Path, warnings: list[str]
 ) -> Path:
-    """The file that data_backend_config names; where that is absent, the one of the same name, or the usual one, in the folder."""
+    """Return the file of data_backend_config; if it does not exist, the one of that name, or the default one, in the folder."""
     named = inside(folder, training.data_backend_config)
     if exists(named):
         return named
@@ -248,50 +249,52 @@ def _find_datasets_file(
 
 
 def _read_prompts(training: TrainingSettings, folder: Path, problems: list[Problem]) -> tuple[Prompt, ...]:
-    """The validation prompt and those of the prompt library, in that order, named uniquely."""
+    """Return the validation prompt and those of the prompt libraries, in that order, with unique names."""
     negative = training.validation_negative_prompt
     prompts = (
         [Prompt("validation", training.validation_prompt, negative)] if training.validation_prompt else []
     )
     if training.validation_prompt_library:
-        general = json.loads(GENERAL_PROMPTS.read_text(encoding="utf-8"))
+        general = json.loads(PROMPT_LIBRARY.read_text(encoding="utf-8"))
         prompts += [Prompt(name, prompt, negative) for name, prompt in general.items()]
     if training.user_prompt_library is None:
         return tuple(prompts)
     path = inside(folder, training.user_prompt_library)
-    what = '{"name": "prompt"} or {"name": {"prompt": "...", "negative_prompt": "..."}}'
-    content, found = read_json(path, what)
+    expected = '{"name": "prompt"} or {"name": {"prompt": "...", "negative_prompt": "..."}}'
+    content, found = read_json(path, expected)
     problems += found
     if content is None:
         return tuple(prompts)
     if not isinstance(content, Mapping) or not content:
-        problems.append(Problem(path, "", NO_VALUE, "holds no prompts by name", f"write {what}"))
+        problems.append(Problem(path, "", NO_VALUE, "contains no prompts by name", f"write {expected}"))
         return tuple(prompts)
     for name, entry in content.items():
         fields = {"prompt": entry} if isinstance(entry, str) else entry
         if not isinstance(fields, Mapping) or not all(
             isinstance(fields.get(key, ""), str) for key in ("prompt", "negative_prompt")
         ):
-            problems.append(Problem(path, name, entry, "is not a prompt", f"write {what}"))
+            problems.append(Problem(path, name, entry, "is not a prompt", f"write {expected}"))
             continue
         for key in fields.keys() - {"prompt", "negative_prompt"}:
             near = difflib.get_close_matches(key, ["prompt", "negative_prompt"], n=1)
             hint = f"write {near[0]}" if near else "remove it; prompt and negative_prompt are known"
             problems.append(Problem(path, f"{name}.{key}", fields[key], "is not a known key", hint))
         if not fields.get("prompt", "").strip():
-            problems.append(Problem(path, name, entry, "has no prompt", f"write {what}"))
+            problems.append(Problem(path, name, entry, "has no prompt", f"write {expected}"))
             continue
         if any(prompt.name == name for prompt in prompts):
             problems.append(
-                Problem(path, name, entry, "is the name of another validation prompt", "give it another name")
+                Problem(
+                    path, name, entry, "is also the name of another validation prompt", "give it another name"
+                )
             )
             continue
         prompts.append(Prompt(name, fields["prompt"], fields.get("negative_prompt", negative)))
     return tuple(prompts)
 
 
-def _complete(training: TrainingSettings, folder: Path, datasets_file: Path) -> TrainingSettings:
-    """The settings with absolute paths, and a repository name where one is needed and none is given."""
+def _with_project_values(training: TrainingSettings, folder: Path, datasets_file: Path) -> TrainingSettings:
+    """Return the settings with absolute paths, and a default repository name if one is needed."""
     changes: dict[str, Any] = {"data_backend_config": str(datasets_file)}
     if training.push_to_hub and training.hub_model_id is None:
         changes["hub_model_id"] = _repository_name(folder)
@@ -301,7 +304,7 @@ def _complete(training: TrainingSettings, folder: Path, datasets_file: Path) -> 
 
 
 def _repository_name(folder: Path) -> str:
-    """Return the folder's name as the Hub allows one: no run of dashes or dots, at most 96 characters, no .git at its end."""
+    """Return the folder's name as a valid Hub repository name: no repeated dashes or dots, at most 96 characters, no .git suffix."""
     name = folder.name if folder.name.isascii() else asset_name(folder.name)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
     name = re.sub(r"[-.]{2,}", "-", name).lstrip("-._")[:96]

@@ -1,4 +1,4 @@
-"""The file that `lycoris_config` names, read with the project, so that what is trained depends on its content and not on its place."""
+"""The file of `lycoris_config`, read at project load so that the settings contain its content instead of its path."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,10 +20,10 @@ EXAMPLE = (
 def with_lycoris_file(
     training: TrainingSettings, folder: Path, problems: list[Problem], warnings: list[str]
 ) -> TrainingSettings:
-    """The settings with the content of the file that lycoris_config names, from the project's `folder`, in its place.
+    """Return the settings with the content of the file of lycoris_config instead of its path, relative to the project's `folder`.
 
-    What is wrong in it goes to `problems`; the content is then nothing that other keys need be compared with. Where the file is absent,
-    the one of the same name in the folder is read: the reference's paths begin at its own repository.
+    Problems of the file are added to `problems`; the settings then contain a valid placeholder. If the file does not exist, the one of
+    the same name in the folder is read: SimpleTuner's paths are relative to its own repository.
     """
     written = training.lycoris_config
     if training.lora_type != "lycoris" or not isinstance(written, str):
@@ -34,24 +34,24 @@ def with_lycoris_file(
             f"config.json: lycoris_config names {written}, which does not exist; {path.name} of the project folder is read instead"
         )
         path = folder / path.name
-    found = len(problems)
+    count_before = len(problems)
     content, unreadable = read_json(path, EXAMPLE)
     problems += unreadable
     if isinstance(content, Mapping):
-        reading = parse_settings(content, LycorisSettings, LYCORIS, path)
-        problems += reading.problems
-        warnings += reading.warnings
-        for finding in () if reading.settings is None else check_lycoris(reading.settings):
+        parsed = parse_settings(content, LycorisSettings, LYCORIS, path)
+        problems += parsed.problems
+        warnings += parsed.warnings
+        for finding in () if parsed.settings is None else check_lycoris(parsed.settings):
             problems.append(Problem(path, finding.key, NO_VALUE, finding.message, finding.hint))
-        if len(problems) == found:
-            return training.model_copy(update={"lycoris_config": reading.settings})
+        if len(problems) == count_before:
+            return training.model_copy(update={"lycoris_config": parsed.settings})
     elif content is not None:
-        problems.append(Problem(path, "", NO_VALUE, "does not hold an object", f"write {EXAMPLE}"))
+        problems.append(Problem(path, "", NO_VALUE, "does not contain an object", f"write {EXAMPLE}"))
     return training.model_copy(update={"lycoris_config": LycorisSettings(algo="lokr")})
 
 
 def check_lycoris(settings: LycorisSettings) -> Iterator[Finding]:
-    """What does not go together within a LyCORIS configuration."""
+    """Yield invalid combinations within a LyCORIS configuration."""
     preset = settings.apply_preset
     if preset is not None and not (
         preset.target_module or preset.target_name or preset.module_algo_map or preset.name_algo_map
@@ -59,18 +59,18 @@ def check_lycoris(settings: LycorisSettings) -> Iterator[Finding]:
         yield Finding("apply_preset", "targets no layer", 'write "target_module": ["Attention"] in it')
     tucker = settings.use_tucker or any(override.use_tucker for override in settings.overrides)
     if tucker and "lokr" in settings.algorithms:
-        yield Finding("use_tucker", "makes a LoKr that lycoris-lora does not load back", "write false")
+        yield Finding("use_tucker", "makes a LoKr that lycoris-lora cannot load", "write false")
     if settings.bypass_mode and settings.dora_wd:
         yield Finding(
             "bypass_mode",
-            "leaves the norms of dora_wd out of the training, though not out of the file",
-            "leave one of the two out",
+            "does not train the magnitudes of dora_wd, but saves them to the file",
+            "remove one of the two",
         )
     if settings.dropout and not settings.bypasses:
-        yield Finding("dropout", "has no effect without bypass_mode", "leave it out, and dora_wd may stay")
+        yield Finding("dropout", "has no effect without bypass_mode", "remove it; dora_wd may remain")
     if settings.rank_dropout and "lokr" in settings.algorithms:
         yield Finding(
             "rank_dropout",
-            "of LoKr runs on a CPU only, where lycoris-lora draws it",
+            "of LoKr works on a CPU only, where lycoris-lora samples the mask",
             "write 0, or use dropout",
         )

@@ -1,6 +1,6 @@
-"""Which class of which library each optimizer's name stands for, and the options it starts from.
+"""Registry of optimizers: library, class and default options by name.
 
-The names and options are SimpleTuner's, except where a comment says otherwise. None of the libraries is imported here.
+The names and options are SimpleTuner's unless a comment states otherwise. None of the libraries is imported here.
 """
 
 from collections.abc import Mapping
@@ -11,18 +11,18 @@ from sdxl_pipeline.config.schema.optimization import OptimizerName, OptimizerVal
 from sdxl_pipeline.config.schema.settings_model import BadValueError
 
 _DISTRIBUTIONS = {"optimi": "torch-optimi"}
-"""Packages whose name at the index is not that of their module."""
+"""Distribution names that differ from the module name."""
 
 INSTALL = "install the extra with `pip install 'sdxl-pipeline[optimizers]'`"
 
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """One optimizer: the package it comes from, the class, and the options it starts from.
+    """One optimizer: package, class and default options.
 
-    `options` are those that the class takes, with the class's own defaults, which tell their types; a test compares them with the
-    library. `reserved` are options of the class that other settings, or the trainer, decide. `learnt` are entries of its parameter groups that
-    are no options: steps change them, and they are part of what it has learnt.
+    `options` are the keyword arguments of the class with its defaults, which define their types; a test compares them with the library.
+    `defaults` replace them here. `reserved` are arguments that other settings or the trainer set. `learnt` are entries of its parameter
+    groups that steps change, so they are part of the optimizer state.
     """
 
     package: str
@@ -35,16 +35,16 @@ class OptimizerSpec:
 
     @property
     def distribution(self) -> str:
-        """The name of the package at the index."""
+        """Return the name of the package on PyPI."""
         return _DISTRIBUTIONS.get(self.package, self.package)
 
 
 _ADAMW = {"betas": (0.9, 0.999), "weight_decay": 0.01, "eps": 1e-6}
 
 _MOMENTS = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-_OF_TORCH = {"weight_decay": 0.0, "foreach": None, "maximize": False}
-_OF_TORCHAO = {**_MOMENTS, "amsgrad": False}
-_OF_OPTIMI = {
+_TORCH_OPTIONS = {"weight_decay": 0.0, "foreach": None, "maximize": False}
+_TORCHAO_OPTIONS = {**_MOMENTS, "amsgrad": False}
+_OPTIMI_OPTIONS = {
     "weight_decay": 0.0,
     "decouple_lr": False,
     "max_lr": None,
@@ -57,12 +57,12 @@ _EPS = {"eps": 1e-8}
 
 
 def _optimi(class_name: str, options: Mapping[str, Any], **defaults: Any) -> OptimizerSpec:
-    # gradient_release would take the step out of the loop's hands
+    # gradient_release steps during the backward pass, outside the training loop
     return OptimizerSpec(
         "optimi",
         "optimi",
         class_name,
-        {**_OF_OPTIMI, **options},
+        {**_OPTIMI_OPTIONS, **options},
         defaults,
         frozenset({"gradient_release"}),
         frozenset({"step"}),
@@ -70,24 +70,24 @@ def _optimi(class_name: str, options: Mapping[str, Any], **defaults: Any) -> Opt
 
 
 def _torchao(class_name: str) -> OptimizerSpec:
-    options = {**_OF_TORCHAO, "block_size": 256}
+    options = {**_TORCHAO_OPTIONS, "block_size": 256}
     return OptimizerSpec(
         "torchao", "torchao.optim", class_name, options, _ADAMW, frozenset({"bf16_stochastic_round"})
     )
 
 
 def _bitsandbytes() -> Mapping[str, OptimizerSpec]:
-    """bnb-adamw, bnb-adamw8bit, bnb-adamw-paged, bnb-adamw8bit-paged and so on for each kind that has them."""
-    variants_of_most = ("", "8bit", "-paged", "8bit-paged")
+    """Return bnb-adamw, bnb-adamw8bit, bnb-adamw-paged, bnb-adamw8bit-paged and so on for each kind that has them."""
+    all_variants = ("", "8bit", "-paged", "8bit-paged")
     lion = {"betas": (0.9, 0.99), "weight_decay": 0.0}
     mix = {"betas": (0.9, 0.999, 0.9999), "alpha": 5.0, "weight_decay": 0.01, "eps": 1e-8}
     grad = {"weight_decay": 0.0, "eps": 1e-10}
-    # name: class, options that the class takes beside the defaults, defaults, variants
+    # name: class, further arguments of the class, defaults, variants
     kinds: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], tuple[str, ...]]] = {
         "adam": ("Adam", {"amsgrad": False}, _MOMENTS, ("", "8bit")),
-        "adamw": ("AdamW", {"amsgrad": False}, _ADAMW, variants_of_most),
-        "lion": ("Lion", {}, lion, variants_of_most),
-        "ademamix": ("AdEMAMix", {"t_alpha": None, "t_beta3": None}, mix, variants_of_most),
+        "adamw": ("AdamW", {"amsgrad": False}, _ADAMW, all_variants),
+        "lion": ("Lion", {}, lion, all_variants),
+        "ademamix": ("AdEMAMix", {"t_alpha": None, "t_beta3": None}, mix, all_variants),
         "adagrad": ("Adagrad", {"lr_decay": 0.0, "initial_accumulator_value": 0.0}, grad, ("", "8bit")),
     }
     return {
@@ -105,7 +105,7 @@ def _bitsandbytes() -> Mapping[str, OptimizerSpec]:
 
 
 def _schedule_free(weight_decay: float, eps: float) -> OptimizerSpec:
-    # Defazio et al. 2024, by the authors; SimpleTuner's own class adds Kahan summation for bf16 weights, which these are not
+    # Defazio et al. 2024, the authors' implementation; SimpleTuner's class adds Kahan summation for bf16 weights, which do not occur here
     defaults = {"betas": (0.9, 0.999), "weight_decay": weight_decay, "eps": eps}
     return OptimizerSpec(
         "schedulefree",
@@ -121,7 +121,9 @@ def _schedule_free(weight_decay: float, eps: float) -> OptimizerSpec:
 def _torch(class_name: str, options: Mapping[str, Any], **defaults: Any) -> OptimizerSpec:
     # a capturable or differentiable step is for programs of another kind
     reserved = frozenset({"capturable", "differentiable"})
-    return OptimizerSpec("torch", "torch.optim", class_name, {**_OF_TORCH, **options}, defaults, reserved)
+    return OptimizerSpec(
+        "torch", "torch.optim", class_name, {**_TORCH_OPTIONS, **options}, defaults, reserved
+    )
 
 
 OPTIMIZERS: Mapping[OptimizerName, OptimizerSpec] = {
@@ -189,7 +191,11 @@ OPTIMIZERS: Mapping[OptimizerName, OptimizerSpec] = {
         "ASGD", {"lambd": 1e-4, "alpha": 0.75, "t0": 1e6}, lambd=1e-4, alpha=0.75, t0=1e6, weight_decay=0.0
     ),
     "adamw_bf16": OptimizerSpec(
-        "torchao", "sdxl_pipeline.training.optim.torchao_optimizers", "StochasticAdamW", _OF_TORCHAO, _ADAMW
+        "torchao",
+        "sdxl_pipeline.training.optim.torchao_optimizers",
+        "StochasticAdamW",
+        _TORCHAO_OPTIONS,
+        _ADAMW,
     ),
     "adamw_schedulefree": _schedule_free(0.01, 1e-8),
     "adamw_schedulefree+aggressive": _schedule_free(0.001, 1e-6),
@@ -259,8 +265,8 @@ OPTIMIZERS: Mapping[OptimizerName, OptimizerSpec] = {
         frozenset({"fsdp_in_use"}),
         frozenset({"d", "d_max", "d_numerator", "d_denom", "d_hat", "k"}),
     ),
-    # With its own step size and its scaling by the weights off, since a LoRA's weights begin at zero and learning_rate shall mean
-    # what it says (Shazeer and Stern 2018, sections 8 and 9).
+    # Relative step size and parameter scaling are off: a LoRA's weights start at zero, and learning_rate is the actual step size
+    # (Shazeer and Stern 2018, sections 8 and 9).
     "adafactor": OptimizerSpec(
         "transformers",
         "transformers.optimization",
@@ -280,30 +286,30 @@ OPTIMIZERS: Mapping[OptimizerName, OptimizerSpec] = {
 
 
 def read_options(optimizer: OptimizerName, written: Mapping[str, OptimizerValue]) -> dict[str, Any]:
-    """Return `optimizer_config` as the optimizer's class takes it; `beta1`, `beta2`, `beta3` are gathered into `betas` where it asks so.
+    """Return `optimizer_config` as keyword arguments of the optimizer's class; `beta1`, `beta2`, `beta3` are combined to `betas` if needed.
 
-    Raises BadValueError for an option that the class does not take, and for a value of another type than the option's.
+    Raise BadValueError for an unknown option, and for a value of another type than the option's default.
     """
-    recipe = OPTIMIZERS[optimizer]
-    betas = list(recipe.defaults.get("betas", ()))
-    single = [f"beta{number}" for number in range(1, len(betas) + 1) if f"beta{number}" not in recipe.options]
+    spec = OPTIMIZERS[optimizer]
+    betas = list(spec.defaults.get("betas", ()))
+    single = [f"beta{number}" for number in range(1, len(betas) + 1) if f"beta{number}" not in spec.options]
     options: dict[str, Any] = {}
     for name, value in written.items():
         if name in single:
             betas[single.index(name)] = _number(name, value)
-        elif name in recipe.options:
-            options[name] = _typed(name, value, recipe.options[name])
-    if unknown := sorted(set(written) - set(single) - set(recipe.options)):
-        known = ", ".join([*single, *sorted(set(recipe.options) - {"betas"})])
+        elif name in spec.options:
+            options[name] = _typed(name, value, spec.options[name])
+    if unknown := sorted(set(written) - set(single) - set(spec.options)):
+        known = ", ".join([*single, *sorted(set(spec.options) - {"betas"})])
         elsewhere = "write it in learning_rate; " if unknown == ["lr"] else ""
         raise BadValueError(
-            f"has {', '.join(map(repr, unknown))}, which {optimizer!r} does not take",
-            f"{elsewhere}{optimizer} takes {known}",
+            f"has {', '.join(map(repr, unknown))}, which {optimizer!r} does not accept",
+            f"{elsewhere}{optimizer} accepts {known}",
         )
     if betas and "betas" not in options:
         options["betas"] = tuple(betas)
     if options.get("fused") is True and options.get("foreach") is True:
-        raise BadValueError("has fused and foreach, which cannot be `True` together", "keep one of the two")
+        raise BadValueError("has fused and foreach, which cannot both be true", "keep one of the two")
     for name in ("weight_decay", "eps"):
         if isinstance(options.get(name), int | float) and options[name] < 0:
             raise BadValueError(f"has {name} = {options[name]:g}", f"write a {name} of at least 0")
@@ -315,7 +321,7 @@ def read_options(optimizer: OptimizerName, written: Mapping[str, OptimizerValue]
 
 
 def _typed(name: str, value: Any, default: Any) -> Any:
-    """Return a value of `optimizer_config`, where every number is a float, as the type of the option's default."""
+    """Convert a value of `optimizer_config`, where every number is a float, to the type of the option's default."""
     if isinstance(value, str) and value.lower() == "none":
         return None
     if isinstance(default, bool):

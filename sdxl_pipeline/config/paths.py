@@ -1,4 +1,4 @@
-"""Which settings hold paths. Whatever completes them, or keeps them on this machine, asks here."""
+"""Settings that contain paths, and their resolution relative to a project's folder."""
 
 from pathlib import Path
 from typing import Any, Final
@@ -15,10 +15,10 @@ SOURCES: Final = keys_with(TrainingSettings, lambda key: key.path not in (None, 
 
 
 def with_absolute_paths(settings: TrainingSettings, folder: Path) -> TrainingSettings:
-    """The settings with paths seen from `folder`. A source stays a name where no such file or folder is there."""
-    changes = {key: _completed(key, getattr(settings, key), folder) for key in (*PLACES, *SOURCES)}
+    """Return the settings with absolute paths; relative ones are relative to `folder`. A name without such a file or folder is unchanged."""
+    changes = {key: _resolve_value(key, getattr(settings, key), folder) for key in (*PLACES, *SOURCES)}
     completed = settings.model_copy(update=changes)
-    # What was written stays apart from what is filled in, so that every value's source can be told.
+    # model_fields_set contains written keys only, from which the source of every value is derived
     completed.model_fields_set.intersection_update(settings.model_fields_set)
     return completed
 
@@ -28,19 +28,19 @@ def inside(folder: Path, written: str | Path) -> Path:
     path = folder / Path(written).expanduser()
     try:
         return path.resolve()
-    except (OSError, RuntimeError):  # links that lead in a circle, or through a folder that may not be read
+    except (OSError, RuntimeError):  # circular links, or a folder without read permission
         return path.absolute()
 
 
 def exists(path: Path) -> bool:
-    """Return whether there is such a file or folder; False where that may not be seen."""
+    """Return whether the file or folder exists; False if there is no permission to check."""
     try:
         return path.exists()
     except OSError:
         return False
 
 
-def _completed(key: str, value: Any, folder: Path) -> Any:
+def _resolve_value(key: str, value: Any, folder: Path) -> Any:
     kind = key_of(TrainingSettings.model_fields[key]).path
     if not isinstance(value, str) or kind == "base model" or value == LATEST:
         return value  # `resolve_base_model` searches for the base model from the project's folder

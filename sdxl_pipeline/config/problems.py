@@ -1,4 +1,4 @@
-"""What is wrong in a user's files, told so that it can be put right in one go."""
+"""Problems of a user's files, collected so that all are reported at once."""
 
 import json
 import traceback
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sdxl_pipeline.config.credentials import fit_to_show
+from sdxl_pipeline.config.credentials import redact
 
 
 class _NoValue:
-    """Marks a problem that is not about one value, such as a missing file."""
+    """Marks a problem without a value, such as a missing file."""
 
     def __repr__(self) -> str:
         return "NO_VALUE"
@@ -23,11 +23,11 @@ NO_VALUE: Final = _NoValue()
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to put right.
+    """One problem of a file.
 
-    `file` is the file it stands in, `key` the key as the user wrote it ("" for the file as a whole; `[2] "cats".crop` for a key of
-    the dataset entry with that position and id), `value` what was written (`NO_VALUE` where there is none), `message` what is wrong
-    with it, `hint` what to write instead. A value that is, or may hold, a secret is replaced before it is kept.
+    `file` is its path, `key` the key as the user wrote it ("" for the file itself; `[2] "cats".crop` for a key of the dataset entry with
+    that position and id), `value` what was written (`NO_VALUE` if nothing), `message` what is wrong with it, `hint` what to write instead.
+    A value that is, or may contain, a secret is redacted on construction.
     """
 
     file: Path
@@ -37,16 +37,16 @@ class Problem:
     hint: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "value", fit_to_show(self.key, self.value))
+        object.__setattr__(self, "value", redact(self.key, self.value))
 
     def __str__(self) -> str:
-        where = f"{self.file}: {self.key}" if self.key else str(self.file)
-        shown = "" if self.value is NO_VALUE else f" = {_shown(self.value)}"
-        return f"{where}{shown}\n    {self.message}\n    -> {self.hint}"
+        location = f"{self.file}: {self.key}" if self.key else str(self.file)
+        value = "" if self.value is NO_VALUE else f" = {_short_json(self.value)}"
+        return f"{location}{value}\n    {self.message}\n    -> {self.hint}"
 
 
 class ProjectError(Exception):
-    """Every problem of a project's files at once."""
+    """All problems of a project's files."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems: tuple[Problem, ...] = tuple(problems)
@@ -56,13 +56,13 @@ class ProjectError(Exception):
 
     def __str__(self) -> str:
         count = len(self.problems)
-        head = "1 problem to put right:" if count == 1 else f"{count} problems to put right:"
+        head = "1 problem:" if count == 1 else f"{count} problems:"
         return "\n\n".join([head, *(str(problem) for problem in self.problems)])
 
 
 @contextmanager
-def only_project_errors(place: Path) -> Iterator[None]:
-    """Turn an exception that nobody foresaw into a ProjectError about `place`, so that it stops this project alone."""
+def only_project_errors(path: Path) -> Iterator[None]:
+    """Convert an unexpected exception to a ProjectError about `path`, so that it fails this project only."""
     try:
         yield
     except ProjectError:
@@ -71,17 +71,17 @@ def only_project_errors(place: Path) -> Iterator[None]:
         at = traceback.extract_tb(error.__traceback__)[-1]
         last_line = traceback.format_exception_only(error)[-1].strip()
         problem = Problem(
-            place,
+            path,
             "",
             NO_VALUE,
-            f"cannot be read because of a fault of this program: {last_line} ({Path(at.filename).name}, line {at.lineno})",
-            "undo the last change to the project's files, and report the fault with these lines",
+            f"cannot be read because of a bug in this program: {last_line} ({Path(at.filename).name}, line {at.lineno})",
+            "undo the last change to the project's files, and report the bug with this message",
         )
         raise ProjectError([problem]) from error
 
 
-def _shown(value: Any, limit: int = 80) -> str:
-    """A value as JSON writes it, cut to one short line."""
+def _short_json(value: Any, limit: int = 80) -> str:
+    """Return a value as JSON, truncated to one short line."""
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):

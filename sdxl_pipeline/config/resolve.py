@@ -1,4 +1,4 @@
-"""Which of several places decides a setting: the launchpad, then `config.json`, then the hardware profile, then the default."""
+"""Precedence of settings: run config (launchpad), then `config.json`, then the hardware profile, then the default."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ from sdxl_pipeline.config.simpletuner_schema import TRAINING
 from sdxl_pipeline.config.validators.settings_rules import check_training
 
 LAUNCHPAD: Final = Path("launchpad")
-"""Stands for the file in problems with values given at the launch of a run."""
+"""Represents the file in problems with the values of a run config."""
 
 READ_WITH_THE_PROJECT: Final = keys_with(TrainingSettings, lambda key: not key.overridable)
 """Keys that a run config cannot set: the base model, datasets, prompts, schedules or other assets read them before the run starts."""
@@ -28,12 +28,12 @@ def resolve_settings(
     overrides: Mapping[str, Any],
     folder: Path = Path(),
 ) -> tuple[TrainingSettings, dict[str, str]]:
-    """The settings of one run, and where each value came from.
+    """Return the settings of one run, and the source of each value.
 
-    `training` is what `config.json` says, `overrides` what the launchpad says, under any spelling that `config.json` allows; its
-    relative paths are seen from `folder`, the project's. In the result no key of `PROFILE_KEYS` is None. Sources read "launchpad",
-    "config.json", "hardware profile <name>" or "default". Raises ProjectError for overrides that are wrong, or that do not go together
-    with the rest; each problem names the place its value is from.
+    `training` has the values of `config.json`, `overrides` those of the run config, under any alias that `config.json` allows; its
+    relative paths are relative to the project's `folder`. In the result no key of `PROFILE_KEYS` is None. Sources are "launchpad",
+    "config.json", "hardware profile <name>" or "default". Raise ProjectError for invalid overrides, or invalid combinations with other
+    settings; each problem contains the source of its value.
     """
     with only_project_errors(folder):
         return _resolve(training, hardware, overrides, folder)
@@ -42,52 +42,54 @@ def resolve_settings(
 def _resolve(
     training: TrainingSettings, hardware: Hardware, overrides: Mapping[str, Any], folder: Path
 ) -> tuple[TrainingSettings, dict[str, str]]:
-    reading = parse_settings(overrides, TrainingSettings, TRAINING, LAUNCHPAD)
-    problems = list(reading.problems)
-    for key in filter(reading.spelled.get, READ_WITH_THE_PROJECT):
-        message = "is read before a training is launched, or by other assets"
+    parsed = parse_settings(overrides, TrainingSettings, TRAINING, LAUNCHPAD)
+    problems = list(parsed.problems)
+    for key in filter(parsed.spelled.get, READ_WITH_THE_PROJECT):
+        message = "is read before a training starts, or by other assets"
         problems.append(
             Problem(
                 LAUNCHPAD,
-                reading.spelled[key],
-                overrides[reading.spelled[key]],
+                parsed.spelled[key],
+                overrides[parsed.spelled[key]],
                 message,
                 "write it in config.json",
             )
         )
-    if problems or reading.settings is None:
+    if problems or parsed.settings is None:
         raise ProjectError(problems)
 
     values: dict[str, Any] = {}
     sources = dict.fromkeys(TrainingSettings.model_fields, "default")
     for key in PROFILE_KEYS:
         values[key], sources[key] = getattr(hardware, key), f"hardware profile {hardware.profile}"
-    launched = with_absolute_paths(reading.settings, folder)
-    for settings, source in ((training, "config.json"), (launched, "launchpad")):
+    run_config = with_absolute_paths(parsed.settings, folder)
+    for settings, source in ((training, "config.json"), (run_config, "launchpad")):
         given = {key: getattr(settings, key) for key in settings.model_fields_set}
         if any(given.get(key) is not None for key in LENGTH_KEYS):
-            for key in LENGTH_KEYS:  # whoever says how long to train decides it alone
+            for key in LENGTH_KEYS:  # the source that sets the length replaces all its keys
                 values.pop(key, None)
                 sources[key] = "default"
         for key, value in given.items():
             if value is not None or key not in (*PROFILE_KEYS, *LENGTH_KEYS):
                 values[key], sources[key] = value, source
-    filled_in = {
+    completed = {
         key: value for key, value in training.model_dump().items() if key not in training.model_fields_set
     }
     try:
-        resolved = TrainingSettings.model_validate({**_without_length(filled_in), **values})
+        resolved = TrainingSettings.model_validate({**_without_length_and_profile(completed), **values})
     except (
         ValidationError
-    ) as error:  # the files and the launchpad are valid by themselves: it is the profile's value
+    ) as error:  # files and run config were validated before, so a value of the profile is invalid
         raise ProjectError(_profile_problems(error, hardware, {}, {}, folder)) from error
     written = any(source == "launchpad" for source in sources.values())
     for finding in check_training(resolved):
-        # a default conflicts with a written value: the launchpad's where there is one
+        # a default conflicts with a written value: one of the run config if there is any
         source = sources[finding.key]
         source = source if source != "default" else "launchpad" if written else "config.json"
         value = getattr(resolved, finding.key)
-        problems.append(Problem(_place(source, folder), finding.key, value, finding.message, finding.hint))
+        problems.append(
+            Problem(_source_file(source, folder), finding.key, value, finding.message, finding.hint)
+        )
     if problems:
         raise ProjectError(problems)
     resolve_hardware(resolved, hardware, sources, folder)
@@ -100,9 +102,9 @@ def resolve_hardware(
     sources: Mapping[str, str] | None = None,
     folder: Path = Path(),
 ) -> Hardware:
-    """Return the hardware profile with what `settings` say of `PROFILE_KEYS`.
+    """Return the hardware profile with the values of `PROFILE_KEYS` in `settings`.
 
-    Raises ProjectError if the machine cannot do that; `sources`, of `resolve_settings`, tell which place each value is from.
+    Raise ProjectError if the machine does not support them; `sources` of `resolve_settings` has the source of each value.
     """
     given = {key: getattr(settings, key) for key in PROFILE_KEYS if getattr(settings, key) is not None}
     try:
@@ -121,20 +123,22 @@ def _profile_problems(
     problems = []
     for detail in error.errors(include_url=False):
         message = detail["msg"].removeprefix("Value error, ")
-        # a combination that cannot be had is an error of no field, whose message begins with the key to change
+        # the error of an invalid combination has no field; its message begins with the key to change
         key = ".".join(str(part) for part in detail["loc"]) or message.split()[0]
         value = given.get(key, detail["input"] if detail["loc"] else NO_VALUE)
         source = sources.get(key, f"hardware profile {hardware.profile}")
         hint = "change it, or choose another profile with SDXL_HARDWARE"
-        problems.append(Problem(_place(source, folder), key, value, message.removeprefix(f"{key} "), hint))
+        problems.append(
+            Problem(_source_file(source, folder), key, value, message.removeprefix(f"{key} "), hint)
+        )
     return problems
 
 
-def _place(source: str, folder: Path) -> Path:
-    """Return the file that values of a source are from, or what stands for it in problems."""
+def _source_file(source: str, folder: Path) -> Path:
+    """Return the path that represents a source in problems."""
     return folder / source if source == "config.json" else Path(source)
 
 
-def _without_length(values: dict[str, Any]) -> dict[str, Any]:
-    """Values filled in by the project, such as absolute paths, without the default length, which follows from what is given."""
+def _without_length_and_profile(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values completed at project load, such as absolute paths, without length and profile keys, which other sources set."""
     return {key: value for key, value in values.items() if key not in (*LENGTH_KEYS, *PROFILE_KEYS)}

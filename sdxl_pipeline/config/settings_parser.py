@@ -1,4 +1,4 @@
-"""An object of a user's file read into a settings model: spellings, unknown keys, and pydantic's errors put into the user's terms."""
+"""Parser of an object of a user's file into a settings model: aliases, unknown keys, and readable validation errors."""
 
 import difflib
 import json
@@ -32,7 +32,7 @@ _LIMITS = {
 
 @dataclass
 class ParsedSettings(Generic[M]):
-    """What an object holds: the settings (None if a required key is missing or wrong), and how each key was spelled."""
+    """A parsed object: the settings (None if a required key is missing or invalid), and each key as it was written."""
 
     settings: M | None
     spelled: dict[str, str] = field(default_factory=dict)
@@ -43,57 +43,57 @@ class ParsedSettings(Generic[M]):
 def parse_settings(
     raw: Mapping[str, Any],
     model: type[M],
-    vocabulary: KeySchema,
+    schema: KeySchema,
     file: Path,
     where: str = "",
     inherited: Mapping[str, Any] | None = None,
     elsewhere: Mapping[str, str] | None = None,
 ) -> ParsedSettings[M]:
-    """Read one object into `model`.
+    """Parse one object into `model`.
 
-    `where` stands before each key in problems. `inherited` gives values for keys that the object leaves out. `elsewhere` says of keys
-    that belong to another place which one. Where some keys are wrong, the settings are those of the remaining ones, so that the
-    checks that follow can still say what else is wrong; then `problems` is not empty.
+    `where` precedes each key in problems. `inherited` has values for keys that the object does not set. `elsewhere` maps keys of other
+    files or objects to their location. If some keys are invalid, the settings contain the remaining ones, so that later checks can
+    report further problems; `problems` is then not empty.
     """
-    reading: ParsedSettings[M] = ParsedSettings(None)
+    parsed: ParsedSettings[M] = ParsedSettings(None)
     values: dict[str, Any] = {}
     for spelled, value in raw.items():
-        _sort_in(spelled, value, values, reading, model, vocabulary, file, where, elsewhere or {})
+        _classify_key(spelled, value, values, parsed, model, schema, file, where, elsewhere or {})
     for key, value in (inherited or {}).items():
         if value is not None:
             values.setdefault(key, value)
     try:
-        reading.settings = model.model_validate(values)
-        return reading
+        parsed.settings = model.model_validate(values)
+        return parsed
     except ValidationError as error:
         details = error.errors(include_url=False)
-    bad: set[str] = set()
-    told: set[tuple[str, ...]] = set()
+    invalid: set[str] = set()
+    reported: set[tuple[str, ...]] = set()
     for detail in details:
         key = str(detail["loc"][0])
-        bad.add(key)
-        if _is_about_another_form(detail, model, values):
+        invalid.add(key)
+        if _is_about_other_type(detail, model, values):
             continue
-        path, owner = _place_of(detail, model)
-        if path in told or (key not in reading.spelled and key in values):
-            continue  # the latter is inherited, and a problem of the file it comes from
-        told.add(path)
-        shown = _written_at(values, path)
-        message, hint = _in_words(detail, path[-1], shown, owner, vocabulary)
-        spelled = ".".join((reading.spelled.get(key, key), *path[1:]))
-        reading.problems.append(Problem(file, where + spelled, shown, message, hint))
-    remaining = {key: value for key, value in values.items() if key not in bad}
+        path, owner = _key_path(detail, model)
+        if path in reported or (key not in parsed.spelled and key in values):
+            continue  # an inherited value is a problem of the file it is from
+        reported.add(path)
+        written = _value_at(values, path)
+        message, hint = _describe(detail, path[-1], written, owner, schema)
+        spelled = ".".join((parsed.spelled.get(key, key), *path[1:]))
+        parsed.problems.append(Problem(file, where + spelled, written, message, hint))
+    remaining = {key: value for key, value in values.items() if key not in invalid}
     try:
-        reading.settings = model.model_validate(remaining)
+        parsed.settings = model.model_validate(remaining)
     except ValidationError:
-        reading.settings = None  # a required key is among the bad ones
-    return reading
+        parsed.settings = None  # a required key is invalid
+    return parsed
 
 
-def _place_of(
+def _key_path(
     detail: ErrorDetails, model: type[SettingsModel]
 ) -> tuple[tuple[str, ...], type[SettingsModel]]:
-    """The keys that lead to what an error is about, through objects within objects, and the model that has the last of them."""
+    """Return the key path of an error through nested objects, and the model of the last key."""
     first, *steps = [str(step) for step in detail["loc"]]
     path: tuple[str, ...] = (first,)
     while steps:
@@ -101,8 +101,8 @@ def _place_of(
         inner = _model_within(annotation)
         if inner is None:
             break
-        if _is_one_of_several(annotation) and steps.pop(0) != inner.__name__:
-            break  # about another form that the value may have
+        if _is_union(annotation) and steps.pop(0) != inner.__name__:
+            break  # about another member of the union
         if not steps:
             break
         model, path = inner, (*path, steps.pop(0))
@@ -111,21 +111,19 @@ def _place_of(
     return path, model
 
 
-def _is_about_another_form(
-    detail: ErrorDetails, model: type[SettingsModel], values: Mapping[str, Any]
-) -> bool:
-    """Whether an error says that an object is no text, where both may be written."""
+def _is_about_other_type(detail: ErrorDetails, model: type[SettingsModel], values: Mapping[str, Any]) -> bool:
+    """Return whether an error is about the text form of a value that is written as an object."""
     key = str(detail["loc"][0])
     field_info = model.model_fields.get(key)
-    if field_info is None or not _is_one_of_several(field_info.annotation):
+    if field_info is None or not _is_union(field_info.annotation):
         return False
     inner = _model_within(field_info.annotation)
     is_object = isinstance(values.get(key), Mapping)
     return inner is not None and is_object and detail["loc"][1] != inner.__name__
 
 
-def _is_one_of_several(annotation: Any) -> bool:
-    """Whether a value may have several forms; pydantic then names the form before the place within it."""
+def _is_union(annotation: Any) -> bool:
+    """Return whether the type is a union of several types; pydantic's location then contains the type."""
     members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
     return len([member for member in members if member is not type(None)]) > 1
 
@@ -137,7 +135,7 @@ def _model_within(annotation: Any) -> type[SettingsModel] | None:
     )
 
 
-def _written_at(values: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+def _value_at(values: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     value: Any = values
     for key in path:
         if not isinstance(value, Mapping) or key not in value:
@@ -146,57 +144,57 @@ def _written_at(values: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     return value
 
 
-def _sort_in(
+def _classify_key(
     spelled: str,
     value: Any,
     values: dict[str, Any],
-    reading: ParsedSettings[M],
+    parsed: ParsedSettings[M],
     model: type[M],
-    vocabulary: KeySchema,
+    schema: KeySchema,
     file: Path,
     where: str,
     elsewhere: Mapping[str, str],
 ) -> None:
-    """Decide what one written key is: a setting, off, without meaning, or a problem."""
+    """Classify one written key: a setting, off, ignored, or a problem."""
     name = spelled.lstrip("-")
-    key = vocabulary.spellings.get(name, name)
+    key = schema.spellings.get(name, name)
     if (
         key == "validation_prompt_library"
         and isinstance(value, str)
-        and _plain(value) not in (True, False, None)
+        and _parse_plain(value) not in (True, False, None)
     ):
-        key = "user_prompt_library"  # both names are in use for a path; the reference's own library is switched by a boolean
+        key = "user_prompt_library"  # SimpleTuner accepts a path under both names; a boolean switches the bundled library
 
     def problem(message: str, hint: str) -> None:
-        reading.problems.append(Problem(file, where + spelled, value, message, hint))
+        parsed.problems.append(Problem(file, where + spelled, value, message, hint))
 
-    if key in reading.spelled:
+    if key in parsed.spelled:
         if values.get(key) != value:
             problem(
-                f"is the same setting as {reading.spelled[key]}, with another value", "keep one of the two"
+                f"is the same setting as {parsed.spelled[key]}, with another value", "keep one of the two"
             )
         return
     if key in model.model_fields:
-        reading.spelled[key] = spelled
+        parsed.spelled[key] = spelled
         values[key] = value
-    elif key in vocabulary.instead:
+    elif key in schema.no_effect:
         if not _is_off(value, (False, 0)):
-            reading.warnings.append(
-                f"{file.name}: {where}{spelled} = {json.dumps(value)} has no effect: {vocabulary.instead[key]}"
+            parsed.warnings.append(
+                f"{file.name}: {where}{spelled} = {json.dumps(value)} has no effect: {schema.no_effect[key]}"
             )
-    elif key in vocabulary.later:
-        later = vocabulary.later[key]
-        if not _is_off(value, later.off):
-            off = json.dumps(later.off[0])
-            problem("is not available yet", later.hint or f"write {off}, or leave the key out")
-    elif key in vocabulary.idle:
-        pass  # its switch is off: any other value of the switch is a problem of its own
-    elif vocabulary.is_meaningless(key):
-        reading.warnings.append(f"{file.name}: {where}{spelled} has no meaning here and is not read")
+    elif key in schema.unsupported:
+        unsupported = schema.unsupported[key]
+        if not _is_off(value, unsupported.off):
+            off = json.dumps(unsupported.off[0])
+            problem("is not supported", unsupported.hint or f"write {off}, or remove the key")
+    elif key in schema.inactive:
+        pass  # its switch is off: any other value of the switch is reported itself
+    elif schema.is_ignored(key):
+        parsed.warnings.append(f"{file.name}: {where}{spelled} has no meaning here and is ignored")
     elif key in elsewhere:
-        problem("is not a key of this place", f"write it in {elsewhere[key]}")
+        problem("is not a key of this file or object", f"write it in {elsewhere[key]}")
     else:
-        known = [*model.model_fields, *vocabulary.spellings]
+        known = [*model.model_fields, *schema.spellings]
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         problem(
             "is not a known key", f"write {near[0]}" if near else "remove it; docs/settings.md lists the keys"
@@ -204,14 +202,14 @@ def _sort_in(
 
 
 def _is_off(value: Any, off: tuple[Any, ...]) -> bool:
-    value = _plain(value)
+    value = _parse_plain(value)
     if isinstance(value, Mapping):  # {"enable": false, ...}
-        value = _plain(value.get("enable", True)) if value else None
+        value = _parse_plain(value.get("enable", True)) if value else None
     return value is None or value == [] or any(value == each for each in off)
 
 
-def _plain(value: Any) -> Any:
-    """A boolean, number or null that was written as a string, as what it stands for."""
+def _parse_plain(value: Any) -> Any:
+    """Convert a boolean, number or null written as a string to its value; return other values unchanged."""
     if not isinstance(value, str):
         return value
     text = value.strip().lower()
@@ -223,10 +221,10 @@ def _plain(value: Any) -> Any:
         return value
 
 
-def _in_words(
-    detail: ErrorDetails, key: str, value: Any, model: type[M], vocabulary: KeySchema
+def _describe(
+    detail: ErrorDetails, key: str, value: Any, model: type[M], schema: KeySchema
 ) -> tuple[str, str]:
-    """What is wrong and what to write instead, from one of pydantic's errors."""
+    """Return what is wrong and what to write instead, from one of pydantic's errors."""
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.6)
@@ -235,44 +233,44 @@ def _in_words(
             f"write {near[0]}" if near else f"remove it; {', '.join(model.model_fields)} are known",
         )
     field_info = model.model_fields[key]
-    meaning = f"{key}: {field_info.description}"
+    description = f"{key}: {field_info.description}"
     choices = literal_values(field_info.annotation)
     if kind == "missing":
-        return "is missing", f"add it. {meaning}"
+        return "is missing", f"add it. {description}"
     if isinstance(context.get("error"), BadValueError):
         return str(context["error"]), context["error"].hint
     if kind == "value_error":
-        return str(context["error"]), meaning
+        return str(context["error"]), description
     if choices and (kind == "literal_error" or kind.endswith("_type")):
-        return _wrong_choice(key, detail["input"] if kind == "literal_error" else value, choices, vocabulary)
+        return _wrong_choice(key, detail["input"] if kind == "literal_error" else value, choices, schema)
     if kind in _LIMITS:
         name, words = _LIMITS[kind]
         limit = context[name]
-        return f"must be {words} {limit:g}", f"write a value {words} {limit:g}. {meaning}"
+        return f"must be {words} {limit:g}", f"write a value {words} {limit:g}. {description}"
     if kind == "finite_number":
-        return "must be a finite number", meaning
+        return "must be a finite number", description
     if kind == "int_from_float":
-        return "must be a whole number", f"write {round(float(value))}. {meaning}"
+        return "must be a whole number", f"write {round(float(value))}. {description}"
     if kind == "string_pattern_mismatch":
-        return "is not of the form that is asked for", meaning
+        return "does not have the required form", description
     if kind in ("tuple_type", "list_type"):
-        return "must be a list", f"write a list. {meaning}"
+        return "must be a list", f"write a list. {description}"
     if kind == "dict_type":
-        return "must be an object", f"write an object. {meaning}"
+        return "must be an object", f"write an object. {description}"
     for prefix, words in _NUMBER_WORDS.items():
         if kind.startswith(prefix):
-            return f"must be {words}", f"write {words}. {meaning}"
+            return f"must be {words}", f"write {words}. {description}"
     if kind == "path_type":
-        also = " or a list of texts" if "tuple_type" in _kinds_of(field_info.annotation) else ""
-        return f"must be a path{also}", f"write a path as text{also}. {meaning}"
+        also = " or a list of texts" if "tuple_type" in _container_types(field_info.annotation) else ""
+        return f"must be a path{also}", f"write a path as text{also}. {description}"
     if kind in ("model_type", "model_attributes_type"):
         inner = _model_within(field_info.annotation)
         listed = ", ".join(inner.model_fields) if inner else ""
-        return "must be an object", f"write an object with any of {listed}. {meaning}"
-    return detail["msg"], meaning
+        return "must be an object", f"write an object with any of {listed}. {description}"
+    return detail["msg"], description
 
 
-def _kinds_of(annotation: Any) -> set[str]:
+def _container_types(annotation: Any) -> set[str]:
     return {
         f"{get_origin(member).__name__}_type"
         for member in get_args(annotation)
@@ -280,11 +278,11 @@ def _kinds_of(annotation: Any) -> set[str]:
     }
 
 
-def _wrong_choice(key: str, value: Any, choices: tuple[str, ...], vocabulary: KeySchema) -> tuple[str, str]:
+def _wrong_choice(key: str, value: Any, choices: tuple[str, ...], schema: KeySchema) -> tuple[str, str]:
     listed = ", ".join(json.dumps(choice) for choice in choices)
     if isinstance(value, str):
-        if value in vocabulary.later_values.get(key, frozenset()):
-            return f"{value} is not available yet", f"write one of {listed}" if len(
+        if value in schema.unsupported_values.get(key, frozenset()):
+            return f"{value} is not supported", f"write one of {listed}" if len(
                 choices
             ) > 1 else f"write {listed}"
         near = difflib.get_close_matches(value.lower(), choices, n=1, cutoff=0.6)
@@ -298,7 +296,7 @@ def _wrong_choice(key: str, value: Any, choices: tuple[str, ...], vocabulary: Ke
 
 
 def literal_values(annotation: Any) -> tuple[str, ...]:
-    """The values of the first Literal in an annotation, looking through unions, tuples and Annotated; () without one."""
+    """Return the values of the first Literal in an annotation, within unions, tuples and Annotated; () without one."""
     origin = get_origin(annotation)
     if origin is Literal:
         return tuple(str(value) for value in get_args(annotation))

@@ -1,9 +1,7 @@
-"""The vocabulary of SimpleTuner's two files beyond the settings that work here.
+"""Keys of SimpleTuner's two files beyond the supported settings: aliases, unsupported keys, and keys without meaning for SDXL.
 
-That is: other spellings, what is not available yet, and what has no meaning for SDXL.
-
-A key that is not available yet is accepted with the values that mean "off", so that a file which merely spells out a default still
-works; any other value is refused, since leaving it without effect would train something else than what was asked for.
+An unsupported key is accepted with the values that mean "off", so that a file which contains a default works; any other value is
+rejected, since ignoring it would train something else.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +10,7 @@ from typing import Any, Final
 
 @dataclass(frozen=True)
 class UnsupportedKey:
-    """A key that is not available yet: the values that mean "off", the first of them preferred, and what to write instead."""
+    """A key that is not supported: the values that mean "off", the first of them preferred, and what to write instead."""
 
     off: tuple[Any, ...]
     hint: str = ""
@@ -20,24 +18,24 @@ class UnsupportedKey:
 
 @dataclass(frozen=True)
 class KeySchema:
-    """What is known of one kind of object beside the fields of its model.
+    """Known keys of one kind of object beside the fields of its model.
 
-    `spellings`: other name -> name. `instead`: accepted keys without effect -> what happens instead. `later`: keys not available yet. `later_values`: known values of accepted keys that are not
-    available yet. `idle`: keys that only tune a feature which is off, by the key that would switch it on. `meaningless`: keys of
-    other models or of the reference's own machinery, by name and by prefix.
+    `spellings`: alias -> name. `no_effect`: accepted keys without effect -> what happens instead. `unsupported`: keys that are not
+    supported. `unsupported_values`: values of supported keys that are not supported. `inactive`: keys that only tune an unsupported
+    feature -> the key of that feature. `ignored`: keys of other models or of SimpleTuner's internals, by name and by prefix.
     """
 
     spellings: dict[str, str] = field(default_factory=dict)
-    instead: dict[str, str] = field(default_factory=dict)
-    later: dict[str, UnsupportedKey] = field(default_factory=dict)
-    later_values: dict[str, frozenset[str]] = field(default_factory=dict)
-    idle: dict[str, str] = field(default_factory=dict)
-    meaningless: frozenset[str] = frozenset()
-    meaningless_prefixes: tuple[str, ...] = ()
+    no_effect: dict[str, str] = field(default_factory=dict)
+    unsupported: dict[str, UnsupportedKey] = field(default_factory=dict)
+    unsupported_values: dict[str, frozenset[str]] = field(default_factory=dict)
+    inactive: dict[str, str] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()
+    ignored_prefixes: tuple[str, ...] = ()
 
-    def is_meaningless(self, key: str) -> bool:
-        """Whether the key is known and has no effect here."""
-        return key in self.meaningless or key.startswith(self.meaningless_prefixes)
+    def is_ignored(self, key: str) -> bool:
+        """Return whether the key is known and has no effect here."""
+        return key in self.ignored or key.startswith(self.ignored_prefixes)
 
 
 def _names(text: str) -> frozenset[str]:
@@ -48,7 +46,7 @@ def _off(off: tuple[Any, ...], names: str) -> dict[str, UnsupportedKey]:
     return {name: UnsupportedKey(off) for name in names.split()}
 
 
-def _tunes(switch: str, names: str) -> dict[str, str]:
+def _tuned_by(switch: str, names: str) -> dict[str, str]:
     return dict.fromkeys(names.split(), switch)
 
 
@@ -68,14 +66,14 @@ TRAINING: Final = KeySchema(
         "save_total_limit": "checkpoints_total_limit",
         "peft_lora_target_modules": "lora_target_modules",
     },
-    instead={
+    no_effect={
         "xformers": _ATTENTION,
         "use_xformers": _ATTENTION,
         "enable_xformers_memory_efficient_attention": _ATTENTION,
-        "allow_tf32": "matrices are multiplied in mixed_precision, and those left in float32 without TF32's rounding",
+        "allow_tf32": "matrices are multiplied in mixed_precision, and float32 ones without TF32 rounding",
         "trust_remote_code": "code from a model repository is never run here",
     },
-    later={
+    unsupported={
         **_off(
             (False, None),
             """controlnet control refiner_training urepa_enabled xm_enabled
@@ -102,7 +100,7 @@ TRAINING: Final = KeySchema(
             (None, ""), "write stop or wait in disk_low_action: no script is run here"
         ),
         "validation_lycoris_strength": UnsupportedKey(
-            (1.0, None), "write 1.0: images are drawn with the adapter as its file holds it"
+            (1.0, None), "write 1.0: images are generated with the adapter at its saved strength"
         ),
         "init_lora_step": UnsupportedKey((None, 0)),
         "init_lora_ema": UnsupportedKey((None, "")),
@@ -113,8 +111,8 @@ TRAINING: Final = KeySchema(
         "gradient_checkpointing_backend": UnsupportedKey(("torch", None)),
         "accelerate_visible_devices": UnsupportedKey(
             (None, ""),
-            "leave it out: num_processes of the hardware profile says on how many devices to train, and the environment variable "
-            "CUDA_VISIBLE_DEVICES on which",
+            "remove it: num_processes of the hardware profile sets the number of devices, and the environment variable "
+            "CUDA_VISIBLE_DEVICES selects them",
         ),
         "data_backend_sampling": UnsupportedKey(
             ("auto-weighting", None),
@@ -131,7 +129,7 @@ TRAINING: Final = KeySchema(
         "delete_problematic_images": _NOTHING_IS_DELETED,
         "delete_nsfw_images": _NOTHING_IS_DELETED,
         "num_processes": UnsupportedKey(
-            (1, None), "leave it out: the hardware profile's num_processes says how many devices train"
+            (1, None), "remove it: num_processes of the hardware profile sets the number of devices"
         ),
         "num_machines": UnsupportedKey((1, None), "write 1: a training runs on one machine"),
         "adam_beta1": UnsupportedKey((0.9, None), _IN_OPTIMIZER_CONFIG),
@@ -141,7 +139,7 @@ TRAINING: Final = KeySchema(
         "optimizer_beta1": UnsupportedKey((None,), _IN_OPTIMIZER_CONFIG),
         "optimizer_beta2": UnsupportedKey((None,), _IN_OPTIMIZER_CONFIG),
     },
-    later_values={
+    unsupported_values={
         "model_flavour": _names("refiner-1.0 base-0.9 refiner-0.9"),
         "optimizer": _names(
             """soap muon sdnq-adamw sdnq-adamw+no_quant sdnq-adafactor sdnq-came sdnq-lion sdnq-muon
@@ -155,72 +153,72 @@ TRAINING: Final = KeySchema(
         "caption_strategy": _names("webshart"),
         "disk_low_action": _names("script"),
     },
-    idle={
-        **_tunes("peft_lora_mode", "singlora_ramp_up_steps"),
-        **_tunes(
+    inactive={
+        **_tuned_by("peft_lora_mode", "singlora_ramp_up_steps"),
+        **_tuned_by(
             "assistant_lora_path",
             "assistant_lora_strength assistant_lora_inference_strength disable_assistant_lora",
         ),
-        **_tunes("distillation_method", "distillation_config"),
-        **_tunes(
+        **_tuned_by("distillation_method", "distillation_config"),
+        **_tuned_by(
             "validation_adapter_path",
             "validation_adapter_name validation_adapter_strength validation_adapter_mode",
         ),
-        **_tunes(
+        **_tuned_by(
             "validation_guidance_skip_layers",
             "validation_guidance_skip_layers_start validation_guidance_skip_layers_stop validation_guidance_skip_scale",
         ),
-        **_tunes("validation_method", "validation_external_script validation_external_background"),
-        **_tunes(
+        **_tuned_by("validation_method", "validation_external_script validation_external_background"),
+        **_tuned_by(
             "sdxl_validation_pipeline_mode", "sdxl_validation_stage1_model sdxl_validation_stage2_model"
         ),
-        **_tunes(
+        **_tuned_by(
             "refiner_training",
             """refiner_training_invert_schedule refiner_training_strength sdxl_refiner_uses_full_range data_aesthetic_score""",
         ),
-        **_tunes(
+        **_tuned_by(
             "controlnet",
             "controlnet_custom_config controlnet_model_name_or_path conditioning_multidataset_sampling",
         ),
-        **_tunes("xm_enabled", "xm_candidate_count xm_training_target xm_selection_scope xm_block_size"),
-        **_tunes(
+        **_tuned_by("xm_enabled", "xm_candidate_count xm_training_target xm_selection_scope xm_block_size"),
+        **_tuned_by(
             "enable_nsfw_check",
             """nsfw_check_models nsfw_check_min_votes nsfw_check_backend_types nsfw_check_sample_types
             nsfw_check_video_frame_count nsfw_check_video_frame_selection nsfw_check_video_min_flagged_frames""",
         ),
-        **_tunes(
+        **_tuned_by(
             "urepa_enabled",
             """urepa_lambda urepa_manifold_weight urepa_model urepa_encoder_image_size urepa_use_tae urepa_scheduler
             urepa_warmup_steps urepa_decay_steps urepa_lambda_end urepa_power urepa_cutoff_step urepa_similarity_threshold
             urepa_similarity_ema_decay urepa_threshold_mode""",
         ),
-        **_tunes("context_parallel_size", "context_parallel_comm_strategy"),
-        **_tunes(
+        **_tuned_by("context_parallel_size", "context_parallel_comm_strategy"),
+        **_tuned_by(
             "num_machines",
             "machine_rank main_process_ip main_process_port same_network local_rank",
         ),
-        **_tunes(
+        **_tuned_by(
             "ramtorch",
             """ramtorch_target_modules ramtorch_text_encoder ramtorch_vae ramtorch_controlnet ramtorch_transformer_percent
             ramtorch_text_encoder_percent ramtorch_disable_sync_hooks ramtorch_disable_extensions""",
         ),
-        **_tunes(
+        **_tuned_by(
             "enable_group_offload",
             """group_offload_type group_offload_blocks_per_group group_offload_use_stream group_offload_to_disk_path
             group_offload_text_encoder group_offload_vae""",
         ),
-        **_tunes(
+        **_tuned_by(
             "gradient_checkpointing_offload_attention",
             "gradient_checkpointing_offload_pin_memory_max_buckets gradient_checkpointing_offload_prefetch",
         ),
-        **_tunes(
+        **_tuned_by(
             "sdnq_weights_dtype",
             """sdnq_compile_mode sdnq_group_size sdnq_hadamard_group_size sdnq_modules_dtype_dict sdnq_modules_quant_config
             sdnq_modules_to_not_convert sdnq_modules_to_not_use_matmul sdnq_quantized_matmul_dtype sdnq_svd_rank sdnq_svd_steps
             sdnq_use_hadamard sdnq_use_quantized_matmul sdnq_use_static_quantization sdnq_use_stochastic_rounding sdnq_use_svd""",
         ),
     },
-    meaningless=_names(
+    ignored=_names(
         """__active_tab__ __disabled_fields__ configs_dir ez_model_type aspect_ratio_bucketing ignore_final_epochs push_to_hub_background accelerator_cache_clear_interval aspect_bucket_disable_rebuild aspect_bucket_worker_count aws_max_pool_connections
         base_model_default_dtype cache_dir cache_dir_text cache_dir_vae checkpointing_use_tempdir compress_disk_cache
         custom_text_encoder_intermediary_layers dataloader_prefetch dataloader_prefetch_qlen
@@ -245,7 +243,7 @@ TRAINING: Final = KeySchema(
         validation_no_cfg_until_timestep validation_num_video_frames validation_seed_source validation_stitch_input_location
         validation_torch_compile variant"""
     ),
-    meaningless_prefixes=tuple(
+    ignored_prefixes=tuple(
         _names(
             """acestep_ audio_ cosmos3_ crepa_ deepfloyd_ flow_ flux_ hidream_ ideogram_ internal_guidance_ irepa_
             krea2_ layersync_ ltx2_ ltx_ lyrics_ minimax_ mixflow_ nextlat_ pixart_ sana_ scheduled_sampling_reflexflow sd3_ twinflow_
@@ -253,37 +251,37 @@ TRAINING: Final = KeySchema(
         )
     ),
 )
-"""Beyond the fields of `TrainingSettings`."""
+"""Keys beyond the fields of `TrainingSettings`."""
 
-_WHOLE_RUN = "leave it out: every dataset is trained on from the first step to the last; or disable the entry"
-_WHOLE_IMAGES = "leave it out: each image of the column is used as a whole"
-_NOT_FILTERED = UnsupportedKey(
+_ALL_STEPS = "remove it: every dataset is used from the first step to the last; or disable the entry"
+_FULL_IMAGES = "remove it: each image of the column is used uncropped"
+_NO_ROW_FILTER = UnsupportedKey(
     (None,),
-    "leave it out, and name a dataset that holds only what is to be trained: rows are not filtered here",
+    "remove it, and use a dataset that contains training images only: rows are not filtered here",
 )
 
 _ENTRY_SPELLINGS = {"disable": "disabled"}
 
 IMAGES: Final = KeySchema(
     spellings={**_ENTRY_SPELLINGS, "is_regularization_data": "is_regularisation_data"},
-    later={
+    unsupported={
         **_off((False, None), "disable_validation"),
         **_off((None, ""), "conditioning slider_strength"),
         "train_batch_size": UnsupportedKey(
-            (None, ""), "write it in config.json: datasets share their batches, and so one train_batch_size"
+            (None, ""), "write it in config.json: all datasets share one train_batch_size"
         ),
-        "huggingface": UnsupportedKey((None,), "write an object, or leave the key out"),
-        "filter_func": _NOT_FILTERED,
-        "composite_image_config": UnsupportedKey((None,), _WHOLE_IMAGES),
-        "start_epoch": UnsupportedKey((1, 0, None), _WHOLE_RUN),
-        "end_epoch": UnsupportedKey((None, "", 0), _WHOLE_RUN),
-        "start_step": UnsupportedKey((0, None), _WHOLE_RUN),
-        "end_step": UnsupportedKey((None, 0), _WHOLE_RUN),
+        "huggingface": UnsupportedKey((None,), "write an object, or remove the key"),
+        "filter_func": _NO_ROW_FILTER,
+        "composite_image_config": UnsupportedKey((None,), _FULL_IMAGES),
+        "start_epoch": UnsupportedKey((1, 0, None), _ALL_STEPS),
+        "end_epoch": UnsupportedKey((None, "", 0), _ALL_STEPS),
+        "start_step": UnsupportedKey((0, None), _ALL_STEPS),
+        "end_step": UnsupportedKey((None, 0), _ALL_STEPS),
         "delete_unwanted_images": _NOTHING_IS_DELETED,
         "delete_problematic_images": _NOTHING_IS_DELETED,
         "delete_nsfw_images": _NOTHING_IS_DELETED,
     },
-    later_values={
+    unsupported_values={
         "type": _names("webshart memory"),
         "dataset_type": _names(
             "video audio image_embeds conditioning_image_embeds caption distillation_cache"
@@ -292,47 +290,47 @@ IMAGES: Final = KeySchema(
         "caption_strategy": _names("webshart"),
         "metadata_backend": _names("webshart"),
     },
-    idle=_tunes("type", "webshart"),
-    meaningless=_names(
+    inactive=_tuned_by("type", "webshart"),
+    ignored=_names(
         """ignore_epochs streaming num_proc csv aws_max_pool_connections image_embeds hash_filenames preserve_data_backend_cache metadata_update_interval conditioning_image_embeds
         cache_dir_conditioning_image_embeds conditioning_image_embed_batch_size compress_cache compress_disk_cache video audio s2v
         num_frames min_frames max_frames is_i2v timestep_sampling_offset framerate default cache_dir write_batch_size"""
     ),
-    meaningless_prefixes=("bbox", "grounding", "memory_filesystem_", "webshart_"),
+    ignored_prefixes=("bbox", "grounding", "memory_filesystem_", "webshart_"),
 )
-"""Beyond the fields of `ImageDataset`."""
+"""Keys beyond the fields of `ImageDataset`."""
 
 HUGGINGFACE: Final = KeySchema(
-    later={
-        "filter_func": _NOT_FILTERED,
-        "composite_image_config": UnsupportedKey((None,), _WHOLE_IMAGES),
+    unsupported={
+        "filter_func": _NO_ROW_FILTER,
+        "composite_image_config": UnsupportedKey((None,), _FULL_IMAGES),
         "fallback_caption_column": UnsupportedKey(
-            (None,), "leave it out, or name all columns of captions in caption_column"
+            (None,), "remove it, or list all caption columns in caption_column"
         ),
         "dataset_path": UnsupportedKey((None,), "write the repository in dataset_name"),
     },
-    meaningless=_names(
+    ignored=_names(
         """auto_load cache_dir streaming num_proc file_extension width_column height_column quality_column description_column
         video_column audio_column num_frames_column fps_column lyrics_column audio_caption_fields bbox_column"""
     ),
 )
-"""Of the object `huggingface` in an image dataset, beyond the fields of `HubColumns`."""
+"""Keys of the object `huggingface` in an image dataset beyond the fields of `HubColumns`."""
 
 TEXT_EMBEDS: Final = KeySchema(
     spellings=_ENTRY_SPELLINGS,
-    later={
+    unsupported={
         "text_encoder_batch_size": UnsupportedKey(
-            (None,), "write text_encoder_batch_size in config.json: it holds for all captions"
+            (None,), "write text_encoder_batch_size in config.json: it applies to all captions"
         ),
     },
-    idle=_tunes(
+    inactive=_tuned_by(
         "type",
         """aws_bucket_name aws_region_name aws_endpoint_url aws_access_key_id aws_secret_access_key aws_session_token
         aws_data_prefix aws_max_pool_connections""",
     ),
-    meaningless=_names(
+    ignored=_names(
         "hash_filenames preserve_data_backend_cache metadata_update_interval compress_cache compress_disk_cache"
     ),
-    meaningless_prefixes=("memory_filesystem_",),
+    ignored_prefixes=("memory_filesystem_",),
 )
-"""Beyond the fields of `TextEmbedsDataset`."""
+"""Keys beyond the fields of `TextEmbedsDataset`."""

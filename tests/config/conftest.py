@@ -1,4 +1,4 @@
-"""Project folders written by hand, and the problems their files raise."""
+"""Fixtures that write project folders and return the problems of their files."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Whatever JSON the two files hold, loading a project gives a project or named problems, and never another exception."""
+"""For any JSON in the two files, load_project returns a project or raises ProjectError, and never another exception."""
 
 import json
 import random
@@ -71,9 +71,9 @@ def random_value(rng: random.Random, depth: int = 0) -> Any:
     return {rng.choice(names): random_value(rng, depth + 1) for _ in range(size)}
 
 
-def keys_of(model: type[SettingsModel], vocabulary: KeySchema) -> list[str]:
+def keys_of(model: type[SettingsModel], schema: KeySchema) -> list[str]:
     """Every key that an object may hold."""
-    return [*model.model_fields, *vocabulary.spellings, *vocabulary.later, *vocabulary.idle]
+    return [*model.model_fields, *schema.spellings, *schema.unsupported, *schema.inactive]
 
 
 def require_problems(folder: Path, shown: object) -> None:
@@ -96,7 +96,7 @@ def require_problems(folder: Path, shown: object) -> None:
         ("text_embeds", keys_of(TextEmbedsDataset, TEXT_EMBEDS)),
     ],
 )
-def test_load_project_any_value_of_any_key_gives_named_problems(
+def test_load_project_any_value_of_any_key_reports_problems_by_key(
     write_project: Callable[..., Path], place: str, keys: list[str]
 ) -> None:
     rng = random.Random(place)
@@ -109,7 +109,7 @@ def test_load_project_any_value_of_any_key_gives_named_problems(
             require_problems(write_project(config, [images, texts]), entry)
 
 
-def test_load_project_random_files_give_named_problems(write_project: Callable[..., Path]) -> None:
+def test_load_project_random_json_reports_problems_by_key(write_project: Callable[..., Path]) -> None:
     rng = random.Random(1)
 
     def some(keys: list[str]) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def test_load_project_random_files_give_named_problems(write_project: Callable[.
 
 
 @pytest.mark.parametrize("whole", ['{\n  "seed": 1,\n  "optimizer": "adamw"\n}\n', '[\n{"id": "a"\n}\n]'])
-def test_load_project_truncated_file_is_a_problem_at_every_length(
+def test_load_project_truncated_file_reports_a_problem(
     write_project: Callable[..., Path], whole: str
 ) -> None:
     for length in range(1, len(whole)):
@@ -146,7 +146,7 @@ def test_load_project_truncated_file_is_a_problem_at_every_length(
         {"max_train_steps": 10**400},
     ],
 )
-def test_discover_projects_one_broken_leaves_the_others(
+def test_discover_projects_invalid_project_does_not_affect_others(
     write_project: Callable[..., Path], config: Any
 ) -> None:
     write_project(config, name="broken")
@@ -159,7 +159,7 @@ def test_discover_projects_one_broken_leaves_the_others(
     assert FAULT not in problem.message
 
 
-def test_load_project_unforeseen_exception_becomes_a_problem_with_its_place(
+def test_load_project_unexpected_exception_becomes_a_problem_with_its_location(
     write_project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -173,7 +173,7 @@ def test_load_project_unforeseen_exception_becomes_a_problem_with_its_place(
     assert "IndexError: list index out of range (test_any_json.py, line " in problem.message
 
 
-def test_load_project_links_in_a_circle_are_no_fault(write_project: Callable[..., Path]) -> None:
+def test_load_project_circular_links_are_reported_as_problems(write_project: Callable[..., Path]) -> None:
     folder = write_project({"init_lora": "circle"})
     (folder / "data").symlink_to(folder / "data")
     (folder / "circle").symlink_to(folder / "circle")

@@ -1,4 +1,4 @@
-"""Holds: no secret of a settings file is ever shown, kept or digested, whatever is wrong with the file."""
+"""Secrets of a settings file appear in no message, dump or digest, even if the file has problems."""
 
 import json
 
@@ -16,7 +16,7 @@ BUCKET = {"id": "cats", "type": "aws", "url": "s3://bucket/cats"}
 KEYS = {"aws_access_key_id": f"AK{SECRET}", "aws_secret_access_key": SECRET, "aws_session_token": SECRET}
 
 
-def test_a_dataset_keeps_its_secrets_to_itself(write_project, tmp_path):
+def test_image_dataset_repr_and_dump_contain_no_secret(write_project, tmp_path):
     project = load_project(write_project({}, [{**BUCKET, **KEYS}]))
     (dataset,) = project.datasets
     assert dataset.aws_secret_access_key is not None
@@ -28,7 +28,7 @@ def test_a_dataset_keeps_its_secrets_to_itself(write_project, tmp_path):
     assert project_fingerprint(other) == project_fingerprint(project)
 
 
-def test_the_doctor_does_not_tell(write_project, capsys):
+def test_doctor_output_contains_no_secret(write_project, capsys):
     folder = write_project({}, [{**BUCKET, **KEYS}])
     assert main(["doctor", "--hardware", "cpu", str(folder)]) == 0
     assert SECRET not in capsys.readouterr().out
@@ -51,7 +51,7 @@ def test_the_doctor_does_not_tell(write_project, capsys):
         {"huggingface": {"token": SECRET}},
     ],
 )
-def test_no_problem_shows_one(write_project, wrong):
+def test_problem_text_contains_no_secret(write_project, wrong):
     with pytest.raises(ProjectError) as caught:
         load_project(write_project({}, [{**BUCKET, **wrong}]))
     assert SECRET not in str(caught.value)
@@ -69,5 +69,5 @@ def test_no_problem_shows_one(write_project, wrong):
         ("is it a.png? yes", "is it a.png? yes"),
     ],
 )
-def test_addresses_are_shown_without_what_opens_them(text, shown):
+def test_without_credentials_removes_user_info_and_query(text, shown):
     assert without_credentials(text) == shown

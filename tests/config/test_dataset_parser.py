@@ -1,4 +1,4 @@
-"""Holds: what dataset entries take over from config.json, and which entries and combinations are refused."""
+"""Values that dataset entries inherit from config.json, and invalid entries and combinations."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def only_dataset(folder):
     return dataset
 
 
-def test_entries_take_over_what_they_do_not_say(write_project):
+def test_entries_inherit_unset_keys_from_config(write_project):
     config = {
         "resolution": 768,
         "minimum_image_size": 512,
@@ -30,7 +30,7 @@ def test_entries_take_over_what_they_do_not_say(write_project):
     assert dataset.aspect_bucket_alignment == 32
 
 
-def test_sizes_in_another_unit_are_not_taken_over(write_project):
+def test_sizes_in_another_unit_are_not_inherited(write_project):
     config = {"resolution": 768, "minimum_image_size": 512}
     project = load_project(write_project(config, [{**IMAGE_ENTRY, "resolution_type": "area"}]))
     (dataset,) = project.datasets
@@ -40,12 +40,12 @@ def test_sizes_in_another_unit_are_not_taken_over(write_project):
 
 
 @pytest.mark.parametrize("spelling", ["disabled", "disable", "--disabled"])
-def test_disabled_entries_are_left_out_unread(write_project, spelling):
+def test_disabled_entries_are_ignored_without_validation(write_project, spelling):
     off = {"id": "off", "type": "aws", "nonsense": 1, spelling: "true"}
     assert only_dataset(write_project({}, [IMAGE_ENTRY, off])).id == "cats"
 
 
-def test_eval_datasets_are_kept_apart(write_project):
+def test_eval_datasets_are_separate_from_train_datasets(write_project):
     project = load_project(
         write_project({}, [IMAGE_ENTRY, {**IMAGE_ENTRY, "id": "held", "dataset_type": "eval"}])
     )
@@ -53,7 +53,7 @@ def test_eval_datasets_are_kept_apart(write_project):
     assert [dataset.id for dataset in project.eval_datasets] == ["held"]
 
 
-def test_text_embeds_are_found_by_name_then_default(write_project):
+def test_text_embeds_of_selects_by_name_then_default(write_project):
     entries = [
         IMAGE_ENTRY,
         {**IMAGE_ENTRY, "id": "dogs", "text_embeds": "first"},
@@ -67,7 +67,7 @@ def test_text_embeds_are_found_by_name_then_default(write_project):
     assert project.text_embeds_of(cats).write_batch_size == 7
 
 
-def test_without_a_text_embeds_entry_one_is_made(write_project):
+def test_text_embeds_of_without_entry_returns_a_default_one(write_project):
     project = load_project(write_project())
     assert project.text_embeds_of(project.datasets[0]).cache_dir is None
 
@@ -86,15 +86,19 @@ def test_without_a_text_embeds_entry_one_is_made(write_project):
             '[3] "u".default',
             '[2] "t" is the default already',
         ),
-        ([{**IMAGE_ENTRY, "text_embeds": "nobody"}], '[1] "cats".text_embeds', "names no text_embeds entry"),
+        (
+            [{**IMAGE_ENTRY, "text_embeds": "nobody"}],
+            '[1] "cats".text_embeds',
+            "is the id of no text_embeds entry",
+        ),
         ([{**IMAGE_ENTRY, "dataset_type": "eval"}], "", "no images to train on"),
         ([{"instance_data_dir": "data"}], "[1].id", "is missing"),
         ([{"id": "cats"}], '[1] "cats".instance_data_dir', "is missing"),
         ([IMAGE_ENTRY, 3], "[2]", "a number, not an object"),
         ({"id": "cats"}, "", "an object, not a list"),
-        ([{**IMAGE_ENTRY, "dataset_type": "video"}], '[1] "cats".dataset_type', "not for SDXL LoRA yet"),
+        ([{**IMAGE_ENTRY, "dataset_type": "video"}], '[1] "cats".dataset_type', "not supported for SDXL"),
         ([{**IMAGE_ENTRY, "dataset_type": "images"}], '[1] "cats".dataset_type', "not a known dataset_type"),
-        ([{**IMAGE_ENTRY, "type": "webshart"}], '[1] "cats".type', "not available yet"),
+        ([{**IMAGE_ENTRY, "type": "webshart"}], '[1] "cats".type', "not supported"),
         ([{"id": "cats", "type": "huggingface"}], '[1] "cats".dataset_name', "type huggingface needs it"),
         ([{"id": "cats", "type": "aws"}], '[1] "cats".aws_bucket_name', "type aws needs it"),
         ([{"id": "cats", "type": "csv"}], '[1] "cats".csv_file', "type csv needs it"),
@@ -112,7 +116,7 @@ def test_without_a_text_embeds_entry_one_is_made(write_project):
         (
             [{"id": "cats", "type": "aws", "url": "s3://b", "aws_access_key_id": "AK"}],
             '[1] "cats".aws_secret_access_key',
-            "the other half",
+            "the other part",
         ),
         ([{**IMAGE_ENTRY, "type": "locale"}], '[1] "cats".type', "not one of the known values"),
         (
@@ -133,17 +137,17 @@ def test_without_a_text_embeds_entry_one_is_made(write_project):
         (
             [{**IMAGE_ENTRY, "delete_unwanted_images": True}],
             '[1] "cats".delete_unwanted_images',
-            "not available yet",
+            "not supported",
         ),
         (
             [{**IMAGE_ENTRY, "huggingface": {"filter_func": {"a": 1}}}],
             '[1] "cats".huggingface.filter_func',
-            "not available yet",
+            "not supported",
         ),
         (
             [{**IMAGE_ENTRY, "caption_strategy": "webshart"}],
             '[1] "cats".caption_strategy',
-            "not available yet",
+            "not supported",
         ),
         (
             [{**IMAGE_ENTRY, "caption_strategy": "csv"}],
@@ -216,19 +220,19 @@ def test_without_a_text_embeds_entry_one_is_made(write_project):
         ),
     ],
 )
-def test_what_cannot_be_meant_is_refused(problems_of, entries, key, words):
+def test_parse_datasets_invalid_combination_reports_key_and_reason(problems_of, entries, key, words):
     problems = problems_of({}, entries)
     assert list(problems) == [key]
     assert words in problems[key].message
     assert problems[key].file.name == "multidatabackend.json"
 
 
-def test_a_value_taken_over_is_a_problem_of_the_file_it_stands_in(problems_of):
+def test_parse_datasets_invalid_inherited_value_is_a_problem_of_config_json(problems_of):
     problem = problems_of({"resolution": 1.0})["resolution"]
     assert problem.file.name == "config.json"
 
 
-def test_remedies_for_sizes_in_the_wrong_unit_give_the_size_that_was_meant(problems_of):
+def test_parse_datasets_size_in_wrong_unit_hint_contains_the_converted_size(problems_of):
     entry = {**IMAGE_ENTRY, "resolution_type": "area", "resolution": 1024}
     assert "such as 1," in problems_of({}, [entry])['[1] "cats".resolution'].hint
     assert (
@@ -236,18 +240,18 @@ def test_remedies_for_sizes_in_the_wrong_unit_give_the_size_that_was_meant(probl
     )
 
 
-def test_lengths_that_contradict_each_other_are_refused(problems_of):
+def test_check_training_two_lengths_is_a_problem(problems_of):
     config = {"max_train_steps": 10, "num_train_epochs": 2, "lr_warmup_steps": 11}
     assert set(problems_of(config)) == {"num_train_epochs", "lr_warmup_steps"}
 
 
-def test_a_constant_rate_with_a_warm_up_has_one_as_in_the_reference(write_project):
+def test_constant_scheduler_with_warmup_steps_becomes_constant_with_warmup(write_project):
     project = load_project(write_project({"lr_scheduler": "constant", "lr_warmup_steps": 5}))
     assert project.training.lr_scheduler == "constant_with_warmup"
     assert load_project(write_project({"lr_scheduler": "constant"})).training.lr_scheduler == "constant"
 
 
-def test_the_stages_that_trust_what_is_recorded_are_read(write_project):
+def test_skip_file_discovery_is_parsed_to_stages(write_project):
     dataset = only_dataset(write_project({}, [{**IMAGE_ENTRY, "skip_file_discovery": "vae, metadata"}]))
     assert dataset.skipped_stages == {"vae", "metadata"}
 
@@ -261,18 +265,18 @@ def test_the_stages_that_trust_what_is_recorded_are_read(write_project):
         ({"type": "aws", "url": "s3://bucket/cats"}, "filename"),
     ],
 )
-def test_every_type_loads_with_its_key_and_its_own_captions(write_project, entry, strategy):
+def test_parse_datasets_every_type_has_its_default_caption_strategy(write_project, entry, strategy):
     dataset = only_dataset(write_project({}, [{"id": "cats", "instance_prompt": "a cat", **entry}]))
     assert (dataset.type, dataset.caption_strategy) == (entry["type"], strategy)
     assert dataset.instance_data_dir is None
 
 
-def test_an_address_in_place_of_a_folder_is_the_url(write_project):
+def test_url_in_instance_data_dir_is_moved_to_url(write_project):
     entry = {"id": "cats", "type": "aws", "instance_data_dir": "s3://bucket/cats"}
     assert only_dataset(write_project({}, [entry])).url == "s3://bucket/cats"
 
 
-def test_weighted_aspects_are_two_lists(write_project):
+def test_weighted_crop_aspect_buckets_are_split_into_two_lists(write_project):
     entry = {
         **IMAGE_ENTRY,
         "crop": True,
@@ -284,14 +288,14 @@ def test_weighted_aspects_are_two_lists(write_project):
     assert dataset.crop_aspect_weights == (3.0, 1.0)
 
 
-def test_a_filter_list_is_a_path_or_the_list_itself(write_project):
+def test_caption_filter_list_accepts_a_path_or_a_list(write_project):
     folder = write_project({}, [{**IMAGE_ENTRY, "caption_filter_list": "filter.txt"}])
     assert only_dataset(folder).caption_filter_list == folder / "filter.txt"
     folder = write_project({}, [{**IMAGE_ENTRY, "caption_filter_list": ["a photo of", "s/x/y/"]}])
     assert only_dataset(folder).caption_filter_list == ("a photo of", "s/x/y/")
 
 
-def test_objects_within_an_entry_are_read_like_the_entry(write_project):
+def test_nested_objects_are_parsed_like_the_entry(write_project):
     entry = {
         **IMAGE_ENTRY,
         "caption_strategy": "parquet",
@@ -305,14 +309,14 @@ def test_objects_within_an_entry_are_read_like_the_entry(write_project):
     assert (dataset.caption_shuffle.enable, dataset.caption_shuffle.count) == (True, 3)
 
 
-def test_an_unknown_key_within_an_object_is_answered_with_the_nearest(problems_of):
+def test_nested_unknown_key_hint_contains_the_closest_key(problems_of):
     entry = {**IMAGE_ENTRY, "parquet": {"path": "a", "filename_colum": "f", "caption_column": 3}}
     problems = problems_of({}, [entry])
     assert problems['[1] "cats".parquet.filename_colum'].hint == "write filename_column"
     assert '[1] "cats".parquet.caption_column' in problems
 
 
-def test_an_entry_for_image_embeds_only_warns(write_project):
+def test_image_embeds_entry_is_ignored_with_a_warning(write_project):
     entry = {"id": "latents", "type": "local", "dataset_type": "image_embeds"}
     (warning,) = load_project(write_project({}, [IMAGE_ENTRY, entry])).warnings
     assert "image_embeds has no effect" in warning

@@ -1,4 +1,4 @@
-"""The hardware presets, and what is detected on which machine. Cards are played by a stand-in for torch."""
+"""Hardware presets, and their detection on a fake torch module."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ def torch_with(cards=(), hip=None, mps=False):
     )
 
 
-def test_presets_are_the_documented_ones_under_their_own_names():
+def test_presets_have_the_documented_names():
     assert list(PRESETS) == ["cpu", "apple-silicon", "cuda-12gb", "cuda-24gb", "cuda-80gb", "rocm-mi300x"]
     assert all(name == preset.profile for name, preset in PRESETS.items())
     assert PRESETS["cpu"].mixed_precision == PRESETS["apple-silicon"].mixed_precision == "no"
@@ -57,17 +57,17 @@ def test_presets_are_the_documented_ones_under_their_own_names():
         (torch_with([(23.9, 11)], hip="6.4"), "cuda-24gb"),
     ],
 )
-def test_the_device_and_its_memory_decide_the_preset(monkeypatch, torch, profile):
+def test_probe_selects_preset_by_device_and_memory(monkeypatch, torch, profile):
     monkeypatch.setitem(sys.modules, "torch", torch)
     assert probe() == PRESETS[profile]
 
 
-def test_of_several_cards_the_smallest_decides_and_each_gets_a_process(monkeypatch):
+def test_probe_several_gpus_uses_the_smallest_and_one_process_each(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", torch_with([(79.1, 9), (23.6, 8), (79.1, 9)]))
     assert probe() == Hardware.model_validate(PRESETS["cuda-24gb"].model_dump() | {"num_processes": 3})
 
 
-def test_a_card_without_bf16_units_gets_fp16_and_a_vae_in_fp32(monkeypatch):
+def test_probe_gpu_without_bf16_units_uses_fp16_and_an_fp32_vae(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", torch_with([(23.6, 7)]))
     found = probe()
     assert (found.mixed_precision, found.vae_dtype) == ("fp16", "fp32")
@@ -75,7 +75,7 @@ def test_a_card_without_bf16_units_gets_fp16_and_a_vae_in_fp32(monkeypatch):
     assert probe().mixed_precision == "bf16", "compute capabilities of ROCm cards count otherwise"
 
 
-def test_detection_loads_no_torch_into_its_caller():
+def test_detect_does_not_import_torch_into_the_caller():
     code = (
         "import sys; from sdxl_pipeline.config.hardware_profiles import detect; "
         "print(detect().profile, 'torch' in sys.modules)"
@@ -98,19 +98,19 @@ def a_device_node(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("a_device_node")
-def test_with_a_device_node_torch_is_asked_in_a_process_of_its_own():
+def test_detect_with_a_device_node_runs_torch_in_a_child_process():
     assert detect() == probe()
 
 
 @pytest.mark.usefixtures("a_device_node")
-def test_a_torch_that_cannot_be_asked_is_an_error_and_not_a_silent_cpu(monkeypatch, tmp_path):
+def test_detect_failing_torch_raises_instead_of_using_the_cpu(monkeypatch, tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('libcuda is broken')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(HardwareError, match=r"set SDXL_HARDWARE[\s\S]*libcuda is broken"):
         detect()
 
 
-def test_an_unknown_profile_is_named_with_the_known_ones():
+def test_hardware_from_name_unknown_profile_error_lists_known_ones():
     with pytest.raises(
         HardwareError, match=r"'cuda-16gb' does not exist.*SDXL_HARDWARE.*auto, cpu, apple-silicon"
     ):
@@ -126,6 +126,6 @@ def test_an_unknown_profile_is_named_with_the_known_ones():
         ("cpu", {"vae_dtype": "fp16"}, "'bf16' or 'fp32'"),
     ],
 )
-def test_combinations_that_cannot_work_are_refused(profile, change, message):
+def test_hardware_invalid_combination_raises(profile, change, message):
     with pytest.raises(ValidationError, match=message):
         Hardware.model_validate(PRESETS[profile].model_dump() | change)

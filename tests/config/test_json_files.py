@@ -1,4 +1,4 @@
-"""Holds: what is not JSON is told with its place, and a key given twice does not silently win."""
+"""Invalid JSON and repeated keys are reported with their position."""
 
 import os
 
@@ -13,7 +13,7 @@ def read(tmp_path, content):
     return read_json(path, "an object")
 
 
-def test_a_syntax_error_is_told_with_line_and_column(tmp_path):
+def test_read_json_syntax_error_contains_line_and_column(tmp_path):
     content, (problem,) = read(tmp_path, '{\n  "a": 1\n  "b": 2\n}')
     assert content is None
     assert "line 3, column 3" in problem.message
@@ -23,13 +23,13 @@ def test_a_syntax_error_is_told_with_line_and_column(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "   ", '{"a": 1,}', "{'a': 1}", '{"a": NaN}', '{"a": -Infinity}', "[" * 100_000]
 )
-def test_what_is_not_json_is_a_problem(tmp_path, text):
+def test_read_json_invalid_json_is_a_problem(tmp_path, text):
     content, (problem,) = read(tmp_path, text)
     assert content is None
     assert problem.file.name == "file.json"
 
 
-def test_keys_given_twice_are_told_wherever_they_stand(tmp_path):
+def test_read_json_repeated_keys_are_reported_with_their_position(tmp_path):
     content, problems = read(tmp_path, '[{"id": "a", "id": "b", "more": {"x": 1, "x": 1}}, {"id": "c"}]')
     assert content[1] == {"id": "c"}
     assert [(problem.key, problem.value) for problem in problems] == [
@@ -38,13 +38,13 @@ def test_keys_given_twice_are_told_wherever_they_stand(tmp_path):
     ]
 
 
-def test_a_byte_order_mark_is_no_problem_and_another_encoding_is(tmp_path):
+def test_read_json_accepts_a_byte_order_mark_and_rejects_other_encodings(tmp_path):
     assert read(tmp_path, b'\xef\xbb\xbf{"a": 1}') == ({"a": 1}, [])
     _, (problem,) = read(tmp_path, '{"a": "é"}'.encode("latin-1"))
     assert "UTF-8" in problem.message
 
 
-def test_a_folder_in_the_files_place_is_a_problem(tmp_path):
+def test_read_json_of_a_folder_is_a_problem(tmp_path):
     (tmp_path / "file.json").mkdir()
     _, (problem,) = read_json(tmp_path / "file.json", "an object")
     assert "cannot be read" in problem.message
@@ -53,11 +53,11 @@ def test_a_folder_in_the_files_place_is_a_problem(tmp_path):
 def test_read_json_of_null_is_a_problem(tmp_path):
     content, (problem,) = read(tmp_path, " null\n")
     assert content is None
-    assert problem.message == "holds null"
+    assert problem.message == "contains null"
     assert problem.hint == "write an object"
 
 
-def test_read_json_of_a_pipe_or_device_is_a_problem_and_does_not_wait(tmp_path):
+def test_read_json_of_a_pipe_or_device_is_a_problem_without_blocking(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "endless.json").symlink_to("/dev/zero")
     for name in ("pipe.json", "endless.json"):

@@ -1,4 +1,4 @@
-"""Holds: the quickstart's files load unchanged, every problem of both files is told at once, and a broken project breaks no other."""
+"""The quickstart's files load unchanged, all problems of both files are reported at once, and invalid projects do not affect others."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests.config.conftest import IMAGE_ENTRY, QUICKSTART_CONFIG, QUICKSTART_DAT
 NAMES_IN_OTHER_LETTERS = ("猫", "毛", "кот", "кот v2", "кот-v2", "Ärger", "🟫")
 
 
-def test_discover_projects_names_in_other_letters_are_readable_and_all_differ(write_project):
+def test_discover_projects_non_ascii_names_are_transliterated_and_unique(write_project):
     for name in NAMES_IN_OTHER_LETTERS:
         folder = write_project({}, name=name)
     projects = discover_projects(folder.parent)
@@ -36,7 +36,7 @@ def test_discover_projects_names_in_other_letters_are_readable_and_all_differ(wr
     assert asset_name("dog-lora v2.1") == "dog_lora_v2_1"
 
 
-def test_discover_projects_a_folder_name_that_is_not_utf8_leaves_the_other_folders(write_project):
+def test_discover_projects_non_utf8_folder_name_does_not_affect_other_folders(write_project):
     good = write_project(name="good")
     write_project(name="bad").rename(good.parent / os.fsdecode(b"bad\xff"))
     bad, other = discover_projects(good.parent)
@@ -46,13 +46,13 @@ def test_discover_projects_a_folder_name_that_is_not_utf8_leaves_the_other_folde
     assert bad.folder.name == r"bad\xff"
 
 
-def test_load_project_dataset_ids_in_other_letters_are_all_kept(write_project):
+def test_load_project_non_ascii_dataset_ids_have_unique_asset_names(write_project):
     entries = [{"id": name, "instance_data_dir": "data"} for name in NAMES_IN_OTHER_LETTERS]
     project = load_project(write_project({}, entries))
     assert len({dataset.asset_name for dataset in project.datasets}) == len(entries)
 
 
-def test_discover_projects_a_name_taken_twice_leaves_the_other_folders(write_project):
+def test_discover_projects_duplicate_name_does_not_affect_other_folders(write_project):
     for name in ("dog x", "dog-x", "dog_x_2"):
         folder = write_project({}, name=name)
     names = {
@@ -66,19 +66,19 @@ def test_discover_projects_a_name_taken_twice_leaves_the_other_folders(write_pro
 
 
 @pytest.mark.parametrize("name", ["lora.", "a--b", "a..b", "dog.git", "a" * 97, "a/b/c", "/a", "a b", "ä"])
-def test_load_project_hub_model_id_that_the_hub_refuses_is_a_problem(problems_of, name):
+def test_load_project_invalid_hub_model_id_is_a_problem(problems_of, name):
     problem = problems_of({"push_to_hub": True, "hub_model_id": name})["hub_model_id"]
-    assert "is no name that the Hub takes" in problem.message
+    assert "is not a valid Hub repository name" in problem.message
     assert "your-name/cat-lora" in problem.hint
 
 
 @pytest.mark.parametrize("name", ["dog -- v2", "lora.", "dog.git", "a.git.git", "a" * 97, "猫", "...", "_x_"])
-def test_load_project_name_of_the_folder_becomes_one_that_the_hub_takes(write_project, name):
+def test_load_project_default_hub_model_id_is_valid(write_project, name):
     written = load_project(write_project({"push_to_hub": True}, name=name)).training.hub_model_id
     validate_repo_id(written)
 
 
-def test_the_quickstarts_files_load_unchanged(write_project):
+def test_load_project_quickstart_files_load_unchanged(write_project):
     folder = write_project(QUICKSTART_CONFIG, QUICKSTART_DATASETS)
     project = load_project(folder)
     assert project.warnings == ()
@@ -97,7 +97,7 @@ def test_the_quickstarts_files_load_unchanged(write_project):
     assert project.text_embeds_of(images).cache_dir == folder / "cache/text/sdxl/pseudo-camera-10k"
 
 
-def test_the_quickstarts_quantised_settings_load(write_project):
+def test_load_project_quickstart_quantized_settings_load(write_project):
     pytest.importorskip("optimi", reason="needs the extra `optimizers`")
     config = {
         "base_model_precision": "int8-quanto",
@@ -109,7 +109,7 @@ def test_the_quickstarts_quantised_settings_load(write_project):
     assert (training.base_model_precision, training.optimizer) == ("int8-quanto", "optimi-lion")
 
 
-def test_all_problems_of_both_files_are_told_at_once(write_project):
+def test_load_project_reports_all_problems_of_both_files(write_project):
     folder = write_project(
         {"learning_rat": 1e-4, "lora_rank": "many", "optimizer": "soap", "--seed": -1},
         [{"id": "cats", "instance_data_dir": "data", "crop_style": "middle", "repeats": -1, "croop": True}],
@@ -127,7 +127,7 @@ def test_all_problems_of_both_files_are_told_at_once(write_project):
         ("multidatabackend.json", '[1] "cats".croop', True),
     }
     text = str(caught.value)
-    assert text.startswith("7 problems to put right:")
+    assert text.startswith("7 problems:")
     assert (
         f"{folder}/config.json: learning_rat = 0.0001\n    is not a known key\n    -> write learning_rate"
         in text
@@ -138,7 +138,7 @@ def test_all_problems_of_both_files_are_told_at_once(write_project):
     )
 
 
-def test_paths_are_seen_from_the_projects_folder(write_project):
+def test_load_project_resolves_paths_relative_to_the_folder(write_project):
     folder = write_project({"output_dir": "out", "logging_dir": "../logs"})
     project = load_project(folder)
     assert project.training.output_dir == str(folder / "out")
@@ -146,7 +146,7 @@ def test_paths_are_seen_from_the_projects_folder(write_project):
     assert project.datasets[0].instance_data_dir == folder / "data"
 
 
-def test_missing_files_are_named(tmp_path):
+def test_load_project_missing_files_are_reported(tmp_path):
     folder = tmp_path / "empty"
     folder.mkdir()
     with pytest.raises(ProjectError) as caught:
@@ -158,7 +158,7 @@ def test_missing_files_are_named(tmp_path):
     assert all(problem.message == "the file does not exist" for problem in caught.value.problems)
 
 
-def test_an_absent_datasets_path_falls_back_to_the_folders_own_file_with_a_warning(write_project):
+def test_load_project_missing_data_backend_config_falls_back_with_a_warning(write_project):
     folder = write_project({"data_backend_config": "config/multidatabackend.json"})
     project = load_project(folder)
     assert project.training.data_backend_config == str(folder / "multidatabackend.json")
@@ -166,14 +166,14 @@ def test_an_absent_datasets_path_falls_back_to_the_folders_own_file_with_a_warni
     assert "config/multidatabackend.json" in warning
 
 
-def test_a_named_datasets_file_is_read(write_project):
+def test_load_project_reads_the_file_of_data_backend_config(write_project):
     folder = write_project({"data_backend_config": "lists/mine.json"})
     (folder / "lists").mkdir()
     (folder / "lists/mine.json").write_text(json.dumps([{**IMAGE_ENTRY, "id": "dogs"}]))
     assert [dataset.id for dataset in load_project(folder).datasets] == ["dogs"]
 
 
-def test_prompts_come_from_the_prompt_and_the_library(write_project):
+def test_load_project_prompts_contain_the_prompt_and_the_library(write_project):
     folder = write_project(
         {
             "validation_prompt": "a cat",
@@ -190,7 +190,7 @@ def test_prompts_come_from_the_prompt_and_the_library(write_project):
     )
 
 
-def test_the_general_prompts_stand_between_the_projects_own(write_project):
+def test_load_project_bundled_prompts_follow_the_validation_prompt(write_project):
     folder = write_project(
         {
             "validation_prompt": "a cat",
@@ -208,7 +208,7 @@ def test_the_general_prompts_stand_between_the_projects_own(write_project):
         load_project(folder)
 
 
-def test_the_eval_dataset_that_is_named_must_be_one(write_project):
+def test_load_project_eval_dataset_id_must_be_an_eval_dataset(write_project):
     tests = {**IMAGE_ENTRY, "id": "tests", "dataset_type": "eval"}
     training = load_project(write_project({"eval_dataset_id": "tests"}, [IMAGE_ENTRY, tests])).training
     assert training.eval_dataset_id == "tests"
@@ -218,7 +218,7 @@ def test_the_eval_dataset_that_is_named_must_be_one(write_project):
         )
 
 
-def test_what_watches_nothing_is_said_so(write_project):
+def test_load_project_validation_settings_without_effect_are_warnings(write_project):
     config = {
         "validation_preview": True,
         "webhook_reporting_interval": 5,
@@ -243,7 +243,7 @@ def test_what_watches_nothing_is_said_so(write_project):
         ('{"validation": "x"}', "validation"),
     ],
 )
-def test_a_malformed_prompt_library_is_a_problem_of_that_file(write_project, library, key):
+def test_load_project_malformed_prompt_library_is_a_problem_of_its_file(write_project, library, key):
     folder = write_project({"validation_prompt": "a cat", "user_prompt_library": "prompts.json"})
     if library is not None:
         (folder / "prompts.json").write_text(library)
@@ -253,24 +253,24 @@ def test_a_malformed_prompt_library_is_a_problem_of_that_file(write_project, lib
     assert (problem.file, problem.key) == (folder / "prompts.json", key)
 
 
-def test_pushing_without_a_repository_name_takes_the_projects(write_project):
+def test_load_project_push_to_hub_without_id_uses_the_project_name(write_project):
     training = load_project(write_project({"push_to_hub": True}, name="My cat (1)")).training
     assert training.hub_model_id == "My-cat-1"
     assert load_project(write_project()).training.hub_model_id is None
 
 
-def test_names_are_safe_as_asset_keys(write_project):
+def test_asset_name_is_a_valid_asset_key(write_project):
     project = load_project(write_project({}, [{**IMAGE_ENTRY, "id": "my cats/2024"}], name="cat-lora.v2"))
     assert project.name == "cat_lora_v2"
     assert project.datasets[0].asset_name == "my_cats_2024"
 
 
-def test_load_project_an_id_too_long_for_a_folder_of_the_storage_is_a_problem(write_project):
+def test_load_project_id_too_long_for_a_folder_name_is_a_problem(write_project):
     with pytest.raises(ProjectError, match="must be of a length of at most 100"):
         load_project(write_project({}, [{**IMAGE_ENTRY, "id": "a" * 256}]))
 
 
-def test_a_broken_project_breaks_no_other(write_project):
+def test_discover_projects_invalid_files_do_not_affect_other_projects(write_project):
     good = write_project(name="good")
     broken = write_project("{", name="broken")
     (good.parent / "notes").mkdir()
@@ -282,7 +282,7 @@ def test_a_broken_project_breaks_no_other(write_project):
     assert "line 1, column 2" in str(found[0].error)
 
 
-def test_two_folders_of_one_asset_name_are_a_problem_of_the_second(write_project):
+def test_discover_projects_equal_asset_names_are_a_problem_of_the_second_folder(write_project):
     root = write_project(name="cat-1").parent
     write_project(name="cat_1")
     first, second = discover_projects(root)
@@ -291,7 +291,7 @@ def test_two_folders_of_one_asset_name_are_a_problem_of_the_second(write_project
     assert "cat-1" in str(second.error)
 
 
-def test_the_environment_says_where_the_projects_are(write_project, monkeypatch, tmp_path):
+def test_projects_folder_is_read_from_the_environment(write_project, monkeypatch, tmp_path):
     root = write_project(name="good").parent
     monkeypatch.setenv(PROJECTS_VARIABLE, str(root))
     assert [project.name for project in discover_projects()] == ["good"]

@@ -1,4 +1,4 @@
-"""Holds: every setting that may hold a path is known as one, and all are seen from the project's folder, wherever they were written."""
+"""Every setting that may contain a path is marked, and all are resolved relative to the project's folder."""
 
 from pathlib import Path
 from types import UnionType
@@ -25,13 +25,13 @@ TEXTS = {
     "validation_prompt",
     "validation_resolution",
 }
-"""Settings of free text that hold no path."""
+"""Free-text settings that contain no path."""
 
 
 LAUNCHED = {*PLACES, *SOURCES} - {*READ_WITH_THE_PROJECT, "lycoris_config"}
 
 
-def test_every_setting_of_free_text_is_a_path_or_known_to_be_none():
+def test_every_free_text_setting_is_a_path_or_listed_as_text():
     kinds = {key: field.annotation for key, field in TrainingSettings.model_fields.items()}
     free = {
         key
@@ -42,7 +42,7 @@ def test_every_setting_of_free_text_is_a_path_or_known_to_be_none():
     assert not TEXTS & {*PLACES, *SOURCES}
 
 
-def test_paths_are_seen_from_the_folder_and_names_stay_names(tmp_path: Path):
+def test_with_absolute_paths_resolves_paths_and_preserves_names(tmp_path: Path):
     (tmp_path / "taesd").mkdir()
     (tmp_path / "start.safetensors").touch()
     written = {
@@ -73,7 +73,7 @@ def test_paths_are_seen_from_the_folder_and_names_stay_names(tmp_path: Path):
 
 
 @pytest.mark.parametrize("key", sorted(LAUNCHED))
-def test_the_launchpads_paths_are_seen_from_there_as_well(tmp_path: Path, key: str):
+def test_resolve_settings_resolves_paths_of_the_run_config(tmp_path: Path, key: str):
     (tmp_path / "it.safetensors").touch()
     settings, sources = resolve_settings(
         TrainingSettings(), PRESETS["cpu"], {key: "it.safetensors"}, tmp_path

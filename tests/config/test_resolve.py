@@ -1,4 +1,4 @@
-"""Holds: launchpad before config.json before hardware profile before default, and that the source of each value is told."""
+"""Precedence of run config, config.json, hardware profile and default, and the source of each value."""
 
 import pytest
 
@@ -11,7 +11,7 @@ from sdxl_pipeline.config.schema.training import PROFILE_KEYS, TrainingSettings
 CPU, CARD = PRESETS["cpu"], PRESETS["cuda-24gb"]
 
 
-def test_each_place_goes_before_the_next():
+def test_resolve_settings_precedence_is_run_config_file_profile_default():
     training = TrainingSettings.model_validate({"mixed_precision": "no", "vae_batch_size": 3, "lora_rank": 8})
     settings, sources = resolve_settings(training, CARD, {"--vae_batch_size": "5"})
     assert (settings.vae_batch_size, sources["vae_batch_size"]) == (5, "launchpad")
@@ -23,7 +23,7 @@ def test_each_place_goes_before_the_next():
 
 
 @pytest.mark.parametrize("hardware", PRESETS.values(), ids=PRESETS)
-def test_nothing_a_profile_sets_stays_open(hardware):
+def test_resolve_settings_sets_every_profile_key(hardware):
     settings, _ = resolve_settings(TrainingSettings(), hardware, {})
     assert {key: getattr(settings, key) for key in PROFILE_KEYS} == hardware.model_dump(
         include=set(PROFILE_KEYS)
@@ -31,7 +31,7 @@ def test_nothing_a_profile_sets_stays_open(hardware):
     assert resolve_hardware(settings, hardware) == hardware
 
 
-def test_a_null_leaves_a_key_to_the_profile():
+def test_resolve_settings_null_uses_the_profile():
     training = TrainingSettings.model_validate({"mixed_precision": None})
     settings, sources = resolve_settings(training, CARD, {"mixed_precision": "none"})
     assert settings.mixed_precision == "bf16"
@@ -48,13 +48,13 @@ def test_a_null_leaves_a_key_to_the_profile():
         ({}, {"max_train_steps": 20}, 20, None, ("launchpad", "default")),
     ],
 )
-def test_the_launchpad_alone_decides_the_length_if_it_says_one(config, overrides, steps, epochs, sources):
-    settings, told = resolve_settings(TrainingSettings.model_validate(config), CPU, overrides)
+def test_resolve_settings_length_is_set_by_one_source(config, overrides, steps, epochs, sources):
+    settings, reported = resolve_settings(TrainingSettings.model_validate(config), CPU, overrides)
     assert (settings.max_train_steps, settings.num_train_epochs) == (steps, epochs)
-    assert (told["max_train_steps"], told["num_train_epochs"]) == sources
+    assert (reported["max_train_steps"], reported["num_train_epochs"]) == sources
 
 
-def test_what_the_project_filled_in_is_kept(write_project):
+def test_resolve_settings_preserves_values_completed_by_the_loader(write_project):
     project = load_project(write_project({"push_to_hub": True}))
     settings, sources = resolve_settings(project.training, CPU, {"seed": 1})
     assert settings.output_dir == str(project.folder / "output")
@@ -77,20 +77,20 @@ def test_what_the_project_filled_in_is_kept(write_project):
         ({"max_train_steps": 3, "lr_warmup_steps": 4}, "lr_warmup_steps"),
     ],
 )
-def test_wrong_overrides_are_problems_of_the_launchpad(overrides, key):
+def test_resolve_settings_invalid_override_is_a_problem_of_the_run_config(overrides, key):
     with pytest.raises(ProjectError) as caught:
         resolve_settings(TrainingSettings(), CPU, overrides)
     (problem,) = caught.value.problems
     assert (problem.file.name, problem.key) == ("launchpad", key)
 
 
-def test_settings_are_told_when_the_machine_cannot_do_them():
+def test_resolve_hardware_unsupported_setting_is_a_problem():
     with pytest.raises(ProjectError, match="fp16"):
         resolve_settings(TrainingSettings(mixed_precision="fp16"), CPU, {})
     assert resolve_settings(TrainingSettings(mixed_precision="fp16"), CARD, {})[0].mixed_precision == "fp16"
 
 
-def test_a_profile_value_that_cannot_be_trained_with_is_a_problem_of_the_profile():
+def test_resolve_settings_invalid_profile_value_is_a_problem_of_the_profile():
     hardware = CARD.model_copy(update={"attention_mechanism": "sageattention"})
     with pytest.raises(
         ProjectError, match=r"hardware profile cuda-24gb: attention_mechanism = \"sageattention\""
@@ -98,7 +98,7 @@ def test_a_profile_value_that_cannot_be_trained_with_is_a_problem_of_the_profile
         resolve_settings(TrainingSettings(), hardware, {})
 
 
-def test_the_stages_hardware_has_what_config_json_says():
+def test_resolve_hardware_contains_the_values_of_config_json():
     hardware = resolve_hardware(TrainingSettings(vae_batch_size=3, vae_dtype="fp32"), CARD)
     assert (hardware.vae_batch_size, hardware.vae_dtype) == (3, "fp32")
     assert hardware.text_encoder_batch_size == CARD.text_encoder_batch_size
@@ -115,7 +115,7 @@ def test_the_stages_hardware_has_what_config_json_says():
         ("evaluation_type", "none"),
     ],
 )
-def test_the_launchpad_cannot_change_what_is_read_before_it_or_elsewhere(write_project, key, value):
+def test_resolve_settings_not_overridable_key_is_a_problem(write_project, key, value):
     project = load_project(write_project())
     with pytest.raises(ProjectError) as caught:
         resolve_settings(project.training, PRESETS["cpu"], {key: value})

@@ -1,4 +1,4 @@
-"""Holds: spellings, unknown keys, keys of later work and keys without meaning, each told in the user's terms."""
+"""Aliases, unknown keys, unsupported keys and ignored keys, with readable messages."""
 
 from pathlib import Path
 
@@ -22,11 +22,11 @@ from sdxl_pipeline.config.simpletuner_schema import IMAGES, TEXT_EMBEDS, TRAININ
         ("save_total_limit", "checkpoints_total_limit", 3),
     ],
 )
-def test_other_spellings(write_project, spelled, key, value):
+def test_parse_settings_accepts_aliases(write_project, spelled, key, value):
     assert getattr(load_project(write_project({spelled: value})).training, key) == value
 
 
-def test_one_setting_under_two_spellings_must_agree(problems_of, write_project):
+def test_parse_settings_aliases_of_one_key_must_agree(problems_of, write_project):
     config = {"gradient_checkpointing": True, "--use_gradient_checkpointing": False}
     (problem,) = problems_of(config).values()
     assert problem.key == "--use_gradient_checkpointing"
@@ -39,11 +39,11 @@ def test_one_setting_under_two_spellings_must_agree(problems_of, write_project):
     ("key", "nearest"),
     [("learning_rat", "learning_rate"), ("use_gradient_checkpoint", "use_gradient_checkpointing")],
 )
-def test_an_unknown_key_is_answered_with_the_nearest_known_one(problems_of, key, nearest):
+def test_parse_settings_unknown_key_hint_contains_the_closest_key(problems_of, key, nearest):
     assert problems_of({key: 1})[key].hint == f"write {nearest}"
 
 
-def test_a_key_in_the_wrong_file_is_sent_to_the_other(problems_of):
+def test_parse_settings_key_of_the_other_file_hint_contains_that_file(problems_of):
     problems = problems_of({"crop_style": "random"}, [{"id": "a", "instance_data_dir": "d", "lora_rank": 4}])
     assert "multidatabackend.json" in problems["crop_style"].hint
     assert "config.json" in problems['[1] "a".lora_rank'].hint
@@ -60,14 +60,14 @@ def test_a_key_in_the_wrong_file_is_sent_to_the_other(problems_of):
         {"accelerate_extra_args": "--mixed_precision fp8"},
     ],
 )
-def test_what_is_not_available_yet_is_refused(problems_of, config):
+def test_parse_settings_unsupported_key_is_a_problem(problems_of, config):
     (key,) = config
     problem = problems_of(config)[key]
-    assert "not available yet" in problem.message
+    assert "not supported" in problem.message
     assert problem.value == config[key]
 
 
-def test_what_is_not_available_yet_may_be_spelled_out_as_off(write_project):
+def test_parse_settings_unsupported_key_with_off_value_is_accepted(write_project):
     config = {
         "webhook_config": None,
         "validation_prompt_library": False,
@@ -79,32 +79,32 @@ def test_what_is_not_available_yet_may_be_spelled_out_as_off(write_project):
 
 
 @pytest.mark.parametrize("key", ["disable_benchmark", "flux_guidance_mode", "max_workers", "--disable_tf32"])
-def test_keys_without_meaning_are_named_in_a_warning(write_project, key):
+def test_parse_settings_ignored_key_is_a_warning(write_project, key):
     (warning,) = load_project(write_project({key: True})).warnings
     assert key in warning
 
 
 @pytest.mark.parametrize(
-    ("model", "vocabulary"),
+    ("model", "schema"),
     [(TrainingSettings, TRAINING), (ImageDataset, IMAGES), (TextEmbedsDataset, TEXT_EMBEDS)],
 )
-def test_no_key_is_two_things(model, vocabulary):
+def test_key_schema_groups_are_disjoint(model, schema):
     kinds = [
         set(model.model_fields),
-        set(vocabulary.spellings),
-        set(vocabulary.later),
-        set(vocabulary.idle),
-        vocabulary.meaningless,
+        set(schema.spellings),
+        set(schema.unsupported),
+        set(schema.inactive),
+        schema.ignored,
     ]
     for position, kind in enumerate(kinds):
         for other in kinds[position + 1 :]:
             assert kind & other == set()
-    assert [key for key in model.model_fields if vocabulary.is_meaningless(key)] == []
+    assert [key for key in model.model_fields if schema.is_ignored(key)] == []
     known = kinds[0] | kinds[2]
     # a switch that works here may be on, and what it does not tune would then be passed over without a word
-    assert set(vocabulary.idle.values()) <= kinds[2] | {"type"}
-    assert set(vocabulary.spellings.values()) <= known
-    assert set(vocabulary.later_values) <= set(model.model_fields)
+    assert set(schema.inactive.values()) <= kinds[2] | {"type"}
+    assert set(schema.spellings.values()) <= known
+    assert set(schema.unsupported_values) <= set(model.model_fields)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_no_key_is_two_things(model, vocabulary):
         ("learning_rate", [1], "must be a number"),
         ("push_to_hub", "perhaps", "must be true or false"),
         ("validation_prompt", 3, "must be text"),
-        ("mixed_precision", "fp8", "fp8 is not available yet"),
+        ("mixed_precision", "fp8", "fp8 is not supported"),
         ("mixed_precision", "BF16", "is not one of the known values"),
         ("model_family", "flux", "this project trains Stable Diffusion XL"),
         ("report_to", "wandbb", "is not one of the known values"),
@@ -125,7 +125,7 @@ def test_no_key_is_two_things(model, vocabulary):
         ("aspect_bucket_alignment", 60, "must be a multiple of 8"),
     ],
 )
-def test_wrong_values_are_told_in_words(problems_of, key, value, words):
+def test_parse_settings_invalid_value_message_is_readable(problems_of, key, value, words):
     problem = problems_of({key: value})[key]
     assert words in problem.message
     assert "pydantic" not in str(problem)
@@ -137,12 +137,12 @@ INLINE = {"algo": "lokr", "linear_dim": 4, "linear_alpha": 1}
 
 @pytest.mark.parametrize("value", [WRONG, [WRONG], 5.5, -7, "\x00", True, None, {}])
 @pytest.mark.parametrize(
-    ("model", "vocabulary"),
+    ("model", "schema"),
     [(TrainingSettings, TRAINING), (ImageDataset, IMAGES), (TextEmbedsDataset, TEXT_EMBEDS)],
 )
-def test_no_value_of_any_key_is_more_than_a_problem(model, vocabulary, value):
+def test_parse_settings_any_value_of_any_key_never_raises(model, schema, value):
     for key in model.model_fields:
-        for problem in parse_settings({key: value}, model, vocabulary, Path("config.json")).problems:
+        for problem in parse_settings({key: value}, model, schema, Path("config.json")).problems:
             assert problem.message
             assert "pydantic" not in str(problem)
 
@@ -162,14 +162,12 @@ def test_no_value_of_any_key_is_more_than_a_problem(model, vocabulary, value):
         (
             {"apply_preset": {"module_algo_map": {"Attention": {"factr": 4}}}},
             "lycoris_config.apply_preset.module_algo_map",
-            "Attention: factr is not known there",
+            "Attention: factr is not a known key",
             "factor",
         ),
     ],
 )
-def test_a_mistake_in_an_object_that_might_be_a_path_is_told_at_its_place(
-    problems_of, changes, key, words, hint
-):
+def test_parse_settings_error_in_object_of_a_union_has_its_key_path(problems_of, changes, key, words, hint):
     (problem,) = problems_of({"lora_type": "lycoris", "lycoris_config": {**INLINE, **changes}}).values()
     assert problem.key == key
     assert words in problem.message
@@ -177,7 +175,7 @@ def test_a_mistake_in_an_object_that_might_be_a_path_is_told_at_its_place(
 
 
 @pytest.mark.parametrize("value", [["a"], 5])
-def test_what_is_neither_an_object_nor_a_path_is_told(problems_of, value):
+def test_parse_settings_neither_object_nor_path_is_a_problem(problems_of, value):
     (problem,) = problems_of({"lora_type": "lycoris", "lycoris_config": value}).values()
     assert problem.key == "lycoris_config"
     assert "must be an object" in problem.message

@@ -1,4 +1,4 @@
-"""Files as SimpleTuner's examples write them: accepted with their meaning, or with a warning, or refused by name; never passed over."""
+"""Files like SimpleTuner's examples: every key is applied, reported as a warning, or reported as a problem."""
 
 import json
 import re
@@ -59,7 +59,7 @@ CONFIG_EXAMPLE = {
 }
 
 
-def test_load_project_config_example_is_read_whole(write_project):
+def test_load_project_config_example_loads_with_expected_warnings(write_project):
     project = load_project(write_project(CONFIG_EXAMPLE))
     assert project.training.push_checkpoints_to_hub is True
     assert {warning.split(" ")[1] for warning in project.warnings} == {
@@ -99,9 +99,7 @@ def test_load_project_skip_file_discovery_list_and_true(write_project, problems_
         ({"attention_mechanism": "flash-attn"}, "attention_mechanism", "flash-attn-2"),
     ],
 )
-def test_load_project_another_type_of_a_value_keeps_its_meaning(
-    write_project, problems_of, config, key, value
-):
+def test_load_project_value_of_another_type_is_converted(write_project, problems_of, config, key, value):
     if key == "seed":
         assert "must be below 4.29497e+09" in problems_of(config)["seed"].message
         return
@@ -120,9 +118,7 @@ def test_load_project_another_type_of_a_value_keeps_its_meaning(
         ({"push_checkpoints_to_hub": True}, "push_to_hub is false"),
     ],
 )
-def test_load_project_setting_without_effect_is_a_warning_that_says_what_happens(
-    write_project, config, words
-):
+def test_load_project_setting_without_effect_is_a_warning_with_the_reason(write_project, config, words):
     project = load_project(write_project(config))
     assert any(words in warning for warning in project.warnings)
     assert project.training.lora_rank == 16
@@ -131,24 +127,24 @@ def test_load_project_setting_without_effect_is_a_warning_that_says_what_happens
     assert not [warning for warning in load_project(write_project(off)).warnings if words in warning]
 
 
-def test_load_project_adapter_to_start_from_beside_full_is_refused(problems_of):
+def test_load_project_init_lora_with_model_type_full_is_a_problem(problems_of):
     problems = problems_of({"model_type": "full", "init_lora": "someone/lora", "lora_rank": 32})
     assert set(problems) == {"init_lora"}
 
 
-def test_load_project_text_embeds_elsewhere_are_kept_here_with_a_warning(write_project):
+def test_load_project_remote_text_embeds_become_local_with_a_warning(write_project):
     bucket = {"type": "aws", "aws_bucket_name": "texts", "aws_data_prefix": "", "cache_dir": "prefix"}
     texts = {"id": "texts", "dataset_type": "text_embeds", "default": True, **bucket}
     project = load_project(write_project({}, [IMAGE_ENTRY, texts]))
     (warning,) = project.warnings
-    assert '"texts".type aws has no effect: embeddings are kept on this machine' in warning
+    assert '"texts".type aws has no effect: embeddings are stored on this machine' in warning
     assert project.text_embeds[0].cache_dir is None
 
 
 HUB = {"id": "cats", "type": "huggingface", "metadata_backend": "huggingface"}
 
 
-def test_load_project_nested_huggingface_object_names_columns(write_project):
+def test_load_project_nested_huggingface_object_sets_columns(write_project):
     nested = {"dataset_name": "someone/cats", "image_column": "Image", "caption_column": ["Caption", "tags"]}
     unread = {"file_extension": "jpg", "num_proc": 4}
     project = load_project(
@@ -166,7 +162,7 @@ def test_load_project_nested_huggingface_object_names_columns(write_project):
 
 
 @pytest.mark.parametrize("key", ["filter_func", "composite_image_config", "fallback_caption_column"])
-def test_load_project_filter_in_the_huggingface_object_is_refused_by_name(problems_of, key):
+def test_load_project_filter_in_the_huggingface_object_is_a_problem(problems_of, key):
     entry = {**HUB, "huggingface": {"dataset_name": "someone/cats", key: {"a": 1}}}
     problem = problems_of({}, [entry])[f'[1] "cats".huggingface.{key}']
     assert problem.message == "is not available yet"
@@ -182,26 +178,28 @@ def test_load_project_filter_in_the_huggingface_object_is_refused_by_name(proble
         ("filter_func", {"a": 1}, "rows are not filtered here"),
     ],
 )
-def test_load_project_dataset_schedule_is_refused_by_name(problems_of, key, value, hint):
+def test_load_project_dataset_schedule_is_a_problem(problems_of, key, value, hint):
     problem = problems_of({}, [{**IMAGE_ENTRY, key: value}])[f'[1] "cats".{key}']
     assert problem.message == "is not available yet"
     assert hint in problem.hint
 
 
-def test_load_project_uniform_sampling_is_refused_and_auto_weighting_is_read(problems_of, write_project):
+def test_load_project_uniform_sampling_is_a_problem_and_auto_weighting_is_accepted(
+    problems_of, write_project
+):
     problem = problems_of({"data_backend_sampling": "uniform"})["data_backend_sampling"]
     assert "probability that is inverse to its number of images" in problem.hint
     assert load_project(write_project({"data_backend_sampling": "auto-weighting"})).warnings == ()
 
 
-def test_load_project_leading_spacing_with_zero_snr_is_refused(problems_of):
+def test_load_project_leading_spacing_with_zero_snr_is_a_problem(problems_of):
     config = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     problem = problems_of({**config, "inference_scheduler_timestep_spacing": "leading"})
     assert "pure noise" in problem["inference_scheduler_timestep_spacing"].message
 
 
 @pytest.mark.parametrize("name", ["foo", "flash-attn-3-hub", "sageattention", "cudnn", "native-flash", "sla"])
-def test_load_project_unknown_attention_lists_the_four_that_work(problems_of, name):
+def test_load_project_unknown_attention_hint_lists_the_four_kernels(problems_of, name):
     problem = problems_of({"attention_mechanism": name})["attention_mechanism"]
     assert name in problem.message
     assert 'one of "diffusers", "xformers", "flash-attn-2", "flex"' in problem.hint
@@ -210,11 +208,11 @@ def test_load_project_unknown_attention_lists_the_four_that_work(problems_of, na
 def test_load_project_tlora_does_not_suggest_lora(problems_of, write_project):
     config = {"lora_type": "lycoris", "lycoris_config": {"algo": "tlora"}}
     problem = problems_of(config)["lycoris_config.algo"]
-    assert problem.message == "tlora is not available yet"
+    assert problem.message == "tlora is not supported"
     assert problem.hint == 'write one of "lokr", "loha", "lora", "locon"'
 
 
-def test_load_project_visible_devices_name_the_field_of_the_profile(problems_of):
+def test_load_project_visible_devices_hint_contains_the_profile_field(problems_of):
     problem = problems_of({"accelerate_visible_devices": "0,1"})["accelerate_visible_devices"]
     assert "num_processes of the hardware profile" in problem.hint
     assert "CUDA_VISIBLE_DEVICES" in problem.hint
@@ -239,17 +237,19 @@ def resolve_problem(write_project, config, profile, overrides):
         ({"lr_scheduler": "cosine"}, {"optimizer": "adamw_schedulefree"}, "config.json", "lr_scheduler"),
     ],
 )
-def test_resolve_settings_problem_names_the_place_of_its_value(write_project, config, overrides, file, key):
+def test_resolve_settings_problem_contains_the_source_of_its_value(
+    write_project, config, overrides, file, key
+):
     folder, problem = resolve_problem(write_project, config, "cpu", overrides)
     assert problem.file.name == file
     assert problem.file.parent == (folder if file == "config.json" else problem.file.parent)
     assert problem.key == key
 
 
-def test_resolve_settings_value_of_the_profile_is_labelled_with_it(write_project):
+def test_resolve_settings_conflict_with_profile_value_contains_it(write_project):
     _, problem = resolve_problem(write_project, {"optimizer": "adamw_bf16"}, "cpu", {})
     assert (problem.key, problem.file.name) == ("optimizer", "config.json")
-    assert "mixed_precision no" in problem.message
+    assert "mixed_precision is no" in problem.message
 
 
 DEFAULTS = json.loads(Path(__file__).with_name("simpletuner_defaults.json").read_text(encoding="utf-8"))
@@ -270,7 +270,7 @@ def differing_defaults() -> dict[str, tuple[Any, Any]]:
     return differing
 
 
-def test_defaults_that_differ_are_declared_with_both_values():
+def test_training_defaults_that_differ_from_simpletuner_are_documented():
     rows = re.findall(
         r"^\| `(\w+)` \| `(.+?)` \| `(.+?)` \|.*\|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE
     )
@@ -291,7 +291,7 @@ def is_json(*texts: str) -> bool:
         return False
 
 
-def test_defaults_of_datasets_are_the_same():
+def test_dataset_defaults_equal_simpletuners():
     fields = ImageDataset.model_fields
     differing = {
         key: fields[key].default
@@ -301,7 +301,7 @@ def test_defaults_of_datasets_are_the_same():
     assert differing == {}
 
 
-def test_every_key_of_the_table_is_one_that_works_here():
+def test_every_key_of_simpletuner_defaults_is_supported():
     known = {*TrainingSettings.model_fields, *TRAINING.spellings}
     assert set(DEFAULTS["config.json"]) <= known
     assert len(DEFAULTS["config.json"]) > 120

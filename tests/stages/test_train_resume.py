@@ -331,7 +331,7 @@ def test_a_run_whose_own_checkpoints_are_damaged_begins_where_it_began(runs):
     [
         (4, {"max_train_steps": 4}, "after which no step is left of 4; raise max_train_steps"),
         (4, {"lora_rank": 3}, "holds other parameters than this run trains.*resume_from_checkpoint"),
-        (3, {}, "where no checkpoint is; write the path of a folder such as"),
+        (3, {}, "which is not a checkpoint; write the path of a folder such as"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(runs, tmp_path, step, settings, message):

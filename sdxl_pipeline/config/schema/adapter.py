@@ -1,4 +1,4 @@
-"""The adapter."""
+"""Settings of the adapter."""
 
 from typing import Annotated, Any, Final, Literal
 
@@ -17,7 +17,7 @@ class AdapterSettings(SettingsModel):
 
     lora_type: Literal["standard", "lycoris"] = Field(
         "standard",
-        description="Adapter kind: PEFT's LoRA, or a LyCORIS one (extra `lycoris`) as lycoris_config says.",
+        description="Adapter kind: PEFT's LoRA, or a LyCORIS adapter (extra `lycoris`) configured by lycoris_config.",
     )
     lora_rank: Annotated[Count, Key(on_card=True, lora_type="standard")] = Field(
         16, description="Rank of the update matrices."
@@ -30,10 +30,11 @@ class AdapterSettings(SettingsModel):
         0.0, description="Probability of dropping an adapter's input."
     )
     lora_init_type: Annotated[Literal["default", "gaussian"], Key(lora_type="standard")] = Field(
-        "default", description="Start of the first matrix: uniform, or normal with deviation 1 / lora_rank."
+        "default",
+        description="Initialization of the first matrix: uniform, or normal with standard deviation 1 / lora_rank.",
     )
     use_dora: Annotated[bool, Key(on_card=True, lora_type="standard")] = Field(
-        False, description="DoRA: train the norms of the weights' rows apart from their directions."
+        False, description="DoRA: train magnitude and direction of the weights' rows separately."
     )
     lora_target_modules: Annotated[tuple[str, ...], Key(on_card=True, lora_type="standard")] = Field(
         ATTENTION_PROJECTIONS,
@@ -47,23 +48,23 @@ class AdapterSettings(SettingsModel):
         Annotated[float, Field(gt=0)] | None, Key(on_card=True, lora_type="lycoris")
     ] = Field(
         None,
-        description="Start a LoKr of whole matrices as noise of the weights' mean and deviation times this; not set: as no change.",
+        description="Initialize a full-matrix LoKr with noise of the weights' mean and standard deviation times this; not set: with a zero update.",
     )
     init_lora: Annotated[str | None, Key(Identity.FILE_CONTENT, path="name or path", on_card=True)] = Field(
         None,
-        description="Start from an adapter: a .safetensors file, or its Hub id with or without a file name (owner/name/file.safetensors).",
+        description="Initialize from an adapter: a .safetensors file, or its Hub id with or without a file name (owner/name/file.safetensors).",
     )
 
     @property
     def effective_lora_alpha(self) -> float:
-        """`lora_alpha`, or the rank where it is not set."""
+        """Return `lora_alpha`, or the rank if it is not set."""
         return float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
 
     @property
     def lycoris(self) -> LycorisSettings:
-        """The LyCORIS adapter. Raises ValueError where there is none, or only the name of its file."""
+        """Return the LyCORIS configuration. Raise ValueError if there is none, or only the name of its file."""
         if not isinstance(self.lycoris_config, LycorisSettings):
-            raise ValueError(f"lycoris_config is {self.lycoris_config!r}, and was not read")
+            raise ValueError(f"lycoris_config is {self.lycoris_config!r}, not a configuration that was read")
         return self.lycoris_config
 
     @field_validator("lora_init_type", mode="before")
@@ -71,7 +72,7 @@ class AdapterSettings(SettingsModel):
     def _read_init_type(cls, value: Any) -> Any:
         if value in ("pissa", "olora", "loftq"):
             raise BadValueError(
-                f"{value} changes the base model's weights, so that the adapter would not fit the base model that its users have",
+                f"{value} changes the base model's weights, so the adapter would not match the published base model",
                 'write "default" or "gaussian"',
             )
         return "default" if value in (True, "true", "True") else value

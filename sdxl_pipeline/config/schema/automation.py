@@ -1,4 +1,4 @@
-"""Automation."""
+"""Settings of automation."""
 
 import re
 from typing import Annotated, Final
@@ -24,20 +24,20 @@ class AutomationSettings(SettingsModel):
         Field(
             None,
             pattern=r"^(@(hourly|daily|midnight|weekly|monthly|yearly|annually)|\S+( +\S+){4})$",
-            description='When to train again, as cron ("0 3 * * 0" is Sundays at three); not set: never by itself.',
+            description='Schedule of retraining, as cron ("0 3 * * 0" is Sundays at 03:00); not set: no schedule.',
         )
     )
 
     @field_validator("retraining_cron", mode="after")
     @classmethod
-    def _numbers_are_times(cls, value: str | None) -> str | None:
+    def _validate_cron_ranges(cls, value: str | None) -> str | None:
         fields = value.split() if value else []
         for (name, (least, most)), field in zip(_CRON.items(), fields, strict=False):
             for part in field.split(","):
                 for number in re.findall(r"\d+", part.partition("/")[0]):
                     if not least <= int(number) <= most:
                         raise BadValueError(
-                            f"has {number} as {name}, which is {least} to {most}",
+                            f"has {number} as {name}, which must be {least} to {most}",
                             'write minute, hour, day of the month, month and day of the week, such as "0 3 * * 0"',
                         )
         return value

@@ -1,4 +1,4 @@
-"""Checkpoints."""
+"""Settings of checkpoints."""
 
 import re
 from typing import Annotated, Any, Final, Literal
@@ -17,7 +17,7 @@ from sdxl_pipeline.config.schema.settings_model import (
 LATEST: Final = "latest"
 
 CHECKPOINT_STATE: Final = "state.json"
-"""What makes a folder a checkpoint, beside its tensors."""
+"""File that every checkpoint folder contains beside its tensors."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
@@ -26,53 +26,54 @@ class CheckpointSettings(SettingsModel):
     """Checkpoints."""
 
     output_dir: Annotated[str, Key(Identity.SAVING, path="local", overridable=False)] = Field(
-        "output", min_length=1, description="Folder for runs, checkpoints and the finished LoRA."
+        "output", min_length=1, description="Folder of runs, checkpoints and the trained weights."
     )
     checkpoint_step_interval: Annotated[int, Field(ge=0), Key(Identity.SAVING)] = Field(
-        500, description="Steps between checkpoints; 0 writes only the one at the end."
+        500, description="Steps between checkpoints; 0 writes only the final one."
     )
     checkpoint_epoch_interval: Annotated[Count | None, Key(Identity.SAVING)] = Field(
-        None, description="Epochs between checkpoints, beside those by steps. Not set: none by epochs."
+        None,
+        description="Epochs between checkpoints, in addition to checkpoint_step_interval. Not set: none by epochs.",
     )
     checkpoints_total_limit: Annotated[Count | None, Key(Identity.SAVING)] = Field(
-        None, description="Checkpoints kept; the oldest goes first. Not set or 0: all."
+        None, description="Checkpoints retained; the oldest is deleted first. Not set or 0: all."
     )
     checkpointing_rolling_steps: Annotated[Count | None, Key(Identity.SAVING)] = Field(
         None,
-        description="Steps between rolling checkpoints, which soon make room for the next. Not set: none.",
+        description="Steps between rolling checkpoints, which the next ones replace. Not set: none.",
     )
     checkpoints_rolling_total_limit: Annotated[Count, Key(Identity.SAVING)] = Field(
-        1, description="Rolling checkpoints kept, beside checkpoints_total_limit."
+        1, description="Rolling checkpoints retained, in addition to checkpoints_total_limit."
     )
     resume_from_checkpoint: Annotated[str | None, Key(Identity.SAVING, path="checkpoint")] = Field(
         LATEST,
-        description='"latest" continues an unfinished run of the same identity, or one that differs in its length alone; the path of a '
-        "checkpoint's folder begins there; none starts again. A finished run of the same identity is reused all the same.",
+        description='"latest" resumes an unfinished run of the same identity, or one that differs only in its length; the path of a '
+        "checkpoint folder resumes from there; none starts at step 0. A finished run of the same identity is reused in any case.",
     )
     disk_low_threshold: Annotated[Annotated[int, Field(ge=1)] | None, Key(Identity.SAVING)] = Field(
         None,
-        description='Free space, as "100G" or in bytes, below which disk_low_action is taken. Not set: any that holds a checkpoint will do.',
+        description='Free space, as "100G" or in bytes, below which disk_low_action is executed. Not set: the size of a checkpoint.',
     )
     disk_low_action: Annotated[Literal["stop", "wait"], Key(Identity.SAVING)] = Field(
-        "stop", description="stop saves a checkpoint and ends the run; wait holds it until there is space."
+        "stop", description="stop saves a checkpoint and ends the run; wait pauses it until there is space."
     )
 
     @field_validator(
         "checkpoint_epoch_interval", "checkpointing_rolling_steps", "checkpoints_total_limit", mode="before"
     )
     @classmethod
-    def _zero_is_off(cls, value: Any) -> Any:
+    def _zero_checkpoint_to_none(cls, value: Any) -> Any:
         return none_for_zero(value)
 
     @field_validator("resume_from_checkpoint", mode="after")
     @classmethod
-    def _none_or_latest_in_any_case(cls, value: str | None) -> str | None:
+    def _normalize_keyword(cls, value: str | None) -> str | None:
         word = (value or "none").strip().lower()
         return None if word in ("none", "null") else LATEST if word == LATEST else value
 
     @field_validator("disk_low_threshold", mode="before")
     @classmethod
-    def _read_size(cls, value: Any) -> Any:
+    def _parse_size(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return none_for_zero(value)
         match = _SIZE.fullmatch(value.strip())

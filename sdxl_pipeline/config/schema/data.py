@@ -84,36 +84,36 @@ class DataSettings(SettingsModel):
     )
     tokenizer_max_length: Annotated[Literal[77, 154, 231], Key(Identity.SAMPLES, overridable=False)] = Field(
         77,
-        description="Tokens a caption may have before its tail is cut: 77 is the encoders' own window; 154 and 231 encode captions in two and three windows.",
+        description="Maximum tokens of a caption; longer ones are truncated. 77 is the text encoders' context length; 154 and 231 encode captions in two and three windows.",
     )
     allow_dataset_oversubscription: Annotated[
         bool, Key(Identity.SAMPLING_WEIGHTS, used_by=("training_plan",))
     ] = Field(
         False,
-        description="Raise the repeats of datasets that are too small for one step, instead of refusing.",
+        description="Raise the repeats of datasets that are too small for one step, instead of failing.",
     )
 
     @property
     def text_windows(self) -> int:
-        """Windows of 77 tokens that every caption is encoded in."""
+        """Return the number of 77-token windows of each caption."""
         return self.tokenizer_max_length // 77
 
     @field_validator("caption_strategy", mode="before")
     @classmethod
-    def _read_caption_strategy(cls, value: Any) -> Any:
+    def _normalize_caption_strategy(cls, value: Any) -> Any:
         return "instanceprompt" if value == "instance_prompt" else value
 
     @field_validator("skip_file_discovery", mode="before")
     @classmethod
-    def _read_stages(cls, value: Any) -> Any:
+    def _parse_stages(cls, value: Any) -> Any:
         return read_stages(value)
 
     @field_validator("maximum_image_size", "target_downsample_size", mode="before")
     @classmethod
-    def _zero_size_is_not_set(cls, value: Any) -> Any:
+    def _zero_size_to_none(cls, value: Any) -> Any:
         return none_for_zero(value)
 
     @field_validator("tokenizer_max_length", mode="before")
     @classmethod
-    def _read_number(cls, value: Any) -> Any:
+    def _parse_int(cls, value: Any) -> Any:
         return int(value) if isinstance(value, str) and value.strip().isdigit() else value

@@ -1,7 +1,7 @@
-"""The entries of `multidatabackend.json`: where images and captions come from, and what is done to them.
+"""The entries of `multidatabackend.json`: source, geometry and captions of images, and text embeddings.
 
-Entries are read by `sdxl_pipeline.config.dataset_parser`, which also fills in what `config.json` says for all of them; here stand their
-fields. The checks that need more than one field are in `sdxl_pipeline.config.validators.dataset_rules`.
+`sdxl_pipeline.config.dataset_parser` reads the entries and fills in the defaults of `config.json`. The checks that need more than one
+field are in `sdxl_pipeline.config.validators.dataset_rules`.
 """
 
 import hashlib
@@ -29,10 +29,10 @@ Positive = Annotated[float, Field(gt=0)]
 SKIPPABLE_STAGES: Final = ("vae", "aspect", "metadata", "text")
 
 CacheMode = Literal["full", "ondemand", "disable"]
-"""full: encoded before the training; ondemand: at first use, then kept; disable: at each use, never written."""
+"""full: encoded before the training; ondemand: encoded at first use and cached; disable: encoded at each use, not cached."""
 
 MaskKind = Literal["mask", "segmentation"]
-"""mask: a place counts as much as it is white; segmentation: it counts in full where it is not black."""
+"""mask: the loss weight of a pixel is its brightness; segmentation: it is 1 where the pixel is not black."""
 
 
 class ParquetTable(SettingsModel):
@@ -49,7 +49,7 @@ class ParquetTable(SettingsModel):
         None, description="Column of the captions for rows whose caption_column is empty."
     )
     identifier_includes_extension: bool = Field(
-        False, description="Whether the file names stand there with their extension."
+        False, description="Whether the file names in the table have an extension."
     )
     width_column: str | None = Field(
         None, description="Read by SimpleTuner; sizes are read from the files here."
@@ -60,7 +60,7 @@ class ParquetTable(SettingsModel):
 
 
 class HubColumns(SettingsModel):
-    """The object `huggingface` of an image dataset: where to look in the repository. Keys of the entry itself go before it."""
+    """The object `huggingface` of an image dataset: repository and columns. Keys of the entry itself take precedence."""
 
     dataset_name: str | None = Field(None, description="The repository, owner/name.")
     dataset_config: str | None = Field(None, description="The configuration (subset).")
@@ -73,66 +73,66 @@ class HubColumns(SettingsModel):
 
 
 class CaptionShuffle(SettingsModel):
-    """Further captions made by changing the order of tags."""
+    """Additional captions with shuffled tags."""
 
-    enable: bool = Field(False, description="Whether to make them.")
-    count: Count = Field(1, description="Shuffled captions per caption.")
+    enable: bool = Field(False, description="Whether to add them.")
+    count: Count = Field(1, description="Number of shuffled captions per caption.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
-        None, description="Seed of the order; not set: the training's."
+        None, description="Seed of the shuffles; not set: the training's seed."
     )
-    split_on: Literal["comma", "space", "period"] = Field("comma", description="What stands between tags.")
+    split_on: Literal["comma", "space", "period"] = Field("comma", description="Separator of the tags.")
     position_start: Annotated[int, Field(ge=0)] = Field(
-        0, description="Tags at the beginning that keep their place."
+        0, description="Number of leading tags that are not shuffled."
     )
-    include_original: bool = Field(True, description="Keep the caption as it was written, too.")
+    include_original: bool = Field(True, description="Also use the original caption.")
 
 
 class ImageDataset(SettingsModel):
-    """Captioned images: a folder, a dataset of the Hub, a bucket, or a list of addresses."""
+    """Captioned images from a folder, a Hub dataset, a bucket, or a list of URLs."""
 
     id: str = Field(
         min_length=1,
         max_length=100,
-        description="Unique name; its assets carry it as their key's second part.",
+        description="Unique name; the second part of the asset keys.",
     )
     type: Annotated[
         Literal["local", "huggingface", "aws", "csv"], Key(used_by=("source", "scan", "dataset", "masks"))
     ] = Field(
         "local",
-        description="Where the images are. local: a folder; huggingface: a dataset repository; aws: a bucket or any fsspec URL; csv: a list of addresses.",
+        description="Source of the images. local: a folder; huggingface: a dataset repository; aws: a bucket or any fsspec URL; csv: a list of URLs.",
     )
     dataset_type: Annotated[Literal["image", "eval", "conditioning"], Key(used_by=("aspect_buckets",))] = (
         Field(
             "image",
-            description="image trains; eval is only measured with the eval loss; conditioning holds the masks of an image dataset.",
+            description="image: training images; eval: images of the eval loss only; conditioning: masks of an image dataset.",
         )
     )
-    disabled: bool = Field(False, description="Leave this entry out.")
+    disabled: bool = Field(False, description="Ignore this entry.")
     instance_data_dir: Annotated[Path | None, Key(used_by=("dataset", "masks"))] = Field(
-        None, description="Folder of the images, searched recursively; nothing is written into it."
+        None, description="Folder of the images, searched recursively; never written to."
     )
     url: Annotated[str | None, Key(used_by=("source", "dataset", "masks"))] = Field(
         None,
         description="For type aws: any fsspec URL of a folder, such as s3://bucket/photos, gs://..., https://...; may also be written in instance_data_dir.",
     )
     aws_bucket_name: Annotated[str | None, Key(used_by=("source", "dataset", "masks"))] = Field(
-        None, description="The bucket; with aws_data_prefix instead of url."
+        None, description="Name of the bucket; with aws_data_prefix an alternative to url."
     )
     aws_data_prefix: Annotated[str | None, Key(used_by=("source", "dataset", "masks"))] = Field(
         None, description="Folder within the bucket."
     )
     aws_endpoint_url: Annotated[str | None, Key(used_by=("source", "dataset", "masks"))] = Field(
-        None, description="Address of an S3-compatible service; not set: AWS, or the environment's."
+        None, description="Endpoint of an S3-compatible service; not set: AWS, or from the environment."
     )
-    aws_region_name: str | None = Field(None, description="Region; not set: the environment's.")
+    aws_region_name: str | None = Field(None, description="Region; not set: from the environment.")
     aws_access_key_id: SecretStr | None = Field(
-        None, exclude=True, description="Access key; better left to the environment (AWS_ACCESS_KEY_ID)."
+        None, exclude=True, description="Access key; prefer the environment variable AWS_ACCESS_KEY_ID."
     )
     aws_secret_access_key: SecretStr | None = Field(
-        None, exclude=True, description="Secret; better left to the environment (AWS_SECRET_ACCESS_KEY)."
+        None, exclude=True, description="Secret key; prefer the environment variable AWS_SECRET_ACCESS_KEY."
     )
     aws_session_token: SecretStr | None = Field(
-        None, exclude=True, description="Session token; better left to the environment (AWS_SESSION_TOKEN)."
+        None, exclude=True, description="Session token; prefer the environment variable AWS_SESSION_TOKEN."
     )
     dataset_name: Annotated[str | None, Key(used_by=("source", "dataset"))] = Field(
         None, description="For type huggingface: the repository, owner/name."
@@ -141,7 +141,7 @@ class ImageDataset(SettingsModel):
         None, description="For type huggingface: the configuration (subset); not set: the default one."
     )
     revision: Annotated[str | None, Key(used_by=("source", "dataset"))] = Field(
-        None, description="For type huggingface: branch, tag or commit; what it stands for is recorded."
+        None, description="For type huggingface: branch, tag or commit; the resolved commit is recorded."
     )
     split: Annotated[str, Key(used_by=("source", "dataset"))] = Field(
         "train", description="For type huggingface: the split."
@@ -154,29 +154,29 @@ class ImageDataset(SettingsModel):
         description="For type huggingface: column of the captions, or several; not set: caption or text.",
     )
     csv_file: Annotated[Path | None, Key(used_by=("source", "dataset"))] = Field(
-        None, description="For type csv: the list, with a header; addresses may be URLs or paths."
+        None, description="For type csv: the CSV file with a header; entries are URLs or paths."
     )
     csv_url_column: Annotated[str, Key(used_by=("source", "dataset"))] = Field(
-        "url", description="For type csv: column of the addresses."
+        "url", description="For type csv: column of the URLs."
     )
     csv_caption_column: Annotated[str, Key(used_by=("scan", "dataset"))] = Field(
         "caption", description="For type csv: column of the captions."
     )
     csv_cache_dir: Path | None = Field(
         None,
-        description="For type csv: folder that downloads are kept in; not set: the storage resource's.",
+        description="For type csv: folder of the downloads; not set: the storage resource's.",
     )
     allow_private_addresses: Annotated[bool, Key(used_by=("dataset",))] = Field(
         False,
-        description="Let downloads connect to private, loopback and link-local addresses, also by a redirect; only for servers of your own network.",
+        description="Allow downloads from private, loopback and link-local addresses, including redirects; only for servers of your own network.",
     )
     metadata_backend: Literal["discovery", "parquet", "huggingface"] = Field(
         "discovery",
-        description="Where sizes are read from. They are read from the files whatever stands here, since these are hashed anyway.",
+        description="Source of image sizes in SimpleTuner. Here sizes are always read from the files, which are hashed in any case.",
     )
     skip_file_discovery: Annotated[str, Key(inherited="value")] = Field(
         "",
-        description="Stages that trust what is recorded and do not look again: metadata or aspect (files), text, vae.",
+        description="Stages that reuse recorded results without checking the files again: metadata or aspect (files), text, vae.",
     )
     verify: bool = Field(
         False,
@@ -184,49 +184,49 @@ class ImageDataset(SettingsModel):
     )
     find_near_duplicates: Annotated[bool, Key(used_by=("dataset",))] = Field(
         True,
-        description="Decode each new image once, to find damaged ones and ones that look alike before anything is encoded.",
+        description="Decode each new image once, to find corrupt images and near duplicates before encoding.",
     )
     max_num_samples: Annotated[Count | None, Key(used_by=("dataset",))] = Field(
-        None, description="Use this many of the images, chosen by their content; not set: all."
+        None, description="Use this many images, selected by digest; not set: all."
     )
     resolution: Annotated[Positive, Key(inherited="size", masks="of image", used_by=("aspect_buckets",))] = (
         Field(description="Size of the training crops; its unit is resolution_type.")
     )
     resolution_type: Annotated[ResolutionType, Key(masks="of image", used_by=("aspect_buckets",))] = Field(
         "pixel_area",
-        description="area: megapixels; pixel_area: N stands for N*N pixels; pixel: length of the shorter edge.",
+        description="area: megapixels; pixel_area: N means N*N pixels; pixel: length of the shorter edge.",
     )
     crop: Annotated[bool, Key(masks="of image", used_by=("aspect_buckets",))] = Field(
-        False, description="Crop to crop_aspect; false keeps each image's aspect, trimmed to its bucket."
+        False, description="Crop to crop_aspect; false preserves each image's aspect, cropped to its bucket."
     )
     crop_style: Annotated[
         Literal["random", "center", "corner", "face"], Key(masks="of image", used_by=("aspect_buckets",))
-    ] = Field("random", description="Where the crop is taken; face needs the extra `faces`.")
+    ] = Field("random", description="Position of the crop; face needs the extra `faces`.")
     crop_aspect: Annotated[
         Literal["square", "preserve", "closest", "random"], Key(masks="of image", used_by=("aspect_buckets",))
     ] = Field(
         "square",
-        description="Shape of the crop: square; preserve: the image's own; closest or random: one of crop_aspect_buckets.",
+        description="Aspect of the crop: square; preserve: the image's own; closest or random: one of crop_aspect_buckets.",
     )
     crop_aspect_buckets: Annotated[
         tuple[Positive, ...], Key(masks="of image", used_by=("aspect_buckets",))
     ] = Field(
         (),
-        description='Aspect ratios (width / height) for crop_aspect closest and random; {"1.0": 3, "0.75": 1} weighs them for random.',
+        description='Aspect ratios (width / height) for crop_aspect closest and random; {"1.0": 3, "0.75": 1} weights them for random.',
     )
     crop_aspect_weights: Annotated[tuple[Positive, ...], Key(used_by=("aspect_buckets",))] = Field(
         (),
         description="Weights of crop_aspect_buckets for crop_aspect random, in their order; not set: equal.",
     )
     crops_per_image: Annotated[Count, Key(masks="of image", used_by=("aspect_buckets",))] = Field(
-        1, description="Crops cached per image; successive epochs take them in turn."
+        1, description="Crops cached per image; successive epochs cycle through them."
     )
     random_flip: Annotated[bool, Key(masks="of image", used_by=("aspect_buckets",))] = Field(
-        False, description="Train each image mirrored left to right half of the time."
+        False, description="Flip images horizontally with probability 0.5."
     )
     minimum_image_size: Annotated[
         float, Field(ge=0), Key(inherited="size", masks="of image", used_by=("aspect_buckets",))
-    ] = Field(0.0, description="Smaller images are left out; in the unit of resolution_type.")
+    ] = Field(0.0, description="Smaller images are dropped; in the unit of resolution_type.")
     maximum_image_size: Annotated[
         Positive | None, Key(inherited="size", masks="of image", used_by=("aspect_buckets",))
     ] = Field(None, description="Larger images are first scaled down to target_downsample_size.")
@@ -236,17 +236,17 @@ class ImageDataset(SettingsModel):
         None, description="Size that images above maximum_image_size are scaled down to before the crop."
     )
     minimum_aspect_ratio: Annotated[Positive | None, Key(masks="of image", used_by=("aspect_buckets",))] = (
-        Field(None, description="Images of a smaller width / height are left out.")
+        Field(None, description="Images with a smaller width / height are dropped.")
     )
     maximum_aspect_ratio: Annotated[Positive | None, Key(masks="of image", used_by=("aspect_buckets",))] = (
-        Field(None, description="Images of a larger width / height are left out.")
+        Field(None, description="Images with a larger width / height are dropped.")
     )
     max_upscale_threshold: Annotated[
         Annotated[float, Field(ge=0)] | None,
         Key(inherited="value", masks="of image", used_by=("aspect_buckets",)),
     ] = Field(
         None,
-        description="Images that would be enlarged by more than this share are left out; 0.2 allows 20 %.",
+        description="Images that would be upscaled by more than this share are dropped; 0.2 allows 20 %.",
     )
     aspect_bucket_alignment: Annotated[
         int, Field(ge=8, multiple_of=8), Key(inherited="value", masks="of image", used_by=("aspect_buckets",))
@@ -264,13 +264,13 @@ class ImageDataset(SettingsModel):
         None, description="For caption_strategy parquet: the table and its columns."
     )
     disable_multiline_split: Annotated[bool, Key(inherited="value", masks="unused", used_by=("dataset",))] = (
-        Field(False, description="A text file is one caption, line breaks and all, instead of one per line.")
+        Field(False, description="A text file is one caption including line breaks, instead of one per line.")
     )
     caption_shuffle: Annotated[CaptionShuffle | None, Key(masks="unused", used_by=("dataset",))] = Field(
-        None, description="Further captions made by changing the order of tags."
+        None, description="Additional captions with shuffled tags."
     )
     caption_filter_list: Annotated[Path | tuple[str, ...] | None, Key(masks="unused")] = Field(
-        None, description="What to take out of every caption; not set: that of the text_embeds entry."
+        None, description="Filters applied to every caption; not set: those of the text_embeds entry."
     )
     instance_prompt: Annotated[str | None, Key(inherited="value", masks="unused", used_by=("dataset",))] = (
         Field(None, description="The caption of instanceprompt, or the phrase to prepend.")
@@ -279,48 +279,48 @@ class ImageDataset(SettingsModel):
         Field(False, description="Put instance_prompt and a space before each caption.")
     )
     only_instance_prompt: Annotated[bool, Key(inherited="value", masks="unused", used_by=("dataset",))] = (
-        Field(False, description="Use instance_prompt in place of each caption.")
+        Field(False, description="Use instance_prompt instead of each caption.")
     )
     missing_captions: Annotated[Literal["drop", "empty"], Key(masks="unused", used_by=("dataset",))] = Field(
-        "drop", description="Images without a caption: drop them, or train them with the empty prompt."
+        "drop", description="Images without a caption: drop them, or train with the empty prompt."
     )
     conditioning_data: str | None = Field(
-        None, description="id of the entry that holds the masks of these images; not set: they have none."
+        None, description="id of the entry with the masks of these images; not set: no masks."
     )
     missing_masks: Annotated[Literal["refuse", "unmasked"], Key(masks="unused")] = Field(
         "refuse",
-        description="Images without a mask, where there is conditioning_data: stop and name them, or train them whole.",
+        description="Images without a mask, if there is conditioning_data: fail and list them, or train without a mask.",
     )
     conditioning_type: MaskKind | None = Field(
         None,
-        description="For dataset_type conditioning. mask: the loss of each place is weighted from black (0) to white (1); segmentation: all that is not black counts in full.",
+        description="For dataset_type conditioning. mask: the loss is weighted from black (0) to white (1); segmentation: all pixels that are not black have weight 1.",
     )
     source_dataset_id: str | None = Field(
         None,
-        description="For dataset_type conditioning: the image dataset whose conditioning_data names this entry; may be left out.",
+        description="For dataset_type conditioning: the image dataset whose conditioning_data names this entry; optional.",
     )
     is_regularisation_data: bool = Field(
         False,
-        description="Prior preservation: these images are trained towards what the base model predicts of them, without the adapter.",
+        description="Prior preservation: the target of these images is the base model's prediction without the adapter.",
     )
     repeats: Annotated[int, Field(ge=0), Key(masks="unused")] = Field(
-        0, description="Extra passes per epoch: 0 sees each image once."
+        0, description="Extra repeats per epoch: 0 uses each image once."
     )
     probability: Annotated[Positive, Key(masks="unused")] = Field(
-        1.0, description="Weight of this dataset against the others when batches are drawn."
+        1.0, description="Sampling weight of this dataset relative to the others."
     )
     cache_dir_vae: Annotated[Path | None, Key(masks="unused")] = Field(
         None, description="Root of the latent store; not set: the storage resource's."
     )
     vae_cache_ondemand: Annotated[bool, Key(inherited="value", masks="unused")] = Field(
-        False, description="Encode latents at first use in the training, and keep them."
+        False, description="Encode latents at first use in the training, and cache them."
     )
     vae_cache_disable: Annotated[bool, Key(inherited="value", masks="unused")] = Field(
-        False, description="Encode latents at each use, and keep none."
+        False, description="Encode latents at each use, without a cache."
     )
     vae_cache_clear_each_epoch: Annotated[bool, Key(inherited="value", masks="unused")] = Field(
         False,
-        description="Cut each image anew in every epoch: latents are encoded at each use, and none kept.",
+        description="Crop each image anew in every epoch: latents are encoded at each use, without a cache.",
     )
     text_embeds: Annotated[str | None, Key(masks="unused")] = Field(
         None, description="id of the text_embeds entry to use; not set: the default one."
@@ -328,29 +328,29 @@ class ImageDataset(SettingsModel):
 
     @property
     def asset_name(self) -> str:
-        """Return `id` as an asset key may be written."""
+        """Return `id` as a valid asset key."""
         return asset_name(self.id)
 
     @property
     def latent_cache(self) -> CacheMode:
-        """When latents are encoded, and whether they are kept."""
+        """Return when latents are encoded, and whether they are cached."""
         if self.vae_cache_disable or self.vae_cache_clear_each_epoch:
             return "disable"
         return "ondemand" if self.vae_cache_ondemand else "full"
 
     @property
     def skipped_stages(self) -> frozenset[str]:
-        """The stages named by `skip_file_discovery`."""
+        """Return the stages in `skip_file_discovery`."""
         return frozenset(word for word in re.split(r"[\s,]+", self.skip_file_discovery) if word)
 
     @field_validator("caption_strategy", mode="before")
     @classmethod
-    def _read_caption_strategy(cls, value: Any) -> Any:
+    def _normalize_caption_strategy(cls, value: Any) -> Any:
         return "instanceprompt" if value == "instance_prompt" else value
 
     @field_validator("skip_file_discovery", mode="before")
     @classmethod
-    def _read_stages(cls, value: Any) -> Any:
+    def _parse_stages(cls, value: Any) -> Any:
         return read_stages(value)
 
     @field_validator(
@@ -362,32 +362,32 @@ class ImageDataset(SettingsModel):
         mode="before",
     )
     @classmethod
-    def _zero_is_not_set(cls, value: Any) -> Any:
+    def _zero_to_none(cls, value: Any) -> Any:
         return none_for_zero(value)
 
     @field_validator("conditioning_data", mode="before")
     @classmethod
-    def _read_conditioning_data(cls, value: Any) -> Any:
+    def _unwrap_single_mask(cls, value: Any) -> Any:
         if not isinstance(value, list | tuple):
             return value
         if len(value) > 1:
-            raise BadValueError("names several entries", "name one: an image has one mask")
+            raise BadValueError("lists several entries", "write one: an image has one mask")
         return value[0] if value else None
 
     @field_validator("caption_shuffle", mode="before")
     @classmethod
-    def _read_caption_shuffle(cls, value: Any) -> Any:
+    def _parse_caption_shuffle(cls, value: Any) -> Any:
         return None if value is False or value == {} else {"enable": True} if value is True else value
 
     @field_validator("instance_data_dir", mode="before")
     @classmethod
-    def _empty_folder_is_not_set(cls, value: Any) -> Any:
+    def _empty_folder_to_none(cls, value: Any) -> Any:
         return None if value == "" else value
 
     @model_validator(mode="before")
     @classmethod
-    def _read_entry(cls, values: Any) -> Any:
-        """Bring a URL in instance_data_dir and weighted aspect buckets into their own fields; a list of captions is read as one."""
+    def _normalize_entry(cls, values: Any) -> Any:
+        """Move a URL in instance_data_dir to `url`, and split weighted crop_aspect_buckets into buckets and weights."""
         values = dict(values)
         if values.get("type") in ("csv", "huggingface") and not values.get("caption_strategy"):
             values["caption_strategy"] = values["type"]
@@ -407,53 +407,53 @@ class ImageDataset(SettingsModel):
 
 
 class TextEmbedsDataset(SettingsModel):
-    """Where the captions' embeddings are kept."""
+    """Store of the text embeddings."""
 
     id: str = Field(min_length=1, max_length=100, description="Unique name.")
-    type: Literal["local"] = Field("local", description="Where the embeddings are kept: a folder.")
-    dataset_type: Literal["text_embeds"] = Field("text_embeds", description="This kind of entry.")
-    disabled: bool = Field(False, description="Leave this entry out.")
+    type: Literal["local"] = Field("local", description="Kind of the store: a folder.")
+    dataset_type: Literal["text_embeds"] = Field(
+        "text_embeds", description="Marks an entry of text embeddings."
+    )
+    disabled: bool = Field(False, description="Ignore this entry.")
     default: bool = Field(
-        False, description="Keeps the validation prompts, and the captions of datasets that name no other."
+        False, description="Use for validation prompts, and for datasets without text_embeds."
     )
     cache_dir: Path | None = Field(None, description="Root of the store; not set: the storage resource's.")
     write_batch_size: Annotated[Count, Key(inherited="value")] = Field(
         128, description="Embeddings per file of the store."
     )
     text_cache_ondemand: Annotated[bool, Key(inherited="value")] = Field(
-        False, description="Encode captions at first use in the training, and keep their embeddings."
+        False, description="Encode captions at first use in the training, and cache their embeddings."
     )
     text_cache_disable: Annotated[bool, Key(inherited="value")] = Field(
-        False, description="Encode captions at each use, and keep none."
+        False, description="Encode captions at each use, without a cache."
     )
-    skip_file_discovery: str = Field(
-        "", description="`text`: the datasets' captions are not looked at again."
-    )
+    skip_file_discovery: str = Field("", description="`text`: the datasets' captions are not checked again.")
     caption_filter_list: Path | tuple[str, ...] | None = Field(
         None,
-        description="What to take out of every caption: a list, or a text or JSON file; a line is literal text, a regular expression, or s/find/replace/.",
+        description="Filters applied to every caption: a list, or a text or JSON file; a line is literal text, a regular expression, or s/find/replace/.",
     )
 
     @field_validator("skip_file_discovery", mode="before")
     @classmethod
-    def _read_stages(cls, value: Any) -> Any:
+    def _parse_stages(cls, value: Any) -> Any:
         return read_stages(value)
 
     @property
     def text_cache(self) -> CacheMode:
-        """When captions are encoded, and whether their embeddings are kept."""
+        """Return when captions are encoded, and whether their embeddings are cached."""
         return "disable" if self.text_cache_disable else "ondemand" if self.text_cache_ondemand else "full"
 
 
 def asset_name(name: str) -> str:
-    """Return `name` as an asset key and group may be written: letters and digits of ASCII, and "_".
+    """Return `name` as a valid asset key and group: ASCII letters, digits and "_".
 
-    Each other ASCII character becomes "_". A name in other letters is transliterated; since several names may read alike then, the
-    digest of the name itself follows.
+    Each other ASCII character becomes "_". A non-ASCII name is transliterated; since that is not injective, the digest of the name
+    follows.
     """
     if name.isascii():
         return re.sub(r"[^A-Za-z0-9_]", "_", name)
-    composed = unicodedata.normalize("NFC", name)  # macOS decomposes the names of files
+    composed = unicodedata.normalize("NFC", name)  # macOS decomposes file names
     letters = re.sub(r"[^A-Za-z0-9_]+", "_", anyascii(composed)).strip("_")[:60]
     digest = hashlib.sha256(os.fsencode(composed)).hexdigest()
     return f"{letters or 'unnamed'}_{digest[:8]}"

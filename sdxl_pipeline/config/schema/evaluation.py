@@ -1,4 +1,4 @@
-"""Evaluation."""
+"""Settings of the evaluation."""
 
 from typing import Annotated, Any, Literal
 
@@ -19,41 +19,41 @@ class EvaluationSettings(SettingsModel):
     ] = Field(
         "openai/clip-vit-large-patch14",
         min_length=1,
-        description="CLIP that scores: Hub id, local folder or bundled:tiny-clip.",
+        description="CLIP model of the scores: Hub id, local folder or bundled:tiny-clip.",
     )
     eval_loss_disable: Annotated[bool, Key(Identity.VALIDATION, used_by=("evaluation",))] = Field(
-        False, description="Leave the eval loss out."
+        False, description="Do not compute the eval loss."
     )
     eval_timesteps: Annotated[
         int, Field(ge=1, le=1000), Key(Identity.VALIDATION, used_by=("evaluation",))
-    ] = Field(28, description="Timesteps the eval loss is averaged over.")
+    ] = Field(28, description="Number of timesteps that the eval loss is averaged over.")
     num_eval_images: Annotated[Count | None, Key(Identity.VALIDATION, used_by=("evaluation",))] = Field(
-        None, description="Most images used for the eval loss; not set: all."
+        None, description="Maximum images of the eval loss; not set: all."
     )
     eval_dataset_id: Annotated[
         str | None, Key(Identity.VALIDATION, overridable=False, used_by=("evaluation",))
-    ] = Field(None, description="The eval dataset that is used; not set: all of them.")
+    ] = Field(None, description="The eval dataset to use; not set: all of them.")
     eval_steps_interval: Annotated[Count | None, Key(Identity.VALIDATION)] = Field(
-        None, description="Steps between eval losses taken during training; not set or 0: none by steps."
+        None, description="Steps between eval losses during training; not set or 0: none by steps."
     )
     eval_epoch_interval: Annotated[Annotated[float, Field(gt=0)] | None, Key(Identity.VALIDATION)] = Field(
         None,
-        description="Epochs between eval losses taken during training, 0.5 for two an epoch; not set or 0: none by epochs.",
+        description="Epochs between eval losses during training, 0.5 for two per epoch; not set or 0: none by epochs.",
     )
     eval_holdout_share: Annotated[float, Field(ge=0, le=0.5), Key(Identity.SAMPLES, overridable=False)] = (
         Field(
             0.1,
-            description="Share of each dataset kept out of training for the eval loss when no eval dataset is given: at least 1 image of 8, 2 of 20.",
+            description="Share of each dataset held out for the eval loss if there is no eval dataset: at least 1 image of 8, 2 of 20.",
         )
     )
 
     @property
     def eval_loss_in_training(self) -> bool:
-        """Whether the eval loss is taken while the training goes on."""
+        """Return whether the eval loss is computed during training."""
         intervals = (self.eval_steps_interval, self.eval_epoch_interval)
         return not self.eval_loss_disable and any(interval is not None for interval in intervals)
 
     @field_validator("eval_steps_interval", "eval_epoch_interval", mode="before")
     @classmethod
-    def _read_eval_intervals(cls, value: Any) -> Any:
+    def _zero_eval_interval_to_none(cls, value: Any) -> Any:
         return none_for_zero(value)

@@ -1,4 +1,4 @@
-"""Masked loss and prior preservation."""
+"""Settings of masked loss and prior preservation."""
 
 from typing import Annotated
 
@@ -12,9 +12,9 @@ class MaskSettings(SettingsModel):
 
     masked_loss_probability: Share = Field(
         1.0,
-        description="Share of the appearances of masked images whose loss is masked; the others are trained whole.",
+        description="Share of the samples of masked images whose loss is masked; the others use the full image.",
     )
     prior_loss_weight: Annotated[float, Field(gt=0)] = Field(
         1.0,
-        description="Weight of the loss of images with is_regularisation_data, beside 1 of all others (Ruiz et al. 2023).",
+        description="Loss weight of images with is_regularisation_data; all others have 1 (Ruiz et al. 2023).",
     )

@@ -1,4 +1,4 @@
-"""The model."""
+"""Settings of the model."""
 
 from typing import Annotated, Final, Literal
 
@@ -15,11 +15,11 @@ class ModelSettings(SettingsModel):
     """The model."""
 
     model_type: Literal["lora", "full"] = Field(
-        "lora", description="What is trained: an adapter, or in full all weights of the UNet."
+        "lora", description="What is trained: lora trains an adapter, full trains all weights of the UNet."
     )
     train_text_encoder: bool = Field(
         False,
-        description="Give both text encoders a LoRA as well; captions are then encoded anew at every step, and no text cache is used.",
+        description="Also train a LoRA on both text encoders; captions are then encoded at every step, without a text cache.",
     )
     text_encoder_lr: Annotated[Annotated[float, Field(ge=0, le=10)] | None, Key(on_card=True)] = Field(
         None, description="Learning rate of the text encoders; not set: learning_rate."
@@ -31,7 +31,7 @@ class ModelSettings(SettingsModel):
         "sdxl", description="This project trains Stable Diffusion XL."
     )
     model_flavour: Annotated[Literal["base-1.0"], Key(Identity.BASE_MODEL, overridable=False)] = Field(
-        "base-1.0", description="Which released SDXL; base-1.0 is stabilityai/stable-diffusion-xl-base-1.0."
+        "base-1.0", description="Released SDXL version; base-1.0 is stabilityai/stable-diffusion-xl-base-1.0."
     )
     pretrained_model_name_or_path: Annotated[
         str | None, Key(Identity.BASE_MODEL, path="base model", overridable=False)
@@ -47,4 +47,4 @@ class ModelSettings(SettingsModel):
     )
     prediction_type: Annotated[
         Literal["epsilon", "v_prediction", "sample"] | None, Key(on_card=True, used_by=("run_evaluation",))
-    ] = Field(None, description="What the UNet predicts; not set: what the base model's scheduler says.")
+    ] = Field(None, description="What the UNet predicts; not set: as in the base model's scheduler config.")

@@ -1,4 +1,4 @@
-"""Optimisation."""
+"""Settings of the optimizer, the learning rate, batches and length."""
 
 import math
 from typing import Annotated, Any, Literal, Self
@@ -60,7 +60,7 @@ OptimizerName = Literal[
 ]
 
 _REFUSED_OPTIMIZERS = {
-    "torch-sparseadam": "takes sparse gradients alone, as embeddings give them; those of a UNet are dense",
+    "torch-sparseadam": "supports sparse gradients only, such as those of embeddings; a UNet has dense ones",
 }
 
 ScheduleName = Literal[
@@ -86,76 +86,78 @@ class OptimizationSettings(SettingsModel):
     )
     gradient_precision: Literal["unmodified", "fp32"] = Field(
         "unmodified",
-        description="fp32 sums the gradients of weights held in bf16 (adamw_bf16) in fp32; all others have fp32 gradients anyway.",
+        description="fp32 accumulates the gradients of bf16 weights (adamw_bf16) in fp32; all other weights have fp32 gradients.",
     )
     lr_scheduler: Annotated[ScheduleName, Key(on_card=True, used_by=("training_plan",))] = Field(
-        "constant_with_warmup", description="Shape of the learning rate over the run."
+        "constant_with_warmup", description="Learning-rate schedule."
     )
     lr_warmup_steps: Annotated[int, Field(ge=0), Key(on_card=True, used_by=("training_plan",))] = Field(
         0,
-        description="Steps over which the learning rate rises from 0; for sine, from its peak to its trough.",
+        description="Steps over which the learning rate rises from 0; for sine, the steps from peak to trough.",
     )
     lr_end: Annotated[float, Field(ge=0)] | None = Field(
         None,
-        description="Learning rate at the end of cosine, cosine_with_restarts and polynomial, and at sine's troughs; not set, it is 4e-7 for polynomial and sine, 0 for the others.",
+        description="Learning rate at the end of cosine, cosine_with_restarts and polynomial, and at the troughs of sine; not set: 4e-7 for polynomial and sine, 0 for the others.",
     )
     lr_power: Annotated[float, Field(gt=0)] = Field(
-        0.8, description="Exponent of polynomial: 1 is a straight line, more falls sooner."
+        0.8, description="Exponent of polynomial: 1 is linear, more decreases faster at first."
     )
-    lr_num_cycles: Count = Field(1, description="Descents of cosine_with_restarts.")
+    lr_num_cycles: Count = Field(1, description="Number of cycles of cosine_with_restarts.")
     lr_scale: bool = Field(
         False, description="Multiply learning_rate by the images per optimizer step, over all processes."
     )
-    lr_scale_sqrt: bool = Field(False, description="With lr_scale: by the square root of their number.")
+    lr_scale_sqrt: bool = Field(
+        False, description="With lr_scale: multiply by the square root of that number."
+    )
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(
-        2.0, description="Bound of the gradients, by grad_clip_method; 0 leaves them alone."
+        2.0, description="Gradient clipping threshold of grad_clip_method; 0 disables clipping."
     )
     grad_clip_method: Literal["norm", "value"] = Field(
         "norm",
-        description="norm scales all gradients down together, so that their norm is at most max_grad_norm; value cuts each number.",
+        description="norm clips the global norm of the gradients; value clips each element.",
     )
     train_batch_size: Annotated[Count, Key(on_card=True, used_by=("training_plan", "run_evaluation"))] = (
-        Field(4, description="Images per device and forward pass.")
+        Field(4, description="Images per device and forward pass (micro-batch).")
     )
     bucket_fill: Annotated[BucketFill, Key(used_by=("training_plan",))] = Field(
         "partial",
-        description="Last batch of a bucket: partial leaves it smaller, so that an epoch shows every image repeats + 1 times; wrap fills it by repeating images of the bucket.",
+        description="Last batch of a bucket: partial leaves it smaller, so an epoch contains every image repeats + 1 times; wrap fills it with images of the same bucket.",
     )
     gradient_accumulation_steps: Annotated[Count, Key(on_card=True, used_by=("training_plan",))] = Field(
         1, description="Forward passes per optimizer step."
     )
     max_train_steps: Annotated[
         Annotated[int, Field(ge=1)] | None, Key(length=True, used_by=("training_plan",))
-    ] = Field(None, description="Optimizer steps to train; 0 leaves the length to num_train_epochs.")
+    ] = Field(None, description="Optimizer steps of the run; 0: num_train_epochs sets the length.")
     num_train_epochs: Annotated[
         Annotated[int, Field(ge=1)] | None, Key(length=True, used_by=("training_plan",))
     ] = Field(
-        None, description="Passes over the images; 0 leaves it to max_train_steps; 1 when neither is given."
+        None, description="Epochs of the run; 0: max_train_steps sets the length; 1 if neither is given."
     )
     seed: Annotated[
         int, Field(ge=0, lt=2**32), Key(on_card=True, used_by=("training_plan", "run_evaluation"))
-    ] = Field(42, description="Seed of everything random.")
+    ] = Field(42, description="Seed of all random numbers.")
 
     @field_validator("optimizer", mode="before")
     @classmethod
-    def _gradients_are_dense(cls, value: Any) -> Any:
+    def _refuse_sparse_optimizers(cls, value: Any) -> Any:
         if isinstance(value, str) and (reason := _REFUSED_OPTIMIZERS.get(value)):
             raise BadValueError(f"{value} {reason}", 'write "torch-adam" or "adamw"')
         return value
 
     @field_validator("lr_scheduler", mode="before")
     @classmethod
-    def _other_names(cls, value: Any) -> Any:
+    def _normalize_scheduler_name(cls, value: Any) -> Any:
         return {"cosine_with_warmup": "cosine"}.get(value, value) if isinstance(value, str) else value
 
     @field_validator("max_train_steps", "num_train_epochs", mode="before")
     @classmethod
-    def _zero_length_is_not_set(cls, value: Any) -> Any:
+    def _zero_length_to_none(cls, value: Any) -> Any:
         return none_for_zero(value)
 
     @field_validator("optimizer_config", mode="before")
     @classmethod
-    def _read_optimizer_config(cls, value: Any) -> Any:
+    def _parse_optimizer_config(cls, value: Any) -> Any:
         if isinstance(value, str):
             return parse_assignments(value)
         if isinstance(value, dict):
@@ -164,21 +166,21 @@ class OptimizationSettings(SettingsModel):
 
     @field_validator("gradient_precision", "lr_num_cycles", mode="before")
     @classmethod
-    def _not_set_is_the_default(cls, value: Any, info: ValidationInfo) -> Any:
+    def _none_to_default(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, str) and value.strip().lower() in ("", "none", "null"):
             return cls.model_fields[info.field_name or ""].default
         return value
 
     @property
     def is_schedule_free(self) -> bool:
-        """Whether the optimizer averages its weights instead of following a schedule (Defazio et al. 2024)."""
+        """Return whether the optimizer is schedule-free: it averages weights instead of decaying the rate (Defazio et al. 2024)."""
         return self.optimizer.startswith("adamw_schedulefree")
 
     def longest_warmup(self, steps: int) -> int:
-        """Return the most `lr_warmup_steps` with which one of `steps` optimizer steps is taken at `learning_rate`.
+        """Return the largest `lr_warmup_steps` for which one of `steps` optimizer steps uses the full `learning_rate`.
 
         A schedule raises the rate from 0 at step 0, so it is reached at step `lr_warmup_steps`, counted from 0; a schedule-free optimizer
-        reaches it one step earlier. The peak of `sine` does not wait for it.
+        reaches it one step earlier. `sine` starts at its peak, so it has no limit.
         """
         if self.lr_scheduler == "sine":
             return self.lr_warmup_steps
@@ -186,26 +188,26 @@ class OptimizationSettings(SettingsModel):
 
     @property
     def effective_lr_end(self) -> float:
-        """`lr_end`, or the schedule's default."""
+        """Return `lr_end`, or the default of the schedule."""
         if self.lr_end is not None:
             return self.lr_end
         return 4e-7 if self.lr_scheduler in ("polynomial", "sine") else 0.0
 
     @model_validator(mode="after")
-    def _a_warm_up_is_meant(self) -> Self:
+    def _constant_with_warmup_steps(self) -> Self:
         if self.lr_scheduler == "constant" and self.lr_warmup_steps > 0:
-            object.__setattr__(self, "lr_scheduler", "constant_with_warmup")  # as the reference reads it
+            object.__setattr__(self, "lr_scheduler", "constant_with_warmup")  # as in SimpleTuner
         return self
 
     @model_validator(mode="after")
-    def _one_length(self) -> Self:
+    def _default_length(self) -> Self:
         if self.max_train_steps is None and self.num_train_epochs is None:
             object.__setattr__(self, "num_train_epochs", 1)  # the model is frozen for everyone else
         return self
 
 
 def parse_assignments(text: str) -> dict[str, OptimizerValue]:
-    """`"beta1=0.9,weight_decay=0.01"` as a dict; numbers and booleans are typed. Raises BadValueError for a part without "="."""
+    """Parse `"beta1=0.9,weight_decay=0.01"` into a dict of typed values. Raise BadValueError for a part without "="."""
     values: dict[str, OptimizerValue] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = (piece.strip() for piece in part.partition("="))

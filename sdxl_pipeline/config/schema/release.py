@@ -1,4 +1,4 @@
-"""Release."""
+"""Settings of the release."""
 
 from typing import Annotated, Literal
 
@@ -19,13 +19,13 @@ class ReleaseSettings(SettingsModel):
     ] = Field(
         "both",
         description="Files of the adapter: pytorch_lora_weights.safetensors for diffusers; comfyui: <project>.safetensors with kohya's keys, "
-        "for ComfyUI, A1111, Forge, kohya and InvokeAI. A run keeps diffusers' file in any case.",
+        "for ComfyUI, A1111, Forge, kohya and InvokeAI. A run always saves the diffusers file.",
     )
     lora_export_dtype: Annotated[
         ExportDtype, Key(Identity.EXPORT, overridable=False, used_by=("lora", "hub_release"))
     ] = Field(
         "auto",
-        description="Data type of <project>.safetensors; auto: float16, or bfloat16 for an adapter whose values float16 cannot hold.",
+        description="Data type of <project>.safetensors; auto: float16, or bfloat16 for an adapter whose values exceed the range of float16.",
     )
     metadata_include_captions: Annotated[
         bool, Key(Identity.EXPORT, overridable=False, used_by=("lora", "hub_release"))
@@ -38,7 +38,7 @@ class ReleaseSettings(SettingsModel):
     )
     push_checkpoints_to_hub: Annotated[bool, Key(Identity.REPORTING, overridable=False)] = Field(
         False,
-        description="With push_to_hub: also upload the weights of each checkpoint, while the training goes on, into the repository's folder checkpoints. They have passed no check.",
+        description="With push_to_hub: also upload the weights of each checkpoint during training, into the repository's folder checkpoints. They are not checked.",
     )
     hub_model_id: Annotated[
         str | None, Key(Identity.REPORTING, overridable=False, used_by=("hub_release",))
@@ -55,7 +55,7 @@ class ReleaseSettings(SettingsModel):
 
     @field_validator("hub_model_id", mode="after")
     @classmethod
-    def _is_a_repository_name(cls, value: str | None) -> str | None:
+    def _require_repository_name(cls, value: str | None) -> str | None:
         if value is None:
             return None
         from huggingface_hub.errors import HFValidationError
@@ -66,7 +66,7 @@ class ReleaseSettings(SettingsModel):
         except HFValidationError as error:
             message = str(error).removesuffix(f": '{value}'.").removesuffix(".")
             raise BadValueError(
-                f"is no name that the Hub takes: {message[0].lower()}{message[1:]}",
+                f"is not a valid Hub repository name: {message[0].lower()}{message[1:]}",
                 'write "name" or "owner/name" of letters, digits, "-", "_" and ".", such as "your-name/cat-lora"',
             ) from error
         return value

@@ -1,4 +1,4 @@
-"""Several processes: how a whole UNet is divided among them."""
+"""Settings of FSDP sharding."""
 
 from typing import Annotated, Any, Literal
 
@@ -9,21 +9,21 @@ from sdxl_pipeline.config.schema.settings_model import SettingsModel
 
 
 class ShardingSettings(SettingsModel):
-    """Several processes: how a whole UNet is divided among them."""
+    """Sharding of a full UNet over processes."""
 
     fsdp_enable: Annotated[bool, Key(Identity.COMPUTE)] = Field(
         False,
-        description="Divide weights, gradients and optimizer state of model_type full among the processes, in place of a copy on each.",
+        description="Shard weights, gradients and optimizer state of model_type full over the processes, instead of a replica on each.",
     )
     fsdp_version: Annotated[Literal[2], Key(Identity.COMPUTE)] = Field(
         2, description="PyTorch's FSDP2 (fully_shard)."
     )
     fsdp_reshard_after_forward: Annotated[bool, Key(Identity.COMPUTE)] = Field(
         True,
-        description="Give a block's weights back after its forward pass and gather them again for the backward pass: less memory, more traffic.",
+        description="Reshard a block's weights after its forward pass and gather them again for the backward pass: less memory, more communication.",
     )
 
     @field_validator("fsdp_version", mode="before")
     @classmethod
-    def _read_version(cls, value: Any) -> Any:
+    def _parse_version(cls, value: Any) -> Any:
         return int(value) if isinstance(value, str) and value.strip().isdigit() else value

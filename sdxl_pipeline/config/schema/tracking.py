@@ -1,4 +1,4 @@
-"""Tracking."""
+"""Settings of trackers and webhooks."""
 
 from typing import Annotated, Any, Literal
 
@@ -32,30 +32,30 @@ class TrackingSettings(SettingsModel):
     webhook_config: Annotated[str | None, Key(Identity.REPORTING, path="local")] = Field(
         None,
         min_length=1,
-        description="JSON file that says where messages and images of the training go: one webhook, or a list of them.",
+        description="JSON file with one webhook, or a list of them, for messages and images of the training.",
     )
     webhook_reporting_interval: Annotated[Count | None, Key(Identity.REPORTING)] = Field(
         None,
-        description="Steps between the figures sent to raw webhooks; not set or 0: no figures. Discord gets none.",
+        description="Steps between the metrics sent to raw webhooks; not set or 0: no metrics. Discord receives none.",
     )
 
     @field_validator("report_to", mode="before")
     @classmethod
-    def _read_trackers(cls, value: Any) -> Any:
+    def _parse_trackers(cls, value: Any) -> Any:
         return read_list(value)
 
     @field_validator("webhook_config", mode="before")
     @classmethod
-    def _read_webhook_config(cls, value: Any) -> Any:
+    def _refuse_inline_webhook(cls, value: Any) -> Any:
         text = value.strip() if isinstance(value, str) else ""
         if isinstance(value, dict | list) or text.startswith(("{", "[")) or "://" in text:
             raise BadValueError(
-                "is the webhook itself, and its address is a secret that config.json would carry into logs and specs",
-                "write it into a JSON file of its own, and the path of that file here",
+                "is a webhook, not the path of a file: its URL is a secret, which config.json would copy into logs and specs",
+                "write it to a separate JSON file, and the path of that file here",
             )
         return value
 
     @field_validator("webhook_reporting_interval", mode="before")
     @classmethod
-    def _read_webhook_reporting_interval(cls, value: Any) -> Any:
+    def _zero_webhook_interval_to_none(cls, value: Any) -> Any:
         return none_for_zero(value)

@@ -1,7 +1,7 @@
-"""The settings of `config.json`: names and meanings follow SimpleTuner's, each described where it stands.
+"""The settings of `config.json`. Names and meanings follow SimpleTuner's; the fields of the sections describe them.
 
-A hardware profile may set the keys of `PROFILE_KEYS`; `None` there means that the file leaves them to the profile. Keys written with
-leading dashes or under another spelling are brought to these names before they reach the model (`sdxl_pipeline.config.settings_parser`).
+`PROFILE_KEYS` are None where the hardware profile gives the value. `sdxl_pipeline.config.settings_parser` maps keys with leading dashes
+and aliases to these names.
 """
 
 from typing import Any, Final
@@ -44,7 +44,7 @@ SECTIONS: Final[tuple[type[SettingsModel], ...]] = (
     TrackingSettings,
     AutomationSettings,
 )
-"""In the order in which a person reads them."""
+"""The sections in the order of docs/settings.md."""
 
 
 OBJECTIVE_SECTIONS: Final = (ObjectiveSettings, NoiseSettings, ScheduledSamplingSettings)
@@ -70,25 +70,25 @@ class TrainingSettings(
     AdapterSettings,
     ModelSettings,
 ):
-    """Every key of `config.json`, validated. Travels to the stages inside their specs.
+    """Every key of `config.json`, validated. The specs pass it to the stages.
 
-    Pydantic collects the fields of the last base first, so the bases stand in the reverse of `SECTIONS`.
+    Pydantic collects the fields of the last base first, so the bases are in the reverse order of `SECTIONS`.
     """
 
     @property
     def effective_validation_seed(self) -> int:
-        """`validation_seed`, or `seed` where it is not set."""
+        """Return `validation_seed`, or `seed` if it is not set."""
         return self.seed if self.validation_seed is None else self.validation_seed
 
     @property
     def scheduler_changes(self) -> dict[str, Any]:
-        """What these settings change in the base model's scheduler_config.json, for training and for drawing alike."""
+        """Return the entries of the base model's scheduler_config.json that these settings replace, for training and inference."""
         keys = ("prediction_type", "rescale_betas_zero_snr")
         return {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
 
     @property
     def changed_objective(self) -> dict[str, Any]:
-        """The settings of objective, noise and scheduled sampling that are not the defaults, by key."""
+        """Return the settings of objective, noise and scheduled sampling that differ from their defaults, by key."""
         fields = {key: field for section in OBJECTIVE_SECTIONS for key, field in section.model_fields.items()}
         return {
             key: getattr(self, key) for key, field in fields.items() if getattr(self, key) != field.default

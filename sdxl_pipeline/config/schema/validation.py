@@ -1,4 +1,4 @@
-"""Images drawn during training."""
+"""Settings of validation images."""
 
 import math
 import re
@@ -21,13 +21,13 @@ Sampler = Literal["ddim", "ddpm", "euler", "euler-a", "unipc", "dpm++"]
 
 
 class ValidationSettings(SettingsModel):
-    """Images drawn during training."""
+    """Validation images during training."""
 
     validation_disable: Annotated[bool, Key(Identity.VALIDATION)] = Field(
-        False, description="Draw no images during training."
+        False, description="Generate no images during training."
     )
     validation_prompt: Annotated[str | None, Key(Identity.VALIDATION, overridable=False)] = Field(
-        None, description="Prompt drawn during training and in the evaluation."
+        None, description="Prompt of the images during training and in the evaluation."
     )
     user_prompt_library: Annotated[str | None, Key(Identity.VALIDATION, path="local", overridable=False)] = (
         Field(
@@ -36,14 +36,14 @@ class ValidationSettings(SettingsModel):
         )
     )
     validation_prompt_library: Annotated[bool, Key(Identity.VALIDATION, overridable=False)] = Field(
-        False, description="Also draw the general prompts that come with this program."
+        False, description="Also use the bundled prompt library."
     )
     validation_disable_unconditional: Annotated[bool, Key(Identity.VALIDATION)] = Field(
-        True, description="Leave out the image of the empty prompt; false draws it during training."
+        True, description="Do not generate the image of the empty prompt; false generates it during training."
     )
     validation_negative_prompt: Annotated[str, Key(Identity.VALIDATION, overridable=False)] = Field(
         "blurry, cropped, ugly",
-        description='Negative prompt of the validation images; "" is none, for which SDXL\'s pipeline takes zeros.',
+        description='Negative prompt of the validation images; "" is none, for which SDXL\'s pipeline uses zero embeddings.',
     )
     validation_resolution: Annotated[str, Key(Identity.VALIDATION, used_by=("evaluation",))] = Field(
         "1024x1024",
@@ -53,41 +53,42 @@ class ValidationSettings(SettingsModel):
         Field(7.5, description="Classifier-free guidance scale.")
     )
     validation_guidance_rescale: Annotated[Share, Key(Identity.VALIDATION, used_by=("evaluation",))] = Field(
-        0.0, description="Guidance rescale of Lin et al. 2023; 0 is off."
+        0.0, description="Guidance rescale factor (Lin et al. 2023); 0 is off."
     )
     validation_num_inference_steps: Annotated[Count, Key(Identity.VALIDATION, used_by=("evaluation",))] = (
         Field(30, description="Sampler steps per image.")
     )
     validation_noise_scheduler: Annotated[
         Sampler | None, Key(Identity.VALIDATION, used_by=("evaluation",))
-    ] = Field(None, description="Sampler of the images; not set: the base model's own.")
+    ] = Field(None, description="Sampler of the images; not set: the base model's.")
     inference_scheduler_timestep_spacing: Annotated[
         Literal["leading", "linspace", "trailing"] | None, Key(Identity.VALIDATION, used_by=("evaluation",))
     ] = Field(
         None,
-        description="Which timesteps the sampler takes; not set: the base model's own (SDXL's is leading; SimpleTuner's default is trailing).",
+        description="Timestep spacing of the sampler; not set: the base model's (SDXL's is leading; SimpleTuner's default is trailing).",
     )
     validation_seed: Annotated[
         Annotated[int, Field(ge=0, lt=2**32)] | None, Key(Identity.VALIDATION, used_by=("evaluation",))
     ] = Field(None, description="Seed of the validation images; not set: `seed`.")
     validation_step_interval: Annotated[int, Field(ge=0), Key(Identity.VALIDATION)] = Field(
-        100, description="Steps between validation images; 0 draws them only at the end."
+        100, description="Steps between validation images; 0 generates them only at the end."
     )
     validation_epoch_interval: Annotated[Count | None, Key(Identity.VALIDATION)] = Field(
-        None, description="Epochs between validation images, beside the steps; not set or 0: steps alone."
+        None,
+        description="Epochs between validation images, in addition to validation_step_interval; not set or 0: none by epochs.",
     )
     validation_on_startup: Annotated[bool | None, Key(Identity.VALIDATION)] = Field(
         None,
-        description="Draw before the first step; not set: when validation_step_interval is not 0.",
+        description="Generate images before the first step; not set: if validation_step_interval is not 0.",
     )
     num_validation_images: Annotated[Count, Key(Identity.VALIDATION, used_by=("evaluation",))] = Field(
         1, description="Images per prompt, with successive seeds."
     )
     validation_randomize: Annotated[bool, Key(Identity.VALIDATION)] = Field(
-        False, description="Draw from other seeds at each validation, instead of the same ones."
+        False, description="Use different seeds at each validation instead of fixed ones."
     )
     validation_preview: Annotated[bool, Key(Identity.VALIDATION)] = Field(
-        False, description="Show the images while they form, decoded by a tiny autoencoder."
+        False, description="Log intermediate images of the sampler, decoded by a tiny autoencoder."
     )
     validation_preview_steps: Annotated[Count, Key(Identity.VALIDATION)] = Field(
         1, description="Sampler steps between previews."
@@ -103,17 +104,17 @@ class ValidationSettings(SettingsModel):
 
     @property
     def validation_sizes(self) -> tuple[tuple[int, int], ...]:
-        """(height, width) in pixels of each entry of `validation_resolution`."""
+        """Return (height, width) in pixels of each entry of `validation_resolution`."""
         return parse_sizes(self.validation_resolution)
 
     @field_validator("validation_epoch_interval", mode="before")
     @classmethod
-    def _read_validation_epoch_interval(cls, value: Any) -> Any:
+    def _zero_validation_interval_to_none(cls, value: Any) -> Any:
         return none_for_zero(value)
 
     @field_validator("validation_resolution", mode="before")
     @classmethod
-    def _read_validation_resolution(cls, value: Any) -> Any:
+    def _check_validation_resolution(cls, value: Any) -> Any:
         if isinstance(value, int | float) and not isinstance(value, bool):
             value = str(value)
         if isinstance(value, str):
@@ -122,10 +123,10 @@ class ValidationSettings(SettingsModel):
 
 
 def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
-    """(height, width) in pixels of each part of `text`, such as "1024x1024,1280x768" (WxH), "768" (an edge) or "1.0" (megapixels).
+    """Return (height, width) in pixels of each part of `text`, such as "1024x1024,1280x768" (WxH), "768" (an edge) or "1.0" (megapixels).
 
-    A bare number under 128 is megapixels of a square whose edge is rounded to a multiple of 64. Raises BadValueError for anything else,
-    and for an edge that is not a multiple of 8, which the VAE could not decode to.
+    A bare number under 128 is megapixels of a square whose edge is rounded to a multiple of 64. Raise BadValueError for anything else,
+    and for an edge that is not a multiple of 8, which the VAE cannot decode to.
     """
     sizes = tuple(_parse_size(part.strip()) for part in text.split(","))
     for height, width in sizes:

@@ -1,1 +1,1 @@
-"""Rules that combine several settings."""
+"""Rules for combinations of settings."""

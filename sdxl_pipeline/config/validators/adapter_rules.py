@@ -1,4 +1,4 @@
-"""Kinds of adapters and settings that do not go together, each with the reason."""
+"""Invalid combinations of adapter kinds and other settings."""
 
 from collections.abc import Iterator
 
@@ -10,11 +10,11 @@ from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.config.validators.dataset_rules import Finding
 
 DORA_PRECISIONS = ("int8-torchao", "fp8wo-torchao", "nf4-bnb")
-"""Of `base_model_precision`: those over which PEFT's DoRA gives what it gives over the same weights held whole. (Quanto's refuse to be cast
-to another dtype, which it does to them under mixed precision.)"""
+"""Values of `base_model_precision` for which PEFT's DoRA equals DoRA on the dequantized weights. (Quanto's tensors cannot be cast to another
+dtype, which PEFT does under mixed precision.)"""
 
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "conv", "conv_in", "conv_out")
-"""How the names of the convolutions in SDXL's UNet end; quanto leaves the last two whole."""
+"""Name suffixes of the convolutions in SDXL's UNet; quanto does not quantize the last two."""
 
 _LYCORIS_KEYS = {
     "lora_dropout": "dropout",
@@ -28,25 +28,27 @@ _IGNORED_BY_LYCORIS = ("lora_rank", "lora_alpha")
 
 
 def check_adapter(training: TrainingSettings) -> Iterator[Finding]:
-    """What is wrong between the adapter's kind and the other keys."""
+    """Yield invalid combinations of the adapter's kind and other settings."""
     if training.lora_type == "lycoris":
         yield from _check_lycoris_keys(training)
     else:
         if training.init_lokr_norm is not None:
             yield Finding(
-                "init_lokr_norm", "is about a LoKr, and lora_type is standard", 'write "lora_type": "lycoris"'
+                "init_lokr_norm",
+                "applies to LoKr only, but lora_type is standard",
+                'write "lora_type": "lycoris"',
             )
         yield from _check_convolutions(training)
     if training.base_model_precision not in (None, "no_change"):
-        yield from _check_over_fewer_bits(training, training.base_model_precision)
+        yield from _check_quantized_base(training, training.base_model_precision)
 
 
 def unused_adapter_settings(training: TrainingSettings) -> Iterator[str]:
-    """Settings of one kind of adapter that have no effect beside another kind."""
+    """Yield settings of one kind of adapter that have no effect for another kind."""
     if training.lora_type == "lycoris":
         for key in _IGNORED_BY_LYCORIS:
             if key in training.model_fields_set and getattr(training, key) is not None:
-                yield f"{key} = {getattr(training, key):g} has no effect with lora_type lycoris; lycoris_config says it"
+                yield f"{key} = {getattr(training, key):g} has no effect with lora_type lycoris; set it in lycoris_config"
     elif training.lycoris_config is not None:
         yield "lycoris_config has no effect with lora_type standard"
 
@@ -55,12 +57,14 @@ def _check_lycoris_keys(training: TrainingSettings) -> Iterator[Finding]:
     config = training.lycoris_config
     if config is None:
         yield Finding(
-            "lycoris_config", "is missing, and lora_type is lycoris", f"name a JSON file that holds {EXAMPLE}"
+            "lycoris_config",
+            "is missing, but lora_type lycoris needs it",
+            f"write the path of a JSON file such as {EXAMPLE}",
         )
     elif isinstance(config, str):
         yield Finding(
             "lycoris_config",
-            "names a file, which is read with the project, before a run is launched",
+            "is the path of a file, which is read at project load only",
             "write it in config.json, or the content of the file here",
         )
     for key in keys_with(AdapterSettings, lambda key: key.lora_type == "standard"):
@@ -70,8 +74,8 @@ def _check_lycoris_keys(training: TrainingSettings) -> Iterator[Finding]:
         ):
             yield Finding(
                 key,
-                "is about lora_type standard, and would have no effect",
-                f"leave it out; {instead} in lycoris_config says it" if instead else "leave it out",
+                "applies to lora_type standard only",
+                f"remove it; use {instead} in lycoris_config" if instead else "remove it",
             )
     if not isinstance(config, LycorisSettings):
         return
@@ -79,53 +83,49 @@ def _check_lycoris_keys(training: TrainingSettings) -> Iterator[Finding]:
         yield Finding("lycoris_config", f"{finding.key} {finding.message}", finding.hint)
     if training.init_lokr_norm is not None:
         if training.init_lora is not None:
-            yield Finding(
-                "init_lokr_norm", "and init_lora both say how the LoKr starts", "leave one of the two out"
-            )
+            yield Finding("init_lokr_norm", "and init_lora both initialize the LoKr", "remove one of the two")
         if config.algorithms != {"lokr"}:
-            yield Finding("init_lokr_norm", "is about algo lokr alone", "leave it out")
+            yield Finding("init_lokr_norm", "applies to algo lokr only", "remove it")
 
 
 def _check_convolutions(training: TrainingSettings) -> Iterator[Finding]:
-    """Known from the names of targets, so that nobody waits for the latents to hear of it; add_lora looks at the layers themselves."""
+    """Check convolutions by the names of the targets, before any encoding; add_lora checks the layers themselves."""
     targets = [name for name in training.lora_target_modules if name.rpartition(".")[2] in CONVOLUTIONS]
     if targets and training.use_dora and training.mixed_precision not in (None, "no"):
         yield Finding(
             "use_dora",
-            f"takes the norms of a convolution, as {targets[0]}, in {training.mixed_precision}, in which they would not match from the start",
-            "write mixed_precision no, or leave convolutions out of lora_target_modules",
+            f"computes the norms of a convolution, such as {targets[0]}, in {training.mixed_precision}, whose rounding would change the initial output",
+            "write mixed_precision no, or remove convolutions from lora_target_modules",
         )
-    held = [name for name in targets if name.rpartition(".")[2] not in ("conv_in", "conv_out")]
-    if held and (training.base_model_precision or "").endswith("-quanto"):
+    quantized = [name for name in targets if name.rpartition(".")[2] not in ("conv_in", "conv_out")]
+    if quantized and (training.base_model_precision or "").endswith("-quanto"):
         yield Finding(
             "lora_target_modules",
-            f"names {held[0]}, a convolution that base_model_precision {training.base_model_precision} holds in fewer bits, on which PEFT "
-            "makes no LoRA",
-            "leave convolutions out, or write a base_model_precision that leaves them whole, as no_change or int8-torchao",
+            f"contains {quantized[0]}, a convolution that base_model_precision {training.base_model_precision} quantizes, for which PEFT "
+            "supports no LoRA",
+            "remove convolutions, or write a base_model_precision that does not quantize them, such as no_change or int8-torchao",
         )
 
 
-def _check_over_fewer_bits(training: TrainingSettings, precision: str) -> Iterator[Finding]:
+def _check_quantized_base(training: TrainingSettings, precision: str) -> Iterator[Finding]:
     hint = "or write base_model_precision no_change"
     if training.use_dora and precision not in DORA_PRECISIONS:
         yield Finding(
             "use_dora",
-            f"takes norms of the base weights at each step, for which PEFT cannot read those of base_model_precision {precision}",
-            f"leave it out, or write base_model_precision {' or '.join(DORA_PRECISIONS)}, {hint}",
+            f"computes norms of the base weights at each step, but PEFT cannot dequantize those of base_model_precision {precision}",
+            f"remove it, or write base_model_precision {' or '.join(DORA_PRECISIONS)}, {hint}",
         )
     config = training.lycoris_config
     if training.lora_type == "standard" or not isinstance(config, LycorisSettings):
         return
-    rebuilds = (
-        f"rebuilds each weight at each step, and base_model_precision {precision} holds them in fewer bits"
-    )
+    recomputes = f"recomputes each weight at each step, but base_model_precision {precision} quantizes them"
     if config.dora_wd:
-        yield Finding("lycoris_config", f"dora_wd {rebuilds}", f"leave dora_wd out, {hint}")
+        yield Finding("lycoris_config", f"dora_wd {recomputes}", f"remove dora_wd, {hint}")
     if config.bypass_mode is False:
-        yield Finding("lycoris_config", f"bypass_mode false {rebuilds}", f"write bypass_mode true, {hint}")
+        yield Finding("lycoris_config", f"bypass_mode false {recomputes}", f"write bypass_mode true, {hint}")
     if training.init_lokr_norm is not None:
         yield Finding(
             "init_lokr_norm",
-            f"takes the weights' deviations, and base_model_precision {precision} holds them in fewer bits",
-            f"leave it out, {hint}",
+            f"needs the weights' standard deviations, but base_model_precision {precision} quantizes them",
+            f"remove it, {hint}",
         )

@@ -1,16 +1,16 @@
-"""Combinations of a dataset's settings that cannot be meant, though each value by itself could."""
+"""Invalid combinations of the settings of an image dataset."""
 
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from sdxl_pipeline.config.credentials import holds_credentials
+from sdxl_pipeline.config.credentials import has_credentials
 from sdxl_pipeline.config.schema.datasets import SKIPPABLE_STAGES, ImageDataset
 from sdxl_pipeline.config.schema.key_facts import keys_with
 
 
 class Finding(NamedTuple):
-    """A combination of settings that cannot be meant: the key to change, why, and what to write."""
+    """An invalid combination of settings: the key to change, the reason, and what to write instead."""
 
     key: str
     message: str
@@ -18,7 +18,7 @@ class Finding(NamedTuple):
 
 
 def check_images(dataset: ImageDataset) -> Iterator[Finding]:
-    """What cannot be meant in one image dataset, though each value by itself could."""
+    """Yield invalid combinations of settings in one image dataset."""
     yield from _check_source(dataset)
     yield from _check_sizes(dataset)
     yield from _check_crops(dataset)
@@ -26,8 +26,8 @@ def check_images(dataset: ImageDataset) -> Iterator[Finding]:
     if least is not None and most is not None and least > most:
         yield Finding(
             "minimum_aspect_ratio",
-            f"is above maximum_aspect_ratio ({most:g}), so every image would be left out",
-            "exchange the two",
+            f"is above maximum_aspect_ratio ({most:g}), so every image would be dropped",
+            "swap the two",
         )
     prompt_user = (
         "caption_strategy instanceprompt"
@@ -49,15 +49,15 @@ def check_images(dataset: ImageDataset) -> Iterator[Finding]:
     if unknown:
         yield Finding(
             "skip_file_discovery",
-            f"names unknown stages: {', '.join(unknown)}",
+            f"contains unknown stages: {', '.join(unknown)}",
             f"write any of {', '.join(SKIPPABLE_STAGES)}",
         )
 
 
 def _check_source(dataset: ImageDataset) -> Iterator[Finding]:
-    """Each type needs to be told where its images are, and captions can only come from where there are some."""
+    """Check that the keys which the source's type and the caption strategy need are set."""
     needed = {
-        "local": ("instance_data_dir", "write the path of the folder that has the images"),
+        "local": ("instance_data_dir", "write the path of the folder of the images"),
         "huggingface": ("dataset_name", "write the dataset's repository, owner/name"),
         "aws": ("aws_bucket_name", "write the bucket's name, or a URL such as s3://bucket/photos in url"),
         "csv": ("csv_file", "write the path of the list"),
@@ -74,7 +74,7 @@ def _check_source(dataset: ImageDataset) -> Iterator[Finding]:
     if strategy in ("csv", "huggingface") and dataset.type != strategy:
         yield Finding(
             "caption_strategy",
-            f"{strategy} reads the captions of a dataset of type {strategy}, and this one is {dataset.type}",
+            f"{strategy} needs a dataset of type {strategy}, but type is {dataset.type}",
             "write filename, textfile, instanceprompt or parquet",
         )
     if strategy == "parquet" and dataset.parquet is None:
@@ -88,11 +88,11 @@ def _check_source(dataset: ImageDataset) -> Iterator[Finding]:
 def _check_addresses(dataset: ImageDataset) -> Iterator[Finding]:
     for key in ("url", "aws_endpoint_url"):
         address = getattr(dataset, key)
-        if address is not None and holds_credentials(address):
+        if address is not None and has_credentials(address):
             yield Finding(
                 key,
-                "holds a user name, a password or a query string, which would be recorded wherever the address is",
-                "write the address alone; credentials are read from the environment, or from aws_access_key_id and aws_secret_access_key",
+                "contains a user name, a password or a query string, which would be recorded with the URL",
+                "write the URL without them; credentials are read from the environment, or from aws_access_key_id and aws_secret_access_key",
             )
     if dataset.url is not None and "://" not in dataset.url:
         yield Finding("url", "has no protocol", "write a URL such as s3://bucket/photos")
@@ -102,8 +102,8 @@ def _check_addresses(dataset: ImageDataset) -> Iterator[Finding]:
         missing = "aws_access_key_id" if dataset.aws_access_key_id is None else "aws_secret_access_key"
         yield Finding(
             missing,
-            "is missing, and the other half of the key is given",
-            "write both, or leave both to the environment",
+            "is missing, but the other part of the key is set",
+            "set both, or both in the environment",
         )
 
 
@@ -123,7 +123,7 @@ def _check_crops(dataset: ImageDataset) -> Iterator[Finding]:
     if dataset.crops_per_image > 1 and dataset.vae_cache_clear_each_epoch:
         yield Finding(
             "crops_per_image",
-            "is given together with vae_cache_clear_each_epoch, which cuts a new crop in every epoch",
+            "is given together with vae_cache_clear_each_epoch, which computes a new crop in every epoch",
             "keep one of the two",
         )
 

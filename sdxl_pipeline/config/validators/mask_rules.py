@@ -1,4 +1,4 @@
-"""Entries of masks, and the datasets of images that they belong to: what cannot be meant in them and between them."""
+"""Validation of entries of masks, and of references between them and image datasets."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
@@ -11,11 +11,11 @@ from sdxl_pipeline.config.validators.dataset_rules import Finding
 GEOMETRY: Final = keys_with(ImageDataset, lambda key: key.masks == "of image")
 """Keys that a mask takes from its image: it is resized, cropped and flipped like its image."""
 
-_SOURCES = ("local", "aws")
+_MASK_TYPES = ("local", "aws")
 
 
 class LinkFinding(NamedTuple):
-    """A `Finding` about the entry `id`; one without remedy is a warning."""
+    """A `Finding` about the entry `id`; one without a hint is a warning."""
 
     id: str
     key: str
@@ -24,58 +24,58 @@ class LinkFinding(NamedTuple):
 
 
 def mask_source(entry: ImageDataset) -> ImageDataset:
-    """The entry as a source of masks: a file needs no caption to be one."""
-    plain = {"caption_strategy": "filename", "missing_captions": "empty", "caption_shuffle": None}
-    off = {"prepend_instance_prompt": False, "only_instance_prompt": False, "caption_filter_list": None}
-    return entry.model_copy(update=plain | off)
+    """Return the entry with caption settings that accept every file, since masks need no captions."""
+    captions = {"caption_strategy": "filename", "missing_captions": "empty", "caption_shuffle": None}
+    disabled = {"prepend_instance_prompt": False, "only_instance_prompt": False, "caption_filter_list": None}
+    return entry.model_copy(update=captions | disabled)
 
 
 def check_mask_entry(entry: ImageDataset) -> Iterator[Finding]:
-    """What cannot be meant in an entry of dataset_type conditioning, its source aside."""
+    """Yield invalid settings of an entry of dataset_type conditioning, except those of its source."""
     if entry.conditioning_type is None:
         yield Finding(
             "conditioning_type",
             "is missing",
-            'write "mask" (the loss is weighted from black to white) or "segmentation" (all that is not black counts)',
+            'write "mask" (loss weight = brightness) or "segmentation" (loss weight 1 where not black)',
         )
-    if entry.type not in _SOURCES:
+    if entry.type not in _MASK_TYPES:
         yield Finding(
             "type",
-            f"{entry.type} names files after their addresses or rows, so that no mask would have its image's name",
-            f"write one of {', '.join(_SOURCES)}: a mask has the path of its image",
+            f"{entry.type} names files after their URLs or rows, so no mask would have the name of its image",
+            f"write one of {', '.join(_MASK_TYPES)}: a mask has the same path as its image",
         )
     if entry.conditioning_data is not None:
-        yield Finding("conditioning_data", "is given for masks", "write it in the entry of the images")
+        yield Finding("conditioning_data", "is set for masks", "write it in the entry of the images")
     if entry.is_regularisation_data:
-        yield Finding("is_regularisation_data", "is given for masks", "write it in the entry of the images")
+        yield Finding("is_regularisation_data", "is set for masks", "write it in the entry of the images")
 
 
 def check_image_entry(dataset: ImageDataset) -> Iterator[Finding]:
-    """What cannot be meant of masks and regularisation in an entry of images."""
+    """Yield invalid settings of masks and regularisation in an entry of images."""
     if dataset.conditioning_type is not None:
         yield Finding(
             "conditioning_type",
-            "is given for images",
-            'write "dataset_type": "conditioning" if these are masks, or leave it out',
+            "is set for images",
+            'write "dataset_type": "conditioning" if these are masks, or remove it',
         )
     if dataset.source_dataset_id is not None:
         yield Finding(
             "source_dataset_id",
-            "is given for images",
-            "leave it out: the entry of the images names its masks in conditioning_data",
+            "is set for images",
+            "remove it: the entry of the images refers to its masks by conditioning_data",
         )
     if dataset.dataset_type == "eval":
         if dataset.conditioning_data is not None:
             yield Finding(
                 "conditioning_data",
-                "is given for an eval dataset, and the eval loss is measured on whole images",
-                "leave it out",
+                "is set for an eval dataset, but the eval loss uses no masks",
+                "remove it",
             )
         if dataset.is_regularisation_data:
             yield Finding(
                 "is_regularisation_data",
-                "is given for an eval dataset, which is not trained on",
-                "leave it out, or write dataset_type image",
+                "is set for an eval dataset, which is not trained on",
+                "remove it, or write dataset_type image",
             )
 
 
@@ -84,15 +84,15 @@ def check_mask_links(
     masks: Sequence[ImageDataset],
     written: Mapping[str, Collection[str]],
 ) -> Iterator[LinkFinding]:
-    """What entries of images and of masks say of each other; `written` has the keys that stand in each entry, by id."""
+    """Yield invalid references between entries of images and of masks; `written` has the keys written in each entry, by id."""
     by_id = {entry.id: entry for entry in masks}
     users: dict[str, list[ImageDataset]] = {entry.id: [] for entry in masks}
     for dataset in images:
-        named = dataset.conditioning_data
-        if named is None:
+        mask_id = dataset.conditioning_data
+        if mask_id is None:
             continue
-        if named in by_id:
-            users[named].append(dataset)
+        if mask_id in by_id:
+            users[mask_id].append(dataset)
             continue
         known = (
             f"write one of {', '.join(by_id)}" if by_id else 'add an entry with "conditioning_type": "mask"'
@@ -100,7 +100,7 @@ def check_mask_links(
         yield LinkFinding(
             dataset.id,
             "conditioning_data",
-            "names no entry of dataset_type conditioning that is not disabled",
+            "is the id of no enabled entry of dataset_type conditioning",
             known,
         )
     for entry in masks:
@@ -110,16 +110,16 @@ def check_mask_links(
         yield LinkFinding(
             trained[0].id,
             "is_regularisation_data",
-            "is true for every dataset, so that there would be nothing to learn",
-            "leave it out for the images that are to be learned",
+            "is true for every dataset, so there are no images to train on",
+            "remove it for the images to train on",
         )
 
 
 def unused_mask_settings(training: MaskSettings, images: Sequence[ImageDataset]) -> Iterator[str]:
-    """Settings of masks and regularisation that have no effect, or leave the datasets' own without one."""
+    """Yield settings of masks and regularisation that have no effect, or disable those of the datasets."""
     has_masks = any(each.conditioning_data for each in images)
     if training.masked_loss_probability == 0 and has_masks:
-        yield "masked_loss_probability = 0: the masks are read, and never used"
+        yield "masked_loss_probability = 0: the masks are read but not used"
     if training.masked_loss_probability != 1 and not has_masks:
         yield f"masked_loss_probability = {training.masked_loss_probability:g} has no effect: no dataset has conditioning_data"
     if training.prior_loss_weight != 1 and not any(each.is_regularisation_data for each in images):
@@ -134,13 +134,11 @@ def _check_users(
         yield LinkFinding(
             entry.id,
             "source_dataset_id",
-            "names a dataset whose conditioning_data does not name this entry",
+            "is a dataset whose conditioning_data is not this entry",
             f'write "conditioning_data": "{entry.id}" in the entry of the images',
         )
     elif not users:
-        yield LinkFinding(
-            entry.id, "", "no dataset names it in conditioning_data: these masks are not used", ""
-        )
+        yield LinkFinding(entry.id, "", "is in no dataset's conditioning_data: these masks are not used", "")
     for dataset in users:
         ignored = [key for key in GEOMETRY if key in written and getattr(entry, key) != getattr(dataset, key)]
         if ignored:
@@ -148,6 +146,6 @@ def _check_users(
             yield LinkFinding(
                 entry.id,
                 "",
-                f"its own {keys} are not read: a mask is resized and cut as its image in {dataset.id} is",
+                f"its {keys} are ignored: a mask is resized and cropped like its image in {dataset.id}",
                 "",
             )

@@ -1,4 +1,4 @@
-"""Objectives that cannot be meant: what excludes each other, and what has no effect beside the rest."""
+"""Invalid combinations of objective, noise and scheduled sampling, and settings without effect."""
 
 from collections.abc import Iterator
 
@@ -7,11 +7,11 @@ from sdxl_pipeline.config.schema.training import OBJECTIVE_SECTIONS, TrainingSet
 from sdxl_pipeline.config.validators.dataset_rules import Finding
 
 TIMESTEPS = 1000
-"""Of SDXL's noise schedule, as long as no base model has been looked at."""
+"""Timesteps of SDXL's noise schedule. The base model is not read here."""
 
 
 def check_objective(training: TrainingSettings) -> Iterator[Finding]:
-    """What is wrong between the keys of the objective, the noise and scheduled sampling."""
+    """Yield invalid combinations of the settings of objective, noise and scheduled sampling."""
     yield from _check_prediction(training)
     yield from _check_soft_min_snr(training)
     yield from _check_weightings(training)
@@ -21,7 +21,7 @@ def check_objective(training: TrainingSettings) -> Iterator[Finding]:
     ):
         yield Finding(
             "timestep_bias_begin",
-            f"is not below timestep_bias_end ({training.timestep_bias_end}), so no timestep lies between them",
+            f"is not below timestep_bias_end ({training.timestep_bias_end}), so the range contains no timestep",
             f"write less than {training.timestep_bias_end}",
         )
 
@@ -30,14 +30,14 @@ def _check_prediction(training: TrainingSettings) -> Iterator[Finding]:
     if training.rescale_betas_zero_snr and training.prediction_type == "epsilon":
         yield Finding(
             "rescale_betas_zero_snr",
-            "makes the last timestep pure noise, where a prediction of eps says nothing of the image and no sampler can start from it",
+            "makes the last timestep pure noise, where predicting eps gives no information about the image, so sampling cannot start there",
             'write false, or "prediction_type": "v_prediction" for a base model that predicts v',
         )
     if training.rescale_betas_zero_snr and training.inference_scheduler_timestep_spacing == "leading":
         yield Finding(
             "inference_scheduler_timestep_spacing",
-            "leaves out the last timestep, which is pure noise with rescale_betas_zero_snr, and sampling has to begin there",
-            "write trailing, or leave it out",
+            "skips the last timestep, but with rescale_betas_zero_snr sampling must start there, from pure noise",
+            "write trailing, or remove it",
         )
     if training.diff2flow_loss and not training.diff2flow_enabled:
         yield Finding(
@@ -56,19 +56,19 @@ def _check_soft_min_snr(training: TrainingSettings) -> Iterator[Finding]:
     if training.use_soft_min_snr and not given:
         yield Finding(
             "use_soft_min_snr",
-            "does not say at which SNR the weight bends",
+            "needs a gamma or sigma_data",
             'write "snr_gamma": 5 beside it, or "soft_min_snr_sigma_data": 0.5, which is a gamma of 4',
         )
     if training.use_soft_min_snr and len(given) == 2:
         yield Finding(
             "soft_min_snr_sigma_data",
-            "stands for snr_gamma = 1 / sigma_data^2, and snr_gamma is given as well",
+            "means snr_gamma = 1 / sigma_data^2, but snr_gamma is set as well",
             "keep one of the two",
         )
 
 
 def _check_weightings(training: TrainingSettings) -> Iterator[Finding]:
-    # each of these is the whole weighting: of two, one would be silently switched off
+    # each of these defines the complete weighting, so only one can apply
     chosen = {
         "diff2flow_loss": training.diff2flow_loss,
         "debiased_estimation_loss": training.debiased_estimation_loss,
@@ -80,7 +80,7 @@ def _check_weightings(training: TrainingSettings) -> Iterator[Finding]:
         off = {"snr_gamma": "0 and use_soft_min_snr false", "snr_weight": "1"}.get(key, "false")
         yield Finding(
             key,
-            f"says how the loss is weighted, and {first} does so already",
+            f"defines the loss weighting, but {first} does so already",
             f"keep one of them; off is {off}",
         )
     if training.loss_type == "l2":
@@ -89,13 +89,13 @@ def _check_weightings(training: TrainingSettings) -> Iterator[Finding]:
         if chosen[key]:
             yield Finding(
                 "loss_type",
-                f"is {training.loss_type}, but {key} is about the squared error",
-                f'write "loss_type": "l2", or leave {key} out',
+                f"is {training.loss_type}, but {key} needs the squared error",
+                f'write "loss_type": "l2", or remove {key}',
             )
 
 
 def unused_objective_settings(training: TrainingSettings) -> Iterator[str]:
-    """Settings of the objective, the noise and scheduled sampling that have no effect beside the others, each with the reason."""
+    """Yield settings of objective, noise and scheduled sampling that have no effect, with the reason."""
     fields = {key: field for section in OBJECTIVE_SECTIONS for key, field in section.model_fields.items()}
     for key, field in fields.items():
         off = [switch for switch in key_of(field).needs if not getattr(training, switch)]
@@ -118,7 +118,7 @@ def unused_objective_settings(training: TrainingSettings) -> Iterator[str]:
     by_snr = training.snr_gamma or training.use_soft_min_snr or training.debiased_estimation_loss
     if training.rescale_betas_zero_snr and by_snr:
         yield (
-            "rescale_betas_zero_snr gives the last timestep an SNR of 0, and so weighting by SNR gives it the weight 0: the answer to "
+            "rescale_betas_zero_snr gives the last timestep an SNR of 0, so SNR weighting gives it the weight 0: the prediction from "
             "pure noise is not trained"
         )
 
@@ -134,22 +134,22 @@ def _unused_bias(training: TrainingSettings) -> Iterator[str]:
         if _is_changed(training, key):
             yield f"{key} = {getattr(training, key)} has no effect with timestep_bias_strategy {strategy}"
     if training.timestep_bias_multiplier == 1.0:
-        yield "timestep_bias_strategy has no effect with timestep_bias_multiplier 1: all timesteps are drawn alike"
+        yield "timestep_bias_strategy has no effect with timestep_bias_multiplier 1: all timesteps are sampled equally"
     elif len(favoured) in (0, TIMESTEPS):
-        whole = "none" if not favoured else "all"
-        yield f"timestep_bias_strategy has no effect: it favours {whole} of the {TIMESTEPS} timesteps, which are then drawn alike"
+        amount = "none" if not favoured else "all"
+        yield f"timestep_bias_strategy has no effect: it favours {amount} of the {TIMESTEPS} timesteps, which are then sampled equally"
 
 
 def _unused_rollouts(training: TrainingSettings) -> Iterator[str]:
     if not training.scheduled_sampling_max_step_offset:
         return
     if training.scheduled_sampling_ramp_steps and training.scheduled_sampling_probability:
-        yield "scheduled_sampling_probability has no effect with scheduled_sampling_ramp_steps: prob_start and prob_end say it"
+        yield "scheduled_sampling_probability has no effect with scheduled_sampling_ramp_steps; scheduled_sampling_prob_start and scheduled_sampling_prob_end replace it"
     if not training.scheduled_sampling_ramp_steps and not training.scheduled_sampling_probability:
         yield "scheduled_sampling_max_step_offset has no effect with scheduled_sampling_probability 0"
     ends = training.scheduled_sampling_prob_start, training.scheduled_sampling_prob_end
     if training.scheduled_sampling_ramp_steps and not any(ends):
-        yield "scheduled_sampling_max_step_offset has no effect with prob_start and prob_end 0"
+        yield "scheduled_sampling_max_step_offset has no effect with scheduled_sampling_prob_start and scheduled_sampling_prob_end 0"
     if training.scheduled_sampling_sampler == "euler" and _is_changed(training, "scheduled_sampling_order"):
         yield "scheduled_sampling_order has no effect with scheduled_sampling_sampler euler"
 
@@ -157,4 +157,4 @@ def _unused_rollouts(training: TrainingSettings) -> Iterator[str]:
 def _is_changed(training: TrainingSettings, key: str) -> bool:
     default = type(training).model_fields[key].get_default(call_default_factory=True)
     value = getattr(training, key)
-    return bool(value and value != default)  # files that spell defaults out write 0 for "off"
+    return bool(value and value != default)  # SimpleTuner's files write 0 for "off"

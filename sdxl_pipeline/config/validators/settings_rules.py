@@ -1,4 +1,4 @@
-"""Combinations of training settings that cannot be meant, though each value by itself could."""
+"""Invalid combinations of training settings."""
 
 from collections.abc import Iterator
 
@@ -10,16 +10,19 @@ from sdxl_pipeline.config.validators.acceleration_rules import (
 from sdxl_pipeline.config.validators.adapter_rules import check_adapter, unused_adapter_settings
 from sdxl_pipeline.config.validators.dataset_rules import Finding
 from sdxl_pipeline.config.validators.objective_rules import check_objective, unused_objective_settings
-from sdxl_pipeline.config.validators.optimization_rules import advise_on_optimization, check_optimization
+from sdxl_pipeline.config.validators.optimization_rules import (
+    check_optimization,
+    unused_optimization_settings,
+)
 from sdxl_pipeline.config.validators.trained_weights_rules import (
-    check_what_is_trained,
+    check_trained_weights,
     unused_for_trained_weights,
 )
 
 
 def check_training(training: TrainingSettings) -> Iterator[Finding]:
-    """What is wrong between the keys of `config.json`."""
-    yield from check_what_is_trained(training)
+    """Yield all invalid combinations of the settings of `config.json`."""
+    yield from check_trained_weights(training)
     yield from check_adapter(training)
     yield from check_optimization(training)
     yield from check_objective(training)
@@ -28,8 +31,8 @@ def check_training(training: TrainingSettings) -> Iterator[Finding]:
     if steps is not None and training.num_train_epochs is not None:
         yield Finding(
             "num_train_epochs",
-            f"is given together with max_train_steps ({steps})",
-            "write 0 for the one that should not decide how long the training is",
+            f"is set together with max_train_steps ({steps})",
+            "write 0 for the one that should not set the length of the run",
         )
     if steps is not None and training.lr_warmup_steps > training.longest_warmup(steps):
         yield Finding(
@@ -39,13 +42,13 @@ def check_training(training: TrainingSettings) -> Iterator[Finding]:
         )
     repeated = {tracker for tracker in training.report_to if training.report_to.count(tracker) > 1}
     if repeated:
-        yield Finding("report_to", f"names {', '.join(sorted(repeated))} twice", "name each tracker once")
+        yield Finding("report_to", f"lists {', '.join(sorted(repeated))} twice", "list each tracker once")
 
 
-def unused_settings_of(training: TrainingSettings) -> Iterator[str]:
-    """Settings that have no effect beside the others, or hardly the one that is meant, each named with the reason."""
+def unused_training_settings(training: TrainingSettings) -> Iterator[str]:
+    """Yield settings that have no effect or are rarely intended, with the reason."""
     yield from unused_for_trained_weights(training)
-    yield from advise_on_optimization(training)
+    yield from unused_optimization_settings(training)
     yield from unused_adapter_settings(training)
     yield from unused_objective_settings(training)
     yield from unused_acceleration_settings(training)
@@ -53,11 +56,11 @@ def unused_settings_of(training: TrainingSettings) -> Iterator[str]:
         yield f"hub_model_id = {training.hub_model_id} has no effect while push_to_hub is false"
     if training.push_checkpoints_to_hub and not training.push_to_hub:
         yield "push_checkpoints_to_hub = true has no effect while push_to_hub is false"
-    drawn = not training.validation_disable and (
+    has_images = not training.validation_disable and (
         training.validation_prompt or training.user_prompt_library or training.validation_prompt_library
     )
-    if training.validation_preview and not drawn:
-        yield "validation_preview = true has no effect while no validation images are drawn"
+    if training.validation_preview and not has_images:
+        yield "validation_preview = true has no effect while no validation images are generated"
     if training.webhook_reporting_interval is not None and training.webhook_config is None:
         yield "webhook_reporting_interval has no effect without webhook_config"
     if training.eval_loss_disable and (training.eval_steps_interval or training.eval_epoch_interval):

@@ -1,7 +1,7 @@
-"""Keys of `multidatabackend.json` that have no effect beside the others of their entry, and why.
+"""Keys of `multidatabackend.json` that have no effect with the other settings of their entry, and why.
 
-`RULES` has every key that may be without effect, with the condition; every other key of an image dataset always has one. A warning is
-given for keys that are written, whatever their value, but for those that are off.
+`RULES` contains every key that may have no effect, with the condition; all other keys of an image dataset always have one. Keys that
+are written cause a warning, unless their value is off.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -16,7 +16,7 @@ _OFF: Final = (None, False, "", ())
 
 
 class UnusedSetting(NamedTuple):
-    """A key without effect in the entry `id`: which, and why. `key` is "" for the entry as a whole."""
+    """A key without effect in the entry `id`, and the reason. `key` is "" for the entry itself."""
 
     id: str
     key: str
@@ -24,8 +24,8 @@ class UnusedSetting(NamedTuple):
 
 
 def find_unused_dataset_settings(dataset: ImageDataset, keys: Collection[str]) -> Iterator[UnusedSetting]:
-    """Yield those of `keys` that are set in an entry of images and have no effect there."""
-    if dataset.crop_aspect_weights:  # which may be written in crop_aspect_buckets
+    """Yield those of `keys` that are set in an entry of images and have no effect."""
+    if dataset.crop_aspect_weights:  # may be written in crop_aspect_buckets
         keys = {*keys, "crop_aspect_weights"}
     for names, reason_of in RULES:
         for key in names:
@@ -35,7 +35,7 @@ def find_unused_dataset_settings(dataset: ImageDataset, keys: Collection[str]) -
 
 
 def unused_mask_entry_settings(entry: ImageDataset, keys: Collection[str]) -> Iterator[UnusedSetting]:
-    """Yield what is set in an entry of masks and not read; keys of geometry are compared with the images' elsewhere."""
+    """Yield unused settings of an entry of masks. `check_mask_links` compares its geometry with the images'."""
     ignored = [key for key in _NOT_FOR_MASKS if key in keys and getattr(entry, key) not in (*_OFF, 0)]
     if ignored:
         yield UnusedSetting(
@@ -48,34 +48,34 @@ def unused_mask_entry_settings(entry: ImageDataset, keys: Collection[str]) -> It
 def unused_across_entries(
     images: Sequence[ImageDataset], text_embeds: Sequence[TextEmbedsDataset]
 ) -> Iterator[UnusedSetting]:
-    """Yield settings that have no effect, or not the one that is meant, beside the other entries; their paths are absolute."""
+    """Yield settings that have no effect, or an unintended one, with the other entries; paths are absolute."""
     trained = [dataset for dataset in images if dataset.dataset_type == "image"]
     if len(trained) == 1 and trained[0].probability != 1:
         yield UnusedSetting(trained[0].id, "probability", "it is the only dataset that is trained on")
     for dataset in trained:
         if dataset.is_regularisation_data:
             for other in trained:
-                if not other.is_regularisation_data and _is_within(dataset, other):
-                    reason = f"its folder is within that of {other.id}, so that the same images are also trained as ordinary ones"
+                if not other.is_regularisation_data and _contains_folder_of(dataset, other):
+                    reason = f"its folder is within that of {other.id}, so the same images are also trained as ordinary ones"
                     yield UnusedSetting(
-                        dataset.id, "", f"{reason}; keep regularisation images in a folder of their own"
+                        dataset.id, "", f"{reason}; move regularisation images to a separate folder"
                     )
-    chosen = next((entry for entry in text_embeds if entry.default), next(iter(text_embeds), None))
-    used = {dataset.text_embeds for dataset in images} | ({chosen.id} if chosen else set())
+    default_entry = next((entry for entry in text_embeds if entry.default), next(iter(text_embeds), None))
+    used = {dataset.text_embeds for dataset in images} | ({default_entry.id} if default_entry else set())
     for entry in text_embeds:
         if entry.id not in used:
-            yield UnusedSetting(entry.id, "", "has no effect: no dataset names it in text_embeds")
+            yield UnusedSetting(entry.id, "", "has no effect: it is in no dataset's text_embeds")
         if entry.text_cache_ondemand and entry.text_cache_disable:
             yield UnusedSetting(
-                entry.id, "text_cache_ondemand", "text_cache_disable is true, so that nothing is kept"
+                entry.id, "text_cache_ondemand", "text_cache_disable is true, so nothing is cached"
             )
 
 
-def _is_within(dataset: ImageDataset, other: ImageDataset) -> bool:
-    folder, above = dataset.instance_data_dir, other.instance_data_dir
-    if dataset.type != "local" or other.type != "local" or folder is None or above is None:
+def _contains_folder_of(dataset: ImageDataset, other: ImageDataset) -> bool:
+    folder, parent = dataset.instance_data_dir, other.instance_data_dir
+    if dataset.type != "local" or other.type != "local" or folder is None or parent is None:
         return False
-    return Path(folder).is_relative_to(above)
+    return Path(folder).is_relative_to(parent)
 
 
 def _other_type(*types: str) -> Callable[[ImageDataset], str]:
@@ -93,7 +93,7 @@ def _other_strategy(*strategies: str) -> Callable[[ImageDataset], str]:
 
 
 def _only_prompt(dataset: ImageDataset) -> str:
-    """Return why no caption is read but the instance prompt."""
+    """Return why captions other than the instance prompt are not used."""
     if dataset.only_instance_prompt:
         return "only_instance_prompt is true"
     return "caption_strategy is instanceprompt" if dataset.caption_strategy == "instanceprompt" else ""
@@ -104,7 +104,7 @@ def _prompt_unused(dataset: ImageDataset) -> str:
         return ""
     return (
         f"caption_strategy is {dataset.caption_strategy}; write prepend_instance_prompt: true to put it before each caption, or "
-        "caption_strategy: instanceprompt to train it alone (a release names it as trigger words where captions hold it)"
+        "caption_strategy: instanceprompt to use it as the only caption (a release lists it as trigger words if captions contain it)"
     )
 
 
@@ -122,23 +122,23 @@ def _s3_unused(dataset: ImageDataset) -> str:
     if dataset.type not in ("aws", "csv"):
         return f"type is {dataset.type}"
     is_s3 = dataset.url is None or dataset.url.lower().startswith(("s3://", "s3a://"))
-    return "" if is_s3 else "url is no s3:// address"
+    return "" if is_s3 else "url is not an s3:// URL"
 
 
-def _private_unused(dataset: ImageDataset) -> str:
+def _private_addresses_unused(dataset: ImageDataset) -> str:
     if dataset.type == "aws" and not (dataset.url or "").lower().startswith(("http://", "https://")):
         return "only downloads by http and https are checked"
     return "type is local" if dataset.type == "local" else ""
 
 
-def _uncropped(dataset: ImageDataset) -> str:
-    return "" if dataset.crop else "crop is false, which keeps each image's aspect; write crop: true"
+def _crop_unused(dataset: ImageDataset) -> str:
+    return "" if dataset.crop else "crop is false, which preserves each image's aspect; write crop: true"
 
 
 def _aspects_unused(dataset: ImageDataset) -> str:
     if dataset.crop_aspect not in ("closest", "random"):
         return f"crop_aspect is {dataset.crop_aspect}; write closest or random"
-    return _uncropped(dataset)
+    return _crop_unused(dataset)
 
 
 def _one_crop(dataset: ImageDataset) -> str:
@@ -150,26 +150,26 @@ def _one_crop(dataset: ImageDataset) -> str:
 
 
 def _fixed_crop(dataset: ImageDataset) -> str:
-    """Return why all crops of an image are the same."""
-    if _uncropped(dataset):
-        return _uncropped(dataset)
+    """Return why all crops of an image are equal."""
+    if _crop_unused(dataset):
+        return _crop_unused(dataset)
     varies = dataset.crop_style == "random" or dataset.crop_aspect == "random"
-    return "" if varies else f"crop_style is {dataset.crop_style}, so that all crops of an image are the same"
+    return "" if varies else f"crop_style is {dataset.crop_style}, so all crops of an image are equal"
 
 
 def _not_fresh(dataset: ImageDataset) -> str:
-    reason = _uncropped(dataset) or ("" if dataset.crop_style == "random" else "crop_style is not random")
-    return f"{reason}: each epoch cuts the same crop, and its latents are encoded again" if reason else ""
+    reason = _crop_unused(dataset) or ("" if dataset.crop_style == "random" else "crop_style is not random")
+    return f"{reason}: each epoch computes the same crop and encodes its latents again" if reason else ""
 
 
-def _measured(dataset: ImageDataset) -> str:
+def _eval_unused(dataset: ImageDataset) -> str:
     return "an eval dataset is not trained on" if dataset.dataset_type == "eval" else ""
 
 
 def _ondemand_unused(dataset: ImageDataset) -> str:
     keys = ("vae_cache_disable", "vae_cache_clear_each_epoch")
     other = next((key for key in keys if getattr(dataset, key)), "")
-    return f"{other} is true, so that no latents are kept" if other else ""
+    return f"{other} is true, so no latents are cached" if other else ""
 
 
 def _strategy_unused(dataset: ImageDataset) -> str:
@@ -179,11 +179,7 @@ def _strategy_unused(dataset: ImageDataset) -> str:
 
 def _trust_unused(dataset: ImageDataset) -> str:
     files = dataset.skipped_stages & {"metadata", "aspect"}
-    return (
-        f"verify is true, so that {', '.join(sorted(files))} is not skipped"
-        if dataset.verify and files
-        else ""
-    )
+    return f"verify is true, so {', '.join(sorted(files))} is not skipped" if dataset.verify and files else ""
 
 
 RULES: Final[tuple[tuple[tuple[str, ...], Callable[[ImageDataset], str]], ...]] = (
@@ -207,17 +203,17 @@ RULES: Final[tuple[tuple[tuple[str, ...], Callable[[ImageDataset], str]], ...]] 
     (("caption_column",), _other_strategy("huggingface")),
     (("csv_file", "csv_url_column", "csv_cache_dir"), _other_type("csv")),
     (("csv_caption_column",), _other_strategy("csv")),
-    (("allow_private_addresses",), _private_unused),
+    (("allow_private_addresses",), _private_addresses_unused),
     (("skip_file_discovery",), _trust_unused),
-    (("crop_style", "crop_aspect"), _uncropped),
+    (("crop_style", "crop_aspect"), _crop_unused),
     (("crop_aspect_buckets",), _aspects_unused),
     (
         ("crop_aspect_weights",),
         lambda dataset: "" if dataset.crop_aspect == "random" else f"crop_aspect is {dataset.crop_aspect}",
     ),
     (("crops_per_image",), _one_crop),
-    (("random_flip", "repeats"), _measured),
-    (("probability",), lambda dataset: _measured(dataset) if dataset.probability != 1 else ""),
+    (("random_flip", "repeats"), _eval_unused),
+    (("probability",), lambda dataset: _eval_unused(dataset) if dataset.probability != 1 else ""),
     (
         ("aspect_bucket_rounding",),
         lambda dataset: "every crop is square" if dataset.crop and dataset.crop_aspect == "square" else "",
@@ -235,4 +231,4 @@ RULES: Final[tuple[tuple[tuple[str, ...], Callable[[ImageDataset], str]], ...]] 
     (("vae_cache_ondemand",), _ondemand_unused),
     (("vae_cache_clear_each_epoch",), _not_fresh),
 )
-"""Keys, and the reason for which they have no effect in a dataset; "" where they have one."""
+"""Keys, and a function that returns why they have no effect in a dataset, or "" if they have one."""

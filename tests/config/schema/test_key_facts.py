@@ -1,4 +1,4 @@
-"""The facts of a key stand on its field, and every consumer of such facts finds the key by them."""
+"""The facts of a key are on its field, and queries find the key by them."""
 
 from typing import Annotated
 
@@ -15,7 +15,7 @@ from sdxl_pipeline.config.schema.key_facts import (
     keys_used_by,
     keys_with,
 )
-from sdxl_pipeline.config.schema.training import LENGTH_KEYS, PROFILE_KEYS, TrainingSettings
+from sdxl_pipeline.config.schema.training import LENGTH_KEYS, PROFILE_KEYS, SECTIONS, TrainingSettings
 
 MODELS = (TrainingSettings, ImageDataset, TextEmbedsDataset, ParquetTable)
 
@@ -74,7 +74,25 @@ def test_length_keys_affect_the_weights_and_are_overridable():
         assert key.overridable
 
 
-def test_needs_names_other_keys():
+def test_validators_of_sections_have_unique_names():
+    """TrainingSettings inherits from all sections: a validator of the same name in two of them would replace the other."""
+    names = [
+        name
+        for section in SECTIONS
+        for name in (
+            *section.__pydantic_decorators__.field_validators,
+            *section.__pydantic_decorators__.model_validators,
+        )
+        if name != "_normalize_value"
+    ]
+    assert len(names) == len(set(names))
+    assert {*names} <= {
+        *TrainingSettings.__pydantic_decorators__.field_validators,
+        *TrainingSettings.__pydantic_decorators__.model_validators,
+    }
+
+
+def test_needs_are_other_keys():
     for name, field in TrainingSettings.model_fields.items():
         assert {*key_of(field).needs} <= TrainingSettings.model_fields.keys() - {name}, name
 

@@ -1,4 +1,4 @@
-"""Holds: what each way of writing a value means, which values are refused, and that settings survive the way into a spec file."""
+"""Conversion of written values, invalid values, and the JSON round trip of settings."""
 
 import json
 
@@ -10,7 +10,7 @@ from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.config.schema.validation import parse_sizes
 
 
-def test_strings_are_read_as_the_values_they_spell():
+def test_training_settings_strings_are_converted_to_typed_values():
     settings = TrainingSettings.model_validate(
         {
             "learning_rate": "1e-4",
@@ -41,7 +41,7 @@ def test_strings_are_read_as_the_values_they_spell():
     assert settings.resume_from_checkpoint is None
 
 
-def test_settings_survive_the_way_through_json():
+def test_training_settings_json_round_trip_is_equal():
     settings = TrainingSettings(
         optimizer_config={"beta1": 0.9, "amsgrad": True, "mode": "fast"},
         report_to=("wandb",),
@@ -56,7 +56,7 @@ def test_settings_survive_the_way_through_json():
     assert TrainingSettings.model_validate(again.model_dump(mode="json")) == settings
 
 
-def test_every_key_is_described():
+def test_training_settings_every_key_has_a_description():
     assert [key for key, field in TrainingSettings.model_fields.items() if not field.description] == []
 
 
@@ -70,12 +70,12 @@ def test_every_key_is_described():
         ({"max_train_steps": 0, "num_train_epochs": 0}, None, 1),
     ],
 )
-def test_zero_leaves_the_length_to_the_other_key(given, steps, epochs):
+def test_training_settings_zero_length_uses_the_other_key(given, steps, epochs):
     settings = TrainingSettings.model_validate(given)
     assert (settings.max_train_steps, settings.num_train_epochs) == (steps, epochs)
 
 
-def test_zero_snr_gamma_is_off():
+def test_snr_gamma_zero_is_none():
     assert TrainingSettings.model_validate({"snr_gamma": 0}).snr_gamma is None
 
 
@@ -89,18 +89,18 @@ def test_zero_snr_gamma_is_off():
         ("0.5", ((704, 704),)),
     ],
 )
-def test_validation_sizes(text, sizes):
+def test_parse_sizes_returns_height_and_width(text, sizes):
     assert TrainingSettings(validation_resolution=text).validation_sizes == sizes
 
 
 @pytest.mark.parametrize("text", ["", "big", "1024x", "100x100", "0", "-512", "inf", "1024,"])
-def test_sizes_that_cannot_be_drawn_are_refused(text):
+def test_parse_sizes_invalid_size_raises(text):
     with pytest.raises(ValueError, match=r"not a size|multiple of 8"):
         parse_sizes(text)
 
 
 @pytest.mark.parametrize("text", ["beta1", "beta1=", "=1", "beta1=1,beta1=2"])
-def test_malformed_assignments_are_refused(text):
+def test_parse_assignments_malformed_text_raises(text):
     with pytest.raises(ValueError, match=r"form name=value|given twice"):
         parse_assignments(text)
 
@@ -123,13 +123,13 @@ def test_malformed_assignments_are_refused(text):
         ("report_to", "tensorbord"),
     ],
 )
-def test_values_out_of_range_are_refused(key, value):
+def test_training_settings_out_of_range_value_raises(key, value):
     with pytest.raises(ValidationError) as caught:
         TrainingSettings.model_validate({key: value})
     assert {error["loc"][0] for error in caught.value.errors()} == {key}
 
 
-def test_alpha_and_validation_seed_follow_rank_and_seed_until_they_are_set():
+def test_effective_alpha_and_validation_seed_default_to_rank_and_seed():
     assert TrainingSettings(lora_rank=8).effective_lora_alpha == 8.0
     assert TrainingSettings(lora_rank=8, lora_alpha=2).effective_lora_alpha == 2.0
     assert TrainingSettings(seed=7).effective_validation_seed == 7

@@ -25,15 +25,15 @@ def test_off_spelled_out_changes_nothing(write_project):
 @pytest.mark.parametrize(
     ("config", "key", "said", "hint"),
     [
-        ({"attention_mechanism": "sageattention"}, "attention_mechanism", "no gradient", "flash-attn-2"),
+        ({"attention_mechanism": "sageattention"}, "attention_mechanism", "cannot train", "flash-attn-2"),
         (
             {"attention_mechanism": "sageattention-int8-fp16-cuda"},
             "attention_mechanism",
-            "no gradient",
+            "cannot train",
             "xformers",
         ),
-        ({"attention_mechanism": "flash-attn-3"}, "attention_mechanism", "no gradient", "flash-attn-2"),
-        ({"attention_mechanism": "flex"}, "attention_mechanism", "only when compiled", "inductor"),
+        ({"attention_mechanism": "flash-attn-3"}, "attention_mechanism", "cannot train", "flash-attn-2"),
+        ({"attention_mechanism": "flex"}, "attention_mechanism", "needs compilation", "inductor"),
         (
             {"attention_mechanism": "flash-attn-2", "mixed_precision": "no"},
             "attention_mechanism",
@@ -56,11 +56,13 @@ def test_off_spelled_out_changes_nothing(write_project):
             {"dynamo_backend": "eager", "dynamo_mode": "max-autotune-no-cudagraphs"},
             "dynamo_mode",
             "inductor",
-            "leave it out",
+            "remove it",
         ),
     ],
 )
-def test_what_cannot_work_is_refused_with_the_reason(write_project, config, key, said, hint):
+def test_check_acceleration_invalid_combination_reports_reason_and_hint(
+    write_project, config, key, said, hint
+):
     with pytest.raises(ProjectError) as caught:
         load_project(write_project(config))
     (problem,) = caught.value.problems
@@ -74,6 +76,6 @@ def test_tuning_without_compilation_is_said(write_project):
     assert any("dynamo_fullgraph has no effect" in warning for warning in project.warnings)
 
 
-def test_a_machine_without_cuda_has_no_kernels_of_gpus():
+def test_hardware_gpu_kernel_without_cuda_raises():
     with pytest.raises(ValueError, match="write 'diffusers'"):
         Hardware.model_validate(PRESETS["cpu"].model_dump() | {"attention_mechanism": "xformers"})

@@ -1,6 +1,4 @@
-"""Holds the settings of adapters at the door: the reference's own LyCORIS files work unchanged, and what cannot be had is refused with
-the reason.
-"""
+"""Validation of adapter settings: SimpleTuner's LyCORIS files load unchanged, and invalid combinations are problems with the reason."""
 
 import json
 from pathlib import Path
@@ -53,7 +51,7 @@ def lycoris_problems(write_project):
 
 
 @pytest.mark.parametrize("content", [SDXL_LOKR, GENERAL_LOKR])
-def test_the_references_files_work_unchanged(write_project, content):
+def test_load_project_simpletuner_lycoris_files_load_unchanged(write_project, content):
     folder = write_project(
         {**LYCORIS, "lycoris_config": "config/examples/lycoris_config.json", "lora_rank": 64}
     )
@@ -70,7 +68,7 @@ def test_the_references_files_work_unchanged(write_project, content):
     assert "lora_rank = 64 has no effect with lora_type lycoris" in rank
 
 
-def test_the_settings_travel_by_their_content(write_project):
+def test_load_project_lycoris_file_is_replaced_by_its_content(write_project):
     folder = write_project(LYCORIS)
     (folder / "lycoris_config.json").write_text(json.dumps(SDXL_LOKR))
     training = load_project(folder).training
@@ -86,31 +84,31 @@ def test_the_settings_travel_by_their_content(write_project):
     [
         ({"linear_dims": 4}, "linear_dims", "not a known key -> write linear_dim"),
         ({"algo": "lokrr"}, "algo", 'write "lokr"'),
-        ({"algo": "boft"}, "algo", "boft is not available yet"),
-        ({"multiplier": 2}, "multiplier", "a strength that the file of weights does not hold -> write 1.0"),
+        ({"algo": "boft"}, "algo", "boft is not supported"),
+        ({"multiplier": 2}, "multiplier", "a strength that the weights file does not record -> write 1.0"),
         ({"apply_preset": {}}, "apply_preset", "targets no layer"),
         ({"apply_preset": {"target_modul": ["A"]}}, "apply_preset.target_modul", "write target_module"),
         (
             {"apply_preset": {"target_module": ["A"], "module_algo_map": {"A": {"factr": 3}}}},
             "apply_preset.module_algo_map",
-            "A: factr is not known there",
+            "A: factr is not a known key",
         ),
-        ({"use_tucker": True}, "use_tucker", "does not load back"),
-        ({"unbalanced_factorization": True}, "unbalanced_factorization", "does not load such a file back"),
-        ({"wd_on_output": False}, "wd_on_output", "does not load such a file back"),
-        ({"train_norm": True}, "train_norm", "not available yet"),
-        ({"dora_wd": True}, "bypass_mode", "leaves the norms of dora_wd out of the training"),
+        ({"use_tucker": True}, "use_tucker", "cannot load"),
+        ({"unbalanced_factorization": True}, "unbalanced_factorization", "cannot load such a file"),
+        ({"wd_on_output": False}, "wd_on_output", "cannot load such a file"),
+        ({"train_norm": True}, "train_norm", "not supported"),
+        ({"dora_wd": True}, "bypass_mode", "does not train the magnitudes of dora_wd"),
         ({"bypass_mode": False, "dropout": 0.1}, "dropout", "no effect without bypass_mode"),
         ({"rank_dropout": 0.1}, "rank_dropout", "on a CPU only"),
         ({"linear_dim": 0}, "linear_dim", "at least 1"),
     ],
 )
-def test_what_a_lycoris_file_may_not_say(lycoris_problems, change, key, words):
+def test_check_lycoris_invalid_file_reports_key_and_reason(lycoris_problems, change, key, words):
     assert words in lycoris_problems({**SDXL_LOKR, **change})[key]
 
 
-def test_a_broken_or_absent_file_is_a_problem_that_shows_one(lycoris_problems, write_project):
-    assert "does not hold an object" in lycoris_problems("[]")[""]
+def test_with_lycoris_file_invalid_or_missing_file_hint_contains_an_example(lycoris_problems, write_project):
+    assert "does not contain an object" in lycoris_problems("[]")[""]
     assert "is missing -> add it" in lycoris_problems({"linear_dim": 4})["algo"]
     with pytest.raises(ProjectError, match=r"(?s)nowhere\.json.*does not exist.*\"algo\": \"lokr\""):
         load_project(write_project({**LYCORIS, "lycoris_config": "nowhere.json"}))
@@ -122,18 +120,22 @@ def test_a_broken_or_absent_file_is_a_problem_that_shows_one(lycoris_problems, w
         ({"lora_type": "lycoris"}, "lycoris_config", "is missing"),
         ({"lora_init_type": "pissa"}, "lora_init_type", "changes the base model's weights"),
         ({"init_lokr_norm": 1e-3}, "init_lokr_norm", "lora_type is standard"),
-        ({"use_dora": True, "base_model_precision": "int8-quanto"}, "use_dora", "PEFT cannot read"),
+        ({"use_dora": True, "base_model_precision": "int8-quanto"}, "use_dora", "PEFT cannot dequantize"),
         (
             {"use_dora": True, "lora_target_modules": "to_q,resnets.0.conv2", "mixed_precision": "bf16"},
             "use_dora",
-            "norms of a convolution, as resnets.0.conv2, in bf16",
+            "norms of a convolution, such as resnets.0.conv2, in bf16",
         ),
         (
             {"lora_target_modules": ["conv_in", "conv1"], "base_model_precision": "int4-quanto"},
             "lora_target_modules",
-            "names conv1, a convolution that base_model_precision int4-quanto holds in fewer bits",
+            "contains conv1, a convolution that base_model_precision int4-quanto quantizes",
         ),
-        ({**LYCORIS, "lycoris_config": SDXL_LOKR, "use_dora": True}, "use_dora", "about lora_type standard"),
+        (
+            {**LYCORIS, "lycoris_config": SDXL_LOKR, "use_dora": True},
+            "use_dora",
+            "applies to lora_type standard only",
+        ),
         ({**LYCORIS, "lycoris_config": SDXL_LOKR, "lora_dropout": 0.1}, "lora_dropout", "lora_type standard"),
         (
             {**LYCORIS, "lycoris_config": SDXL_LOKR, "lora_target_modules": "to_k"},
@@ -143,12 +145,12 @@ def test_a_broken_or_absent_file_is_a_problem_that_shows_one(lycoris_problems, w
         (
             {**LYCORIS, "lycoris_config": SDXL_LOKR, "init_lokr_norm": 1e-3, "init_lora": "a.safetensors"},
             "init_lokr_norm",
-            "both say how the LoKr starts",
+            "both initialize the LoKr",
         ),
         (
             {**LYCORIS, "lycoris_config": {"algo": "loha"}, "init_lokr_norm": 1e-3},
             "init_lokr_norm",
-            "algo lokr alone",
+            "algo lokr only",
         ),
         (
             {
@@ -157,7 +159,7 @@ def test_a_broken_or_absent_file_is_a_problem_that_shows_one(lycoris_problems, w
                 "base_model_precision": "int8-quanto",
             },
             "lycoris_config",
-            "dora_wd rebuilds each weight",
+            "dora_wd recomputes each weight",
         ),
         (
             {
@@ -166,7 +168,7 @@ def test_a_broken_or_absent_file_is_a_problem_that_shows_one(lycoris_problems, w
                 "base_model_precision": "int8-quanto",
             },
             "lycoris_config",
-            "bypass_mode false rebuilds each weight",
+            "bypass_mode false recomputes each weight",
         ),
         (
             {
@@ -178,11 +180,11 @@ def test_a_broken_or_absent_file_is_a_problem_that_shows_one(lycoris_problems, w
             "init_lokr_norm",
             "deviations",
         ),
-        ({"init_lora": "lora.ckpt"}, "init_lora", "no .safetensors file"),
+        ({"init_lora": "lora.ckpt"}, "init_lora", "not a .safetensors file"),
         ({"init_lora": "./absent.safetensors"}, "init_lora", "does not exist"),
     ],
 )
-def test_what_does_not_go_together_is_refused_with_the_reason(problems_of, config, key, words):
+def test_check_adapter_invalid_combination_reports_key_and_reason(problems_of, config, key, words):
     assert words in problems_of(config)[key].message
 
 
@@ -195,17 +197,17 @@ def test_what_does_not_go_together_is_refused_with_the_reason(problems_of, confi
         {"lora_target_modules": ["conv1"], "base_model_precision": "int8-torchao"},
     ],
 )
-def test_targets_go_with_all_that_peft_can_adapt(write_project, config):
+def test_check_adapter_supported_targets_have_no_problem(write_project, config):
     load_project(write_project(config))
 
 
 @pytest.mark.parametrize("precision", DORA_PRECISIONS)
-def test_dora_goes_with_the_precisions_over_which_it_was_seen_right(write_project, precision):
+def test_check_adapter_dora_with_supported_precision_has_no_problem(write_project, precision):
     config = {"use_dora": True, "base_model_precision": precision}
     assert load_project(write_project(config)).training.use_dora
 
 
-def test_a_file_to_start_from_is_found_from_the_projects_folder(write_project):
+def test_load_project_init_lora_is_relative_to_the_folder(write_project):
     folder = write_project({"init_lora": "loras/first.safetensors"})
     (folder / "loras").mkdir()
     (folder / "loras" / "first.safetensors").touch()

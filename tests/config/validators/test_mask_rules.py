@@ -1,4 +1,4 @@
-"""Holds: which entries of masks and of regularisation images are taken, which are refused and why, and what is warned of."""
+"""Valid and invalid entries of masks and regularisation images, and warnings about them."""
 
 import pytest
 
@@ -14,7 +14,7 @@ MASKS = {
 MASKED = {**IMAGE_ENTRY, "conditioning_data": "cat-masks"}
 
 
-def test_masks_belong_to_the_dataset_that_names_them(write_project):
+def test_masks_of_returns_the_entry_of_conditioning_data(write_project):
     project = load_project(write_project({}, [{**IMAGE_ENTRY, "id": "dogs"}, MASKED, MASKS]))
     dogs, cats = project.datasets
     assert [entry.id for entry in project.mask_datasets] == ["cat-masks"]
@@ -24,7 +24,7 @@ def test_masks_belong_to_the_dataset_that_names_them(write_project):
     assert not project.warnings
 
 
-def test_a_mask_needs_no_caption_whatever_config_says_of_captions(write_project):
+def test_mask_source_needs_no_caption_settings(write_project):
     config = {
         "caption_strategy": "instanceprompt",
         "instance_prompt": "a cat",
@@ -35,7 +35,7 @@ def test_a_mask_needs_no_caption_whatever_config_says_of_captions(write_project)
     assert not entry.prepend_instance_prompt
 
 
-def test_the_references_own_spelling_works(write_project):
+def test_load_project_simpletuner_mask_aliases_load(write_project):
     geometry = {"resolution": 512, "crop": True, "crop_aspect": "square", "crop_style": "center"}
     entries = [
         {**MASKED, **geometry, "conditioning_data": ["cat-masks"]},
@@ -54,19 +54,19 @@ def test_the_references_own_spelling_works(write_project):
     assert not project.warnings
 
 
-def test_geometry_of_a_mask_that_is_not_its_images_is_told(write_project):
+def test_check_mask_links_geometry_that_differs_is_a_warning(write_project):
     project = load_project(write_project({}, [MASKED, {**MASKS, "crop": True, "resolution": 512}]))
     (warning,) = project.warnings
-    assert "its own resolution, crop are not read" in warning
-    assert "as its image in cats" in warning
+    assert "its resolution, crop are ignored" in warning
+    assert "like its image in cats" in warning
 
 
-def test_masks_that_nobody_names_are_told(write_project):
+def test_check_mask_links_unused_masks_are_a_warning(write_project):
     (warning,) = load_project(write_project({}, [IMAGE_ENTRY, MASKS])).warnings
-    assert "no dataset names it in conditioning_data" in warning
+    assert "is in no dataset's conditioning_data" in warning
 
 
-def test_settings_of_what_is_not_there_are_told(write_project):
+def test_unused_mask_settings_without_masks_are_warnings(write_project):
     config = {"masked_loss_probability": 0.5, "prior_loss_weight": 2}
     warnings = load_project(write_project(config, [IMAGE_ENTRY])).warnings
     assert len(warnings) == 2
@@ -80,38 +80,42 @@ def test_settings_of_what_is_not_there_are_told(write_project):
     assert not load_project(write_project(config, [MASKED, MASKS, people])).warnings
 
 
-def test_masks_that_are_never_used_are_told(write_project):
+def test_unused_mask_settings_probability_zero_is_a_warning(write_project):
     (warning,) = load_project(write_project({"masked_loss_probability": 0}, [MASKED, MASKS])).warnings
-    assert "never used" in warning
+    assert "read but not used" in warning
 
 
 @pytest.mark.parametrize(
     ("entries", "key", "words"),
     [
-        ([MASKED], '[1] "cats".conditioning_data', "names no entry"),
-        ([MASKED, {**MASKS, "disabled": True}], '[1] "cats".conditioning_data', "names no entry"),
+        ([MASKED], '[1] "cats".conditioning_data', "is the id of no enabled entry"),
+        (
+            [MASKED, {**MASKS, "disabled": True}],
+            '[1] "cats".conditioning_data',
+            "is the id of no enabled entry",
+        ),
         ([{**IMAGE_ENTRY, "conditioning_data": ["a", "b"]}], '[1] "cats".conditioning_data', "several"),
         ([MASKED, {**MASKS, "conditioning_type": None}], '[2] "cat-masks".conditioning_type', "is missing"),
         (
             [MASKED, {**MASKS, "conditioning_type": "controlnet"}],
             '[2] "cat-masks".conditioning_type',
-            "not available yet",
+            "not supported",
         ),
         (
             [MASKED, {**MASKS, "type": "csv", "csv_file": "list.csv", "instance_data_dir": None}],
             '[2] "cat-masks".type',
-            "no mask would have its image's name",
+            "no mask would have the name of its image",
         ),
         (
             [IMAGE_ENTRY, {**MASKS, "source_dataset_id": "cats"}],
             '[2] "cat-masks".source_dataset_id',
-            "does not name this entry",
+            "conditioning_data is not this entry",
         ),
-        ([{**IMAGE_ENTRY, "conditioning_type": "mask"}], '[1] "cats".conditioning_type', "given for images"),
+        ([{**IMAGE_ENTRY, "conditioning_type": "mask"}], '[1] "cats".conditioning_type', "set for images"),
         (
             [IMAGE_ENTRY, {**MASKED, "id": "held", "dataset_type": "eval"}, MASKS],
             '[2] "held".conditioning_data',
-            "measured on whole images",
+            "the eval loss uses no masks",
         ),
         (
             [
@@ -124,10 +128,10 @@ def test_masks_that_are_never_used_are_told(write_project):
         (
             [{**IMAGE_ENTRY, "is_regularisation_data": True}],
             '[1] "cats".is_regularisation_data',
-            "nothing to learn",
+            "no images to train on",
         ),
         ([MASKED, {**MASKS, "id": "a"}, MASKS, MASKS], '[4] "cat-masks".id', "already that of entry"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(problems_of, entries, key, words):
+def test_mask_rules_invalid_combination_reports_key_and_reason(problems_of, entries, key, words):
     assert words in problems_of({}, entries)[key].message

@@ -1,4 +1,4 @@
-"""Holds: objectives that exclude each other are refused with the reason, and what has no effect is said, once, where it is written."""
+"""Mutually exclusive objectives are problems with the reason; settings without effect are reported once."""
 
 import pytest
 
@@ -22,7 +22,7 @@ SPELLED_OUT_AS_OFF = {
 }
 
 
-def test_defaults_spelled_out_change_nothing(write_project):
+def test_objective_defaults_written_out_have_no_warning(write_project):
     project = load_project(write_project(SPELLED_OUT_AS_OFF))
     assert project.warnings == ()
     assert project.training == load_project(write_project()).training
@@ -59,7 +59,7 @@ def test_defaults_spelled_out_change_nothing(write_project):
         ({"snr_gamma": 5, "debiased_estimation_loss": True}, "snr_gamma", "debiased", "0"),
         ({"snr_gamma": 5, "snr_weight": 2}, "snr_weight", "snr_gamma", "1"),
         ({"snr_weight": 2, "loss_type": "smooth_l1"}, "loss_type", "snr_weight", "l2"),
-        ({"use_soft_min_snr": True}, "use_soft_min_snr", "at which SNR", "snr_gamma"),
+        ({"use_soft_min_snr": True}, "use_soft_min_snr", "needs a gamma or sigma_data", "snr_gamma"),
         (
             {"use_soft_min_snr": True, "snr_gamma": 5, "soft_min_snr_sigma_data": 1},
             "soft_min_snr_sigma_data",
@@ -74,17 +74,17 @@ def test_defaults_spelled_out_change_nothing(write_project):
                 "timestep_bias_end": 600,
             },
             "timestep_bias_begin",
-            "no timestep lies between",
+            "the range contains no timestep",
             "less than 600",
         ),
         ({"timestep_bias_multiplier": 0}, "timestep_bias_multiplier", "above 0", "above 0"),
         ({"timestep_bias_end": 2000}, "timestep_bias_end", "at most 1000", "1000"),
         ({"huber_c": 0}, "huber_c", "above 0", "above 0"),
-        ({"prediction_type": "flow_matching"}, "prediction_type", "not available yet", "epsilon"),
+        ({"prediction_type": "flow_matching"}, "prediction_type", "not supported", "epsilon"),
         ({"scheduled_sampling_sampler": "unipcc"}, "scheduled_sampling_sampler", "known values", "unipc"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(problems_of, config, key, said, hint):
+def test_check_objective_invalid_combination_reports_key_and_hint(problems_of, config, key, said, hint):
     problem = problems_of(config)[key]
     assert said in problem.message
     assert hint in problem.hint
@@ -120,7 +120,7 @@ def test_what_cannot_be_meant_is_refused(problems_of, config, key, said, hint):
         ),
         (
             {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "snr_gamma": 5},
-            "the answer to pure noise is not trained",
+            "the prediction from pure noise is not trained",
         ),
         (
             {
@@ -129,7 +129,7 @@ def test_what_cannot_be_meant_is_refused(problems_of, config, key, said, hint):
                 "use_soft_min_snr": True,
                 "soft_min_snr_sigma_data": 1,
             },
-            "the answer to pure noise is not trained",
+            "the prediction from pure noise is not trained",
         ),
         ({"scheduled_sampling_reflexflow": True}, "no meaning"),
         (
@@ -173,11 +173,11 @@ def test_what_cannot_be_meant_is_refused(problems_of, config, key, said, hint):
                 "scheduled_sampling_ramp_steps": 5,
                 "scheduled_sampling_prob_end": 0,
             },
-            "prob_start and prob_end 0",
+            "scheduled_sampling_prob_start and scheduled_sampling_prob_end 0",
         ),
     ],
 )
-def test_what_has_no_effect_is_said_once(write_project, config, said):
+def test_unused_objective_settings_are_reported_once(write_project, config, said):
     (warning,) = load_project(write_project(config)).warnings
     assert said in warning
 
@@ -199,5 +199,5 @@ def test_what_has_no_effect_is_said_once(write_project, config, said):
         },
     ],
 )
-def test_what_goes_together_is_taken_without_a_word(write_project, config):
+def test_objective_valid_combination_has_no_warning(write_project, config):
     assert load_project(write_project(config)).warnings == ()

@@ -1,4 +1,4 @@
-"""Keys of a dataset's entry without effect are reported, with the reason, and every key has been asked about."""
+"""Unused keys of a dataset's entry are reported with the reason, and every key is classified."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ ALWAYS_USED = """id type dataset_type disabled verify find_near_duplicates max_n
 SIZES_ARE_READ_ANYWAY = {"metadata_backend"}
 
 
-def test_every_key_either_always_has_an_effect_or_a_rule():
+def test_every_dataset_key_has_a_rule_or_always_an_effect():
     ruled = [key for keys, _ in RULES for key in keys]
     assert len(ruled) == len(set(ruled))
     assert set(ruled).isdisjoint(ALWAYS_USED.split())
@@ -34,7 +34,7 @@ def test_every_key_either_always_has_an_effect_or_a_rule():
         (HUB, {"instance_data_dir": "data"}, "type is huggingface"),
         (CSV, {"aws_bucket_name": "cats"}, "type is csv"),
         (BUCKET, {"aws_data_prefix": "cats"}, "url is given"),
-        (BUCKET, {"aws_endpoint_url": "https://s3.example.org"}, "url is no s3:// address"),
+        (BUCKET, {"aws_endpoint_url": "https://s3.example.org"}, "url is not an s3:// URL"),
         (ENTRY, {"aws_region_name": "eu"}, "type is local"),
         (ENTRY, {"dataset_config": "small"}, "type is local"),
         (ENTRY, {"split": "train"}, "type is local"),
@@ -87,16 +87,16 @@ def test_every_key_either_always_has_an_effect_or_a_rule():
         (ENTRY, {"instance_prompt": "a cat"}, "write prepend_instance_prompt: true"),
         (ENTRY, {"missing_masks": "unmasked"}, "no conditioning_data"),
         ({**ENTRY, "vae_cache_disable": True}, {"vae_cache_ondemand": True}, "vae_cache_disable is true"),
-        (ENTRY, {"vae_cache_clear_each_epoch": True}, "each epoch cuts the same crop"),
+        (ENTRY, {"vae_cache_clear_each_epoch": True}, "each epoch computes the same crop"),
         (
             {**ENTRY, "crop": True, "crop_style": "center"},
             {"vae_cache_clear_each_epoch": True},
-            "each epoch cuts the same crop",
+            "each epoch computes the same crop",
         ),
         (ENTRY, {"probability": 0.5}, "the only dataset"),
     ],
 )
-def test_a_key_without_effect_is_a_warning(write_project, entry, settings, reason):
+def test_find_unused_dataset_settings_reports_key_and_reason(write_project, entry, settings, reason):
     project = load_project(write_project({}, [{**entry, **settings}]))
     key = next(iter(settings))
     (warning,) = [warning for warning in project.warnings if f'"cats".{key} ' in warning]
@@ -118,26 +118,26 @@ def test_a_key_without_effect_is_a_warning(write_project, entry, settings, reaso
         {"probability": 1.0, "crops_per_image": 1, "repeats": 0},
     ],
 )
-def test_settings_with_an_effect_and_those_that_are_off_are_no_warning(write_project, settings):
+def test_find_unused_dataset_settings_effective_or_off_has_no_warning(write_project, settings):
     assert load_project(write_project({}, [{**ENTRY, **settings}])).warnings == ()
 
 
-def test_what_an_eval_dataset_does_not_use(write_project):
+def test_find_unused_dataset_settings_of_eval_dataset_are_reported(write_project):
     settings = {"dataset_type": "eval", "repeats": 2, "probability": 2, "random_flip": True}
     project = load_project(write_project({}, [ENTRY, {**ENTRY, **settings, "id": "held"}]))
     assert len(project.unused_settings["held"]) == 3
     assert all("an eval dataset is not trained on" in warning for warning in project.warnings)
 
 
-def test_a_key_of_config_json_is_reported_when_no_dataset_uses_it(write_project):
+def test_inherited_key_unused_by_all_datasets_is_reported_for_config_json(write_project):
     config: dict[str, Any] = {"instance_prompt": "a cat", "vae_cache_ondemand": True}
     (warning,) = load_project(write_project(config, [ENTRY])).warnings
-    assert warning.startswith("config.json: instance_prompt has no effect: in every dataset without its own")
+    assert warning.startswith("config.json: instance_prompt has no effect: in every dataset that inherits it")
     uses = {**ENTRY, "id": "more", "instance_data_dir": "more", "prepend_instance_prompt": True}
     assert load_project(write_project(config, [ENTRY, uses])).warnings == ()
 
 
-def test_masks_have_no_captions_and_unused_text_embeds_are_named(write_project):
+def test_unused_mask_entry_and_text_embeds_settings_are_reported(write_project):
     masks = {
         "id": "masks",
         "dataset_type": "conditioning",
@@ -150,7 +150,7 @@ def test_masks_have_no_captions_and_unused_text_embeds_are_named(write_project):
     entries = [{**ENTRY, "conditioning_data": "masks"}, masks, *texts]
     warnings = load_project(write_project({}, entries)).warnings
     assert warnings == (
-        'multidatabackend.json: [4] "second" has no effect: no dataset names it in text_embeds',
+        """multidatabackend.json: [4] "second" has no effect: it is in no dataset's text_embeds""",
         'multidatabackend.json: [2] "masks" its caption_strategy, repeats have no effect: masks have no captions, latents or repeats',
     )
     both = {**texts[0], "text_cache_ondemand": True, "text_cache_disable": True}
@@ -159,7 +159,7 @@ def test_masks_have_no_captions_and_unused_text_embeds_are_named(write_project):
 
 
 @pytest.mark.parametrize("folder", ["data", "data/reg"])
-def test_regularisation_images_within_the_training_folder_are_reported(write_project, folder):
+def test_unused_across_entries_regularisation_within_training_folder_is_reported(write_project, folder):
     other = {**ENTRY, "id": "reg", "instance_data_dir": folder, "is_regularisation_data": True}
     (warning,) = load_project(write_project({}, [ENTRY, other])).warnings
     assert "its folder is within that of cats" in warning
