@@ -18,7 +18,7 @@ from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.config.simpletuner_schema import IMAGES, TEXT_EMBEDS, TRAINING, KeySchema
 from tests.config.conftest import IMAGE_ENTRY
 
-FAULT = "a fault of this program"
+BUG = "a bug in this program"
 
 SCALARS = [
     None,
@@ -76,7 +76,7 @@ def keys_of(model: type[SettingsModel], schema: KeySchema) -> list[str]:
     return [*model.model_fields, *schema.spellings, *schema.unsupported, *schema.inactive]
 
 
-def require_problems(folder: Path, shown: object) -> None:
+def require_problems(folder: Path, written: object) -> None:
     """Fail unless the project loads and resolves, or has problems that were foreseen and can be printed."""
     text = ""
     try:
@@ -84,12 +84,12 @@ def require_problems(folder: Path, shown: object) -> None:
         resolve_settings(project.training, PRESETS["cpu"], {}, project.folder)
     except ProjectError as error:
         text = str(error)
-    assert FAULT not in text, (shown, text)
+    assert BUG not in text, (written, text)
     text.encode()
 
 
 @pytest.mark.parametrize(
-    ("place", "keys"),
+    ("section", "keys"),
     [
         ("config", keys_of(TrainingSettings, TRAINING)),
         ("images", keys_of(ImageDataset, IMAGES)),
@@ -97,15 +97,17 @@ def require_problems(folder: Path, shown: object) -> None:
     ],
 )
 def test_load_project_any_value_of_any_key_reports_problems_by_key(
-    write_project: Callable[..., Path], place: str, keys: list[str]
+    write_project: Callable[..., Path], section: str, keys: list[str]
 ) -> None:
-    rng = random.Random(place)
+    rng = random.Random(section)
     for key in keys:
         for _ in range(2):
             entry = {key: random_value(rng)}
-            config = entry if place == "config" else {}
-            images = IMAGE_ENTRY | entry if place == "images" else IMAGE_ENTRY
-            texts = {"id": "texts", "dataset_type": "text_embeds"} | (entry if place == "text_embeds" else {})
+            config = entry if section == "config" else {}
+            images = IMAGE_ENTRY | entry if section == "images" else IMAGE_ENTRY
+            texts = {"id": "texts", "dataset_type": "text_embeds"} | (
+                entry if section == "text_embeds" else {}
+            )
             require_problems(write_project(config, [images, texts]), entry)
 
 
@@ -150,13 +152,13 @@ def test_discover_projects_invalid_project_does_not_affect_others(
     write_project: Callable[..., Path], config: Any
 ) -> None:
     write_project(config, name="broken")
-    folder = write_project({}, name="sound")
-    broken, sound = discover_projects(folder.parent)
-    assert isinstance(sound, Project)
-    assert isinstance(broken, InvalidProject)
-    (problem,) = broken.error.problems
+    folder = write_project({}, name="valid")
+    invalid, valid = discover_projects(folder.parent)
+    assert isinstance(valid, Project)
+    assert isinstance(invalid, InvalidProject)
+    (problem,) = invalid.error.problems
     assert problem.file == folder.parent / "broken" / "config.json"
-    assert FAULT not in problem.message
+    assert BUG not in problem.message
 
 
 def test_load_project_unexpected_exception_becomes_a_problem_with_its_location(
@@ -169,7 +171,7 @@ def test_load_project_unexpected_exception_becomes_a_problem_with_its_location(
     with pytest.raises(ProjectError) as caught:
         load_project(write_project())
     (problem,) = caught.value.problems
-    assert FAULT in problem.message
+    assert BUG in problem.message
     assert "IndexError: list index out of range (test_any_json.py, line " in problem.message
 
 

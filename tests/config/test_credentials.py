@@ -21,8 +21,8 @@ def test_image_dataset_repr_and_dump_contain_no_secret(write_project, tmp_path):
     (dataset,) = project.datasets
     assert dataset.aws_secret_access_key is not None
     assert dataset.aws_secret_access_key.get_secret_value() == SECRET
-    shown = [repr(dataset), str(dataset), repr(project), dataset.model_dump_json(), str(dataset.model_dump())]
-    assert not [text for text in shown if SECRET in text]
+    texts = [repr(dataset), str(dataset), repr(project), dataset.model_dump_json(), str(dataset.model_dump())]
+    assert not [text for text in texts if SECRET in text]
     other = load_project(write_project({}, [{**BUCKET, **dict.fromkeys(KEYS, "another")}]))
     assert data_folder(other.datasets[0], tmp_path) == data_folder(dataset, tmp_path)
     assert project_fingerprint(other) == project_fingerprint(project)
@@ -60,7 +60,7 @@ def test_problem_text_contains_no_secret(write_project, wrong):
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "expected"),
     [
         ("https://a.org/b.png", "https://a.org/b.png"),
         ("GET https://u:p@a.org/b.png?X=1&Y=2 failed", "GET https://a.org/b.png failed"),
@@ -69,5 +69,5 @@ def test_problem_text_contains_no_secret(write_project, wrong):
         ("is it a.png? yes", "is it a.png? yes"),
     ],
 )
-def test_without_credentials_removes_user_info_and_query(text, shown):
-    assert without_credentials(text) == shown
+def test_without_credentials_removes_user_info_and_query(text, expected):
+    assert without_credentials(text) == expected

@@ -73,7 +73,7 @@ def test_text_embeds_of_without_entry_returns_a_default_one(write_project):
 
 
 @pytest.mark.parametrize(
-    ("entries", "key", "words"),
+    ("entries", "key", "message"),
     [
         ([IMAGE_ENTRY, IMAGE_ENTRY], '[2] "cats".id', 'already that of entry [1] "cats"'),
         ([{**IMAGE_ENTRY, "id": "a-b"}, {**IMAGE_ENTRY, "id": "a_b"}], '[2] "a_b".id', "a_b"),
@@ -220,10 +220,10 @@ def test_text_embeds_of_without_entry_returns_a_default_one(write_project):
         ),
     ],
 )
-def test_parse_datasets_invalid_combination_reports_key_and_reason(problems_of, entries, key, words):
+def test_parse_datasets_invalid_combination_reports_key_and_reason(problems_of, entries, key, message):
     problems = problems_of({}, entries)
     assert list(problems) == [key]
-    assert words in problems[key].message
+    assert message in problems[key].message
     assert problems[key].file.name == "multidatabackend.json"
 
 

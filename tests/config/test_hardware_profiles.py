@@ -69,8 +69,8 @@ def test_probe_several_gpus_uses_the_smallest_and_one_process_each(monkeypatch):
 
 def test_probe_gpu_without_bf16_units_uses_fp16_and_an_fp32_vae(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", torch_with([(23.6, 7)]))
-    found = probe()
-    assert (found.mixed_precision, found.vae_dtype) == ("fp16", "fp32")
+    hardware = probe()
+    assert (hardware.mixed_precision, hardware.vae_dtype) == ("fp16", "fp32")
     monkeypatch.setitem(sys.modules, "torch", torch_with([(23.6, 7)], hip="6.4"))
     assert probe().mixed_precision == "bf16", "compute capabilities of ROCm cards count otherwise"
 
@@ -80,15 +80,15 @@ def test_detect_does_not_import_torch_into_the_caller():
         "import sys; from sdxl_pipeline.config.hardware_profiles import detect; "
         "print(detect().profile, 'torch' in sys.modules)"
     )
-    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
-    profile, torch_loaded = asked.stdout.split()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    profile, torch_loaded = result.stdout.split()
     assert profile in PRESETS
     assert torch_loaded == "False"
 
 
 @pytest.fixture
 def a_device_node(monkeypatch, tmp_path):
-    """A machine on which torch has to be asked."""
+    """A machine with a device node, on which detection needs torch."""
     node = tmp_path / "nvidiactl"
     node.touch()
     monkeypatch.setattr(hardware_profiles, "DEVICE_NODES", (node,))

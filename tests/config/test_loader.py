@@ -42,7 +42,7 @@ def test_discover_projects_non_utf8_folder_name_does_not_affect_other_folders(wr
     bad, other = discover_projects(good.parent)
     assert isinstance(bad, InvalidProject)
     assert isinstance(other, Project)
-    assert "name is not UTF-8" in str(bad.error).encode().decode()  # can be shown
+    assert "name is not UTF-8" in str(bad.error).encode().decode()  # can be encoded
     assert bad.folder.name == r"bad\xff"
 
 
@@ -116,8 +116,8 @@ def test_load_project_reports_all_problems_of_both_files(write_project):
     )
     with pytest.raises(ProjectError) as caught:
         load_project(folder)
-    told = {(problem.file.name, problem.key, problem.value) for problem in caught.value.problems}
-    assert told == {
+    problems = {(problem.file.name, problem.key, problem.value) for problem in caught.value.problems}
+    assert problems == {
         ("config.json", "learning_rat", 1e-4),
         ("config.json", "lora_rank", "many"),
         ("config.json", "optimizer", "soap"),

@@ -108,7 +108,7 @@ def test_key_schema_groups_are_disjoint(model, schema):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "words"),
+    ("key", "value", "message"),
     [
         ("lora_rank", 0, "must be at least 1"),
         ("lora_rank", "many", "must be a whole number"),
@@ -125,9 +125,9 @@ def test_key_schema_groups_are_disjoint(model, schema):
         ("aspect_bucket_alignment", 60, "must be a multiple of 8"),
     ],
 )
-def test_parse_settings_invalid_value_message_is_readable(problems_of, key, value, words):
+def test_parse_settings_invalid_value_message_is_readable(problems_of, key, value, message):
     problem = problems_of({key: value})[key]
-    assert words in problem.message
+    assert message in problem.message
     assert "pydantic" not in str(problem)
 
 
@@ -148,7 +148,7 @@ def test_parse_settings_any_value_of_any_key_never_raises(model, schema, value):
 
 
 @pytest.mark.parametrize(
-    ("changes", "key", "words", "hint"),
+    ("changes", "key", "message", "hint"),
     [
         ({"fctor": 4}, "lycoris_config.fctor", "is not a known key", "factor"),
         ({"algo": "nope"}, "lycoris_config.algo", "is not one of the known values", "lokr"),
@@ -167,10 +167,10 @@ def test_parse_settings_any_value_of_any_key_never_raises(model, schema, value):
         ),
     ],
 )
-def test_parse_settings_error_in_object_of_a_union_has_its_key_path(problems_of, changes, key, words, hint):
+def test_parse_settings_error_in_object_of_a_union_has_its_key_path(problems_of, changes, key, message, hint):
     (problem,) = problems_of({"lora_type": "lycoris", "lycoris_config": {**INLINE, **changes}}).values()
     assert problem.key == key
-    assert words in problem.message
+    assert message in problem.message
     assert hint in problem.hint
 
 

@@ -107,7 +107,7 @@ def test_load_project_value_of_another_type_is_converted(write_project, problems
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("config", "message"),
     [
         ({"--xformers": True}, "scaled_dot_product_attention"),
         ({"enable_xformers_memory_efficient_attention": "true"}, "scaled_dot_product_attention"),
@@ -118,13 +118,13 @@ def test_load_project_value_of_another_type_is_converted(write_project, problems
         ({"push_checkpoints_to_hub": True}, "push_to_hub is false"),
     ],
 )
-def test_load_project_setting_without_effect_is_a_warning_with_the_reason(write_project, config, words):
+def test_load_project_setting_without_effect_is_a_warning_with_the_reason(write_project, config, message):
     project = load_project(write_project(config))
-    assert any(words in warning for warning in project.warnings)
+    assert any(message in warning for warning in project.warnings)
     assert project.training.lora_rank == 16
     assert project.training.lora_type == "standard"
     off = {"model_type": "lora"} if "model_type" in config else dict.fromkeys(config, False)
-    assert not [warning for warning in load_project(write_project(off)).warnings if words in warning]
+    assert not [warning for warning in load_project(write_project(off)).warnings if message in warning]
 
 
 def test_load_project_init_lora_with_model_type_full_is_a_problem(problems_of):
@@ -158,14 +158,14 @@ def test_load_project_nested_huggingface_object_sets_columns(write_project):
         '"cats".huggingface.num_proc',
     ]
     (warning,) = load_project(write_project({}, [{**IMAGE_ENTRY, "huggingface": nested}])).warnings
-    assert "huggingface has no effect beside another type" in warning
+    assert "huggingface has no effect with another type" in warning
 
 
 @pytest.mark.parametrize("key", ["filter_func", "composite_image_config", "fallback_caption_column"])
 def test_load_project_filter_in_the_huggingface_object_is_a_problem(problems_of, key):
     entry = {**HUB, "huggingface": {"dataset_name": "someone/cats", key: {"a": 1}}}
     problem = problems_of({}, [entry])[f'[1] "cats".huggingface.{key}']
-    assert problem.message == "is not available yet"
+    assert problem.message == "is not supported"
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_load_project_filter_in_the_huggingface_object_is_a_problem(problems_of,
 )
 def test_load_project_dataset_schedule_is_a_problem(problems_of, key, value, hint):
     problem = problems_of({}, [{**IMAGE_ENTRY, key: value}])[f'[1] "cats".{key}']
-    assert problem.message == "is not available yet"
+    assert problem.message == "is not supported"
     assert hint in problem.hint
 
 
@@ -253,19 +253,21 @@ def test_resolve_settings_conflict_with_profile_value_contains_it(write_project)
 
 
 DEFAULTS = json.loads(Path(__file__).with_name("simpletuner_defaults.json").read_text(encoding="utf-8"))
-"""The default of each key, as SimpleTuner 4.8's registry of settings has it; of those keys that work here."""
+"""The default of each key, as in the settings registry of SimpleTuner 4.8, for supported keys."""
 PAGE = Path(__file__).parents[2] / "docs/from-simpletuner.md"
 
 
 def differing_defaults() -> dict[str, tuple[Any, Any]]:
-    """(SimpleTuner's, ours) of each key of config.json whose default means something else."""
-    ours = TrainingSettings()
+    """Return (SimpleTuner's default, own default) of each key of config.json whose default means something else."""
+    defaults = TrainingSettings()
     differing = {}
     for written, default in DEFAULTS["config.json"].items():
         key = TRAINING.spellings.get(written, written)
-        own = getattr(ours, key) or None if getattr(ours, key) in ((), {}) else getattr(ours, key)
-        theirs = default if default is None else getattr(TrainingSettings.model_validate({key: default}), key)
-        if (None if theirs in ((), {}) else theirs) != own:
+        own = getattr(defaults, key) or None if getattr(defaults, key) in ((), {}) else getattr(defaults, key)
+        simpletuner = (
+            default if default is None else getattr(TrainingSettings.model_validate({key: default}), key)
+        )
+        if (None if simpletuner in ((), {}) else simpletuner) != own:
             differing[written] = (default, own)
     return differing
 
@@ -275,11 +277,13 @@ def test_training_defaults_that_differ_from_simpletuner_are_documented():
         r"^\| `(\w+)` \| `(.+?)` \| `(.+?)` \|.*\|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE
     )
     declared = {
-        key: (json.loads(theirs), json.loads(ours)) for key, theirs, ours in rows if is_json(theirs, ours)
+        key: (json.loads(simpletuner), json.loads(defaults))
+        for key, simpletuner, defaults in rows
+        if is_json(simpletuner, defaults)
     }
     expected = {
-        key: (theirs, list(own) if isinstance(own, tuple) else own)
-        for key, (theirs, own) in differing_defaults().items()
+        key: (simpletuner, list(own) if isinstance(own, tuple) else own)
+        for key, (simpletuner, own) in differing_defaults().items()
     }
     assert declared == expected
 

@@ -1,4 +1,4 @@
-"""Holds: the reference's webhook file is read, what is wrong in it is told with its place, and no address ever shows."""
+"""SimpleTuner's webhook file is parsed, its problems contain their position, and no output contains a URL."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ DISCORD = {"webhook_type": "discord", "webhook_url": f"https://discord.com/api/w
 RAW = {"webhook_type": "raw", "callback_url": f"https://example.com/{SECRET}"}
 
 
-def test_one_webhook_or_several_stand_in_the_file(tmp_path):
+def test_read_webhooks_accepts_one_webhook_or_a_list(tmp_path):
     path = tmp_path / "webhooks.json"
     path.write_text(json.dumps(DISCORD | {"message_prefix": "cats", "log_level": "error"}))
     (webhook,), problems = read_webhooks(path)
@@ -42,7 +42,7 @@ def test_one_webhook_or_several_stand_in_the_file(tmp_path):
         (DISCORD | {"log_level": "loud"}, "log_level"),
     ],
 )
-def test_what_is_wrong_is_a_problem_of_that_file_and_shows_no_address(write_project, content, key):
+def test_read_webhooks_invalid_file_is_a_problem_without_the_url(write_project, content, key):
     folder = write_project({"webhook_config": "webhooks.json"})
     (folder / "webhooks.json").write_text(json.dumps(content))
     with pytest.raises(ProjectError) as caught:
@@ -54,14 +54,14 @@ def test_what_is_wrong_is_a_problem_of_that_file_and_shows_no_address(write_proj
 
 
 @pytest.mark.parametrize("inline", [DISCORD, [RAW], json.dumps(DISCORD), DISCORD["webhook_url"]])
-def test_a_webhook_in_config_json_is_refused_unseen(write_project, inline):
+def test_load_project_inline_webhook_is_a_problem_without_the_url(write_project, inline):
     with pytest.raises(ProjectError) as caught:
         load_project(write_project({"webhook_config": inline}))
     assert "webhook_config" in str(caught.value)
     assert SECRET not in str(caught.value) + repr(caught.value)
 
 
-def test_the_settings_hold_the_files_place_and_nothing_of_it(write_project):
+def test_load_project_settings_contain_the_path_of_the_webhook_file_only(write_project):
     folder = write_project({"webhook_config": "webhooks.json", "webhook_reporting_interval": "0"})
     (folder / "webhooks.json").write_text(json.dumps(DISCORD))
     training = load_project(folder).training

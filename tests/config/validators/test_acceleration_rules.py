@@ -1,4 +1,4 @@
-"""Holds: attention kernels and compilations that cannot train are refused with the reason; the others are read under SimpleTuner's names."""
+"""Attention kernels and compile modes that cannot train are problems with the reason; the others accept SimpleTuner's names."""
 
 import pytest
 
@@ -7,15 +7,15 @@ from sdxl_pipeline.config.loader import ProjectError, load_project
 
 
 @pytest.mark.parametrize(
-    ("written", "read"),
+    ("written", "expected"),
     [("flash-attn", "flash-attn-2"), ("flash-attention-2", "flash-attn-2"), ("xformers", "xformers")],
 )
-def test_kernels_are_read_under_every_name(write_project, written, read):
+def test_attention_mechanism_aliases_are_accepted(write_project, written, expected):
     project = load_project(write_project({"attention_mechanism": written, "mixed_precision": "bf16"}))
-    assert project.training.attention_mechanism == read
+    assert project.training.attention_mechanism == expected
 
 
-def test_off_spelled_out_changes_nothing(write_project):
+def test_acceleration_off_values_have_no_warning(write_project):
     config = {"dynamo_backend": None, "dynamo_mode": "none", "attention_mechanism": "diffusers"}
     project = load_project(write_project(config))
     assert project.warnings == ()
@@ -23,7 +23,7 @@ def test_off_spelled_out_changes_nothing(write_project):
 
 
 @pytest.mark.parametrize(
-    ("config", "key", "said", "hint"),
+    ("config", "key", "message", "hint"),
     [
         ({"attention_mechanism": "sageattention"}, "attention_mechanism", "cannot train", "flash-attn-2"),
         (
@@ -61,17 +61,17 @@ def test_off_spelled_out_changes_nothing(write_project):
     ],
 )
 def test_check_acceleration_invalid_combination_reports_reason_and_hint(
-    write_project, config, key, said, hint
+    write_project, config, key, message, hint
 ):
     with pytest.raises(ProjectError) as caught:
         load_project(write_project(config))
     (problem,) = caught.value.problems
     assert problem.key == key
-    assert said in problem.message
+    assert message in problem.message
     assert hint in problem.hint
 
 
-def test_tuning_without_compilation_is_said(write_project):
+def test_unused_acceleration_settings_without_compilation_are_reported(write_project):
     project = load_project(write_project({"dynamo_fullgraph": True}))
     assert any("dynamo_fullgraph has no effect" in warning for warning in project.warnings)
 

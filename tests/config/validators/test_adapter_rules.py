@@ -80,7 +80,7 @@ def test_load_project_lycoris_file_is_replaced_by_its_content(write_project):
 
 
 @pytest.mark.parametrize(
-    ("change", "key", "words"),
+    ("change", "key", "message"),
     [
         ({"linear_dims": 4}, "linear_dims", "not a known key -> write linear_dim"),
         ({"algo": "lokrr"}, "algo", 'write "lokr"'),
@@ -103,8 +103,8 @@ def test_load_project_lycoris_file_is_replaced_by_its_content(write_project):
         ({"linear_dim": 0}, "linear_dim", "at least 1"),
     ],
 )
-def test_check_lycoris_invalid_file_reports_key_and_reason(lycoris_problems, change, key, words):
-    assert words in lycoris_problems({**SDXL_LOKR, **change})[key]
+def test_check_lycoris_invalid_file_reports_key_and_reason(lycoris_problems, change, key, message):
+    assert message in lycoris_problems({**SDXL_LOKR, **change})[key]
 
 
 def test_with_lycoris_file_invalid_or_missing_file_hint_contains_an_example(lycoris_problems, write_project):
@@ -115,7 +115,7 @@ def test_with_lycoris_file_invalid_or_missing_file_hint_contains_an_example(lyco
 
 
 @pytest.mark.parametrize(
-    ("config", "key", "words"),
+    ("config", "key", "message"),
     [
         ({"lora_type": "lycoris"}, "lycoris_config", "is missing"),
         ({"lora_init_type": "pissa"}, "lora_init_type", "changes the base model's weights"),
@@ -184,8 +184,8 @@ def test_with_lycoris_file_invalid_or_missing_file_hint_contains_an_example(lyco
         ({"init_lora": "./absent.safetensors"}, "init_lora", "does not exist"),
     ],
 )
-def test_check_adapter_invalid_combination_reports_key_and_reason(problems_of, config, key, words):
-    assert words in problems_of(config)[key].message
+def test_check_adapter_invalid_combination_reports_key_and_reason(problems_of, config, key, message):
+    assert message in problems_of(config)[key].message
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_unused_mask_settings_probability_zero_is_a_warning(write_project):
 
 
 @pytest.mark.parametrize(
-    ("entries", "key", "words"),
+    ("entries", "key", "message"),
     [
         ([MASKED], '[1] "cats".conditioning_data', "is the id of no enabled entry"),
         (
@@ -133,5 +133,5 @@ def test_unused_mask_settings_probability_zero_is_a_warning(write_project):
         ([MASKED, {**MASKS, "id": "a"}, MASKS, MASKS], '[4] "cat-masks".id', "already that of entry"),
     ],
 )
-def test_mask_rules_invalid_combination_reports_key_and_reason(problems_of, entries, key, words):
-    assert words in problems_of({}, entries)[key].message
+def test_mask_rules_invalid_combination_reports_key_and_reason(problems_of, entries, key, message):
+    assert message in problems_of({}, entries)[key].message

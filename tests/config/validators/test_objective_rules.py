@@ -29,7 +29,7 @@ def test_objective_defaults_written_out_have_no_warning(write_project):
 
 
 @pytest.mark.parametrize(
-    ("config", "key", "said", "hint"),
+    ("config", "key", "message", "hint"),
     [
         (
             {"rescale_betas_zero_snr": True, "prediction_type": "epsilon"},
@@ -84,14 +84,14 @@ def test_objective_defaults_written_out_have_no_warning(write_project):
         ({"scheduled_sampling_sampler": "unipcc"}, "scheduled_sampling_sampler", "known values", "unipc"),
     ],
 )
-def test_check_objective_invalid_combination_reports_key_and_hint(problems_of, config, key, said, hint):
+def test_check_objective_invalid_combination_reports_key_and_hint(problems_of, config, key, message, hint):
     problem = problems_of(config)[key]
-    assert said in problem.message
+    assert message in problem.message
     assert hint in problem.hint
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         ({"noise_offset": 0.05}, "noise_offset = 0.05 has no effect without offset_noise"),
         ({"offset_noise": True, "noise_offset": 0}, "offset_noise has no effect"),
@@ -177,9 +177,9 @@ def test_check_objective_invalid_combination_reports_key_and_hint(problems_of, c
         ),
     ],
 )
-def test_unused_objective_settings_are_reported_once(write_project, config, said):
+def test_unused_objective_settings_are_reported_once(write_project, config, message):
     (warning,) = load_project(write_project(config)).warnings
-    assert said in warning
+    assert message in warning
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from sdxl_pipeline.config.validators.settings_rules import unused_training_setti
 
 
 @pytest.mark.parametrize(
-    ("config", "key", "told"),
+    ("config", "key", "expected"),
     [
         ({"optimizer": "adamw_bf16", "mixed_precision": "fp16"}, "optimizer", "mixed_precision is fp16"),
         ({"optimizer": "adamw_bf16", "mixed_precision": "no"}, "optimizer", "bf16"),
@@ -28,8 +28,8 @@ from sdxl_pipeline.config.validators.settings_rules import unused_training_setti
         ({"optimizer": "sdnq-adamw+no_quant"}, "optimizer", "not supported"),
     ],
 )
-def test_check_optimization_invalid_combination_reports_the_reason(problems_of, config, key, told):
-    assert told in problems_of(config)[key].message
+def test_check_optimization_invalid_combination_reports_the_reason(problems_of, config, key, expected):
+    assert expected in problems_of(config)[key].message
 
 
 @pytest.mark.parametrize("name", typing.get_args(OptimizerName))
@@ -52,9 +52,9 @@ def test_lr_scheduler_cosine_with_warmup_is_cosine():
 
 
 def test_check_optimization_missing_package_is_a_problem(problems_of, monkeypatch):
-    found = importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        optimization_rules, "find_spec", lambda name: None if name == "optimi" else found(name)
+        optimization_rules, "find_spec", lambda name: None if name == "optimi" else find_spec(name)
     )
     problem = problems_of({"optimizer": "optimi-lion"})["optimizer"]
     assert "needs the package torch-optimi, which is not installed" in problem.message
@@ -62,7 +62,7 @@ def test_check_optimization_missing_package_is_a_problem(problems_of, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "expected"),
     [
         ({"lr_scheduler": "linear", "lr_end": 1e-6}, "lr_end = 1e-06 has no effect with lr_scheduler linear"),
         ({"lr_end": 1e-6}, "lr_end = 1e-06 has no effect with lr_scheduler constant_with_warmup"),
@@ -79,9 +79,9 @@ def test_check_optimization_missing_package_is_a_problem(problems_of, monkeypatc
         ),
     ],
 )
-def test_unused_optimization_settings_of_another_schedule_are_reported(config, told):
+def test_unused_optimization_settings_of_another_schedule_are_reported(config, expected):
     (line,) = unused_training_settings(TrainingSettings(**config))
-    assert line.startswith(told)
+    assert line.startswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_unused_optimization_settings_used_ones_are_not_reported(config):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "expected"),
     [
         ("int8dq-torchao", "no backward pass"),
         ("fp8-torchao", "no backward pass"),
@@ -109,18 +109,18 @@ def test_unused_optimization_settings_used_ones_are_not_reported(config):
     ],
 )
 @pytest.mark.parametrize("key", ["base_model_precision", "text_encoder_1_precision"])
-def test_unsupported_precision_is_a_problem_with_the_reason(problems_of, key, name, told):
+def test_unsupported_precision_is_a_problem_with_the_reason(problems_of, key, name, expected):
     problem = problems_of({key: name})[key]
-    assert told in problem.message
+    assert expected in problem.message
     assert "int8-quanto" in problem.hint
 
 
 def test_gradient_checkpointing_interval_zero_is_none():
     assert TrainingSettings(gradient_checkpointing_interval=0).gradient_checkpointing_interval is None
-    idle = unused_training_settings(
+    unused = unused_training_settings(
         TrainingSettings(gradient_checkpointing=False, gradient_checkpointing_interval=2)
     )
-    assert any("gradient_checkpointing_interval" in line for line in idle)
+    assert any("gradient_checkpointing_interval" in line for line in unused)
 
 
 def test_unused_optimization_settings_torchao_without_checkpointing_is_reported():
@@ -138,8 +138,8 @@ def test_none_selects_the_default():
 
 
 def test_unused_optimization_settings_prodigy_with_small_rate_is_reported():
-    told = list(unused_training_settings(TrainingSettings(optimizer="prodigy", learning_rate=1e-4)))
-    assert any("write 1" in line for line in told)
+    expected = list(unused_training_settings(TrainingSettings(optimizer="prodigy", learning_rate=1e-4)))
+    assert any("write 1" in line for line in expected)
     assert not list(unused_training_settings(TrainingSettings(optimizer="prodigy", learning_rate=1.0)))
 
 
