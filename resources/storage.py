@@ -58,11 +58,11 @@ class Storage(dg.ConfigurableResource):
 
     def latent_store_root(self, dataset: ImageDataset) -> Path:
         """Root of the latent store of a dataset."""
-        return self.places.latent_store_root(dataset)
+        return self.places.latent_store_root(dataset.cache_dir_vae)
 
     def text_store_root(self, text_embeds: TextEmbedsDataset | None) -> Path:
         """Root of the text-embedding store of an entry, or of those that have none."""
-        return self.places.text_store_root(text_embeds)
+        return self.places.text_store_root(text_embeds.cache_dir if text_embeds else None)
 
     @full_disk_as_failure()
     def work_dir(self, *parts: str) -> Path:

@@ -1,7 +1,7 @@
-"""Calls of the Hugging Face Hub, made again while the Hub is busy or out of order.
+"""Hugging Face Hub calls with retries while the Hub is overloaded or unavailable.
 
-huggingface_hub repeats some requests by itself (uploads of files, commits, listings) and others never (whoami, creating a repository,
-asking for a revision), so a whole call is repeated here. All of them may be repeated: none leaves something half done.
+huggingface_hub retries some requests itself (file uploads, commits, listings) and others never (whoami, creating a repository, resolving
+a revision), so whole calls are retried here. Every one of them is safe to retry: none leaves a partial result.
 """
 
 import logging
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TRIES: Final = 6
-LONGEST_WAIT_SECONDS: Final = 300.0
-"""A Hub that asks to wait for longer is not waited for."""
-TEMPORARY: Final = frozenset({408, 429, 500, 502, 503, 504})
+MAX_WAIT_SECONDS: Final = 300.0
+"""A longer wait requested by the Hub is not retried."""
+RETRYABLE_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
 
 first_wait_seconds = 1.0
 
@@ -36,33 +36,37 @@ def repeat_while_busy(
     report: Callable[[str], object] = logger.warning,
     over_connections: bool = True,
 ) -> T:
-    """Return the call's value; repeat it after HTTP 408, 429 and 5xx, waiting as long as the Hub asks, else ever longer.
+    """Return the call's value, retried after HTTP 408, 429 and 5xx.
 
-    `what` names the call in the lines that go to `report` before each wait. With `over_connections`, broken connections and timeouts
-    count as well; where a cache can stand in for the Hub they had better not. After `TRIES` tries the last error is raised.
+    The wait is what the Hub requests, or an exponential backoff with jitter. `what` names the call in the lines passed to `report` before
+    each wait. With `over_connections`, broken connections and timeouts are retried as well; pass False where a local cache can replace
+    the Hub. After `TRIES` attempts the last error is raised.
     """
 
-    def is_temporary(error: BaseException) -> bool:
-        answer = _answer(error)
-        if answer is None:
+    def is_retryable(error: BaseException) -> bool:
+        response = _response(error)
+        if response is None:
             return over_connections and _is_connection_error(error)
-        return answer.status_code in TEMPORARY and (_asked_wait(answer) or 0.0) <= LONGEST_WAIT_SECONDS
+        return (
+            response.status_code in RETRYABLE_STATUSES
+            and (_requested_wait(response) or 0.0) <= MAX_WAIT_SECONDS
+        )
 
     def wait(state: tenacity.RetryCallState) -> float:
-        answer = _answer(state.outcome.exception()) if state.outcome else None
-        grown = tenacity.wait_exponential_jitter(first_wait_seconds, 60.0, jitter=first_wait_seconds)(state)
-        return max(grown, (answer and _asked_wait(answer)) or 0.0)
+        response = _response(state.outcome.exception()) if state.outcome else None
+        backoff = tenacity.wait_exponential_jitter(first_wait_seconds, 60.0, jitter=first_wait_seconds)(state)
+        return max(backoff, (response and _requested_wait(response)) or 0.0)
 
-    def announce(state: tenacity.RetryCallState) -> None:
+    def log_retry(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         seconds = state.next_action.sleep if state.next_action else 0.0
-        report(f"{what}: {explain(error)}. Try {state.attempt_number + 1} of {TRIES} in {seconds:.0f} s.")
+        report(f"{what}: {explain(error)}. Attempt {state.attempt_number + 1} of {TRIES} in {seconds:.0f} s.")
 
     return tenacity.Retrying(
-        retry=tenacity.retry_if_exception(is_temporary),
+        retry=tenacity.retry_if_exception(is_retryable),
         wait=wait,
         stop=tenacity.stop_after_attempt(TRIES),
-        before_sleep=announce,
+        before_sleep=log_retry,
         reraise=True,
     )(call)
 
@@ -76,16 +80,14 @@ def upload(
     path_in_repo: str | None = None,
     report: Callable[[str], object] = logger.warning,
 ) -> "CommitInfo":
-    """Add the content of a folder to a repository as one commit, and return the commit; a repository that is not there is created."""
+    """Upload the content of a folder as one commit, creating the repository if it does not exist, and return the commit."""
     create = partial(api.create_repo, repo_id, private=private, exist_ok=True)
     try:
         repo = repeat_while_busy(create, f"Creating {repo_id}", report)
-    except (
-        KeyError,
-        ValueError,
-    ) as error:  # huggingface_hub looks for the repository's address in the answer to a conflict
+    # huggingface_hub expects the repository's URL in the response to a conflict
+    except (KeyError, ValueError) as error:
         raise HubRefusalError(
-            f"the Hub refused to create {repo_id} without saying why; it may be being created by another run. Try again, or write "
+            f"the Hub rejected the creation of {repo_id} without a reason; another run may be creating it. Try again, or set "
             "another hub_model_id"
         ) from error
     return repeat_while_busy(
@@ -102,33 +104,35 @@ def upload(
 
 
 class HubRefusalError(Exception):
-    """What the Hub did not say itself."""
+    """A rejection for which the Hub sent no reason."""
 
 
 def explain(error: BaseException | None) -> str:
-    """Return in one sentence, without its full stop, why a call of the Hub failed."""
-    answer = None if error is None else _answer(error)
+    """Return one sentence, without a full stop, on why a Hub call failed."""
+    response = None if error is None else _response(error)
     if isinstance(error, HubRefusalError):
         return str(error)
-    if answer is None:
+    if response is None:
         lines = str(error).strip().splitlines()
         return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    status, said = answer.status_code, answer.headers.get("x-error-message", "").strip()
+    status, message_from_hub = response.status_code, response.headers.get("x-error-message", "").strip()
     reason = {
         409: "the repository is being changed by another upload, or its name is taken",
         429: "the Hub's rate limit is reached",
-    }.get(status, "the Hub is out of order" if status >= 500 else "")
+    }.get(status, "the Hub is unavailable" if status >= 500 else "")
     first_line = (str(error).strip().splitlines() or [""])[0]
-    return f"HTTP {status}: {said or reason or first_line}" + (f" ({reason})" if said and reason else "")
+    return f"HTTP {status}: {message_from_hub or reason or first_line}" + (
+        f" ({reason})" if message_from_hub and reason else ""
+    )
 
 
-def _answer(error: BaseException | None) -> "Response | None":
-    """Return the Hub's answer behind an error; where a cache was asked in its place, that of the error before it."""
+def _response(error: BaseException | None) -> "Response | None":
+    """Return the Hub's response behind an error, following its causes."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    for each in _causes(error):
-        if isinstance(each, HfHubHTTPError):
-            return each.response
+    for cause in _causes(error):
+        if isinstance(cause, HfHubHTTPError):
+            return cause.response
     return None
 
 
@@ -136,7 +140,7 @@ def _is_connection_error(error: BaseException) -> bool:
     import httpx2
 
     kinds = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
-    return any(isinstance(each, kinds) for each in _causes(error))
+    return any(isinstance(cause, kinds) for cause in _causes(error))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -147,15 +151,15 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _asked_wait(answer: "Response") -> float | None:
-    """Return how many seconds an answer asks to wait: by Retry-After, as a number or a date, or by the Hub's own RateLimit header."""
+def _requested_wait(response: "Response") -> float | None:
+    """Return the wait in seconds that a response requests by Retry-After (seconds or a date) or by the Hub's RateLimit header."""
     from huggingface_hub.utils import parse_ratelimit_headers
 
-    written = answer.headers.get("retry-after", "").strip()
-    if written.isdigit():
-        return float(written)
+    retry_after = response.headers.get("retry-after", "").strip()
+    if retry_after.isdigit():
+        return float(retry_after)
     try:
-        return max(0.0, (parsedate_to_datetime(written) - datetime.now(UTC)).total_seconds())
+        return max(0.0, (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds())
     except (ValueError, TypeError):
-        limit = parse_ratelimit_headers(answer.headers)
+        limit = parse_ratelimit_headers(response.headers)
         return None if limit is None or limit.remaining else float(limit.reset_in_seconds)

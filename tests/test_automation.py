@@ -336,7 +336,7 @@ def test_the_prune_job_shows_what_it_freed(
 
 
 def test_the_prune_job_fails_with_a_sentence(instance: dg.DagsterInstance, tmp_path: Path) -> None:
-    with pytest.raises(dg.Failure, match="Nothing is freed: there is no folder of projects"):
+    with pytest.raises(dg.Failure, match="Nothing is freed: the projects folder"):
         prune_event(instance, tmp_path / "typo", tmp_path / "storage")
 
 

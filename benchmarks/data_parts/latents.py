@@ -124,8 +124,7 @@ def _encode(spec_path: Path, root: Path, bare: bool) -> dict[str, float]:
 def _bare_vae(spec: EncodeLatentsSpec) -> float:
     """Images/s of the same VAE on the same batches, decoded before: nothing is loaded, copied or stored meanwhile."""
     from sdxl_pipeline.cache.encode.cache_keys import latent_keys
-    from sdxl_pipeline.cache.encode.crop_batches import crop_batches
-    from sdxl_pipeline.cache.encode.crop_table import read_crops
+    from sdxl_pipeline.cache.encode.crop_batches import crop_batches, read_crops
     from sdxl_pipeline.cache.encode.encoder_devices import load_latent_encoder
     from sdxl_pipeline.models.vae import encode_moments, pixels_from_crops
 

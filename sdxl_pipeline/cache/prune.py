@@ -1,8 +1,8 @@
-"""Frees what no project refers to, and says how much that is.
+"""Deletion of unreferenced files under the storage root, with a report of the freed bytes.
 
-Of the stores, what no manifest of an existing project's dataset names and no running process uses. Beside them: the values and work of
-projects and datasets that are gone, superseded tables, downloads that no dataset reads, and what killed processes left. What is younger
-than an hour is left alone, since somebody may be about to refer to it.
+Covers store entries that no manifest of an existing project's dataset references and no running process uses; values and work of deleted
+projects and datasets; superseded tables; downloads that no dataset reads; and leftovers of killed processes. Anything younger than an
+hour is retained, since it may be about to be referenced.
 """
 
 import re
@@ -14,27 +14,27 @@ from pathlib import Path
 
 import numpy as np
 
-from sdxl_pipeline.cache.references import DATASET_STAGES, References, packed, references
+from sdxl_pipeline.cache.references import DATASET_STAGES, References, concatenate_keys, references
 from sdxl_pipeline.cache.store.compaction import Compaction, compact
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
-from sdxl_pipeline.files.atomic_files import unfinished
+from sdxl_pipeline.files.atomic_files import find_unfinished
 from sdxl_pipeline.files.storage_layout import StorageLayout
 
 Progress = Callable[[str, int, int], None]
 
-DAMAGED = "damaged entries"
-YOUNG_SECONDS = 3600.0
+CORRUPT_ENTRIES = "corrupt entries"
+MIN_AGE_SECONDS = 3600.0
 ABANDONED_SECONDS = 7 * 24 * 3600.0
-"""No stage runs longer; until then the spec of a run may still be that of one at work."""
+"""Longer than any stage runs; until then a run's spec may belong to a running stage."""
 
-_KEPT_TABLE = re.compile(r"(rows|captions|masks)-[0-9a-f]{16}\.parquet")
-_OF_A_RUN = re.compile(r".+\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.(spec|manifest(\.error)?)\.json")
+_TABLE = re.compile(r"(rows|captions|masks)-[0-9a-f]{16}\.parquet")
+_RUN_FILE = re.compile(r".+\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.(spec|manifest(\.error)?)\.json")
 _DOWNLOAD = re.compile(r".+-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
 class Freed:
-    """Things of one kind that were freed, or would be."""
+    """Items of one kind that were freed, or would be in a dry run."""
 
     what: str
     where: Path
@@ -44,15 +44,15 @@ class Freed:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What a prune freed, or, of a dry run, what it would free."""
+    """What a prune freed, or would free in a dry run."""
 
     freed: tuple[Freed, ...]
     notes: tuple[str, ...]
-    """What is kept against expectation, and why."""
+    """Unreferenced items that were retained, and why."""
 
     @property
     def bytes(self) -> int:
-        """Bytes of disk, altogether."""
+        """Total bytes on disk."""
         return sum(item.bytes for item in self.freed)
 
 
@@ -64,36 +64,37 @@ def prune(
     verify: bool = False,
     on_progress: Progress | None = None,
 ) -> PruneReport:
-    """Free what the projects in `projects_folder` do not refer to under the storage's `root`, and in stores of their own.
+    """Delete what the projects in `projects_folder` do not reference under the storage `root`, and in their own stores.
 
-    With `verify`, every entry of the stores is read and compared with its checksum first; a damaged one is removed from the index, so
-    that the next run encodes it again. `on_progress(what, done, total)` counts bytes, and entries while verifying. Raises PruneError when it cannot be told what is referred to; nothing is freed then.
+    With `verify`, the checksum of every store entry is verified first; corrupt entries are removed from the index, so that the next run
+    encodes them again. `on_progress(what, done, total)` counts bytes, and entries while verifying. Raises PruneError when the references
+    cannot be determined; nothing is deleted then.
     """
-    places = StorageLayout(root)
-    needed = references(places, projects_folder)
+    layout = StorageLayout(root)
+    referenced = references(layout, projects_folder)
     freed: list[Freed] = []
-    notes = list(needed.notes)
-    for store in needed.keys:
+    notes = list(referenced.notes)
+    for store in referenced.keys:
         if verify:
-            freed.append(Freed(DAMAGED, store, _verified(store, dry_run, on_progress), 0))
-        if store in needed.kept_stores:
-            notes.append(f"{store}: nothing is freed, since {needed.kept_stores[store]}")
+            freed.append(Freed(CORRUPT_ENTRIES, store, _verify(store, dry_run, on_progress), 0))
+        if store in referenced.retained_stores:
+            notes.append(f"{store}: nothing is freed: {referenced.retained_stores[store]}")
             continue
-        freed_there = _compacted(store, places, projects_folder, dry_run, on_progress)
-        freed.append(Freed("entries", store, freed_there.entries, freed_there.bytes))
-        if freed_there.kept_for:
-            notes.append(f"{store}: entries in use are kept: {', '.join(freed_there.kept_for)}")
-    before = time.time() - YOUNG_SECONDS
+        compaction = _compact(store, layout, projects_folder, dry_run, on_progress)
+        freed.append(Freed("entries", store, compaction.entries, compaction.bytes))
+        if compaction.retained_for:
+            notes.append(f"{store}: entries in use are retained: {', '.join(compaction.retained_for)}")
+    before = time.time() - MIN_AGE_SECONDS
     for what, paths in (
-        ("gone projects", _gone_projects(places, needed)),
-        ("gone datasets", _gone_datasets(places, needed)),
-        ("superseded tables", _superseded_tables(places, needed)),
-        ("unfinished files", _unfinished(places, needed)),
-        ("downloads", _downloads(places, needed)),
+        ("deleted projects", _deleted_projects(layout, referenced)),
+        ("deleted datasets", _deleted_datasets(layout, referenced)),
+        ("superseded tables", _superseded_tables(layout, referenced)),
+        ("unfinished files", _unfinished(layout, referenced)),
+        ("downloads", _downloads(layout, referenced)),
     ):
         by_folder: dict[Path, list[int]] = {}
         for path in paths:
-            if _youngest(path) < before:
+            if _last_modified(path) < before:
                 by_folder.setdefault(path.parent, []).append(_size(path))
                 if not dry_run:
                     _delete(path)
@@ -101,86 +102,86 @@ def prune(
     return PruneReport(tuple(item for item in freed if item.count or item.bytes), tuple(notes))
 
 
-def _verified(root: Path, dry_run: bool, on_progress: Progress | None) -> int:
-    """Return how many entries of a store are damaged; they are discarded unless it is a dry run."""
+def _verify(root: Path, dry_run: bool, on_progress: Progress | None) -> int:
+    """Return the number of corrupt entries of a store; they are discarded unless it is a dry run."""
     store = TensorStore(root)
 
     def report(done: int, total: int) -> None:
         if on_progress is not None:
             on_progress(f"verify {root}", done, total)
 
-    broken = store.damaged(on_progress=report)
-    if broken and not dry_run:
-        store.discard(broken)
-    return len(broken)
+    corrupt = store.corrupt_keys(on_progress=report)
+    if corrupt and not dry_run:
+        store.discard(corrupt)
+    return len(corrupt)
 
 
-def _compacted(
-    store: Path, places: StorageLayout, projects_folder: Path, dry_run: bool, on_progress: Progress | None
+def _compact(
+    store: Path, layout: StorageLayout, projects_folder: Path, dry_run: bool, on_progress: Progress | None
 ) -> Compaction:
-    def needed() -> np.ndarray | None:
-        now = references(places, projects_folder)
-        return None if store in now.kept_stores else packed(now.keys.get(store, []))
+    def referenced() -> np.ndarray | None:
+        current = references(layout, projects_folder)
+        return None if store in current.retained_stores else concatenate_keys(current.keys.get(store, []))
 
-    def told(done: int, total: int) -> None:
+    def report(done: int, total: int) -> None:
         if on_progress is not None:
             on_progress(str(store), done, total)
 
-    return compact(store, needed, dry_run=dry_run, on_progress=told)
+    return compact(store, referenced, dry_run=dry_run, on_progress=report)
 
 
-def _gone_projects(places: StorageLayout, needed: References) -> Iterator[Path]:
-    for folder in _folders(places.values):
-        if folder.name not in needed.projects:
+def _deleted_projects(layout: StorageLayout, referenced: References) -> Iterator[Path]:
+    for folder in _folders(layout.values):
+        if folder.name not in referenced.projects:
             yield folder
-    for folder in _folders(places.work):
-        # Other things than projects work there too; a dataset's stage shows what is one.
+    for folder in _folders(layout.work):
+        # `work` has other folders as well; a project has dataset stages.
         dataset = any(any(folder.glob(f"*/{stage}")) for stage in DATASET_STAGES)
-        if dataset and folder.name not in needed.projects:
+        if dataset and folder.name not in referenced.projects:
             yield folder
 
 
-def _gone_datasets(places: StorageLayout, needed: References) -> Iterator[Path]:
-    for project in needed.projects:
-        for folder in _folders(places.values / project):
-            if not needed.has_dataset(project, folder.name):
+def _deleted_datasets(layout: StorageLayout, referenced: References) -> Iterator[Path]:
+    for project in referenced.projects:
+        for folder in _folders(layout.values / project):
+            if not referenced.has_dataset(project, folder.name):
                 yield folder
-        for folder in _folders(places.work / project):
+        for folder in _folders(layout.work / project):
             dataset = any((folder / stage).is_dir() for stage in DATASET_STAGES)
-            if dataset and not needed.has_dataset(project, folder.name):
+            if dataset and not referenced.has_dataset(project, folder.name):
                 yield folder
 
 
-def _superseded_tables(places: StorageLayout, needed: References) -> Iterator[Path]:
-    for project in needed.projects:
-        for path in (places.work / project).rglob("*.parquet"):
-            dataset = path.relative_to(places.work / project).parts[0]
+def _superseded_tables(layout: StorageLayout, referenced: References) -> Iterator[Path]:
+    for project in referenced.projects:
+        for path in (layout.work / project).rglob("*.parquet"):
+            dataset = path.relative_to(layout.work / project).parts[0]
             if (
-                _KEPT_TABLE.fullmatch(path.name)
-                and path.resolve() not in needed.files
-                and needed.has_dataset(project, dataset)
+                _TABLE.fullmatch(path.name)
+                and path.resolve() not in referenced.files
+                and referenced.has_dataset(project, dataset)
             ):
                 yield path
 
 
-def _unfinished(places: StorageLayout, needed: References) -> Iterator[Path]:
-    """What killed processes left: files written beside their target, and what a stage's launcher names after its run."""
-    for folder in (places.values, places.work, *needed.outputs):
-        yield from unfinished(folder)
-    for folder in needed.outputs:
-        # The release that a newer one was about to replace is the only one until that has its name.
+def _unfinished(layout: StorageLayout, referenced: References) -> Iterator[Path]:
+    """Yield leftovers of killed processes: temporary files, and the specs and manifests of a stage's runs."""
+    for folder in (layout.values, layout.work, *referenced.outputs):
+        yield from find_unfinished(folder)
+    for folder in referenced.outputs:
+        # Until a release is complete, the one it replaces is the only copy.
         yield from (path for path in folder.glob(".release.*.old") if (folder / "release").is_dir())
     before = time.time() - ABANDONED_SECONDS
-    for path in places.work.rglob("*.json"):
-        if _OF_A_RUN.fullmatch(path.name) and _youngest(path) < before:
+    for path in layout.work.rglob("*.json"):
+        if _RUN_FILE.fullmatch(path.name) and _last_modified(path) < before:
             yield path
 
 
-def _downloads(places: StorageLayout, needed: References) -> Iterator[Path]:
-    if needed.sources is None:
+def _downloads(layout: StorageLayout, referenced: References) -> Iterator[Path]:
+    if referenced.sources is None:
         return
-    for folder in _folders(places.sources):
-        if _DOWNLOAD.fullmatch(folder.name) and folder not in needed.sources:
+    for folder in _folders(layout.sources):
+        if _DOWNLOAD.fullmatch(folder.name) and folder not in referenced.sources:
             yield folder
 
 
@@ -202,8 +203,8 @@ def _size(path: Path) -> int:
     return sum(file.lstat().st_size for file in _files(path))
 
 
-def _youngest(path: Path) -> float:
-    """When something was last written there."""
+def _last_modified(path: Path) -> float:
+    """Return the latest modification time in a file or folder."""
     return max((file.lstat().st_mtime for file in (path, *_files(path))), default=0.0)
 
 

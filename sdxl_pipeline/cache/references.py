@@ -1,4 +1,4 @@
-"""What the projects refer to: entries of stores by key, tables, downloads. Whatever is in doubt counts as referred to."""
+"""What the projects reference: store entries by key, tables, downloads. In doubt, something counts as referenced."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,107 +20,107 @@ _KEY_COLUMNS = {"vae_latents": "latent_key", "text_embeds": "embed_key"}
 
 
 class PruneError(Exception):
-    """Why nothing is freed at all. The message says what to do."""
+    """Nothing can be freed. The message says why and what to do."""
 
 
 @dataclass
 class References:
-    """Everything that is needed, and everything that could not be told."""
+    """Everything that is referenced, and everything that could not be determined."""
 
     projects: dict[str, frozenset[str] | None] = field(default_factory=dict)
-    """Asset names of each project's datasets, by the project's name; None where they cannot be told."""
+    """Asset names of each project's datasets, by project name; None if unknown."""
     keys: dict[Path, list[np.ndarray]] = field(default_factory=dict)
-    """Packed keys by root of the store; a store that is not among them belongs to no project."""
-    kept_stores: dict[Path, str] = field(default_factory=dict)
-    """Stores of which nothing may go, and why."""
+    """Packed keys by store root; a store that is absent here belongs to no project."""
+    retained_stores: dict[Path, str] = field(default_factory=dict)
+    """Stores in which nothing may be deleted, and why."""
     files: set[Path] = field(default_factory=set)
-    """Parquet tables that manifests and specs name."""
+    """Parquet tables referenced by manifests and specs."""
     outputs: set[Path] = field(default_factory=set)
-    """Folders that projects write their runs, evaluations and releases to."""
+    """Output folders of the projects: runs, evaluations and releases."""
     sources: set[Path] | None = field(default_factory=set)
-    """Folders of downloads; None where they cannot be told."""
+    """Folders of downloads; None if unknown."""
     notes: list[str] = field(default_factory=list)
-    """What the user should know of what is kept, or goes."""
+    """Messages for the user."""
 
     def has_dataset(self, project: str, dataset: str) -> bool:
-        """Whether a dataset is one of an existing project's."""
+        """Return whether `dataset` belongs to an existing project."""
         if project not in self.projects:
             return False
         datasets = self.projects[project]
         return datasets is None or dataset in datasets
 
 
-def references(places: StorageLayout, projects_folder: Path) -> References:
-    """What the projects in `projects_folder` refer to, and those of every other folder that has used this storage.
+def references(layout: StorageLayout, projects_folder: Path) -> References:
+    """Return what is referenced by the projects in `projects_folder` and in every other folder that has used this storage.
 
-    Raises PruneError when a folder of projects is not there, or a manifest cannot be read: then too little would be known.
+    Raises PruneError when a folder of projects does not exist, or a manifest cannot be read: references would be missing.
     """
-    found = References(keys={places.latents.resolve(): [], places.text_embeds.resolve(): []})
-    for project in _projects(places, projects_folder):
+    found = References(keys={layout.latents.resolve(): [], layout.text_embeds.resolve(): []})
+    for project in _projects(layout, projects_folder):
         if isinstance(project, InvalidProject):
-            _note_broken(found, project)
+            _add_invalid_project(found, project)
         else:
-            _note_settings(found, places, project)
+            _add_project(found, layout, project)
     for name in found.projects:
-        for stage, manifest in _manifests(places, found, name):
-            _note_manifest(found, stage, manifest)
-        for spec in (places.work / name).rglob("*.spec.json"):
-            found.files.update(_named_tables(spec))
+        for stage, manifest in _manifests(layout, found, name):
+            _add_manifest(found, stage, manifest)
+        for spec in (layout.work / name).rglob("*.spec.json"):
+            found.files.update(_tables_of_spec(spec))
     return found
 
 
-def _projects(places: StorageLayout, projects_folder: Path) -> Iterator[Project | InvalidProject]:
-    folders = {projects_folder: None} | dict(places.remembered_projects())
+def _projects(layout: StorageLayout, projects_folder: Path) -> Iterator[Project | InvalidProject]:
+    folders = {projects_folder: None} | dict(layout.registered_projects())
     for folder, marker in folders.items():
         if not folder.is_dir():
             hint = (
-                "Let SDXL_PIPELINE_PROJECTS name the folder that holds the project folders."
+                "Set SDXL_PIPELINE_PROJECTS to the folder that holds the project folders."
                 if marker is None
-                else f"Its projects keep things here. Bring it back, or, if it is gone for good, delete {marker}."
+                else f"Its projects use this storage. Restore it, or, if it was deleted for good, delete {marker}."
             )
-            raise PruneError(f"there is no folder of projects {folder}. {hint}")
+            raise PruneError(f"the projects folder {folder} does not exist. {hint}")
         yield from discover_projects(folder)
 
 
-def _note_broken(found: References, project: InvalidProject) -> None:
+def _add_invalid_project(found: References, project: InvalidProject) -> None:
     found.projects[project.name] = None
     found.sources = None
     found.notes.append(
-        f"project {project.name}: its files hold problems (see `sdxl-pipeline doctor {project.name}`), so all that was made for it is "
-        "kept, and every download"
+        f"project {project.name}: its files have problems (see `sdxl-pipeline doctor {project.name}`), so everything made for it and "
+        "every download is retained"
     )
 
 
-def _note_settings(found: References, places: StorageLayout, project: Project) -> None:
+def _add_project(found: References, layout: StorageLayout, project: Project) -> None:
     datasets = (*project.datasets, *project.mask_datasets)
     names = frozenset(dataset.asset_name for dataset in datasets)
-    others = found.projects.get(project.name, frozenset())
-    # Of two projects of one name, in two folders, both are meant.
-    found.projects[project.name] = None if others is None else names | others
+    previous = found.projects.get(project.name, frozenset())
+    # Two projects of one name in two folders: both count.
+    found.projects[project.name] = None if previous is None else names | previous
     for dataset in datasets:
-        found.keys.setdefault(places.latent_store_root(dataset).resolve(), [])
+        found.keys.setdefault(layout.latent_store_root(dataset.cache_dir_vae).resolve(), [])
         if dataset.type != "local" and found.sources is not None:
-            found.sources.add(data_folder(dataset, places.sources).parent)
+            found.sources.add(data_folder(dataset, layout.sources).parent)
     for entry in project.text_embeds:
-        found.keys.setdefault(places.text_store_root(entry).resolve(), [])
+        found.keys.setdefault(layout.text_store_root(entry.cache_dir).resolve(), [])
     found.outputs.add(Path(project.training.output_dir))
     for spec in (Path(project.training.output_dir) / "lora").glob("*/spec.json"):
-        found.files.update(_named_tables(spec))
+        found.files.update(_tables_of_spec(spec))
 
 
-def _manifests(places: StorageLayout, found: References, project: str) -> Iterator[tuple[str, Path]]:
-    """The manifests that a project's datasets hand on, and those that its stages have just finished."""
+def _manifests(layout: StorageLayout, found: References, project: str) -> Iterator[tuple[str, Path]]:
+    """Yield the manifests of a project's datasets: values of assets, and those just written by stages."""
     for stage in _KEY_COLUMNS:
         for path in (
-            *(places.values / project).glob(f"*/{stage}.json"),
-            *(places.work / project).glob(f"*/{stage}/*.finished.json"),
+            *(layout.values / project).glob(f"*/{stage}.json"),
+            *(layout.work / project).glob(f"*/{stage}/*.finished.json"),
         ):
-            dataset = path.relative_to(places.values if path.is_relative_to(places.values) else places.work)
+            dataset = path.relative_to(layout.values if path.is_relative_to(layout.values) else layout.work)
             if found.has_dataset(project, dataset.parts[1]):
                 yield stage, path
 
 
-def _note_manifest(found: References, stage: str, path: Path) -> None:
+def _add_manifest(found: References, stage: str, path: Path) -> None:
     try:
         manifest = json.loads(path.read_bytes())
         root = Path(manifest["store_root"]).resolve()
@@ -130,10 +130,10 @@ def _note_manifest(found: References, stage: str, path: Path) -> None:
             if manifest.get(name) is not None
         ]
     except FileNotFoundError:
-        return  # just being replaced by a newer one
+        return  # being replaced by a newer one
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PruneError(
-            f"{path} cannot be read ({error}), so what it refers to is not known. Delete it, or materialize its asset again."
+            f"{path} cannot be read ({error}), so its references are unknown. Delete it, or materialize its asset again."
         ) from error
     keys = found.keys.setdefault(root, [])
     for table in tables:
@@ -142,12 +142,14 @@ def _note_manifest(found: References, stage: str, path: Path) -> None:
             column = pq.read_table(table, columns=[_KEY_COLUMNS[stage]])[_KEY_COLUMNS[stage]]
             keys.append(np.unique(pack_keys(column.to_pylist())))
         except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
-            # Its entries are still good, and found again when the stage runs again.
-            found.kept_stores.setdefault(root, f"{table}, which {path} names, cannot be read: {error}")
+            # Its entries remain valid, and are found when the stage runs again.
+            found.retained_stores.setdefault(
+                root, f"{table}, which {path} references, cannot be read: {error}"
+            )
 
 
-def _named_tables(spec: Path) -> Iterator[Path]:
-    """Every Parquet file that a spec names."""
+def _tables_of_spec(spec: Path) -> Iterator[Path]:
+    """Yield every Parquet file that a spec references."""
     try:
         content = json.loads(spec.read_bytes())
     except FileNotFoundError:
@@ -170,6 +172,6 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def packed(keys: Sequence[np.ndarray] | Iterable[np.ndarray]) -> np.ndarray:
-    """Packed keys of several tables as one array."""
+def concatenate_keys(keys: Sequence[np.ndarray] | Iterable[np.ndarray]) -> np.ndarray:
+    """Concatenate the packed keys of several tables."""
     return np.concatenate([pack_keys([]), *keys])

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside their target, flushed to disk, then renamed over it."""
+"""Atomic file writes: to a temporary file beside the target, flushed to disk, then renamed over it."""
 
 import hashlib
 import os
@@ -15,16 +15,16 @@ from sdxl_pipeline.files.disk_space import DiskFullError, disk_full_message
 from sdxl_pipeline.files.storage_errors import DISK_FULL_ERRNOS
 
 _CHUNK = 1 << 20
-_UNFINISHED = re.compile(r"\..+\.(?P<pid>\d+)(-[0-9a-f]+)?\.tmp(\..+)?")
+_TEMPORARY_NAME = re.compile(r"\..+\.(?P<pid>\d+)(-[0-9a-f]+)?\.tmp(\..+)?")
 
 
 @contextmanager
 def atomic_path(path: Path, size: int | None = None) -> Iterator[Path]:
-    """Give a temporary path beside `path`; when the block ends well, it is renamed to `path`.
+    """Yield a temporary path beside `path`, which is renamed to `path` when the block succeeds.
 
-    Whatever the block wrote is flushed to disk before the rename, so that neither a kill nor a power cut leaves half a file under
-    the final name. The folder is made if need be. When the block raises, or writes nothing, `path` is left as it was; the latter
-    raises FileNotFoundError. A full disk raises DiskFullError, which gives `size`, the bytes to write, where that is known.
+    What the block wrote is flushed to disk before the rename, so that neither a kill nor a power failure leaves a partial file under the
+    final name. The folder is created if needed. When the block raises or writes nothing, `path` is unchanged; the latter raises
+    FileNotFoundError. A full disk raises DiskFullError, which reports `size`, the bytes to write, if given.
 
     The temporary name keeps the suffix of `path`, for libraries that choose a format by it.
     """
@@ -43,18 +43,18 @@ def atomic_path(path: Path, size: int | None = None) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def unfinished(folder: Path) -> Iterator[Path]:
-    """Temporary files and folders anywhere under a folder: of writers at work, or left by killed ones."""
-    return (path for path in folder.rglob(".*.tmp*") if _UNFINISHED.fullmatch(path.name))
+def find_unfinished(folder: Path) -> Iterator[Path]:
+    """Return temporary files and folders anywhere under a folder: of active writers, or left by killed ones."""
+    return (path for path in folder.rglob(".*.tmp*") if _TEMPORARY_NAME.fullmatch(path.name))
 
 
 def remove_unfinished(folder: Path) -> None:
     """Delete the temporary files and folders that killed writers left under a folder; those of living processes stay.
 
-    For a folder with one writer at a time, which calls this before it begins: on a shared disk, a pid says nothing about other machines.
+    For a folder with one writer at a time, before it starts writing: on a shared disk, pids of other machines cannot be checked.
     """
-    for path in list(unfinished(folder)):
-        name = _UNFINISHED.fullmatch(path.name)
+    for path in list(find_unfinished(folder)):
+        name = _TEMPORARY_NAME.fullmatch(path.name)
         if name is None or psutil.pid_exists(int(name["pid"])):
             continue
         if path.is_dir():
@@ -64,18 +64,18 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path`: after a crash at any moment the file holds the old bytes or the new ones."""
+    """Write `data` to `path` atomically: after a crash at any time the file holds the old bytes or the new ones."""
     with atomic_path(path, len(data)) as temporary:
         temporary.write_bytes(data)
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, with its line ends unchanged, as `write_bytes_atomic` does."""
+    """Write `text` to `path` atomically as UTF-8, without newline translation."""
     write_bytes_atomic(path, text.encode())
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's content, read in pieces so that a file larger than memory is no matter."""
+    """Return the hex SHA-256 of a file's content, read in chunks so that the file may be larger than memory."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -84,7 +84,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_path(path: Path) -> str:
-    """`sha256_file` of a file; of a folder the digest of its files' names and contents, in the form that `sha256sum` prints."""
+    """Return `sha256_file` of a file; of a folder the digest of its `sha256sum` lines (each file's digest and relative path)."""
     if not path.is_dir():
         return sha256_file(path)
     files = sorted(file for file in path.rglob("*") if file.is_file())
@@ -93,7 +93,7 @@ def sha256_path(path: Path) -> str:
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Make `target` the file `source` by a hard link, or by a copy where the file system has none. For files that are never written to."""
+    """Make `target` a hard link to `source`, or a copy where the file system has none. For files that are never modified."""
     Path(target).unlink(missing_ok=True)
     try:
         os.link(source, target)
@@ -102,7 +102,7 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Ask the disk to keep a file's content, or a folder's entries."""
+    """Flush a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

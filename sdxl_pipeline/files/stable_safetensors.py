@@ -1,7 +1,7 @@
-"""Safetensors files whose bytes depend on nothing but their content.
+"""Deterministic safetensors files: equal content gives equal bytes.
 
-The safetensors library writes the entries of `__metadata__` in an order that changes from process to process, so that one training
-run twice would give two different files. Here they are sorted.
+The safetensors library writes the entries of `__metadata__` in an order that varies between processes, so two identical training runs
+would give different files. Here the entries are sorted.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ _ALIGNMENT = 8
 _DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.int64": "I64"}
 
 HASH_KEY: Final = "modelspec.hash_sha256"
-"""The metadata entry that holds "0x" and the SHA-256 of everything after the header (ModelSpec 1.0.1)."""
+"""Metadata entry with "0x" and the SHA-256 of everything after the header (ModelSpec 1.0.1)."""
 
 
 def stable_safetensors(tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str]) -> bytes:
-    """The bytes of a safetensors file, with `format: pt` added to its metadata; equal content gives equal bytes."""
+    """Return the bytes of a safetensors file, with `format: pt` added to its metadata; equal content gives equal bytes."""
     from safetensors.torch import save
 
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
@@ -34,7 +34,7 @@ def stable_safetensors(tensors: "Mapping[str, Tensor]", metadata: Mapping[str, s
 
 
 def tensors_sha256(data: bytes) -> str:
-    """Return the hex SHA-256 of the tensors of a safetensors file, without its header: what other programs call the model's hash."""
+    """Return the hex SHA-256 of a safetensors file without its header: what other programs call the model hash."""
     (length,) = struct.unpack("<Q", data[:8])
     return hashlib.sha256(memoryview(data)[8 + length :]).hexdigest()
 
@@ -42,7 +42,7 @@ def tensors_sha256(data: bytes) -> str:
 def write_stable_safetensors(
     path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str]
 ) -> None:
-    """Write `stable_safetensors` beside `path` and rename it there."""
+    """Write `stable_safetensors` to `path` atomically."""
     write_bytes_atomic(path, stable_safetensors(tensors, metadata))
 
 
@@ -52,10 +52,10 @@ def write_streamed_safetensors(
     tensors: "Iterable[tuple[str, Tensor]]",
     metadata: Mapping[str, str],
 ) -> None:
-    """Write tensors one at a time, so that a file larger than memory needs only the memory of its largest tensor.
+    """Write tensors one at a time, so that memory is needed only for the largest tensor.
 
-    `layout` has a tensor on the meta device for each that `tensors` yields, in the same order; the header is made from it. `HASH_KEY` is
-    added to `metadata`. The file is written beside `path` and renamed. Raises ValueError for a tensor that `layout` does not announce.
+    `layout` has a meta tensor for each tensor of `tensors`, in the same order; the header is built from it. `HASH_KEY` is added to
+    `metadata`. The file replaces `path` atomically. Raises ValueError for a tensor that does not match `layout`.
     """
     import torch
 
@@ -70,9 +70,9 @@ def write_streamed_safetensors(
     digest = hashlib.sha256()
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         file.write(_header_bytes(entries, {**metadata, HASH_KEY: unknown_hash}))
-        announced = iter(layout.items())
+        expected_entries = iter(layout.items())
         for name, tensor in tensors:
-            expected_name, expected = next(announced, (None, tensor))
+            expected_name, expected = next(expected_entries, (None, tensor))
             if (name, tensor.shape, tensor.dtype) != (expected_name, expected.shape, expected.dtype):
                 raise ValueError(
                     f"{path}: the header announces {expected_name}, {tuple(expected.shape)}, {expected.dtype} where "
@@ -81,8 +81,8 @@ def write_streamed_safetensors(
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             digest.update(data)
             file.write(data)
-        if (rest := next(announced, None)) is not None:
-            raise ValueError(f"{path}: the header announces {rest[0]}, which does not follow")
+        if (missing := next(expected_entries, None)) is not None:
+            raise ValueError(f"{path}: the header announces {missing[0]}, which does not follow")
         file.seek(0)
         file.write(_header_bytes(entries, {**metadata, HASH_KEY: "0x" + digest.hexdigest()}))
 

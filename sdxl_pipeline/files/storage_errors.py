@@ -1,19 +1,19 @@
-"""Errors of the storage folder that a user can fix."""
+"""User-fixable errors of the storage folder."""
 
 import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
-"""Error numbers of a disk, or a quota, that is full."""
+"""Error numbers of a full disk or an exceeded quota."""
 
 
 class StorageError(Exception):
-    """An entry that is not there or cannot be read, or a store that cannot be written. The message says what to do."""
+    """A store entry is missing or unreadable, or a store cannot be written. The message says how to fix it."""
 
 
 class DamagedEntryError(StorageError):
-    """Entries whose bytes are not those that were written. They have been removed from the index."""
+    """Store entries whose bytes do not match their checksum. They were removed from the index."""
 
     def __init__(self, message: str, keys: Sequence[str]) -> None:
         super().__init__(message)
@@ -22,7 +22,7 @@ class DamagedEntryError(StorageError):
 
 @contextmanager
 def ignore_full_disk() -> Iterator[None]:
-    """Go on when a disk is full; any other failure is raised."""
+    """Suppress errors of a full disk; re-raise any other OSError."""
     try:
         yield
     except OSError as error:

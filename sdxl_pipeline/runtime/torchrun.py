@@ -1,7 +1,7 @@
-"""torchrun, with its life tied to its launcher's: `python -m sdxl_pipeline.runtime.torchrun <torchrun's own arguments>`.
+"""torchrun that ends with its launcher: `python -m sdxl_pipeline.runtime.torchrun <torchrun's own arguments>`.
 
-torchrun's agent stands between the launcher and the ranks and would survive a killed launcher, with all of them. So the agent follows
-the launcher, and each rank, which has the agent as its parent, follows the agent.
+torchrun's agent is the process between the launcher and the ranks, and would survive a killed launcher together with all ranks. So the
+agent follows the launcher, and each rank, whose parent is the agent, follows the agent.
 """
 
 import os
@@ -11,7 +11,7 @@ from sdxl_pipeline.runtime.stage_runner import PARENT_PID_VARIABLE, follow_paren
 
 
 def main() -> None:
-    """Run torchrun in this process, so that no further process comes in between."""
+    """Run torchrun in this process, so that the launcher stays its parent."""
     if follow_parent():
         os.environ[PARENT_PID_VARIABLE] = str(os.getpid())
     from torch.distributed.run import main as torchrun

@@ -1,7 +1,7 @@
-"""Posts messages and images to webhooks from threads of its own, so that none of them ever holds up the work.
+"""Webhook client: posts messages and images from background threads, so that the training never waits for a server.
 
-The addresses are secrets. They come from the environment, or from the file that webhook_config names, and are in no message here: of
-what went wrong only the kind is told, since the HTTP library's own words hold the address.
+The addresses are secrets. They come from the environment or from the file named in webhook_config, and appear in no message here: only
+the kind of an error is reported, since the HTTP library's own messages contain the address.
 """
 
 import base64
@@ -22,19 +22,19 @@ from sdxl_pipeline.config.problems import ProjectError
 from sdxl_pipeline.config.webhook_file import Level, Webhook, read_webhooks
 
 WEBHOOKS_VARIABLE: Final = "SDXL_PIPELINE_WEBHOOKS"
-"""Environment variable with the webhooks as JSON, secrets included: how a launcher hands them to a stage on another machine."""
+"""Environment variable with the webhooks as JSON, secrets included: how a launcher passes them to a stage on another machine."""
 
 QUEUE_LENGTH: Final = 64
-"""Messages that wait for one webhook; of more, one is dropped: the oldest of the most EXPENDABLE, since the newest tell most."""
+"""Most messages that wait for one webhook. Beyond it, the oldest message of the first kind in `DROP_FIRST` is dropped, else the oldest."""
 
 PREVIEW: Final = "validation.preview"
 PROGRESS: Final = "training.progress"
-EXPENDABLE: Final = (PREVIEW, PROGRESS)
-"""Kinds of messages that are dropped before all others, in this order."""
+DROP_FIRST: Final = (PREVIEW, PROGRESS)
+"""Message kinds that are dropped before all others, in this order."""
 
-TIMEOUT_SECONDS: Final = (5.0, 20.0)  # to connect, and between two signs of life
-CLOSING_SECONDS: Final = 15.0
-LONGEST_RETRY_SECONDS: Final = 30.0
+TIMEOUT_SECONDS: Final = (5.0, 20.0)  # connect, and between two received bytes
+CLOSE_TIMEOUT_SECONDS: Final = 15.0
+MAX_RETRY_SECONDS: Final = 30.0
 
 DISCORD_LENGTH: Final = 2000  # characters of a message
 DISCORD_FILES: Final = 10  # images of a message
@@ -45,59 +45,59 @@ _LEVELS: Final[tuple[Level, ...]] = ("critical", "error", "warning", "info", "de
 
 @dataclass(frozen=True)
 class Image:
-    """An image as a file: its name says the format."""
+    """An image file; the suffix of its name gives the format."""
 
     name: str
     content: bytes
 
     @classmethod
     def read(cls, path: Path | str) -> "Image":
-        """The image of a file as it is now."""
+        """Read an image file."""
         return cls(Path(path).name, Path(path).read_bytes())
 
     @property
     def media_type(self) -> str:
-        """What HTTP calls the format."""
+        """MIME type of the image."""
         return "image/jpeg" if self.name.endswith((".jpg", ".jpeg")) else "image/png"
 
 
 @dataclass(frozen=True)
 class Message:
-    """Something to tell. `kind` is for programs, `text` for people; figures go to raw webhooks only."""
+    """One message. `kind` is for programs, `text` for people; metrics are sent to raw webhooks only."""
 
     kind: str
     text: str
     level: Level = "info"
     step: int | None = None
-    figures: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
     images: Sequence[Image] = ()
-    for_people: bool = True  # False: only raw webhooks get it
-    replaces: str | None = None  # of those with the same words here only the newest waits
-    made_at: float = field(default_factory=time.time)  # seconds since 1970
+    for_people: bool = True  # False: sent to raw webhooks only
+    replaces: str | None = None  # replaces the queued message with the same value
+    created_at: float = field(default_factory=time.time)  # seconds since 1970
 
     @property
-    def rank(self) -> int:
-        """The higher, the later it is dropped."""
-        return EXPENDABLE.index(self.kind) if self.kind in EXPENDABLE else len(EXPENDABLE)
+    def drop_order(self) -> int:
+        """Drop order: messages of the lowest rank are dropped first."""
+        return DROP_FIRST.index(self.kind) if self.kind in DROP_FIRST else len(DROP_FIRST)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Whose messages they are."""
+    """The run that sends the messages."""
 
     project: str
     job_id: str
 
 
-class _Failure(Exception):  # noqa: N818  # told to the user in one word, never raised past this module
-    """Why a message was not delivered, without the address."""
+class _DeliveryError(Exception):
+    """A message was not delivered; the text does not contain the address."""
 
 
 def load_webhooks(config: Path | None) -> tuple[Webhook, ...]:
-    """The webhooks of the environment, else those of the file. Raises ProjectError for what cannot be used."""
-    handed = os.environ.get(WEBHOOKS_VARIABLE)
-    if handed is not None:
-        return tuple(Webhook.model_validate(entry) for entry in json.loads(handed))
+    """Return the webhooks of the environment, else those of the file. Raises ProjectError for an invalid file."""
+    from_environment = os.environ.get(WEBHOOKS_VARIABLE)
+    if from_environment is not None:
+        return tuple(Webhook.model_validate(entry) for entry in json.loads(from_environment))
     if config is None:
         return ()
     webhooks, problems = read_webhooks(config)
@@ -107,7 +107,7 @@ def load_webhooks(config: Path | None) -> tuple[Webhook, ...]:
 
 
 def in_environment(webhooks: Sequence[Webhook]) -> dict[str, str]:
-    """What hands the webhooks to a stage through its environment."""
+    """Return the environment variables that pass the webhooks to a stage."""
     if not webhooks:
         return {}
     entries = [
@@ -117,99 +117,100 @@ def in_environment(webhooks: Sequence[Webhook]) -> dict[str, str]:
 
 
 class Webhooks:
-    """Sends messages to some webhooks. Calls return at once; `close` waits a little for what is still to be sent.
+    """Sends messages to webhooks. Calls return at once; `close` waits a limited time for queued messages.
 
-    A webhook that fails or hangs loses its own messages and delays nobody. The first failure of each is told to `tell` at the next
-    message, how many messages were lost at the end.
+    A webhook that fails or hangs loses only its own messages and delays nobody. The first failure of each is passed to `warn` at the next
+    message, and the number of lost messages at the end.
     """
 
-    def __init__(self, webhooks: Sequence[Webhook], origin: Origin, tell: Callable[[str], None]) -> None:
-        self._tell = tell
-        self._lines = [
-            _Line(webhook, origin, f"webhook {number} ({webhook.webhook_type})")
+    def __init__(self, webhooks: Sequence[Webhook], origin: Origin, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._queues = [
+            _WebhookQueue(webhook, origin, f"webhook {number} ({webhook.webhook_type})")
             for number, webhook in enumerate(webhooks, start=1)
         ]
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._queues)
 
     def send(self, message: Message) -> None:
-        """Hand a message over."""
-        for line in self._lines:
-            if line.takes(message):
-                line.put(message)
-            if complaint := line.new_complaint():
-                self._tell(complaint)
+        """Queue a message for every webhook that accepts it."""
+        for queue in self._queues:
+            if queue.accepts(message):
+                queue.put(message)
+            if warning := queue.new_failure_warning():
+                self._warn(warning)
 
-    def close(self, seconds: float = CLOSING_SECONDS) -> None:
-        """End sending: wait at most so long, all webhooks together, then say what was lost.
+    def close(self, seconds: float = CLOSE_TIMEOUT_SECONDS) -> None:
+        """Stop sending: wait at most `seconds` for all webhooks together, then warn about lost messages.
 
-        Previews that still wait are given up: the images they show forming are finished.
+        Queued previews are discarded: the images they preview are finished.
         """
-        give_up = time.monotonic() + seconds
-        for line in self._lines:
-            line.finish(give_up)
-        for line in self._lines:
-            line.join(max(0.0, give_up - time.monotonic()))
-            if loss := line.loss():
-                self._tell(loss)
+        deadline = time.monotonic() + seconds
+        for queue in self._queues:
+            queue.finish(deadline)
+        for queue in self._queues:
+            queue.join(max(0.0, deadline - time.monotonic()))
+            if loss_warning := queue.loss_warning():
+                self._warn(loss_warning)
 
 
-class _Line:
-    """The queue and the thread of one webhook."""
+class _WebhookQueue:
+    """Queue and thread of one webhook."""
 
     def __init__(self, webhook: Webhook, origin: Origin, name: str) -> None:
         self._webhook, self._origin, self._name = webhook, origin, name
-        self._waiting: deque[Message] = deque()
+        self._queued: deque[Message] = deque()
         self._changed = threading.Condition()
-        self._finishing = False
-        self._give_up = math.inf  # when the sending ends, by time.monotonic
-        self._under_way = False
+        self._closing = False
+        self._deadline = math.inf  # when the sending ends, by time.monotonic
+        self._sending = False
         self._dropped = self._failed = 0
         self._first_failure: str | None = None
-        self._complained = False
-        # A daemon: a server that does not answer must not keep the program from ending.
-        self._thread = threading.Thread(target=self._work, name="webhook", daemon=True)
+        self._failure_reported = False
+        # A daemon thread: an unresponsive server must not keep the program from exiting.
+        self._thread = threading.Thread(target=self._send_queued, name="webhook", daemon=True)
         self._thread.start()
 
-    def takes(self, message: Message) -> bool:
-        """Whether the webhook asks for messages like this one."""
-        important = _LEVELS.index(message.level) <= _LEVELS.index(self._webhook.log_level)
-        return important and (message.for_people or self._webhook.webhook_type == "raw")
+    def accepts(self, message: Message) -> bool:
+        """Return whether the webhook's level and type include this message."""
+        level_included = _LEVELS.index(message.level) <= _LEVELS.index(self._webhook.log_level)
+        return level_included and (message.for_people or self._webhook.webhook_type == "raw")
 
     def put(self, message: Message) -> None:
         with self._changed:
             if message.replaces is not None:
-                self._keep(lambda other: other.replaces != message.replaces)
-            self._waiting.append(message)
-            if len(self._waiting) > QUEUE_LENGTH:
-                self._waiting.remove(min(self._waiting, key=lambda other: other.rank))  # the first of them
+                self._retain(lambda other: other.replaces != message.replaces)
+            self._queued.append(message)
+            if len(self._queued) > QUEUE_LENGTH:
+                # `min` returns the oldest of equal rank
+                self._queued.remove(min(self._queued, key=lambda other: other.drop_order))
                 self._dropped += 1
             self._changed.notify()
 
-    def finish(self, give_up: float) -> None:
+    def finish(self, deadline: float) -> None:
         with self._changed:
-            self._keep(lambda other: other.kind != PREVIEW)
-            self._finishing, self._give_up = True, give_up
+            self._retain(lambda other: other.kind != PREVIEW)
+            self._closing, self._deadline = True, deadline
             self._changed.notify()
 
-    def _keep(self, wanted: Callable[[Message], bool]) -> None:
-        self._waiting = deque(filter(wanted, self._waiting))
+    def _retain(self, predicate: Callable[[Message], bool]) -> None:
+        self._queued = deque(filter(predicate, self._queued))
 
     def join(self, seconds: float) -> None:
         self._thread.join(seconds)
 
-    def new_complaint(self) -> str | None:
-        """What to say of the first failure, once."""
-        if self._first_failure is None or self._complained:
+    def new_failure_warning(self) -> str | None:
+        """Return the warning about the first failure, once."""
+        if self._first_failure is None or self._failure_reported:
             return None
-        self._complained = True
-        return f"The {self._name} does not take messages: {self._first_failure}. The training goes on without it."
+        self._failure_reported = True
+        return f"The {self._name} does not take messages: {self._first_failure}. The training continues without it."
 
-    def loss(self) -> str | None:
-        """How many messages were lost, and why; None where none was."""
+    def loss_warning(self) -> str | None:
+        """Return a warning with the number of lost messages and the reason; None if none were lost."""
         with self._changed:
-            unsent = len(self._waiting) + self._under_way
+            unsent = len(self._queued) + self._sending
             lost = self._dropped + self._failed + unsent
         if not lost:
             return None
@@ -219,27 +220,25 @@ class _Line:
             f"{unsent} unsent at the end){reason}."
         )
 
-    def _work(self) -> None:
+    def _send_queued(self) -> None:
         with requests.Session() as session:
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._waiting or self._finishing)
-                    if not self._waiting:
+                    self._changed.wait_for(lambda: self._queued or self._closing)
+                    if not self._queued:
                         return
-                    message = self._waiting.popleft()
-                    self._under_way = True
+                    message = self._queued.popleft()
+                    self._sending = True
                 try:
                     self._deliver(session, message)
-                except _Failure as failure:
-                    self._note(str(failure))
-                except (
-                    Exception
-                ) as error:  # whatever it is, the work must go on, and the error may hold the address
-                    self._note(type(error).__name__)
+                except _DeliveryError as error:
+                    self._record_failure(str(error))
+                except Exception as error:  # continue with the next message; the text may contain the address
+                    self._record_failure(type(error).__name__)
                 with self._changed:
-                    self._under_way = False
+                    self._sending = False
 
-    def _note(self, failure: str) -> None:
+    def _record_failure(self, failure: str) -> None:
         with self._changed:
             self._failed += 1
             self._first_failure = self._first_failure or failure
@@ -262,44 +261,44 @@ class _Line:
                 timeout=TIMEOUT_SECONDS,
                 verify=not self._webhook.ssl_no_verify,
                 allow_redirects=False,
-                stream=True,  # the answer's body is not wanted
+                stream=True,  # the response body is not read
                 **content,
-            ) as answer:
-                if 200 <= answer.status_code < 300:
+            ) as response:
+                if 200 <= response.status_code < 300:
                     return
-                wait = _retry_seconds(answer) if attempt == 1 else None
-                if wait is None or not self._waited(wait):
-                    raise _Failure(f"HTTP status {answer.status_code}")
+                wait = _retry_seconds(response) if attempt == 1 else None
+                if wait is None or not self._sleep(wait):
+                    raise _DeliveryError(f"HTTP status {response.status_code}")
 
-    def _waited(self, seconds: float) -> bool:
-        """Wait so long; False, at once, when the sending will have ended by then."""
-        until = time.monotonic() + seconds
+    def _sleep(self, seconds: float) -> bool:
+        """Sleep for `seconds`. Return False at once if the deadline of `close` is earlier."""
+        retry_at = time.monotonic() + seconds
         with self._changed:
-            return not self._changed.wait_for(lambda: until >= self._give_up, timeout=seconds)
+            return not self._changed.wait_for(lambda: retry_at >= self._deadline, timeout=seconds)
 
 
-def _retry_seconds(answer: requests.Response) -> float | None:
-    """How long a webhook with too much to do asks to be left alone; None where it does not ask."""
-    if answer.status_code not in (429, 503):
+def _retry_seconds(response: requests.Response) -> float | None:
+    """Return the Retry-After of an overloaded webhook in seconds; None without one or if it is too long."""
+    if response.status_code not in (429, 503):
         return None
     try:
-        seconds = float(answer.headers.get("Retry-After", ""))
+        seconds = float(response.headers.get("Retry-After", ""))
     except ValueError:
         return None
-    return seconds if 0 <= seconds <= LONGEST_RETRY_SECONDS else None
+    return seconds if 0 <= seconds <= MAX_RETRY_SECONDS else None
 
 
 def raw_body(message: Message, origin: Origin) -> dict[str, Any]:
-    """What a raw webhook gets, as JSON; images are base64 of their files, and a figure that is no number is null."""
+    """Return the JSON body for a raw webhook. Images are the base64 of their files; a non-finite metric is null."""
     return {
         "message_type": message.kind,
         "message": message.text,
         "level": message.level,
         "project": origin.project,
         "job_id": origin.job_id,
-        "timestamp": int(message.made_at),
+        "timestamp": int(message.created_at),
         "step": message.step,
-        "values": {name: value if math.isfinite(value) else None for name, value in message.figures.items()},
+        "values": {name: value if math.isfinite(value) else None for name, value in message.metrics.items()},
         "images": [base64.b64encode(image.content).decode("ascii") for image in message.images],
     }
 
@@ -307,20 +306,20 @@ def raw_body(message: Message, origin: Origin) -> dict[str, Any]:
 def discord_posts(
     message: Message, prefix: str
 ) -> list[tuple[dict[str, Any], dict[str, tuple[str, bytes, str]]]]:
-    """(body, files) of each post that a message takes: a post holds so many images and bytes, and the first the text."""
-    lots: list[list[Image]] = [[]]
+    """Return (body, files) of each Discord post for a message: images split by count and size, the text in the first post."""
+    batches: list[list[Image]] = [[]]
     for image in message.images:
-        size = sum(len(other.content) for other in lots[-1])
-        if len(lots[-1]) == DISCORD_FILES or (lots[-1] and size + len(image.content) > DISCORD_BYTES):
-            lots.append([])
-        lots[-1].append(image)
+        size = sum(len(other.content) for other in batches[-1])
+        if len(batches[-1]) == DISCORD_FILES or (batches[-1] and size + len(image.content) > DISCORD_BYTES):
+            batches.append([])
+        batches[-1].append(image)
     text = f"`({prefix})` {message.text}"
     posts = []
-    for number, lot in enumerate(lots):
+    for number, batch in enumerate(batches):
         body = {"content": "" if number else text[:DISCORD_LENGTH], "allowed_mentions": {"parse": []}}
         files = {
             f"files[{index}]": (image.name, image.content, image.media_type)
-            for index, image in enumerate(lot)
+            for index, image in enumerate(batch)
         }
         posts.append((body, files))
     return posts

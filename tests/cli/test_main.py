@@ -160,5 +160,5 @@ def test_a_prune_without_projects_frees_nothing_and_says_why(monkeypatch, capsys
     monkeypatch.setenv(PROJECTS_VARIABLE, str(tmp_path / "typo"))
     leave_entries(own_storage)
     assert main(["prune", "--yes"]) == 1
-    assert "Nothing is freed: there is no folder of projects" in capsys.readouterr().out
+    assert "Nothing is freed: the projects folder" in capsys.readouterr().out
     assert list((own_storage / "latents" / "shards").iterdir())

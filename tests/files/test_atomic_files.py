@@ -1,4 +1,4 @@
-"""Holds that a file is written whole or not at all, and that its digest is that of its bytes."""
+"""Atomic writes: a file is written completely or not at all; digests cover its bytes."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ import pytest
 from sdxl_pipeline.files.atomic_files import atomic_path, sha256_file, write_bytes_atomic, write_text_atomic
 
 
-def test_bytes_and_text_are_written_into_folders_that_are_made(tmp_path: Path):
+def test_write_atomic_creates_folders_and_keeps_bytes(tmp_path: Path):
     write_bytes_atomic(tmp_path / "a" / "b.bin", b"\x00\xff")
     write_text_atomic(tmp_path / "a" / "c.txt", "größe\r\n")
     assert (tmp_path / "a" / "b.bin").read_bytes() == b"\x00\xff"
@@ -20,7 +20,7 @@ def test_bytes_and_text_are_written_into_folders_that_are_made(tmp_path: Path):
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["b.bin", "c.txt"]
 
 
-def test_a_failure_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path: Path):
+def test_atomic_path_on_failure_keeps_the_old_file(tmp_path: Path):
     target = tmp_path / "file.parquet"
     target.write_text("old")
 
@@ -37,13 +37,13 @@ def test_a_failure_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path: Pat
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path):
+def test_atomic_path_without_a_write_raises(tmp_path: Path):
     with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "absent"):
         pass
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_process_killed_while_writing_leaves_the_old_content(tmp_path: Path):
+def test_atomic_path_of_a_killed_process_keeps_the_old_file(tmp_path: Path):
     target = tmp_path / "state.json"
     target.write_text("old")
     program = (
@@ -60,7 +60,7 @@ def test_a_process_killed_while_writing_leaves_the_old_content(tmp_path: Path):
     assert target.read_text() == "old"
 
 
-def test_sha256_of_a_file_larger_than_one_piece(tmp_path: Path):
+def test_sha256_file_of_several_chunks(tmp_path: Path):
     data = os.urandom((1 << 20) + 7)
     (tmp_path / "large").write_bytes(data)
     assert sha256_file(tmp_path / "large") == hashlib.sha256(data).hexdigest()

@@ -1,4 +1,4 @@
-"""Holds that digests are of values, not of spellings, and that they stay the same over time."""
+"""Digests cover values rather than their formatting, and stay the same across versions."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 from sdxl_pipeline.files.digest import digest_json
 
 
-def test_golden_digest():
+def test_digest_json_matches_golden_digest():
     # echo -n '{"a":[1,2.5,"ü",null,true]}' | sha256sum
     assert (
         digest_json({"a": [1, 2.5, "ü", None, True]})
@@ -15,24 +15,24 @@ def test_golden_digest():
     )
 
 
-def test_order_of_keys_and_kind_of_sequence_do_not_matter():
+def test_digest_json_ignores_key_order_and_sequence_type():
     assert digest_json({"a": 1, "b": (2, 3)}) == digest_json({"b": [2, 3], "a": 1})
 
 
 @pytest.mark.parametrize(
     "other", [{"a": 1.0}, {"a": "1"}, {"a": True}, {"a": [1]}, {"b": 1}, {"a": 1, "b": None}]
 )
-def test_different_values_differ(other):
+def test_digest_json_of_different_values_differs(other):
     assert digest_json({"a": 1}) != digest_json(other)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_numbers_json_cannot_say_are_refused(value):
+def test_digest_json_of_non_finite_numbers_raises(value):
     with pytest.raises(ValueError, match="JSON compliant"):
         digest_json([value])
 
 
 @pytest.mark.parametrize("value", [{1: "a"}, [{"b": {None: 1}}], {"a": {1, 2}}, object()])
-def test_what_is_not_plain_data_is_refused(value):
+def test_digest_json_of_other_types_raises(value):
     with pytest.raises(TypeError):
         digest_json(value)

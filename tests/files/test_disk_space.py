@@ -1,4 +1,4 @@
-"""A full disk is one sentence, whoever notices it: which disk, what needs how much, what is reserved, what is free."""
+"""A full disk gives one error message, wherever it is detected: the disk, and the needed, reserved and free bytes."""
 
 import errno
 import pickle
@@ -21,7 +21,7 @@ from tests.support.small_disk import run_on_small_disk
 Usage = namedtuple("Usage", "total used free")
 
 
-def test_sizes_are_given_in_a_unit_that_suits_them():
+def test_size_text_chooses_the_unit():
     assert [size_text(count) for count in (12, 2048, 5 << 20, 3 << 29, 5 << 40)] == [
         "12 bytes",
         "2.0 KiB",
@@ -31,11 +31,11 @@ def test_sizes_are_given_in_a_unit_that_suits_them():
     ]
 
 
-def test_what_fits_only_without_the_reserve_is_refused_with_all_three_numbers(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, 3 << 19))
-    with pytest.raises(DiskFullError) as refused:
+def test_require_space_within_the_reserve_raises_with_all_sizes(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 3 << 19))
+    with pytest.raises(DiskFullError) as raised:
         require_space(tmp_path / "not" / "yet", 780 << 10, "the final weights", "Free some.")
-    assert str(refused.value) == (
+    assert str(raised.value) == (
         f"no space left on the disk of {tmp_path}/not/yet for the final weights: 780.0 KiB are needed, 1.0 MiB are kept in reserve, "
         "and 1.5 MiB are free. Free some."
     )
@@ -63,11 +63,11 @@ def chained(cause: Exception) -> Exception:
         (ValueError("space"), False),
     ],
 )
-def test_libraries_report_a_full_disk_in_their_own_ways(error, full):
+def test_is_disk_full_detects_library_errors(error, full):
     assert is_disk_full(error) == full
 
 
-def test_an_error_that_names_its_file_says_which_disk(tmp_path: Path):
+def test_describe_disk_full_uses_the_path_of_the_error(tmp_path: Path):
     error = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "a"), None, str(tmp_path / "b"))
     assert f"the disk of {tmp_path / 'b'} for the scan: an unknown size is needed" in describe_disk_full(
         error, tmp_path, "the scan"
@@ -124,10 +124,8 @@ assert run().success
 """
 
 
-def test_dataset_step_on_a_full_disk_fails_with_the_sentence_and_works_once_there_is_room(
-    tmp_path: Path, monkeypatch
-):
+def test_dataset_step_on_a_full_disk_fails_and_succeeds_with_free_space(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("SDXL_PIPELINE_STORAGE", str(tmp_path / "storage"))
-    shown = run_on_small_disk(DATASET_STEP, tmp_path)
-    assert shown.startswith(f"no space left on the disk of {tmp_path / 'storage'}"), shown
-    assert "nothing is kept in reserve, and 0 bytes are free" in shown
+    message = run_on_small_disk(DATASET_STEP, tmp_path)
+    assert message.startswith(f"no space left on the disk of {tmp_path / 'storage'}"), message
+    assert "nothing is kept in reserve, and 0 bytes are free" in message

@@ -1,4 +1,4 @@
-"""Holds that equal content gives equal bytes, which any safetensors reader understands."""
+"""Safetensors files: equal content gives equal bytes, which any safetensors reader accepts."""
 
 import hashlib
 import struct
@@ -27,7 +27,7 @@ STREAMED = {
 LAYOUT = {name: tensor.to("meta") for name, tensor in STREAMED.items()}
 
 
-def test_metadata_in_any_order_gives_the_same_bytes():
+def test_stable_safetensors_ignores_metadata_order():
     tensors = {"b": torch.arange(3), "a": torch.ones(2, 2, dtype=torch.bfloat16)}
     metadata = {str(number): "ü" * number for number in range(30)}
     backwards = dict(reversed(metadata.items()))
@@ -36,7 +36,7 @@ def test_metadata_in_any_order_gives_the_same_bytes():
     assert first.index(b'"0":') < first.index(b'"1":') < first.index(b'"29":') < first.index(b'"3":')
 
 
-def test_the_reader_gets_everything_back(tmp_path):
+def test_write_stable_safetensors_round_trip(tmp_path):
     tensors = {"x": torch.randn(3, 5).T, "y": torch.tensor([1, 2], dtype=torch.int8), "z": torch.zeros(0)}
     write_stable_safetensors(tmp_path / "file.safetensors", tensors, {"name": "größe"})
     with safe_open(tmp_path / "file.safetensors", "pt") as file:
@@ -45,7 +45,7 @@ def test_the_reader_gets_everything_back(tmp_path):
         assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
 
 
-def test_streamed_file_reads_back_with_the_hash_of_its_tensors(tmp_path):
+def test_write_streamed_safetensors_round_trip_with_hash(tmp_path):
     path = tmp_path / "big.safetensors"
     write_streamed_safetensors(path, LAYOUT, STREAMED.items(), {"modelspec.title": "größe"})
     data = path.read_bytes()
@@ -63,12 +63,12 @@ def test_streamed_file_reads_back_with_the_hash_of_its_tensors(tmp_path):
     assert all(loaded[name].dtype == tensor.dtype for name, tensor in STREAMED.items())
 
 
-def test_streamed_file_holds_one_tensor_in_memory_at_a_time(tmp_path):
+def test_write_streamed_safetensors_holds_one_tensor_in_memory(tmp_path):
     alive: list[weakref.ref[Tensor]] = []
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for number in range(6):
-            assert sum(reference() is not None for reference in alive) <= 1, "all but the last were freed"
+            assert sum(reference() is not None for reference in alive) <= 1, "all but the last are freed"
             tensor = torch.full((1000,), float(number))
             alive.append(weakref.ref(tensor))
             yield f"tensor_{number}", tensor
@@ -89,7 +89,7 @@ def test_streamed_file_holds_one_tensor_in_memory_at_a_time(tmp_path):
         dict(reversed(STREAMED.items())),
     ],
 )
-def test_streamed_tensors_that_the_header_does_not_announce_leave_no_file(tmp_path, tensors):
+def test_write_streamed_safetensors_of_unexpected_tensors_raises_without_file(tmp_path, tensors):
     with pytest.raises(ValueError, match="the header announces"):
         write_streamed_safetensors(tmp_path / "big.safetensors", LAYOUT, tensors.items(), {})
     assert list(tmp_path.iterdir()) == []

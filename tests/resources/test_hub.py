@@ -91,7 +91,7 @@ def test_check_can_push_waits_as_long_as_the_hub_asks(hub, user, monkeypatch):
 def test_check_can_push_gives_up_after_some_tries_with_a_sentence(hub, user):
     before = len(hub.requests)
     hub.fail_next(hub_client.TRIES, status=503, path="/whoami")
-    with pytest.raises(dg.Failure, match=r"HTTP 503.*out of order.*again later"):
+    with pytest.raises(dg.Failure, match=r"HTTP 503.*unavailable.*again later"):
         HubResource().check_can_push(f"{user}/stars")
     assert len(hub.requests) - before == hub_client.TRIES
 

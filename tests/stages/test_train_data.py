@@ -253,6 +253,6 @@ def test_damaged_entries_are_encoded_again_by_a_training_that_encodes_on_demand(
     train(spec)
     flip_last_byte(tmp_path / "drawings" / "latents")
     again = train(spec.model_copy(update={"run_dir": str(tmp_path / "again")}))
-    assert "1 damaged entries are removed" in caplog.text
+    assert "1 corrupt entries are removed" in caplog.text
     assert_nearly_same_weights(again, full[1])
     assert TensorStore(tmp_path / "drawings" / "latents").damaged() == []

@@ -1,4 +1,4 @@
-"""The encoders on the device that is this process's own, and what goes there and comes back."""
+"""Loading the encoders onto this process's device, and asynchronous copies to and from it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 
-def own_device(hardware: Hardware) -> torch.device:
-    """The device of this process, made its current one: under torchrun the GPU with its local rank."""
+def local_device(hardware: Hardware) -> torch.device:
+    """Return the device of this process and make it current: under torchrun the GPU of its local rank."""
     if hardware.device != "cuda":
         return torch.device(hardware.device)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -31,34 +31,34 @@ def own_device(hardware: Hardware) -> torch.device:
 
 
 def load_latent_encoder(model: ResolvedModel, hardware: Hardware) -> AutoencoderKL:
-    """The VAE on this process's device. Raises UserError when it cannot be had."""
+    """Load the VAE onto this process's device. Raises UserError when it cannot be loaded."""
     try:
         vae = load_vae(model, dtype_from_name(hardware.vae_dtype))
     except BaseModelError as error:
         raise UserError(str(error)) from error
-    return vae.to(own_device(hardware), memory_format=torch.channels_last)
+    return vae.to(local_device(hardware), memory_format=torch.channels_last)
 
 
 def load_encoders(model: ResolvedModel, hardware: Hardware) -> TextEncoders:
-    """Both text encoders on this process's device. Raises UserError when they cannot be had."""
+    """Load both text encoders onto this process's device. Raises UserError when they cannot be loaded or quantized."""
     try:
         encoders = load_text_encoders(model, dtype_from_name(hardware.text_dtype))
         quantize_model(encoders.text_encoder, hardware.text_encoder_1_precision, "text_encoder_1_precision")
         quantize_model(encoders.text_encoder_2, hardware.text_encoder_2_precision, "text_encoder_2_precision")
     except (BaseModelError, PrecisionError) as error:
         raise UserError(str(error)) from error
-    return encoders.to(own_device(hardware))
+    return encoders.to(local_device(hardware))
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on its way to the device; to a GPU through page-locked memory, while this process goes on."""
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to the device; to a GPU asynchronously, through page-locked memory."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-class Computed:
-    """Tensors that a device computes, to be had on the CPU by `result`.
+class DeviceResult:
+    """Tensors computed on a device and copied to the CPU, returned by `result`.
 
-    A CPU has computed them when this is made. A GPU only has its orders then; so they may be asked for when it has the next ones.
+    On a CPU the computation runs in the constructor. On a GPU it is only enqueued there, so call `result` after enqueuing the next one.
     """
 
     def __init__(self, device: torch.device, compute: Callable[[], tuple[Tensor, ...]]) -> None:
@@ -79,7 +79,7 @@ class Computed:
         self._events[2].record()
 
     def result(self) -> tuple[list[Tensor], float]:
-        """The tensors on the CPU, and the seconds that computing them took. Waits for them. Any thread may ask."""
+        """Return the tensors on the CPU, and the seconds their computation took. Blocks until the copy is complete. Thread-safe."""
         if self._events:
             started, ended, copied = self._events
             copied.synchronize()

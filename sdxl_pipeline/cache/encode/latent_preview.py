@@ -1,4 +1,4 @@
-"""What a person sees of a dataset's latents: their statistics, and images beside what their latents decode to."""
+"""Preview of a dataset's latents: channel statistics, and crops beside their decoded latents."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from sdxl_pipeline.cache.encode.cache_keys import Row
-from sdxl_pipeline.cache.encode.crop_table import read_crops
+from sdxl_pipeline.cache.encode.crop_batches import read_crops
 from sdxl_pipeline.cache.encode.encoder_devices import load_latent_encoder
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
 from sdxl_pipeline.data.decoding.image_decoding import UnreadableImage
@@ -28,10 +28,10 @@ _SAMPLE_DIGEST = "latents"
 def channel_statistics(
     store: TensorStore, keys: "pd.Series[str]", scaling_factor: float, stop: StopSignal
 ) -> tuple[tuple[float, ...], tuple[float, ...], int]:
-    """Mean and standard deviation of each channel of the scaled posterior means, near 0 and 1 for images the VAE knows; and of how many.
+    """Return mean and standard deviation of each channel of the scaled posterior means, and the number of latents measured.
 
-    Of all latents where there are at most MEASURED_LATENTS, else of so many with the smallest keys: digests have no order that means
-    anything, so that is a random sample, and always the same one.
+    Near 0 and 1 for images like the VAE's training data. Covers all latents, or the MEASURED_LATENTS with the smallest keys: keys are
+    digests, so that is a deterministic random sample.
     """
     measured = sorted(keys.unique())[:MEASURED_LATENTS]
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
@@ -49,15 +49,15 @@ def channel_statistics(
 
 
 def write_sample(
-    spec: EncodeLatentsSpec, kept: pd.DataFrame, store: TensorStore, reporter: Reporter
+    spec: EncodeLatentsSpec, available: pd.DataFrame, store: TensorStore, reporter: Reporter
 ) -> str | None:
-    """Draw some crops, spread over the dataset, beside what their latents decode to; gives the path, None when there is none to draw.
+    """Write a PNG of some crops, spread over the dataset, beside their decoded latents; return its path, None without crops.
 
-    Nothing is done when the image there shows these already.
+    An existing image of the same crops is reused.
     """
     path = Path(spec.sample_path)
-    count = min(SAMPLE_CROPS, len(kept))
-    chosen = kept.iloc[[index * len(kept) // count for index in range(count)]]
+    count = min(SAMPLE_CROPS, len(available))
+    chosen = available.iloc[[index * len(available) // count for index in range(count)]]
     rows: list[Row] = list(chosen.itertuples(index=False, name="Row"))
     digest = digest_json([[row.path, row.latent_key] for row in rows])
     if not rows:
@@ -70,7 +70,7 @@ def write_sample(
     for row in rows:
         try:
             crop = read_crops(Path(spec.data_dir) / row.path, row.key, [row])[0]
-        except UnreadableImage:  # it was readable when its latents were made
+        except UnreadableImage:  # deleted or changed since it was encoded
             continue
         decoded = decode(vae, store.read(row.latent_key)["mean"][None] * scaling_factor)[0]  # (3, H, W)
         decoded_pixels = decoded.permute(1, 2, 0).mul(255).round().byte().cpu().numpy()
@@ -78,16 +78,16 @@ def write_sample(
         labels += [f"{row.path} {row.bucket_w}x{row.bucket_h}", "decoded from its latents"]
     if not images:
         return None
-    about = PngImagePlugin.PngInfo()
-    about.add_text(_SAMPLE_DIGEST, digest)
+    metadata = PngImagePlugin.PngInfo()
+    metadata.add_text(_SAMPLE_DIGEST, digest)
     with atomic_path(path) as temporary:
-        contact_sheet(images, labels, columns=min(4, len(images)), tile=256).save(temporary, pnginfo=about)
+        contact_sheet(images, labels, columns=min(4, len(images)), tile=256).save(temporary, pnginfo=metadata)
     reporter.image("decoded latents", path, "crops beside their decoded latents")
     return str(path)
 
 
 def _sample_digest(path: Path) -> str | None:
-    """Which crops an existing sample shows."""
+    """Return the digest of the crops in an existing sample image."""
     if not path.is_file():
         return None
     with Image.open(path) as image:

@@ -1,7 +1,7 @@
-"""Latents and embeddings made when the training first asks for them: one at a time, by the names the stores keep them under.
+"""Encoders that run during training: latents and embeddings of one image or caption at a time, without the store.
 
-One at a time, so that what comes out does not depend on what else was asked for. A model is loaded at its first use. The result is what
-the encode stages store, but for the last bits of the dtype, which follow the batch.
+One at a time, so that a result does not depend on other requests. Models are loaded at first use. The results equal those of the encode
+stages except for rounding, which depends on the batch.
 """
 
 from functools import cached_property
@@ -10,7 +10,7 @@ from pathlib import Path
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from sdxl_pipeline.cache.encode.crop_table import read_crops
+from sdxl_pipeline.cache.encode.crop_batches import read_crops
 from sdxl_pipeline.cache.encode.encoder_devices import load_encoders, load_latent_encoder
 from sdxl_pipeline.cache.encode.encoder_overflow import explain_embeds, explain_latents
 from sdxl_pipeline.config.hardware_profiles import Hardware
@@ -25,7 +25,7 @@ from sdxl_pipeline.runtime.stage_runner import UserError
 
 
 class LatentEncoder:
-    """Images to latents, on the device of this process."""
+    """Encodes images to latents on the device of this process."""
 
     def __init__(self, base_model: ResolvedModel, hardware: Hardware) -> None:
         self._base_model = base_model
@@ -36,16 +36,16 @@ class LatentEncoder:
         return load_latent_encoder(self._base_model, self._hardware)
 
     def encode(self, path: Path, crop: Crop, key: str | None = None) -> dict[str, Tensor]:
-        """`mean` and `logvar` of one crop, (4, bucket_h / 8, bucket_w / 8) each, on the CPU in the VAE's dtype.
+        """Return `mean` and `logvar` of one crop, (4, bucket_h / 8, bucket_w / 8) each, on the CPU in the VAE's dtype.
 
-        `key` is the digest that the image was planned under; None takes whatever lies at `path`. Raises UserError, naming the
-        image, when it cannot be read or is another one by now, and when its latents are not finite.
+        `key` is the expected SHA-256 of the image file; None accepts any content. Raises UserError with the path when the image cannot be
+        read or has changed, or when its latents are non-finite.
         """
         try:
             pixels = pixels_from_crops(read_crops(path, key, [crop]))
         except UnreadableImage as error:
             raise UserError(
-                f"{path}: {error.reason}. Mend or remove it and materialize the dataset again."
+                f"{path}: {error.reason}. Fix or remove it and materialize the dataset again."
             ) from error
         mean, logvar = (moment[0].cpu() for moment in encode_moments(self._vae, pixels))
         if not (mean.isfinite().all() and logvar.isfinite().all()):
@@ -55,7 +55,7 @@ class LatentEncoder:
 
 
 class CaptionEncoder:
-    """Captions and prompts to embeddings, on the device of this process."""
+    """Encodes captions and prompts to embeddings on the device of this process."""
 
     def __init__(self, base_model: ResolvedModel, hardware: Hardware, windows: int = 1) -> None:
         self._base_model = base_model
@@ -71,9 +71,9 @@ class CaptionEncoder:
         return PromptReader(self._encoders, self._windows)
 
     def encode(self, caption: str) -> dict[str, Tensor]:
-        """`prompt_embeds` (77 * windows, C1 + C2) and `pooled_prompt_embeds` (C2) of one caption, on the CPU in the encoders' dtype.
+        """Return `prompt_embeds` (77 * windows, C1 + C2) and `pooled_prompt_embeds` (C2) of one caption, on the CPU in the encoders' dtype.
 
-        Raises UserError, naming the caption, when they are not finite.
+        Raises UserError with the caption when they are non-finite.
         """
         input_ids = self._reader.in_windows(self._reader.read([caption]))
         prompt_embeds, pooled_prompt_embeds = (

@@ -1,9 +1,9 @@
-"""Freeing what a store holds and nobody needs, while others read it and write to it.
+"""Compaction of a store: frees entries that nobody needs while others read and write.
 
-A shard of which no entry is needed is deleted. One of which at least a quarter is not needed is written anew without that; of the
-others, what is not needed stays, and is found again should it be wanted. Needed is what the caller names, what a live lease names, and
-everything written since the writer at work longest began. New shards come first, then the index, then the deletions, the last two
-under the store's lock; a reader whose shard has gone finds the entry in its new one.
+A shard without needed entries is deleted. A shard of which at least a quarter is unneeded is rewritten without those entries; in other
+shards unneeded entries stay, and are found if they are needed again. Needed entries are those passed by the caller, those of live leases,
+and everything written since the oldest active writer started. New shards are written first, then the index, then shards are deleted; the
+last two under the store's lock. A reader whose shard was deleted finds the entry in its new shard.
 """
 
 import time
@@ -24,44 +24,44 @@ from sdxl_pipeline.files.storage_errors import DISK_FULL_ERRNOS
 if TYPE_CHECKING:
     from torch import Tensor
 
-Needed = Callable[[], np.ndarray | None]
+NeededKeys = Callable[[], np.ndarray | None]
 
-REWRITTEN_FROM = 0.25
-"""Share of a shard's bytes from which on it is worth copying the rest of it."""
+REWRITE_THRESHOLD = 0.25
+"""Unneeded share of a shard's entries from which on it is rewritten."""
 
 _SHARD_ROWS = 128
-# Rewritten before their old shards are deleted: so much room is needed at most, beyond what the store takes.
+# Rewritten before the old shards are deleted, so this bounds the additional disk space.
 _ROUND_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Compaction:
-    """What was freed in a store, or would be."""
+    """What was freed in a store, or would be in a dry run."""
 
     entries: int
-    """Entries that went."""
+    """Entries that were removed."""
     deleted_shards: int
     rewritten_shards: int
     bytes: int
-    """Bytes of disk that were freed, leftovers of killed writers included."""
-    kept_for: tuple[str, ...]
-    """Holders of leases, for which entries were kept that the caller did not name."""
+    """Freed bytes on disk, including leftovers of killed writers."""
+    retained_for: tuple[str, ...]
+    """Holders of leases whose entries were retained although the caller did not need them."""
 
 
 def compact(
     root: Path,
-    needed: Needed,
+    needed: NeededKeys,
     *,
     dry_run: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Compaction:
-    """Free what the store at `root` holds beyond the entries `needed` and those in use.
+    """Free what the store at `root` holds beyond the `needed` entries and those in use.
 
-    `needed()` gives packed keys, in any order, or None for all. It is asked under the store's lock, and again before every deletion,
-    each time after the leases were looked at: whoever ends a lease has by then written down what it refers to.
+    `needed()` returns packed keys in any order, or None for all. It is called under the store's lock, and again before every deletion,
+    each time after reading the leases: whoever releases a lease has written its references before.
 
-    `on_progress(done, total)` counts bytes of shards. A kill at any moment loses no entry that is needed. On a disk that is too full to
-    write shards anew, those stay as they are.
+    `on_progress(done, total)` counts bytes of shards. A kill at any time loses no needed entry. If the disk is too full to rewrite shards,
+    they stay as they are.
     """
     folder = StoreFolder(root)
     if not folder.shards.is_dir():
@@ -69,17 +69,17 @@ def compact(
     with folder.locked():
         plan = _plan(folder, needed)
         if dry_run:
-            return _foreseen(folder, plan)
-    total = sum(plan.size[name] for name in plan.dead | plan.thin)
+            return _estimate(folder, plan)
+    total = sum(plan.size[name] for name in plan.dead | plan.sparse)
     rewritten, freed = 0, 0
-    # The lease keeps writers' sweeps off shards that are not yet in the index.
+    # The lease keeps other writers' orphan collection off shards that are not yet in the index.
     with folder.lease((), purpose="prune", writes=True):
-        deleted, freed = _commit(folder, needed, plan.dead, merged([]))  # first, since it makes room
+        deleted, freed = _commit(folder, needed, plan.dead, merged([]))  # first, to free space
         done = sum(plan.size[name] for name in plan.dead)
         for names in _rounds(plan):
             if on_progress is not None:
                 on_progress(done, total)
-            new = _rewritten(folder, plan, names)
+            new = _rewrite(folder, plan, names)
             count, size = _commit(folder, needed, names, new)
             rewritten, freed = rewritten + count, freed + size
             done += sum(plan.size[name] for name in names)
@@ -87,7 +87,7 @@ def compact(
             index = folder.read_index()
             freed += folder.collect_orphans(index)
     entries = int((index.find(plan.index.keys) < 0).sum())
-    return Compaction(entries, deleted, rewritten, freed, plan.kept_for)
+    return Compaction(entries, deleted, rewritten, freed, plan.retained_for)
 
 
 @dataclass(frozen=True)
@@ -95,39 +95,41 @@ class _Plan:
     index: Index
     needed: np.ndarray  # (N,) bool
     dead: frozenset[str]  # shards of which no entry is needed
-    thin: frozenset[str]  # shards that are to be written anew
+    sparse: frozenset[str]  # shards to rewrite
     size: dict[str, int]  # of each shard, in bytes
-    kept_for: tuple[str, ...]
+    retained_for: tuple[str, ...]
 
 
-def _plan(folder: StoreFolder, wanted: Needed) -> _Plan:
-    """What is to go, as it stands now. The lock is held."""
+def _plan(folder: StoreFolder, needed_keys: NeededKeys) -> _Plan:
+    """Return what to delete and rewrite. The lock is held."""
     index = folder.read_index()
     leases = live_leases(folder.leases)
     needed = np.zeros(len(index), bool)
-    _mark(needed, index, wanted())
-    kept_for = []
+    _mark(needed, index, needed_keys())
+    retained_for = []
     for lease in leases:
         before = int(needed.sum())
         _mark(needed, index, lease.keys)
         if int(needed.sum()) > before:
-            kept_for.append(lease.holder)
+            retained_for.append(lease.holder)
     young = _written_since(folder, index, oldest_writer_ns(leases, default=time.time_ns()))
     if (young[index.shard] & ~needed).any():
-        kept_for += [lease.holder for lease in leases if lease.writes and lease.holder not in kept_for]
+        retained_for += [
+            lease.holder for lease in leases if lease.writes and lease.holder not in retained_for
+        ]
     needed |= young[index.shard]
-    # Rows that stand in another shard too are not in the index, and count as not needed.
+    # Duplicate rows in another shard are not in the index, and count as unneeded.
     rows = np.zeros(len(index.shards), np.int64)
     np.maximum.at(rows, index.shard, index.row.astype(np.int64) + 1)
     alive = np.bincount(index.shard[needed], minlength=len(index.shards))
-    thin = (alive > 0) & (alive <= (1 - REWRITTEN_FROM) * rows) & ~young
+    sparse = (alive > 0) & (alive <= (1 - REWRITE_THRESHOLD) * rows) & ~young
     return _Plan(
         index,
         needed,
         dead=_names(index, (alive == 0) & ~young),
-        thin=_names(index, thin),
+        sparse=_names(index, sparse),
         size=dict(zip(index.shards, index.shard_bytes.tolist(), strict=True)),
-        kept_for=tuple(kept_for),
+        retained_for=tuple(retained_for),
     )
 
 
@@ -135,39 +137,39 @@ def _mark(needed: np.ndarray, index: Index, keys: np.ndarray | None) -> None:
     if keys is None:
         needed[:] = True
         return
-    places = index.find(keys)
-    needed[places[places >= 0]] = True
+    positions = index.find(keys)
+    needed[positions[positions >= 0]] = True
 
 
 def _names(index: Index, mask: np.ndarray) -> frozenset[str]:
     return frozenset(index.shards[code] for code in np.flatnonzero(mask).tolist())
 
 
-def _written_since(folder: StoreFolder, index: Index, moment_ns: int) -> np.ndarray:
-    """Which shards are as young as that: (S,) bool."""
+def _written_since(folder: StoreFolder, index: Index, since_ns: int) -> np.ndarray:
+    """Return which shards were modified since then: (S,) bool."""
     young = np.zeros(len(index.shards), bool)
     for code, name in enumerate(index.shards):
         with suppress(FileNotFoundError):
-            young[code] = (folder.shards / name).stat().st_mtime_ns >= moment_ns
+            young[code] = (folder.shards / name).stat().st_mtime_ns >= since_ns
     return young
 
 
-def _foreseen(folder: StoreFolder, plan: _Plan) -> Compaction:
-    """What freeing as planned comes to. The lock is held."""
+def _estimate(folder: StoreFolder, plan: _Plan) -> Compaction:
+    """Return what executing the plan would free. The lock is held."""
     index = plan.index
-    going = np.array([name in plan.dead | plan.thin for name in index.shards], bool)[index.shard]
-    copied = int(index.nbytes[going & plan.needed].sum())
-    freed = sum(plan.size[name] for name in plan.dead | plan.thin) - copied
+    affected = np.array([name in plan.dead | plan.sparse for name in index.shards], bool)[index.shard]
+    copied = int(index.nbytes[affected & plan.needed].sum())
+    freed = sum(plan.size[name] for name in plan.dead | plan.sparse) - copied
     freed += folder.collect_orphans(plan.index, dry_run=True)
-    entries = int((going & ~plan.needed).sum())
-    return Compaction(entries, len(plan.dead), len(plan.thin), freed, plan.kept_for)
+    entries = int((affected & ~plan.needed).sum())
+    return Compaction(entries, len(plan.dead), len(plan.sparse), freed, plan.retained_for)
 
 
 def _rounds(plan: _Plan) -> Iterator[frozenset[str]]:
-    """The shards to write anew, some at a time."""
+    """Yield the shards to rewrite in groups of about `_ROUND_BYTES`."""
     names: list[str] = []
     size = 0
-    for name in sorted(plan.thin):
+    for name in sorted(plan.sparse):
         names.append(name)
         size += plan.size[name]
         if size >= _ROUND_BYTES:
@@ -177,8 +179,8 @@ def _rounds(plan: _Plan) -> Iterator[frozenset[str]]:
         yield frozenset(names)
 
 
-def _rewritten(folder: StoreFolder, plan: _Plan, names: frozenset[str]) -> Index:
-    """Copy what is needed of these shards into new ones, and give their index, which nobody else knows yet."""
+def _rewrite(folder: StoreFolder, plan: _Plan, names: frozenset[str]) -> Index:
+    """Copy the needed entries of these shards into new shards and return their index, which is not published yet."""
     indices = []
     entries: dict[str, dict[str, Tensor]] = {}
 
@@ -189,13 +191,13 @@ def _rewritten(folder: StoreFolder, plan: _Plan, names: frozenset[str]) -> Index
 
     try:
         chosen = np.array([name in names for name in plan.index.shards], bool)
-        places = np.flatnonzero(chosen[plan.index.shard] & plan.needed)
-        by_shard = places[np.argsort(plan.index.shard[places], kind="stable")]
+        positions = np.flatnonzero(chosen[plan.index.shard] & plan.needed)
+        by_shard = positions[np.argsort(plan.index.shard[positions], kind="stable")]
         codes, starts = np.unique(plan.index.shard[by_shard], return_index=True)
         for code, rows in zip(codes.tolist(), np.split(by_shard, starts[1:]), strict=True):
             name = plan.index.shards[code]
             keys = unpack_keys(plan.index.keys[rows])
-            # A shard that is damaged, or was deleted by another prune, is left as it is.
+            # A shard that is corrupt, or was deleted by another prune, is left as it is.
             with suppress(FileNotFoundError, ShardError):
                 shard = MappedShard(folder.shards / name)
                 for key, row in zip(keys, plan.index.row[rows].tolist(), strict=True):
@@ -209,24 +211,26 @@ def _rewritten(folder: StoreFolder, plan: _Plan, names: frozenset[str]) -> Index
     return merged(indices)
 
 
-def _commit(folder: StoreFolder, wanted: Needed, names: frozenset[str], new: Index) -> tuple[int, int]:
-    """Take `new` into the index and delete those shards among `names` that are not needed any more: how many, of how many bytes."""
+def _commit(
+    folder: StoreFolder, needed_keys: NeededKeys, names: frozenset[str], new: Index
+) -> tuple[int, int]:
+    """Publish `new` in the index and delete those shards of `names` that are no longer needed; return their number and freed bytes."""
     if not names:
         return 0, 0
     with folder.locked():
         parts = folder.part_paths()
-        plan = _plan(folder, wanted)  # again, since leases may have been taken and entries written
+        plan = _plan(folder, needed_keys)  # again: leases may have been acquired and entries written
         index = plan.index
-        still_needed = index.selected(plan.needed & (new.find(index.keys) < 0))
+        still_needed = index.select(plan.needed & (new.find(index.keys) < 0))
         removable = (names & set(index.shards)) - set(still_needed.shards)
-        gone = np.array([name in removable for name in index.shards], bool)
+        removed = np.array([name in removable for name in index.shards], bool)
         freed = sum(plan.size[name] for name in removable)
         try:
-            folder.write_index(merged([new, index.selected(~gone[index.shard])]), parts)
+            folder.write_index(merged([new, index.select(~removed[index.shard])]), parts)
         except OSError as error:
             if error.errno not in DISK_FULL_ERRNOS:
                 raise
-            if len(new):  # nothing may go whose copy is not in the index
+            if len(new):  # delete nothing whose copy is not in the index
                 for name in new.shards:
                     (folder.shards / name).unlink(missing_ok=True)
                 return 0, 0

@@ -1,8 +1,8 @@
-"""Leases: which entries of a store are in use, said by the processes that use them.
+"""Leases: which entries of a store running processes use.
 
-A lease is a file on which its process holds a lock. The system lets go of the lock when the process dies, however it dies, so a lease is
-live exactly as long as its process needs it; dead ones are swept away by whoever looks. Leases are taken and looked at under the
-store's lock: a prune either sees a lease or is over before it begins.
+A lease is a file that its process holds a lock on. The operating system releases the lock when the process ends, however it ends, so a
+lease is live exactly as long as its process; dead leases are deleted by the next reader. Leases are acquired and read under the store's
+lock: a prune either sees a lease or finishes before it starts.
 """
 
 import errno
@@ -28,28 +28,28 @@ _SUFFIX = ".lease"
 
 @dataclass(frozen=True)
 class Lease:
-    """What a process has asked to be left alone."""
+    """Entries that a process protects from deletion."""
 
     holder: str
-    """Purpose, process and machine, as a person reads them."""
+    """Purpose, process and machine, for display."""
     since_ns: int
-    """When it was taken, on the clock of the disk."""
+    """When it was acquired, by the file system's clock."""
     writes: bool
-    """It adds entries: none that was written since it was taken may go."""
+    """Its process adds entries: none written since it was acquired may be deleted."""
     keys: np.ndarray | None
-    """Packed keys of the entries it relies on; None: all of them."""
+    """Packed keys of the entries in use; None: all."""
 
 
 @contextmanager
-def held_lease(
+def hold_lease(
     folder: Path, lock: AbstractContextManager[None], keys: np.ndarray, *, purpose: str, writes: bool
 ) -> Iterator[None]:
-    """Hold a lease on the entries `keys` while the block runs. `lock` is the store's, and held only while the lease is written.
+    """Hold a lease on the entries `keys` while the block runs. `lock` is the store's, held only while the lease is written.
 
-    In a store that this process may not write to, nor has to, the block runs without one.
+    For a read-only store of a process that only reads, the block runs without a lease.
     """
     name = f"{time.time_ns():x}-{os.getpid():x}-{secrets.token_hex(4)}{_SUFFIX}"
-    about = {"purpose": purpose, "pid": os.getpid(), "host": socket.gethostname(), "writes": writes}
+    holder_info = {"purpose": purpose, "pid": os.getpid(), "host": socket.gethostname(), "writes": writes}
     path = folder / name
     descriptor = -1
     try:
@@ -57,7 +57,7 @@ def held_lease(
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             lock_descriptor(descriptor)
-            _write(descriptor, json.dumps(about).encode() + b"\n" + keys.tobytes())
+            _write(descriptor, json.dumps(holder_info).encode() + b"\n" + keys.tobytes())
     except OSError as error:
         if writes or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
@@ -70,11 +70,11 @@ def held_lease(
 
 
 def live_leases(folder: Path) -> list[Lease]:
-    """The leases that living processes hold; the files of dead ones are deleted. The store's lock is held."""
+    """Return the leases of living processes and delete those of dead ones. The store's lock is held."""
     leases = []
     for path in sorted(folder.glob(f"[!.]*{_SUFFIX}")):
-        with suppress(FileNotFoundError), _opened(path) as file:  # its process is just done
-            # Exclusive, although this only asks: under the store's lock nobody else asks at the same time.
+        with suppress(FileNotFoundError), _open_for_lock_test(path) as file:  # its process has just ended
+            # Exclusive: under the store's lock no other process tests the lease at the same time.
             if lock_descriptor(file.fileno(), blocking=False):
                 path.unlink(missing_ok=True)
             else:
@@ -82,8 +82,8 @@ def live_leases(folder: Path) -> list[Lease]:
     return leases
 
 
-def _opened(path: Path) -> BinaryIO:
-    """Open a lease for the question whether it is locked: on NFS that takes the right to write, elsewhere the right to read."""
+def _open_for_lock_test(path: Path) -> BinaryIO:
+    """Open a lease to test its lock: on NFS that requires write permission, elsewhere read permission."""
     try:
         return path.open("r+b")
     except PermissionError:
@@ -91,12 +91,12 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def oldest_writer_ns(leases: Iterable[Lease], default: int) -> int:
-    """When the writer at work longest took its lease."""
+    """Return when the oldest active writer acquired its lease, or `default`."""
     return min((lease.since_ns for lease in leases if lease.writes), default=default)
 
 
 def _write(descriptor: int, content: bytes) -> None:
-    """Write the whole content, or, on a full disk, nothing: an empty lease is one on everything, and needs no room."""
+    """Write the whole content, or, on a full disk, nothing: an empty lease needs no space and covers every entry."""
     view = memoryview(content)
     try:
         while view:
@@ -110,12 +110,12 @@ def _write(descriptor: int, content: bytes) -> None:
 def _read(content: bytes, since_ns: int, name: str) -> Lease:
     head, _, keys = content.partition(b"\n")
     try:
-        about = json.loads(head)
-        holder = f"{about['purpose']} (process {about['pid']} on {about['host']})"
+        holder_info = json.loads(head)
+        holder = f"{holder_info['purpose']} (process {holder_info['pid']} on {holder_info['host']})"
         if len(keys) % KEY_BYTES == 0:
             packed = np.sort(np.frombuffer(keys, dtype=f"S{KEY_BYTES}"))
-            return Lease(holder, since_ns, bool(about["writes"]), packed)
+            return Lease(holder, since_ns, bool(holder_info["writes"]), packed)
     except (ValueError, KeyError, TypeError):
         pass
-    # Written by another version, or on a full disk: its process lives, so whatever it needs is left alone.
+    # Written by another version, or on a full disk: its process is alive, so treat every entry as in use.
     return Lease(f"the holder of {name}", since_ns, True, None)

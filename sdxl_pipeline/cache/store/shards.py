@@ -1,9 +1,9 @@
-"""Shards: safetensors files that hold entries whole, and say themselves which.
+"""Shards: self-describing safetensors files of entries.
 
-Entries of the same layout (names, dtypes and shapes of their tensors) lie together: the tensor `<group>/<name>` has a row for each, so
-that a header costs the same for one entry and for a hundred. The metadata entry `keys` holds the keys in the order of the rows, group by
-group. With them a reader proves that the row it was sent to is the entry it wants, and a lost index can be made again. The metadata entry
-`crc32` holds a checksum per entry in the same order, over its layout and its bytes: a reader verifies it when it first reads the entry.
+Entries of the same layout (names, dtypes and shapes of their tensors) form a group: the tensor `<group>/<name>` has one row per entry, so
+the header costs the same for one entry and for a hundred. The metadata entry `keys` holds the keys in the order of the rows, group by
+group: readers verify that a row is the expected entry, and a lost index can be rebuilt. The metadata entry `crc32` holds one checksum per
+entry in the same order, over its layout and its bytes; a reader verifies it when it first reads the entry.
 """
 
 import math
@@ -34,15 +34,15 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 class ShardError(Exception):
-    """A file that is not a shard, or not a whole one."""
+    """A file is not a complete, valid shard."""
 
 
 class MisplacedEntryError(Exception):
-    """The index names a row of a shard that holds another entry, or none."""
+    """The index points to a row of a shard that holds another entry, or none."""
 
 
 class Group:
-    """Entries of one layout: a tensor (rows, ...) per name, and the same memory as bytes, (rows, bytes of a row)."""
+    """Entries of one layout: a tensor (rows, ...) per name, and the same memory as bytes, (rows, bytes per row)."""
 
     def __init__(self, tensors: "dict[str, Tensor]") -> None:
         import torch
@@ -68,9 +68,9 @@ class Group:
 
 
 class MappedShard:
-    """A shard mapped into memory: reading a row reads its pages, and nothing else.
+    """A memory-mapped shard: reading a row reads only its pages.
 
-    Raises FileNotFoundError when there is no such file, ShardError when it is not a whole shard.
+    Raises FileNotFoundError when the file does not exist, ShardError when it is not a complete shard.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,14 +89,14 @@ class MappedShard:
         except FileNotFoundError:
             raise
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise ShardError(f"{path} is not a whole shard ({error})") from error
+            raise ShardError(f"{path} is not a complete shard ({error})") from error
         self._starts = [0]
         for group in self.groups:
             if any(len(tensor) != group.rows for tensor in group.tensors.values()):
-                raise ShardError(f"{path} has groups of uneven tensors")
+                raise ShardError(f"{path} has groups of tensors with different row counts")
             self._starts.append(self._starts[-1] + group.rows)
         if len(keys) != KEY_BYTES * self._starts[-1]:
-            raise ShardError(f"{path} names {len(keys) // KEY_BYTES} entries and holds {self._starts[-1]}")
+            raise ShardError(f"{path} lists {len(keys) // KEY_BYTES} keys for {self._starts[-1]} entries")
         if len(checksums) != self._starts[-1]:
             raise ShardError(f"{path} has {len(checksums)} checksums for {self._starts[-1]} entries")
         self.path = path
@@ -104,22 +104,22 @@ class MappedShard:
         self._checksums = checksums
         self._verified = bytearray(len(checksums))
 
-    def place(self, key: bytes, row: int) -> tuple[Group, int]:
-        """Return the group of the entry in `row`, and its row there. Raises MisplacedEntryError when that is not the entry `key`."""
+    def locate(self, key: bytes, row: int) -> tuple[Group, int]:
+        """Return the group of the entry in `row`, and its row in the group. Raises MisplacedEntryError if its key is not `key`."""
         if self.keys[row * KEY_BYTES : (row + 1) * KEY_BYTES] != key:
-            raise MisplacedEntryError(f"row {row} of {self.path} holds another entry than the index says")
+            raise MisplacedEntryError(f"row {row} of {self.path} holds another entry than the index lists")
         return self._group(row)
 
     def is_intact(self, row: int) -> bool:
-        """Return whether the entry in `row` has the bytes it was written with. They are read the first time only."""
+        """Return whether the entry in `row` matches its checksum. Its bytes are read on the first call only."""
         if not self._verified[row]:
             group, row_in_group = self._group(row)
             self._verified[row] = group.crc32(row_in_group) == int(self._checksums[row])
         return bool(self._verified[row])
 
     def read(self, key: bytes, row: int) -> "dict[str, Tensor]":
-        """Return the tensors of the entry `key`, which is in `row`, in the mapped memory. Raises ShardError for a damaged entry."""
-        group, row_in_group = self.place(key, row)
+        """Return the tensors of the entry `key` in `row`, as views of the mapped memory. Raises ShardError for a corrupt entry."""
+        group, row_in_group = self.locate(key, row)
         if not self.is_intact(row):
             raise ShardError(f"row {row} of {self.path} does not match its checksum")
         return {name: tensor[row_in_group] for name, tensor in group.tensors.items()}
@@ -129,7 +129,7 @@ class MappedShard:
         nbytes = [np.full(group.rows, sum(group.row_bytes), np.int64) for group in self.groups]
         keys = np.frombuffer(self.keys, dtype=f"S{KEY_BYTES}")
         index = index_of_shard(self.path.name, file_bytes, keys, np.concatenate(nbytes))
-        return index.selected(np.array([self.is_intact(row) for row in index.row.tolist()], bool))
+        return index.select(np.array([self.is_intact(row) for row in index.row.tolist()], bool))
 
     def _group(self, row: int) -> tuple[Group, int]:
         number = bisect_right(self._starts, row) - 1
@@ -137,12 +137,12 @@ class MappedShard:
 
 
 def new_shard_path(folder: Path) -> Path:
-    """A name that no other shard has, of whatever process."""
+    """Return a path that is unique among the shards of all processes."""
     return folder / f"{time.time_ns():x}-{os.getpid():x}-{secrets.token_hex(4)}.safetensors"
 
 
 def write_shard(path: Path, entries: "Mapping[str, Mapping[str, Tensor]]") -> Index:
-    """Write entries (contiguous, on the CPU) by key as a shard, and give its index. Raises OSError when the disk refuses."""
+    """Write entries (contiguous, on the CPU) by key as a shard, and return its index. Raises OSError when the disk fails or is full."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -172,9 +172,9 @@ def write_shard(path: Path, entries: "Mapping[str, Mapping[str, Tensor]]") -> In
             checksum_bytes = np.array(checksums, _CHECKSUM_DTYPE).tobytes()
             save_file(flat, temporary, metadata={_KEYS: "".join(keys), _CHECKSUMS: checksum_bytes.hex()})
         except SafetensorError as error:
-            found = _OS_ERROR.search(str(error))
-            if found is None:
+            match = _OS_ERROR.search(str(error))
+            if match is None:
                 raise
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
-        temporary.chmod(mode)  # the library makes files that only their owner can read
+            raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from error
+        temporary.chmod(mode)  # safetensors creates files that only their owner can read
     return index_of_shard(path.name, path.stat().st_size, pack_keys(keys), np.concatenate(nbytes))

@@ -1,7 +1,7 @@
-"""Where the entries of a store lie: a million keys as columns, looked up many at a time.
+"""Index of a store: the locations of a million keys as columns, with batched lookup.
 
-On disk an index is a Parquet table, a row per entry, sorted by key: key (32 bytes), shard (file name), row (of the entry in its shard),
-nbytes (of its tensors) and shard_bytes (size of the shard's file).
+On disk an index is a Parquet table with a row per entry, sorted by key: key (32 bytes), shard (file name), row (of the entry in its
+shard), nbytes (of its tensors) and shard_bytes (size of the shard's file).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,9 +28,9 @@ _SCHEMA = pa.schema(
 
 
 def pack_keys(keys: Sequence[str]) -> np.ndarray:
-    """Keys as bytes: (N,) S32. Raises ValueError for what is not the 64 hexadecimal digits of a SHA-256.
+    """Return keys as bytes, (N,) S32. Raises ValueError for a key that is not the 64 hexadecimal digits of a SHA-256.
 
-    Two packed keys are equal exactly when all their bytes are. Never turn one into a Python object: numpy drops zeros at the end.
+    Two packed keys are equal exactly when all their bytes are. Never convert one to a Python object: numpy strips trailing zeros.
     """
     packed = b""
     if all(len(key) == 2 * KEY_BYTES for key in keys):
@@ -39,13 +39,13 @@ def pack_keys(keys: Sequence[str]) -> np.ndarray:
         except ValueError:
             packed = b""
     if len(packed) != KEY_BYTES * len(keys):
-        wrong = next(key for key in keys if not _is_digest(key))
-        raise ValueError(f"{wrong!r} is not a digest: a key is 64 hexadecimal digits")
+        invalid = next(key for key in keys if not _is_digest(key))
+        raise ValueError(f"{invalid!r} is not a digest: a key is 64 hexadecimal digits")
     return np.frombuffer(packed, dtype=_KEY)
 
 
 def unpack_keys(packed: np.ndarray) -> list[str]:
-    """The keys as text, from (N,) S32."""
+    """Return the keys as text, from (N,) S32."""
     text = packed.tobytes().hex()
     return [text[start : start + 2 * KEY_BYTES] for start in range(0, len(text), 2 * KEY_BYTES)]
 
@@ -56,7 +56,7 @@ def _is_digest(key: str) -> bool:
 
 @dataclass(frozen=True)
 class Index:
-    """The places of N entries in S shards, as columns sorted by key; each key stands once."""
+    """Locations of N entries in S shards, as columns sorted by key; keys are unique."""
 
     keys: np.ndarray  # (N,) S32
     shard: np.ndarray  # (N,) int32, into `shards`
@@ -66,28 +66,28 @@ class Index:
     shard_bytes: np.ndarray  # (S,) int64
     prefix: (
         np.ndarray
-    )  # (N,) uint64: the first bytes of each key, since numbers are found faster than strings
+    )  # (N,) uint64: the first bytes of each key, since integers are searched faster than strings
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Where each of these packed keys stands: (M,) int64, -1 for one that does not."""
+        """Return the position of each of these packed keys: (M,) int64, -1 for an absent one."""
         if not len(self):
             return np.full(len(keys), -1)
-        wanted = _prefixes(keys)
-        places = np.searchsorted(self.prefix, wanted)
-        places[places == len(self)] = 0
-        found = self.keys[places] == keys
-        # Two keys of which the first 8 bytes are the same: compared as a whole.
-        twins = ~found & (self.prefix[places] == wanted)
-        if twins.any():
-            places[twins] = np.minimum(np.searchsorted(self.keys, keys[twins]), len(self) - 1)
-            found = self.keys[places] == keys
-        return np.where(found, places, -1)
+        prefixes = _prefixes(keys)
+        positions = np.searchsorted(self.prefix, prefixes)
+        positions[positions == len(self)] = 0
+        found = self.keys[positions] == keys
+        # Keys whose first 8 bytes are equal are compared in full.
+        collisions = ~found & (self.prefix[positions] == prefixes)
+        if collisions.any():
+            positions[collisions] = np.minimum(np.searchsorted(self.keys, keys[collisions]), len(self) - 1)
+            found = self.keys[positions] == keys
+        return np.where(found, positions, -1)
 
-    def selected(self, mask: np.ndarray) -> "Index":
-        """The entries where `mask` (N,) holds, and their shards only."""
+    def select(self, mask: np.ndarray) -> "Index":
+        """Return the entries where `mask` (N,) is true, and only their shards."""
         if mask.all():
             return self
         used, codes = np.unique(self.shard[mask], return_inverse=True)
@@ -100,28 +100,28 @@ class Index:
             self.shard_bytes[used],
         )
 
-    def of_whole_shards(self, sizes: Mapping[str, int]) -> "Index":
-        """The entries whose shards' files have the size that they were written with, given the sizes of files by name."""
+    def with_complete_shards(self, sizes: Mapping[str, int]) -> "Index":
+        """Return the entries of shards whose files have their recorded size, given file sizes by name."""
         if not self.shards:
             return self
-        whole = np.array(
+        complete = np.array(
             [
                 sizes.get(name) == size
                 for name, size in zip(self.shards, self.shard_bytes.tolist(), strict=True)
             ]
         )
-        return self if whole.all() else self.selected(whole[self.shard])
+        return self if complete.all() else self.select(complete[self.shard])
 
 
 def index_of_shard(name: str, file_bytes: int, keys: np.ndarray, nbytes: np.ndarray) -> Index:
-    """The index of one shard, given the packed keys and the sizes of its entries in the order of its rows."""
+    """Return the index of one shard, given the packed keys and the sizes of its entries in the order of its rows."""
     count = len(keys)
     rows = np.arange(count, dtype=np.int32)
     return _sorted(keys, np.zeros(count, np.int32), rows, nbytes, (name,), np.array([file_bytes], np.int64))
 
 
 def merged(indices: Iterable[Index]) -> Index:
-    """All entries of some indices; of a key that stands in several, the place in the first."""
+    """Return all entries of some indices; for a key in several, the location in the first."""
     parts = [index for index in indices if len(index)]
     if not parts:
         return _index(*_no_rows(), (), np.empty(0, np.int64))
@@ -131,12 +131,12 @@ def merged(indices: Iterable[Index]) -> Index:
     sizes: list[int] = []
     shard_columns = []
     for part in parts:
-        own_codes = np.empty(len(part.shards), np.int32)
-        for own, (name, size) in enumerate(zip(part.shards, part.shard_bytes.tolist(), strict=True)):
-            own_codes[own] = codes.setdefault(name, len(codes))
+        new_codes = np.empty(len(part.shards), np.int32)
+        for code, (name, size) in enumerate(zip(part.shards, part.shard_bytes.tolist(), strict=True)):
+            new_codes[code] = codes.setdefault(name, len(codes))
             if len(codes) > len(sizes):
                 sizes.append(size)
-        shard_columns.append(own_codes[part.shard])
+        shard_columns.append(new_codes[part.shard])
     return _sorted(
         np.concatenate([part.keys for part in parts]),
         np.concatenate(shard_columns),
@@ -148,7 +148,7 @@ def merged(indices: Iterable[Index]) -> Index:
 
 
 def write_index(path: Path, index: Index) -> None:
-    """Write an index beside `path`, and rename it there."""
+    """Write an index to `path` atomically."""
     keys = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(KEY_BYTES), len(index), [None, pa.py_buffer(np.ascontiguousarray(index.keys))]
     )
@@ -165,16 +165,16 @@ def write_index(path: Path, index: Index) -> None:
 
 
 class IndexFileError(Exception):
-    """An index file that cannot be read. The message names the file and the reason."""
+    """An index file cannot be read. The message contains the path and the reason."""
 
 
 def read_index(path: Path) -> Index | None:
-    """Return an index as it was written, or None when there is no file at `path`.
+    """Return an index as it was written, or None when the file does not exist.
 
-    Raises IndexFileError for a file that is damaged (the checksums of its pages are verified), and PermissionError.
+    Raises IndexFileError for a corrupt file (the checksums of its pages are verified), and PermissionError.
     """
     try:
-        # Read in small pieces by one thread: read_table holds three times as much memory meanwhile.
+        # Read in small pieces by one thread: read_table needs three times the memory.
         with pq.ParquetFile(
             path,
             read_dictionary=["shard"],
@@ -184,15 +184,13 @@ def read_index(path: Path) -> Index | None:
         ) as file:
             table = file.read(use_threads=False).unify_dictionaries().combine_chunks()
         if not table.schema.equals(_SCHEMA) or any(column.null_count for column in table.columns):
-            raise IndexFileError(f"{path} cannot be read: it holds another table than an index")
+            raise IndexFileError(f"{path} cannot be read: its columns are not those of an index")
         return _index_of_table(table)
     except FileNotFoundError:
         return None
     except (PermissionError, MemoryError, IndexFileError):
         raise
-    except (
-        Exception
-    ) as error:  # a flipped byte makes pyarrow raise OSError, ValueError, UnicodeDecodeError and others
+    except Exception as error:  # pyarrow raises OSError, ValueError, UnicodeDecodeError and others
         raise IndexFileError(f"{path} cannot be read: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""A latent's key says everything that its values depend on, and is the same by rows and by columns."""
+"""Latent keys: dependence on every input that affects the values, stability across versions, and equality of the two implementations."""
 
 import pandas as pd
 import pytest
@@ -24,15 +24,15 @@ ROW = {
 }
 
 
-def keys_of(*rows: dict, vae: str = "ab" * 32, dtype: str = "bf16") -> list[str]:
+def make_keys(*rows: dict, vae: str = "ab" * 32, dtype: str = "bf16") -> list[str]:
     return latent_keys(pd.DataFrame(list(rows)), vae, dtype)
 
 
-def test_an_entry_that_was_made_with_this_version_is_found_by_the_next():
-    assert keys_of(ROW) == ["6c452cd20c22c0401155f24d62af29e987c938f5d30d099211ad6022b79529a6"]
+def test_latent_keys_match_golden_digest():
+    assert make_keys(ROW) == ["6c452cd20c22c0401155f24d62af29e987c938f5d30d099211ad6022b79529a6"]
 
 
-def test_keys_by_column_are_the_keys_by_row():
+def test_latent_keys_equal_latent_key_of_each_row():
     rows = pd.DataFrame(
         [
             ROW | {"key": f"{n:064x}", "crop_left": n, "crop_top": n % 7, "flipped": n % 3 == 0}
@@ -60,14 +60,14 @@ def test_keys_by_column_are_the_keys_by_row():
         {"flipped": True},
     ],
 )
-def test_whatever_changes_the_pixels_changes_the_key(change):
-    assert keys_of(ROW | change) != keys_of(ROW)
+def test_latent_keys_change_with_the_pixels(change):
+    assert make_keys(ROW | change) != make_keys(ROW)
 
 
-def test_whatever_changes_the_encoder_changes_the_key():
-    assert len({*keys_of(ROW), *keys_of(ROW, vae="cd" * 32), *keys_of(ROW, dtype="fp32")}) == 3
+def test_latent_keys_change_with_the_encoder():
+    assert len({*make_keys(ROW), *make_keys(ROW, vae="cd" * 32), *make_keys(ROW, dtype="fp32")}) == 3
 
 
-def test_names_numbers_and_sides_do_not():
+def test_latent_keys_ignore_path_crop_index_and_split():
     other = {"path": "moved/b.png", "crop_index": 3, "split": "eval"}
-    assert keys_of(ROW | other) == keys_of(ROW)
+    assert make_keys(ROW | other) == make_keys(ROW)

@@ -1,4 +1,4 @@
-"""Holds what a prune of a store frees, and that nobody who reads or writes meanwhile loses anything."""
+"""Compaction: what is freed, and that concurrent readers and writers lose nothing."""
 
 import hashlib
 import os
@@ -28,7 +28,7 @@ entry = lambda number: {"mean": torch.full((64,), float(number))}
 """
 )
 
-# Holds a lease on entries 0..9 until its standard input ends; says when it does.
+# Holds a lease on entries 0..9 until its standard input closes; prints "held" once it does.
 HOLDER = (
     HEADER
     + """
@@ -39,7 +39,7 @@ with store.lease([key(number) for number in range(10)], purpose="train"):
 """
 )
 
-# Writes its own entries and reads all of them again, over and over, under a lease, as an encoding stage does.
+# Writes its own entries and rereads all of them repeatedly under a lease, like an encode stage.
 WRITER = (
     HEADER
     + """
@@ -60,7 +60,7 @@ for number in range(rounds):
 """
 )
 
-# Reads entries 0..29 at random through one store until its standard input ends, as a training does.
+# Reads random entries of 0..29 through one store until its standard input closes, like a training.
 READER = (
     HEADER
     + """
@@ -68,15 +68,15 @@ import random, threading
 ended = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
 store = TensorStore(root)
-draw = random.Random(0)
+random_numbers = random.Random(0)
 count = 0
 with store.lease([key(n) for n in range(30)], purpose="train"):
     print("reading", flush=True)
     while not ended.is_set():
-        numbers = draw.sample(range(30), 8)
+        numbers = random_numbers.sample(range(30), 8)
         batch = store.read_batch([key(n) for n in numbers])
         assert batch["mean"][:, 0].tolist() == [float(n) for n in numbers]
-        store._open.clear()  # or few shards would ever be opened again
+        store._open.clear()  # else few shards would ever be reopened
         count += 1
         time.sleep(0.002)
 print(count)
@@ -109,11 +109,11 @@ def assert_holds(store: TensorStore, numbers) -> None:
         assert (store.read(digest(number))["mean"] == number).all()
 
 
-def disk(root: Path) -> int:
+def shards_size(root: Path) -> int:
     return sum(path.stat().st_size for path in (root / "shards").iterdir())
 
 
-def start(program: str, root: Path, *arguments: str) -> subprocess.Popen:
+def start_process(program: str, root: Path, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", program, str(root), *arguments],
         stdin=subprocess.PIPE,
@@ -123,20 +123,20 @@ def start(program: str, root: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
-def say(child: subprocess.Popen) -> str:
+def read_line(child: subprocess.Popen) -> str:
     assert child.stdout is not None
     return child.stdout.readline().strip()
 
 
-def test_shards_that_nobody_needs_are_deleted_and_the_bytes_are_told(tmp_path: Path):
+def test_compact_deletes_unneeded_shards_and_reports_bytes(tmp_path: Path):
     fill(tmp_path, range(12))
-    before = disk(tmp_path)
-    foreseen = compact(tmp_path, packed(0, 1, 2, 3), dry_run=True)
-    assert disk(tmp_path) == before
+    before = shards_size(tmp_path)
+    estimated = compact(tmp_path, packed(0, 1, 2, 3), dry_run=True)
+    assert shards_size(tmp_path) == before
     done = compact(tmp_path, packed(0, 1, 2, 3))
-    assert foreseen == done
+    assert estimated == done
     assert (done.entries, done.deleted_shards, done.rewritten_shards) == (8, 2, 0)
-    assert done.bytes == before - disk(tmp_path) > 0
+    assert done.bytes == before - shards_size(tmp_path) > 0
     store = TensorStore(tmp_path)
     assert_holds(store, range(4))
     assert store.missing([digest(number) for number in range(12)]) == [digest(n) for n in range(4, 12)]
@@ -149,19 +149,19 @@ def test_shards_that_nobody_needs_are_deleted_and_the_bytes_are_told(tmp_path: P
     ("needed", "rewritten", "left"),
     [(range(16), 0, 16), (range(13), 0, 16), (range(12), 1, 12), (range(1), 1, 1)],
 )
-def test_a_shard_is_written_anew_from_a_quarter_of_unneeded_entries_on(tmp_path, needed, rewritten, left):
+def test_compact_rewrites_a_shard_with_a_quarter_of_unneeded_entries(tmp_path, needed, rewritten, left):
     fill(tmp_path, range(16), shard_rows=16)
-    before = disk(tmp_path)
+    before = shards_size(tmp_path)
     done = compact(tmp_path, packed(*needed))
     assert (done.entries, done.rewritten_shards, done.deleted_shards) == (16 - left, rewritten, 0)
-    assert done.bytes == before - disk(tmp_path)
+    assert done.bytes == before - shards_size(tmp_path)
     store = TensorStore(tmp_path)
     assert len(store) == left
     assert_holds(store, needed)
     assert compact(tmp_path, packed(*needed)).rewritten_shards == 0
 
 
-def test_entries_of_several_shards_and_layouts_are_gathered(tmp_path: Path):
+def test_compact_merges_shards_of_several_layouts(tmp_path: Path):
     store = TensorStore(tmp_path)
     with store.writer(shard_rows=4) as writer:
         for number in range(40):
@@ -175,9 +175,9 @@ def test_entries_of_several_shards_and_layouts_are_gathered(tmp_path: Path):
             assert (mean == number).all()
 
 
-def test_an_entry_that_is_there_twice_is_kept_once(tmp_path: Path):
+def test_compact_retains_one_copy_of_a_duplicate_entry(tmp_path: Path):
     early, late = TensorStore(tmp_path), TensorStore(tmp_path)
-    for store in (early, late):  # neither knows of the other
+    for store in (early, late):  # neither has read the other's entries
         with store.writer() as writer:
             for number in range(4):
                 writer.add(digest(number), {"mean": torch.full((64,), float(number))})
@@ -190,7 +190,7 @@ def test_an_entry_that_is_there_twice_is_kept_once(tmp_path: Path):
         assert_holds(store, range(4))
 
 
-def test_a_reader_whose_shard_was_written_anew_finds_its_entries(tmp_path: Path):
+def test_reader_finds_entries_of_a_rewritten_shard(tmp_path: Path):
     fill(tmp_path, range(8), shard_rows=8)
     never_opened, opened = TensorStore(tmp_path), TensorStore(tmp_path)
     assert_holds(opened, [0])
@@ -201,30 +201,30 @@ def test_a_reader_whose_shard_was_written_anew_finds_its_entries(tmp_path: Path)
         never_opened.read(digest(7))
 
 
-def test_a_lease_keeps_entries_until_its_process_dies(tmp_path: Path):
+def test_lease_protects_entries_until_its_process_dies(tmp_path: Path):
     fill(tmp_path, range(20), shard_rows=2)
-    with start(HOLDER, tmp_path) as child:
-        assert say(child) == "held"
+    with start_process(HOLDER, tmp_path) as child:
+        assert read_line(child) == "held"
         done = compact(tmp_path, packed(15))
-        assert done.kept_for == (f"train (process {child.pid} on {os.uname().nodename})",)
+        assert done.retained_for == (f"train (process {child.pid} on {os.uname().nodename})",)
         assert_holds(TensorStore(tmp_path), [*range(10), 15])
-        assert len(TensorStore(tmp_path)) == 11, "and 15 moved away from 14"
+        assert len(TensorStore(tmp_path)) == 11, "14 was in the shard of 15, which was rewritten"
         os.kill(child.pid, signal.SIGKILL)
         child.wait(10)
-    assert len(list((tmp_path / "leases").iterdir())) == 1, "the dead one's file"
+    assert len(list((tmp_path / "leases").iterdir())) == 1, "the dead process's file"
     done = compact(tmp_path, packed(15))
-    assert (done.entries, done.kept_for) == (10, ())
+    assert (done.entries, done.retained_for) == (10, ())
     assert list((tmp_path / "leases").iterdir()) == []
 
 
-def test_a_lease_ends_with_its_block(tmp_path: Path):
+def test_lease_ends_with_its_block_on_exception(tmp_path: Path):
     store = fill(tmp_path, range(4))
     with pytest.raises(KeyboardInterrupt), store.lease([digest(0)], purpose="train"):
         raise KeyboardInterrupt
     assert compact(tmp_path, packed()).entries == 4
 
 
-def test_a_lease_covers_entries_that_are_written_later(tmp_path: Path):
+def test_lease_covers_entries_written_later(tmp_path: Path):
     store = TensorStore(tmp_path)
     with store.lease([digest(number) for number in range(4)], purpose="train"):
         fill(tmp_path, range(8), shard_rows=4)
@@ -232,15 +232,15 @@ def test_a_lease_covers_entries_that_are_written_later(tmp_path: Path):
         assert_holds(store, range(4))
 
 
-def test_a_lease_sees_what_is_left_after_a_prune(tmp_path: Path):
+def test_lease_refreshes_the_index(tmp_path: Path):
     store = fill(tmp_path, range(4))
     compact(tmp_path, packed(0))
-    assert store.missing([digest(3)]) == [], "as it was when the store was opened"
+    assert store.missing([digest(3)]) == [], "the index of when the store was opened"
     with store.lease([digest(3)], purpose="encode"):
         assert store.missing([digest(3)]) == [digest(3)]
 
 
-def test_nothing_goes_that_was_written_since_a_writer_began(tmp_path: Path):
+def test_compact_retains_entries_written_since_a_writer_started(tmp_path: Path):
     fill(tmp_path, range(4))
     store = TensorStore(tmp_path)
     with store.writer(shard_rows=2) as writer:
@@ -249,14 +249,14 @@ def test_nothing_goes_that_was_written_since_a_writer_began(tmp_path: Path):
             writer.add(digest(number), {"mean": torch.full((64,), float(number))})
         done = compact(tmp_path, packed())
         assert done.entries == 4
-        assert len(done.kept_for) == 1
-        assert done.kept_for[0].startswith("writing entries")
+        assert len(done.retained_for) == 1
+        assert done.retained_for[0].startswith("writing entries")
         assert_holds(TensorStore(tmp_path), range(10, 14))
     assert compact(tmp_path, packed()).entries == 4
 
 
 @pytest.mark.parametrize("content", [b"", b"{}\n", b"\xff\xfe", b'{"purpose": "x", "pid": 1}\nshort'])
-def test_a_lease_that_cannot_be_read_holds_everything(tmp_path: Path, content):
+def test_unreadable_lease_protects_all_entries(tmp_path: Path, content):
     store = fill(tmp_path, range(4))
     with store.lease([digest(0)], purpose="train"):
         (lease,) = (tmp_path / "leases").iterdir()
@@ -265,42 +265,42 @@ def test_a_lease_that_cannot_be_read_holds_everything(tmp_path: Path, content):
     assert compact(tmp_path, packed()).entries == 4
 
 
-def test_what_is_needed_is_asked_after_the_leases_and_again_before_deleting(tmp_path: Path):
+def test_compact_calls_needed_after_the_leases_and_before_deleting(tmp_path: Path):
     store = fill(tmp_path, range(12))
-    written_down: list[int] = []
+    references: list[int] = []
     lease = store.lease([digest(number) for number in range(4)], purpose="encode")
     lease.__enter__()
 
     def needed():
-        # The stage ends its lease while the prune is at work: by then it has written down what it refers to.
-        if not written_down:
-            written_down.extend(range(4))
+        # The stage releases its lease while the prune runs: it has written its references before.
+        if not references:
+            references.extend(range(4))
             lease.__exit__(None, None, None)
             return packed()
-        return packed(*written_down)
+        return packed(*references)
 
     assert compaction.compact(tmp_path, needed).entries == 8
     assert_holds(TensorStore(tmp_path), range(4))
     assert compaction.compact(tmp_path, lambda: None).entries == 0
 
 
-def test_a_store_that_is_not_there_has_nothing_to_free(tmp_path: Path):
+def test_compact_of_an_absent_store_frees_nothing(tmp_path: Path):
     assert compact(tmp_path / "none", packed(1)).bytes == 0
     assert not (tmp_path / "none").exists()
 
 
-def test_leftovers_of_killed_writers_count_as_freed(tmp_path: Path):
+def test_compact_counts_leftovers_of_killed_writers(tmp_path: Path):
     fill(tmp_path, range(4))
     half = tmp_path / "shards" / ".half.1-abc.tmp.safetensors"
     half.write_bytes(b"x" * 1000)
-    assert compact(tmp_path, packed(*range(4))).bytes == 0, "it may be some writer's yet"
+    assert compact(tmp_path, packed(*range(4))).bytes == 0, "it may belong to an active writer"
     os.utime(half, (time.time() - 7200,) * 2)
     assert compact(tmp_path, packed(*range(4)), dry_run=True).bytes == 1000
     assert compact(tmp_path, packed(*range(4))).bytes == 1000
     assert not half.exists()
 
 
-def test_a_full_disk_stops_the_writing_anew_and_loses_nothing(tmp_path: Path, monkeypatch):
+def test_compact_on_a_full_disk_skips_rewriting_and_loses_nothing(tmp_path: Path, monkeypatch):
     fill(tmp_path, range(12), shard_rows=4)
 
     def full(path, entries):
@@ -312,14 +312,14 @@ def test_a_full_disk_stops_the_writing_anew_and_loses_nothing(tmp_path: Path, mo
     assert_holds(TensorStore(tmp_path), range(8))
 
 
-def test_writers_a_reader_and_prunes_at_once_lose_nothing(tmp_path: Path):
+def test_concurrent_writers_reader_and_prunes_lose_nothing(tmp_path: Path):
     fill(tmp_path, range(30), shard_rows=7)
-    reader = start(READER, tmp_path)
-    assert say(reader) == "reading"
-    writers = [start(WRITER, tmp_path, str(first)) for first in (1000, 2000, 1030)]
+    reader = start_process(READER, tmp_path)
+    assert read_line(reader) == "reading"
+    writers = [start_process(WRITER, tmp_path, str(first)) for first in (1000, 2000, 1030)]
     prunes, rewritten, salt = 0, 0, 100
     while any(writer.poll() is None for writer in writers):
-        # Some of what the reader reads shares shards with what nobody needs, so that its shards are written anew.
+        # Some entries of the reader share shards with unneeded entries, so those shards are rewritten.
         fill(tmp_path, range(salt, salt + 5), shard_rows=5)
         done = compact(tmp_path, packed(*range(0, 30, 3)))
         prunes, rewritten, salt = prunes + 1, rewritten + done.rewritten_shards, salt + 5
@@ -336,7 +336,7 @@ def test_writers_a_reader_and_prunes_at_once_lose_nothing(tmp_path: Path):
     assert sorted(index.shards) == sorted(path.name for path in (tmp_path / "shards").iterdir())
 
 
-def test_a_prune_killed_at_any_moment_loses_nothing(tmp_path: Path):
+def test_compact_killed_at_any_time_loses_nothing(tmp_path: Path):
     program = (
         HEADER
         + """
@@ -357,7 +357,7 @@ def dying(function):
     return called
 compaction.write_shard = dying(compaction.write_shard)
 StoreFolder.write_index = dying(StoreFolder.write_index)
-StoreFolder.sweep = dying(StoreFolder.sweep)
+StoreFolder.collect_orphans = dying(StoreFolder.collect_orphans)
 Path.unlink = dying(Path.unlink)
 compact(Path(root), lambda: pack_keys([key(n) for n in range(0, 20, 2)]))
 print("over", calls)
@@ -367,7 +367,7 @@ print("over", calls)
     for stop in (1, 4, 7, 10):
         root = tmp_path / str(stop)
         fill(root, range(30), shard_rows=5)
-        with start(program, root, str(stop)) as child:
+        with start_process(program, root, str(stop)) as child:
             _, errors = child.communicate(timeout=60)
         ends.append(child.returncode)
         assert child.returncode in (0, -signal.SIGKILL), errors
@@ -375,4 +375,4 @@ print("over", calls)
         compact(root, packed(*range(0, 20, 2)))
         fill(root, [50])
         assert_holds(TensorStore(root), [*range(0, 20, 2), 50])
-    assert ends.count(-signal.SIGKILL) >= 3, "it was killed on the way"
+    assert ends.count(-signal.SIGKILL) >= 3, "killed while it ran"

@@ -1,4 +1,4 @@
-"""Holds what becomes of a store when its disk is full: on a small file system of its own, which really is."""
+"""A store on a disk that is really full: a small file system in a mount namespace of its own."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ assert all(bool((store.read(key(n))["mean"] == n).all()) for n in kept)
 assert not hidden(), hidden()
 assert len(os.listdir(os.path.join(root, "shards"))) == len(kept) // 2
 
-# not even room for an index: what was written is still read
+# no space even for an index: written entries remain readable
 with open(os.path.join(root, "ballast"), "wb", buffering=0) as ballast:
     try:
         while True:
@@ -60,7 +60,7 @@ assert not os.listdir(os.path.join(root, "index"))
 """
 
 
-def test_a_full_disk_is_told_keeps_what_was_written_and_the_next_run_goes_on(tmp_path: Path):
-    told = run_on_small_disk(PROGRAM, tmp_path)
-    assert f"no space left on the disk of {tmp_path} for the next 2 entries: 390.6 KiB are needed" in told
-    assert "cache_dir_vae" in told
+def test_writer_on_a_full_disk_raises_and_retains_written_entries(tmp_path: Path):
+    output = run_on_small_disk(PROGRAM, tmp_path)
+    assert f"no space left on the disk of {tmp_path} for the next 2 entries: 390.6 KiB are needed" in output
+    assert "cache_dir_vae" in output

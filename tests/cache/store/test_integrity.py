@@ -1,4 +1,4 @@
-"""A flipped byte in a shard or in an index is found at the first read, reported, and costs the damaged entries only."""
+"""Corruption: a flipped byte in a shard or index is detected at the first read, logged, and costs only the corrupt entries."""
 
 import logging
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.cache.store.test_reading import assert_batch, digest, entry, fill
 
 
 def flip(path: Path, position: int, bit: int = 0) -> None:
-    """Flip a bit of a byte, as a failing disk does: size and time of the file stay."""
+    """Flip a bit of a byte like a failing disk: size and modification time stay."""
     data = bytearray(path.read_bytes())
     data[position] ^= 1 << bit
     path.write_bytes(data)
@@ -31,7 +31,7 @@ def payload_start(shard: Path) -> int:
 
 def test_read_of_a_flipped_byte_raises_and_removes_the_entry(tmp_path: Path):
     fill(tmp_path, range(6), shard_rows=6)
-    flip(only_shard(tmp_path), -3)  # of the last row of the last tensor by name: `mean` of the sixth entry
+    flip(only_shard(tmp_path), -3)  # last row of the last tensor by name: `mean` of the sixth entry
     store = TensorStore(tmp_path)
     assert_batch(store, [0, 1, 2, 3, 4])
     with pytest.raises(
@@ -43,19 +43,19 @@ def test_read_of_a_flipped_byte_raises_and_removes_the_entry(tmp_path: Path):
         assert later.missing([digest(number) for number in range(6)]) == [digest(5)]
 
 
-def test_every_bit_of_an_entry_is_covered(tmp_path: Path):
+def test_checksum_covers_every_bit_of_an_entry(tmp_path: Path):
     fill(tmp_path, [0], shard_rows=1)
     shard = only_shard(tmp_path)
     intact = shard.read_bytes()
     for position in range(payload_start(shard), len(intact), 37):
         flip(shard, position, position % 8)
-        assert TensorStore(tmp_path).damaged() == [digest(0)], position
+        assert TensorStore(tmp_path).corrupt_keys() == [digest(0)], position
         shard.write_bytes(intact)
-    assert TensorStore(tmp_path).damaged() == []
+    assert TensorStore(tmp_path).corrupt_keys() == []
 
 
-def test_header_of_a_shard_is_covered(tmp_path: Path):
-    """Whatever byte of a header changes, an entry is read as it was written, or not at all."""
+def test_flipped_header_byte_never_gives_wrong_tensors(tmp_path: Path):
+    """Whatever byte of a header changes, an entry is read as written or not at all."""
     fill(tmp_path, range(2), shard_rows=2)
     shard, index = only_shard(tmp_path), (tmp_path / "index.parquet").read_bytes()
     intact = shard.read_bytes()
@@ -74,19 +74,19 @@ def test_header_of_a_shard_is_covered(tmp_path: Path):
             }, position
 
 
-def test_damaged_entry_is_written_again_and_not_taken_back_from_its_old_shard(tmp_path: Path):
+def test_corrupt_entry_is_rewritten_and_not_restored_from_its_old_shard(tmp_path: Path):
     fill(tmp_path, [0], shard_rows=1)
     flip(only_shard(tmp_path), -1)
     with pytest.raises(DamagedEntryError):
         TensorStore(tmp_path).read(digest(0))
-    fill(tmp_path, [1])  # folds the index, and takes in shards that no index names
+    fill(tmp_path, [1])  # merges the index, and adds shards that are in no index
     assert TensorStore(tmp_path).missing([digest(0)]) == [digest(0)]
     fill(tmp_path, [0])
     assert_batch(TensorStore(tmp_path), [1, 0])
 
 
-def test_compaction_does_not_copy_a_damaged_entry(tmp_path: Path):
-    """A copy would get a checksum of its own, which the damaged bytes match."""
+def test_compact_does_not_copy_a_corrupt_entry(tmp_path: Path):
+    """A copy would get its own checksum, which the corrupt bytes match."""
     fill(tmp_path, range(8), shard_rows=8)
     flip(only_shard(tmp_path), -1)
     compact(tmp_path, lambda: pack_keys([digest(7), digest(0)]))
@@ -99,12 +99,14 @@ def test_compaction_does_not_copy_a_damaged_entry(tmp_path: Path):
 def test_checksum_is_verified_once_for_each_entry(tmp_path: Path, monkeypatch):
     fill(tmp_path, range(4), shard_rows=4)
     store = TensorStore(tmp_path)
-    asked: list[int] = []
+    group_calls: list[int] = []
     original = MappedShard._group
-    monkeypatch.setattr(MappedShard, "_group", lambda shard, row: asked.append(row) or original(shard, row))
+    monkeypatch.setattr(
+        MappedShard, "_group", lambda shard, row: group_calls.append(row) or original(shard, row)
+    )
     for _ in range(3):
         assert_batch(store, [0, 3])
-    assert len(asked) == 2 * 3 + 2  # each lookup, and each entry's verification
+    assert len(group_calls) == 2 * 3 + 2  # each lookup, and each entry's verification
 
 
 @pytest.mark.parametrize("part", [False, True])
@@ -126,21 +128,21 @@ def test_index_with_any_flipped_byte_loses_no_entry(tmp_path: Path, part: bool, 
     assert reported > len(range(0, len(intact), 11)) / 2
     caplog.clear()
     assert_batch(TensorStore(tmp_path), [0, 1])
-    assert not caplog.records  # it was rebuilt once, and is whole since
+    assert not caplog.records  # it was rebuilt once, and is intact since
 
 
-def test_damaged_counts_entries_of_a_lost_shard(tmp_path: Path):
+def test_corrupt_keys_include_entries_of_an_overwritten_shard(tmp_path: Path):
     store = fill(tmp_path, range(6), shard_rows=3)
     seen: list[tuple[int, int]] = []
-    assert store.damaged(on_progress=lambda done, total: seen.append((done, total))) == []
+    assert store.corrupt_keys(on_progress=lambda done, total: seen.append((done, total))) == []
     assert seen[-1] == (6, 6)
     first = sorted((tmp_path / "shards").iterdir())[0]
     first.write_bytes(b"x" * first.stat().st_size)
-    assert sorted(TensorStore(tmp_path).damaged()) == sorted(digest(number) for number in range(3))
-    assert TensorStore(tmp_path).damaged([digest(4), digest("none")]) == []
+    assert sorted(TensorStore(tmp_path).corrupt_keys()) == sorted(digest(number) for number in range(3))
+    assert TensorStore(tmp_path).corrupt_keys([digest(4), digest("none")]) == []
 
 
-def test_shard_without_checksums_is_not_trusted(tmp_path: Path):
+def test_shard_without_checksums_is_ignored(tmp_path: Path):
     from safetensors.torch import save_file
 
     fill(tmp_path, [0])

@@ -1,4 +1,4 @@
-"""Holds that a batch's rows are the entries of its keys, in their order, whatever became of index and shards meanwhile."""
+"""Reading: row i of a batch is the entry of key i, whatever happened to index and shards meanwhile."""
 
 import dataclasses
 import hashlib
@@ -40,12 +40,12 @@ def assert_batch(store: TensorStore, numbers: list[int], height: int = 8) -> Non
 
 
 @pytest.mark.parametrize("numbers", [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2], [7, 0, 7, 7, 3], [9, 1, 5]])
-def test_row_i_of_a_batch_is_the_entry_of_key_i(tmp_path: Path, numbers):
+def test_read_batch_returns_entries_in_key_order(tmp_path: Path, numbers):
     assert_batch(fill(tmp_path, range(10)), numbers)
     assert_batch(TensorStore(tmp_path), numbers)
 
 
-def test_a_reversed_batch_is_another_batch(tmp_path: Path):
+def test_read_batch_of_reversed_keys_is_reversed(tmp_path: Path):
     store = fill(tmp_path, range(4))
     keys = [digest(number) for number in range(4)]
     forward, backward = store.read_batch(keys), store.read_batch(keys[::-1])
@@ -53,14 +53,14 @@ def test_a_reversed_batch_is_another_batch(tmp_path: Path):
     assert torch.equal(forward["mean"], backward["mean"].flip(0))
 
 
-def test_entries_of_several_layouts_share_shards_and_keep_apart(tmp_path: Path):
+def test_read_batch_from_shards_of_several_layouts(tmp_path: Path):
     store = fill(tmp_path, range(12), shard_rows=12, height=lambda number: 8 + number % 3)
     assert len(list((tmp_path / "shards").iterdir())) == 1
     for remainder in range(3):
         assert_batch(store, [9 + remainder, remainder, 3 + remainder], height=8 + remainder)
 
 
-def test_a_batch_of_unlike_entries_names_them(tmp_path: Path):
+def test_read_batch_of_different_layouts_raises_with_both_keys(tmp_path: Path):
     store = fill(tmp_path, range(2), height=lambda number: 8 + number)
     with pytest.raises(StorageError, match=rf"{digest(0)} and {digest(1)} .*\(4, 8, 6\).*\(4, 9, 6\)"):
         store.read_batch([digest(0), digest(1)])
@@ -70,7 +70,7 @@ def test_a_batch_of_unlike_entries_names_them(tmp_path: Path):
         store.read_batch([digest(0), digest("other")])
 
 
-def test_an_absent_key_of_a_batch_is_named(tmp_path: Path):
+def test_read_batch_of_an_absent_or_no_key_raises(tmp_path: Path):
     store = fill(tmp_path, range(3))
     with pytest.raises(StorageError, match=digest("none")):
         store.read_batch([digest(0), digest("none"), digest(1)])
@@ -78,7 +78,7 @@ def test_an_absent_key_of_a_batch_is_named(tmp_path: Path):
         store.read_batch([])
 
 
-def test_a_batch_is_the_callers_to_change(tmp_path: Path):
+def test_read_batch_returns_a_copy(tmp_path: Path):
     store = fill(tmp_path, range(3))
     for tensor in store.read_batch([digest(0), digest(1)]).values():
         tensor.zero_()
@@ -87,7 +87,7 @@ def test_a_batch_is_the_callers_to_change(tmp_path: Path):
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (5,)])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16, torch.float64])
-def test_any_shape_and_dtype_comes_back(tmp_path: Path, shape, dtype):
+def test_read_restores_any_shape_and_dtype(tmp_path: Path, shape, dtype):
     store = TensorStore(tmp_path)
     tensors = [torch.rand(shape).mul(9).round().to(dtype) for _ in range(3)]
     with store.writer() as writer:
@@ -113,7 +113,7 @@ def test_index_with_wrong_rows_is_rebuilt_from_the_shards(tmp_path: Path, caplog
 
 
 @pytest.mark.parametrize("damage", ["delete", "truncate", "another table", "text"])
-def test_a_lost_index_is_made_again_from_the_shards(tmp_path: Path, damage):
+def test_lost_or_corrupt_index_is_rebuilt_from_the_shards(tmp_path: Path, damage):
     fill(tmp_path, range(10), height=lambda number: 8 + number % 2)
     path = tmp_path / "index.parquet"
     if damage == "delete":
@@ -133,10 +133,10 @@ def test_a_lost_index_is_made_again_from_the_shards(tmp_path: Path, damage):
     fill(tmp_path, [10])
     index = read_index(path)
     assert index is not None
-    assert len(index) == 11, "and the next writer writes it down"
+    assert len(index) == 11, "the next writer writes the rebuilt index"
 
 
-def test_a_damaged_part_of_the_index_costs_nothing(tmp_path: Path):
+def test_corrupt_index_part_loses_no_entry(tmp_path: Path):
     fill(tmp_path, range(3))
     (tmp_path / "index" / "part.parquet").write_bytes(b"PAR1 and then nothing")
     assert_batch(TensorStore(tmp_path), [2, 0, 1])
@@ -155,7 +155,7 @@ def test_a_damaged_part_of_the_index_costs_nothing(tmp_path: Path):
         struct.pack("<Q", 64) + b'{"0/x":{"dtype":"F32","shape":[1],"data_offsets":[0,99999999]}}   ',
     ],
 )
-def test_what_is_no_shard_is_passed_over(tmp_path: Path, content):
+def test_files_that_are_no_shard_are_ignored(tmp_path: Path, content):
     fill(tmp_path, range(3))
     (tmp_path / "shards" / "odd.safetensors").write_bytes(content)
     (tmp_path / "index.parquet").unlink()
@@ -164,7 +164,7 @@ def test_what_is_no_shard_is_passed_over(tmp_path: Path, content):
     assert_batch(store, [2, 0])
 
 
-def test_shards_of_other_makers_are_passed_over(tmp_path: Path):
+def test_foreign_safetensors_files_are_ignored(tmp_path: Path):
     from safetensors.torch import save_file
 
     fill(tmp_path, range(3))
@@ -182,16 +182,16 @@ def test_shards_of_other_makers_are_passed_over(tmp_path: Path):
     assert TensorStore(tmp_path).keys() == {digest(number) for number in range(3)}
 
 
-def test_a_reader_finds_what_was_written_or_moved_since_it_opened_the_store(tmp_path: Path):
+def test_reader_finds_entries_written_or_moved_since_it_opened_the_store(tmp_path: Path):
     fill(tmp_path, range(3))
     reader = TensorStore(tmp_path)
     (shard,) = (tmp_path / "shards").iterdir()
     shard.unlink()
-    fill(tmp_path, range(5))  # the entries are in other shards now
+    fill(tmp_path, range(5))  # rewrites the entries into other shards
     assert_batch(reader, [4, 0, 2])
 
 
-def test_what_was_read_stays_when_its_shard_is_deleted(tmp_path: Path):
+def test_read_tensors_remain_valid_after_their_shard_is_deleted(tmp_path: Path):
     store = fill(tmp_path, range(3))
     mean = store.read(digest(1))["mean"]
     for shard in (tmp_path / "shards").iterdir():
@@ -202,7 +202,7 @@ def test_what_was_read_stays_when_its_shard_is_deleted(tmp_path: Path):
         TensorStore(tmp_path).read(digest(1))
 
 
-def test_keys_are_found_among_many_also_where_their_beginnings_are_the_same():
+def test_index_find_distinguishes_keys_of_equal_prefix():
     keys = [f"{number % 7:016x}" + digest(number)[16:] for number in range(500)] + ["00" * 32, "ff" * 32]
     index = merged(
         index_of_shard(
@@ -222,7 +222,7 @@ def test_keys_are_found_among_many_also_where_their_beginnings_are_the_same():
     assert (index.find(pack_keys(absent)) == -1).all()
 
 
-def test_an_index_survives_its_file(tmp_path: Path):
+def test_index_round_trip_through_its_file(tmp_path: Path):
     keys = sorted(digest(number) for number in range(50))
     index = merged(
         index_of_shard(name, size, pack_keys(some), torch.arange(len(some)).numpy() + size)
@@ -234,7 +234,7 @@ def test_an_index_survives_its_file(tmp_path: Path):
     for column in ("keys", "shard", "row", "nbytes", "shard_bytes", "prefix"):
         assert (getattr(again, column) == getattr(index, column)).all()
     assert again.shards == index.shards
-    assert len(again.of_whole_shards({"a": 5, "b": 6})) == 25
+    assert len(again.with_complete_shards({"a": 5, "b": 6})) == 25
     write_index(tmp_path / "empty.parquet", merged([]))
     empty = read_index(tmp_path / "empty.parquet")
     assert empty is not None

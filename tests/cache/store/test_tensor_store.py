@@ -1,4 +1,4 @@
-"""Holds that the store gives back what was added, survives a kill at any moment, and bears several writers at once."""
+"""Tensor store: exact round trips, a kill at any time, and concurrent writers."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ import torch
 
 from sdxl_pipeline.cache.store.tensor_store import StorageError, TensorStore
 
-# Adds entries numbered first..last-1 to the store, each telling its own number, in shards of 3.
+# Adds entries numbered first..last-1 whose tensors hold their number, in shards of 3.
 WRITER = """
 import hashlib, sys, torch
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
@@ -47,7 +47,7 @@ def start_writer(root: Path, first: int, last: int) -> subprocess.Popen:
     )
 
 
-def assert_whole(store: TensorStore) -> None:
+def assert_intact(store: TensorStore) -> None:
     for key in sorted(store.keys()):
         entry = store.read(key)
         assert set(entry) == {"mean", "logvar"}
@@ -56,7 +56,7 @@ def assert_whole(store: TensorStore) -> None:
         assert entry["logvar"].tolist() == [NUMBERS[key]]
 
 
-def test_entries_come_back_with_dtype_shape_and_bits(tmp_path: Path):
+def test_entries_round_trip_with_dtype_shape_and_bits(tmp_path: Path):
     generator = torch.Generator().manual_seed(0)
     entries = {
         f"{number:064x}": {
@@ -81,7 +81,7 @@ def test_entries_come_back_with_dtype_shape_and_bits(tmp_path: Path):
     assert len(list((tmp_path / "shards").iterdir())) == 3
 
 
-def test_rows_of_a_batch_can_be_added_and_changed_afterwards(tmp_path: Path):
+def test_add_copies_rows_of_a_batch(tmp_path: Path):
     batch = torch.arange(12.0).reshape(3, 4)
     store = TensorStore(tmp_path)
     with store.writer() as writer:
@@ -92,7 +92,7 @@ def test_rows_of_a_batch_can_be_added_and_changed_afterwards(tmp_path: Path):
     assert store.read(digest(1))["transposed"].tolist() == [1, 5, 9]
 
 
-def test_missing_keeps_order_and_names_each_once(tmp_path: Path):
+def test_missing_keeps_order_without_duplicates(tmp_path: Path):
     store = TensorStore(tmp_path)
     add(store, 2, 5)
     assert store.missing([digest(9), digest(2), digest(1), digest(9), digest(5)]) == [digest(9), digest(1)]
@@ -101,21 +101,21 @@ def test_missing_keeps_order_and_names_each_once(tmp_path: Path):
     assert len(store) == 2
 
 
-def test_nbytes_counts_each_entry_once(tmp_path: Path):
+def test_entry_nbytes_counts_each_entry_once(tmp_path: Path):
     store = TensorStore(tmp_path)
     add(store, 1, 2)
     one = (2 * 3 + 5) * 4
     assert store.entry_nbytes([digest(1), digest(2), digest(1)]) == 2 * one
 
 
-def test_an_absent_entry_is_named(tmp_path: Path):
+def test_absent_entry_raises_with_its_key(tmp_path: Path):
     store = TensorStore(tmp_path)
-    for look in (store.read, lambda key: store.entry_nbytes([key])):
+    for read_entry in (store.read, lambda key: store.entry_nbytes([key])):
         with pytest.raises(StorageError, match=digest("none")):
-            look(digest("none"))
+            read_entry(digest("none"))
 
 
-def test_adding_again_writes_nothing(tmp_path: Path):
+def test_add_of_an_existing_entry_writes_nothing(tmp_path: Path):
     add(TensorStore(tmp_path), 1, 2)
     files = sorted(tmp_path.rglob("*.safetensors"))
     add(TensorStore(tmp_path), 1, 2)
@@ -123,7 +123,7 @@ def test_adding_again_writes_nothing(tmp_path: Path):
 
 
 @pytest.mark.parametrize("key", ["", "a/b", digest(1)[:-1], digest(1)[:-2] + " 0", "x" * 64])
-def test_a_key_that_is_no_digest_is_refused(tmp_path: Path, key):
+def test_key_that_is_no_digest_raises(tmp_path: Path, key):
     store = TensorStore(tmp_path)
     with store.writer() as writer, pytest.raises(StorageError, match="is not a digest"):
         writer.add(key, {"x": torch.zeros(1)})
@@ -131,12 +131,12 @@ def test_a_key_that_is_no_digest_is_refused(tmp_path: Path, key):
         store.read_batch([digest(1), key])
 
 
-def test_an_entry_without_tensors_is_refused(tmp_path: Path):
+def test_add_without_tensors_raises(tmp_path: Path):
     with TensorStore(tmp_path).writer() as writer, pytest.raises(ValueError, match="no tensors"):
         writer.add(digest(1), {})
 
 
-def test_entries_added_before_an_exception_are_kept(tmp_path: Path):
+def test_writer_retains_entries_added_before_an_exception(tmp_path: Path):
     store = TensorStore(tmp_path)
 
     def stop_midway() -> None:
@@ -149,7 +149,7 @@ def test_entries_added_before_an_exception_are_kept(tmp_path: Path):
     assert TensorStore(tmp_path).read(digest("before"))["mean"].tolist() == [1, 1]
 
 
-def test_parts_are_folded_into_one_index(tmp_path: Path):
+def test_writer_merges_index_parts(tmp_path: Path):
     store = TensorStore(tmp_path)
     add(store, *range(10), shard_rows=2)
     add(store, *range(10, 12))
@@ -157,7 +157,7 @@ def test_parts_are_folded_into_one_index(tmp_path: Path):
     assert TensorStore(tmp_path).keys() == {digest(number) for number in range(12)}
 
 
-def test_more_shards_than_are_kept_open_can_be_read(tmp_path: Path, monkeypatch):
+def test_read_from_more_shards_than_may_be_open(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("sdxl_pipeline.cache.store.tensor_store._OPEN_SHARDS", 3)
     store = TensorStore(tmp_path)
     add(store, *range(10), shard_rows=1)
@@ -165,7 +165,7 @@ def test_more_shards_than_are_kept_open_can_be_read(tmp_path: Path, monkeypatch)
         assert store.read(digest(number))["mean"][0, 0] == number
 
 
-def test_a_store_sees_another_writers_entries_after_refresh(tmp_path: Path):
+def test_refresh_finds_entries_of_another_writer(tmp_path: Path):
     reader = TensorStore(tmp_path)
     add(TensorStore(tmp_path), 1)
     assert reader.missing([digest(1)]) == [digest(1)]
@@ -174,7 +174,7 @@ def test_a_store_sees_another_writers_entries_after_refresh(tmp_path: Path):
 
 
 @pytest.mark.parametrize("damage", ["delete", "truncate"])
-def test_entries_of_a_damaged_shard_are_missing_and_can_be_written_again(tmp_path: Path, damage):
+def test_entries_of_a_lost_or_truncated_shard_are_missing_and_rewritable(tmp_path: Path, damage):
     store = TensorStore(tmp_path)
     add(store, 1)
     add(store, 2)
@@ -190,37 +190,37 @@ def test_entries_of_a_damaged_shard_are_missing_and_can_be_written_again(tmp_pat
 
 
 @pytest.mark.parametrize("after", [0, 4, 11])
-def test_a_writer_killed_midway_leaves_whole_entries_and_a_rerun_completes(tmp_path: Path, after):
+def test_killed_writer_leaves_intact_entries_and_a_rerun_completes(tmp_path: Path, after):
     with start_writer(tmp_path, 0, 100_000) as child:
         assert child.stdout is not None
         while child.stdout.readline() != f"{after}\n":
             pass
         os.kill(child.pid, signal.SIGKILL)
     survived = TensorStore(tmp_path)
-    assert_whole(survived)
-    assert len(survived) >= after // 3 * 3, "shards finished before the kill are kept"
+    assert_intact(survived)
+    assert len(survived) >= after // 3 * 3, "shards completed before the kill"
 
     assert start_writer(tmp_path, 0, len(survived) + 20).wait(60) == 0
     completed = TensorStore(tmp_path)
     assert completed.keys() == {digest(number) for number in range(len(survived) + 20)}
-    assert_whole(completed)
+    assert_intact(completed)
 
 
-def test_two_writers_at_once_lose_nothing(tmp_path: Path):
-    # the ranges overlap, so that some entries are written by both
+def test_concurrent_writers_lose_nothing(tmp_path: Path):
+    # the ranges overlap, so both write some entries
     writers = [start_writer(tmp_path, 0, 120), start_writer(tmp_path, 60, 180)]
     seen = set()
     while any(writer.poll() is None for writer in writers):
-        seen |= TensorStore(tmp_path).keys()  # a reader beside them never trips
+        seen |= TensorStore(tmp_path).keys()  # concurrent readers never fail
         time.sleep(0.05)
     assert [writer.wait(60) for writer in writers] == [0, 0]
     store = TensorStore(tmp_path)
     assert store.keys() == {digest(number) for number in range(180)}
     assert seen <= store.keys()
-    assert_whole(store)
+    assert_intact(store)
 
 
-def test_leftovers_of_killed_writers_are_swept_once_they_are_old(tmp_path: Path):
+def test_old_leftovers_of_killed_writers_are_collected(tmp_path: Path):
     add(TensorStore(tmp_path), 1)
     orphan = tmp_path / "shards" / "orphan.safetensors"
     half = tmp_path / "shards" / ".half.1-abc.tmp.safetensors"
