@@ -1,4 +1,4 @@
-"""The local Hub holds what the real client expects of the real one: downloads resume, wrong tokens are refused, commits are atomic."""
+"""The local Hub matches the real client's expectations: downloads resume, invalid tokens are rejected, commits are atomic."""
 
 import os
 import subprocess
@@ -42,7 +42,7 @@ def contents(root: Path) -> dict[str, bytes]:
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in found if ".cache" not in p.parts}
 
 
-def test_a_snapshot_is_the_folder(hub: HubServer, folder: Path) -> None:
+def test_snapshot_download_equals_the_folder_and_is_cached(hub: HubServer, folder: Path) -> None:
     commit = hub.add_repo("someone/model", folder)
     path = Path(snapshot_download("someone/model", endpoint=hub.endpoint))
     assert path.name == commit
@@ -52,13 +52,13 @@ def test_a_snapshot_is_the_folder(hub: HubServer, folder: Path) -> None:
     assert len(hub.requests) == before, "a snapshot of a known commit needs no network"
 
 
-def test_patterns_choose_the_files(hub: HubServer, folder: Path) -> None:
+def test_snapshot_download_applies_allow_patterns(hub: HubServer, folder: Path) -> None:
     hub.add_repo("someone/model", folder)
     path = Path(snapshot_download("someone/model", endpoint=hub.endpoint, allow_patterns=["*.json"]))
     assert set(contents(path)) == {"model_index.json"}
 
 
-def test_an_older_commit_can_be_had(hub: HubServer, folder: Path) -> None:
+def test_download_of_an_older_commit(hub: HubServer, folder: Path) -> None:
     first = hub.add_repo("someone/model", folder)
     (folder / "model_index.json").write_text("{}")
     second = hub.add_repo("someone/model", folder)
@@ -72,10 +72,8 @@ def test_an_older_commit_can_be_had(hub: HubServer, folder: Path) -> None:
         assert Path(path).read_text() == text
 
 
-def test_a_broken_download_resumes_where_it_broke(
-    hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The client writes whole chunks only, of 10 MB by default.
+def test_interrupted_download_resumes(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The client writes complete chunks only, of 10 MB by default.
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 65_536)
     hub.add_repo("someone/model", folder)
     hub.cut_next(after_bytes=300_000)
@@ -85,7 +83,7 @@ def test_a_broken_download_resumes_where_it_broke(
     assert ranges == [f"bytes={4 * 65_536}-"]
 
 
-def test_what_is_missing_is_named(hub: HubServer, folder: Path) -> None:
+def test_download_of_absent_repository_revision_or_file_raises(hub: HubServer, folder: Path) -> None:
     hub.add_repo("someone/model", folder)
     with pytest.raises(RepositoryNotFoundError):
         snapshot_download("someone/other", endpoint=hub.endpoint)
@@ -95,7 +93,7 @@ def test_what_is_missing_is_named(hub: HubServer, folder: Path) -> None:
         hf_hub_download("someone/model", "absent.json", endpoint=hub.endpoint)
 
 
-def test_a_private_repository_needs_a_token(hub: HubServer, folder: Path) -> None:
+def test_private_repository_requires_a_token(hub: HubServer, folder: Path) -> None:
     hub.add_repo("someone/secret", folder, private=True)
     with pytest.raises(RepositoryNotFoundError):
         snapshot_download("someone/secret", endpoint=hub.endpoint, token=False)
@@ -103,11 +101,11 @@ def test_a_private_repository_needs_a_token(hub: HubServer, folder: Path) -> Non
     assert contents(Path(path)) == contents(folder)
 
 
-def test_tokens(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_absent_or_read_only_tokens_raise(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     assert HfApi(endpoint=hub.endpoint, token=hub.token).whoami()["name"] == hub.user
-    with pytest.raises(HfHubHTTPError, match="Invalid user token") as refused:
+    with pytest.raises(HfHubHTTPError, match="Invalid user token") as raised:
         HfApi(endpoint=hub.endpoint, token="hf_wrong").whoami()
-    assert refused.value.response.status_code == 401
+    assert raised.value.response.status_code == 401
     monkeypatch.setenv("HF_TOKEN", "")
     with pytest.raises(LocalTokenNotFoundError):
         HfApi(endpoint=hub.endpoint).whoami()
@@ -118,7 +116,7 @@ def test_tokens(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.repos == {}
 
 
-def test_an_uploaded_folder_comes_back(hub: HubServer, folder: Path) -> None:
+def test_upload_folder_round_trip_and_unchanged_files(hub: HubServer, folder: Path) -> None:
     api = HfApi(endpoint=hub.endpoint, token=hub.token)
     url = api.create_repo("someone/published", private=True, exist_ok=True)
     assert url.repo_id == "someone/published"
@@ -135,14 +133,14 @@ def test_an_uploaded_folder_comes_back(hub: HubServer, folder: Path) -> None:
     )
     assert hub.files("someone/published") == contents(folder)
     uploads = [r for r in hub.requests if r.method == "PUT"]
-    assert len(uploads) == 1, "weights that did not change are not sent again"
+    assert len(uploads) == 1, "unchanged weights are not uploaded again"
 
     again = api.upload_folder(repo_id="someone/published", folder_path=folder, commit_message="Release 3")
     assert hub.commits("someone/published")[-1] == "Release 2", "nothing changed, so nothing is committed"
     assert again.oid == hub.repos["someone/published"].head.oid
 
 
-def test_a_model_card_with_broken_metadata_is_refused(hub: HubServer, folder: Path) -> None:
+def test_upload_of_invalid_model_card_metadata_raises(hub: HubServer, folder: Path) -> None:
     (folder / "README.md").write_text("---\nlicense: [unclosed\n---\n")
     api = HfApi(endpoint=hub.endpoint, token=hub.token)
     api.create_repo("someone/published")
@@ -151,7 +149,7 @@ def test_a_model_card_with_broken_metadata_is_refused(hub: HubServer, folder: Pa
     assert hub.files("someone/published") == {}
 
 
-def test_faults_are_met_as_often_as_asked(hub: HubServer, folder: Path) -> None:
+def test_fail_next_fails_the_given_number_of_requests(hub: HubServer, folder: Path) -> None:
     hub.add_repo("someone/model", folder)
     api = HfApi(endpoint=hub.endpoint, token=hub.token)
     hub.fail_next(2, status=503, path="/api/models/")
@@ -161,7 +159,7 @@ def test_faults_are_met_as_often_as_asked(hub: HubServer, folder: Path) -> None:
     assert api.model_info("someone/model").sha == hub.repos["someone/model"].head.oid
 
 
-def test_another_process_is_pointed_here_by_its_environment(
+def test_environment_directs_another_process_to_the_server(
     hub: HubServer, folder: Path, tmp_path: Path
 ) -> None:
     hub.add_repo("someone/model", folder)
@@ -178,7 +176,7 @@ def test_another_process_is_pointed_here_by_its_environment(
     assert hub.files("someone/out") == {"a.txt": b"hi"}
 
 
-def test_datasets_are_repositories_of_their_own(hub: HubServer, folder: Path) -> None:
+def test_dataset_repositories_are_separate_and_may_be_gated(hub: HubServer, folder: Path) -> None:
     hub.add_repo("someone/cats", folder)
     (folder / "README.md").write_text("# Cats\n")
     commit = hub.add_dataset("someone/cats", folder)

@@ -1,1 +1,1 @@
-"""What stage programs share: spec, manifest, reporter, signals, webhooks."""
+"""Runtime of the stage programs: specs, manifests, reporter, signals, webhooks."""

@@ -1,10 +1,10 @@
-"""Which processes of a run are alive: each holds a lock on a file of its own, in a folder per run.
+"""Liveness of a run's processes: each holds a lock on its own file, in a folder per run.
 
-<folder>/.lock                    held while a file is added and locked, or the files are examined
+<folder>/.lock                    held while a file is added and locked, or the files are inspected
 <folder>/<run id>/<name>.process  locked by one process of the run until that process ends, however it ends
 
-The kernel releases a lock with its process, so neither a reused pid nor another container's pid namespace misleads. A lock is no
-evidence about a process on another machine, where the file system may not share locks: such a process counts as alive.
+The kernel releases a lock with its process, so reused pids and separate pid namespaces of containers cannot mislead. The file system may
+not share locks with another machine, so a process there counts as alive.
 """
 
 import json
@@ -20,22 +20,22 @@ from pathlib import Path
 from filelock import lock_descriptor
 
 RUN_FOLDER_VARIABLE = "SDXL_PIPELINE_RUN_FOLDER"
-"""Environment variable with the folder of the run that a process belongs to; inherited by steps and stages."""
+"""Environment variable with the folder of a process's run; inherited by steps and stages."""
 
 _SUFFIX = ".process"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_held: dict[Path, int] = {}
+_held_locks: dict[Path, int] = {}
 
 
 @dataclass(frozen=True)
 class RunProcesses:
-    """What is known about the processes of one run."""
+    """Known state of the processes of one run."""
 
     run_id: str
     alive: tuple[str, ...]
     """Descriptions of the processes that hold their lock."""
     unknown: tuple[str, ...]
-    """Descriptions of processes on other machines, whose locks may not be visible here."""
+    """Descriptions of processes on other machines, whose locks may be invisible here."""
 
     @property
     def is_dead(self) -> bool:
@@ -44,66 +44,66 @@ class RunProcesses:
 
 
 def hold_liveness(run_folder: Path) -> None:
-    """Count this process among those of the run until it ends. Calling this again changes nothing."""
-    if run_folder in _held:
+    """Register this process as part of the run until it ends. Idempotent."""
+    if run_folder in _held_locks:
         return
     run_folder.mkdir(parents=True, exist_ok=True)
     about = {"pid": os.getpid(), "host": socket.gethostname(), "boot": _boot_id()}
     path = run_folder / f"{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}"
-    with _examining(run_folder.parent):
+    with _locked(run_folder.parent):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
         lock_descriptor(descriptor)
         os.write(descriptor, json.dumps(about).encode())
-    _held[run_folder] = descriptor  # never closed: the lock ends with the process
+    _held_locks[run_folder] = descriptor  # never closed: the lock ends with the process
 
 
 def hold_liveness_of_environment() -> None:
-    """Count this process among those of the run that the environment names, if it names one."""
+    """Register this process as part of the run in the environment, if there is one."""
     if folder := os.environ.get(RUN_FOLDER_VARIABLE):
         hold_liveness(Path(folder))
 
 
 @contextmanager
 def examined_runs(folder: Path) -> Iterator[list[RunProcesses]]:
-    """Give the processes of every run in `folder`; while the block runs, no process joins a run.
+    """Yield the processes of every run in `folder`; while the block runs, no process joins a run.
 
-    A run without any file is left out: nothing is known about it.
+    A run without files is omitted: nothing is known about it.
     """
     if not folder.is_dir():
         yield []
         return
-    with _examining(folder):
+    with _locked(folder):
         yield [
-            _examined(run.name, files)
+            _inspect(run.name, files)
             for run in sorted(folder.iterdir())
             if run.is_dir() and (files := sorted(run.glob(f"*{_SUFFIX}")))
         ]
 
 
 def forget_run(folder: Path, run_id: str) -> None:
-    """Delete the files of a run all of whose processes have ended."""
+    """Delete the files of a run whose processes have all ended."""
     shutil.rmtree(folder / run_id, ignore_errors=True)
 
 
-def _examined(run_id: str, files: Sequence[Path]) -> RunProcesses:
+def _inspect(run_id: str, files: Sequence[Path]) -> RunProcesses:
     alive, unknown = [], []
     for path in files:
         with path.open("r+b") as file:
-            is_free = lock_descriptor(file.fileno(), blocking=False)
+            lock_is_free = lock_descriptor(file.fileno(), blocking=False)
             content = file.read()
         about = {"pid": "unknown", "host": socket.gethostname(), "boot": ""}
         with suppress(ValueError, TypeError):
             about |= json.loads(content)
-        here = about["host"] == socket.gethostname() or (about["boot"] and about["boot"] == _boot_id())
-        if not is_free:
+        is_local = about["host"] == socket.gethostname() or (about["boot"] and about["boot"] == _boot_id())
+        if not lock_is_free:
             alive.append(f"process {about['pid']} on {about['host']}")
-        elif not here:
-            unknown.append(f"process {about['pid']} on {about['host']}, which cannot be seen from here")
+        elif not is_local:
+            unknown.append(f"process {about['pid']} on {about['host']}, which cannot be inspected from here")
     return RunProcesses(run_id, tuple(alive), tuple(unknown))
 
 
 def _boot_id() -> str:
-    """Identify this start of this machine's kernel, which its containers share; empty where the system does not say."""
+    """Return the kernel's boot id, which containers of a machine share; empty where the system has none."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:
@@ -111,7 +111,7 @@ def _boot_id() -> str:
 
 
 @contextmanager
-def _examining(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("a") as lock:
         lock_descriptor(lock.fileno())
         yield

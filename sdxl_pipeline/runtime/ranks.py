@@ -1,7 +1,7 @@
-"""Several processes of one stage that share a list of work: the first says what there is to do, and collects what was done.
+"""Work of several processes of one stage: rank 0 plans it and gathers the results.
 
-They speak through files in a folder beside the stage's result, each put there by rename: torchrun's processes of one machine share its
-disk, as they share the store. Nobody waits within a library call, so a stop is noticed at once by whoever waits.
+They communicate through files in a folder beside the stage's result, each written atomically: torchrun's processes of one machine share
+its disk, as they share the store. No process blocks in a library call, so a waiting process notices a stop at once.
 """
 
 import os
@@ -17,37 +17,37 @@ _PLAN = "plan"
 
 
 class Ranks:
-    """The process among those of its stage, `rank` of `count`, as torchrun's environment says; without it the only one."""
+    """Rank `rank` of the `count` processes of a stage, from torchrun's environment; without it the only process."""
 
     def __init__(self, result: Path, stop: StopSignal) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self._stop = stop
-        # One folder per launch, so that nothing an earlier one left is taken for this one's.
+        # One folder per launch, so that files of an earlier launch are not read.
         launch = os.environ.get("TORCHELASTIC_RUN_ID", "alone")
         self._folder = result.with_name(f".{result.stem}.ranks-{launch}")
-        self._old = f".{result.stem}.ranks-*"
+        self._stale_pattern = f".{result.stem}.ranks-*"
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that plans and collects."""
+        """Whether this process plans and gathers."""
         return self.rank == 0
 
     def broadcast(self, plan: bytes) -> None:
-        """Tell the other processes what there is to do. For the main process, once."""
+        """Send the plan to the other processes. Called once, by rank 0."""
         if self.count > 1:
-            for left in self._folder.parent.glob(self._old):
-                shutil.rmtree(left, ignore_errors=True)
+            for stale in self._folder.parent.glob(self._stale_pattern):
+                shutil.rmtree(stale, ignore_errors=True)
             write_bytes_atomic(self._folder / _PLAN, plan)
 
     def receive(self) -> bytes:
-        """What the main process says there is to do. Raises StageStopped when a stop comes first."""
+        """Return the plan from rank 0. Raises StageStopped if a stop is requested first."""
         return self._wait_for(_PLAN)
 
     def gather(self, result: bytes) -> list[bytes] | None:
-        """The results of all processes in the order of their ranks, for the main one; None for the others, which need not wait.
+        """Return the results of all processes in rank order on rank 0; None on the other ranks, which do not wait.
 
-        Raises StageStopped when a stop comes first, as it does when another process fails.
+        Raises StageStopped if a stop is requested first, which also happens when another process fails.
         """
         if not self.is_main:
             write_bytes_atomic(self._folder / f"rank-{self.rank}", result)

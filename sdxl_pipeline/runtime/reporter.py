@@ -1,7 +1,7 @@
-"""How a stage tells the outside what it is doing: log lines, progress, metrics and images.
+"""Reporting from a stage: log lines, progress, metrics and images.
 
-A stage calls one `Reporter` and knows nothing of who listens. Launched by Dagster it speaks the Pipes protocol; on a terminal it draws
-progress bars; into a file it writes plain lines. Calls are cheap and throttled here, so a stage may report on every step.
+A stage calls one `Reporter` and does not know its sink: Pipes messages when launched by Dagster, progress bars on a terminal, plain lines
+in a file. Calls are cheap and throttled here, so a stage may report on every step.
 """
 
 import math
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 PROGRESS_INTERVAL_SECONDS = 1.0
 METRIC_INTERVAL_SECONDS = 0.5
 
-# Messages of one kind come no closer than this share of the time passed, so that their number grows with the logarithm of a run's
-# length: some thousands in a day, while a run of a minute shows every second.
+# Minimum interval as a share of the elapsed time, so that the number of messages grows with the logarithm of a run's length: some
+# thousands per day, while a run of one minute shows every second.
 INTERVAL_SHARE_OF_ELAPSED = 1 / 500
 
-# Dagster's event log is a database: beyond this many lines of one stage only stdout, which Dagster keeps as a file, gets them.
+# Dagster's event log is a database: further lines of a stage go only to stdout, which Dagster stores as a file.
 MAX_EVENT_LOG_LINES = 1000
 
 
 @dataclass
 class _Throttle:
-    """Decides which calls of one kind pass: the first, and then one per interval."""
+    """Rate limiter for calls of one kind: allows the first call and then one per interval."""
 
     interval: float
     clock: Callable[[], float]
     started: float | None = None
     last: float = 0.0
 
-    def passes(self) -> bool:
+    def allows(self) -> bool:
         now = self.clock()
         if self.started is None:
             self.started = self.last = now
@@ -51,10 +51,10 @@ class _Throttle:
 
 
 class Reporter:
-    """Takes what a stage says and throttles it. This base class shows nothing: it is the reporter of all ranks but the first.
+    """Throttles a stage's reports. This base class shows nothing: it is the reporter of all ranks but rank 0.
 
-    Subclasses override the `_show_*` hooks, which get what passed. Use it as a context manager, or call `close`, so that the last
-    metrics, which the throttle may have held back, are shown.
+    Subclasses override the `_show_*` hooks, which get the reports that are not throttled. Use it as a context manager, or call `close`,
+    so that the last throttled metrics are shown.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -62,7 +62,7 @@ class Reporter:
         self._progress_throttles: dict[str, _Throttle] = {}
         self._shown_progress: dict[str, tuple[int, int]] = {}
         self._metric_throttles: dict[frozenset[str], _Throttle] = {}
-        self._held_metrics: dict[frozenset[str], tuple[int, dict[str, float]]] = {}
+        self._pending_metrics: dict[frozenset[str], tuple[int, dict[str, float]]] = {}
 
     def __enter__(self) -> "Reporter":
         return self
@@ -71,43 +71,43 @@ class Reporter:
         self.close()
 
     def log(self, message: str) -> None:
-        """Say one line. Not throttled."""
+        """Report one line. Not throttled."""
         self._show_log(message)
 
     def progress(self, task: str, done: int, total: int, unit: str = "") -> None:
-        """Say that `done` of `total` units of a task are done. The first and the last call of a task always pass."""
+        """Report that `done` of `total` units of a task are done. The first and the last call of a task are never throttled."""
         if self._shown_progress.get(task) == (done, total):
             return
         throttle = self._progress_throttles.setdefault(
             task, _Throttle(PROGRESS_INTERVAL_SECONDS, self._clock)
         )
-        if throttle.passes() or done >= total:
+        if throttle.allows() or done >= total:
             self._shown_progress[task] = (done, total)
             self._show_progress(task, done, total, unit)
 
     def metric(self, step: int, values: Mapping[str, float]) -> None:
-        """Report figures at a step. Throttled per set of names; the last call of each set always passes, at `close` at latest.
+        """Report metrics of a step. Throttled per set of names; the last call of each set is shown at `close` at the latest.
 
-        These are for watching. The complete curve is the stage's own to write (metrics.jsonl).
+        For display only: the stage writes the complete curve itself (metrics.jsonl).
         """
         names = frozenset(values)
-        figures = {name: float(value) for name, value in values.items()}
+        floats = {name: float(value) for name, value in values.items()}
         throttle = self._metric_throttles.setdefault(names, _Throttle(METRIC_INTERVAL_SECONDS, self._clock))
-        if throttle.passes():
-            self._held_metrics.pop(names, None)
-            self._show_metric(step, figures)
+        if throttle.allows():
+            self._pending_metrics.pop(names, None)
+            self._show_metric(step, floats)
         else:
-            self._held_metrics[names] = (step, figures)
+            self._pending_metrics[names] = (step, floats)
 
     def image(self, name: str, path: Path | str, caption: str = "", step: int | None = None) -> None:
-        """Point at an image that was written to `path`."""
+        """Report an image file."""
         self._show_image(name, str(Path(path).resolve()), caption, step)
 
     def close(self) -> None:
-        """Show what the throttle still holds."""
-        for step, figures in self._held_metrics.values():
-            self._show_metric(step, figures)
-        self._held_metrics.clear()
+        """Show the last throttled metrics."""
+        for step, floats in self._pending_metrics.values():
+            self._show_metric(step, floats)
+        self._pending_metrics.clear()
 
     def _show_log(self, message: str) -> None:
         pass
@@ -123,7 +123,7 @@ class Reporter:
 
 
 class PlainReporter(Reporter):
-    """One line of text per event, flushed at once: for files and pipes."""
+    """Writes one line of text per report, flushed at once: for files and pipes."""
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(clock)
@@ -147,10 +147,10 @@ class PlainReporter(Reporter):
 
 
 class PipesReporter(PlainReporter):
-    """Sends every event to Dagster as a custom Pipes message, and writes it as a line to stdout, the step's compute log.
+    """Sends every report to Dagster as a custom Pipes message, and writes it as a line to stdout, the step's compute log.
 
-    The messages are dicts with a `type`: "progress" (task, done, total, unit), "metric" (step, values; a non-finite number is sent as
-    its name in a string, since JSON has none), "image" (name, path, caption, step). Log lines are Pipes' own log messages.
+    The messages are dicts with a `type`: "progress" (task, done, total, unit), "metric" (step, values; a non-finite number is sent as a
+    string, since JSON has none), "image" (name, path, caption, step). Log lines are Pipes' own log messages.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class PipesReporter(PlainReporter):
         if self._log_lines < MAX_EVENT_LOG_LINES:
             self._pipes.log.info(message)
         elif self._log_lines == MAX_EVENT_LOG_LINES:
-            self._pipes.log.info("Many log lines: from here on they are in this step's stdout only.")
+            self._pipes.log.info("Too many log lines: further lines go to this step's stdout only.")
 
     def _show_progress(self, task: str, done: int, total: int, unit: str) -> None:
         super()._show_progress(task, done, total, unit)
@@ -179,8 +179,8 @@ class PipesReporter(PlainReporter):
 
     def _show_metric(self, step: int, values: dict[str, float]) -> None:
         super()._show_metric(step, values)
-        sendable = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        self._pipes.report_custom_message({"type": "metric", "step": step, "values": sendable})
+        json_values = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+        self._pipes.report_custom_message({"type": "metric", "step": step, "values": json_values})
 
     def _show_image(self, name: str, path: str, caption: str, step: int | None) -> None:
         super()._show_image(name, path, caption, step)
@@ -190,7 +190,7 @@ class PipesReporter(PlainReporter):
 
 
 class TerminalReporter(Reporter):
-    """Progress bars, one per task, with the latest metrics beneath the log lines."""
+    """Shows progress bars, one per task, and metrics as log lines."""
 
     def __init__(self, progress: "Progress", clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(clock)
@@ -216,30 +216,30 @@ class TerminalReporter(Reporter):
 
 
 def progress_line(task: str, done: int, total: int, unit: str = "") -> str:
-    """Progress as people read it, for example "encode latents: 12 of 48 images (25 %)"."""
+    """Format progress, for example "encode latents: 12 of 48 images (25 %)"."""
     share = f" ({100 * done // total} %)" if total > 0 else ""
     return f"{task}: {done} of {total}{' ' + unit if unit else ''}{share}"
 
 
 def metric_line(step: int, values: Mapping[str, float]) -> str:
-    """Metrics on one line, for example "step 12: loss 0.1234, lr 0.0001"."""
+    """Format metrics as one line, for example "step 12: loss 0.1234, lr 0.0001"."""
     return f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
 def image_line(name: str, path: str, caption: str = "", step: int | None = None) -> str:
-    """An image on one line, for example "image red_star at step 20: /runs/a/20.png (a red star)"."""
+    """Format an image as one line, for example "image red_star at step 20: /runs/a/20.png (a red star)"."""
     at_step = "" if step is None else f" at step {step}"
     return f"image {name}{at_step}: {path}{f' ({caption})' if caption else ''}"
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks and writes for its group: true for a single process and for torchrun's rank 0."""
+    """Return whether this process reports and writes for its group: true without torchrun and for rank 0."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def open_reporter() -> Iterator[Reporter]:
-    """The reporter for this process: Pipes under Dagster, bars on a terminal, plain lines otherwise; silent on ranks above 0."""
+    """Yield the reporter of this process: Pipes under Dagster, bars on a terminal, plain lines otherwise; silent on ranks above 0."""
     if not is_main_process():
         yield Reporter()
     elif PipesEnvVarParamsLoader().is_dagster_pipes_process():
@@ -254,7 +254,7 @@ def open_reporter() -> Iterator[Reporter]:
 
 
 def _bars() -> "Progress":
-    """Rich is imported only by whoever sits at a terminal."""
+    """Return rich's progress bars; rich is imported only here."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

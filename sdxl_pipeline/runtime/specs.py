@@ -1,8 +1,7 @@
-"""What goes into each device stage (its spec) and what comes out (its manifest).
+"""Specs (inputs) and manifests (outputs) of the device stages.
 
-A spec is written to JSON by the asset that launches the stage; the stage writes its manifest last, by rename. Both are plain
-data: paths are absolute strings, no tensor and no secret stands in them. Torch is not imported here, so that the code location can
-read manifests without loading it.
+A spec is written to JSON by the asset that launches the stage; the stage writes its manifest last, atomically. Both are plain data: paths
+are absolute strings, without tensors and secrets. Torch is not imported here, so that the code location can read manifests quickly.
 """
 
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from sdxl_pipeline.models.base_model import ResolvedModel
 
 
 class StageModel(BaseModel):
-    """A frozen record that refuses keys it does not know, so that a spec and the program reading it cannot drift apart."""
+    """A frozen record that rejects unknown keys, so that a spec and the program reading it cannot diverge."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -26,7 +25,7 @@ class FailedItem(StageModel):
     """One image or caption that a stage could not process."""
 
     name: str = Field(description="Path of the image within its dataset, or the caption.")
-    reason: str = Field(description="Why, in words a user can act on.")
+    reason: str = Field(description="Why, with a fix.")
 
 
 class EncodeLatentsSpec(StageModel):
@@ -42,49 +41,49 @@ class EncodeLatentsSpec(StageModel):
     )
     sample_path: str = Field(description="PNG to write: some crops beside their decoded latents.")
     mode: CacheMode = Field(
-        default="full", description="full encodes now; ondemand and disable leave it to the training."
+        default="full", description="full encodes now; ondemand and disable defer it to the training."
     )
     trust_recorded: bool = Field(
         default=False,
-        description="Take a finished manifest of these rows at its word (skip_file_discovery: vae).",
+        description="Reuse a finished manifest of these rows without verifying the store (skip_file_discovery: vae).",
     )
 
 
 class LatentCache(StageModel):
-    """Output of `encode_latents`. `digest` covers images, crop numbers and latent keys, in any order and under any file names."""
+    """Output of `encode_latents`. `digest` covers images, crop indices and latent keys, independent of order and file names."""
 
-    identity: str = Field(description="Digest of everything that was asked for.")
+    identity: str = Field(description="Digest of all inputs.")
     store_root: str
     entries_path: str
     digest: str
-    planned: int = Field(description="Crops asked for.")
+    planned: int = Field(description="Crops to encode.")
     encoded: int
     reused: int
-    deferred: int = Field(default=0, description="Left to the training by the cache mode.")
+    deferred: int = Field(default=0, description="Deferred to the training by the cache mode.")
     failed: tuple[FailedItem, ...] = Field(
         description="Unreadable or non-finite; planned = encoded + reused + deferred + failed."
     )
     seconds: float
     images_per_second: float | None = Field(
-        description="Encoded crops per second of all processes, loading of the VAE apart; None when nothing was encoded."
+        description="Encoded crops per second of all processes, without loading the VAE; None when nothing was encoded."
     )
     vae_busy: float | None = Field(
-        default=None, description="Share of that time in which the VAE was encoding; None with it."
+        default=None, description="Share of that time spent in the VAE; None if nothing was encoded."
     )
-    bytes: int = Field(description="Size in bytes of this dataset's latents that are in the store.")
+    bytes: int = Field(description="Bytes of this dataset's latents in the store.")
     latent_mean: tuple[float, ...] = Field(
-        description="Per channel, of the scaled posterior means of `measured` crops; empty when none was looked at."
+        description="Per channel, of the scaled posterior means of `measured` crops; empty when none was measured."
     )
     latent_std: tuple[float, ...]
     measured: int = Field(
         default=0,
-        description="Latents that mean and deviation are of: all, or a sample of them drawn by their keys.",
+        description="Number of latents behind mean and deviation: all, or a random sample by their keys.",
     )
     sample_path: str | None
 
 
 class EncodeTextSpec(StageModel):
-    """Input of `sdxl_pipeline.stages.encode_text`: embed the captions of one dataset, the empty prompt and the extra prompts."""
+    """Input of `sdxl_pipeline.stages.encode_text`: encode the captions of one dataset, the empty prompt and the extra prompts."""
 
     base_model: ResolvedModel
     hardware: Hardware
@@ -103,50 +102,50 @@ class EncodeTextSpec(StageModel):
     windows: int = Field(
         default=1,
         ge=1,
-        description="Windows of 77 tokens that every caption is encoded in, one after the other.",
+        description="Windows of 77 tokens per caption, encoded separately and concatenated.",
     )
     mode: CacheMode = Field(
         default="full",
-        description="full encodes now; ondemand and disable leave the captions to the training.",
+        description="full encodes now; ondemand and disable defer it to the training.",
     )
     trust_recorded: bool = Field(
         default=False,
-        description="Take a finished manifest of these captions at its word (skip_file_discovery: text).",
+        description="Reuse a finished manifest of these captions without verifying the store (skip_file_discovery: text).",
     )
 
 
 class TextEmbedCache(StageModel):
-    """Output of `encode_text`. `digest` covers images and their captions' keys, in any order and under any file names."""
+    """Output of `encode_text`. `digest` covers images and their captions' keys, independent of order and file names."""
 
-    identity: str = Field(description="Digest of everything that was asked for.")
+    identity: str = Field(description="Digest of all inputs.")
     store_root: str
     entries_path: str
     prompts_path: str
     digest: str
-    captions: int = Field(description="Distinct captions, extra prompts and the empty prompt included.")
+    captions: int = Field(description="Distinct captions, including extra prompts and the empty prompt.")
     encoded: int
     reused: int
-    deferred: int = Field(default=0, description="Left to the training by the cache mode.")
+    deferred: int = Field(default=0, description="Deferred to the training by the cache mode.")
     windows: int = Field(default=1, description="Windows of 77 tokens per caption.")
     truncated: tuple[str, ...] = Field(
-        description="The first captions that are longer than their windows, and so lose their tail."
+        description="The first captions that are longer than their windows and were truncated."
     )
     truncated_tails: tuple[str, ...] = Field(
-        default=(), description="What each of `truncated` loses, in the same order."
+        default=(), description="The removed text of each caption in `truncated`, in the same order."
     )
     truncated_count: int | None = Field(
         default=0,
-        description="How many captions lose their tail; None where the training encodes them, and counts none.",
+        description="Number of truncated captions; None where the training encodes them without counting.",
     )
     seconds: float
     captions_per_second: float | None = Field(
-        description="Encoded captions per second of all processes, loading of the encoders apart; None when none was encoded."
+        description="Encoded captions per second of all processes, without loading the encoders; None when none was encoded."
     )
-    bytes: int = Field(description="Size in bytes of these embeddings that are in the store.")
+    bytes: int = Field(description="Bytes of these embeddings in the store.")
 
 
 class DatasetMasks(StageModel):
-    """The masks of one dataset's images."""
+    """Masks of one dataset's images."""
 
     kind: MaskKind
     data_dir: str = Field(description="Folder that `mask_path` is relative to.")
@@ -156,35 +155,33 @@ class DatasetMasks(StageModel):
 
 
 class TrainingDataset(StageModel):
-    """One dataset as the trainer sees it: its crop plan joined with its caches on `path`."""
+    """A dataset as the trainer reads it: its crop plan joined with its caches on `path`."""
 
     dataset_id: str
-    data_dir: str = Field(
-        description="Folder of the images, for latents that are encoded during the training."
-    )
-    rows_path: str = Field(description="Parquet of aspect_buckets rows; `split` says train or eval.")
+    data_dir: str = Field(description="Folder of the images, for latents that are encoded during training.")
+    rows_path: str = Field(description="Parquet of aspect_buckets rows; `split` is train or eval.")
     latents: LatentCache
     text_embeds: TextEmbedCache
-    repeats: int = Field(default=0, ge=0, description="Extra passes per epoch: 0 is once.")
+    repeats: int = Field(default=0, ge=0, description="Additional repeats per epoch; 0 is one appearance.")
     probability: float = Field(default=1.0, gt=0, description="Relative sampling weight.")
     latent_cache: CacheMode = "full"
     text_cache: CacheMode = "full"
     fresh_crops: bool = Field(
         default=False,
-        description="Draw the crop's place within its resized image anew in every epoch (vae_cache_clear_each_epoch).",
+        description="Choose a new random crop of the resized image in every epoch (vae_cache_clear_each_epoch).",
     )
     instance_prompt: str | None = Field(
         default=None,
-        description="Trigger words of the dataset, for the file's metadata where captions hold them.",
+        description="Trigger words of the dataset, written to the file's metadata if captions contain them.",
     )
-    masks: DatasetMasks | None = Field(default=None, description="None where the whole images are learned.")
+    masks: DatasetMasks | None = Field(default=None, description="None to train on whole images.")
     is_regularisation: bool = Field(
-        default=False, description="Train its images towards what the base model predicts of them."
+        default=False, description="Train on the base model's prediction for its images (prior preservation)."
     )
 
 
 class ValidationPrompt(StageModel):
-    """One prompt drawn during training and in the evaluation's gallery."""
+    """A validation prompt, sampled during training and in the evaluation's gallery."""
 
     name: str = Field(description="Short name for files and plots.")
     prompt: str
@@ -192,29 +189,29 @@ class ValidationPrompt(StageModel):
 
 
 class TrainSpec(StageModel):
-    """Input of `sdxl_pipeline.stages.train`. Its identity (training.identity.run_identity) names the run."""
+    """Input of `sdxl_pipeline.stages.train`. Its identity (training.identity.run_identity) identifies the run."""
 
     base_model: ResolvedModel
     hardware: Hardware
     settings: TrainingSettings = Field(
-        description="Effective settings: launchpad, config.json, profile and defaults merged."
+        description="Effective settings: run config, config.json, profile and defaults merged."
     )
     datasets: tuple[TrainingDataset, ...]
     prompts: tuple[ValidationPrompt, ...]
     run_dir: str = Field(
-        description="Folder of this identity: checkpoints, weights, metrics, validation images."
+        description="Run folder of this identity: checkpoints, weights, metrics, validation images."
     )
     project: str
 
 
 class TrainingPlan(StageModel):
-    """Value of the training_plan asset: the numbers of a run, from the crop plans."""
+    """Value of the training_plan asset: steps, epochs and repeats, from the crop plans."""
 
     steps: int
     batches_per_epoch: int = Field(description="Of all processes together, in the first epoch.")
     images_per_epoch: int = Field(description="Appearances of images in the first epoch.")
     trained_images: dict[str, int] = Field(description="By dataset.")
-    held_out_images: dict[str, int] = Field(description="By dataset, those of eval datasets included.")
+    held_out_images: dict[str, int] = Field(description="By dataset, including eval datasets.")
     appearances: dict[str, tuple[int, int]] = Field(
         description="(fewest, most) appearances of an image in the first epoch, by dataset."
     )
@@ -222,7 +219,7 @@ class TrainingPlan(StageModel):
 
 
 class ValidationImage(StageModel):
-    """One image drawn during training."""
+    """One image sampled during training."""
 
     step: int
     name: str
@@ -232,45 +229,47 @@ class ValidationImage(StageModel):
 
 
 class Ancestor(StageModel):
-    """The run that another one began from, at one of its checkpoints."""
+    """The run and checkpoint that another run was warm-started from."""
 
     identity: str
     step: int
     same_trajectory: bool = Field(
-        description="Whether the two differ in their length alone, so that the later one has the weights it would have had by itself."
+        description="Whether the runs differ only in length, so that the weights equal those of an uninterrupted run."
     )
-    takes_optimizer: bool = Field(
-        description="Whether the optimizer's state was taken over with the weights."
-    )
+    takes_optimizer: bool = Field(description="Whether the optimizer's state was imported with the weights.")
 
 
 class RunLineage(StageModel):
     """lineage.json in a run's folder."""
 
     identity: str
-    trajectory: str = Field(description="Digest of all that decides the steps, whatever their number.")
-    any_length: str = Field(description="Digest of all but the length, even where a step depends on it.")
+    trajectory: str = Field(
+        description="Digest of everything that affects a step, without the number of steps."
+    )
+    any_length: str = Field(
+        description="Digest of everything but the length, even where a step depends on it."
+    )
     any_length_or_world_size: str | None = Field(
         None,
-        description="Digest of all but the length and the number of processes; None of a run by an earlier version.",
+        description="Digest of everything but the length and the world size; None in files of earlier versions.",
     )
     optimizer: str
     ancestor: Ancestor | None
 
 
 WeightsKind = Literal["lora", "unet"]
-"""What a training leaves: an adapter's file, or the folder of a whole UNet."""
+"""Result of a training: an adapter file, or the folder of a full UNet."""
 
 KIND_LABELS: Final[Mapping[WeightsKind, str]] = {"lora": "LoRA", "unet": "trained UNet"}
-"""What people call them."""
+"""Display names."""
 
 
 EMA_FOLDER = "ema"
-"""Beside the trained weights: their average, under the same name."""
+"""Folder beside the trained weights with their exponential moving average, under the same file name."""
 
 
 class SettingDifference(StageModel):
-    """One setting of a run that differs from the configuration, both values as text with their source."""
+    """A setting whose used value differs from the configuration, both values as text with their source."""
 
     setting: str
     configured: str
@@ -286,31 +285,31 @@ class TrainedLora(StageModel):
     weights_path: str = Field(
         description="pytorch_lora_weights.safetensors in diffusers' format, or the folder `unet`."
     )
-    weights_sha256: str = Field(description="Of the file, or of the folder's files and their names.")
+    weights_sha256: str = Field(description="Of the file, or of the folder's file names and contents.")
     released_weights: Literal["trained", "ema"] = Field(
         default="trained",
-        description="What weights_path holds: the weights as trained, or their average; both lie in run_dir under use_ema.",
+        description="Which weights weights_path contains: as trained, or their EMA; run_dir has both with use_ema.",
     )
     kohya_path: str | None = Field(
         default=None,
-        description="<project>.safetensors in kohya's key grammar beside weights_path; None of a UNet, or where no such file exists.",
+        description="<project>.safetensors with kohya's key names beside weights_path; None for a UNet, or if it cannot be written.",
     )
     kohya_sha256: str | None = Field(default=None, description="Of that file.")
     kohya_dtype: str | None = Field(
-        default=None, description="Data type of its tensors: float16, bfloat16 or float32."
+        default=None, description="Dtype of its tensors: float16, bfloat16 or float32."
     )
     dora_approximation: dict[str, int | float] | None = Field(
         default=None,
         description="For weight-decomposed adapters, whose kohya file is a plain LoRA: its rank and relative_error (Frobenius).",
     )
     steps: int
-    epochs: float = Field(description="Passes over the training images.")
-    samples: int = Field(description="Images seen.")
+    epochs: float = Field(description="Epochs over the training images.")
+    samples: int = Field(description="Images trained on, counting repeats.")
     trained_images: dict[str, int] = Field(
-        default={}, description="Images that were trained, by dataset, regularisation datasets included."
+        default={}, description="Images trained on, by dataset, including regularisation datasets."
     )
     held_out_images: dict[str, int] = Field(
-        default={}, description="Images kept out of training for the eval loss, by dataset."
+        default={}, description="Images held out from training for the eval loss, by dataset."
     )
     images_per_epoch: dict[str, float] = Field(
         default={}, description="Appearances of images in an epoch, by dataset."
@@ -319,42 +318,40 @@ class TrainedLora(StageModel):
         default={}, description="(fewest, most) appearances of an image in the first epoch, by dataset."
     )
     crops_per_image: dict[str, float] = Field(
-        default={}, description="Mean number of crops that take turns, by dataset."
+        default={}, description="Mean number of alternating crops per image, by dataset."
     )
     raised_repeats: dict[str, int] = Field(
-        default={}, description="What allow_dataset_oversubscription made of the datasets' repeats."
+        default={}, description="Repeats as raised by allow_dataset_oversubscription, by dataset."
     )
     resumed_from_step: int | None = Field(
-        description="None for a run that began at step 0; the step of the checkpoint otherwise."
+        description="Step of the checkpoint that was resumed; None for a run from step 0."
     )
     ancestor: Ancestor | None = Field(
-        default=None, description="The run it began from; None for one that began at step 0."
+        default=None, description="The run it was warm-started from; None for a run from step 0."
     )
     reused: bool = Field(
         description="True when a finished run of this identity was found and nothing was trained."
     )
     overrides: tuple[SettingDifference, ...] = Field(
         default=(),
-        description="Settings of the launching run that make these weights differ from those that config.json describes; set by the asset.",
+        description="Overrides of the launching run that make these weights differ from config.json; set by the asset.",
     )
     skipped_steps: int = Field(
-        default=0, description="Steps that changed nothing, since their loss or gradients were not finite."
+        default=0, description="Steps skipped because their loss or gradients were not finite."
     )
     final_loss: float = Field(description="Mean training loss over the last tenth of the steps.")
     eval_losses: tuple[tuple[int, float], ...] = Field(
-        default=(), description="(step, eval loss) taken during the training; step 0 is the base model."
+        default=(), description="(step, eval loss) measured during training; step 0 is the base model."
     )
     seconds: float
     steps_per_second: float | None
-    peak_memory_bytes: int = Field(description="Most that the main process held, as measured.")
+    peak_memory_bytes: int = Field(description="Peak memory of the main process, measured.")
     memory_estimate: dict[str, int] = Field(
-        default={}, description="Bytes by what they are for, estimated before the first step."
+        default={}, description="Estimated bytes by purpose, from before the first step."
     )
-    estimated_memory_bytes: int | None = Field(
-        default=None, description="Of these, what is held at one time at the most."
-    )
+    estimated_memory_bytes: int | None = Field(default=None, description="Estimated peak of these bytes.")
     trainable_parameters: int
-    adapted_modules: int = Field(description="Layers that have an adapter, or of a UNet those trained.")
+    adapted_modules: int = Field(description="Layers with an adapter, or trained layers of a UNet.")
     metrics_path: str = Field(description="metrics.jsonl, one line per logged step.")
     loss_curve_path: str = Field(description="PNG.")
     validation_sheet_path: str | None = Field(description="PNG: prompts down, steps across.")
@@ -372,7 +369,7 @@ class EvaluateSpec(StageModel):
     prompts: tuple[ValidationPrompt, ...]
     output_dir: str
     previous_report_path: str | None = Field(
-        default=None, description="The last release's report.json, to compare with."
+        default=None, description="report.json of the last release, to compare with."
     )
 
 
@@ -388,7 +385,7 @@ class LossSummary(StageModel):
 
 
 class PairedDifference(StageModel):
-    """Eval loss of one model minus that of another, over the images that both were measured on."""
+    """Eval loss of one model minus that of another, over their common images."""
 
     images: int
     mean: float
@@ -417,8 +414,8 @@ class ClipSummary(StageModel):
 class EvaluationReport(StageModel):
     """Output of `evaluate`."""
 
-    identity: str = Field(description="Digest of everything the figures and images depend on.")
-    reused: bool = Field(description="True when this very evaluation was found finished.")
+    identity: str = Field(description="Digest of everything the metrics and images depend on.")
+    reused: bool = Field(description="True when a finished evaluation of this identity was reused.")
     weights_kind: WeightsKind = "lora"
     lora_sha256: str
     eval_source: Literal["eval dataset", "held-out share", "training images"]
@@ -427,7 +424,9 @@ class EvaluationReport(StageModel):
     lora_loss: LossSummary | None
     base_clip: ClipSummary | None = Field(description="None when evaluation_type is none.")
     lora_clip: ClipSummary | None
-    gallery_path: str = Field(description="PNG: for each prompt the base model's image beside the other.")
+    gallery_path: str = Field(
+        description="PNG: per prompt the base model's image beside the trained model's."
+    )
     images: tuple[ValidationImage, ...]
     broken_images: tuple[FailedItem, ...] = Field(
         description="LoRA images that are black, constant or not finite."
@@ -435,14 +434,14 @@ class EvaluationReport(StageModel):
     loss_plot_path: str | None
     report_path: str = Field(description="report.md beside report.json in output_dir.")
     difference_to_base: PairedDifference | None = Field(
-        default=None, description="Of the trained model to the base model; None with eval_loss_disable."
+        default=None, description="Trained model minus base model; None with eval_loss_disable."
     )
     difference_to_release: PairedDifference | None = Field(
         default=None,
-        description="Of this model to the last release; None where there is none to compare with.",
+        description="This model minus the last release; None without one.",
     )
     change_since_release: dict[str, float] = Field(
-        description="This minus the last release, for each figure both have."
+        description="This model minus the last release, for each common metric."
     )
     seconds: float
 
@@ -450,7 +449,7 @@ class EvaluationReport(StageModel):
 class HubRelease(StageModel):
     """Value of the hub_release asset."""
 
-    folder: str = Field(description="Local folder holding exactly what is, or would be, published.")
+    folder: str = Field(description="Local folder with exactly the files that are, or would be, published.")
     files: tuple[str, ...]
     model_card_path: str
     pushed: bool

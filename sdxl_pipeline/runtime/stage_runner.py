@@ -1,17 +1,19 @@
-"""What every stage program does around its work: read the spec, stop safely, leave a manifest or an error.
+"""The frame of every stage program: read the spec, stop safely, write a manifest or an error.
 
     if __name__ == "__main__":
         run_stage(EncodeLatentsSpec, main)
 
     python -m sdxl_pipeline.stages.encode_latents spec.json [--manifest manifest.json]
 
-The contract with whoever launched it:
+Contract with the launcher:
 
-- exit code 0: the work is done and the manifest, written last and by rename, says what was made;
-- exit code 143: it was asked to stop (SIGTERM, SIGINT) and did so at a point from which the next run takes up;
-- exit code 1: it failed, and an error file beside the manifest says why (`StageFailure`).
+- exit code 0: the work is done; the manifest, written last and atomically, describes the result;
+- exit code 143: a stop was requested (SIGTERM, SIGINT), and the stage stopped at a point from which the next run resumes;
+- exit code 1: it failed; an error file beside the manifest gives the reason (`StageFailure`).
 
-A stage never outlives its launcher: when that dies, even by SIGKILL, the stage stops as if asked to, and is killed if it does not.
+A stage never outlives its launcher: when that dies, even by SIGKILL, the stage stops as if requested, and is killed if it does not.
+
+Manifests of finished stages are also written beside their results (`write_finished`) and reused by identity (`read_finished`).
 """
 
 import argparse
@@ -28,7 +30,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from filelock import lock_descriptor
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sdxl_pipeline.files.atomic_files import write_text_atomic
 from sdxl_pipeline.files.disk_space import describe_disk_full, is_disk_full
@@ -43,7 +45,7 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_STOPPED = 128 + signal.SIGTERM
 
-# Set by the launcher. The pid is compared with the actual parent, since that may have died before this process asked to be told.
+# Set by the launcher. Compared with the actual parent, which may have died before this process called prctl.
 PARENT_PID_VARIABLE = "SDXL_PIPELINE_PARENT_PID"
 STOP_TIMEOUT_VARIABLE = "SDXL_PIPELINE_STOP_TIMEOUT"
 DEFAULT_STOP_TIMEOUT_SECONDS = 120.0
@@ -58,11 +60,11 @@ ManifestT = TypeVar("ManifestT", bound=BaseModel)
 
 
 class UserError(Exception):
-    """A failure the user can mend. Only the message is shown, so it names what is wrong and what to do."""
+    """A failure that the user can fix. Only the message is displayed, so it describes the problem and the fix."""
 
 
 class StageStopped(Exception):  # noqa: N818  # not an error
-    """The stage was asked to stop and has come to a safe point."""
+    """A stop was requested, and the stage has reached a safe point."""
 
 
 class StageFailure(BaseModel):
@@ -71,14 +73,14 @@ class StageFailure(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["user", "out_of_memory", "crash"] = Field(
-        description="user: a UserError, which a retry will not mend; out_of_memory: of the device; crash: anything else."
+        description="user: a UserError, which a retry does not fix; out_of_memory: of the device; crash: anything else."
     )
     message: str
     traceback: str = Field(default="", description="Empty for a UserError.")
 
 
 class StopSignal:
-    """Whether the stage has been asked to stop. A stage looks at it wherever stopping loses nothing."""
+    """Whether a stop was requested. A stage checks it wherever stopping loses nothing."""
 
     def __init__(self) -> None:
         self._requested = False
@@ -89,18 +91,39 @@ class StopSignal:
         return self._requested
 
     def request(self) -> None:
-        """Ask the stage to stop at its next safe point. Asking again changes nothing, so a save under way is never cut."""
+        """Request a stop at the next safe point. Idempotent, so a save in progress is never interrupted."""
         self._requested = True
 
     def raise_if_requested(self) -> None:
-        """Raise StageStopped if the stage has been asked to stop."""
+        """Raise StageStopped if a stop was requested."""
         if self._requested:
             raise StageStopped
 
 
 def error_path(manifest_path: Path) -> Path:
-    """Where a stage that fails leaves its StageFailure."""
+    """Return the path of a failed stage's StageFailure."""
     return manifest_path.with_suffix(".error.json")
+
+
+def finished_path(result: Path) -> Path:
+    """Return the path of a result's finished manifest."""
+    return result.with_suffix(".finished.json")
+
+
+def read_finished(result: Path, manifest_type: type[ManifestT], identity: str) -> ManifestT | None:
+    """Return the manifest beside `result` if its `identity` is this one and all files in its `*_path` fields exist; else None."""
+    try:
+        manifest = manifest_type.model_validate_json(finished_path(result).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+    fields = manifest.model_dump()
+    paths = [value for name, value in fields.items() if name.endswith("_path") and value is not None]
+    return manifest if fields["identity"] == identity and all(Path(path).exists() for path in paths) else None
+
+
+def write_finished(result: Path, manifest: BaseModel) -> None:
+    """Write a manifest beside its result."""
+    write_text_atomic(finished_path(result), manifest.model_dump_json(indent=1) + "\n")
 
 
 def run_stage(
@@ -108,7 +131,7 @@ def run_stage(
 ) -> None:
     """Run a stage as a program: arguments from sys.argv, result as the exit code. Never returns.
 
-    Of a stage's several processes only the first one's manifest is written; the others may give None.
+    With several processes only rank 0's manifest is written; the others may return None.
     """
     sys.exit(_run(spec_type, work, sys.argv[1:]))
 
@@ -118,7 +141,7 @@ def _run(
     work: Callable[[SpecT, Reporter, StopSignal], BaseModel | None],
     arguments: list[str],
 ) -> int:
-    launched = follow_parent()
+    follows_parent = follow_parent()
     stop = StopSignal()
     _install_handlers(stop)
     parser = argparse.ArgumentParser(prog=f"python -m {_module_name()}", description=work.__doc__)
@@ -130,13 +153,13 @@ def _run(
     manifest_path: Path = parsed.manifest or parsed.spec.with_name("manifest.json")
     try:
         with open_reporter() as reporter:
-            return _work(spec_type, work, parsed.spec, manifest_path, reporter, stop)
+            return _run_work(spec_type, work, parsed.spec, manifest_path, reporter, stop)
     finally:
-        if launched:
+        if follows_parent:
             _end_descendants()
 
 
-def _work(
+def _run_work(
     spec_type: type[SpecT],
     work: Callable[[SpecT, Reporter, StopSignal], BaseModel | None],
     spec_path: Path,
@@ -144,20 +167,20 @@ def _work(
     reporter: Reporter,
     stop: StopSignal,
 ) -> int:
-    """The work itself; whatever it raises becomes an exit code and a StageFailure."""
+    """Do the work and convert whatever it raises to an exit code and a StageFailure."""
     try:
-        with _only_one(manifest_path, reporter, stop):
+        with _exclusive(manifest_path, reporter, stop):
             spec = spec_type.model_validate_json(spec_path.read_bytes())
             _limit_threads(spec)
             manifest = work(spec, reporter, stop)
             if is_main_process():
-                assert manifest is not None, "the first process of a stage gives its manifest"
+                assert manifest is not None, "rank 0 of a stage returns its manifest"
                 write_text_atomic(manifest_path, manifest.model_dump_json(indent=2) + "\n")
         return EXIT_DONE
     except StageStopped:
-        reporter.log("Stopped at a safe point; the next run takes up from here.")
+        reporter.log("Stopped at a safe point; the next run resumes from here.")
         return EXIT_STOPPED
-    except (UserError, StorageError) as error:  # a store's own words say what to do, too
+    except (UserError, StorageError) as error:  # a store's errors contain the fix as well
         sys.stderr.write(f"{error}\n")
         _write_failure(manifest_path, StageFailure(kind="user", message=str(error)))
         return EXIT_FAILED
@@ -170,7 +193,7 @@ def _work(
             _write_failure(manifest_path, StageFailure(kind="user", message=message))
             return EXIT_FAILED
         traceback.print_exc()
-        # torch.OutOfMemoryError and its kin, told by name so that stages without torch need not import it
+        # torch.OutOfMemoryError and subclasses, compared by name so that stages without torch need not import it
         kind: Literal["out_of_memory", "crash"] = (
             "out_of_memory" if type(error).__name__ == "OutOfMemoryError" else "crash"
         )
@@ -182,17 +205,17 @@ def _work(
 
 
 def _write_failure(manifest_path: Path, failure: StageFailure) -> None:
-    """The first rank that fails says why: the others often fail only because it left."""
+    """Write the failure of the first rank that fails: others often fail only because it exited."""
     path = error_path(manifest_path)
     if is_main_process() or not path.exists():
         write_text_atomic(path, failure.model_dump_json(indent=2) + "\n")
 
 
 def follow_parent() -> bool:
-    """Tie this process's life to its launcher's; false when it was started by hand.
+    """Tie this process's lifetime to its launcher's. Return False when it was started by hand.
 
-    On Linux the kernel sends SIGTERM the moment the parent dies. A thread sees to the rest: systems without that, and a stage that
-    does not come to a safe point in time.
+    On Linux the kernel sends SIGTERM when the parent dies. A thread handles the rest: systems without that, and a stage that does not
+    reach a safe point in time.
     """
     expected = os.environ.get(PARENT_PID_VARIABLE)
     if expected is None:
@@ -204,7 +227,7 @@ def follow_parent() -> bool:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     parent = int(expected)
     if os.getppid() != parent:
-        sys.exit(EXIT_STOPPED)  # it died before the kernel knew of our wish
+        sys.exit(EXIT_STOPPED)  # the parent died before the prctl call
     hold_liveness_of_environment()
     timeout = float(os.environ.get(STOP_TIMEOUT_VARIABLE, DEFAULT_STOP_TIMEOUT_SECONDS))
     threading.Thread(target=_watch_parent, args=(parent, timeout), name="watch-parent", daemon=True).start()
@@ -225,9 +248,9 @@ def _install_handlers(stop: StopSignal) -> None:
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if os.getpid() != own_pid:
-            return  # a forked loader worker, which has to serve until this process is done with it
+            return  # a forked loader worker, which must serve until this process is done with it
         stop.request()
-        # os.write and not a stream: the signal may have come in the middle of a print
+        # os.write rather than a stream: the signal may have interrupted a print
         os.write(
             2,
             f"{signal.Signals(number).name}: stopping at the next safe point (pid {os.getpid()})\n".encode(),
@@ -238,22 +261,22 @@ def _install_handlers(stop: StopSignal) -> None:
 
 
 @contextmanager
-def _only_one(manifest_path: Path, reporter: Reporter, stop: StopSignal) -> Iterator[None]:
-    """Hold the lock on a stage's folder, and clear what an earlier attempt of this run left there.
+def _exclusive(manifest_path: Path, reporter: Reporter, stop: StopSignal) -> Iterator[None]:
+    """Hold the lock on a stage's folder, and delete what an earlier attempt of this run left there.
 
-    A retry may start while the stage of a killed worker is still saving; it waits for that one to end. The kernel frees the lock with
-    the process, so a dead one never blocks.
+    A retry may start while the stage of a killed worker is still saving, and waits for it to end. The kernel releases the lock with the
+    process, so a dead one never blocks.
     """
     if not is_main_process():
         yield
         return
     manifest_path.parent.mkdir(parents=True, exist_ok=True)
     with manifest_path.with_name(f"{_module_name().rpartition('.')[2]}.lock").open("a") as lock:
-        give_up = time.monotonic() + LOCK_TIMEOUT_SECONDS
+        deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
         waiting = False
         while not lock_descriptor(lock.fileno(), blocking=False):
             stop.raise_if_requested()
-            if time.monotonic() > give_up:
+            if time.monotonic() > deadline:
                 raise UserError(
                     f"another process is still working on {manifest_path.parent} (it holds {lock.name}); "
                     "wait for that run to end, or stop it, and run this again"
@@ -276,22 +299,22 @@ def _limit_threads(spec: BaseModel) -> None:
 
 
 def _end_descendants() -> None:
-    """Kill what this process started and did not end itself: loader workers, helpers of libraries."""
+    """Kill the child processes that this process did not end itself: loader workers, helpers of libraries."""
     import psutil
 
-    left = [
+    remaining = [
         process for process in psutil.Process().children(recursive=True) if not is_resource_tracker(process)
     ]
-    for process in left:
+    for process in remaining:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
-    for process in psutil.wait_procs(left, timeout=5)[1]:
+    for process in psutil.wait_procs(remaining, timeout=5)[1]:
         with suppress(psutil.NoSuchProcess):
             process.kill()
 
 
 def is_resource_tracker(process: "psutil.Process") -> bool:
-    """Whether this is multiprocessing's resource tracker: it cleans up shared memory when its parent ends, and ignores SIGTERM."""
+    """Return whether a process is multiprocessing's resource tracker, which cleans up shared memory after its parent and ignores SIGTERM."""
     import psutil
 
     try:

@@ -1,4 +1,4 @@
-"""What a stage that reads the caches of its datasets says to a prune: these entries are in use."""
+"""Leases on the cache entries that a stage reads, so that a concurrent prune retains them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,9 +12,9 @@ from sdxl_pipeline.runtime.specs import TrainingDataset
 
 @contextmanager
 def leased_datasets(datasets: Sequence[TrainingDataset], purpose: str) -> Iterator[None]:
-    """Keep the entries of these datasets from being pruned while the block runs, those that are encoded in it included.
+    """Protect the entries of these datasets from being pruned while the block runs, including those encoded in it.
 
-    Open the stores inside the block: what they find then stays.
+    Open the stores inside the block: the entries they find then stay.
     """
     keys: dict[Path, list[str]] = {}
     for dataset in datasets:
@@ -24,9 +24,9 @@ def leased_datasets(datasets: Sequence[TrainingDataset], purpose: str) -> Iterat
             (dataset.text_cache, texts.store_root, (texts.entries_path, texts.prompts_path), "embed_key"),
         ):
             if mode != "disable" or Path(folder).exists():
-                named = keys.setdefault(Path(folder), [])
+                keys_of_store = keys.setdefault(Path(folder), [])
                 for table in tables:
-                    named += _column(table, column)
+                    keys_of_store += _column(table, column)
     with ExitStack() as leases:
         for root, entries in keys.items():
             leases.enter_context(StoreFolder(root).lease(entries, purpose=purpose))
@@ -34,7 +34,7 @@ def leased_datasets(datasets: Sequence[TrainingDataset], purpose: str) -> Iterat
 
 
 def _column(table: str, name: str) -> list[str]:
-    """A table that is not there holds no keys: whoever reads it next says so better."""
+    """Return a column of a table; an absent table has no keys, and its next reader reports it."""
     try:
         column: list[str] = pq.read_table(table, columns=[name])[name].to_pylist()
     except FileNotFoundError:

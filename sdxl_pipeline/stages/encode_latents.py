@@ -22,11 +22,10 @@ from sdxl_pipeline.cache.store.tensor_store import TensorStore
 from sdxl_pipeline.data.scan.table_digests import frame_digest
 from sdxl_pipeline.files.atomic_files import atomic_path
 from sdxl_pipeline.files.digest import digest_json
-from sdxl_pipeline.runtime.finished_manifest import read_finished, write_finished
 from sdxl_pipeline.runtime.ranks import Ranks
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import EncodeLatentsSpec, FailedItem, LatentCache
-from sdxl_pipeline.runtime.stage_runner import StopSignal, run_stage
+from sdxl_pipeline.runtime.stage_runner import StopSignal, read_finished, run_stage, write_finished
 
 if TYPE_CHECKING:
     from sdxl_pipeline.cache.encode.latent_encoding import EncodedShare

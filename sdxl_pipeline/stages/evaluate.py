@@ -7,10 +7,9 @@ from pathlib import Path
 
 from sdxl_pipeline.evaluation.evaluation_identity import evaluation_identity
 from sdxl_pipeline.files.atomic_files import remove_unfinished
-from sdxl_pipeline.runtime.finished_manifest import read_finished, write_finished
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import EvaluateSpec, EvaluationReport
-from sdxl_pipeline.runtime.stage_runner import StopSignal, run_stage
+from sdxl_pipeline.runtime.stage_runner import StopSignal, read_finished, run_stage, write_finished
 from sdxl_pipeline.runtime.store_leases import leased_datasets
 
 

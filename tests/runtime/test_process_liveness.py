@@ -1,4 +1,4 @@
-"""Which runs count as dead: those whose processes are known to have ended, and no others."""
+"""Liveness: a run is dead once all its processes are known to have ended, and only then."""
 
 import json
 import multiprocessing
@@ -14,38 +14,39 @@ from sdxl_pipeline.runtime.process_liveness import examined_runs, forget_run, ho
 from tests.support.processes import wait_for
 
 
-def hold(run: Path) -> None:
+def hold_until_killed(run: Path) -> None:
     hold_liveness(run)
     signal.pause()
 
 
-def examine(folder: Path) -> dict[str, bool]:
+def dead_by_run(folder: Path) -> dict[str, bool]:
     with examined_runs(folder) as runs:
         return {run.run_id: run.is_dead for run in runs}
 
 
-def test_a_run_is_dead_once_the_last_of_its_processes_is_killed(tmp_path: Path) -> None:
+def test_run_is_dead_once_its_last_process_is_killed(tmp_path: Path) -> None:
     processes = [
-        multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path / "run",)) for _ in range(2)
+        multiprocessing.get_context("fork").Process(target=hold_until_killed, args=(tmp_path / "run",))
+        for _ in range(2)
     ]
     try:
         for process in processes:
             process.start()
         wait_for(lambda: len(list(tmp_path.glob("run/*.process"))) == 2, 10, "both processes hold")
         for process in processes:
-            assert examine(tmp_path) == {"run": False}
+            assert dead_by_run(tmp_path) == {"run": False}
             os.kill(process.pid or 0, signal.SIGKILL)
             process.join()
     finally:
         for process in processes:
             process.kill()
-    assert examine(tmp_path) == {"run": True}
+    assert dead_by_run(tmp_path) == {"run": True}
     forget_run(tmp_path, "run")
-    assert examine(tmp_path) == {}
+    assert dead_by_run(tmp_path) == {}
 
 
-def leave_file(run: Path, **about: object) -> None:
-    """A file as of an ended process."""
+def write_ended_process_file(run: Path, **about: object) -> None:
+    """Write the liveness file of an ended process."""
     run.mkdir(parents=True)
     (run / "1-00.process").write_text(
         json.dumps({"pid": 1, "host": socket.gethostname(), "boot": "", **about})
@@ -62,22 +63,22 @@ def leave_file(run: Path, **about: object) -> None:
         ("another-machine", "", False),
     ],
 )
-def test_a_free_lock_proves_nothing_about_another_machine(
+def test_run_with_a_free_lock_on_another_machine_is_not_dead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, boot: str, dead: bool
 ) -> None:
     monkeypatch.setattr(process_liveness, "_boot_id", lambda: "this")
-    leave_file(tmp_path / "run", host=host, boot=boot)
-    assert examine(tmp_path) == {"run": dead}
+    write_ended_process_file(tmp_path / "run", host=host, boot=boot)
+    assert dead_by_run(tmp_path) == {"run": dead}
 
 
-def test_pid_of_a_living_process_does_not_keep_an_ended_run(tmp_path: Path) -> None:
-    leave_file(tmp_path / "run", pid=os.getpid())
-    assert examine(tmp_path) == {"run": True}
+def test_run_with_a_reused_pid_is_dead(tmp_path: Path) -> None:
+    write_ended_process_file(tmp_path / "run", pid=os.getpid())
+    assert dead_by_run(tmp_path) == {"run": True}
 
 
-def test_a_cut_file_counts_by_its_lock_and_a_run_without_files_is_unknown(tmp_path: Path) -> None:
+def test_truncated_file_counts_by_its_lock_and_run_without_files_is_omitted(tmp_path: Path) -> None:
     (tmp_path / "starting").mkdir()
-    leave_file(tmp_path / "cut")
+    write_ended_process_file(tmp_path / "cut")
     (tmp_path / "cut" / "1-00.process").write_text('{"pid": 1')
-    assert examine(tmp_path) == {"cut": True}
-    assert examine(tmp_path / "none") == {}
+    assert dead_by_run(tmp_path) == {"cut": True}
+    assert dead_by_run(tmp_path / "none") == {}

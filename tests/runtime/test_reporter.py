@@ -1,4 +1,4 @@
-"""What gets through the reporter and in which form: throttling by a clock we turn, Pipes messages, plain lines, a real terminal."""
+"""Reporter: throttling by a fake clock, Pipes messages, plain lines, and a real terminal."""
 
 import io
 import json
@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 class Recorder(Reporter):
-    """Keeps what passed."""
+    """Records the reports that are not throttled."""
 
     def __init__(self, clock):
         super().__init__(clock)
@@ -53,7 +53,7 @@ def clock():
     return Clock()
 
 
-def test_of_many_calls_at_once_the_first_and_the_last_pass(clock):
+def test_reporter_of_many_calls_at_once_shows_the_first_and_the_last(clock):
     reporter = Recorder(clock)
     for done in range(1, 100_001):
         reporter.progress("encode", done, 100_000)
@@ -63,14 +63,14 @@ def test_of_many_calls_at_once_the_first_and_the_last_pass(clock):
     assert [step for step, _ in reporter.metrics] == [1, 100_000]
 
 
-def test_a_finished_task_is_said_once_however_often_it_is_told(clock):
+def test_progress_of_a_finished_task_is_shown_once(clock):
     reporter = Recorder(clock)
     for _ in range(1000):
         reporter.progress("encode", 3, 3)
     assert reporter.progresses == [("encode", 3, 3)]
 
 
-def test_progress_passes_once_per_interval_and_tasks_do_not_hold_up_each_other(clock):
+def test_progress_is_shown_once_per_interval_and_task(clock):
     reporter = Recorder(clock)
     for done in range(1, 6):
         reporter.progress("encode", done, 100)
@@ -79,7 +79,7 @@ def test_progress_passes_once_per_interval_and_tasks_do_not_hold_up_each_other(c
     assert reporter.progresses == [(task, done, 100) for done in (1, 3, 5) for task in ("encode", "decode")]
 
 
-def test_metrics_of_different_names_do_not_hold_up_each_other(clock):
+def test_metrics_are_throttled_per_set_of_names(clock):
     reporter = Recorder(clock)
     for step in range(10):
         reporter.metric(step, {"loss": 0.5})
@@ -88,7 +88,7 @@ def test_metrics_of_different_names_do_not_hold_up_each_other(clock):
     assert reporter.metrics == [(0, {"loss": 0.5}), (10, {"eval_loss": 0.4}), (9, {"loss": 0.5})]
 
 
-def test_a_metric_that_passed_is_not_said_again_at_the_end(clock):
+def test_close_does_not_repeat_shown_metrics(clock):
     reporter = Recorder(clock)
     for step in range(3):
         reporter.metric(step, {"loss": 0.5})
@@ -97,7 +97,7 @@ def test_a_metric_that_passed_is_not_said_again_at_the_end(clock):
     assert [step for step, _ in reporter.metrics] == [0, 1, 2]
 
 
-def test_a_day_of_steps_gives_some_thousands_of_messages(clock):
+def test_reporter_of_a_day_of_steps_shows_some_thousands_of_messages(clock):
     reporter = Recorder(clock)
     seconds = 24 * 3600
     for done in range(seconds):
@@ -108,7 +108,7 @@ def test_a_day_of_steps_gives_some_thousands_of_messages(clock):
     assert 1000 < len(reporter.metrics) < 5000
 
 
-def test_plain_lines(tmp_path, clock):
+def test_plain_reporter_formats_lines(tmp_path, clock):
     stream = io.StringIO()
     with PlainReporter(stream, clock) as reporter:
         reporter.log("hello")
@@ -132,7 +132,7 @@ class FakeLog:
 
 
 class FakePipes:
-    """Holds messages to what Pipes can carry: JSON."""
+    """Accepts only messages that Pipes can send: JSON."""
 
     def __init__(self):
         self.messages = []
@@ -142,7 +142,7 @@ class FakePipes:
         self.messages.append(json.loads(json.dumps(payload, allow_nan=False)))
 
 
-def test_pipes_messages_carry_everything_and_survive_numbers_json_cannot_hold(tmp_path, clock):
+def test_pipes_reporter_sends_all_fields_and_non_finite_numbers(tmp_path, clock):
     pipes, stream = FakePipes(), io.StringIO()
     with PipesReporter(pipes, stream, clock) as reporter:
         reporter.progress("train", 1, 2, "steps")
@@ -156,7 +156,7 @@ def test_pipes_messages_carry_everything_and_survive_numbers_json_cannot_hold(tm
     assert len(stream.getvalue().splitlines()) == 3
 
 
-def test_log_lines_beyond_the_limit_go_to_stdout_only(clock):
+def test_pipes_reporter_beyond_the_log_limit_writes_to_stdout_only(clock):
     pipes, stream = FakePipes(), io.StringIO()
     reporter = PipesReporter(pipes, stream, clock)
     for number in range(MAX_EVENT_LOG_LINES + 500):
@@ -166,7 +166,7 @@ def test_log_lines_beyond_the_limit_go_to_stdout_only(clock):
     assert len(stream.getvalue().splitlines()) == MAX_EVENT_LOG_LINES + 500
 
 
-SPEAKING = textwrap.dedent("""
+REPORTING_PROGRAM = textwrap.dedent("""
     from sdxl_pipeline.runtime.reporter import open_reporter
     with open_reporter() as reporter:
         reporter.log("[hello]")
@@ -176,21 +176,23 @@ SPEAKING = textwrap.dedent("""
 """)
 
 
-def test_under_dagster_the_messages_arrive():
+def test_open_reporter_under_dagster_sends_pipes_messages():
     received = []
 
     @dg.asset
-    def speaking(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+    def reporting_asset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         with dg.open_pipes_session(
             context, dg.PipesEnvContextInjector(), dg.PipesTempFileMessageReader()
         ) as session:
             environment = {**os.environ, **session.get_bootstrap_env_vars()}
-            subprocess.run([sys.executable, "-c", SPEAKING], cwd=REPOSITORY, env=environment, check=True)
+            subprocess.run(
+                [sys.executable, "-c", REPORTING_PROGRAM], cwd=REPOSITORY, env=environment, check=True
+            )
         received.extend(session.get_custom_messages())
         return dg.MaterializeResult()
 
     with dg.instance_for_test() as instance:
-        result = dg.materialize([speaking], instance=instance)
+        result = dg.materialize([reporting_asset], instance=instance)
         logged = [entry.user_message for entry in instance.all_logs(result.run_id)]
     assert [(message["type"], message.get("done")) for message in received] == [
         ("progress", 1),
@@ -200,29 +202,33 @@ def test_under_dagster_the_messages_arrive():
     assert "[hello]" in logged
 
 
-def test_on_a_terminal_there_are_bars():
-    ours, theirs = pty.openpty()
+def test_open_reporter_on_a_terminal_shows_progress_bars():
+    terminal, program_end = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"}
     stage = subprocess.Popen(
-        [sys.executable, "-c", SPEAKING], cwd=REPOSITORY, env=environment, stdout=theirs, stderr=theirs
+        [sys.executable, "-c", REPORTING_PROGRAM],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=program_end,
+        stderr=program_end,
     )
-    os.close(theirs)
-    shown = b""
+    os.close(program_end)
+    output = b""
     try:
-        while piece := os.read(ours, 65536):
-            shown += piece
+        while chunk := os.read(terminal, 65536):
+            output += chunk
     except OSError:  # Linux: the other end of the terminal is closed
         pass
-    os.close(ours)
+    os.close(terminal)
     assert stage.wait(timeout=60) == 0
-    text = shown.decode()
+    text = output.decode()
     assert "━━━━" in text
     assert "4/4" in text
     assert "[hello]" in text, "square brackets are rich's markup and must be left alone"
     assert "step 3: loss 0.5" in text
 
 
-def test_ranks_above_0_are_silent(monkeypatch, capsys):
+def test_open_reporter_on_rank_1_is_silent(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     with open_reporter() as reporter:
         reporter.log("hello")

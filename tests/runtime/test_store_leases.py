@@ -1,4 +1,4 @@
-"""Holds that what a stage reads of its datasets stays through a prune."""
+"""Leases on the cache entries of a stage's datasets: a concurrent prune retains them."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def entries(*roots: str) -> list[int]:
 
 
 @pytest.mark.parametrize("mode", ["full", "ondemand", "disable"])
-def test_all_entries_of_all_datasets_stay_until_the_block_ends(tmp_path: Path, mode):
+def test_leased_datasets_protect_all_entries_until_the_block_ends(tmp_path: Path, mode):
     datasets = [
         make_dataset(tmp_path / name, name, captions=2).model_copy(
             update={"latent_cache": mode, "text_cache": mode}
@@ -37,16 +37,16 @@ def test_all_entries_of_all_datasets_stay_until_the_block_ends(tmp_path: Path, m
     assert entries(*roots) == [0] * 4
 
 
-def test_a_cache_that_keeps_nothing_makes_no_store(tmp_path: Path):
+def test_leased_datasets_of_a_disabled_cache_create_no_store(tmp_path: Path):
     dataset = make_dataset(tmp_path)
-    none = str(tmp_path / "none")
+    absent = str(tmp_path / "none")
     dataset = dataset.model_copy(
         update={
             "latent_cache": "disable",
             "latents": dataset.latents.model_copy(
-                update={"store_root": none, "entries_path": f"{none}.parquet"}
+                update={"store_root": absent, "entries_path": f"{absent}.parquet"}
             ),
         }
     )
     with leased_datasets([dataset], "train"):
-        assert not Path(none).exists()
+        assert not Path(absent).exists()

@@ -1,15 +1,15 @@
 """A Hugging Face Hub on 127.0.0.1: enough of its API for the real huggingface_hub client to download and to publish.
 
-What it speaks: whoami, repository creation, models' and datasets' info by revision, tree listing, `resolve` by HEAD and GET with ETag, `X-Repo-Commit`
-and ranges (large files by redirect, as the Hub does), YAML validation of model cards, preupload, the git-lfs batch API and commits.
-It does not speak Xet, so the client must run with `HF_HUB_DISABLE_XET=1`; both helpers below see to that:
+Supported: whoami, repository creation, model and dataset info by revision, tree listing, `resolve` by HEAD and GET with ETag,
+`X-Repo-Commit` and ranges (large files by redirect, as on the Hub), YAML validation of model cards, preupload, the git-lfs batch API and
+commits. Xet is not supported, so the client must run with `HF_HUB_DISABLE_XET=1`; both helpers below set it:
 
     with HubServer() as hub:
         hub.add_repo("someone/model", folder)
         subprocess.run([...], env=os.environ | hub.environment(tmp_path))     # another process: HF_ENDPOINT and HF_TOKEN
 
     def test_it(hub, monkeypatch, tmp_path):
-        hub.adopt_process(monkeypatch, tmp_path)                              # this process: the imported client is redirected
+        hub.adopt_process(monkeypatch, tmp_path)                              # this process: redirect the imported client
         snapshot_download("someone/model", endpoint=hub.endpoint)
 """
 
@@ -35,7 +35,7 @@ LFS_SUFFIXES = frozenset({".safetensors", ".bin", ".png", ".jpg", ".gz", ".parqu
 
 @dataclass(frozen=True)
 class Blob:
-    """The content of one file of a repository."""
+    """Content of one file of a repository."""
 
     data: bytes
     lfs: bool
@@ -46,7 +46,7 @@ class Blob:
 
     @cached_property
     def git_oid(self) -> str:
-        """Git's object id: of the content for a regular file, of the pointer file for one in large-file storage."""
+        """Git object id: of the content for a regular file, of the pointer file for one in large-file storage."""
         data = self.data
         if self.lfs:
             data = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.data)}\n".encode()
@@ -92,7 +92,7 @@ class Repo:
 
 @dataclass(frozen=True)
 class Request:
-    """One line of the server's log. `range` is the Range header of a resumed download."""
+    """One entry of the server's log. `range` is the Range header of a resumed download."""
 
     method: str
     path: str
@@ -101,7 +101,7 @@ class Request:
 
 @dataclass
 class Fault:
-    """What to do to the next `left` requests whose path matches."""
+    """Fault to inject into the next `left` requests whose path matches."""
 
     left: int
     pattern: re.Pattern[str]
@@ -111,7 +111,7 @@ class Fault:
 
 
 class HubError(Exception):
-    """A refusal, with the code the client reads to raise the right exception."""
+    """A rejection, with the error code from which the client chooses its exception."""
 
     def __init__(self, status: int, code: str | None, message: str) -> None:
         super().__init__(message)
@@ -119,7 +119,7 @@ class HubError(Exception):
 
 
 class HubServer:
-    """The server. A context manager; it listens from `__enter__` on, on a port the system chooses."""
+    """The server, as a context manager; it listens from `__enter__` on, on a free port."""
 
     token = "hf_localHubWriteToken"
     read_token = "hf_localHubReadToken"
@@ -134,7 +134,7 @@ class HubServer:
         self._httpd = ThreadingHTTPServer(("127.0.0.1", 0), _handler_for(self))
         self._httpd.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._httpd.server_port}"
-        # Large files lie on another host, so that the client behaves as with the Hub's CDN: it sends no token there.
+        # Large files are on another host like the Hub's CDN, to which the client sends no token.
         self.cdn = f"http://localhost:{self._httpd.server_port}"
         self._thread = threading.Thread(target=self._httpd.serve_forever, args=(0.05,), daemon=True)
 
@@ -150,44 +150,44 @@ class HubServer:
         self._thread.join()
 
     def add_repo(self, repo_id: str, folder: Path | None = None, private: bool = False) -> str:
-        """Publish the files of a folder as a new commit of `repo_id`; gives the commit's id."""
-        found = (
+        """Publish the files of a folder as a new commit of `repo_id`; return the commit's id."""
+        paths = (
             {}
             if folder is None
             else {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
         )
-        files = {name: Blob(data := path.read_bytes(), _is_large(name, data)) for name, path in found.items()}
+        files = {name: Blob(data := path.read_bytes(), _is_large(name, data)) for name, path in paths.items()}
         with self.lock:
             repo = self.repos.setdefault(repo_id, Repo(private))
             self.lfs_objects |= {blob.sha256: blob.data for blob in files.values() if blob.lfs}
             return repo.commit("Initial commit" if not repo.commits else "Replace the files", files).oid
 
     def add_dataset(self, repo_id: str, folder: Path, private: bool = False, gated: bool = False) -> str:
-        """The same for a dataset repository; nobody has accepted the terms of a gated one."""
+        """Publish a folder as a commit of a dataset repository; access to a gated one is always denied."""
         commit = self.add_repo(f"datasets/{repo_id}", folder, private)
         self.repos[f"datasets/{repo_id}"].gated = gated
         return commit
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        """Content by path, of the branch or of one commit."""
+        """Return content by path, of the branch or of one commit."""
         return {path: blob.data for path, blob in self.repos[repo_id].at(revision).files.items()}
 
     def commits(self, repo_id: str) -> list[str]:
-        """Commit messages, oldest first."""
+        """Return commit messages, oldest first."""
         return [commit.message for commit in self.repos[repo_id].commits]
 
     def fail_next(
         self, count: int = 1, status: int = 500, path: str = "", headers: dict[str, str] | None = None
     ) -> None:
-        """Answer the next `count` requests whose path matches the regular expression with this status; with `headers`, these and no body."""
+        """Answer the next `count` requests whose path matches the regular expression with this status, or with `headers` and no body."""
         self._faults.append(Fault(count, re.compile(path), status, None, headers))
 
     def cut_next(self, after_bytes: int, count: int = 1, path: str = "/(resolve|lfs)/") -> None:
-        """Close the connection of the next `count` matching downloads after so many bytes of the body."""
+        """Close the connection of the next `count` matching downloads after `after_bytes` bytes of the body."""
         self._faults.append(Fault(count, re.compile(path), None, after_bytes))
 
     def take_fault(self, path: str, cuts: bool) -> Fault | None:
-        """The fault this request meets, counted down. `cuts` asks for a broken download, else for a failing status."""
+        """Return the fault for this request and count it down. `cuts` selects broken downloads, else failing statuses."""
         with self.lock:
             for fault in self._faults:
                 if fault.left > 0 and (fault.cut_after is not None) == cuts and fault.pattern.search(path):
@@ -196,7 +196,7 @@ class HubServer:
         return None
 
     def environment(self, home: Path, token: str | None = token) -> dict[str, str]:
-        """Variables that point the client of another process here, away from the user's own cache and login."""
+        """Return variables that direct another process's client to this server, without the user's own cache and login."""
         variables = {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(home),
@@ -204,7 +204,7 @@ class HubServer:
             "HF_HUB_OFFLINE": "0",
         }
         variables |= {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
-        # An empty HF_TOKEN is no token: it masks one that the surrounding environment may hold.
+        # An empty HF_TOKEN counts as no token, and overrides one in the surrounding environment.
         return variables | {
             "HF_TOKEN": token or "",
             "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -212,7 +212,7 @@ class HubServer:
         }
 
     def adopt_process(self, monkeypatch: pytest.MonkeyPatch, home: Path, token: str | None = token) -> None:
-        """Point the client of this process here. It read its environment at import, so its constants are replaced as well."""
+        """Direct this process's client to this server. It read its environment at import, so its constants are replaced as well."""
         from huggingface_hub import constants
 
         for name, value in self.environment(home, token).items():
@@ -242,7 +242,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Requests are kept in `HubServer.requests`; nothing is printed."""
+        """Print nothing: requests are recorded in `HubServer.requests`."""
 
     def do_GET(self) -> None:
         self._answer()
@@ -311,13 +311,13 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, json.dumps(value).encode())
 
     def _send_content(self, data: bytes, headers: dict[str, str]) -> None:
-        """A file's bytes, or the range of them that was asked for."""
+        """Send a file's bytes, or the requested range of them."""
         headers = {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes", **headers}
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if wanted is None:
+        requested = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if requested is None:
             self._send(200, data, headers)
             return
-        start, end = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
+        start, end = int(requested[1]), min(int(requested[2] or len(data)), len(data) - 1)
         if start >= len(data):
             raise HubError(416, None, "Requested range not satisfiable")
         self._send(
@@ -325,7 +325,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def _caller(self, write: bool = False) -> str | None:
-        """Name of the user whose token came with the request, None without one."""
+        """Return the name of the user whose token came with the request, None without one."""
         header = self.headers.get("Authorization")
         if header is None:
             if write:
@@ -357,8 +357,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def create(self) -> None:
         name = self._caller(write=True)
-        wanted = json.loads(self.body)
-        repo_id = f"{wanted.get('organization') or name}/{wanted['name']}"
+        requested = json.loads(self.body)
+        repo_id = f"{requested.get('organization') or name}/{requested['name']}"
         if repo_id.split("/")[0] != name:
             raise HubError(
                 403,
@@ -369,7 +369,8 @@ class _Handler(BaseHTTPRequestHandler):
             exists = repo_id in self.hub.repos
             if not exists:
                 self.hub.add_repo(
-                    repo_id, private=wanted.get("visibility") == "private" or bool(wanted.get("private"))
+                    repo_id,
+                    private=requested.get("visibility") == "private" or bool(requested.get("private")),
                 )
         url = {"url": f"{self.hub.endpoint}/{repo_id}", "name": repo_id}
         if exists:
@@ -388,14 +389,14 @@ class _Handler(BaseHTTPRequestHandler):
             {"rfilename": path, "size": len(blob.data)} for path, blob in sorted(commit.files.items())
         ]
         name = repo_id.removeprefix("datasets/")
-        about = {
+        info = {
             "id": name,
             **({} if name != repo_id else {"modelId": name}),
             "sha": commit.oid,
             "private": repo.private,
             "siblings": siblings,
         }
-        self._send_json({**about, "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0})
+        self._send_json({**info, "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0})
 
     def info_of_head(self, repo_id: str) -> None:
         self.info(repo_id, "")
@@ -455,8 +456,8 @@ class _Handler(BaseHTTPRequestHandler):
         except yaml.YAMLError as error:
             self._send(400, json.dumps({"errors": [{"message": str(error)}], "warnings": []}).encode())
             return
-        wrong = [] if isinstance(metadata, dict) else [{"message": "the metadata must be a mapping"}]
-        self._send(400 if wrong else 200, json.dumps({"errors": wrong, "warnings": []}).encode())
+        errors = [] if isinstance(metadata, dict) else [{"message": "the metadata must be a mapping"}]
+        self._send(400 if errors else 200, json.dumps({"errors": errors, "warnings": []}).encode())
 
     def preupload(self, repo_id: str, revision: str) -> None:
         commit = self._repo(repo_id, write=True).at(revision)
@@ -471,10 +472,10 @@ class _Handler(BaseHTTPRequestHandler):
     def lfs_batch(self, repo_id: str) -> None:
         self._repo(repo_id, write=True)
         objects = []
-        for wanted in json.loads(self.body)["objects"]:
-            upload = {"href": f"{self.hub.endpoint}/lfs/{wanted['oid']}", "header": {}}
-            known = wanted["oid"] in self.hub.lfs_objects
-            objects.append(wanted | ({} if known else {"actions": {"upload": upload}}))
+        for requested in json.loads(self.body)["objects"]:
+            upload = {"href": f"{self.hub.endpoint}/lfs/{requested['oid']}", "header": {}}
+            known = requested["oid"] in self.hub.lfs_objects
+            objects.append(requested | ({} if known else {"actions": {"upload": upload}}))
         self._send_json({"transfer": "basic", "objects": objects})
 
     def upload_object(self, sha256: str) -> None:

@@ -1,4 +1,4 @@
-"""Disks that are really full: a small file system in a mount namespace of one process's own, which ends with it."""
+"""Disks that are really full: a small file system in a process's own mount namespace, which ends with it."""
 
 import ctypes
 import os
@@ -14,7 +14,7 @@ _CANNOT_MOUNT = 77
 
 
 def mount_small_disk(folder: Path | str, size: str) -> None:
-    """For a program of `run_on_small_disk`: put a tmpfs of a size such as "2m" over a folder; ends the program where that is not allowed."""
+    """Mount a tmpfs of a size such as "2m" over a folder; exit if that is not permitted. For programs of `run_on_small_disk`."""
     libc = ctypes.CDLL(None, use_errno=True)
     if (
         libc.unshare(_CLONE_NEWNS)
@@ -26,13 +26,13 @@ def mount_small_disk(folder: Path | str, size: str) -> None:
 
 
 def enlarge_disk(folder: Path | str, size: str) -> None:
-    """Give what `mount_small_disk` mounted another size."""
+    """Resize the file system mounted by `mount_small_disk`."""
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", _MS_REMOUNT, f"size={size}".encode()) == 0
 
 
 def run_on_small_disk(program: str, *arguments: Path, timeout: float = 300) -> str:
-    """What a Python program that calls `mount_small_disk` prints; the test is skipped where nothing can be mounted."""
+    """Return the output of a Python program that calls `mount_small_disk`; skip the test where nothing can be mounted."""
     if sys.platform != "linux":
         pytest.skip("mounts a tmpfs, which takes Linux")
     command = [sys.executable, "-c", program, *map(str, arguments)]

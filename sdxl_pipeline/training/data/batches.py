@@ -18,9 +18,8 @@ from sdxl_pipeline.data.buckets.crop_plan import fresh_place
 from sdxl_pipeline.models.sampling import Conditioning
 from sdxl_pipeline.models.time_ids import time_ids
 from sdxl_pipeline.models.vae import sample_latents
-from sdxl_pipeline.runtime.finished_manifest import finished_path
 from sdxl_pipeline.runtime.specs import TrainingDataset
-from sdxl_pipeline.runtime.stage_runner import UserError
+from sdxl_pipeline.runtime.stage_runner import UserError, finished_path
 from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler, SampleRef
 from sdxl_pipeline.training.data.loss_weights import ALL_ALIKE, LossWeights
 from sdxl_pipeline.training.data.on_demand_cache import Cache, OnDemandEncoders, Tensors, read_from
