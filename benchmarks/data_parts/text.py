@@ -121,7 +121,7 @@ def _embed(spec_path: Path, root: Path) -> dict[str, float]:
 def _bare(spec: EncodeTextSpec, captions: list[str], batch_size: int) -> float:
     """Captions/s of both encoders, on tokens made before: nothing is tokenized, copied or stored meanwhile."""
     from sdxl_pipeline.cache.encode.encoder_devices import load_encoders
-    from sdxl_pipeline.models.prompt_encoding import encode_tokens
+    from sdxl_pipeline.models.conditioning import encode_tokens
     from sdxl_pipeline.models.prompt_tokens import PromptReader
 
     encoders = load_encoders(spec.base_model, spec.hardware)

@@ -23,8 +23,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from benchmarks.figures import Measurement, as_json, show
 from benchmarks.train_parts import sdxl_base
 from benchmarks.train_parts.loops import BareLoop, ExampleLoop
-from sdxl_pipeline.models.attention_kernels import AttentionKernelError, use_backend
-from sdxl_pipeline.models.compilation import compile_unet
+from sdxl_pipeline.models.unet_execution import AttentionKernelError, compile_unet, use_backend
 
 KERNELS = ("_native_flash", "_native_efficient", "_native_cudnn", "xformers", "flash")
 """diffusers' names; the first three are PyTorch's, among which it chooses by itself where none is named."""

@@ -1,10 +1,9 @@
-"""Which SDXL is fine-tuned: from a name in the settings to files on this disk and a digest for each component.
+"""Resolution of the base model: from a name in the settings to local files and a digest of each component.
 
-Four kinds of name are understood: `bundled:tiny-sdxl`, a Hub id, a local folder in diffusers' layout, and a single `.safetensors`
-checkpoint in SDXL's original layout. A single checkpoint has no configurations and no tokenizers. They are taken from its companion
-folder, if there is one: a folder named like the file without its suffix, else the folder it lies in, where that has them in diffusers'
-layout. Otherwise the configurations are SDXL-base's, which ship with this package, and the tokenizers SDXL-base's from the Hub cache
-or the Hub (2 MB).
+Names are `bundled:tiny-sdxl`, a Hub id, a local folder in diffusers' layout, or a single `.safetensors` checkpoint in SDXL's original
+layout. A single checkpoint has no configurations and no tokenizers. They come from its companion folder: one named like the file without
+its suffix, else the folder of the file, if that has them in diffusers' layout. Otherwise the configurations are SDXL-base's, which are
+part of this package, and the tokenizers SDXL-base's from the Hub cache or the Hub (2 MB).
 
 Torch is not imported here: the asset graph reads these records.
 """
@@ -54,9 +53,9 @@ _TEXT_COMPONENTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"
 
 
 class ResolvedModel(BaseModel):
-    """A base model found on this disk: plain data, so that it can stand in a stage's spec.
+    """A base model on the local disk, as plain data for a stage's spec.
 
-    The digests cover the content of what is used, never a path: one model by Hub id and by local copy has one digest.
+    The digests cover the content in use, not its path: a model by Hub id and by local copy has the same digests.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,39 +70,37 @@ class ResolvedModel(BaseModel):
     revision: str | None = Field(default=None, description="Commit on the Hub; None for local files.")
     variants: dict[str, str] = Field(
         default_factory=dict,
-        description="Component -> variant of its weight files, as fp16; absent for none.",
+        description="Component -> variant of its weight files, such as fp16; absent for none.",
     )
     scheduler_overrides: dict[str, str | bool] = Field(
         default_factory=dict,
-        description="What a checkpoint says of itself against its scheduler's configuration.",
+        description="Scheduler configuration overridden by marker tensors of a checkpoint.",
     )
-    vae_source: str | None = Field(
-        default=None, description="The name of the VAE that replaces the model's own."
-    )
+    vae_source: str | None = Field(default=None, description="Name of the VAE that replaces the model's own.")
     vae_path: str | None = Field(
         default=None, description="Folder with that VAE's config.json, or its .safetensors file."
     )
     vae_revision: str | None = None
-    digests: dict[str, str] = Field(description="SHA-256 per component; `vae` is that of the VAE in use.")
+    digests: dict[str, str] = Field(description="SHA-256 per component; `vae` is the VAE in use.")
 
     @property
     def digest(self) -> str:
-        """Digest over all components."""
+        """Digest of all components."""
         return digest_json(self.digests)
 
     @property
     def vae_digest(self) -> str:
-        """What latents depend on."""
+        """Digest that latents depend on."""
         return self.digests["vae"]
 
     @property
     def text_digest(self) -> str:
-        """What text embeddings depend on: both encoders and both tokenizers."""
+        """Digest that text embeddings depend on: both encoders and both tokenizers."""
         return digest_json({component: self.digests[component] for component in _TEXT_COMPONENTS})
 
     @property
     def unet_digest(self) -> str:
-        """What is fine-tuned."""
+        """Digest of the fine-tuned UNet."""
         return self.digests["unet"]
 
 
@@ -121,28 +118,28 @@ class _Vae:
 def resolve_base_model(
     settings: TrainingSettings, project_folder: Path, cache_dir: Path | None = None
 ) -> ResolvedModel:
-    """Find, or download, the base model of the settings and digest its components.
+    """Locate or download the base model of the settings and compute the digests of its components.
 
-    Relative paths are relative to `project_folder`. `cache_dir` keeps the digests of large files (default: see `default_cache_dir`);
-    downloads lie in huggingface_hub's own cache. Raises BaseModelError with a remedy.
+    Relative paths are relative to `project_folder`. `cache_dir` stores the digests of large files (default: `default_cache_dir`);
+    downloads are stored in huggingface_hub's own cache. Raises BaseModelError with a fix.
     """
     cache = DigestCache(cache_dir or default_cache_dir())
     source = settings.pretrained_model_name_or_path or MODEL_FLAVOURS[settings.model_flavour]
     vae_source = settings.pretrained_vae_model_name_or_path
-    place = _locate(source, project_folder)
-    if isinstance(place, str):
-        return _resolve_hub(place, settings.revision, vae_source, project_folder, cache)
+    location = _locate(source, project_folder)
+    if isinstance(location, str):
+        return _resolve_hub(location, settings.revision, vae_source, project_folder, cache)
     if settings.revision is not None:
         raise BaseModelError(
             f"revision is {settings.revision!r}, but {source} is not on the Hub, so it has no revisions. Remove `revision`."
         )
-    if place.is_dir():
-        return _resolve_folder(source, place, None, vae_source, project_folder, cache)
-    return _resolve_single_file(source, place, vae_source, project_folder, cache)
+    if location.is_dir():
+        return _resolve_folder(source, location, None, vae_source, project_folder, cache)
+    return _resolve_single_file(source, location, vae_source, project_folder, cache)
 
 
 def _locate(source: str, project_folder: Path) -> Path | str:
-    """A folder or .safetensors file that exists, or a Hub id."""
+    """Return an existing folder or .safetensors file, or a Hub id."""
     if source.startswith("bundled:"):
         if source != BUNDLED_NAME:
             raise BaseModelError(f"{source!r} is not a bundled model. There is one: {BUNDLED_NAME!r}.")
@@ -153,14 +150,14 @@ def _locate(source: str, project_folder: Path) -> Path | str:
     if path.is_file():
         if path.suffix.lower() != ".safetensors":
             raise BaseModelError(
-                f"{path} is not a .safetensors file, and nothing else is loaded: pickled checkpoints can run code when opened. "
+                f"{path} is not a .safetensors file, the only supported format: pickled checkpoints can run code when opened. "
                 "Convert it, or download its .safetensors version."
             )
         return path
     if _HUB_ID.fullmatch(source) and not source.lower().endswith(".safetensors"):
         return source
     raise BaseModelError(
-        f"{source!r} is neither a file nor a folder (looked at {path}), nor a Hub id of the form owner/name. "
+        f"{source!r} is neither a file nor a folder (searched {path}), nor a Hub id of the form owner/name. "
         f"Give one of these, or {BUNDLED_NAME!r}."
     )
 
@@ -173,7 +170,7 @@ def _resolve_hub(
         chosen = [MODEL_INDEX, SCHEDULER_CONFIG]
         for component in WEIGHT_STEMS:
             if component == "vae" and vae_source is not None:
-                chosen.append("vae/config.json")  # a single-file VAE is built by it
+                chosen.append("vae/config.json")  # the configuration of a single-file VAE
                 continue
             files = choose_component(names, component, repo_id)
             chosen += [files.config, *files.weights]
@@ -193,7 +190,7 @@ def _resolve_folder(
     project_folder: Path,
     cache: DigestCache,
 ) -> ResolvedModel:
-    names = _names_in(folder)
+    names = _list_files(folder)
     _require_sdxl(folder, names, source)
     vae = _resolve_vae(vae_source, project_folder, folder, cache)
     digests, variants = _digest_configs(folder, folder, cache), {}
@@ -211,15 +208,15 @@ def _resolve_single_file(
     source: str, path: Path, vae_source: str | None, project_folder: Path, cache: DigestCache
 ) -> ResolvedModel:
     header, _ = read_safetensors_header(path)
-    wanted = [component for component in SINGLE_FILE_PREFIXES if component != "vae" or vae_source is None]
+    required = [component for component in SINGLE_FILE_PREFIXES if component != "vae" or vae_source is None]
     absent = [
         f"{component} ({prefix}*)"
         for component, prefix in SINGLE_FILE_PREFIXES.items()
-        if component in wanted and not any(name.startswith(prefix) for name in header)
+        if component in required and not any(name.startswith(prefix) for name in header)
     ]
     if absent:
         raise BaseModelError(
-            f"{path} is not a whole SDXL checkpoint: it lacks {', '.join(absent)}. Give a checkpoint that holds all components"
+            f"{path} is not a complete SDXL checkpoint: it lacks {', '.join(absent)}. Give a checkpoint with all components"
             + (
                 ", or set pretrained_vae_model_name_or_path."
                 if absent == ["vae (first_stage_model.*)"]
@@ -233,7 +230,7 @@ def _resolve_single_file(
     if overrides:
         digests["scheduler"] = digest_json({"config": digests["scheduler"], "overrides": overrides})
     tensors = cache.single_file_components(path)
-    for component in wanted:
+    for component in required:
         config = digest_config(configs / component / "config.json")
         digests[component] = digest_json({"config": config, "tensors": tensors[component]})
     record = _record(source, "single_file", path, configs, tokenizers, None, digests, {}, vae)
@@ -241,10 +238,10 @@ def _resolve_single_file(
 
 
 def _scheduler_overrides(header: Collection[str], path: Path) -> dict[str, str | bool]:
-    """What empty marker tensors say of how a checkpoint was trained, by the convention that ComfyUI reads."""
+    """Return the overrides that marker tensors of a checkpoint imply, by ComfyUI's convention."""
     if any(name.startswith("edm_") for name in header):
         raise BaseModelError(
-            f"{path} was trained in EDM's formulation (it holds edm_* tensors), which is not supported. "
+            f"{path} was trained in EDM's formulation (it has edm_* tensors), which is not supported. "
             "Choose a checkpoint that predicts noise or v."
         )
     if "v_pred" not in header:
@@ -284,26 +281,26 @@ def _record(
 
 
 def _resolve_vae(source: str | None, project_folder: Path, configs: Path, cache: DigestCache) -> _Vae | None:
-    """The VAE of pretrained_vae_model_name_or_path: a Hub id or folder with a VAE at its root or in vae/, or a .safetensors file."""
+    """Return the VAE of pretrained_vae_model_name_or_path: a Hub id or folder with a VAE at its root or in vae/, or a .safetensors file."""
     if source is None:
         return None
-    place = _locate(source, project_folder)
+    location = _locate(source, project_folder)
     revision = None
-    if isinstance(place, str):
+    if isinstance(location, str):
         snapshot = download_snapshot(
-            place, None, [MODEL_INDEX, "config.json", "vae/config.json"], _vae_files(place)
+            location, None, [MODEL_INDEX, "config.json", "vae/config.json"], _vae_files(location)
         )
-        place, revision = snapshot.folder, snapshot.revision
-    if place.is_file():
-        components = cache.single_file_components(place)
-        tensors = components.get("vae") or cache.file(place)
+        location, revision = snapshot.folder, snapshot.revision
+    if location.is_file():
+        components = cache.single_file_components(location)
+        tensors = components.get("vae") or cache.file(location)
         digest = digest_json({"config": digest_config(configs / "vae" / "config.json"), "tensors": tensors})
-        return _Vae(source, place, digest)
-    names = _names_in(place)
+        return _Vae(source, location, digest)
+    names = _list_files(location)
     subfolder = _vae_folder(names)
     files = choose_component(names, "vae", source, subfolder)
-    digest = digest_component(place, files.config, files.weights, cache)
-    return _Vae(source, place / subfolder, digest, files.variant, revision)
+    digest = digest_component(location, files.config, files.weights, cache)
+    return _Vae(source, location / subfolder, digest, files.variant, revision)
 
 
 def _vae_folder(names: Collection[str]) -> str:
@@ -319,7 +316,7 @@ def _vae_files(source: str) -> Callable[[Collection[str]], list[str]]:
 
 
 def _companions(checkpoint: Path) -> tuple[Path, Path]:
-    """Folders with the configurations and with the tokenizers of a single-file checkpoint."""
+    """Return the folders with the configurations and with the tokenizers of a single-file checkpoint."""
     candidates = (checkpoint.with_suffix(""), checkpoint.parent)
     configs = next(
         (
@@ -342,13 +339,13 @@ def _companions(checkpoint: Path) -> tuple[Path, Path]:
         return configs, download_snapshot(SDXL_BASE_ID, None, ["tokenizer/vocab.json"], choose).folder
     except BaseModelError as error:
         raise BaseModelError(
-            f"{checkpoint} holds no tokenizers, as no single-file checkpoint does, and those of {SDXL_BASE_ID} could not be had. "
+            f"{checkpoint} is a single-file checkpoint, which has no tokenizers, and those of {SDXL_BASE_ID} are not available. "
             f"Put its folders tokenizer and tokenizer_2 into {candidates[0]}, or connect once. ({error})"
         ) from error
 
 
 def _digest_configs(configs: Path, tokenizers: Path, cache: DigestCache) -> dict[str, str]:
-    names = _names_in(tokenizers)
+    names = _list_files(tokenizers)
     digests = {
         "pipeline": digest_config(configs / MODEL_INDEX),
         "scheduler": digest_config(configs / SCHEDULER_CONFIG),
@@ -359,8 +356,8 @@ def _digest_configs(configs: Path, tokenizers: Path, cache: DigestCache) -> dict
     return digests
 
 
-def _names_in(folder: Path) -> list[str]:
-    """Names of the files in a model folder and in its component folders."""
+def _list_files(folder: Path) -> list[str]:
+    """Return the names of the files in a model folder and its component folders."""
     return [
         path.relative_to(folder).as_posix()
         for pattern in ("*", "*/*")
@@ -372,7 +369,7 @@ def _names_in(folder: Path) -> list[str]:
 def _require_index(names: Collection[str], source: str) -> None:
     if MODEL_INDEX not in names:
         raise BaseModelError(
-            f"{source} has no {MODEL_INDEX}, so it is not a model in diffusers' layout. If it holds a single .safetensors checkpoint, "
+            f"{source} has no {MODEL_INDEX}, so it is not a model in diffusers' layout. If it contains a single .safetensors checkpoint, "
             "give the path of that file."
         )
     if SCHEDULER_CONFIG not in names:
@@ -390,5 +387,5 @@ def _require_sdxl(folder: Path, names: Collection[str], source: str) -> None:
     for component in WEIGHT_STEMS:
         if index.get(component) in (None, [None, None]):
             raise BaseModelError(
-                f"{source} has no {component}. This project trains SDXL base models; the refiner, which has one text encoder, is none."
+                f"{source} has no {component}. This project trains SDXL base models, which have two text encoders; the refiner has one."
             )

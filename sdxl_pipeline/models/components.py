@@ -1,6 +1,6 @@
-"""The parts of a base model as torch modules: from a folder or a single checkpoint, frozen, in eval mode, never from the network.
+"""Components of a base model as torch modules, from a folder or a single checkpoint: frozen, in eval mode, without network access.
 
-Whatever lacks a weight is refused: a library that fills it with random numbers and a warning would train on noise.
+Missing weights raise an error: a library that fills them with random numbers and a warning would train on noise.
 
 Diffusers is imported where it is needed: that takes seconds, and text encoders in a folder need only transformers.
 """
@@ -57,28 +57,28 @@ class TextEncoders(Tokenizers):
     text_encoder_2: CLIPTextModelWithProjection
 
     def to(self, device: torch.device | str) -> TextEncoders:
-        """Move both encoders, in place."""
+        """Move both encoders in place and return self."""
         self.text_encoder.to(device)
         self.text_encoder_2.to(device)
         return self
 
 
 def load_vae(model: ResolvedModel, dtype: torch.dtype) -> AutoencoderKL:
-    """The VAE in use: the model's own or the one that replaces it.
+    """Load the VAE in use: the model's own or its replacement.
 
-    Raises BaseModelError for fp16 with a VAE that overflows in it (`force_upcast` in its configuration, as SDXL's has).
+    Raises BaseModelError for fp16 with a VAE that overflows in it (`force_upcast` in its configuration, as in SDXL's).
     """
     vae = _load_vae(model, dtype)
     if dtype == torch.float16 and vae.config.force_upcast:
         raise BaseModelError(
             f"the VAE of {model.vae_source or model.source} overflows in fp16 (force_upcast in its config.json). Set vae_dtype to bf16 "
-            "or fp32, or pretrained_vae_model_name_or_path to one made for fp16, as madebyollin/sdxl-vae-fp16-fix."
+            "or fp32, or pretrained_vae_model_name_or_path to one made for fp16, such as madebyollin/sdxl-vae-fp16-fix."
         )
     return vae
 
 
 def load_tiny_autoencoder(folder: Path, dtype: torch.dtype) -> AutoencoderTiny:
-    """The autoencoder of previews from its folder, see `sdxl_pipeline.models.tiny_autoencoder`."""
+    """Load the preview decoder from its folder, see `sdxl_pipeline.models.tiny_autoencoder`."""
     from diffusers import AutoencoderTiny
 
     loaded: AutoencoderTiny = _frozen(_from_folder(AutoencoderTiny, folder, None, dtype), str(folder))
@@ -86,17 +86,17 @@ def load_tiny_autoencoder(folder: Path, dtype: torch.dtype) -> AutoencoderTiny:
 
 
 def latent_scaling_factor(model: ResolvedModel) -> float:
-    """What latents are multiplied by to have the unit variance the UNet expects; read without loading the VAE."""
+    """Return the factor that scales latents to the unit variance expected by the UNet, without loading the VAE."""
     from diffusers import AutoencoderKL
 
-    own = model.vae_path is None or Path(model.vae_path).is_file()
-    folder = Path(model.config_path) / "vae" if own else Path(str(model.vae_path))
+    uses_own_vae = model.vae_path is None or Path(model.vae_path).is_file()
+    folder = Path(model.config_path) / "vae" if uses_own_vae else Path(str(model.vae_path))
     default = inspect.signature(AutoencoderKL.__init__).parameters["scaling_factor"].default
     return float(AutoencoderKL.load_config(folder).get("scaling_factor", default))
 
 
 def load_unet(model: ResolvedModel, dtype: torch.dtype) -> UNet2DConditionModel:
-    """The UNet."""
+    """Load the UNet."""
     from diffusers import UNet2DConditionModel
 
     if model.kind == "folder":
@@ -109,7 +109,7 @@ def load_unet(model: ResolvedModel, dtype: torch.dtype) -> UNet2DConditionModel:
 
 
 def load_tokenizers(model: ResolvedModel) -> Tokenizers:
-    """Both tokenizers, for counting tokens without the encoders."""
+    """Load both tokenizers, for counting tokens without the encoders."""
     return Tokenizers(
         *(
             CLIPTokenizer.from_pretrained(Path(model.tokenizers_path) / name, local_files_only=True)
@@ -119,7 +119,7 @@ def load_tokenizers(model: ResolvedModel) -> Tokenizers:
 
 
 def load_text_encoders(model: ResolvedModel, dtype: torch.dtype) -> TextEncoders:
-    """Both text encoders and tokenizers."""
+    """Load both text encoders and tokenizers."""
     tokenizers = load_tokenizers(model)
     return TextEncoders(
         tokenizers.tokenizer,
@@ -132,9 +132,9 @@ def load_text_encoders(model: ResolvedModel, dtype: torch.dtype) -> TextEncoders
 def load_noise_scheduler(
     model: ResolvedModel, changes: Mapping[str, Any] = MappingProxyType({})
 ) -> DDPMScheduler:
-    """The forward process the model was trained with (betas, prediction type), for adding noise in training.
+    """Load the forward process that the model was trained with (betas, prediction type), for adding noise in training.
 
-    `changes` go before the model's own configuration (`TrainingSettings.scheduler_changes`).
+    `changes` override the model's configuration (`TrainingSettings.scheduler_changes`).
     """
     from diffusers import DDPMScheduler
 
@@ -148,10 +148,10 @@ def load_pipeline(
     vae: AutoencoderKL | None = None,
     text_encoders: TextEncoders | Literal[False] | None = None,
 ) -> StableDiffusionXLPipeline:
-    """Diffusers' pipeline for drawing, with the model's own sampler.
+    """Load diffusers' pipeline for inference, with the model's own sampler.
 
-    Parts that are given are used as they are; what is None is loaded. `text_encoders=False` leaves the encoders out, for calls with
-    `prompt_embeds`. With fp16, diffusers itself decodes in fp32 where the VAE needs it.
+    Given components are used; None loads them. `text_encoders=False` omits the encoders, for calls with `prompt_embeds`. With fp16,
+    diffusers itself decodes in fp32 where the VAE needs it.
     """
     from diffusers import StableDiffusionXLPipeline
 
@@ -184,10 +184,12 @@ def _scheduler_class(model: ResolvedModel, config: dict[str, Any]) -> Any:
     import diffusers
 
     name = str(config.get("_class_name"))
-    found = getattr(diffusers, name, None)
-    if isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin):
-        return found
-    raise BaseModelError(f"{model.config_path}/{SCHEDULER_CONFIG}: {name!r} is no scheduler of diffusers.")
+    scheduler_class = getattr(diffusers, name, None)
+    if isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin):
+        return scheduler_class
+    raise BaseModelError(
+        f"{model.config_path}/{SCHEDULER_CONFIG}: {name!r} is not a scheduler class of diffusers."
+    )
 
 
 def _load_vae(model: ResolvedModel, dtype: torch.dtype) -> AutoencoderKL:
@@ -202,8 +204,8 @@ def _load_vae(model: ResolvedModel, dtype: torch.dtype) -> AutoencoderKL:
     for key in ("latents_mean", "shift_factor"):
         if getattr(vae.config, key, None) is not None:
             raise BaseModelError(
-                f"the VAE of {model.vae_source or model.source} normalizes latents by {key}, which SDXL's does not; its latents "
-                "would not be what the UNet expects. Use a VAE of SDXL."
+                f"the VAE of {model.vae_source or model.source} normalizes latents by {key}, unlike SDXL's; the UNet expects other "
+                "latents. Use a VAE of SDXL."
             )
     return _frozen(vae, model.vae_source or model.source)
 
@@ -217,7 +219,7 @@ def _load_text_encoder(
     from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 
     path = Path(model.path)
-    with _named_misfit(model, path, component):
+    with _errors_as_base_model_error(model, path, component):
         encoder = create_diffusers_clip_model_from_ldm(
             encoder_class,
             _read_tensors(path, SINGLE_FILE_PREFIXES[component]),
@@ -242,7 +244,7 @@ def _from_folder(model_class: Any, folder: Path, variant: str | None, dtype: tor
         )
     if missing := sorted(info["missing_keys"]):
         raise BaseModelError(
-            f"{folder} lacks {len(missing)} weights that its config.json asks for, as {missing[0]}. Get the files again."
+            f"{folder} lacks {len(missing)} weights of its config.json, such as {missing[0]}. Get the files again."
         )
     return loaded
 
@@ -253,38 +255,38 @@ def _from_checkpoint(
     prefix = SINGLE_FILE_PREFIXES[component]
     tensors = _read_tensors(path, prefix)
     if not tensors and component == "vae":
-        tensors = _read_tensors(path, "")  # a file with nothing but a VAE names its tensors without prefix
-    with _named_misfit(model, path, component):
+        tensors = _read_tensors(path, "")  # a VAE-only file names its tensors without prefix
+    with _errors_as_base_model_error(model, path, component):
         return model_class.from_single_file(
             tensors, config=model.config_path, subfolder=component, torch_dtype=dtype, local_files_only=True
         )
 
 
 @contextmanager
-def _named_misfit(model: ResolvedModel, path: Path, component: str) -> Iterator[None]:
-    """Turn what diffusers' converters raise on a checkpoint that is not what it should be into an error that says so."""
+def _errors_as_base_model_error(model: ResolvedModel, path: Path, component: str) -> Iterator[None]:
+    """Convert errors that diffusers' converters raise on an unsuitable checkpoint to a BaseModelError."""
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     try:
         yield
-    except NotImplementedError as error:  # torch cannot move a weight that was never filled in
+    except NotImplementedError as error:  # torch cannot move a meta weight that was not loaded
         raise BaseModelError(f"{path} lacks weights of its {component}. Get the file again.") from error
     except (KeyError, RuntimeError, ValueError, SingleFileComponentError) as error:
         raise BaseModelError(
             f"{path}: its {component} does not fit {model.config_path}/{component}/config.json ({error}). "
-            "A model that is not built like SDXL-base needs its configurations in a folder beside the file, named like it."
+            "A model that is not built like SDXL-base needs its configurations in a folder beside the file, with the file's name."
         ) from error
 
 
 def _read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors whose names begin with `prefix`, under their full names; of the others not a byte is read."""
+    """Return the tensors whose names begin with `prefix`, under their full names; others are not read."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
 
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing a bar per loaded file into a stage's log."""
+    """Disable transformers' progress bars, one per loaded file, in a stage's log."""
     enabled = is_progress_bar_enabled()
     disable_progress_bar()
     try:
@@ -295,7 +297,9 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _frozen(module: Any, source: str) -> Any:
-    # diffusers' and transformers' fast loading leaves what the file lacks on the meta device
+    # fast loading in diffusers and transformers leaves missing weights on the meta device
     if absent := [name for name, parameter in module.named_parameters() if parameter.is_meta]:
-        raise BaseModelError(f"{source} lacks {len(absent)} weights, as {absent[0]}. Get the files again.")
+        raise BaseModelError(
+            f"{source} lacks {len(absent)} weights, such as {absent[0]}. Get the files again."
+        )
     return module.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Model files from the Hugging Face Hub: only the files that will be used, at a revision that is known, offline where possible."""
+"""Download of model files from the Hugging Face Hub: only the files in use, at a known revision, offline where possible."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A repository's files on this disk, and the commit they are of."""
+    """Files of a repository on the local disk, and their commit."""
 
     folder: Path
     revision: str
@@ -29,13 +29,12 @@ def download_snapshot(
     probes: Collection[str],
     choose: Callable[[Collection[str]], Iterable[str]],
 ) -> Snapshot:
-    """Bring the files that `choose` picks from the repository's listing into the Hub cache of this machine.
+    """Download the files that `choose` selects from the repository's listing into this machine's Hub cache.
 
-    `probes` are names of small files, one of which the repository holds: fetching them first tells the commit, from the network or,
-    without one, from the cache. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they mean to huggingface_hub. Raises
-    DiskFullError when the cache's disk is full,
-    BaseModelError when the repository or revision does not exist, needs a token, or cannot be reached and is not cached; and
-    whatever `choose` raises.
+    `probes` are names of small files, one of which the repository has: downloading them first determines the commit, from the network or,
+    without one, from the cache. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE have the same meaning as for huggingface_hub. Raises
+    DiskFullError when the cache's disk is full, BaseModelError when the repository or revision does not exist, needs a token, or cannot
+    be reached and is not cached, and any error of `choose`.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -61,7 +60,7 @@ def download_snapshot(
             if not is_disk_full(error):
                 raise
             needed = None
-            with suppress(Exception):  # asked only now, since it takes a request per file
+            with suppress(Exception):  # only on failure, since it takes a request per file
                 needed = sum(file.file_size for file in download(dry_run=True) if file.will_download)
             raise DiskFullError(hub_cache_full_message(Path(HF_HUB_CACHE), repo_id, needed)) from error
 
@@ -70,7 +69,9 @@ def download_snapshot(
         try:
             listing: Collection[str] = HfApi(endpoint=endpoint).list_repo_files(repo_id, revision=commit)
         except (HTTPError, OfflineModeIsEnabled) as error:
-            logger.info("%s is not reachable (%s); its cached files are used.", repo_id, type(error).__name__)
+            logger.info(
+                "%s cannot be reached (%s); its cached files are used.", repo_id, type(error).__name__
+            )
             listing = _cached_files(fetch(probes, commit))
         files = tuple(choose(listing))
         folder = fetch(files, commit)
@@ -84,14 +85,14 @@ def download_snapshot(
         ) from error
     except RepositoryNotFoundError as error:
         raise BaseModelError(
-            f"{repo_id} is not a repository of the Hub that this machine may read. Correct the name; if it is private, set HF_TOKEN "
+            f"{repo_id} is not a repository of the Hub that this machine may read. Correct the name; for a private one, set HF_TOKEN "
             "or run `hf auth login`."
         ) from error
     except HFValidationError as error:
         raise BaseModelError(f"{repo_id!r} is not a valid repository name: {error}") from error
     except (LocalEntryNotFoundError, HTTPError) as error:
         raise BaseModelError(
-            f"{repo_id} cannot be reached, and this machine's Hub cache does not hold all files that are needed of it "
+            f"{repo_id} cannot be reached, and this machine's Hub cache lacks some of its files "
             f"({explain(error)}). Connect once, or give a local folder."
         ) from error
     if missing := [name for name in files if not (folder / name).exists()]:
@@ -100,5 +101,5 @@ def download_snapshot(
 
 
 def _cached_files(folder: Path) -> list[str]:
-    # a link whose blob is gone counts as absent
+    # a link with a missing blob counts as absent
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]

@@ -1,9 +1,9 @@
-"""Which files of a model folder, on disk or on the Hub, this project uses: one variant of each component, safetensors only.
+"""Choice of the files in use from a model folder or Hub listing: one variant of each component, safetensors only.
 
-A repository like stabilityai/stable-diffusion-xl-base-1.0 holds the same weights many times over: fp32 and fp16 safetensors, a
-single-file checkpoint, ONNX, OpenVINO and Flax. Where a component has fp16 safetensors those are taken, everywhere by the same rule:
-they halve the download (7 GB rather than 14), and the frozen base model computes in bf16 or fp16 anyway. Only storage is concerned:
-the VAE's fp16 file is loaded to bf16 or fp32, so the overflow of SDXL's VAE in fp16 *arithmetic* does not arise.
+A repository like stabilityai/stable-diffusion-xl-base-1.0 has the same weights many times: fp32 and fp16 safetensors, a single-file
+checkpoint, ONNX, OpenVINO and Flax. fp16 safetensors are preferred for every component: they halve the download (7 GB rather than 14),
+and the frozen base model computes in bf16 or fp16 anyway. This concerns only storage: the VAE's fp16 file is loaded to bf16 or fp32, so
+the overflow of SDXL's VAE in fp16 *arithmetic* does not occur.
 """
 
 import re
@@ -26,12 +26,12 @@ _TOKENIZER_SUFFIXES = (".json", ".txt", ".model")
 
 
 class BaseModelError(Exception):
-    """The base model cannot be used as it is; the message says which part of what, and what to do."""
+    """The base model cannot be used. The message gives the component, the problem and a fix."""
 
 
 @dataclass(frozen=True)
 class ComponentFiles:
-    """The files of one component, as paths relative to the model's root, and the variant they are."""
+    """Files of one component as paths relative to the model's root, and their variant."""
 
     config: str
     weights: tuple[str, ...]
@@ -43,12 +43,12 @@ def choose_component(
 ) -> ComponentFiles:
     """Choose the weights of `component` among the file names of a model.
 
-    `folder` is where the component lies below the root, by default its own name; "" is the root itself. Raises BaseModelError when
-    there is no configuration, or no safetensors.
+    `folder` is the component's folder below the root, by default its own name; "" is the root. Raises BaseModelError when there is no
+    configuration, or no safetensors file.
     """
     folder = component if folder is None else folder
     prefix = f"{folder}/" if folder else ""
-    place = f"`{folder}`" if folder else "its root folder"
+    location = f"`{folder}`" if folder else "its root folder"
     config = f"{prefix}config.json"
     if config not in names:
         raise BaseModelError(
@@ -64,17 +64,17 @@ def choose_component(
             return ComponentFiles(config, tuple(prefix + name for name in weights), variant)
     if pickled := sorted(name for name in inside if name.endswith(_PICKLES)):
         raise BaseModelError(
-            f"{source}: {place} holds the {component} only as {', '.join(pickled)}. Such files can run code when they are opened, so "
+            f"{source}: {location} has the {component} only as {', '.join(pickled)}. Such files can run code when they are opened, so "
             "only .safetensors are loaded here. Choose a repository that has them, or convert a copy you trust once: load it with "
             "diffusers and call save_pretrained(folder, safe_serialization=True), then give that folder."
         )
     raise BaseModelError(
-        f"{source}: {place} holds no {WEIGHT_STEMS[component]}*.safetensors, the weights of the {component}."
+        f"{source}: {location} has no {WEIGHT_STEMS[component]}*.safetensors, the weights of the {component}."
     )
 
 
 def choose_tokenizer(names: Collection[str], tokenizer: str, source: str) -> tuple[str, ...]:
-    """The files of `tokenizer` or `tokenizer_2`. Raises BaseModelError when its vocabulary is missing."""
+    """Return the files of `tokenizer` or `tokenizer_2`. Raises BaseModelError when its vocabulary is missing."""
     files = sorted(
         name for name in names if name.startswith(f"{tokenizer}/") and name.endswith(_TOKENIZER_SUFFIXES)
     )
@@ -88,11 +88,11 @@ def choose_tokenizer(names: Collection[str], tokenizer: str, source: str) -> tup
 
 
 def _weights_pattern(stem: str, variant: str | None) -> re.Pattern[str]:
-    """Names of the whole file, of the shards and of their index, in the spellings of old and new diffusers and transformers."""
+    """Return a pattern for the names of a single file, of shards and of their index, in old and new diffusers and transformers."""
     stem = re.escape(stem)
     shard = r"-\d{5}-of-\d{5}"
     if variant is None:
         return re.compile(rf"^{stem}({shard})?\.safetensors$|^{stem}\.safetensors\.index\.json$")
-    whole = rf"{stem}\.{variant}({shard})?\.safetensors"
-    older = rf"{stem}{shard}\.{variant}\.safetensors"
-    return re.compile(rf"^({whole}|{older}|{stem}\.safetensors\.index\.{variant}\.json)$")
+    single = rf"{stem}\.{variant}({shard})?\.safetensors"
+    old_shard = rf"{stem}{shard}\.{variant}\.safetensors"
+    return re.compile(rf"^({single}|{old_shard}|{stem}\.safetensors\.index\.{variant}\.json)$")

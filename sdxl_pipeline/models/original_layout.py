@@ -1,8 +1,8 @@
-"""The tensors of diffusers' SDXL components under the names, and in the shapes, of SDXL's original single-file checkpoints.
+"""Conversion of diffusers' SDXL components to the tensor names and shapes of SDXL's original single-file checkpoints.
 
-Every function takes a component's state dict and yields (name, tensor) one by one, so that a lazily read one is never whole in memory;
-on the meta device the same functions give names and shapes. Names follow Stability AI's generative-models and, for the second text
-encoder, open_clip; together they are the 2,515 of sd_xl_base_1.0.safetensors.
+Every function takes a component's state dict and yields (name, tensor) one by one, so that a lazy one is never loaded as a whole; on the
+meta device the same functions give names and shapes. Names follow Stability AI's generative-models and, for the second text encoder,
+open_clip; together they are the 2,515 names of sd_xl_base_1.0.safetensors.
 """
 
 import math
@@ -37,7 +37,7 @@ _OPEN_CLIP_PARTS: Final[Mapping[str, str]] = {
     "self_attn.out_proj": "attn.out_proj",
 }
 LOGIT_SCALE: Final = math.log(100)
-"""The temperature that open_clip's models are trained to; SDXL does not use it, but strict readers ask for it."""
+"""Temperature of open_clip's models; SDXL does not use it, but strict readers require it."""
 
 
 def unet_tensors(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -51,11 +51,11 @@ def unet_tensors(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iter
 
 
 def vae_tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the VAE's tensors; the projections of its attention are 1x1 convolutions there."""
-    last = max(int(found[1]) for name in state if (found := re.match(r"decoder\.up_blocks\.(\d+)\.", name)))
+    """Yield the VAE's tensors; its attention projections are 1x1 convolutions in the original layout."""
+    last = max(int(match[1]) for name in state if (match := re.match(r"decoder\.up_blocks\.(\d+)\.", name)))
     for name in state:
         # the original counts the decoder's resolutions from the finest
-        original = re.sub(r"\.up_blocks\.(\d+)\.", lambda found: f".up_blocks.{last - int(found[1])}.", name)
+        original = re.sub(r"\.up_blocks\.(\d+)\.", lambda match: f".up_blocks.{last - int(match[1])}.", name)
         for pattern, replacement in _VAE_PARTS:
             original = re.sub(pattern, replacement, original)
         tensor = state[name]
@@ -65,37 +65,37 @@ def vae_tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def first_text_tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of CLIP-L, which keeps transformers' names; first its position numbers, int64, so that they are aligned."""
+    """Yield the tensors of CLIP-L, which keeps transformers' names; the int64 position ids come first, so that they are aligned."""
     prefix = f"{SINGLE_FILE_PREFIXES['text_encoder']}transformer.text_model."
-    own = {name.removeprefix("text_model."): name for name in state}
-    positions = state[own["embeddings.position_embedding.weight"]]
+    stored_names = {name.removeprefix("text_model."): name for name in state}
+    positions = state[stored_names["embeddings.position_embedding.weight"]]
     yield f"{prefix}embeddings.position_ids", torch.arange(len(positions), device=positions.device)[None]
-    for name, stored in own.items():
+    for name, stored in stored_names.items():
         yield f"{prefix}{name}", state[stored]
 
 
 def second_text_tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of CLIP-bigG in open_clip's layout: fused q, k, v, and the projection as a matrix to multiply from the right."""
+    """Yield the tensors of CLIP-bigG in open_clip's layout: fused q, k, v, and the projection as a right-multiplied matrix."""
     prefix = f"{SINGLE_FILE_PREFIXES['text_encoder_2']}model."
-    own = {name.removeprefix("text_model."): name for name in state}
+    stored_names = {name.removeprefix("text_model."): name for name in state}
     fixed = {
         "embeddings.token_embedding.weight": "token_embedding.weight",
         "embeddings.position_embedding.weight": "positional_embedding",
         "final_layer_norm.weight": "ln_final.weight",
         "final_layer_norm.bias": "ln_final.bias",
     }
-    for name, stored in own.items():
+    for name, stored in stored_names.items():
         if name in fixed:
             yield f"{prefix}{fixed[name]}", state[stored]
         elif name == "text_projection.weight":
             yield f"{prefix}text_projection", state[stored].T
             yield f"{prefix}logit_scale", torch.full_like(state[stored][0, 0], LOGIT_SCALE)
-        elif not (found := re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)):
+        elif not (match := re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)):
             raise KeyError(name)
         else:
-            block, part, kind = f"{prefix}transformer.resblocks.{found[1]}", found[2], found[3]
+            block, part, kind = f"{prefix}transformer.resblocks.{match[1]}", match[2], match[3]
             if part == "self_attn.q_proj":
-                fused = [state[own[name.replace("q_proj", f"{letter}_proj")]] for letter in "qkv"]
+                fused = [state[stored_names[name.replace("q_proj", f"{letter}_proj")]] for letter in "qkv"]
                 yield f"{block}.attn.in_proj_{kind}", torch.cat(fused)
             elif part not in ("self_attn.k_proj", "self_attn.v_proj"):
                 yield f"{block}.{_OPEN_CLIP_PARTS[part]}.{kind}", state[stored]

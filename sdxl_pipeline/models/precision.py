@@ -1,4 +1,4 @@
-"""Number formats: the names settings use for them, and weights of frozen models in fewer bits."""
+"""Dtypes by their settings names, and quantization of frozen models."""
 
 from collections.abc import Callable
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Settings' names (`mixed_precision`, `vae_dtype`) -> dtypes; `no` is mixed precision's name for fp32."""
+"""Settings names (`mixed_precision`, `vae_dtype`) -> dtypes; `no` is mixed precision's name for fp32."""
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-# The first and last convolutions are small, and every pixel goes through them.
-_LEFT_WHOLE = ("conv_in", "conv_out")
+# The first and last convolutions are small, and affect every pixel.
+_UNQUANTIZED = ("conv_in", "conv_out")
 _QUANTO = {
     "int8-quanto": "qint8",
     "int4-quanto": "qint4",
@@ -19,34 +19,34 @@ _QUANTO = {
     "fp8uz-quanto": "qfloat8_e4m3fnuz",
 }
 _TORCHAO = {"int8-torchao": "Int8WeightOnlyConfig", "fp8wo-torchao": "Float8WeightOnlyConfig"}
-_REPACKS = "support_avx512bf16_for_cpu"
-"""Of bitsandbytes' layers: on such a CPU, in eval mode, they bring their weights into an order that takes no gradients, for good."""
+_REPACK_ATTRIBUTE = "support_avx512bf16_for_cpu"
+"""Attribute of bitsandbytes' layers: on such a CPU they repack their weights in eval mode, irreversibly and without gradient support."""
 
 
 class PrecisionError(Exception):
-    """A precision that cannot be had; the message says which one, and what to do."""
+    """A precision is unknown or its package is missing. The message gives the setting and a fix."""
 
 
 def dtype_from_name(name: str) -> torch.dtype:
-    """The dtype of a settings' name. Raises PrecisionError for one that is none."""
+    """Return the dtype of a settings name. Raises PrecisionError for an unknown name."""
     try:
         return DTYPES[name]
     except KeyError:
-        raise PrecisionError(f"{name!r} is not a precision. Write one of {', '.join(DTYPES)}.") from None
+        raise PrecisionError(f"{name!r} is not a precision. Set one of {', '.join(DTYPES)}.") from None
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """fp32, bf16 or fp16."""
+    """Return the settings name of a dtype: fp32, bf16 or fp16."""
     return _NAMES[dtype]
 
 
 def quantize_model(model: nn.Module, precision: str, key: str = "base_model_precision") -> None:
-    """Hold the weights of a frozen UNet or text encoder in fewer bits, in place; to be called before an adapter is added.
+    """Quantize the weights of a frozen UNet or text encoder in place; call it before adding an adapter.
 
-    `no_change` leaves it as it is. All others hold the weights of linear layers in 8, 4 or 2 bits with a scale for each output channel
-    or group, and compute in the dtype they were loaded in: gradients pass through to what lies before them, and none is made for them.
-    Quanto's take in convolutions too, but for a UNet's first and last. Raises PrecisionError, naming the setting `key`, when the
-    package is absent, or for an unknown name.
+    `no_change` leaves them as they are. All others store the weights of linear layers in 8, 4 or 2 bits with a scale per output channel
+    or group, and compute in the dtype they were loaded in: gradients propagate to earlier layers, and none is computed for the weights.
+    Quanto includes convolutions, except a UNet's first and last. Raises PrecisionError with the setting `key` when the package is
+    missing, or for an unknown name.
     """
     if precision == "no_change":
         return
@@ -58,20 +58,20 @@ def quantize_model(model: nn.Module, precision: str, key: str = "base_model_prec
         quantize = _quantize_with_bitsandbytes
     else:
         known = ", ".join(["no_change", *_QUANTO, *_TORCHAO, "nf4-bnb"])
-        raise PrecisionError(f"{key} is {precision!r}. Write one of {known}.")
+        raise PrecisionError(f"{key} is {precision!r}. Set one of {known}.")
     try:
         quantize(model, precision)
     except ImportError as error:
         raise PrecisionError(
-            f"{key} {precision} needs a package that is absent ({error.name}): pip install 'sdxl-pipeline[quantization]', "
-            f"or write {key}: no_change."
+            f"{key} {precision} needs a package that is not installed ({error.name}): pip install 'sdxl-pipeline[quantization]', "
+            f"or set {key} to no_change."
         ) from error
 
 
 def _quantize_with_quanto(model: nn.Module, precision: str) -> None:
     from optimum import quanto
 
-    quanto.quantize(model, weights=getattr(quanto, _QUANTO[precision]), exclude=list(_LEFT_WHOLE))
+    quanto.quantize(model, weights=getattr(quanto, _QUANTO[precision]), exclude=list(_UNQUANTIZED))
     quanto.freeze(model)
     for module in model.modules():
         if isinstance(module, quanto.nn.QLinear):
@@ -79,7 +79,7 @@ def _quantize_with_quanto(model: nn.Module, precision: str) -> None:
 
 
 def _make_contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    # torch's int8 kernel on a CPU refuses strided rows, which a batch of one image can have
+    # torch's int8 CPU kernel rejects strided rows, which a batch of one image can have
     return (inputs[0].contiguous(), *inputs[1:])
 
 
@@ -91,7 +91,7 @@ def _quantize_with_torchao(model: nn.Module, precision: str) -> None:
 
 
 def _quantize_with_bitsandbytes(model: nn.Module, precision: str) -> None:
-    """4-bit normal floats, their scales in 8 bits (Dettmers et al. 2023); QLoRA's own storage."""
+    """Quantize to 4-bit normal floats with 8-bit scales (Dettmers et al. 2023), QLoRA's storage."""
     from bitsandbytes import __version__
     from bitsandbytes.nn import LinearNF4, Params4bit
 
@@ -103,12 +103,12 @@ def _quantize_with_bitsandbytes(model: nn.Module, precision: str) -> None:
             layer.weight.detach(), requires_grad=False, quant_type="nf4", compress_statistics=True
         ).to(layer.weight.device)
         replaced.bias = layer.bias
-        if not hasattr(replaced, _REPACKS):
+        if not hasattr(replaced, _REPACK_ATTRIBUTE):
             raise PrecisionError(
-                f"nf4-bnb: a layer of bitsandbytes {__version__} has no {_REPACKS}, without which an image or an eval loss may leave weights "
-                "that cannot be trained through. Install bitsandbytes 0.50, or write int8-quanto."
+                f"nf4-bnb: layers of bitsandbytes {__version__} have no {_REPACK_ATTRIBUTE}, without which sampling or the eval loss may leave "
+                "weights without gradient support. Install bitsandbytes 0.50, or set int8-quanto."
             )
-        setattr(replaced, _REPACKS, False)
+        setattr(replaced, _REPACK_ATTRIBUTE, False)
         return replaced.requires_grad_(False)
 
     _replace_linear(model, quantized)

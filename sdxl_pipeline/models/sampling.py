@@ -1,4 +1,4 @@
-"""Images from cached prompt embeddings: no text encoder is needed, and a seed means the same image on every device."""
+"""Inference from cached prompt embeddings: no text encoder is needed, and a seed gives the same noise on every device."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -29,20 +29,20 @@ SAMPLERS: Final[Mapping[Sampler, type[diffusers.SchedulerMixin]]] = {
     "unipc": diffusers.UniPCMultistepScheduler,
     "dpm++": diffusers.DPMSolverMultistepScheduler,
 }
-"""The values of validation_noise_scheduler."""
+"""Schedulers by the values of validation_noise_scheduler."""
 
-LEAST_SIGNAL: Final = 1e-4
-"""Below this share of signal (alpha-bar) an estimate of the clean latents from predicted noise is divided by no less."""
+MIN_ALPHA_BAR: Final = 1e-4
+"""Lower bound of alpha-bar when clean latents are estimated from predicted noise, which divides by its square root."""
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What an image is to show, and what it is guided away from."""
+    """Positive and negative prompt embeddings of an image."""
 
     prompt_embeds: Tensor  # (1, 77, C1 + C2)
     pooled_prompt_embeds: Tensor  # (1, C2)
     negative_prompt_embeds: Tensor | None = None
-    """None, as the next: what the pipeline itself takes for no negative prompt, which for SDXL is zeros."""
+    """None, like the next: the pipeline's default without negative prompt, which for SDXL is zeros."""
     negative_pooled_prompt_embeds: Tensor | None = None
 
 
@@ -52,36 +52,36 @@ def build_inference_pipeline(
     vae_dtype: torch.dtype,
     settings: TrainingSettings,
 ) -> StableDiffusionXLPipeline:
-    """The base model's own pipeline, VAE and scheduler around `unet`, without text encoders, on the UNet's device.
+    """Return the base model's own pipeline, VAE and scheduler around `unet`, without text encoders, on the UNet's device.
 
-    The settings may choose another scheduler (validation_noise_scheduler), and change its schedule as they change the training's.
-    Raises BaseModelError for a scheduler that cannot sample that schedule.
+    The settings may choose another scheduler (validation_noise_scheduler), and change its schedule like the training's. Raises
+    BaseModelError for a scheduler that cannot sample from that schedule.
     """
     pipeline = load_pipeline(model, vae_dtype, unet=unet, text_encoders=False)
     changed, sampler = scheduler_changes(model, settings), settings.validation_noise_scheduler
     if changed or sampler is not None:
-        kind = type(pipeline.scheduler) if sampler is None else SAMPLERS[sampler]
-        taken = signature(kind).parameters
-        if changed.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in taken:
+        scheduler_class = type(pipeline.scheduler) if sampler is None else SAMPLERS[sampler]
+        supported = signature(scheduler_class).parameters
+        if changed.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in supported:
             raise BaseModelError(
-                f"the base model's sampler {kind.__name__} cannot draw from a noise schedule that ends in pure noise "
+                f"the base model's sampler {scheduler_class.__name__} cannot sample from a schedule with zero terminal SNR "
                 '(rescale_betas_zero_snr). Set validation_noise_scheduler to "euler" or "ddim"'
             )
-        if "timestep_spacing" in changed and "timestep_spacing" not in taken:
+        if "timestep_spacing" in changed and "timestep_spacing" not in supported:
             raise BaseModelError(
-                f"the base model's sampler {kind.__name__} has no timestep_spacing. Leave inference_scheduler_timestep_spacing out, or "
+                f"the base model's sampler {scheduler_class.__name__} has no timestep_spacing. Remove inference_scheduler_timestep_spacing, or "
                 'set validation_noise_scheduler to "euler" or "ddim"'
             )
-        pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **changed)
+        pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **changed)
     pipeline.vae.to(unet.device).eval()
     return pipeline
 
 
 def scheduler_changes(model: ResolvedModel, settings: TrainingSettings) -> dict[str, Any]:
-    """Return what to change in the base model's scheduler_config.json for inference with what was trained: usually nothing.
+    """Return the changes to the base model's scheduler_config.json for inference with the trained weights: usually none.
 
-    A schedule that ends in pure noise has to be sampled from its very end (Lin et al. 2023, section 3.3), which decides the spacing
-    where the settings do not.
+    A schedule with zero terminal SNR has to be sampled from its last timestep (Lin et al. 2023, section 3.3), which requires trailing
+    spacing unless the settings choose another.
     """
     changes = model.scheduler_overrides | settings.scheduler_changes
     spacing = settings.inference_scheduler_timestep_spacing
@@ -100,12 +100,12 @@ def sample_image(
     on_step: Callable[[], None] | None = None,
     on_estimate: Callable[[int, int, Tensor], None] | None = None,
 ) -> np.ndarray:
-    """One image, (H, W, 3) float32 in [0, 1] unless something broke, with the validation settings. `size` is (H, W) in pixels.
+    """Sample one image with the validation settings: (H, W, 3) float32, in [0, 1] unless it is non-finite. `size` is (H, W) in pixels.
 
-    The noise comes from the CPU. Decoded here and not by the pipeline, so that the VAE may keep a precision of its own and a NaN is
-    seen before it is rounded away. `on_step` is called after every denoising step; what it raises ends the drawing. `on_estimate` gets
-    the number of each step, from 1, how many the sampler takes (some take two where one is asked for), and the clean latents that it
-    expects at that step, (1, 4, H/8, W/8) scaled.
+    The noise is sampled on the CPU. The image is decoded here rather than by the pipeline, so that the VAE may have its own dtype and a
+    NaN is seen before rounding. `on_step` is called after every denoising step; an exception it raises ends the sampling. `on_estimate`
+    gets the number of each step, from 1, the sampler's number of steps (some take two per requested step), and the clean latents estimated
+    at that step, (1, 4, H/8, W/8) scaled.
     """
 
     def after_step(
@@ -115,20 +115,20 @@ def sample_image(
             on_step()
         return tensors
 
-    def ready(tensor: Tensor | None) -> Tensor | None:
+    def to_unet(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(pipeline.unet.device, pipeline.unet.dtype)
 
     height, width = size
     scheduler = pipeline.scheduler
     with (
-        _inputs_in(scheduler, pipeline.unet.dtype),
-        nullcontext() if on_estimate is None else _estimates(scheduler, on_estimate),
+        _cast_unet_inputs(scheduler, pipeline.unet.dtype),
+        nullcontext() if on_estimate is None else _report_estimates(scheduler, on_estimate),
     ):
         latents = pipeline(
-            prompt_embeds=ready(conditioning.prompt_embeds),
-            pooled_prompt_embeds=ready(conditioning.pooled_prompt_embeds),
-            negative_prompt_embeds=ready(conditioning.negative_prompt_embeds),
-            negative_pooled_prompt_embeds=ready(conditioning.negative_pooled_prompt_embeds),
+            prompt_embeds=to_unet(conditioning.prompt_embeds),
+            pooled_prompt_embeds=to_unet(conditioning.pooled_prompt_embeds),
+            negative_prompt_embeds=to_unet(conditioning.negative_prompt_embeds),
+            negative_pooled_prompt_embeds=to_unet(conditioning.negative_pooled_prompt_embeds),
             height=height,
             width=width,
             num_inference_steps=settings.validation_num_inference_steps,
@@ -143,20 +143,20 @@ def sample_image(
 
 
 def image_from_pixels(pixels: np.ndarray) -> Image.Image:
-    """Pixels (H, W, 3) in [0, 1] as an 8-bit image; a value that is not a number shows black."""
+    """Convert pixels (H, W, 3) in [0, 1] to an 8-bit image; NaN becomes black."""
     return Image.fromarray((np.nan_to_num(pixels) * 255).round().clip(0, 255).astype(np.uint8))
 
 
 @contextmanager
-def _inputs_in(scheduler: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Have the UNet see latents in `dtype`, as while it is trained, in whatever dtype its answers, and so the sampler's latents, are.
+def _cast_unet_inputs(scheduler: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Cast the UNet's inputs to `dtype` as in training, whatever the dtype of its outputs, and so of the sampler's latents.
 
-    Under autocast torchao's linear layers answer to float32 in float32, which does not go with what they answer to bf16.
+    Under autocast torchao's linear layers return float32 for float32 inputs, which does not match their outputs for bf16.
     """
-    own = scheduler.scale_model_input
+    original = scheduler.scale_model_input
 
     def scale_model_input(sample: Tensor, *arguments: Any) -> Tensor:
-        scaled: Tensor = own(sample, *arguments)
+        scaled: Tensor = original(sample, *arguments)
         return scaled.to(dtype)
 
     scheduler.scale_model_input = scale_model_input
@@ -167,16 +167,16 @@ def _inputs_in(scheduler: Any, dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def _estimates(scheduler: Any, take: Callable[[int, int, Tensor], None]) -> Iterator[None]:
-    """Give each step's number, their count and the estimate to `take`; the pipeline's own callback has nothing but the noisy latents."""
-    own, number = scheduler.step, 0
+def _report_estimates(scheduler: Any, callback: Callable[[int, int, Tensor], None]) -> Iterator[None]:
+    """Call `callback` with each step's number, the number of steps and the estimate; the pipeline's own callback has only noisy latents."""
+    original, number = scheduler.step, 0
 
-    @wraps(own)  # the pipeline reads its signature
+    @wraps(original)  # the pipeline reads its signature
     def step(model_output: Tensor, timestep: Tensor, sample: Tensor, **options: Any) -> Any:
         nonlocal number
         number += 1
-        take(number, len(scheduler.timesteps), predict_x0(scheduler, model_output, timestep, sample))
-        return own(model_output, timestep, sample, **options)
+        callback(number, len(scheduler.timesteps), predict_x0(scheduler, model_output, timestep, sample))
+        return original(model_output, timestep, sample, **options)
 
     scheduler.step = step
     try:
@@ -186,16 +186,15 @@ def _estimates(scheduler: Any, take: Callable[[int, int, Tensor], None]) -> Iter
 
 
 def predict_x0(scheduler: Any, prediction: Tensor, timestep: Tensor, sample: Tensor) -> Tensor:
-    """The clean latents that a prediction at a timestep implies, in float32: (B, 4, h, w) as `prediction` and `sample`.
+    """Return the clean latents implied by a prediction at a timestep, in float32: (B, 4, h, w) like `prediction` and `sample`.
 
-    Of noise, x0 = (x_t - sqrt(1 - abar) eps) / sqrt(abar); of velocity, x0 = sqrt(abar) x_t - sqrt(1 - abar) v (Salimans and Ho 2022).
+    For noise, x0 = (x_t - sqrt(1 - abar) eps) / sqrt(abar); for velocity, x0 = sqrt(abar) x_t - sqrt(1 - abar) v (Salimans and Ho 2022).
     """
     if scheduler.config.prediction_type == "sample":
         return prediction.float()
-    noisy = scheduler.scale_model_input(
-        sample, timestep
-    ).float()  # of variance 1, whatever the sampler counts in
-    alpha_bar = scheduler.alphas_cumprod[round(float(timestep))].to(noisy).clamp_min(LEAST_SIGNAL)
+    # of variance 1, whatever the sampler's own scaling
+    noisy = scheduler.scale_model_input(sample, timestep).float()
+    alpha_bar = scheduler.alphas_cumprod[round(float(timestep))].to(noisy).clamp_min(MIN_ALPHA_BAR)
     signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     if scheduler.config.prediction_type == "v_prediction":
         return signal * noisy - noise * prediction.float()

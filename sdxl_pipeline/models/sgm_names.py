@@ -1,7 +1,7 @@
-"""Names of the UNet's layers in Stability AI's `generative-models` (SGM), derived from the architecture. No torch.
+"""Layer names of the UNet in Stability AI's `generative-models` (SGM), derived from the architecture. No torch.
 
-ComfyUI, A1111, Forge and kohya's trainers name SDXL's layers as SGM does. The mapping follows from the number of blocks and of layers in
-each, so it also holds for models that are smaller than SDXL-base, such as the bundled one.
+ComfyUI, A1111, Forge and kohya's trainers use SGM's layer names. The mapping follows from the numbers of blocks and layers, so it also
+holds for models smaller than SDXL-base, such as the bundled one.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ _RESNET: Final[Mapping[str, str]] = {
 def sgm_prefixes(config: Mapping[str, Any]) -> dict[str, str]:
     """Return diffusers prefix -> SGM prefix for a UNet's config.json, longest prefix first.
 
-    Residual blocks are named to their last part; within a transformer both spell the names alike.
+    Residual blocks are mapped to their last part; within a transformer the names are the same.
     """
     down, up = config["down_block_types"], config["up_block_types"]
     per_block = config["layers_per_block"]
@@ -38,7 +38,12 @@ def sgm_prefixes(config: Mapping[str, Any]) -> dict[str, str]:
     table = dict(_ENDS)
 
     def add_resnet(diffusers: str, sgm: str) -> None:
-        table.update({f"{diffusers}.{ours}": f"{sgm}.{theirs}" for ours, theirs in _RESNET.items()})
+        table.update(
+            {
+                f"{diffusers}.{diffusers_part}": f"{sgm}.{sgm_part}"
+                for diffusers_part, sgm_part in _RESNET.items()
+            }
+        )
 
     number = 1  # input_blocks.0 is conv_in
     for block, kind in enumerate(down):
@@ -67,7 +72,7 @@ def sgm_prefixes(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def sgm_name(module: str, prefixes: Mapping[str, str]) -> str | None:
-    """Return SGM's name of a layer of the UNet, or None for a layer that SGM's SDXL does not have."""
+    """Return SGM's name of a UNet layer, or None for a layer that SGM's SDXL does not have."""
     for diffusers, sgm in prefixes.items():
         if module == diffusers or module.startswith(f"{diffusers}."):
             return sgm + module.removeprefix(diffusers)

@@ -1,7 +1,7 @@
-"""The tiny autoencoder that shows latents for a fraction of the VAE's time and memory (TAESD, Boer Bohan 2023).
+"""The tiny autoencoder that decodes previews in a fraction of the VAE's time and memory (TAESD, Boer Bohan 2023).
 
-Its decoder takes scaled latents as the UNet has them. One distilled from another VAE shows other colours, so it belongs to a base model
-as its VAE does.
+Its decoder takes scaled latents, as the UNet uses them. It is distilled from one VAE and gives other colours for another, so it belongs to
+a base model like its VAE.
 """
 
 from collections.abc import Collection
@@ -20,9 +20,9 @@ WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
 
 
 def tiny_autoencoder_folder(settings: TrainingSettings, base_model: ResolvedModel) -> Path:
-    """Folder of the tiny autoencoder that draws the previews, downloaded if need be; safetensors only. Does not import torch.
+    """Return the folder of the tiny autoencoder for previews, downloaded if needed; safetensors only. Does not import torch.
 
-    Not named, it is SDXL's, or the bundled one with the bundled model. Raises BaseModelError when it cannot be had.
+    The default is SDXL's, or the bundled one for the bundled model. Raises BaseModelError when it is not available.
     """
     source = settings.validation_preview_model_name_or_path
     if source is None:
@@ -35,23 +35,23 @@ def tiny_autoencoder_folder(settings: TrainingSettings, base_model: ResolvedMode
         return folder
     if folder.is_absolute() or source.count("/") != 1 or source.startswith("bundled:"):
         raise BaseModelError(
-            f"validation_preview_model_name_or_path is {source!r}, which is no folder. Give the folder of a tiny autoencoder in "
+            f"validation_preview_model_name_or_path is {source!r}, which is not a folder. Set it to the folder of a tiny autoencoder in "
             f"diffusers' layout, a Hub id such as {SDXL_TAESD_ID!r}, or {BUNDLED_TAESD_NAME!r}."
         )
     try:
         return download_snapshot(source, None, [CONFIG], lambda names: choose_files(names, source)).folder
     except BaseModelError as error:
         raise BaseModelError(
-            f"validation_preview needs the tiny autoencoder {source}, which cannot be had: {error} Or name a folder that holds it in "
-            "validation_preview_model_name_or_path, or set validation_preview to false."
+            f"validation_preview needs the tiny autoencoder {source}, which is not available: {error} Or set "
+            "validation_preview_model_name_or_path to a folder that contains it, or validation_preview to false."
         ) from error
 
 
 def choose_files(names: Collection[str], source: str) -> list[str]:
-    """Of the files of a tiny autoencoder, those that are read. Raises BaseModelError where one is not there."""
+    """Return the files of a tiny autoencoder that are read. Raises BaseModelError if one is missing."""
     if missing := [name for name in (CONFIG, WEIGHTS) if name not in names]:
         raise BaseModelError(
-            f"{source} has no {' and no '.join(missing)}, so it is no tiny autoencoder that can be loaded: its weights are read from "
+            f"{source} has no {' and no '.join(missing)}, so it cannot be loaded as a tiny autoencoder: its weights are read from "
             "safetensors only."
         )
     return [CONFIG, WEIGHTS]

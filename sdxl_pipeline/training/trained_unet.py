@@ -10,11 +10,14 @@ from torch import nn
 
 from sdxl_pipeline.models.adapters.adapter import UNET, AdapterError, add_adapter
 from sdxl_pipeline.models.adapters.init_adapter import has_text_part, start_from_file
-from sdxl_pipeline.models.attention_kernels import AttentionKernelError, use_attention_kernel
-from sdxl_pipeline.models.compilation import compile_unet
 from sdxl_pipeline.models.components import load_unet
-from sdxl_pipeline.models.gradient_checkpointing import enable_checkpointing
 from sdxl_pipeline.models.precision import PrecisionError, dtype_from_name, quantize_model
+from sdxl_pipeline.models.unet_execution import (
+    AttentionKernelError,
+    compile_unet,
+    enable_checkpointing,
+    use_attention_kernel,
+)
 from sdxl_pipeline.runtime.specs import TrainSpec
 from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.optim.optimizers import trainable_dtype

@@ -1,4 +1,4 @@
-"""UNets of the bundled model with every kind of adapter, trained a few steps, for the tests of their files."""
+"""UNets of the bundled model with adapters of every kind, trained for a few steps, for tests of their files."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -61,7 +61,7 @@ KINDS: Final[Mapping[str, Mapping[str, Any]]] = {
     ),
 }  # fmt: skip
 
-_QUICK = (
+_DEFAULT_KINDS = (
     "lora, alpha above rank",
     "lora, gaussian, convolutions",
     "dora",
@@ -72,9 +72,9 @@ _QUICK = (
     "locon",
 )
 EVERY_KIND: Final = [
-    pytest.param(kind, id=kind, marks=() if kind in _QUICK else pytest.mark.slow) for kind in KINDS
+    pytest.param(kind, id=kind, marks=() if kind in _DEFAULT_KINDS else pytest.mark.slow) for kind in KINDS
 ]
-"""For `parametrize`: variants of a type that is there already are slow tests."""
+"""For `parametrize`: variants of a kind that is already covered are slow tests."""
 
 
 def settings_of(kind: str, **more: Any) -> TrainingSettings:
@@ -82,7 +82,7 @@ def settings_of(kind: str, **more: Any) -> TrainingSettings:
 
 
 def predict(unet: UNet2DConditionModel, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The UNet's output for fixed inputs, (1, 4, 8, 8)."""
+    """Return the UNet's output for fixed inputs, (1, 4, 8, 8)."""
     generator = torch.Generator().manual_seed(5)
     conditioning = {
         "text_embeds": torch.randn(1, 64, generator=generator).to(dtype),
@@ -103,7 +103,7 @@ def output(unet: UNet2DConditionModel, dtype: torch.dtype = torch.float32) -> to
 
 
 def train(unet: UNet2DConditionModel, steps: int = 3) -> None:
-    """Some optimizer steps towards an output of ones."""
+    """Take some optimizer steps towards an output of ones."""
     unet.train()
     optimizer = torch.optim.AdamW(adapter_parameters(unet), lr=1e-2)
     for _ in range(steps):
@@ -113,7 +113,7 @@ def train(unet: UNet2DConditionModel, steps: int = 3) -> None:
 
 
 def adapted_unet(model: ResolvedModel, settings: TrainingSettings, steps: int = 2) -> UNet2DConditionModel:
-    """The UNet with the adapter of the settings, after some steps."""
+    """Return the UNet with the adapter of the settings after some training steps."""
     unet = load_unet(model, torch.float32)
     add_adapter(unet, settings, seed=0)
     train(unet, steps)

@@ -1,4 +1,4 @@
-"""The bundled model, resolved once, and a way to resolve others."""
+"""The bundled model, resolved once, and fixtures that resolve other models."""
 
 import shutil
 from collections.abc import Callable
@@ -20,9 +20,9 @@ def bundled(tmp_path_factory: pytest.TempPathFactory) -> ResolvedModel:
 
 
 @pytest.fixture(scope="session")
-def lively(tmp_path_factory: pytest.TempPathFactory) -> ResolvedModel:
-    """The bundled model, but for weights that are all zero, as in a UNet that has not been trained yet: those are drawn at random,
-    so that every layer has a say in the output.
+def random_filled(tmp_path_factory: pytest.TempPathFactory) -> ResolvedModel:
+    """The bundled model with weights that are all zero, as in an untrained UNet, replaced by random ones, so that every layer affects the
+    output.
     """
     import torch
     from safetensors.torch import load_file, save_file

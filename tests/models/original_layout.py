@@ -1,4 +1,4 @@
-"""Writes an SDXL in the layout of the original single-file checkpoints, the inverse of what diffusers reads.
+"""Writer of SDXL in the layout of the original single-file checkpoints, the inverse of diffusers' converters.
 
 Names follow Stability AI's generative-models and OpenCLIP; sizes come from the given model, so the bundled one can be written too.
 """
@@ -56,10 +56,10 @@ def unet_tensors(unet: UNet2DConditionModel) -> dict[str, Tensor]:
                 after = 2 if "CrossAttn" in unet.config.up_block_types[block] else 1
                 return f"output_blocks.{block * per_block + per_block - 1}.{after}.{rest}"
             return f"output_blocks.{block * per_block + index}.{_part(kind, rest)}"
-        for ours, theirs in UNET_ENDS.items():
-            if name.startswith(f"{ours}."):
-                rest = name.removeprefix(f"{ours}.")
-                return f"{theirs}.{_resnet(rest) if 'resnets' in ours else rest}"
+        for diffusers, original in UNET_ENDS.items():
+            if name.startswith(f"{diffusers}."):
+                rest = name.removeprefix(f"{diffusers}.")
+                return f"{original}.{_resnet(rest) if 'resnets' in diffusers else rest}"
         raise KeyError(name)
 
     return {f"model.diffusion_model.{rename(name)}": tensor for name, tensor in unet.state_dict().items()}
@@ -76,8 +76,8 @@ def vae_tensors(vae: AutoencoderKL, prefix: str = "first_stage_model.") -> dict[
             r"up_blocks\.(\d+)\.upsamplers\.0\.", lambda m: f"up.{last - int(m[1])}.upsample.", name
         )
         name = re.sub(r"mid_block\.resnets\.(\d)\.", lambda m: f"mid.block_{int(m[1]) + 1}.", name)
-        for ours, theirs in VAE_ATTENTION.items():
-            name = name.replace(f"mid_block.attentions.0.{ours}.", f"mid.attn_1.{theirs}.")
+        for diffusers, original in VAE_ATTENTION.items():
+            name = name.replace(f"mid_block.attentions.0.{diffusers}.", f"mid.attn_1.{original}.")
         return name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
 
     tensors = {}
@@ -98,23 +98,23 @@ def first_text_tensors(encoder: CLIPTextModel) -> dict[str, Tensor]:
 def second_text_tensors(encoder: CLIPTextModelWithProjection) -> dict[str, Tensor]:
     import torch
 
-    ours = {name.removeprefix("text_model."): tensor for name, tensor in encoder.state_dict().items()}
-    theirs = {
-        "token_embedding.weight": ours["embeddings.token_embedding.weight"],
-        "positional_embedding": ours["embeddings.position_embedding.weight"],
-        "ln_final.weight": ours["final_layer_norm.weight"],
-        "ln_final.bias": ours["final_layer_norm.bias"],
-        "text_projection": ours["text_projection.weight"].T,
+    diffusers = {name.removeprefix("text_model."): tensor for name, tensor in encoder.state_dict().items()}
+    original = {
+        "token_embedding.weight": diffusers["embeddings.token_embedding.weight"],
+        "positional_embedding": diffusers["embeddings.position_embedding.weight"],
+        "ln_final.weight": diffusers["final_layer_norm.weight"],
+        "ln_final.bias": diffusers["final_layer_norm.bias"],
+        "text_projection": diffusers["text_projection.weight"].T,
     }
-    for name, tensor in ours.items():
+    for name, tensor in diffusers.items():
         if match := re.match(r"encoder\.layers\.(\d+)\.(.*)\.(weight|bias)", name):
             block, part, kind = f"transformer.resblocks.{match[1]}", match[2], match[3]
             if part in OPEN_CLIP:
-                theirs[f"{block}.{OPEN_CLIP[part]}.{kind}"] = tensor
+                original[f"{block}.{OPEN_CLIP[part]}.{kind}"] = tensor
             elif part == "self_attn.q_proj":
-                stacked = [ours[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
-                theirs[f"{block}.attn.in_proj_{kind}"] = torch.cat(stacked)
-    return {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in theirs.items()}
+                stacked = [diffusers[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
+                original[f"{block}.attn.in_proj_{kind}"] = torch.cat(stacked)
+    return {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in original.items()}
 
 
 def write_checkpoint(path: Path, tensors: dict[str, Tensor]) -> None:

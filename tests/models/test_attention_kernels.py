@@ -1,4 +1,4 @@
-"""Holds that the chosen attention kernel is really called by every attention layer of the UNet, with gradients, and gives its numbers."""
+"""Attention kernels: every attention layer of the UNet calls the selected kernel, with gradients and equal results."""
 
 import pytest
 import torch
@@ -6,13 +6,13 @@ from diffusers.models import attention_dispatch
 from diffusers.models.attention_processor import Attention
 
 from sdxl_pipeline.models.adapters.adapter import add_lora
-from sdxl_pipeline.models.attention_kernels import (
+from sdxl_pipeline.models.components import load_unet
+from sdxl_pipeline.models.unet_execution import (
     BACKENDS,
     AttentionKernelError,
     use_attention_kernel,
     use_backend,
 )
-from sdxl_pipeline.models.components import load_unet
 from tests.models.test_precision import predict
 
 CPU = torch.device("cpu")
@@ -31,25 +31,25 @@ def trained(model, backend: str | None):
 
 
 @pytest.mark.parametrize(("backend", "tolerance"), [("native", 0.0), ("_native_math", 1e-5)])
-def test_the_dispatcher_gives_what_the_unet_gave(lively, backend, tolerance):
-    expected, expected_gradients = trained(lively, None)
-    found, gradients = trained(lively, backend)
+def test_use_backend_equals_the_default_processor(random_filled, backend, tolerance):
+    expected, expected_gradients = trained(random_filled, None)
+    found, gradients = trained(random_filled, backend)
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     for one, other in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=10 * tolerance, atol=tolerance)
 
 
-def test_every_attention_layer_calls_the_chosen_kernel(bundled, monkeypatch):
+def test_use_attention_kernel_applies_to_every_attention_layer(bundled, monkeypatch):
     registry = attention_dispatch._AttentionBackendRegistry
     name = attention_dispatch.AttentionBackendName.XFORMERS
     native = registry._backends[attention_dispatch.AttentionBackendName.NATIVE]
     calls = []
 
-    def stand_in(query, key, value, **_):
+    def fake_kernel(query, key, value, **_):
         calls.append(query.shape)
         return native(query, key, value)
 
-    monkeypatch.setitem(registry._backends, name, stand_in)
+    monkeypatch.setitem(registry._backends, name, fake_kernel)
     monkeypatch.setattr(attention_dispatch, "_CAN_USE_XFORMERS_ATTN", True)
     unet = load_unet(bundled, torch.float32)
     use_attention_kernel(unet, "xformers", torch.device("cuda"))
@@ -58,7 +58,7 @@ def test_every_attention_layer_calls_the_chosen_kernel(bundled, monkeypatch):
     assert {len(shape) for shape in calls} == {4}
 
 
-def test_diffusers_leaves_the_unet_as_it_is(bundled):
+def test_use_attention_kernel_diffusers_changes_nothing(bundled):
     unet = load_unet(bundled, torch.float32)
     before = dict(unet.attn_processors)
     use_attention_kernel(unet, "diffusers", CPU)
@@ -66,12 +66,12 @@ def test_diffusers_leaves_the_unet_as_it_is(bundled):
 
 
 @pytest.mark.parametrize("mechanism", BACKENDS)
-def test_kernels_of_gpus_are_refused_elsewhere(bundled, mechanism):
+def test_use_attention_kernel_on_a_cpu_raises(bundled, mechanism):
     with pytest.raises(AttentionKernelError, match="the device is cpu"):
         use_attention_kernel(load_unet(bundled, torch.float32), mechanism, CPU)
 
 
-def test_a_missing_package_is_named(bundled, monkeypatch):
+def test_use_attention_kernel_without_its_package_raises(bundled, monkeypatch):
     monkeypatch.setattr(attention_dispatch, "_CAN_USE_FLASH_ATTN", False)
     with pytest.raises(AttentionKernelError, match="flash-attn"):
         use_attention_kernel(load_unet(bundled, torch.float32), "flash-attn-2", torch.device("cuda"))
@@ -80,7 +80,7 @@ def test_a_missing_package_is_named(bundled, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("mechanism", ["xformers", "flash-attn-2"])
-def test_a_kernel_of_the_gpu_gives_what_pytorch_gives(bundled, mechanism):
+def test_gpu_kernel_equals_pytorch(bundled, mechanism):
     unet = load_unet(bundled, torch.bfloat16).to("cuda")
     expected = predict(unet)
     try:

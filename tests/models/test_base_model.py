@@ -1,4 +1,4 @@
-"""Holds how a model's name becomes files and digests: by content, from safetensors only, with a remedy in every refusal."""
+"""Base model resolution: from names to files and content digests, safetensors only, with a fix in every error."""
 
 import json
 import os
@@ -36,12 +36,12 @@ def weights(folder: Path, part: str) -> Path:
     return next((folder / part).glob("*.safetensors"))
 
 
-def test_importing_the_records_loads_no_torch():
+def test_base_model_imports_no_torch():
     program = "import sys, sdxl_pipeline.models.base_model; print(sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
 
 
-def test_the_bundled_model_and_its_companions_are_there(bundled: ResolvedModel):
+def test_bundled_model_and_companions_exist(bundled: ResolvedModel):
     assert bundled.kind == "folder"
     assert Path(bundled.path) == BUNDLED_MODEL
     assert bundled.revision is None
@@ -50,13 +50,13 @@ def test_the_bundled_model_and_its_companions_are_there(bundled: ResolvedModel):
     assert (BUNDLED_TAESD / "config.json").is_file()
 
 
-def test_a_record_survives_json(bundled: ResolvedModel):
+def test_resolved_model_json_round_trip(bundled: ResolvedModel):
     again = ResolvedModel.model_validate_json(bundled.model_dump_json())
     assert again == bundled
     assert again.digest == bundled.digest
 
 
-def test_a_copy_elsewhere_has_the_same_digests(bundled: ResolvedModel, resolve: Resolve, copy: Path):
+def test_digests_of_a_copy_are_equal(bundled: ResolvedModel, resolve: Resolve, copy: Path):
     moved = resolve("copy")
     assert moved.path == str(copy)
     assert moved.digests == bundled.digests
@@ -75,7 +75,7 @@ def test_a_copy_elsewhere_has_the_same_digests(bundled: ResolvedModel, resolve: 
         ("scheduler", set()),
     ],
 )
-def test_a_change_in_one_part_changes_what_depends_on_it_and_nothing_else(
+def test_digests_change_only_for_the_changed_component(
     bundled: ResolvedModel, resolve: Resolve, copy: Path, part, changes
 ):
     if part in PARTS:
@@ -92,7 +92,7 @@ def test_a_change_in_one_part_changes_what_depends_on_it_and_nothing_else(
     assert changed.digest != bundled.digest
 
 
-def test_notes_on_the_saving_library_do_not_count(bundled: ResolvedModel, resolve: Resolve, copy: Path):
+def test_digests_ignore_notes_of_the_saving_library(bundled: ResolvedModel, resolve: Resolve, copy: Path):
     path = copy / "vae" / "config.json"
     config = json.loads(path.read_text()) | {"_diffusers_version": "9.9", "_name_or_path": "elsewhere"}
     path.write_text(json.dumps(config, indent=7))
@@ -101,14 +101,14 @@ def test_notes_on_the_saving_library_do_not_count(bundled: ResolvedModel, resolv
     assert resolve("copy").vae_digest != bundled.vae_digest
 
 
-def test_large_files_are_hashed_once_and_again_when_they_change(resolve: Resolve, copy: Path, monkeypatch):
+def test_digest_cache_rehashes_only_changed_files(resolve: Resolve, copy: Path, monkeypatch):
     first = resolve("copy")
 
     def fail(path: Path) -> str:
         raise AssertionError(f"hashed again: {path}")
 
     large = [weights(copy, part) for part in PARTS if weights(copy, part).stat().st_size >= 1 << 20]
-    assert large, "the bundled model has files that are worth remembering"
+    assert large, "the bundled model has files large enough to be cached"
     with monkeypatch.context() as patch:
         patch.setattr(
             "sdxl_pipeline.models.model_digests.sha256_file",
@@ -121,7 +121,7 @@ def test_large_files_are_hashed_once_and_again_when_they_change(resolve: Resolve
     assert resolve("copy").digest != first.digest
 
 
-def test_a_damaged_digest_cache_is_made_anew(resolve: Resolve, copy: Path, tmp_path: Path):
+def test_corrupt_digest_cache_is_rebuilt(resolve: Resolve, copy: Path, tmp_path: Path):
     first = resolve("copy")
     (tmp_path / "digest-cache" / "file_digests.json").write_text('{"cut')
     assert resolve("copy") == first
@@ -181,14 +181,14 @@ def test_fp16_files_are_preferred_and_loaded(resolve: Resolve, copy: Path):
         ),
     ],
 )
-def test_one_variant_is_chosen_whole_and_alone(names, chosen, variant):
+def test_choose_component_selects_one_complete_variant(names, chosen, variant):
     listing = ["unet/config.json", *(f"unet/{name}" for name in names), "sd_xl_base_1.0.safetensors"]
     files = choose_component(listing, "unet", "a model")
     assert files.weights == tuple(sorted(f"unet/{names[index]}" for index in chosen))
     assert files.variant == variant
 
 
-def test_pickled_weights_are_refused_and_not_opened(resolve: Resolve, copy: Path):
+def test_pickled_weights_raise_without_being_opened(resolve: Resolve, copy: Path):
     weights(copy, "unet").rename(copy / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(
         BaseModelError, match=r"copy.*unet.*diffusion_pytorch_model\.bin.*safetensors"
@@ -205,18 +205,18 @@ def test_pickled_weights_are_refused_and_not_opened(resolve: Resolve, copy: Path
         ("a/b/c.safetensors", r"neither a file nor a folder"),
     ],
 )
-def test_names_that_are_none_are_refused_with_the_ones_that_are(resolve: Resolve, name, message):
+def test_unknown_model_name_raises_with_valid_forms(resolve: Resolve, name, message):
     with pytest.raises(BaseModelError, match=message):
         resolve(name)
 
 
-def test_a_ckpt_is_refused(resolve: Resolve, tmp_path: Path):
+def test_ckpt_file_raises(resolve: Resolve, tmp_path: Path):
     (tmp_path / "model.ckpt").write_bytes(b"\x80\x02")
     with pytest.raises(BaseModelError, match=r"not a \.safetensors file"):
         resolve("model.ckpt")
 
 
-def test_a_revision_of_a_local_model_is_refused(resolve: Resolve):
+def test_revision_of_a_local_model_raises(resolve: Resolve):
     with pytest.raises(BaseModelError, match=r"revision is 'main'"):
         resolve(BUNDLED_NAME, revision="main")
 
@@ -233,12 +233,12 @@ def test_a_revision_of_a_local_model_is_refused(resolve: Resolve):
             "vocab.json",
         ),
         (lambda folder: shutil.rmtree(folder / "text_encoder"), "text_encoder/config.json is missing"),
-        (lambda folder: weights(folder, "vae").unlink(), "holds no diffusion_pytorch_model"),
+        (lambda folder: weights(folder, "vae").unlink(), "has no diffusion_pytorch_model"),
         (lambda folder: (folder / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config.json"),
         (lambda folder: (folder / "unet" / "config.json").write_text("{"), "is not JSON"),
     ],
 )
-def test_an_incomplete_folder_is_refused_by_what_it_lacks(resolve: Resolve, copy: Path, damage, message):
+def test_incomplete_folder_raises_with_the_missing_file(resolve: Resolve, copy: Path, damage, message):
     damage(copy)
     with pytest.raises(BaseModelError, match=message):
         resolve("copy")
@@ -251,7 +251,7 @@ def test_an_incomplete_folder_is_refused_by_what_it_lacks(resolve: Resolve, copy
         ({"text_encoder": [None, None]}, "refiner"),
     ],
 )
-def test_other_kinds_of_model_are_refused(resolve: Resolve, copy: Path, change, message):
+def test_other_model_types_raise(resolve: Resolve, copy: Path, change, message):
     path = copy / "model_index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(BaseModelError, match=message):
@@ -259,13 +259,13 @@ def test_other_kinds_of_model_are_refused(resolve: Resolve, copy: Path, change, 
 
 
 @pytest.mark.parametrize("place", ["copy", "copy/vae", "vae.safetensors"])
-def test_another_vae_replaces_the_models_own(
-    bundled: ResolvedModel, resolve: Resolve, copy: Path, tmp_path: Path, place
+def test_replacement_vae_is_resolved_and_loaded(
+    bundled: ResolvedModel, resolve: Resolve, copy: Path, tmp_path: Path, location
 ):
     change_weight(weights(copy, "vae"))
     shutil.copy(weights(copy, "vae"), tmp_path / "vae.safetensors")
-    model = resolve(BUNDLED_NAME, vae=place)
-    assert model.vae_source == place
+    model = resolve(BUNDLED_NAME, vae=location)
+    assert model.vae_source == location
     assert model.vae_digest != bundled.vae_digest
     assert (model.text_digest, model.unet_digest) == (bundled.text_digest, bundled.unet_digest)
     expected = load_file(weights(copy, "vae"))
@@ -273,7 +273,7 @@ def test_another_vae_replaces_the_models_own(
     assert all(torch.equal(loaded[name], tensor.float()) for name, tensor in expected.items())
 
 
-def test_the_same_vae_from_elsewhere_has_the_same_digest(
+def test_replacement_vae_of_equal_content_has_the_same_digest(
     bundled: ResolvedModel, resolve: Resolve, copy: Path
 ):
     assert resolve(BUNDLED_NAME, vae="copy/vae").vae_digest == bundled.vae_digest

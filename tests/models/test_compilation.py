@@ -1,4 +1,4 @@
-"""Holds that a compiled UNet keeps its names and its numbers, in whole and by blocks, with recomputed activations and in the adapter's file."""
+"""torch.compile: a compiled UNet keeps its names and its results, fully or by blocks, with gradient checkpointing and in adapter files."""
 
 import shutil
 
@@ -8,9 +8,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from safetensors.torch import load_file
 
 from sdxl_pipeline.models.adapters.adapter import UNET, add_lora, save_adapter
-from sdxl_pipeline.models.compilation import compile_unet
 from sdxl_pipeline.models.components import load_unet
-from sdxl_pipeline.models.gradient_checkpointing import enable_checkpointing
+from sdxl_pipeline.models.unet_execution import compile_unet, enable_checkpointing
 from tests.models.test_precision import predict
 
 
@@ -29,12 +28,12 @@ def trained(model, backend: str, **options):
 
 
 @pytest.fixture(scope="module")
-def plain(lively):
-    return trained(lively, "no")
+def plain(random_filled):
+    return trained(random_filled, "no")
 
 
-def test_traced_blocks_give_the_same_bits_under_the_same_names(lively, plain, tmp_path):
-    unet, prediction, gradients = trained(lively, "eager", fullgraph=True, checkpointing=True)
+def test_compile_unet_by_blocks_gives_the_same_bits_and_names(random_filled, plain, tmp_path):
+    unet, prediction, gradients = trained(random_filled, "eager", fullgraph=True, checkpointing=True)
     blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
     assert all(block._compiled_call_impl is not None for block in blocks)
     assert unet._compiled_call_impl is None
@@ -49,15 +48,15 @@ def test_traced_blocks_give_the_same_bits_under_the_same_names(lively, plain, tm
     )
 
 
-def test_no_compiles_nothing(plain):
+def test_compile_unet_with_no_backend_changes_nothing(plain):
     assert plain[0]._compiled_call_impl is None
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("regional", [True, False])
-def test_inductor_gives_the_same_numbers(lively, plain, regional):
-    unet, prediction, gradients = trained(lively, "inductor", regional=regional)
+def test_compile_unet_with_inductor_gives_close_results(random_filled, plain, regional):
+    unet, prediction, gradients = trained(random_filled, "inductor", regional=regional)
     assert (unet._compiled_call_impl is None) == regional
     torch.testing.assert_close(prediction, plain[1], rtol=1e-4, atol=1e-5)
     for one, other in zip(gradients, plain[2], strict=True):

@@ -1,4 +1,4 @@
-"""Holds that parts are loaded frozen, in the asked dtype and complete, and that unsafe ones are refused."""
+"""Components are loaded frozen, in the requested dtype and complete; unsafe ones raise an error."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def edit(path: Path, **values) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_parts_are_frozen_in_eval_mode_and_in_the_asked_dtype(bundled: ResolvedModel, dtype):
+def test_components_are_frozen_in_eval_mode_and_dtype(bundled: ResolvedModel, dtype):
     encoders = load_text_encoders(bundled, dtype)
     for module in (
         load_unet(bundled, dtype),
@@ -38,7 +38,7 @@ def test_parts_are_frozen_in_eval_mode_and_in_the_asked_dtype(bundled: ResolvedM
         assert all(p.dtype == dtype and not p.requires_grad and not p.is_meta for p in module.parameters())
 
 
-def test_a_vae_that_overflows_in_fp16_is_refused_in_fp16_only(resolve: Resolve, copy: Path):
+def test_load_vae_with_force_upcast_raises_only_in_fp16(resolve: Resolve, copy: Path):
     edit(copy / "vae" / "config.json", force_upcast=True)
     model = resolve("copy")
     with pytest.raises(BaseModelError, match=r"copy overflows in fp16.*vae_dtype to bf16"):
@@ -51,7 +51,7 @@ def test_a_vae_that_overflows_in_fp16_is_refused_in_fp16_only(resolve: Resolve, 
 @pytest.mark.parametrize(
     "values", [{"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, {"shift_factor": 0.1}]
 )
-def test_a_vae_with_another_normalization_is_refused(resolve: Resolve, copy: Path, values):
+def test_load_vae_with_another_normalization_raises(resolve: Resolve, copy: Path, values):
     edit(copy / "vae" / "config.json", **values)
     with pytest.raises(BaseModelError, match="Use a VAE of SDXL"):
         load_vae(resolve("copy"), torch.float32)
@@ -66,7 +66,7 @@ def test_a_vae_with_another_normalization_is_refused(resolve: Resolve, copy: Pat
         ("text_encoder_2", load_text_encoders),
     ],
 )
-def test_a_missing_weight_is_an_error_and_not_a_random_one(resolve: Resolve, copy: Path, part, load):
+def test_load_with_a_missing_weight_raises(resolve: Resolve, copy: Path, part, load):
     path = next((copy / part).glob("*.safetensors"))
     tensors = load_file(path)
     dropped = next(name for name in sorted(tensors) if name.endswith("weight"))
@@ -75,7 +75,7 @@ def test_a_missing_weight_is_an_error_and_not_a_random_one(resolve: Resolve, cop
         load(resolve("copy"), torch.float32)
 
 
-def test_the_noise_scheduler_has_sdxls_betas(bundled: ResolvedModel):
+def test_load_noise_scheduler_has_sdxls_betas(bundled: ResolvedModel):
     scheduler = load_noise_scheduler(bundled)
     assert scheduler.config.num_train_timesteps == 1000
     assert scheduler.config.prediction_type == "epsilon"
@@ -84,7 +84,9 @@ def test_the_noise_scheduler_has_sdxls_betas(bundled: ResolvedModel):
     assert scheduler.alphas_cumprod[0].item() == pytest.approx(1 - 0.00085, rel=1e-6)
 
 
-def test_the_scaling_factor_is_that_of_the_vae_in_use(bundled: ResolvedModel, resolve: Resolve, copy: Path):
+def test_latent_scaling_factor_is_that_of_the_vae_in_use(
+    bundled: ResolvedModel, resolve: Resolve, copy: Path
+):
     assert latent_scaling_factor(bundled) == load_vae(bundled, torch.float32).config.scaling_factor
     edit(copy / "vae" / "config.json", scaling_factor=0.5)
     assert latent_scaling_factor(resolve("copy")) == 0.5
@@ -98,7 +100,7 @@ def test_the_scaling_factor_is_that_of_the_vae_in_use(bundled: ResolvedModel, re
     )
 
 
-def test_the_pipeline_takes_given_parts_and_loads_the_rest(bundled: ResolvedModel):
+def test_load_pipeline_uses_given_components_and_loads_the_rest(bundled: ResolvedModel):
     unet = load_unet(bundled, torch.float32)
     pipeline = load_pipeline(bundled, torch.float32, unet=unet, text_encoders=False)
     assert pipeline.unet is unet
@@ -110,7 +112,7 @@ def test_the_pipeline_takes_given_parts_and_loads_the_rest(bundled: ResolvedMode
     assert image.size == (96, 64)
 
 
-def test_a_scheduler_class_from_nowhere_is_refused(resolve: Resolve, copy: Path):
+def test_load_pipeline_with_an_unknown_scheduler_class_raises(resolve: Resolve, copy: Path):
     edit(copy / "scheduler" / "scheduler_config.json", _class_name="os")
-    with pytest.raises(BaseModelError, match="'os' is no scheduler of diffusers"):
+    with pytest.raises(BaseModelError, match="'os' is not a scheduler class of diffusers"):
         load_pipeline(resolve("copy"), torch.float32)

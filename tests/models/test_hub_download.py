@@ -1,4 +1,4 @@
-"""Holds that a model from the Hub is the files that are used, at a known commit, and can be had again without a network."""
+"""Model downloads: only the files in use, at a known commit, and again without a network."""
 
 import errno
 import shutil
@@ -25,7 +25,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """The bundled model as SDXL lies on the Hub: both variants, and much that nobody here needs."""
+    """The bundled model in a repository like SDXL's: both variants, and many other files."""
     folder = Path(shutil.copytree(BUNDLED_MODEL, tmp_path / "repository"))
     for path in list(folder.glob("*/*.safetensors")):
         shutil.copy(path, path.with_suffix(".fp16.safetensors"))
@@ -39,7 +39,7 @@ def repository(tmp_path: Path) -> Path:
     return folder
 
 
-def downloaded(hub: HubServer, tmp_path: Path) -> set[str]:
+def downloaded_files(hub: HubServer, tmp_path: Path) -> set[str]:
     snapshots = tmp_path / "hf" / "hub" / "models--someone--model" / "snapshots"
     return {
         path.relative_to(next(snapshots.iterdir())).as_posix()
@@ -48,7 +48,7 @@ def downloaded(hub: HubServer, tmp_path: Path) -> set[str]:
     }
 
 
-def test_only_the_files_that_are_used_come_at_the_commit(
+def test_resolve_downloads_only_files_in_use_at_the_commit(
     hub, repository: Path, resolve: Resolve, bundled: ResolvedModel, tmp_path: Path
 ):
     commit = hub.add_repo("someone/model", repository)
@@ -57,7 +57,7 @@ def test_only_the_files_that_are_used_come_at_the_commit(
     assert model.source == "someone/model"
     assert set(model.variants.values()) == {"fp16"}
     assert model.digests["tokenizer"] == bundled.digests["tokenizer"]
-    files = downloaded(hub, tmp_path)
+    files = downloaded_files(hub, tmp_path)
     assert {name for name in files if name.endswith(".safetensors")} == {
         f"{part}/{stem}.fp16.safetensors"
         for part, stem in [
@@ -72,7 +72,7 @@ def test_only_the_files_that_are_used_come_at_the_commit(
 
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize("path", ["/api/models/someone/model", "/resolve/", "/lfs/"])
-def test_resolve_repeats_a_download_while_the_hub_is_busy(
+def test_resolve_retries_a_download_while_the_hub_is_busy(
     hub: HubServer,
     repository: Path,
     resolve: Resolve,
@@ -80,22 +80,22 @@ def test_resolve_repeats_a_download_while_the_hub_is_busy(
     path: str,
     status: int,
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # of its own repetitions
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # of its own retries
     commit = hub.add_repo("someone/model", repository)
     hub.fail_next(2, status=status, path=path, headers={"Retry-After": "0"})
     assert resolve("someone/model").revision == commit
 
 
-def test_a_cached_model_needs_no_network(hub, repository: Path, resolve: Resolve, monkeypatch):
+def test_resolve_of_a_cached_model_needs_no_network(hub, repository: Path, resolve: Resolve, monkeypatch):
     hub.add_repo("someone/model", repository)
     online = resolve("someone/model")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # closed port
     assert resolve("someone/model") == online
     with pytest.raises(BaseModelError, match=r"someone/other cannot be reached.*local folder"):
         resolve("someone/other")
 
 
-def test_offline_mode_uses_the_cache(hub, repository: Path, resolve: Resolve, monkeypatch):
+def test_resolve_in_offline_mode_uses_the_cache(hub, repository: Path, resolve: Resolve, monkeypatch):
     from huggingface_hub import constants
 
     hub.add_repo("someone/model", repository)
@@ -104,7 +104,7 @@ def test_offline_mode_uses_the_cache(hub, repository: Path, resolve: Resolve, mo
     assert resolve("someone/model") == online
 
 
-def test_a_revision_pins_the_commit_and_main_follows(hub, repository: Path, resolve: Resolve):
+def test_resolve_with_a_revision_pins_the_commit(hub, repository: Path, resolve: Resolve):
     first = hub.add_repo("someone/model", repository)
     path = repository / "scheduler" / "scheduler_config.json"
     path.write_text(path.read_text().replace("epsilon", "v_prediction"))
@@ -117,12 +117,14 @@ def test_a_revision_pins_the_commit_and_main_follows(hub, repository: Path, reso
         resolve("someone/model", revision="nonesuch")
 
 
-def test_an_unknown_repository_is_named(hub, resolve: Resolve):
+def test_resolve_of_an_unknown_repository_raises(hub, resolve: Resolve):
     with pytest.raises(BaseModelError, match=r"someone/absent is not a repository.*HF_TOKEN"):
         resolve("someone/absent")
 
 
-def test_a_private_repository_needs_the_token(hub, repository: Path, resolve: Resolve, monkeypatch):
+def test_resolve_of_a_private_repository_requires_the_token(
+    hub, repository: Path, resolve: Resolve, monkeypatch
+):
     hub.add_repo("someone/model", repository, private=True)
     assert resolve("someone/model").revision
     monkeypatch.setenv("HF_TOKEN", "")
@@ -132,7 +134,7 @@ def test_a_private_repository_needs_the_token(hub, repository: Path, resolve: Re
     assert hub.token not in str(error.value)
 
 
-def test_a_repository_of_pickles_is_refused_before_they_are_downloaded(
+def test_resolve_of_pickles_raises_before_downloading_them(
     hub, repository: Path, resolve: Resolve, tmp_path: Path
 ):
     for path in (repository / "unet").glob("*.safetensors"):
@@ -141,11 +143,11 @@ def test_a_repository_of_pickles_is_refused_before_they_are_downloaded(
     hub.add_repo("someone/model", repository)
     with pytest.raises(BaseModelError, match=r"someone/model.*only as diffusion_pytorch_model\.bin"):
         resolve("someone/model")
-    assert downloaded(hub, tmp_path) == {"model_index.json"}
+    assert downloaded_files(hub, tmp_path) == {"model_index.json"}
 
 
 @pytest.mark.parametrize("at_root", [True, False])
-def test_a_vae_from_the_hub(hub, repository: Path, resolve: Resolve, bundled: ResolvedModel, at_root):
+def test_resolve_a_vae_from_the_hub(hub, repository: Path, resolve: Resolve, bundled: ResolvedModel, at_root):
     commit = hub.add_repo("someone/vae", repository / "vae" if at_root else repository)
     model = resolve(BUNDLED_NAME, vae="someone/vae")
     assert (model.vae_source, model.vae_revision, model.revision) == ("someone/vae", commit, None)
@@ -154,9 +156,7 @@ def test_a_vae_from_the_hub(hub, repository: Path, resolve: Resolve, bundled: Re
     assert "unet" not in {path.name for path in Path(model.vae_path or "").parent.iterdir()}
 
 
-def test_the_default_is_sdxl_base_with_a_replaced_vae_left_undownloaded(
-    hub, repository: Path, resolve: Resolve
-):
+def test_resolve_default_is_sdxl_base_without_the_replaced_vae(hub, repository: Path, resolve: Resolve):
     hub.add_repo(SDXL_BASE_ID, repository)
     model = resolve(None, vae=str(BUNDLED_MODEL / "vae"))
     assert model.source == SDXL_BASE_ID
@@ -170,7 +170,7 @@ def test_the_default_is_sdxl_base_with_a_replaced_vae_left_undownloaded(
         RuntimeError("Data processing error: No space left on device (os error 28)"),
     ],
 )
-def test_a_full_cache_disk_is_named_with_what_is_needed(
+def test_resolve_on_a_full_cache_disk_raises_with_the_needed_bytes(
     hub, repository: Path, resolve: Resolve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ):
     import huggingface_hub

@@ -1,4 +1,4 @@
-"""Holds that SDXL's components get the names, the shapes and the values that its original single-file checkpoints have."""
+"""Original layout: names, shapes and values of SDXL's original single-file checkpoints."""
 
 import hashlib
 from pathlib import Path
@@ -47,14 +47,14 @@ def original(models: dict[str, nn.Module]) -> dict[str, Tensor]:
     }
 
 
-def test_sdxl_base_has_the_2515_names_and_shapes_of_its_checkpoint():
+def test_original_layout_has_the_2515_names_and_shapes_of_sdxl_base():
     tensors = original(sdxl_base())
     assert len(tensors) == 2515
     lines = [f"{name} {list(tensors[name].shape)}\n" for name in sorted(tensors)]
     assert hashlib.sha256("".join(lines).encode()).hexdigest() == BASE_NAMES_AND_SHAPES
 
 
-def test_names_and_values_equal_those_of_an_independent_writer(bundled: ResolvedModel):
+def test_original_layout_equals_an_independent_writer(bundled: ResolvedModel):
     encoders = load_text_encoders(bundled, torch.float16)
     models = {
         "unet": load_unet(bundled, torch.float16),
@@ -87,6 +87,6 @@ def test_names_and_values_equal_those_of_an_independent_writer(bundled: Resolved
         "encoder_hid_proj.weight",
     ],
 )
-def test_a_module_that_sdxl_lacks_has_no_name(name: str):
+def test_unet_tensors_of_an_unknown_module_raise(name: str):
     with pytest.raises(KeyError):
         dict(unet_tensors({name: torch.zeros(1)}, UNet2DConditionModel.load_config(BUNDLED_MODEL / "unet")))

@@ -1,5 +1,5 @@
-"""Holds the names of number formats; that weights in few bits are small, close, and can be trained through with an adapter that then
-works on the whole ones; and that what cannot be had is refused with a remedy."""
+"""Precisions: names; quantized weights that are small, accurate and trainable through with an adapter that then works on the full weights;
+and errors with a fix."""
 
 import inspect
 import sys
@@ -17,7 +17,7 @@ from sdxl_pipeline.models.precision import PrecisionError, dtype_from_name, dtyp
 from tests.models.adapters.test_adapter import output
 
 PACKAGES = {"quanto": "optimum.quanto", "torchao": "torchao", "bnb": "bitsandbytes"}
-# relative error of the prediction with untrained base weights, and bytes per weight of a linear layer with its scales
+# relative error of the prediction with quantized base weights, and bytes per weight of a linear layer with its scales
 EXPECTED = {
     "int8-quanto": (0.05, 1.1),
     "int4-quanto": (0.5, 0.7),
@@ -26,13 +26,13 @@ EXPECTED = {
     "fp8uz-quanto": (0.1, 1.1),
     "int8-torchao": (0.05, 1.1),
     "fp8wo-torchao": (0.1, 1.1),
-    "nf4-bnb": (0.5, 0.65),  # tables of one kilobyte weigh in so small a layer
+    "nf4-bnb": (0.5, 0.65),  # lookup tables of one kilobyte are significant in so small a layer
 }
 BY_DEFAULT = ("int8-quanto", "int8-torchao", "nf4-bnb")
 
 
 def predict(unet) -> torch.Tensor:
-    """`output` with its graph."""
+    """Run `output` with gradients."""
     return inspect.unwrap(output)(unet)
 
 
@@ -49,17 +49,17 @@ def require(name: str) -> None:
         ("fp32", torch.float32, "fp32"),
     ],
 )
-def test_names_and_dtypes(name, dtype, back):
+def test_dtype_names_round_trip(name, dtype, back):
     assert dtype_from_name(name) == dtype
     assert dtype_name(dtype) == back
 
 
-def test_an_unknown_name_is_refused():
+def test_dtype_from_name_of_an_unknown_name_raises():
     with pytest.raises(PrecisionError, match="'fp8' is not a precision"):
         dtype_from_name("fp8")
 
 
-def test_all_names_of_the_settings_are_tried_here():
+def test_expected_covers_every_precision_setting():
     assert set(typing.get_args(BaseModelPrecision)) == {"no_change", *EXPECTED}
 
 
@@ -67,9 +67,11 @@ def test_all_names_of_the_settings_are_tried_here():
     "name",
     [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in EXPECTED],
 )
-def test_an_adapter_trained_on_few_bits_works_on_the_whole_weights(name, lively: ResolvedModel, tmp_path):
+def test_adapter_trained_on_quantized_weights_works_on_full_weights(
+    name, random_filled: ResolvedModel, tmp_path
+):
     require(name)
-    unet = load_unet(lively, torch.float32)
+    unet = load_unet(random_filled, torch.float32)
     exact = output(unet)
     quantize_model(unet, name)
     error = (output(unet) - exact).square().mean().sqrt() / exact.std()
@@ -88,16 +90,16 @@ def test_an_adapter_trained_on_few_bits_works_on_the_whole_weights(name, lively:
 
     save_adapter({UNET: unet}, tmp_path / "lora.safetensors")
     assert {tensor.dtype for tensor in load_file(tmp_path / "lora.safetensors").values()} == {torch.float32}
-    whole = load_unet(lively, torch.float32)
-    load_adapter({UNET: whole}, tmp_path / "lora.safetensors")
-    assert output(whole).square().mean() < exact.square().mean()
+    full = load_unet(random_filled, torch.float32)
+    load_adapter({UNET: full}, tmp_path / "lora.safetensors")
+    assert output(full).square().mean() < exact.square().mean()
 
 
 @pytest.mark.parametrize("name", BY_DEFAULT)
-def test_a_look_in_between_leaves_the_weights_as_they_are(name, lively: ResolvedModel):
-    """In eval mode bitsandbytes would bring them into another order, on CPUs that have instructions for it."""
+def test_eval_forward_leaves_quantized_weights_trainable(name, random_filled: ResolvedModel):
+    """In eval mode bitsandbytes would repack them on CPUs with the required instructions."""
     require(name)
-    unet = load_unet(lively, torch.float32)
+    unet = load_unet(random_filled, torch.float32)
     quantize_model(unet, name)
     parameters = add_lora(unet, 2, 2.0, 0.0, ["to_q", "proj_in", "linear_1"], seed=0)
 
@@ -109,10 +111,10 @@ def test_a_look_in_between_leaves_the_weights_as_they_are(name, lively: Resolved
     assert all(map(torch.equal, before, gradients()))
     if name == "nf4-bnb":
         layer = unet.get_submodule("mid_block.attentions.0.proj_out")
-        assert layer.support_avx512bf16_for_cpu is False, "whatever CPU this is"
+        assert layer.support_avx512bf16_for_cpu is False, "on any CPU"
 
 
-def test_a_bitsandbytes_that_cannot_be_told_so_is_refused(lively: ResolvedModel, monkeypatch):
+def test_bitsandbytes_without_the_repack_attribute_raises(random_filled: ResolvedModel, monkeypatch):
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra `quantization`")
 
     class Another(bitsandbytes.nn.LinearNF4):
@@ -121,16 +123,16 @@ def test_a_bitsandbytes_that_cannot_be_told_so_is_refused(lively: ResolvedModel,
             del self.support_avx512bf16_for_cpu
 
     monkeypatch.setattr(bitsandbytes.nn, "LinearNF4", Another)
-    with pytest.raises(PrecisionError, match=r"nf4-bnb.*support_avx512bf16_for_cpu.*or write int8-quanto"):
-        quantize_model(load_unet(lively, torch.float32), "nf4-bnb")
+    with pytest.raises(PrecisionError, match=r"nf4-bnb.*support_avx512bf16_for_cpu.*or set int8-quanto"):
+        quantize_model(load_unet(random_filled, torch.float32), "nf4-bnb")
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_few_bits_take_few_bytes(name, lively: ResolvedModel):
+def test_quantized_weights_take_few_bytes(name, random_filled: ResolvedModel):
     from sdxl_pipeline.training.memory.memory_estimate import held_bytes
 
     require(name)
-    unet = load_unet(lively, torch.float32)
+    unet = load_unet(random_filled, torch.float32)
     quantize_model(unet, name)
     layer = unet.get_submodule("mid_block.attentions.0.proj_in")
     assert held_bytes(layer.weight) / (96 * 96) < EXPECTED[name][1]
@@ -139,18 +141,18 @@ def test_few_bits_take_few_bytes(name, lively: ResolvedModel):
 
 
 @pytest.mark.parametrize("name", ["int8-quanto", "int8-torchao", "nf4-bnb"])
-def test_text_encoders_take_them_too(name, lively: ResolvedModel):
+def test_quantize_model_applies_to_text_encoders(name, random_filled: ResolvedModel):
     require(name)
     ids = torch.arange(77)[None] % 50
-    encoder = load_text_encoders(lively, torch.float32).text_encoder
+    encoder = load_text_encoders(random_filled, torch.float32).text_encoder
     exact = encoder(ids).last_hidden_state
     quantize_model(encoder, name, "text_encoder_1_precision")
     error = (encoder(ids).last_hidden_state - exact).square().mean().sqrt() / exact.std()
     assert 0 < error < 0.5
 
 
-def test_no_change_changes_nothing(lively: ResolvedModel):
-    unet = load_unet(lively, torch.float32)
+def test_quantize_model_no_change_changes_nothing(random_filled: ResolvedModel):
+    unet = load_unet(random_filled, torch.float32)
     before = output(unet)
     quantize_model(unet, "no_change")
     assert torch.equal(output(unet), before)
@@ -160,12 +162,14 @@ def test_no_change_changes_nothing(lively: ResolvedModel):
     ("name", "module"),
     [("int8-quanto", "optimum"), ("int8-torchao", "torchao.quantization"), ("nf4-bnb", "bitsandbytes.nn")],
 )
-def test_without_the_package_the_extra_is_named(name, module, lively: ResolvedModel, monkeypatch):
+def test_quantize_model_without_its_package_raises_with_the_extra(
+    name, module, random_filled: ResolvedModel, monkeypatch
+):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(PrecisionError, match=rf"{name}.*sdxl-pipeline\[quantization\]"):
-        quantize_model(load_unet(lively, torch.float32), name)
+        quantize_model(load_unet(random_filled, torch.float32), name)
 
 
-def test_an_unknown_quantization_is_refused(lively: ResolvedModel):
-    with pytest.raises(PrecisionError, match="Write one of no_change, int8-quanto"):
-        quantize_model(load_unet(lively, torch.float32), "int3-nothing")
+def test_quantize_model_with_an_unknown_name_raises(random_filled: ResolvedModel):
+    with pytest.raises(PrecisionError, match="Set one of no_change, int8-quanto"):
+        quantize_model(load_unet(random_filled, torch.float32), "int3-nothing")

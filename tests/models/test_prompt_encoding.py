@@ -1,11 +1,11 @@
-"""Holds that embeddings are those of diffusers' own pipeline, and no prompt's depend on its neighbours."""
+"""Prompt embeddings equal those of diffusers' pipeline, and do not depend on the batch."""
 
 import pytest
 import torch
 
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.models.components import TextEncoders, load_pipeline, load_text_encoders
-from sdxl_pipeline.models.prompt_encoding import encode_prompts
+from sdxl_pipeline.models.conditioning import encode_prompts
 from sdxl_pipeline.models.prompt_tokens import PromptReader
 
 PROMPTS = [
@@ -23,7 +23,7 @@ def encoders(bundled: ResolvedModel) -> TextEncoders:
     return load_text_encoders(bundled, torch.float32)
 
 
-def test_equal_to_the_pipelines_encode_prompt(bundled: ResolvedModel, encoders: TextEncoders):
+def test_encode_prompts_equals_the_pipeline(bundled: ResolvedModel, encoders: TextEncoders):
     pipeline = load_pipeline(bundled, torch.float32, text_encoders=encoders)
     expected, _, expected_pooled, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
     prompt_embeds, pooled = encode_prompts(encoders, PROMPTS)
@@ -33,7 +33,7 @@ def test_equal_to_the_pipelines_encode_prompt(bundled: ResolvedModel, encoders: 
     assert torch.equal(pooled, expected_pooled)
 
 
-def test_equal_to_the_pipelines_negative_prompt(bundled: ResolvedModel, encoders: TextEncoders):
+def test_encode_prompts_equals_the_pipelines_negative_prompt(bundled: ResolvedModel, encoders: TextEncoders):
     pipeline = load_pipeline(bundled, torch.float32, text_encoders=encoders)
     _, negative, _, negative_pooled = pipeline.encode_prompt("a circle", negative_prompt="blurry")
     prompt_embeds, pooled = encode_prompts(encoders, ["blurry"])
@@ -41,7 +41,7 @@ def test_equal_to_the_pipelines_negative_prompt(bundled: ResolvedModel, encoders
     assert torch.equal(pooled, negative_pooled)
 
 
-def test_order_and_batch_do_not_change_a_prompts_embedding(encoders: TextEncoders):
+def test_encode_prompts_is_independent_of_order_and_batch(encoders: TextEncoders):
     together, pooled_together = encode_prompts(encoders, PROMPTS)
     backwards, pooled_backwards = encode_prompts(encoders, PROMPTS[::-1])
     torch.testing.assert_close(together, backwards.flip(0), atol=1e-5, rtol=0)
@@ -50,14 +50,16 @@ def test_order_and_batch_do_not_change_a_prompts_embedding(encoders: TextEncoder
         alone, pooled_alone = encode_prompts(encoders, [prompt])
         torch.testing.assert_close(alone[0], together[index], atol=1e-5, rtol=0)
         torch.testing.assert_close(pooled_alone[0], pooled_together[index], atol=1e-5, rtol=0)
-    assert not torch.allclose(together[0], together[2], atol=1e-2), "prompts differ, so must their embeddings"
+    assert not torch.allclose(together[0], together[2], atol=1e-2), (
+        "different prompts have different embeddings"
+    )
 
 
-def test_no_gradient_is_kept(encoders: TextEncoders):
+def test_encode_prompts_has_no_gradient(encoders: TextEncoders):
     assert not encode_prompts(encoders, ["a"])[0].requires_grad
 
 
-def test_a_long_prompt_in_windows_is_each_window_as_a_prompt_of_its_own(encoders: TextEncoders):
+def test_encode_prompts_encodes_each_window_separately(encoders: TextEncoders):
     words = [f"circle{'!' * (index % 3 == 0)}" for index in range(200)]
     reader = PromptReader(encoders)
     lengths = [len(reader.read([" ".join(words[:count])])[1][0]) for count in range(len(words))]

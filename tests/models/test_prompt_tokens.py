@@ -1,4 +1,4 @@
-"""Holds that prompts are read as each tokenizer reads them, in windows, and that what is cut is told."""
+"""Tokenization equals each tokenizer's own, in windows, and truncated text is reported."""
 
 import pytest
 
@@ -22,24 +22,24 @@ def tokenizers(bundled: ResolvedModel) -> Tokenizers:
     return load_tokenizers(bundled)
 
 
-def test_one_window_is_what_each_tokenizer_itself_gives(tokenizers: Tokenizers):
+def test_one_window_equals_each_tokenizers_output(tokenizers: Tokenizers):
     reader = PromptReader(tokenizers)
-    ours = reader.in_windows(reader.read(PROMPTS))
-    for ids, tokenizer in zip(ours, (tokenizers.tokenizer, tokenizers.tokenizer_2), strict=True):
-        theirs = tokenizer(
+    ids_per_encoder = reader.in_windows(reader.read(PROMPTS))
+    for ids, tokenizer in zip(ids_per_encoder, (tokenizers.tokenizer, tokenizers.tokenizer_2), strict=True):
+        expected = tokenizer(
             PROMPTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
         ).input_ids
-        assert ids[:, 0].equal(theirs)
+        assert ids[:, 0].equal(expected)
 
 
-def test_prompts_without_exclamation_marks_are_read_once(tokenizers: Tokenizers):
+def test_prompts_without_exclamation_marks_are_tokenized_once(tokenizers: Tokenizers):
     first, second = PromptReader(tokenizers).read(["a red circle", "stop!"])
     assert first[0] is second[0]
     assert first[1] != second[1]
 
 
 @pytest.mark.parametrize("windows", [1, 2, 3])
-def test_the_lost_tail_is_what_lies_beyond_the_windows(tokenizers: Tokenizers, windows: int):
+def test_lost_tail_is_the_text_beyond_the_windows(tokenizers: Tokenizers, windows: int):
     reader = PromptReader(tokenizers, windows)
     assert reader.capacity == 75 * windows
     words = ["circle"] * reader.capacity

@@ -1,4 +1,4 @@
-"""Holds that a single checkpoint in SDXL's original layout gives the very weights of the folder it was made from, without a network.
+"""A single checkpoint in SDXL's original layout gives the weights of the folder it was made from, without a network.
 
 The checkpoint is written here under the original names (tests.models.original_layout), at the bundled model's sizes. At SDXL-base's own
 sizes the names and shapes are checked on the meta device, where no memory is needed.
@@ -48,7 +48,7 @@ def tensors(bundled: ResolvedModel) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def checkpoint(tensors, tmp_path: Path, monkeypatch) -> Path:
-    """shapes.safetensors, with a companion folder shapes/ of configurations and tokenizers; and no network."""
+    """shapes.safetensors, with a companion folder shapes/ of configurations and tokenizers, and no network."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     write_checkpoint(tmp_path / "shapes.safetensors", tensors)
     shutil.copytree(BUNDLED_MODEL, tmp_path / "shapes", ignore=shutil.ignore_patterns("*.safetensors"))
@@ -61,7 +61,9 @@ def assert_same_weights(module: torch.nn.Module, expected: torch.nn.Module) -> N
     assert all(torch.equal(state[name], expected_state[name]) for name in state)
 
 
-def test_every_component_has_the_folders_weights(checkpoint, bundled: ResolvedModel, resolve: Resolve):
+def test_single_file_components_equal_the_folders_weights(
+    checkpoint, bundled: ResolvedModel, resolve: Resolve
+):
     model = resolve("shapes.safetensors")
     assert model.kind == "single_file"
     assert_same_weights(load_unet(model, torch.float32), load_unet(bundled, torch.float32))
@@ -72,7 +74,7 @@ def test_every_component_has_the_folders_weights(checkpoint, bundled: ResolvedMo
     assert encoders.tokenizer("a red star").input_ids == expected.tokenizer("a red star").input_ids
 
 
-def test_an_upper_case_suffix_is_read_as_any_other(checkpoint, bundled: ResolvedModel, resolve: Resolve):
+def test_upper_case_suffix_is_accepted(checkpoint, bundled: ResolvedModel, resolve: Resolve):
     checkpoint.rename(checkpoint.with_suffix(".SAFETENSORS"))
     model = resolve("shapes.SAFETENSORS", vae="shapes.SAFETENSORS")
     assert model.kind == "single_file"
@@ -80,7 +82,7 @@ def test_an_upper_case_suffix_is_read_as_any_other(checkpoint, bundled: Resolved
     assert_same_weights(load_vae(model, torch.float32), load_vae(bundled, torch.float32))
 
 
-def test_the_pipeline_draws_the_same_image(checkpoint, bundled: ResolvedModel, resolve: Resolve):
+def test_single_file_pipeline_samples_the_same_image(checkpoint, bundled: ResolvedModel, resolve: Resolve):
     images = [
         load_pipeline(model, torch.float32)(
             "a red circle",
@@ -104,7 +106,7 @@ def test_the_pipeline_draws_the_same_image(checkpoint, bundled: ResolvedModel, r
         ("conditioner.embedders.1.", "text_digest"),
     ],
 )
-def test_each_component_has_a_digest_of_its_own(checkpoint: Path, tensors, resolve: Resolve, prefix, changed):
+def test_single_file_digests_are_per_component(checkpoint: Path, tensors, resolve: Resolve, prefix, changed):
     before = resolve("shapes.safetensors")
     name = next(name for name in tensors if name.startswith(prefix))
     write_checkpoint(checkpoint, {**tensors, name: tensors[name] + 1})
@@ -113,7 +115,7 @@ def test_each_component_has_a_digest_of_its_own(checkpoint: Path, tensors, resol
     assert [name for name in names if getattr(before, name) != getattr(after, name)] == [changed]
 
 
-def test_configurations_lying_beside_the_file_are_used(checkpoint: Path, resolve: Resolve, tmp_path: Path):
+def test_single_file_uses_configurations_beside_it(checkpoint: Path, resolve: Resolve, tmp_path: Path):
     companion = resolve("shapes.safetensors")
     shutil.move(str(checkpoint), tmp_path / "shapes" / "other.safetensors")
     beside = resolve("shapes/other.safetensors")
@@ -121,7 +123,7 @@ def test_configurations_lying_beside_the_file_are_used(checkpoint: Path, resolve
     assert beside.digest == companion.digest
 
 
-def test_without_companions_sdxl_base_is_assumed_and_tokenizers_are_asked_for(
+def test_single_file_without_companions_uses_sdxl_base_and_requires_tokenizers(
     checkpoint: Path, resolve: Resolve, tmp_path, monkeypatch
 ):
     from huggingface_hub import constants
@@ -139,7 +141,7 @@ def test_without_companions_sdxl_base_is_assumed_and_tokenizers_are_asked_for(
             load(model, torch.float32)
 
 
-def test_markers_of_v_prediction_reach_the_scheduler_and_the_digest(
+def test_single_file_v_prediction_markers_affect_scheduler_and_digest(
     checkpoint: Path, tensors, resolve: Resolve
 ):
     plain = resolve("shapes.safetensors")
@@ -154,13 +156,13 @@ def test_markers_of_v_prediction_reach_the_scheduler_and_the_digest(
     assert marked.unet_digest == plain.unet_digest
 
 
-def test_an_edm_checkpoint_is_refused(checkpoint: Path, tensors, resolve: Resolve):
+def test_single_file_of_edm_raises(checkpoint: Path, tensors, resolve: Resolve):
     write_checkpoint(checkpoint, {**tensors, "edm_mean": torch.zeros(4)})
     with pytest.raises(BaseModelError, match="EDM"):
         resolve("shapes.safetensors")
 
 
-def test_a_checkpoint_without_vae_needs_one(
+def test_single_file_without_vae_requires_one(
     checkpoint: Path, tensors, bundled: ResolvedModel, resolve: Resolve
 ):
     write_checkpoint(checkpoint, {k: v for k, v in tensors.items() if not k.startswith("first_stage_model.")})
@@ -171,13 +173,13 @@ def test_a_checkpoint_without_vae_needs_one(
     assert_same_weights(load_vae(model, torch.float32), load_vae(bundled, torch.float32))
 
 
-def test_a_lora_or_a_damaged_file_is_no_checkpoint(checkpoint: Path, tensors, resolve: Resolve):
+def test_single_file_that_is_a_lora_or_corrupt_raises(checkpoint: Path, tensors, resolve: Resolve):
     write_checkpoint(checkpoint, {"lora_unet_x.lora_up.weight": torch.zeros(1)})
-    with pytest.raises(BaseModelError, match="not a whole SDXL checkpoint"):
+    with pytest.raises(BaseModelError, match="not a complete SDXL checkpoint"):
         resolve("shapes.safetensors")
     write_checkpoint(checkpoint, tensors)
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
-    with pytest.raises(BaseModelError, match="cut short"):
+    with pytest.raises(BaseModelError, match="is truncated"):
         resolve("shapes.safetensors")
     checkpoint.write_bytes(b"\x80\x02}q\x00")
     with pytest.raises(BaseModelError, match="not a safetensors file"):
@@ -193,14 +195,14 @@ def test_a_lora_or_a_damaged_file_is_no_checkpoint(checkpoint: Path, tensors, re
         ("conditioner.embedders.1.model.ln_final.weight", load_text_encoders),
     ],
 )
-def test_a_checkpoint_that_lacks_a_weight_is_refused(checkpoint: Path, tensors, resolve: Resolve, name, load):
+def test_single_file_with_a_missing_weight_raises(checkpoint: Path, tensors, resolve: Resolve, name, load):
     write_checkpoint(checkpoint, {k: v for k, v in tensors.items() if k != name})
     with pytest.raises(BaseModelError, match=r"lacks .*weights"):
         load(resolve("shapes.safetensors"), torch.float32)
 
 
 @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
-def test_a_vae_of_its_own_in_the_original_layout(
+def test_vae_file_in_the_original_layout_replaces_the_models_own(
     bundled: ResolvedModel, resolve: Resolve, tmp_path: Path, prefix
 ):
     vae = load_vae(bundled, torch.float16)
@@ -213,8 +215,8 @@ def config_of(component: str) -> dict:
     return json.loads((SDXL_BASE_CONFIGS / component / "config.json").read_text())
 
 
-def test_the_shipped_configurations_are_sdxl_bases_own():
-    """Parameter counts of the released model, as its files hold them."""
+def test_packaged_configurations_are_sdxl_bases():
+    """Compare the parameter counts with those of the released model's files."""
     with init_empty_weights():
         models = {
             "unet": UNet2DConditionModel.from_config(config_of("unet")),
@@ -233,8 +235,8 @@ def test_the_shipped_configurations_are_sdxl_bases_own():
     assert models["vae"].config.force_upcast
 
 
-def test_the_original_names_at_sdxl_bases_sizes():
-    """1680 and 248 tensors stand under these prefixes in sd_xl_base_1.0.safetensors; each finds its place in diffusers' model."""
+def test_original_names_match_sdxl_base_on_the_meta_device():
+    """sd_xl_base_1.0.safetensors has 1680 and 248 tensors under these prefixes; each corresponds to one of diffusers' model."""
     with init_empty_weights(include_buffers=True):
         unet = UNet2DConditionModel.from_config(config_of("unet"))
         vae = AutoencoderKL.from_config(config_of("vae"))
@@ -250,8 +252,8 @@ def test_the_original_names_at_sdxl_bases_sizes():
         }
 
 
-def test_the_written_layout_has_the_checkpoints_own_names(tensors):
-    """Some names as they stand in sd_xl_base_1.0.safetensors."""
+def test_written_layout_has_names_of_sdxl_base(tensors):
+    """Check some names of sd_xl_base_1.0.safetensors."""
     for name in (
         "model.diffusion_model.input_blocks.0.0.weight",
         "model.diffusion_model.label_emb.0.2.bias",
@@ -267,6 +269,6 @@ def test_the_written_layout_has_the_checkpoints_own_names(tensors):
         assert name in tensors
 
 
-def test_the_bundled_weights_are_stored_as_they_are_read(tensors):
+def test_written_layout_keeps_the_bundled_weights(tensors):
     stored = load_file(BUNDLED_MODEL / "unet" / "diffusion_pytorch_model.safetensors")
     assert torch.equal(stored["conv_in.weight"], tensors["model.diffusion_model.input_blocks.0.0.weight"])

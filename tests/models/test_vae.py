@@ -1,4 +1,4 @@
-"""Holds the way from pixels to latents and back: ranges, shapes, the posterior's own law, and seeds."""
+"""VAE: value ranges, shapes, the distribution of the posterior, and seeds."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def vae(bundled: ResolvedModel) -> AutoencoderKL:
     return load_vae(bundled, torch.float32)
 
 
-def test_pixels_span_minus_one_to_one_channels_first():
+def test_pixels_from_crops_span_minus_one_to_one_channels_first():
     crop = np.zeros((2, 3, 3), dtype=np.uint8)
     crop[0, 1] = (255, 0, 51)
     pixels = pixels_from_crops([crop, crop])
@@ -25,7 +25,7 @@ def test_pixels_span_minus_one_to_one_channels_first():
     assert pixels[1].min() == -1
 
 
-def test_moments_are_the_vaes_posterior(vae: AutoencoderKL):
+def test_encode_moments_equals_the_vaes_posterior(vae: AutoencoderKL):
     pixels = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mean, logvar = encode_moments(vae, pixels)
     assert mean.shape == logvar.shape == (2, 4, 8, 12)
@@ -34,15 +34,15 @@ def test_moments_are_the_vaes_posterior(vae: AutoencoderKL):
     assert torch.equal(logvar, posterior.logvar)
 
 
-def test_a_sample_is_diffusers_own_times_the_scaling_factor(vae: AutoencoderKL):
+def test_sample_latents_equals_diffusers_times_the_scaling_factor(vae: AutoencoderKL):
     pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mean, logvar = encode_moments(vae, pixels)
-    ours = sample_latents(mean, logvar, 0.13025, torch.Generator().manual_seed(3))
-    theirs = vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(3)) * 0.13025
-    torch.testing.assert_close(ours, theirs)
+    sampled = sample_latents(mean, logvar, 0.13025, torch.Generator().manual_seed(3))
+    expected = vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(3)) * 0.13025
+    torch.testing.assert_close(sampled, expected)
 
 
-def test_samples_have_the_posteriors_mean_and_deviation():
+def test_sample_latents_has_the_posteriors_mean_and_deviation():
     mean = torch.full((1, 4, 100, 100), 2.0, dtype=torch.bfloat16)
     logvar = torch.full_like(mean, 2 * np.log(0.5))
     samples = sample_latents(mean, logvar, 3.0, torch.Generator().manual_seed(0))
@@ -51,7 +51,7 @@ def test_samples_have_the_posteriors_mean_and_deviation():
     assert samples.std().item() == pytest.approx(1.5, abs=0.03)
 
 
-def test_decoding_gives_images_between_zero_and_one(vae: AutoencoderKL):
+def test_decode_gives_images_between_zero_and_one(vae: AutoencoderKL):
     latents = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(0)) * 5
     pixels = decode(vae, latents)
     assert pixels.shape == (1, 3, 64, 96)

@@ -279,8 +279,8 @@ def test_the_text_encoders_part_is_checked_as_well(inputs, tmp_path: Path):
     [
         ("nan", "NaN or infinity"),
         ("zero", "changes nothing"),
-        ("lost tensor", "astray"),
-        ("unknown layer", "astray"),
+        ("lost tensor", "missing, unexpected"),
+        ("unknown layer", "missing, unexpected"),
         ("wrong shape", "does not load back"),
         ("no LoRA", "does not load back"),
         ("half a file", "does not load back"),

@@ -147,7 +147,7 @@ def test_a_run_starts_from_a_file_whose_content_is_part_of_what_it_is(tmp_path: 
     assert run_identity(with_settings(spec, "run", init_lora=None)) != identity
     with pytest.raises(UserError, match=r"init_lora.*does not exist"):
         run_identity(with_settings(spec, "run", init_lora=str(tmp_path / "absent.safetensors")))
-    with pytest.raises(UserError, match=r"config.json: init_lora.*Write lora_rank 4"):
+    with pytest.raises(UserError, match=r"config.json: init_lora.*Set lora_rank to 4"):
         main(with_settings(spec, "other rank", lora_rank=8), Listener(), StopSignal())
 
 

@@ -12,7 +12,7 @@ from sdxl_pipeline.cache.encode.encoder_devices import DeviceResult, load_encode
 from sdxl_pipeline.cache.encode.encoder_overflow import explain_embeds
 from sdxl_pipeline.cache.store.tensor_store import StorageError, StoreWriter, TensorStore
 from sdxl_pipeline.models.components import load_tokenizers
-from sdxl_pipeline.models.prompt_encoding import encode_tokens
+from sdxl_pipeline.models.conditioning import encode_tokens
 from sdxl_pipeline.models.prompt_tokens import PromptReader, Tokens
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import EncodeTextSpec, StageModel

@@ -18,7 +18,7 @@ from sdxl_pipeline.data.buckets.crop_plan import Crop
 from sdxl_pipeline.data.decoding.image_decoding import UnreadableImage
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.models.components import TextEncoders
-from sdxl_pipeline.models.prompt_encoding import encode_tokens
+from sdxl_pipeline.models.conditioning import encode_tokens
 from sdxl_pipeline.models.prompt_tokens import PromptReader
 from sdxl_pipeline.models.vae import encode_moments, pixels_from_crops
 from sdxl_pipeline.runtime.stage_runner import UserError

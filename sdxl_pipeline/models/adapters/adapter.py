@@ -1,6 +1,6 @@
-"""Adapters of every kind, told apart by what a model carries or a file holds.
+"""Adapters of all kinds: add, load, save and disable, by the kind that a model or a file contains.
 
-A file may hold the adapters of several models, each under a prefix: `unet`, `text_encoder`, `text_encoder_2`.
+A file may contain adapters of several models, each under a prefix: `unet`, `text_encoder`, `text_encoder_2`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -51,9 +51,9 @@ __all__ = [
 
 
 def add_adapter(unet: nn.Module, settings: TrainingSettings, seed: int) -> list[nn.Parameter]:
-    """Freeze a UNet and give it the adapter that the settings describe; gives its trainable parameters, in float32.
+    """Freeze a UNet, add the adapter of the settings and return its trainable parameters, in float32.
 
-    Raises AdapterError when it cannot be had on this UNet.
+    Raises AdapterError when the adapter cannot be added to this UNet.
     """
     if settings.lora_type == "lycoris":
         return add_lycoris(
@@ -76,17 +76,17 @@ def add_adapter(unet: nn.Module, settings: TrainingSettings, seed: int) -> list[
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The trainable parameters, in the order of the model's modules."""
+    """Return the trainable parameters in the order of the model's modules."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def adapted_module_names(model: nn.Module) -> list[str]:
-    """Names of the layers that have an adapter, sorted."""
+    """Return the names of the layers with an adapter, sorted."""
     return sorted(lora_layers(model) if lycoris_network(model) is None else lycoris_layers(model))
 
 
 def adapter_kind(model: nn.Module) -> AdapterKind:
-    """Of the adapter that a model carries."""
+    """Return the kind of a model's adapter."""
     if lycoris_network(model) is not None:
         return "lycoris"
     return "dora" if any(config.use_dora for config in model.peft_config.values()) else "lora"  # type: ignore[operator]
@@ -94,7 +94,7 @@ def adapter_kind(model: nn.Module) -> AdapterKind:
 
 @contextmanager
 def without_adapter(*models: nn.Module) -> Iterator[None]:
-    """The models as the base model has them."""
+    """Disable the models' adapters while the block runs."""
     with ExitStack() as stack:
         for model in models:
             if lycoris_network(model) is not None:
@@ -111,16 +111,16 @@ def save_adapter(
     metadata: Mapping[str, str] | None = None,
     adapter_name: str = ADAPTER_NAME,
 ) -> None:
-    """Write the adapters of `models`, by prefix, to `path`, in the format that the users of their kind read.
+    """Write the adapters of `models`, by prefix, to `path` in the standard format of their kind.
 
-    LoRA and DoRA: diffusers', for `StableDiffusionXLPipeline.load_lora_weights`. LyCORIS, of the UNet alone: lycoris-lora's, for its
-    `create_lycoris_from_weights` and ComfyUI. The file is written beside and renamed, and its bytes depend on the weights and
-    `metadata` alone.
+    LoRA and DoRA: diffusers', for `StableDiffusionXLPipeline.load_lora_weights`. LyCORIS, of the UNet only: lycoris-lora's, for its
+    `create_lycoris_from_weights` and ComfyUI. The file is written atomically, and its bytes depend only on the weights and `metadata`.
+    Raises AdapterError for LyCORIS with a text encoder.
     """
     header = dict(metadata or {})
     if lycoris_network(models[UNET]) is not None:
         if len(models) > 1:
-            raise AdapterError("A file of LyCORIS holds the UNet's adapter alone.")
+            raise AdapterError("A LyCORIS file contains only the UNet's adapter; remove the text encoders.")
         write_stable_safetensors(path, lycoris_tensors(models[UNET]), header | lycoris_header(models[UNET]))
         return
     tensors = {
@@ -134,15 +134,15 @@ def save_adapter(
 def load_adapter(
     models: Mapping[str, nn.Module], path: Path, adapter_name: str = ADAPTER_NAME
 ) -> dict[str, list[str]]:
-    """Add the adapters of a file to `models`, by prefix, that have none of that name; gives the names of the layers changed in each.
+    """Add the adapters of a file to `models`, by prefix, and return the names of the changed layers of each.
 
-    It is loaded as its users do: by diffusers' loader, or by lycoris-lora's. A part for a model that is not given is left aside. Raises
-    AdapterError for a file that changes no layer of one of the models.
+    Files are loaded like in other programs: by diffusers' loader, or by lycoris-lora's. Weights for a model that is not given are
+    ignored. Raises AdapterError for a file that changes no layer of one of the models.
     """
     if read_header(path).kind == "lycoris":
         if others := models.keys() - {UNET}:
             raise AdapterError(
-                f"{path} is a LyCORIS file, which holds nothing for {', '.join(sorted(others))}."
+                f"{path} is a LyCORIS file, which contains nothing for {', '.join(sorted(others))}."
             )
         load_lycoris(models[UNET], path)
     else:
@@ -151,12 +151,12 @@ def load_adapter(
 
 
 def require_complete(models: Mapping[str, nn.Module], path: Path, adapter_name: str = ADAPTER_NAME) -> None:
-    """Raise AdapterError unless `models` carry every tensor of the file, which diffusers' format names, and no other.
+    """Raise AdapterError unless `models` have exactly the tensors of the file in diffusers' format.
 
-    Diffusers only warns of tensors that it finds no place for, or that a layer lacks.
+    Diffusers only warns about missing and unexpected tensors.
     """
     if lycoris_network(models[UNET]) is not None:
-        return  # load_lycoris compares by itself
+        return  # load_lycoris compares itself
     loaded = {
         name: tensor.shape
         for prefix, model in models.items()
@@ -164,7 +164,9 @@ def require_complete(models: Mapping[str, nn.Module], path: Path, adapter_name: 
     }
     with safe_open(path, framework="pt") as file:
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    if astray := sorted(
+    if mismatched := sorted(
         name for name in loaded.keys() | stored.keys() if loaded.get(name) != stored.get(name)
     ):
-        raise AdapterError(f"{path} does not fit: {len(astray)} tensors are astray, as {astray[0]}.")
+        raise AdapterError(
+            f"{path} does not fit: {len(mismatched)} missing, unexpected or differently shaped tensors, such as {mismatched[0]}."
+        )

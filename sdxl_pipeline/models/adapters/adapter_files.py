@@ -1,4 +1,4 @@
-"""What is common to the files of every kind of adapter, before a tensor of them is read."""
+"""Headers and names of adapter files of all kinds. No torch."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 UNET: Final = "unet"
 PREFIXES: Final = (UNET, "text_encoder", "text_encoder_2")
-"""Of tensors in a file, by the model that they belong to; diffusers' own."""
+"""Diffusers' prefixes of a file's tensors, by model."""
 
 AdapterKind = Literal["lora", "dora", "lycoris"]
 
@@ -22,12 +22,12 @@ _FACTORS = (".lora_A", ".lora_B", ".lora_up", ".lora_down", ".lora_mid", *_LYCOR
 
 
 class AdapterError(Exception):
-    """An adapter that cannot be made or loaded; the message says why."""
+    """An adapter cannot be added or loaded. The message says why."""
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What the header of a file tells."""
+    """Tensor names and metadata of a safetensors file."""
 
     path: Path
     names: frozenset[str]
@@ -35,7 +35,7 @@ class AdapterFile:
 
     @property
     def kind(self) -> AdapterKind:
-        """LyCORIS' own format, or one that diffusers reads: a LoRA, or a DoRA, which has norms besides."""
+        """Kind of adapter: LyCORIS' own format, or a LoRA or DoRA (a LoRA with norms) that diffusers reads."""
         if any(
             name.startswith("lycoris_") or any(part in name for part in _LYCORIS_PARTS) for name in self.names
         ):
@@ -46,9 +46,11 @@ class AdapterFile:
 
 
 def read_header(path: Path) -> AdapterFile:
-    """The names in a file of weights. Raises AdapterError for one that is absent or no safetensors."""
+    """Return the header of a weights file. Raises AdapterError if it is missing or not a safetensors file."""
     if path.suffix.lower() != _SUFFIX:
-        raise AdapterError(f"{path} is no .safetensors file. No other format is read: it could run code.")
+        raise AdapterError(
+            f"{path} is not a .safetensors file. Other formats are not read: they could run code."
+        )
     try:
         with safe_open(path, framework="numpy") as file:  # no torch for a header
             return AdapterFile(path, frozenset(file.keys()), file.metadata() or {})
@@ -60,7 +62,7 @@ def read_header(path: Path) -> AdapterFile:
 
 @contextmanager
 def lower_case_suffix(path: Path) -> Iterator[Path]:
-    """Give a file of weights a name that diffusers takes for safetensors: it compares the suffix's case, and unpickles any other."""
+    """Yield a path whose suffix diffusers accepts as safetensors: it compares case-sensitively, and unpickles any other suffix."""
     if path.suffix == _SUFFIX:
         yield path
         return
@@ -71,7 +73,7 @@ def lower_case_suffix(path: Path) -> Iterator[Path]:
 
 
 def changes_something(tensors: Mapping[str, Any]) -> bool:
-    """Whether some layer's update is not zero. An update is a product, and is not zero when none of its factors is."""
+    """Return whether some layer's update is nonzero: the product of its factors is nonzero if every factor is."""
     factors: defaultdict[str, list[bool]] = defaultdict(list)
     for name, tensor in tensors.items():
         if part := next((part for part in _FACTORS if part in name), None):
@@ -80,5 +82,5 @@ def changes_something(tensors: Mapping[str, Any]) -> bool:
 
 
 def display_name(prefix: str) -> str:
-    """The model of a prefix, for a message."""
+    """Return the display name of a prefix's model."""
     return "UNet" if prefix == UNET else prefix.replace("_", " ")

@@ -1,4 +1,4 @@
-"""The file that `init_lora` names: where it lies, and what it holds as a digest. No torch."""
+"""The file of `init_lora`: its local path and its digest. No torch."""
 
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
@@ -14,47 +14,49 @@ from sdxl_pipeline.models.model_files import BaseModelError
 USUAL_NAME: Final = "pytorch_lora_weights.safetensors"
 
 
-def find_initial_adapter(written: str, folder: Path) -> Path:
-    """The file that `init_lora` names: a local one, seen from `folder`, or one of a repository of the Hub, which is downloaded into this machine's cache.
+def find_initial_adapter(setting: str, folder: Path) -> Path:
+    """Return the local path of `init_lora`: a file relative to `folder`, or one of a Hub repository, downloaded into the Hub cache.
 
-    Of a repository named without a file, it is pytorch_lora_weights.safetensors, or the only .safetensors there. Raises AdapterError.
+    For a repository without a file name, it is pytorch_lora_weights.safetensors, or the only .safetensors file. Raises AdapterError.
     """
-    local = folder / Path(written).expanduser()
+    local = folder / Path(setting).expanduser()
     if local.is_file():
         return local.resolve()
-    place = hub_file(written)
-    if place is None:
-        raise AdapterError(f"init_lora: {written} does not exist.")
-    repo_id, usual = place.repo_id, place.file or USUAL_NAME
+    repo_file = hub_file(setting)
+    if repo_file is None:
+        raise AdapterError(f"init_lora: {setting} does not exist.")
+    repo_id, file_name = repo_file.repo_id, repo_file.file or USUAL_NAME
     chosen: list[str] = []
 
     def choose(listing: Collection[str]) -> list[str]:
-        held = [other for other in listing if PurePosixPath(other).suffix.lower() == ".safetensors"]
-        chosen[:] = [usual] if usual in held else held
-        if usual not in held and (place.file or len(held) != 1):
-            listed = ", ".join(sorted(held)) or "none"
+        safetensors_files = [
+            other for other in listing if PurePosixPath(other).suffix.lower() == ".safetensors"
+        ]
+        chosen[:] = [file_name] if file_name in safetensors_files else safetensors_files
+        if file_name not in safetensors_files and (repo_file.file or len(safetensors_files) != 1):
+            listed = ", ".join(sorted(safetensors_files)) or "none"
             raise AdapterError(
-                f"init_lora: {repo_id} has no {usual}. Its .safetensors files: {listed}. Write one of them as {repo_id}/FILE."
+                f"init_lora: {repo_id} has no {file_name}. Its .safetensors files: {listed}. Set init_lora to {repo_id}/FILE."
             )
         return chosen
 
     try:
-        snapshot = download_snapshot(repo_id, None, [".gitattributes", "README.md", usual], choose)
+        snapshot = download_snapshot(repo_id, None, [".gitattributes", "README.md", file_name], choose)
     except BaseModelError as error:
         raise AdapterError(f"init_lora: {error}") from error
     return snapshot.folder / chosen[0]
 
 
 def with_initial_adapter(settings: TrainingSettings, folder: Path) -> TrainingSettings:
-    """The settings with the place of the file in `init_lora`, where they name one. Raises AdapterError."""
+    """Return the settings with the local path of the `init_lora` file, if set. Raises AdapterError."""
     if settings.init_lora is None:
         return settings
-    place = str(find_initial_adapter(settings.init_lora, folder))
-    return settings.model_copy(update={"init_lora": place})
+    path = find_initial_adapter(settings.init_lora, folder)
+    return settings.model_copy(update={"init_lora": str(path)})
 
 
 def initial_adapter_digest(path: str | None) -> str | None:
-    """Hex SHA-256 of the file, None for none. Raises AdapterError for one that is absent or no safetensors."""
+    """Return the hex SHA-256 of the file, None for None. Raises AdapterError if it is missing or not a safetensors file."""
     if path is None:
         return None
     read_header(Path(path))

@@ -1,7 +1,7 @@
-"""LyCORIS adapters (Yeh et al. 2023, arXiv:2309.14859) through the lycoris-lora package.
+"""LyCORIS adapters (Yeh et al. 2023, arXiv:2309.14859) by the lycoris-lora package.
 
-The network hangs in the model as its child `lycoris`, so that whatever moves, prepares or saves the model's parameters sees it. Its
-files have the names that lycoris-lora's `create_lycoris_from_weights`, ComfyUI and SimpleTuner read.
+The network is the model's child module `lycoris`, so that moving, preparing or saving the model's parameters includes it. Its files use
+the names that lycoris-lora's `create_lycoris_from_weights`, ComfyUI and SimpleTuner read.
 """
 
 import fnmatch
@@ -22,12 +22,12 @@ from sdxl_pipeline.models.adapters.adapter_files import AdapterError
 from sdxl_pipeline.models.sgm_names import sgm_name, sgm_prefixes
 
 NETWORK: Final = "lycoris"
-"""The child of a model that holds its adapter, and what the names in a file begin with."""
+"""Child module of a model with its adapter, and prefix of the names in a file."""
 
-_NORMS: Final = ".dora_scale"
+_NORM_SUFFIX: Final = ".dora_scale"
 
 KOHYA_PREFIX: Final = "lora_unet_"
-"""What they begin with in files of kohya's trainer."""
+"""Prefix of the names in files of kohya's trainer."""
 
 
 def add_lycoris(
@@ -38,12 +38,12 @@ def add_lycoris(
     quantized: bool = False,
     init_norm: float | None = None,
 ) -> list[nn.Parameter]:
-    """Freeze a model and give the layers that the settings target a trainable LyCORIS update, in float32.
+    """Freeze a model and add trainable LyCORIS updates in float32 to the layers that the settings target.
 
-    The model starts unchanged unless `init_norm` is given: then a LoKr of whole matrices, ones (x) w2, starts with w2 normal with mean and
-    standard deviation of the layer's weight, times `init_norm`. The parameters, which are returned, depend on `seed` alone, and the
-    global random state is left as it was. Over `quantized` weights, updates are added to outputs. Raises AdapterError when a target
-    names no layer, when lycoris-lora is absent, or when it would not load back a layer of these settings.
+    The model starts unchanged unless `init_norm` is given: then a LoKr of full matrices, ones (x) w2, starts with w2 normal with mean and
+    standard deviation of the layer's weight, times `init_norm`. The returned parameters depend only on `seed`, and the global random state
+    is unchanged. With `quantized` weights, updates are added to outputs. Raises AdapterError when a target matches no layer, when
+    lycoris-lora is not installed, or when it could not load back a layer of these settings.
     """
     package = _package()
     preset = settings.apply_preset or LycorisPreset(target_module=("Linear", "Conv2d"))
@@ -73,7 +73,7 @@ def add_lycoris(
         if not network.loras:
             raise AdapterError("lycoris_config: apply_preset targets no linear layer and no convolution.")
         if init_norm is not None:
-            _start_as_noise(network, init_norm)
+            _init_as_noise(network, init_norm)
         _require_loadable(network)
     network.settings = settings
     _attach(model, network)
@@ -81,25 +81,25 @@ def add_lycoris(
 
 
 def lycoris_network(model: nn.Module) -> Any | None:
-    """The LyCORIS network of a model that has one."""
+    """Return the LyCORIS network of a model, None without one."""
     return model._modules.get(NETWORK)
 
 
 def lycoris_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that have an adapter, by name."""
+    """Return the layers with an adapter, by name."""
     network: Any = lycoris_network(model)
     adapted = {id(lora.org_module[0]) for lora in network.loras}
     return {name: module for name, module in model.named_modules() if id(module) in adapted}
 
 
 def lycoris_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors by their names in a file."""
+    """Return the adapter's tensors by their names in a file."""
     network: Any = lycoris_network(model)
     return {name: tensor.detach() for name, tensor in network.state_dict().items()}
 
 
 def lycoris_header(model: nn.Module) -> dict[str, str]:
-    """What SimpleTuner writes into a file's header as well: the configuration that it was trained with, of a network made here."""
+    """Return the training configuration as SimpleTuner writes it into a file's header; empty for a network loaded from a file."""
     settings: LycorisSettings | None = getattr(lycoris_network(model), "settings", None)
     if settings is None:
         return {}
@@ -107,16 +107,16 @@ def lycoris_header(model: nn.Module) -> dict[str, str]:
 
 
 def read_lycoris_tensors(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a file for a UNet under lycoris-lora's names; kohya's, which spell layers as SGM or diffusers do, are renamed."""
+    """Return the tensors of a UNet's file under lycoris-lora's names; kohya's names, which follow SGM or diffusers, are converted."""
     tensors = load_file(path)
     if not any(name.startswith(KOHYA_PREFIX) for name in tensors):
         return tensors
     prefixes = sgm_prefixes(model.config)  # type: ignore[arg-type]
     layers = {}
     for name, _ in model.named_modules():
-        ours = name.replace(".", "_")
-        for spelling in (ours, (sgm_name(name, prefixes) or ours).replace(".", "_")):
-            layers[KOHYA_PREFIX + spelling] = f"{NETWORK}_{ours}"
+        diffusers_name = name.replace(".", "_")
+        for spelling in (diffusers_name, (sgm_name(name, prefixes) or diffusers_name).replace(".", "_")):
+            layers[KOHYA_PREFIX + spelling] = f"{NETWORK}_{diffusers_name}"
     split = {name: name.partition(".") for name in tensors}
     return {
         f"{layers.get(split[name][0], split[name][0])}.{split[name][2]}": tensors[name] for name in tensors
@@ -124,59 +124,64 @@ def read_lycoris_tensors(path: Path, model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_lycoris(model: nn.Module, path: Path) -> None:
-    """Add the adapter of a file to a model that has none, through lycoris-lora's own loader.
+    """Add the adapter of a file to a model without one, with lycoris-lora's own loader.
 
-    Updates are added to the layers' outputs where that is the same function (all but weight decomposition), so that they are not
-    rounded together with a bf16 weight. Raises AdapterError for a file of which a tensor finds no place.
+    Updates are added to the layers' outputs where that is equivalent (all but weight decomposition), so that they are not rounded
+    together with a bf16 weight. Raises AdapterError for missing or unexpected tensors.
     """
-    network = _network_of(model, read_lycoris_tensors(path, model), path)
+    network = _load_network(model, read_lycoris_tensors(path, model), path)
     for lora in network.loras:
         lora.bypass_mode = not lora.wd
     _attach(model, network)
 
 
 def count_lycoris_layers(model: nn.Module, path: Path) -> int:
-    """How many layers of a model, which may be without weights (on the meta device), a file changes.
+    """Return the number of layers that a file changes in a model, which may be on the meta device.
 
-    Raises AdapterError for a file of which a tensor finds no place.
+    Raises AdapterError for missing or unexpected tensors.
     """
     tensors = read_lycoris_tensors(path, model)
-    # lycoris-lora makes norms from the weights, which are not there
-    norms = {name: tensor for name, tensor in tensors.items() if name.endswith(_NORMS)}
-    network = _network_of(
+    # lycoris-lora computes norms from the weights, which a meta model lacks
+    norms = {name: tensor for name, tensor in tensors.items() if name.endswith(_NORM_SUFFIX)}
+    network = _load_network(
         model, {name: tensor for name, tensor in tensors.items() if name not in norms}, path
     )
-    rows = {f"{lora.lora_name}{_NORMS}": (lora.dim, *[1] * (len(lora.shape) - 1)) for lora in network.loras}
-    if astray := sorted(name for name, tensor in norms.items() if tensor.shape != rows.get(name)):
-        raise AdapterError(f"{path} does not fit this model: {len(astray)} norms are astray, as {astray[0]}.")
+    rows = {
+        f"{lora.lora_name}{_NORM_SUFFIX}": (lora.dim, *[1] * (len(lora.shape) - 1)) for lora in network.loras
+    }
+    if mismatched := sorted(name for name, tensor in norms.items() if tensor.shape != rows.get(name)):
+        raise AdapterError(
+            f"{path} does not fit this model: {len(mismatched)} unexpected or differently shaped norms, such as {mismatched[0]}."
+        )
     return len(network.loras)
 
 
-def _network_of(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> Any:
+def _load_network(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> Any:
     package = _package()
     with _preset(package, LycorisPreset()), torch.random.fork_rng(devices=[]):
         try:
             network, _ = package.create_lycoris_from_weights(1.0, "", model, weights_sd=dict(tensors))
         except (RuntimeError, TypeError, AttributeError) as error:
-            raise AdapterError(f"{path} is not loaded by lycoris-lora: {error}") from error
+            raise AdapterError(f"lycoris-lora cannot load {path}: {error}") from error
     loaded = {
         f"{lora.lora_name}.{name}": tensor.shape
         for lora in network.loras
         for name, tensor in lora.state_dict().items()
     }
     stored = {name: tensor.shape for name, tensor in tensors.items()}
-    if astray := sorted(
+    if mismatched := sorted(
         name for name in loaded.keys() | stored.keys() if loaded.get(name) != stored.get(name)
     ):
         raise AdapterError(
-            f"{path} does not fit this model: {len(astray)} tensors are astray, as {astray[0]}."
+            f"{path} does not fit this model: {len(mismatched)} missing, unexpected or differently shaped tensors, such as "
+            f"{mismatched[0]}."
         )
     return network
 
 
 @contextmanager
 def without_lycoris(model: nn.Module) -> Iterator[None]:
-    """The model without its adapter; a strength of zero would not be that where norms are trained."""
+    """Disable the model's adapter while the block runs; a multiplier of zero would not, where norms are trained."""
     network: Any = lycoris_network(model)
     network.restore()
     try:
@@ -196,7 +201,7 @@ def _package() -> Any:
         import lycoris
     except ImportError as error:
         raise AdapterError(
-            "lora_type lycoris needs lycoris-lora: pip install 'sdxl-pipeline[lycoris]', or write lora_type: standard."
+            "lora_type lycoris needs lycoris-lora: pip install 'sdxl-pipeline[lycoris]', or set lora_type to standard."
         ) from error
     return lycoris
 
@@ -214,15 +219,15 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _preset(package: Any, preset: LycorisPreset) -> Iterator[None]:
-    """The package keeps its targets in the class, where they would hold for the next network as well."""
+    """Set the preset while the block runs; lycoris-lora keeps targets in the class, where they would affect the next network."""
     network = package.LycorisNetwork
     values = {
         "ENABLE_CONV": preset.enable_conv,
         "TARGET_REPLACE_MODULE": list(preset.target_module),
         "TARGET_REPLACE_NAME": list(preset.target_name),
         "TARGET_EXCLUDE_NAME": list(preset.exclude_name),
-        "MODULE_ALGO_MAP": _maps(preset.module_algo_map),
-        "NAME_ALGO_MAP": _maps(preset.name_algo_map),
+        "MODULE_ALGO_MAP": _algo_map(preset.module_algo_map),
+        "NAME_ALGO_MAP": _algo_map(preset.name_algo_map),
         "USE_FNMATCH": preset.use_fnmatch,
         "LORA_PREFIX": NETWORK,
     }
@@ -237,7 +242,7 @@ def _preset(package: Any, preset: LycorisPreset) -> Iterator[None]:
             setattr(network, name, value)
 
 
-def _maps(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _algo_map(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: override.model_dump(exclude_none=True) for name, override in overrides.items()}
 
 
@@ -249,20 +254,20 @@ def _require_targets(model: nn.Module, preset: LycorisPreset) -> None:
             sorted(classes & {"Attention", "FeedForward", "ResnetBlock2D", "Transformer2DModel"})
         )
         raise AdapterError(
-            f"lycoris_config: no module of the model is of the class {', '.join(absent)}. Some that are: {blocks}."
+            f"lycoris_config: the model has no module of the class {', '.join(absent)}. Some that it has: {blocks}."
         )
     names = [name for name, _ in model.named_modules() if name]
     match = fnmatch.fnmatch if preset.use_fnmatch else lambda name, pattern: bool(re.match(pattern, name))
     for pattern in (*preset.target_name, *preset.name_algo_map, *preset.exclude_name):
         if not any(name == pattern or match(name, pattern) for name in names):
-            raise AdapterError(f"lycoris_config: no layer of the model has a name that {pattern!r} matches.")
+            raise AdapterError(f"lycoris_config: {pattern!r} matches no layer name of the model.")
 
 
-def _start_as_noise(network: Any, scale: float) -> None:
+def _init_as_noise(network: Any, scale: float) -> None:
     for lora in network.loras:
         if not (lora.use_w1 and lora.use_w2):
             raise AdapterError(
-                "init_lokr_norm needs a LoKr of whole matrices: write full_matrix true, or linear_dim 10000, in lycoris_config."
+                "init_lokr_norm needs a LoKr of full matrices: set full_matrix to true, or linear_dim to 10000, in lycoris_config."
             )
         weight = lora.org_weight.float()
         noise = torch.randn(lora.lokr_w2.shape)
@@ -272,7 +277,7 @@ def _start_as_noise(network: Any, scale: float) -> None:
 
 
 def _require_loadable(network: Any) -> None:
-    """Raise AdapterError when a layer, written to a file, would come back from it with other shapes: its split is guessed from them."""
+    """Raise AdapterError if a layer, loaded back from a file, would have other shapes: lycoris-lora infers its factorization from them."""
     from lycoris.modules import get_module, make_module
 
     seen: set[tuple[Any, ...]] = set()
@@ -285,12 +290,14 @@ def _require_loadable(network: Any) -> None:
         seen.add(layout)
         kind, parts = get_module(tensors, lora.lora_name)
         try:
-            again = make_module(kind, parts, lora.lora_name, lora.org_module[0])
-            found = {f"{lora.lora_name}.{name}": tensor.shape for name, tensor in again.state_dict().items()}
+            reloaded = make_module(kind, parts, lora.lora_name, lora.org_module[0])
+            reloaded_shapes = {
+                f"{lora.lora_name}.{name}": tensor.shape for name, tensor in reloaded.state_dict().items()
+            }
         except RuntimeError:
-            found = {}
-        if found != shapes:
+            reloaded_shapes = {}
+        if reloaded_shapes != shapes:
             raise AdapterError(
-                f"lycoris_config: lycoris-lora would not load back {lora.lora_name.removeprefix(NETWORK + '_')} of this factor and rank. "
-                "Write another factor (a divisor of the layers' sizes), or full_matrix true."
+                f"lycoris_config: lycoris-lora could not load back {lora.lora_name.removeprefix(NETWORK + '_')} with this factor and rank. "
+                "Set another factor (a divisor of the layers' sizes), or full_matrix to true."
             )

@@ -15,8 +15,8 @@ from torch import Tensor
 from sdxl_pipeline.cache.store.tensor_store import DamagedEntryError, TensorStore
 from sdxl_pipeline.config.schema.datasets import CacheMode
 from sdxl_pipeline.data.buckets.crop_plan import fresh_place
+from sdxl_pipeline.models.conditioning import time_ids
 from sdxl_pipeline.models.sampling import Conditioning
-from sdxl_pipeline.models.time_ids import time_ids
 from sdxl_pipeline.models.vae import sample_latents
 from sdxl_pipeline.runtime.specs import TrainingDataset
 from sdxl_pipeline.runtime.stage_runner import UserError, finished_path

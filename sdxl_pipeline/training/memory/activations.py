@@ -11,7 +11,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from sdxl_pipeline.models.gradient_checkpointing import LAYERS, NEVER_RECOMPUTED
+from sdxl_pipeline.models.unet_execution import LAYERS, NEVER_RECOMPUTED
 from sdxl_pipeline.training.memory.adapter_activations import SavedActivations, takes_text
 
 LATENT_EDGE = 8

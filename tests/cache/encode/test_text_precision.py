@@ -7,7 +7,7 @@ from sdxl_pipeline.cache.encode.encoder_devices import load_encoders
 from sdxl_pipeline.config.hardware_profiles import PRESETS, Hardware
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.models.base_model import BUNDLED_NAME, resolve_base_model
-from sdxl_pipeline.models.prompt_encoding import encode_prompts
+from sdxl_pipeline.models.conditioning import encode_prompts
 
 
 def make_hardware(**values) -> Hardware:

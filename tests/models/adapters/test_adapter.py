@@ -1,4 +1,4 @@
-"""Holds the LoRA: where it goes, that it starts as nothing and depends on its seed alone, and that its file repeats and loads back."""
+"""LoRA: target layers, unchanged initial output, dependence on the seed only, and deterministic files that load back."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ from sdxl_pipeline.models.precision import quantize_model
 def unet_with_lora(
     model: ResolvedModel, rank: int = 4, alpha: float = 4, seed: int = 0, trained: bool = True
 ) -> UNet2DConditionModel:
-    """An adapter whose B matrices are not zero, as after training."""
+    """Return a UNet with an adapter whose B matrices are nonzero, as after training."""
     unet = load_unet(model, torch.float32)
     add_lora(unet, rank, alpha, 0.0, ATTENTION_PROJECTIONS, seed)
     if trained:
@@ -55,7 +55,7 @@ def output(unet: UNet2DConditionModel) -> torch.Tensor:
     ).sample
 
 
-def test_sdxl_bases_unet_has_560_attention_projections_to_adapt():
+def test_add_lora_adapts_560_attention_projections_of_sdxl_base():
     with init_empty_weights():
         unet = UNet2DConditionModel.from_config(
             json.loads((SDXL_BASE_CONFIGS / "unet" / "config.json").read_text())
@@ -72,7 +72,7 @@ def test_sdxl_bases_unet_has_560_attention_projections_to_adapt():
     }
 
 
-def test_the_convolutions_of_sdxls_unet_are_known_at_the_door():
+def test_convolution_names_of_the_config_match_sdxls_unet():
     with init_empty_weights():
         unet = UNet2DConditionModel.from_config(
             json.loads((SDXL_BASE_CONFIGS / "unet" / "config.json").read_text())
@@ -81,8 +81,8 @@ def test_the_convolutions_of_sdxls_unet_are_known_at_the_door():
     assert {name.rpartition(".")[2] for name in convolutions} == set(CONVOLUTIONS)
 
 
-def test_only_the_adapter_trains_and_the_model_starts_unchanged(lively: ResolvedModel):
-    unet = load_unet(lively, torch.bfloat16)
+def test_add_lora_trains_only_the_adapter_and_starts_unchanged(random_filled: ResolvedModel):
+    unet = load_unet(random_filled, torch.bfloat16)
     names = [
         name for name, module in unet.named_modules() if name.endswith(("to_q", "to_k", "to_v", "to_out.0"))
     ]
@@ -90,35 +90,37 @@ def test_only_the_adapter_trains_and_the_model_starts_unchanged(lively: Resolved
     assert adapted_module_names(unet) == sorted(names)
     assert {id(p) for p in unet.parameters() if p.requires_grad} == {id(p) for p in parameters}
     assert all(p.dtype == torch.float32 for p in parameters)
-    untouched = load_unet(lively, torch.float32)
-    assert torch.equal(output(unet_with_lora(lively, trained=False)), output(untouched))
+    untouched = load_unet(random_filled, torch.float32)
+    assert torch.equal(output(unet_with_lora(random_filled, trained=False)), output(untouched))
 
 
-def test_the_start_depends_on_the_seed_alone(lively: ResolvedModel):
+def test_initial_adapter_depends_only_on_the_seed(random_filled: ResolvedModel):
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first = adapter_parameters(unet_with_lora(lively, trained=False))
-    assert torch.equal(torch.get_rng_state(), state), "the global random state is left alone"
+    first = adapter_parameters(unet_with_lora(random_filled, trained=False))
+    assert torch.equal(torch.get_rng_state(), state), "the global random state is unchanged"
     torch.manual_seed(2)
-    again = adapter_parameters(unet_with_lora(lively, trained=False))
-    other = adapter_parameters(unet_with_lora(lively, seed=1, trained=False))
+    again = adapter_parameters(unet_with_lora(random_filled, trained=False))
+    other = adapter_parameters(unet_with_lora(random_filled, seed=1, trained=False))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_a_target_without_layer_is_named(lively: ResolvedModel):
+def test_add_lora_with_an_unmatched_target_raises(random_filled: ResolvedModel):
     with pytest.raises(AdapterError, match=r"'to_qkv'.*to_q, to_k"):
-        add_lora(load_unet(lively, torch.float32), 4, 4, 0.0, ["to_k", "to_qkv"], seed=0)
+        add_lora(load_unet(random_filled, torch.float32), 4, 4, 0.0, ["to_k", "to_qkv"], seed=0)
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 4), (4, 1.0), (3, 7.5), (8, 16)])
-def test_the_file_loads_through_diffusers_with_its_alpha(lively: ResolvedModel, tmp_path: Path, rank, alpha):
-    trained = unet_with_lora(lively, rank, alpha)
+def test_saved_lora_loads_in_diffusers_with_its_alpha(
+    random_filled: ResolvedModel, tmp_path: Path, rank, alpha
+):
+    trained = unet_with_lora(random_filled, rank, alpha)
     expected = output(trained)
     path = tmp_path / "pytorch_lora_weights.safetensors"
     save_adapter({"unet": trained}, path, {"note": "anything"})
 
-    pipeline = load_pipeline(lively, torch.float32)
+    pipeline = load_pipeline(random_filled, torch.float32)
     before = output(pipeline.unet)
     assert not torch.allclose(before, expected, atol=1e-3)
     pipeline.load_lora_weights(str(tmp_path))
@@ -126,15 +128,15 @@ def test_the_file_loads_through_diffusers_with_its_alpha(lively: ResolvedModel, 
     pipeline.unload_lora_weights()
     assert torch.equal(output(pipeline.unet), before)
 
-    unet = load_unet(lively, torch.float32)
+    unet = load_unet(random_filled, torch.float32)
     assert load_adapter({"unet": unet}, path)["unet"] == adapted_module_names(trained)
     assert torch.equal(output(unet), expected)
     save_adapter({"unet": unet}, tmp_path / "again.safetensors", {"note": "anything"})
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
-def test_the_file_names_its_tensors_as_diffusers_does(lively: ResolvedModel, tmp_path: Path):
-    unet = unet_with_lora(lively)
+def test_save_adapter_uses_diffusers_tensor_names(random_filled: ResolvedModel, tmp_path: Path):
+    unet = unet_with_lora(random_filled)
     save_adapter({"unet": unet}, tmp_path / "lora.safetensors", {"b": "2", "a": "1"})
     with safe_open(tmp_path / "lora.safetensors", "pt") as file:
         names, metadata = set(file.keys()), file.metadata()
@@ -145,7 +147,7 @@ def test_the_file_names_its_tensors_as_diffusers_does(lively: ResolvedModel, tmp
     assert (metadata["a"], metadata["b"]) == ("1", "2")
 
 
-def test_equal_weights_give_equal_bytes_in_every_process(tmp_path: Path):
+def test_save_adapter_is_deterministic_across_processes(tmp_path: Path):
     program = """
 import sys
 from pathlib import Path
@@ -164,11 +166,11 @@ save_adapter({'unet': unet_with_lora(model)}, Path(sys.argv[1]), {str(number): "
     assert len(digests) == 1
 
 
-def test_a_kohya_file_is_understood(lively: ResolvedModel, tmp_path: Path):
+def test_load_adapter_reads_kohya_files(random_filled: ResolvedModel, tmp_path: Path):
     from diffusers.utils import convert_state_dict_to_kohya
     from safetensors.torch import load_file, save_file
 
-    trained = unet_with_lora(lively, rank=4, alpha=4)
+    trained = unet_with_lora(random_filled, rank=4, alpha=4)
     save_adapter({"unet": trained}, tmp_path / "lora.safetensors")
     peft = {
         name.replace("unet.", "base_model.model.", 1): tensor
@@ -180,27 +182,27 @@ def test_a_kohya_file_is_understood(lively: ResolvedModel, tmp_path: Path):
     }
     kohya = {name.replace("base_model_model_", "lora_unet_"): tensor for name, tensor in kohya.items()}
     save_file(kohya, tmp_path / "kohya.safetensors")
-    unet = load_unet(lively, torch.float32)
+    unet = load_unet(random_filled, torch.float32)
     assert load_adapter({"unet": unet}, tmp_path / "kohya.safetensors")["unet"] == adapted_module_names(
         trained
     )
     torch.testing.assert_close(output(unet), output(trained))
 
 
-def test_a_file_without_unet_layers_is_refused(lively: ResolvedModel, tmp_path: Path):
+def test_load_adapter_without_unet_layers_raises(random_filled: ResolvedModel, tmp_path: Path):
     from safetensors.torch import save_file
 
     save_file({"text_encoder.layer.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "text.safetensors")
-    with pytest.raises(AdapterError, match=r"text\.safetensors holds no LoRA for the UNet"):
-        load_adapter({"unet": load_unet(lively, torch.float32)}, tmp_path / "text.safetensors")
+    with pytest.raises(AdapterError, match=r"text\.safetensors contains no LoRA for the UNet"):
+        load_adapter({"unet": load_unet(random_filled, torch.float32)}, tmp_path / "text.safetensors")
 
 
-def test_a_quantized_unet_takes_an_adapter_that_trains(lively: ResolvedModel):
+def test_add_lora_on_a_quantized_unet_gives_gradients(random_filled: ResolvedModel):
     pytest.importorskip("optimum.quanto")
-    unet = load_unet(lively, torch.float32)
+    unet = load_unet(random_filled, torch.float32)
     quantize_model(unet, "int8-quanto")
     parameters = add_lora(unet, 4, 4, 0.0, ATTENTION_PROJECTIONS, seed=0)
-    assert len(adapted_module_names(unet)) == len(adapted_module_names(unet_with_lora(lively)))
+    assert len(adapted_module_names(unet)) == len(adapted_module_names(unet_with_lora(random_filled)))
     generator = torch.Generator().manual_seed(5)
     prediction = unet(
         torch.randn(1, 4, 8, 8, generator=generator),

@@ -1,4 +1,4 @@
-"""Holds `init_lora`: the adapter starts as the file's, whatever its format and alpha, or the reason why it cannot is given."""
+"""`init_lora`: the adapter starts with the file's values for any format and alpha, or an error gives the reason and the fix."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "first.safetensors"
 
 
-def started(model: ResolvedModel, path: Path, kind: str, dtype: torch.dtype = torch.float32, **more):
+def load_unet_from(model: ResolvedModel, path: Path, kind: str, dtype: torch.dtype = torch.float32, **more):
     unet = load_unet(model, dtype)
     add_adapter(unet, settings_of(kind, **more), seed=1)
     start_from_file({UNET: unet}, path)
@@ -38,55 +38,55 @@ def started(model: ResolvedModel, path: Path, kind: str, dtype: torch.dtype = to
 
 
 @pytest.mark.parametrize("kind", ["lora", "loha"])
-def test_an_upper_case_suffix_is_read_as_any_other(lively: ResolvedModel, tmp_path: Path, kind: str):
+def test_upper_case_suffix_is_accepted(random_filled: ResolvedModel, tmp_path: Path, kind: str):
     file = tmp_path / "FIRST.SAFETENSORS"
-    unet = adapted_unet(lively, settings_of(kind), steps=1)
+    unet = adapted_unet(random_filled, settings_of(kind), steps=1)
     save_adapter({UNET: unet}, file)
     assert list(check_init_lora(str(file), tmp_path)) == []
     assert initial_adapter_digest(str(find_initial_adapter(file.name, tmp_path)))
-    assert torch.equal(output(started(lively, file, kind)), output(unet))
-    loaded = load_unet(lively, torch.float32)
+    assert torch.equal(output(load_unet_from(random_filled, file, kind)), output(unet))
+    loaded = load_unet(random_filled, torch.float32)
     load_adapter({UNET: loaded}, file)
     torch.testing.assert_close(output(loaded), output(unet), rtol=0, atol=5e-6)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_a_finished_file_is_the_start_exactly(lively: ResolvedModel, file: Path, kind: str):
-    unet = adapted_unet(lively, settings_of(kind))
+def test_init_adapter_equals_the_saved_adapter(random_filled: ResolvedModel, file: Path, kind: str):
+    unet = adapted_unet(random_filled, settings_of(kind))
     save_adapter({UNET: unet}, file)
-    again = started(lively, file, kind)
-    if "scalar" in kind:  # the scale is multiplied into the file, and starts as one
-        torch.testing.assert_close(output(again), output(unet), rtol=0, atol=5e-6)
+    reloaded = load_unet_from(random_filled, file, kind)
+    if "scalar" in kind:  # the scale is multiplied into the file, and is initialized with one
+        torch.testing.assert_close(output(reloaded), output(unet), rtol=0, atol=5e-6)
     else:
-        assert torch.equal(output(again), output(unet))
-    save_adapter({UNET: again}, file.with_name("again.safetensors"))
+        assert torch.equal(output(reloaded), output(unet))
+    save_adapter({UNET: reloaded}, file.with_name("again.safetensors"))
     assert file.with_name("again.safetensors").read_bytes() == file.read_bytes()
 
 
-def test_the_strength_is_kept_whatever_lora_alpha_says(lively: ResolvedModel, file: Path):
-    unet = adapted_unet(lively, settings_of("lora, alpha above rank"), steps=1)
+def test_init_adapter_preserves_strength_for_another_lora_alpha(random_filled: ResolvedModel, file: Path):
+    unet = adapted_unet(random_filled, settings_of("lora, alpha above rank"), steps=1)
     save_adapter({UNET: unet}, file)
-    again = started(lively, file, "lora, alpha above rank", lora_alpha=3)
-    torch.testing.assert_close(output(again), output(unet), rtol=0, atol=5e-6)
+    reloaded = load_unet_from(random_filled, file, "lora, alpha above rank", lora_alpha=3)
+    torch.testing.assert_close(output(reloaded), output(unet), rtol=0, atol=5e-6)
 
 
-def test_nothing_is_rounded_to_a_bf16_base(lively: ResolvedModel, file: Path):
-    unet = adapted_unet(lively, settings_of("dora"), steps=1)
+def test_init_adapter_keeps_float32_values_on_a_bf16_base(random_filled: ResolvedModel, file: Path):
+    unet = adapted_unet(random_filled, settings_of("dora"), steps=1)
     save_adapter({UNET: unet}, file)
-    tensors = lora_tensors(started(lively, file, "dora", torch.bfloat16), UNET)
+    tensors = lora_tensors(load_unet_from(random_filled, file, "dora", torch.bfloat16), UNET)
     assert all(torch.equal(tensors[name], tensor) for name, tensor in load_file(file).items())
 
 
-def test_a_dora_starts_from_a_lora(lively: ResolvedModel, file: Path):
-    unet = adapted_unet(lively, settings_of("lora"), steps=1)
+def test_init_adapter_of_a_dora_from_a_lora(random_filled: ResolvedModel, file: Path):
+    unet = adapted_unet(random_filled, settings_of("lora"), steps=1)
     save_adapter({UNET: unet}, file)
-    again = started(lively, file, "lora", use_dora=True)
-    torch.testing.assert_close(output(again), output(unet), rtol=0, atol=5e-6)
+    reloaded = load_unet_from(random_filled, file, "lora", use_dora=True)
+    torch.testing.assert_close(output(reloaded), output(unet), rtol=0, atol=5e-6)
 
 
 def kohya_file(unet: torch.nn.Module, path: Path, alpha: float) -> None:
-    """As kohya's trainer names it."""
+    """Write a LoRA with kohya's names."""
     tensors = {
         name.replace("unet.", "base_model.model.", 1): tensor
         for name, tensor in lora_tensors(unet, UNET).items()
@@ -100,74 +100,75 @@ def kohya_file(unet: torch.nn.Module, path: Path, alpha: float) -> None:
     save_file({name: tensor.contiguous() for name, tensor in named.items()}, path)
 
 
-def test_kohyas_files_are_read_with_their_alpha(lively: ResolvedModel, file: Path):
-    unet = adapted_unet(lively, settings_of("lora, alpha above rank"), steps=1)
+def test_init_adapter_reads_kohya_files_with_their_alpha(random_filled: ResolvedModel, file: Path):
+    unet = adapted_unet(random_filled, settings_of("lora, alpha above rank"), steps=1)
     kohya_file(unet, file, alpha=10)
-    assert torch.equal(output(started(lively, file, "lora, alpha above rank")), output(unet))
+    assert torch.equal(output(load_unet_from(random_filled, file, "lora, alpha above rank")), output(unet))
 
 
-def test_a_lycoris_file_of_kohyas_trainer_is_read(lively: ResolvedModel, file: Path):
-    unet = adapted_unet(lively, settings_of("loha"), steps=1)
+def test_init_adapter_reads_lycoris_files_of_kohyas_trainer(random_filled: ResolvedModel, file: Path):
+    unet = adapted_unet(random_filled, settings_of("loha"), steps=1)
     save_adapter({UNET: unet}, file)
     save_file({name.replace("lycoris_", "lora_unet_", 1): t for name, t in load_file(file).items()}, file)
-    assert torch.equal(output(started(lively, file, "loha")), output(unet))
+    assert torch.equal(output(load_unet_from(random_filled, file, "loha")), output(unet))
 
 
 @pytest.mark.parametrize(
     ("first", "then", "more", "words"),
     [
-        ("lora", "lora", {"lora_rank": 8}, r"another rank.*Write lora_rank 4"),
+        ("lora", "lora", {"lora_rank": 8}, r"another rank.*Set lora_rank to 4"),
         ("lora", "lora", {"lora_target_modules": ["to_q"]}, r"not trained here.*lora_target_modules"),
         (
             "lora",
             "lora",
             {"lora_target_modules": ["to_k", "to_q", "to_v", "to_out.0", "conv1"]},
-            "holds nothing for",
+            "contains nothing for",
         ),
-        ("dora", "lora", {}, "is a DoRA. Write use_dora true"),
-        ("lora", "lokr", {}, "no LyCORIS adapter. Write lora_type standard"),
-        ("lokr", "lora", {}, "a LyCORIS adapter. Write lora_type lycoris"),
-        ("lokr", "lokr", lycoris("lokr", factor=4, linear_alpha=2), r"alpha in .* is 1, and 2 here"),
+        ("dora", "lora", {}, "is a DoRA. Set use_dora to true"),
+        ("lora", "lokr", {}, "no LyCORIS adapter. Set lora_type to standard"),
+        ("lokr", "lora", {}, "a LyCORIS adapter. Set lora_type to lycoris"),
+        ("lokr", "lokr", lycoris("lokr", factor=4, linear_alpha=2), r"alpha of .* is 1, and 2 here"),
         ("lokr", "lokr", lycoris("lokr", factor=2), "another rank"),
-        ("loha", "lokr", {}, "holds nothing for"),
+        ("loha", "lokr", {}, "contains nothing for"),
     ],
 )
-def test_another_shape_is_refused_with_what_to_write(
-    lively: ResolvedModel, file: Path, first, then, more, words
+def test_init_adapter_of_another_shape_raises_with_the_fix(
+    random_filled: ResolvedModel, file: Path, first, then, more, message
 ):
-    save_adapter({UNET: adapted_unet(lively, settings_of(first), steps=0)}, file)
-    with pytest.raises(AdapterError, match=f"(?s)init_lora.*{words}"):
-        started(lively, file, then, **more)
+    save_adapter({UNET: adapted_unet(random_filled, settings_of(first), steps=0)}, file)
+    with pytest.raises(AdapterError, match=f"(?s)init_lora.*{message}"):
+        load_unet_from(random_filled, file, then, **more)
 
 
-def test_a_part_that_is_not_trained_is_refused(lively: ResolvedModel, file: Path):
-    encoder = load_text_encoders(lively, torch.float32).text_encoder
+def test_init_adapter_with_untrained_text_encoder_raises(random_filled: ResolvedModel, file: Path):
+    encoder = load_text_encoders(random_filled, torch.float32).text_encoder
     add_lora(encoder, 4, 4, 0.0, ["q_proj"], seed=0)
-    unet = adapted_unet(lively, settings_of("lora"), steps=0)
+    unet = adapted_unet(random_filled, settings_of("lora"), steps=0)
     save_adapter({UNET: unet, "text_encoder": encoder}, file)
     with pytest.raises(
-        AdapterError, match="text encoder as well, which is not trained; write train_text_encoder"
+        AdapterError,
+        match="adapter of the text encoder, which is not trained; set train_text_encoder to true",
     ):
-        started(lively, file, "lora")
-    again = load_text_encoders(lively, torch.float32).text_encoder
-    add_lora(again, 4, 4, 0.0, ["q_proj"], seed=2)
-    fresh = load_unet(lively, torch.float32)
+        load_unet_from(random_filled, file, "lora")
+    reloaded = load_text_encoders(random_filled, torch.float32).text_encoder
+    add_lora(reloaded, 4, 4, 0.0, ["q_proj"], seed=2)
+    fresh = load_unet(random_filled, torch.float32)
     add_adapter(fresh, settings_of("lora"), seed=1)
-    start_from_file({UNET: fresh, "text_encoder": again}, file)
-    one, other = lora_tensors(encoder, "text_encoder"), lora_tensors(again, "text_encoder")
+    start_from_file({UNET: fresh, "text_encoder": reloaded}, file)
+    one, other = lora_tensors(encoder, "text_encoder"), lora_tensors(reloaded, "text_encoder")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_kohyas_dora_is_refused(lively: ResolvedModel, file: Path):
-    kohya_file(adapted_unet(lively, settings_of("lora"), steps=0), file, alpha=4)
+def test_init_adapter_of_kohyas_dora_raises(random_filled: ResolvedModel, file: Path):
+    kohya_file(adapted_unet(random_filled, settings_of("lora"), steps=0), file, alpha=4)
     tensors = load_file(file)
     name = next(iter(tensors)).split(".")[0]
     save_file({**tensors, f"{name}.dora_scale": torch.ones(4, 1)}, file)
     with pytest.raises(AdapterError, match="DoRA in kohya's format"):
-        started(lively, file, "lora", use_dora=True)
+        load_unet_from(random_filled, file, "lora", use_dora=True)
 
 
-def test_only_safetensors_are_opened(tmp_path: Path):
+def test_init_adapter_opens_only_existing_safetensors(tmp_path: Path):
     (tmp_path / "lora.bin").write_bytes(b"x")
     with pytest.raises(AdapterError, match="it could run code"):
         initial_adapter_digest(str(tmp_path / "lora.bin"))
@@ -180,7 +181,9 @@ def test_only_safetensors_are_opened(tmp_path: Path):
         find_initial_adapter("loras/absent.safetensors", tmp_path)
 
 
-def test_a_file_of_the_hub_is_found_by_its_name_or_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_find_initial_adapter_on_the_hub_by_name_or_as_the_only_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     for name, files in {"one": ["zorp"], "two": ["a", "b"]}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "README.md").write_text(f"# {name}")

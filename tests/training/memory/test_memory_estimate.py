@@ -14,8 +14,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.models.adapters.adapter import add_adapter, add_lora
 from sdxl_pipeline.models.base_model import BUNDLED_MODEL, SDXL_BASE_CONFIGS
-from sdxl_pipeline.models.gradient_checkpointing import enable_checkpointing
 from sdxl_pipeline.models.precision import quantize_model
+from sdxl_pipeline.models.unet_execution import enable_checkpointing
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal
 from sdxl_pipeline.stages.train import main

@@ -115,7 +115,7 @@ def made(folder: Path, **settings) -> Previews:
 
 
 def test_what_cannot_be_loaded_is_told_before_anything_is_drawn(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"validation_preview.*'/nowhere', which is no folder"):
+    with pytest.raises(UserError, match=r"validation_preview.*'/nowhere', which is not a folder"):
         made(tmp_path, validation_preview_model_name_or_path="/nowhere")
     pickled = tmp_path / "pickled"
     shutil.copytree(BUNDLED_TAESD, pickled)
@@ -142,7 +142,7 @@ def test_sdxls_own_is_asked_of_the_hub_and_its_lack_is_told(tmp_path, monkeypatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
         UserError,
-        match=r"needs the tiny autoencoder madebyollin/taesdxl, which cannot be had.*set validation_preview to false",
+        match=r"needs the tiny autoencoder madebyollin/taesdxl, which is not available.*validation_preview to false",
     ):
         made(tmp_path)  # the datasets' model is not the bundled one, but a folder
     made(tmp_path, validation_preview_model_name_or_path=TINY)

@@ -15,7 +15,7 @@ from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.config.schema.validation import Sampler
 from sdxl_pipeline.evaluation.evaluation_identity import LOOKED_AT
 from sdxl_pipeline.models.components import load_noise_scheduler, load_pipeline, load_text_encoders, load_unet
-from sdxl_pipeline.models.prompt_encoding import encode_prompts
+from sdxl_pipeline.models.conditioning import encode_prompts
 from sdxl_pipeline.models.sampling import SAMPLERS, build_inference_pipeline
 from sdxl_pipeline.runtime.specs import ValidationImage, ValidationPrompt
 from sdxl_pipeline.runtime.stage_runner import UserError

@@ -257,7 +257,7 @@ def test_a_failure_of_the_setup_is_told_and_ends_the_sending(tmp_path, posts, mo
         main(spec_of(tmp_path, "large", **webhook), Reporter(), StopSignal())
     unseen = {**LOOKING, "validation_preview_model_name_or_path": "/nowhere"}
     monkeypatch.undo()
-    with pytest.raises(UserError, match="which is no folder"):
+    with pytest.raises(UserError, match="which is not a folder"):
         main(spec_of(tmp_path, "run", **unseen, **webhook), Reporter(), StopSignal())
     memory, folder = posts
     assert (memory["message_type"], memory["step"]) == ("training.failed", None)
@@ -272,7 +272,7 @@ def out_of_memory(spec: TrainSpec) -> None:
 
 def test_what_looking_needs_is_missed_at_the_start(tmp_path):
     missing = spec_of(tmp_path, "run", **{**LOOKING, "validation_preview_model_name_or_path": "/nowhere"})
-    with pytest.raises(UserError, match="which is no folder"):
+    with pytest.raises(UserError, match="which is not a folder"):
         main(missing, Reporter(), StopSignal())
     nobody = spec_of(tmp_path, "run", **LOOKING, eval_dataset_id="shapes")
     with pytest.raises(UserError, match="eval_dataset_id: 'shapes' has no images to evaluate on"):
