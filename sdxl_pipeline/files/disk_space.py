@@ -10,9 +10,7 @@ from sdxl_pipeline.files.storage_errors import DISK_FULL_ERRNOS, StorageError
 RESERVE_BYTES = 1 << 20
 """Kept free for small files written beside large ones: headers, metrics, folders, the run history."""
 
-ADVICE = (
-    "Free some space, or use a folder on a larger disk, and run this again: what was finished before is kept."
-)
+ADVICE = "Free some space, or use a folder on a larger disk, and run this again: results finished before are retained."
 _DISK_FULL_PHRASES = (
     "No space left on device",
     "Disk quota exceeded",
@@ -46,7 +44,7 @@ def disk_full_message(
 
 def hub_cache_full_message(cache: Path, what: str, needed: int | None = None) -> str:
     """Return the error message about a full disk of the Hugging Face Hub cache."""
-    advice = "Free some space, or set HF_HOME to a folder on a larger disk, and run this again: files that have come whole are kept."
+    advice = "Free some space, or set HF_HOME to a folder on a larger disk, and run this again: completed files are retained."
     return disk_full_message(cache, what, needed, advice)
 
 

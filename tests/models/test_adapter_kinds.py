@@ -138,7 +138,7 @@ def test_init_lokr_norm_initializes_with_noise_of_the_weights_scale(random_fille
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("config", "message"),
     [
         (lycoris("lokr", apply_preset={"target_module": ["Atention"]}), "of the class Atention. Some that it has: Att"),
         (lycoris("lokr", apply_preset={"target_name": ["to_qkv"]}), "'to_qkv' matches no layer name of the model"),

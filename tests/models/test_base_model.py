@@ -258,7 +258,7 @@ def test_other_model_types_raise(resolve: Resolve, copy: Path, change, message):
         resolve("copy")
 
 
-@pytest.mark.parametrize("place", ["copy", "copy/vae", "vae.safetensors"])
+@pytest.mark.parametrize("location", ["copy", "copy/vae", "vae.safetensors"])
 def test_replacement_vae_is_resolved_and_loaded(
     bundled: ResolvedModel, resolve: Resolve, copy: Path, tmp_path: Path, location
 ):

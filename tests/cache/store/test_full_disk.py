@@ -31,11 +31,11 @@ except StorageError as error:
 else:
     sys.exit("no error")
 store = TensorStore(root)
-kept = [number for number in range(20) if key(number) in store]
-assert kept == list(range(len(kept))) and 6 <= len(kept) <= 10, kept
-assert all(bool((store.read(key(n))["mean"] == n).all()) for n in kept)
+retained = [number for number in range(20) if key(number) in store]
+assert retained == list(range(len(retained))) and 6 <= len(retained) <= 10, retained
+assert all(bool((store.read(key(n))["mean"] == n).all()) for n in retained)
 assert not hidden(), hidden()
-assert len(os.listdir(os.path.join(root, "shards"))) == len(kept) // 2
+assert len(os.listdir(os.path.join(root, "shards"))) == len(retained) // 2
 
 # no space even for an index: written entries remain readable
 with open(os.path.join(root, "ballast"), "wb", buffering=0) as ballast:
@@ -48,7 +48,7 @@ try:
     write([100, 101])
 except StorageError as error:
     assert "no space left" in str(error)
-assert len(TensorStore(root)) == len(kept)
+assert len(TensorStore(root)) == len(retained)
 assert not hidden(), hidden()
 os.unlink(os.path.join(root, "ballast"))
 

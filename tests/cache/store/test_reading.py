@@ -214,10 +214,10 @@ def test_index_find_distinguishes_keys_of_equal_prefix():
         for part in range(5)
     )
     assert len(index) == len(keys)
-    places = index.find(pack_keys(keys))
-    assert (index.keys[places] == pack_keys(keys)).all()
-    assert [index.shards[code] for code in index.shard[places]] == [str(n % 5) for n in range(len(keys))]
-    assert index.row[places].tolist() == [n // 5 for n in range(len(keys))]
+    positions = index.find(pack_keys(keys))
+    assert (index.keys[positions] == pack_keys(keys)).all()
+    assert [index.shards[code] for code in index.shard[positions]] == [str(n % 5) for n in range(len(keys))]
+    assert index.row[positions].tolist() == [n // 5 for n in range(len(keys))]
     absent = [f"{number % 9:016x}" + digest(-number)[16:] for number in range(1, 500)]
     assert (index.find(pack_keys(absent)) == -1).all()
 

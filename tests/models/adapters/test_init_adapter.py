@@ -114,7 +114,7 @@ def test_init_adapter_reads_lycoris_files_of_kohyas_trainer(random_filled: Resol
 
 
 @pytest.mark.parametrize(
-    ("first", "then", "more", "words"),
+    ("first", "then", "more", "message"),
     [
         ("lora", "lora", {"lora_rank": 8}, r"another rank.*Set lora_rank to 4"),
         ("lora", "lora", {"lora_target_modules": ["to_q"]}, r"not trained here.*lora_target_modules"),
