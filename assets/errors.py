@@ -9,7 +9,7 @@ from resources.storage import full_disk_as_failure
 from sdxl_pipeline.config.problems import ProjectError
 from sdxl_pipeline.data.buckets.face_detection import FaceDetectorError
 from sdxl_pipeline.data.buckets.holdout import HoldoutError
-from sdxl_pipeline.data.captions.caption_errors import CaptionError
+from sdxl_pipeline.data.captions.text_files import CaptionError
 from sdxl_pipeline.data.scan.dataset_scan import DatasetFolderError
 from sdxl_pipeline.data.sources import SourceError
 from sdxl_pipeline.files.storage_errors import StorageError

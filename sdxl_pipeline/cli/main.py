@@ -33,7 +33,7 @@ from sdxl_pipeline.config.resolve import resolve_settings
 from sdxl_pipeline.config.schema.datasets import ImageDataset
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.config.settings_page import settings_page
-from sdxl_pipeline.data.sources.remote_urls import bucket_url, missing_extra
+from sdxl_pipeline.data.sources.remote_names import bucket_url, missing_extra
 from sdxl_pipeline.files.storage_layout import ROOT_VARIABLE, storage_root
 
 if TYPE_CHECKING:

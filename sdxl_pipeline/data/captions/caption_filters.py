@@ -17,8 +17,7 @@ from pathlib import Path
 import regex
 
 from sdxl_pipeline.config.schema.datasets import ImageDataset
-from sdxl_pipeline.data.captions.caption_errors import CaptionError
-from sdxl_pipeline.data.captions.text_files import OK, decode_text
+from sdxl_pipeline.data.captions.text_files import OK, CaptionError, decode_text
 from sdxl_pipeline.files.digest import digest_json
 
 SECONDS_PER_CAPTION = 5.0

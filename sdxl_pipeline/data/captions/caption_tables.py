@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 from sdxl_pipeline.config.schema.datasets import ImageDataset, ParquetTable
-from sdxl_pipeline.data.captions.caption_errors import CaptionError
 from sdxl_pipeline.data.captions.table_rows import (
     Row,
     TableError,
@@ -19,7 +18,7 @@ from sdxl_pipeline.data.captions.table_rows import (
     unmatched_notes,
     unnamed_notes,
 )
-from sdxl_pipeline.data.captions.text_files import OK, decode_text
+from sdxl_pipeline.data.captions.text_files import OK, CaptionError, decode_text
 
 AMBIGUOUS = "ambiguous"
 MISSING = "missing"

@@ -14,11 +14,10 @@ from sdxl_pipeline.data.captions.table_rows import TableError
 from sdxl_pipeline.data.decoding.image_formats import HEAD_BYTES, suffix_of
 from sdxl_pipeline.data.sources.download import DownloadCache, FetchError, Progress, fetch_all
 from sdxl_pipeline.data.sources.fetch_result import SourceError
-from sdxl_pipeline.data.sources.file_names import name_of_address
 from sdxl_pipeline.data.sources.http_download import download
 from sdxl_pipeline.data.sources.hub_captions import caption_columns, captions_of_row
 from sdxl_pipeline.data.sources.hub_files import Content, HubRepository, download_file, where
-from sdxl_pipeline.data.sources.remote_urls import protocol_of
+from sdxl_pipeline.data.sources.remote_names import name_of_address, protocol_of
 
 SHARDS: Final = "shards"
 _ROWS_AT_ONCE: Final = 4

@@ -19,8 +19,13 @@ from sdxl_pipeline.data.sources.download import (
     retry,
 )
 from sdxl_pipeline.data.sources.fetch_result import Fetched, SourceError
-from sdxl_pipeline.data.sources.file_names import names_in_the_way, why_not_local
-from sdxl_pipeline.data.sources.remote_urls import bucket_url, missing_extra, protocol_of
+from sdxl_pipeline.data.sources.remote_names import (
+    bucket_url,
+    missing_extra,
+    names_in_the_way,
+    protocol_of,
+    why_not_local,
+)
 from sdxl_pipeline.files.digest import digest_json
 
 _STAMP_KEYS = (

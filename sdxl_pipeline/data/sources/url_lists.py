@@ -13,10 +13,9 @@ from sdxl_pipeline.data.captions.text_files import OK, decode_text
 from sdxl_pipeline.data.decoding.image_formats import HEAD_BYTES, suffix_of
 from sdxl_pipeline.data.sources.download import DownloadCache, FetchError, Progress, fetch_all
 from sdxl_pipeline.data.sources.fetch_result import Fetched, SourceError
-from sdxl_pipeline.data.sources.file_names import name_of_address
 from sdxl_pipeline.data.sources.http_download import download
 from sdxl_pipeline.data.sources.object_store import fetch_remote, open_file
-from sdxl_pipeline.data.sources.remote_urls import STORES, protocol_of
+from sdxl_pipeline.data.sources.remote_names import STORES, name_of_address, protocol_of
 from sdxl_pipeline.files.atomic_files import sha256_file
 
 _DELIMITERS: Final = ",;\t|"

@@ -6,8 +6,8 @@ import time
 import pytest
 
 from sdxl_pipeline.data.captions import caption_filters
-from sdxl_pipeline.data.captions.caption_errors import CaptionError
 from sdxl_pipeline.data.captions.caption_filters import caption_filter_of, filter_digest
+from sdxl_pipeline.data.captions.text_files import CaptionError
 
 
 @pytest.fixture

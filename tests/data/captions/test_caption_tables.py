@@ -5,8 +5,8 @@ import json
 import pandas as pd
 import pytest
 
-from sdxl_pipeline.data.captions.caption_errors import CaptionError
 from sdxl_pipeline.data.captions.caption_tables import captions_from_table
+from sdxl_pipeline.data.captions.text_files import CaptionError
 from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
 from tests.support.photographs import encoded
 
