@@ -1,1 +1,1 @@
-"""Captions: where they are read from, filters and shuffles."""
+"""Captions: text files, tables, filters and shuffling."""

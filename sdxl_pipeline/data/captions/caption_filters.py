@@ -1,13 +1,13 @@
-r"""The caption filter list: what captioning models repeat, taken out of every caption or replaced.
+r"""Caption filter lists, which remove or replace phrases that captioning models repeat.
 
 A line is one of
-- literal text, removed wherever it stands;
-- a regular expression, told by any of the characters \ ^ $ * + ? { } [ ] | ( ): its own text is removed first, then what it
-  matches (a full stop alone makes no expression, so that "e.g." removes nothing else);
-- s/find/replace/, where `find` is a regular expression: its first match is replaced, every one with s/find/replace/g; `i` ignores
-  case, and \/ is a slash.
+- literal text, of which every occurrence is removed;
+- a regular expression, recognized by any of the characters \ ^ $ * + ? { } [ ] | ( ): its own text is removed first, then its
+  matches (a full stop alone does not make an expression, so that "e.g." removes nothing else);
+- s/find/replace/, where `find` is a regular expression: its first match is replaced, or every match with s/find/replace/g; `i`
+  ignores case, and \/ is a slash.
 
-Expressions are those of the `regex` library, which unlike Python's own can be stopped when one would take for ever.
+Expressions are those of the `regex` library, which unlike Python's `re` supports a timeout.
 """
 
 import json
@@ -21,13 +21,13 @@ from sdxl_pipeline.data.captions.text_files import OK, CaptionError, decode_text
 from sdxl_pipeline.files.digest import digest_json
 
 SECONDS_PER_CAPTION = 5.0
-"""How long one expression may take on one caption: a sound one takes microseconds."""
+"""Timeout of one expression on one caption; a well-formed expression takes microseconds."""
 
 _EXPRESSION = regex.compile(r"[\\^$*+?{}\[\]|()]")
 _REPLACEMENT = regex.compile(r"s/((?:[^/\\]|\\.)*)/((?:[^/\\]|\\.)*)(?:/([gi]*))?")
 _REPEATS = regex.compile(r"[*+{]")
 _REPEATED_GROUP = regex.compile(r"\)[*+{]")
-_LONG = 10_000
+_LONG_CAPTION_CHARACTERS = 10_000
 _BLANKS = regex.compile(r"[ \t]{2,}")
 
 
@@ -38,51 +38,51 @@ class _Rule:
     pattern: "regex.Pattern[str] | None" = None
     replacement: str = ""
     count: int = 0
-    """How many matches are replaced; 0 is all of them."""
+    """Maximum number of replaced matches; 0 replaces all."""
 
     def substitute(self, text: str) -> str:
-        """`text` with the pattern's matches replaced. Raises TimeoutError when the pattern does not come to an end."""
+        """Return `text` with the pattern's matches replaced. Raise TimeoutError after SECONDS_PER_CAPTION."""
         if self.pattern is None:
             return text
-        # One plain repetition over a text of usual length cannot take long, and looking at the clock costs more than matching it.
-        watched = (
-            len(text) > _LONG
+        # A single repetition over a text of usual length is fast, and the timeout costs more than the match.
+        may_be_slow = (
+            len(text) > _LONG_CAPTION_CHARACTERS
             or len(_REPEATS.findall(self.line)) > 1
             or _REPEATED_GROUP.search(self.line) is not None
         )
-        timeout = SECONDS_PER_CAPTION if watched else None
+        timeout = SECONDS_PER_CAPTION if may_be_slow else None
         return self.pattern.sub(self.replacement, text, count=self.count, timeout=timeout)
 
 
 @dataclass(frozen=True)
 class CaptionFilter:
-    """A filter list ready to be applied."""
+    """A compiled filter list."""
 
     rules: tuple[_Rule, ...]
     taken_literally: tuple[str, ...]
-    """Lines that look like regular expressions and are none; only their own text is removed."""
+    """Lines that are not valid regular expressions despite their special characters; only their own text is removed."""
     where: str
 
     def apply(self, caption: str) -> str:
-        """The caption after every line in turn. After a line that changes it, runs of blanks are made one and its ends are stripped.
+        """Return the caption after every line in turn; after a line that changes it, blanks are collapsed and the ends stripped.
 
-        Raises CaptionError when an expression does not come to an end, naming it.
+        Raises CaptionError with the line of an expression that exceeds the timeout.
         """
         for rule in self.rules:
             try:
-                left = rule.substitute(caption.replace(rule.literal, "") if rule.literal else caption)
+                filtered = rule.substitute(caption.replace(rule.literal, "") if rule.literal else caption)
             except TimeoutError as error:
                 raise CaptionError(
                     f"{self.where}: {rule.line!r} takes more than {SECONDS_PER_CAPTION:g} seconds on the caption {caption[:100]!r}. "
                     "Write it without repetitions inside repetitions, such as (a+)+."
                 ) from error
-            if left != caption:
-                caption = _BLANKS.sub(" ", left).strip()
+            if filtered != caption:
+                caption = _BLANKS.sub(" ", filtered).strip()
         return caption
 
 
 def caption_filter_of(dataset: ImageDataset) -> CaptionFilter | None:
-    """The dataset's filter list, ready to be applied; None when it has none. Raises CaptionError."""
+    """Return the dataset's compiled filter list; None if it has none. Raise CaptionError if it cannot be used."""
     if not dataset.caption_filter_list:
         return None
     where = f"dataset {dataset.id!r} in multidatabackend.json: caption_filter_list"
@@ -96,19 +96,19 @@ def caption_filter_of(dataset: ImageDataset) -> CaptionFilter | None:
     return CaptionFilter(tuple(rules), tuple(taken_literally), where)
 
 
-def filter_digest(listed: Path | tuple[str, ...] | None) -> str:
-    """Digest of a filter list's lines, wherever they stand; "" for none, and for one that cannot be read yet."""
+def filter_digest(filter_list: Path | tuple[str, ...] | None) -> str:
+    """Return a digest of a filter list's lines, independent of where they are stored; "" if there is none or it cannot be read."""
     try:
-        return digest_json(filter_lines(listed, "")) if listed else ""
+        return digest_json(filter_lines(filter_list, "")) if filter_list else ""
     except CaptionError:
         return ""
 
 
-def filter_lines(listed: Path | tuple[str, ...], where: str) -> list[str]:
-    """The lines of a filter list, blank ones left out; of a file they keep the blanks at their ends. Raises CaptionError."""
-    if isinstance(listed, Path):
-        listed = tuple(_read_file(listed, f"{where} {str(listed)!r}"))
-    return [line for line in listed if line.strip()]
+def filter_lines(filter_list: Path | tuple[str, ...], where: str) -> list[str]:
+    """Return the non-blank lines of a filter list, with their leading and trailing blanks. Raise CaptionError if it cannot be read."""
+    if isinstance(filter_list, Path):
+        filter_list = tuple(_read_file(filter_list, f"{where} {str(filter_list)!r}"))
+    return [line for line in filter_list if line.strip()]
 
 
 def _read_file(path: Path, where: str) -> list[str]:
@@ -126,10 +126,10 @@ def _read_file(path: Path, where: str) -> list[str]:
         lines = json.loads(text)
     except ValueError as error:
         raise CaptionError(
-            f'{where} is no JSON: {error}. Write a list, such as ["arafed", "^there is"].'
+            f'{where} is not valid JSON: {error}. Write a list, such as ["arafed", "^there is"].'
         ) from error
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
-        raise CaptionError(f'{where} holds no list of texts. Write one, such as ["arafed", "^there is"].')
+        raise CaptionError(f'{where} is not a list of strings. Write one, such as ["arafed", "^there is"].')
     return lines
 
 
@@ -148,12 +148,14 @@ def _read_replacement(line: str, where: str) -> _Rule:
     example = r"Write s/find/replace/, with \/ for a slash inside."
     match = _REPLACEMENT.fullmatch(line)
     if match is None or not match[1]:
-        raise CaptionError(f"{where}: {line!r} is no replacement. {example}")
+        raise CaptionError(f"{where}: {line!r} is not a valid replacement. {example}")
     find, replacement, flags = match[1].replace(r"\/", "/"), match[2].replace(r"\/", "/"), match[3] or ""
     try:
         pattern = regex.compile(find, regex.IGNORECASE if "i" in flags else 0)
-        # a replacement is looked at only when there is a match, so let the empty text be one
+        # the replacement is validated only if there is a match, so make the empty text match
         regex.compile(f"(?:{find})|").sub(replacement, "")
     except (regex.error, IndexError) as error:
-        raise CaptionError(f"{where}: {line!r} is no regular expression: {error}. {example}") from error
+        raise CaptionError(
+            f"{where}: {line!r} is not a valid regular expression: {error}. {example}"
+        ) from error
     return _Rule(line, "", pattern, replacement, 0 if "g" in flags else 1)

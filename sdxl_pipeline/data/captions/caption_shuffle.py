@@ -1,24 +1,24 @@
-"""Further captions made by changing the order of tags, so that a model does not learn their order."""
+"""Shuffled variants of captions, so that a model does not learn the order of tags."""
 
 import hashlib
 import re
 
 from sdxl_pipeline.config.schema.datasets import CaptionShuffle
 
-# A full stop ends a sentence where a blank or nothing follows: not in "3.5 mm" or "example.com".
+# A full stop ends a sentence if a blank or nothing follows: not in "3.5 mm" or "example.com".
 _SPLIT = {
     name: re.compile(mark) for name, mark in {"comma": ",", "space": " ", "period": r"\.(?=\s|$)"}.items()
 }
 _JOIN = {"comma": ", ", "space": " ", "period": ". "}
-_DRAWS = 10  # for each caption wanted, before the orders are taken to be used up
+_ATTEMPTS_PER_CAPTION = 10  # attempts per requested caption before the distinct orders count as exhausted
 
 
 def shuffled_captions(caption: str, settings: CaptionShuffle) -> list[str]:
-    """The caption as written (if `include_original`), and up to `count` others with its tags in another order.
+    """Return the caption as written (if `include_original`) and up to `count` variants with its tags in another order.
 
-    The first `position_start` tags keep their place. The orders are drawn from (seed, caption) alone: the same on every machine, and
-    another caption's do not change them. No two are equal, so a caption of few tags gives fewer; one with less than two tags to
-    move gives itself only. Tags are trimmed and empty ones left out; a full stop at the end stays there. One within a number
+    The first `position_start` tags keep their position. The orders are a function of (seed, caption): the same on every machine and
+    independent of other captions. No two variants are equal, so a caption with few tags gives fewer; one with less than two tags to
+    move gives only itself. Tags are trimmed and empty tags removed; a final full stop remains at the end. A full stop within a number
     or a name ("3.5 mm") does not end a tag.
     """
     tags = [tag for part in _SPLIT[settings.split_on].split(caption) if (tag := part.strip())]
@@ -26,18 +26,20 @@ def shuffled_captions(caption: str, settings: CaptionShuffle) -> list[str]:
     if not settings.enable or len(set(movable)) < 2:
         return [caption]
     join = _JOIN[settings.split_on]
-    end = "." if settings.split_on == "period" and caption.rstrip().endswith(".") else ""
-    as_written = join.join(tags) + end
-    others: dict[str, None] = {}
-    for draw in range(settings.count * _DRAWS):
-        if len(others) == settings.count:
+    ending = "." if settings.split_on == "period" and caption.rstrip().endswith(".") else ""
+    as_written = join.join(tags) + ending
+    variants: dict[str, None] = {}
+    for attempt in range(settings.count * _ATTEMPTS_PER_CAPTION):
+        if len(variants) == settings.count:
             break
-        order = sorted(range(len(movable)), key=lambda tag: _chance(settings.seed or 0, caption, draw, tag))
-        other = join.join(fixed + [movable[tag] for tag in order]) + end
-        if other != as_written:
-            others[other] = None
-    return [caption, *others] if settings.include_original else [*others]
+        order = sorted(
+            range(len(movable)), key=lambda tag: _sort_key(settings.seed or 0, caption, attempt, tag)
+        )
+        candidate = join.join(fixed + [movable[tag] for tag in order]) + ending
+        if candidate != as_written:
+            variants[candidate] = None
+    return [caption, *variants] if settings.include_original else [*variants]
 
 
-def _chance(seed: int, caption: str, draw: int, tag: int) -> bytes:
-    return hashlib.sha256(f"shuffle/{seed}/{draw}/{tag}/{caption}".encode()).digest()
+def _sort_key(seed: int, caption: str, attempt: int, tag: int) -> bytes:
+    return hashlib.sha256(f"shuffle/{seed}/{attempt}/{tag}/{caption}".encode()).digest()

@@ -1,6 +1,6 @@
-"""Rows and cells of tables that people and programs write: CSV, JSON, Parquet; and why a row belongs to no file.
+"""Rows and cells of CSV, JSON and Parquet tables, and notes on rows that match no file.
 
-What a table holds is read in full or refused with the line: a row that is read wrongly would train other captions in silence.
+A table is read completely or rejected with the line: a misread row would silently train on wrong captions.
 """
 
 import csv
@@ -15,27 +15,27 @@ from typing import Any, Final
 from sdxl_pipeline.data.captions.text_files import OK, decode_text
 
 Row = tuple[int, Mapping[str, Any]]
-"""The line that a row begins at, or its number from 1 on where a table has no lines; and its cells by column."""
+"""(line where the row begins, or its 1-based number in a table without lines; cells by column)."""
 
-_LONGEST_FIELD: Final = 1 << 24
-_EXAMPLES: Final = 3
-_CAUSES_SHOWN: Final = 5
+_MAX_FIELD_CHARACTERS: Final = 1 << 24
+_MAX_EXAMPLES: Final = 3
+_MAX_CAUSES: Final = 5
 
 
 class TableError(ValueError):
-    """Content of a table that cannot be read as it is meant. The message says where, what, and what to write instead."""
+    """Content of a table that cannot be read. The message has the line, the problem and what to write instead."""
 
 
 def csv_rows(text: str, delimiter: str = ",") -> Iterator[Row]:
-    """Yield the rows of a CSV text, whose first line is the header; blank lines are left out.
+    """Yield the rows of a CSV text, whose first line is the header; blank lines are skipped.
 
     Raises TableError with the line for a row with more or fewer fields than the header, for a quotation mark that is not closed or
-    closed in the middle of a field, and for a column that the header names twice.
+    closed in the middle of a field, and for a duplicate column in the header.
     """
-    csv.field_size_limit(_LONGEST_FIELD)
+    csv.field_size_limit(_MAX_FIELD_CHARACTERS)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
-    row_inside = re.compile(
+    unclosed_quote = re.compile(
         r"\n\"?[^\n\"]*\.(?:png|jpe?g|webp|gif|bmp|tiff?|avif)\"?" + re.escape(delimiter), re.IGNORECASE
     )
     while True:
@@ -53,10 +53,10 @@ def csv_rows(text: str, delimiter: str = ",") -> Iterator[Row]:
             continue
         if header is None:
             header = [field.strip() for field in fields]
-            twice = [name for name, count in Counter(header).items() if name and count > 1]
-            if twice:
+            duplicates = [name for name, count in Counter(header).items() if name and count > 1]
+            if duplicates:
                 raise TableError(
-                    f"line {line}: the header has the column {twice[0]!r} twice. Rename one of them."
+                    f"line {line}: the header has the column {duplicates[0]!r} twice. Rename one of them."
                 )
             continue
         if len(fields) != len(header):
@@ -67,21 +67,21 @@ def csv_rows(text: str, delimiter: str = ",") -> Iterator[Row]:
                 else "Write a value for each column; it may be empty."
             )
             raise TableError(f"line {line} has {count}, and the header has {len(header)}. {hint}")
-        if any("\n" in field and row_inside.search(field) for field in fields):
+        if any("\n" in field and unclosed_quote.search(field) for field in fields):
             raise TableError(
-                f"line {line}: the quoted value that begins here contains what look like further rows. Close its quotation mark."
+                f"line {line}: the quoted value that begins here seems to contain further rows. Close its quotation mark."
             )
         yield line, dict(zip(header, fields, strict=True))
 
 
 def json_rows(text: str) -> Iterator[Row]:
-    """Yield the objects of a JSON list, or of JSON Lines. Raises TableError with the line or entry that is no object."""
+    """Yield the objects of a JSON list or of JSON Lines. Raise TableError with the line or entry that is not an object."""
     if text.lstrip().startswith("["):
         try:
             entries = list(enumerate(json.loads(text), start=1))
         except ValueError as error:
             raise TableError(
-                f"this is no JSON list: {error}. Correct it, or write the table again."
+                f"the table is not a valid JSON list: {error}. Correct it, or write the table again."
             ) from error
         unit = "entry"
     else:
@@ -91,15 +91,15 @@ def json_rows(text: str) -> Iterator[Row]:
     for number, row in entries:
         if not isinstance(row, dict):
             raise TableError(
-                f'{unit} {number} is no object. Write {{"filename": "a.png", "caption": "..."}}.'
+                f'{unit} {number} is not a JSON object. Write {{"filename": "a.png", "caption": "..."}}.'
             )
         yield number, row
 
 
 def cell_texts(value: Any, column: str) -> list[str]:
-    """Return the captions in a cell: its text, or each text of a list, trimmed and not blank; UTF-8 bytes are text.
+    """Return the non-blank captions in a cell, trimmed: its text, or each text of a list; UTF-8 bytes are text.
 
-    Raises TableError for anything else. Numbers are refused too: a column of them holds labels or ids far more often than captions.
+    Raises TableError for anything else, including numbers: a numeric column usually holds labels or ids rather than captions.
     """
     values = value if isinstance(value, list | tuple) else [value]
     texts = [_cell_text(item, column, within_list=values is value) for item in values]
@@ -107,18 +107,18 @@ def cell_texts(value: Any, column: str) -> list[str]:
 
 
 def name_text(value: Any, column: str) -> str:
-    """Return the file name in a cell; "" when it is empty. Numbers name files as they are written. Raises TableError."""
+    """Return the file name in a cell, with numbers converted to text; "" if it is empty. Raise TableError for other types."""
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # a column of whole numbers with gaps is one of floats
+        value = int(value)  # pandas stores integers with missing values as floats
     if isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
         return str(value)
     return _cell_text(value, column, within_list=False)
 
 
-def likely_cause(name: str, exists: Callable[[str], bool], folded: Container[str] = ()) -> str:
-    """Return why a name matches no file although one seems to be meant, with what to write; "" when nothing suggests itself.
+def likely_cause(name: str, exists: Callable[[str], bool], casefolded: Container[str] = ()) -> str:
+    """Return the likely reason why a name matches no file, with a hint; "" if none is apparent.
 
-    `exists` says whether a name matches; `folded` holds the known names by `str.casefold`.
+    `exists` returns whether a name matches; `casefolded` holds the known names after `str.casefold`.
     """
     slashed = name.replace("\\", "/")
     backslashes = "the paths have backslashes; write forward slashes" if slashed != name else ""
@@ -127,7 +127,7 @@ def likely_cause(name: str, exists: Callable[[str], bool], folded: Container[str
     parts = slashed.split("/")
     for start in range(1, len(parts)):
         rest = "/".join(parts[start:])
-        if rest and (exists(rest) or rest.casefold() in folded):
+        if rest and (exists(rest) or rest.casefold() in casefolded):
             lead = "/".join(parts[:start]) + "/"
             return "; ".join(
                 filter(
@@ -142,33 +142,37 @@ def likely_cause(name: str, exists: Callable[[str], bool], folded: Container[str
     other_case = dot and any(
         exists(f"{stem}.{cased}") for cased in {suffix.lower(), suffix.upper()} - {suffix}
     )
-    if other_case or slashed.casefold() in folded:
+    if other_case or slashed.casefold() in casefolded:
         return "the names differ in upper and lower case"
     return backslashes
 
 
 def unnamed_notes(table: str, column: str, lines: list[int]) -> Iterator[str]:
-    """Yield a sentence on the rows that name no file, where there are some."""
+    """Yield a sentence on the rows without a file name, if there are any."""
     if lines:
-        shown = ", ".join(map(str, lines[:_EXAMPLES])) + (", ..." if len(lines) > _EXAMPLES else "")
+        examples = ", ".join(map(str, lines[:_MAX_EXAMPLES])) + (
+            ", ..." if len(lines) > _MAX_EXAMPLES else ""
+        )
         yield (
-            f"{_rows(len(lines))} of {table} without a value in column {column!r}, at line {shown}: no image gets what they hold."
+            f"{_rows(len(lines))} of {table} without a value in column {column!r}, at line {examples}: their captions are unused."
         )
 
 
 def unmatched_notes(table: str, names: Mapping[str, int], cause: Callable[[str], str]) -> Iterator[str]:
-    """Yield a sentence for each cause by which rows of a table match no image: how many, which, why. `names` counts rows by name."""
+    """Yield a sentence for each cause of unmatched rows, with count, examples and reason. `names` maps names to row counts."""
     grouped: dict[str, list[str]] = {}
     for name in names:
         grouped.setdefault(cause(name), []).append(name)
-    by_size = sorted(grouped.items(), key=lambda group: -len(group[1]))
-    for why, group in by_size[:_CAUSES_SHOWN]:
-        shown = ", ".join(map(repr, group[:_EXAMPLES])) + (", ..." if len(group) > _EXAMPLES else "")
-        count = sum(names[name] for name in group)
-        yield f"{_rows(count)} of {table} without a matching image, such as {shown}" + (
-            f": {why}." if why else "."
+    by_count = sorted(grouped.items(), key=lambda group: -len(group[1]))
+    for reason, group in by_count[:_MAX_CAUSES]:
+        examples = ", ".join(map(repr, group[:_MAX_EXAMPLES])) + (
+            ", ..." if len(group) > _MAX_EXAMPLES else ""
         )
-    if rest := by_size[_CAUSES_SHOWN:]:
+        count = sum(names[name] for name in group)
+        yield f"{_rows(count)} of {table} without a matching image, such as {examples}" + (
+            f": {reason}." if reason else "."
+        )
+    if rest := by_count[_MAX_CAUSES:]:
         count = sum(names[name] for _, group in rest for name in group)
         yield f"{_rows(count)} more of {table} without a matching image, for other causes."
 
@@ -179,25 +183,28 @@ def _cell_text(value: Any, column: str, within_list: bool) -> str:
     if isinstance(value, bytes):
         text, status = decode_text(value)
         if status != OK:
-            raise _not_text(column, "bytes that are no UTF-8 text", "Name a column of text.")
+            raise _not_text(column, "bytes that are not UTF-8 text", "Write the name of a text column.")
         return text.strip()
     if isinstance(value, str):
         return value.strip()
-    kind, hint = type(value).__name__, "Name a column of text."
+    kind, hint = type(value).__name__, "Write the name of a text column."
     if isinstance(value, bool):
         kind = "true or false"
     elif isinstance(value, int | float):
-        kind, hint = f"numbers ({value})", "Name a column of text, or write the numbers as text."
+        kind, hint = f"numbers ({value})", "Write the name of a text column, or write the numbers as text."
     elif isinstance(value, dict):
         fields = ", ".join(map(str, value)) or "none"
-        kind, hint = f"objects (with the fields {fields})", "Name a column of text, or a field within."
+        kind, hint = (
+            f"objects (with the fields {fields})",
+            "Write the name of a text column, or of a field within.",
+        )
     elif isinstance(value, list | tuple):
         kind = "lists within lists" if within_list else "lists"
     raise _not_text(column, kind, hint)
 
 
 def _not_text(column: str, kind: str, hint: str) -> TableError:
-    return TableError(f"column {column!r} holds {kind}, not text. {hint}")
+    return TableError(f"column {column!r} has {kind}, not text. {hint}")
 
 
 def _parse(line: str, number: int) -> Any:
@@ -205,7 +212,7 @@ def _parse(line: str, number: int) -> Any:
         return json.loads(line)
     except ValueError as error:
         raise TableError(
-            f"line {number} is no JSON object: {error}. Correct it, or write the table again."
+            f"line {number} is not valid JSON: {error}. Correct it, or write the table again."
         ) from error
 
 

@@ -11,7 +11,7 @@ class CaptionError(Exception):
 
 
 def decode_text(data: bytes) -> tuple[str, str]:
-    """Return the text with "\\n" line endings and "ok"; or "" and "undecodable".
+    """Return the text with line feeds as line endings and "ok"; or "" and "undecodable".
 
     The encoding is UTF-8, or UTF-16 if there is a byte order mark. No other encoding is guessed: a wrong guess would train on
     garbled words without a warning.

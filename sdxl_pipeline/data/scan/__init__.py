@@ -1,1 +1,1 @@
-"""Scan of a dataset folder, incremental from the recorded one."""
+"""Incremental scan of a dataset folder."""

@@ -1,7 +1,7 @@
-"""Has anything changed? Answered from names, sizes and times on this machine alone, so that a sensor can ask every minute.
+"""Fingerprints of datasets and projects from names, sizes and times of local files, cheap enough for a sensor.
 
-What lies elsewhere is not asked: a sensor would list a bucket of a million files every minute, and take a broken connection for a
-change. The schedule does not need to know; its run looks, downloads what is new, and reuses everything else if there is nothing.
+Remote sources are not queried: a sensor would list a bucket of a million files every minute, and a lost connection would count as a
+change. The scheduled run lists the source itself, downloads new files and reuses everything else.
 """
 
 import re
@@ -16,16 +16,16 @@ from sdxl_pipeline.data.scan.file_listing import find_files
 from sdxl_pipeline.files.digest import digest_json
 
 METADATA_ENTRY = "fingerprint"
-"""Name under which assets record the state that they saw."""
+"""Metadata entry in which assets record the fingerprint of their inputs."""
 
 OVERRIDES_ENTRY = "overridden_settings"
-"""Name under which a LoRA records the settings that make it differ from the configured one."""
+"""Metadata entry in which a LoRA records the settings that its run overrode."""
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Digest of the name, size and modification time of every file below `folder`; "absent" when there is none.
+    """Return a digest of the name, size and modification time of every file below `folder`; "absent" if there is no folder.
 
-    Reads no file, so an edit that keeps size and time is not seen.
+    No file is read, so an edit that preserves size and time is not detected.
     """
     if not folder.is_dir():
         return "absent"
@@ -39,23 +39,23 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 def dataset_fingerprint(dataset: ImageDataset) -> str:
-    """State of everything on this machine that a dataset is read from: its folder or list, its caption table, its filter list.
+    """Return a digest of the local files that a dataset is read from: its folder or list, caption table and filter list.
 
-    "not watched" for the images of one that lies elsewhere, and of one whose files `skip_file_discovery` says are not to be looked
-    at. No secret of the dataset goes in.
+    The images of a remote dataset, and of one whose files are excluded by `skip_file_discovery`, count as "not watched". No secret
+    of the dataset is part of the digest.
     """
     if dataset.skipped_stages & {"metadata", "aspect"}:
         return "not watched"
-    images, beside = "not watched", [dataset.caption_filter_list, dataset.csv_file]
+    images, table_files = "not watched", [dataset.caption_filter_list, dataset.csv_file]
     if dataset.type == "local" and dataset.instance_data_dir is not None:
         images = folder_fingerprint(dataset.instance_data_dir)
-        beside = [dataset.caption_filter_list, table_path(dataset, dataset.instance_data_dir)]
-    states = [_state(path) for path in beside if isinstance(path, Path)]
-    return digest_json([images, states]) if states else images
+        table_files = [dataset.caption_filter_list, table_path(dataset, dataset.instance_data_dir)]
+    file_states = [_file_state(path) for path in table_files if isinstance(path, Path)]
+    return digest_json([images, file_states]) if file_states else images
 
 
 def has_remote_datasets(project: Project) -> bool:
-    """Whether the project has images whose changes cannot be seen from this machine. One pinned commit never changes."""
+    """Return whether the project has remote images that may change. A dataset pinned to one commit never changes."""
     return any(
         dataset.type != "local"
         and not (dataset.type == "huggingface" and re.fullmatch("[0-9a-f]{40}", dataset.revision or ""))
@@ -64,22 +64,22 @@ def has_remote_datasets(project: Project) -> bool:
 
 
 def folder_states(project: Project) -> dict[str, str]:
-    """Return the `dataset_fingerprint` of each dataset as it is now, by dataset asset key."""
+    """Return the current `dataset_fingerprint` of each dataset by dataset asset key."""
     return {
         f"{project.name}/{dataset.asset_name}/dataset": dataset_fingerprint(dataset)
-        for dataset in _complete_datasets(project)
+        for dataset in _datasets_with_caption_settings(project)
     }
 
 
 def project_fingerprint(
     project: Project, folders: Mapping[str, str] | None = None, overrides: Mapping[str, str] | None = None
 ) -> str:
-    """Return the digest of a project's settings and of the state of its data folders.
+    """Return the digest of a project's settings and of its datasets' fingerprints.
 
-    `folders` gives states recorded earlier, by dataset asset key; without it the folders are read now. `overrides` are the settings that
-    a run replaced, with the values it used: its fingerprint is not that of the configuration.
+    `folders` maps dataset asset keys to fingerprints recorded earlier; by default they are computed now. `overrides` are the settings
+    that a run replaced, with their values, so that its fingerprint differs from that of the configuration.
     """
-    datasets = _complete_datasets(project)
+    datasets = _datasets_with_caption_settings(project)
     if folders is None:
         folders = folder_states(project)
     settings = [
@@ -90,14 +90,14 @@ def project_fingerprint(
     return digest_json([dict(folders), settings, *([dict(overrides)] if overrides else [])])
 
 
-def _complete_datasets(project: Project) -> list[ImageDataset]:
+def _datasets_with_caption_settings(project: Project) -> list[ImageDataset]:
     return [
         complete_caption_settings(dataset, project.text_embeds_of(dataset), project.training.seed)
         for dataset in (*project.datasets, *project.mask_datasets)
     ]
 
 
-def _state(file: Path) -> list[int]:
+def _file_state(file: Path) -> list[int]:
     try:
         info = file.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""Which files lie under a folder: links followed, loops survived, nothing left out and nothing read."""
+"""Recursive listing of a folder: links are followed, loops of links end, and no file is opened."""
 
 import os
 import stat
@@ -9,18 +9,18 @@ import numpy as np
 import pandas as pd
 
 LISTING_COLUMNS = {"path": "str", "size": "int64", "mtime_ns": "int64", "inode": "uint64", "problem": "str"}
-"""Columns of `find_files`, with their types.
+"""Columns of `find_files` with their dtypes.
 
-`path` is relative to the root, with forward slashes; bytes that are no UTF-8 are shown as backslash escapes. `problem` says why a
-file cannot be used whatever it holds; it is empty for an ordinary readable-looking file, and the numbers are 0 when it is not.
+`path` is relative to the root, with forward slashes; bytes that are not UTF-8 appear as backslash escapes. `problem` is the reason
+why a file cannot be used whatever its content, and then the numbers are 0; it is empty for a regular file.
 """
 
 Folders = list[tuple[Path, str]]
-"""Folders to be listed, each with the beginning of its files' relative paths."""
+"""Folders to list, each with the prefix of its files' relative paths."""
 
 
-class _Found:
-    """The columns, as they grow: a list each, since a million files as objects of their own would cost their creation."""
+class _ListingColumns:
+    """Growing columns of the listing: lists rather than an object per file, which would be slow for a million files."""
 
     def __init__(self) -> None:
         self.paths: list[str] = []
@@ -53,62 +53,62 @@ class _Found:
 
 
 def find_files(root: Path) -> pd.DataFrame:
-    """Every file under `root`, at any depth, sorted by path: a row each, with LISTING_COLUMNS.
+    """Return a row with LISTING_COLUMNS for every file under `root`, at any depth, sorted by path.
 
-    Links to files and folders are followed. A folder reachable by several ways, or by a loop of links, is entered once: by its own
-    path if that lies under `root`, else by the first link to it. A folder that cannot be listed is returned as one entry with its
-    problem, so that it is not overlooked. Raises OSError when `root` itself cannot be listed.
+    Links to files and folders are followed. A folder reachable by several paths, or by a loop of links, is listed once: under its own
+    path if that is below `root`, else under the first link to it. A folder that cannot be listed is one row with its problem, so
+    that it is not overlooked. Raises OSError if `root` itself cannot be listed.
     """
-    found = _Found()
+    columns = _ListingColumns()
     entered: set[tuple[int, int]] = set()
-    folders: deque[tuple[Path, str]] = deque([(root, "")])
-    linked: deque[tuple[Path, str]] = (
-        deque()
-    )  # after all real ones, so that a real path wins over a link to it
-    while folders or linked:
-        folder, prefix = folders.popleft() if folders else linked.popleft()
+    pending: deque[tuple[Path, str]] = deque([(root, "")])
+    pending_links: deque[tuple[Path, str]] = deque()  # after all real folders, whose paths take precedence
+    while pending or pending_links:
+        folder, prefix = pending.popleft() if pending else pending_links.popleft()
         try:
             info = folder.stat()
             if (info.st_dev, info.st_ino) in entered:
                 continue
             entered.add((info.st_dev, info.st_ino))
-            real_folders, linked_folders = _list(folder, prefix, found)
+            real_folders, linked_folders = _list(folder, prefix, columns)
         except OSError as error:
             if not prefix:
                 raise
-            found.add_problem(prefix, f"folder cannot be read: {error.strerror}")
+            columns.add_problem(prefix, f"folder cannot be read: {error.strerror}")
             continue
-        folders.extend(real_folders)
-        linked.extend(linked_folders)
-    return found.table()
+        pending.extend(real_folders)
+        pending_links.extend(linked_folders)
+    return columns.table()
 
 
-def _list(folder: Path, prefix: str, found: _Found) -> tuple[Folders, Folders]:
-    """Add the files of one folder to `found`, and give its folders: real ones, and links to folders."""
-    real: Folders = []
-    linked: Folders = []
+def _list(folder: Path, prefix: str, columns: _ListingColumns) -> tuple[Folders, Folders]:
+    """Add the files of one folder to `columns`; return its subfolders and its links to folders."""
+    real_folders: Folders = []
+    linked_folders: Folders = []
     with os.scandir(folder) as entries:
         for entry in entries:
             path = prefix + entry.name
             try:
                 if entry.is_dir():
-                    (linked if entry.is_symlink() else real).append((Path(entry.path), path + "/"))
+                    (linked_folders if entry.is_symlink() else real_folders).append(
+                        (Path(entry.path), path + "/")
+                    )
                     continue
                 info = entry.stat()
                 path.encode()
             except UnicodeEncodeError:
-                found.add_problem(path, "file name is not UTF-8")
+                columns.add_problem(path, "file name is not UTF-8")
                 continue
             except OSError as error:  # is_dir() raises it for a link to itself
                 link = entry.is_symlink()
-                found.add_problem(path, "broken link" if link else f"cannot be read: {error.strerror}")
+                columns.add_problem(path, "broken link" if link else f"cannot be read: {error.strerror}")
                 continue
-            if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
-                found.add_problem(path, "not a regular file")
+            if not stat.S_ISREG(info.st_mode):  # reading a pipe would block
+                columns.add_problem(path, "not a regular file")
                 continue
-            found.paths.append(path)
-            found.sizes.append(info.st_size)
-            found.mtimes.append(info.st_mtime_ns)
-            found.inodes.append(info.st_ino)
-            found.problems.append("")
-    return sorted(real), sorted(linked)
+            columns.paths.append(path)
+            columns.sizes.append(info.st_size)
+            columns.mtimes.append(info.st_mtime_ns)
+            columns.inodes.append(info.st_ino)
+            columns.problems.append("")
+    return sorted(real_folders), sorted(linked_folders)

@@ -1,8 +1,8 @@
-"""What a scan found in files, recorded: the next one reads again only what is not as it was.
+"""Record of a scan's file contents, so that the next scan reads only new and changed files.
 
-The table holds what files say, and nothing of what settings make of it: another caption strategy or filter list reads no image
-again. A file is trusted when its path, size, modification time and inode are those recorded, and when it had been left alone for a
-while when it was read: a change within one tick of the file system's clock cannot be told by its time (what git calls racy).
+The table holds what was read from files, independent of settings: another caption strategy or filter list reads no image again. A
+record is reused if path, size, modification time and inode are unchanged, and if the file's last change was old enough when it was
+read: a second change within one tick of the file system's clock has the same time (git calls such files racy).
 """
 
 import json
@@ -19,7 +19,7 @@ from sdxl_pipeline.data.scan.file_listing import LISTING_COLUMNS
 from sdxl_pipeline.files.atomic_files import atomic_path
 from sdxl_pipeline.files.digest import digest_json
 
-FACT_COLUMNS = {
+CONTENT_COLUMNS = {
     "key": "str",
     "width": "int64",
     "height": "int64",
@@ -29,38 +29,38 @@ FACT_COLUMNS = {
     "text_status": "str",
     "settled": "bool",
 }
-"""What was read of each file: an image's digest and size, a caption file's text, and whether to trust it next time."""
+"""What was read from each file: an image's digest and size, a caption file's text, and whether the record may be reused."""
 
 RACY_NS = 2_000_000_000
-"""A file whose last change lies less than this before the scan is read again by the next one; FAT keeps times to two seconds."""
+"""Minimum age of a file's last change for its record to be reused; FAT has a time resolution of two seconds."""
 
 _FORMAT = 1
-_ENTRY = b"sdxl_pipeline"
+_METADATA_KEY = b"sdxl_pipeline"
 _CAPTIONS = "captions"
-_COLUMNS = {**LISTING_COLUMNS, **FACT_COLUMNS}
+_COLUMNS = {**LISTING_COLUMNS, **CONTENT_COLUMNS}
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RecordedScan:
-    """The files of one folder as a scan left them."""
+    """Recorded files of one folder."""
 
     files: pd.DataFrame
     """LISTING_COLUMNS and FACT_COLUMNS, sorted by path."""
     failed: tuple[tuple[str, str], ...] = ()
-    """(name, reason) of what the source could not fetch."""
+    """(name, reason) of each file that the source could not fetch."""
     captions: Mapping[str, tuple[str, ...]] | None = None
-    """What the source says of captions, by path; None when it says nothing."""
+    """Captions of the source by path; None if it has none."""
 
 
 def origin_of(dataset: ImageDataset, folder: Path) -> str:
-    """Digest of where a dataset's files and its source's captions come from: a table of another origin says nothing of this one."""
-    source = dataset.model_dump(mode="json", include=keys_used_by(ImageDataset, "scan"))
+    """Return a digest of the origin of a dataset's files and source captions; a record of another origin is not reused."""
+    source = dataset.model_dump(mode="json", include={"type", "caption_column", "csv_caption_column"})
     return digest_json([str(folder.absolute()), source])
 
 
-def read_recorded(path: Path, origin: str, with_captions: bool = False) -> RecordedScan | None:
-    """The table at `path`, if it was recorded for this `origin`; one that cannot be used is told in the log, and gives None."""
+def read_recorded_scan(path: Path, origin: str, with_captions: bool = False) -> RecordedScan | None:
+    """Return the scan recorded at `path` for this `origin`; None if there is none, with a log message if it cannot be used."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -68,7 +68,7 @@ def read_recorded(path: Path, origin: str, with_captions: bool = False) -> Recor
         return None
     try:
         with pq.ParquetFile(path) as file:
-            entry = json.loads((file.schema_arrow.metadata or {}).get(_ENTRY, b"{}"))
+            entry = json.loads((file.schema_arrow.metadata or {}).get(_METADATA_KEY, b"{}"))
             if entry.get("format") != _FORMAT or entry.get("origin") != origin:
                 _log.info(
                     "%s was recorded by another version or for another folder: every file is read again", path
@@ -89,8 +89,8 @@ def read_recorded(path: Path, origin: str, with_captions: bool = False) -> Recor
         return None
 
 
-def write_recorded(path: Path, origin: str, scan: RecordedScan) -> None:
-    """Record a scan at `path`, atomically."""
+def write_recorded_scan(path: Path, origin: str, scan: RecordedScan) -> None:
+    """Write a scan to `path` atomically."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -104,28 +104,28 @@ def write_recorded(path: Path, origin: str, scan: RecordedScan) -> None:
         "failed": [list(item) for item in scan.failed],
         "captions": scan.captions is not None,
     }
-    table = table.replace_schema_metadata({_ENTRY: json.dumps(entry).encode()})
+    table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(entry).encode()})
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary)
 
 
-def recall(listing: pd.DataFrame, recorded: RecordedScan | None) -> pd.DataFrame:
-    """`listing` with FACT_COLUMNS: what is recorded of the files that are as they were; of the others nothing, and not `settled`."""
-    unknown = {"width": 0, "height": 0, "settled": False}
+def reuse_recorded(listing: pd.DataFrame, recorded: RecordedScan | None) -> pd.DataFrame:
+    """Return `listing` with CONTENT_COLUMNS: recorded values for unchanged files, empty and not `settled` for the others."""
+    defaults = {"width": 0, "height": 0, "settled": False}
     if recorded is None or recorded.files.empty or listing.empty:
         blank = {
-            name: pd.Series(unknown.get(name, ""), index=listing.index, dtype=dtype)
-            for name, dtype in FACT_COLUMNS.items()
+            name: pd.Series(defaults.get(name, ""), index=listing.index, dtype=dtype)
+            for name, dtype in CONTENT_COLUMNS.items()
         }
         return listing.assign(**blank)
-    at = pd.Index(recorded.files["path"]).get_indexer(pd.Index(listing["path"]))
-    before = recorded.files.iloc[at].reset_index(drop=True)  # row -1 stands in for what is not recorded
-    same = (at >= 0) & before["settled"].to_numpy()
+    positions = pd.Index(recorded.files["path"]).get_indexer(pd.Index(listing["path"]))
+    before = recorded.files.iloc[positions].reset_index(drop=True)  # position -1 marks a file without record
+    unchanged = (positions >= 0) & before["settled"].to_numpy()
     for name in ("size", "mtime_ns", "inode", "problem"):
-        same &= (before[name] == listing[name]).to_numpy()
-    facts = before[list(FACT_COLUMNS)]
-    if not same.all():
-        facts = facts.copy()
-        for name in FACT_COLUMNS:
-            facts.loc[~same, name] = unknown.get(name, "")
-    return pd.concat([listing, facts], axis=1)
+        unchanged &= (before[name] == listing[name]).to_numpy()
+    content = before[list(CONTENT_COLUMNS)]
+    if not unchanged.all():
+        content = content.copy()
+        for name in CONTENT_COLUMNS:
+            content.loc[~unchanged, name] = defaults.get(name, "")
+    return pd.concat([listing, content], axis=1)

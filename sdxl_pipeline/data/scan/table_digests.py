@@ -1,9 +1,9 @@
-r"""Content digests of the frames, for data versions: equal images and captions give equal digests, whatever the files are called.
+r"""Content digests of frames for data versions: equal images and captions give equal digests, independent of file names.
 
-The canonical form, over which the SHA-256 is taken: the rows sorted by their columns in the order given here, strings by their UTF-8
-bytes; then column by column its name and a zero byte, followed for integers (and truth values as 0 and 1) by the values as
-little-endian 64-bit integers, for strings by their lengths in bytes as such integers, and then their bytes one after the other. A row's
-captions are one string: each caption with backslash as `\\` and line feed as `\n`, and a line feed behind it.
+The SHA-256 is computed over a canonical form: rows sorted by their columns in the given order, strings by their UTF-8 bytes; then for
+each column its name and a zero byte, followed for integers (and booleans as 0 and 1) by the values as little-endian 64-bit integers,
+for strings by their lengths in bytes as such integers and their concatenated bytes. A row's captions are one string: each caption
+with backslash as `\\` and line feed as `\n`, terminated by a line feed.
 """
 
 import hashlib
@@ -20,21 +20,21 @@ _PLAN_COLUMNS = tuple(column for column in ROW_COLUMNS if column != "path")
 
 
 def dataset_digest(scanned: pd.DataFrame) -> str:
-    """Hex digest of what a scanned dataset trains on: the content, size and captions of each kept image, in any order.
+    """Return the hex digest of the content, size and captions of each kept image of a scan, independent of row order.
 
-    Names and times are left out, and so are files that were dropped: renaming an image, or a stray file beside it, makes nothing
-    stale, unless the name is its caption.
+    Names, times and dropped files are excluded: renaming an image or adding an unrelated file makes nothing stale, unless the name
+    is the caption.
     """
     return frame_digest(scanned[scanned["status"] == "kept"], _DATASET_COLUMNS)
 
 
 def rows_digest(rows: pd.DataFrame) -> str:
-    """Hex digest of a crop plan: content, geometry and split of each crop, in any order."""
+    """Return the hex digest of a crop plan: content, geometry and split of each crop, independent of row order."""
     return frame_digest(rows, _PLAN_COLUMNS)
 
 
 def frame_digest(frame: pd.DataFrame, columns: tuple[str, ...]) -> str:
-    """Hex digest of these columns (of strings, integers or truth values; `captions` of lists of strings), the rows in any order."""
+    """Return the hex digest of `columns` (strings, integers or booleans; `captions` lists of strings), independent of row order."""
     table = pa.table({column: _column(frame[column]) for column in columns})
     table = table.take(pc.sort_indices(table, sort_keys=[(column, "ascending") for column in columns]))
     digest = hashlib.sha256()
@@ -54,12 +54,14 @@ def _column(values: pd.Series) -> pa.Array:
     if values.name != "captions":
         is_text = pd.api.types.is_string_dtype(values)
         return pa.array(values, type=pa.large_string() if is_text else pa.int64())
-    # a frame read back from Parquet holds arrays where it held lists
+    # a frame read from Parquet has arrays instead of lists
     lists = pa.array(values, type=pa.list_(pa.large_string()), from_pandas=True)
     escaped = pc.replace_substring(pc.replace_substring(lists.flatten(), "\\", "\\\\"), "\n", "\\n")
-    nothing, line_feed = (pa.scalar(text, pa.large_string()) for text in ("", "\n"))
-    ended = pa.ListArray.from_arrays(lists.offsets, pc.binary_join_element_wise(escaped, nothing, line_feed))
-    return pc.binary_join(ended, nothing)
+    empty, line_feed = (pa.scalar(text, pa.large_string()) for text in ("", "\n"))
+    terminated = pa.ListArray.from_arrays(
+        lists.offsets, pc.binary_join_element_wise(escaped, empty, line_feed)
+    )
+    return pc.binary_join(terminated, empty)
 
 
 def _integers(values: pa.ChunkedArray) -> bytes:
@@ -67,7 +69,7 @@ def _integers(values: pa.ChunkedArray) -> bytes:
 
 
 def _string_bytes(values: pa.Array) -> memoryview:
-    """The bytes of all strings of an array one after the other."""
+    """Return the concatenated bytes of all strings of an array."""
     _, offsets, data = values.buffers()
     ends = np.frombuffer(offsets, dtype=np.int64)[values.offset : values.offset + len(values) + 1]
     return memoryview(data or b"")[int(ends[0]) : int(ends[-1])]
