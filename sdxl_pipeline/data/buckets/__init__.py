@@ -1,1 +1,1 @@
-"""Aspect buckets, crops and the held-out split."""
+"""Aspect buckets, crop plan and held-out split."""

@@ -1,8 +1,8 @@
-"""The crop plan: for each image its bucket, the size it is resized to, and the window cut from that.
+"""The crop plan: for each image its bucket, the resized size, and the crop window.
 
-One plan serves the VAE encoder, which cuts the pixels, and the micro-conditioning, which tells the UNet where they were cut
-(Podell et al. 2023, "SDXL", section 2.2). It is a pure function of the settings, the seed and each image's key, so planning again
-gives the same crops, and adding an image moves no other's.
+The VAE stage crops the pixels by this plan, and the micro-conditioning passes the same crop coordinates to the UNet (Podell et al.
+2023, "SDXL", section 2.2). The plan is a pure function of the settings, the seed and each image's key: it is reproducible, and an
+added image changes no other image's crop.
 """
 
 from collections.abc import Collection
@@ -20,22 +20,22 @@ from sdxl_pipeline.data.buckets.bucket_sizes import (
     downsampled_sizes,
     filter_reasons,
 )
-from sdxl_pipeline.data.buckets.hash_rng import below, fractions
+from sdxl_pipeline.data.buckets.hash_rng import hash_uint64, scale_to_limits
 
 TRAIN = "train"
 EVAL = "eval"
 
-_IMAGES_AT_A_TIME = 100_000
-"""Bounds the memory of what is computed on the way; the plan does not depend on it."""
+_IMAGES_PER_CHUNK = 100_000
+"""Bounds the memory of intermediate results; the plan does not depend on it."""
 
 
 @dataclass(frozen=True)
 class Crop:
     """Geometry of one crop, in pixels.
 
-    `original_*` is the upright image as it lies on disk. `source_*` is what the dataset's `maximum_image_size` makes of it. It is
-    resized to `resized_*`, and the window of `bucket_*` is cut at (`crop_top`, `crop_left`) of that. A `flipped` image is mirrored
-    left to right before all this, so `crop_left` counts from what was its right edge.
+    `original_*` is the upright image on disk, `source_*` its size after the dataset's `maximum_image_size`. The image is resized to
+    `resized_*`, and the window of size `bucket_*` is cropped at (`crop_top`, `crop_left`). A `flipped` image is mirrored
+    horizontally before that, so `crop_left` counts from the original's right edge.
     """
 
     bucket_h: int
@@ -62,20 +62,19 @@ def plan_crops(
     is_eval: bool,
     faces: pd.DataFrame | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The crops of a scanned dataset and the images its filters left out: (rows, dropped).
+    """Return (rows, dropped): the crops of a scanned dataset, and the images that its filters drop.
 
-    `scanned` is `scan_dataset`'s frame, of which the kept rows are planned. The rows have ROW_COLUMNS, in the order of `scanned`;
-    `dropped` has the columns path and reason. Every row is `eval` when `is_eval`; else those of the keys `held_out` are
-    (sdxl_pipeline.data.buckets.holdout). `faces` is `find_faces`'s frame, for crop_style face.
+    `scanned` is the frame of `scan_dataset`, whose kept rows are planned. The rows have ROW_COLUMNS, in the order of `scanned`;
+    `dropped` has the columns path and reason. The split is `eval` for every row if `is_eval`, else for the keys in `held_out`
+    (sdxl_pipeline.data.buckets.holdout). `faces` is the frame of `find_faces`, for crop_style face.
 
-    A train image has `crops_per_image` crops, drawn independently, less those that came out the same; with `random_flip` each of
-    them is followed by its mirror image. They are numbered from 0 by `crop_index`. An eval image has one, as it is, so that it is
-    measured once and on itself.
+    A train image has `crops_per_image` independently sampled crops without duplicates; with `random_flip` each of them is followed by
+    its mirror image. `crop_index` numbers them from 0. An eval image has one crop, not mirrored, so that it is evaluated once.
     """
     kept = scanned.loc[scanned["status"] == "kept", ["path", "key", "height", "width"]]
     parts = [
-        _plan(dataset, kept.iloc[start : start + _IMAGES_AT_A_TIME], seed, held_out, is_eval, faces)
-        for start in range(0, max(len(kept), 1), _IMAGES_AT_A_TIME)
+        _plan(dataset, kept.iloc[start : start + _IMAGES_PER_CHUNK], seed, held_out, is_eval, faces)
+        for start in range(0, max(len(kept), 1), _IMAGES_PER_CHUNK)
     ]
     rows, dropped = (pd.concat(frames, ignore_index=True) for frames in zip(*parts, strict=True))
     return rows, dropped
@@ -84,23 +83,25 @@ def plan_crops(
 def plan_crop(
     dataset: ImageDataset, height: int, width: int, key: str, seed: int, crop_index: int = 0
 ) -> Crop:
-    """One crop of one image of `height` x `width` pixels whose content has the digest `key`, not mirrored; filters aside."""
-    cut = _cut(dataset, np.array([height]), np.array([width]), [key], np.array([crop_index]), seed, None)
-    return Crop(**{name: int(values[0]) for name, values in cut.items()}, flipped=False)
+    """Return one crop, not mirrored and not filtered, of an image of `height` x `width` pixels with the content digest `key`."""
+    crops = _crop_geometry(
+        dataset, np.array([height]), np.array([width]), [key], np.array([crop_index]), seed, None
+    )
+    return Crop(**{name: int(values[0]) for name, values in crops.items()}, flipped=False)
 
 
 def fresh_place(style: str, slack_h: int, slack_w: int, seed: int, key: str, draw: str) -> tuple[int, int]:
-    """(top, left) of a window that may be moved by `slack_h` and `slack_w` pixels within its resized image.
+    """Return (top, left) of a crop window with `slack_h` and `slack_w` pixels of freedom within its resized image.
 
-    `draw` tells draws of one image apart: their number in the plan, anything else for crops drawn anew. Equal arguments give
-    equal places on every machine. `face` has no place to draw; it keeps the one that was planned. Raises ValueError for it.
+    `draw` distinguishes crops of one image: their index in the plan, or any other string for crops sampled during training. Equal
+    arguments give equal positions on every machine. Raises ValueError for the style `face`, whose position is fixed by the plan.
     """
-    top, left = _places(style, np.array([slack_h]), np.array([slack_w]), [key], [draw], seed)
+    top, left = _crop_offsets(style, np.array([slack_h]), np.array([slack_w]), [key], [draw], seed)
     return int(top[0]), int(left[0])
 
 
 def images_per_bucket(rows: pd.DataFrame) -> pd.Series:
-    """How many train images have a crop in each bucket, by (bucket_h, bucket_w)."""
+    """Return the number of train images with a crop in each bucket, by (bucket_h, bucket_w)."""
     train = rows[rows["split"] == TRAIN]
     if (train["crop_index"] > 0).any():
         train = train.drop_duplicates(["path", "bucket_h", "bucket_w"])
@@ -115,89 +116,89 @@ def _plan(
     is_eval: bool,
     faces: pd.DataFrame | None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`plan_crops` of some images."""
+    """Return `plan_crops` of a chunk of images."""
     reasons = filter_reasons(dataset, kept["height"].to_numpy(), kept["width"].to_numpy())
-    left_out = reasons != ""
-    dropped = pd.DataFrame({"path": kept["path"][left_out], "reason": reasons[left_out]}, dtype="str")
-    kept = kept[~left_out]
+    is_dropped = reasons != ""
+    dropped = pd.DataFrame({"path": kept["path"][is_dropped], "reason": reasons[is_dropped]}, dtype="str")
+    kept = kept[~is_dropped]
     keys = kept["key"].tolist()
-    measured = np.full(len(kept), True) if is_eval else kept["key"].isin(list(held_out)).to_numpy()
+    is_eval_image = np.full(len(kept), True) if is_eval else kept["key"].isin(list(held_out)).to_numpy()
     centres = None if faces is None else _face_centres(kept["key"], faces)
 
-    # a row per crop: which image it is of, and its number among that one's draws
-    image = np.repeat(np.arange(len(kept)), np.where(measured, 1, dataset.crops_per_image))
-    draw = _numbered(image)
-    cut = _cut(
+    # a row per crop: the index of its image, and its number among the crops of that image
+    image = np.repeat(np.arange(len(kept)), np.where(is_eval_image, 1, dataset.crops_per_image))
+    number = _index_within_runs(image)
+    crops = _crop_geometry(
         dataset,
         kept["height"].to_numpy()[image],
         kept["width"].to_numpy()[image],
         [keys[index] for index in image.tolist()],
-        draw,
+        number,
         seed,
         None if centres is None else centres[image],
     )
     if dataset.crops_per_image > 1:
-        place = {name: cut[name] for name in ("bucket_h", "bucket_w", "crop_top", "crop_left")}
-        first = np.flatnonzero(~pd.DataFrame({"image": image} | place).duplicated())
-        image, draw, cut = image[first], draw[first], _taken(cut, first)
+        geometry = {name: crops[name] for name in ("bucket_h", "bucket_w", "crop_top", "crop_left")}
+        first = np.flatnonzero(~pd.DataFrame({"image": image} | geometry).duplicated())
+        image, number, crops = image[first], number[first], _take(crops, first)
     flipped = np.full(len(image), False)
     if dataset.random_flip:
-        crop = np.repeat(np.arange(len(image)), np.where(measured[image], 1, 2))
-        image, draw, cut = image[crop], draw[crop], _taken(cut, crop)
-        flipped = _numbered(crop) == 1
-        from_the_right = cut["resized_w"] - cut["bucket_w"] - cut["crop_left"]
-        cut["crop_left"] = np.where(flipped, from_the_right, cut["crop_left"])
+        crop = np.repeat(np.arange(len(image)), np.where(is_eval_image[image], 1, 2))
+        image, number, crops = image[crop], number[crop], _take(crops, crop)
+        flipped = _index_within_runs(crop) == 1
+        mirrored_left = crops["resized_w"] - crops["bucket_w"] - crops["crop_left"]
+        crops["crop_left"] = np.where(flipped, mirrored_left, crops["crop_left"])
     rows = pd.DataFrame(
         {
             "path": kept["path"].array.take(image),
             "key": kept["key"].array.take(image),
-            "crop_index": _numbered(image),
-            **cut,
+            "crop_index": _index_within_runs(image),
+            **crops,
             "flipped": flipped,
-            "split": pd.array(np.where(measured, EVAL, TRAIN), dtype="str").take(image),
+            "split": pd.array(np.where(is_eval_image, EVAL, TRAIN), dtype="str").take(image),
         },
         columns=list(ROW_COLUMNS),
     )
     return rows.astype({"path": "str", "key": "str"}), dropped
 
 
-def _cut(
+def _crop_geometry(
     dataset: ImageDataset,
     heights: np.ndarray,
     widths: np.ndarray,
     keys: list[str],
-    draws: np.ndarray,
+    crop_indices: np.ndarray,
     seed: int,
     centres: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
-    """The fields of Crop but `flipped`, an element for each of N draws; `centres` are those of faces, (N, 2), NaN where there is none.
+    """Return the fields of Crop except `flipped` as arrays of N crops; `centres` are those of faces, (N, 2), NaN for none.
 
-    An image is resized, its aspect kept, to the smallest size that covers its bucket. Where crops are taken and the dataset has a
-    `maximum_image_size`, it is instead cut from its own or its downsampled size, if that covers the bucket.
+    An image is resized, keeping its aspect, to the smallest size that covers its bucket. With cropping and a `maximum_image_size`,
+    the crop is instead cut from the image's own or downsampled size, if that covers the bucket.
     """
     heights, widths = heights.astype(np.int64), widths.astype(np.int64)
-    aspects = bucket_aspects(dataset, heights, widths, keys, draws, seed)
+    aspects = bucket_aspects(dataset, heights, widths, keys, crop_indices, seed)
     bucket_h, bucket_w = bucket_sizes(dataset, aspects)
     covering_h, covering_w = covering_sizes(heights, widths, bucket_h, bucket_w)
     source_h, source_w = downsampled_sizes(dataset, heights, widths)
-    too_far = (source_h < bucket_h) | (source_w < bucket_w)  # shrink no further than what covers the bucket
-    source_h = np.where(too_far, np.minimum(heights, covering_h), source_h)
-    source_w = np.where(too_far, np.minimum(widths, covering_w), source_w)
+    too_small = (source_h < bucket_h) | (source_w < bucket_w)  # shrink no further than what covers the bucket
+    source_h = np.where(too_small, np.minimum(heights, covering_h), source_h)
+    source_w = np.where(too_small, np.minimum(widths, covering_w), source_w)
     resized_h, resized_w = covering_h, covering_w
     if dataset.crop and dataset.maximum_image_size is not None:
         covers = (source_h >= bucket_h) & (source_w >= bucket_w)
         resized_h = np.where(covers, source_h, covering_h)
         resized_w = np.where(covers, source_w, covering_w)
-    # without crops a few pixels still have to go where the aspect is not quite the bucket's: as many on either side
+    # without cropping, the few pixels beyond the bucket's aspect are removed equally from both sides
     style = dataset.crop_style if dataset.crop else "center"
     slack_h, slack_w = resized_h - bucket_h, resized_w - bucket_w
     if style == "face":
         if centres is None:
-            raise ValueError("crop_style face needs to be told where the faces are")
-        top = _around(centres[:, 0] * resized_h / heights, bucket_h, slack_h)
-        left = _around(centres[:, 1] * resized_w / widths, bucket_w, slack_w)
+            raise ValueError('crop_style "face" needs `faces`, the frame of find_faces')
+        top = _centred_offsets(centres[:, 0] * resized_h / heights, bucket_h, slack_h)
+        left = _centred_offsets(centres[:, 1] * resized_w / widths, bucket_w, slack_w)
     else:
-        top, left = _places(style, slack_h, slack_w, keys, draws.tolist(), seed)
+        top, left = _crop_offsets(style, slack_h, slack_w, keys, crop_indices.tolist(), seed)
     return {
         "bucket_h": bucket_h,
         "bucket_w": bucket_w,
@@ -212,41 +213,43 @@ def _cut(
     }
 
 
-def _places(
-    style: str, slack_h: np.ndarray, slack_w: np.ndarray, keys: list[str], draws: list[Any], seed: int
+def _crop_offsets(
+    style: str, slack_h: np.ndarray, slack_w: np.ndarray, keys: list[str], crop_indices: list[Any], seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tops and lefts of windows that may be moved by so many pixels."""
+    """Return tops and lefts of crop windows with these pixels of freedom."""
     match style:
         case "random":
-            drawn = fractions(f"crop/{seed}/{key}/{draw}" for key, draw in zip(keys, draws, strict=True))
-            return below(drawn[:, 0], slack_h + 1), below(drawn[:, 1], slack_w + 1)
+            hashes = hash_uint64(
+                f"crop/{seed}/{key}/{number}" for key, number in zip(keys, crop_indices, strict=True)
+            )
+            return scale_to_limits(hashes[:, 0], slack_h + 1), scale_to_limits(hashes[:, 1], slack_w + 1)
         case "center":
             return slack_h // 2, slack_w // 2
         case "corner":
             return np.zeros_like(slack_h), np.zeros_like(slack_w)
-    raise ValueError(f"crop_style {style!r} has no place to draw; it is not one of random, center, corner")
+    raise ValueError(f"crop_style {style!r} has no computed position; it must be random, center or corner")
 
 
-def _around(centres: np.ndarray, lengths: np.ndarray, slack: np.ndarray) -> np.ndarray:
-    """Where windows begin that have something in their middle, as far as the edges allow; without it they stand in the middle."""
+def _centred_offsets(centres: np.ndarray, lengths: np.ndarray, slack: np.ndarray) -> np.ndarray:
+    """Return the offsets of windows around `centres`, clipped to the image; windows without a centre are in the middle."""
     starts = np.where(np.isnan(centres), slack // 2, np.rint(centres - lengths / 2))
     return np.clip(starts, 0, slack).astype(np.int64)
 
 
 def _face_centres(keys: pd.Series, faces: pd.DataFrame) -> np.ndarray:
-    """(y, x) of the middle of each image's face, in its own pixels; NaN where it has none."""
+    """Return (y, x) of the centre of each image's face in pixels of the image; NaN if it has none."""
     known = faces.drop_duplicates("key").set_index("key").reindex(keys)
     centres = [known["top"] + known["height"] / 2, known["left"] + known["width"] / 2]
     return np.where(known["height"].to_numpy()[:, None] > 0, np.stack(centres, axis=1), np.nan)
 
 
-def _taken(columns: dict[str, np.ndarray], places: np.ndarray) -> dict[str, np.ndarray]:
-    return {name: values[places] for name, values in columns.items()}
+def _take(columns: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: values[rows] for name, values in columns.items()}
 
 
-def _numbered(groups: np.ndarray) -> np.ndarray:
-    """0, 1, ... within each run of equal values."""
-    places = np.arange(len(groups))
-    begins = np.ones(len(groups), dtype=bool)
-    begins[1:] = groups[1:] != groups[:-1]
-    return places - np.maximum.accumulate(np.where(begins, places, 0))
+def _index_within_runs(values: np.ndarray) -> np.ndarray:
+    """Return 0, 1, ... within each run of equal values."""
+    positions = np.arange(len(values))
+    run_starts = np.ones(len(values), dtype=bool)
+    run_starts[1:] = values[1:] != values[:-1]
+    return positions - np.maximum.accumulate(np.where(run_starts, positions, 0))

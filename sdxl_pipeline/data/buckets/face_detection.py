@@ -1,8 +1,8 @@
-"""Where the faces are, for crops that are taken around them: the frontal-face cascade that ships with OpenCV, the optional extra `faces`.
+"""Face detection for crop_style face, with OpenCV's frontal-face cascade (the optional extra `faces`).
 
-It finds upright faces that look towards the camera, and misses profiles. Of the cascades in the wheel this one took the fewest other
-things for faces: none where SimpleTuner's choice, `default`, took the wrong thing for the largest face at 7 of 48 sizes of one
-photograph. What is found is kept in a table by the images' content, so each image is searched once in its life.
+The detector finds upright frontal faces and misses profiles. Of the cascades in the wheel it has the fewest false positives: none on
+one photograph at 48 sizes, where SimpleTuner's choice, `default`, has a false largest face at 7 sizes. Results are stored in a table
+by image content, so each image is searched once.
 """
 
 import os
@@ -23,25 +23,25 @@ from sdxl_pipeline.data.decoding.pixels import load_upright
 from sdxl_pipeline.files.atomic_files import atomic_path, sha256_file
 
 DETECTOR = "haarcascade_frontalface_alt, 4 neighbours, 1024 pixels"
-"""What the table's rows were found with; others are searched again. Name a new one when what is found changes."""
+"""Version of the detector in the table; rows of another version are searched again. Change it when the results change."""
 
 FACE_COLUMNS = ("key", "top", "left", "height", "width")
 SAVE_SECONDS = 30.0
-"""How often the table is written: a kill loses no more work than this."""
+"""Interval between writes of the table, and so the most work that a kill loses."""
 
 _CASCADE = "haarcascade_frontalface_alt.xml"
-_LONGEST_EDGE = 1024  # images are searched at this size: a face below 1/20 of the image is not what it shows
-_SMALLEST_FACE = 48  # pixels at that size
-_NO_FACE = (0, 0, 0, 0)
+_LONGEST_EDGE = 1024  # images are searched at this size; a face below 1/20 of the image is not its subject
+_SMALLEST_FACE = 48  # in pixels at that size
+_NO_FACE_BOX = (0, 0, 0, 0)
 _BATCH = 256
 
 
 class FaceDetectorError(Exception):
-    """crop_style face was asked for, and OpenCV cannot be had. The message says which setting, and what to install."""
+    """OpenCV is missing for crop_style face. The message has the setting and the package to install."""
 
 
 def require_detector(dataset: ImageDataset) -> None:
-    """Raise FaceDetectorError when OpenCV is not installed, or is one without the detector."""
+    """Raise FaceDetectorError if OpenCV is not installed, or its version lacks the detector."""
     hint = "pip install 'sdxl-pipeline[faces]', or write crop_style random, center or corner"
     setting = f'dataset {dataset.id!r} in multidatabackend.json: "crop_style": "face"'
     try:
@@ -60,59 +60,59 @@ def find_faces(
     table: Path,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame:
-    """The largest face of each image: a row of FACE_COLUMNS per content, in pixels of the upright image; all 0 where there is none.
+    """Return the largest face of each image content: a row of FACE_COLUMNS in pixels of the upright image, all 0 for no face.
 
-    `kept` is a scan's frame of images in `folder`. `table` is the Parquet file of what was found before, whose images are not
-    read again; it is written by rename, every half minute. `on_progress(done, total)` counts the images that have to be searched.
-    An image that is unreadable or changed by now has no face, and is searched again the next time.
+    `kept` is a scan's frame of images in `folder`. `table` is the Parquet file of earlier results, whose images are not read again;
+    it is replaced atomically every half minute. `on_progress(done, total)` counts the images to search. An image that is unreadable
+    or has changed has no face, and is searched again the next time.
     """
-    known = _read_table(table)
-    wanted = kept[["key", "path"]].drop_duplicates("key")
-    missing = wanted[~wanted["key"].isin(known["key"])]
-    unreadable: list[tuple[Any, ...]] = []
+    detected = _read_table(table)
+    requested = kept[["key", "path"]].drop_duplicates("key")
+    missing = requested[~requested["key"].isin(detected["key"])]
+    unreadable_rows: list[tuple[Any, ...]] = []
     saved = time.monotonic()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="faces") as pool:
         for start in range(0, len(missing), _BATCH):
             batch = missing.iloc[start : start + _BATCH]
-            boxes = pool.map(_search, [folder / path for path in batch["path"]], batch["key"])
-            found: list[tuple[Any, ...]] = []
-            for key, box in zip(batch["key"].tolist(), boxes, strict=True):
-                (unreadable if box is None else found).append((key, *(box or _NO_FACE)))
-            frames: list[pd.DataFrame] = [known, _frame(found)]
-            known = pd.concat(frames, ignore_index=True)
+            faces = pool.map(_search, [folder / path for path in batch["path"]], batch["key"])
+            boxes_found: list[tuple[Any, ...]] = []
+            for key, box in zip(batch["key"].tolist(), faces, strict=True):
+                (unreadable_rows if box is None else boxes_found).append((key, *(box or _NO_FACE_BOX)))
+            frames: list[pd.DataFrame] = [detected, _frame(boxes_found)]
+            detected = pd.concat(frames, ignore_index=True)
             done = start + len(batch)
             if done == len(missing) or time.monotonic() - saved >= SAVE_SECONDS:
                 saved = time.monotonic()
                 with atomic_path(table) as temporary:
-                    known.assign(detector=DETECTOR).to_parquet(temporary, index=False)
+                    detected.assign(detector=DETECTOR).to_parquet(temporary, index=False)
             if on_progress is not None:
                 on_progress(done, len(missing))
-    frames = [known[known["key"].isin(wanted["key"])], _frame(unreadable)]
+    frames = [detected[detected["key"].isin(requested["key"])], _frame(unreadable_rows)]
     return pd.concat(frames, ignore_index=True)
 
 
 def largest_face(image: Image.Image) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of the largest face in an upright image of mode RGB, in its pixels; zeros for none."""
+    """Return (top, left, height, width) in pixels of the largest face in an upright image of mode RGB; zeros for none."""
     width = image.width
     image = image.copy()
     image.thumbnail((_LONGEST_EDGE, _LONGEST_EDGE))
     scale = width / image.width
-    found = _cascade().detectMultiScale(
+    boxes_found = _cascade().detectMultiScale(
         np.asarray(image.convert("L")), 1.1, 4, minSize=(_SMALLEST_FACE, _SMALLEST_FACE)
     )
-    # of two equally large ones the upper left, whatever order they were found in
-    boxes = sorted((-w * h, y, x, h, w) for x, y, w, h in np.asarray(found).reshape(-1, 4).tolist())
-    if not boxes:
-        return _NO_FACE
-    top, left, height, width = (round(edge * scale) for edge in boxes[0][1:])
+    # of equally large faces the upper left one, independent of the order of detection
+    faces = sorted((-w * h, y, x, h, w) for x, y, w, h in np.asarray(boxes_found).reshape(-1, 4).tolist())
+    if not faces:
+        return _NO_FACE_BOX
+    top, left, height, width = (round(edge * scale) for edge in faces[0][1:])
     return top, left, height, width
 
 
 def _search(path: Path, key: str) -> tuple[int, int, int, int] | None:
-    """The largest face in a file, or None when it no longer is the image that was scanned."""
+    """Return the largest face in a file; None if its content is no longer the scanned one."""
     try:
         with unexpected_as_unreadable():
-            # what is found in an edited image must not be kept under the old one's key
+            # a face in an edited image must not be stored under the old image's key
             return largest_face(load_upright(path)) if sha256_file(path) == key else None
     except UnreadableImage:
         return None
@@ -122,7 +122,7 @@ _local = threading.local()
 
 
 def _cascade() -> Any:
-    """The detector of this thread; one cannot be shared."""
+    """Return the detector of this thread; it is not thread-safe."""
     if not hasattr(_local, "cascade"):
         import cv2
 
