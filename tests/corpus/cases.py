@@ -127,10 +127,10 @@ def _cut() -> Iterator[Case]:
     hole[len(hole) // 2 :][:512] = bytes(512)
     middle = len(hole) // 2
     hole[middle : middle + 512] = bytes(512)
-    yield broken("a hole in a JPEG", bytes(hole), "damaged image", "hole.jpg")
+    yield broken("a hole in a JPEG", bytes(hole), "corrupt image", "hole.jpg")
     flipped = bytearray(files["png"])
     flipped[len(flipped) // 2] ^= 1
-    yield broken("a flipped bit in a PNG", bytes(flipped), "damaged image", "flipped.png")
+    yield broken("a flipped bit in a PNG", bytes(flipped), "corrupt image", "flipped.png")
 
 
 def _contents() -> Iterator[Case]:

@@ -343,7 +343,7 @@ def test_what_libtiff_prints_is_part_of_the_reason_and_stderr_is_quiet(
     alone = "from PIL import Image\ntry: Image.open(path).load()\nexcept OSError: pass"
     assert reported.rpartition(": ")[2] in stderr_of(alone)
     assert stderr_of("from sdxl_pipeline.data.scan.image_reader import read_image; read_image(path)") == ""
-    with pytest.raises(UnreadableImage, match=f"damaged image .*{reported}"):
+    with pytest.raises(UnreadableImage, match=f"corrupt image .*{reported}"):
         read_header(bytes(data))
     path.write_bytes(encoded(photograph.convert(mode), "TIFF", compression=compression))
     assert read_header(path.read_bytes()).format == "TIFF"

@@ -1,1 +1,1 @@
-"""Image formats, decoding and pixels."""
+"""Image formats, decoding, colour conversion and pixels of crops."""

@@ -1,7 +1,7 @@
-"""Any of Pillow's pixel types to 8 bits, and any colour space to sRGB: the conversions that are made on purpose.
+"""Conversion of any Pillow mode to 8 bits, and of any colour space to sRGB.
 
-They come in two steps because the image is resized in between: `to_eight_bits` leaves opaque 8-bit pixels in the image's own
-colour space, which can be resampled; `to_srgb` then has only the crop to convert.
+The image is resized between the two steps: `to_8_bit` returns opaque 8-bit pixels in the image's own colour space, which can be
+resampled; `to_srgb` then converts only the crop.
 """
 
 import io
@@ -15,40 +15,42 @@ from sdxl_pipeline.data.decoding.image_decoding import SAMPLE_BITS
 _SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 _LAB = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
 _PROFILE_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}
-_VALUES_AT_ONCE = 1 << 22
+_VALUES_PER_CHUNK = 1 << 22
 _UNIT, _EIGHT_BITS, _SIXTEEN_BITS, _THIRTY_TWO_BITS = 1.0, 255.0, 65535.0, 4294967295.0
 
 
-def to_eight_bits(image: Image.Image) -> Image.Image:
-    """Return the same image in mode L, RGB, CMYK or LAB: transparency over white, palettes looked up, deep pixels scaled down.
+def to_8_bit(image: Image.Image) -> Image.Image:
+    """Return the image in mode L, RGB, CMYK or LAB: transparency over white, palettes applied, deep pixels scaled down.
 
-    Integers in 16 bits are scaled by the full range of their samples, of 12 bits in some TIFFs. Wider ones and floats do not state
-    theirs, so it is taken to be the smallest of 16 and 32 bits, or of [0, 1], 8 and 16 bits for floats, that holds all values.
+    16-bit integers are scaled by the full range of their samples (12 bits in some TIFFs). Wider integers and floats do not state their
+    range: it is taken as the smallest of 16 and 32 bits, or of [0, 1], 8 and 16 bits for floats, that contains all values.
     """
     flat, alpha = split_alpha(image)
     if alpha is None:
         return flat
     layer = Image.merge("RGBA", (*flat.convert("RGB").split(), alpha))
     over_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layer).convert("RGB")
-    return over_white.convert("L") if flat.mode == "L" else over_white  # as a grey ICC profile expects
+    return (
+        over_white.convert("L") if flat.mode == "L" else over_white
+    )  # the mode that a grey ICC profile expects
 
 
 def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Return the image in 8 bits as `to_eight_bits` does, without its transparency, and its opacity in mode L; None when it is opaque."""
+    """Return the image in 8 bits as `to_8_bit` does, without its transparency, and its alpha in mode L; None if it is opaque."""
     if not image.has_transparency_data:
-        return _opaque(image), None
+        return _to_8_bit_mode(image), None
     if image.mode.startswith("I"):
         key = image.info["transparency"]
         opaque = (np.asarray(image) != key).astype(np.uint8) * 255
-        return _opaque(image), Image.fromarray(opaque)
-    if image.mode == "La":  # premultiplied, which Pillow converts to nothing but LA
+        return _to_8_bit_mode(image), Image.fromarray(opaque)
+    if image.mode == "La":  # premultiplied; Pillow converts it only to LA
         image = image.convert("LA")
     grey = image.getbands()[0] == "L"
     *bands, alpha = image.convert("RGBA").split()
     return (bands[0] if grey else Image.merge("RGB", bands)), alpha
 
 
-def _opaque(image: Image.Image) -> Image.Image:
+def _to_8_bit_mode(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return _scaled(np.asarray(image), float((1 << image.info.get(SAMPLE_BITS, 16)) - 1))
     if image.mode == "I":
@@ -64,11 +66,11 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def to_srgb(image: Image.Image, icc_profile: bytes | None) -> Image.Image:
-    """An 8-bit image as sRGB, mode RGB, through its embedded ICC profile (relative colorimetric, as browsers show it).
+    """Return an 8-bit image as sRGB, mode RGB, through its embedded ICC profile (relative colorimetric, as in browsers).
 
-    Without a profile, or with one that is broken or describes another colour space than the pixels have, RGB and grey are held to
-    be sRGB already, and CMYK is converted as plain inverse RGB. A profile that describes sRGB itself, which most photographs carry,
-    is not applied: that would cost half as much as decoding the image, to move a colour in seven hundred by one level.
+    Without a profile, or with one that is invalid or describes another colour space than that of the pixels, RGB and grey are treated
+    as sRGB, and CMYK is converted as inverse RGB. A profile that describes sRGB itself, as in most photographs, is not applied: that
+    would take half as long as decoding the image, and change one colour in seven hundred by one level.
     """
     if image.mode == "RGB" and icc_profile and _describes_srgb(icc_profile):
         return image
@@ -85,13 +87,13 @@ def _converted(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.I
         return ImageCms.profileToProfile(
             image, profile, _SRGB, renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC, outputMode="RGB"
         )
-    except ImageCms.PyCMSError:  # a profile whose tables cannot be used in this direction
+    except ImageCms.PyCMSError:  # the profile has no tables for this direction
         return None
 
 
 @lru_cache(maxsize=32)
 def _describes_srgb(icc_profile: bytes) -> bool:
-    """Whether a profile moves no colour, of 4,913 evenly spread ones, by more than one level."""
+    """Return whether a profile changes none of 4,913 evenly spaced colours by more than one level."""
     profile = _usable_profile("RGB", icc_profile)
     levels = np.linspace(0, 255, 17).round().astype(np.uint8)
     colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(17, -1, 3)
@@ -105,15 +107,15 @@ def _usable_profile(mode: str, icc_profile: bytes | None) -> ImageCms.ImageCmsPr
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
         colour_space = profile.profile.xcolor_space
-    except (OSError, ValueError):  # no profile at all, or bytes in its header where letters belong
+    except (OSError, ValueError):  # not a profile, or a header with invalid characters
         return None
     return profile if colour_space == _PROFILE_SPACES[mode] else None
 
 
 def _scaled(values: np.ndarray, full_range: float) -> Image.Image:
     eight_bits = np.empty(values.shape, np.uint8)
-    rows = max(1, _VALUES_AT_ONCE // max(values.shape[1], 1))
-    for start in range(0, len(values), rows):  # so that a large image takes no eight bytes per pixel
+    rows = max(1, _VALUES_PER_CHUNK // max(values.shape[1], 1))
+    for start in range(0, len(values), rows):  # bounds the memory of float64 for large images
         scaled = values[start : start + rows].astype(np.float64) * (255.0 / full_range)
         eight_bits[start : start + rows] = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
     return Image.fromarray(eight_bits)

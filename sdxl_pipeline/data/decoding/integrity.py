@@ -1,9 +1,8 @@
-"""Damage in the middle of an image's data, which Pillow glosses over.
+"""Detection of corrupt data in the middle of an image, which Pillow ignores.
 
-Pillow raises at missing data, and at little else: a JPEG with a hole of zeros in it, as a failing disk or a broken copy leaves behind,
-becomes without complaint an image that is grey or shifted from there on. libjpeg notices, and warns; `simplejpeg` hands that warning
-on. A PNG has checksums over its pixels, which Pillow does not compare. The other formats have nothing to compare with: of those, only
-what their decoders refuse is found.
+Pillow raises for missing data and little else: a JPEG with a run of zeros, as after a disk failure or an interrupted copy, silently
+becomes an image that is grey or shifted from there on. libjpeg warns about it, and `simplejpeg` exposes that warning. A PNG has checksums
+of its pixel data, which Pillow does not verify. The other formats have no checksums: only errors of their decoders are detected.
 """
 
 import re
@@ -12,25 +11,25 @@ import zlib
 
 import numpy as np
 
-from sdxl_pipeline.data.decoding.image_decoding import DAMAGED, TRUNCATED
+from sdxl_pipeline.data.decoding.image_decoding import CORRUPT, TRUNCATED
 
 _PADDING_BYTES = 16
-# libjpeg's warnings (jerror.h, JWRN_*) about coded data that is not what any encoder writes
-_JPEG_DAMAGE = re.compile(
+# libjpeg's warnings (jerror.h, JWRN_*) about coded data that no encoder writes
+_JPEG_CORRUPTION = re.compile(
     "premature end of data segment|bad Huffman code|bad arithmetic code|instead of RST|"
     "(?P<truncated>Premature end of JPEG file)|(?P<bytes>[0-9]+) extraneous bytes before marker"
 )
 
 
 def decode_jpeg_small(data: bytes, smallest_edge: int) -> np.ndarray | str | None:
-    """A JPEG's pixels, uint8 (H, W, 3) in its own RGB, as few as its coding allows with no edge below `smallest_edge` or its own.
+    """Return a JPEG's pixels as uint8 (H, W, 3) in its own RGB, at the smallest decodable scale with both edges >= `smallest_edge`.
 
-    The whole of the coded data is read for it. A text is the reason why the image cannot be used; None says that libjpeg-turbo
-    cannot give it so, which another decoder may.
+    An image with a smaller edge is decoded at full scale. All coded data is read. A returned string is the reason why the image cannot
+    be used; None means that libjpeg-turbo cannot decode it, which another decoder may.
 
-    About every hole of zeros is found, nine of ten exchanged sectors, and one of three flipped bits: decoding often falls into step
-    again, and then only some blocks are wrong. Some cameras and programs leave a few bytes over at the end of sound images: up
-    to 16 are taken for padding. Other warnings of libjpeg say nothing about the pixels.
+    Nearly all runs of zeros are detected, nine of ten swapped sectors, and one of three flipped bits: decoding often resynchronizes, and
+    then only some blocks are wrong. Some cameras and programs leave extra bytes at the end of valid images: up to 16 count as padding.
+    Other warnings of libjpeg do not concern the pixels.
     """
     import simplejpeg
 
@@ -42,17 +41,17 @@ def decode_jpeg_small(data: bytes, smallest_edge: int) -> np.ndarray | str | Non
     try:
         return simplejpeg.decode_jpeg(data, "RGB", strict=True, **size)
     except ValueError as error:
-        found = _JPEG_DAMAGE.search(str(error))
-        if found is not None and int(found["bytes"] or _PADDING_BYTES + 1) > _PADDING_BYTES:
-            return TRUNCATED if found["truncated"] else DAMAGED
+        warning = _JPEG_CORRUPTION.search(str(error))
+        if warning is not None and int(warning["bytes"] or _PADDING_BYTES + 1) > _PADDING_BYTES:
+            return TRUNCATED if warning["truncated"] else CORRUPT
     try:
         return simplejpeg.decode_jpeg(data, "RGB", strict=False, **size)
     except ValueError:
         return None
 
 
-def png_damage(data: bytes) -> str:
-    """Why a PNG cannot be used, when a chunk of its pixels differs from its checksum (PNG, third edition, 5.3); else empty."""
+def png_corruption(data: bytes) -> str:
+    """Return the reason if a pixel chunk of a PNG does not match its checksum (PNG, third edition, 5.3); else ""."""
     view = memoryview(data)
     position = 8
     while position + 12 <= len(data):
@@ -62,6 +61,6 @@ def png_damage(data: bytes) -> str:
         if kind == b"IEND" or end + 4 > len(data):
             break
         if kind == b"IDAT" and zlib.crc32(view[position + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
-            return DAMAGED
+            return CORRUPT
         position = end + 4
     return ""

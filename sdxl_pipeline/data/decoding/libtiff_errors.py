@@ -1,6 +1,6 @@
-"""What libtiff reports of a file. On its own it prints that to stderr, without the file's name and once for each bad line.
+"""Capture of libtiff's errors, which it prints to stderr without the file name and once per invalid line.
 
-Pillow turns libtiff's warnings off, and leaves its errors as they are; some of these, such as bad codes in a fax image, do not reach it.
+Pillow disables libtiff's warnings but not its errors, and does not raise for some of them, such as invalid codes in a fax image.
 """
 
 import ctypes
@@ -10,29 +10,29 @@ from typing import Final
 
 from PIL import Image
 
-_LONGEST: Final = 300  # bytes
-_of_thread = threading.local()
+_MAX_MESSAGE_BYTES: Final = 300
+_thread_local = threading.local()
 
 
 def clear() -> None:
-    """Forget what was reported in this thread."""
-    _of_thread.error = ("", "")
+    """Clear the error of this thread."""
+    _thread_local.error = ("", "")
 
 
 def first_error() -> tuple[str, str]:
-    """Return the function of libtiff that reported the first error since `clear` in this thread, and what it reported."""
-    found: tuple[str, str] = getattr(_of_thread, "error", ("", ""))
-    return found
+    """Return (libtiff function, message) of the first error since `clear` in this thread; empty strings if there is none."""
+    error: tuple[str, str] = getattr(_thread_local, "error", ("", ""))
+    return error
 
 
 def _record(function: bytes | None, template: bytes | None, arguments: int | None) -> None:
     if not first_error()[1]:
-        text = ctypes.create_string_buffer(_LONGEST)
-        _c_library.vsnprintf(text, ctypes.c_size_t(_LONGEST), template, ctypes.c_void_p(arguments))
-        _of_thread.error = ((function or b"").decode("latin-1"), text.value.decode("latin-1"))
+        text = ctypes.create_string_buffer(_MAX_MESSAGE_BYTES)
+        _c_library.vsnprintf(text, ctypes.c_size_t(_MAX_MESSAGE_BYTES), template, ctypes.c_void_p(arguments))
+        _thread_local.error = ((function or b"").decode("latin-1"), text.value.decode("latin-1"))
 
 
-# A va_list is an address, or is handed over by its address, on every platform but Windows.
+# A va_list is an address, or is passed by its address, on every platform except Windows.
 _handler = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)(_record)
 with suppress(OSError, AttributeError, TypeError):  # Windows, or a Pillow without libtiff
     _c_library = ctypes.CDLL(None)

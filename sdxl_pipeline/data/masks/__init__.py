@@ -1,1 +1,1 @@
-"""Masks and their images."""
+"""Masks of images."""

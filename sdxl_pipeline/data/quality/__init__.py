@@ -1,1 +1,1 @@
-"""Near duplicates and contact sheets."""
+"""Perceptual hashes, near duplicates and contact sheets."""

@@ -1,11 +1,11 @@
-"""Images that stand in a dataset more than once: byte for byte, or nearly so to the eye.
+"""Duplicates in a dataset: identical files and near duplicates by perceptual hash.
 
-Two images look alike when their perceptual hashes (sdxl_pipeline.data.quality.perceptual_hash) differ in at most MAX_DISTANCE of 64 bits, and the
-colours of their 4 x 4 parts by at most MAX_COLOUR_DISTANCE. Half of a hash's bits are set by construction, so distances are even. On the
-photographs of scikit-image, resizing gives distances up to 2, JPEG of quality 30 up to 4, brightness x 0.6 up to 4, trimming 2 % off
-mostly up to 6 and 4 % mostly up to 8; different photographs, and different quarters of one, begin at 18. The colours of such copies are
-up to 19 apart; those of one drawing with a thin ring in two colours at least 23, mostly 40 and more. Mirrored images are not found, nor
-those made grey, nor crops of a tenth and more.
+Two images are near duplicates if their perceptual hashes (sdxl_pipeline.data.quality.perceptual_hash) differ in at most MAX_DISTANCE of 64
+bits, and the colours of their 4 x 4 parts by at most MAX_COLOUR_DISTANCE. Half of a hash's bits are set by construction, so distances are
+even. On the photographs of scikit-image, resizing gives distances up to 2, JPEG of quality 30 up to 4, brightness x 0.6 up to 4, cropping
+2 % mostly up to 6 and 4 % mostly up to 8; different photographs, and different quarters of one, have at least 18. The colours of such
+copies differ by up to 19; those of one drawing with a thin ring in two colours by at least 23, mostly 40 and more. Mirrored images,
+greyscale copies and crops of a tenth and more are not detected.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,49 +17,47 @@ import numpy as np
 import pandas as pd
 
 MAX_DISTANCE = 8
-"""Bits in which two hashes of look-alikes may differ. Of a million unrelated images, some hundred pairs have such hashes by chance."""
+"""Maximum Hamming distance of near duplicates. Of a million unrelated images, about a hundred pairs are within it by chance."""
 MAX_COLOUR_DISTANCE = 21
-"""How far the colours of look-alikes may be apart, of 255."""
+"""Maximum difference of the colours of near duplicates, of 255."""
 MAX_PAIRS = 2_000_000
-"""Pairs after which a search ends, for datasets such as a film's frames, where everything looks like everything."""
+"""Number of pairs after which a search ends, for datasets such as film frames, where most images are near duplicates."""
 MAX_CANDIDATES = 1 << 32
-"""Comparisons after which it ends: a minute or so."""
+"""Number of comparisons after which a search ends (about a minute)."""
 
 _HASH_BYTES = 40
-_FEATURES = (
-    16  # a hash with fewer bits set is of a flat or evenly shaded image: its bits are mostly rounding errors
-)
+_MIN_SET_BITS = 16  # a hash with fewer set bits belongs to a flat or smoothly shaded image: its bits are mostly rounding errors
 _BANDS = ((0, 21), (21, 21), (42, 22))  # (first bit, bits)
-_ALL_AT_ONCE = 1 << 26
-_CANDIDATES_AT_ONCE = 1 << 22
+_MAX_ALL_PAIRS = 1 << 26
+_CANDIDATES_PER_CHUNK = 1 << 22
 
 
 class PerceptualHashes(NamedTuple):
-    """What images look like: `hashes` uint64 (N,), `colours` uint8 (N, 32)."""
+    """Perceptual hashes of images: `hashes` uint64 (N,), `colours` uint8 (N, 32)."""
 
     hashes: np.ndarray
     colours: np.ndarray
 
     @property
     def have_features(self) -> np.ndarray:
-        """Which hashes say something of their image: bool (N,)."""
-        return np.bitwise_count(self.hashes) >= _FEATURES
+        """Which hashes are of images with enough features to compare: bool (N,)."""
+        return np.bitwise_count(self.hashes) >= _MIN_SET_BITS
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of images that look alike: indices into both lists, and in how many bits their hashes differ."""
+    """Pairs of near duplicates: indices into both lists, and the Hamming distance of their hashes."""
 
     first: np.ndarray
     second: np.ndarray
     distance: np.ndarray
     complete: bool
-    """False when the search ended at MAX_PAIRS or MAX_CANDIDATES."""
+    """False if the search ended at MAX_PAIRS or MAX_CANDIDATES."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Images that look alike, by path, and the largest distance between neighbours among them."""
+    """Paths of near duplicates, and the largest distance between paired images among them."""
 
     paths: tuple[str, ...]
     distance: int
@@ -67,21 +65,21 @@ class Group:
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """What a dataset holds more than once."""
+    """Duplicates and near duplicates of a dataset."""
 
     same: tuple[tuple[str, ...], ...]
-    """Paths of files with the same bytes."""
+    """Groups of paths of files with the same bytes."""
     alike: tuple[Group, ...]
-    """Groups of different files that look alike, largest first; of files with the same bytes only the first is named."""
+    """Groups of near duplicates, largest first; of files with the same bytes only the first is listed."""
     featureless: int
-    """Images that could not be compared: they are flat, or evenly shaded."""
+    """Number of flat or smoothly shaded images, which cannot be compared."""
     complete: bool
-    """False when there are more than could be listed."""
+    """False if the search ended early."""
 
 
 @dataclass(frozen=True)
 class Leak:
-    """An evaluation image that is also trained on."""
+    """An evaluation image with a duplicate or near duplicate in the training images."""
 
     eval_path: str
     train_path: str
@@ -91,7 +89,7 @@ class Leak:
 
 
 def find_near_duplicates(frame: pd.DataFrame) -> NearDuplicates:
-    """What of a scan's kept images is there more than once. `frame` has the columns path, key, phash and status."""
+    """Return the duplicates among a scan's kept images. `frame` has the columns path, key, phash and status."""
     kept = frame[frame["status"] == "kept"].sort_values("path", kind="stable")
     same = tuple(
         tuple(paths.tolist())
@@ -99,21 +97,21 @@ def find_near_duplicates(frame: pd.DataFrame) -> NearDuplicates:
     )
     images = kept.drop_duplicates("key")
     images = images[images["phash"] != ""]
-    which, distinct = pd.factorize(images["phash"])  # so that equal looks, however many, cost nothing
+    hash_index, distinct = pd.factorize(images["phash"])  # so that equal hashes are compared only once
     fingerprints = parse_hashes(distinct)
-    told = fingerprints.have_features
-    pairs = near_pairs(PerceptualHashes(fingerprints.hashes[told], fingerprints.colours[told]))
-    compared = told[which]
-    number = np.cumsum(told) - 1  # of each distinct look, among those that are compared
-    groups = _groups(images["path"].to_numpy()[compared], number[which[compared]], pairs)
-    return NearDuplicates(same, groups, int((~compared).sum()), pairs.complete)
+    comparable = fingerprints.have_features
+    pairs = near_pairs(PerceptualHashes(fingerprints.hashes[comparable], fingerprints.colours[comparable]))
+    is_comparable = comparable[hash_index]
+    pair_index = np.cumsum(comparable) - 1  # of each distinct hash, among the comparable ones
+    groups = _groups(images["path"].to_numpy()[is_comparable], pair_index[hash_index[is_comparable]], pairs)
+    return NearDuplicates(same, groups, int((~is_comparable).sum()), pairs.complete)
 
 
 def find_leaks(train: pd.DataFrame, evaluation: pd.DataFrame) -> tuple[list[Leak], bool]:
-    """Evaluation images that are trained on too, each with the training image most like it; and whether all were found.
+    """Return the evaluation images that are trained on too, each with the most similar training image; and whether all were found.
 
-    Both frames have the columns path, key and phash, the latter empty where an image was not looked at: such a one is only
-    compared by its bytes. Leaks are in the order of `evaluation`.
+    Both frames have the columns path, key and phash; an image with an empty `phash` is compared only by its bytes. The result is in the
+    order of `evaluation`.
     """
     train = train.sort_values("path", kind="stable").drop_duplicates("key")
     by_key = dict(zip(train["key"].tolist(), train["path"].tolist(), strict=True))
@@ -138,48 +136,50 @@ def find_leaks(train: pd.DataFrame, evaluation: pd.DataFrame) -> tuple[list[Leak
 
 
 def parse_hashes(phashes: Iterable[str]) -> PerceptualHashes:
-    """The scans' `phash` as numbers."""
+    """Return the scans' `phash` strings as arrays."""
     data = np.frombuffer(bytes.fromhex("".join(phashes)), np.uint8).reshape(-1, _HASH_BYTES)
     return PerceptualHashes(data[:, :8].copy().view(">u8").ravel().astype(np.uint64), data[:, 8:])
 
 
 def near_pairs(fingerprints: PerceptualHashes, others: PerceptualHashes | None = None) -> Pairs:
-    """Pairs of one of `fingerprints` (N) and one of `others` (M) that look alike, each once.
+    """Return each pair of near duplicates with one of `fingerprints` (N) and one of `others` (M).
 
-    Without `others`, pairs within `fingerprints`, the first index below the second. Exact: few hashes are compared each with each; of more,
-    only those that differ in at most a third of MAX_DISTANCE bits within one of three bands of their bits, which every pair does
+    Without `others`, the pairs are within `fingerprints`, the first index below the second. The search is exact: few hashes are compared
+    exhaustively; many only if they differ in at most a third of MAX_DISTANCE bits within one of three bands, which holds for every pair
     (multi-index hashing; Norouzi, Punjani and Fleet 2012). Memory and time are bounded by MAX_PAIRS and MAX_CANDIDATES.
     """
     within = others is None
     hashes, colours = fingerprints
     targets, target_colours = fingerprints if others is None else others
-    compare = _compare_all if len(hashes) * len(targets) <= _ALL_AT_ONCE else _compare_bands
-    codes = np.empty(0, np.int64)  # a pair as one number
-    fresh: list[np.ndarray] = []
-    waiting, compared = 0, 0
+    compare = _all_pairs if len(hashes) * len(targets) <= _MAX_ALL_PAIRS else _band_candidates
+    pair_codes = np.empty(0, np.int64)  # a pair encoded as one integer
+    pending: list[np.ndarray] = []
+    pending_count, compared = 0, 0
     for first, second in compare(hashes, targets, within):
         compared += len(first)
         near = np.bitwise_count(hashes[first] ^ targets[second]) <= MAX_DISTANCE
         first, second = first[near], second[near]
-        apart = np.abs(colours[first].astype(np.int16) - target_colours[second]).max(axis=1, initial=0)
-        similar = apart <= MAX_COLOUR_DISTANCE
-        fresh.append(first[similar].astype(np.int64) * len(targets) + second[similar])
-        waiting += len(fresh[-1])
-        if waiting > MAX_PAIRS:  # or fewer: a pair may be met in each band
-            codes, fresh, waiting = np.unique(np.concatenate((codes, *fresh))), [], 0
-        if len(codes) > MAX_PAIRS or compared > MAX_CANDIDATES:
+        colour_distance = np.abs(colours[first].astype(np.int16) - target_colours[second]).max(
+            axis=1, initial=0
+        )
+        similar = colour_distance <= MAX_COLOUR_DISTANCE
+        pending.append(first[similar].astype(np.int64) * len(targets) + second[similar])
+        pending_count += len(pending[-1])
+        if pending_count > MAX_PAIRS:  # or fewer distinct ones, since a pair may occur in each band
+            pair_codes, pending, pending_count = np.unique(np.concatenate((pair_codes, *pending))), [], 0
+        if len(pair_codes) > MAX_PAIRS or compared > MAX_CANDIDATES:
             break
-    codes = np.unique(np.concatenate((codes, *fresh)))
-    complete = len(codes) <= MAX_PAIRS and compared <= MAX_CANDIDATES
-    first, second = np.divmod(codes[:MAX_PAIRS], max(len(targets), 1))
+    pair_codes = np.unique(np.concatenate((pair_codes, *pending)))
+    complete = len(pair_codes) <= MAX_PAIRS and compared <= MAX_CANDIDATES
+    first, second = np.divmod(pair_codes[:MAX_PAIRS], max(len(targets), 1))
     return Pairs(first, second, np.bitwise_count(hashes[first] ^ targets[second]).astype(np.int64), complete)
 
 
-def _compare_all(
+def _all_pairs(
     hashes: np.ndarray, targets: np.ndarray, within: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Every pair, some rows at a time."""
-    rows = max(1, _CANDIDATES_AT_ONCE // max(len(targets), 1))
+    """Yield the pairs within MAX_DISTANCE by exhaustive comparison, in chunks of rows."""
+    rows = max(1, _CANDIDATES_PER_CHUNK // max(len(targets), 1))
     for start in range(0, len(hashes), rows):
         near = np.bitwise_count(hashes[start : start + rows, None] ^ targets[None, :]) <= MAX_DISTANCE
         first, second = np.nonzero(near)
@@ -187,16 +187,14 @@ def _compare_all(
         yield (first[first < second], second[first < second]) if within else (first, second)
 
 
-def _compare_bands(
+def _band_candidates(
     hashes: np.ndarray, targets: np.ndarray, within: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs that differ in few bits of a band: candidates, among which are all near pairs."""
+    """Yield candidate pairs that differ in few bits of a band; they include all pairs within MAX_DISTANCE."""
     for first_bit, bits in _BANDS:
         shift, mask = np.uint64(first_bit), np.uint64((1 << bits) - 1)
         values = ((hashes >> shift) & mask).astype(np.int32)
-        order = np.argsort(
-            values, kind="stable"
-        )  # neighbours in this order ask for neighbouring places of the table
+        order = np.argsort(values, kind="stable")  # sorted lookups are local in memory
         values = values[order]
         if within:
             target_order, target_values = order, values
@@ -207,14 +205,14 @@ def _compare_bands(
         starts = np.searchsorted(target_values, np.arange((1 << bits) + 1, dtype=np.int32)).astype(np.int32)
         for flips in range(MAX_DISTANCE // len(_BANDS) + 1):
             for flipped in combinations(range(bits), flips):
-                asked, places = values, order
+                probes, indices = values, order
                 if (
                     within and flipped
-                ):  # the pair is met from both sides: take the one whose lowest differing bit is 0
+                ):  # each pair occurs in both orders: keep the one whose lowest differing bit is 0
                     zero = (values >> flipped[0]) & 1 == 0
-                    asked, places = values[zero], order[zero]
-                asked = asked ^ np.int32(sum(1 << bit for bit in flipped))
-                for first, second in _expand(places, starts[asked], starts[asked + 1]):
+                    probes, indices = values[zero], order[zero]
+                probes = probes ^ np.int32(sum(1 << bit for bit in flipped))
+                for first, second in _expand(indices, starts[probes], starts[probes + 1]):
                     second = target_order[second]
                     if within:
                         first, second = np.minimum(first, second), np.maximum(first, second)
@@ -224,45 +222,45 @@ def _compare_bands(
 
 
 def _expand(
-    places: np.ndarray, starts: np.ndarray, ends: np.ndarray
+    indices: np.ndarray, starts: np.ndarray, ends: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Each place with every number from its start up to its end, a bounded number of pairs at a time."""
+    """Yield each index paired with every integer from its start up to its end, in chunks of bounded size."""
     counts = ends - starts
-    some = np.flatnonzero(counts)
-    places, starts, counts = places[some], starts[some], counts[some].astype(np.int64)
+    nonempty = np.flatnonzero(counts)
+    indices, starts, counts = indices[nonempty], starts[nonempty], counts[nonempty].astype(np.int64)
     totals = np.cumsum(counts)
     begin = 0
-    while begin < len(places):
+    while begin < len(indices):
         done = totals[begin - 1] if begin else 0
-        end = max(begin + 1, int(np.searchsorted(totals, done + _CANDIDATES_AT_ONCE, side="right")))
+        end = max(begin + 1, int(np.searchsorted(totals, done + _CANDIDATES_PER_CHUNK, side="right")))
         repeats = counts[begin:end]
         first_of = totals[begin:end] - repeats - done
         offsets = np.arange(repeats.sum()) - np.repeat(first_of, repeats)
-        yield np.repeat(places[begin:end], repeats), np.repeat(starts[begin:end], repeats) + offsets
+        yield np.repeat(indices[begin:end], repeats), np.repeat(starts[begin:end], repeats) + offsets
         begin = end
 
 
-def _groups(paths: np.ndarray, which: np.ndarray, pairs: Pairs) -> tuple[Group, ...]:
-    """Images joined by pairs, or by having the same hash; `which` gives each image's hash among the paired ones."""
+def _groups(paths: np.ndarray, hash_index: np.ndarray, pairs: Pairs) -> tuple[Group, ...]:
+    """Return the groups of images connected by pairs or by equal hashes; `hash_index` is the index of each image's hash."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
     if not len(paths):
         return ()
-    count = int(which.max()) + 1
+    count = int(hash_index.max()) + 1
     graph = coo_array(
         (np.ones(len(pairs.first), dtype=np.int8), (pairs.first, pairs.second)), shape=(count, count)
     )
     _, component = connected_components(graph, directed=False)
-    farthest = np.zeros(count, dtype=np.int64)
-    np.maximum.at(farthest, component[pairs.first], pairs.distance)
-    of_image = component[which]
-    sizes = np.bincount(of_image)
-    members = np.flatnonzero(sizes[of_image] > 1)
-    members = members[np.argsort(of_image[members], kind="stable")]
-    edges = np.flatnonzero(np.diff(of_image[members])) + 1
+    max_distance = np.zeros(count, dtype=np.int64)
+    np.maximum.at(max_distance, component[pairs.first], pairs.distance)
+    image_component = component[hash_index]
+    sizes = np.bincount(image_component)
+    members = np.flatnonzero(sizes[image_component] > 1)
+    members = members[np.argsort(image_component[members], kind="stable")]
+    edges = np.flatnonzero(np.diff(image_component[members])) + 1
     groups = [
-        Group(tuple(paths[part].tolist()), int(farthest[of_image[part[0]]]))
+        Group(tuple(paths[part].tolist()), int(max_distance[image_component[part[0]]]))
         for part in np.split(members, edges)
         if len(part)
     ]

@@ -1,6 +1,6 @@
-"""Every image decoded once, before anything is encoded: are its pixels sound, and what does it look like.
+"""Integrity check and perceptual hash of every image, computed once before anything is encoded.
 
-What was found is kept in a table by the content of the images, so an image is looked at once in its life, under whatever name.
+Results are stored in a table by image content, so each image is decoded once, independent of its name.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from sdxl_pipeline.data.decoding.colour import to_eight_bits, to_srgb
+from sdxl_pipeline.data.decoding.colour import to_8_bit, to_srgb
 from sdxl_pipeline.data.decoding.image_decoding import (
     UnreadableImage,
     decode,
@@ -23,120 +23,117 @@ from sdxl_pipeline.data.decoding.image_decoding import (
     unexpected_as_unreadable,
     upright,
 )
-from sdxl_pipeline.data.decoding.integrity import decode_jpeg_small, png_damage
-from sdxl_pipeline.data.decoding.memory_budget import Budget, pixel_memory
+from sdxl_pipeline.data.decoding.integrity import decode_jpeg_small, png_corruption
+from sdxl_pipeline.data.decoding.memory_budget import MemoryBudget, pixel_memory
 from sdxl_pipeline.files.atomic_files import atomic_path
 
-CHANGED = "changed while the dataset was scanned; materialize the dataset again"
+CHANGED_SINCE_SCAN = "changed while the dataset was scanned; materialize the dataset again"
 SAVE_SECONDS = 30.0
-"""How often the table is written: a kill loses no more work than this."""
+"""Interval between writes of the table, and so the most work that a kill loses."""
 
-_VERSION_ENTRY, _VERSION = b"looks_version", b"2"  # raise it when what is found in an image changes
+_VERSION_ENTRY, _VERSION = b"looks_version", b"2"  # increase it when the results for an image change
 _BATCH = 1024
-_SMALLEST_EDGE = 128
-_GRID = 4  # parts across and down that an image's colours are taken of
-_FILE_BYTES_AT_ONCE = 1 << 30
+_MIN_EDGE = 128
+_GRID = 4  # columns and rows of the parts whose mean colours are part of the hash
+_MAX_FILE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class _HashResult:
     phash: str = ""
     problem: str = ""
-    lasting: bool = True  # False: says something of the file as it was just now, not of its content
+    permanent: bool = True  # False for a temporary problem of the file rather than of its content
 
 
 def compute_hashes(
     folder: Path, frame: pd.DataFrame, table: Path, on_progress: Callable[[int, int], None] | None = None
 ) -> pd.DataFrame:
-    """A scan's frame with `phash` filled in for its kept images, and those whose pixels are damaged dropped with a reason.
+    """Return a scan's frame with `phash` set for its kept images; images with corrupt pixels are dropped with a reason.
 
-    `phash` is 80 hex digits. The first 16 are the 64-bit perceptual hash of the upright image, transparency over white: the signs
-    of its lowest frequencies (imagehash.phash), which know no colour. The others are its colours: the excess of red over green in
-    each of 4 x 4 parts, then that of blue over green, a byte each. A JPEG is decoded at a fraction of its size, though its coded data
-    is read to the end.
+    `phash` is 80 hex digits. The first 16 are the 64-bit perceptual hash of the upright image, transparency over white: the signs of
+    its lowest frequencies (imagehash.phash), independent of colour. The others are its colours: the excess of red over green in each of
+    4 x 4 parts, then that of blue over green, a byte each. A JPEG is decoded at reduced size, but all of its coded data is read.
 
-    `table` is the Parquet file (key, phash, problem) of what was found before; images it has are not read. It is written by
-    rename, every half minute. A file that is gone or changed since it was scanned is dropped, and not remembered.
-    `on_progress(done, total)` counts the images that have to be looked at. No more than a few are in memory at a time.
+    `table` is the Parquet file (key, phash, problem) of earlier results, whose images are not read again. It is replaced atomically
+    every half minute. A file that is missing or changed since the scan is dropped, without an entry in the table.
+    `on_progress(done, total)` counts the images to hash. Only a few images are in memory at a time.
     """
     known = _read_table(table)
     kept = (frame["status"] == "kept").to_numpy()
-    places = pd.Index(known["key"]).get_indexer(pd.Index(frame["key"]))
-    new = frame[kept & (places < 0)]
-    waiting: dict[str, list[str]] = {}
+    positions = pd.Index(known["key"]).get_indexer(pd.Index(frame["key"]))
+    new = frame[kept & (positions < 0)]
+    pending: dict[str, list[str]] = {}
     for key, path in zip(new["key"].tolist(), new["path"].tolist(), strict=True):
-        waiting.setdefault(key, []).append(path)
-    if waiting:
-        found = _hash_all(folder, waiting, table, known, on_progress)
-        known = pd.concat([known, _table_of(found)])
-        places = pd.Index(known["key"]).get_indexer(pd.Index(frame["key"]))
-    return _with_hashes(frame, known, np.where(kept, places, -1))
+        pending.setdefault(key, []).append(path)
+    if pending:
+        results = _hash_all(folder, pending, table, known, on_progress)
+        known = pd.concat([known, _table_of(results)])
+        positions = pd.Index(known["key"]).get_indexer(pd.Index(frame["key"]))
+    return _with_hashes(frame, known, np.where(kept, positions, -1))
 
 
 def _hash_all(
     folder: Path,
-    waiting: dict[str, list[str]],
+    pending: dict[str, list[str]],
     table: Path,
     known: pd.DataFrame,
     on_progress: Callable[[int, int], None] | None,
 ) -> dict[str, _HashResult]:
-    """What images look like by key; what lasts of it is added to the table."""
-    import imagehash  # noqa: F401 - imported before the threads that need it
+    """Return the results by key; permanent ones are added to the table."""
+    import imagehash  # noqa: F401 - import it before the threads do
 
-    found: dict[str, _HashResult] = {}
-    budget = Budget(_FILE_BYTES_AT_ONCE)
-    items = list(waiting.items())
+    results: dict[str, _HashResult] = {}
+    budget = MemoryBudget(_MAX_FILE_BYTES)
+    items = list(pending.items())
     saved = time.monotonic()
-    with ThreadPoolExecutor(min(8, max(2, os.cpu_count() or 2)), thread_name_prefix="look") as pool:
+    with ThreadPoolExecutor(min(8, max(2, os.cpu_count() or 2)), thread_name_prefix="phash") as pool:
         try:
             for start in range(0, len(items), _BATCH):
                 batch = items[start : start + _BATCH]
-                looks = pool.map(lambda item: _hash_one(folder, item[0], item[1], budget), batch)
-                for done, ((key, _), look) in enumerate(zip(batch, looks, strict=True), start + 1):
-                    found[key] = look
+                hash_results = pool.map(lambda item: _hash_one(folder, item[0], item[1], budget), batch)
+                for done, ((key, _), result) in enumerate(zip(batch, hash_results, strict=True), start + 1):
+                    results[key] = result
                     if on_progress is not None:
                         on_progress(done, len(items))
                 if time.monotonic() - saved >= SAVE_SECONDS:
-                    _write_table(table, known, found)
+                    _write_table(table, known, results)
                     saved = time.monotonic()
         finally:
             pool.shutdown(cancel_futures=True)
-            _write_table(table, known, found)
-    return found
+            _write_table(table, known, results)
+    return results
 
 
-def _hash_one(folder: Path, key: str, paths: list[str], budget: Budget) -> _HashResult:
-    """Look at the content `key`, at the first of its paths that still has it."""
-    look = _HashResult(problem=CHANGED, lasting=False)
+def _hash_one(folder: Path, key: str, paths: list[str], budget: MemoryBudget) -> _HashResult:
+    """Return the result for the content `key`, read from the first of its paths that still has it."""
+    result = _HashResult(problem=CHANGED_SINCE_SCAN, permanent=False)
     for path in paths:
         try:
-            with unexpected_as_unreadable(), budget.taking((folder / path).stat().st_size):
+            with unexpected_as_unreadable(), budget.reserve((folder / path).stat().st_size):
                 data = (folder / path).read_bytes()
                 if hashlib.sha256(data).hexdigest() == key:
                     return _HashResult(phash=_hash_image(data))
-            look = _HashResult(problem=CHANGED, lasting=False)
+            result = _HashResult(problem=CHANGED_SINCE_SCAN, permanent=False)
         except UnreadableImage as error:
-            look = _HashResult(problem=error.reason, lasting=error.lasting)
-            if error.lasting:
+            result = _HashResult(problem=error.reason, permanent=error.permanent)
+            if error.permanent:
                 break
-    return look
+    return result
 
 
 def _hash_image(data: bytes) -> str:
-    """Return the hash of the image in `data`. Raises UnreadableImage naming what is wrong with it."""
+    """Return the hash of the image in `data`. Raise UnreadableImage if it is corrupt or cannot be decoded."""
     with open_image(data) as image:
         if image.format in ("JPEG", "MPO"):
-            pixels = decode_jpeg_small(data, _SMALLEST_EDGE)
+            pixels = decode_jpeg_small(data, _MIN_EDGE)
             if isinstance(pixels, str):
                 raise UnreadableImage(pixels)
-            if (
-                pixels is not None and image.mode != "CMYK"
-            ):  # whose inks it takes for the inverse of what they are
+            if pixels is not None and image.mode != "CMYK":  # CMYK would be inverted
                 small = Image.fromarray(pixels)
-                small.info = image.info  # with its orientation
+                small.info = image.info  # has the orientation
                 return perceptual_hash(small)
-            image.draft(None, (_SMALLEST_EDGE, _SMALLEST_EDGE))
-        elif image.format == "PNG" and (reason := png_damage(data)):
+            image.draft(None, (_MIN_EDGE, _MIN_EDGE))
+        elif image.format == "PNG" and (reason := png_corruption(data)):
             raise UnreadableImage(reason)
         with pixel_memory(image):
             decode(image)
@@ -144,52 +141,52 @@ def _hash_image(data: bytes) -> str:
 
 
 def perceptual_hash(image: Image.Image) -> str:
-    """What a decoded image looks like, as `compute_hashes` writes it into `phash`."""
+    """Return the hash of a decoded image in the format of `phash` (see `compute_hashes`)."""
     import imagehash
 
-    seen = to_eight_bits(upright(image))
-    if min(seen.size) > _SMALLEST_EDGE:  # what could not be shrunk before it was of 8 bits
-        seen = seen.reduce(min(seen.size) // _SMALLEST_EDGE)
-    srgb = to_srgb(seen, image.info.get("icc_profile"))
+    flat = to_8_bit(upright(image))
+    if min(flat.size) > _MIN_EDGE:  # modes that can be reduced only in 8 bits
+        flat = flat.reduce(min(flat.size) // _MIN_EDGE)
+    srgb = to_srgb(flat, image.info.get("icc_profile"))
     red, green, blue = np.moveaxis(
         np.asarray(srgb.resize((_GRID, _GRID), Image.Resampling.BOX)).astype(np.float64), 2, 0
     )
-    # independent of brightness, but for what is nearly black
+    # independent of brightness except for nearly black colours
     colours = np.stack((red - green, blue - green)) / (red + green + blue + 192.0)
     return str(imagehash.phash(srgb)) + np.rint(colours * 200 + 128).astype(np.uint8).tobytes().hex()
 
 
 def _shrunk(image: Image.Image) -> Image.Image:
-    """A decoded image at a fraction of its size, where that can be had without converting it first."""
-    factor = min(image.size) // _SMALLEST_EDGE
+    """Return a decoded image at reduced size if its mode allows that without conversion, else unchanged."""
+    factor = min(image.size) // _MIN_EDGE
     plain = image.mode in ("LA", "RGBA", "CMYK") or (
         image.mode in ("L", "RGB") and not image.has_transparency_data
     )
     return image.reduce(factor) if plain and factor > 1 else image
 
 
-def _with_hashes(frame: pd.DataFrame, known: pd.DataFrame, places: np.ndarray) -> pd.DataFrame:
-    """`places`: where in `known` each row's look stands, or -1."""
-    looked = frame.copy()
-    looks = known.reset_index(drop=True).reindex(places).set_axis(frame.index).fillna("")
-    looked["phash"] = looks["phash"]
-    bad = looks["problem"] != ""
-    looked.loc[bad, "status"] = "dropped"
-    looked.loc[bad, "reason"] = looks["problem"][bad]
-    return looked
+def _with_hashes(frame: pd.DataFrame, known: pd.DataFrame, positions: np.ndarray) -> pd.DataFrame:
+    """Return `frame` with the results; `positions` are those of each row's result in `known`, -1 for none."""
+    hashed = frame.copy()
+    results = known.reset_index(drop=True).reindex(positions).set_axis(frame.index).fillna("")
+    hashed["phash"] = results["phash"]
+    is_unreadable = results["problem"] != ""
+    hashed.loc[is_unreadable, "status"] = "dropped"
+    hashed.loc[is_unreadable, "reason"] = results["problem"][is_unreadable]
+    return hashed
 
 
-def _table_of(found: dict[str, _HashResult]) -> pd.DataFrame:
+def _table_of(results: dict[str, _HashResult]) -> pd.DataFrame:
     columns = {
-        "key": list(found),
-        "phash": [look.phash for look in found.values()],
-        "problem": [look.problem for look in found.values()],
+        "key": list(results),
+        "phash": [result.phash for result in results.values()],
+        "problem": [result.problem for result in results.values()],
     }
     return pd.DataFrame(columns, dtype="str")
 
 
 def _read_table(path: Path) -> pd.DataFrame:
-    """What is known, a row per key; nothing when there is no table, or it is of another version or not whole."""
+    """Return the earlier results, a row per key; empty if the table is missing, incomplete or of another version."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -203,12 +200,12 @@ def _read_table(path: Path) -> pd.DataFrame:
     return table
 
 
-def _write_table(path: Path, known: pd.DataFrame, found: dict[str, _HashResult]) -> None:
+def _write_table(path: Path, known: pd.DataFrame, results: dict[str, _HashResult]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    lasting = {key: look for key, look in found.items() if look.lasting}
-    table = pa.Table.from_pandas(pd.concat([known, _table_of(lasting)]), preserve_index=False)
+    permanent = {key: result for key, result in results.items() if result.permanent}
+    table = pa.Table.from_pandas(pd.concat([known, _table_of(permanent)]), preserve_index=False)
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), _VERSION_ENTRY: _VERSION})
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary)

@@ -380,7 +380,7 @@ def test_no_damage_gives_anything_but_an_image_or_a_reason(folder, photograph, f
         except UnreadableImage as error:
             reasons.add(error.reason.partition(" (")[0])
     assert "truncated" in reasons
-    named = {"truncated", "damaged image", "content is not an image"}
+    named = {"truncated", "corrupt image", "content is not an image"}
     unsupported = f"unsupported kind of {format_name}: "
     others = {reason for reason in reasons - named if not reason.startswith(unsupported)}
     assert {reason for reason in others if "million pixels" not in reason} == set()

@@ -135,8 +135,8 @@ def test_a_hole_in_a_jpeg_is_found_wherever_it_lies(folder, table, large, progre
     assert len(found.pop("sound.jpg")) == len(found.pop("padded.jpg")) == LOOK
     # decoding falls into step behind some exchanged sectors, and only a few blocks are wrong
     swapped = [found.pop(f"swapped_{tenth}.jpg") for tenth in range(1, 10)]
-    assert swapped.count("damaged image") >= 7
-    assert set(found.values()) <= {"damaged image", "truncated"}
+    assert swapped.count("corrupt image") >= 7
+    assert set(found.values()) <= {"corrupt image", "truncated"}
     assert {name for name, reason in found.items() if reason == "truncated"} <= {
         f"cut_{n}.jpg" for n in range(1, 10)
     }
@@ -152,7 +152,7 @@ def test_a_flipped_bit_in_a_png_is_found_wherever_it_lies(folder, table, photogr
     (folder / "sound.png").write_bytes(data)
     found = look(folder, table)
     assert len(found.pop("sound.png")) == LOOK
-    assert set(found.values()) == {"damaged image"}
+    assert set(found.values()) == {"corrupt image"}
 
 
 def test_damaged_data_of_other_formats_is_named_where_the_decoder_sees_it(folder, table, large):
