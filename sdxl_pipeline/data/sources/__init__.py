@@ -1,7 +1,7 @@
-"""Where images come from, and how they come to lie in a folder of this machine.
+"""Sources of datasets: local folders, Hub repositories, object stores and lists of URLs.
 
-A dataset of type local is read where it is. Every other type is downloaded into a folder under the storage's root, of which
-everything downstream then reads as if it were the user's own.
+A dataset of type local is read in its folder. Every other type is downloaded into a folder under the storage root, from which all
+downstream stages read it like a local folder.
 """
 
 import time
@@ -18,14 +18,14 @@ __all__ = ["Fetched", "SourceError", "data_folder", "fetch_source"]
 def fetch_source(
     dataset: ImageDataset, sources: Path, on_progress: Callable[[int, int], None] | None = None
 ) -> Fetched:
-    """Bring a dataset's images to this machine, those that are new or have changed at their source, and say what came.
+    """Download the new and changed images of a dataset and return the result.
 
-    Nothing is written but under `sources`, a list's `csv_cache_dir` and the Hub's own cache. What lies in the folder is whole at any
-    moment: a killed fetch leaves files out, never half of one, and the next goes on from there. `on_progress(done, total)` counts
-    files. Single files that cannot be had are told in `Fetched.failed`, and tried again the next time. Raises SourceError when the
-    source as a whole cannot be read.
+    Files are written only under `sources`, a list's `csv_cache_dir` and the Hub's cache. The folder never contains a partial file: an
+    interrupted fetch leaves files out, and the next one continues. `on_progress(done, total)` counts files. Files that cannot be
+    downloaded are listed in the result's `failed` and tried again the next time. Raises SourceError if the source as a whole cannot
+    be read.
     """
-    began = time.monotonic()
+    started = time.monotonic()
     match dataset.type:
         case "local":
             return Fetched(data_folder(dataset, sources))
@@ -40,7 +40,7 @@ def fetch_source(
         fetched = fetch(dataset, folder, on_progress)
     except OSError as error:
         raise SourceError(
-            f"dataset {dataset.id!r} in multidatabackend.json: its images cannot be kept in {folder}: {error.strerror or error}. Make "
-            "room there, give this user the right to write there, or name another storage folder in SDXL_PIPELINE_STORAGE."
+            f"dataset {dataset.id!r} in multidatabackend.json: its images cannot be stored in {folder}: {error.strerror or error}. Free disk "
+            "space, give this user write permission, or set SDXL_PIPELINE_STORAGE to another folder."
         ) from error
-    return replace(fetched, seconds=time.monotonic() - began)
+    return replace(fetched, seconds=time.monotonic() - started)

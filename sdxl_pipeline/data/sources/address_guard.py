@@ -1,9 +1,9 @@
-"""Refuse connections to private addresses, each checked at the IP address that is connected to.
+"""Rejection of connections to private addresses, checked at the IP address of each connection.
 
-A list of addresses or a dataset repository may be anybody's, and a server may redirect anywhere. Without this check a download could
-read what only this machine or its network can reach, such as a router or a cloud's metadata service. A host name is resolved once and
-the connection is made to the checked address, so that a second DNS answer cannot change the target. Each redirect is a connection of
-its own and is checked like the first.
+A list of URLs or a dataset repository may be untrusted, and a server may redirect anywhere. Without this check a download could read
+what only this machine or its network can reach, such as a router or a cloud's metadata service. A host name is resolved once and the
+connection is made to the checked address, so that a second DNS answer cannot change the target. Each redirect is a separate connection
+and is checked too.
 """
 
 import socket
@@ -22,13 +22,13 @@ _HINT: Final = "write allow_private_addresses: true in this dataset's entry to a
 
 
 class RefusedConnectionError(OSError):
-    """A connection to a private address, for clients that try a host's next address after an OSError."""
+    """A connection to a private address; an OSError, after which clients try the host's next address."""
 
 
 class AddressGuard:
-    """Decides which IP addresses the downloads of one dataset may connect to.
+    """The IP addresses to which the downloads of one dataset may connect.
 
-    `own_hosts` are hosts that the user named, such as that of HF_ENDPOINT: their addresses are allowed, private or not.
+    `own_hosts` are hosts that the user configured, such as that of HF_ENDPOINT: their addresses are allowed even if private.
     """
 
     def __init__(self, own_hosts: Collection[str] = ()) -> None:
@@ -43,25 +43,25 @@ class AddressGuard:
         return is_public(address) or address in self._own_addresses
 
     def resolve(self, host: str, port: int | None) -> list[str]:
-        """Return the allowed IP addresses of a host. Raises FetchError when it has none, OSError when it cannot be resolved."""
+        """Return the allowed IP addresses of a host. Raise FetchError if it has none, OSError if it cannot be resolved."""
         found = _resolve(host, port)
         allowed = [address for address in found if self.allows(address)]
         if not allowed:
-            raise FetchError(_refusal(host, found[0]))
+            raise FetchError(_private_address_message(host, found[0]))
         return allowed
 
     def open_socket(self, info: Any) -> socket.socket:
-        """Return a socket for an entry of `getaddrinfo`. Raises RefusedConnectionError: aiohttp's `socket_factory`."""
+        """Return a socket for an entry of `getaddrinfo`, as aiohttp's `socket_factory`. Raise RefusedConnectionError if it is private."""
         family, kind, protocol, _, target = info
         if not self.allows(target[0]):
-            raise RefusedConnectionError(_refusal(target[0], target[0]))
+            raise RefusedConnectionError(_private_address_message(target[0], target[0]))
         return socket.socket(family, kind, protocol)
 
 
 def is_public(address: str) -> bool:
     """Return whether an IP address is globally routable: not private, loopback, link-local, multicast, unspecified or reserved.
 
-    An IPv6 address that stands for an IPv4 address (mapped, compatible, NAT64, 6to4, Teredo) is judged by that one.
+    For an IPv6 address with an embedded IPv4 address (mapped, compatible, NAT64, 6to4, Teredo) the latter decides.
     """
     parsed = ip_address(address)
     if isinstance(parsed, IPv6Address) and (embedded := _embedded_ipv4(parsed)) is not None:
@@ -71,7 +71,7 @@ def is_public(address: str) -> bool:
 
 
 def own_host(address: str | None) -> tuple[str, ...]:
-    """Return the host of a URL that the user wrote, as `own_hosts`."""
+    """Return the host of a URL that the user configured, as `own_hosts`."""
     try:
         host = urlsplit(address or "").hostname
     except ValueError:
@@ -79,13 +79,13 @@ def own_host(address: str | None) -> tuple[str, ...]:
     return (host,) if host else ()
 
 
-def refused(error: BaseException) -> str:
-    """Return the message of the RefusedConnectionError that an error of a client arose from; empty when there is none."""
+def refusal_message(error: BaseException) -> str:
+    """Return the message of the RefusedConnectionError that caused a client's error; "" if there is none."""
     current: BaseException | None = error
     while current is not None:
         if isinstance(current, RefusedConnectionError):
             return str(current)
-        inner = getattr(current, "os_error", None)  # aiohttp keeps it there
+        inner = getattr(current, "os_error", None)  # set by aiohttp
         if isinstance(inner, RefusedConnectionError):
             return str(inner)
         current = current.__cause__ or current.__context__
@@ -95,7 +95,7 @@ def refused(error: BaseException) -> str:
 def guarded_session(guard: AddressGuard) -> Any:
     """Return a `requests.Session` whose direct connections are checked by `guard`.
 
-    A proxy of the environment is the user's own choice and resolves names itself: there, only what this machine can resolve is checked.
+    A proxy in the environment is configured by the user and resolves names itself: then only names that this machine resolves are checked.
     """
     import requests
     from requests.adapters import HTTPAdapter
@@ -112,7 +112,7 @@ def guarded_session(guard: AddressGuard) -> Any:
             except socket.gaierror as error:
                 raise NameResolutionError(host, self, error) from error
             for position, address in enumerate(addresses, start=1):
-                self._dns_host = address  # the header Host and TLS see the name, which is put back
+                self._dns_host = address  # restored below, since the Host header and TLS need the name
                 try:
                     return super()._new_conn()
                 except NewConnectionError:
@@ -120,7 +120,7 @@ def guarded_session(guard: AddressGuard) -> Any:
                         raise
                 finally:
                     self._dns_host = host
-            raise AssertionError("resolve gives an address or raises")
+            raise AssertionError("`resolve` returns at least one address or raises")
 
     class CheckedTls(Checked, HTTPSConnection):
         pass
@@ -153,7 +153,7 @@ def guarded_session(guard: AddressGuard) -> Any:
 
 @contextmanager
 def guarded_hub_client(dataset: ImageDataset, endpoint: str) -> Iterator[None]:
-    """Let huggingface_hub's client make only connections that lead to public addresses or to the host of `endpoint`."""
+    """Restrict huggingface_hub's client to public addresses and the host of `endpoint` while the context is open."""
     if dataset.allow_private_addresses:
         yield
         return
@@ -175,13 +175,13 @@ def guarded_hub_client(dataset: ImageDataset, endpoint: str) -> Iterator[None]:
                 except httpcore2.ConnectError:
                     if position == len(addresses):
                         raise
-            raise AssertionError("resolve gives an address or raises")
+            raise AssertionError("`resolve` returns at least one address or raises")
 
     def client() -> Any:
-        made = default_client_factory()
-        # httpx2 has no option for it; proxies of the environment have transports of their own
-        made._transport._pool._network_backend = Backend()
-        return made
+        hub_client = default_client_factory()
+        # httpx2 has no option for this; proxies of the environment have their own transports
+        hub_client._transport._pool._network_backend = Backend()
+        return hub_client
 
     set_client_factory(client)
     try:
@@ -207,6 +207,6 @@ def _resolve(host: str, port: int | None) -> list[str]:
     return list(dict.fromkeys(str(info[4][0]) for info in found))
 
 
-def _refusal(host: str, address: str) -> str:
-    named = address if host == address else f"{host} ({address})"
-    return f"{named} is a private address; {_HINT}"
+def _private_address_message(host: str, address: str) -> str:
+    address_text = address if host == address else f"{host} ({address})"
+    return f"{address_text} is a private address; {_HINT}"

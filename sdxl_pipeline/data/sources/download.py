@@ -1,4 +1,4 @@
-"""What all downloads share: whole files or none, several at once, tried again with patience, and remembered for the next time."""
+"""Concurrent downloads with retries, and a cache of complete files with a manifest of their remote state."""
 
 import errno
 import json
@@ -18,13 +18,13 @@ from filelock import lock_descriptor
 
 from sdxl_pipeline.files.atomic_files import write_text_atomic
 
-AT_ONCE: Final = 16
-"""Downloads under way at a time; they wait for the network, not for a processor."""
-TRIES: Final = 4
-LONGEST_WAIT_SECONDS: Final = 60.0
+MAX_CONCURRENT: Final = 16
+"""Maximum number of concurrent downloads, which are bound by the network rather than the CPU."""
+MAX_ATTEMPTS: Final = 4
+MAX_WAIT_SECONDS: Final = 60.0
 DISK_ERRORS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
-"""What is wrong with this machine's disk, and so with every other download as well."""
-first_wait_seconds = 0.5
+"""Errors of the local disk, which affect every other download too."""
+initial_wait_seconds = 0.5
 
 _task = threading.local()
 
@@ -33,28 +33,28 @@ Progress = Callable[[int, int], None]
 
 
 class FetchError(Exception):
-    """One file cannot be had. The message says why; `again` that another try may help, after `wait` seconds if the server said so."""
+    """A file that cannot be downloaded. `retryable` errors may succeed on retry, after `retry_after` seconds if the server set that."""
 
-    def __init__(self, reason: str, again: bool = False, wait: float | None = None) -> None:
+    def __init__(self, reason: str, retryable: bool = False, retry_after: float | None = None) -> None:
         super().__init__(reason)
-        self.again, self.wait = again, wait
+        self.retryable, self.retry_after = retryable, retry_after
 
 
 def retry(action: Callable[[], T]) -> T:
-    """The action's value; after a FetchError that another try may mend, it is called again, each time after a longer wait."""
-    for tried in range(1, TRIES + 1):
+    """Return the action's value; retry after a retryable FetchError with exponential backoff, up to MAX_ATTEMPTS calls."""
+    for attempt in range(1, MAX_ATTEMPTS + 1):
         try:
             return action()
         except FetchError as error:
-            if not error.again or tried == TRIES:
+            if not error.retryable or attempt == MAX_ATTEMPTS:
                 raise
-            wait = first_wait_seconds * 2 ** (tried - 1) * random.uniform(0.8, 1.2)
-            wait_unless_stopped(min(LONGEST_WAIT_SECONDS, max(wait, error.wait or 0.0)))
-    raise AssertionError("the last try either gives a value or raises")
+            backoff = initial_wait_seconds * 2 ** (attempt - 1) * random.uniform(0.8, 1.2)
+            wait_unless_stopped(min(MAX_WAIT_SECONDS, max(backoff, error.retry_after or 0.0)))
+    raise AssertionError("the last attempt returns or raises")
 
 
 def wait_unless_stopped(seconds: float = 0.0) -> None:
-    """Wait, on behalf of the download that this thread is at. Raises FetchError when the fetch that it is part of is stopped."""
+    """Wait in the download of this thread. Raise FetchError if the fetch that it belongs to is stopped."""
     stop = getattr(_task, "stop", None)
     if stop is None:
         time.sleep(seconds)
@@ -65,9 +65,9 @@ def wait_unless_stopped(seconds: float = 0.0) -> None:
 def fetch_all(
     jobs: Mapping[str, Callable[[], int]], on_progress: Progress | None, done: int, total: int
 ) -> tuple[int, dict[str, str]]:
-    """Run the downloads by name: the bytes that came, and the reason of each that failed. Progress goes on from `done`.
+    """Run the jobs by name and return (received bytes, reason by name of each that failed). Progress counts from `done`.
 
-    What is not a FetchError ends it all, an interruption too: the downloads under way then break off as soon as they can.
+    Any other error than FetchError, or an interrupt, cancels all jobs; running downloads stop as soon as possible.
     """
     received, failed = 0, {}
     stop = threading.Event()
@@ -76,7 +76,7 @@ def fetch_all(
         _task.stop = stop
         return retry(job)
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(MAX_CONCURRENT) as pool:
         running = {pool.submit(run, job): name for name, job in jobs.items()}
         try:
             for future in as_completed(running):
@@ -96,35 +96,35 @@ def fetch_all(
 
 
 class DownloadCache:
-    """A dataset's place among the downloads: `files`, what is on its way, and a ledger of what has come.
+    """Downloaded `files` of a dataset, a folder of temporary files, and a manifest.
 
-    The ledger has a line per file, `{"name": ..., "stamp": ...}`, where the stamp is the state of the remote file that the local one
-    is a copy of. A line is written when the file lies under its name, so a kill loses none but those under way.
+    The manifest has a line per file, `{"name": ..., "stamp": ...}`, where the stamp identifies the version of the remote file. A line is
+    written after the file has its final name, so a kill loses only downloads in progress.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files = folder / "files"
-        self._incoming = folder / "incoming"
+        self._temporary_folder = folder / "incoming"
         self._manifest = folder / "ledger.jsonl"
-        self._writing = threading.Lock()
+        self._manifest_lock = threading.Lock()
         self.stamps: dict[str, Any] = {}
 
     @contextmanager
-    def opened(self) -> Iterator["DownloadCache"]:
-        """The depot for this process alone; a second one waits. What an earlier one left half done is cleared away."""
+    def locked(self) -> Iterator["DownloadCache"]:
+        """Lock the cache for this process while the context is open, and remove temporary files of an interrupted one."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as lock:
             lock_descriptor(lock.fileno())
-            shutil.rmtree(self._incoming, ignore_errors=True)
-            self._incoming.mkdir()
+            shutil.rmtree(self._temporary_folder, ignore_errors=True)
+            self._temporary_folder.mkdir()
             self.stamps = self._read_manifest()
             yield self
 
     @contextmanager
-    def incoming(self, suffix: str = "") -> Iterator[Path]:
-        """A path to write to; what still lies there at the end is removed."""
-        path = self._incoming / (secrets.token_hex(8) + suffix)
+    def temporary_path(self, suffix: str = "") -> Iterator[Path]:
+        """Yield a temporary path; what remains there at the end is removed."""
+        path = self._temporary_folder / (secrets.token_hex(8) + suffix)
         try:
             yield path
         finally:
@@ -133,37 +133,37 @@ class DownloadCache:
             else:
                 path.unlink(missing_ok=True)
 
-    def put(self, temporary: Path, name: str, stamp: Any) -> int:
-        """Give a file that has come whole its name in `files`, and enter it in the ledger; its size in bytes."""
+    def add(self, temporary: Path, name: str, stamp: Any) -> int:
+        """Move a complete file to `name` in `files`, record it in the manifest, and return its size in bytes."""
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         size = temporary.stat().st_size
-        self._place(temporary, name)
-        self.enter(name, stamp)
+        self._move_into_files(temporary, name)
+        self.record(name, stamp)
         return size
 
     def link(self, target: Path, name: str) -> None:
-        """Let `name` in `files` be a link to a file that lies elsewhere."""
+        """Make `name` in `files` a link to a file in another folder."""
         path = self.files / name
         if path.is_symlink() and path.readlink() == target:
             return
-        with self.incoming() as temporary:
+        with self.temporary_path() as temporary:
             temporary.symlink_to(target)
-            self._place(temporary, name)
+            self._move_into_files(temporary, name)
 
-    def enter(self, name: str, stamp: Any) -> None:
-        """Note in the ledger what the file of this name is a copy of."""
+    def record(self, name: str, stamp: Any) -> None:
+        """Append the file's name and stamp to the manifest."""
         line = json.dumps({"name": name, "stamp": stamp}) + "\n"
-        with self._writing, self._manifest.open("a", encoding="utf-8") as manifest:
+        with self._manifest_lock, self._manifest.open("a", encoding="utf-8") as manifest:
             manifest.write(line)
             self.stamps[name] = stamp
 
-    def holds(self, name: str, stamp: Any) -> bool:
-        """Whether the file of this name is there and a copy of what the stamp stands for."""
+    def contains(self, name: str, stamp: Any) -> bool:
+        """Return whether the file exists and has this stamp."""
         return self.stamps.get(name) == stamp and (self.files / name).is_file()
 
-    def keep_only(self, names: Sequence[str] | set[str]) -> None:
-        """Remove every file of another name, and every folder left empty; the ledger is written anew."""
+    def retain(self, names: Sequence[str] | set[str]) -> None:
+        """Remove all other files and empty folders, and rewrite the manifest."""
         keep = set(names)
         self.files.mkdir(exist_ok=True)
         for folder, folders, files in os.walk(self.files, topdown=False):
@@ -178,7 +178,7 @@ class DownloadCache:
         lines = (json.dumps({"name": name, "stamp": stamp}) for name, stamp in sorted(self.stamps.items()))
         write_text_atomic(self._manifest, "".join(f"{line}\n" for line in lines))
 
-    def _place(self, temporary: Path, name: str) -> None:
+    def _move_into_files(self, temporary: Path, name: str) -> None:
         path = self.files / name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.replace(path)
@@ -187,7 +187,7 @@ class DownloadCache:
         stamps: dict[str, Any] = {}
         with suppress(FileNotFoundError):
             for line in self._manifest.read_text(encoding="utf-8", errors="replace").splitlines():
-                with suppress(ValueError, KeyError, TypeError):  # the last line may be cut by a kill
+                with suppress(ValueError, KeyError, TypeError):  # a kill may truncate the last line
                     entry = json.loads(line)
                     stamps[entry["name"]] = entry["stamp"]
         return stamps

@@ -1,4 +1,4 @@
-"""One image from one web address: whole, of a believable kind and size, or a reason why not."""
+"""Download of an image from an http or https URL, with limits of size and time."""
 
 import time
 from datetime import UTC, datetime
@@ -12,62 +12,63 @@ from sdxl_pipeline.data.decoding.image_formats import HEAD_BYTES, suffix_of
 from sdxl_pipeline.data.sources.address_guard import AddressGuard, guarded_session
 from sdxl_pipeline.data.sources.download import FetchError, wait_unless_stopped
 
-CONNECT_SECONDS: Final = 10.0
-SILENCE_SECONDS: Final = 30.0
-"""The server may be silent this long before the download counts as broken."""
-LONGEST_SECONDS: Final = 600.0
-LARGEST_BYTES: Final = 1 << 30
-_AGAIN: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
-_CHUNK: Final = 1 << 16
+CONNECT_TIMEOUT_SECONDS: Final = 10.0
+READ_TIMEOUT_SECONDS: Final = 30.0
+"""Maximum time without data from the server."""
+MAX_SECONDS: Final = 600.0
+MAX_BYTES: Final = 1 << 30
+_RETRYABLE_STATUSES: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
+_CHUNK_BYTES: Final = 1 << 16
 
-_threads = local()
+_thread_local = local()
 
 
-def download(address: str, target: Path, allow_private_addresses: bool = False) -> None:
-    """Write the content of an http or https address to `target`.
+def download(url: str, target: Path, allow_private_addresses: bool = False) -> None:
+    """Write the content of an http or https URL to `target`.
 
-    Private addresses are refused, that of a redirect too, unless `allow_private_addresses`. Raises FetchError: at once for an answer that will stay the same, such as 404 or a page of HTML; as one that another try may mend
-    for 408, 425, 429 and 5xx (after the wait that Retry-After asks for), broken connections, silence, and bodies that end too early.
+    Private addresses are rejected, also after a redirect, unless `allow_private_addresses`. Raises FetchError: not retryable for
+    permanent errors such as 404 or an HTML page; retryable for 408, 425, 429 and 5xx (after the time in Retry-After), broken
+    connections, timeouts and truncated bodies.
     """
     import requests
 
     try:
         with _session(allow_private_addresses).get(
-            address, stream=True, timeout=(CONNECT_SECONDS, SILENCE_SECONDS)
-        ) as answer:
-            if answer.status_code != 200:
+            url, stream=True, timeout=(CONNECT_TIMEOUT_SECONDS, READ_TIMEOUT_SECONDS)
+        ) as response:
+            if response.status_code != 200:
                 raise FetchError(
-                    f"{answer.status_code} {answer.reason}".strip(),
-                    again=answer.status_code in _AGAIN,
-                    wait=_wait_of(answer.headers.get("Retry-After")),
+                    f"{response.status_code} {response.reason}".strip(),
+                    retryable=response.status_code in _RETRYABLE_STATUSES,
+                    retry_after=_retry_after(response.headers.get("Retry-After")),
                 )
-            if int(answer.headers.get("Content-Length") or 0) > LARGEST_BYTES:
-                raise FetchError("it is larger than 1 GiB")
-            _write(answer, target)
+            if int(response.headers.get("Content-Length") or 0) > MAX_BYTES:
+                raise FetchError("the file is larger than 1 GiB")
+            _write(response, target)
     except requests.exceptions.InvalidSchema as error:
-        raise FetchError("its protocol is not known") from error
+        raise FetchError("the URL's protocol is unknown") from error
     except requests.exceptions.TooManyRedirects as error:
-        raise FetchError("it is redirected without end") from error
+        raise FetchError("too many redirects") from error
     except requests.exceptions.SSLError as error:
-        raise FetchError("its certificate is not to be trusted") from error
+        raise FetchError("the server's certificate is not trusted") from error
     except requests.exceptions.Timeout as error:
-        raise FetchError(f"no answer for {SILENCE_SECONDS:g} s", again=True) from error
+        raise FetchError(f"no answer for {READ_TIMEOUT_SECONDS:g} s", retryable=True) from error
     except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError) as error:
-        raise FetchError("the connection broke before all bytes had come", again=True) from error
+        raise FetchError("the connection broke before all bytes were received", retryable=True) from error
     except requests.exceptions.ConnectionError as error:
-        raise FetchError(f"no connection ({_cause(error)})", again=True) from error
+        raise FetchError(f"no connection ({_cause(error)})", retryable=True) from error
     except (requests.exceptions.RequestException, ValueError) as error:
-        raise FetchError("it is no valid address") from error
+        raise FetchError("not a valid URL") from error
 
 
 def _session(allow_private_addresses: bool) -> Any:
-    """Return a session of the calling thread: it keeps connections open, and is not made to be shared between threads."""
-    sessions: dict[bool, Any] = _threads.__dict__.setdefault("sessions", {})
+    """Return the session of the calling thread, which keeps connections open; sessions are not thread-safe."""
+    sessions: dict[bool, Any] = _thread_local.__dict__.setdefault("sessions", {})
     if allow_private_addresses not in sessions:
         import requests
 
         session = requests.Session() if allow_private_addresses else guarded_session(AddressGuard())
-        # A compressed body's length says nothing of whether all of it came.
+        # The length of a compressed body does not reveal whether it is complete.
         session.headers.update(
             {
                 "User-Agent": "sdxl-pipeline (requests)",
@@ -79,27 +80,27 @@ def _session(allow_private_addresses: bool) -> Any:
     return sessions[allow_private_addresses]
 
 
-def _write(answer: Any, target: Path) -> None:
-    give_up = time.monotonic() + LONGEST_SECONDS
-    kind = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-    is_text = kind.startswith("text/") or kind in ("application/json", "application/xml")
-    came = 0
+def _write(response: Any, target: Path) -> None:
+    deadline = time.monotonic() + MAX_SECONDS
+    content_type = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    is_text = content_type.startswith("text/") or content_type in ("application/json", "application/xml")
+    received = 0
     with target.open("wb") as file:
-        for chunk in answer.iter_content(_CHUNK):
-            if came == 0 and is_text and not suffix_of(chunk[:HEAD_BYTES]):
-                raise FetchError(f"{kind} came instead of an image")
-            came += file.write(chunk)
+        for chunk in response.iter_content(_CHUNK_BYTES):
+            if received == 0 and is_text and not suffix_of(chunk[:HEAD_BYTES]):
+                raise FetchError(f"the server sent {content_type} instead of an image")
+            received += file.write(chunk)
             wait_unless_stopped()
-            if came > LARGEST_BYTES:
-                raise FetchError("it is larger than 1 GiB")
-            if time.monotonic() > give_up:
-                raise FetchError(f"it did not come within {LONGEST_SECONDS:g} s", again=True)
-    if came == 0:
-        raise FetchError("it is empty")
+            if received > MAX_BYTES:
+                raise FetchError("the file is larger than 1 GiB")
+            if time.monotonic() > deadline:
+                raise FetchError(f"the download took more than {MAX_SECONDS:g} s", retryable=True)
+    if received == 0:
+        raise FetchError("the file is empty")
 
 
-def _wait_of(header: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for: a number of them, or a date."""
+def _retry_after(header: str | None) -> float | None:
+    """Return the seconds of a Retry-After header, which has a number or a date; None if it is missing or invalid."""
     if header is None:
         return None
     if header.strip().isdigit():
@@ -112,7 +113,7 @@ def _wait_of(header: str | None) -> float | None:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost reason of a failed connection, in a few words."""
+    """Return a short text of the innermost cause of a failed connection."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     return without_credentials(str(error).split("\n", 1)[0])[:120] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Dataset repositories of the Hugging Face Hub: what they hold at which commit, and single files of them in the Hub's cache."""
+"""Dataset repositories of the Hugging Face Hub: files of a commit, and their download into the Hub cache."""
 
 import os
 from contextlib import AbstractContextManager
@@ -22,41 +22,41 @@ class HubRepository:
     name: str
     commit: str
     files: dict[str, str]
-    """The digest of each file's content, by its path."""
+    """Content digest of each file by path."""
 
 
 @dataclass
 class Content:
-    """What the folder of one commit was filled with."""
+    """Content of the folder of one commit."""
 
     files: int
-    """Images of the split, had or not."""
+    """Number of images of the split, including failed ones."""
     captions: dict[str, tuple[str, ...]] | None
     failed: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    """Sentences on rows of its tables that are not used."""
+    """Sentences on unused rows of its tables."""
     written: int = 0
-    """Images that were not on this machine before, beside the files that were downloaded from the repository."""
+    """Number of new images apart from the files downloaded from the repository."""
     received: int = 0
-    """Bytes of them that came over the network."""
+    """Downloaded bytes of these images."""
     shards: set[str] = field(default_factory=set)
-    """Names of the folders of written-out images that it refers to."""
+    """Names of the referenced folders of extracted images."""
 
 
 class HubUnreachableError(Exception):
-    """The Hub cannot be asked now: there is no network, or offline mode is on."""
+    """The Hub cannot be reached: no network, or offline mode."""
 
 
 def where(dataset: ImageDataset, key: str = "dataset_name") -> str:
-    """The head of a message: which dataset, which key, which value."""
+    """Return the beginning of an error message: dataset, key and value."""
     return f"dataset {dataset.id!r} in multidatabackend.json: {key} {getattr(dataset, key)!r}"
 
 
-def open_repository(dataset: ImageDataset, seen: HubRepository | None = None) -> HubRepository:
-    """What the dataset's repository holds at its revision; `seen` is what it held before, and is not listed again at the same commit.
+def open_repository(dataset: ImageDataset, previous: HubRepository | None = None) -> HubRepository:
+    """Return the dataset's repository at its revision; `previous` is returned without a listing if the commit is the same.
 
-    HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they mean to huggingface_hub. Raises SourceError when the repository
-    or the revision does not exist or may not be read, HubUnreachableError when the Hub cannot be asked.
+    HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE have the same meaning as in huggingface_hub. Raises SourceError if the repository
+    or the revision does not exist or access is denied, HubUnreachableError if the Hub cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
@@ -72,14 +72,14 @@ def open_repository(dataset: ImageDataset, seen: HubRepository | None = None) ->
     name = dataset.dataset_name
     if name is None:
         raise AssertionError(
-            "a dataset of type huggingface without repository passes no check of the settings"
+            "the settings validation requires dataset_name for a dataset of type huggingface"
         )
     api = HfApi(endpoint=_endpoint())
     try:
         info = partial(api.dataset_info, name, revision=dataset.revision)
         commit = repeat_while_busy(info, f"Asking the Hub for {name}", over_connections=False).sha
-        if seen is not None and seen.commit == commit:
-            return seen
+        if previous is not None and previous.commit == commit:
+            return previous
         tree = api.list_repo_tree(name, recursive=True, revision=commit, repo_type="dataset")
         files = {
             entry.path: entry.lfs.sha256 if entry.lfs is not None else entry.blob_id
@@ -97,22 +97,22 @@ def open_repository(dataset: ImageDataset, seen: HubRepository | None = None) ->
         ) from error
     except RepositoryNotFoundError as error:
         raise SourceError(
-            f"{where(dataset)} is no dataset of the Hub that this machine may read. Correct the name; if it is private, set HF_TOKEN "
+            f"{where(dataset)} does not exist on the Hub, or access is denied. Correct the name; if it is private, set HF_TOKEN "
             "or run `hf auth login`."
         ) from error
     except HFValidationError as error:
-        raise SourceError(f"{where(dataset)} is no name of a repository. Write owner/name.") from error
+        raise SourceError(f"{where(dataset)} is not a valid repository name. Write owner/name.") from error
     except FetchError as error:  # the Hub redirects to a private address
         raise SourceError(f"{where(dataset)} cannot be read: {error}.") from error
     except (HTTPError, OfflineModeIsEnabled) as error:
-        raise HubUnreachableError(told(error)) from error
+        raise HubUnreachableError(error_message(error)) from error
     if commit is None:
-        raise HubUnreachableError(f"the Hub names no commit of {name}")
+        raise HubUnreachableError(f"the Hub returned no commit of {name}")
     return HubRepository(name, commit, files)
 
 
 def is_cached(repository: HubRepository, path: str) -> bool:
-    """Whether a file's content lies in this machine's Hub cache, be it of another commit."""
+    """Return whether a file's content is in this machine's Hub cache, for any commit."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -121,7 +121,7 @@ def is_cached(repository: HubRepository, path: str) -> bool:
 
 
 def download_file(repository: HubRepository, path: str) -> Path:
-    """A file's content in this machine's Hub cache; a download that broke off goes on where it did. Raises FetchError."""
+    """Return the path of a file in the Hub cache, resuming an interrupted download. Raise FetchError if it cannot be downloaded."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import (
@@ -141,11 +141,11 @@ def download_file(repository: HubRepository, path: str) -> Path:
             endpoint=_endpoint(),
         )
     except LocalEntryNotFoundError as error:
-        raise FetchError(told(error), again=True) from error
+        raise FetchError(error_message(error), retryable=True) from error
     except EntryNotFoundError as error:
-        raise FetchError("it is not there (any more)") from error
+        raise FetchError("the file does not exist (any more)") from error
     except HfHubHTTPError as error:
-        raise FetchError(told(error), again=error.response.status_code >= 429) from error
+        raise FetchError(error_message(error), retryable=error.response.status_code >= 429) from error
     except (
         HTTPError,
         OfflineModeIsEnabled,
@@ -156,18 +156,18 @@ def download_file(repository: HubRepository, path: str) -> Path:
             raise DiskFullError(hub_cache_full_message(Path(HF_HUB_CACHE), path)) from error
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             raise
-        raise FetchError(told(error), again=True) from error
+        raise FetchError(error_message(error), retryable=True) from error
     return Path(cached).resolve()
 
 
-def told(error: BaseException) -> str:
-    """What an error of the client says, in a line."""
+def error_message(error: BaseException) -> str:
+    """Return an error of the client as one line."""
     text = next((line for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {without_credentials(text)}" if text else type(error).__name__
 
 
 def checked_connections(dataset: ImageDataset) -> AbstractContextManager[None]:
-    """Refuse the Hub client's connections to private addresses other than those of HF_ENDPOINT's host, while the context is open."""
+    """Return a context that rejects the Hub client's connections to private addresses except those of HF_ENDPOINT's host."""
     from huggingface_hub import constants
 
     return guarded_hub_client(dataset, _endpoint() or constants.ENDPOINT)

@@ -1,4 +1,4 @@
-"""A dataset repository that is a folder of images, with a table of metadata or text files beside them."""
+"""Dataset repositories that are image folders, with metadata tables or text files for captions."""
 
 import posixpath
 from collections import Counter
@@ -25,14 +25,14 @@ from sdxl_pipeline.data.scan.file_types import CAPTION_SUFFIXES, classify_files
 from sdxl_pipeline.data.sources.fetch_result import SourceError
 from sdxl_pipeline.data.sources.hub_captions import caption_columns, captions_of_row
 from sdxl_pipeline.data.sources.hub_files import Content, HubRepository
-from sdxl_pipeline.data.sources.remote_names import why_not_local
+from sdxl_pipeline.data.sources.remote_names import invalid_name_reason
 
 _METADATA: Final = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _NAME_COLUMN: Final = "file_name"
 
 
-def needed(repository: HubRepository, files: Iterable[str]) -> list[str]:
-    """What of the repository a split of these files is made of: its images, the text files beside, the tables of metadata above."""
+def required_files(repository: HubRepository, files: Iterable[str]) -> list[str]:
+    """Return the files to download for a split: its images, their text files, and the metadata tables in their parent folders."""
     files = list(files)
     images = [path for path in files if is_image(path)]
     stems = {posixpath.splitext(path)[0] for path in images}
@@ -51,27 +51,30 @@ def needed(repository: HubRepository, files: Iterable[str]) -> list[str]:
 
 
 def is_image(path: str) -> bool:
-    """Whether a file is an image by its name."""
+    """Return whether a file is an image by its suffix."""
     return PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES
 
 
-def build(
+def build_content(
     dataset: ImageDataset, repository: HubRepository, local: Mapping[str, Path], folder: Path
 ) -> Content:
-    """Write links to the files at `local`, by their path in the repository, into `folder`, and read their captions. Raises SourceError."""
+    """Return the content of `folder` after linking the files in `local`, by repository path, into it and reading their captions.
+
+    Raises SourceError if the captions cannot be read.
+    """
     failed: dict[str, str] = {}
-    placed: list[str] = []
+    linked: list[str] = []
     for path, cached in local.items():
         if posixpath.basename(path) in _METADATA:
             continue
-        if reason := why_not_local(path):
-            failed[path] = f"cannot be a file here: {reason}"
+        if reason := invalid_name_reason(path):
+            failed[path] = f"cannot be stored as a file: {reason}"
             continue
         link = folder / path
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(cached)
-        placed.append(path)
-    images = [path for path in placed if is_image(path)]
+        linked.append(path)
+    images = [path for path in linked if is_image(path)]
     content = Content(len(images), None, failed)
     if dataset.caption_strategy == "huggingface":
         content.captions = _captions(dataset, repository, local, images, content.notes)
@@ -87,23 +90,23 @@ def _captions(
 ) -> dict[str, tuple[str, ...]]:
     tables = [path for path in local if posixpath.basename(path) in _METADATA]
     if not tables:
-        return _captions_beside(dataset, local, images)
+        return _captions_from_text_files(dataset, local, images)
     captions: dict[str, tuple[str, ...]] = {}
     for table in tables:
         rows = list(_rows(dataset, table, local[table]))
-        known = list(dict.fromkeys(column for _, row in rows for column in row if column))
-        if _NAME_COLUMN not in known:
+        columns_found = list(dict.fromkeys(column for _, row in rows for column in row if column))
+        if _NAME_COLUMN not in columns_found:
             raise SourceError(
                 f"dataset {dataset.id!r} in multidatabackend.json: {table} of {dataset.dataset_name} has no column {_NAME_COLUMN}, so "
-                f"its rows belong to no image; it has {', '.join(known) or 'none'}. Write another caption_strategy, or another dataset."
+                f"its rows match no image; it has {', '.join(columns_found) or 'none'}. Write another caption_strategy, or another dataset."
             )
-        columns = caption_columns(dataset, known, table)
+        columns = caption_columns(dataset, columns_found, table)
         unnamed: list[int] = []
         unmatched: Counter[str] = Counter()
-        above = posixpath.dirname(table)
+        table_folder = posixpath.dirname(table)
 
-        def is_file(name: str, above: str = above) -> bool:
-            return posixpath.normpath(posixpath.join(above, name)) in repository.files
+        def is_file(name: str, table_folder: str = table_folder) -> bool:
+            return posixpath.normpath(posixpath.join(table_folder, name)) in repository.files
 
         for line, row in rows:
             try:
@@ -118,26 +121,26 @@ def _captions(
             elif not is_file(name):
                 unmatched[name] += 1
             elif texts:
-                path = posixpath.normpath(posixpath.join(above, name))
+                path = posixpath.normpath(posixpath.join(table_folder, name))
                 captions[path] = tuple(dict.fromkeys((*captions.get(path, ()), *texts)))
         notes += unnamed_notes(table, _NAME_COLUMN, unnamed)
         notes += unmatched_notes(table, unmatched, partial(likely_cause, exists=is_file))
     return captions
 
 
-def _captions_beside(
+def _captions_from_text_files(
     dataset: ImageDataset, local: Mapping[str, Path], images: list[str]
 ) -> dict[str, tuple[str, ...]]:
     captions: dict[str, tuple[str, ...]] = {}
     paths = sorted(local)
-    roles = classify_files(paths, [""] * len(paths))
-    beside_of = {paths[image]: paths[text] for image, text in roles.caption_files.items()}
+    file_types = classify_files(paths, [""] * len(paths))
+    text_path_of = {paths[image]: paths[text] for image, text in file_types.caption_files.items()}
     for path in images:
-        beside = beside_of.get(path)
-        text, status = decode_text(local[beside].read_bytes()) if beside else ("", "")
+        text_path = text_path_of.get(path)
+        text, status = decode_text(local[text_path].read_bytes()) if text_path else ("", "")
         if status == OK:
             captions[path] = tuple(filter(None, captions_in(text, dataset.disable_multiline_split)))
-    if not beside_of:
+    if not text_path_of:
         raise SourceError(
             f"dataset {dataset.id!r} in multidatabackend.json: {dataset.dataset_name} has neither {', '.join(_METADATA)} nor text files "
             'beside its images, so there are no captions. Write "caption_strategy": "filename" or "instanceprompt".'
@@ -155,7 +158,7 @@ def _rows(dataset: ImageDataset, table: str, path: Path) -> Iterator[Row]:
             return
         text, status = decode_text(path.read_bytes())
         if status != OK:
-            raise TableError("it is neither UTF-8 nor UTF-16 with a byte order mark.")
+            raise TableError("the file is neither UTF-8 nor UTF-16 with a byte order mark.")
         yield from csv_rows(text) if table.endswith(".csv") else json_rows(text)
     except (TableError, pa.ArrowException) as error:
         raise SourceError(

@@ -1,4 +1,4 @@
-"""Which files of a dataset repository are of which split, as the Hub's own conventions have it."""
+"""Files of each split of a dataset repository, by the conventions of the Hub."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -17,20 +17,20 @@ _KEYWORDS: Final = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _SHARD = re.compile(r"(?P<split>[A-Za-z0-9_.]+)-\d{5}-of-\d{5}$")
-"""A split's name in that of a shard, as `datasets` writes them."""
+"""File name of a shard as written by `datasets`, with the split."""
 
 
-def files_of_split(dataset: ImageDataset, files: Iterable[str], about: Mapping[str, Any]) -> list[str]:
-    """The paths of the dataset's configuration and split, sorted; `about` is the metadata at the head of the repository's README.
+def files_of_split(dataset: ImageDataset, files: Iterable[str], metadata: Mapping[str, Any]) -> list[str]:
+    """Return the sorted paths of the dataset's configuration and split; `metadata` is that of the repository's README.
 
-    In this order: the `configs` of that metadata; the names of shards (`data/train-00000-of-00002.parquet`); folders or files called
-    after a split (`train/`, `val.parquet`); else every file is of the split `train`. A configuration that the metadata does not name
-    is a folder. Raises SourceError when there is no such configuration or split.
+    Splits are determined by, in this order: the `configs` of the metadata; names of shards (`data/train-00000-of-00002.parquet`);
+    folders or files named after a split (`train/`, `val.parquet`); else every file is in the split `train`. A configuration that is not
+    in the metadata is a folder. Raises SourceError if there is no such configuration or split.
     """
-    files = sorted(path for path in files if not _is_apart(path))
-    splits = _declared(dataset, files, about)
+    files = sorted(path for path in files if not _is_ignored(path))
+    splits = _declared_splits(dataset, files, metadata)
     if splits is None:
-        splits = _conventional(_in_config_folder(dataset, files))
+        splits = _splits_by_convention(_in_config_folder(dataset, files))
     splits = {split: paths for split, paths in splits.items() if paths}
     if dataset.split not in splits:
         known = ", ".join(sorted(splits)) or "none"
@@ -40,16 +40,16 @@ def files_of_split(dataset: ImageDataset, files: Iterable[str], about: Mapping[s
     return splits[dataset.split]
 
 
-def _is_apart(path: str) -> bool:
+def _is_ignored(path: str) -> bool:
     parts = PurePosixPath(path).parts
     return any(part.startswith((".", "__")) for part in parts) or path == README
 
 
-def _declared(
-    dataset: ImageDataset, files: list[str], about: Mapping[str, Any]
+def _declared_splits(
+    dataset: ImageDataset, files: list[str], metadata: Mapping[str, Any]
 ) -> dict[str, list[str]] | None:
-    """The splits of the configuration that the metadata declares; None when it declares no data files."""
-    configs = about.get("configs")
+    """Return the paths by split of the configuration in the metadata; None if it declares no data files."""
+    configs = metadata.get("configs")
     configs = configs if isinstance(configs, list) else [configs]
     configs = [config for config in configs if isinstance(config, Mapping)]
     if not configs:
@@ -67,7 +67,7 @@ def _declared(
     declared = config.get("data_files")
     if declared is None:
         inside = [path for path in files if not root or path.startswith(root + "/")]
-        return _conventional(inside) if root else None
+        return _splits_by_convention(inside) if root else None
     if isinstance(declared, Mapping):
         declared = [{"split": split, "path": path} for split, path in declared.items()]
     elif isinstance(declared, str):
@@ -91,10 +91,10 @@ def _matching(files: list[str], pattern: str) -> list[str]:
 
 
 def _in_config_folder(dataset: ImageDataset, files: list[str]) -> list[str]:
-    wanted = dataset.dataset_config
-    if wanted is None or wanted == "default":
+    config_name = dataset.dataset_config
+    if config_name is None or config_name == "default":
         return files
-    inside = [path for path in files if wanted in PurePosixPath(path).parts[:-1]]
+    inside = [path for path in files if config_name in PurePosixPath(path).parts[:-1]]
     if not inside:
         folders = sorted({PurePosixPath(path).parts[0] for path in files if "/" in path})
         raise SourceError(
@@ -104,7 +104,7 @@ def _in_config_folder(dataset: ImageDataset, files: list[str]) -> list[str]:
     return inside
 
 
-def _conventional(files: list[str]) -> dict[str, list[str]]:
+def _splits_by_convention(files: list[str]) -> dict[str, list[str]]:
     shards: dict[str, list[str]] = {}
     for path in files:
         if found := _SHARD.search(PurePosixPath(path).stem):
@@ -115,17 +115,17 @@ def _conventional(files: list[str]) -> dict[str, list[str]]:
     by_name: dict[str, list[str]] = {}
     for path in files:
         *folders, name = PurePosixPath(path).parts
-        if split := next((split for folder in folders if (split := _split_called(folder))), None):
+        if split := next((split for folder in folders if (split := _split_of_name(folder))), None):
             by_folder.setdefault(split, []).append(path)
         elif PurePosixPath(name).suffix in DATA_SUFFIXES and (
-            split := _split_called(PurePosixPath(name).stem)
+            split := _split_of_name(PurePosixPath(name).stem)
         ):
             by_name.setdefault(split, []).append(path)
     return by_folder or by_name or {"train": files}
 
 
-def _split_called(name: str) -> str | None:
-    """The split that a folder or file is called after; its name may go on after something that is no letter."""
+def _split_of_name(name: str) -> str | None:
+    """Return the split in the name of a folder or file, which may contain further words separated by non-letters; None if none."""
     words = [word for word in re.split(r"[^a-z]+", name.lower()) if word]
     return next(
         (split for split, keywords in _KEYWORDS.items() if any(word in keywords for word in words)), None
