@@ -1,1 +1,1 @@
-"""Generator of the demo dataset: coloured shapes with captions."""
+"""Generator of the demo dataset of coloured shapes with captions."""

@@ -1,4 +1,4 @@
-"""Draws specs of the world as antialiased images, a batch at a time."""
+"""Renderer of shape specs as batches of antialiased images."""
 
 import math
 import random
@@ -28,17 +28,19 @@ def render(
     rng: random.Random | None,
     frames: Sequence[tuple[int, int, int, int]] | None = None,
 ) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] of `specs` at `size` (height, width).
+    """Return images (B, 3, H, W) in [-1, 1] of `specs` at `size` (height, width).
 
-    `rng` jitters place, size, colours and pattern as no two photographs are alike; None draws the ideal image.
-    `frames` gives per image (original height, original width, crop top, crop left): the spec is drawn on the
-    original canvas, which is resized to cover `size` and cropped at (top, left).
+    `rng` jitters place, size, colours and pattern; None renders the ideal image. `frames` has (original height,
+    original width, crop top, crop left) per image: the spec is rendered on the original canvas, which is resized to
+    cover `size` and cropped at (top, left).
     """
     height, width = size
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     canvases = [_canvas(size, frames[i] if frames else (height, width, 0, 0)) for i in range(len(specs))]
-    placed = torch.tensor([_place(s, canvas, rng) for s, canvas in zip(specs, canvases, strict=True)])
-    center_x, center_y, radius = (column[:, None, None] for column in placed.unbind(1))
+    geometry = torch.tensor(
+        [_shape_geometry(s, canvas, rng) for s, canvas in zip(specs, canvases, strict=True)]
+    )
+    center_x, center_y, radius = (column[:, None, None] for column in geometry.unbind(1))
     u, v = (x - center_x) / radius, (y - center_y) / radius  # (B, H, W)
 
     body = _silhouettes(specs, u, v) * radius
@@ -48,21 +50,21 @@ def render(
         outline[:, None, None] * radius, torch.tensor(3.0 * math.sqrt(height * width) / 128)
     )
     cover = _coverage(body - outline_px) * (outline > 0)[:, None, None]
-    image = _over(image, _colors([s.outline or s.background for s in specs], rng), cover)
-    fill = _over(
+    image = _composite(image, _colors([s.outline or s.background for s in specs], rng), cover)
+    fill = _composite(
         _colors([s.color for s in specs], rng),
         _colors([s.second_color or s.color for s in specs], rng),
         _patterns(specs, u, v, radius, rng),
     )
-    image = _over(image, fill, _coverage(body))
+    image = _composite(image, fill, _coverage(body))
     return _draw_marks(image, specs, u, v, radius, rng) / 127.5 - 1
 
 
 @torch.no_grad()
 def render_art(count: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] unlike the world: gradients, stripes, overlapping turned shapes, haze.
+    """Return images (B, 3, H, W) in [-1, 1] outside the world: gradients, stripes, overlapping rotated shapes, haze.
 
-    The VAE learns from them too, so that it serves concepts the world does not have.
+    The VAE is trained on them too, so that it generalizes to concepts that are not in the world.
     """
     height, width = size
 
@@ -98,10 +100,10 @@ def render_art(count: int, size: tuple[int, int], generator: torch.Generator) ->
             rows = (which == k).nonzero()[:, 0]
             if len(rows):
                 body[rows] = distance(name, u[rows], v[rows]) * radius[rows]
-        present, rimmed = (uniform(count, 1, 1) < 0.8).float(), (uniform(count, 1, 1) < 0.4).float()
+        is_drawn, rimmed = (uniform(count, 1, 1) < 0.8).float(), (uniform(count, 1, 1) < 0.4).float()
         rim_px = 2 + 6 * uniform(count, 1, 1)
-        image = _over(image, rim, _coverage(body - rim_px) * present * rimmed)
-        image = _over(image, inside, _coverage(body) * present)
+        image = _composite(image, rim, _coverage(body - rim_px) * is_drawn * rimmed)
+        image = _composite(image, inside, _coverage(body) * is_drawn)
     haze = torch.randn(count, 3, height // 16, width // 16, generator=generator)
     haze = torch.nn.functional.interpolate(haze, (height, width), mode="bicubic", align_corners=False)
     image = image + 0.15 * haze * (uniform(count, 1, 1, 1) < 0.15)
@@ -109,7 +111,7 @@ def render_art(count: int, size: tuple[int, int], generator: torch.Generator) ->
 
 
 def to_image(image: Tensor) -> "Image":
-    """A PIL image of an image (3, H, W) in [-1, 1]."""
+    """Return the PIL image of a tensor (3, H, W) in [-1, 1]."""
     from PIL import Image
 
     pixels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().byte()
@@ -117,21 +119,21 @@ def to_image(image: Tensor) -> "Image":
 
 
 def _canvas(size: tuple[int, int], frame: tuple[int, int, int, int]) -> tuple[float, float, int, int]:
-    """Height and width of the whole resized original in pixels of the image, and the crop's top and left."""
+    """Return height and width of the resized original in pixels of the image, and the crop's top and left."""
     original_h, original_w, top, left = frame
     scale = max(size[0] / original_h, size[1] / original_w)
     return original_h * scale, original_w * scale, top, left
 
 
-def _place(
+def _shape_geometry(
     spec: Spec, canvas: tuple[float, float, int, int], rng: random.Random | None
 ) -> tuple[float, float, float]:
-    """Centre x, centre y and radius of the shape in pixels of the image."""
+    """Return centre x, centre y and radius of the shape in pixels of the image."""
     height, width, top, left = canvas
-    radius = SIZES[spec.size] * math.sqrt(height * width) * _vary(rng, 0.93, 1.07, 1.0)
+    radius = SIZES[spec.size] * math.sqrt(height * width) * _jitter(rng, 0.93, 1.07, 1.0)
     share_x, share_y = PLACES[spec.place]
-    x = (share_x + _vary(rng, -0.025, 0.025, 0.0)) * width
-    y = (share_y + _vary(rng, -0.025, 0.025, 0.0)) * height
+    x = (share_x + _jitter(rng, -0.025, 0.025, 0.0)) * width
+    y = (share_y + _jitter(rng, -0.025, 0.025, 0.0)) * height
     margin = radius * (1.35 if spec.outline else 1.08)  # keep the shape and its outline inside the canvas
     x = min(max(x, margin), width - margin)
     y = min(max(y, margin), height - margin)
@@ -139,14 +141,14 @@ def _place(
 
 
 def _outline_width(spec: Spec, rng: random.Random | None) -> float:
-    """Width of the outline as a share of the radius; 0 for none."""
+    """Return the width of the outline as a share of the radius; 0 for none."""
     if spec.outline is None:
         return 0.0
-    return spec.outline_width or _vary(rng, 0.14, 0.26, 0.2)
+    return spec.outline_width or _jitter(rng, 0.14, 0.26, 0.2)
 
 
 def _silhouettes(specs: Sequence[Spec], u: Tensor, v: Tensor) -> Tensor:
-    """Signed distances (B, H, W) of every spec's shape in units of its radius."""
+    """Return signed distances (B, H, W) of every spec's shape in units of its radius."""
     out = torch.empty_like(u)
     for shape in {s.shape for s in specs}:
         rows = torch.tensor([i for i, s in enumerate(specs) if s.shape == shape])
@@ -176,7 +178,7 @@ def _freeforms(forms: Sequence[FreeForm], u: Tensor, v: Tensor) -> Tensor:
 def _patterns(
     specs: Sequence[Spec], u: Tensor, v: Tensor, radius: Tensor, rng: random.Random | None
 ) -> Tensor:
-    """Coverage (B, H, W) by the second colour: none, stripes at one of three angles, or a grid of dots."""
+    """Return the coverage (B, H, W) by the second colour: none, stripes at one of three angles, or a grid of dots."""
     cover = torch.zeros_like(u)
     for i, spec in enumerate(specs):
         if spec.pattern == "striped":
@@ -202,7 +204,7 @@ def _draw_marks(
         elif mark.shape is not None:
             scale = _INNER_RADIUS
             inner = distance(mark.shape, u[i] / scale, v[i] / scale) * scale * radius[i]
-            image[i] = _over(image[i : i + 1], _colors([mark.color], rng), _coverage(inner)[None])[0]
+            image[i] = _composite(image[i : i + 1], _colors([mark.color], rng), _coverage(inner)[None])[0]
     return image
 
 
@@ -213,33 +215,35 @@ def _draw_eyes(image: Tensor, mark: Mark, u: Tensor, v: Tensor, radius: Tensor) 
     eye = _EYE_RADIUS[mark.eyes] * mark.scale
     out = image[None]
     for x in (0.0,) if mark.eyes == 1 else (-_EYE_DISTANCE, _EYE_DISTANCE):
-        away = torch.hypot(u - x, v)
-        out = _over(out, white, _coverage((away - eye) * radius)[None])
-        out = _over(out, black, _coverage((away - eye * _PUPIL_SHARE) * radius)[None])
+        radial_distance = torch.hypot(u - x, v)
+        out = _composite(out, white, _coverage((radial_distance - eye) * radius)[None])
+        out = _composite(out, black, _coverage((radial_distance - eye * _PUPIL_SHARE) * radius)[None])
     return out[0]
 
 
 def _stripes(along: Tensor, period: Tensor) -> Tensor:
-    """Antialiased stripes of half the `period` (pixels) each, across the coordinate `along` (pixels)."""
+    """Return antialiased stripes of half the `period` (pixels) each, across the coordinate `along` (pixels)."""
     triangle = (torch.remainder(along / period, 1) - 0.5).abs() * 2 - 0.5
     return (0.5 + triangle * period / 2).clamp(0, 1)
 
 
 def _coverage(signed_distance: Tensor) -> Tensor:
-    """Share of each pixel inside, from the signed distance of its centre in pixels."""
+    """Return the share of each pixel inside the shape, from the signed distance of its centre in pixels."""
     return (0.5 - signed_distance).clamp(0, 1)
 
 
-def _over(below: Tensor, above: Tensor, cover: Tensor) -> Tensor:
-    """Paints `above` over `below` (both (B, 3, H, W) or broadcastable) where `cover` (B, H, W) is one."""
+def _composite(below: Tensor, above: Tensor, cover: Tensor) -> Tensor:
+    """Return `above` composited over `below` (both (B, 3, H, W) or broadcastable) with opacity `cover` (B, H, W)."""
     return below + (above - below) * cover[:, None]
 
 
 def _colors(names: Sequence[str], rng: random.Random | None) -> Tensor:
-    """Colours (B, 3, 1, 1) in 0..255, each channel jittered a little."""
-    rows = [[min(255.0, max(0.0, value + _vary(rng, -7, 7, 0))) for value in COLORS[name]] for name in names]
+    """Return colours (B, 3, 1, 1) in 0..255 with jittered channels."""
+    rows = [
+        [min(255.0, max(0.0, value + _jitter(rng, -7, 7, 0))) for value in COLORS[name]] for name in names
+    ]
     return torch.tensor(rows)[:, :, None, None]
 
 
-def _vary(rng: random.Random | None, low: float, high: float, ideal: float) -> float:
+def _jitter(rng: random.Random | None, low: float, high: float, ideal: float) -> float:
     return ideal if rng is None else rng.uniform(low, high)

@@ -1,4 +1,4 @@
-"""Signed distances of the world's silhouettes in unit coordinates: negative inside, y pointing down.
+"""Signed distance functions of the world's silhouettes in unit coordinates: negative inside, y pointing down.
 
 The formulas for the heart and the star follow Inigo Quilez, "2D distance functions"; the others are elementary.
 """
@@ -13,17 +13,17 @@ _SQRT_HALF = math.sqrt(0.5)
 
 
 def distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
-    """Signed distance of the points (x, y) to `shape`, in units of its radius. Raises KeyError if unknown."""
+    """Return the signed distance of the points (x, y) to `shape`, in units of its radius. Raise KeyError if unknown."""
     return _DISTANCES[shape](x, y)
 
 
 def freeform_distance(
     x: Tensor, y: Tensor, lobes: Tensor, depth: Tensor, phase: Tensor, pointed: Tensor, dents: Tensor
 ) -> Tensor:
-    """Distance to a polar silhouette (see `world.FreeForm`); parameters are (B, 1, 1), dents (B, 4, 1, 1)."""
+    """Return the distance to a polar silhouette (`shape_world.FreeForm`); parameters are (B, 1, 1), dents (B, 4, 1, 1)."""
     angle = torch.atan2(y, x)
     wave = torch.cos(lobes * angle + phase)
-    # arccos turns the round wave into a triangle wave: lobes become points
+    # arccos converts the cosine to a triangle wave, so that lobes become points
     wave = torch.where(pointed, 1 - 2 * torch.acos(wave.clamp(-1, 1)) / math.pi, wave)
     radius = 0.8 * (1 + depth * wave)
     radius = radius + dents[:, 0] * torch.cos(angle) + dents[:, 1] * torch.sin(angle)
@@ -67,7 +67,7 @@ def _heart(x: Tensor, y: Tensor) -> Tensor:
 
 
 def pointed_star(x: Tensor, y: Tensor, points: int, outer: float, inner: float) -> Tensor:
-    """Star with `points` tips at radius `outer`, notches at `inner`, one tip up; mitred outside."""
+    """Return the distance to a star with `points` tips at radius `outer`, notches at `inner`, one tip up; mitred outside."""
     segment = 2 * math.pi / points
     angle = torch.atan2(x, -y)
     angle = (torch.remainder(angle + segment / 2, segment) - segment / 2).abs()

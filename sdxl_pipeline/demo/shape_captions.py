@@ -1,4 +1,4 @@
-"""What the world's images are called: varied captions for training, one canonical wording for prompts."""
+"""Captions of the world's images: varied ones for training, one canonical wording for prompts."""
 
 import random
 from collections.abc import Sequence
@@ -18,23 +18,23 @@ _PLACE_PHRASES: dict[str, Sequence[str]] = {
     "top": ("at the top",),
     "bottom": ("at the bottom",),
 }
-_COUNTS = {1: "one eye", 2: "two eyes"}
+_EYE_PHRASES = {1: "one eye", 2: "two eyes"}
 
 
 def article(phrase: str) -> str:
-    """The indefinite article that goes before `phrase`."""
+    """Return the indefinite article for `phrase`."""
     return "an" if phrase[0] in "aeiou" else "a"
 
 
 def canonical_caption(spec: Spec, *, say_centre: bool = False) -> str:
-    """The one plain wording of `spec`. An unsaid place means the centre, unless `say_centre`."""
+    """Return the canonical caption of `spec`. The place is omitted for the centre unless `say_centre`."""
     place = "" if spec.place == "centre" and not say_centre else " " + _PLACE_PHRASES[spec.place][0]
-    thing = _thing(spec, spec.size, None)
-    return f"{article(thing)} {thing}{place} on {article(spec.background)} {spec.background} background"
+    noun_phrase = _noun_phrase(spec, spec.size, None)
+    return f"{article(noun_phrase)} {noun_phrase}{place} on {article(spec.background)} {spec.background} background"
 
 
 def sample_caption(spec: Spec, rng: random.Random) -> str:
-    """One of the ways people say it: size sometimes left out, synonyms, several orders of the parts."""
+    """Return a random caption of `spec`, with synonyms, an optional size and several word orders."""
     size = (
         ("small" if spec.size == "small" else rng.choice(("large", "large", "big")))
         if rng.random() < 0.88
@@ -43,27 +43,27 @@ def sample_caption(spec: Spec, rng: random.Random) -> str:
     place = rng.choice(_PLACE_PHRASES[spec.place])
     if spec.place == "centre" and rng.random() < 0.65:
         place = ""
-    thing = _thing(spec, size, rng)
+    noun_phrase = _noun_phrase(spec, size, rng)
     indefinite, ground = (
-        f"{article(thing)} {thing}",
+        f"{article(noun_phrase)} {noun_phrase}",
         f"{article(spec.background)} {spec.background} background",
     )
-    spaced, comma = (f" {place}", f", {place}") if place else ("", "")
+    place_suffix, place_with_comma = (f" {place}", f", {place}") if place else ("", "")
     form = rng.randrange(8)
     if form < 4:
-        return f"{indefinite}{spaced} on {ground}"
+        return f"{indefinite}{place_suffix} on {ground}"
     if form == 4:
-        return f"{ground} with {indefinite}{spaced}"
+        return f"{ground} with {indefinite}{place_suffix}"
     if form == 5:
-        return f"{thing}{comma}, {spec.background} background"
+        return f"{noun_phrase}{place_with_comma}, {spec.background} background"
     if form == 6:
         medium = rng.choice(("an image", "a drawing", "a picture"))
-        return f"{medium} of {indefinite}{spaced} on {ground}"
-    return f"{indefinite}{spaced} on {spec.background}"
+        return f"{medium} of {indefinite}{place_suffix} on {ground}"
+    return f"{indefinite}{place_suffix} on {spec.background}"
 
 
-def _thing(spec: Spec, size: str, rng: random.Random | None) -> str:
-    """The noun phrase without article: size, colours, name, then what it comes with."""
+def _noun_phrase(spec: Spec, size: str, rng: random.Random | None) -> str:
+    """Return the noun phrase without article: size, colours, name, and details."""
     colors = spec.color
     noun = spec.noun or spec.shape
     details = []
@@ -74,7 +74,7 @@ def _thing(spec: Spec, size: str, rng: random.Random | None) -> str:
     if spec.outline:
         details.append(f"{article(spec.outline)} {spec.outline} outline")
     if spec.mark and spec.mark.eyes:
-        details.append(_COUNTS[spec.mark.eyes])
+        details.append(_EYE_PHRASES[spec.mark.eyes])
     elif spec.mark:
         details.append(f"a small {spec.mark.color} {spec.mark.shape} inside")
     if rng is not None:

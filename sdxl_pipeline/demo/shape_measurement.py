@@ -1,4 +1,4 @@
-"""Reads shape, colours, size and place off the pixels of a plain image of the world."""
+"""Measurement of shape, colours, size and place in a plain image of the world."""
 
 import math
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from torch import Tensor
 from sdxl_pipeline.demo.sdf import distance
 from sdxl_pipeline.demo.shape_world import COLORS, PLACES, SHAPES, SIZES, Spec
 
-_CORNER = 8  # pixels of each corner that count as background
-_CONTRAST = 60.0  # distance in RGB from which a pixel belongs to the shape
-_SMALLEST = 60  # pixels; anything less is a speck
+_CORNER_PIXELS = 8  # pixels of each corner that count as background
+_MIN_CONTRAST = 60.0  # distance in RGB from which a pixel belongs to the shape
+_MIN_SHAPE_PIXELS = 60  # smaller regions are noise
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What is seen in an image; None where there is no shape. `overlap`: IoU with the ideal shape."""
+class Measurement:
+    """Measured properties of an image; None if there is no shape. `overlap` is the IoU with the ideal shape."""
 
     background: str
     color: str | None = None
@@ -28,25 +28,25 @@ class Seen:
 
 
 @torch.no_grad()
-def measure(image: Tensor) -> Seen:
-    """What the image (3, H, W) in [-1, 1] shows: the largest connected region that is not background."""
+def measure(image: Tensor) -> Measurement:
+    """Measure the image (3, H, W) in [-1, 1]: its background and its largest connected foreground region."""
     height, width = image.shape[1:]
     pixels = ((image.float() + 1) * 127.5).clamp(0, 255)
-    k = _CORNER
+    k = _CORNER_PIXELS
     corners = torch.cat(
         [pixels[:, rows, columns].reshape(3, -1) for rows in _ends(k) for columns in _ends(k)], dim=1
     )
     ground = corners.median(1).values
     background = _nearest_color(ground)
-    region = _largest_region((pixels - ground[:, None, None]).norm(dim=0) > _CONTRAST)
-    if region.sum() < _SMALLEST:
-        return Seen(background)
+    region = _largest_region((pixels - ground[:, None, None]).norm(dim=0) > _MIN_CONTRAST)
+    if region.sum() < _MIN_SHAPE_PIXELS:
+        return Measurement(background)
     ys, xs = region.nonzero(as_tuple=True)
     box = (ys.min().item(), xs.min().item(), ys.max().item() + 1, xs.max().item() + 1)
     fit = _best_fit(region, box)
     center = (fit.center_x / width, fit.center_y / height)
     side = math.sqrt(height * width)
-    return Seen(
+    return Measurement(
         background=background,
         color=_nearest_color(pixels[:, region].median(1).values),
         shape=fit.shape,
@@ -57,10 +57,10 @@ def measure(image: Tensor) -> Seen:
 
 
 def agreement(images: list[Tensor], specs: list[Spec]) -> dict[str, float]:
-    """Share of images whose measured background, colour, shape, size and place are those of their specs."""
-    seen = [measure(image) for image in images]
+    """Return the share of images whose measured background, colour, shape, size and place match their specs."""
+    measurements = [measure(image) for image in images]
     return {
-        key: sum(getattr(s, key) == getattr(spec, key) for s, spec in zip(seen, specs, strict=True))
+        key: sum(getattr(s, key) == getattr(spec, key) for s, spec in zip(measurements, specs, strict=True))
         / len(specs)
         for key in ("background", "color", "shape", "size", "place")
     }
@@ -75,7 +75,7 @@ def _nearest_color(color: Tensor) -> str:
 
 
 def _largest_region(mask: Tensor) -> Tensor:
-    """The largest 8-connected region of `mask` (H, W): every pixel takes its region's highest label."""
+    """Return the largest 8-connected region of `mask` (H, W), by propagating the highest label within each region."""
     height, width = mask.shape
     labels = (torch.arange(1, height * width + 1).view(1, 1, height, width)).float() * mask
     while True:
@@ -93,7 +93,7 @@ def _largest_region(mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Fit:
-    """An ideal shape laid over a region; lengths in pixels."""
+    """An ideal shape fitted to a region; lengths in pixels."""
 
     shape: str
     overlap: float
@@ -103,7 +103,7 @@ class _Fit:
 
 
 def _best_fit(region: Tensor, box: tuple[float, float, float, float]) -> _Fit:
-    """The ideal shape that, fitted to `box` (top, left, bottom, right), overlaps `region` most."""
+    """Return the ideal shape, fitted to `box` (top, left, bottom, right), with the largest overlap with `region`."""
     return max((_fit(shape, region, box) for shape in SHAPES), key=lambda fit: fit.overlap)
 
 
@@ -121,7 +121,7 @@ def _fit(shape: str, region: Tensor, box: tuple[float, float, float, float]) -> 
 
 
 def _extent(shape: str) -> tuple[float, float, float, float]:
-    """Lowest and highest x, lowest and highest y of `shape` in units of its radius."""
+    """Return minimum and maximum x, minimum and maximum y of `shape` in units of its radius."""
     line = torch.linspace(-1.3, 1.3, 521)
     y, x = torch.meshgrid(line, line, indexing="ij")
     inside = distance(shape, x, y) < 0

@@ -1,8 +1,8 @@
-"""The small world of captioned shapes: what an image may hold, and which combinations are held out.
+"""The world of captioned shapes: possible image contents, their sampling, and held-out combinations.
 
 A plain image is one shape in one colour on one background, in one of two sizes at one of five places. Rich
-images add what a new concept can later be composed of: outlines, striped and dotted fills, a mark inside the
-shape (a smaller shape, one eye, two eyes) and free-form silhouettes under invented words.
+images add elements of new concepts: outlines, striped and dotted fills, a mark inside the shape (a smaller shape,
+one eye, two eyes) and free-form silhouettes with invented words.
 """
 
 import math
@@ -36,14 +36,14 @@ PLACES = {
     "top": (0.5, 0.27),
     "bottom": (0.5, 0.73),
 }
-# (height, width): one area of about 128x128; sides divide by 32, as the f8 VAE and two UNet halvings need.
+# (height, width): areas of about 128x128; edges are multiples of 32, as required by the f8 VAE and two UNet downsamplings.
 BUCKETS: tuple[tuple[int, int], ...] = ((128, 128), (96, 160), (160, 96))
 
-# Shapes with a middle to put a mark on, and shapes that are recognised at a third of the size.
+# Shapes with room for a mark in the middle, and shapes that are recognizable at a third of the size.
 _MARKABLE = ("circle", "square", "triangle", "diamond", "cross", "heart", "star", "freeform")
 MARK_SHAPES = ("circle", "square", "triangle", "diamond", "heart", "star")
 _CONSONANTS, _VOWELS = "bcdfgklmnprstvxz", "aeiou"
-# Words of demo projects: the world never uses them, so they stay new to the model.
+# Words of demo projects, which the world never uses, so that they are new to the model.
 RESERVED_WORDS = frozenset({"zorp"})
 
 
@@ -60,9 +60,9 @@ class FreeForm:
 
 @dataclass(frozen=True)
 class Mark:
-    """Something drawn on the middle of a shape: a small `shape` of `color`, or `eyes` white eyes with pupils.
+    """A mark in the middle of a shape: a small `shape` of `color`, or `eyes` white eyes with pupils.
 
-    The world's eyes have `scale` 1.
+    Eyes in the world have `scale` 1.
     """
 
     shape: str | None = None
@@ -73,10 +73,10 @@ class Mark:
 
 @dataclass(frozen=True)
 class Spec:
-    """What one image of the world holds.
+    """Content of one image of the world.
 
-    Colours are keys of COLORS; `noun` replaces the shape's name; `outline_width` is a share of the radius, which
-    varies from image to image where None stands.
+    Colours are keys of COLORS; `noun` replaces the shape's name; `outline_width` is a share of the radius, random
+    if None.
     """
 
     shape: str
@@ -94,17 +94,17 @@ class Spec:
 
     @property
     def plain(self) -> bool:
-        """True when shape, colour, background, size and place say everything."""
+        """Whether the spec has only shape, colour, background, size and place."""
         return self == Spec(self.shape, self.color, self.background, self.size, self.place)
 
 
 def is_held_out(shape: str, color: str, background: str) -> bool:
-    """A twelfth of the (shape, colour, background) triples, chosen by checksum, no training ever sees."""
+    """Return whether a (shape, colour, background) triple is excluded from training: a twelfth, chosen by checksum."""
     return zlib.crc32(f"{shape}/{color}/{background}".encode()) % 12 == 0
 
 
 def sample_plain(rng: random.Random, split: Split | None = "train") -> Spec:
-    """Draws a plain image of `split` (None: of either)."""
+    """Sample a plain image of `split` (None: of either)."""
     while True:
         color, background = rng.sample(list(COLORS), 2)
         shape = rng.choice(SHAPES)
@@ -115,7 +115,7 @@ def sample_plain(rng: random.Random, split: Split | None = "train") -> Spec:
 
 
 def sample_rich(rng: random.Random) -> Spec:
-    """Draws a training image with at least one of: free-form silhouette, outline, pattern, mark."""
+    """Sample a training image with at least one of: free-form silhouette, outline, pattern, mark."""
     spec = sample_plain(rng)
     if rng.random() < 0.2:
         noun = "shape" if rng.random() < 0.3 else invented_word(rng)
@@ -135,14 +135,14 @@ def sample_rich(rng: random.Random) -> Spec:
 
 
 def sample_world(rng: random.Random, rich_share: float) -> Spec:
-    """Draws a training image: rich with probability `rich_share`, plain otherwise."""
+    """Sample a training image: rich with probability `rich_share`, plain otherwise."""
     return sample_rich(rng) if rng.random() < rich_share else sample_plain(rng)
 
 
 def held_out_specs(count: int, seed: int) -> list[Spec]:
-    """`count` different plain images of the held-out split, in an order fixed by `seed`.
+    """Return `count` distinct plain images of the held-out split, in an order determined by `seed`.
 
-    Raises ValueError when the split holds fewer.
+    Raises ValueError if the split has fewer.
     """
     specs = [
         Spec(shape, color, background, size, place)
@@ -154,13 +154,13 @@ def held_out_specs(count: int, seed: int) -> list[Spec]:
         for place in PLACES
     ]
     if count > len(specs):
-        raise ValueError(f"the held-out split holds {len(specs)} plain images, {count} were asked for")
+        raise ValueError(f"the held-out split has {len(specs)} plain images, {count} were requested")
     random.Random(seed).shuffle(specs)
     return specs[:count]
 
 
 def sample_freeform(rng: random.Random) -> FreeForm:
-    """Draws a silhouette with 2 to 7 lobes or points."""
+    """Sample a silhouette with 2 to 7 lobes or points."""
     first, second, third, fourth = (rng.gauss(0, 0.05) for _ in range(4))
     return FreeForm(
         lobes=rng.choice((2, 3, 4, 5, 6, 7)),
@@ -172,7 +172,7 @@ def sample_freeform(rng: random.Random) -> FreeForm:
 
 
 def invented_word(rng: random.Random) -> str:
-    """A pronounceable word of one or two syllables which is neither reserved nor a name of the world."""
+    """Return a pronounceable word of one or two syllables that is neither reserved nor a name in the world."""
     while True:
         word = "".join(
             rng.choice(_CONSONANTS)
@@ -185,11 +185,11 @@ def invented_word(rng: random.Random) -> str:
 
 
 def sample_frame(rng: random.Random, bucket: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Draws (original height, original width, crop top, crop left) for an image shown in `bucket` (h, w).
+    """Sample (original height, original width, crop top, crop left) for an image in `bucket` (h, w).
 
     Seven in ten are the bucket itself or a multiple of it, uncropped; the others have another aspect, are
-    resized to cover the bucket and cropped. These four, with the bucket's size, are SDXL's time ids
-    (Podell et al. 2023, section 2.2), so the model learns what they mean.
+    resized to cover the bucket and cropped. These four and the bucket's size are SDXL's time ids (Podell et al.
+    2023, section 2.2), which the model thereby learns.
     """
     height, width = bucket
     if rng.random() < 0.7:
@@ -202,8 +202,8 @@ def sample_frame(rng: random.Random, bucket: tuple[int, int]) -> tuple[int, int,
     return original_h, original_w, top, left
 
 
-def _other_color(rng: random.Random, *taken: str) -> str:
-    return rng.choice([color for color in COLORS if color not in taken])
+def _other_color(rng: random.Random, *excluded: str) -> str:
+    return rng.choice([color for color in COLORS if color not in excluded])
 
 
 def _sample_mark(rng: random.Random, body: str) -> Mark:

@@ -1,6 +1,6 @@
-"""What a person sees of a dataset in the UI: contact sheets and plots, as Pillow images.
+"""Contact sheets and plots of datasets for the UI, as Pillow images.
 
-matplotlib is imported when the first plot is drawn, and through its object interface only: no window, no global state.
+matplotlib is imported lazily and used only through its object interface, without windows or global state.
 """
 
 import functools
@@ -27,10 +27,10 @@ _MAX_BARS = 24
 def contact_sheet(
     images: Sequence[Image.Image | Path], captions: Sequence[str], columns: int | None = None, tile: int = 224
 ) -> Image.Image:
-    """Images in rows, each fitted into a square of `tile` pixels with its caption below it (two lines at most).
+    """Return a grid of images, each fitted into a square of `tile` pixels above its caption (two lines at most).
 
-    A path is read upright and in sRGB; one that cannot be read shows as an empty tile with the reason. Raises ValueError when there
-    is nothing to show, or not one caption per thumbnail.
+    A path is read upright and in sRGB; one that cannot be read becomes an empty tile with the reason. Raises ValueError if there are no
+    images, or if the numbers of images and captions differ.
     """
     if not images:
         raise ValueError("a contact sheet needs at least one image")
@@ -58,9 +58,9 @@ def contact_sheet(
 def grouped_sheet(
     groups: Sequence[Sequence[tuple[Image.Image | Path, str]]], columns: int = 4, tile: int = 160
 ) -> Image.Image:
-    """Groups of captioned images side by side, a row for each; of a group of more than `columns` the first ones.
+    """Return a sheet with a row for each group of captioned images, limited to the first `columns` of a group.
 
-    Raises ValueError when there is no group.
+    Raises ValueError if there is no group.
     """
     blank = Image.new("RGB", (1, 1), _PAPER)
     cells: list[tuple[Image.Image | Path, str]] = []
@@ -71,7 +71,7 @@ def grouped_sheet(
 
 
 def to_jpeg(image: Image.Image, max_bytes: int = 300_000) -> bytes:
-    """The image as a JPEG of at most `max_bytes`: of lower quality first, and smaller only when that is not enough."""
+    """Return the image as a JPEG of at most `max_bytes`, by reducing first the quality and then the size."""
     if image.mode != "RGB":
         image = image.convert("RGB")
     while True:
@@ -87,27 +87,29 @@ def to_jpeg(image: Image.Image, max_bytes: int = 300_000) -> bytes:
 
 
 def bucket_histogram(rows: pd.DataFrame, short: Collection[tuple[int, int]] = ()) -> Image.Image:
-    """How many crops each bucket has, from tallest to widest, training and evaluation crops apart.
+    """Return a bar chart of the train and eval crops per bucket, from tallest to widest.
 
-    `rows` is a crop plan. Past 24 buckets the least filled are summed up in one bar. The bars of `short`, buckets (width, height)
-    that do not fill a batch, are red; some of them are shown even when there are many fuller ones.
+    `rows` is a crop plan. Beyond 24 buckets the least filled are summed in one bar. The bars of `short`, buckets (width, height) that do
+    not fill a batch, are red; some of them are included even if there are many fuller ones.
     """
     from matplotlib.patches import Patch
 
     counts = rows.groupby(["bucket_w", "bucket_h", "split"]).size().unstack("split", fill_value=0)
     counts = counts.reindex(columns=["train", "eval"], fill_value=0)
     totals = counts.sum(axis=1)
-    fullest = totals.sort_values(ascending=False, kind="stable").index.tolist()
-    poorest = [size for size in reversed(fullest[_MAX_BARS:]) if size in short][: _MAX_BARS // 4]
-    shown = counts.loc[fullest[: _MAX_BARS - len(poorest)] + poorest]
+    buckets_by_count = totals.sort_values(ascending=False, kind="stable").index.tolist()
+    short_buckets = [size for size in reversed(buckets_by_count[_MAX_BARS:]) if size in short][
+        : _MAX_BARS // 4
+    ]
+    shown = counts.loc[buckets_by_count[: _MAX_BARS - len(short_buckets)] + short_buckets]
     shown = shown.loc[sorted(shown.index, key=lambda size: (size[0] / size[1], size[0]), reverse=True)]
     labels = [f"{width}x{height}" for width, height in shown.index]
     train, evaluation = shown["train"].tolist(), shown["eval"].tolist()
     if len(counts) > len(shown):
-        rest = counts.sum() - shown.sum()
+        others = counts.sum() - shown.sum()
         labels.insert(0, f"{len(counts) - len(shown)} others")
-        train.insert(0, int(rest["train"]))
-        evaluation.insert(0, int(rest["eval"]))
+        train.insert(0, int(others["train"]))
+        evaluation.insert(0, int(others["eval"]))
     figure, axes = _axes(height=1.5 + 0.3 * max(len(labels), 3))
     largest = max([a + b for a, b in zip(train, evaluation, strict=True)], default=1)
     names = {f"{width}x{height}" for width, height in short}
@@ -127,24 +129,24 @@ def bucket_histogram(rows: pd.DataFrame, short: Collection[tuple[int, int]] = ()
     if len(legend) > 1:
         handles = [Patch(color=colour, label=label) for label, colour in legend.items()]
         figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), frameon=False)
-    return _draw(figure)
+    return _rasterize(figure)
 
 
 def resolution_scatter(scanned: pd.DataFrame) -> Image.Image:
-    """Width against height of every image of a scan, kept and dropped ones, on logarithmic axes of the same scale."""
+    """Return a scatter plot of width and height of every kept and dropped image of a scan, on equal logarithmic axes."""
     images = scanned[scanned["width"] > 0]
     figure, axes = _axes(height=5.2, width=6.0)
     for status, colour in (("dropped", _GREY), ("kept", _BLUE)):
-        some = images[images["status"] == status]
-        if len(some):
+        images_of_status = images[images["status"] == status]
+        if len(images_of_status):
             axes.scatter(
-                some["width"],
-                some["height"],
+                images_of_status["width"],
+                images_of_status["height"],
                 s=26,
                 color=colour,
                 alpha=0.65,
                 linewidths=0,
-                label=f"{status} ({len(some):,})",
+                label=f"{status} ({len(images_of_status):,})",
             )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
@@ -162,18 +164,18 @@ def resolution_scatter(scanned: pd.DataFrame) -> Image.Image:
     axes.set_title(f"Sizes of {len(images):,} images", loc="left", fontsize=11)
     if len(images):
         axes.legend(loc="upper left", frameon=False)
-    return _draw(figure)
+    return _rasterize(figure)
 
 
 def caption_length_histogram(scanned: pd.DataFrame) -> Image.Image:
-    """How long the captions of the kept images are, in words, with the median marked."""
+    """Return a histogram of the caption lengths of the kept images in words, with the median."""
     captions = [text for texts in scanned.loc[scanned["status"] == "kept", "captions"] for text in texts]
     lengths = pd.Series([len(text.split()) for text in captions], dtype="int64")
     figure, axes = _axes(height=3.4)
     if len(lengths):
         longest = int(lengths.max())
         width = max(1, math.ceil((longest + 1) / 40))
-        # bins centred on whole words, so that a bar stands over its number
+        # bins centred on integers, so that a bar is above its number
         axes.hist(
             lengths,
             bins=[edge - 0.5 for edge in range(0, longest + 1 + width, width)],
@@ -188,7 +190,7 @@ def caption_length_histogram(scanned: pd.DataFrame) -> Image.Image:
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_locator().set_params(integer=True)
     axes.set_title(f"Length of {len(lengths):,} captions", loc="left", fontsize=11)
-    return _draw(figure)
+    return _rasterize(figure)
 
 
 def _tile(image: Image.Image | Path, tile: int) -> Image.Image:
@@ -199,7 +201,7 @@ def _tile(image: Image.Image | Path, tile: int) -> Image.Image:
             return _empty_tile(error.reason, tile)
     scale = tile / max(image.size)
     size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
-    # a tiny image keeps its hard pixels when enlarged
+    # nearest neighbour preserves the pixels of a tiny image
     resampling = (
         Image.Resampling.LANCZOS
         if scale < 1
@@ -221,12 +223,12 @@ def _empty_tile(reason: str, tile: int) -> Image.Image:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    """Return `text` broken between words into at most `lines` lines of `width` pixels; what does not fit ends in an ellipsis.
+    """Return `text` wrapped into at most `lines` lines of `width` pixels; an ellipsis marks truncated text.
 
-    The cost does not grow with the text: only as many characters are measured as fit if each were a pixel wide.
+    The cost is bounded: at most as many characters are measured as would fit if each were a pixel wide.
     """
-    most = lines * width
-    words = deque(" ".join(text[: 8 * most].split())[: most + 1].split(" "))
+    max_width = lines * width
+    words = deque(" ".join(text[: 8 * max_width].split())[: max_width + 1].split(" "))
     wrapped: list[str] = []
     while words and words[0] and len(wrapped) < lines:
         line = words.popleft()
@@ -242,17 +244,17 @@ def _shorten(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     if font.getlength(line) <= width:
         return line
     line = line.removesuffix(" …")
-    kept = bisect_left(
+    shown_length = bisect_left(
         range(1, len(line) + 1), True, key=lambda count: font.getlength(line[:count] + "…") > width
     )
-    return line[:kept] + "…"
+    return line[:shown_length] + "…"
 
 
 @functools.cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
     import matplotlib
 
-    # Pillow's own font knows Latin letters only; matplotlib brings one with Greek, Cyrillic and symbols
+    # Pillow's own font has only Latin letters; that of matplotlib has Greek, Cyrillic and symbols
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
@@ -263,7 +265,7 @@ def _jpeg(image: Image.Image, quality: int) -> bytes:
 
 
 def _round_edges(low: float, high: float) -> list[int]:
-    """Powers of two from `low` to `high`, with the steps between them when there are few."""
+    """Return the powers of two around `low` to `high`, with intermediate steps if there are few."""
     powers = [2**exponent for exponent in range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)]
     if len(powers) > 4:
         return powers
@@ -271,7 +273,7 @@ def _round_edges(low: float, high: float) -> list[int]:
 
 
 def _axes(height: float, width: float = 7.2) -> tuple[Any, Any]:
-    """A figure of inches `height` x `width` with one pair of axes in the house style."""
+    """Return a figure of `height` x `width` inches with one pair of styled axes."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -286,7 +288,7 @@ def _axes(height: float, width: float = 7.2) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _draw(figure: Any) -> Image.Image:
+def _rasterize(figure: Any) -> Image.Image:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
