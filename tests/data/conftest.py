@@ -21,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_dataset(folder: Path) -> Callable[..., ImageDataset]:
-    """A dataset over `folder`, at a small resolution unless told otherwise."""
+    """Build a dataset over `folder`, at a low resolution by default."""
 
     def make(**settings: Any) -> ImageDataset:
         defaults = {
@@ -37,6 +37,6 @@ def make_dataset(folder: Path) -> Callable[..., ImageDataset]:
 
 @pytest.fixture(scope="session")
 def photograph() -> Image.Image:
-    """The astronaut, 320x200: a real photograph that is not symmetric in any way."""
+    """A real photograph, 320x200, without any symmetry."""
     with Image.open(PHOTOGRAPHS / "astronaut.png") as image:
         return image.convert("RGB").resize((320, 200), Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""Image files that Pillow does not write, put together from their bytes."""
+"""Image files that Pillow cannot write, built from bytes."""
 
 import struct
 import zlib
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def png(rows: Sequence[bytes], width: int, depth: int, colour_type: int, **chunks: bytes) -> bytes:
-    """A PNG of unfiltered rows, with further chunks before the pixels (`tRNS=...`)."""
+    """Return a PNG of unfiltered rows, with further chunks before the pixels (`tRNS=...`)."""
     header = struct.pack(">IIBBBBB", width, len(rows), depth, colour_type, 0, 0, 0)
     pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
     parts = [(b"IHDR", header), *((kind.encode(), body) for kind, body in chunks.items())]
@@ -20,7 +20,7 @@ def png(rows: Sequence[bytes], width: int, depth: int, colour_type: int, **chunk
 
 
 def tiff(data: bytes, width: int, height: int, bits: int, samples: int = 1, **tags: int) -> bytes:
-    """An uncompressed little-endian TIFF of one strip; `tags` are further ones of type SHORT, `t338=1`."""
+    """Return an uncompressed little-endian TIFF of one strip; `tags` are further ones of type SHORT, `t338=1`."""
     shorts = {256: width, 257: height, 259: 1, 262: 1 if samples < 3 else 2, 277: samples, 278: height}
     shorts |= {258: bits} | {int(name[1:]): value for name, value in tags.items()}
     entries = {tag: struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in shorts.items()}
@@ -34,14 +34,14 @@ def tiff(data: bytes, width: int, height: int, bits: int, samples: int = 1, **ta
 
 
 def premultiplied_grey_tiff(grey: np.ndarray, alpha: np.ndarray) -> bytes:
-    """A TIFF of grey and associated alpha, 8 bits each (ExtraSamples 1): Pillow's mode La."""
+    """Return a TIFF of grey and associated alpha, 8 bits each (ExtraSamples 1): Pillow's mode La."""
     premultiplied = np.rint(grey.astype(float) * alpha / 255).astype(np.uint8)
     data = np.stack([premultiplied, alpha], axis=-1).tobytes()
     return tiff(data, grey.shape[1], grey.shape[0], bits=8, samples=2, t338=1)
 
 
 def twelve_bit_tiff(values: np.ndarray, **tags: int) -> bytes:
-    """A grey TIFF of 12 bits a sample; rows of an even number of pixels."""
+    """Return a grey TIFF of 12 bits per sample; rows have an even number of pixels."""
     pairs = values.reshape(-1, 2).astype(np.uint32)
     packed = (pairs[:, 0] << 12) | pairs[:, 1]
     data = np.stack([packed >> 16, packed >> 8, packed], axis=1).astype(np.uint8).tobytes()
@@ -49,14 +49,14 @@ def twelve_bit_tiff(values: np.ndarray, **tags: int) -> bytes:
 
 
 def tga(pixels: np.ndarray) -> bytes:
-    """An uncompressed 24-bit Targa image of the first version, which has no signature."""
+    """Return an uncompressed 24-bit Targa image of version 1, which has no signature."""
     height, width, _ = pixels.shape
     header = struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, width, height, 24, 0x20)
     return header + pixels[:, :, ::-1].tobytes()
 
 
 def dib(pixels: np.ndarray) -> bytes:
-    """A bitmap without the header of a BMP file, as it is in Windows' resources."""
+    """Return a bitmap without the BMP file header, as in Windows resources."""
     height, width, _ = pixels.shape
     rows = [row[:, ::-1].tobytes() for row in pixels[::-1]]
     data = b"".join(row + bytes(-len(row) % 4) for row in rows)

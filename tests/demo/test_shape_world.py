@@ -1,4 +1,4 @@
-"""Holds that the world's images show what their specs say, and that held-out combinations stay out of training."""
+"""Tests of the shape world: images match their specs, and held-out combinations are not sampled for training."""
 
 import random
 
@@ -27,7 +27,7 @@ from sdxl_pipeline.demo.shape_world import (
 
 
 @pytest.mark.parametrize("size", BUCKETS)
-def test_a_rendered_spec_is_measured_as_itself(size: tuple[int, int]) -> None:
+def test_agreement_rendered_specs_is_complete(size: tuple[int, int]) -> None:
     rng = random.Random(3)
     specs = [sample_plain(rng, None) for _ in range(60)]
     images = list(render(specs, size, rng))
@@ -36,31 +36,37 @@ def test_a_rendered_spec_is_measured_as_itself(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_ideal_shapes_overlap_their_own_outline_only(shape: str) -> None:
-    seen = measure(render([Spec(shape, "red", "blue", "large", "centre")], (128, 128), None)[0])
-    assert (seen.shape, seen.color, seen.background, seen.size, seen.place) == (
+def test_measure_ideal_shape_matches_spec(shape: str) -> None:
+    measurement = measure(render([Spec(shape, "red", "blue", "large", "centre")], (128, 128), None)[0])
+    assert (
+        measurement.shape,
+        measurement.color,
+        measurement.background,
+        measurement.size,
+        measurement.place,
+    ) == (
         shape,
         "red",
         "blue",
         "large",
         "centre",
     )
-    assert seen.overlap > 0.9
+    assert measurement.overlap > 0.9
 
 
-def test_an_empty_image_shows_only_its_background() -> None:
-    seen = measure(torch.full((3, 128, 128), 1.0))
-    assert (seen.background, seen.shape, seen.color) == ("white", None, None)
+def test_measure_empty_image_gives_background() -> None:
+    measurement = measure(torch.full((3, 128, 128), 1.0))
+    assert (measurement.background, measurement.shape, measurement.color) == ("white", None, None)
 
 
-def test_measuring_tells_a_wrong_image() -> None:
-    drawn = Spec("circle", "red", "blue", "large", "left")
-    said = Spec("square", "green", "yellow", "small", "right")
-    shares = agreement([render([drawn], (128, 128), None)[0]], [said])
+def test_agreement_different_image_is_zero() -> None:
+    rendered_spec = Spec("circle", "red", "blue", "large", "left")
+    expected_spec = Spec("square", "green", "yellow", "small", "right")
+    shares = agreement([render([rendered_spec], (128, 128), None)[0]], [expected_spec])
     assert set(shares.values()) == {0.0}
 
 
-def test_training_images_never_show_a_held_out_triple() -> None:
+def test_sample_world_excludes_held_out_triples() -> None:
     rng = random.Random(0)
     specs = [sample_world(rng, 0.5) for _ in range(5000)]
     assert not any(is_held_out(s.shape, s.color, s.background) for s in specs if s.shape != "freeform")
@@ -69,18 +75,18 @@ def test_training_images_never_show_a_held_out_triple() -> None:
     assert len(set(held_out)) == 256
 
 
-def test_about_a_twelfth_of_the_triples_is_held_out() -> None:
+def test_is_held_out_share_is_about_a_twelfth() -> None:
     triples = [(s, c, b) for s in SHAPES for c in COLORS for b in COLORS if c != b]
     share = sum(is_held_out(*triple) for triple in triples) / len(triples)
     assert 1 / 18 < share < 1 / 8
 
 
-def test_asking_for_more_held_out_images_than_there_are_is_an_error() -> None:
-    with pytest.raises(ValueError, match="held-out split holds"):
+def test_held_out_specs_count_too_large_raises() -> None:
+    with pytest.raises(ValueError, match="held-out split has"):
         held_out_specs(10_000, seed=0)
 
 
-def test_rich_images_differ_from_plain_ones_and_say_so() -> None:
+def test_sample_rich_captions_describe_extras() -> None:
     rng = random.Random(1)
     for _ in range(300):
         spec = sample_rich(rng)
@@ -94,13 +100,13 @@ def test_rich_images_differ_from_plain_ones_and_say_so() -> None:
             assert spec.noun in caption
 
 
-def test_reserved_words_are_never_invented() -> None:
+def test_invented_word_is_never_reserved() -> None:
     rng = random.Random(2)
     words = {invented_word(rng) for _ in range(20_000)}
     assert not words & (RESERVED_WORDS | set(COLORS) | set(SHAPES))
 
 
-def test_the_canonical_caption() -> None:
+def test_canonical_caption_has_expected_wording() -> None:
     plain = Spec("arrow", "orange", "white", "small", "centre")
     assert canonical_caption(plain) == "a small orange arrow on a white background"
     assert (
@@ -114,7 +120,7 @@ def test_the_canonical_caption() -> None:
     )
 
 
-def test_captions_vary_and_an_unsaid_place_means_the_centre() -> None:
+def test_sample_caption_varies_with_all_properties() -> None:
     rng = random.Random(0)
     spec = Spec("ring", "green", "black", "large", "top")
     captions = {sample_caption(spec, rng) for _ in range(200)}
@@ -122,7 +128,7 @@ def test_captions_vary_and_an_unsaid_place_means_the_centre() -> None:
     assert all("at the top" in caption and "green" in caption and "black" in caption for caption in captions)
 
 
-def test_outline_eyes_and_pattern_are_drawn_in_their_colours() -> None:
+def test_render_outline_eyes_and_pattern_have_expected_colours() -> None:
     body = Spec("square", "red", "blue", "large", "centre")
     outlined = Spec("square", "red", "blue", "large", "centre", outline="yellow")
     eyed = Spec("square", "red", "blue", "large", "centre", mark=Mark(eyes=1))
@@ -144,20 +150,20 @@ def test_outline_eyes_and_pattern_are_drawn_in_their_colours() -> None:
     assert 0.35 < half < 0.65
 
 
-def test_free_forms_follow_their_parameters() -> None:
+def test_render_freeform_without_depth_is_a_circle() -> None:
     round_form = FreeForm(lobes=5, depth=0.0, phase=0.0, pointed=False, dents=(0.0, 0.0, 0.0, 0.0))
     spec = Spec("freeform", "red", "blue", "large", "centre", freeform=round_form, noun="shape")
     assert measure(render([spec], (128, 128), None)[0]).shape == "circle"
 
 
-def test_a_crop_frame_moves_the_image_by_its_offsets() -> None:
+def test_render_frame_crops_at_its_offsets() -> None:
     spec = Spec("circle", "red", "blue", "large", "centre")
-    whole = render([spec], (128, 192), None)[0]
+    full_image = render([spec], (128, 192), None)[0]
     cropped = render([spec], (128, 128), None, [(128, 192, 0, 40)])[0]
-    assert torch.allclose(cropped, whole[:, :, 40:168], atol=1e-4)
+    assert torch.allclose(cropped, full_image[:, :, 40:168], atol=1e-4)
 
 
-def test_frames_stay_within_the_resized_original() -> None:
+def test_sample_frame_crop_is_inside_resized_original() -> None:
     rng = random.Random(5)
     for bucket in BUCKETS:
         for _ in range(300):
@@ -167,7 +173,7 @@ def test_frames_stay_within_the_resized_original() -> None:
             assert 0 <= left <= original_w * scale - bucket[1] + 1
 
 
-def test_rendering_is_a_pure_function_of_its_seed() -> None:
+def test_render_equal_seeds_give_equal_images() -> None:
     rng = random.Random(9)
     specs = [sample_world(rng, 0.7) for _ in range(16)]
     first = render(specs, (96, 160), random.Random(4))
@@ -177,7 +183,7 @@ def test_rendering_is_a_pure_function_of_its_seed() -> None:
     assert first.abs().max() <= 1
 
 
-def test_art_is_reproducible_and_in_range() -> None:
+def test_render_art_is_reproducible_and_in_range() -> None:
     art = render_art(6, (64, 96), torch.Generator().manual_seed(1))
     assert torch.equal(art, render_art(6, (64, 96), torch.Generator().manual_seed(1)))
     assert art.shape == (6, 3, 64, 96)

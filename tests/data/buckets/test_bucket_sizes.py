@@ -1,4 +1,4 @@
-"""Bucket sizes against SimpleTuner's figures, resizes that always cover their bucket, and each filter by its name."""
+"""Tests of bucket sizes against SimpleTuner's values, covering sizes, and the reason of each filter."""
 
 import itertools
 
@@ -20,7 +20,7 @@ def bucket_of(width, height, resolution, resolution_type, alignment=64, rounding
 
 
 def reasons_of(dataset, *sizes):
-    """The filters' reasons for images given as (height, width)."""
+    """Return the filters' reasons for images given as (height, width)."""
     heights, widths = np.array(sizes).T
     return filter_reasons(dataset, heights, widths).tolist()
 
@@ -37,7 +37,7 @@ def reasons_of(dataset, *sizes):
         (4000, 1000, (512, 2048)),
     ],
 )
-def test_one_megapixel_gives_the_sizes_of_the_reference(width, height, expected):
+def test_bucket_size_one_megapixel_matches_simpletuner(width, height, expected):
     assert bucket_of(width, height, 1.0, "area") == expected
     assert bucket_of(width, height, 1024, "pixel_area") == expected
 
@@ -45,7 +45,13 @@ def test_one_megapixel_gives_the_sizes_of_the_reference(width, height, expected)
 @pytest.mark.parametrize(
     ("resolution", "resolution_type", "alignment", "size", "expected"),
     [
-        (0.5, "area", 64, (1000, 1000), (704, 704)),  # squares by the same formula as the rest, not 768
+        (
+            0.5,
+            "area",
+            64,
+            (1000, 1000),
+            (704, 704),
+        ),  # squares use the general formula, which does not give 768
         (128, "pixel_area", 8, (1500, 1000), (104, 160)),
         (128, "pixel_area", 16, (1920, 1080), (96, 176)),
         (512, "pixel", 64, (1920, 1080), (512, 896)),
@@ -54,17 +60,17 @@ def test_one_megapixel_gives_the_sizes_of_the_reference(width, height, expected)
         (16, "pixel_area", 64, (1000, 1000), (64, 64)),  # never below the alignment
     ],
 )
-def test_units_and_alignments(resolution, resolution_type, alignment, size, expected):
+def test_bucket_size_units_and_alignments_are_applied(resolution, resolution_type, alignment, size, expected):
     assert bucket_of(*size, resolution, resolution_type, alignment) == expected
 
 
-def test_images_of_nearly_one_shape_share_a_bucket():
+def test_bucket_size_similar_aspects_share_a_bucket():
     sizes = {bucket_of(width, 1000, 1.0, "area", 8, 1) for width in range(1455, 1545)}
     assert len(sizes) == 1
     assert len({bucket_of(width, 1000, 1.0, "area", 8, 4) for width in range(1455, 1545)}) > 1
 
 
-def test_a_image_too_narrow_for_the_rounding_still_has_a_bucket():
+def test_bucket_size_aspect_below_rounding_is_not_zero():
     height, width = bucket_of(3, 9000, 1.0, "area")
     assert width == 64
     assert height > 9000
@@ -75,7 +81,7 @@ EDGES = (1, 2, 63, 64, 65, 127, 333, 500, 767, 1000, 1080, 1365, 1920, 3999, 600
 
 @pytest.mark.parametrize("resolution_type", ["area", "pixel_area", "pixel"])
 @pytest.mark.parametrize("alignment", [8, 24, 64])
-def test_resizes_cover_their_bucket_and_keep_the_aspect(resolution_type, alignment):
+def test_covering_sizes_cover_bucket_and_keep_aspect(resolution_type, alignment):
     resolution = 0.26 if resolution_type == "area" else 512
     for height, width in itertools.product(EDGES, EDGES):
         bucket_h, bucket_w = bucket_of(width, height, resolution, resolution_type, alignment)
@@ -90,7 +96,7 @@ def test_resizes_cover_their_bucket_and_keep_the_aspect(resolution_type, alignme
         assert abs(resized_w - width * scale) <= 0.5 + 1e-6 * resized_w
 
 
-def test_full_hd_is_resized_as_in_the_reference():
+def test_covering_sizes_full_hd_matches_simpletuner():
     assert covering_sizes(1080, 1920, 768, 1344) == (768, 1365)
 
 
@@ -117,13 +123,13 @@ def test_full_hd_is_resized_as_in_the_reference():
         ),
     ],
 )
-def test_minimum_image_size(make_dataset, settings, kept, dropped):
+def test_filter_reasons_minimum_image_size_drops_smaller_images(make_dataset, settings, kept, dropped):
     dataset = make_dataset(**settings)
     assert reasons_of(dataset, *kept) == [""] * len(kept)
     assert reasons_of(dataset, *dropped) == ["smaller than minimum_image_size"] * len(dropped)
 
 
-def test_aspect_filters(make_dataset):
+def test_filter_reasons_aspect_limits_drop_outliers(make_dataset):
     dataset = make_dataset(minimum_aspect_ratio=0.5, maximum_aspect_ratio=2.0)
     assert reasons_of(dataset, (1000, 500), (500, 1000), (1000, 490), (490, 1000)) == [
         "",
@@ -133,7 +139,7 @@ def test_aspect_filters(make_dataset):
     ]
 
 
-def test_upscale_filter(make_dataset):
+def test_filter_reasons_max_upscale_threshold_drops_small_images(make_dataset):
     dataset = make_dataset(resolution=1024, max_upscale_threshold=0.25)
     # 1024 / 820 is 24.9 % more
     assert reasons_of(dataset, (820, 820), (818, 818)) == [
@@ -143,7 +149,7 @@ def test_upscale_filter(make_dataset):
 
 
 @pytest.mark.parametrize("crop_aspect", ["closest", "random"])
-def test_a_image_that_fills_none_of_the_listed_aspects_is_left_out(make_dataset, crop_aspect):
+def test_filter_reasons_no_listed_aspect_within_threshold_drops_image(make_dataset, crop_aspect):
     dataset = make_dataset(
         resolution=1024,
         crop=True,
@@ -156,21 +162,21 @@ def test_a_image_that_fills_none_of_the_listed_aspects_is_left_out(make_dataset,
     assert reasons_of(dataset, (256, 256), (860, 860), (600, 1300)) == [reason, "", ""]
 
 
-def test_no_image_is_given_a_bucket_many_times_the_asked_size(make_dataset):
+def test_filter_reasons_extreme_aspect_drops_image(make_dataset):
     reason = "too long and narrow for a bucket of its own aspect"
     dataset = make_dataset(resolution=1024)
     assert reasons_of(dataset, (1, 20000), (20000, 1), (10, 20000), (60, 4000)) == [reason, reason, "", ""]
     assert reasons_of(make_dataset(resolution=512, resolution_type="pixel"), (100, 900)) == [reason]
-    # a square can be cut from anything
+    # a square crop fits into any image
     assert reasons_of(make_dataset(resolution=1024, crop=True), (1, 20000)) == [""]
 
 
 @pytest.mark.parametrize("rounding", [1, 2, 3, 9])
-def test_aspects_are_rounded_as_python_rounds_them(rounding):
+def test_aspect_ratios_round_like_python(rounding):
     random = np.random.default_rng(rounding)
     edges = np.concatenate([random.integers(1, 9000, 20000), 2 ** random.integers(0, 14, 4000)])
     heights, widths = edges, random.permutation(edges)
-    # ties and what lies next to them: 1.005 is below, 1.125 is one
+    # ties and values next to them: 1.005 is below one, 1.125 is one
     heights = np.concatenate([heights, [1000, 8, 200, 1, 20000, 89_000_000]])
     widths = np.concatenate([widths, [1005, 9, 203, 20000, 1, 1]])
     expected = [
@@ -208,6 +214,6 @@ def test_aspects_are_rounded_as_python_rounds_them(rounding):
         ({}, (5000, 5000), (5000, 5000)),
     ],
 )
-def test_downsampling_above_the_maximum(make_dataset, settings, size, expected):
+def test_downsampled_sizes_above_maximum_are_reduced_to_target(make_dataset, settings, size, expected):
     heights, widths = downsampled_sizes(make_dataset(**settings), np.array([size[0]]), np.array([size[1]]))
     assert (heights.item(), widths.item()) == expected

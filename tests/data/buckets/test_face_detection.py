@@ -1,4 +1,4 @@
-"""Faces are found where they are, once per image, and crops are taken around them."""
+"""Tests of face detection, its table of results, and crops centred on faces."""
 
 import hashlib
 import sys
@@ -25,7 +25,7 @@ def astronaut() -> Image.Image:
 
 
 def scan_of(folder, **images: Image.Image) -> pd.DataFrame:
-    """Save images, and give what a scan says of them."""
+    """Save images and return their scan."""
     rows = []
     for name, image in images.items():
         data = encoded(image, "PNG")
@@ -36,7 +36,7 @@ def scan_of(folder, **images: Image.Image) -> pd.DataFrame:
 
 
 @needs_opencv
-def test_the_largest_face_is_found_in_the_images_own_pixels(folder, tmp_path, astronaut):
+def test_find_faces_large_image_returns_largest_face_in_image_pixels(folder, tmp_path, astronaut):
     with Image.open(PHOTOGRAPHS / "coffee.png") as image:
         coffee = image.convert("RGB")
     large = Image.new("RGB", (3000, 1600), "grey")  # searched at a smaller size
@@ -53,23 +53,23 @@ def test_the_largest_face_is_found_in_the_images_own_pixels(folder, tmp_path, as
 
 
 @needs_opencv
-def test_a_image_is_searched_once_under_whatever_name(folder, tmp_path, astronaut, monkeypatch):
+def test_find_faces_renamed_image_is_not_searched_again(folder, tmp_path, astronaut, monkeypatch):
     table = tmp_path / "faces.parquet"
-    told = []
-    first = find_faces(folder, scan_of(folder, a=astronaut), table, lambda *done: told.append(done))
-    assert told == [(1, 1)]
+    progress = []
+    first = find_faces(folder, scan_of(folder, a=astronaut), table, lambda *done: progress.append(done))
+    assert progress == [(1, 1)]
     renamed = scan_of(folder, b=astronaut)
     monkeypatch.setattr(face_detection, "largest_face", lambda _: pytest.fail("searched again"))
     pd.testing.assert_frame_equal(find_faces(folder, renamed, table), first)
     monkeypatch.undo()
-    # another detector's findings are not this one's
+    # results of another detector version are not reused
     monkeypatch.setattr(face_detection, "DETECTOR", "a better one")
-    find_faces(folder, renamed, table, lambda *done: told.append(done))
-    assert told == [(1, 1)] * 2
+    find_faces(folder, renamed, table, lambda *done: progress.append(done))
+    assert progress == [(1, 1)] * 2
 
 
 @needs_opencv
-def test_what_was_edited_since_the_scan_is_not_remembered(folder, tmp_path, astronaut):
+def test_find_faces_file_edited_since_scan_is_not_recorded(folder, tmp_path, astronaut):
     kept = scan_of(folder, a=astronaut, gone=astronaut.rotate(90))
     (folder / "a.png").write_bytes(encoded(Image.new("RGB", (512, 512)), "PNG"))
     (folder / "gone.png").unlink()
@@ -81,46 +81,46 @@ def test_what_was_edited_since_the_scan_is_not_remembered(folder, tmp_path, astr
 
 @needs_opencv
 @pytest.mark.parametrize("turn", [None, Image.Transpose.FLIP_LEFT_RIGHT])
-def test_crops_are_taken_around_the_face(folder, tmp_path, make_dataset, astronaut, turn):
+def test_plan_crops_style_face_centres_crop_on_face(folder, tmp_path, make_dataset, astronaut, turn):
     wide = Image.new("RGB", (1600, 512), "grey")
     wide.paste(astronaut, (500, 0))
     wide = wide.transpose(turn) if turn is not None else wide
     kept = scan_of(folder, wide=wide)
     dataset = make_dataset(crop=True, crop_style="face", crops_per_image=4, random_flip=True)
     rows, _ = plan_crops(dataset, kept, 0, (), False, find_faces(folder, kept, tmp_path / "faces.parquet"))
-    # all crops around one face are the same one, and its mirror image
+    # all crops around one face are equal, so one and its mirror image remain
     assert sorted(rows["flipped"]) == [False, True]
     for row in rows.itertuples():
         middle = 725 if (turn is None) != row.flipped else 1600 - 725
         assert abs(row.crop_left + 128 - middle / 2) <= 4
 
 
-def boxes(*rows: tuple[str, int, int, int, int]) -> pd.DataFrame:
+def face_frame(*rows: tuple[str, int, int, int, int]) -> pd.DataFrame:
     return pd.DataFrame(list(rows), columns=list(face_detection.FACE_COLUMNS))
 
 
-def test_a_face_near_the_edge_is_as_near_the_middle_as_the_edge_allows(make_dataset):
+def test_plan_crops_face_near_edge_clips_crop_to_image(make_dataset):
     dataset = make_dataset(crop=True, crop_style="face")
     kept = pd.DataFrame(
         [(name, name, 512, 1024, "kept") for name in ("left", "right", "middle", "none")],
         columns=["path", "key", "height", "width", "status"],
     )
-    found = boxes(("right", 0, 980, 40, 40), ("left", 200, 10, 90, 90), ("middle", 0, 500, 500, 60))
+    found = face_frame(("right", 0, 980, 40, 40), ("left", 200, 10, 90, 90), ("middle", 0, 500, 500, 60))
     rows, _ = plan_crops(dataset, kept, 0, (), False, found)
-    # resized to 256x512: the window may begin anywhere from 0 to 256; without a face it stands in the middle
+    # resized to 256x512: offsets range from 0 to 256; without a face the window is in the middle
     assert rows["crop_left"].tolist() == [0, 256, 137, 128]
     assert set(rows["crop_top"]) == {0}
 
 
-def test_opencv_that_is_not_installed_or_too_new_is_named_with_its_remedy(make_dataset, monkeypatch):
+def test_require_detector_missing_or_new_opencv_raises_with_hint(make_dataset, monkeypatch):
     dataset = make_dataset(crop=True, crop_style="face")
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(
         FaceDetectorError, match=r"'photos'.*\"crop_style\": \"face\".*sdxl-pipeline\[faces\]"
     ):
         require_detector(dataset)
-    later = type(np)("cv2")
-    later.__version__ = "5.0.0"
-    monkeypatch.setitem(sys.modules, "cv2", later)
+    opencv_5 = type(np)("cv2")
+    opencv_5.__version__ = "5.0.0"
+    monkeypatch.setitem(sys.modules, "cv2", opencv_5)
     with pytest.raises(FaceDetectorError, match=r"OpenCV 4; version 5.0.0"):
         require_detector(dataset)

@@ -1,4 +1,4 @@
-"""What a filter list takes out of captions, what it leaves, and what it refuses by name."""
+"""Tests of caption filter lists: removal, replacement, and errors."""
 
 import json
 import time
@@ -19,15 +19,15 @@ def filtered(make_dataset):
 
 
 @pytest.mark.parametrize(
-    ("line", "caption", "left"),
+    ("line", "caption", "expected"),
     [
         ("arafed", "arafed man in an arafed hat", "man in an hat"),
         ("The image shows ", "The image shows a fox", "a fox"),
         ("this .* has a", "look, this red fox has a tail", "look, tail"),
         ("^there is", "there is a fox where there is snow", "a fox where there is snow"),
-        ("e.g.", "fox, e.g. red, eggs", "fox, red, eggs"),  # a full stop alone makes no expression
-        ("(blurry)", "a (blurry) fox", "a fox"),  # its own text goes first
-        ("(smile", "a (smile) fox", "a ) fox"),  # no expression at all
+        ("e.g.", "fox, e.g. red, eggs", "fox, red, eggs"),  # a full stop alone does not make an expression
+        ("(blurry)", "a (blurry) fox", "a fox"),  # its own text is removed first
+        ("(smile", "a (smile) fox", "a ) fox"),  # not a valid expression
         ("(?i)^an? photo of", "A photo of a fox", "a fox"),
         ("[0-9]+ ?px", "a fox, 300 px wide", "a fox, wide"),
         ("Füchse", "zwei Füchse", "zwei"),
@@ -40,55 +40,60 @@ def filtered(make_dataset):
         (r"s/\/\///", "a // fox", "a fox"),
     ],
 )
-def test_a_line_does_what_it_says(filtered, line, caption, left):
-    assert filtered(caption, line) == left
+def test_caption_filter_line_removes_or_replaces(filtered, line, caption, expected):
+    assert filtered(caption, line) == expected
 
 
-def test_lines_are_applied_in_turn_and_what_they_leave_alone_is_unchanged(filtered):
+def test_caption_filter_lines_apply_in_order(filtered):
     assert filtered("arafed fox", "arafed", "s/fox/wolf/", "^wolf") == ""
     assert filtered("two  blanks ", "fox") == "two  blanks "
     assert filtered("first\narafed  second", "arafed") == "first\n second"
 
 
-def test_a_file_of_lines_keeps_their_blanks(make_dataset, tmp_path):
-    text, listed = tmp_path / "filters.txt", tmp_path / "filters.json"
-    text.write_bytes("arafed \r\n\r\n^there is\r\n".encode("utf-8-sig"))
-    listed.write_text(json.dumps(["arafed ", "^there is"]))
-    for path in (text, listed):
-        found = caption_filter_of(make_dataset(caption_filter_list=str(path)))
-        assert [rule.line for rule in found.rules] == ["arafed ", "^there is"]
-        assert found.apply("there is an arafed fox") == "an fox"
-    assert filter_digest(text) == filter_digest(listed) == filter_digest(("arafed ", "^there is"))
-    text.write_text("arafed\n")
-    assert filter_digest(text) != filter_digest(listed)
+def test_caption_filter_file_preserves_blanks_of_lines(make_dataset, tmp_path):
+    text_path, json_path = tmp_path / "filters.txt", tmp_path / "filters.json"
+    text_path.write_bytes("arafed \r\n\r\n^there is\r\n".encode("utf-8-sig"))
+    json_path.write_text(json.dumps(["arafed ", "^there is"]))
+    for path in (text_path, json_path):
+        caption_filter = caption_filter_of(make_dataset(caption_filter_list=str(path)))
+        assert [rule.line for rule in caption_filter.rules] == ["arafed ", "^there is"]
+        assert caption_filter.apply("there is an arafed fox") == "an fox"
+    assert filter_digest(text_path) == filter_digest(json_path) == filter_digest(("arafed ", "^there is"))
+    text_path.write_text("arafed\n")
+    assert filter_digest(text_path) != filter_digest(json_path)
     assert caption_filter_of(make_dataset()) is None
 
 
-def test_lines_that_are_no_expression_are_taken_literally_and_named(make_dataset):
-    found = caption_filter_of(make_dataset(caption_filter_list=["(smile", "plain", ":)", "[a-z"]))
-    assert found.taken_literally == ("(smile", ":)", "[a-z")
-    assert found.apply("x :) y (smile z [a-z") == "x y z"
+def test_caption_filter_invalid_expressions_are_literal(make_dataset):
+    caption_filter = caption_filter_of(make_dataset(caption_filter_list=["(smile", "plain", ":)", "[a-z"]))
+    assert caption_filter.taken_literally == ("(smile", ":)", "[a-z")
+    assert caption_filter.apply("x :) y (smile z [a-z") == "x y z"
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("s/(fox/wolf/", r"'s/\(fox/wolf/' is no regular expression: missing \)"),
+        ("s/(fox/wolf/", r"'s/\(fox/wolf/' is not a valid regular expression: missing \)"),
         ("s/fox/\\2/", "invalid group reference"),
-        ("s//wolf/", "is no replacement"),
-        ("s/a/b/c/d", r"is no replacement\. Write s/find/replace/, with \\/ for a slash"),
+        ("s//wolf/", "is not a valid replacement"),
+        ("s/a/b/c/d", r"is not a valid replacement\. Write s/find/replace/, with \\/ for a slash"),
     ],
 )
-def test_a_replacement_that_cannot_be_meant_is_refused_by_name(make_dataset, line, message):
+def test_caption_filter_invalid_replacement_raises(make_dataset, line, message):
     with pytest.raises(CaptionError, match=message) as raised:
         caption_filter_of(make_dataset(caption_filter_list=[line]))
     assert "dataset 'photos' in multidatabackend.json: caption_filter_list" in str(raised.value)
 
 
-def test_a_list_that_cannot_be_read_is_refused_by_name(make_dataset, tmp_path):
+def test_caption_filter_unreadable_list_raises(make_dataset, tmp_path):
     files = {"gone.txt": None, "odd.txt": b"caf\xe9", "no.json": b"[", "object.json": b'{"a": 1}'}
-    told = ["cannot be read: No such file", "neither UTF-8", "is no JSON", "holds no list of texts"]
-    for (name, data), message in zip(files.items(), told, strict=True):
+    messages = [
+        "cannot be read: No such file",
+        "neither UTF-8",
+        "is not valid JSON",
+        "is not a list of strings",
+    ]
+    for (name, data), message in zip(files.items(), messages, strict=True):
         if data is not None:
             (tmp_path / name).write_bytes(data)
         with pytest.raises(CaptionError, match=message):
@@ -96,10 +101,10 @@ def test_a_list_that_cannot_be_read_is_refused_by_name(make_dataset, tmp_path):
         assert filter_digest(tmp_path / name) == ""
 
 
-def test_an_expression_without_end_is_stopped_and_named(make_dataset, monkeypatch):
+def test_caption_filter_slow_expression_raises_after_timeout(make_dataset, monkeypatch):
     monkeypatch.setattr(caption_filters, "SECONDS_PER_CAPTION", 0.1)
-    found = caption_filter_of(make_dataset(caption_filter_list=["(a|aa)+$"]))
-    began = time.monotonic()
+    caption_filter = caption_filter_of(make_dataset(caption_filter_list=["(a|aa)+$"]))
+    started = time.monotonic()
     with pytest.raises(CaptionError, match=r"takes more than 0\.1 seconds on the caption 'aaaa"):
-        found.apply("a" * 60 + "!")
-    assert time.monotonic() - began < 30
+        caption_filter.apply("a" * 60 + "!")
+    assert time.monotonic() - started < 30

@@ -1,4 +1,4 @@
-"""Every caption strategy word for word, text files as editors write them, and a missing caption by its name."""
+"""Tests of caption strategies, text encodings, and the status of missing captions."""
 
 import codecs
 
@@ -12,7 +12,7 @@ from sdxl_pipeline.data.captions.caption_rules import (
     complete_caption_settings,
 )
 from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
-from sdxl_pipeline.data.scan.image_reader import MAX_TEXT, read_text
+from sdxl_pipeline.data.scan.image_reader import MAX_TEXT_BYTES, read_text
 from tests.support.photographs import encoded
 
 TEXTFILE = {"caption_strategy": "textfile"}
@@ -20,7 +20,7 @@ TEXTFILE = {"caption_strategy": "textfile"}
 
 @pytest.fixture
 def caption(make_dataset, folder, photograph):
-    """Status, captions and reason that a scan gives an image whose caption file holds these bytes; None: there is no such file."""
+    """Return a function of a caption file's bytes, or None for no file, that gives status, captions and reason of a scan."""
     (folder / "a.png").write_bytes(encoded(photograph, "PNG"))
 
     def scan(data: bytes | None, **settings):
@@ -41,8 +41,8 @@ def caption(make_dataset, folder, photograph):
         ("emoji_🦊_fox.webp", "emoji 🦊 fox"),
     ],
 )
-def test_filename_changes_underscores_and_nothing_else(make_dataset, image, caption):
-    assert caption_rules(make_dataset()).captions_of(image) == Captions((caption,), "ok")
+def test_caption_rules_filename_replaces_underscores_only(make_dataset, image, caption):
+    assert caption_rules(make_dataset()).captions_for(image) == Captions((caption,), "ok")
 
 
 @pytest.mark.parametrize(
@@ -58,16 +58,16 @@ def test_filename_changes_underscores_and_nothing_else(make_dataset, image, capt
         codecs.BOM_UTF16_BE + "first caption\nsecond caption".encode("utf-16-be"),
     ],
 )
-def test_each_line_of_a_text_file_is_a_caption(caption, data):
+def test_caption_rules_text_file_lines_are_captions(caption, data):
     assert caption(data) == ("ok", ["first caption", "second caption"], "")
 
 
-def test_a_text_file_is_one_caption_where_it_is_not_split(caption):
+def test_caption_rules_disable_multiline_split_gives_one_caption(caption):
     text = b"\xef\xbb\xbf first line\r\n\r\nlast line \r\n"
     assert caption(text, disable_multiline_split=True) == ("ok", ["first line\n\nlast line"], "")
 
 
-def test_unusual_characters_stay_within_their_line(caption):
+def test_caption_rules_unicode_separators_do_not_split_lines(caption):
     assert caption("café\u2028次\x0cend 🦊".encode())[1] == ["café\u2028次\x0cend 🦊"]
 
 
@@ -92,45 +92,45 @@ def test_unusual_characters_stay_within_their_line(caption):
             "undecodable",
             "caption file is neither UTF-8 nor UTF-16 with a byte order mark",
         ),
-        (b"x" * (MAX_TEXT + 1), "too large", "caption file is larger than 1 MB"),
+        (b"x" * (MAX_TEXT_BYTES + 1), "too large", "caption file is larger than 1 MB"),
     ],
 )
-def test_a_caption_that_is_not_to_be_had_is_named_or_emptied(caption, data, status, reason):
+def test_caption_rules_unusable_caption_is_dropped_or_empty(caption, data, status, reason):
     assert caption(data) == (status, [], reason)
     assert caption(data, missing_captions="empty") == (status, [""], "")
 
 
-def test_a_caption_file_that_cannot_be_read_is_told_from_a_missing_one(make_dataset, folder):
+def test_read_text_unreadable_file_differs_from_missing_file(make_dataset, folder):
     (folder / "a.txt").mkdir()
     assert read_text(str(folder / "a.txt")).text_status == "unreadable"
     rules = caption_rules(make_dataset(**TEXTFILE))
-    assert rules.drop_reason(rules.captions_of("a.png", (), "unreadable")) == "caption file cannot be read"
+    assert rules.drop_reason(rules.captions_for("a.png", (), "unreadable")) == "caption file cannot be read"
 
 
-def test_the_instance_prompt_prefixes_or_replaces(make_dataset):
+def test_caption_rules_instance_prompt_prepends_or_replaces(make_dataset):
     prompt = TEXTFILE | {"instance_prompt": "a sks fox"}
 
     def texts(*read: str, **settings):
-        return caption_rules(make_dataset(**(prompt | settings))).captions_of("a.png", read).texts
+        return caption_rules(make_dataset(**(prompt | settings))).captions_for("a.png", read).texts
 
     assert texts("one", "two") == ("one", "two")
     assert texts("one", "two", prepend_instance_prompt=True) == ("a sks fox one", "a sks fox two")
     assert texts("one", "two", only_instance_prompt=True) == ("a sks fox",)
-    # nothing is missing when nothing is read
+    # no caption is missing if none is read
     replaced = caption_rules(make_dataset(**prompt, only_instance_prompt=True))
-    assert replaced.captions_of("a.png", (), "missing") == Captions(("a sks fox",), "ok")
+    assert replaced.captions_for("a.png", (), "missing") == Captions(("a sks fox",), "ok")
     assert texts(caption_strategy="instanceprompt", prepend_instance_prompt=True) == ("a sks fox",)
 
 
-def test_a_prefix_does_not_hide_that_the_caption_is_missing(make_dataset):
+def test_caption_rules_prefix_keeps_missing_status(make_dataset):
     settings = TEXTFILE | {"instance_prompt": "a sks fox", "prepend_instance_prompt": True}
-    dropped = caption_rules(make_dataset(**settings)).captions_of("a.png", (), "missing")
+    dropped = caption_rules(make_dataset(**settings)).captions_for("a.png", (), "missing")
     assert dropped == Captions((), "missing")
     emptied = caption_rules(make_dataset(**settings, missing_captions="empty"))
-    assert emptied.captions_of("a.png", (), "missing") == Captions(("a sks fox",), "missing")
+    assert emptied.captions_for("a.png", (), "missing") == Captions(("a sks fox",), "missing")
 
 
-def test_the_filter_comes_first_then_the_order_then_the_prefix(make_dataset):
+def test_caption_rules_filter_shuffle_and_prefix_apply_in_order(make_dataset):
     rules = caption_rules(
         make_dataset(
             **TEXTFILE,
@@ -140,21 +140,21 @@ def test_the_filter_comes_first_then_the_order_then_the_prefix(make_dataset):
             prepend_instance_prompt=True,
         )
     )
-    first, second = rules.captions_of("a.png", ["photo of fox, snow", "junk"]).texts
+    first, second = rules.captions_for("a.png", ["photo of fox, snow", "junk"]).texts
     assert (first, second) == ("sks fox, snow", "sks snow, fox")
-    emptied = rules.captions_of("a.png", ["junk"])
+    emptied = rules.captions_for("a.png", ["junk"])
     assert emptied == Captions((), "filtered")
     assert rules.drop_reason(emptied) == "caption is empty after the filter list"
 
 
-def test_captions_take_the_filter_list_of_their_text_embeds_unless_they_have_their_own(make_dataset):
-    texts = TextEmbedsDataset(id="t", caption_filter_list=("theirs",))
+def test_complete_caption_settings_own_settings_take_precedence(make_dataset):
+    texts = TextEmbedsDataset(id="t", caption_filter_list=("default",))
     shuffled = {"caption_shuffle": {"enable": True}}
-    taken = complete_caption_settings(make_dataset(**shuffled), texts, 7)
-    assert (taken.caption_filter_list, taken.caption_shuffle.seed) == (("theirs",), 7)
+    completed = complete_caption_settings(make_dataset(**shuffled), texts, 7)
+    assert (completed.caption_filter_list, completed.caption_shuffle.seed) == (("default",), 7)
     own = make_dataset(caption_filter_list=["own"], caption_shuffle={"enable": True, "seed": 3})
     assert complete_caption_settings(own, texts, 7) == own
 
 
-def test_captions_of_a_text_keep_their_order():
+def test_captions_in_text_preserves_order():
     assert [text for text in captions_in("b\n\n a ", one=False) if text] == ["b", "a"]

@@ -1,4 +1,4 @@
-"""Shuffled captions: the same ones everywhere, each tag there once, and the first ones where they were."""
+"""Tests of caption shuffling: determinism, complete tags, and fixed leading tags."""
 
 import pytest
 
@@ -12,16 +12,16 @@ def shuffle(caption: str, **settings) -> list[str]:
     return shuffled_captions(caption, CaptionShuffle(enable=True, **settings))
 
 
-def test_variants_hold_every_tag_once_and_keep_the_first():
-    made = shuffle(TAGS, count=5, seed=42, position_start=1)
-    assert made[0] == TAGS
-    assert len(made) == len(set(made)) == 6
-    for caption in made:
+def test_shuffled_captions_permute_tags_after_position_start():
+    variants = shuffle(TAGS, count=5, seed=42, position_start=1)
+    assert variants[0] == TAGS
+    assert len(variants) == len(set(variants)) == 6
+    for caption in variants:
         assert caption.startswith("dog, ")
         assert sorted(caption.split(", ")) == sorted(TAGS.split(", "))
 
 
-def test_variants_are_the_same_on_every_machine_and_differ_by_seed_and_caption():
+def test_shuffled_captions_are_deterministic_by_seed_and_caption():
     assert shuffle(TAGS, count=2, seed=42) == shuffle(TAGS, count=2, seed=42)
     assert shuffle(TAGS, count=2, seed=42) == [TAGS, *shuffle(TAGS, count=2, seed=42, include_original=False)]
     assert shuffle(TAGS, count=3, seed=42)[:3] == shuffle(TAGS, count=2, seed=42)
@@ -31,7 +31,7 @@ def test_variants_are_the_same_on_every_machine_and_differ_by_seed_and_caption()
     assert shuffle("a, b, c, d", count=2, seed=0, include_original=False) == golden
 
 
-def test_few_tags_give_as_many_orders_as_there_are():
+def test_shuffled_captions_few_tags_give_all_orders():
     assert shuffle("a, b", count=9) == ["a, b", "b, a"]
     assert len(shuffle("a, b, c", count=9)) == 6
     for caption in ("alone", "same, same", "", "fixed, alone"):
@@ -42,7 +42,7 @@ def test_few_tags_give_as_many_orders_as_there_are():
 
 
 @pytest.mark.parametrize(
-    ("caption", "split_on", "other"),
+    ("caption", "split_on", "variant"),
     [
         ("a  ,b,, ", "comma", "b, a"),
         ("red  fox", "space", "fox red"),
@@ -52,5 +52,5 @@ def test_few_tags_give_as_many_orders_as_there_are():
         ("See example.com. It is new.", "period", "It is new. See example.com."),
     ],
 )
-def test_tags_are_split_and_joined_by_their_separator(caption, split_on, other):
-    assert shuffle(caption, split_on=split_on) == [caption, other]
+def test_shuffled_captions_split_and_join_by_separator(caption, split_on, variant):
+    assert shuffle(caption, split_on=split_on) == [caption, variant]

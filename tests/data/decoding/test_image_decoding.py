@@ -1,4 +1,4 @@
-"""Opening images: the limit on their size is the project's own, and holds for every format before anything is unpacked."""
+"""Tests of opening images: the size limit applies to every format before anything is decoded."""
 
 import io
 import struct
@@ -14,48 +14,48 @@ from tests.support.photographs import encoded
 EDGE = 60_000
 
 
-def claiming(format_name: str) -> bytes:
-    """A small file whose header claims an image of 60000x60000 pixels, or what its format has room for."""
+def file_claiming_large_size(format_name: str) -> bytes:
+    """Return a small file whose header claims 60000x60000 pixels, or the maximum of its format."""
     small = Image.new("RGB", (8, 8), "teal")
     data = bytearray(encoded(small, format_name, **({"lossless": True} if format_name == "WEBP" else {})))
     match format_name:
         case "PNG":
             return bomb(EDGE, EDGE)
         case "JPEG":
-            at = data.index(b"\xff\xc0") + 5
-            struct.pack_into(">HH", data, at, EDGE, EDGE)
+            offset = data.index(b"\xff\xc0") + 5
+            struct.pack_into(">HH", data, offset, EDGE, EDGE)
         case "BMP":
             struct.pack_into("<ii", data, 18, EDGE, EDGE)
         case "GIF":
             struct.pack_into("<HH", data, 6, EDGE, EDGE)
-            at = data.index(b"\x2c", 13)
-            struct.pack_into("<HH", data, at + 5, EDGE, EDGE)
+            offset = data.index(b"\x2c", 13)
+            struct.pack_into("<HH", data, offset + 5, EDGE, EDGE)
         case "TIFF":
             stream = io.BytesIO()
             small.save(stream, "TIFF", tiffinfo={})
             data = bytearray(stream.getvalue())
             (directory,) = struct.unpack_from("<I", data, 4)
             for entry in range(struct.unpack_from("<H", data, directory)[0]):
-                at = directory + 2 + 12 * entry
-                if struct.unpack_from("<H", data, at)[0] in (256, 257):
-                    struct.pack_into("<HII", data, at + 2, 4, 1, EDGE)
+                offset = directory + 2 + 12 * entry
+                if struct.unpack_from("<H", data, offset)[0] in (256, 257):
+                    struct.pack_into("<HII", data, offset + 2, 4, 1, EDGE)
         case "WEBP":
-            at = data.index(b"VP8L") + 9
-            (bits,) = struct.unpack_from("<I", data, at)
-            struct.pack_into("<I", data, at, bits & ~0xFFFFFFF | 16_382 | 16_382 << 14)
+            offset = data.index(b"VP8L") + 9
+            (bits,) = struct.unpack_from("<I", data, offset)
+            struct.pack_into("<I", data, offset, bits & ~0xFFFFFFF | 16_382 | 16_382 << 14)
     return bytes(data)
 
 
 @pytest.mark.parametrize("format_name", ["PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP"])
-def test_a_image_that_is_too_large_is_refused_by_its_header(format_name, recwarn):
+def test_open_image_too_large_header_raises(format_name, recwarn):
     with pytest.raises(UnreadableImage, match="more than 178 million pixels"):
-        open_image(claiming(format_name))
+        open_image(file_claiming_large_size(format_name))
     assert not [
         str(warning.message) for warning in recwarn.list if "DecompressionBomb" in str(warning.category)
     ]
 
 
-def test_the_limit_is_the_projects_own(monkeypatch, recwarn):
+def test_read_header_limit_is_independent_of_pillow(monkeypatch, recwarn):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     assert read_header(encoded(Image.new("RGB", (300, 200)), "PNG")).width == 300
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
@@ -64,7 +64,7 @@ def test_the_limit_is_the_projects_own(monkeypatch, recwarn):
     assert not recwarn.list
 
 
-def test_the_largest_image_is_opened(monkeypatch):
+def test_read_header_image_at_max_pixels_is_accepted(monkeypatch):
     assert MAX_PIXELS > 151_000_000, "a camera of 150 megapixels"
     monkeypatch.setattr(image_decoding, "MAX_PIXELS", 300 * 200)
     assert read_header(encoded(Image.new("RGB", (300, 200)), "JPEG")).height == 200
@@ -73,7 +73,7 @@ def test_the_largest_image_is_opened(monkeypatch):
 
 
 @pytest.mark.parametrize("format_name", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
-def test_an_open_file_is_read_as_its_bytes_are(format_name, photograph):
+def test_read_header_open_file_equals_bytes(format_name, photograph):
     exif = Image.Exif()
     exif[0x0112] = 6
     options = {"exif": exif} if format_name in ("PNG", "JPEG", "WEBP") else {}
@@ -82,7 +82,7 @@ def test_an_open_file_is_read_as_its_bytes_are(format_name, photograph):
     for broken in (data[: len(data) // 2], data[:6], b"", b"a text of some length, and no image"):
         reasons = []
         for source in (broken, io.BytesIO(broken)):
-            with pytest.raises(UnreadableImage) as told:
+            with pytest.raises(UnreadableImage) as raised:
                 read_header(source)
-            reasons.append(told.value.reason)
+            reasons.append(raised.value.reason)
         assert reasons[0] == reasons[1]

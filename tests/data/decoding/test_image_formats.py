@@ -1,4 +1,4 @@
-"""Every format of the table is read by its content, whatever its name, or reported as what it is."""
+"""Tests of image formats: recognition by content, decoders, and reasons for unsupported files."""
 
 import io
 import re
@@ -31,7 +31,7 @@ DOCS = Path(__file__).parents[3] / "docs"
 
 @pytest.fixture(scope="module")
 def samples(photograph) -> dict[str, tuple[bytes, float]]:
-    """A file of each format, 320x200, and the mean difference that it makes."""
+    """Return a file of each format, 320x200, and its mean coding error."""
     import pillow_heif
     import pillow_jxl  # noqa: F401
 
@@ -56,7 +56,7 @@ def samples(photograph) -> dict[str, tuple[bytes, float]]:
     }
 
 
-def test_the_content_decides_and_not_the_name(make_dataset, folder, tmp_path, photograph, samples):
+def test_scan_format_is_that_of_content(make_dataset, folder, tmp_path, photograph, samples):
     files = samples
     assert set(files) == set(FORMATS)
     for name, (data, _) in files.items():
@@ -66,14 +66,14 @@ def test_the_content_decides_and_not_the_name(make_dataset, folder, tmp_path, ph
     assert dict(zip(scanned["path"], scanned["format"], strict=True)) == {f"{n}.jpg": n for n in files}
     assert set(scanned["width"]) == {320}
     assert set(scanned["height"]) == {200}
-    looked = compute_hashes(folder, scanned, tmp_path / "looks.parquet")
-    assert set(looked["status"]) == {"kept"}
+    hashed = compute_hashes(folder, scanned, tmp_path / "hashes.parquet")
+    assert set(hashed["status"]) == {"kept"}
     for name, (_, tolerance) in files.items():
         loaded = load_upright(folder / f"{name}.jpg")
         assert np.abs(values(loaded) - values(photograph)).mean() <= tolerance, name
 
 
-def test_every_suffix_of_the_table_is_looked_at(make_dataset, folder, photograph):
+def test_scan_all_supported_suffixes_are_read(make_dataset, folder, photograph):
     for suffix in IMAGE_SUFFIXES:
         (folder / f"image{suffix}").write_bytes(encoded(photograph, "PNG"))
         (folder / f"IMAGE{suffix.upper()}").write_bytes(encoded(photograph, "PNG"))
@@ -82,7 +82,7 @@ def test_every_suffix_of_the_table_is_looked_at(make_dataset, folder, photograph
     assert set(scanned["status"]) == {"kept"}
 
 
-def test_animations_and_image_sequences_give_their_first_frame(folder, photograph):
+def test_load_upright_animation_gives_first_frame(folder, photograph):
     second = Image.new("RGB", photograph.size, "red")
     for name, suffix, options in (
         ("PNG", ".apng", {"duration": 100}),
@@ -95,22 +95,22 @@ def test_animations_and_image_sequences_give_their_first_frame(folder, photograp
 
 
 @pytest.mark.parametrize("mode", ["1", "L"])
-def test_the_other_kinds_of_pnm_are_read(mode, photograph):
+def test_read_header_pbm_and_pgm_are_pnm(mode, photograph):
     assert read_header(encoded(photograph.convert(mode), "PPM")).format == "PNM"
 
 
-def test_an_orientation_counts_where_the_decoder_leaves_it_to_us(folder, photograph, samples):
+def test_load_upright_orientation_is_applied_once(folder, photograph, samples):
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = exif.tobytes()  # the encoder of AVIF takes the orientation out of the object
+    turned = exif.tobytes()  # the AVIF encoder removes the orientation from the object
     (folder / "a.avif").write_bytes(encoded(photograph, "AVIF", exif=exif, quality=95))
     assert read_header((folder / "a.avif").read_bytes()).width == 200
     assert load_upright(folder / "a.avif").size == (200, 320)
-    # the codestream of a JPEG XL has an orientation of its own, which its decoder applies
+    # a JPEG XL codestream has its own orientation, which the decoder applies
     (folder / "a.jxl").write_bytes(encoded(photograph, "JXL", exif=turned))
     assert read_header((folder / "a.jxl").read_bytes()).width == 320
     assert load_upright(folder / "a.jxl").size == (320, 200)
-    # one made of a JPEG, without loss, has the JPEG's pixels and so needs its orientation
+    # one transcoded losslessly from a JPEG has the JPEG's pixels and needs its orientation
     (folder / "a.jpg").write_bytes(encoded(photograph, "JPEG", exif=turned))
     with Image.open(folder / "a.jpg") as jpeg, pytest.warns(UserWarning, match="lossless"):
         jpeg.save(folder / "b.jxl")
@@ -121,7 +121,7 @@ def test_an_orientation_counts_where_the_decoder_leaves_it_to_us(folder, photogr
 @pytest.mark.parametrize(
     ("name", "package", "extra"), [("HEIF", "pillow_heif", "heif"), ("JXL", "pillow_jxl", "jxl")]
 )
-def test_a_missing_decoder_is_reported_with_its_extra(
+def test_scan_missing_decoder_gives_reason_with_extra(
     make_dataset, folder, tmp_path, samples, monkeypatch, name, package, extra
 ):
     data, _ = samples[name]
@@ -141,7 +141,7 @@ def test_a_missing_decoder_is_reported_with_its_extra(
     assert set(again["status"]) == {"kept"}, "the package is installed by now"
 
 
-def test_a_build_of_pillow_without_a_decoder_is_reported(photograph, monkeypatch):
+def test_read_header_pillow_without_decoder_raises(photograph, monkeypatch):
     from PIL import AvifImagePlugin
 
     data = encoded(photograph, "AVIF")
@@ -151,18 +151,18 @@ def test_a_build_of_pillow_without_a_decoder_is_reported(photograph, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["AVIF", "HEIF", "JXL", "JPEG2000", "PNM", "TGA"])
-def test_a_file_that_ends_early_is_never_kept(samples, name):
+def test_read_header_truncated_file_raises(samples, name):
     data, _ = samples[name]
     for end in (len(data) * 9 // 10, len(data) // 2, 70, 20):
         for source in (data[:end], io.BytesIO(data[:end])):
-            with pytest.raises(UnreadableImage) as told:
+            with pytest.raises(UnreadableImage) as raised:
                 read_header(source)
-            # a bare JPEG XL codestream does not tell its length
+            # a bare JPEG XL codestream does not contain its length
             allowed = {"truncated", "corrupt image"} if name in ("JXL", "JPEG2000") else {"truncated"}
-            assert told.value.reason in allowed, end
+            assert raised.value.reason in allowed, end
 
 
-def test_a_jpeg_xl_that_is_too_large_is_refused_before_it_is_decoded(samples):
+def test_open_image_too_large_jpeg_xl_raises(samples):
     data = bytearray(samples["JXL"][0])
     bits = int.from_bytes(data[2:12], "little")
     # a height of 30 bits, and the width by its ratio 1:1
@@ -192,12 +192,12 @@ def test_a_jpeg_xl_that_is_too_large_is_refused_before_it_is_decoded(samples):
         (struct.pack("<BBBHHBHHHHBB", 0, 0, 10, 0, 0, 0, 0, 0, 0, 5, 32, 8), ""),
     ],
 )
-def test_formats_are_told_by_their_first_bytes(head, name):
+def test_format_of_signature_gives_format(head, name):
     assert format_of(head) == name
 
 
 @pytest.mark.real
-def test_no_photograph_is_taken_for_another_format():
+def test_format_of_real_photographs_matches_suffix():
     expected = {suffix: name for name, known in FORMATS.items() for suffix in known.suffixes}
     images = [path for path in PHOTOGRAPHS.iterdir() if path.suffix in IMAGE_SUFFIXES]
     assert len(images) > 10
@@ -207,7 +207,7 @@ def test_no_photograph_is_taken_for_another_format():
         assert suffix_of(head) in IMAGE_SUFFIXES
 
 
-def test_every_format_is_in_the_documents():
+def test_formats_are_documented():
     for page in ("datasets.md", "from-simpletuner.md"):
         text = (DOCS / page).read_text(encoding="utf-8")
         missing = [suffix for suffix in image_formats.IMAGE_SUFFIXES if f"`{suffix}`" not in text]

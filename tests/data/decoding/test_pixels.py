@@ -1,4 +1,4 @@
-"""Every kind of pixel a user's file may hold becomes upright, opaque 8-bit sRGB, resampled once and cut where the plan says."""
+"""Tests of pixel loading: every kind of file becomes upright, opaque 8-bit sRGB, resampled once and cropped as planned."""
 
 import hashlib
 import io
@@ -17,8 +17,8 @@ from tests.support.photographs import PHOTOGRAPHS, encoded, values
 ORIENTATION = 0x0112
 
 
-def whole(height: int, width: int, **changes: int) -> Crop:
-    """The plan that keeps all of an image at its own size."""
+def full_crop(height: int, width: int, **changes: int) -> Crop:
+    """Return the crop that covers a full image at its own size."""
     sizes = {name: height if name.endswith("_h") else width for name in Crop.__dataclass_fields__}
     sizes["flipped"] = False
     return Crop(**(sizes | {"crop_top": 0, "crop_left": 0} | changes))
@@ -31,7 +31,7 @@ def save(folder, data: bytes, name: str = "image"):
 
 
 def scan_of(path: str, height: int, width: int) -> pd.DataFrame:
-    """What a scan says of one image, as far as the plan reads it."""
+    """Return the scan of one image with the columns that the crop plan needs."""
     return pd.DataFrame(
         [
             {
@@ -45,8 +45,8 @@ def scan_of(path: str, height: int, width: int) -> pd.DataFrame:
     )
 
 
-def turned_for(orientation: int, image: Image.Image) -> Image.Image:
-    """What a camera stores so that this orientation shows `image`: the inverse of the standard's turn."""
+def stored_with_orientation(orientation: int, image: Image.Image) -> Image.Image:
+    """Return the stored pixels that this EXIF orientation transforms to `image`: the inverse transposition."""
     array = np.asarray(image)
     inverse = {
         1: array,
@@ -63,37 +63,37 @@ def turned_for(orientation: int, image: Image.Image) -> Image.Image:
 
 @pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_orientation_comes_out_upright(folder, photograph, format_name, orientation):
-    stored = turned_for(orientation, photograph)
+def test_load_crop_every_orientation_gives_upright_pixels(folder, photograph, format_name, orientation):
+    stored = stored_with_orientation(orientation, photograph)
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(format_name, {})
     data = encoded(stored, format_name, exif=exif, **options)
     header = read_header(data)
     assert (header.height, header.width, header.format) == (200, 320, format_name)
-    loaded = load_crop(save(folder, data), whole(200, 320))
+    loaded = load_crop(save(folder, data), full_crop(200, 320))
     difference = np.abs(values(loaded) - values(photograph))
     assert difference.mean() < (2 if format_name == "JPEG" else 1e-9)
 
 
-def test_an_orientation_stored_behind_the_pixels_of_a_png_counts(folder, photograph):
+def test_load_crop_png_orientation_after_pixels_is_applied(folder, photograph):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
-    data = encoded(turned_for(6, photograph), "PNG", exif=exif)
+    data = encoded(stored_with_orientation(6, photograph), "PNG", exif=exif)
     start = data.index(b"eXIf") - 4
     end = start + 12 + struct.unpack_from(">I", data, start)[0]
     data = data[:start] + data[end:-12] + data[start:end] + data[-12:]
     assert (read_header(data).height, read_header(data).width) == (200, 320)
-    assert np.array_equal(load_crop(save(folder, data), whole(200, 320)), np.asarray(photograph))
+    assert np.array_equal(load_crop(save(folder, data), full_crop(200, 320)), np.asarray(photograph))
 
 
-def test_broken_exif_costs_the_orientation_and_not_the_image(folder, photograph):
+def test_load_crop_invalid_exif_is_ignored(folder, photograph):
     data = encoded(photograph, "JPEG", exif=b"Exif\0\0garbage that is no TIFF header", quality=95)
     assert (read_header(data).height, read_header(data).width) == (200, 320)
-    assert load_crop(save(folder, data), whole(200, 320)).shape == (200, 320, 3)
+    assert load_crop(save(folder, data), full_crop(200, 320)).shape == (200, 320, 3)
 
 
-def test_the_window_equals_resizing_all_and_cutting(folder, make_dataset):
+def test_load_crop_window_equals_resize_then_crop(folder, make_dataset):
     path = PHOTOGRAPHS / "coffee.png"  # 600x400
     with Image.open(path) as image:
         image = image.convert("RGB")
@@ -106,7 +106,7 @@ def test_the_window_equals_resizing_all_and_cutting(folder, make_dataset):
 
 
 @pytest.mark.parametrize("settings", [{"crop": True}, {"crop": True, "crop_aspect": "preserve"}, {}])
-def test_a_mirrored_crop_is_the_crop_of_the_mirrored_image(folder, make_dataset, photograph, settings):
+def test_load_crop_flipped_equals_crop_of_mirrored_image(folder, make_dataset, photograph, settings):
     straight, mirrored = folder / "straight.png", folder / "mirrored.png"
     straight.write_bytes(encoded(photograph, "PNG"))
     mirrored.write_bytes(encoded(photograph.transpose(Image.Transpose.FLIP_LEFT_RIGHT), "PNG"))
@@ -115,13 +115,13 @@ def test_a_mirrored_crop_is_the_crop_of_the_mirrored_image(folder, make_dataset,
     flipped = [row for row in rows.itertuples() if row.flipped]
     assert flipped
     for row in flipped:
-        # crop_left counts in the mirrored image, so the plan can be carried out on that as it stands
-        as_planned = Crop(
+        # crop_left refers to the mirrored image, so the same plan applies to that
+        unflipped = Crop(
             **{name: getattr(row, name) for name in Crop.__dataclass_fields__} | {"flipped": False}
         )
-        difference = np.abs(values(load_crop(straight, row)) - values(load_crop(mirrored, as_planned)))
+        difference = np.abs(values(load_crop(straight, row)) - values(load_crop(mirrored, unflipped)))
         assert difference.max() <= 1
-        # and it is to the bit what its unmirrored twin looks like in a mirror
+        # and it is bit-identical to its unmirrored twin mirrored
         twin = next(
             other
             for other in rows.itertuples()
@@ -132,9 +132,7 @@ def test_a_mirrored_crop_is_the_crop_of_the_mirrored_image(folder, make_dataset,
         assert np.array_equal(load_crop(straight, row), load_crop(straight, twin)[:, ::-1])
 
 
-def test_forty_megapixels_are_decoded_once_in_full_and_resampled_once(
-    folder, make_dataset, photograph, monkeypatch
-):
+def test_load_crop_large_image_is_decoded_and_resampled_once(folder, make_dataset, photograph, monkeypatch):
     tiles = Image.fromarray(np.tile(np.asarray(photograph.convert("L")), (25, 25)))  # 8000x5000
     path = save(folder, encoded(tiles, "JPEG", quality=85))
     plan = plan_crop(make_dataset(crop=True, resolution=512), 5000, 8000, "tiles", seed=0)
@@ -155,15 +153,15 @@ def test_forty_megapixels_are_decoded_once_in_full_and_resampled_once(
     monkeypatch.undo()
     assert decoders == ["jpeg"]
     ((size, options),) = resizes
-    assert size == (8000, 5000)  # so the decoder was not told to give a smaller image either
+    assert size == (8000, 5000)  # so the decoder did not reduce the image either
     assert options.keys() == {"box"}
-    with Image.open(path) as whole_image:
-        resized = whole_image.resize((plan.resized_w, plan.resized_h), Image.Resampling.LANCZOS)
-    cut = values(resized)[plan.crop_top :, plan.crop_left :][: plan.bucket_h, : plan.bucket_w]
-    assert np.abs(values(crop) - cut[:, :, None]).max() <= 1
+    with Image.open(path) as full_image:
+        resized = full_image.resize((plan.resized_w, plan.resized_h), Image.Resampling.LANCZOS)
+    expected = values(resized)[plan.crop_top :, plan.crop_left :][: plan.bucket_h, : plan.bucket_w]
+    assert np.abs(values(crop) - expected[:, :, None]).max() <= 1
 
 
-def test_a_row_of_the_recorded_plan_is_cut_as_planned(folder, tmp_path, make_dataset, photograph):
+def test_load_crop_parquet_row_equals_planned_crop(folder, tmp_path, make_dataset, photograph):
     (folder / "a.png").write_bytes(encoded(photograph, "PNG"))
     dataset = make_dataset(crop=True, resolution=128)
     rows, _ = plan_crops(dataset, scan_of("a.png", 200, 320), seed=5, held_out=(), is_eval=False)
@@ -174,16 +172,16 @@ def test_a_row_of_the_recorded_plan_is_cut_as_planned(folder, tmp_path, make_dat
     assert np.array_equal(crop, load_crop(folder / "a.png", plan_crop(dataset, 200, 320, row.key, seed=5)))
 
 
-def test_without_a_resize_the_pixels_are_the_files_own(folder, photograph):
+def test_load_crop_without_resize_returns_original_pixels(folder, photograph):
     path = save(folder, encoded(photograph, "PNG"))
-    plan = whole(200, 320, bucket_h=64, bucket_w=96, crop_top=100, crop_left=31)
+    plan = full_crop(200, 320, bucket_h=64, bucket_w=96, crop_top=100, crop_left=31)
     assert np.array_equal(load_crop(path, plan), np.asarray(photograph)[100:164, 31:127])
 
 
 @pytest.mark.parametrize(
     "name", ["astronaut.png", "camera.png", "rocket.jpg", "retina.jpg", "hubble_deep_field.jpg", "logo.png"]
 )
-def test_real_photographs_fill_their_buckets(name, make_dataset):
+def test_load_crop_real_photographs_fill_buckets(name, make_dataset):
     path = PHOTOGRAPHS / name
     header = read_header(path.read_bytes())
     for settings in (
@@ -198,42 +196,46 @@ def test_real_photographs_fill_their_buckets(name, make_dataset):
         assert crop.std() > 10
 
 
-def test_transparency_is_laid_over_white(folder):
+def test_load_crop_transparency_is_composited_over_white(folder):
     rgba = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
     rgba.putpixel((1, 0), (10, 20, 30, 0))
     expected = [[[200, 0, 0], [255, 255, 255]]]
-    assert load_crop(save(folder, encoded(rgba, "PNG")), whole(1, 2)).tolist() == expected
+    assert load_crop(save(folder, encoded(rgba, "PNG")), full_crop(1, 2)).tolist() == expected
 
     palette = Image.new("P", (2, 1))
     palette.putpalette([200, 0, 0, 10, 20, 30])
     palette.putdata([0, 1])
-    assert load_crop(save(folder, encoded(palette, "PNG", transparency=1)), whole(1, 2)).tolist() == expected
-    assert load_crop(save(folder, encoded(palette, "GIF", transparency=1)), whole(1, 2)).tolist() == expected
+    assert (
+        load_crop(save(folder, encoded(palette, "PNG", transparency=1)), full_crop(1, 2)).tolist() == expected
+    )
+    assert (
+        load_crop(save(folder, encoded(palette, "GIF", transparency=1)), full_crop(1, 2)).tolist() == expected
+    )
 
     grey = Image.new("LA", (2, 1), (100, 51))
-    assert load_crop(save(folder, encoded(grey, "PNG")), whole(1, 2)).tolist() == [[[224, 224, 224]] * 2]
+    assert load_crop(save(folder, encoded(grey, "PNG")), full_crop(1, 2)).tolist() == [[[224, 224, 224]] * 2]
 
     keyed = Image.new("RGB", (2, 1), (200, 0, 0))
     keyed.putpixel((1, 0), (10, 20, 30))
     data = encoded(keyed, "PNG", transparency=(10, 20, 30))
-    assert load_crop(save(folder, data), whole(1, 2)).tolist() == expected
+    assert load_crop(save(folder, data), full_crop(1, 2)).tolist() == expected
 
 
-def test_black_and_white_and_grey(folder):
+def test_load_crop_bilevel_and_grey_become_rgb(folder):
     bits = Image.new("1", (2, 1))
     bits.putpixel((1, 0), 1)
     for format_name in ("PNG", "BMP", "TIFF"):
-        assert load_crop(save(folder, encoded(bits, format_name)), whole(1, 2)).tolist() == [
+        assert load_crop(save(folder, encoded(bits, format_name)), full_crop(1, 2)).tolist() == [
             [[0] * 3, [255] * 3]
         ]
     grey = Image.new("L", (2, 1), 77)
-    assert load_crop(save(folder, encoded(grey, "PNG")), whole(1, 2)).tolist() == [[[77] * 3] * 2]
+    assert load_crop(save(folder, encoded(grey, "PNG")), full_crop(1, 2)).tolist() == [[[77] * 3] * 2]
 
 
 @pytest.mark.parametrize("format_name", ["PNG", "TIFF"])
-def test_sixteen_bits_are_scaled_not_cut(folder, format_name):
+def test_load_crop_16_bits_are_scaled(folder, format_name):
     deep = np.array([[0, 128, 129, 257, 32768, 65535]], dtype=np.uint16)
-    crop = load_crop(save(folder, encoded(Image.fromarray(deep), format_name)), whole(1, 6))
+    crop = load_crop(save(folder, encoded(Image.fromarray(deep), format_name)), full_crop(1, 6))
     assert crop[0, :, 0].tolist() == [0, 0, 1, 1, 128, 255]
 
 
@@ -247,33 +249,33 @@ def test_sixteen_bits_are_scaled_not_cut(folder, format_name):
         (np.array([[-3, 0.5, 1.0]], dtype=np.float32), [0, 128, 255]),
     ],
 )
-def test_integers_and_floats_of_tiff(folder, deep, expected):
-    crop = load_crop(save(folder, encoded(Image.fromarray(deep), "TIFF")), whole(1, 3))
+def test_load_crop_tiff_integers_and_floats_are_scaled(folder, deep, expected):
+    crop = load_crop(save(folder, encoded(Image.fromarray(deep), "TIFF")), full_crop(1, 3))
     assert crop[0, :, 0].tolist() == expected
 
 
-def test_cmyk_comes_out_in_its_own_colours(folder, photograph):
+def test_load_crop_cmyk_preserves_colours(folder, photograph):
     data = encoded(photograph.convert("CMYK"), "JPEG", quality=95)
     with Image.open(io.BytesIO(data)) as stored:
         assert stored.mode == "CMYK"
-        assert stored.info["adobe"]  # which stores its inks inverted
-    difference = np.abs(values(load_crop(save(folder, data), whole(200, 320))) - values(photograph))
+        assert stored.info["adobe"]  # which stores inverted inks
+    difference = np.abs(values(load_crop(save(folder, data), full_crop(200, 320))) - values(photograph))
     assert difference.mean() < 3
     tiff = encoded(photograph.convert("CMYK"), "TIFF")
-    assert np.array_equal(load_crop(save(folder, tiff), whole(200, 320)), np.asarray(photograph))
+    assert np.array_equal(load_crop(save(folder, tiff), full_crop(200, 320)), np.asarray(photograph))
 
 
-def test_lab_comes_out_in_its_own_colours(folder, photograph):
+def test_load_crop_lab_preserves_colours(folder, photograph):
     to_lab = ImageCms.buildTransform(
         ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"
     )
     data = encoded(ImageCms.applyTransform(photograph, to_lab), "TIFF")
-    difference = np.abs(values(load_crop(save(folder, data), whole(200, 320))) - values(photograph))
+    difference = np.abs(values(load_crop(save(folder, data), full_crop(200, 320))) - values(photograph))
     assert difference.mean() < 2
 
 
 def swapped_profile() -> bytes:
-    """A real RGB profile whose red and green primaries are exchanged, so that nobody can miss whether it was used."""
+    """Return an RGB profile with swapped red and green primaries, so that its use is obvious."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     entries = {}
     for index in range(struct.unpack_from(">I", data, 128)[0]):
@@ -284,54 +286,54 @@ def swapped_profile() -> bytes:
     return bytes(data)
 
 
-def test_an_embedded_profile_is_applied(folder):
+def test_load_crop_embedded_profile_is_applied(folder):
     image = Image.new("RGB", (4, 4), (220, 30, 60))
     data = encoded(image, "PNG", icc_profile=swapped_profile())
-    crop = load_crop(save(folder, data), whole(4, 4))
+    crop = load_crop(save(folder, data), full_crop(4, 4))
     assert np.abs(values(crop) - np.array([30, 220, 60])).max() <= 2
     assert np.array_equal(np.asarray(load_upright(save(folder, data))), crop)
     with_alpha = image.copy()
     with_alpha.putalpha(0)
     data = encoded(with_alpha, "PNG", icc_profile=swapped_profile())
-    assert values(load_crop(save(folder, data), whole(4, 4))).min() >= 254
+    assert values(load_crop(save(folder, data), full_crop(4, 4))).min() >= 254
 
 
-def test_a_profile_that_describes_srgb_leaves_the_pixels_alone(folder, photograph):
+def test_load_crop_srgb_profile_is_not_applied(folder, photograph):
     with Image.open(PHOTOGRAPHS / "hubble_deep_field.jpg") as image:
         camera = image.info["icc_profile"]
     assert b"sRGB IEC61966-2.1" in camera  # the one that cameras and phones embed
-    ours = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    generated = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     with Image.open(PHOTOGRAPHS / "rocket.jpg") as image:
         adobe = image.info["icc_profile"]
-    for profile, same in ((camera, True), (ours, True), (adobe, False), (swapped_profile(), False)):
+    for profile, same in ((camera, True), (generated, True), (adobe, False), (swapped_profile(), False)):
         path = save(folder, encoded(photograph, "PNG", icc_profile=profile))
-        assert np.array_equal(load_crop(path, whole(200, 320)), np.asarray(photograph)) is same
+        assert np.array_equal(load_crop(path, full_crop(200, 320)), np.asarray(photograph)) is same
 
 
 @pytest.mark.parametrize("profile", [b"no profile at all", swapped_profile()[:200]])
-def test_a_broken_profile_is_as_none(folder, profile):
+def test_load_crop_invalid_profile_is_ignored(folder, profile):
     data = encoded(Image.new("RGB", (2, 2), (220, 30, 60)), "PNG", icc_profile=profile)
-    assert load_crop(save(folder, data), whole(2, 2))[0, 0].tolist() == [220, 30, 60]
+    assert load_crop(save(folder, data), full_crop(2, 2))[0, 0].tolist() == [220, 30, 60]
 
 
-def test_a_profile_of_another_colour_space_is_as_none(folder):
+def test_load_crop_profile_of_other_colour_space_is_ignored(folder):
     data = encoded(Image.new("L", (2, 2), 80), "PNG", icc_profile=swapped_profile())
-    assert load_crop(save(folder, data), whole(2, 2))[0, 0].tolist() == [80, 80, 80]
+    assert load_crop(save(folder, data), full_crop(2, 2))[0, 0].tolist() == [80, 80, 80]
 
 
-def test_an_animation_gives_its_first_frame(folder):
+def test_load_crop_animation_gives_first_frame(folder):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
     for format_name in ("GIF", "WEBP"):
         options = {"lossless": True} if format_name == "WEBP" else {}
         data = encoded(
             frames[0], format_name, save_all=True, append_images=frames[1:], duration=50, **options
         )
-        assert load_crop(save(folder, data), whole(4, 4))[0, 0].tolist() == [255, 0, 0]
-    crop = load_crop(PHOTOGRAPHS / "no_time_for_that_tiny.gif", whole(25, 14))
+        assert load_crop(save(folder, data), full_crop(4, 4))[0, 0].tolist() == [255, 0, 0]
+    crop = load_crop(PHOTOGRAPHS / "no_time_for_that_tiny.gif", full_crop(25, 14))
     assert crop.std() > 10
 
 
-def test_files_that_give_no_image_say_why(folder, photograph):
+def test_load_crop_unusable_files_raise_with_reason(folder, photograph):
     jpeg = encoded(photograph, "JPEG")
     for data, reason in [
         (b"", "empty file"),
@@ -340,47 +342,47 @@ def test_files_that_give_no_image_say_why(folder, photograph):
         (jpeg[:12], "truncated"),
     ]:
         with pytest.raises(UnreadableImage) as raised:
-            load_crop(save(folder, data), whole(200, 320))
+            load_crop(save(folder, data), full_crop(200, 320))
         assert raised.value.reason == reason
     with pytest.raises(UnreadableImage, match="cannot be read: No such file"):
-        load_crop(folder / "gone.png", whole(200, 320))
+        load_crop(folder / "gone.png", full_crop(200, 320))
 
 
-def test_a_image_that_changed_since_the_scan_is_refused(folder, photograph):
+def test_load_crop_size_differs_from_plan_raises(folder, photograph):
     path = save(folder, encoded(photograph.rotate(90, expand=True), "PNG"))
     with pytest.raises(UnreadableImage, match="changed since the scan: 200x320 pixels, planned at 320x200"):
-        load_crop(path, whole(200, 320))
+        load_crop(path, full_crop(200, 320))
 
 
-def test_thumbnails_keep_the_aspect(folder, photograph):
+def test_load_upright_longest_edge_keeps_aspect(folder, photograph):
     path = save(folder, encoded(photograph, "PNG"))
     assert load_upright(path).size == (320, 200)
     assert load_upright(path, longest_edge=80).size == (80, 50)
 
 
 @pytest.mark.parametrize("format_name", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
-@pytest.mark.filterwarnings("ignore:::PIL")  # it remarks on each odd tag
-def test_no_damage_gives_anything_but_an_image_or_a_reason(folder, photograph, format_name):
+@pytest.mark.filterwarnings("ignore:::PIL")  # it warns about each invalid tag
+def test_load_crop_fuzzed_files_give_image_or_reason(folder, photograph, format_name):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     options = {} if format_name in ("BMP", "GIF") else {"exif": exif, "icc_profile": swapped_profile()}
-    whole_file = encoded(photograph.resize((40, 25)), format_name, **options)
+    full_file = encoded(photograph.resize((40, 25)), format_name, **options)
     random = np.random.default_rng(0)
     reasons = set()
     for _ in range(150):
         data = bytearray(
-            whole_file[: random.integers(1, len(whole_file) + 1)] if random.random() < 0.3 else whole_file
+            full_file[: random.integers(1, len(full_file) + 1)] if random.random() < 0.3 else full_file
         )
         for position in random.integers(0, min(len(data), 600), size=random.integers(1, 6)):
             data[position] = random.integers(0, 256)
         path = save(folder, bytes(data))
         try:
             header = read_header(bytes(data))
-            load_crop(path, whole(header.height, header.width))
+            load_crop(path, full_crop(header.height, header.width))
         except UnreadableImage as error:
             reasons.add(error.reason.partition(" (")[0])
     assert "truncated" in reasons
-    named = {"truncated", "corrupt image", "content is not an image"}
+    known_reasons = {"truncated", "corrupt image", "content is not an image"}
     unsupported = f"unsupported kind of {format_name}: "
-    others = {reason for reason in reasons - named if not reason.startswith(unsupported)}
+    others = {reason for reason in reasons - known_reasons if not reason.startswith(unsupported)}
     assert {reason for reason in others if "million pixels" not in reason} == set()

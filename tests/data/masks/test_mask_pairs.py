@@ -1,4 +1,4 @@
-"""Holds: a mask lies where its image's content lies after any geometry, and pairs are made by path, with all others named."""
+"""Tests of masks: geometry equal to that of the image's crop, weights, and pairing by path."""
 
 import hashlib
 import io
@@ -21,15 +21,11 @@ from sdxl_pipeline.data.masks.mask_pairs import (
     overlaid,
     pair_masks,
 )
-from tests.data.decoding.test_pixels import ORIENTATION, turned_for, whole
+from tests.data.decoding.test_pixels import ORIENTATION, full_crop, stored_with_orientation
 
 WIDTH, HEIGHT = 600, 400
-EVAL_MODEL = (
-    330,
-    60,
-    480,
-    210,
-)  # left, top, right, bottom: away from the middle, so that no turn or flip leaves it in place
+# left, top, right, bottom: off-centre, so that every rotation or flip moves it
+SUBJECT_BOX = (330, 60, 480, 210)
 
 
 def png(image: Image.Image, **options: object) -> bytes:
@@ -38,15 +34,15 @@ def png(image: Image.Image, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def painted(mode: str, background: object, subject: object, scale: float = 1.0) -> Image.Image:
+def paint_mask(mode: str, background: object, subject: object, scale: float = 1.0) -> Image.Image:
     image = Image.new(mode, (round(WIDTH * scale), round(HEIGHT * scale)), background)
-    box = [round(edge * scale) for edge in EVAL_MODEL]
+    box = [round(edge * scale) for edge in SUBJECT_BOX]
     ImageDraw.Draw(image).rectangle((*box[:2], box[2] - 1, box[3] - 1), fill=subject)
     return image
 
 
-def green_places(pixels: np.ndarray) -> np.ndarray:
-    """The share of each 8 x 8 place that is green rather than blue."""
+def green_shares(pixels: np.ndarray) -> np.ndarray:
+    """Return the share of green, rather than blue, in each 8 x 8 patch."""
     share = pixels[..., 1].astype(float) / 255
     height, width = share.shape
     return share.reshape(height // 8, 8, width // 8, 8).mean(axis=(1, 3))
@@ -54,12 +50,14 @@ def green_places(pixels: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 @pytest.mark.parametrize("mask_scale", [1.0, 0.5, 1.75])
-def test_a_mask_lies_where_its_images_content_lies(make_dataset, folder, orientation, mask_scale):
+def test_mask_crop_any_geometry_matches_image_crop(make_dataset, folder, orientation, mask_scale):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     path = folder / "image.png"
-    path.write_bytes(png(turned_for(orientation, painted("RGB", "#0000ff", "#00ff00")), exif=exif))
-    mask = png(painted("L", 0, 255, mask_scale))
+    path.write_bytes(
+        png(stored_with_orientation(orientation, paint_mask("RGB", "#0000ff", "#00ff00")), exif=exif)
+    )
+    mask = png(paint_mask("L", 0, 255, mask_scale))
     dataset = make_dataset(
         crop=True, resolution=192, aspect_bucket_alignment=64, crops_per_image=4, random_flip=True
     )
@@ -69,76 +67,76 @@ def test_a_mask_lies_where_its_images_content_lies(make_dataset, folder, orienta
     rows, _ = plan_crops(dataset, scan, seed=3, held_out=(), is_eval=False)
     assert rows["flipped"].sum() == 4
     assert rows["crop_left"].nunique() > 2
-    seen = 0
+    checked = 0
     for row in rows.itertuples():
         weights = mask_crop(mask, row, "mask")
         assert weights.dtype == np.float32
         assert weights.shape == (row.bucket_h // 8, row.bucket_w // 8)
-        expected = green_places(load_crop(path, row))
-        # only what lies on the subject's edge is resampled differently
+        expected = green_shares(load_crop(path, row))
+        # only the edge of the subject is resampled differently
         assert np.abs(weights - expected).max() < 0.25
         assert np.abs(weights - expected).mean() < 0.01
-        seen += int(0.05 < expected.mean() < 0.9)
-    assert seen > 2
+        checked += int(0.05 < expected.mean() < 0.9)
+    assert checked > 2
 
 
-def test_all_white_is_one_and_all_black_is_zero_to_the_bit():
+def test_mask_crop_white_is_one_and_black_is_zero():
     crop = Crop(192, 128, 200, 300, 3, 71, 400, 600, 400, 600, flipped=True)
     for size in ((600, 400), (301, 200), (1999, 1333)):
         assert (mask_crop(png(Image.new("L", size, 255)), crop, "mask") == 1.0).all()
         assert (mask_crop(png(Image.new("L", size, 0)), crop, "mask") == 0.0).all()
 
 
-def test_no_light_falls_on_a_black_place_beside_a_white_one():
+def test_mask_crop_black_next_to_white_is_zero():
     mask = Image.new("L", (512, 512), 0)
     mask.paste(255, (0, 0, 256, 512))
-    weights = mask_crop(png(mask), whole(512, 512), "mask")
+    weights = mask_crop(png(mask), full_crop(512, 512), "mask")
     assert (weights[:, :32] == 1.0).all()
     assert (weights[:, 32:] == 0.0).all()
 
 
-def test_a_mask_weighs_by_its_grey_and_a_segmentation_by_any_light():
+def test_mask_crop_kinds_weight_grey_and_colour():
     grey = png(Image.new("L", (64, 64), 51))
-    assert np.allclose(mask_crop(grey, whole(64, 64), "mask"), 0.2)
-    assert (mask_crop(grey, whole(64, 64), "segmentation") == 1.0).all()
+    assert np.allclose(mask_crop(grey, full_crop(64, 64), "mask"), 0.2)
+    assert (mask_crop(grey, full_crop(64, 64), "segmentation") == 1.0).all()
     blue = png(Image.new("RGB", (64, 64), "#000040"))
-    assert (mask_crop(blue, whole(64, 64), "mask") == 0.0).all()
-    assert (mask_crop(blue, whole(64, 64), "segmentation") == 1.0).all()
+    assert (mask_crop(blue, full_crop(64, 64), "mask") == 0.0).all()
+    assert (mask_crop(blue, full_crop(64, 64), "segmentation") == 1.0).all()
     black = png(Image.new("RGB", (64, 64)))
-    assert (mask_crop(black, whole(64, 64), "segmentation") == 0.0).all()
+    assert (mask_crop(black, full_crop(64, 64), "segmentation") == 0.0).all()
 
 
 @pytest.mark.parametrize("kind", ["mask", "segmentation"])
-def test_what_is_transparent_is_ignored(kind):
+def test_mask_crop_transparent_pixels_are_zero(kind):
     cutout = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
     cutout.paste((255, 255, 255, 255), (0, 0, 32, 64))
-    weights = mask_crop(png(cutout), whole(64, 64), kind)
+    weights = mask_crop(png(cutout), full_crop(64, 64), kind)
     assert (weights[:, :4] == 1.0).all()
     assert (weights[:, 4:] == 0.0).all()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
-def test_every_pixel_type_gives_the_same_mask(mode):
-    grey = painted("L", 0, 255)
+def test_mask_crop_pixel_types_give_equal_weights(mode):
+    grey = paint_mask("L", 0, 255)
     image = (
         Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
     )
-    expected = mask_crop(png(grey), whole(HEIGHT, WIDTH), "mask")
-    assert np.array_equal(mask_crop(png(image), whole(HEIGHT, WIDTH), "mask"), expected)
+    expected = mask_crop(png(grey), full_crop(HEIGHT, WIDTH), "mask")
+    assert np.array_equal(mask_crop(png(image), full_crop(HEIGHT, WIDTH), "mask"), expected)
 
 
-def test_the_overlay_darkens_what_is_ignored(folder):
+def test_mask_overlay_ignored_region_is_tinted(folder):
     image, mask = folder / "image.png", folder / "mask.png"
     image.write_bytes(png(Image.new("RGB", (WIDTH, HEIGHT), "white")))
-    mask.write_bytes(png(painted("L", 0, 255)))
-    shown = overlaid(image, mask, "mask", longest_edge=300)
-    assert shown.getpixel((200, 60)) == (255, 255, 255)
-    red, green, _ = shown.getpixel((20, 20))
+    mask.write_bytes(png(paint_mask("L", 0, 255)))
+    overlay = overlaid(image, mask, "mask", longest_edge=300)
+    assert overlay.getpixel((200, 60)) == (255, 255, 255)
+    red, green, _ = overlay.getpixel((20, 20))
     assert green < red < 255
 
 
 def scanned(*files: tuple[str, str, int, int], dropped: tuple[str, ...] = ()) -> pd.DataFrame:
-    """Files as a scan gives them: path, content, width and height of each."""
+    """Return a scan of files given as (path, content, width, height)."""
     rows = [
         {
             "path": path,
@@ -161,7 +159,7 @@ def reasons(frame: pd.DataFrame) -> dict[str, str]:
     return dict(zip(frame["path"], frame["reason"], strict=True))
 
 
-def test_pairs_are_made_by_path_and_all_others_are_named():
+def test_pair_masks_by_path_reports_unpaired_files():
     images = scanned(
         ("a.jpg", "a", 600, 400),
         ("sub/a.jpg", "sub a", 600, 400),
@@ -203,17 +201,17 @@ def test_pairs_are_made_by_path_and_all_others_are_named():
     }
 
 
-def test_a_mask_that_could_be_one_of_several_is_none():
+def test_pair_masks_several_candidates_are_rejected():
     paired = pair_masks(
         scanned(("a.jpg", "a", 60, 40)), scanned(("a.png", "m", 60, 40), ("a.gif", "n", 60, 40))
     )
     assert reasons(paired.refused) == {"a.jpg": SEVERAL_MASKS}
 
 
-def test_copies_of_an_image_must_have_one_mask():
+def test_pair_masks_copies_with_different_masks_are_rejected():
     images = scanned(("a.jpg", "same", 60, 40), ("b.jpg", "same", 60, 40), ("c.jpg", "c", 60, 40))
-    one = scanned(("a.png", "m", 60, 40), ("b.png", "m", 60, 40), ("c.png", "n", 60, 40))
-    assert len(pair_masks(images, one).pairs) == 3
+    masks_of_copies = scanned(("a.png", "m", 60, 40), ("b.png", "m", 60, 40), ("c.png", "n", 60, 40))
+    assert len(pair_masks(images, masks_of_copies).pairs) == 3
     for masks in (
         scanned(("a.png", "m", 60, 40), ("b.png", "other", 60, 40), ("c.png", "n", 60, 40)),
         scanned(("a.png", "m", 60, 40), ("c.png", "n", 60, 40)),
@@ -223,7 +221,7 @@ def test_copies_of_an_image_must_have_one_mask():
         assert OTHER_MASK in reasons(paired.refused).values()
 
 
-def test_the_digest_is_of_contents_and_not_of_names():
+def test_mask_pairs_digest_depends_on_content_only():
     images, masks = scanned(("a.jpg", "a", 60, 40)), scanned(("a.png", "m", 60, 40))
     before = pair_masks(images, masks).digest()
     renamed = pair_masks(scanned(("x/b.jpg", "a", 60, 40)), scanned(("x/b.png", "m", 60, 40)))
@@ -231,14 +229,14 @@ def test_the_digest_is_of_contents_and_not_of_names():
     assert pair_masks(images, scanned(("a.png", "edited", 60, 40))).digest() != before
 
 
-def test_nothing_pairs_with_nothing():
+def test_pair_masks_empty_scans_give_empty_pairs():
     empty = scanned(("a.jpg", "a", 60, 40)).iloc[:0]
     assert len(pair_masks(empty, empty).pairs) == 0
     assert reasons(pair_masks(scanned(("a.jpg", "a", 60, 40)), empty).without) == {"a.jpg": NO_MASK}
 
 
-def test_a_file_is_read_as_its_bytes_are(folder):
+def test_mask_crop_path_equals_bytes(folder):
     path = Path(folder) / "mask.png"
-    path.write_bytes(png(painted("L", 0, 255)))
-    crop = whole(HEIGHT, WIDTH)
+    path.write_bytes(png(paint_mask("L", 0, 255)))
+    crop = full_crop(HEIGHT, WIDTH)
     assert np.array_equal(mask_crop(path, crop, "mask"), mask_crop(path.read_bytes(), crop, "mask"))

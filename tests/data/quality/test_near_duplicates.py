@@ -1,4 +1,4 @@
-"""Look-alikes: copies that a person would call the same are found, different photographs are not, and no dataset is too large."""
+"""Tests of near duplicates: modified copies are found, different photographs are not, and the search is bounded."""
 
 import io
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from tests.support.photographs import PHOTOGRAPHS, encoded
 NAMES = ["astronaut", "camera", "chelsea", "clock_motion", "coffee", "coins", "grass", "ihc", "moon"]
 
 
-def inset(image: Image.Image, share: float) -> Image.Image:
+def cropped(image: Image.Image, share: float) -> Image.Image:
     width, height = (round(edge * share / 2) for edge in image.size)
     return image.crop((width, height, image.width - width, image.height - height))
 
@@ -35,7 +35,7 @@ COPIES: dict[str, Callable[[Image.Image], Image.Image]] = {
     "recompressed": lambda image: recompressed(image, 30),
     "brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.2),
     "darker": lambda image: ImageEnhance.Brightness(image).enhance(0.6),
-    "trimmed": lambda image: inset(image, 0.02),
+    "trimmed": lambda image: cropped(image, 0.02),
 }
 
 
@@ -45,16 +45,16 @@ def photographs() -> dict[str, Image.Image]:
 
 
 GREY = "80" * 32
-"""Colours of an image without any."""
+"""Colour part of a greyscale image's hash."""
 
 
-def look(image: Image.Image) -> str:
-    """An image's entry in `phash`, as a scan has it."""
+def hash_of(image: Image.Image) -> str:
+    """Return the `phash` of an image."""
     return perceptual_hash.perceptual_hash(image)
 
 
 def frame_of(images: dict[str, str], keys: dict[str, str] | None = None) -> pd.DataFrame:
-    """A scan of files by name with their hashes, each of its own content unless `keys` says otherwise."""
+    """Return a scan of files by name with their hashes; `keys` overrides the distinct content keys."""
     return pd.DataFrame(
         {
             "path": list(images),
@@ -65,17 +65,17 @@ def frame_of(images: dict[str, str], keys: dict[str, str] | None = None) -> pd.D
     )
 
 
-def balanced(count: int, seed: int = 0) -> np.ndarray:
-    """Hashes of unrelated images: half of the bits set."""
-    chosen = np.argsort(np.random.default_rng(seed).random((count, 64)), axis=1) < 32
-    return np.packbits(chosen, axis=1).view(">u8").ravel().astype(np.uint64)
+def random_hashes(count: int, seed: int = 0) -> np.ndarray:
+    """Return hashes of unrelated images: half of the bits are set."""
+    is_set = np.argsort(np.random.default_rng(seed).random((count, 64)), axis=1) < 32
+    return np.packbits(is_set, axis=1).view(">u8").ravel().astype(np.uint64)
 
 
-def grey(hashes: np.ndarray) -> PerceptualHashes:
+def grey_hashes(hashes: np.ndarray) -> PerceptualHashes:
     return PerceptualHashes(hashes, np.full((len(hashes), 32), 128, np.uint8))
 
 
-def flipped(value: np.uint64, *bits: int) -> np.uint64:
+def flip_bits(value: np.uint64, *bits: int) -> np.uint64:
     for bit in bits:
         value ^= np.uint64(1) << np.uint64(bit)
     return value
@@ -88,15 +88,15 @@ def pairs_of(found: near_duplicates.Pairs) -> dict[tuple[int, int], int]:
 
 
 @pytest.mark.parametrize("change", COPIES)
-def test_copies_are_found_and_different_photographs_are_not(photographs, change):
-    hashes = {name: look(image) for name, image in photographs.items()}
-    hashes |= {f"{name} {change}": look(COPIES[change](image)) for name, image in photographs.items()}
+def test_find_near_duplicates_modified_copies_are_found(photographs, change):
+    hashes = {name: hash_of(image) for name, image in photographs.items()}
+    hashes |= {f"{name} {change}": hash_of(COPIES[change](image)) for name, image in photographs.items()}
     found = find_near_duplicates(frame_of(hashes))
     assert {group.paths for group in found.alike} == {(name, f"{name} {change}") for name in NAMES}
     assert (found.same, found.featureless, found.complete) == ((), 0, True)
 
 
-def test_the_same_bytes_under_several_names_are_told_apart_from_look_alikes():
+def test_find_near_duplicates_identical_files_are_reported_separately():
     first, second, other = "c2924c5532bddfc8", "c2924c5532bddfc1", "3d6db3aacd422037"
     frame = frame_of(
         {"b.png": first, "a.png": first, "near.png": second, "other.png": other, "dropped.png": first},
@@ -108,24 +108,29 @@ def test_the_same_bytes_under_several_names_are_told_apart_from_look_alikes():
     assert [(group.paths, group.distance) for group in found.alike] == [(("a.png", "near.png"), 2)]
 
 
-def test_one_drawing_in_two_colours_is_two_images():
+def test_find_near_duplicates_different_colours_are_distinct():
     def draw(colour: str) -> Image.Image:
         image = Image.new("RGB", (128, 128), "white")
         ImageDraw.Draw(image).ellipse((20, 30, 80, 100), fill=colour)
         return image
 
-    drawn = {
-        "red": look(draw("red")),
-        "again": look(recompressed(draw("red"), 60)),
-        "blue": look(draw("blue")),
+    hashes = {
+        "red": hash_of(draw("red")),
+        "again": hash_of(recompressed(draw("red"), 60)),
+        "blue": hash_of(draw("blue")),
     }
-    assert drawn["red"][:16] == drawn["blue"][:16]
-    assert [group.paths for group in find_near_duplicates(frame_of(drawn)).alike] == [("again", "red")]
+    assert hashes["red"][:16] == hashes["blue"][:16]
+    assert [group.paths for group in find_near_duplicates(frame_of(hashes)).alike] == [("again", "red")]
 
 
-def test_neighbours_of_neighbours_are_one_group_and_the_largest_comes_first():
-    rare, common = balanced(2)
-    chain = [common, flipped(common, *range(6)), flipped(common, *range(12)), flipped(common, *range(16))]
+def test_find_near_duplicates_groups_are_connected_components():
+    rare, common = random_hashes(2)
+    chain = [
+        common,
+        flip_bits(common, *range(6)),
+        flip_bits(common, *range(12)),
+        flip_bits(common, *range(16)),
+    ]
     hashes = {f"c{number}": f"{value:016x}" for number, value in enumerate(chain)}
     hashes |= {"r0": f"{rare:016x}", "r1": f"{rare:016x}"}
     found = find_near_duplicates(frame_of(hashes))
@@ -135,62 +140,62 @@ def test_neighbours_of_neighbours_are_one_group_and_the_largest_comes_first():
     ]
 
 
-def test_images_without_features_are_counted_and_not_compared():
-    flat = {f"{colour}.png": look(Image.new("RGB", (64, 64), colour)) for colour in ("red", "blue")}
-    shaded = {"shaded.png": look(Image.linear_gradient("L"))}
-    found = find_near_duplicates(frame_of(flat | shaded | {"not looked at.png": ""}))
+def test_find_near_duplicates_featureless_images_are_counted():
+    flat = {f"{colour}.png": hash_of(Image.new("RGB", (64, 64), colour)) for colour in ("red", "blue")}
+    shaded = {"shaded.png": hash_of(Image.linear_gradient("L"))}
+    found = find_near_duplicates(frame_of(flat | shaded | {"not hashed.png": ""}))
     assert (found.alike, found.featureless) == ((), 3)
     assert find_near_duplicates(frame_of({})) == near_duplicates.NearDuplicates((), (), 0, True)
 
 
 @pytest.mark.parametrize("others", [False, True], ids=["within", "between"])
-def test_the_search_in_bands_finds_what_comparing_all_finds(monkeypatch, others):
-    hashes = balanced(3000)
+def test_near_pairs_band_search_equals_exhaustive_search(monkeypatch, others):
+    hashes = random_hashes(3000)
     random = np.random.default_rng(1)
-    planted = np.array(
+    near_copies = np.array(
         [
-            flipped(value, *random.choice(64, index % 11, replace=False))
+            flip_bits(value, *random.choice(64, index % 11, replace=False))
             for index, value in enumerate(hashes[:600])
         ]
     )
-    hashes = np.concatenate([hashes, planted])
-    arguments = (grey(hashes[:2000]), grey(hashes[1000:])) if others else (grey(hashes),)
-    every = pairs_of(near_pairs(*arguments))
-    monkeypatch.setattr(near_duplicates, "_ALL_AT_ONCE", 0)
-    monkeypatch.setattr(near_duplicates, "_CANDIDATES_AT_ONCE", 1000)
-    assert pairs_of(near_pairs(*arguments)) == every
+    hashes = np.concatenate([hashes, near_copies])
+    arguments = (grey_hashes(hashes[:2000]), grey_hashes(hashes[1000:])) if others else (grey_hashes(hashes),)
+    all_pairs = pairs_of(near_pairs(*arguments))
+    monkeypatch.setattr(near_duplicates, "_MAX_ALL_PAIRS", 0)
+    monkeypatch.setattr(near_duplicates, "_CANDIDATES_PER_CHUNK", 1000)
+    assert pairs_of(near_pairs(*arguments)) == all_pairs
     first, second = (0, 3000 - 1000) if others else (0, 3000)
     for index in range(600):
-        assert ((index + first, index + second) in every) == (index % 11 <= 8), index
+        assert ((index + first, index + second) in all_pairs) == (index % 11 <= 8), index
 
 
-def test_a_film_ends_the_search_instead_of_filling_the_memory(monkeypatch):
+def test_near_pairs_limits_end_the_search(monkeypatch):
     monkeypatch.setattr(near_duplicates, "MAX_PAIRS", 500)
-    frames = np.unique([flipped(balanced(1)[0], a, b) for a in range(30) for b in range(30, 60)])
-    for at_once in (1 << 26, 0):
-        monkeypatch.setattr(near_duplicates, "_ALL_AT_ONCE", at_once)
-        found = near_pairs(grey(frames))
+    frame_hashes = np.unique([flip_bits(random_hashes(1)[0], a, b) for a in range(30) for b in range(30, 60)])
+    for max_all_pairs in (1 << 26, 0):
+        monkeypatch.setattr(near_duplicates, "_MAX_ALL_PAIRS", max_all_pairs)
+        found = near_pairs(grey_hashes(frame_hashes))
         assert (len(found.first), found.complete) == (500, False)
         assert found.distance.max() <= near_duplicates.MAX_DISTANCE
     monkeypatch.setattr(near_duplicates, "MAX_PAIRS", 10**6)
-    assert near_pairs(grey(frames)).complete
+    assert near_pairs(grey_hashes(frame_hashes)).complete
     monkeypatch.setattr(near_duplicates, "MAX_CANDIDATES", 10)
-    assert not near_pairs(grey(frames)).complete
+    assert not near_pairs(grey_hashes(frame_hashes)).complete
 
 
-def test_equal_hashes_however_many_cost_nothing():
-    value = f"{balanced(1)[0]:016x}"
+def test_find_near_duplicates_many_equal_hashes_are_one_group():
+    value = f"{random_hashes(1)[0]:016x}"
     found = find_near_duplicates(frame_of({f"{number:06d}": value for number in range(20_000)}))
     assert [len(group.paths) for group in found.alike] == [20_000]
     assert found.complete
 
 
-def test_leaks_name_the_training_image_that_is_most_alike():
-    value, other = balanced(2)
+def test_find_leaks_gives_most_similar_training_image():
+    value, other = random_hashes(2)
     train = frame_of(
         {
-            "far": f"{flipped(value, 1, 2, 3, 4):016x}",
-            "near": f"{flipped(value, 5, 6):016x}",
+            "far": f"{flip_bits(value, 1, 2, 3, 4):016x}",
+            "near": f"{flip_bits(value, 5, 6):016x}",
             "same": f"{other:016x}",
             "unseen": "",
         },

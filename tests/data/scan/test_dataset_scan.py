@@ -1,4 +1,4 @@
-"""Every file under a dataset's folder is found once and accounted for: kept with its facts, or dropped with a named reason."""
+"""Tests of the scan: every file of a folder is one row, kept with its properties or dropped with a reason."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ from sdxl_pipeline.data.buckets.crop_plan import plan_crops
 from sdxl_pipeline.data.decoding.image_decoding import UnreadableImage, read_header
 from sdxl_pipeline.data.scan.dataset_scan import SCAN_COLUMNS, DatasetFolderError, scan_dataset
 from sdxl_pipeline.data.scan.table_digests import dataset_digest, rows_digest
-from tests.support.photographs import PHOTOGRAPHS, encoded
+from tests.support.photograph_names import PHOTOGRAPHS, encoded
 
 ORIENTATION = 0x0112
 
@@ -31,8 +31,8 @@ def kept_paths(scanned: pd.DataFrame) -> list[str]:
 
 
 @pytest.mark.real
-def test_a_folder_of_real_photographs_and_of_everything_that_goes_wrong(make_dataset, folder, photograph):
-    photographs = [
+def test_scan_dataset_mixed_folder_keeps_or_drops_every_file(make_dataset, folder, photograph):
+    photograph_names = [
         "astronaut.png",
         "coffee.png",
         "chelsea.png",
@@ -40,8 +40,8 @@ def test_a_folder_of_real_photographs_and_of_everything_that_goes_wrong(make_dat
         "hubble_deep_field.jpg",
         "retina.jpg",
     ]
-    photographs += ["camera.png", "no_time_for_that_tiny.gif", "multipage.tif"]
-    for name in photographs:
+    photograph_names += ["camera.png", "no_time_for_that_tiny.gif", "multipage.tif"]
+    for name in photograph_names:
         shutil.copy(PHOTOGRAPHS / name, folder / name)
     (folder / "deep" / "er").mkdir(parents=True)
     exif = Image.Exif()
@@ -77,25 +77,25 @@ def test_a_folder_of_real_photographs_and_of_everything_that_goes_wrong(make_dat
     os.mkfifo(folder / "pipe.png")
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
     (folder / "itself.png").symlink_to(folder / "itself.png")
-    for name in [*photographs, *good, "cut.jpg"]:
+    for name in [*photograph_names, *good, "cut.jpg"]:
         (folder / name).with_suffix(".txt").write_text(f"about {name.split('.')[0]}")
 
     scanned = scan_dataset(make_dataset(caption_strategy="textfile"), folder)
 
     assert tuple(scanned.columns) == SCAN_COLUMNS
     assert scanned["path"].tolist() == sorted(scanned["path"])
-    assert set(kept_paths(scanned)) == {*photographs, *good}
+    assert set(kept_paths(scanned)) == {*photograph_names, *good}
     assert reasons(scanned) == {name: reason for name, (_, reason) in bad.items()} | {
         "pipe.png": "not a regular file",
         "gone.png": "broken link",
         "itself.png": "broken link",
     }
-    # the account: every file of the folder is a row, but for the captions of images
+    # every file of the folder is a row except for caption files of images
     present = {
         str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
     }
     captions = present - set(scanned["path"])
-    assert len(captions) == len(photographs) + len(good) + 1
+    assert len(captions) == len(photograph_names) + len(good) + 1
     assert {name.rsplit(".", 1)[1] for name in captions} == {"txt"}
     assert len(scanned) == len(kept_paths(scanned)) + len(reasons(scanned)) == len(present) - len(captions)
 
@@ -105,7 +105,7 @@ def test_a_folder_of_real_photographs_and_of_everything_that_goes_wrong(make_dat
     assert by_path.loc["deep/er/turned.JPG", ["height", "width"]].tolist() == [320, 200]
     assert by_path.loc["really_a_png.jpg", "format"] == "PNG"
     assert by_path.loc["two\nlines.webp", "captions"] == ["about two", "lines"]
-    for name in [*photographs, "inks.jpeg"]:
+    for name in [*photograph_names, "inks.jpeg"]:
         data = (folder / name).read_bytes()
         assert by_path.loc[name, "key"] == hashlib.sha256(data).hexdigest()
         assert by_path.loc[name, "size"] == len(data)
@@ -113,7 +113,7 @@ def test_a_folder_of_real_photographs_and_of_everything_that_goes_wrong(make_dat
 
 
 @pytest.mark.parametrize("format_name", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
-def test_half_a_file_is_named_and_a_whole_one_is_not(photograph, format_name):
+def test_read_header_truncated_file_raises(photograph, format_name):
     data = encoded(photograph, format_name)
     assert read_header(data).format == format_name
     for share in (0.3, 0.6, 0.9):
@@ -123,14 +123,14 @@ def test_half_a_file_is_named_and_a_whole_one_is_not(photograph, format_name):
 
 
 @pytest.mark.filterwarnings("ignore:::PIL")
-def test_a_format_with_its_directory_at_the_end_is_named_by_its_first_bytes(photograph):
+def test_read_header_truncated_tiff_raises(photograph):
     data = encoded(photograph, "TIFF", compression="tiff_lzw")
     assert read_header(data).format == "TIFF"
     with pytest.raises(UnreadableImage, match="truncated"):
         read_header(data[: len(data) // 2])
 
 
-def test_the_end_marker_of_a_thumbnail_does_not_pass_for_the_images(photograph):
+def test_read_header_end_marker_of_thumbnail_is_ignored(photograph):
     thumbnail = encoded(photograph.resize((32, 20)), "JPEG")
     data = encoded(photograph, "JPEG", exif=b"Exif\0\0" + thumbnail)
     assert b"\xff\xd9" in data[:4000]
@@ -139,12 +139,12 @@ def test_the_end_marker_of_a_thumbnail_does_not_pass_for_the_images(photograph):
         read_header(data[:-200])
 
 
-def test_bytes_behind_the_end_do_no_harm(photograph):
+def test_read_header_trailing_bytes_are_ignored(photograph):
     for format_name in ("PNG", "JPEG", "WEBP", "GIF"):
         assert read_header(encoded(photograph, format_name) + b"\0trailing bytes of some camera").width == 320
 
 
-def test_a_decompression_bomb_is_named_without_being_unpacked(make_dataset, folder, recwarn):
+def test_scan_dataset_decompression_bomb_is_dropped(make_dataset, folder, recwarn):
     def png(width: int, height: int) -> bytes:
         header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
         parts = [header, b"IDAT" + zlib.compress(b""), b"IEND"]
@@ -162,13 +162,13 @@ def test_a_decompression_bomb_is_named_without_being_unpacked(make_dataset, fold
     assert not recwarn.list
 
 
-def test_links_are_followed_and_loops_end(make_dataset, folder, tmp_path, photograph):
+def test_scan_dataset_links_are_followed_once(make_dataset, folder, tmp_path, photograph):
     data = encoded(photograph, "PNG")
     elsewhere = tmp_path / "elsewhere"
     for where in (folder / "real", elsewhere / "inner"):
         where.mkdir(parents=True)
         (where / "a.png").write_bytes(data)
-    (folder / "also_real").symlink_to(folder / "real")  # sorts before it, and yet the real path is told
+    (folder / "also_real").symlink_to(folder / "real")  # sorts first, but the real path takes precedence
     (folder / "outside").symlink_to(elsewhere)
     (folder / "real" / "up").symlink_to(folder)
     (elsewhere / "inner" / "around").symlink_to(elsewhere)
@@ -178,16 +178,16 @@ def test_links_are_followed_and_loops_end(make_dataset, folder, tmp_path, photog
     assert reasons(scanned) == {}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names themselves")
-def test_a_file_name_that_is_no_text_is_named(make_dataset, folder, photograph):
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems reject such names")
+def test_scan_dataset_undecodable_file_name_is_dropped(make_dataset, folder, photograph):
     (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(encoded(photograph, "PNG"))
     scanned = scan_dataset(make_dataset(), folder)
     assert reasons(scanned) == {"caf\\xe9.png": "file name is not UTF-8"}
     scanned.to_parquet(folder.parent / "scan.parquet")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs a file that can be opened and not read")
-def test_a_file_that_cannot_be_read_is_named(make_dataset, folder, photograph):
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file that can be opened but not read")
+def test_scan_dataset_unreadable_file_is_dropped(make_dataset, folder, photograph):
     (folder / "a.png").symlink_to("/proc/self/mem")
     (folder / "b.png").write_bytes(encoded(photograph, "PNG"))
     scanned = scan_dataset(make_dataset(), folder)
@@ -195,7 +195,7 @@ def test_a_file_that_cannot_be_read_is_named(make_dataset, folder, photograph):
     assert reasons(scanned) == {"a.png": "cannot be read: Input/output error"}
 
 
-def test_captions_belong_to_their_images(make_dataset, folder, photograph):
+def test_scan_dataset_caption_files_match_images(make_dataset, folder, photograph):
     for name in ("a.png", "a.webp", "b.png", "c.png", "d.png"):
         (folder / name).write_bytes(encoded(photograph, "PNG"))
     (folder / "a.txt").write_text("shared by two")
@@ -222,9 +222,9 @@ def test_captions_belong_to_their_images(make_dataset, folder, photograph):
     assert (row["status"], row["captions"], row["caption_status"]) == ("kept", [""], "missing")
 
 
-def test_a_folder_that_cannot_be_scanned_is_told_with_its_remedy(make_dataset, folder, tmp_path):
+def test_scan_dataset_unusable_folder_raises_with_hint(make_dataset, folder, tmp_path):
     with pytest.raises(
-        DatasetFolderError, match=r"dataset 'photos'.*instance_data_dir.*is empty\. Put images into it"
+        DatasetFolderError, match=r"dataset 'photos'.*instance_data_dir.*is empty\. Add images"
     ):
         scan_dataset(make_dataset(), folder)
     with pytest.raises(DatasetFolderError, match=r"missing' does not exist\. Create the folder"):
@@ -234,16 +234,16 @@ def test_a_folder_that_cannot_be_scanned_is_told_with_its_remedy(make_dataset, f
         scan_dataset(make_dataset(), tmp_path / "file")
 
 
-def test_progress_counts_every_image(make_dataset, folder, photograph):
+def test_scan_dataset_progress_counts_images(make_dataset, folder, photograph):
     for number in range(5):
         (folder / f"{number}.png").write_bytes(encoded(photograph, "PNG"))
     (folder / "other.md").write_text("")
-    seen: list[tuple[int, int]] = []
-    scan_dataset(make_dataset(), folder, on_progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
+    progress: list[tuple[int, int]] = []
+    scan_dataset(make_dataset(), folder, on_progress=lambda done, total: progress.append((done, total)))
+    assert progress == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
 
 
-def test_scanning_writes_nothing_and_repeats(make_dataset, folder, photograph):
+def test_scan_dataset_is_read_only_and_deterministic(make_dataset, folder, photograph):
     for number in range(12):
         (folder / f"{number}.png").write_bytes(encoded(photograph.rotate(number), "PNG"))
     before = sorted(folder.iterdir())
@@ -252,7 +252,7 @@ def test_scanning_writes_nothing_and_repeats(make_dataset, folder, photograph):
     assert sorted(folder.iterdir()) == before
 
 
-def test_digests_follow_the_content_and_nothing_else(make_dataset, folder, tmp_path, photograph):
+def test_digests_depend_on_content_only(make_dataset, folder, tmp_path, photograph):
     for number in range(4):
         (folder / f"{number}.png").write_bytes(encoded(photograph.rotate(number), "PNG"))
         (folder / f"{number}.txt").write_text(f"caption {number}\nanother")
@@ -270,7 +270,7 @@ def test_digests_follow_the_content_and_nothing_else(make_dataset, folder, tmp_p
     assert dataset_digest(scanned.iloc[::-1]) == first[0]
 
     copied = tmp_path / "copied"
-    shutil.copytree(folder, copied, copy_function=shutil.copyfile)  # other times, another place
+    shutil.copytree(folder, copied, copy_function=shutil.copyfile)  # other times, another path
     assert (
         dataset_digest(
             scan_dataset(make_dataset(caption_strategy="textfile", instance_data_dir=copied), copied)
@@ -289,7 +289,7 @@ def test_digests_follow_the_content_and_nothing_else(make_dataset, folder, tmp_p
     assert edited[1] != digests()[1]
 
 
-def test_reasons_can_be_counted(make_dataset, folder):
+def test_scan_dataset_equal_problems_have_equal_reasons(make_dataset, folder):
     for number in range(3):
         (folder / f"{number}.jpg").write_bytes(b"")
         (folder / f"{number}.doc").write_bytes(b"x")

@@ -1,4 +1,4 @@
-"""What a folder holds and the settings leave unused is reported: caption files, second ones, and kohya's folders of repeats."""
+"""Tests of notes on unused content of a folder: caption files, tables, and kohya's folders of repeats."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.support.photographs import encoded
 
 @pytest.fixture
 def notes(make_dataset, folder, photograph):
-    """Writes files and gives the notes of a scan, which are those of a listing too."""
+    """Return a function that writes files and gives the notes of a scan, after comparing them with `local_notes`."""
 
     def notes(*names: str, **settings) -> list[str]:
         for number, name in enumerate(names):
@@ -25,7 +25,7 @@ def notes(make_dataset, folder, photograph):
     return notes
 
 
-def test_text_files_that_are_not_read_are_counted(notes):
+def test_folder_notes_unused_text_files_are_counted(notes):
     assert notes("a.png", "a.txt", "b.png", "b.caption", "c.txt") == [
         "2 text files are stored beside images and not read; write caption_strategy: textfile."
     ]
@@ -33,19 +33,19 @@ def test_text_files_that_are_not_read_are_counted(notes):
     assert notes("a.png", "a.txt", caption_strategy="instanceprompt", instance_prompt="a") == []
 
 
-def test_a_table_of_captions_that_is_not_read_is_named(notes):
+def test_folder_notes_unused_caption_table_is_reported(notes):
     (note,) = notes("a.png", "metadata.jsonl")
     assert note.startswith(
         "metadata.jsonl is not read; if it holds captions, write caption_strategy: parquet"
     )
 
 
-def test_second_caption_files_are_named(notes):
+def test_folder_notes_shadowed_caption_file_is_reported(notes):
     (note,) = notes("a.png", "a.txt", "a.caption", caption_strategy="textfile")
     assert note.startswith("1 caption file is not read, such as a.caption")
 
 
-def test_folders_of_repeats_are_reported_with_the_entry_to_write(notes, folder):
+def test_folder_notes_kohya_folders_give_entry_to_write(notes, folder):
     names = [
         "img/10_sks dog/a.png",
         "img/10_sks dog/deep/b.png",
@@ -55,14 +55,14 @@ def test_folders_of_repeats_are_reported_with_the_entry_to_write(notes, folder):
         "02_more/f.png",
     ]
     assert notes(*names) == [
-        f"folder img/10_sks dog (2 images): the repeats in its name, as kohya's trainers write them, are not followed; write "
-        f'"repeats": 9 in an entry of its own with "instance_data_dir": "{folder}/img/10_sks dog".',
-        f"folder reg/1_dog (1 images): the repeats in its name, as kohya's trainers write them, are not followed; write "
-        f'"repeats": 0 and "is_regularisation_data": true in an entry of its own with "instance_data_dir": "{folder}/reg/1_dog".',
+        f"folder img/10_sks dog (2 images): the repeats in its name, as kohya's trainers write them, are ignored; write "
+        f'"repeats": 9 in a separate entry with "instance_data_dir": "{folder}/img/10_sks dog".',
+        f"folder reg/1_dog (1 images): the repeats in its name, as kohya's trainers write them, are ignored; write "
+        f'"repeats": 0 and "is_regularisation_data": true in a separate entry with "instance_data_dir": "{folder}/reg/1_dog".',
     ]
 
 
-def test_a_folder_whose_repeats_are_set_is_not_reported(notes, make_dataset, folder):
+def test_folder_notes_matching_repeats_give_no_note(notes, make_dataset, folder):
     (note,) = notes("10_dog/a.png")
     assert note.endswith('write "repeats": 9 in this entry.')
     assert notes("10_dog/a.png", repeats=9) == []
@@ -71,16 +71,16 @@ def test_a_folder_whose_repeats_are_set_is_not_reported(notes, make_dataset, fol
     assert local_notes(make_dataset(instance_data_dir=folder / "10_dog", repeats=9)) == []
 
 
-def test_a_folder_that_is_not_there_has_no_notes(make_dataset, folder):
+def test_local_notes_missing_folder_gives_no_notes(make_dataset, folder):
     assert local_notes(make_dataset(instance_data_dir=folder / "gone")) == []
 
 
-def test_tables_of_this_machine_are_read_without_reading_an_image(notes, make_dataset, folder):
+def test_local_notes_report_problems_of_tables(notes, make_dataset, folder):
     notes("a.png")
     table = folder / "t.jsonl"
     dataset = make_dataset(caption_strategy="parquet", parquet={"path": "t.jsonl"})
-    (gone,) = local_notes(dataset)
-    assert "there is no file" in gone
+    (missing,) = local_notes(dataset)
+    assert "does not exist" in missing
     table.write_text('{"filename": "train/a", "caption": "a"}')
     (unmatched,) = local_notes(dataset)
     assert (
@@ -89,11 +89,11 @@ def test_tables_of_this_machine_are_read_without_reading_an_image(notes, make_da
     )
     table.write_text('{"filename": "a", "caption": true}')
     (wrong,) = local_notes(dataset)
-    assert "row 1: column 'caption' holds true or false, not text" in wrong
-    listed = make_dataset(
+    assert "row 1: column 'caption' has true or false, not text" in wrong
+    list_dataset = make_dataset(
         type="csv", csv_file=folder / "list.csv", instance_data_dir=None, caption_strategy="csv"
     )
-    assert local_notes(listed) == []
+    assert local_notes(list_dataset) == []
     (folder / "list.csv").write_text("url,caption\na.png,a man, a dog\n")
-    (wrong,) = local_notes(listed)
+    (wrong,) = local_notes(list_dataset)
     assert "line 2 has 3 fields, and the header has 2" in wrong

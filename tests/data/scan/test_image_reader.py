@@ -1,4 +1,4 @@
-"""A file is read whole and once; one that changes meanwhile is read again, and never told as a mixture of two."""
+"""Tests of the file reader: consistent results for files that change, are replaced or vanish while they are read."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ from sdxl_pipeline.data.scan.image_reader import read_image, read_text
 from tests.support.photographs import encoded
 
 
-def test_a_image_read_in_pieces_gives_what_it_gives_whole(folder, photograph, monkeypatch):
+def test_read_image_in_chunks_equals_small_read(folder, photograph, monkeypatch):
     exif = photograph.getexif()
     exif[0x0112] = 6
     for format_name in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"):
@@ -27,7 +27,7 @@ def test_a_image_read_in_pieces_gives_what_it_gives_whole(folder, photograph, mo
         ):
             (folder / name).write_bytes(content)
             expected = read_image(str(folder / name))
-            monkeypatch.setattr(image_reader, "LARGE", 0)
+            monkeypatch.setattr(image_reader, "LARGE_FILE_BYTES", 0)
             read = read_image(str(folder / name))
             monkeypatch.undo()
             assert read == expected
@@ -35,14 +35,14 @@ def test_a_image_read_in_pieces_gives_what_it_gives_whole(folder, photograph, mo
 
 
 def png_with(data: bytes, kind: bytes, content: bytes, after_the_pixels: bool) -> bytes:
-    """A PNG with one more chunk, behind its header or before its end."""
+    """Return a PNG with one more chunk, after its header or before its end."""
     chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-    at = len(data) - 12 if after_the_pixels else 33
-    return data[:at] + chunk + data[at:]
+    offset = len(data) - 12 if after_the_pixels else 33
+    return data[:offset] + chunk + data[offset:]
 
 
 @pytest.mark.parametrize("after_the_pixels", [False, True])
-def test_a_png_is_upright_wherever_it_says_how_it_was_held(folder, photograph, after_the_pixels):
+def test_read_image_png_orientation_in_any_chunk_is_applied(folder, photograph, after_the_pixels):
     exif = photograph.getexif()
     exif[0x0112] = 6
     raw = exif.tobytes().removeprefix(b"Exif\0\0")
@@ -62,53 +62,57 @@ def test_a_png_is_upright_wherever_it_says_how_it_was_held(folder, photograph, a
     assert read_image(str(folder / "a.png")).width == 320
 
 
-def test_a_large_file_is_not_held_in_memory(folder, photograph):
+def test_read_image_large_file_bounds_memory(folder, photograph):
     path = folder / "large.jpg"
     data = encoded(photograph, "JPEG")
     with path.open("wb") as file:
         file.write(data)
-        file.truncate(image_reader.LARGE * 4)  # a hole, which takes no disk
+        file.truncate(image_reader.LARGE_FILE_BYTES * 4)  # a sparse file, which takes no disk space
     tracemalloc.start()
     read = read_image(str(path))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert (read.width, read.height, read.unreadable) == (320, 200, "")
-    assert read.size == image_reader.LARGE * 4
-    assert read.key == hashlib.sha256(data + bytes(image_reader.LARGE * 4 - len(data))).hexdigest()
-    assert peak < image_reader.LARGE // 4
+    assert read.size == image_reader.LARGE_FILE_BYTES * 4
+    assert read.key == hashlib.sha256(data + bytes(image_reader.LARGE_FILE_BYTES * 4 - len(data))).hexdigest()
+    assert peak < image_reader.LARGE_FILE_BYTES // 4
 
 
-def changes(monkeypatch, times: int, change) -> None:
-    """Let `change` happen to the file while its header is being read, on the first so many readings."""
-    real, left = image_reader.read_header, [times]
+def change_while_reading(monkeypatch, count: int, change) -> None:
+    """Call `change` while the header of a file is read, for the first `count` reads."""
+    original, remaining = image_reader.read_header, [count]
 
     def read_header(data):
-        if left[0] > 0:
-            left[0] -= 1
+        if remaining[0] > 0:
+            remaining[0] -= 1
             change()
-        return real(data)
+        return original(data)
 
     monkeypatch.setattr(image_reader, "read_header", read_header)
 
 
-def test_a_image_that_changes_while_it_is_read_is_read_again(folder, photograph, monkeypatch):
-    path, later = folder / "a.png", encoded(photograph.rotate(90, expand=True), "PNG")
+def test_read_image_changed_while_reading_is_read_again(folder, photograph, monkeypatch):
+    path, new_content = folder / "a.png", encoded(photograph.rotate(90, expand=True), "PNG")
     path.write_bytes(encoded(photograph, "PNG"))
-    changes(monkeypatch, 1, lambda: path.write_bytes(later))
+    change_while_reading(monkeypatch, 1, lambda: path.write_bytes(new_content))
     read = read_image(str(path))
-    assert (read.key, read.size, read.width) == (hashlib.sha256(later).hexdigest(), len(later), 200)
+    assert (read.key, read.size, read.width) == (
+        hashlib.sha256(new_content).hexdigest(),
+        len(new_content),
+        200,
+    )
 
 
-def test_a_image_that_is_replaced_while_it_is_read_is_read_again(folder, photograph, monkeypatch):
-    path, later = folder / "a.png", encoded(photograph.rotate(90, expand=True), "PNG")
+def test_read_image_replaced_while_reading_is_read_again(folder, photograph, monkeypatch):
+    path, new_content = folder / "a.png", encoded(photograph.rotate(90, expand=True), "PNG")
     path.write_bytes(encoded(photograph, "PNG"))
-    (folder / "b").write_bytes(later)
-    changes(monkeypatch, 1, lambda: (folder / "b").replace(path))
+    (folder / "b").write_bytes(new_content)
+    change_while_reading(monkeypatch, 1, lambda: (folder / "b").replace(path))
     read = read_image(str(path))
-    assert (read.key, read.inode) == (hashlib.sha256(later).hexdigest(), path.stat().st_ino)
+    assert (read.key, read.inode) == (hashlib.sha256(new_content).hexdigest(), path.stat().st_ino)
 
 
-def test_a_image_that_never_rests_is_named(make_dataset, folder, photograph, monkeypatch):
+def test_scan_dataset_constantly_changing_image_is_dropped(make_dataset, folder, photograph, monkeypatch):
     path = folder / "a.png"
     path.write_bytes(encoded(photograph, "PNG"))
 
@@ -116,42 +120,40 @@ def test_a_image_that_never_rests_is_named(make_dataset, folder, photograph, mon
         with path.open("ab") as file:
             file.write(b"more")
 
-    changes(monkeypatch, 99, append)
+    change_while_reading(monkeypatch, 99, append)
     scanned = scan_dataset(make_dataset(), folder)
     assert scanned[["path", "status", "reason", "key"]].values.tolist() == [
         ["a.png", "dropped", "changed while it was read", ""]
     ]
 
 
-def test_a_image_that_vanishes_is_named_and_its_neighbours_are_kept(
-    make_dataset, folder, photograph, monkeypatch
-):
+def test_scan_dataset_vanished_image_is_dropped(make_dataset, folder, photograph, monkeypatch):
     for number in range(40):
         (folder / f"{number:02d}.png").write_bytes(encoded(photograph.rotate(number), "PNG"))
-    changes(monkeypatch, 1, lambda: (folder / "39.png").unlink())
+    change_while_reading(monkeypatch, 1, lambda: (folder / "39.png").unlink())
     scanned = scan_dataset(make_dataset(), folder).set_index("path")
     assert scanned.loc["39.png", "reason"] == "vanished during the scan"
     assert (scanned["status"] == "kept").sum() == 39
 
 
-def test_a_folder_that_vanishes_is_named_file_by_file(make_dataset, folder, photograph, monkeypatch):
+def test_scan_dataset_vanished_folder_drops_files(make_dataset, folder, photograph, monkeypatch):
     for number in range(40):
         (folder / f"{number:02d}.png").write_bytes(encoded(photograph.rotate(number), "PNG"))
     moved = folder.parent / "moved"
-    changes(monkeypatch, 1, lambda: folder.rename(moved))
+    change_while_reading(monkeypatch, 1, lambda: folder.rename(moved))
     scanned = scan_dataset(make_dataset(), folder)
     assert len(scanned) == 40
     assert (scanned["reason"] == "vanished during the scan").sum() > 0
     assert set(scanned["reason"]) <= {"", "vanished during the scan"}
 
 
-def test_a_caption_that_is_replaced_while_it_is_read_is_the_later_one(folder, monkeypatch):
+def test_read_text_replaced_while_reading_returns_new_content(folder, monkeypatch):
     path = folder / "a.txt"
     path.write_text("before")
-    real, replaced = os.fstat, []
+    original, replaced = os.fstat, []
 
     def fstat(descriptor):
-        info = real(descriptor)
+        info = original(descriptor)
         if not replaced:
             replaced.append(True)
             (folder / "b").write_text("afterwards")
@@ -163,7 +165,7 @@ def test_a_caption_that_is_replaced_while_it_is_read_is_the_later_one(folder, mo
 
 
 @pytest.mark.parametrize("data", [b"", b"x" * 10])
-def test_what_a_file_was_is_told_with_what_it_holds(folder, data):
+def test_read_text_returns_file_identity(folder, data):
     path = folder / "a.txt"
     path.write_bytes(data)
     read, info = read_text(str(path)), path.stat()

@@ -1,4 +1,4 @@
-"""A re-scan reads what is new or changed and nothing else, and gives what a first scan would."""
+"""Tests of the recorded scan: a rescan reads only new and changed files, and equals a first scan."""
 
 import logging
 import os
@@ -12,12 +12,12 @@ from sdxl_pipeline.data.scan import dataset_scan, image_reader
 from sdxl_pipeline.data.scan.dataset_scan import NOT_SAMPLED, recall_dataset, scan_dataset
 from tests.support.photographs import encoded
 
-LONG_AGO = 1_600_000_000
+OLD_TIME = 1_600_000_000
 
 
-def write(path, data: bytes, when: float = LONG_AGO) -> None:
+def write(path, data: bytes, mtime: float = OLD_TIME) -> None:
     path.write_bytes(data)
-    os.utime(path, (when, when))
+    os.utime(path, (mtime, mtime))
 
 
 def captions(scanned: pd.DataFrame) -> dict[str, list[str]]:
@@ -26,7 +26,7 @@ def captions(scanned: pd.DataFrame) -> dict[str, list[str]]:
 
 @pytest.fixture
 def images(folder, photograph):
-    """Three images with captions, last changed long ago."""
+    """Write three images with captions and old modification times."""
     for number in range(3):
         write(folder / f"{number}.png", encoded(photograph.rotate(number), "PNG"))
         write(folder / f"{number}.txt", f"caption {number}".encode())
@@ -40,24 +40,24 @@ def record(tmp_path):
 
 @pytest.fixture
 def files_read(monkeypatch, images):
-    """The files that were read, by every scan of the test so far."""
+    """Return the list of files that scans read."""
     names: list[str] = []
 
-    def counted(real):
+    def recording(original):
         def read(path):
             names.append(os.path.relpath(path, images))
-            return real(path)
+            return original(path)
 
         return read
 
     for function in ("read_image", "read_text"):
-        monkeypatch.setattr(dataset_scan, function, counted(getattr(image_reader, function)))
+        monkeypatch.setattr(dataset_scan, function, recording(getattr(image_reader, function)))
     return names
 
 
 @pytest.fixture
 def rescan(make_dataset, images, record, files_read):
-    """Scan with a record: the table, which is held against that of a first dataset_scan, and the names of the files read for it."""
+    """Return a function that scans with a record, compares with a scan without one, and gives the table and the files read."""
 
     def run(settings=None, **options):
         dataset = make_dataset(**({"caption_strategy": "textfile"} | (settings or {})))
@@ -73,7 +73,7 @@ def rescan(make_dataset, images, record, files_read):
 ALL = ["0.png", "0.txt", "1.png", "1.txt", "2.png", "2.txt"]
 
 
-def test_an_unchanged_folder_is_not_read_again_unless_to_verify(rescan, record):
+def test_rescan_unchanged_folder_reads_no_file(rescan, record):
     assert rescan()[1] == ALL
     written = record.stat().st_mtime_ns
     assert rescan()[1] == []
@@ -81,7 +81,7 @@ def test_an_unchanged_folder_is_not_read_again_unless_to_verify(rescan, record):
     assert rescan(verify=True)[1] == ALL
 
 
-def test_only_what_changed_is_read(rescan, images, photograph):
+def test_rescan_reads_only_changed_files(rescan, images, photograph):
     rescan()
     write(images / "0.txt", b"edited caption 0")
     assert rescan()[1] == ["0.txt"]
@@ -101,16 +101,16 @@ def test_only_what_changed_is_read(rescan, images, photograph):
     }
 
 
-def test_size_time_and_inode_each_tell_a_change(rescan, images):
+def test_rescan_detects_change_of_size_time_or_inode(rescan, images):
     rescan()
     same_length = images / "0.txt"
-    write(same_length, b"captioN 0", LONG_AGO + 1)
+    write(same_length, b"captioN 0", OLD_TIME + 1)
     assert rescan()[1] == ["0.txt"]
     write(images / "1.txt", b"longer caption 1")
     assert rescan()[1] == ["1.txt"]
-    beside = images / "new"
-    write(beside, b"captioN 2")
-    beside.replace(images / "2.txt")
+    new_file = images / "new"
+    write(new_file, b"captioN 2")
+    new_file.replace(images / "2.txt")
     assert rescan()[1] == ["2.txt"]
     assert captions(rescan()[0]) == {
         "0.png": ["captioN 0"],
@@ -119,7 +119,7 @@ def test_size_time_and_inode_each_tell_a_change(rescan, images):
     }
 
 
-def test_an_edit_that_keeps_all_three_is_seen_by_verify(make_dataset, images, record):
+def test_rescan_verify_detects_edit_with_unchanged_metadata(make_dataset, images, record):
     dataset = make_dataset(caption_strategy="textfile")
     scan_dataset(dataset, images, recorded=record)
     write(images / "0.txt", b"captioN 0")
@@ -128,7 +128,7 @@ def test_an_edit_that_keeps_all_three_is_seen_by_verify(make_dataset, images, re
     assert captions(scan_dataset(dataset, images, recorded=record))["0.png"] == ["captioN 0"]
 
 
-def test_two_files_that_exchange_their_names_are_not_taken_for_each_other(rescan, images, photograph):
+def test_rescan_detects_swapped_files(rescan, images, photograph):
     size = max((images / f"{number}.png").stat().st_size for number in range(2))
     for number in range(2):
         data = (images / f"{number}.png").read_bytes()
@@ -145,21 +145,21 @@ def test_two_files_that_exchange_their_names_are_not_taken_for_each_other(rescan
     )
 
 
-def test_what_was_changed_just_before_the_scan_is_read_again_until_it_has_settled(rescan, images):
+def test_rescan_reads_recently_changed_files_until_settled(rescan, images):
     now = time.time()
     write(images / "0.txt", b"caption 0", now - 0.5)
-    write(images / "1.png", (images / "1.png").read_bytes(), now + 3600)  # a clock that goes wrong
+    write(images / "1.png", (images / "1.png").read_bytes(), now + 3600)  # a wrong clock
     assert rescan()[1] == ALL
     assert rescan()[1] == ["0.txt", "1.png"]
-    # an edit within the same tick of the clock, of the same length, is seen
+    # an edit of the same length within the same clock tick is detected
     write(images / "0.txt", b"captioN 0", now - 0.5)
     assert captions(rescan()[0])["0.png"] == ["captioN 0"]
-    os.utime(images / "0.txt", (LONG_AGO, LONG_AGO))
+    os.utime(images / "0.txt", (OLD_TIME, OLD_TIME))
     assert rescan()[1] == ["0.txt", "1.png"]
     assert rescan()[1] == ["1.png"]
 
 
-def test_damaged_and_unreadable_files_are_looked_at_again(rescan, images, photograph):
+def test_rescan_reads_unreadable_files_again(rescan, images, photograph):
     write(images / "cut.png", encoded(photograph, "PNG")[:500])
     (images / "odd.png").symlink_to("/proc/self/mem")
     rescan()
@@ -168,10 +168,10 @@ def test_damaged_and_unreadable_files_are_looked_at_again(rescan, images, photog
     assert set(scanned["reason"]) == {"", "truncated", "cannot be read: Input/output error"}
 
 
-def test_another_caption_setting_reads_no_image_again(rescan):
+def test_rescan_other_caption_settings_read_no_image(rescan):
     filters = {"caption_filter_list": ["caption "], "missing_captions": "empty"}
     rescan({"caption_strategy": "filename"})
-    assert rescan()[1] == ["0.txt", "1.txt", "2.txt"]  # read for the first time
+    assert rescan()[1] == ["0.txt", "1.txt", "2.txt"]  # first read of these files
     scanned, read = rescan(filters)
     assert (captions(scanned), read) == ({"0.png": ["0"], "1.png": ["1"], "2.png": ["2"]}, [])
     prefix = {"instance_prompt": "sks", "prepend_instance_prompt": True}
@@ -182,7 +182,7 @@ def test_another_caption_setting_reads_no_image_again(rescan):
 
 
 @pytest.mark.parametrize("data", [b"", b"no parquet", b"PAR1 and then nothing of it PAR1"])
-def test_a_damaged_record_is_left_aside_and_told(rescan, record, caplog, data):
+def test_rescan_corrupt_record_is_ignored_with_warning(rescan, record, caplog, data):
     rescan()
     record.write_bytes(data)
     with caplog.at_level(logging.WARNING):
@@ -191,7 +191,7 @@ def test_a_damaged_record_is_left_aside_and_told(rescan, record, caplog, data):
     assert rescan()[1] == []
 
 
-def test_a_record_of_another_version_is_left_aside(rescan, record, caplog, monkeypatch):
+def test_rescan_record_of_other_version_is_ignored(rescan, record, caplog, monkeypatch):
     rescan()
     pd.DataFrame({"path": ["0.png"], "key": ["x"]}).to_parquet(record)
     with caplog.at_level(logging.INFO):
@@ -201,9 +201,7 @@ def test_a_record_of_another_version_is_left_aside(rescan, record, caplog, monke
     assert rescan()[1] == ALL
 
 
-def test_a_record_of_another_folder_says_nothing_of_this_one(
-    make_dataset, images, record, tmp_path, files_read
-):
+def test_rescan_record_of_other_folder_is_ignored(make_dataset, images, record, tmp_path, files_read):
     other = tmp_path / "other"
     shutil.copytree(images, other)
     dataset = make_dataset(caption_strategy="textfile")
@@ -214,13 +212,13 @@ def test_a_record_of_another_folder_says_nothing_of_this_one(
     assert recall_dataset(dataset, images, record) is None
 
 
-def test_what_the_source_says_becomes_rows_and_captions(rescan, make_dataset, images, record):
-    given = {
+def test_rescan_source_captions_and_failures_become_rows(rescan, make_dataset, images, record):
+    source = {
         "captions": {"0.png": ("from", "a column"), "1.png": ("",), "gone.png": ("x",)},
         "failed": [("https://example.org/a.png", "404 Not Found"), ("0000", "not an image")],
     }
     settings = {"type": "csv", "csv_file": "list.csv", "caption_strategy": "csv"}
-    scanned, _ = rescan(settings, **given)
+    scanned, _ = rescan(settings, **source)
     assert scanned["path"].is_monotonic_increasing
     assert captions(scanned)["0.png"] == ["from", "a column"]
     reasons = scanned.set_index("path")["reason"].to_dict()
@@ -232,21 +230,21 @@ def test_what_the_source_says_becomes_rows_and_captions(rescan, make_dataset, im
         "https://example.org/a.png": "404 Not Found",
     }
     assert (scanned["status"] == "dropped").sum() == 4
-    pd.testing.assert_frame_equal(scanned, rescan(settings, **given)[0])
-    # and all of it is there when nothing is looked at
+    pd.testing.assert_frame_equal(scanned, rescan(settings, **source)[0])
+    # the record alone gives the same frame
     pd.testing.assert_frame_equal(recall_dataset(make_dataset(**settings), images, record), scanned)
-    del given["captions"]["0.png"]
-    assert captions(rescan(settings, **given)[0])["0.png"] == []
+    del source["captions"]["0.png"]
+    assert captions(rescan(settings, **source)[0])["0.png"] == []
     column = make_dataset(**settings, csv_caption_column="other")
-    assert recall_dataset(column, images, record) is None  # the captions recorded are another column's
+    assert recall_dataset(column, images, record) is None  # the recorded captions are from another column
 
 
-def test_a_source_of_which_nothing_could_be_fetched_still_has_its_rows(make_dataset, folder):
+def test_scan_dataset_empty_folder_with_failures_gives_rows(make_dataset, folder):
     scanned = scan_dataset(make_dataset(), folder, failed=[("a.png", "timed out")])
     assert scanned[["path", "status", "reason"]].values.tolist() == [["a.png", "dropped", "timed out"]]
 
 
-def test_recorded_files_are_taken_at_their_word(make_dataset, images, record, files_read):
+def test_load_recorded_dataset_reads_no_file(make_dataset, images, record, files_read):
     dataset = make_dataset(caption_strategy="textfile")
     assert recall_dataset(dataset, images, record) is None
     scanned = scan_dataset(dataset, images, recorded=record)
@@ -258,13 +256,13 @@ def test_recorded_files_are_taken_at_their_word(make_dataset, images, record, fi
     assert files_read == []
 
 
-def test_caption_files_that_were_never_read_cannot_be_taken_at_their_word(make_dataset, images, record):
+def test_load_recorded_dataset_without_captions_returns_none(make_dataset, images, record):
     scan_dataset(make_dataset(), images, recorded=record)
     assert recall_dataset(make_dataset(), images, record) is not None
     assert recall_dataset(make_dataset(caption_strategy="textfile"), images, record) is None
 
 
-def test_a_sample_is_a_matter_of_content(make_dataset, folder, photograph):
+def test_scan_dataset_max_num_samples_selects_by_content(make_dataset, folder, photograph):
     for number in range(12):
         (folder / f"{number}.png").write_bytes(encoded(photograph.rotate(number), "PNG"))
 
@@ -277,11 +275,11 @@ def test_a_sample_is_a_matter_of_content(make_dataset, folder, photograph):
     assert len(five) == 5
     assert five < kept(8)
     assert len(kept(100)) == 12
-    for number in range(12):  # names are no matter
+    for number in range(12):  # names do not matter
         (folder / f"{number}.png").rename(folder / f"renamed {11 - number}.png")
     assert kept(5) == five
-    stays = {path for path in folder.iterdir() if scan_key(path) in five}
-    next(iter({*folder.iterdir()} - stays)).unlink()
+    selected_paths = {path for path in folder.iterdir() if scan_key(path) in five}
+    next(iter({*folder.iterdir()} - selected_paths)).unlink()
     assert kept(5) == five
 
 

@@ -1,4 +1,4 @@
-"""Digests follow the content: images, captions and geometry, in any order and under whatever names."""
+"""Tests of frame digests: they depend on images, captions and geometry, but not on names and order."""
 
 import hashlib
 import struct
@@ -25,26 +25,26 @@ def scan_of(images=IMAGES, **changes) -> pd.DataFrame:
     return pd.DataFrame(rows).assign(status="kept", **changes)
 
 
-def test_the_canonical_form_is_the_documented_one():
+def test_dataset_digest_matches_documented_canonical_form():
     def integers(*values: int) -> bytes:
         return struct.pack(f"<{len(values)}q", *values)
 
     texts = [b"a cat\nthe cat\n", b"a cat on a mat\n", "a dog, é\n".encode(), b""]
-    form = b"key\0" + integers(2, 2, 2, 2) + b"aaaabbcc"
-    form += b"height\0" + integers(300, 300, 500, 500)
-    form += b"width\0" + integers(400, 400, 400, 400)
-    form += b"captions\0" + integers(*map(len, texts)) + b"".join(texts)
-    assert dataset_digest(scan_of()) == hashlib.sha256(form).hexdigest()
+    canonical_form = b"key\0" + integers(2, 2, 2, 2) + b"aaaabbcc"
+    canonical_form += b"height\0" + integers(300, 300, 500, 500)
+    canonical_form += b"width\0" + integers(400, 400, 400, 400)
+    canonical_form += b"captions\0" + integers(*map(len, texts)) + b"".join(texts)
+    assert dataset_digest(scan_of()) == hashlib.sha256(canonical_form).hexdigest()
 
 
-def test_names_times_order_and_what_was_dropped_change_nothing(tmp_path):
+def test_dataset_digest_ignores_names_times_order_and_dropped_rows(tmp_path):
     digest = dataset_digest(scan_of())
     renamed = scan_of(path=["z.png", "sub/b.png", "a.png", "c.png"], mtime_ns=2, size=7)
     assert dataset_digest(renamed) == digest
     assert dataset_digest(renamed.iloc[[2, 0, 3, 1]]) == digest
     stray = scan_of([("notes.txt", "dd", 0, 0, [])]).assign(status="dropped")
     assert dataset_digest(pd.concat([stray, scan_of()])) == digest
-    scan_of().to_parquet(tmp_path / "scan.parquet")  # which gives arrays where there were lists
+    scan_of().to_parquet(tmp_path / "scan.parquet")  # Parquet returns arrays instead of lists
     assert dataset_digest(pd.read_parquet(tmp_path / "scan.parquet")) == digest
 
 
@@ -64,23 +64,23 @@ def test_names_times_order_and_what_was_dropped_change_nothing(tmp_path):
         ("a.png", "aa", 300, 400, [""]),
     ],
 )
-def test_content_size_and_each_caption_count(change):
+def test_dataset_digest_changes_with_content_size_and_captions(change):
     digests = {dataset_digest(scan_of([image, *IMAGES[1:]])) for image in (IMAGES[0], change)}
     assert len(digests) == 2
 
 
-def test_captions_that_differ_by_where_their_lines_break_differ():
+def test_dataset_digest_distinguishes_line_breaks():
     captions = [["a\nb"], ["a", "b"], ["a\\nb"], ["a\\", "nb"], ["a", "", "b"], ["a\n", "b"], [], [""]]
     digests = {dataset_digest(scan_of([("a.png", "aa", 3, 4, texts)])) for texts in captions}
     assert len(digests) == len(captions)
 
 
-def test_a_image_twice_is_not_an_image_once():
+def test_dataset_digest_counts_duplicate_rows():
     assert dataset_digest(scan_of([IMAGES[0]] * 2)) != dataset_digest(scan_of(IMAGES[:1]))
     assert dataset_digest(scan_of().iloc[:0]) == dataset_digest(scan_of().assign(status="dropped"))
 
 
-def test_a_crop_plan_digests_everything_but_names_and_order(make_dataset, tmp_path):
+def test_rows_digest_ignores_only_paths_and_order(make_dataset, tmp_path):
     keys = [hashlib.sha256(str(n).encode()).hexdigest() for n in range(9)]
     scanned = scan_of([(f"{n}.png", key, 300 + n, 700, []) for n, key in enumerate(keys)])
     dataset = make_dataset(crop=True, crops_per_image=2, random_flip=True)
@@ -92,7 +92,7 @@ def test_a_crop_plan_digests_everything_but_names_and_order(make_dataset, tmp_pa
     for column in rows.columns.drop("path"):
         changed = rows.copy()
         value = changed.loc[3, column]
-        other = {"key": "ff", "split": "other", "flipped": not value}.get(column, 100_000)
-        changed.loc[3, column] = other
+        new_value = {"key": "ff", "split": "other", "flipped": not value}.get(column, 100_000)
+        changed.loc[3, column] = new_value
         assert rows_digest(changed) != digest, column
     assert rows_digest(rows.iloc[:0]) != digest

@@ -1,4 +1,4 @@
-"""Small images, a Hub, a web server that can fail, and an S3 server for the tests of the sources."""
+"""Fixtures of the source tests: small images, a Hub server, a web server with injected faults, and an S3 server."""
 
 import io
 import os
@@ -20,7 +20,7 @@ from tests.support.hub_server import HubServer
 
 
 def image(seed: int, suffix: str = ".png") -> bytes:
-    """An image of its own for each seed."""
+    """Return a distinct image for each seed."""
     buffer = io.BytesIO()
     image = Image.new("RGB", (16 + seed % 5, 16), (seed * 37 % 256, seed * 59 % 256, seed * 83 % 256))
     image.save(buffer, {".png": "PNG", ".jpg": "JPEG", ".webp": "WEBP"}[suffix])
@@ -28,14 +28,14 @@ def image(seed: int, suffix: str = ".png") -> bytes:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Content by path of every file below a folder, links followed."""
+    """Return the content by path of every file below a folder, following links."""
     paths = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(paths)}
 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "first_wait_seconds", 0.01)
+    monkeypatch.setattr(download, "initial_wait_seconds", 0.01)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def sources(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make() -> Callable[..., ImageDataset]:
-    """A dataset entry as it stands after the door."""
+    """Return a function that builds a validated dataset entry."""
 
     def dataset(**settings: Any) -> ImageDataset:
         return ImageDataset.model_validate({"id": "cats", "resolution": 64, **settings})
@@ -62,15 +62,15 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
 
 @dataclass
 class Web:
-    """A web server: `pages` by path, and what to do to the next requests of a path instead."""
+    """A web server with `pages` by path, and faults for the next requests of a path."""
 
     port: int = 0
     pages: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     faults: dict[str, list[tuple[int, dict[str, str], bytes | None]]] = field(default_factory=dict)
-    """(status, headers, body) for the next requests of a path; a body of None cuts the page's own off in the middle."""
-    asked: Counter[str] = field(default_factory=Counter)
+    """(status, headers, body) for the next requests of a path; a body of None truncates that of the page."""
+    requested: Counter[str] = field(default_factory=Counter)
     stalls: dict[str, int] = field(default_factory=dict)
-    """Paths whose download stops after so many bytes until `go_on` is set; `stalled` tells that one has."""
+    """Number of bytes by path after which a download blocks until `go_on` is set; `stalled` is set when one blocks."""
     stalled: threading.Event = field(default_factory=threading.Event)
     go_on: threading.Event = field(default_factory=threading.Event)
 
@@ -99,7 +99,7 @@ def web() -> Iterator[Web]:
         def do_GET(self) -> None:
             path = self.path.split("?")[0]
             if self.command == "GET":
-                web.asked[path] += 1
+                web.requested[path] += 1
             fault = (web.faults.get(path) or [None]).pop(0)
             kind, data = web.pages.get(path, ("text/html", b"not here"))
             status, headers = (200 if path in web.pages else 404), {}
@@ -139,21 +139,21 @@ def web() -> Iterator[Web]:
 
 
 def matches(text: str, *words: str) -> bool:
-    """Whether the words stand in a text in this order."""
+    """Return whether a text contains the words in this order."""
     return re.search(".*".join(map(re.escape, words)), text, re.DOTALL) is not None
 
 
 class Bucket:
-    """A bucket of an S3 server on this machine, which counts what is asked of it."""
+    """A bucket of a local S3 server, which records requests."""
 
     name = "photos"
     region = "eu-central-1"
     key_id, secret = "AKIALOCALTESTS", "wJalrXUtnFEMI7MDENGbPxRfiCYEXAMPLEKEY"
 
-    def __init__(self, endpoint: str, asked: list[tuple[str, str]]) -> None:
+    def __init__(self, endpoint: str, requested: list[tuple[str, str]]) -> None:
         import boto3
 
-        self.endpoint, self.asked = endpoint, asked
+        self.endpoint, self.requested = endpoint, requested
         self._client = boto3.client(
             "s3",
             endpoint_url=endpoint,
@@ -172,25 +172,25 @@ class Bucket:
         self._client.delete_object(Bucket=self.name, Key=name)
 
     def downloads(self) -> list[str]:
-        """The paths of the files asked for since the last call."""
-        found = [path for method, path in self.asked if method == "GET" and path.count("/") > 1]
-        self.asked.clear()
+        """Return the paths of the files downloaded since the last call."""
+        found = [path for method, path in self.requested if method == "GET" and path.count("/") > 1]
+        self.requested.clear()
         return sorted(path.removeprefix(f"/{self.name}/") for path in found)
 
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[tuple[str, list[tuple[str, str]], list[int]]]:
-    """An S3 server: its address, what was asked of it, and statuses to answer the next downloads with instead."""
+    """Run an S3 server; yield its URL, its requests, and a list of error statuses for the next downloads."""
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
-    asked: list[tuple[str, str]] = []
+    requested: list[tuple[str, str]] = []
     faults: list[int] = []
     backend = DomainDispatcherApplication(create_backend_app)
 
     def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
-        asked.append((method, path))
+        requested.append((method, path))
         if method == "GET" and path.endswith(".png") and faults:
             start_response(f"{faults.pop(0)} Injected", [("Content-Length", "0")])
             return []
@@ -199,7 +199,7 @@ def s3_server() -> Iterator[tuple[str, list[tuple[str, str]], list[int]]]:
     server = make_server("127.0.0.1", 0, application, threaded=True)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", asked, faults
+    yield f"http://127.0.0.1:{server.server_port}", requested, faults
     server.shutdown()
     thread.join()
 
@@ -208,10 +208,10 @@ def s3_server() -> Iterator[tuple[str, list[tuple[str, str]], list[int]]]:
 def bucket(
     s3_server: tuple[str, list[tuple[str, str]], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> Bucket:
-    """An empty bucket; the environment holds neither credentials nor an address of it."""
+    """Return an empty bucket; the environment has neither its credentials nor its URL."""
     import requests
 
-    endpoint, asked, faults = s3_server
+    endpoint, requested, faults = s3_server
     requests.post(f"{endpoint}/moto-api/reset", timeout=10)
     for name in list(os.environ):
         if name.startswith("AWS_"):
@@ -220,7 +220,7 @@ def bucket(
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
-    made = Bucket(endpoint, asked)
-    asked.clear()
+    bucket = Bucket(endpoint, requested)
+    requested.clear()
     faults.clear()
-    return made
+    return bucket

@@ -1,4 +1,4 @@
-"""Holds, through Dagster: the dataset asset is the download, and says what came; no secret is left in storage, run history or logs."""
+"""Tests of remote sources through the dataset asset: metadata of the download, and no secrets in storage, history or logs."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from tests.data.sources.conftest import Bucket, image, tree
 
 @pytest.fixture
 def dataset(make_project: Callable[..., Path], tmp_path: Path):
-    """Materializes the dataset asset of a project with one entry; gives its metadata and its value."""
+    """Return a function that materializes the dataset asset of a project with one entry, and gives its metadata and value."""
 
     def run(instance: dg.DagsterInstance, **settings: Any) -> tuple[dict[str, Any], pd.DataFrame]:
         folder = tmp_path / "projects" / "remote"
@@ -30,13 +30,13 @@ def dataset(make_project: Callable[..., Path], tmp_path: Path):
         asset = next(asset for asset in assets if asset.key.path[-1] == "dataset")
         result = dg.materialize([asset], resources=definitions.resources, instance=instance)
         (event,) = result.asset_materializations_for_node(asset.node_def.name)
-        told = {name: entry.value for name, entry in event.metadata.items()}
-        return told, read_parquet(Path(told["path"]))
+        metadata = {name: entry.value for name, entry in event.metadata.items()}
+        return metadata, read_parquet(Path(metadata["path"]))
 
     return run
 
 
-def test_a_hub_dataset_is_the_dataset(hub, dataset, instance: dg.DagsterInstance, tmp_path: Path):
+def test_dataset_asset_hub_source_downloads_once(hub, dataset, instance: dg.DagsterInstance, tmp_path: Path):
     folder = tmp_path / "repository"
     (folder / "train").mkdir(parents=True)
     for index in range(3):
@@ -45,14 +45,14 @@ def test_a_hub_dataset_is_the_dataset(hub, dataset, instance: dg.DagsterInstance
     (folder / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     commit = hub.add_dataset("someone/cats", folder)
     entry = {"type": "huggingface", "dataset_name": "someone/cats", "caption_strategy": "huggingface"}
-    told, scanned = dataset(instance, **entry)
-    assert (told["revision"], told["downloaded"], told["kept"]) == (commit, 3, 3)
+    metadata, scanned = dataset(instance, **entry)
+    assert (metadata["revision"], metadata["downloaded"], metadata["kept"]) == (commit, 3, 3)
     assert sorted(map(tuple, scanned["captions"])) == [("cat 0",), ("cat 1",), ("cat 2",)]
     again, _ = dataset(instance, **entry)
     assert again["downloaded"] == 0
 
 
-def test_no_key_is_left_anywhere(
+def test_dataset_asset_credentials_are_not_stored_or_logged(
     bucket: Bucket, dataset, own_storage: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     bucket.put("cats/0.png", image(0))
@@ -66,17 +66,17 @@ def test_no_key_is_left_anywhere(
         "aws_access_key_id": bucket.key_id,
         "aws_secret_access_key": bucket.secret,
     }
-    history = tmp_path / "history"
-    history.mkdir()
-    with dg.instance_for_test(temp_dir=str(history)) as instance:
-        told, _ = dataset(instance, **entry)
+    history_folder = tmp_path / "history"
+    history_folder.mkdir()
+    with dg.instance_for_test(temp_dir=str(history_folder)) as instance:
+        metadata, _ = dataset(instance, **entry)
         with pytest.raises(dg.Failure) as caught:
             dataset(instance, **entry | {"aws_bucket_name": "absent"})
-    assert (told["downloaded"], told["kept"], told["failed_downloads"]) == (2, 1, 1)
-    written = tree(own_storage) | tree(history)
+    assert (metadata["downloaded"], metadata["kept"], metadata["failed_downloads"]) == (2, 1, 1)
+    written = tree(own_storage) | tree(history_folder)
     assert any(name.endswith(".db") for name in written)
-    printed = "".join(capfd.readouterr())
+    output = "".join(capfd.readouterr())
     for secret in (bucket.secret, bucket.key_id):
         assert [name for name, data in written.items() if secret.encode() in data] == []
-        assert secret not in f"{told} {caught.value} {caught.value.description}"
-        assert secret not in printed
+        assert secret not in f"{metadata} {caught.value} {caught.value.description}"
+        assert secret not in output

@@ -1,5 +1,4 @@
-"""Holds, through the real client against a Hub on this machine: what a dataset repository's split becomes, at which commit, and
-that only what is new comes."""
+"""Tests of Hub datasets with the real client against a local Hub: splits, commits, captions, and incremental downloads."""
 
 import io
 import json
@@ -21,7 +20,7 @@ REPO = "someone/cats"
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """An image folder with two splits."""
+    """Write an image folder with two splits."""
     folder = tmp_path / "repository"
     for index in range(3):
         path = folder / "train" / f"{index}.png"
@@ -35,7 +34,7 @@ def repository(tmp_path: Path) -> Path:
     return folder
 
 
-def cats(make, **settings):
+def hub_dataset(make, **settings):
     return make(type="huggingface", dataset_name=REPO, **settings)
 
 
@@ -46,7 +45,7 @@ def downloads(hub) -> list[str]:
 
 
 def write_parquet(path: Path, seeds, captions=None, **columns) -> None:
-    """A shard as `datasets` writes it."""
+    """Write a shard like `datasets` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     images = pa.array(
         [None if seed is None else {"bytes": image(seed), "path": f"{seed}.png"} for seed in seeds],
@@ -56,45 +55,43 @@ def write_parquet(path: Path, seeds, captions=None, **columns) -> None:
     pq.write_table(pa.table({"image": images, "caption": captions, **columns}), path)
 
 
-def test_an_image_folder_comes_at_its_commit(hub, repository, make, sources):
+def test_fetch_hub_image_folder_downloads_split(hub, repository, make, sources):
     commit = hub.add_dataset(REPO, repository)
-    told = []
-    fetched = fetch_source(cats(make), sources, lambda done, total: told.append((done, total)))
+    progress = []
+    fetched = fetch_source(hub_dataset(make), sources, lambda done, total: progress.append((done, total)))
     assert fetched.revision == commit
-    assert fetched.folder == data_folder(cats(make), sources)
+    assert fetched.folder == data_folder(hub_dataset(make), sources)
     assert tree(fetched.folder) == {f"train/{index}.png": image(index) for index in range(3)}
     assert fetched.captions == {f"train/{index}.png": (f"cat {index}",) for index in range(3)}
     assert (fetched.files, fetched.downloaded, fetched.failed) == (3, 3, ())
     assert fetched.downloaded_bytes >= sum(len(image(index)) for index in range(3))
-    assert told[-1][0] == told[-1][1] > 0
-    scanned = scan_dataset(cats(make), fetched.folder, captions=fetched.captions)
+    assert progress[-1][0] == progress[-1][1] > 0
+    scanned = scan_dataset(hub_dataset(make), fetched.folder, captions=fetched.captions)
     assert scanned["captions"].tolist() == [["cat 0"], ["cat 1"], ["cat 2"]]
     assert set(scanned["status"]) == {"kept"}
 
 
-def test_only_what_is_new_comes_and_what_is_gone_goes(hub, repository, make, sources):
+def test_fetch_hub_new_commit_downloads_only_changes(hub, repository, make, sources):
     hub.add_dataset(REPO, repository)
-    first = fetch_source(cats(make), sources)
+    first = fetch_source(hub_dataset(make), sources)
     before = len(downloads(hub))
-    again = fetch_source(cats(make), sources)
-    assert (again.downloaded, again.downloaded_bytes) == (0, 0)
+    second = fetch_source(hub_dataset(make), sources)
+    assert (second.downloaded, second.downloaded_bytes) == (0, 0)
     assert len(downloads(hub)) == before
     assert sum("/tree/" in request.path for request in hub.requests) == 1
     (repository / "train" / "0.png").unlink()
     (repository / "train" / "7.png").write_bytes(image(7))
     commit = hub.add_dataset(REPO, repository)
-    third = fetch_source(cats(make), sources)
+    third = fetch_source(hub_dataset(make), sources)
     assert (third.revision, third.downloaded) == (commit, 1)
     assert set(tree(third.folder)) == {"train/1.png", "train/2.png", "train/7.png"}
     assert [path for path in downloads(hub)[before:] if "/lfs/" in path] != []
     assert len([path for path in downloads(hub)[before:] if "/lfs/" in path]) == 1
-    assert (
-        len(list(first.folder.parent.glob("commit-*"))) == 1
-    )  # what only the first commit had is cleared away
+    assert len(list(first.folder.parent.glob("commit-*"))) == 1  # content of the first commit is removed
 
 
 @pytest.mark.parametrize("form", ["csv", "parquet", "jsonl above", "texts"])
-def test_captions_stand_in_any_table_of_metadata_or_beside(hub, repository, make, sources, form):
+def test_fetch_hub_captions_from_metadata_or_text_files(hub, repository, make, sources, form):
     (repository / "train" / "metadata.jsonl").unlink()
     if form == "csv":
         text = 'file_name,caption\r\n0.png,"a, b"\r\n1.png,one\r\n1.png,uno\r\n'
@@ -112,27 +109,27 @@ def test_captions_stand_in_any_table_of_metadata_or_beside(hub, repository, make
         (repository / "train" / "0.caption").write_text("a, b\n")
         (repository / "train" / "1.txt").write_text("one\nuno\n")
     hub.add_dataset(REPO, repository)
-    captions = fetch_source(cats(make), sources).captions
+    captions = fetch_source(hub_dataset(make), sources).captions
     assert captions == {"train/0.png": ("a, b",), "train/1.png": ("one", "uno")}
 
 
-def test_the_usual_strategies_read_the_files_of_an_image_folder(hub, repository, make, sources):
+def test_fetch_hub_textfile_strategy_reads_text_files(hub, repository, make, sources):
     (repository / "train" / "0.txt").write_text("a cat")
     hub.add_dataset(REPO, repository)
-    dataset = cats(make, caption_strategy="textfile")
+    dataset = hub_dataset(make, caption_strategy="textfile")
     fetched = fetch_source(dataset, sources)
     assert fetched.captions is None
     scanned = scan_dataset(dataset, fetched.folder)
     assert scanned["captions"].tolist()[0] == ["a cat"]
 
 
-def test_parquet_is_written_out_once_and_shards_are_kept_across_commits(hub, tmp_path, make, sources):
+def test_fetch_hub_parquet_shards_are_extracted_once(hub, tmp_path, make, sources):
     folder = tmp_path / "repository"
     write_parquet(folder / "data" / "train-00000-of-00002.parquet", [0, 1, None])
     write_parquet(folder / "data" / "train-00001-of-00002.parquet", [2], [["a cat", "une chatte"]])
     write_parquet(folder / "data" / "test-00000-of-00001.parquet", [9])
     commit = hub.add_dataset(REPO, folder)
-    fetched = fetch_source(cats(make), sources)
+    fetched = fetch_source(hub_dataset(make), sources)
     stem = "data/train-0000{}-of-00002"
     names = [
         stem.format(0) + "/0000000.png",
@@ -150,20 +147,20 @@ def test_parquet_is_written_out_once_and_shards_are_kept_across_commits(hub, tmp
     inode = (fetched.folder / names[0]).stat().st_ino
     write_parquet(folder / "data" / "train-00001-of-00002.parquet", [3, 4])
     hub.add_dataset(REPO, folder)
-    later = fetch_source(cats(make), sources)
-    assert later.downloaded == 2
-    assert (later.folder / names[0]).stat().st_ino == inode
-    assert (later.folder / names[2]).read_bytes() == image(3)
-    assert fetch_source(cats(make), sources).downloaded == 0
+    second_fetch = fetch_source(hub_dataset(make), sources)
+    assert second_fetch.downloaded == 2
+    assert (second_fetch.folder / names[0]).stat().st_ino == inode
+    assert (second_fetch.folder / names[2]).read_bytes() == image(3)
+    assert fetch_source(hub_dataset(make), sources).downloaded == 0
 
 
-def test_parquet_may_hold_plain_bytes_and_nested_captions(hub, tmp_path, make, sources):
+def test_fetch_hub_parquet_bytes_and_nested_captions_are_read(hub, tmp_path, make, sources):
     path = tmp_path / "repository" / "data" / "train-00000-of-00001.parquet"
     path.parent.mkdir(parents=True)
-    about = [{"short": "a cat", "long": "a cat on a mat"}, {"short": "", "long": "a dog"}]
-    pq.write_table(pa.table({"jpg": [image(0, ".jpg"), image(1, ".webp")], "about": about}), path)
+    captions = [{"short": "a cat", "long": "a cat on a mat"}, {"short": "", "long": "a dog"}]
+    pq.write_table(pa.table({"jpg": [image(0, ".jpg"), image(1, ".webp")], "about": captions}), path)
     hub.add_dataset(REPO, tmp_path / "repository")
-    dataset = cats(make, image_column="jpg", caption_column=("about.short", "about.long"))
+    dataset = hub_dataset(make, image_column="jpg", caption_column=("about.short", "about.long"))
     fetched = fetch_source(dataset, sources)
     stem = "data/train-00000-of-00001"
     assert fetched.captions == {
@@ -172,23 +169,23 @@ def test_parquet_may_hold_plain_bytes_and_nested_captions(hub, tmp_path, make, s
     }
 
 
-def test_parquet_may_hold_addresses_and_paths(hub, web, tmp_path, make, sources):
+def test_fetch_hub_parquet_urls_and_paths_are_downloaded(hub, web, tmp_path, make, sources):
     folder = tmp_path / "repository"
     (folder / "images").mkdir(parents=True)
     (folder / "images" / "5.png").write_bytes(image(5))
-    address = web.add("/6.png", image(6))
+    url = web.add("/6.png", image(6))
     values = [
-        address + "?sig=SECRET",
+        url + "?sig=SECRET",
         "images/5.png",
         "images/absent.png",
         web.url + "/gone.png",
-        address + "?sig=SECRET",
+        url + "?sig=SECRET",
     ]
     table = pa.table({"image": values, "caption": list("abcde")})
     (folder / "data").mkdir()
     pq.write_table(table, folder / "data" / "train-00000-of-00001.parquet")
     hub.add_dataset(REPO, folder)
-    fetched = fetch_source(cats(make, allow_private_addresses=True), sources)
+    fetched = fetch_source(hub_dataset(make, allow_private_addresses=True), sources)
     assert sorted(tree(fetched.folder).values()) == sorted([image(5), image(6)])
     assert fetched.captions is not None
     assert sorted(fetched.captions.values()) == [("a", "e"), ("b",)]
@@ -197,13 +194,13 @@ def test_parquet_may_hold_addresses_and_paths(hub, web, tmp_path, make, sources)
         "images/absent.png": "download failed: the repository has no such file",
     }
     web.add("/gone.png", image(8))
-    again = fetch_source(cats(make, allow_private_addresses=True), sources)
-    assert (web.asked["/6.png"], web.asked["/gone.png"], len(again.failed)) == (1, 2, 1)
+    second = fetch_source(hub_dataset(make, allow_private_addresses=True), sources)
+    assert (web.requested["/6.png"], web.requested["/gone.png"], len(second.failed)) == (1, 2, 1)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_memory_does_not_grow_with_the_number_of_row_groups(hub, tmp_path, make, sources):
-    """A process that has written out 40 MB of images needs little more for 160 MB; a file held in memory would be 120 MB more."""
+def test_fetch_hub_parquet_memory_is_independent_of_row_groups(hub, tmp_path, make, sources):
+    """Extracting 160 MB of images needs little more memory than 40 MB; a file in memory would need 120 MB more."""
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     for name, count in (("small", 20), ("large", 80)):
         rows = [{"bytes": image(0) + bytes([row]) * 2_000_000, "path": None} for row in range(count)]
@@ -212,7 +209,7 @@ def test_memory_does_not_grow_with_the_number_of_row_groups(hub, tmp_path, make,
         options = {"compression": "none", "use_dictionary": False, "row_group_size": 5}
         pq.write_table(table, tmp_path / name / "train.parquet", **options)
         hub.add_dataset(f"someone/{name}", tmp_path / name)
-    # VmHWM and not getrusage, in which a child begins with its parent's peak
+    # VmHWM rather than getrusage, in which a child starts with its parent's peak
     program = (
         "import re, sys, pathlib; from sdxl_pipeline.data.sources import fetch_source\n"
         "from sdxl_pipeline.config.schema.datasets import ImageDataset\n"
@@ -237,10 +234,10 @@ def test_memory_does_not_grow_with_the_number_of_row_groups(hub, tmp_path, make,
     )
     small, peak_of_small, large, peak_of_large = map(int, done.stdout.split())
     assert (small, large) == (20, 80)
-    assert peak_of_large - peak_of_small < 80, done.stdout  # what allocators keep comes and goes by 50 MB
+    assert peak_of_large - peak_of_small < 80, done.stdout  # memory retained by allocators varies by 50 MB
 
 
-def test_a_readme_names_configurations_and_splits(hub, tmp_path, make, sources):
+def test_fetch_hub_readme_declares_configurations_and_splits(hub, tmp_path, make, sources):
     folder = tmp_path / "repository"
     write_parquet(folder / "small" / "a.parquet", [1])
     write_parquet(folder / "large" / "a.parquet", [2, 3])
@@ -250,28 +247,28 @@ def test_a_readme_names_configurations_and_splits(hub, tmp_path, make, sources):
         "  - split: train\n    path: [large/a.*]\n  - split: held\n    path: large/b.parquet\n---\n"
     )
     hub.add_dataset(REPO, folder)
-    assert fetch_source(cats(make), sources).files == 2
-    assert fetch_source(cats(make, split="held"), sources).files == 1
-    assert fetch_source(cats(make, dataset_config="small"), sources).files == 1
+    assert fetch_source(hub_dataset(make), sources).files == 2
+    assert fetch_source(hub_dataset(make, split="held"), sources).files == 1
+    assert fetch_source(hub_dataset(make, dataset_config="small"), sources).files == 1
     with pytest.raises(
         SourceError, match=r"split 'test': someone/cats has no such split; it has held, train"
     ):
-        fetch_source(cats(make, split="test"), sources)
+        fetch_source(hub_dataset(make, split="test"), sources)
     with pytest.raises(SourceError, match=r"dataset_config 'tiny'.*it has small, large"):
-        fetch_source(cats(make, dataset_config="tiny"), sources)
+        fetch_source(hub_dataset(make, dataset_config="tiny"), sources)
 
 
-def test_without_any_sign_of_splits_all_is_train(hub, tmp_path, make, sources):
+def test_fetch_hub_without_splits_all_files_are_train(hub, tmp_path, make, sources):
     folder = tmp_path / "repository"
     folder.mkdir()
     (folder / "a.png").write_bytes(image(1))
     (folder / "a.txt").write_text("a cat")
     hub.add_dataset(REPO, folder)
-    assert fetch_source(cats(make), sources).captions == {"a.png": ("a cat",)}
+    assert fetch_source(hub_dataset(make), sources).captions == {"a.png": ("a cat",)}
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "phrases"),
     [
         ({"dataset_name": "someone/absent"}, ["'cats'", "dataset_name 'someone/absent'", "HF_TOKEN"]),
         ({"dataset_name": "no name at all"}, ["dataset_name 'no name at all'", "owner/name"]),
@@ -280,11 +277,13 @@ def test_without_any_sign_of_splits_all_is_train(hub, tmp_path, make, sources):
         ({"split": "testing"}, ["split 'testing'", "it has test, train"]),
         ({"caption_column": "label"}, ["caption_column 'label'", "it has file_name, text"]),
         ({"dataset_name": "someone/tables", "image_column": "img"}, ["image_column 'img'", "image, caption"]),
-        ({"dataset_name": "someone/tables", "image_column": "n"}, ["image_column 'n'", "holds int64"]),
+        ({"dataset_name": "someone/tables", "image_column": "n"}, ["image_column 'n'", "has int64"]),
         ({"dataset_name": "someone/archives"}, ["neither images nor Parquet files, but .tar"]),
     ],
 )
-def test_what_is_wrong_is_named_with_what_there_is(hub, repository, make, sources, tmp_path, settings, words):
+def test_fetch_hub_invalid_settings_raise_with_alternatives(
+    hub, repository, make, sources, tmp_path, settings, phrases
+):
     hub.add_dataset(REPO, repository)
     hub.add_dataset("someone/gated", repository, gated=True)
     write_parquet(tmp_path / "tables" / "data" / "train-00000-of-00001.parquet", [1], n=[1])
@@ -293,53 +292,51 @@ def test_what_is_wrong_is_named_with_what_there_is(hub, repository, make, source
     (tmp_path / "archives" / "0.tar").write_bytes(b"x")
     hub.add_dataset("someone/archives", tmp_path / "archives")
     with pytest.raises(SourceError) as caught:
-        fetch_source(cats(make).model_copy(update=settings), sources)
-    assert matches(str(caught.value), *words), caught.value
+        fetch_source(hub_dataset(make).model_copy(update=settings), sources)
+    assert matches(str(caught.value), *phrases), caught.value
 
 
-def test_a_private_dataset_needs_the_token_which_is_told_to_nobody(
-    hub, repository, make, sources, monkeypatch
-):
+def test_fetch_hub_private_dataset_requires_token(hub, repository, make, sources, monkeypatch):
     hub.add_dataset(REPO, repository, private=True)
-    assert fetch_source(cats(make), sources).files == 3
+    assert fetch_source(hub_dataset(make), sources).files == 3
     assert not [path for path, data in tree(sources).items() if hub.token.encode() in data]
     monkeypatch.setenv("HF_TOKEN", "")
     with pytest.raises(SourceError, match="HF_TOKEN"):
-        fetch_source(cats(make), sources)
+        fetch_source(hub_dataset(make), sources)
 
 
-def test_a_revision_is_pinned(hub, repository, make, sources):
+def test_fetch_hub_revision_selects_commit(hub, repository, make, sources):
     first = hub.add_dataset(REPO, repository)
     (repository / "train" / "0.png").unlink()
     hub.add_dataset(REPO, repository)
-    assert fetch_source(cats(make, revision=first), sources).files == 3
-    assert fetch_source(cats(make), sources).files == 2
+    assert fetch_source(hub_dataset(make, revision=first), sources).files == 3
+    assert fetch_source(hub_dataset(make), sources).files == 2
 
 
-def test_without_a_network_the_last_commit_serves(hub, repository, make, sources, monkeypatch):
+def test_fetch_hub_offline_uses_last_commit(hub, repository, make, sources, monkeypatch):
     hub.add_dataset(REPO, repository)
-    online = fetch_source(cats(make), sources)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    offline = fetch_source(cats(make), sources)
+    online = fetch_source(hub_dataset(make), sources)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # no server listens there
+    offline = fetch_source(hub_dataset(make), sources)
     assert (offline.revision, offline.captions, offline.downloaded) == (online.revision, online.captions, 0)
     with pytest.raises(SourceError, match=r"someone/other' cannot be reached"):
         fetch_source(make(type="huggingface", dataset_name="someone/other"), sources)
 
 
-def test_a_image_that_does_not_come_is_named_and_tried_again(hub, repository, make, sources):
+def test_fetch_hub_failed_image_is_reported_and_retried(hub, repository, make, sources):
     hub.add_dataset(REPO, repository)
     hub.fail_next(100, status=403, path=r"/resolve/.*train/1\.png")
-    fetched = fetch_source(cats(make), sources)
+    fetched = fetch_source(hub_dataset(make), sources)
     ((name, reason),) = fetched.failed
     assert (name, fetched.files, fetched.downloaded) == ("train/1.png", 3, 2)
     assert reason.startswith("download failed: ")
     assert set(tree(fetched.folder)) == {"train/0.png", "train/2.png"}
     hub._faults.clear()
-    again = fetch_source(cats(make), sources)
-    assert (again.failed, again.downloaded, len(tree(again.folder))) == ((), 1, 3)
+    second = fetch_source(hub_dataset(make), sources)
+    assert (second.failed, second.downloaded, len(tree(second.folder))) == ((), 1, 3)
 
 
-def test_a_table_that_is_broken_in_the_middle_is_named(hub, tmp_path, make, sources):
+def test_fetch_hub_corrupt_parquet_raises(hub, tmp_path, make, sources):
     path = tmp_path / "repository" / "data" / "train-00000-of-00001.parquet"
     write_parquet(path, range(50))
     data = bytearray(path.read_bytes())
@@ -347,46 +344,46 @@ def test_a_table_that_is_broken_in_the_middle_is_named(hub, tmp_path, make, sour
     path.write_bytes(data)
     hub.add_dataset(REPO, tmp_path / "repository")
     with pytest.raises(SourceError, match=r"train-00000-of-00001.parquet cannot be read as Parquet"):
-        fetch_source(cats(make), sources)
-    assert not data_folder(cats(make), sources).exists()
+        fetch_source(hub_dataset(make), sources)
+    assert not data_folder(hub_dataset(make), sources).exists()
 
 
 @pytest.mark.parametrize("text", ['["0.png", "a"]', '{"text": "a"}\n{"file_name": "0.png', "\x00"])
-def test_metadata_that_cannot_be_read_is_named(hub, repository, make, sources, text):
+def test_fetch_hub_invalid_metadata_raises(hub, repository, make, sources, text):
     (repository / "train" / "metadata.jsonl").write_text(text)
     hub.add_dataset(REPO, repository)
     with pytest.raises(SourceError, match=r"train/metadata.jsonl of someone/cats cannot be read"):
-        fetch_source(cats(make), sources)
+        fetch_source(hub_dataset(make), sources)
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "words"),
+    ("name", "text", "phrases"),
     [
         ("metadata.csv", "file_name,text\n0.png,a, b\n", "line 2 has 3 fields, and the header has 2"),
         ("metadata.csv", 'file_name,text\n0.png,"a\n1.png,b\n', "line 2: the row that begins here"),
         (
             "metadata.jsonl",
             '{"file_name": "0.png", "text": {"short": "a"}}',
-            "row 1: column 'text' holds objects",
+            "row 1: column 'text' has objects",
         ),
         (
             "metadata.jsonl",
             '{"file_name": "0.png", "text": true}',
-            "row 1: column 'text' holds true or false",
+            "row 1: column 'text' has true or false",
         ),
-        ("metadata.jsonl", '{"file_name": "0.png", "text": 3}', "row 1: column 'text' holds numbers"),
+        ("metadata.jsonl", '{"file_name": "0.png", "text": 3}', "row 1: column 'text' has numbers"),
     ],
 )
-def test_rows_of_metadata_that_are_no_captions_are_refused(hub, repository, make, sources, name, text, words):
+def test_fetch_hub_metadata_with_invalid_captions_raises(hub, repository, make, sources, name, text, phrases):
     (repository / "train" / "metadata.jsonl").unlink()
     (repository / "train" / name).write_text(text)
     hub.add_dataset(REPO, repository)
-    with pytest.raises(SourceError, match=words) as caught:
-        fetch_source(cats(make), sources)
+    with pytest.raises(SourceError, match=phrases) as caught:
+        fetch_source(hub_dataset(make), sources)
     assert f"train/{name} of someone/cats" in str(caught.value)
 
 
-def test_rows_of_metadata_that_match_no_file_are_counted(hub, repository, make, sources):
+def test_fetch_hub_unmatched_metadata_rows_are_noted(hub, repository, make, sources):
     rows = [
         ("0.png", "a"),
         ("train/1.png", "b"),
@@ -397,7 +394,7 @@ def test_rows_of_metadata_that_match_no_file_are_counted(hub, repository, make, 
     (repository / "train" / "metadata.jsonl").unlink()
     (repository / "train" / "metadata.csv").write_text("\n".join(["file_name,text", *map(",".join, rows)]))
     hub.add_dataset(REPO, repository)
-    fetched = fetch_source(cats(make), sources)
+    fetched = fetch_source(hub_dataset(make), sources)
     assert fetched.captions is not None
     assert fetched.captions["train/0.png"] == ("a",)
     assert [note.partition(":")[0] for note in fetched.notes] == [
@@ -408,39 +405,39 @@ def test_rows_of_metadata_that_match_no_file_are_counted(hub, repository, make, 
 
 
 @pytest.mark.parametrize(
-    ("cell", "words"),
+    ("cell", "phrases"),
     [
         (
             {"short": "a cat"},
-            r"column 'caption' of .* holds struct<short: .*> *, not text\. Name a field within it, such as caption.short",
+            r"column 'caption' of .* has struct<short: .*> *, not text\. Write a field within it, such as caption.short",
         ),
-        ([["a cat"]], "column 'caption' of .* holds list<"),
-        (3, "column 'caption' of .* holds int64, not text"),
-        (True, "column 'caption' of .* holds bool, not text"),
-        (b"\xff", "row 1: column 'caption' holds bytes"),
+        ([["a cat"]], "column 'caption' of .* has list<"),
+        (3, "column 'caption' of .* has int64, not text"),
+        (True, "column 'caption' of .* has bool, not text"),
+        (b"\xff", "row 1: column 'caption' has bytes"),
     ],
 )
-def test_caption_cells_of_parquet_that_are_no_text_are_refused(hub, tmp_path, make, sources, cell, words):
+def test_fetch_hub_parquet_with_non_text_captions_raises(hub, tmp_path, make, sources, cell, phrases):
     write_parquet(tmp_path / "repository" / "data" / "train-00000-of-00001.parquet", [1], [cell])
     hub.add_dataset(REPO, tmp_path / "repository")
-    with pytest.raises(SourceError, match=words):
-        fetch_source(cats(make), sources)
+    with pytest.raises(SourceError, match=phrases):
+        fetch_source(hub_dataset(make), sources)
 
 
-def test_bytes_in_parquet_are_captions(hub, tmp_path, make, sources):
+def test_fetch_hub_parquet_utf_8_bytes_are_captions(hub, tmp_path, make, sources):
     write_parquet(tmp_path / "repository" / "data" / "train-00000-of-00001.parquet", [1], [b"a cat"])
     hub.add_dataset(REPO, tmp_path / "repository")
-    captions = fetch_source(cats(make), sources).captions
+    captions = fetch_source(hub_dataset(make), sources).captions
     assert captions is not None
     assert list(captions.values()) == [("a cat",)]
 
 
-def test_nothing_of_a_broken_commit_is_seen(hub, tmp_path, make, sources):
-    """The images of the last whole commit stay until the next is there."""
+def test_fetch_hub_invalid_commit_keeps_previous_content(hub, tmp_path, make, sources):
+    """The images of the last complete commit remain until the next one is complete."""
     folder = tmp_path / "repository"
     write_parquet(folder / "data" / "train-00000-of-00001.parquet", [0])
     hub.add_dataset(REPO, folder)
-    before = tree(fetch_source(cats(make), sources).folder)
+    before = tree(fetch_source(hub_dataset(make), sources).folder)
     shutil.rmtree(folder)
     (folder / "data").mkdir(parents=True)
     broken = io.BytesIO()
@@ -448,5 +445,5 @@ def test_nothing_of_a_broken_commit_is_seen(hub, tmp_path, make, sources):
     (folder / "data" / "train-00000-of-00001.parquet").write_bytes(broken.getvalue()[:-40])
     hub.add_dataset(REPO, folder)
     with pytest.raises(SourceError, match="cannot be read as Parquet"):
-        fetch_source(cats(make), sources)
-    assert tree(data_folder(cats(make), sources)) == before
+        fetch_source(hub_dataset(make), sources)
+    assert tree(data_folder(hub_dataset(make), sources)) == before

@@ -1,5 +1,4 @@
-"""Holds, against a server on this machine that speaks S3 and one of plain web pages: only what is new comes, what is gone goes,
-nothing is ever half there, no name leads out of the folder, and no credential is left anywhere."""
+"""Tests of object stores against local S3 and web servers: incremental synchronization, complete files, valid names, no secrets."""
 
 import os
 import signal
@@ -17,10 +16,10 @@ from tests.support.processes import wait_for
 
 @pytest.fixture
 def cats(make, bucket: Bucket):
-    """A dataset in the bucket, its address and keys in the entry."""
+    """Return a function that builds a dataset in the bucket, with URL and keys in its entry."""
 
     def cats(**settings):
-        given = {
+        entry = {
             "type": "aws",
             "aws_bucket_name": bucket.name,
             "aws_data_prefix": "cats",
@@ -29,17 +28,17 @@ def cats(make, bucket: Bucket):
             "aws_access_key_id": bucket.key_id,
             "aws_secret_access_key": bucket.secret,
         }
-        return make(**given | settings)
+        return make(**entry | settings)
 
     return cats
 
 
-def test_a_bucket_comes_whole_then_only_what_is_new(bucket: Bucket, cats, sources):
+def test_fetch_bucket_second_fetch_downloads_only_changes(bucket: Bucket, cats, sources):
     for index in range(3):
         bucket.put(f"cats/deep/er/{index}.png", image(index))
     bucket.put("cats/0.txt", b"a cat")
     bucket.put("dogs/9.png", image(9))
-    bucket.put("cats/deep/", b"")  # what consoles make of a folder
+    bucket.put("cats/deep/", b"")  # consoles represent a folder like this
     told = []
     fetched = fetch_source(cats(), sources, lambda done, total: told.append((done, total)))
     names = [f"deep/er/{index}.png" for index in range(3)]
@@ -49,22 +48,22 @@ def test_a_bucket_comes_whole_then_only_what_is_new(bucket: Bucket, cats, source
     assert told == [(done, 4) for done in range(1, 5)]
     assert len(bucket.downloads()) == 4
 
-    same = fetch_source(cats(), sources)
-    assert (same.downloaded, same.revision, bucket.downloads()) == (0, fetched.revision, [])
+    unchanged = fetch_source(cats(), sources)
+    assert (unchanged.downloaded, unchanged.revision, bucket.downloads()) == (0, fetched.revision, [])
 
     untouched = (fetched.folder / names[1]).stat()
     bucket.put("cats/deep/er/0.png", image(7))
     bucket.delete("cats/deep/er/2.png")
     bucket.delete("cats/0.txt")
     bucket.put("cats/new.png", image(8))
-    later = fetch_source(cats(), sources)
-    assert tree(later.folder) == {names[0]: image(7), names[1]: image(1), "new.png": image(8)}
+    changed = fetch_source(cats(), sources)
+    assert tree(changed.folder) == {names[0]: image(7), names[1]: image(1), "new.png": image(8)}
     assert bucket.downloads() == ["cats/deep/er/0.png", "cats/new.png"]
-    assert later.revision != fetched.revision
-    assert (later.folder / names[1]).stat() == untouched
+    assert changed.revision != fetched.revision
+    assert (changed.folder / names[1]).stat() == untouched
 
 
-def test_the_environment_may_hold_address_and_keys(bucket: Bucket, make, sources, monkeypatch):
+def test_fetch_bucket_credentials_from_environment(bucket: Bucket, make, sources, monkeypatch):
     bucket.put("cats/0.png", image(0))
     monkeypatch.setenv("AWS_ENDPOINT_URL", bucket.endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", bucket.key_id)
@@ -74,7 +73,7 @@ def test_the_environment_may_hold_address_and_keys(bucket: Bucket, make, sources
     assert tree(fetched.folder) == {"0.png": image(0)}
 
 
-def test_a_list_may_name_files_of_a_bucket(bucket: Bucket, make, sources, tmp_path):
+def test_fetch_list_s3_urls_are_downloaded(bucket: Bucket, make, sources, tmp_path):
     bucket.put("cats/0.png", image(0))
     path = tmp_path / "cats.csv"
     path.write_text(f"url,caption\ns3://{bucket.name}/cats/0.png,a cat\ns3://{bucket.name}/gone.png,b\n")
@@ -88,35 +87,39 @@ def test_a_list_may_name_files_of_a_bucket(bucket: Bucket, make, sources, tmp_pa
     fetched = fetch_source(dataset, sources)
     assert list(tree(fetched.folder).values()) == [image(0)]
     assert fetched.failed == (
-        (f"s3://{bucket.name}/gone.png", "download failed: it is not there (any more)"),
+        (f"s3://{bucket.name}/gone.png", "download failed: the file does not exist (any more)"),
     )
 
 
-def test_names_that_lead_elsewhere_are_refused_and_told(bucket: Bucket, cats, sources, tmp_path):
-    bad = {"../up.png": "another folder", "a/../../up.png": "another folder", "./x.png": "another folder"}
-    bad |= {"a//b.png": "empty folder", "/root.png": "absolute", "é" * 150 + ".png": "too long"}
-    bad |= {"both": "also that of a folder"}
-    for name in bad:
+def test_fetch_bucket_invalid_names_are_reported(bucket: Bucket, cats, sources, tmp_path):
+    invalid_names = {
+        "../up.png": "another folder",
+        "a/../../up.png": "another folder",
+        "./x.png": "another folder",
+    }
+    invalid_names |= {"a//b.png": "empty folder", "/root.png": "absolute", "é" * 150 + ".png": "too long"}
+    invalid_names |= {"both": "also that of a folder"}
+    for name in invalid_names:
         bucket.put(f"cats/{name}", image(1))
     bucket.put("cats/both/0.png", image(0))
     bucket.put("cats/with space ?#%41.png", image(2))
     fetched = fetch_source(cats(), sources)
     assert tree(fetched.folder) == {"both/0.png": image(0), "with space ?#%41.png": image(2)}
     told = dict(fetched.failed)
-    assert set(told) == set(bad)
-    assert all(words in told[name] for name, words in bad.items()), told
+    assert set(told) == set(invalid_names)
+    assert all(phrases in told[name] for name, phrases in invalid_names.items()), told
     assert {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")} == {"storage"}
     scanned = scan_dataset(cats(), fetched.folder, failed=fetched.failed)
-    assert (scanned["status"] == "dropped").sum() == len(bad)
+    assert (scanned["status"] == "dropped").sum() == len(invalid_names)
 
 
-def test_a_server_that_stumbles_is_asked_again(bucket: Bucket, cats, sources, s3_server):
+def test_fetch_bucket_server_errors_are_retried(bucket: Bucket, cats, sources, s3_server):
     bucket.put("cats/0.png", image(0))
     s3_server[2].extend([503, 500])
     assert tree(fetch_source(cats(), sources).folder) == {"0.png": image(0)}
 
 
-def test_a_changed_file_that_cannot_be_had_does_not_stay_as_it_was(bucket: Bucket, cats, sources, s3_server):
+def test_fetch_bucket_failed_update_removes_old_copy(bucket: Bucket, cats, sources, s3_server):
     bucket.put("cats/0.png", image(0))
     bucket.put("cats/1.png", image(1))
     fetch_source(cats(), sources)
@@ -131,41 +134,41 @@ def test_a_changed_file_that_cannot_be_had_does_not_stay_as_it_was(bucket: Bucke
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "phrases"),
     [
-        ({"aws_data_prefix": "kats"}, ["aws_bucket_name 's3://photos/kats'", "holds no files"]),
+        ({"aws_data_prefix": "kats"}, ["aws_bucket_name 's3://photos/kats'", "has no files"]),
         ({"aws_bucket_name": "absent"}, ["'cats'", "s3://absent/cats"]),
         ({"aws_endpoint_url": "http://127.0.0.1:9"}, ["cannot be listed"]),
         ({"aws_bucket_name": None, "url": "nonesuch://a/b"}, ["url 'nonesuch://a/b' cannot be opened"]),
     ],
 )
-def test_a_bucket_that_cannot_be_read_is_an_error_without_keys(
-    bucket: Bucket, cats, sources, settings, words
+def test_fetch_bucket_unreadable_bucket_raises_without_secrets(
+    bucket: Bucket, cats, sources, settings, phrases
 ):
     bucket.put("cats/0.png", image(0))
     dataset = cats().model_copy(update=settings)
     with pytest.raises(SourceError) as caught:
         fetch_source(dataset, sources)
-    assert matches(str(caught.value), *words), caught.value
+    assert matches(str(caught.value), *phrases), caught.value
     assert bucket.secret not in str(caught.value)
     assert bucket.key_id not in str(caught.value)
 
 
-def test_an_error_that_repeats_a_key_is_told_without_it(cats, bucket: Bucket):
+def test_redacted_message_hides_secrets(cats, bucket: Bucket):
     error = PermissionError(f"{bucket.key_id} with {bucket.secret} at https://a.org/x?X-Amz-Signature=abc")
-    assert object_store.tell(error, cats()) == "(hidden) with (hidden) at https://a.org/x"
+    assert object_store.redacted_message(error, cats()) == "(hidden) with (hidden) at https://a.org/x"
 
 
-def test_a_bucket_that_is_suddenly_empty_deletes_nothing(bucket: Bucket, cats, sources):
+def test_fetch_bucket_empty_bucket_raises_and_keeps_files(bucket: Bucket, cats, sources):
     bucket.put("cats/0.png", image(0))
     fetched = fetch_source(cats(), sources)
     bucket.delete("cats/0.png")
-    with pytest.raises(SourceError, match="holds no files"):
+    with pytest.raises(SourceError, match="has no files"):
         fetch_source(cats(), sources)
     assert tree(fetched.folder) == {"0.png": image(0)}
 
 
-def test_no_key_is_left_on_the_disk(bucket: Bucket, cats, sources):
+def test_fetch_bucket_secrets_are_not_written_to_disk(bucket: Bucket, cats, sources):
     bucket.put("cats/0.png", image(0))
     fetched = fetch_source(cats(), sources)
     scan_dataset(cats(), fetched.folder, recorded=sources / "scan.parquet")
@@ -176,8 +179,8 @@ def test_no_key_is_left_on_the_disk(bucket: Bucket, cats, sources):
     assert bucket.secret not in repr(fetched)
 
 
-def test_a_killed_fetch_leaves_nothing_half_and_the_next_goes_on(web, make, sources, tmp_path):
-    """A real process is killed while a download hangs; what had come is kept and not asked for again."""
+def test_fetch_bucket_killed_process_resumes_without_partial_files(web, make, sources, tmp_path):
+    """A real process is killed while a download blocks; complete files are kept and not downloaded again."""
     data = {f"/cats/{index}.png": image(index) * 3000 for index in range(6)}
     links = "".join(f'<a href="{index}.png">{index}</a>' for index in range(6))
     web.add("/cats/", f"<html>{links}</html>".encode(), "text/html")
@@ -200,26 +203,26 @@ def test_a_killed_fetch_leaves_nothing_half_and_the_next_goes_on(web, make, sour
                 manifest.exists() and len(manifest.read_text().splitlines()) == 5 and web.stalled.is_set()
             ),
             60,
-            "five files fetched and the sixth begun",
+            "five files fetched and the sixth started",
         )
     finally:
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
         web.go_on.set()
     expected = {path.removeprefix("/cats/"): content for path, content in data.items()}
-    there = tree(folder)
-    assert there == {name: expected[name] for name in there}
-    assert len(there) == 5
+    present = tree(folder)
+    assert present == {name: expected[name] for name in present}
+    assert len(present) == 5
     web.stalls.clear()
-    web.asked.clear()
+    web.requested.clear()
     fetched = fetch_source(dataset, sources)
     assert tree(folder) == expected
     assert fetched.downloaded == 1
-    assert dict(web.asked) == {"/cats/": 1, "/cats/5.png": 1}
+    assert dict(web.requested) == {"/cats/": 1, "/cats/5.png": 1}
     assert list((folder.parent / "incoming").iterdir()) == []
 
 
-def test_a_page_of_links_is_read_like_a_folder(web, make, sources):
+def test_fetch_bucket_page_of_links_is_read_like_a_folder(web, make, sources):
     elsewhere = web.add("/other/z.png", image(9))
     page = '<a href="?C=N;O=D">Name</a> <a href="/">Up</a> <a href="../">..</a> <a href="a%20b.png">a</a> <a href="sub/">s</a>'
     web.add("/cats/", f'{page} <a href="{elsewhere}">z</a> <a href="gone.png">g</a>'.encode(), "text/html")
@@ -234,14 +237,14 @@ def test_a_page_of_links_is_read_like_a_folder(web, make, sources):
     fetched = fetch_source(dataset, sources)
     assert tree(fetched.folder) == {"a b.png": image(0), "sub/1.png": image(1)}
     assert [name for name, _ in fetched.failed] == ["gone.png"]
-    assert web.asked["/other/z.png"] == 0
+    assert web.requested["/other/z.png"] == 0
     web.add("/cats/sub/1.png", image(2))
     web.faults["/cats/sub/1.png"] = []
     assert fetch_source(dataset, sources).downloaded == 1
-    assert web.asked["/cats/a%20b.png"] == 1
+    assert web.requested["/cats/a%20b.png"] == 1
 
 
-def test_a_protocol_without_its_package_names_the_extra(make, sources, monkeypatch):
+def test_fetch_bucket_missing_package_raises_with_extra(make, sources, monkeypatch):
     import importlib.util
 
     find = importlib.util.find_spec
