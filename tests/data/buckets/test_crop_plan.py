@@ -408,7 +408,7 @@ def test_plan_crops_vectorized_matches_scalar_reference(make_dataset, settings, 
         (f"{number}", int(height), int(width))
         for number, (height, width) in enumerate(zip(edges, random.permutation(edges), strict=True))
     ]
-    monkeypatch.setattr("sdxl_pipeline.data.buckets.crop_plan._IMAGES_AT_A_TIME", 100)
+    monkeypatch.setattr("sdxl_pipeline.data.buckets.crop_plan._IMAGES_PER_CHUNK", 100)
     rows, dropped = plan(dataset, *images, seed=9)
     assert len(rows) + len(dropped) == len(images)
     assert set(dropped["reason"]) <= {"too long and narrow for a bucket of its own aspect"}
