@@ -170,7 +170,7 @@ def test_a_list_of_images_is_fetched_and_its_failures_are_rows(dataset: Dataset)
     ("settings", "message"),
     [
         ({"caption_filter_list": "gone.txt"}, "caption_filter_list .*gone.txt' cannot be read"),
-        ({"caption_strategy": "parquet", "parquet": {"path": "gone.parquet"}}, "there is no file"),
+        ({"caption_strategy": "parquet", "parquet": {"path": "gone.parquet"}}, "gone.parquet does not exist"),
         (
             {"type": "csv", "csv_file": "gone.csv", "instance_data_dir": None, "caption_strategy": "csv"},
             "gone.csv",
@@ -178,7 +178,7 @@ def test_a_list_of_images_is_fetched_and_its_failures_are_rows(dataset: Dataset)
         ({"instance_data_dir": "gone"}, "does not exist. Create the folder"),
         (
             {"caption_strategy": "parquet", "parquet": {"path": "broken.jsonl"}},
-            "row 1: column 'caption' holds objects",
+            "row 1: column 'caption' has objects",
         ),
     ],
 )

@@ -101,13 +101,13 @@ def bucket_histogram(rows: pd.DataFrame, short: Collection[tuple[int, int]] = ()
     short_buckets = [size for size in reversed(buckets_by_count[_MAX_BARS:]) if size in short][
         : _MAX_BARS // 4
     ]
-    shown = counts.loc[buckets_by_count[: _MAX_BARS - len(short_buckets)] + short_buckets]
-    shown = shown.loc[sorted(shown.index, key=lambda size: (size[0] / size[1], size[0]), reverse=True)]
-    labels = [f"{width}x{height}" for width, height in shown.index]
-    train, evaluation = shown["train"].tolist(), shown["eval"].tolist()
-    if len(counts) > len(shown):
-        others = counts.sum() - shown.sum()
-        labels.insert(0, f"{len(counts) - len(shown)} others")
+    selected = counts.loc[buckets_by_count[: _MAX_BARS - len(short_buckets)] + short_buckets]
+    selected = selected.loc[sorted(selected.index, key=lambda size: (size[0] / size[1], size[0]), reverse=True)]
+    labels = [f"{width}x{height}" for width, height in selected.index]
+    train, evaluation = selected["train"].tolist(), selected["eval"].tolist()
+    if len(counts) > len(selected):
+        others = counts.sum() - selected.sum()
+        labels.insert(0, f"{len(counts) - len(selected)} others")
         train.insert(0, int(others["train"]))
         evaluation.insert(0, int(others["eval"]))
     figure, axes = _axes(height=1.5 + 0.3 * max(len(labels), 3))
@@ -244,10 +244,10 @@ def _shorten(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     if font.getlength(line) <= width:
         return line
     line = line.removesuffix(" …")
-    shown_length = bisect_left(
+    fitting_length = bisect_left(
         range(1, len(line) + 1), True, key=lambda count: font.getlength(line[:count] + "…") > width
     )
-    return line[:shown_length] + "…"
+    return line[:fitting_length] + "…"
 
 
 @functools.cache

@@ -345,7 +345,7 @@ def test_what_is_not_used_and_what_is_trained_both_ways_is_reported(
     for words in (
         '"people".crop_style has no effect: crop is false',
         "3 text files are stored beside images and not read; write caption_strategy: textfile.",
-        'folder 4_people (3 images): the repeats in its name, as kohya\'s trainers write them, are not followed; write "repeats": 3',
+        'folder 4_people (3 images): the repeats in its name, as kohya\'s trainers write them, are ignored; write "repeats": 3',
     ):
         assert words in str(check.description)
         assert words in str(listed)
