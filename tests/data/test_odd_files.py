@@ -24,8 +24,8 @@ from sdxl_pipeline.data.quality.contact_sheets import contact_sheet
 from sdxl_pipeline.data.quality.perceptual_hash import compute_hashes
 from sdxl_pipeline.data.scan import image_reader
 from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
-from tests.data.decoding.test_pixels import full_crop
-from tests.data.odd_files import png, premultiplied_grey_tiff, tiff, twelve_bit_tiff
+from tests.support.crops import full_crop
+from tests.support.odd_files import png, premultiplied_grey_tiff, tiff, twelve_bit_tiff
 from tests.support.photographs import encoded
 
 MODES = [

@@ -22,7 +22,7 @@ from sdxl_pipeline.data.decoding.image_formats import (
 from sdxl_pipeline.data.decoding.pixels import load_upright
 from sdxl_pipeline.data.quality.perceptual_hash import compute_hashes
 from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
-from tests.data.odd_files import dib, tga
+from tests.support.odd_files import dib, tga
 from tests.support.photographs import PHOTOGRAPHS, encoded, values
 
 EDGE = 60_000

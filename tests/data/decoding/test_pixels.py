@@ -12,16 +12,8 @@ from PIL import Image, ImageCms
 from sdxl_pipeline.data.buckets.crop_plan import Crop, plan_crop, plan_crops
 from sdxl_pipeline.data.decoding.image_decoding import UnreadableImage, read_header
 from sdxl_pipeline.data.decoding.pixels import load_crop, load_upright
+from tests.support.crops import ORIENTATION, full_crop, stored_with_orientation
 from tests.support.photographs import PHOTOGRAPHS, encoded, values
-
-ORIENTATION = 0x0112
-
-
-def full_crop(height: int, width: int, **changes: int) -> Crop:
-    """Return the crop that covers a full image at its own size."""
-    sizes = {name: height if name.endswith("_h") else width for name in Crop.__dataclass_fields__}
-    sizes["flipped"] = False
-    return Crop(**(sizes | {"crop_top": 0, "crop_left": 0} | changes))
 
 
 def save(folder, data: bytes, name: str = "image"):
@@ -43,22 +35,6 @@ def scan_of(path: str, height: int, width: int) -> pd.DataFrame:
             }
         ]
     )
-
-
-def stored_with_orientation(orientation: int, image: Image.Image) -> Image.Image:
-    """Return the stored pixels that this EXIF orientation transforms to `image`: the inverse transposition."""
-    array = np.asarray(image)
-    inverse = {
-        1: array,
-        2: array[:, ::-1],
-        3: array[::-1, ::-1],
-        4: array[::-1],
-        5: array.transpose(1, 0, 2),
-        6: np.rot90(array, 1),
-        7: array[::-1, ::-1].transpose(1, 0, 2),
-        8: np.rot90(array, -1),
-    }
-    return Image.fromarray(np.ascontiguousarray(inverse[orientation]))
 
 
 @pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP", "TIFF"])

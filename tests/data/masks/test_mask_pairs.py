@@ -21,7 +21,7 @@ from sdxl_pipeline.data.masks.mask_pairs import (
     overlaid,
     pair_masks,
 )
-from tests.data.decoding.test_pixels import ORIENTATION, full_crop, stored_with_orientation
+from tests.support.crops import ORIENTATION, full_crop, stored_with_orientation
 
 WIDTH, HEIGHT = 600, 400
 # left, top, right, bottom: off-centre, so that every rotation or flip moves it

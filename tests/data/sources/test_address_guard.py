@@ -6,7 +6,7 @@ import pytest
 
 from sdxl_pipeline.data.sources import SourceError, address_guard, fetch_source
 from sdxl_pipeline.data.sources.address_guard import is_public
-from tests.data.sources.conftest import image, tree
+from tests.support.remote_sources import image, tree
 
 PRIVATE_ADDRESS = (
     "is a private address; write allow_private_addresses: true in this dataset's entry to allow it"

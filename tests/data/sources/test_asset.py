@@ -12,7 +12,7 @@ import pytest
 from resources.storage import read_parquet
 from sdxl_pipeline.definitions import build_definitions
 from tests.conftest import DATASET
-from tests.data.sources.conftest import Bucket, image, tree
+from tests.support.remote_sources import Bucket, image, tree
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 
 from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
 from sdxl_pipeline.data.sources import SourceError, data_folder, fetch_source
-from tests.data.sources.conftest import image, matches, tree
+from tests.support.remote_sources import image, matches, tree
 
 REPO = "someone/cats"
 

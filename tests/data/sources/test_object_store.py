@@ -10,8 +10,8 @@ import pytest
 
 from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
 from sdxl_pipeline.data.sources import SourceError, data_folder, fetch_source, object_store
-from tests.data.sources.conftest import Bucket, image, matches, tree
 from tests.support.processes import wait_for
+from tests.support.remote_sources import Bucket, image, matches, tree
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
 from sdxl_pipeline.data.sources import SourceError, data_folder, download, fetch_source
-from tests.data.sources.conftest import image, tree
+from tests.support.remote_sources import image, tree
 
 
 @pytest.fixture
