@@ -158,12 +158,12 @@ def test_read_header_tiff_of_unknown_compression_is_unsupported():
 
 def test_scan_dataset_nan_pixels_are_dropped(make_dataset, folder, photograph):
     measured = np.asarray(photograph.convert("F")).copy()
-    (folder / "sound.tif").write_bytes(encoded(Image.fromarray(measured), "TIFF"))
+    (folder / "valid.tif").write_bytes(encoded(Image.fromarray(measured), "TIFF"))
     measured[5, 7] = np.nan
     (folder / "holes.tif").write_bytes(encoded(Image.fromarray(measured), "TIFF"))
     assert reasons_by_path(scan_dataset(make_dataset(), folder)) == {
         "holes.tif": "some of its pixels are NaN or infinite",
-        "sound.tif": "",
+        "valid.tif": "",
     }
 
 
@@ -202,7 +202,7 @@ def test_decoder_error_affects_only_its_file(
     """Covers every function that decodes files of a dataset."""
     for name in ("a.png", "b.tif", "c.bmp"):
         (folder / name).write_bytes(encoded(photograph, {"p": "PNG", "t": "TIFF", "b": "BMP"}[name[2]]))
-    valid = compute_hashes(folder, scan_dataset(make_dataset(), folder), tmp_path / "sound.parquet")
+    valid = compute_hashes(folder, scan_dataset(make_dataset(), folder), tmp_path / "valid.parquet")
     assert set(valid["status"]) == {"kept"}
 
     def fail(*_):

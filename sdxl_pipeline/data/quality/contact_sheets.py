@@ -102,7 +102,9 @@ def bucket_histogram(rows: pd.DataFrame, short: Collection[tuple[int, int]] = ()
         : _MAX_BARS // 4
     ]
     selected = counts.loc[buckets_by_count[: _MAX_BARS - len(short_buckets)] + short_buckets]
-    selected = selected.loc[sorted(selected.index, key=lambda size: (size[0] / size[1], size[0]), reverse=True)]
+    selected = selected.loc[
+        sorted(selected.index, key=lambda size: (size[0] / size[1], size[0]), reverse=True)
+    ]
     labels = [f"{width}x{height}" for width, height in selected.index]
     train, evaluation = selected["train"].tolist(), selected["eval"].tolist()
     if len(counts) > len(selected):

@@ -39,13 +39,13 @@ def test_fetch_bucket_second_fetch_downloads_only_changes(bucket: Bucket, cats, 
     bucket.put("cats/0.txt", b"a cat")
     bucket.put("dogs/9.png", image(9))
     bucket.put("cats/deep/", b"")  # consoles represent a folder like this
-    told = []
-    fetched = fetch_source(cats(), sources, lambda done, total: told.append((done, total)))
+    progress = []
+    fetched = fetch_source(cats(), sources, lambda done, total: progress.append((done, total)))
     names = [f"deep/er/{index}.png" for index in range(3)]
     assert set(tree(fetched.folder)) == {*names, "0.txt"}
     assert (fetched.files, fetched.downloaded, fetched.failed) == (4, 4, ())
     assert fetched.downloaded_bytes == 5 + sum(len(image(index)) for index in range(3))
-    assert told == [(done, 4) for done in range(1, 5)]
+    assert progress == [(done, 4) for done in range(1, 5)]
     assert len(bucket.downloads()) == 4
 
     unchanged = fetch_source(cats(), sources)
@@ -105,9 +105,9 @@ def test_fetch_bucket_invalid_names_are_reported(bucket: Bucket, cats, sources, 
     bucket.put("cats/with space ?#%41.png", image(2))
     fetched = fetch_source(cats(), sources)
     assert tree(fetched.folder) == {"both/0.png": image(0), "with space ?#%41.png": image(2)}
-    told = dict(fetched.failed)
-    assert set(told) == set(invalid_names)
-    assert all(phrases in told[name] for name, phrases in invalid_names.items()), told
+    failed = dict(fetched.failed)
+    assert set(failed) == set(invalid_names)
+    assert all(phrase in failed[name] for name, phrase in invalid_names.items()), failed
     assert {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")} == {"storage"}
     scanned = scan_dataset(cats(), fetched.folder, failed=fetched.failed)
     assert (scanned["status"] == "dropped").sum() == len(invalid_names)
