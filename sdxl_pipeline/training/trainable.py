@@ -17,15 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sdxl_pipeline.models.adapters.adapter import UNET, adapted_module_names, save_adapter
 from sdxl_pipeline.models.components import TextEncoders
-from sdxl_pipeline.runtime.specs import TrainSpec, WeightsKind
+from sdxl_pipeline.runtime.specs import WeightsKind
 from sdxl_pipeline.training.text_encoder_training import (
     OnlineTextEncoder,
     UNetWithTextEncoders,
     named_encoders,
-    text_windows,
-    trainable_text_encoders,
 )
-from sdxl_pipeline.training.trained_unet import full_unet, trainable_unet
 
 
 class Trainable(ABC):
@@ -173,19 +170,3 @@ class TrainableUNet(Trainable):
         self.unet.save_pretrained(unfinished, safe_serialization=True)
         shutil.rmtree(path, ignore_errors=True)
         unfinished.rename(path)
-
-
-def build_trainable(spec: TrainSpec) -> Trainable:
-    """What the settings say is trained, on the CPU. Raises UserError for settings that the model or this machine cannot do."""
-    settings = spec.settings
-    if settings.model_type == "full" and settings.fsdp_enable:
-        from sdxl_pipeline.training.distributed.sharding import ShardedUNet
-
-        return ShardedUNet(full_unet(spec), settings.fsdp_reshard_after_forward)
-    if settings.model_type == "full":
-        return TrainableUNet(full_unet(spec))
-    if not settings.train_text_encoder:
-        return TrainableLora(trainable_unet(spec))
-    encoders = trainable_text_encoders(spec)
-    unet = trainable_unet(spec, named_encoders(encoders))
-    return TrainableLora(unet, encoders, text_windows(spec.datasets))

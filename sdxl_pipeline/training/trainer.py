@@ -35,7 +35,7 @@ from sdxl_pipeline.training.checkpoint.run_lineage import read_lineage
 from sdxl_pipeline.training.checkpoint.warm_start import rebase_state
 from sdxl_pipeline.training.data.batches import Batch, BatchReader, TrainingBatches, prefetched
 from sdxl_pipeline.training.data.bucket_sampler import total_planned_steps
-from sdxl_pipeline.training.data.loss_weights import build_loss_weights
+from sdxl_pipeline.training.data.loss_masks import build_loss_weights
 from sdxl_pipeline.training.data.on_demand_cache import OnDemandEncoders
 from sdxl_pipeline.training.diffusion.batch_loss import BatchLoss
 from sdxl_pipeline.training.diffusion.forward_process import build_forward_process
@@ -50,9 +50,8 @@ from sdxl_pipeline.training.optim.lr_schedules import build_schedule
 from sdxl_pipeline.training.optim.non_finite import propagate_nonfinite, step_if_finite
 from sdxl_pipeline.training.optim.optimizers import build_optimizer, cast_parameters, current_lr
 from sdxl_pipeline.training.rng import derive_seed
-from sdxl_pipeline.training.trainable import build_trainable
 from sdxl_pipeline.training.trained_unet import base_dtype
-from sdxl_pipeline.training.trainer_setup import build_accelerator, plan_order
+from sdxl_pipeline.training.trainer_setup import build_accelerator, build_trainable, plan_order
 from sdxl_pipeline.training.validation.validation_runner import ValidationSchedule, Validator
 
 REPORT_INTERVAL = 10

@@ -13,6 +13,10 @@ from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler
 from sdxl_pipeline.training.data.samples import load_samples
 from sdxl_pipeline.training.data.sampling_weights import SamplingWeights, plan_sampling_weights
+from sdxl_pipeline.training.distributed.sharding import ShardedUNet
+from sdxl_pipeline.training.text_encoder_training import named_encoders, text_windows, trainable_text_encoders
+from sdxl_pipeline.training.trainable import Trainable, TrainableLora, TrainableUNet
+from sdxl_pipeline.training.trained_unet import full_unet, trainable_unet
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """How long a process waits for the others with its device."""
@@ -37,6 +41,20 @@ def build_accelerator(spec: TrainSpec) -> Accelerator:
             "start it with torchrun --nproc-per-node of that number"
         )
     return accelerator
+
+
+def build_trainable(spec: TrainSpec) -> Trainable:
+    """Return what the settings train, on the CPU. Raises UserError for settings that the model or this machine does not support."""
+    settings = spec.settings
+    if settings.model_type == "full" and settings.fsdp_enable:
+        return ShardedUNet(full_unet(spec), settings.fsdp_reshard_after_forward)
+    if settings.model_type == "full":
+        return TrainableUNet(full_unet(spec))
+    if not settings.train_text_encoder:
+        return TrainableLora(trainable_unet(spec))
+    encoders = trainable_text_encoders(spec)
+    unet = trainable_unet(spec, named_encoders(encoders))
+    return TrainableLora(unet, encoders, text_windows(spec.datasets))
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def failure(result: dg.ExecuteInProcessResult) -> str:
                 "num_train_epochs": 2,
                 "lr_warmup_steps": 100,
             },
-            r"lr_warmup_steps is 100, but the training has only 3 steps.*8 batches in num_train_epochs 2.*Write at most 2",
+            r"lr_warmup_steps is 100, but the run has only 3 steps.*8 batches in num_train_epochs 2.*Set it to at most 2",
         ),
     ],
 )

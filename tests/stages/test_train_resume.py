@@ -92,7 +92,7 @@ def test_a_finished_run_made_longer_goes_on_from_its_end_and_equals_one_by_itsel
     assert losses(longer) == losses(alone)
     assert longer.skipped_steps == 0
     assert any(
-        "begins at step 4 of the run" in line and "goes on as that one" in line for line in listener.lines
+        "starts at step 4 of the run" in line and "continues it exactly" in line for line in listener.lines
     )
 
 
@@ -119,7 +119,7 @@ def test_where_the_learning_rate_depends_on_the_length_a_run_begins_anew_and_say
     assert longer.resumed_from_step is None
     assert longer.ancestor is None
     (line,) = [line for line in listener.lines if "in its length alone" in line]
-    assert "lr_scheduler cosine depends on the length: this run begins at step 0" in line
+    assert "lr_scheduler cosine depends on the length: this run starts at step 0" in line
     assert "constant_with_warmup" in line
 
 
@@ -146,7 +146,7 @@ def test_a_checkpoint_under_other_settings_hands_on_weights_moments_and_step_and
     listener = Listener()
     spec = other_settings(runs, "unbroken", place)
     manifest = train(spec, listener)
-    assert any("its optimizer's state, under its own settings" in line for line in listener.lines)
+    assert any("its optimizer's state, under the settings of this run" in line for line in listener.lines)
     assert manifest.ancestor is not None
     assert (manifest.ancestor.step, manifest.ancestor.same_trajectory) == (4, False)
     rows = read_metrics(Path(manifest.metrics_path))
@@ -181,7 +181,7 @@ def test_another_optimizer_begins_anew_on_the_weights(runs):
     listener = Listener()
     spec = other_settings(runs, "lion", place, optimizer="optimi-lion", max_train_steps=5, learning_rate=1e-5)
     manifest = train(spec, listener)
-    assert any("an optimizer that begins anew" in line for line in listener.lines)
+    assert any("a new optimizer state" in line for line in listener.lines)
     assert manifest.ancestor is not None
     assert not manifest.ancestor.takes_optimizer
     before = load_checkpoint(place).parameters
@@ -216,7 +216,7 @@ def test_a_checkpoint_that_was_put_elsewhere_is_the_same_and_brings_nothing_of_i
         spec_of(runs.with_name("put"), "six", max_train_steps=6, resume_from_checkpoint=str(kept)), listener
     )
     assert any(
-        "begins at step 4 of the run" in line and "goes on as that one" in line for line in listener.lines
+        "starts at step 4 of the run" in line and "continues it exactly" in line for line in listener.lines
     )
     assert (same.identity, same.weights_sha256) == (alone.identity, alone.weights_sha256)
     assert [step for step, _ in losses(same)] == [5, 6]
@@ -225,7 +225,7 @@ def test_a_checkpoint_that_was_put_elsewhere_is_the_same_and_brings_nothing_of_i
 
     names, listener = run_fingerprints(spec := other_settings(runs, tmp_path.name, kept)), Listener()
     resume_run(spec, names, listener)
-    assert any("its optimizer's state, under its own settings" in line for line in listener.lines)
+    assert any("its optimizer's state, under the settings of this run" in line for line in listener.lines)
     assert {path.name for path in Path(spec.run_dir).iterdir()} == {"checkpoints", "lineage.json"}
 
 
@@ -237,7 +237,7 @@ def test_the_same_training_on_other_devices_is_named_with_the_way_to_go_on_from_
     listener = Listener()
     resume_run(spec, run_fingerprints(spec), listener)
     (line,) = listener.lines
-    assert "The run four is at step 4 of this training on another number of processes" in line
+    assert "The run four is at step 4 of the same training with another number of processes" in line
     assert line.endswith(f"resume_from_checkpoint: {place}")
     assert not (Path(spec.run_dir) / "checkpoints").exists()
 
@@ -329,7 +329,7 @@ def test_a_run_whose_own_checkpoints_are_damaged_begins_where_it_began(runs):
 @pytest.mark.parametrize(
     ("step", "settings", "message"),
     [
-        (4, {"max_train_steps": 4}, "after which no step is left of 4; raise max_train_steps"),
+        (4, {"max_train_steps": 4}, "which leaves no steps before the last one \\(4\\); increase max_train_steps"),
         (4, {"lora_rank": 3}, "holds other parameters than this run trains.*resume_from_checkpoint"),
         (3, {}, "which is not a checkpoint; write the path of a folder such as"),
     ],
@@ -348,7 +348,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over_among_others(ru
     newest = folder / "four" / "checkpoints" / "step-00000004"
     weights = newest / "trainable.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match="which is damaged"):
+    with pytest.raises(UserError, match="which is corrupt"):
         train(other_settings(tmp_path / "runs", "named", newest))
     assert train(spec_of(folder, "five", max_train_steps=5)).resumed_from_step == 2
 
@@ -361,7 +361,7 @@ def test_begin_run_names_each_damaged_checkpoint_of_the_other_run(runs, tmp_path
         (damaged / "trainable.safetensors").write_bytes(b"x")
         listener, spec = Listener(), spec_of(tmp_path, f"five_{step}", max_train_steps=5)
         resume_run(spec, run_fingerprints(spec), listener)
-        assert f"checkpoint {damaged} is damaged and is passed over" in listener.lines
+        assert f"checkpoint {damaged} is corrupt and is skipped" in listener.lines
         assert begins_at is None or any(begins_at in line for line in listener.lines)
         shutil.rmtree(spec.run_dir)
 

@@ -1,20 +1,20 @@
-"""After which steps a run saves a checkpoint. No torch."""
+"""The schedule of checkpoints: after which steps a run saves one. Imports no torch."""
 
 from collections.abc import Callable
 from typing import Literal
 
-from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.config.schema.checkpoints import CheckpointSettings
 
 CheckpointKind = Literal["step", "rolling"]
-"""One that stays until `checkpoints_total_limit`, or one that makes room for the next rolling one."""
+"""A "step" checkpoint is subject to `checkpoints_total_limit`, a "rolling" one to `checkpoints_rolling_total_limit`."""
 
 
 def checkpoint_due(
-    settings: TrainingSettings, step: int, total_steps: int, epochs_at: Callable[[int], float]
+    settings: CheckpointSettings, step: int, total_steps: int, epochs_at: Callable[[int], float]
 ) -> CheckpointKind | None:
-    """What to save after `step`, the number of steps taken; `epochs_at` gives the epochs that some steps make.
+    """Return the kind of checkpoint due after `step` optimizer steps; `epochs_at` gives the number of epochs after some steps.
 
-    An epoch that ends within a step has ended after it. The last step always leaves a checkpoint.
+    An epoch that ends within a step ends after it. The last step always saves a checkpoint.
     """
     if step == total_steps or _divides(settings.checkpoint_step_interval, step):
         return "step"
@@ -24,8 +24,8 @@ def checkpoint_due(
     return "rolling" if _divides(settings.checkpointing_rolling_steps, step) else None
 
 
-def checkpoint_limit(settings: TrainingSettings, kind: CheckpointKind) -> int | None:
-    """How many checkpoints of a kind are kept; None: all."""
+def checkpoint_limit(settings: CheckpointSettings, kind: CheckpointKind) -> int | None:
+    """Return how many checkpoints of a kind are retained; None: all."""
     return settings.checkpoints_rolling_total_limit if kind == "rolling" else settings.checkpoints_total_limit
 
 

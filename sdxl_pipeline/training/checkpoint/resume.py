@@ -1,10 +1,10 @@
-"""Where a run begins: at step 0, at its own latest checkpoint, or at a checkpoint of another run, which it then makes its own.
+"""Where a run starts: at step 0, at its own latest checkpoint, or at a checkpoint of another run, which it imports.
 
-Two runs of one *trajectory* take the same steps as far as both of them go; nothing but their length differs. A run without a checkpoint
-of its own therefore begins at the furthest one of its trajectory, and ends with the very weights that it would have had by itself: a run
-that is made longer or shorter loses nothing. Where the learning rate depends on the length, no other run is of the same trajectory.
+Two runs of the same *trajectory* take identical steps as far as both of them go; only their length differs. A run without a checkpoint
+of its own therefore starts at the latest one of its trajectory, and ends with exactly the weights that it would have had without it:
+changing the length of a run loses nothing. If the learning rate depends on the length, no two lengths share a trajectory.
 
-A run that is sent to a checkpoint of another trajectory (`resume_from_checkpoint: <path>`) has that checkpoint in its identity.
+A run that is configured with a checkpoint of another trajectory (`resume_from_checkpoint: <path>`) has that checkpoint in its identity.
 """
 
 import json
@@ -24,9 +24,9 @@ from sdxl_pipeline.training.checkpoint.checkpoints import (
     CHECKPOINTS,
     checkpoint_identity,
     checkpoint_step,
-    checkpoints,
     import_checkpoint,
     is_intact,
+    list_checkpoints,
     load_checkpoint,
     parameter_shapes,
     step_in_name,
@@ -38,7 +38,7 @@ from sdxl_pipeline.training.checkpoint.run_identity import (
     setting_changes,
 )
 from sdxl_pipeline.training.checkpoint.run_lineage import (
-    chosen_checkpoint,
+    configured_checkpoint,
     lineage_of_checkpoint,
     read_lineage,
     read_spec,
@@ -53,61 +53,61 @@ IMAGES = "validation"
 DORA_NORMS: Final = "lora_magnitude_vector"
 
 
-class _Source(NamedTuple):
-    """A checkpoint that a run may begin from, its step, and the lineage of its own run, if that is known."""
+class _Candidate(NamedTuple):
+    """A checkpoint that a run may start from, its step, and the lineage of its run, if known."""
 
-    place: Path
+    path: Path
     step: int
     lineage: RunLineage | None
 
-    def is_of_trajectory(self, names: RunFingerprints) -> bool:
-        return self.lineage is not None and self.lineage.trajectory == names.trajectory
+    def has_trajectory(self, fingerprints: RunFingerprints) -> bool:
+        return self.lineage is not None and self.lineage.trajectory == fingerprints.trajectory
 
 
-def resume_run(spec: TrainSpec, names: RunFingerprints, reporter: Reporter) -> None:
-    """Record the run's lineage, and give it the checkpoint it begins from unless it has one of its own. For the holder of its lock.
+def resume_run(spec: TrainSpec, fingerprints: RunFingerprints, reporter: Reporter) -> None:
+    """Record the run's lineage, and import the checkpoint it starts from unless it has one of its own. Call it with the run's lock held.
 
-    Raises UserError for a named checkpoint that it cannot begin from.
+    Raises UserError for a configured checkpoint that it cannot start from.
     """
     run_dir, settings = Path(spec.run_dir), spec.settings
     resumes = settings.resume_from_checkpoint is not None
-    if resumes and any(map(is_intact, reversed(checkpoints(run_dir / CHECKPOINTS)))):
+    if resumes and any(map(is_intact, reversed(list_checkpoints(run_dir / CHECKPOINTS)))):
         return
-    source = _find_source(spec, names, reporter) if resumes else None
-    ancestor = None if source is None else _ancestor(source, names, spec)
-    lineage = RunLineage(**names._asdict(), optimizer=settings.optimizer, ancestor=ancestor)
-    # the checkpoint last: it says that all this is done
+    source = _find_source(spec, fingerprints, reporter) if resumes else None
+    ancestor = None if source is None else _ancestor(source, fingerprints, spec)
+    lineage = RunLineage(**fingerprints._asdict(), optimizer=settings.optimizer, ancestor=ancestor)
+    # the checkpoint is imported last: its presence marks the import as complete
     write_lineage(run_dir, lineage)
     if source is not None and ancestor is not None:
         reporter.log(
-            f"This run begins at step {source.step} of the run {ancestor.identity[:12]} and {_how(ancestor)}."
+            f"This run starts at step {source.step} of the run {ancestor.identity[:12]} and {_describe_continuation(ancestor)}."
         )
-        if (run := run_of_checkpoint(source.place)) is not None:
-            _take_records(run, run_dir)
-        import_checkpoint(source.place, run_dir / CHECKPOINTS, lineage)
+        if (run := run_of_checkpoint(source.path)) is not None:
+            _copy_records(run, run_dir)
+        import_checkpoint(source.path, run_dir / CHECKPOINTS, lineage)
 
 
 def report_nearest_run(
     spec: TrainSpec,
-    names: RunFingerprints,
+    fingerprints: RunFingerprints,
     shapes: Mapping[str, tuple[int, ...]],
     total_steps: int,
     reporter: Reporter,
 ) -> None:
-    """Log which other run is nearest to one that starts at step 0 although it resumes from the latest checkpoint, and how to continue it.
+    """Log the most similar other run, and how to continue it, if this run starts at step 0 although it resumes from the latest checkpoint.
 
-    `shapes` are those of the parameters that this run trains. A run of the same family or kin is logged by `resume_run`.
+    `shapes` are those of this run's trained parameters. A run that differs only in length or number of processes is logged by `resume_run`.
     """
     if spec.settings.resume_from_checkpoint is None:
         return
-    newest: dict[Path, _Source] = {}
-    for source in _beside(Path(spec.run_dir), names):
+    newest: dict[Path, _Candidate] = {}
+    for source in _sibling_checkpoints(Path(spec.run_dir), fingerprints):
         if source.lineage and (
-            source.lineage.any_length == names.any_length
-            or source.lineage.any_length_or_world_size == names.any_length_or_world_size
+            source.lineage.any_length == fingerprints.any_length
+            or source.lineage.any_length_or_world_size == fingerprints.any_length_or_world_size
         ):
             return
-        newest[source.place.parent.parent] = source
+        newest[source.path.parent.parent] = source
     found = [
         (differences(other, spec), source)
         for run, source in newest.items()
@@ -115,19 +115,21 @@ def report_nearest_run(
     ]
     for changes, source in sorted(found, key=lambda each: (len(each[0]), -each[1].step)):
         try:
-            theirs = parameter_shapes(source.place)
-        except (OSError, ValueError, KeyError, SafetensorError):  # damaged: not to be recommended
+            source_shapes = parameter_shapes(source.path)
+        except (OSError, ValueError, KeyError, SafetensorError):  # corrupt: not recommended
             continue
-        text = "; ".join(changes) or "the version of the trainer, or the checkpoint that it began from"
+        difference = (
+            "; ".join(changes) or "the version of the trainer, or the checkpoint that it started from"
+        )
         reporter.log(
-            f"This run starts at step 0: no other run is of the same settings and data. The nearest is {source.place.parent.parent.name}, "
-            f"at step {source.step}. It differs in {text}. {_advice(source, theirs, shapes, total_steps)}"
+            f"This run starts at step 0: no other run has the same settings and data. The nearest is {source.path.parent.parent.name}, "
+            f"at step {source.step}. It differs in {difference}. {_continuation_hint(source, source_shapes, shapes, total_steps)}"
         )
         return
 
 
 def differences(other: TrainSpec, spec: TrainSpec) -> list[str]:
-    """Return in words what makes the weights of `spec` other than those of `other`, as "name: old -> new"."""
+    """Return descriptions of what makes the weights of `spec` differ from those of `other`, as "name: old -> new"."""
     changes = [
         f"{key}: {json.dumps(old)} -> {json.dumps(new)}"
         for key, (old, new) in setting_changes(other, spec).items()
@@ -135,17 +137,18 @@ def differences(other: TrainSpec, spec: TrainSpec) -> list[str]:
     ]
     if other.base_model.digest != spec.base_model.digest:
         changes.append(f"base model: {other.base_model.source} -> {spec.base_model.source}")
-    theirs, ours = (
-        {dataset.dataset_id: _data_of(dataset) for dataset in each.datasets} for each in (other, spec)
+    old_datasets, new_datasets = (
+        {dataset.dataset_id: _dataset_fingerprint(dataset) for dataset in each.datasets}
+        for each in (other, spec)
     )
-    for dataset_id in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(dataset_id) != ours.get(dataset_id):
+    for dataset_id in sorted(old_datasets.keys() | new_datasets.keys()):
+        if old_datasets.get(dataset_id) != new_datasets.get(dataset_id):
             changes.append(f"images, captions or settings of the dataset {dataset_id}")
     return changes
 
 
-def _data_of(dataset: TrainingDataset) -> tuple[object, ...]:
-    """Return what decides the samples of a dataset; the names of its tables hold their digests."""
+def _dataset_fingerprint(dataset: TrainingDataset) -> tuple[object, ...]:
+    """Return what determines the samples of a dataset; the names of its tables contain their digests."""
     return (
         *(Path(dataset.rows_path).name, dataset.latents.digest, dataset.text_embeds.digest),
         *(dataset.repeats, dataset.probability, dataset.fresh_crops, dataset.is_regularisation),
@@ -153,81 +156,85 @@ def _data_of(dataset: TrainingDataset) -> tuple[object, ...]:
     )
 
 
-def _advice(
-    source: _Source,
-    theirs: Mapping[str, tuple[int, ...]],
-    ours: Mapping[str, tuple[int, ...]],
+def _continuation_hint(
+    source: _Candidate,
+    source_shapes: Mapping[str, tuple[int, ...]],
+    run_shapes: Mapping[str, tuple[int, ...]],
     total_steps: int,
 ) -> str:
-    if theirs == ours:
-        longer = (
+    if source_shapes == run_shapes:
+        extension = (
             f", and raise max_train_steps above {source.step}: this run ends at step {total_steps}"
             if source.step >= total_steps
             else ""
         )
         return (
-            f'To continue from it, write "resume_from_checkpoint": "{source.place}" in config.json{longer}.'
+            f'To continue from it, write "resume_from_checkpoint": "{source.path}" in config.json{extension}.'
         )
-    weights = source.place / USUAL_NAME
+    weights = source.path / USUAL_NAME
     if (
-        theirs == {name: shape for name, shape in ours.items() if DORA_NORMS not in name}
+        source_shapes == {name: shape for name, shape in run_shapes.items() if DORA_NORMS not in name}
         and weights.is_file()
     ):
         return f'It has no DoRA norms, so it cannot be continued. To start from its weights, write "init_lora": "{weights}" in config.json.'
-    name = min(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+    name = min(
+        name
+        for name in source_shapes.keys() | run_shapes.keys()
+        if source_shapes.get(name) != run_shapes.get(name)
+    )
     return (
-        f"It cannot be continued, nor be the start of this run (init_lora), since its weights have other shapes: {name} is "
-        f"{theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here. To continue from it, set what differs in the adapter back."
+        f"It cannot be continued or used as init_lora, because its weights have other shapes: {name} is "
+        f"{source_shapes.get(name, 'absent')} there and {run_shapes.get(name, 'absent')} here. To continue from it, revert the adapter settings."
     )
 
 
-def _find_source(spec: TrainSpec, names: RunFingerprints, reporter: Reporter) -> _Source | None:
-    chosen = chosen_checkpoint(spec.settings)
-    if chosen is not None:
-        if not is_intact(chosen):
+def _find_source(spec: TrainSpec, fingerprints: RunFingerprints, reporter: Reporter) -> _Candidate | None:
+    configured = configured_checkpoint(spec.settings)
+    if configured is not None:
+        if not is_intact(configured):
             raise UserError(
-                f"config.json: resume_from_checkpoint names {chosen}, which is damaged; name another checkpoint"
+                f"config.json: resume_from_checkpoint is {configured}, which is corrupt; set it to another checkpoint"
             )
-        source = _Source(chosen, checkpoint_step(chosen), lineage_of_checkpoint(chosen))
-        _require_steps_left(source, names, _planned_steps(spec))
+        source = _Candidate(configured, checkpoint_step(configured), lineage_of_checkpoint(configured))
+        _require_steps_left(source, fingerprints, _planned_steps(spec))
         return source
-    others = list(_beside(Path(spec.run_dir), names))
-    if same := [source for source in others if source.is_of_trajectory(names)]:
+    others = list(_sibling_checkpoints(Path(spec.run_dir), fingerprints))
+    if same := [source for source in others if source.has_trajectory(fingerprints)]:
         end = _planned_steps(spec)
         for source in sorted(same, key=lambda source: source.step, reverse=True):
             if source.step > end:
                 continue
-            if is_intact(source.place):
+            if is_intact(source.path):
                 return source
-            reporter.log(f"checkpoint {source.place} is damaged and is passed over")
+            reporter.log(f"checkpoint {source.path} is corrupt and is skipped")
         return None
     if any_length := [
-        source for source in others if source.lineage and source.lineage.any_length == names.any_length
+        source for source in others if source.lineage and source.lineage.any_length == fingerprints.any_length
     ]:
         furthest = max(any_length, key=lambda source: source.step)
         reporter.log(
-            f"{furthest.place} is of a run that differs from this one in its length alone, but the learning rate of lr_scheduler "
-            f"{spec.settings.lr_scheduler} depends on the length: this run begins at step 0. It would have gone on with "
-            f"{', '.join(sorted(CONSTANT_SCHEDULES))}."
+            f"{furthest.path} belongs to a run that differs from this one only in length, but the learning rate of lr_scheduler "
+            f"{spec.settings.lr_scheduler} depends on the length: this run starts at step 0. With "
+            f"{', '.join(sorted(CONSTANT_SCHEDULES))} it would have resumed."
         )
     elif any_length_or_world_size := [
         source
         for source in others
-        if source.lineage and source.lineage.any_length_or_world_size == names.any_length_or_world_size
+        if source.lineage and source.lineage.any_length_or_world_size == fingerprints.any_length_or_world_size
     ]:
         furthest = max(any_length_or_world_size, key=lambda source: source.step)
         reporter.log(
-            f"The run {furthest.place.parent.parent.name} is at step {furthest.step} of this training on another number of processes, "
-            "which makes its batches, and so its steps, others: this run begins at step 0. It would go on from there with "
-            f"resume_from_checkpoint: {furthest.place}"
+            f"The run {furthest.path.parent.parent.name} is at step {furthest.step} of the same training with another number of processes. "
+            "A different number of processes changes the batches, so this run starts at step 0. To continue from there, set "
+            f"resume_from_checkpoint: {furthest.path}"
         )
     return None
 
 
-def _require_steps_left(source: _Source, names: RunFingerprints, end: int) -> None:
-    if source.step > end or (source.step == end and not source.is_of_trajectory(names)):
+def _require_steps_left(source: _Candidate, fingerprints: RunFingerprints, end: int) -> None:
+    if source.step > end or (source.step == end and not source.has_trajectory(fingerprints)):
         raise UserError(
-            f"config.json: resume_from_checkpoint names {source.place}, after which no step is left of {end}; raise max_train_steps"
+            f"config.json: resume_from_checkpoint is {source.path}, which leaves no steps before the last one ({end}); increase max_train_steps"
         )
 
 
@@ -236,41 +243,42 @@ def _planned_steps(spec: TrainSpec) -> int:
     return total_planned_steps(spec.settings, order)
 
 
-def _beside(run_dir: Path, names: RunFingerprints) -> Iterator[_Source]:
-    """The checkpoints of the other runs whose folders lie beside this one's."""
+def _sibling_checkpoints(run_dir: Path, fingerprints: RunFingerprints) -> Iterator[_Candidate]:
+    """Yield the checkpoints of the other runs in the same output folder."""
     for folder in sorted(run_dir.parent.iterdir()):
         lineage = read_lineage(folder)
-        if lineage is not None and lineage.identity != names.identity:
+        if lineage is not None and lineage.identity != fingerprints.identity:
             yield from (
-                _Source(place, step_in_name(place), lineage) for place in checkpoints(folder / CHECKPOINTS)
+                _Candidate(path, step_in_name(path), lineage)
+                for path in list_checkpoints(folder / CHECKPOINTS)
             )
 
 
-def _ancestor(source: _Source, names: RunFingerprints, spec: TrainSpec) -> Ancestor:
-    same = source.is_of_trajectory(names)
-    of_same_name = source.lineage is not None and source.lineage.optimizer == spec.settings.optimizer
+def _ancestor(source: _Candidate, fingerprints: RunFingerprints, spec: TrainSpec) -> Ancestor:
+    same_trajectory = source.has_trajectory(fingerprints)
+    same_optimizer = source.lineage is not None and source.lineage.optimizer == spec.settings.optimizer
     return Ancestor(
-        identity=checkpoint_identity(source.place),
+        identity=checkpoint_identity(source.path),
         step=source.step,
-        same_trajectory=same,
-        takes_optimizer=same
+        same_trajectory=same_trajectory,
+        takes_optimizer=same_trajectory
         or (
-            of_same_name
-            and optimizer_fits(load_checkpoint(source.place), spec.settings, spec.hardware.device)
+            same_optimizer
+            and optimizer_fits(load_checkpoint(source.path), spec.settings, spec.hardware.device)
         ),
     )
 
 
-def _how(ancestor: Ancestor) -> str:
+def _describe_continuation(ancestor: Ancestor) -> str:
     if ancestor.same_trajectory:
-        return "goes on as that one would have"
+        return "continues it exactly (same trajectory)"
     if ancestor.takes_optimizer:
-        return "goes on from its weights and its optimizer's state, under its own settings"
-    return "goes on from its weights, with an optimizer that begins anew: what the one there kept is not what this one keeps"
+        return "continues from its weights and its optimizer's state, under the settings of this run"
+    return "continues from its weights with a new optimizer state, because the checkpoint's has a different layout"
 
 
-def _take_records(other: Path, run_dir: Path) -> None:
-    """Metrics, images and their lists. Whoever opens them drops what is past the checkpoint."""
+def _copy_records(other: Path, run_dir: Path) -> None:
+    """Copy metrics, images and their logs. Their readers drop entries past the checkpoint."""
     for record in other.glob("*.jsonl"):
         shutil.copyfile(record, run_dir / record.name)
     if (other / IMAGES).is_dir():

@@ -1,4 +1,4 @@
-"""One trainer per run. No torch."""
+"""A lock that allows one trainer per run. Imports no torch."""
 
 import os
 import time
@@ -17,19 +17,19 @@ LOCK_TIMEOUT_SECONDS = 180.0
 
 @contextmanager
 def run_lock(run_dir: Path, stop: StopSignal, timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
-    """Be the only trainer in a run's folder. The kernel frees the lock when its holder dies, however that dies.
+    """Hold the exclusive lock on a run's folder within the context. The kernel releases it when the process ends, however it ends.
 
-    Waits for a trainer that was stopped and is still saving; raises UserError when another holds on beyond `timeout` seconds.
+    Wait for a trainer that was stopped and is still saving; raise UserError if another holds the lock for more than `timeout` seconds.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    give_up = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout
     with (run_dir / LOCK).open("a+") as lock:
         while not lock_descriptor(lock.fileno(), blocking=False):
             stop.raise_if_requested()
-            if time.monotonic() >= give_up:
+            if time.monotonic() >= deadline:
                 lock.seek(0)
                 raise UserError(
-                    f"another trainer (process {lock.read().strip() or 'unknown'}) is at work in {run_dir}; "
+                    f"another trainer (process {lock.read().strip() or 'unknown'}) is running in {run_dir}; "
                     "wait for it to end, or stop it"
                 )
             time.sleep(LOCK_POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""The state of another run as the state that this one goes on from, under its own settings."""
+"""Warm start: the state of another run, adapted to the settings of this one."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -15,67 +15,68 @@ from sdxl_pipeline.training.checkpoint.checkpoints import TrainingState
 from sdxl_pipeline.training.optim.lr_schedules import Schedule
 from sdxl_pipeline.training.optim.optimizers import after_a_step
 
-_Kept = frozenset[tuple[str, tuple[int, ...] | bool]]
-"""What an optimizer keeps for one parameter: names, with the shapes of tensors, or whether there is anything else."""
+_StateLayout = frozenset[tuple[str, tuple[int, ...] | bool]]
+"""The optimizer state of one parameter: entry names with the shapes of tensors, or whether another value is set."""
 
-_OWN_IN_EACH_GROUP = frozenset({"params", "lr", "initial_lr"})
+_PER_GROUP = frozenset({"params", "lr", "initial_lr"})
 
 
 def optimizer_fits(state: TrainingState, settings: TrainingSettings, device: str | torch.device) -> bool:
-    """Whether the optimizer of `settings` keeps on `device` what the one of `state`, of the same name, has kept for its parameters.
+    """Return whether the configured optimizer has the same state layout on `device` as that of `state`, which has the same name.
 
-    Options decide that too: amsgrad adds a tensor, momentum another.
+    Options matter too: amsgrad adds a tensor, momentum another.
     """
     shapes = Counter(tuple(parameter.shape) for parameter in state.parameters.values())
-    ours: Counter[_Kept] = Counter()
+    expected: Counter[_StateLayout] = Counter()
     for shape, count in shapes.items():
         for entries in after_a_step(settings, shape, device).state_dict()["state"].values():
-            ours[_kept(entries)] += count
-    theirs = Counter(map(_kept, state.optimizer["state"].values()))
-    return theirs <= ours
+            expected[_state_layout(entries)] += count
+    found = Counter(map(_state_layout, state.optimizer["state"].values()))
+    return found <= expected
 
 
 def rebase_state(
     state: TrainingState, settings: TrainingSettings, optimizer: Optimizer, schedule: Schedule
 ) -> TrainingState:
-    """`state` with the options of `optimizer` and the learning rate of `schedule`, both as they were built for this run by `settings`.
+    """Return `state` with the options of `optimizer` and the learning rate of `schedule`, both as built for this run from `settings`.
 
-    Parameters, step, and what the optimizer has learnt (moments, and a step size that it finds by itself) stay what they were. A run
-    without an average hands on its parameters as one. Loss scaling begins anew. An optimizer's state that is there must fit
-    (`optimizer_fits`).
+    Parameters, step, and what the optimizer has learned (moments, and an adaptive step size) are preserved. If the state has no average,
+    its parameters are used as one. Loss scaling is reset. A non-empty optimizer state must fit (`optimizer_fits`).
     """
     schedule.last_epoch = state.step
-    rates = schedule.get_last_lr()
-    own = optimizer.state_dict()
-    taken = state.optimizer if state.optimizer.get("state") else own
+    learning_rates = schedule.get_last_lr()
+    fresh = optimizer.state_dict()
+    source = state.optimizer if state.optimizer.get("state") else fresh
     groups = [
-        {**ours, "lr": _like(ours["lr"], rate)} for ours, rate in zip(own["param_groups"], rates, strict=True)
+        {**fresh_group, "lr": _like(fresh_group["lr"], lr)}
+        for fresh_group, lr in zip(fresh["param_groups"], learning_rates, strict=True)
     ]
-    if taken is not own:
-        # some options are settled by the first step, which will not come again
+    if source is not fresh:
+        # some options are set by the first step, which is not repeated
         first = optimizer.param_groups[0]["params"][0]
-        settled = after_a_step(settings, tuple(first.shape), first.device).param_groups[0]
-        learnt = OPTIMIZERS[settings.optimizer].learnt
-        for group, theirs in zip(groups, taken["param_groups"], strict=True):
-            group |= {name: value for name, value in settled.items() if name not in _OWN_IN_EACH_GROUP}
-            group |= {name: theirs[name] for name in learnt if name in theirs}
+        initialized = after_a_step(settings, tuple(first.shape), first.device).param_groups[0]
+        learned = OPTIMIZERS[settings.optimizer].learnt
+        for group, source_group in zip(groups, source["param_groups"], strict=True):
+            group |= {name: value for name, value in initialized.items() if name not in _PER_GROUP}
+            group |= {name: source_group[name] for name in learned if name in source_group}
     return replace(
         state,
-        optimizer={"state": taken["state"], "param_groups": groups},
+        optimizer={"state": source["state"], "param_groups": groups},
         schedule={**schedule.state_dict(), "last_epoch": state.step, "_step_count": state.step + 1},
         scaler=None,
         average=state.average or state.parameters,
     )
 
 
-def _kept(entries: Mapping[str, Any]) -> _Kept:
-    kept: set[tuple[str, tuple[int, ...] | bool]] = set()
+def _state_layout(entries: Mapping[str, Any]) -> _StateLayout:
+    """Return the layout of one parameter's state."""
+    layout: set[tuple[str, tuple[int, ...] | bool]] = set()
     for name, value in entries.items():
-        if isinstance(value, Mapping):  # bitsandbytes nests what belongs to its state in few bits
-            kept |= {(f"{name}.{inner}", shape) for inner, shape in _kept(value)}
+        if isinstance(value, Mapping):  # bitsandbytes nests its quantized state
+            layout |= {(f"{name}.{inner}", shape) for inner, shape in _state_layout(value)}
         else:
-            kept.add((name, tuple(value.shape) if isinstance(value, Tensor) else value is not None))
-    return frozenset(kept)
+            layout.add((name, tuple(value.shape) if isinstance(value, Tensor) else value is not None))
+    return frozenset(layout)
 
 
 def _like(old: Any, rate: float | Tensor) -> Any:

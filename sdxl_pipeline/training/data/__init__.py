@@ -1,1 +1,1 @@
-"""Samples, their order, batches and loss masks."""
+"""Samples, batch sampling, batches and loss masks."""

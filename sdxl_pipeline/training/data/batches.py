@@ -1,4 +1,4 @@
-"""Reads batches from the caches: latents, text embeddings and time ids of the same images, and the noise they are trained with."""
+"""Training batches: cached latents, text embeddings and time ids of the same images, with the noise of the forward process."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -21,9 +21,9 @@ from sdxl_pipeline.models.vae import sample_latents
 from sdxl_pipeline.runtime.specs import TrainingDataset
 from sdxl_pipeline.runtime.stage_runner import UserError, finished_path
 from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler, SampleRef
-from sdxl_pipeline.training.data.loss_weights import ALL_ALIKE, LossWeights
-from sdxl_pipeline.training.data.on_demand_cache import Cache, OnDemandEncoders, Tensors, read_from
-from sdxl_pipeline.training.data.samples import NAMED_IN_ERRORS, Sample
+from sdxl_pipeline.training.data.loss_masks import UNIFORM_LOSS, LossWeights
+from sdxl_pipeline.training.data.on_demand_cache import Cache, OnDemandEncoders, Tensors, read_batch
+from sdxl_pipeline.training.data.samples import MAX_LISTED_IMAGES, Sample
 from sdxl_pipeline.training.diffusion.forward_process import ForwardProcess
 from sdxl_pipeline.training.diffusion.scheduled_sampling import Rollout
 from sdxl_pipeline.training.rng import derive_seed, uniform
@@ -34,12 +34,12 @@ ALL = slice(None)
 
 
 class MismatchedBatchError(AssertionError):
-    """Tensors of different images met in one batch: a defect of this program, never of the data."""
+    """A batch contains tensors of different images: a defect of this program, never of the data."""
 
 
 @dataclass(frozen=True)
 class Posteriors:
-    """What the VAE said of some images: a Gaussian per latent value, not yet scaled."""
+    """The VAE posteriors of some images: a Gaussian per latent value, not yet scaled."""
 
     keys: tuple[str, ...]
     mean: Tensor  # (B, 4, H/8, W/8) float32
@@ -57,7 +57,7 @@ class TextEmbeds:
 
 @dataclass(frozen=True)
 class CaptionTokens:
-    """The captions of some images, not encoded yet."""
+    """The tokenized captions of some images."""
 
     keys: tuple[str, ...]
     input_ids: Tensor  # (B, 2, windows, 77) int64
@@ -65,7 +65,7 @@ class CaptionTokens:
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass: everything about image `keys[i]` at index i."""
+    """One forward pass: all tensors at index i belong to image `keys[i]`."""
 
     keys: tuple[str, ...]
     latents: Tensor  # (B, 4, H/8, W/8) float32, scaled
@@ -74,55 +74,55 @@ class Batch:
     time_ids: Tensor  # (B, 6) float32
     prompt_embeds: Tensor | None = None  # (B, 77 * windows, C1 + C2); None with input_ids
     pooled_prompt_embeds: Tensor | None = None  # (B, C2); None with input_ids
-    input_ids: Tensor | None = None  # (B, 2, windows, 77) int64: tokens, where text encoders are trained
-    loss_weights: Tensor | None = None  # (B, 1, H/8, W/8) or (B, 1, 1, 1): what each place counts
-    prior: tuple[bool, ...] = ()  # whether the target is the base model's prediction; (): of none
-    perturbed_noise: Tensor | None = None  # (B, 4, H/8, W/8) float32: what the UNet sees in place of `noise`
-    rollouts: tuple[Rollout, ...] = ()  # the items that the model itself brings to their timesteps
-    share: float = (
-        1.0  # weight of the mean loss in the optimizer step, so that all of the step's images weigh the same
-    )
-    images: int = 0  # in the global batch
+    input_ids: Tensor | None = None  # (B, 2, windows, 77) int64: tokens, if text encoders are trained
+    loss_weights: Tensor | None = None  # (B, 1, H/8, W/8) or (B, 1, 1, 1)
+    prior: tuple[bool, ...] = ()  # whether the target is the base model's prediction; (): for none
+    perturbed_noise: Tensor | None = None  # (B, 4, H/8, W/8) float32: replaces `noise` in the UNet's input
+    rollouts: tuple[Rollout, ...] = ()  # the items that the model denoises to their timesteps
+    share: float = 1.0  # weight of the mean loss, so that all images of an optimizer step have equal weight
+    images: int = 0  # images in the global batch
 
     @property
     def input_noise(self) -> Tensor:
-        """The noise that the UNet sees, (B, 4, H/8, W/8); `noise` is what it is asked for."""
+        """Return the noise in the UNet's input, (B, 4, H/8, W/8); `noise` is that of the target."""
         return self.noise if self.perturbed_noise is None else self.perturbed_noise
 
     def conditioning(self, dtype: torch.dtype, items: Tensor | slice = ALL) -> dict[str, Any]:
-        """What the UNet is told beside latents and timesteps, as its keyword arguments, for these items of the batch.
+        """Return the UNet's keyword arguments beside latents and timesteps, for these items of the batch.
 
-        Embeddings are cast to `dtype`, and time ids stay in float32: in bf16 an original width of 1820 would read as 1824.
+        Embeddings are cast to `dtype`, and time ids stay in float32: bf16 would round an original width of 1820 to 1824.
         """
-        told = {"time_ids": self.time_ids[items]}
+        time_ids = {"time_ids": self.time_ids[items]}
         if self.input_ids is not None:
-            return {"encoder_hidden_states": self.input_ids[items], "added_cond_kwargs": told}
+            return {"encoder_hidden_states": self.input_ids[items], "added_cond_kwargs": time_ids}
         if self.prompt_embeds is None or self.pooled_prompt_embeds is None:
-            raise ValueError("a batch has either embeddings or tokens")
+            raise ValueError("a batch needs either prompt embeddings or input_ids")
         return {
             "encoder_hidden_states": self.prompt_embeds[items].to(dtype),
-            "added_cond_kwargs": {"text_embeds": self.pooled_prompt_embeds[items].to(dtype), **told},
+            "added_cond_kwargs": {"text_embeds": self.pooled_prompt_embeds[items].to(dtype), **time_ids},
         }
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device. From pinned memory the copy overlaps with what the device is computing."""
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+        """Return the batch on a device. From pinned memory the copy overlaps with the device's computation."""
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
-    def pinned(self) -> "Batch":
-        """The batch in page-locked memory."""
-        return self._mapped(Tensor.pin_memory)
+    def pin_memory(self) -> "Batch":
+        """Return the batch in page-locked memory."""
+        return self._map_tensors(Tensor.pin_memory)
 
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+    def _map_tensors(self, transform: Callable[[Tensor], Tensor]) -> "Batch":
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        changed: dict[str, Any] = {name: change(value) for name, value in values if isinstance(value, Tensor)}
+        changed: dict[str, Any] = {
+            name: transform(value) for name, value in values if isinstance(value, Tensor)
+        }
         return replace(self, **changed)
 
 
 class BatchReader:
-    """Reads the encoded forms of images and prompts from the stores of all datasets, and has encoded what these leave to the training.
+    """Reads the encoded images and prompts of all datasets, and encodes what their cache modes leave out.
 
-    Threads may read from one. `encoders` makes what a dataset's cache mode leaves out; without them every entry must be there. With
-    `online_text_encoder` no text is read from a store: it is encoded at each use, by encoders that are trained.
+    Thread-safe. `encoders` encode missing entries; without them every entry must exist. With `online_text_encoder` no text is read from a
+    store: it is encoded at each use by the text encoders being trained.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class BatchReader:
         self.online_text_encoder = online_text_encoder
         self._datasets = {dataset.dataset_id: dataset for dataset in datasets}
         self.fresh_crops = frozenset(dataset.dataset_id for dataset in datasets if dataset.fresh_crops)
-        """The datasets whose crops are drawn anew at each appearance."""
+        """The datasets whose images are cropped at a new random position at each appearance."""
         self._encoders = encoders
         self._prompts: dict[str, tuple[str, str]] = {}  # prompt -> dataset, embed key
         self._empty_prompts: dict[str, str] = {}  # dataset -> embed key
@@ -152,10 +152,10 @@ class BatchReader:
         caches: dict[tuple[str, CacheMode], Cache] = {}
         stores: dict[str, TensorStore] = {}
 
-        def cache(root: str, mode: CacheMode, remembered: frozenset[str] = frozenset()) -> Cache:
+        def cache(root: str, mode: CacheMode, memory_keys: frozenset[str] = frozenset()) -> Cache:
             if root not in stores:
                 stores[root] = TensorStore(Path(root))
-            return caches.setdefault((root, mode), Cache(stores[root], mode, remembered))
+            return caches.setdefault((root, mode), Cache(stores[root], mode, memory_keys))
 
         self._latents = {
             dataset.dataset_id: cache(dataset.latents.store_root, dataset.latent_cache)
@@ -168,8 +168,8 @@ class BatchReader:
         self._caches = list(caches.values())
 
     def posteriors(self, samples: Sequence[Sample]) -> Posteriors:
-        """The latents of samples of one bucket, as mean and log-variance. Raises UserError for an image that cannot be encoded."""
-        read = self._read_from(
+        """Return the posteriors of samples of one bucket. Raises UserError for an image that cannot be encoded."""
+        read = self._read_batch(
             [self._latents[sample.dataset_id] for sample in samples],
             [sample.latent_key for sample in samples],
             [partial(self._encode_crop, sample) for sample in samples],
@@ -181,7 +181,7 @@ class BatchReader:
         )
 
     def text_embeds(self, samples: Sequence[Sample], embed_keys: Sequence[str]) -> TextEmbeds:
-        """The embeddings `embed_keys[i]` as the text of `samples[i]`."""
+        """Return the embeddings `embed_keys[i]` for `samples[i]`."""
         datasets = [sample.dataset_id for sample in samples]
         read = self._read_texts(datasets, embed_keys)
         return TextEmbeds(
@@ -191,21 +191,21 @@ class BatchReader:
         )
 
     def tokens(self, samples: Sequence[Sample], embed_keys: Sequence[str]) -> CaptionTokens:
-        """The caption that `embed_keys[i]` stands for as the text of `samples[i]`, for text encoders that are trained."""
+        """Return the tokenized caption of `embed_keys[i]` for `samples[i]`, for text encoders that are trained."""
         if self.online_text_encoder is None:
-            raise ValueError("captions are tokenized where text encoders are trained")
+            raise ValueError("captions are tokenized only if text encoders are trained")
         captions = self._captions([sample.dataset_id for sample in samples], embed_keys)
         return CaptionTokens(
             tuple(sample.key for sample in samples), self.online_text_encoder.input_ids(captions)
         )
 
     def flush(self) -> None:
-        """Write what was encoded on demand and is to be kept."""
+        """Write the entries that were encoded on demand."""
         for cache in self._caches:
             cache.flush()
 
     def close(self) -> None:
-        """Write what was encoded on demand, and end writing."""
+        """Write the entries that were encoded on demand, and close the writers."""
         for cache in self._caches:
             cache.close()
 
@@ -219,7 +219,7 @@ class BatchReader:
 
     def _require_encoders(self, dataset: TrainingDataset) -> OnDemandEncoders:
         if self._encoders is None:
-            raise ValueError(f"dataset {dataset.dataset_id!r} is encoded on demand, which takes encoders")
+            raise ValueError(f"dataset {dataset.dataset_id!r} is encoded on demand, which needs `encoders`")
         return self._encoders
 
     def _captions(self, dataset_ids: Sequence[str], embed_keys: Sequence[str]) -> list[str]:
@@ -232,22 +232,25 @@ class BatchReader:
     def _read_texts(self, dataset_ids: Sequence[str], embed_keys: Sequence[str]) -> Tensors:
         if self.online_text_encoder is not None:
             return self.online_text_encoder.encode(self._captions(dataset_ids, embed_keys))
-        return self._read_from(
+        return self._read_batch(
             [self._texts[dataset_id] for dataset_id in dataset_ids],
             embed_keys,
-            [partial(self._encode_text, *named) for named in zip(dataset_ids, embed_keys, strict=True)],
+            [partial(self._encode_text, *each) for each in zip(dataset_ids, embed_keys, strict=True)],
         )
 
-    def _read_from(
-        self, caches: Sequence[Cache], keys: Sequence[str | None], make: Sequence[Callable[[], Tensors]]
+    def _read_batch(
+        self, caches: Sequence[Cache], keys: Sequence[str | None], encode: Sequence[Callable[[], Tensors]]
     ) -> Tensors:
         try:
-            return read_from(caches, keys, make)
+            return read_batch(caches, keys, encode)
         except DamagedEntryError as error:
-            raise UserError(self._report_damage(error.keys)) from error
+            raise UserError(self._describe_damage(error.keys)) from error
 
-    def _report_damage(self, found: Sequence[str]) -> str:
-        """Verify every entry that these datasets use, so that one more run of the encode stages replaces all damaged ones."""
+    def _describe_damage(self, damaged_keys: Sequence[str]) -> str:
+        """Discard every damaged entry that these datasets use and return an error message.
+
+        Verifying all entries lets one further run of the encode stages replace all damaged ones.
+        """
         parts = []
         for dataset in self._datasets.values():
             rows = pd.read_parquet(dataset.rows_path, columns=["path", "key", "crop_index"])
@@ -257,18 +260,18 @@ class BatchReader:
             texts = pd.read_parquet(dataset.text_embeds.entries_path, columns=["path", "embed_key"])
             prompts = pd.read_parquet(dataset.text_embeds.prompts_path, columns=["prompt", "embed_key"])
             texts = pd.concat([texts, prompts.rename(columns={"prompt": "path"})])
-            for asset, manifest, cache, named, column in (
+            for asset, manifest, cache, table, column in (
                 ("vae_latents", dataset.latents, self._latents, rows.merge(latents), "latent_key"),
                 ("text_embeds", dataset.text_embeds, self._texts, texts, "embed_key"),
             ):
                 store = cache[dataset.dataset_id].store
-                broken = {*found, *store.discard_damaged(named[column])}
-                names = list(dict.fromkeys(named["path"][named[column].isin(broken)]))
-                if names:
-                    # the next run of the stage has to look into the store
+                damaged = {*damaged_keys, *store.discard_damaged(table[column])}
+                paths = list(dict.fromkeys(table["path"][table[column].isin(damaged)]))
+                if paths:
+                    # makes the next run of the stage check the store
                     finished_path(Path(manifest.entries_path)).unlink(missing_ok=True)
                     parts.append(
-                        f"{asset} of {', '.join(map(repr, names[:NAMED_IN_ERRORS]))} ({len(names)} in all)"
+                        f"{asset} of {', '.join(map(repr, paths[:MAX_LISTED_IMAGES]))} ({len(paths)} in all)"
                     )
         return (
             f"damaged cache entries (a checksum did not match): {'; '.join(parts)}. They were removed from the cache. Materialize "
@@ -277,13 +280,13 @@ class BatchReader:
         )
 
     def empty_prompt_key(self, dataset_id: str) -> str:
-        """Key of the encoded empty prompt in the store of a dataset's text embeddings."""
+        """Return the key of the encoded empty prompt in a dataset's text embedding store."""
         return self._empty_prompts[dataset_id]
 
     def prompt_embeds(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """(prompt_embeds (1, 77 * windows, C1 + C2), pooled_prompt_embeds (1, C2)) of the empty prompt or one of the extra prompts.
+        """Return (prompt_embeds (1, 77 * windows, C1 + C2), pooled_prompt_embeds (1, C2)) of the empty prompt or one of the extra prompts.
 
-        Raises UserError for a prompt that the text stage was not asked to encode.
+        Raises UserError for a prompt that the text stage did not encode.
         """
         if prompt not in self._prompts:
             raise UserError(f"the prompt {prompt!r} has not been encoded; materialize text_embeds again")
@@ -292,10 +295,10 @@ class BatchReader:
         return tensors["prompt_embeds"], tensors["pooled_prompt_embeds"]
 
     def conditioning(self, prompt: str, negative_prompt: str, zeros_for_empty_prompt: bool) -> Conditioning:
-        """What the pipeline needs to draw a prompt. Raises UserError for prompts that were not encoded.
+        """Return the pipeline's inputs for a prompt. Raises UserError for prompts that were not encoded.
 
-        `zeros_for_empty_prompt` is the base model's `force_zeros_for_empty_prompt`: without a negative prompt its pipeline takes zeros,
-        else the encoded empty prompt.
+        `zeros_for_empty_prompt` is the base model's `force_zeros_for_empty_prompt`: without a negative prompt its pipeline uses zeros instead
+        of the encoded empty prompt.
         """
         prompt_embeds, pooled = self.prompt_embeds(prompt)
         if not negative_prompt and zeros_for_empty_prompt:
@@ -305,13 +308,13 @@ class BatchReader:
 
 @dataclass(frozen=True)
 class TrainingBatches:
-    """The batches of one process: `BucketBatchSampler` says which images, this reads them and draws what is random about them.
+    """The batches of one process: `order` selects the images, and this reads them and samples everything random about them.
 
-    Every image of a global batch has a *slot*, its index over all processes. Noise, timestep and caption dropout are drawn from
-    (seed, batch, slot), so they depend neither on the number of processes nor on what was drawn before.
+    Every image of a global batch has a *slot*, its index over all processes. Noise, timestep and caption dropout are functions of
+    (seed, batch, slot), so they depend neither on the number of processes nor on earlier batches.
 
-    A process that has no image in a global batch gets its first one, with `share` 0: all processes must do a forward and a backward
-    pass, since they exchange their gradients.
+    A process without an image in a global batch gets the batch's first image with `share` 0: all processes must run a forward and a
+    backward pass, since they synchronize gradients.
     """
 
     order: BucketBatchSampler
@@ -320,32 +323,34 @@ class TrainingBatches:
     forward_process: ForwardProcess
     caption_dropout_probability: float = 0.0
     rank: int = 0
-    loss_weights: LossWeights = ALL_ALIKE
+    loss_weights: LossWeights = UNIFORM_LOSS
 
     def read(self, index: int) -> Batch:
-        """The batch of this process in the global batch `index`, in ordinary memory."""
-        everyone, slots = self.order.draws(index), self.order.slots(index, self.rank)
+        """Return the batch of this process in the global batch `index`, in pageable memory."""
+        global_batch, slots = self.order.global_batch(index), self.order.slots(index, self.rank)
         share = self._share(index, len(slots))
         slots = slots or range(1)
-        draws = everyone[slots.start : slots.stop]
-        samples = [self._drawn(draw) for draw in draws]
+        refs = global_batch[slots.start : slots.stop]
+        samples = [self._crop(ref) for ref in refs]
         embed_keys = [
-            self.reader.empty_prompt_key(draw.sample.dataset_id)
+            self.reader.empty_prompt_key(ref.sample.dataset_id)
             if self._drops_caption(index, slot)
-            else draw.embed_key
-            for draw, slot in zip(draws, slots, strict=True)
+            else ref.embed_key
+            for ref, slot in zip(refs, slots, strict=True)
         ]
         posteriors = self.reader.posteriors(samples)
-        reads = self.reader.text_embeds if self.reader.online_text_encoder is None else self.reader.tokens
-        texts = reads(samples, embed_keys)
-        weighed = self.loss_weights.of(samples, self.order.seed, index, slots)
+        read_texts = (
+            self.reader.text_embeds if self.reader.online_text_encoder is None else self.reader.tokens
+        )
+        texts = read_texts(samples, embed_keys)
+        loss_mask = self.loss_weights.for_batch(samples, self.order.seed, index, slots)
         keys = tuple(sample.key for sample in samples)
-        if not keys == posteriors.keys == texts.keys == weighed.keys:
+        if not keys == posteriors.keys == texts.keys == loss_mask.keys:
             raise MismatchedBatchError(
-                f"batch {index}: crops of {keys}, latents of {posteriors.keys}, captions of {texts.keys}, masks of {weighed.keys}"
+                f"batch {index}: crops of {keys}, latents of {posteriors.keys}, captions of {texts.keys}, masks of {loss_mask.keys}"
             )
         shape = posteriors.mean.shape[1:]
-        noise_sample = self.forward_process.draw(shape, self.order.seed, index, slots, len(everyone))
+        noise_sample = self.forward_process.sample(shape, self.order.seed, index, slots, len(global_batch))
         return Batch(
             keys=keys,
             latents=torch.cat(
@@ -369,25 +374,25 @@ class TrainingBatches:
                 [(sample.crop.crop_top, sample.crop.crop_left) for sample in samples],
                 [sample.bucket for sample in samples],
             ),
-            loss_weights=weighed.weights,
-            prior=weighed.prior,
+            loss_weights=loss_mask.weights,
+            prior=loss_mask.prior,
             share=share,
-            images=len(everyone),
+            images=len(global_batch),
         )
 
     def _share(self, index: int, count: int) -> float:
-        """Return the weight of the mean loss of `count` images of this process in its optimizer step.
+        """Return the weight of this process's mean loss over `count` images in its optimizer step.
 
-        Data parallelism averages the gradients of the processes, hence the number of processes.
+        Data parallelism averages the gradients over the processes, hence the factor `num_processes`.
         """
-        parts = self.forward_process.accumulation
-        first = index - index % parts
-        images = sum(map(self.order.size, range(first, first + parts)))
+        accumulation = self.forward_process.accumulation
+        first = index - index % accumulation
+        images = sum(map(self.order.size, range(first, first + accumulation)))
         return count * self.order.num_processes / images
 
-    def _drawn(self, draw: SampleRef) -> Sample:
-        """The sample, cut anew where its dataset says so."""
-        sample, crop = draw.sample, draw.sample.crop
+    def _crop(self, ref: SampleRef) -> Sample:
+        """Return the sample, with a new crop position if its dataset uses fresh crops."""
+        sample, crop = ref.sample, ref.sample.crop
         if sample.dataset_id not in self.reader.fresh_crops:
             return sample
         top, left = fresh_place(
@@ -396,7 +401,7 @@ class TrainingBatches:
             crop.resized_w - crop.bucket_w,
             self.order.seed,
             sample.key,
-            f"fresh/{draw.epoch}/{draw.occurrence}/{sample.copy}",
+            f"fresh/{ref.epoch}/{ref.occurrence}/{sample.copy}",
         )
         return replace(sample, crop=replace(crop, crop_top=top, crop_left=left), latent_key=None)
 
@@ -404,26 +409,26 @@ class TrainingBatches:
         return uniform(self.order.seed, "caption dropout", index, slot) < self.caption_dropout_probability
 
     def _generator(self, purpose: str, index: int, slot: int) -> torch.Generator:
-        # on the CPU, so that every device trains on the same noise
+        # on the CPU, so that all devices sample the same values
         return torch.Generator().manual_seed(derive_seed(self.order.seed, purpose, index, slot))
 
 
 def prefetched(batches: TrainingBatches, first: int, last: int, pin: bool) -> Generator[Batch, None, None]:
-    """The batches first, first + 1, ..., last - 1, read by a thread that stays a few ahead. Close it to end the thread."""
+    """Yield the batches first, first + 1, ..., last - 1, read ahead by a thread. Close the generator to end the thread."""
 
     def read(index: int) -> Batch:
         batch = batches.read(index)
-        return batch.pinned() if pin else batch
+        return batch.pin_memory() if pin else batch
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-batches") as reader:
-        coming: deque[Future[Batch]] = deque()
+        pending: deque[Future[Batch]] = deque()
         try:
             for index in range(first, last):
-                coming.append(reader.submit(read, index))
-                if len(coming) > PREFETCHED_BATCHES:
-                    yield coming.popleft().result()
-            while coming:
-                yield coming.popleft().result()
+                pending.append(reader.submit(read, index))
+                if len(pending) > PREFETCHED_BATCHES:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
-            for future in coming:
+            for future in pending:
                 future.cancel()

@@ -1,4 +1,4 @@
-"""Which training image is masked by which file. No torch."""
+"""Mask tables: which mask file belongs to which training image. Imports no torch: the run identity depends on it."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ class MaskTable:
     kind: MaskKind
     folder: Path
     files: Mapping[str, tuple[str, str]]
-    """By the digest of an image's bytes: path of its mask within `folder`, and the digest of that one's bytes."""
+    """Digest of an image's bytes -> (path of its mask within `folder`, digest of the mask's bytes)."""
 
 
 def mask_tables(datasets: Iterable[TrainingDataset]) -> dict[str, MaskTable]:
-    """The masks of each dataset that has some, by its id."""
+    """Return the masks of each dataset that has any, by dataset id."""
     tables = {}
     for dataset in datasets:
         if dataset.masks is not None:
@@ -38,7 +38,7 @@ def mask_tables(datasets: Iterable[TrainingDataset]) -> dict[str, MaskTable]:
 
 
 def masks_identity(datasets: Iterable[TrainingDataset], samples: Samples) -> dict[str, list[str]]:
-    """By dataset, the kind of its masks and a digest of which of its images among `samples` is masked by which content."""
+    """Return, by dataset, its mask kind and a digest over the pairs of image and mask content among `samples`."""
     trained = samples.keys_by_dataset()
     return {
         name: [

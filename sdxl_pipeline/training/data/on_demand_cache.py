@@ -1,4 +1,4 @@
-"""What the stores lack, made when the training first asks for it: one image or caption at a time, so that no other changes its bits."""
+"""Cache modes: entries that the stores lack are encoded on first use, one at a time, so that each is independent of the others, bit for bit."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, Tensor]
 
-WRITTEN_TOGETHER = 128
-"""Entries that are made before they are written; a process that is killed loses at most these."""
+FLUSH_ENTRIES = 128
+"""Encoded entries buffered before they are written; a killed process loses at most these."""
 
 
 class OnDemandEncoders:
-    """Encodes images and captions as the stages before would have. Each model is loaded when first needed."""
+    """Encodes images and captions exactly as the encode stages would. Each model is loaded on first use."""
 
     def __init__(self, base_model: ResolvedModel, hardware: Hardware) -> None:
         self._base_model = base_model
@@ -41,25 +41,25 @@ class OnDemandEncoders:
         self._lock = RLock()
 
     def latents(self, dataset: TrainingDataset, sample: Sample) -> Tensors:
-        """`mean` and `logvar` of a sample. Raises UserError naming the image when it cannot be read, or is another one by now."""
+        """Return `mean` and `logvar` of a sample. Raises UserError if the image cannot be read or has changed."""
         if sample.latent_key is not None:
             crop = SimpleNamespace(key=sample.key, **vars(sample.crop))
-            made = latent_key(crop, self._base_model.vae_digest, self._hardware.vae_dtype)
-            _require_same_name(dataset, made, sample.latent_key, "vae_latents")
+            computed = latent_key(crop, self._base_model.vae_digest, self._hardware.vae_dtype)
+            _require_same_key(dataset, computed, sample.latent_key, "vae_latents")
         with self._lock:
             return self._latent_encoder.encode(Path(dataset.data_dir) / sample.path, sample.crop, sample.key)
 
     def text(self, dataset: TrainingDataset, key: str) -> Tensors:
-        """`prompt_embeds` and `pooled_prompt_embeds` of the caption or prompt whose embeddings go by `key`."""
+        """Return `prompt_embeds` and `pooled_prompt_embeds` of the caption or prompt with the embed key `key`."""
         caption = self.caption(dataset, key)
         windows = dataset.text_embeds.windows
-        made = embed_key(caption, self._base_model.text_digest, self._hardware.text_precision, windows)
-        _require_same_name(dataset, made, key, "text_embeds")
+        computed = embed_key(caption, self._base_model.text_digest, self._hardware.text_precision, windows)
+        _require_same_key(dataset, computed, key, "text_embeds")
         with self._lock:
             return self._caption_encoder(windows).encode(caption)
 
     def caption(self, dataset: TrainingDataset, key: str) -> str:
-        """The caption or prompt whose embeddings go by `key`."""
+        """Return the caption or prompt with the embed key `key`."""
         return self._captions_of(dataset)[key]
 
     @cached_property
@@ -88,89 +88,91 @@ class OnDemandEncoders:
 
 
 class Cache:
-    """A store as the training reads it under a cache mode. Threads may read from one.
+    """A store read under a cache mode. Thread-safe for reading.
 
-    `full`: every entry is there. `ondemand`: one that is not there is made, and written. `disable`: it is made at each use, and nothing
-    is written; `remembered` names the few that are kept in memory nevertheless, such as the empty prompt.
+    `full`: every entry exists. `ondemand`: a missing entry is encoded and written. `disable`: a missing entry is encoded at each use and
+    never written; `memory_keys` are the few that are cached in memory nevertheless, such as the empty prompt.
     """
 
-    def __init__(self, store: TensorStore, mode: CacheMode, remembered: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, store: TensorStore, mode: CacheMode, memory_keys: frozenset[str] = frozenset()
+    ) -> None:
         self.store = store
         self.mode = mode
-        self._remembered = remembered
-        self._in_memory: dict[str, Tensors] = {}  # made, and not in the store (yet)
+        self._memory_keys = memory_keys
+        self._in_memory: dict[str, Tensors] = {}  # encoded, and not (yet) in the store
         self._writer: StoreWriter | None = None
         self._closing = ExitStack()
         self._lock = RLock()
 
-    def read(self, keys: Sequence[str | None], make: Sequence[Callable[[], Tensors]]) -> Tensors:
-        """The entries stacked in the order of `keys`, (B, ...) each; `make[i]` gives the one of `keys[i]` if there is none.
+    def read(self, keys: Sequence[str | None], encode: Sequence[Callable[[], Tensors]]) -> Tensors:
+        """Return the entries stacked in the order of `keys`, (B, ...) each; `encode[i]` makes the entry of `keys[i]` if it is missing.
 
-        The key None is that of nothing the store could have.
+        The key None is never cached.
         """
-        named = [key for key in keys if key is not None]
-        if len(named) == len(keys) and self.mode == "full":
-            return self.store.read_batch(named)
+        cacheable = [key for key in keys if key is not None]
+        if len(cacheable) == len(keys) and self.mode == "full":
+            return self.store.read_batch(cacheable)
         with self._lock:
-            # a damaged entry counts as missing once it has been found
-            self.store.discard_damaged(named)
-            if len(named) == len(keys) and not self.store.missing(named):
-                return self.store.read_batch(named)
-            missing = set(self.store.missing(named))
-            made: dict[str, Tensors] = {}
+            # a damaged entry counts as missing once it has been detected
+            self.store.discard_damaged(cacheable)
+            if len(cacheable) == len(keys) and not self.store.missing(cacheable):
+                return self.store.read_batch(cacheable)
+            missing = set(self.store.missing(cacheable))
+            encoded: dict[str, Tensors] = {}
             rows = []
-            for key, make_it in zip(keys, make, strict=True):
+            for key, encode_entry in zip(keys, encode, strict=True):
                 if key is None:
-                    rows.append(make_it())
+                    rows.append(encode_entry())
                 elif key not in missing:
                     rows.append(self.store.read(key))
                 else:
-                    if key not in made:
-                        made[key] = self._made(key, make_it)
-                    rows.append(made[key])
+                    if key not in encoded:
+                        encoded[key] = self._encode(key, encode_entry)
+                    rows.append(encoded[key])
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def flush(self) -> None:
-        """Write what was made, where it is to be kept."""
+        """Write the buffered entries."""
         with self._lock:
             if self._writer is not None:
                 self._writer.flush()
                 self._in_memory.clear()
 
     def close(self) -> None:
-        """Write what was made, and end writing."""
+        """Write the buffered entries and close the writer."""
         with self._lock:
             self._writer = None
             self._in_memory.clear()
             self._closing.close()
 
-    def _made(self, key: str, make: Callable[[], Tensors]) -> Tensors:
+    def _encode(self, key: str, encode: Callable[[], Tensors]) -> Tensors:
         tensors = self._in_memory.get(key)
         if tensors is not None:
             return tensors
-        tensors = make()
+        tensors = encode()
         if self.mode == "ondemand":
             if self._writer is None:
-                self._writer = self._closing.enter_context(self.store.writer(WRITTEN_TOGETHER))
+                self._writer = self._closing.enter_context(self.store.writer(FLUSH_ENTRIES))
             self._in_memory[key] = tensors
             self._writer.add(key, tensors)
-            if key in self.store:  # that filled a shard
+            if key in self.store:  # a shard was full and has been written
                 self._in_memory.clear()
-        elif key in self._remembered:
+        elif key in self._memory_keys:
             self._in_memory[key] = tensors
         return tensors
 
 
-def read_from(
-    caches: Sequence[Cache], keys: Sequence[str | None], make: Sequence[Callable[[], Tensors]]
+def read_batch(
+    caches: Sequence[Cache], keys: Sequence[str | None], encode: Sequence[Callable[[], Tensors]]
 ) -> Tensors:
-    """The entries `keys[i]` of `caches[i]`, stacked in the order of `keys`."""
+    """Return the entries `keys[i]` of `caches[i]`, stacked in the order of `keys`."""
     groups: dict[int, list[int]] = {}
     for position, cache in enumerate(caches):
         groups.setdefault(id(cache), []).append(position)
     parts = [
         caches[positions[0]].read(
-            [keys[position] for position in positions], [make[position] for position in positions]
+            [keys[position] for position in positions], [encode[position] for position in positions]
         )
         for positions in groups.values()
     ]
@@ -180,10 +182,10 @@ def read_from(
     return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
 
 
-def _require_same_name(dataset: TrainingDataset, made: str, expected: str, stage: str) -> None:
-    """Refuse to write under a name what it does not stand for: the store would be wrong for everyone who shares it."""
-    if made != expected:
+def _require_same_key(dataset: TrainingDataset, computed: str, expected: str, stage: str) -> None:
+    """Raise UserError if an entry would be written under another key than its own, which would corrupt a shared store."""
+    if computed != expected:
         raise UserError(
-            f"dataset {dataset.dataset_id!r}: {stage} was planned with another model, precision or crop plan than the training encodes "
-            f"with; materialize {stage} again, or leave vae_dtype and mixed_precision out of the launchpad"
+            f"dataset {dataset.dataset_id!r}: {stage} was planned with another model, precision or crop plan than the training uses for "
+            f"encoding; materialize {stage} again, or remove vae_dtype and mixed_precision from the run config"
         )

@@ -1,4 +1,4 @@
-"""What a training comes to in numbers, known from the crop plans alone: before anything is encoded. No torch."""
+"""Step, batch and image counts of a run, computed from the crop plans alone, before anything is encoded. Imports no torch."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from sdxl_pipeline.training.data.sampling_weights import plan_sampling_weights
 
 
 class PlannedDataset(NamedTuple):
-    """The crop plan of one dataset, and how often an epoch shows its images."""
+    """The crop plan of one dataset and its sampling settings."""
 
     dataset_id: str
     rows: pd.DataFrame
@@ -24,14 +24,14 @@ class PlannedDataset(NamedTuple):
 def plan_training(
     datasets: Sequence[PlannedDataset], settings: TrainingSettings, num_processes: int
 ) -> TrainingPlan:
-    """Return the numbers of a run. Raises UserError when the images do not fill a step, or the steps are fewer than the warm-up's."""
+    """Return the counts of a run. Raises UserError if the images do not fill a step, or the steps are fewer than the warm-up."""
     held_out_anywhere = held_out_keys(dataset.rows for dataset in datasets)
     rows = pd.concat([_train_rows(dataset) for dataset in datasets], ignore_index=True)
     samples = Samples(rows[~rows["key"].isin(held_out_anywhere)])
-    passes = plan_sampling_weights(datasets, samples, settings, num_processes)
-    order = BucketBatchSampler(
+    weights = plan_sampling_weights(datasets, samples, settings, num_processes)
+    sampler = BucketBatchSampler(
         samples,
-        passes.by_dataset,
+        weights.by_dataset,
         settings.seed,
         settings.train_batch_size,
         num_processes,
@@ -42,18 +42,18 @@ def plan_training(
         for dataset in datasets
     }
     return TrainingPlan(
-        steps=total_planned_steps(settings, order),
-        batches_per_epoch=order.batches_in(0),
-        images_per_epoch=order.images_until(order.batches_in(0)),
+        steps=total_planned_steps(settings, sampler),
+        batches_per_epoch=sampler.batches_in(0),
+        images_per_epoch=sampler.images_until(sampler.batches_in(0)),
         trained_images=samples.images_by_dataset(),
         held_out_images={name: count for name, count in held_out.items() if count},
-        appearances=order.appearances(),
-        raised_repeats=dict(passes.raised_repeats),
+        appearances=sampler.appearances(),
+        raised_repeats=dict(weights.raised_repeats),
     )
 
 
 def _train_rows(dataset: PlannedDataset) -> pd.DataFrame:
-    """Return as much of `Samples`' columns as the order of samples depends on."""
+    """Return the columns of `Samples` that determine the batches."""
     rows = dataset.rows.loc[
         dataset.rows["split"] == "train", ["key", "crop_index", "path", "bucket_h", "bucket_w"]
     ]

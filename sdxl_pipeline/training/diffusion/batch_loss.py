@@ -1,4 +1,4 @@
-"""The loss of one batch: what the UNet sees, what it answers, and what the answer costs."""
+"""The training loss of one batch: noisy latents, prediction, target and loss."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ from sdxl_pipeline.training.trainable import Trainable
 
 
 class BatchLoss:
-    """Computes losses on the device of `trainable`, whose UNet computes in `dtype`."""
+    """The training loss of a batch, computed on `device`; the UNet computes in `dtype`."""
 
     def __init__(
         self,
@@ -30,13 +30,13 @@ class BatchLoss:
         self._trainable, self._dtype = trainable, dtype
 
     def __call__(self, module: nn.Module, batch: Batch) -> Tensor:
-        """Mean loss of a batch on the device, (). `module` is that of `trainable`, or what data parallelism has wrapped around it."""
+        """Return the mean loss of a batch on the device, (). `module` is that of `trainable`, or its data-parallel wrapper."""
         objective, timesteps = self.objective, batch.timesteps
-        # no gradient flows through what asks without the wrapping, so the processes need not meet there
+        # without gradients no synchronization is needed, so the unwrapped module is called
         predict_no_grad = partial(self._predict, self._trainable.module, batch)
         noisy_latents = objective.add_noise(batch.latents, batch.input_noise, timesteps)
         if batch.rollouts:
-            noisy_latents = self._rolled_out(batch, noisy_latents, predict_no_grad)
+            noisy_latents = self._roll_out(batch, noisy_latents, predict_no_grad)
         target = objective.target(batch.latents, batch.noise, timesteps)
         if any(batch.prior):
             target = prior_preservation_target(
@@ -64,7 +64,7 @@ class BatchLoss:
         timesteps: Tensor,
         items: Tensor | slice = ALL,
     ) -> Tensor:
-        """The answer to `noisy_latents` at `timesteps`, for these items of the batch."""
+        """Return the UNet's output for `noisy_latents` at `timesteps`, for these items of the batch."""
         prediction: Tensor = module(
             noisy_latents.to(self._dtype),
             timesteps,
@@ -73,8 +73,8 @@ class BatchLoss:
         )[0]
         return prediction
 
-    def _rolled_out(self, batch: Batch, noisy_latents: Tensor, predict: Predict) -> Tensor:
-        """`noisy_latents` with the batch's rollouts in them, by the UNet as it draws: without dropout."""
+    def _roll_out(self, batch: Batch, noisy_latents: Tensor, predict: Predict) -> Tensor:
+        """Return `noisy_latents` with the batch's rollouts, computed in eval mode (without dropout) as in inference."""
         self._trainable.module.eval()
         try:
             return roll_out(

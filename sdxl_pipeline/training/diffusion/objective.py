@@ -1,4 +1,4 @@
-"""What the UNet is trained to predict, and how its errors are weighted."""
+"""The training objective: what the UNet predicts, and how its errors are weighted."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -7,11 +7,16 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.config.schema.objective import ObjectiveSettings
 from sdxl_pipeline.runtime.stage_runner import UserError
-from sdxl_pipeline.training.diffusion.diff2flow import flow_from_epsilon, flow_from_velocity, flow_target
-from sdxl_pipeline.training.diffusion.huber_loss import HuberLoss
-from sdxl_pipeline.training.diffusion.weighting import Weighting, build_weighting
+from sdxl_pipeline.training.diffusion.loss import (
+    HuberLoss,
+    Weighting,
+    build_weighting,
+    flow_from_epsilon,
+    flow_from_velocity,
+    flow_target,
+)
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
@@ -22,7 +27,7 @@ class Objective:
 
     With abar_t the cumulative product of 1 - beta_t, x_0 the latents and eps the noise:
 
-        x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps          what the UNet sees
+        x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps          the UNet's input
         v_t = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0          the target of v-prediction (Salimans and Ho 2022)
         SNR(t) = abar_t / (1 - abar_t)
 
@@ -32,25 +37,25 @@ class Objective:
     alphas_cumprod: Tensor  # (T,) float32
     prediction_type: PredictionType
     weighting: Weighting | None = None
-    """Weight of the error in x_0 by SNR; None weighs all errors in the prediction alike."""
+    """Weight of the squared error in x_0 as a function of SNR; None weighs the error in the prediction uniformly."""
     scale: float = 1.0
-    """Factor of every loss."""
+    """Factor applied to every loss."""
     huber: HuberLoss | None = None
-    """In place of the squared error."""
+    """Replaces the squared error."""
     diff2flow: bool = False
-    """Judge the flow that the prediction amounts to."""
+    """Compute the loss on the flow implied by the prediction."""
 
     def to(self, device: torch.device) -> "Objective":
-        """The same objective with its schedule on a device."""
+        """Return the objective with its schedule on a device."""
         return replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t for x_0 = `latents` (B, C, H, W) and eps = `noise`, at `timesteps` (B,)."""
+        """Return x_t for x_0 = `latents` (B, C, H, W) and eps = `noise`, at `timesteps` (B,)."""
         signal, sigma = self._scales(timesteps)
         return signal * latents + sigma * noise
 
     def prediction_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the UNet should answer: eps, v_t or x_0, (B, C, H, W)."""
+        """Return the UNet's target: eps, v_t or x_0, (B, C, H, W)."""
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
@@ -59,7 +64,7 @@ class Objective:
         return signal * noise - sigma * latents
 
     def weights(self, timesteps: Tensor) -> Tensor:
-        """Weight of each image's error, (B,).
+        """Return the weight of each image's error, (B,).
 
         For the same x_t, an error in eps is one in x_0 times sqrt(SNR), and an error in v one times sqrt(SNR + 1): hence the division.
         """
@@ -80,7 +85,7 @@ class Objective:
         return flow(prediction.float(), noisy_latents, *self._scales(timesteps))
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return the target of `to_loss_space`, (B, C, H, W). The UNet may have seen other noise than `noise`."""
+        """Return the target of `to_loss_space`, (B, C, H, W). The UNet's input may contain other noise than `noise`."""
         return (
             flow_target(latents, noise)
             if self.diff2flow
@@ -99,21 +104,21 @@ class Objective:
         return self.weights(timesteps) * elementwise_loss.mean(dim=(1, 2, 3))
 
     def _scales(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """(sqrt(abar), sqrt(1 - abar)), each (B, 1, 1, 1)."""
+        """Return (sqrt(abar), sqrt(1 - abar)), each (B, 1, 1, 1)."""
         alphas_cumprod = self.alphas_cumprod[timesteps][:, None, None, None]
         return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
 
-def build_objective(settings: TrainingSettings, scheduler: DDPMScheduler) -> Objective:
-    """The objective that the settings ask for, over the schedule of `scheduler`, which holds what they change in it.
+def build_objective(settings: ObjectiveSettings, scheduler: DDPMScheduler) -> Objective:
+    """Return the configured objective over the schedule of `scheduler`, to which the schedule settings are already applied.
 
-    Raises UserError for predictions that the schedule does not allow.
+    Raises UserError for a prediction type that the schedule or the loss does not support.
     """
     prediction_type = scheduler.config.prediction_type
     if prediction_type == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
         raise UserError(
-            "with rescale_betas_zero_snr the last timestep is pure noise, which the UNet would only have to repeat: a prediction of eps "
-            "says nothing of the image there, and no sampler can start from it. Set prediction_type to v_prediction for a base "
+            "with rescale_betas_zero_snr the last timestep is pure noise, where a prediction of eps only repeats the input and carries no "
+            "information about the image, so that no sampler can start from it. Set prediction_type to v_prediction for a base "
             "model that predicts v, or rescale_betas_zero_snr to false"
         )
     if settings.diff2flow_loss and prediction_type == "sample":

@@ -1,8 +1,8 @@
-"""Scheduled sampling: some images reach their timestep by the model's own steps, so that it learns to mend what it does to itself.
+"""Scheduled sampling: some images reach their timestep by the model's own denoising steps, so that it learns to correct its own errors.
 
-An item with offset k is noised to timestep t + k, and denoised from there to t by the model as it stands, one timestep at a time and
-without gradient. What the model is asked for stays what it was: the target at t of the original latents and noise (Bengio et al. 2015,
-"Scheduled Sampling for Sequence Prediction with Recurrent Neural Networks"; Ren et al. 2024, "Multi-Step Denoising Scheduled Sampling").
+An item with offset k is noised to timestep t + k and denoised from there to t by the current model, one timestep at a time and without
+gradients. The target stays that of timestep t for the original latents and noise (Bengio et al. 2015, "Scheduled Sampling for Sequence
+Prediction with Recurrent Neural Networks"; Ren et al. 2024, "Multi-Step Denoising Scheduled Sampling").
 """
 
 import math
@@ -15,18 +15,18 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.config.schema.noise import ScheduledSamplingSettings
 from sdxl_pipeline.training.rng import choose, uniform
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(noisy latents (b, C, H, W), timesteps (b,), items (b,)) -> the UNet's answer for these items of the batch, (b, C, H, W)."""
+"""(noisy latents (b, C, H, W), timesteps (b,), items (b,)) -> the UNet's output for these items of the batch, (b, C, H, W)."""
 
 SOLVERS: Final = {
     "unipc": "UniPCMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
     "dpm": "DPMSolverMultistepScheduler",
 }
-"""Diffusers' class of each `scheduled_sampling_sampler`."""
+"""The diffusers class of each `scheduled_sampling_sampler`."""
 
 SCHEDULE: Final = (
     "num_train_timesteps",
@@ -37,12 +37,12 @@ SCHEDULE: Final = (
     "prediction_type",
     "rescale_betas_zero_snr",
 )
-"""What a solver takes over from the schedule of the training."""
+"""Config entries that a solver copies from the training schedule."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One item of a batch that the model takes from one timestep down to another."""
+    """One item of a batch that the model denoises from timestep `source` to `target`."""
 
     item: int
     source: int
@@ -51,7 +51,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class RolloutSampler:
-    """Which images are rolled out, and from where: a pure function of (seed, batch, slot)."""
+    """Samples which images are rolled out, and from which timestep: a pure function of (seed, batch, slot)."""
 
     num_train_timesteps: int
     max_offset: int
@@ -59,13 +59,13 @@ class RolloutSampler:
     strategy: Literal["uniform", "biased_early", "biased_late"] = "uniform"
     start_step: int = 0
     ramp_steps: int = 0
-    """Optimizer steps from `start_step` on in which the probability goes from `prob_start` to `prob_end`; 0: it is `probability`."""
+    """Optimizer steps, from `start_step` on, over which the probability goes from `prob_start` to `prob_end`; 0: always `probability`."""
     ramp_shape: Literal["linear", "cosine"] = "linear"
     prob_start: float = 0.0
     prob_end: float = 0.5
 
     def probability_at(self, step: int) -> float:
-        """Probability that an image is rolled out in an optimizer step, counted from 0."""
+        """Return the probability that an image is rolled out in an optimizer step, counted from 0."""
         if not self.ramp_steps:
             return self.probability if step >= self.start_step else 0.0
         progress = min(1.0, max(0.0, (step - self.start_step) / self.ramp_steps))
@@ -73,10 +73,10 @@ class RolloutSampler:
             progress = 0.5 - 0.5 * math.cos(math.pi * progress)
         return self.prob_start + (self.prob_end - self.prob_start) * progress
 
-    def draw(
+    def sample(
         self, timesteps: Sequence[int], step: int, seed: int, index: int, slots: Sequence[int]
     ) -> tuple[Rollout, ...]:
-        """The rollouts in a batch of `timesteps`, whose images have `slots` in the global batch `index`; offsets of 0 are none."""
+        """Return the rollouts of a batch of `timesteps`, whose images have `slots` in the global batch `index`; offsets of 0 are omitted."""
         probability = self.probability_at(step)
         rollouts = []
         for item, (timestep, slot) in enumerate(zip(timesteps, slots, strict=True)):
@@ -96,14 +96,14 @@ class RolloutSampler:
 
 @dataclass(frozen=True)
 class Solver:
-    """A sampler of diffusers over the schedule of the training, visiting every timestep."""
+    """A diffusers scheduler over the training schedule that visits every timestep."""
 
     name: Literal["unipc", "euler", "dpm"]
     order: int
     schedule: dict[str, Any]
 
-    def start(self, rollout: Rollout, latents: Tensor, noise: Tensor) -> "Descent":
-        """A descent that begins with `latents` (1, C, H, W) and `noise` at the rollout's source."""
+    def start(self, rollout: Rollout, latents: Tensor, noise: Tensor) -> "RolloutState":
+        """Return the state of a rollout that starts from `latents` (1, C, H, W) and `noise` at its source timestep."""
         scheduler_class = getattr(diffusers, SOLVERS[self.name])
         order = {} if self.name == "euler" else {"solver_order": self.order}
         scheduler = scheduler_class(**self.schedule, **order, timestep_spacing="trailing")
@@ -111,30 +111,32 @@ class Solver:
         first = self.schedule["num_train_timesteps"] - 1 - rollout.source
         scheduler.set_begin_index(first)
         sample = scheduler.add_noise(latents, noise, scheduler.timesteps[first : first + 1])
-        return Descent(rollout, scheduler, sample)
+        return RolloutState(rollout, scheduler, sample)
 
 
-class Descent:
-    """One item on its way from its source to its target. Solvers keep what they saw last, so each item has one of its own."""
+class RolloutState:
+    """One item between its source and target timesteps. Multistep solvers keep history, so each item has its own scheduler."""
 
     def __init__(self, rollout: Rollout, scheduler: Any, sample: Tensor) -> None:
         self.rollout = rollout
         self.timestep = rollout.source
         self._scheduler = scheduler
-        self._sample = sample  # as the solver has it: Euler's is x_0 + sigma eps
+        self._sample = sample  # in the solver's scaling: Euler's is x_0 + sigma eps
 
     @property
     def noisy_latents(self) -> Tensor:
-        """x_t at `timestep`, as the UNet takes it: (1, C, H, W)."""
-        return self._scheduler.scale_model_input(self._sample, self._when)
+        """Return x_t at `timestep` in the scaling of the UNet's input: (1, C, H, W)."""
+        return self._scheduler.scale_model_input(self._sample, self._scheduler_timestep)
 
     def step(self, prediction: Tensor) -> None:
-        """Go down one timestep by the UNet's answer to `noisy_latents`."""
-        self._sample = self._scheduler.step(prediction.float(), self._when, self._sample).prev_sample
+        """Denoise by one timestep with the UNet's output for `noisy_latents`."""
+        self._sample = self._scheduler.step(
+            prediction.float(), self._scheduler_timestep, self._sample
+        ).prev_sample
         self.timestep -= 1
 
     @property
-    def _when(self) -> Tensor:
+    def _scheduler_timestep(self) -> Tensor:
         timesteps: Tensor = self._scheduler.timesteps
         return timesteps[len(timesteps) - 1 - self.timestep]
 
@@ -148,28 +150,30 @@ def roll_out(
     solver: Solver,
     predict: Predict,
 ) -> Tensor:
-    """`noisy_latents` (B, C, H, W) with the items of `rollouts` replaced by where the model takes them; the others bit for bit as before.
+    """Return `noisy_latents` (B, C, H, W) with the items of `rollouts` rolled out by the model; the other items are unchanged, bit for bit.
 
-    All items that are still on their way go through the model together, whatever their timesteps.
+    All active items share one forward pass per step, whatever their timesteps.
     """
     device = noisy_latents.device
-    descents = [solver.start(each, latents[each.item, None], noise[each.item, None]) for each in rollouts]
-    while going := [descent for descent in descents if descent.timestep > descent.rollout.target]:
+    states = [solver.start(each, latents[each.item, None], noise[each.item, None]) for each in rollouts]
+    while active := [state for state in states if state.timestep > state.rollout.target]:
         predictions = predict(
-            torch.cat([descent.noisy_latents for descent in going]),
-            torch.tensor([descent.timestep for descent in going], device=device),
-            torch.tensor([descent.rollout.item for descent in going], device=device),
+            torch.cat([state.noisy_latents for state in active]),
+            torch.tensor([state.timestep for state in active], device=device),
+            torch.tensor([state.rollout.item for state in active], device=device),
         )
-        for descent, prediction in zip(going, predictions.split(1), strict=True):
-            descent.step(prediction)
+        for state, prediction in zip(active, predictions.split(1), strict=True):
+            state.step(prediction)
     rolled_out = noisy_latents.clone()
-    for descent in descents:
-        rolled_out[descent.rollout.item] = descent.noisy_latents[0]
+    for state in states:
+        rolled_out[state.rollout.item] = state.noisy_latents[0]
     return rolled_out
 
 
-def build_rollout_sampler(settings: TrainingSettings, num_train_timesteps: int) -> RolloutSampler | None:
-    """The draw that the settings ask for; None when nothing is ever rolled out."""
+def build_rollout_sampler(
+    settings: ScheduledSamplingSettings, num_train_timesteps: int
+) -> RolloutSampler | None:
+    """Return the configured rollout sampler; None when rollouts are disabled."""
     if not settings.scheduled_sampling_max_step_offset:
         return None
     return RolloutSampler(
@@ -185,8 +189,8 @@ def build_rollout_sampler(settings: TrainingSettings, num_train_timesteps: int) 
     )
 
 
-def build_solver(settings: TrainingSettings, scheduler: DDPMScheduler) -> Solver:
-    """The solver that the settings ask for, over the schedule of `scheduler`."""
+def build_solver(settings: ScheduledSamplingSettings, scheduler: DDPMScheduler) -> Solver:
+    """Return the configured solver over the schedule of `scheduler`."""
     return Solver(
         settings.scheduled_sampling_sampler,
         settings.scheduled_sampling_order,

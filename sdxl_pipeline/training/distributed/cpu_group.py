@@ -1,4 +1,4 @@
-"""What the processes of a training say to each other without their devices."""
+"""Collective operations between the processes of a training on their CPUs."""
 
 from datetime import timedelta
 
@@ -6,11 +6,11 @@ import torch
 import torch.distributed
 
 TIMEOUT = timedelta(days=7)
-"""How long a process waits for the others: as long as the first may draw images, measure, or wait for space on its disk."""
+"""How long a process waits for the others: the main process may generate images, evaluate, or wait for disk space."""
 
 
 class CpuGroup:
-    """The processes of a training, from the accelerator's start on; with one process nothing is said and nobody waits."""
+    """A gloo group of all processes, created after the accelerator; with one process every operation is local."""
 
     def __init__(self, num_processes: int) -> None:
         self._group = (
@@ -18,14 +18,14 @@ class CpuGroup:
         )
 
     def all_reduce_any(self, *flags: bool) -> list[bool]:
-        """Which flags are raised on any process: the same answer everywhere, so that none goes on to wait for one that has left."""
+        """Return which flags are set on any process: the same result everywhere, so that all processes leave the loop together."""
         if self._group is None:
             return list(flags)
-        raised = torch.tensor(flags, dtype=torch.int32)
-        torch.distributed.all_reduce(raised, torch.distributed.ReduceOp.MAX, group=self._group)
-        return [bool(flag) for flag in raised.tolist()]
+        values = torch.tensor(flags, dtype=torch.int32)
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=self._group)
+        return [bool(flag) for flag in values.tolist()]
 
     def barrier(self) -> None:
-        """Wait for all others to come here: by the host, since a device would give up."""
+        """Wait for all other processes on the host, since a device barrier would time out."""
         if self._group is not None:
             torch.distributed.barrier(group=self._group)

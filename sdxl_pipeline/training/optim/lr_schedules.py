@@ -1,4 +1,4 @@
-"""The learning rate over a run, by the names of the settings."""
+"""Learning-rate schedules, by their names in the settings."""
 
 import math
 from collections.abc import Callable
@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.config.schema.optimization import OptimizationSettings
 
 Shape = Callable[[float], float]
-"""From the share of the steps after the warm-up that are done, in [0, 1], to a share of the way from `lr_end` to the peak."""
+"""Progress after the warm-up, in [0, 1] -> position between `lr_end` (0) and the peak (1)."""
 
 
 class Schedule(LambdaLR):
-    """LambdaLR whose state is plain numbers, whatever the optimizer keeps its rate in (torchao's keep a tensor)."""
+    """LambdaLR whose state is plain numbers, even if the optimizer stores its learning rate in a tensor (as torchao's do)."""
 
     def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
         for group in optimizer.param_groups:
@@ -23,18 +23,18 @@ class Schedule(LambdaLR):
         super().__init__(optimizer, factor)
 
     def get_last_lr(self) -> list[float | Tensor]:
-        """The rate of each parameter group for the coming step, computed anew so that no device is waited for."""
+        """Return the learning rate of each parameter group for the next step, recomputed to avoid a device synchronization."""
         return [rate * self.lr_lambdas[0](self.last_epoch) for rate in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the state as plain data."""
         return {**super().state_dict(), "_last_lr": self.get_last_lr()}
 
 
-def build_schedule(settings: TrainingSettings, optimizer: Optimizer, total_steps: int) -> Schedule:
-    """The schedule of a run; step it once per optimizer step, whatever the number of processes.
+def build_schedule(settings: OptimizationSettings, optimizer: Optimizer, total_steps: int) -> Schedule:
+    """Return the schedule of a run; step it once per optimizer step, whatever the number of processes.
 
-    A schedule-free optimizer warms up by itself and has a constant rate beside that.
+    A schedule-free optimizer does its own warm-up and otherwise has a constant rate.
     """
     if settings.is_schedule_free:
         return Schedule(optimizer, lambda step: 1.0)
@@ -42,8 +42,10 @@ def build_schedule(settings: TrainingSettings, optimizer: Optimizer, total_steps
     return Schedule(optimizer, learning_rate_factor(settings, peak, total_steps))
 
 
-def learning_rate_factor(settings: TrainingSettings, peak: float, total_steps: int) -> Callable[[int], float]:
-    """What the peak learning rate is multiplied by at a step, counted from 0.
+def learning_rate_factor(
+    settings: OptimizationSettings, peak: float, total_steps: int
+) -> Callable[[int], float]:
+    """Return the factor of the peak learning rate as a function of the step, counted from 0.
 
     With w warm-up steps, N steps, b = lr_end / peak and p = (step - w) / (N - w):
 
@@ -53,10 +55,10 @@ def learning_rate_factor(settings: TrainingSettings, peak: float, total_steps: i
         cosine                b + (1 - b) (1 + cos(pi p)) / 2
         cosine_with_restarts  b + (1 - b) (1 + cos(pi (p c mod 1))) / 2 with c = lr_num_cycles (Loshchilov and Hutter 2017, equal cycles)
         polynomial            b + (1 - b) (1 - p)^lr_power
-        sine                  b + (1 - b) (1 + sin(pi step / w)) / 2: a wave through the whole run, w steps from peak to trough
+        sine                  b + (1 - b) (1 + sin(pi step / w)) / 2: a wave over the whole run, w steps from peak to trough
 
-    each but `constant` and `sine` after a linear rise from 0 over the warm-up. `polynomial` and `sine` are SimpleTuner's; the others are
-    those of diffusers, which know no `lr_end`.
+    all but `constant` and `sine` after a linear rise from 0 over the warm-up. `polynomial` and `sine` are SimpleTuner's; the others are
+    those of diffusers, which have no `lr_end`.
     """
     name, warmup = settings.lr_scheduler, settings.lr_warmup_steps
     bottom = settings.effective_lr_end / peak
@@ -74,7 +76,7 @@ def learning_rate_factor(settings: TrainingSettings, peak: float, total_steps: i
     return factor
 
 
-def _shape(settings: TrainingSettings) -> Shape:
+def _shape(settings: OptimizationSettings) -> Shape:
     cycles, power = settings.lr_num_cycles, settings.lr_power
     shapes: dict[str, Shape] = {
         "constant_with_warmup": lambda progress: 1.0,

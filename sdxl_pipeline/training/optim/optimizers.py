@@ -1,4 +1,4 @@
-"""Optimizers, by the names of the settings, each built by the library it comes from."""
+"""Optimizers, by their names in the settings, each from its own library."""
 
 import importlib
 import math
@@ -11,16 +11,18 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from sdxl_pipeline.config.optimizer_registry import INSTALL, OPTIMIZERS, OptimizerSpec, read_options
+from sdxl_pipeline.config.schema.optimization import OptimizationSettings
 from sdxl_pipeline.config.schema.settings_model import BadValueError
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.runtime.stage_runner import UserError
 
 
 def trainable_dtype(settings: TrainingSettings) -> torch.dtype:
-    """What trained parameters are held in: float32, but bf16 for the optimizer whose stochastic rounding is made for that.
+    """Return the dtype of trained parameters: float32, or bf16 for optimizers that compensate its rounding.
 
-    A whole UNet whose passes are in bf16 is held in it under optimi's too, whose Kahan summation keeps what a bf16 weight cannot: of
-    the 8 bytes that a parameter and its gradient take in float32, that leaves 4, and half of the moments.
+    adamw_bf16 rounds stochastically. A full UNet trained with mixed_precision bf16 is also stored in bf16 under optimi's optimizers, whose
+    Kahan summation keeps what a bf16 weight cannot: of the 8 bytes of a float32 parameter and its gradient that leaves 4, and half of the
+    moments.
     """
     kahan = settings.optimizer.startswith("optimi-") and settings.mixed_precision == "bf16"
     in_bf16 = settings.optimizer == "adamw_bf16" or (settings.model_type == "full" and kahan)
@@ -28,17 +30,17 @@ def trainable_dtype(settings: TrainingSettings) -> torch.dtype:
 
 
 def cast_parameters(settings: TrainingSettings, parameters: Iterable[Parameter]) -> None:
-    """Bring trained parameters to `trainable_dtype`, in place, and their gradients to `gradient_precision`."""
+    """Cast trained parameters to `trainable_dtype`, in place, and set the dtype of their gradients by `gradient_precision`."""
     dtype = trainable_dtype(settings)
     for parameter in parameters:
         parameter.data = parameter.data.to(dtype)
         if settings.gradient_precision == "fp32" and dtype != torch.float32:
-            # so that the sum over gradient accumulation loses nothing
+            # no precision is lost in gradient accumulation
             parameter.grad_dtype = torch.float32
 
 
-def effective_learning_rate(settings: TrainingSettings, num_processes: int) -> float:
-    """`learning_rate`, times the images per optimizer step under `lr_scale`, or their square root under `lr_scale_sqrt`."""
+def effective_learning_rate(settings: OptimizationSettings, num_processes: int) -> float:
+    """Return `learning_rate`, times the images per optimizer step under `lr_scale`, or their square root under `lr_scale_sqrt`."""
     if not settings.lr_scale:
         return settings.learning_rate
     images = settings.train_batch_size * settings.gradient_accumulation_steps * num_processes
@@ -51,11 +53,11 @@ def build_optimizer(
     num_processes: int = 1,
     text_parameters: Iterable[Parameter] = (),
 ) -> Optimizer:
-    """The optimizer that the settings name, over `parameters`, which already lie on the device.
+    """Return the configured optimizer over `parameters`, which are already on the device.
 
-    `text_parameters` are those of text encoders, whose rate is `text_encoder_lr` where that is given.
+    `text_parameters` are those of text encoders, with the learning rate `text_encoder_lr` if it is set.
 
-    Raises UserError when the package it comes from is missing, or when `optimizer_config` has an option or a value it does not take.
+    Raises UserError if the optimizer's package is missing, or if `optimizer_config` has an option or a value that it does not accept.
     """
     if (
         settings.gradient_precision == "fp32"
@@ -63,40 +65,43 @@ def build_optimizer(
         and num_processes > 1
     ):
         raise UserError(
-            f"config.json: gradient_precision fp32 holds gradients wider than weights in bf16 are, which {num_processes} processes "
+            f"config.json: gradient_precision fp32 makes the gradients of bf16 weights float32, which {num_processes} processes "
             'cannot average; write "unmodified"'
         )
-    recipe, trainable, texts = OPTIMIZERS[settings.optimizer], list(parameters), list(text_parameters)
-    kind = _load(settings.optimizer, recipe)
+    spec = OPTIMIZERS[settings.optimizer]
+    trainable, text_encoder_parameters = list(parameters), list(text_parameters)
+    optimizer_class = _load(settings.optimizer, spec)
     try:
-        options = {**recipe.defaults, **read_options(settings.optimizer, settings.optimizer_config)}
-    except BadValueError as error:  # a launch that no config file was read for
+        options = {**spec.defaults, **read_options(settings.optimizer, settings.optimizer_config)}
+    except BadValueError as error:  # settings that were not loaded from a config file
         raise UserError(f"config.json: optimizer_config {error}; {error.hint}") from error
-    if recipe.package == "torch" and recipe.class_name in ("Adam", "AdamW") and not options.get("foreach"):
-        # one kernel for all parameters, where torch has one for the device
+    if spec.package == "torch" and spec.class_name in ("Adam", "AdamW") and not options.get("foreach"):
+        # one kernel for all parameters, on devices for which torch has one
         fused = all(parameter.device.type in ("cpu", "cuda", "mps") for parameter in trainable)
         options.setdefault("fused", fused)
     if settings.is_schedule_free and settings.lr_scheduler != "constant":
         options["warmup_steps"] = settings.lr_warmup_steps
     try:
-        rate = effective_learning_rate(settings, num_processes)
+        lr = effective_learning_rate(settings, num_processes)
         groups: list[Any] = (
-            [{"params": trainable}, _text_group(settings, texts, rate)] if texts else trainable
+            [{"params": trainable}, _text_group(settings, text_encoder_parameters, lr)]
+            if text_encoder_parameters
+            else trainable
         )
-        optimizer = kind(groups, lr=rate, **options)
+        optimizer = optimizer_class(groups, lr=lr, **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"config.json: optimizer_config {settings.optimizer_config!r}: {error}") from error
-    if recipe.package == "torchao":
-        from sdxl_pipeline.training.optim.torchao_optimizers import make_repeatable
+    if spec.package == "torchao":
+        from sdxl_pipeline.training.optim.torchao_optimizers import make_deterministic
 
-        make_repeatable(optimizer, settings.seed)
+        make_deterministic(optimizer, settings.seed)
     return optimizer
 
 
 def after_a_step(
     settings: TrainingSettings, shape: Sequence[int], device: str | torch.device = "cpu"
 ) -> Optimizer:
-    """The optimizer that the settings name after a step on one parameter of `shape`, so that it can be asked what it keeps."""
+    """Return the configured optimizer after one step on one parameter of `shape`, to inspect its state."""
     parameter = Parameter(torch.ones(*shape, dtype=trainable_dtype(settings), device=device))
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
@@ -108,26 +113,26 @@ def after_a_step(
     return optimizer
 
 
-def _text_group(settings: TrainingSettings, parameters: list[Parameter], rate: float) -> dict[str, Any]:
-    own = settings.text_encoder_lr
+def _text_group(settings: TrainingSettings, parameters: list[Parameter], lr: float) -> dict[str, Any]:
+    text_lr = settings.text_encoder_lr
     return {
         "params": parameters,
-        "lr": rate if own is None else rate * own / settings.learning_rate,
+        "lr": lr if text_lr is None else lr * text_lr / settings.learning_rate,
     }
 
 
 def current_lr(optimizer: Optimizer, scheduled: float) -> float:
-    """The learning rate a step is really taken with: those that find or warm up their own say so themselves."""
+    """Return the learning rate of the latest step; optimizers that adapt or warm up their own report it in their parameter group."""
     group = optimizer.param_groups[0]
     return float(group.get("scheduled_lr") or scheduled * group.get("d", 1.0))
 
 
-def _load(name: str, recipe: OptimizerSpec) -> Callable[..., Optimizer]:
+def _load(name: str, spec: OptimizerSpec) -> Callable[..., Optimizer]:
     try:
-        module = importlib.import_module(recipe.module)
-        return getattr(module, recipe.class_name)
+        module = importlib.import_module(spec.module)
+        return getattr(module, spec.class_name)
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f"config.json: optimizer {name!r} comes from {recipe.distribution}, which is not installed, or not in a version that has it "
+            f"config.json: optimizer {name!r} comes from {spec.distribution}, which is not installed, or not in a version that contains it "
             f'({error}); {INSTALL}, or write "optimizer": "adamw"'
         ) from error

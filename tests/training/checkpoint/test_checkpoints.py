@@ -233,7 +233,7 @@ def test_a_checkpoint_with_another_step_in_its_state_is_passed_over(tmp_path):
     (place / "state.json").write_text(state.replace('"step": 2', '"step": 3'))
     reported: list[str] = []
     assert latest_checkpoint(tmp_path, "me", reported.append) == tmp_path / "step-00000001"
-    assert "damaged" in reported[0]
+    assert "corrupt" in reported[0]
 
 
 def test_a_checkpoint_with_added_weights_is_not_intact(tmp_path):

@@ -26,7 +26,7 @@ def test_two_trainers_never_share_a_run(tmp_path):
         while not held.exists():
             time.sleep(0.01)
         with (
-            pytest.raises(UserError, match=f"process {other.pid}.*is at work in"),
+            pytest.raises(UserError, match=f"process {other.pid}.*is running in"),
             run_lock(run_dir, StopSignal(), timeout=0.0),
         ):
             pytest.fail("two trainers hold one run")

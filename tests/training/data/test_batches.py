@@ -16,8 +16,7 @@ from sdxl_pipeline.training.data.batches import (
 )
 from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler
 from sdxl_pipeline.training.data.samples import load_samples
-from sdxl_pipeline.training.diffusion.forward_process import ForwardProcess
-from sdxl_pipeline.training.diffusion.timesteps import TimestepSampler
+from sdxl_pipeline.training.diffusion.forward_process import ForwardProcess, TimestepSampler
 from tests.support.training_datasets import PROMPT, digest, make_dataset
 
 SCALE = 0.25

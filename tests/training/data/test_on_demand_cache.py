@@ -17,8 +17,7 @@ from sdxl_pipeline.training.data.batches import BatchReader, TrainingBatches
 from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler
 from sdxl_pipeline.training.data.on_demand_cache import OnDemandEncoders
 from sdxl_pipeline.training.data.samples import Sample, load_samples
-from sdxl_pipeline.training.diffusion.forward_process import ForwardProcess
-from sdxl_pipeline.training.diffusion.timesteps import TimestepSampler
+from sdxl_pipeline.training.diffusion.forward_process import ForwardProcess, TimestepSampler
 from tests.support.encoded_datasets import HARDWARE, generate_validation_images, listing, prepare_dataset
 from tests.support.training_datasets import NEGATIVE, PROMPT, model_folder
 

@@ -56,7 +56,7 @@ def test_the_part_of_an_accumulated_step_that_is_not_finite_is_named_and_no_othe
     assert rows == [(1, 0.75, 1.0), (3, 0.5, 2.0)]
     (line,) = lines
     (blamed,), (other,) = order.batch(3, 0), order.batch(2, 0)
-    assert "step 2 is skipped, since its loss is nan" in line
+    assert "step 2 is skipped because its loss is nan" in line
     assert blamed.sample.key[:12] in line
     assert other.sample.key[:12] not in line
 

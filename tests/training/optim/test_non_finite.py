@@ -72,7 +72,7 @@ def draw(name: str) -> SimpleNamespace:
 
 def test_a_warning_names_each_image_once():
     said = SkippedSteps(100).skipped(3, float("nan"), [[draw("a"), draw("b")], [draw("a")]])
-    assert "step 3 is skipped, since its loss is nan" in said
+    assert "step 3 is skipped because its loss is nan" in said
     assert said.count("cats/a.png (key aaaaaaaaaaaa)") == said.count("cats/b.png (key bbbbbbbbbbbb)") == 1
 
 
