@@ -355,7 +355,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over_among_others(ru
 
 def test_begin_run_names_each_damaged_checkpoint_of_the_other_run(runs, tmp_path):
     shutil.copytree(runs / "four", tmp_path / "four")
-    for step, begins_at in ((4, "begins at step 2"), (2, None)):
+    for step, begins_at in ((4, "starts at step 2"), (2, None)):
         damaged = tmp_path / "four" / "checkpoints" / f"step-{step:08d}"
         (damaged / "trainable.safetensors").unlink()
         (damaged / "trainable.safetensors").write_bytes(b"x")

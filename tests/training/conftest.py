@@ -1,4 +1,4 @@
-"""What every test of the trainer runs under."""
+"""Fixtures of all training tests."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """One thread: faster than more on a busy machine, and the thread count decides the last bits of a sum."""
+    """Use one thread: faster than more on a busy machine, and the number of threads affects the last bits of sums."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -18,7 +18,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def fresh_accelerator() -> Iterator[None]:
-    """Accelerate keeps one precision per process."""
+    """Reset accelerate, which allows one precision per process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)

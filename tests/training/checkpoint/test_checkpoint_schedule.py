@@ -1,4 +1,4 @@
-"""Holds after which steps a run saves: by steps, by epochs, rolling, and always at its end."""
+"""Checkpoint schedule: by steps, by epochs, rolling, and always at the end of the run."""
 
 import pytest
 
@@ -8,13 +8,13 @@ from sdxl_pipeline.training.checkpoint.checkpoint_schedule import checkpoint_due
 TOTAL = 12
 
 
-def saved(kind: str, **settings: object) -> list[int]:
-    chosen = TrainingSettings(**{"checkpoint_step_interval": 0, **settings})
-    # epochs of two and a half steps
+def saved_steps(kind: str, **settings: object) -> list[int]:
+    training_settings = TrainingSettings(**{"checkpoint_step_interval": 0, **settings})
+    # an epoch takes 2.5 steps
     return [
         step
         for step in range(1, TOTAL + 1)
-        if checkpoint_due(chosen, step, TOTAL, lambda step: step / 2.5) == kind
+        if checkpoint_due(training_settings, step, TOTAL, lambda step: step / 2.5) == kind
     ]
 
 
@@ -29,12 +29,12 @@ def saved(kind: str, **settings: object) -> list[int]:
         ({"checkpoint_epoch_interval": 4, "checkpoint_step_interval": 4}, [4, 8, 10, 12]),
     ],
 )
-def test_by_steps_and_by_epochs(settings, steps):
-    assert saved("step", **settings) == steps
-    assert saved("rolling", **settings) == []
+def test_checkpoint_due_by_steps_and_epochs_returns_step(settings, steps):
+    assert saved_steps("step", **settings) == steps
+    assert saved_steps("rolling", **settings) == []
 
 
-def test_a_rolling_one_gives_way_to_one_that_stays():
+def test_checkpoint_due_by_both_kinds_prefers_step():
     settings = {"checkpointing_rolling_steps": 2, "checkpoint_step_interval": 6}
-    assert saved("rolling", **settings) == [2, 4, 8, 10]
-    assert saved("step", **settings) == [6, 12]
+    assert saved_steps("rolling", **settings) == [2, 4, 8, 10]
+    assert saved_steps("step", **settings) == [6, 12]

@@ -1,4 +1,4 @@
-"""Checkpoints reach the Hub in the background: weights alone, whatever becomes of the checkpoint, and a failure ends nothing."""
+"""Background uploads of checkpoints to the Hub: weights only, independent of the checkpoint, and failures are only reported."""
 
 import shutil
 import threading
@@ -28,8 +28,8 @@ def hub(monkeypatch, tmp_path):
 
 
 def make_checkpoint(run_dir: Path, name: str) -> Path:
-    place = run_dir / "checkpoints" / name
-    (place / "ema").mkdir(parents=True)
+    checkpoint = run_dir / "checkpoints" / name
+    (checkpoint / "ema").mkdir(parents=True)
     weights = ("pytorch_lora_weights.safetensors", "ema/pytorch_lora_weights.safetensors")
     for file in (
         *weights,
@@ -38,30 +38,30 @@ def make_checkpoint(run_dir: Path, name: str) -> Path:
         "average.safetensors",
         "state.json",
     ):
-        (place / file).write_bytes(f"{name} {file}".encode())
-    return place
+        (checkpoint / file).write_bytes(f"{name} {file}".encode())
+    return checkpoint
 
 
-def test_uploads_are_of_weights_and_outlive_their_checkpoint(hub, tmp_path):
+def test_add_uploads_only_weights_even_if_the_checkpoint_is_deleted(hub, tmp_path):
     lines: list[str] = []
     uploads = CheckpointUploads(TrainingSettings(**PUSHED), tmp_path / "abc123", lines.append)
     for name in ("step-00000002", "step-00000004"):
-        place = make_checkpoint(tmp_path / "abc123", name)
-        uploads.add(place)
-        shutil.rmtree(place)
+        checkpoint = make_checkpoint(tmp_path / "abc123", name)
+        uploads.add(checkpoint)
+        shutil.rmtree(checkpoint)
     uploads.finish()
-    wanted = {
+    expected = {
         f"checkpoints/abc123/{name}/{file}"
         for name in ("step-00000002", "step-00000004")
         for file in ("pytorch_lora_weights.safetensors", "ema/pytorch_lora_weights.safetensors")
     }
-    assert set(hub.files(REPO)) - {".gitattributes"} == wanted
+    assert set(hub.files(REPO)) - {".gitattributes"} == expected
     assert hub.repos[REPO].private
     assert not (tmp_path / "abc123" / UPLOADS).exists()
     assert sum("is uploaded" in line for line in lines) == 2
 
 
-def test_uploads_repeat_while_the_hub_is_busy_and_report_what_fails(hub, tmp_path):
+def test_add_retries_on_rate_limit_and_reports_failures(hub, tmp_path):
     lines: list[str] = []
     uploads = CheckpointUploads(TrainingSettings(**PUSHED), tmp_path / "abc123", lines.append)
     hub.fail_next(2, status=429, path="/repos/create")
@@ -78,18 +78,18 @@ def test_uploads_repeat_while_the_hub_is_busy_and_report_what_fails(hub, tmp_pat
     assert "HTTP 403" in warning
 
 
-def test_add_does_not_wait_for_the_hub(tmp_path, monkeypatch):
+def test_add_returns_before_the_upload(tmp_path, monkeypatch):
     released = threading.Event()
     monkeypatch.setattr(CheckpointUploads, "_upload", lambda *_: released.wait(30))
     uploads = CheckpointUploads(TrainingSettings(**PUSHED), tmp_path / "abc123", lambda _: None)
     for name in ("step-00000002", "step-00000004"):
-        uploads.add(make_checkpoint(tmp_path / "abc123", name))  # returns while the first upload still waits
+        uploads.add(make_checkpoint(tmp_path / "abc123", name))  # returns while the first upload is blocked
     assert not released.is_set()
     released.set()
     uploads.finish()
 
 
-def test_train_pushes_each_checkpoint(hub, tmp_path):
+def test_train_with_push_checkpoints_uploads_each_checkpoint(hub, tmp_path):
     dataset = make_dataset(tmp_path / "dataset")
     spec = make_spec(
         tmp_path,

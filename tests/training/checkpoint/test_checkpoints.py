@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, of their own run, and as many as asked for."""
+"""Checkpoints: complete or absent, of their own run, and limited in number."""
 
 import errno
 import json
@@ -47,7 +47,7 @@ def make_state(step: int) -> TrainingState:
     )
 
 
-def export(folder: Path, content: bytes = b"for users") -> Path:
+def export(folder: Path, content: bytes = b"exported") -> Path:
     (folder / "weights.safetensors").write_bytes(content)
     return folder / "weights.safetensors"
 
@@ -56,9 +56,9 @@ def save(root: Path, step: int, limit: int | None = None, kind: CheckpointKind =
     return save_checkpoint(root, "me", make_state(step), export, limit, kind=kind)
 
 
-def test_a_state_comes_back_as_it_was(tmp_path):
-    place = save(tmp_path, 7)
-    loaded, expected = load_checkpoint(place), make_state(7)
+def test_load_checkpoint_returns_the_saved_state(tmp_path):
+    checkpoint = save(tmp_path, 7)
+    loaded, expected = load_checkpoint(checkpoint), make_state(7)
     assert torch.equal(loaded.parameters["layer.lora_A.weight"], expected.parameters["layer.lora_A.weight"])
     assert loaded.optimizer["param_groups"] == expected.optimizer["param_groups"]
     assert loaded.optimizer["state"].keys() == expected.optimizer["state"].keys() == {0}
@@ -68,42 +68,48 @@ def test_a_state_comes_back_as_it_was(tmp_path):
         assert getattr(loaded, name) == getattr(expected, name)
 
 
-def test_nothing_in_a_checkpoint_can_run_code(tmp_path):
+def test_save_checkpoint_writes_only_safetensors_and_json(tmp_path):
     assert {file.suffix for file in save(tmp_path, 7).iterdir()} == {".safetensors", ".json"}
 
 
-def test_the_oldest_go_beyond_the_limit(tmp_path):
+def test_save_checkpoint_deletes_the_oldest_beyond_the_limit(tmp_path):
     for step in (2, 4, 10, 100):
         save(tmp_path, step, limit=2)
-    assert sorted(place.name for place in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
+    assert sorted(checkpoint.name for checkpoint in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
     assert latest_checkpoint(tmp_path, "me", print) == tmp_path / "step-00000100"
 
 
-def test_rolling_ones_are_counted_apart_and_resumed_from_like_the_others(tmp_path):
+def test_save_checkpoint_rolling_has_its_own_limit_and_is_resumed_from(tmp_path):
     save(tmp_path, 2)
     for step in (3, 4, 5):
         save(tmp_path, step, limit=1, kind="rolling")
-    assert sorted(place.name for place in tmp_path.iterdir()) == ["rolling-00000005", "step-00000002"]
+    assert sorted(checkpoint.name for checkpoint in tmp_path.iterdir()) == [
+        "rolling-00000005",
+        "step-00000002",
+    ]
     assert latest_checkpoint(tmp_path, "me", print) == tmp_path / "rolling-00000005"
     save(tmp_path, 6, limit=1)
-    assert sorted(place.name for place in tmp_path.iterdir()) == ["rolling-00000005", "step-00000006"]
+    assert sorted(checkpoint.name for checkpoint in tmp_path.iterdir()) == [
+        "rolling-00000005",
+        "step-00000006",
+    ]
     assert latest_checkpoint(tmp_path, "me", print) == tmp_path / "step-00000006"
 
 
-def test_the_size_foretold_is_the_size_written(tmp_path):
+def test_checkpoint_bytes_equals_the_written_size(tmp_path):
     weight = torch.nn.Parameter(torch.ones(500, 1000))
     optimizer = torch.optim.AdamW([weight])
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     state = replace(make_state(1), parameters={"weight": weight.detach()}, optimizer=optimizer.state_dict())
-    place = save_checkpoint(tmp_path, "me", state, lambda folder: export(folder, bytes(weight.nbytes)))
-    written = sum(file.stat().st_size for file in place.iterdir())
-    foretold = checkpoint_bytes(state, exports_parameters=False, export_bytes=weight.nbytes)
-    assert foretold == 4 * weight.nbytes + 4  # and the count of steps
-    assert written == pytest.approx(foretold, abs=8192)
+    checkpoint = save_checkpoint(tmp_path, "me", state, lambda folder: export(folder, bytes(weight.nbytes)))
+    written = sum(file.stat().st_size for file in checkpoint.iterdir())
+    predicted = checkpoint_bytes(state, exports_parameters=False, export_bytes=weight.nbytes)
+    assert predicted == 4 * weight.nbytes + 4  # and the step counter
+    assert written == pytest.approx(predicted, abs=8192)
 
 
-def test_a_write_that_fails_half_way_leaves_no_half(tmp_path):
+def test_save_checkpoint_failed_write_leaves_nothing(tmp_path):
     def fail(folder: Path) -> Path:
         (folder / "weights").write_bytes(bytes(1000))
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -113,58 +119,58 @@ def test_a_write_that_fails_half_way_leaves_no_half(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path):
+def test_latest_checkpoint_corrupt_one_is_reported_and_skipped(tmp_path):
     save(tmp_path, 2)
     newest = save(tmp_path, 4)
     with (newest / "optimizer.safetensors").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x7f")
-    said: list[str] = []
-    assert latest_checkpoint(tmp_path, "me", said.append) == tmp_path / "step-00000002"
-    assert len(said) == 1
-    assert str(newest) in said[0]
+    reported: list[str] = []
+    assert latest_checkpoint(tmp_path, "me", reported.append) == tmp_path / "step-00000002"
+    assert len(reported) == 1
+    assert str(newest) in reported[0]
 
 
-def test_a_damaged_checkpoint_is_written_anew_when_its_step_comes_again(tmp_path):
-    place = save(tmp_path, 4)
-    weights = place / "trainable.safetensors"
+def test_save_checkpoint_replaces_a_corrupt_one_of_the_same_step(tmp_path):
+    checkpoint = save(tmp_path, 4)
+    weights = checkpoint / "trainable.safetensors"
     intact = weights.read_bytes()
-    before = weights.stat().st_ino
+    inode = weights.stat().st_ino
     save(tmp_path, 4)
-    assert weights.stat().st_ino == before  # an intact one stays
+    assert weights.stat().st_ino == inode  # an intact checkpoint is not rewritten
     weights.write_bytes(intact[:-1] + b"x")
     save(tmp_path, 4)
     assert weights.read_bytes() == intact
-    assert latest_checkpoint(tmp_path, "me", print) == place
-    assert list(tmp_path.iterdir()) == [place]
+    assert latest_checkpoint(tmp_path, "me", print) == checkpoint
+    assert list(tmp_path.iterdir()) == [checkpoint]
 
 
-def test_what_else_lies_among_the_checkpoints_is_left_alone(tmp_path):
+def test_clear_checkpoints_leaves_other_files_alone(tmp_path):
     newest = save(tmp_path, 4)
-    strays = [tmp_path / name for name in ("step-00000009-backup", "step-last", ".mine")]
-    for stray in strays:
-        shutil.copytree(newest, stray)
-    notes = [tmp_path / name for name in (".DS_Store", "step-00000007", "notes.txt")]
-    for note in notes:
-        note.write_text("x")
+    other_folders = [tmp_path / name for name in ("step-00000009-backup", "step-last", ".mine")]
+    for other_folder in other_folders:
+        shutil.copytree(newest, other_folder)
+    other_files = [tmp_path / name for name in (".DS_Store", "step-00000007", "notes.txt")]
+    for other_file in other_files:
+        other_file.write_text("x")
     (tmp_path / ".step-00000006.123.tmp").mkdir()
     (tmp_path / ".rolling-00000006.123.tmp").mkdir()
     save(tmp_path, 6, limit=1)
     assert latest_checkpoint(tmp_path, "me", print) == tmp_path / "step-00000006"
     clear_checkpoints(tmp_path, unfinished_only=True)
-    assert set(tmp_path.iterdir()) == {tmp_path / "step-00000006", *strays, *notes}
+    assert set(tmp_path.iterdir()) == {tmp_path / "step-00000006", *other_folders, *other_files}
     clear_checkpoints(tmp_path, unfinished_only=False)
-    assert set(tmp_path.iterdir()) == {*strays, *notes}
+    assert set(tmp_path.iterdir()) == {*other_folders, *other_files}
 
 
-def test_a_checkpoint_knows_its_run_wherever_it_lies(tmp_path):
+def test_lineage_of_checkpoint_is_independent_of_its_location(tmp_path):
     lineage = RunLineage(identity="me", trajectory="t", any_length="f", optimizer="adamw", ancestor=None)
     run = tmp_path / "run"
     inside = save_checkpoint(run / "checkpoints", "me", make_state(4), export, lineage=lineage)
-    elsewhere = shutil.copytree(inside, tmp_path / "kept" / "good")
+    elsewhere = shutil.copytree(inside, tmp_path / "copies" / "good")
     assert lineage_of_checkpoint(elsewhere) == lineage
     assert checkpoint_step(elsewhere) == 4
-    assert run_of_checkpoint(inside) is None  # the folder does not say whose run it is
+    assert run_of_checkpoint(inside) is None  # the folder has no lineage yet
     write_lineage(run, lineage)
     assert run_of_checkpoint(inside) == run
     foreign = shutil.copytree(inside, tmp_path / "other" / "checkpoints" / "step-00000004")
@@ -172,21 +178,21 @@ def test_a_checkpoint_knows_its_run_wherever_it_lies(tmp_path):
     assert run_of_checkpoint(foreign) is None
 
 
-def test_the_run_of_a_checkpoint_by_an_earlier_version_is_known_from_its_folder(tmp_path):
+def test_lineage_of_checkpoint_of_an_earlier_version_is_read_from_the_run(tmp_path):
     lineage = RunLineage(identity="me", trajectory="t", any_length="f", optimizer="adamw", ancestor=None)
-    place = save(tmp_path / "run" / "checkpoints", 4)
-    state = json.loads((place / "state.json").read_text())
+    checkpoint = save(tmp_path / "run" / "checkpoints", 4)
+    state = json.loads((checkpoint / "state.json").read_text())
     del state["lineage"]
-    (place / "state.json").write_text(json.dumps(state))
-    assert lineage_of_checkpoint(place) is None
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    assert lineage_of_checkpoint(checkpoint) is None
     write_lineage(tmp_path / "run", lineage)
-    assert lineage_of_checkpoint(place) == lineage
-    assert load_checkpoint(place).step == 4
-    (place / "state.json").write_text("no JSON")
-    assert lineage_of_checkpoint(place) is None
+    assert lineage_of_checkpoint(checkpoint) == lineage
+    assert load_checkpoint(checkpoint).step == 4
+    (checkpoint / "state.json").write_text("no JSON")
+    assert lineage_of_checkpoint(checkpoint) is None
 
 
-def test_an_unfinished_checkpoint_is_none(tmp_path):
+def test_latest_checkpoint_ignores_an_unfinished_one(tmp_path):
     def killed(folder: Path) -> None:
         raise KeyboardInterrupt
 
@@ -198,51 +204,51 @@ def test_an_unfinished_checkpoint_is_none(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+def test_latest_checkpoint_of_another_run_raises(tmp_path):
     save(tmp_path, 2)
     with pytest.raises(UserError, match="belongs to another run"):
         latest_checkpoint(tmp_path, "somebody else", print)
 
 
-def test_a_checkpoint_of_another_format_is_refused(tmp_path):
-    place = save(tmp_path, 2)
-    state = json.loads((place / "state.json").read_text())
-    (place / "state.json").write_text(json.dumps(state | {"format": 99}))
+def test_load_checkpoint_of_another_format_raises(tmp_path):
+    checkpoint = save(tmp_path, 2)
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps(state | {"format": 99}))
     with pytest.raises(UserError, match="format 99"):
-        load_checkpoint(place)
+        load_checkpoint(checkpoint)
 
 
-def test_a_flipped_byte_in_any_file_of_a_checkpoint_is_found(tmp_path):
+def test_is_intact_detects_a_flipped_byte_in_any_file(tmp_path):
     save(tmp_path, 1)
-    place = save(tmp_path, 2)
-    for file in place.iterdir():
+    checkpoint = save(tmp_path, 2)
+    for file in checkpoint.iterdir():
         intact = file.read_bytes()
         for position in range(0, len(intact), 41):
             data = bytearray(intact)
             data[position] ^= 1
             file.write_bytes(data)
-            assert not is_intact(place), (file.name, position)
+            assert not is_intact(checkpoint), (file.name, position)
         file.write_bytes(intact)
-        assert is_intact(place)
+        assert is_intact(checkpoint)
 
 
-def test_a_checkpoint_with_another_step_in_its_state_is_passed_over(tmp_path):
+def test_latest_checkpoint_with_modified_state_is_skipped(tmp_path):
     save(tmp_path, 1)
-    place = save(tmp_path, 2)
-    state = (place / "state.json").read_text()
-    (place / "state.json").write_text(state.replace('"step": 2', '"step": 3'))
+    checkpoint = save(tmp_path, 2)
+    state = (checkpoint / "state.json").read_text()
+    (checkpoint / "state.json").write_text(state.replace('"step": 2', '"step": 3'))
     reported: list[str] = []
     assert latest_checkpoint(tmp_path, "me", reported.append) == tmp_path / "step-00000001"
     assert "corrupt" in reported[0]
 
 
-def test_a_checkpoint_with_added_weights_is_not_intact(tmp_path):
-    place = save(tmp_path, 2)
-    shutil.copyfile(place / "weights.safetensors", place / "more.safetensors")
-    assert not is_intact(place)
+def test_is_intact_detects_added_weights(tmp_path):
+    checkpoint = save(tmp_path, 2)
+    shutil.copyfile(checkpoint / "weights.safetensors", checkpoint / "more.safetensors")
+    assert not is_intact(checkpoint)
 
 
-def test_an_adopted_checkpoint_is_intact(tmp_path):
+def test_import_checkpoint_result_is_intact(tmp_path):
     ancestor = Ancestor(identity="me", step=2, same_trajectory=False, takes_optimizer=False)
     lineage = RunLineage(
         identity="you",

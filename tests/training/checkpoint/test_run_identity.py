@@ -1,4 +1,4 @@
-"""The run's identity: changed by all that changes the weights, and by nothing else."""
+"""The run identity changes with everything that changes the weights, and with nothing else."""
 
 import shutil
 import subprocess
@@ -22,15 +22,15 @@ def spec(tmp_path):
     return make_spec(tmp_path)
 
 
-def changed(spec, **settings):
+def with_settings(spec, **settings):
     values = {**spec.settings.model_dump(), **settings}
     return spec.model_copy(update={"settings": TrainingSettings(**values)})
 
 
-def test_settings_affecting_weights_contains_exactly_the_keys_compared_by_value():
-    by_value = keys_with(TrainingSettings, lambda key: key.identity is Identity.VALUE)
-    assert settings_affecting_weights(TrainingSettings()).keys() == {*by_value, "lora_alpha"}
-    assert not {"output_dir", "validation_prompt", "pretrained_model_name_or_path"} & {*by_value}
+def test_excluded_keys_are_settings_and_unique():
+    keys = [key for keys in EXCLUDED.values() for key in keys]
+    assert set(keys) <= set(TrainingSettings.model_fields)
+    assert len(keys) == len(set(keys))
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,8 @@ def test_settings_affecting_weights_contains_exactly_the_keys_compared_by_value(
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_what_changes_the_weights_changes_the_identity(spec, settings):
-    assert run_identity(changed(spec, **settings)) != run_identity(spec)
+def test_run_identity_changes_with_settings_that_affect_weights(spec, settings):
+    assert run_identity(with_settings(spec, **settings)) != run_identity(spec)
 
 
 @pytest.mark.parametrize(
@@ -66,16 +66,16 @@ def test_what_changes_the_weights_changes_the_identity(spec, settings):
         {"push_to_hub": True, "hub_model_id": "me/mine"},
         {"gradient_checkpointing": True, "vae_batch_size": 3},
         {"output_dir": "elsewhere"},
-        {"lora_alpha": 2.0},  # the rank, which is the default
+        {"lora_alpha": 2.0},  # equal to the rank, which is the default
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_what_does_not_change_the_weights_does_not(spec, settings):
-    assert run_identity(changed(spec, **settings)) == run_identity(spec)
+def test_run_identity_ignores_settings_that_do_not_affect_weights(spec, settings):
+    assert run_identity(with_settings(spec, **settings)) == run_identity(spec)
 
 
 @pytest.mark.parametrize(
-    ("settings", "goes_on"),
+    ("settings", "same_trajectory"),
     [
         ({"lr_scheduler": "constant", "lr_warmup_steps": 0}, True),
         ({"lr_scheduler": "constant_with_warmup"}, True),
@@ -87,11 +87,9 @@ def test_what_does_not_change_the_weights_does_not(spec, settings):
     ],
     ids=lambda value: value.get("lr_scheduler") if isinstance(value, dict) else None,
 )
-def test_a_run_of_another_length_is_of_the_same_trajectory_where_the_rate_does_not_depend_on_it(
-    spec, settings, goes_on
-):
+def test_trajectory_is_independent_of_length_if_the_learning_rate_is(spec, settings, same_trajectory):
     short, long, epochs, other = (
-        run_fingerprints(changed(spec, **settings, **more))
+        run_fingerprints(with_settings(spec, **settings, **more))
         for more in (
             {"max_train_steps": 12},
             {"max_train_steps": 13},
@@ -101,28 +99,28 @@ def test_a_run_of_another_length_is_of_the_same_trajectory_where_the_rate_does_n
     )
     assert len({short.identity, long.identity, epochs.identity}) == 3
     assert short.any_length == long.any_length == epochs.any_length != other.any_length
-    assert (short.trajectory == long.trajectory == epochs.trajectory) is goes_on
+    assert (short.trajectory == long.trajectory == epochs.trajectory) is same_trajectory
     assert short.trajectory != other.trajectory
 
 
-def test_the_number_of_processes_is_part_of_it_and_does_not_hide_that_it_is_the_same_training(tmp_path, spec):
+def test_run_fingerprints_change_with_num_processes_except_the_one_without_world_size(tmp_path, spec):
     one, two = (
         run_fingerprints(
             make_spec(tmp_path, *spec.datasets, num_processes=number, allow_dataset_oversubscription=True)
         )
-        for number in (1, 3)  # whose batches are more images than there are
+        for number in (1, 3)  # a batch then has more images than the dataset
     )
     assert not {one.identity, one.trajectory, one.any_length} & {two.identity, two.trajectory, two.any_length}
     assert one.any_length_or_world_size == two.any_length_or_world_size
     assert (
         one.any_length_or_world_size
         != run_fingerprints(
-            changed(spec, seed=7, allow_dataset_oversubscription=True)
+            with_settings(spec, seed=7, allow_dataset_oversubscription=True)
         ).any_length_or_world_size
     )
 
 
-def test_data_are_known_by_content_and_not_by_place(tmp_path, spec):
+def test_run_identity_depends_on_data_content_not_location(tmp_path, spec):
     before = run_identity(spec)
     shutil.rmtree(tmp_path / "dataset")
     moved = make_spec(tmp_path, make_dataset(tmp_path / "moved"), run="elsewhere")
@@ -137,7 +135,7 @@ def test_data_are_known_by_content_and_not_by_place(tmp_path, spec):
     ) != run_identity(moved)
 
 
-def test_the_base_model_is_known_by_content(spec):
+def test_run_identity_depends_on_base_model_content_not_name(spec):
     model = spec.base_model
     moved = model.model_copy(update={"source": "another name"})
     assert run_identity(spec.model_copy(update={"base_model": moved})) == run_identity(spec)
@@ -145,6 +143,6 @@ def test_the_base_model_is_known_by_content(spec):
     assert run_identity(spec.model_copy(update={"base_model": other})) != run_identity(spec)
 
 
-def test_it_is_told_without_torch():
+def test_run_identity_imports_no_torch():
     code = "import sys, sdxl_pipeline.training.checkpoint.run_identity, sdxl_pipeline.stages.train; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

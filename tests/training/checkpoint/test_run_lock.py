@@ -1,4 +1,4 @@
-"""The run's lock: never two trainers in one folder, and never one kept out by a dead one."""
+"""The run lock: never two trainers in one run folder, and a dead process never holds the lock."""
 
 import multiprocessing
 import os
@@ -12,18 +12,18 @@ from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserErr
 from sdxl_pipeline.training.checkpoint.run_lock import run_lock
 
 
-def hold_the_lock(run_dir: Path, held: Path) -> None:
+def hold_lock(run_dir: Path, acquired: Path) -> None:
     with run_lock(run_dir, StopSignal()):
-        held.touch()
+        acquired.touch()
         time.sleep(60)
 
 
-def test_two_trainers_never_share_a_run(tmp_path):
-    run_dir, held = tmp_path / "run", tmp_path / "held"
-    other = multiprocessing.get_context("fork").Process(target=hold_the_lock, args=(run_dir, held))
+def test_run_lock_excludes_other_processes_and_is_released_on_death(tmp_path):
+    run_dir, acquired = tmp_path / "run", tmp_path / "acquired"
+    other = multiprocessing.get_context("fork").Process(target=hold_lock, args=(run_dir, acquired))
     other.start()
     try:
-        while not held.exists():
+        while not acquired.exists():
             time.sleep(0.01)
         with (
             pytest.raises(UserError, match=f"process {other.pid}.*is running in"),

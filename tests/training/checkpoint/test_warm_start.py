@@ -1,4 +1,4 @@
-"""Holds what is taken over of another run's optimizer: what it has learnt, and none of its options; nothing of what the own one does not keep."""
+"""Warm start of an optimizer: what it has learned is preserved, its options are those of the new run, and incompatible state is rejected."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def settings_of(name: str, config: str, **values: object) -> TrainingSettings:
     return TrainingSettings(optimizer=name, optimizer_config=config, **values)
 
 
-def started(settings: TrainingSettings):
+def build(settings: TrainingSettings):
     generator = torch.Generator().manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES.values()]
     cast_parameters(settings, parameters)
@@ -31,7 +31,7 @@ def started(settings: TrainingSettings):
     return optimizer, build_schedule(settings, optimizer, 20), parameters
 
 
-def go_on(optimizer, schedule, parameters, steps: int = 3) -> None:
+def take_steps(optimizer, schedule, parameters, steps: int = 3) -> None:
     for _ in range(steps):
         torch.manual_seed(0)
         for parameter in parameters:
@@ -41,8 +41,8 @@ def go_on(optimizer, schedule, parameters, steps: int = 3) -> None:
 
 
 def state_after(settings: TrainingSettings, steps: int = 3) -> TrainingState:
-    optimizer, schedule, parameters = started(settings)
-    go_on(optimizer, schedule, parameters, steps)
+    optimizer, schedule, parameters = build(settings)
+    take_steps(optimizer, schedule, parameters, steps)
     named = {name: value.detach() for name, value in zip(SHAPES, parameters, strict=True)}
     return TrainingState(steps, 0, 0, named, optimizer.state_dict(), schedule.state_dict(), None)
 
@@ -66,30 +66,32 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize(("name", "config", "expected"), OPTIONS, ids=[name for name, *_ in OPTIONS])
-def test_all_options_are_the_new_runs_and_what_was_learnt_is_kept(name, config, expected):
+def test_rebase_state_uses_new_options_and_preserves_learned_state(name, config, expected):
     state = state_after(settings_of(name, ""))
     rate = 0.5 if name == "prodigy" else 0.003
     settings = settings_of(name, config, learning_rate=rate)
     assert optimizer_fits(state, settings, "cpu")
-    optimizer, schedule, parameters = started(settings)
-    taken = rebase_state(state, settings, optimizer, schedule)
-    optimizer.load_state_dict(taken.optimizer)
-    schedule.load_state_dict(taken.schedule)
+    optimizer, schedule, parameters = build(settings)
+    rebased = rebase_state(state, settings, optimizer, schedule)
+    optimizer.load_state_dict(rebased.optimizer)
+    schedule.load_state_dict(rebased.schedule)
     (group,), (before,) = optimizer.param_groups, state.optimizer["param_groups"]
     assert {key: group[key] for key in expected} == expected
     assert (float(group["lr"]), group["initial_lr"]) == (pytest.approx(rate), pytest.approx(rate))
-    learnt = OPTIMIZERS[name].learnt & before.keys()
-    assert {key: group[key] for key in learnt} == {key: before[key] for key in learnt}
-    kept, expected_tensors = (
+    learned = OPTIMIZERS[name].learnt & before.keys()
+    assert {key: group[key] for key in learned} == {key: before[key] for key in learned}
+    tensors, expected_tensors = (
         flatten_optimizer(each)[0] for each in (optimizer.state_dict(), state.optimizer)
     )
-    assert kept.keys() == expected_tensors.keys()
-    assert all(torch.equal(kept[key], tensor) for key, tensor in expected_tensors.items() if "lr" not in key)
-    go_on(optimizer, schedule, parameters)
+    assert tensors.keys() == expected_tensors.keys()
+    assert all(
+        torch.equal(tensors[key], tensor) for key, tensor in expected_tensors.items() if "lr" not in key
+    )
+    take_steps(optimizer, schedule, parameters)
 
 
 @pytest.mark.parametrize(
-    ("name", "theirs", "ours"),
+    ("name", "source_config", "run_config"),
     [
         ("adamw", "", "amsgrad=true"),
         ("adamw", "amsgrad=true", ""),
@@ -100,28 +102,32 @@ def test_all_options_are_the_new_runs_and_what_was_learnt_is_kept(name, config, 
         ("bnb-adamw8bit", "", "min_8bit_size=100000"),
     ],
 )
-def test_an_optimizer_that_keeps_something_else_does_not_fit(name, theirs, ours):
-    assert optimizer_fits(state_after(settings_of(name, theirs)), settings_of(name, theirs), "cpu")
-    assert not optimizer_fits(state_after(settings_of(name, theirs)), settings_of(name, ours), "cpu")
+def test_optimizer_fits_with_another_state_layout_returns_false(name, source_config, run_config):
+    assert optimizer_fits(
+        state_after(settings_of(name, source_config)), settings_of(name, source_config), "cpu"
+    )
+    assert not optimizer_fits(
+        state_after(settings_of(name, source_config)), settings_of(name, run_config), "cpu"
+    )
 
 
-def test_what_the_first_step_settles_is_settled_for_the_run_that_takes_over():
-    """torch-optimi turns its Kahan summation on at the first step, where weights are bf16; the sum is lost without it."""
+def test_rebase_state_includes_options_set_by_the_first_step():
+    """torch-optimi enables Kahan summation for bf16 weights in the first step; without it the compensation is lost."""
     settings = settings_of("optimi-adamw", "", model_type="full", mixed_precision="bf16")
     state = state_after(settings)
-    optimizer, schedule, parameters = started(settings)
+    optimizer, schedule, parameters = build(settings)
     optimizer.load_state_dict(rebase_state(state, settings, optimizer, schedule).optimizer)
     assert optimizer.param_groups[0]["kahan_sum"]
-    go_on(optimizer, schedule, parameters)
+    take_steps(optimizer, schedule, parameters)
 
 
-def test_an_optimizer_that_begins_anew_has_its_first_step_before_it():
+def test_rebase_state_without_optimizer_state_starts_fresh():
     settings = settings_of("optimi-adamw", "beta1=0.5")
     state = TrainingState(3, 0, 0, {}, {}, {}, None)
-    optimizer, schedule, parameters = started(settings)
-    taken = rebase_state(state, settings, optimizer, schedule)
-    assert not taken.optimizer["state"]
-    optimizer.load_state_dict(taken.optimizer)
+    optimizer, schedule, parameters = build(settings)
+    rebased = rebase_state(state, settings, optimizer, schedule)
+    assert not rebased.optimizer["state"]
+    optimizer.load_state_dict(rebased.optimizer)
     assert optimizer.param_groups[0]["beta1"] == 0.5
-    go_on(optimizer, schedule, parameters)
+    take_steps(optimizer, schedule, parameters)
     assert int(optimizer.param_groups[0]["step"]) == 3

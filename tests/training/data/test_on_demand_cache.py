@@ -1,4 +1,4 @@
-"""Cache modes: whatever is in the stores and whatever is encoded at first use, position i of a batch is image i, and a run is the run."""
+"""Cache modes: for any mix of cached entries and entries encoded on first use, position i of a batch is image i, and runs are the same."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler
 from sdxl_pipeline.training.data.on_demand_cache import OnDemandEncoders
 from sdxl_pipeline.training.data.samples import Sample, load_samples
 from sdxl_pipeline.training.diffusion.forward_process import ForwardProcess, TimestepSampler
-from tests.support.encoded_datasets import HARDWARE, generate_validation_images, listing, prepare_dataset
+from tests.support.encoded_datasets import HARDWARE, draw_images, listing, prepare_dataset
 from tests.support.training_datasets import NEGATIVE, PROMPT, model_folder
 
 LATENTS = ("mean", "logvar")
@@ -45,7 +45,7 @@ def caption_encoder(model: ResolvedModel) -> CaptionEncoder:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drawings")
-    generate_validation_images(folder)
+    draw_images(folder)
     return folder
 
 
@@ -53,14 +53,14 @@ def reader_of(dataset: TrainingDataset, model: ResolvedModel) -> BatchReader:
     return BatchReader([dataset], OnDemandEncoders(model, HARDWARE))
 
 
-def wide(dataset: TrainingDataset) -> list[Sample]:
-    """The images of one bucket."""
+def same_bucket(dataset: TrainingDataset) -> list[Sample]:
+    """Return the images of one bucket."""
     samples = list(load_samples([dataset], "train"))
     return [sample for sample in samples if sample.bucket == samples[0].bucket]
 
 
-def own_latents(dataset: TrainingDataset, encoder: LatentEncoder, sample: Sample) -> dict[str, torch.Tensor]:
-    """What the image's file is encoded to, without any reader."""
+def encode_file(dataset: TrainingDataset, encoder: LatentEncoder, sample: Sample) -> dict[str, torch.Tensor]:
+    """Encode an image file directly, without a reader."""
     return encoder.encode(Path(dataset.data_dir) / sample.path, sample.crop)
 
 
@@ -69,22 +69,25 @@ def assert_position_is_image(
 ) -> None:
     posteriors = reader.posteriors(samples)
     assert posteriors.keys == tuple(sample.key for sample in samples)
-    expected = [own_latents(dataset, encoder, sample) for sample in samples]
-    assert not torch.equal(expected[0]["mean"], expected[1]["mean"]), "a reversed batch would not be seen"
-    for place, own in enumerate(expected):
-        torch.testing.assert_close(posteriors.mean[place], own["mean"].float(), rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(posteriors.logvar[place], own["logvar"].float(), rtol=1e-3, atol=1e-3)
+    expected = [encode_file(dataset, encoder, sample) for sample in samples]
+    assert not torch.equal(expected[0]["mean"], expected[1]["mean"]), "a reversed batch would not be detected"
+    for position, expected_latents in enumerate(expected):
+        torch.testing.assert_close(
+            posteriors.mean[position], expected_latents["mean"].float(), rtol=1e-3, atol=1e-3
+        )
+        torch.testing.assert_close(
+            posteriors.logvar[position], expected_latents["logvar"].float(), rtol=1e-3, atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("mode", ["full", *DEFERRED])
-def test_position_i_of_the_latents_is_image_i(tmp_path, images, model, latent_encoder, mode):
+def test_posteriors_position_i_is_image_i_in_every_mode(tmp_path, images, model, latent_encoder, mode):
     dataset = prepare_dataset(tmp_path, images, model, latent_cache=mode)
-    samples = wide(dataset)
+    samples = same_bucket(dataset)
     reader = reader_of(dataset, model)
     assert len(samples) == 3
-    assert_position_is_image(
-        dataset, latent_encoder, reader, samples
-    )  # none of them is there but in full mode
+    # entries are cached only in full mode
+    assert_position_is_image(dataset, latent_encoder, reader, samples)
     assert_position_is_image(dataset, latent_encoder, reader, samples[::-1])
     reader.close()
     assert_position_is_image(
@@ -93,9 +96,11 @@ def test_position_i_of_the_latents_is_image_i(tmp_path, images, model, latent_en
 
 
 @pytest.mark.parametrize("present", [[0], [1], [2], [0, 2]])
-def test_position_i_is_image_i_when_some_are_in_the_store(tmp_path, images, model, latent_encoder, present):
+def test_posteriors_position_i_is_image_i_with_a_partial_store(
+    tmp_path, images, model, latent_encoder, present
+):
     dataset = prepare_dataset(tmp_path, images, model, latent_cache="ondemand")
-    samples = wide(dataset)
+    samples = same_bucket(dataset)
     with_some = reader_of(dataset, model)
     with_some.posteriors([samples[index] for index in present])
     with_some.close()
@@ -110,18 +115,20 @@ def test_position_i_is_image_i_when_some_are_in_the_store(tmp_path, images, mode
 
 
 @pytest.mark.parametrize("mode", ["full", *DEFERRED])
-def test_position_i_of_the_texts_is_the_caption_of_image_i(tmp_path, images, model, caption_encoder, mode):
+def test_text_embeds_position_i_is_the_caption_of_image_i(tmp_path, images, model, caption_encoder, mode):
     dataset = prepare_dataset(tmp_path, images, model, text_cache=mode)
     samples = list(load_samples([dataset], "train"))
     reader, encoder = reader_of(dataset, model), caption_encoder
-    for order in (samples[:3], samples[::-1], [samples[1], samples[4], samples[0], samples[1]]):
-        texts = reader.text_embeds(order, [sample.embed_keys[0] for sample in order])
-        for place, sample in enumerate(order):
+    for ordered in (samples[:3], samples[::-1], [samples[1], samples[4], samples[0], samples[1]]):
+        texts = reader.text_embeds(ordered, [sample.embed_keys[0] for sample in ordered])
+        for position, sample in enumerate(ordered):
             caption = (images / sample.path).with_suffix(".txt").read_text().strip()
-            own = encoder.encode(caption)
-            torch.testing.assert_close(texts.prompt_embeds[place], own["prompt_embeds"], rtol=1e-3, atol=1e-3)
+            expected = encoder.encode(caption)
             torch.testing.assert_close(
-                texts.pooled_prompt_embeds[place], own["pooled_prompt_embeds"], rtol=1e-3, atol=1e-3
+                texts.prompt_embeds[position], expected["prompt_embeds"], rtol=1e-3, atol=1e-3
+            )
+            torch.testing.assert_close(
+                texts.pooled_prompt_embeds[position], expected["pooled_prompt_embeds"], rtol=1e-3, atol=1e-3
             )
     reader.close()
     written = len(TensorStore(dataset.text_embeds.store_root))
@@ -129,7 +136,7 @@ def test_position_i_of_the_texts_is_the_caption_of_image_i(tmp_path, images, mod
 
 
 @pytest.mark.parametrize("mode", DEFERRED)
-def test_prompts_are_had_in_every_mode(tmp_path, images, model, caption_encoder, mode):
+def test_prompt_embeds_are_available_in_every_mode(tmp_path, images, model, caption_encoder, mode):
     dataset = prepare_dataset(tmp_path, images, model, text_cache=mode)
     reader, encoder = reader_of(dataset, model), caption_encoder
     conditioning = reader.conditioning(PROMPT, NEGATIVE, zeros_for_empty_prompt=True)
@@ -149,7 +156,7 @@ def batches_of(dataset: TrainingDataset, model: ResolvedModel, dropout: float = 
     )
 
 
-def test_disable_touches_no_store(tmp_path, images, model):
+def test_cache_mode_disable_writes_nothing(tmp_path, images, model):
     dataset = prepare_dataset(tmp_path, images, model, latent_cache="disable", text_cache="disable")
     before = listing(tmp_path)
     batches = batches_of(dataset, model, dropout=0.3)
@@ -161,7 +168,7 @@ def test_disable_touches_no_store(tmp_path, images, model):
     assert not (tmp_path / "latents").exists() or not listing(tmp_path / "latents")
 
 
-def test_no_model_is_loaded_while_everything_is_there(tmp_path, images, model, monkeypatch):
+def test_cache_with_all_entries_loads_no_model(tmp_path, images, model, monkeypatch):
     dataset = prepare_dataset(tmp_path, images, model)
     dataset = dataset.model_copy(update={"latent_cache": "ondemand", "text_cache": "disable"})
     monkeypatch.setattr(OnDemandEncoders, "_latent_encoder", None)
@@ -171,10 +178,10 @@ def test_no_model_is_loaded_while_everything_is_there(tmp_path, images, model, m
         batches.read(index)
 
 
-def test_what_was_encoded_is_written_a_shard_at_a_time_and_when_asked(tmp_path, images, model, monkeypatch):
-    monkeypatch.setattr("sdxl_pipeline.training.data.on_demand_cache.WRITTEN_TOGETHER", 2)
+def test_cache_mode_ondemand_writes_full_shards_and_on_flush(tmp_path, images, model, monkeypatch):
+    monkeypatch.setattr("sdxl_pipeline.training.data.on_demand_cache.FLUSH_ENTRIES", 2)
     dataset = prepare_dataset(tmp_path, images, model, latent_cache="ondemand")
-    reader, samples = reader_of(dataset, model), wide(dataset)
+    reader, samples = reader_of(dataset, model), same_bucket(dataset)
 
     def written() -> int:
         return len(TensorStore(dataset.latents.store_root))
@@ -187,31 +194,31 @@ def test_what_was_encoded_is_written_a_shard_at_a_time_and_when_asked(tmp_path, 
     reader.close()
 
 
-def test_a_image_that_changed_is_an_error_that_names_it(tmp_path, images, model):
+def test_posteriors_changed_image_raises_with_its_path(tmp_path, images, model):
     shutil.copytree(images, tmp_path / "images")
     dataset = prepare_dataset(tmp_path / "dataset", tmp_path / "images", model, latent_cache="ondemand")
-    sample = wide(dataset)[1]
+    sample = same_bucket(dataset)[1]
     other = next(
         s for s in load_samples([dataset], "train") if s.key != sample.key and s.bucket == sample.bucket
     )
     shutil.copy(images / other.path, tmp_path / "images" / sample.path)
     reader = reader_of(dataset, model)
     with pytest.raises(UserError, match=f"{sample.path}: changed since the dataset was scanned"):
-        reader.posteriors(wide(dataset))
+        reader.posteriors(same_bucket(dataset))
     reader.close()
-    assert not TensorStore(dataset.latents.store_root).missing([wide(dataset)[0].latent_key])
+    assert not TensorStore(dataset.latents.store_root).missing([same_bucket(dataset)[0].latent_key])
     (tmp_path / "images" / sample.path).unlink()
     with pytest.raises(UserError, match=f"{sample.path}: cannot be read"):
         reader_of(dataset, model).posteriors([sample])
 
 
-def test_nothing_is_written_under_a_name_it_does_not_stand_for(tmp_path, images, model):
-    """As when the launchpad changes a precision for the training alone: the store would be wrong for all who share it."""
+def test_on_demand_encoding_with_other_precision_raises_and_writes_nothing(tmp_path, images, model):
+    """A run config may change the precision of the training alone; writing such entries would corrupt a shared store."""
     dataset = prepare_dataset(tmp_path, images, model, latent_cache="ondemand", text_cache="ondemand")
     hardware = HARDWARE.model_copy(update={"vae_dtype": "bf16", "mixed_precision": "bf16"})
     reader = BatchReader([dataset], OnDemandEncoders(model, hardware))
     with pytest.raises(UserError, match="'drawings': vae_latents was planned with another"):
-        reader.posteriors(wide(dataset))
+        reader.posteriors(same_bucket(dataset))
     with pytest.raises(UserError, match="text_embeds was planned with another"):
         reader.prompt_embeds(PROMPT)
     reader.close()
@@ -221,54 +228,56 @@ def test_nothing_is_written_under_a_name_it_does_not_stand_for(tmp_path, images,
 CROPPED = {"crop": True, "crop_aspect": "square", "crop_style": "random"}
 
 
-def test_fresh_crops_are_cut_anew_each_time_and_say_where(tmp_path, images, model, latent_encoder):
+def test_fresh_crops_change_at_each_appearance_and_set_time_ids(tmp_path, images, model, latent_encoder):
     dataset = prepare_dataset(tmp_path, images, model, latent_cache="disable", fresh_crops=True, **CROPPED)
     before = listing(tmp_path / "latents")
     batches = batches_of(dataset, model)
-    places: dict[str, set[tuple[int, int]]] = {}
+    positions_by_key: dict[str, set[tuple[int, int]]] = {}
     for index in range(12):
         batch = batches.read(index)
-        for place, draw in enumerate(batches.order.batch(index, 0)):
-            planned = draw.sample.crop
+        for index_in_batch, ref in enumerate(batches.order.batch(index, 0)):
+            planned = ref.sample.crop
             top, left = fresh_place(
                 "random",
                 planned.resized_h - planned.bucket_h,
                 planned.resized_w - planned.bucket_w,
                 3,
-                draw.sample.key,
-                f"fresh/{draw.epoch}/{draw.occurrence}/0",
+                ref.sample.key,
+                f"fresh/{ref.epoch}/{ref.occurrence}/0",
             )
-            assert batch.time_ids[place, 2:4].tolist() == [top, left]
+            assert batch.time_ids[index_in_batch, 2:4].tolist() == [top, left]
             crop = Crop(**{**vars(planned), "crop_top": top, "crop_left": left})
-            own = latent_encoder.encode(images / draw.sample.path, crop)
-            deviation = (0.5 * own["logvar"].float()).exp()
-            assert ((batch.latents[place] / 0.5 - own["mean"].float()).abs() <= 6 * deviation).all()
-            places.setdefault(draw.sample.key, set()).add((top, left))
-    assert len(places) == 6
-    assert all(len(found) > 1 for found in places.values())
+            latents = latent_encoder.encode(images / ref.sample.path, crop)
+            deviation = (0.5 * latents["logvar"].float()).exp()
+            assert (
+                (batch.latents[index_in_batch] / 0.5 - latents["mean"].float()).abs() <= 6 * deviation
+            ).all()
+            positions_by_key.setdefault(ref.sample.key, set()).add((top, left))
+    assert len(positions_by_key) == 6
+    assert all(len(found) > 1 for found in positions_by_key.values())
     assert listing(tmp_path / "latents") == before
     again = batches_of(dataset, model).read(7)
     assert torch.equal(again.latents, batches.read(7).latents)
     assert torch.equal(again.time_ids, batches.read(7).time_ids)
 
 
-def test_datasets_of_different_modes_meet_in_one_batch(tmp_path, images, model, latent_encoder):
+def test_batch_may_mix_datasets_of_different_cache_modes(tmp_path, images, model, latent_encoder):
     full = prepare_dataset(tmp_path / "full", images, model)
     lazy = prepare_dataset(
         tmp_path / "lazy", images, model, latent_cache="ondemand", text_cache="disable", id="lazy"
     )
     reader = BatchReader([full, lazy], OnDemandEncoders(model, HARDWARE))
-    ours, theirs = wide(full), wide(lazy)
-    mixed = [theirs[0], ours[1], ours[0], theirs[2]]
+    full_samples, lazy_samples = same_bucket(full), same_bucket(lazy)
+    mixed = [lazy_samples[0], full_samples[1], full_samples[0], lazy_samples[2]]
     posteriors = reader.posteriors(mixed)
     texts = reader.text_embeds(mixed, [sample.embed_keys[0] for sample in mixed])
-    for place, sample in enumerate(mixed):
-        assert torch.equal(posteriors.mean[place], reader.posteriors([sample]).mean[0])
+    for position, sample in enumerate(mixed):
+        assert torch.equal(posteriors.mean[position], reader.posteriors([sample]).mean[0])
         alone = reader.text_embeds([sample], [sample.embed_keys[0]])
-        assert torch.equal(texts.prompt_embeds[place], alone.prompt_embeds[0])
+        assert torch.equal(texts.prompt_embeds[position], alone.prompt_embeds[0])
         torch.testing.assert_close(
-            posteriors.mean[place],
-            own_latents(full, latent_encoder, sample)["mean"].float(),
+            posteriors.mean[position],
+            encode_file(full, latent_encoder, sample)["mean"].float(),
             rtol=1e-3,
             atol=1e-3,
         )

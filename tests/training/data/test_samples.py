@@ -1,4 +1,4 @@
-"""Samples: crop plan, latents and captions joined on the image, with SDXL's size conditioning; nothing missing goes unnoticed."""
+"""Samples: crop plan, latents and captions joined by image, with SDXL's size conditioning; missing entries are errors."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from sdxl_pipeline.training.data.training_plan import PlannedDataset, plan_train
 from tests.support.training_datasets import SQUARE, WIDE, by_path, digest, make_dataset
 
 
-def test_a_sample_joins_what_belongs_to_one_image(tmp_path):
+def test_load_samples_joins_plan_latents_and_captions(tmp_path):
     dataset = make_dataset(tmp_path, captions=2)
     sample = by_path(load_samples([dataset], "train"))["image_04.png"]
     key = digest("image", "shapes", 4)
@@ -27,12 +27,12 @@ def test_a_sample_joins_what_belongs_to_one_image(tmp_path):
     assert sample.time_ids == (204, 288, 0, 0, 64, 96)
 
 
-def test_micro_conditioning_resized_gives_the_size_after_resizing(tmp_path):
+def test_load_samples_micro_conditioning_resized_uses_resized_size(tmp_path):
     sample = by_path(load_samples([make_dataset(tmp_path)], "train", "resized"))["image_01.png"]
     assert sample.time_ids == (68, 64, 1, 0, 64, 64)
 
 
-def test_splits_and_datasets_are_kept_apart(tmp_path):
+def test_load_samples_separates_splits_and_datasets(tmp_path):
     datasets = [
         make_dataset(tmp_path / "a", "a", splits=["train", "eval", "train", "eval", "eval"]),
         make_dataset(tmp_path / "b", "b", buckets=[SQUARE]),
@@ -49,7 +49,7 @@ def test_splits_and_datasets_are_kept_apart(tmp_path):
     }
 
 
-def test_an_image_that_one_dataset_holds_out_trains_in_no_other(tmp_path):
+def test_load_samples_held_out_image_is_excluded_from_all_datasets(tmp_path):
     holds_out = make_dataset(tmp_path / "a", "a", splits=["train", "eval", "train", "train", "train"])
     same_files = make_dataset(tmp_path / "b", "a").model_copy(update={"dataset_id": "b"})
     datasets = [holds_out, same_files]
@@ -64,7 +64,7 @@ def test_an_image_that_one_dataset_holds_out_trains_in_no_other(tmp_path):
     assert (plan.trained_images, plan.held_out_images) == ({"a": 4, "b": 4}, {"a": 1})
 
 
-def test_an_eval_dataset_takes_no_image_from_the_training_datasets(tmp_path):
+def test_load_samples_eval_dataset_excludes_no_training_images(tmp_path):
     eval_dataset = make_dataset(tmp_path / "a", "a", splits=["eval"] * 5)
     trained = make_dataset(tmp_path / "b", "a").model_copy(update={"dataset_id": "b"})
     assert load_samples([eval_dataset, trained], "train").images_by_dataset() == {"b": 5}
@@ -74,7 +74,7 @@ def edit(path: str, change) -> None:
     change(pd.read_parquet(path)).to_parquet(path)
 
 
-def test_a_failed_image_is_left_out_and_a_lost_one_is_an_error(tmp_path):
+def test_load_samples_failed_image_is_skipped_and_missing_latent_raises(tmp_path):
     dataset = make_dataset(tmp_path)
     edit(dataset.latents.entries_path, lambda table: table[table["path"] != "image_02.png"])
     with pytest.raises(UserError, match=r"'shapes': 1 images .* no latent \(image_02.png\)"):
@@ -84,7 +84,7 @@ def test_a_failed_image_is_left_out_and_a_lost_one_is_an_error(tmp_path):
     assert list(by_path(load_samples([reported], "train"))) == [f"image_{i:02d}.png" for i in (0, 1, 3, 4)]
 
 
-def test_a_image_without_caption_is_an_error(tmp_path):
+def test_load_samples_image_without_caption_raises(tmp_path):
     dataset = make_dataset(tmp_path)
     edit(dataset.text_embeds.entries_path, lambda table: table[table["path"] != "image_03.png"])
     with pytest.raises(UserError, match=r"no caption embedding \(image_03.png\)"):
@@ -92,14 +92,14 @@ def test_a_image_without_caption_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("table", ["latents", "texts"])
-def test_a_image_that_changed_between_the_stages_is_an_error(tmp_path, table):
+def test_load_samples_image_changed_between_stages_raises(tmp_path, table):
     dataset = make_dataset(tmp_path)
     edit(str(Path(tmp_path) / f"{table}.parquet"), lambda t: t.assign(key=["other", *t["key"][1:]]))
     with pytest.raises(UserError, match="materialize"):
         load_samples([dataset], "train")
 
 
-def test_the_digest_covers_what_training_reads(tmp_path):
+def test_samples_digest_changes_with_training_inputs(tmp_path):
     dataset = make_dataset(tmp_path)
     before = load_samples([dataset], "train").digest()
     assert before == load_samples([dataset], "train").digest()

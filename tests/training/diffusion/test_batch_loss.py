@@ -1,4 +1,4 @@
-"""Holds: the loss that the trainer takes of a batch is what diffusers' own scheduler gives in a few lines, for every objective, to 1e-6."""
+"""The trainer's batch loss equals an independent computation with diffusers' scheduler, for every objective, to 1e-6."""
 
 import contextlib
 import math
@@ -17,8 +17,8 @@ from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.training.data.batches import Batch
 from sdxl_pipeline.training.trainer import Trainer
 from tests.support.encoded_datasets import Silent
+from tests.support.masked_datasets import masked_dataset
 from tests.support.training_datasets import SQUARE, make_dataset, make_spec
-from tests.training.data.test_loss_weights import masked_dataset
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_accelerator")
 
@@ -46,7 +46,7 @@ OBJECTIVES = {
     "soft min-SNR of v by sigma_data": {**V, **SOFT, "soft_min_snr_sigma_data": 0.5},
     "debiased": DEBIASED,
     "debiased of v": {**V, **DEBIASED},
-    "weighed": {"snr_weight": 0.3},
+    "loss scale": {"snr_weight": 0.3},
     "huber by SNR": HUBER,
     "huber, exponential": {**HUBER, "huber_schedule": "exponential"},
     "huber, constant": {**HUBER, "huber_schedule": "constant"},
@@ -75,8 +75,10 @@ def scheduler_of(spec: TrainSpec) -> DDPMScheduler:
     return DDPMScheduler.from_config(config, **spec.settings.scheduler_changes)
 
 
-def ask(unet: UNet2DConditionModel, batch: Batch, noisy: Tensor, timesteps: Tensor, item: slice) -> Tensor:
-    """The UNet's answer for some items of a batch."""
+def predict(
+    unet: UNet2DConditionModel, batch: Batch, noisy: Tensor, timesteps: Tensor, item: slice
+) -> Tensor:
+    """Return the UNet's prediction for some items of a batch."""
     added = {"text_embeds": batch.pooled_prompt_embeds[item], "time_ids": batch.time_ids[item]}
     return unet(noisy, timesteps, batch.prompt_embeds[item], added_cond_kwargs=added).sample
 
@@ -89,20 +91,22 @@ def target_of(scheduler: DDPMScheduler, batch: Batch) -> Tensor:
     }[scheduler.config.prediction_type]
 
 
-def loss_by_hand(spec: TrainSpec, batch: Batch, noisy: Tensor, answer: Tensor, target: Tensor) -> Tensor:
-    """Each image's loss, (B,), from what the UNet answers and what it is asked for."""
+def expected_losses(
+    spec: TrainSpec, batch: Batch, noisy: Tensor, prediction: Tensor, target: Tensor
+) -> Tensor:
+    """Return the loss of each image, (B,), from the UNet's prediction and its target."""
     settings, scheduler = spec.settings, scheduler_of(spec)
     kind = scheduler.config.prediction_type
     abar = scheduler.alphas_cumprod[batch.timesteps][:, None, None, None]
     if settings.diff2flow_loss:
-        # the image and the noise that an answer amounts to
-        x0 = (noisy - (1 - abar).sqrt() * answer) / abar.sqrt()
-        eps = answer
+        # the image and the noise implied by the prediction
+        x0 = (noisy - (1 - abar).sqrt() * prediction) / abar.sqrt()
+        eps = prediction
         if kind == "v_prediction":
-            x0 = abar.sqrt() * noisy - (1 - abar).sqrt() * answer
-            eps = abar.sqrt() * answer + (1 - abar).sqrt() * noisy
-        answer, target = eps - x0, batch.noise - batch.latents
-    errors = (answer - target) ** 2
+            x0 = abar.sqrt() * noisy - (1 - abar).sqrt() * prediction
+            eps = abar.sqrt() * prediction + (1 - abar).sqrt() * noisy
+        prediction, target = eps - x0, batch.noise - batch.latents
+    errors = (prediction - target) ** 2
     if settings.loss_type != "l2":
         sigma = ((1 - abar) / abar).sqrt()
         c = {
@@ -114,7 +118,7 @@ def loss_by_hand(spec: TrainSpec, batch: Batch, noisy: Tensor, answer: Tensor, t
         }[settings.huber_schedule].double()
         errors = 2 * ((errors.double() + c**2).sqrt() - c) * (c if settings.loss_type == "huber" else 1)
     snr = compute_snr(scheduler, batch.timesteps)
-    # as diffusers' example scripts have it: v-prediction's own weight is one more
+    # as in diffusers' example scripts: SNR + 1 for v-prediction
     divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones(())}[kind]
     weights = torch.full_like(snr, settings.snr_weight)
     if settings.use_soft_min_snr:
@@ -130,22 +134,22 @@ def loss_by_hand(spec: TrainSpec, batch: Batch, noisy: Tensor, answer: Tensor, t
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_through_the_trainer(tmp_path: Path, name: str):
+def test_batch_loss_of_every_objective_equals_diffusers(tmp_path: Path, name: str):
     spec = make_spec(tmp_path, max_train_steps=1, train_batch_size=4, **OBJECTIVES[name])
     with trainer_of(spec) as trainer:
         batch = trainer.batches.read(0)
-        found = trainer._loss(batch, 0).detach()
+        loss = trainer._loss(batch, 0).detach()
     noisy = scheduler_of(spec).add_noise(batch.latents, batch.input_noise, batch.timesteps)
-    # an adapter changes nothing before its first step
+    # a new adapter does not change the prediction
     unet = UNet2DConditionModel.from_pretrained(spec.base_model.path, subfolder="unet")
     with torch.no_grad():
-        answer = ask(unet, batch, noisy, batch.timesteps, slice(None))
-    expected = loss_by_hand(spec, batch, noisy, answer, target_of(scheduler_of(spec), batch)).mean()
-    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+        prediction = predict(unet, batch, noisy, batch.timesteps, slice(None))
+    expected = expected_losses(spec, batch, noisy, prediction, target_of(scheduler_of(spec), batch)).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert torch.equal(batch.input_noise, batch.noise) is (OBJECTIVES[name] is not NOISY)
 
 
-ROLLED = {
+ROLLOUT_SETTINGS = {
     "scheduled_sampling_max_step_offset": 6,
     "scheduled_sampling_probability": 0.7,
     "input_perturbation": 0.1,
@@ -164,8 +168,8 @@ CLASSES = {
 }
 
 
-def rolled_out(spec: TrainSpec, unet: UNet2DConditionModel, batch: Batch) -> Tensor:
-    """Each image as it reaches its timestep, one after the other, by the plain loop of a sampler."""
+def expected_rollouts(spec: TrainSpec, unet: UNet2DConditionModel, batch: Batch) -> Tensor:
+    """Return each image at its timestep, rolled out individually with a plain sampling loop."""
     settings, scheduler = spec.settings, scheduler_of(spec)
     noisy = scheduler.add_noise(batch.latents, batch.input_noise, batch.timesteps)
     order = {} if settings.scheduled_sampling_sampler == "euler" else {"solver_order": settings.scheduled_sampling_order}  # fmt: skip
@@ -175,28 +179,34 @@ def rolled_out(spec: TrainSpec, unet: UNet2DConditionModel, batch: Batch) -> Ten
             dict(scheduler.config), timestep_spacing="trailing", **order
         )
         solver.set_timesteps(1000)
-        path = list(range(rollout.source, rollout.target, -1))
+        timesteps = list(range(rollout.source, rollout.target, -1))
         solver.set_begin_index(999 - rollout.source)
         sample = solver.add_noise(
             batch.latents[item], batch.input_noise[item], torch.tensor([rollout.source])
         )
-        for timestep in path:
-            when = solver.timesteps[999 - timestep]
-            answer = ask(unet, batch, solver.scale_model_input(sample, when), torch.tensor([timestep]), item)
-            sample = solver.step(answer, when, sample).prev_sample
+        for timestep in timesteps:
+            scheduler_timestep = solver.timesteps[999 - timestep]
+            prediction = predict(
+                unet,
+                batch,
+                solver.scale_model_input(sample, scheduler_timestep),
+                torch.tensor([timestep]),
+                item,
+            )
+            sample = solver.step(prediction, scheduler_timestep, sample).prev_sample
         noisy[item] = solver.scale_model_input(sample, solver.timesteps[999 - rollout.target])
     return noisy
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_rollouts_masks_and_regularisation_in_one_batch(tmp_path: Path, solver: str):
-    """With an adapter that changes something, whose dropout is off while it rolls out and on while it is trained."""
+def test_batch_loss_with_rollouts_masks_and_regularisation_equals_diffusers(tmp_path: Path, solver: str):
+    """Use a non-trivial adapter whose dropout is off in rollouts and on in the trained forward pass."""
     subject = masked_dataset(
         make_dataset(tmp_path / "subject", "subject", [SQUARE] * 4), tmp_path / "masks", images=[0, 1]
     )
     people = make_dataset(tmp_path / "people", "people", [SQUARE] * 4)
     people = people.model_copy(update={"is_regularisation": True})
-    settings = {"max_train_steps": 1, "train_batch_size": 8, **ROLLED, **SOLVERS[solver]}
+    settings = {"max_train_steps": 1, "train_batch_size": 8, **ROLLOUT_SETTINGS, **SOLVERS[solver]}
     spec = make_spec(tmp_path, subject, people, **settings)
     with trainer_of(spec) as trainer:
         with torch.no_grad():
@@ -204,19 +214,19 @@ def test_rollouts_masks_and_regularisation_in_one_batch(tmp_path: Path, solver: 
             for parameter in trainer.parameters.values():
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
         batch = trainer.batches.read(0)
-        found = trainer._loss(batch, 0).detach()
-        dropout_seed = torch.initial_seed()  # what the loss seeded, for the dropout of its last pass
+        loss = trainer._loss(batch, 0).detach()
+        dropout_seed = torch.initial_seed()  # seeded by the loss, for the dropout of its last forward pass
         unet = trainer.unet_module
         with torch.no_grad():
-            noisy = rolled_out(spec, unet.eval(), batch)
+            noisy = expected_rollouts(spec, unet.eval(), batch)
             torch.manual_seed(dropout_seed)
-            answer = ask(unet.train(), batch, noisy, batch.timesteps, slice(None))
-            base = UNet2DConditionModel.from_pretrained(spec.base_model.path, subfolder="unet")
-            unchanged = ask(base, batch, noisy, batch.timesteps, slice(None))
+            prediction = predict(unet.train(), batch, noisy, batch.timesteps, slice(None))
+            base_unet = UNet2DConditionModel.from_pretrained(spec.base_model.path, subfolder="unet")
+            base_prediction = predict(base_unet, batch, noisy, batch.timesteps, slice(None))
     assert len(batch.rollouts) > 2
     assert 0 < sum(batch.prior) < 8
     assert batch.loss_weights is not None
     is_prior = torch.tensor(batch.prior)[:, None, None, None]
-    target = torch.where(is_prior, unchanged, target_of(scheduler_of(spec), batch))
-    expected = loss_by_hand(spec, batch, noisy, answer, target).mean()
-    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    target = torch.where(is_prior, base_prediction, target_of(scheduler_of(spec), batch))
+    expected = expected_losses(spec, batch, noisy, prediction, target).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)

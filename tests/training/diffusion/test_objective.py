@@ -1,4 +1,4 @@
-"""Holds: every objective, weighting and loss equals diffusers' own scheduler and the papers' formulas in a few independent lines."""
+"""Every objective, weighting and loss equals diffusers' scheduler and the formulas of the papers in independent code."""
 
 import math
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ def scheduler_of(**changes) -> DDPMScheduler:
 
 
 def losses_of(batch, prediction_type: str, timesteps=TIMESTEPS, zero_snr=False, **settings) -> torch.Tensor:
-    """By the code under test, from settings to losses."""
+    """Return the losses of the code under test, from settings."""
     scheduler = scheduler_of(prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr)
     objective = build_objective(TrainingSettings(**settings), scheduler)
     noisy = objective.add_noise(batch.latents, batch.noise, timesteps)
@@ -46,7 +46,7 @@ def losses_of(batch, prediction_type: str, timesteps=TIMESTEPS, zero_snr=False, 
 
 
 def error_of(batch, prediction_type: str, timesteps=TIMESTEPS, zero_snr=False) -> torch.Tensor:
-    """By diffusers."""
+    """Return the error of the prediction, computed with diffusers."""
     scheduler = scheduler_of(rescale_betas_zero_snr=zero_snr)
     targets = {
         "epsilon": batch.noise,
@@ -57,24 +57,24 @@ def error_of(batch, prediction_type: str, timesteps=TIMESTEPS, zero_snr=False) -
 
 
 def sigmas_of(timesteps=TIMESTEPS) -> torch.Tensor:
-    """Noise over signal, by another of diffusers' schedulers."""
+    """Return noise over signal, computed with another diffusers scheduler."""
     euler = EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="trailing")
     euler.set_timesteps(1000)
     return euler.sigmas[999 - timesteps]
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_the_plain_loss_is_the_mean_squared_error(batch, prediction_type):
+def test_per_sample_loss_by_default_is_the_mean_squared_error(batch, prediction_type):
     expected = error_of(batch, prediction_type).square().mean((1, 2, 3))
-    close(losses_of(batch, prediction_type), expected)
-    close(losses_of(batch, prediction_type, snr_weight=0.3), 0.3 * expected)
+    assert_close(losses_of(batch, prediction_type), expected)
+    assert_close(losses_of(batch, prediction_type, snr_weight=0.3), 0.3 * expected)
 
 
-# what an error in x_0 costs, as a function of sigma^2 = 1 / SNR
+# weight of the squared error in x_0 as a function of sigma^2 = 1 / SNR
 WEIGHTINGS = {
     "min-SNR": ({"snr_gamma": 5.0}, lambda sigma2: torch.minimum(1 / sigma2, torch.tensor(5.0))),
     "soft min-SNR": ({"snr_gamma": 5.0, "use_soft_min_snr": True}, lambda sigma2: 1 / (sigma2 + 1 / 5)),
@@ -88,31 +88,31 @@ WEIGHTINGS = {
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_weightings_by_snr(batch, prediction_type, name):
+def test_per_sample_loss_weightings_equal_their_formulas(batch, prediction_type, name):
     settings, weight_of_x0 = WEIGHTINGS[name]
     abar = scheduler_of().alphas_cumprod[TIMESTEPS]
     sigma2 = (1 - abar) / abar
     per_error = {"epsilon": sigma2, "v_prediction": 1 - abar, "sample": torch.ones(6)}[prediction_type]
     expected = weight_of_x0(sigma2) * per_error * error_of(batch, prediction_type).square().mean((1, 2, 3))
-    found = losses_of(batch, prediction_type, **settings)
-    torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-6)
+    actual = losses_of(batch, prediction_type, **settings)
+    torch.testing.assert_close(actual, expected, rtol=2e-6, atol=1e-6)
 
 
-def test_min_snr_and_debiased_have_the_weights_of_their_papers(batch):
+def test_per_sample_loss_min_snr_and_debiased_equal_their_papers(batch):
     """Hang et al. 2023 weigh the error in eps by min(SNR, gamma) / SNR, in v by min(SNR, gamma) / (SNR + 1); Yu et al. by SNR^-1/2."""
     snr = sigmas_of() ** -2
     plain = {kind: losses_of(batch, kind) for kind in ("epsilon", "v_prediction")}
     clipped = torch.minimum(snr, torch.tensor(5.0))
-    for found, weight, kind in (
+    for actual, weight, kind in (
         (losses_of(batch, "epsilon", snr_gamma=5), clipped / snr, "epsilon"),
         (losses_of(batch, "v_prediction", snr_gamma=5), clipped / (snr + 1), "v_prediction"),
         (losses_of(batch, "epsilon", debiased_estimation_loss=True), snr**-0.5, "epsilon"),
     ):
-        torch.testing.assert_close(found, weight * plain[kind], rtol=2e-6, atol=1e-6)
+        torch.testing.assert_close(actual, weight * plain[kind], rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_all_predictions_weigh_the_same_error_in_x0_alike(weighting):
+def test_weights_are_equivalent_in_x0_for_all_prediction_types(weighting):
     abar = scheduler_of().alphas_cumprod
     timesteps = torch.tensor([10, 500, 999])
     settings = TrainingSettings(**WEIGHTINGS[weighting][0])
@@ -121,7 +121,7 @@ def test_all_predictions_weigh_the_same_error_in_x0_alike(weighting):
         for kind in PREDICTION_TYPES
     }
     signal2 = abar[timesteps]
-    # x_t fixed: eps-hat errs by sqrt(abar / (1 - abar)) times the error in x_0, v-hat by 1 / sqrt(1 - abar) times it
+    # for fixed x_t the error in eps is sqrt(abar / (1 - abar)) times that in x_0, and the error in v 1 / sqrt(1 - abar) times
     torch.testing.assert_close(weights["epsilon"] * signal2 / (1 - signal2), weights["sample"])
     torch.testing.assert_close(weights["v_prediction"] / (1 - signal2), weights["sample"])
 
@@ -129,7 +129,7 @@ def test_all_predictions_weigh_the_same_error_in_x0_alike(weighting):
 @pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
 @pytest.mark.parametrize("loss_type", ["huber", "smooth_l1"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_pseudo_huber_losses(batch, prediction_type, loss_type, schedule):
+def test_elementwise_loss_pseudo_huber_equals_its_formula(batch, prediction_type, loss_type, schedule):
     abar = scheduler_of().alphas_cumprod[TIMESTEPS].double()
     c = {
         "constant": torch.full((6,), 0.2, dtype=torch.float64),
@@ -138,24 +138,22 @@ def test_pseudo_huber_losses(batch, prediction_type, loss_type, schedule):
     }[schedule][:, None, None, None]
     error = error_of(batch, prediction_type).double()
     expected = 2 * ((error**2 + c**2).sqrt() - c) * (c if loss_type == "huber" else 1)
-    found = losses_of(batch, prediction_type, loss_type=loss_type, huber_schedule=schedule, huber_c=0.2)
-    close(found, expected.mean((1, 2, 3)).float())
+    actual = losses_of(batch, prediction_type, loss_type=loss_type, huber_schedule=schedule, huber_c=0.2)
+    assert_close(actual, expected.mean((1, 2, 3)).float())
 
 
-def test_huber_is_the_square_of_small_errors_and_linear_in_large_ones():
+def test_huber_loss_is_quadratic_for_small_and_linear_for_large_errors():
     objective = build_objective(
         TrainingSettings(loss_type="huber", huber_schedule="constant", huber_c=0.1), scheduler_of()
     )
     timesteps = torch.tensor([500, 500])
     errors = torch.tensor([1e-4, 100.0])[:, None, None, None]
     small, large = objective.elementwise_loss(errors, torch.zeros_like(errors), timesteps).flatten()
-    assert small.item() == pytest.approx(
-        1e-8, rel=1e-5
-    )  # sqrt(e^2 + c^2) - c itself would keep no digit of it
+    assert small.item() == pytest.approx(1e-8, rel=1e-5)  # sqrt(e^2 + c^2) - c itself would cancel all digits
     assert large.item() == pytest.approx(2 * 0.1 * 100, rel=1e-2)
 
 
-def test_min_snr_weighs_huber_losses_too(batch):
+def test_per_sample_loss_min_snr_applies_to_huber_loss(batch):
     plain = losses_of(batch, "epsilon", loss_type="huber")
     snr = sigmas_of() ** -2
     expected = plain * torch.minimum(snr, torch.tensor(5.0)) / snr
@@ -168,7 +166,7 @@ def flow_losses(batch, prediction_type: str, **settings) -> torch.Tensor:
     return losses_of(batch, prediction_type, diff2flow_enabled=True, diff2flow_loss=True, **settings)
 
 
-def test_diff2flow_is_the_reference_formula(batch):
+def test_diff2flow_loss_equals_the_reference_formula(batch):
     scheduler = scheduler_of()
     noisy = scheduler.add_noise(batch.latents, batch.noise, TIMESTEPS).double()
     abar = scheduler.alphas_cumprod[TIMESTEPS].double()[:, None, None, None]
@@ -182,7 +180,7 @@ def test_diff2flow_is_the_reference_formula(batch):
     torch.testing.assert_close(flow_losses(batch, "v_prediction").double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_diff2flow_is_a_reweighting(batch):
+def test_diff2flow_loss_is_a_reweighted_loss(batch):
     sigma = sigmas_of()
     weights = flow_losses(batch, "epsilon") / losses_of(batch, "epsilon")
     torch.testing.assert_close(weights, (1 + sigma) ** 2, rtol=1e-5, atol=0)
@@ -195,7 +193,7 @@ def test_diff2flow_is_a_reweighting(batch):
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
-def test_zero_terminal_snr_is_lin_et_al(batch, prediction_type):
+def test_objective_zero_terminal_snr_equals_lin_et_al(batch, prediction_type):
     """Algorithm 1 of Lin et al. 2023: shift sqrt(abar) to end in 0, scale it to begin where it did."""
     root = scheduler_of().alphas_cumprod.double().sqrt()
     abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
@@ -211,35 +209,35 @@ def test_zero_terminal_snr_is_lin_et_al(batch, prediction_type):
     for settings in ({}, {"snr_gamma": 5.0}, {"loss_type": "huber"}, {"debiased_estimation_loss": True}):
         assert losses_of(batch, prediction_type, last, zero_snr=True, **settings).isfinite().all()
     expected = error_of(batch, prediction_type, zero_snr=True).square().mean((1, 2, 3))
-    close(losses_of(batch, prediction_type, zero_snr=True), expected)
+    assert_close(losses_of(batch, prediction_type, zero_snr=True), expected)
 
 
-def test_the_flow_of_a_predicted_sample_is_refused():
+def test_build_objective_diff2flow_of_sample_prediction_raises():
     settings = TrainingSettings(diff2flow_enabled=True, diff2flow_loss=True)
     with pytest.raises(UserError, match="predicts the sample"):
         build_objective(settings, scheduler_of(prediction_type="sample"))
 
 
-def test_epsilon_with_zero_terminal_snr_is_refused():
+def test_build_objective_epsilon_with_zero_terminal_snr_raises():
     with pytest.raises(UserError, match=r"pure noise.*v_prediction"):
         build_objective(TrainingSettings(), scheduler_of(rescale_betas_zero_snr=True))
 
 
-def test_noise_is_added_as_diffusers_adds_it(batch):
+def test_add_noise_equals_diffusers(batch):
     objective = Objective(scheduler_of().alphas_cumprod, "epsilon")
     expected = scheduler_of().add_noise(batch.latents, batch.noise, TIMESTEPS)
-    close(objective.add_noise(batch.latents, batch.noise, TIMESTEPS), expected)
+    assert_close(objective.add_noise(batch.latents, batch.noise, TIMESTEPS), expected)
 
 
 @pytest.mark.parametrize("settings", [{}, {"diff2flow_enabled": True, "diff2flow_loss": True}])
-def test_a_half_precision_answer_is_judged_in_float32(batch, settings):
+def test_per_sample_loss_of_half_precision_prediction_is_float32(batch, settings):
     half = SimpleNamespace(**{**vars(batch), "prediction": batch.prediction.bfloat16()})
     rounded = SimpleNamespace(**{**vars(batch), "prediction": batch.prediction.bfloat16().float()})
     assert losses_of(half, "epsilon", **settings).dtype == torch.float32
     assert torch.equal(losses_of(half, "epsilon", **settings), losses_of(rounded, "epsilon", **settings))
 
 
-def test_the_schedule_moves_with_the_objective():
+def test_objective_to_moves_the_schedule():
     objective = build_objective(TrainingSettings(snr_gamma=5.0, loss_type="huber"), scheduler_of())
     moved = objective.to(torch.device("meta"))
     assert moved.alphas_cumprod.is_meta

@@ -1,4 +1,4 @@
-"""Holds: rollouts land where the model's own ODE leads, by every solver, together as alone; offsets and ramps are as asked."""
+"""Rollouts follow the model's ODE with every solver, jointly and individually; offsets and ramps follow the settings."""
 
 from collections import Counter
 
@@ -31,14 +31,14 @@ def solver_of(name: str, scheduler: DDPMScheduler, **settings):
     return build_solver(TrainingSettings(scheduled_sampling_sampler=name, **settings), scheduler)
 
 
-def answer(kind: str, latents, noise, abar):
-    """What a UNet of this kind says that takes x_0 for `latents` and eps for `noise`."""
+def perfect_prediction(prediction_type: str, latents, noise, abar):
+    """Return the prediction of a UNet of this type that knows x_0 = `latents` and eps = `noise`."""
     abar = abar[:, None, None, None]
     return {
         "epsilon": noise,
         "sample": latents,
         "v_prediction": abar.sqrt() * noise - (1 - abar).sqrt() * latents,
-    }[kind]
+    }[prediction_type]
 
 
 @pytest.mark.parametrize(
@@ -52,47 +52,47 @@ def answer(kind: str, latents, noise, abar):
     ],
 )
 @pytest.mark.parametrize("name", SOLVERS)
-def test_a_model_that_knows_the_image_changes_nothing(batch, name, kind, zero_snr):
-    """Of a perfect answer every solver's step is exact, so x_t is what plain training would have made of the same noise."""
+def test_roll_out_with_perfect_prediction_equals_the_forward_process(batch, name, kind, zero_snr):
+    """With a perfect prediction every solver step is exact, so x_t equals that of plain training for the same noise."""
     scheduler = DDPMScheduler(**SCHEDULE, prediction_type=kind, rescale_betas_zero_snr=zero_snr)
     latents, noise = batch
-    seen: list[tuple[list[int], list[int]]] = []
+    calls: list[tuple[list[int], list[int]]] = []
 
     def predict(noisy, timesteps, items):
         assert not torch.is_grad_enabled()
-        seen.append((timesteps.tolist(), items.tolist()))
-        return answer(kind, latents[items], noise[items], scheduler.alphas_cumprod[timesteps])
+        calls.append((timesteps.tolist(), items.tolist()))
+        return perfect_prediction(kind, latents[items], noise[items], scheduler.alphas_cumprod[timesteps])
 
     plain = scheduler.add_noise(latents, noise, TARGETS)
     rolled = roll_out(plain, latents, noise, ROLLOUTS, solver_of(name, scheduler), predict)
     torch.testing.assert_close(rolled, plain, rtol=0, atol=2e-3 if zero_snr else 2e-4)
-    assert torch.equal(rolled[1], plain[1])  # not rolled out: the very same bits
+    assert torch.equal(rolled[1], plain[1])  # not rolled out: unchanged bit for bit
     assert not torch.equal(rolled[0], plain[0])
-    # every timestep between, each item's own, and together as long as there are any left
-    assert seen[0] == ([520, 999, 7], [0, 2, 3])
-    assert seen[8] == ([512, 991], [0, 2])
-    assert seen[19] == ([501], [0])
-    assert len(seen) == 20
+    # every timestep in between, batched over the remaining items
+    assert calls[0] == ([520, 999, 7], [0, 2, 3])
+    assert calls[8] == ([512, 991], [0, 2])
+    assert calls[19] == ([501], [0])
+    assert len(calls) == 20
 
 
-def bent(noisy, timesteps, items):
-    """A stand-in for a UNet: depends on everything that it is given, not linearly."""
+def nonlinear_unet(noisy, timesteps, items):
+    """A stand-in for a UNet that depends nonlinearly on all of its inputs."""
     phase = timesteps[:, None, None, None] / 100 + items[:, None, None, None]
     return torch.tanh(noisy.roll(1, dims=-1)) + 0.3 * torch.sin(phase + noisy)
 
 
-def test_euler_is_ddim_in_a_few_lines(batch):
+def test_roll_out_euler_equals_ddim(batch):
     scheduler = DDPMScheduler(**SCHEDULE)
     latents, noise = batch
     plain = scheduler.add_noise(latents, noise, TARGETS)
-    rolled = roll_out(plain, latents, noise, ROLLOUTS, solver_of("euler", scheduler), bent)
+    rolled = roll_out(plain, latents, noise, ROLLOUTS, solver_of("euler", scheduler), nonlinear_unet)
     abar = scheduler.alphas_cumprod
     for item, source, target in ((each.item, each.source, each.target) for each in ROLLOUTS):
         x = scheduler.add_noise(latents[item, None], noise[item, None], torch.tensor([source]))
         for t in range(
             source, target, -1
         ):  # Song et al. 2021, "Denoising Diffusion Implicit Models", eq. 12 with sigma 0
-            epsilon = bent(x, torch.tensor([t]), torch.tensor([item]))
+            epsilon = nonlinear_unet(x, torch.tensor([t]), torch.tensor([item]))
             x0 = (x - (1 - abar[t]).sqrt() * epsilon) / abar[t].sqrt()
             x = abar[t - 1].sqrt() * x0 + (1 - abar[t - 1]).sqrt() * epsilon
         torch.testing.assert_close(rolled[item], x[0], rtol=1e-4, atol=1e-4)
@@ -101,85 +101,85 @@ def test_euler_is_ddim_in_a_few_lines(batch):
 @pytest.mark.parametrize(
     ("name", "order"), [("unipc", 1), ("unipc", 2), ("unipc", 3), ("dpm", 2), ("dpm", 3)]
 )
-def test_multistep_solvers_come_closer_to_the_true_path(batch, name, order):
-    """Of Gaussian data N(0, s^2) the UNet's best answer is linear, and its ODE has the solution x_t ~ sqrt(abar s^2 + 1 - abar)."""
+def test_roll_out_multistep_solvers_are_closer_to_the_exact_solution(batch, name, order):
+    """For Gaussian data N(0, s^2) the optimal prediction is linear, and the ODE has the solution x_t ~ sqrt(abar s^2 + 1 - abar)."""
     scheduler = DDPMScheduler(**SCHEDULE)
     latents, noise = batch
-    spread = 0.3
+    std = 0.3
     rollouts = (Rollout(0, 400, 300),)
 
     def variance(timestep):
         abar = scheduler.alphas_cumprod[timestep]
-        return abar * spread**2 + 1 - abar
+        return abar * std**2 + 1 - abar
 
     def predict(noisy, timesteps, items):
         weight = (1 - scheduler.alphas_cumprod[timesteps]).sqrt() / variance(timesteps)
         return weight[:, None, None, None] * noisy
 
     start = scheduler.add_noise(latents, noise, torch.tensor([400] * 4))
-    true = start[0] * (variance(300) / variance(400)).sqrt()
+    exact = start[0] * (variance(300) / variance(400)).sqrt()
 
     def distance(solver: str, solver_order: int) -> float:
         settings = {"scheduled_sampling_order": solver_order}
         rolled = roll_out(start, latents, noise, rollouts, solver_of(solver, scheduler, **settings), predict)
-        return (rolled[0] - true).abs().max().item()
+        return (rolled[0] - exact).abs().max().item()
 
     assert distance("euler", 1) < 1e-2
     assert distance(name, order) < distance("euler", 1) / (3 if order == 1 else 10)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_items_go_together_as_they_go_alone(batch, name):
+def test_roll_out_of_a_batch_equals_single_items(batch, name):
     scheduler = DDPMScheduler(**SCHEDULE)
     latents, noise = batch
     plain = scheduler.add_noise(latents, noise, TARGETS)
-    together = roll_out(plain, latents, noise, ROLLOUTS, solver_of(name, scheduler), bent)
+    batched = roll_out(plain, latents, noise, ROLLOUTS, solver_of(name, scheduler), nonlinear_unet)
     for rollout in ROLLOUTS:
-        alone = roll_out(plain, latents, noise, (rollout,), solver_of(name, scheduler), bent)
-        torch.testing.assert_close(alone[rollout.item], together[rollout.item], rtol=1e-5, atol=1e-5)
+        single = roll_out(plain, latents, noise, (rollout,), solver_of(name, scheduler), nonlinear_unet)
+        torch.testing.assert_close(single[rollout.item], batched[rollout.item], rtol=1e-5, atol=1e-5)
         others = [item for item in range(4) if item != rollout.item]
-        assert torch.equal(alone[others], plain[others])
+        assert torch.equal(single[others], plain[others])
 
 
-def draw_of(**settings):
+def sampler_of(**settings):
     named = {f"scheduled_sampling_{key}": value for key, value in settings.items()}
     return build_rollout_sampler(TrainingSettings(**named), 1000)
 
 
-def test_off_is_off():
-    assert draw_of() is None
-    assert draw_of(max_step_offset=3).draw([5] * 50, 0, 1, 0, range(50)) == ()
+def test_rollout_sampler_disabled_returns_no_rollouts():
+    assert sampler_of() is None
+    assert sampler_of(max_step_offset=3).sample([5] * 50, 0, 1, 0, range(50)) == ()
 
 
 def offsets_of(timestep: int, count: int = 4000, **settings) -> Counter:
-    rollouts = draw_of(**settings).draw([timestep] * count, 0, 1, 0, range(count))
+    rollouts = sampler_of(**settings).sample([timestep] * count, 0, 1, 0, range(count))
     assert all(each.target == timestep for each in rollouts)
     found = Counter(each.source - each.target for each in rollouts)
     found[0] = count - found.total()
     return found
 
 
-def test_offsets_are_uniform_from_0_to_the_most():
+def test_rollout_offsets_are_uniform_up_to_the_maximum():
     found = offsets_of(500, max_step_offset=4, probability=1)
     assert sorted(found) == [0, 1, 2, 3, 4]
     assert all(abs(count / 800 - 1) < 0.12 for count in found.values())
 
 
-def test_offsets_come_at_their_probability():
+def test_rollout_offsets_occur_with_their_probability():
     found = offsets_of(500, max_step_offset=4, probability=0.5)
     assert found[0] / 4000 == pytest.approx(0.5 + 0.5 / 5, abs=0.03)
 
 
-def test_biased_offsets():
+def test_rollout_offsets_biased_strategies_shift_the_mean():
     early = offsets_of(500, max_step_offset=4, probability=1, strategy="biased_early")
     late = offsets_of(500, max_step_offset=4, probability=1, strategy="biased_late")
     assert early[0] > early[1] > early[4]
     assert late[4] > late[3] > late[0]
     mean = sum(offset * count for offset, count in early.items()) / 4000
-    assert mean == pytest.approx(4 / 3, abs=0.1)  # of 4 u^2
+    assert mean == pytest.approx(4 / 3, abs=0.1)  # mean of 4 u^2
 
 
-def test_no_rollout_begins_beyond_the_schedule():
+def test_rollout_offsets_stay_within_the_schedule():
     found = offsets_of(997, max_step_offset=9, probability=1)
     assert sorted(found) == [0, 1, 2]
     assert offsets_of(999, max_step_offset=9, probability=1) == {0: 4000}
@@ -198,6 +198,6 @@ def test_no_rollout_begins_beyond_the_schedule():
         ({"ramp_steps": 8, "ramp_shape": "cosine", "prob_end": 1}, {0: 0, 2: 0.1464466, 4: 0.5, 8: 1}),
     ],
 )
-def test_ramps(settings, expected):
-    draw = draw_of(max_step_offset=3, **settings)
-    assert {step: draw.probability_at(step) for step in expected} == pytest.approx(expected)
+def test_rollout_probability_follows_the_ramp(settings, expected):
+    sampler = sampler_of(max_step_offset=3, **settings)
+    assert {step: sampler.probability_at(step) for step in expected} == pytest.approx(expected)

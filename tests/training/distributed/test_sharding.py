@@ -1,4 +1,4 @@
-"""Holds: a UNet divided between two processes trains, draws, is saved and goes on as an undivided one."""
+"""A UNet sharded over two processes trains, generates images, saves and resumes like a full one."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ SETTINGS = {
     "model_type": "full",
     "lora_rank": 16,
     "learning_rate": 1e-4,
-    "optimizer_config": "eps=1e-5",  # so that gradients of almost nothing are not blown up to steps by their last bits
+    "optimizer_config": "eps=1e-5",  # keeps the rounding errors of near-zero gradients from being amplified to full steps
     "max_train_steps": STEPS,
     "lr_warmup_steps": 0,
     "gradient_accumulation_steps": 2,
@@ -42,7 +42,7 @@ def spec_of(folder: Path, run: str, processes: int, **settings: object) -> Train
     return make_spec(folder, dataset, num_processes=processes, run=run, **values)
 
 
-def run_two(spec: TrainSpec) -> TrainedLora:
+def run_on_two_processes(spec: TrainSpec) -> TrainedLora:
     path = Path(spec.run_dir).with_suffix(".json")
     path.write_text(spec.model_dump_json())
     manifest = path.with_suffix(".manifest.json")
@@ -65,44 +65,44 @@ def weights(manifest: TrainedLora) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_two_processes_with_half_a_unet_each_train_as_one_with_a_whole(tmp_path):
+def test_sharded_training_on_two_processes_equals_full_training_on_one(tmp_path):
     one = train.main(spec_of(tmp_path, "one", 1), Reporter(), StopSignal())
-    divided_spec = spec_of(tmp_path, "divided", 2, fsdp_enable=True)
-    divided = run_two(divided_spec)
-    losses = [[row.loss for row in read_metrics(Path(made.metrics_path))] for made in (one, divided)]
+    sharded_spec = spec_of(tmp_path, "sharded", 2, fsdp_enable=True)
+    sharded = run_on_two_processes(sharded_spec)
+    losses = [[row.loss for row in read_metrics(Path(manifest.metrics_path))] for manifest in (one, sharded)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    ones, parts = weights(one), weights(divided)
-    assert ones.keys() == parts.keys()
-    for name, tensor in ones.items():
-        torch.testing.assert_close(parts[name], tensor, rtol=0, atol=1e-5)
-    assert divided.trainable_parameters == one.trainable_parameters
-    assert [image.step for image in divided.validation_images] == [0, STEPS]
+    full_weights, sharded_weights = weights(one), weights(sharded)
+    assert full_weights.keys() == sharded_weights.keys()
+    for name, tensor in full_weights.items():
+        torch.testing.assert_close(sharded_weights[name], tensor, rtol=0, atol=1e-5)
+    assert sharded.trainable_parameters == one.trainable_parameters
+    assert [image.step for image in sharded.validation_images] == [0, STEPS]
 
-    # as if it had been killed after its first checkpoint
+    # simulates a run killed after its first checkpoint
     broken = spec_of(tmp_path, "broken", 2, fsdp_enable=True)
-    shutil.copytree(divided.run_dir, broken.run_dir)
-    for lost in ("finished.json", "checkpoints/step-00000004", "unet"):
-        path = Path(broken.run_dir) / lost
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    resumed = run_two(broken)
+    shutil.copytree(sharded.run_dir, broken.run_dir)
+    for path in ("finished.json", "checkpoints/step-00000004", "unet"):
+        file = Path(broken.run_dir) / path
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    resumed = run_on_two_processes(broken)
     assert resumed.resumed_from_step == 2
-    assert resumed.weights_sha256 == divided.weights_sha256
+    assert resumed.weights_sha256 == sharded.weights_sha256
 
-    # a checkpoint is whole: an undivided training goes on from it
+    # checkpoints contain full weights: a training without sharding resumes from one
     plain = spec_of(tmp_path, "plain", 2)
     shutil.copytree(broken.run_dir, plain.run_dir)
-    for lost in ("finished.json", "checkpoints/step-00000004", "unet"):
-        path = Path(plain.run_dir) / lost
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    undivided = run_two(plain)
-    assert undivided.resumed_from_step == 2
-    for name, tensor in weights(undivided).items():
-        torch.testing.assert_close(parts[name], tensor, rtol=0, atol=1e-5)
-    state = json.loads((Path(divided.run_dir) / "checkpoints/step-00000004/state.json").read_text())
+    for path in ("finished.json", "checkpoints/step-00000004", "unet"):
+        file = Path(plain.run_dir) / path
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    full = run_on_two_processes(plain)
+    assert full.resumed_from_step == 2
+    for name, tensor in weights(full).items():
+        torch.testing.assert_close(sharded_weights[name], tensor, rtol=0, atol=1e-5)
+    state = json.loads((Path(sharded.run_dir) / "checkpoints/step-00000004/state.json").read_text())
     assert state["parameters"] == "unet"
 
 
-def test_one_process_has_nothing_to_divide(tmp_path):
+def test_sharded_training_on_one_process_raises(tmp_path):
     with pytest.raises(UserError, match="there is one"):
         train.main(spec_of(tmp_path, "one", 1, fsdp_enable=True), Reporter(), StopSignal())
 
@@ -119,7 +119,7 @@ def test_one_process_has_nothing_to_divide(tmp_path):
         ({"scheduled_sampling_max_step_offset": 5}, "scheduled_sampling_max_step_offset"),
     ],
 )
-def test_what_cannot_be_divided_is_refused(settings, key):
+def test_check_training_settings_incompatible_with_sharding_are_reported(settings, key):
     plain = {"model_type": "full", "fsdp_enable": "true", "fsdp_version": "2"}
     assert not list(check_training(TrainingSettings.model_validate(plain)))
     found = check_training(TrainingSettings.model_validate(plain | settings))

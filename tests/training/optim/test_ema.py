@@ -1,4 +1,4 @@
-"""Holds the average of the weights: its value, what it leaves alone, and which weights are drawn, written, evaluated and released."""
+"""The EMA of the weights: its value, what it leaves unchanged, and which weights are validated, written, evaluated and released."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def one_parameter(value: float = 0.0, dtype=torch.float32) -> dict[str, torch.nn
     return {"weight": torch.nn.Parameter(torch.full((3,), value, dtype=dtype))}
 
 
-def test_the_average_is_the_recursion_of_its_decays():
+def test_ema_update_equals_the_recursion_of_its_decays():
     parameters = one_parameter()
     ema = Ema(settings_of(ema_decay=0.35), parameters, CPU)
     expected = 0.0
@@ -37,10 +37,10 @@ def test_the_average_is_the_recursion_of_its_decays():
     assert (ema.decay(2), ema.decay(5)) == (2 / 11, 0.35)
 
 
-def test_a_warm_up_copies_and_an_interval_skips():
+def test_ema_update_with_warm_up_and_interval_copies_and_skips():
     parameters = one_parameter(1.0)
     ema = Ema(settings_of(ema_warmup_steps=4, ema_decay=0.9, ema_update_interval=2), parameters, CPU)
-    ema.update(3)  # no multiple of the interval
+    ema.update(3)  # not a multiple of the interval
     parameters["weight"].data.fill_(2.0)
     ema.update(2)
     assert ema.average["weight"].tolist() == [2.0] * 3
@@ -49,7 +49,7 @@ def test_a_warm_up_copies_and_an_interval_skips():
     assert ema.average["weight"].tolist() == pytest.approx([0.9 * 2 + 0.1 * 3] * 3)
 
 
-def test_the_average_of_bf16_weights_moves_by_less_than_bf16_can():
+def test_ema_of_bf16_weights_has_float32_resolution():
     parameters = one_parameter(1.0, torch.bfloat16)
     ema = Ema(settings_of(ema_decay=0.999, ema_warmup_steps=1), parameters, CPU)
     parameters["weight"].data.fill_(1.0 + 2**-7)
@@ -57,60 +57,60 @@ def test_the_average_of_bf16_weights_moves_by_less_than_bf16_can():
     assert ema.average["weight"].tolist() == pytest.approx([1 + 0.001 * 2**-7] * 3, rel=1e-7)
 
 
-def test_weights_that_were_replaced_come_back_to_the_bit_even_after_an_error():
+def test_released_restores_the_weights_bit_for_bit_after_an_error():
     parameters = {"weight": torch.nn.Parameter(torch.randn(50))}
     before = parameters["weight"].detach().clone()
     optimizer = torch.optim.AdamW(parameters.values())
-    shown = EvalWeights(settings_of(), optimizer, parameters, CPU)
-    shown.ema.average["weight"].fill_(7.0)
+    eval_weights = EvalWeights(settings_of(), optimizer, parameters, CPU)
+    eval_weights.ema.average["weight"].fill_(7.0)
 
-    def fail_at_drawing():
-        with shown.released():
+    def fail_in_context():
+        with eval_weights.released():
             assert parameters["weight"].tolist() == [7.0] * 50
-            raise ValueError("drawing failed")
+            raise ValueError("sampling failed")
 
-    with pytest.raises(ValueError, match="drawing"):
-        fail_at_drawing()
+    with pytest.raises(ValueError, match="sampling"):
+        fail_in_context()
     assert torch.equal(parameters["weight"], before)
 
 
 @pytest.mark.parametrize(
-    ("compared", "labels"), [("none", [""]), ("ema_only", [" EMA"]), ("comparison", ["", " EMA"])]
+    ("ema_validation", "labels"), [("none", [""]), ("ema_only", [" EMA"]), ("comparison", ["", " EMA"])]
 )
-def test_which_weights_are_drawn(compared, labels):
+def test_drawn_yields_images_of_the_weights_selected_by_ema_validation(ema_validation, labels):
     parameters = one_parameter(1.0)
-    shown = EvalWeights(
-        settings_of(ema_validation=compared), torch.optim.AdamW(parameters.values()), parameters, CPU
+    eval_weights = EvalWeights(
+        settings_of(ema_validation=ema_validation), torch.optim.AdamW(parameters.values()), parameters, CPU
     )
-    shown.ema.average["weight"].fill_(2.0)
-    seen = {}
+    eval_weights.ema.average["weight"].fill_(2.0)
+    values_by_label = {}
 
-    def draw(label):
-        seen[label] = parameters["weight"][0].item()
+    def generate(label):
+        values_by_label[label] = parameters["weight"][0].item()
         yield label
 
-    assert list(shown.drawn(draw)) == labels
-    assert seen == {label: {"": 1.0, " EMA": 2.0}[label] for label in labels}
+    assert list(eval_weights.drawn(generate)) == labels
+    assert values_by_label == {label: {"": 1.0, " EMA": 2.0}[label] for label in labels}
 
 
-def test_a_schedule_free_optimizer_shows_its_average_and_trains_on_from_the_same_bits():
+def test_eval_mode_of_schedule_free_optimizer_applies_its_average_and_restores_bit_for_bit():
     pytest.importorskip("schedulefree", reason="needs the extra `optimizers`")
     from schedulefree import AdamWScheduleFree
 
     parameters = {"weight": torch.nn.Parameter(torch.randn(50))}
     optimizer = AdamWScheduleFree(parameters.values(), lr=0.1)
-    shown = EvalWeights(settings_of(use_ema=False, **SCHEDULE_FREE), optimizer, parameters, CPU)
+    eval_weights = EvalWeights(settings_of(use_ema=False, **SCHEDULE_FREE), optimizer, parameters, CPU)
     for _ in range(3):
         parameters["weight"].grad = parameters["weight"].detach().clone()
         optimizer.step()
     before = parameters["weight"].detach().clone()
     z = optimizer.state[parameters["weight"]]["z"]
-    with shown.in_place():
+    with eval_weights.eval_mode():
         # y = 0.9 x + 0.1 z
         torch.testing.assert_close(parameters["weight"].detach(), (before - 0.1 * z) / 0.9)
     assert torch.equal(parameters["weight"], before)
-    optimizer.step()  # refuses outside its training mode
-    assert not shown.are_trained
+    optimizer.step()  # raises outside of training mode
+    assert not eval_weights.are_trained
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def with_ema(tmp_path_factory, dataset):
     )
 
 
-def test_the_average_is_written_beside_the_weights_and_is_what_is_released(with_ema):
+def test_train_with_ema_writes_and_releases_the_average(with_ema):
     spec, manifest = with_ema
     trained = load_file(f"{spec.run_dir}/pytorch_lora_weights.safetensors")
     average = load_file(f"{spec.run_dir}/ema/pytorch_lora_weights.safetensors")
@@ -150,54 +150,59 @@ def test_the_average_is_written_beside_the_weights_and_is_what_is_released(with_
     assert manifest.released_weights == "ema"
     assert trained.keys() == average.keys()
     assert any(not torch.equal(trained[name], average[name]) for name in trained)
-    place = f"{spec.run_dir}/checkpoints/step-00000006"
-    kept = load_file(f"{place}/average.safetensors")
-    assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
+    checkpoint = f"{spec.run_dir}/checkpoints/step-00000006"
+    saved_average = load_file(f"{checkpoint}/average.safetensors")
+    assert {tensor.dtype for tensor in saved_average.values()} == {torch.float32}
     names = {image.name for image in manifest.validation_images}
     assert len(names) % 2 == 0
     assert {name + " EMA" for name in names if not name.endswith(" EMA")} < names
 
 
-def test_the_plain_weights_can_be_released_without_training_again(with_ema):
+def test_train_with_other_released_weights_reuses_the_run(with_ema):
     spec, manifest = with_ema
     settings = spec.settings.model_copy(update={"released_weights": "trained"})
-    again = main(spec.model_copy(update={"settings": settings}), Reporter(), StopSignal())
-    assert again.reused
-    assert again.weights_path == f"{spec.run_dir}/pytorch_lora_weights.safetensors"
-    assert again.weights_sha256 != manifest.weights_sha256
+    reused = main(spec.model_copy(update={"settings": settings}), Reporter(), StopSignal())
+    assert reused.reused
+    assert reused.weights_path == f"{spec.run_dir}/pytorch_lora_weights.safetensors"
+    assert reused.weights_sha256 != manifest.weights_sha256
     assert main(spec, Reporter(), StopSignal()).weights_sha256 == manifest.weights_sha256
 
 
 @pytest.mark.parametrize("settings", [WITH_EMA, SCHEDULE_FREE], ids=["ema", "schedule-free"])
-def test_a_resumed_run_writes_the_same_bytes(settings, dataset, tmp_path):
+def test_train_resumed_run_writes_identical_weights(settings, dataset, tmp_path):
     if "optimizer" in settings:
         pytest.importorskip("schedulefree", reason="needs the extra `optimizers`")
-    _, unbroken = train(tmp_path, dataset, "unbroken", **settings)
+    _, uninterrupted = train(tmp_path, dataset, "uninterrupted", **settings)
 
     spec = make_spec(
-        tmp_path, dataset, run="broken", **{"max_train_steps": 6, "checkpoint_step_interval": 3, **settings}
+        tmp_path,
+        dataset,
+        run="interrupted",
+        **{"max_train_steps": 6, "checkpoint_step_interval": 3, **settings},
     )
 
-    class StopsAtTheFirstCheckpoint(StopSignal):
+    class StopAtFirstCheckpoint(StopSignal):
         @property
         def requested(self) -> bool:
-            return any((tmp_path / "broken" / "checkpoints").glob("step-*"))
+            return any((tmp_path / "interrupted" / "checkpoints").glob("step-*"))
 
     with pytest.raises(StageStopped):
-        main(spec, Reporter(), StopsAtTheFirstCheckpoint())
+        main(spec, Reporter(), StopAtFirstCheckpoint())
     resumed = main(spec, Reporter(), StopSignal())
     assert resumed.resumed_from_step == 3
-    assert resumed.weights_sha256 == unbroken.weights_sha256
+    assert resumed.weights_sha256 == uninterrupted.weights_sha256
     trained = "pytorch_lora_weights.safetensors"
-    assert (tmp_path / "broken" / trained).read_bytes() == (tmp_path / "unbroken" / trained).read_bytes()
+    assert (tmp_path / "interrupted" / trained).read_bytes() == (
+        tmp_path / "uninterrupted" / trained
+    ).read_bytes()
 
 
-def test_a_schedule_free_run_writes_its_average_and_not_what_it_trains(dataset, tmp_path):
+def test_train_schedule_free_writes_the_average(dataset, tmp_path):
     pytest.importorskip("schedulefree", reason="needs the extra `optimizers`")
     spec, manifest = train(tmp_path, dataset, "run", **SCHEDULE_FREE, learning_rate=0.01)
     written = load_file(manifest.weights_path)
     trained = load_file(f"{spec.run_dir}/checkpoints/step-00000006/trainable.safetensors")
-    for own, tensor in trained.items():
-        (name,) = [name for name in written if name.endswith(own.replace(".default.", "."))]
+    for parameter_name, tensor in trained.items():
+        (name,) = [name for name in written if name.endswith(parameter_name.replace(".default.", "."))]
         assert not torch.equal(written[name], tensor)
         torch.testing.assert_close(written[name], tensor, atol=0.02, rtol=0)

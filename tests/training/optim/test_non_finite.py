@@ -1,4 +1,4 @@
-"""Holds: a step of NaN or infinite loss or gradients changes nothing, whatever the optimizer; ten in a row end the run and name the images."""
+"""Steps with NaN or infinite loss or gradients change nothing, for any optimizer; ten consecutive ones end the run and list the images."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -18,18 +18,18 @@ from sdxl_pipeline.training.optim.non_finite import (
 from sdxl_pipeline.training.optim.optimizers import build_optimizer
 
 
-def frozen(value):
-    """A state_dict with its tensors as lists, so that it can be compared with ==."""
+def comparable(value):
+    """Return a state_dict with tensors as lists, for comparison with ==."""
     if isinstance(value, torch.Tensor):
         return (str(value.dtype), value.tolist())
     if isinstance(value, dict):
-        return {key: frozen(item) for key, item in value.items()}
-    return [frozen(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: comparable(item) for key, item in value.items()}
+    return [comparable(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 @pytest.mark.parametrize("name", ["adamw", "optimi-lion", "optimi-stableadamw"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_skipped_step_leaves_parameters_and_state_alone(name, value):
+def test_step_if_finite_non_finite_norm_leaves_parameters_and_state_unchanged(name, value):
     def train(gradients):
         parameter = torch.nn.Parameter(torch.linspace(-1, 1, 6))
         optimizer = Accelerator(cpu=True).prepare(
@@ -39,15 +39,15 @@ def test_a_skipped_step_leaves_parameters_and_state_alone(name, value):
         for gradient in gradients:
             parameter.grad = torch.full((6,), gradient)
             step_if_finite(optimizer, torch.linalg.vector_norm(parameter.grad))
-            states.append(frozen([parameter.detach().clone(), optimizer.state_dict()]))
+            states.append(comparable([parameter.detach().clone(), optimizer.state_dict()]))
         return states
 
-    broken, sound = train([0.5, value, 0.25]), train([0.5, 0.25])
-    assert broken[0] == broken[1] == sound[0]
-    assert broken[2] == sound[1] != sound[0]
+    with_skipped, without_skipped = train([0.5, value, 0.25]), train([0.5, 0.25])
+    assert with_skipped[0] == with_skipped[1] == without_skipped[0]
+    assert with_skipped[2] == without_skipped[1] != without_skipped[0]
 
 
-def test_an_infinite_loss_with_finite_gradients_is_seen_in_the_gradients():
+def test_propagate_nonfinite_infinite_loss_gives_non_finite_gradients():
     parameter = torch.nn.Parameter(torch.ones(2))
     loss = torch.nn.functional.smooth_l1_loss(parameter, torch.tensor([0.0, float("inf")]))
     assert torch.autograd.grad(loss, parameter, retain_graph=True)[0].isfinite().all()
@@ -55,7 +55,7 @@ def test_an_infinite_loss_with_finite_gradients_is_seen_in_the_gradients():
     assert not torch.linalg.vector_norm(parameter.grad).isfinite()
 
 
-def test_a_finite_loss_and_its_gradients_keep_every_bit():
+def test_propagate_nonfinite_finite_loss_and_gradients_are_unchanged():
     generator = torch.Generator().manual_seed(0)
     parameter = torch.nn.Parameter(torch.randn(50, generator=generator))
     loss = (parameter**3).mean()
@@ -64,22 +64,26 @@ def test_a_finite_loss_and_its_gradients_keep_every_bit():
     assert torch.equal(torch.autograd.grad(propagate_nonfinite(loss), parameter)[0], expected)
 
 
-def draw(name: str) -> SimpleNamespace:
+def sample_ref(name: str) -> SimpleNamespace:
     return SimpleNamespace(
         sample=SimpleNamespace(dataset_id="cats", path=f"{name}.png", key=name[0] * 64), occurrence=0
     )
 
 
-def test_a_warning_names_each_image_once():
-    said = SkippedSteps(100).skipped(3, float("nan"), [[draw("a"), draw("b")], [draw("a")]])
-    assert "step 3 is skipped because its loss is nan" in said
-    assert said.count("cats/a.png (key aaaaaaaaaaaa)") == said.count("cats/b.png (key bbbbbbbbbbbb)") == 1
+def test_skipped_steps_warning_lists_each_image_once():
+    warning = SkippedSteps(100).skipped(
+        3, float("nan"), [[sample_ref("a"), sample_ref("b")], [sample_ref("a")]]
+    )
+    assert "step 3 is skipped because its loss is nan" in warning
+    assert (
+        warning.count("cats/a.png (key aaaaaaaaaaaa)") == warning.count("cats/b.png (key bbbbbbbbbbbb)") == 1
+    )
 
 
-def test_only_steps_in_a_row_end_the_run():
+def test_skipped_steps_only_consecutive_ones_raise():
     skipped = SkippedSteps(100)
-    for first, then in pairwise(range(0, 90, NON_FINITE_LIMIT)):
-        for step in range(first + 1, then):
+    for start, end in pairwise(range(0, 90, NON_FINITE_LIMIT)):
+        for step in range(start + 1, end):
             skipped.skipped(step, 0.5, [])
         skipped.taken()
     for step in range(91, 90 + NON_FINITE_LIMIT):

@@ -1,5 +1,4 @@
-"""Holds every optimizer by its name: it comes from its library and learns, its options reach it, and saved and loaded it goes on as if
-nothing had been."""
+"""Every optimizer by name: it comes from its library and learns, its options are applied, and it resumes exactly from a saved state."""
 
 import copy
 import importlib
@@ -33,7 +32,7 @@ def settings_of(**values) -> TrainingSettings:
 
 
 def make_parameters() -> list[torch.nn.Parameter]:
-    """One large enough (4096 numbers) to be held in few bits, one small."""
+    """Return a parameter large enough (4096 values) to be quantized, and a small one."""
     generator = torch.Generator().manual_seed(0)
     return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in [(32, 128), (5,)]]
 
@@ -48,9 +47,9 @@ def build(settings, parameters):
 
 
 def take_steps(optimizer, schedule, parameters, first, last) -> None:
-    """Towards `TARGET`, with noise that is a function of the step."""
+    """Take steps towards `TARGET`, with noise that is a function of the step."""
     for step in range(first, last):
-        torch.manual_seed(1000 + step)  # what the trainer leaves behind at this point
+        torch.manual_seed(1000 + step)  # the trainer seeds the global generator at each step
         for parameter in parameters:
             noise = torch.randn(parameter.shape).to(parameter.dtype)
             parameter.grad = (parameter.detach() - TARGET) + 0.1 * noise
@@ -65,48 +64,48 @@ def distance(parameters) -> float:
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("name", NAMES)
-def test_a_saved_optimizer_goes_on_to_the_same_bits(name, tmp_path):
+def test_optimizer_resumed_from_a_checkpoint_repeats_the_same_steps(name, tmp_path):
     scheduled = {} if "schedulefree" in name else {"lr_scheduler": "cosine"}
     precision = {"mixed_precision": "bf16"} if name == "adamw_bf16" else {}
     settings = settings_of(optimizer=name, lr_warmup_steps=3, **scheduled, **precision)
 
-    unbroken = make_parameters()
-    optimizer, schedule = build(settings, unbroken)
-    before = distance(unbroken)
-    take_steps(optimizer, schedule, unbroken, 0, 7)
+    uninterrupted = make_parameters()
+    optimizer, schedule = build(settings, uninterrupted)
+    before = distance(uninterrupted)
+    take_steps(optimizer, schedule, uninterrupted, 0, 7)
     state = TrainingState(7, 0, 0, {}, optimizer.state_dict(), schedule.state_dict(), None)
-    place = save_checkpoint(tmp_path, "me", state, lambda folder: folder)
-    kept = [parameter.detach().clone() for parameter in unbroken]
-    take_steps(optimizer, schedule, unbroken, 7, 12)
-    assert distance(unbroken) < before
+    checkpoint = save_checkpoint(tmp_path, "me", state, lambda folder: folder)
+    saved = [parameter.detach().clone() for parameter in uninterrupted]
+    take_steps(optimizer, schedule, uninterrupted, 7, 12)
+    assert distance(uninterrupted) < before
 
     resumed = make_parameters()
     optimizer, schedule = build(settings, resumed)
     with torch.no_grad():
-        for parameter, value in zip(resumed, kept, strict=True):
+        for parameter, value in zip(resumed, saved, strict=True):
             parameter.copy_(value)
-    loaded = load_checkpoint(place)
+    loaded = load_checkpoint(checkpoint)
     optimizer.load_state_dict(loaded.optimizer)
     schedule.load_state_dict(loaded.schedule)
     take_steps(optimizer, schedule, resumed, 7, 12)
 
-    for one, other, start in zip(unbroken, resumed, kept, strict=True):
+    for one, other, start in zip(uninterrupted, resumed, saved, strict=True):
         assert torch.equal(one, other)
         assert not torch.equal(one, start)
-    assert {file.suffix for file in place.iterdir()} == {".safetensors", ".json"}
+    assert {file.suffix for file in checkpoint.iterdir()} == {".safetensors", ".json"}
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("name", NAMES)
-def test_what_steps_change_in_a_group_is_named_as_learnt(name):
+def test_optimizer_group_values_changed_by_steps_are_registered_as_learnt(name):
     precision = {"mixed_precision": "bf16"} if name == "adamw_bf16" else {}
     parameters = make_parameters()
     optimizer, schedule = build(settings_of(optimizer=name, **precision), parameters)
     (group,) = optimizer.param_groups
     take_steps(optimizer, schedule, parameters, 0, 1)
-    after_the_first = copy.deepcopy({key: value for key, value in group.items() if key != "params"})
+    after_first_step = copy.deepcopy({key: value for key, value in group.items() if key != "params"})
     take_steps(optimizer, schedule, parameters, 1, 8)
-    changed = {key for key, value in after_the_first.items() if group[key] != value} - {"lr"}
+    changed = {key for key, value in after_first_step.items() if group[key] != value} - {"lr"}
     assert changed <= OPTIMIZERS[name].learnt
     assert "step" not in group or "step" in changed
 
@@ -121,7 +120,7 @@ def test_what_steps_change_in_a_group_is_named_as_learnt(name):
         ("adamw_schedulefree", (0.7, 0.999)),
     ],
 )
-def test_options_reach_the_optimizer(name, betas):
+def test_optimizer_config_options_are_applied(name, betas):
     group = build(
         settings_of(optimizer=name, optimizer_config="beta1=0.7,weight_decay=0.5"), make_parameters()
     )[0].param_groups[0]
@@ -129,15 +128,15 @@ def test_options_reach_the_optimizer(name, betas):
     assert group["weight_decay"] == 0.5
 
 
-def test_options_reach_optimi_which_keeps_its_betas_apart():
+def test_optimizer_config_betas_are_applied_to_optimi():
     config = {"betas": [0.9, 0.8, 0.7], "weight_decay": 0.5}
     group = build(settings_of(optimizer="optimi-adan", optimizer_config=config), make_parameters())[0]
-    assert [group.param_groups[0][f"beta{place}"] for place in (1, 2, 3)] == [0.9, 0.8, 0.7]
+    assert [group.param_groups[0][f"beta{index}"] for index in (1, 2, 3)] == [0.9, 0.8, 0.7]
     group = build(settings_of(optimizer="optimi-lion", optimizer_config="beta1=0.7"), make_parameters())[0]
     assert (group.param_groups[0]["beta1"], group.param_groups[0]["beta2"]) == (0.7, 0.99)
 
 
-def test_numbers_arrive_in_the_type_of_the_option():
+def test_optimizer_config_numbers_are_converted_to_the_option_type():
     optimizer, _ = build(settings_of(optimizer="optimi-ranger", optimizer_config="k=3"), make_parameters())
     assert optimizer.param_groups[0]["k"] == 3
     assert isinstance(optimizer.param_groups[0]["k"], int)
@@ -145,8 +144,8 @@ def test_numbers_arrive_in_the_type_of_the_option():
         build(settings_of(optimizer_config="amsgrad=3"), make_parameters())
 
 
-def test_adamw_is_adamw():
-    """One step by hand (Loshchilov and Hutter 2019): decay, then the bias-corrected update, which is the sign at the first step."""
+def test_adamw_step_equals_the_published_formula():
+    """Compute one step by hand (Loshchilov and Hutter 2019): decay, then the bias-corrected update, the sign at the first step."""
     (weight,) = parameters = [torch.nn.Parameter(torch.tensor([2.0, -1.0]))]
     optimizer = build_optimizer(settings_of(), parameters)
     assert optimizer.param_groups[0]["fused"]
@@ -156,8 +155,8 @@ def test_adamw_is_adamw():
     torch.testing.assert_close(weight.detach(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_rounding_by_lot_keeps_updates_that_bf16_would_lose():
-    """1000 steps of -1e-4 from 1.0, where bf16's numbers lie 2^-8 apart: rounded to the nearest, none would move the weight."""
+def test_adamw_bf16_stochastic_rounding_preserves_small_updates():
+    """Take 1000 steps of -1e-4 from 1.0, where bf16 values are 2^-8 apart: rounding to nearest would never change the weight."""
     pytest.importorskip("torchao", reason="needs the extra `optimizers`")
     parameters = [torch.nn.Parameter(torch.ones(1000))]
     settings = settings_of(
@@ -171,27 +170,27 @@ def test_rounding_by_lot_keeps_updates_that_bf16_would_lose():
         optimizer.step()
     drift = 1 - parameters[0].detach().float()
     assert drift.mean().item() == pytest.approx(0.1, rel=0.02)
-    assert drift.std() > 0.005  # each by its own lot
+    assert drift.std() > 0.005  # each value is rounded independently
 
 
-def test_gradients_of_bf16_weights_are_summed_in_fp32_when_asked():
-    for precision, grown in (("unmodified", False), ("fp32", True)):
+def test_cast_parameters_gradient_precision_fp32_sums_gradients_in_fp32():
+    for precision, exceeds_one in (("unmodified", False), ("fp32", True)):
         parameters = [torch.nn.Parameter(torch.ones(1))]
         cast_parameters(settings_of(optimizer="adamw_bf16", gradient_precision=precision), parameters)
         (parameters[0].float() * 1.0).sum().backward()
         (parameters[0].float() * 1e-3).sum().backward()
-        assert bool(parameters[0].grad > 1) is grown
+        assert bool(parameters[0].grad > 1) is exceeds_one
 
 
-def test_several_processes_cannot_average_gradients_wider_than_the_weights():
+def test_build_optimizer_gradient_precision_fp32_on_several_processes_raises():
     settings = settings_of(optimizer="adamw_bf16", mixed_precision="bf16", gradient_precision="fp32")
     with pytest.raises(UserError, match='write "unmodified"'):
         build_optimizer(settings, make_parameters(), num_processes=2)
     assert build_optimizer(settings_of(gradient_precision="fp32"), make_parameters(), num_processes=2)
 
 
-def test_averaged_weights_are_not_those_that_are_trained():
-    """x = (1 - 1/k) x + z/k over the steps (Defazio et al. 2024); y lies between x and z, one part in ten from x."""
+def test_schedule_free_eval_mode_applies_the_average():
+    """x = (1 - 1/k) x + z/k over the steps, and the trained y = 0.9 x + 0.1 z (Defazio et al. 2024)."""
     pytest.importorskip("schedulefree", reason="needs the extra `optimizers`")
     parameters = make_parameters()
     optimizer, schedule = build(settings_of(optimizer="adamw_schedulefree"), parameters)
@@ -205,7 +204,7 @@ def test_averaged_weights_are_not_those_that_are_trained():
     torch.testing.assert_close(parameters[0].detach(), averaged)
 
 
-def test_the_rate_that_is_shown_is_the_one_that_is_taken():
+def test_current_lr_equals_the_learning_rate_of_the_step():
     for name, config in (("prodigy", "d0=1e-3"), ("adamw_schedulefree", "")):
         optimizer, schedule = build(
             settings_of(optimizer=name, optimizer_config=config, lr_warmup_steps=10), make_parameters()
@@ -217,7 +216,7 @@ def test_the_rate_that_is_shown_is_the_one_that_is_taken():
     assert current_lr(build_optimizer(settings_of(), make_parameters()), 0.3) == 0.3
 
 
-def test_the_rate_may_grow_with_the_batch():
+def test_effective_learning_rate_scales_with_the_batch_size():
     values = {"train_batch_size": 2, "gradient_accumulation_steps": 3}
     assert effective_learning_rate(settings_of(**values), 2) == 0.01
     assert effective_learning_rate(settings_of(lr_scale=True, **values), 2) == pytest.approx(0.12)
@@ -228,7 +227,7 @@ def test_the_rate_may_grow_with_the_batch():
     )
 
 
-def test_an_unknown_option_is_named_with_those_there_are():
+def test_build_optimizer_unknown_option_raises_with_the_valid_ones():
     settings = settings_of(optimizer_config={"momentum": 0.9})
     with pytest.raises(
         UserError,
@@ -243,8 +242,8 @@ def test_an_unknown_option_is_named_with_those_there_are():
         )
 
 
-def test_options_that_exclude_each_other_are_an_error_of_the_settings():
-    with pytest.raises(UserError, match=r"optimizer_config .*cannot both be true"):
+def test_build_optimizer_conflicting_options_raise():
+    with pytest.raises(UserError, match=r"optimizer_config .*cannot be `True` together"):
         build_optimizer(settings_of(optimizer_config="fused=true,foreach=true"), make_parameters())
     for option in ("differentiable", "capturable"):
         with pytest.raises(UserError, match=f"'{option}', which 'adamw' does not accept"):
@@ -254,12 +253,12 @@ def test_options_that_exclude_each_other_are_an_error_of_the_settings():
     assert not group["fused"]
 
 
-def test_torch_adamw_is_adamw():
-    ours, theirs = (
+def test_torch_adamw_equals_adamw():
+    adamw, torch_adamw = (
         build_optimizer(settings_of(optimizer=name), make_parameters()) for name in ("adamw", "torch-adamw")
     )
-    assert type(ours) is type(theirs) is torch.optim.AdamW
-    for group, other in zip(ours.param_groups, theirs.param_groups, strict=True):
+    assert type(adamw) is type(torch_adamw) is torch.optim.AdamW
+    for group, other in zip(adamw.param_groups, torch_adamw.param_groups, strict=True):
         assert {**group, "params": None} == {**other, "params": None}
 
 
@@ -267,29 +266,27 @@ def test_torch_adamw_is_adamw():
     ("name", "module"),
     [("optimi-lion", "optimi"), ("ao-adamw4bit", "torchao.optim"), ("bnb-adamw", "bitsandbytes.optim")],
 )
-def test_a_missing_package_is_an_error_that_names_the_extra(name, module, monkeypatch):
+def test_build_optimizer_missing_package_raises_with_the_extra(name, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=rf"'{name}'.*sdxl-pipeline\[optimizers\]"):
         build_optimizer(settings_of(optimizer=name), make_parameters())
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_recipe_options_are_those_of_the_class(name):
-    recipe = OPTIMIZERS[name]
-    signature = inspect.signature(
-        getattr(importlib.import_module(recipe.module), recipe.class_name)
-    ).parameters
-    taken = {
-        key: each.default for key, each in signature.items() if key not in {"params", "lr"} | recipe.reserved
+def test_registered_options_equal_those_of_the_class(name):
+    spec = OPTIMIZERS[name]
+    signature = inspect.signature(getattr(importlib.import_module(spec.module), spec.class_name)).parameters
+    accepted = {
+        key: each.default for key, each in signature.items() if key not in {"params", "lr"} | spec.reserved
     }
-    assert set(recipe.options) == set(taken)
-    assert set(recipe.defaults) <= set(taken) | recipe.reserved
+    assert set(spec.options) == set(accepted)
+    assert set(spec.defaults) <= set(accepted) | spec.reserved
     numbers = (int, float)
-    for key, default in taken.items():
-        recorded = recipe.options[key]
+    for key, default in accepted.items():
+        registered = spec.options[key]
         if isinstance(default, bool) or not isinstance(default, numbers):
-            assert type(recorded) is type(default), key
+            assert type(registered) is type(default), key
         else:
-            assert isinstance(recorded, numbers), key
+            assert isinstance(registered, numbers), key
         if isinstance(default, tuple):
-            assert len(recorded) == len(default), key
+            assert len(registered) == len(default), key

@@ -1,53 +1,28 @@
-"""Holds: white masks change no bit, black places cost nothing, and masks reach a batch with their image, cut as it was."""
+"""Loss masks: all-white masks change nothing, black areas have no loss, and masks are cropped and batched with their image."""
 
-from collections.abc import Sequence
-from hashlib import sha256
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
 from sdxl_pipeline.data.masks.mask_pairs import mask_crop
-from sdxl_pipeline.runtime.specs import DatasetMasks, TrainingDataset
+from sdxl_pipeline.runtime.specs import TrainingDataset
 from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.checkpoint.run_identity import run_identity
 from sdxl_pipeline.training.data import loss_masks
-from sdxl_pipeline.training.data.loss_masks import MaskReader
-from sdxl_pipeline.training.data.loss_weights import LossWeights, build_loss_weights
+from sdxl_pipeline.training.data.loss_masks import LossWeights, MaskReader, build_loss_weights
 from sdxl_pipeline.training.data.mask_tables import mask_tables
 from sdxl_pipeline.training.data.samples import Sample, load_samples
 from sdxl_pipeline.training.diffusion.objective import Objective
+from tests.support.masked_datasets import masked_dataset
 from tests.support.training_datasets import SQUARE, make_dataset, make_spec
 
 SEED = 5
 
 
-def masked_dataset(
-    dataset: TrainingDataset, folder: Path, images: Sequence[int] | None = None
-) -> TrainingDataset:
-    """The dataset with a mask for its images of these numbers, or all: random grey, another one for each."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pairs = []
-    rows = pd.read_parquet(dataset.rows_path).drop_duplicates("path")
-    for number, row in enumerate(rows.itertuples()):
-        if images is not None and number not in images:
-            continue
-        random = np.random.default_rng(number)
-        values = random.integers(0, 255, (row.original_h // 4, row.original_w // 4), dtype=np.uint8)
-        path = folder / f"{Path(row.path).stem}.png"
-        Image.fromarray(values).save(path)
-        key = sha256(path.read_bytes()).hexdigest()
-        pairs.append({"path": row.path, "key": row.key, "mask_path": path.name, "mask_key": key})
-    table = folder / "pairs.parquet"
-    pd.DataFrame(pairs).to_parquet(table)
-    dataset_masks = DatasetMasks(kind="mask", data_dir=str(folder), pairs_path=str(table))
-    return dataset.model_copy(update={"masks": dataset_masks})
-
-
-def samples_of(dataset: TrainingDataset) -> list[Sample]:
+def square_samples(dataset: TrainingDataset) -> list[Sample]:
     return [sample for sample in load_samples([dataset], "train") if sample.bucket == SQUARE]
 
 
@@ -56,11 +31,11 @@ def dataset(tmp_path):
     return make_dataset(tmp_path / "dataset", crops=2)
 
 
-def test_each_mask_is_cut_as_its_image_and_travels_with_its_key(dataset, tmp_path):
+def test_for_batch_masked_images_returns_masks_cropped_like_the_images(dataset, tmp_path):
     masked = masked_dataset(dataset, tmp_path / "masks")
-    samples = samples_of(masked)
+    samples = square_samples(masked)
     assert any(sample.crop.flipped for sample in samples)
-    read = build_loss_weights(make_spec(tmp_path, masked)).of(samples, SEED, 0, range(len(samples)))
+    read = build_loss_weights(make_spec(tmp_path, masked)).for_batch(samples, SEED, 0, range(len(samples)))
     assert read.keys == tuple(sample.key for sample in samples)
     for sample, weights in zip(samples, read.weights, strict=True):
         mask = tmp_path / "masks" / f"{Path(sample.path).stem}.png"
@@ -68,53 +43,53 @@ def test_each_mask_is_cut_as_its_image_and_travels_with_its_key(dataset, tmp_pat
         assert 0 < weights.mean() < 1
 
 
-def test_images_without_a_mask_count_whole(dataset, tmp_path):
+def test_for_batch_image_without_mask_has_weight_one(dataset, tmp_path):
     masked = masked_dataset(dataset, tmp_path / "masks", images=[0])
-    samples = samples_of(masked)
-    read = build_loss_weights(make_spec(tmp_path, masked)).of(samples, SEED, 0, range(len(samples)))
-    whole = [bool((weights == 1).all()) for weights in read.weights]
-    assert whole == [not sample.path.endswith("00.png") for sample in samples]
+    samples = square_samples(masked)
+    read = build_loss_weights(make_spec(tmp_path, masked)).for_batch(samples, SEED, 0, range(len(samples)))
+    is_unmasked = [bool((weights == 1).all()) for weights in read.weights]
+    assert is_unmasked == [not sample.path.endswith("00.png") for sample in samples]
 
 
-def test_the_asked_share_of_appearances_is_masked_by_slot_alone(dataset, tmp_path):
+def test_for_batch_mask_probability_is_applied_by_slot(dataset, tmp_path):
     masked = masked_dataset(dataset, tmp_path / "masks")
-    sample = samples_of(masked)[0]
-    weights = LossWeights(MaskReader(mask_tables([masked])), masked_share=0.3)
+    sample = square_samples(masked)[0]
+    weights = LossWeights(MaskReader(mask_tables([masked])), mask_probability=0.3)
 
-    def whole(index: int, slots: range) -> list[bool]:
-        read = weights.of([sample] * len(slots), SEED, index, slots)
+    def unmasked(index: int, slots: range) -> list[bool]:
+        read = weights.for_batch([sample] * len(slots), SEED, index, slots)
         return [bool((each == 1).all()) for each in read.weights]
 
-    drawn = [whole(index, range(4)) for index in range(100)]
-    assert abs(sum(map(sum, drawn)) / 400 - 0.7) < 0.06
-    assert drawn[7] == whole(7, range(2)) + whole(7, range(2, 4))
+    by_batch = [unmasked(index, range(4)) for index in range(100)]
+    assert abs(sum(map(sum, by_batch)) / 400 - 0.7) < 0.06
+    assert by_batch[7] == unmasked(7, range(2)) + unmasked(7, range(2, 4))
 
 
-def test_a_mask_in_memory_is_not_read_again_and_memory_is_bounded(dataset, tmp_path, monkeypatch):
+def test_mask_reader_repeated_reads_use_a_bounded_cache(dataset, tmp_path, monkeypatch):
     masked = masked_dataset(dataset, tmp_path / "masks")
-    samples = samples_of(masked)
+    samples = square_samples(masked)
     reads = []
 
-    def counted(table, path, key, crop):
+    def count_read(table, path, key, crop):
         reads.append(path)
         return torch.ones(1, 8, 8)
 
-    monkeypatch.setattr(loss_masks, "_cut", counted)
+    monkeypatch.setattr(loss_masks, "_read_crop", count_read)
     reader = MaskReader(mask_tables([masked]))
     for _ in range(3):
         reader.read(samples, [True] * len(samples))
     assert len(reads) == len(samples)
-    monkeypatch.setattr(loss_masks, "REMEMBERED_BYTES", 2 * 8 * 8 * 4)
+    monkeypatch.setattr(loss_masks, "MASK_CACHE_BYTES", 2 * 8 * 8 * 4)
     reads.clear()
     small = MaskReader(mask_tables([masked]))
     for sample in (samples[0], samples[1], samples[2], samples[2], samples[1], samples[0]):
         small.read([sample], [True])
-    assert len(reads) == 4  # the first one had to make room
+    assert len(reads) == 4  # the first one was evicted
 
 
-def test_a_mask_that_has_changed_or_gone_stops_with_its_name(dataset, tmp_path):
+def test_mask_reader_changed_or_missing_file_raises_with_its_path(dataset, tmp_path):
     masked = masked_dataset(dataset, tmp_path / "masks")
-    samples = samples_of(masked)[:1]
+    samples = square_samples(masked)[:1]
     path = tmp_path / "masks" / f"{Path(samples[0].path).stem}.png"
     Image.new("L", (30, 30)).save(path)
     with pytest.raises(UserError, match=r"image_00.png: changed since.*materialize"):
@@ -124,7 +99,7 @@ def test_a_mask_that_has_changed_or_gone_stops_with_its_name(dataset, tmp_path):
         MaskReader(mask_tables([masked])).read(samples, [True])
 
 
-def test_an_edited_mask_is_another_run_with_the_same_latents(dataset, tmp_path):
+def test_run_identity_changes_with_mask_content_but_not_with_its_path(dataset, tmp_path):
     masked = masked_dataset(dataset, tmp_path / "masks")
     before = run_identity(make_spec(tmp_path, masked))
     assert before != run_identity(make_spec(tmp_path, dataset))
@@ -142,43 +117,43 @@ def test_an_edited_mask_is_another_run_with_the_same_latents(dataset, tmp_path):
     assert latents[0] == latents[1]
 
 
-def test_regularisation_is_another_run(tmp_path, dataset):
+def test_run_identity_changes_with_regularisation(tmp_path, dataset):
     plain = run_identity(make_spec(tmp_path, dataset))
     prior = dataset.model_copy(update={"is_regularisation": True})
     assert run_identity(make_spec(tmp_path, prior)) != plain
 
 
 def losses(objective: Objective, prediction: torch.Tensor, latents, noise, timesteps, weights=None):
-    wanted = objective.target(latents, noise, timesteps)
+    target = objective.target(latents, noise, timesteps)
     errors = objective.elementwise_loss(
-        objective.to_loss_space(prediction, noise, timesteps), wanted, timesteps
+        objective.to_loss_space(prediction, noise, timesteps), target, timesteps
     )
     return objective.per_sample_loss(errors if weights is None else errors * weights, timesteps)
 
 
 @pytest.fixture
-def pieces():
+def loss_inputs():
     torch.manual_seed(3)
     objective = Objective(torch.linspace(0.999, 0.005, 1000), "epsilon")
     latents, noise, prediction = (torch.randn(3, 4, 8, 8) for _ in range(3))
     return objective, prediction.requires_grad_(), latents, noise, torch.tensor([10, 500, 900])
 
 
-def test_a_white_mask_changes_no_bit(pieces):
-    assert torch.equal(losses(*pieces, torch.ones(3, 1, 8, 8)), losses(*pieces))
+def test_loss_with_white_mask_is_unchanged_bit_for_bit(loss_inputs):
+    assert torch.equal(losses(*loss_inputs, torch.ones(3, 1, 8, 8)), losses(*loss_inputs))
 
 
-def test_black_places_cost_nothing_and_give_no_gradient(pieces):
-    objective, prediction, latents, noise, timesteps = pieces
+def test_loss_in_black_area_is_zero_and_has_no_gradient(loss_inputs):
+    objective, prediction, latents, noise, timesteps = loss_inputs
     weights = torch.ones(3, 1, 8, 8)
     weights[1, :, :4] = 0
-    before = losses(*pieces, weights)
+    before = losses(*loss_inputs, weights)
     (gradient,) = torch.autograd.grad(before.sum(), prediction)
     assert (gradient[1, :, :4] == 0).all()
     assert (gradient[1, :, 4:] != 0).all()
     other = noise.clone()
-    other[1, :, :4] += 7.0  # what there is to predict under the black part
+    other[1, :, :4] += 7.0  # the target under the black area
     assert torch.equal(losses(objective, prediction, latents, other, timesteps, weights), before)
-    # a mean over all places, black ones too, as the reference takes it
+    # the mean is over all positions, black ones too, as in SimpleTuner
     error = (prediction - noise)[1, :, 4:].square().sum() / (4 * 8 * 8)
     torch.testing.assert_close(before[1], error, rtol=1e-6, atol=0)
