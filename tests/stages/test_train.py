@@ -224,7 +224,8 @@ def test_a_step_that_is_not_finite_is_skipped_named_and_leaves_no_trace(tmp_path
     warnings = [line for line in listener.lines if "is skipped" in line]
     key = digest("image", "shapes", 4)[:12]
     assert [
-        f"step {step} is skipped because its loss is nan. Its images: shapes/image_04.png (key {key})." in line
+        f"step {step} is skipped because its loss is nan. Its images: shapes/image_04.png (key {key})."
+        in line
         for step, line in zip(skipped, warnings, strict=True)
     ] == [True, True]
     folder = Path(spec.run_dir) / "checkpoints"

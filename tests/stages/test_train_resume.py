@@ -329,7 +329,11 @@ def test_a_run_whose_own_checkpoints_are_damaged_begins_where_it_began(runs):
 @pytest.mark.parametrize(
     ("step", "settings", "message"),
     [
-        (4, {"max_train_steps": 4}, "which leaves no steps before the last one \\(4\\); increase max_train_steps"),
+        (
+            4,
+            {"max_train_steps": 4},
+            "which leaves no steps before the last one \\(4\\); increase max_train_steps",
+        ),
         (4, {"lora_rank": 3}, "holds other parameters than this run trains.*resume_from_checkpoint"),
         (3, {}, "which is not a checkpoint; write the path of a folder such as"),
     ],

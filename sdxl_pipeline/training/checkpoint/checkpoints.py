@@ -55,9 +55,7 @@ class TrainingState:
     schedule: dict[str, Any]
     scaler: dict[str, Any] | None  # loss scaling, under fp16
     average: dict[str, Tensor] = field(default_factory=dict)  # the EMA of the parameters, under use_ema
-    same_trajectory: bool = (
-        True  # False for a warm start from another trajectory; `optimizer` may be empty then
-    )
+    same_trajectory: bool = True  # False for a warm start; `optimizer` may be empty then
 
 
 def save_checkpoint(

@@ -63,7 +63,7 @@ def configured_checkpoint(settings: CheckpointSettings) -> Path | None:
     """
     path = named_checkpoint(settings.resume_from_checkpoint, Path())
     if path is not None and not is_checkpoint(path):
-        raise UserError(f"config.json: resume_from_checkpoint names {path}, {NO_CHECKPOINT}; {NAME_ONE}")
+        raise UserError(f"config.json: resume_from_checkpoint is {path}, {NO_CHECKPOINT}; {NAME_ONE}")
     return path and path.resolve()
 
 

@@ -244,12 +244,12 @@ class BatchReader:
         try:
             return read_batch(caches, keys, encode)
         except DamagedEntryError as error:
-            raise UserError(self._describe_damage(error.keys)) from error
+            raise UserError(self._describe_corruption(error.keys)) from error
 
-    def _describe_damage(self, damaged_keys: Sequence[str]) -> str:
-        """Discard every damaged entry that these datasets use and return an error message.
+    def _describe_corruption(self, corrupt_keys: Sequence[str]) -> str:
+        """Discard every corrupt entry that these datasets use and return an error message.
 
-        Verifying all entries lets one further run of the encode stages replace all damaged ones.
+        Verifying all entries lets one further run of the encode stages replace all corrupt ones.
         """
         parts = []
         for dataset in self._datasets.values():
@@ -265,8 +265,8 @@ class BatchReader:
                 ("text_embeds", dataset.text_embeds, self._texts, texts, "embed_key"),
             ):
                 store = cache[dataset.dataset_id].store
-                damaged = {*damaged_keys, *store.discard_damaged(table[column])}
-                paths = list(dict.fromkeys(table["path"][table[column].isin(damaged)]))
+                corrupt = {*corrupt_keys, *store.discard_damaged(table[column])}
+                paths = list(dict.fromkeys(table["path"][table[column].isin(corrupt)]))
                 if paths:
                     # makes the next run of the stage check the store
                     finished_path(Path(manifest.entries_path)).unlink(missing_ok=True)
@@ -274,7 +274,7 @@ class BatchReader:
                         f"{asset} of {', '.join(map(repr, paths[:MAX_LISTED_IMAGES]))} ({len(paths)} in all)"
                     )
         return (
-            f"damaged cache entries (a checksum did not match): {'; '.join(parts)}. They were removed from the cache. Materialize "
+            f"corrupt cache entries (a checksum did not match): {'; '.join(parts)}. They were removed from the cache. Materialize "
             "vae_latents and text_embeds again: only these are encoded, and the training resumes from its last checkpoint. If this "
             "happens again, check the disk."
         )

@@ -1,6 +1,6 @@
 """Batch sampling by aspect bucket: a pure function of (seed, epoch, step, rank).
 
-An epoch contains each image as often as its dataset's sampling weight asks, whatever its number of crops; the crops of an image
+An epoch contains each image as often as its dataset's sampling weight requires, independent of its number of crops; the crops of an image
 alternate. Everything is computed in columns, so that an epoch of a million images is planned in about a second.
 """
 

@@ -114,7 +114,7 @@ class Cache:
         if len(cacheable) == len(keys) and self.mode == "full":
             return self.store.read_batch(cacheable)
         with self._lock:
-            # a damaged entry counts as missing once it has been detected
+            # a corrupt entry counts as missing once it has been detected
             self.store.discard_damaged(cacheable)
             if len(cacheable) == len(keys) and not self.store.missing(cacheable):
                 return self.store.read_batch(cacheable)

@@ -142,8 +142,8 @@ def test_roll_out_of_a_batch_equals_single_items(batch, name):
 
 
 def sampler_of(**settings):
-    named = {f"scheduled_sampling_{key}": value for key, value in settings.items()}
-    return build_rollout_sampler(TrainingSettings(**named), 1000)
+    values = {f"scheduled_sampling_{key}": value for key, value in settings.items()}
+    return build_rollout_sampler(TrainingSettings(**values), 1000)
 
 
 def test_rollout_sampler_disabled_returns_no_rollouts():
