@@ -118,7 +118,7 @@ def test_where_the_learning_rate_depends_on_the_length_a_run_begins_anew_and_say
     longer = train(spec_of(folder, "long", **{**cosine, "max_train_steps": 3}), listener)
     assert longer.resumed_from_step is None
     assert longer.ancestor is None
-    (line,) = [line for line in listener.lines if "in its length alone" in line]
+    (line,) = [line for line in listener.lines if "only in length" in line]
     assert "lr_scheduler cosine depends on the length: this run starts at step 0" in line
     assert "constant_with_warmup" in line
 
@@ -194,7 +194,7 @@ def test_an_optimizer_that_keeps_something_else_begins_anew_on_the_weights(runs)
     listener = Listener()
     spec = other_settings(runs, "amsgrad", place, optimizer_config="amsgrad=true", max_train_steps=5)
     manifest = train(spec, listener)
-    assert any("begins anew: what the one there kept" in line for line in listener.lines)
+    assert any("different layout" in line for line in listener.lines)
     assert manifest.ancestor is not None
     assert not manifest.ancestor.takes_optimizer
     after = load_checkpoint(Path(spec.run_dir) / "checkpoints" / "step-00000005").optimizer
