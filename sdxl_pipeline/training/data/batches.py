@@ -328,7 +328,7 @@ class TrainingBatches:
     def read(self, index: int) -> Batch:
         """Return the batch of this process in the global batch `index`, in pageable memory."""
         global_batch, slots = self.order.global_batch(index), self.order.slots(index, self.rank)
-        share = self._share(index, len(slots))
+        share = self._step_weight(index, len(slots))
         slots = slots or range(1)
         refs = global_batch[slots.start : slots.stop]
         samples = [self._crop(ref) for ref in refs]
@@ -380,7 +380,7 @@ class TrainingBatches:
             images=len(global_batch),
         )
 
-    def _share(self, index: int, count: int) -> float:
+    def _step_weight(self, index: int, count: int) -> float:
         """Return the weight of this process's mean loss over `count` images in its optimizer step.
 
         Data parallelism averages the gradients over the processes, hence the factor `num_processes`.

@@ -73,7 +73,9 @@ def test_read_tensors_equal_the_stored_entries_of_the_images(dataset):
 @pytest.mark.parametrize(
     ("batch_size", "num_processes", "accumulation"), [(2, 1, 1), (2, 1, 3), (1, 2, 2), (2, 3, 2), (4, 2, 5)]
 )
-def test_read_share_gives_all_images_of_a_step_equal_weight(dataset, batch_size, num_processes, accumulation):
+def test_read_step_weight_gives_all_images_of_a_step_equal_weight(
+    dataset, batch_size, num_processes, accumulation
+):
     ranks = [
         make_batches(dataset, batch_size, num_processes, rank, accumulation=accumulation)
         for rank in range(num_processes)
@@ -195,7 +197,7 @@ def test_prompt_embeds_are_read_by_prompt_text(dataset):
         reader.prompt_embeds("a blue square")
 
 
-def test_prefetched_batches_equal_read_batches_and_errors_propagate(dataset, monkeypatch):
+def test_prefetch_batches_equal_read_batches_and_errors_propagate(dataset, monkeypatch):
     batches = make_batches(dataset)
     with closing(prefetched(batches, 3, 9, pin=False)) as prefetched_batches:
         read = list(prefetched_batches)

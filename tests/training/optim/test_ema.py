@@ -77,7 +77,7 @@ def test_released_restores_the_weights_bit_for_bit_after_an_error():
 @pytest.mark.parametrize(
     ("ema_validation", "labels"), [("none", [""]), ("ema_only", [" EMA"]), ("comparison", ["", " EMA"])]
 )
-def test_drawn_yields_images_of_the_weights_selected_by_ema_validation(ema_validation, labels):
+def test_sampled_yields_images_of_the_weights_selected_by_ema_validation(ema_validation, labels):
     parameters = one_parameter(1.0)
     eval_weights = EvalWeights(
         settings_of(ema_validation=ema_validation), torch.optim.AdamW(parameters.values()), parameters, CPU
