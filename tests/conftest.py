@@ -102,3 +102,24 @@ def fresh_defs_state() -> Iterator[None]:
     """Hide the state storage of an instance that an earlier test opened: Dagster keeps it after that instance is gone, and then fails."""
     with set_defs_state_storage(None):
         yield
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Run torch with one thread: faster than more on a busy machine, and the number of threads decides the last bits of a sum."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """Reset accelerate's state, which keeps one mixed precision per process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -35,8 +35,7 @@ from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.data.on_demand_cache import OnDemandEncoders
 from sdxl_pipeline.training.data.samples import Samples
 from sdxl_pipeline.training.diffusion.objective import Objective
-from sdxl_pipeline.training.validation.eval_images import read_images
-from sdxl_pipeline.training.validation.eval_loss import eval_loss, eval_timesteps
+from sdxl_pipeline.training.validation.eval_loss import eval_loss, eval_timesteps, read_images
 from sdxl_pipeline.training.validation.eval_samples import EvalSource, choose_samples
 
 

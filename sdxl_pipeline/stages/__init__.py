@@ -1,1 +1,1 @@
-"""The device stages: programs that read one spec and write one manifest."""
+"""The device stages: programs that read a spec and write a manifest."""

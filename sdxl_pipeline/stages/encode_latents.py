@@ -1,11 +1,11 @@
-"""Stage: the crops of one dataset through the VAE into the latent store.
+"""Stage: encode the crops of one dataset with the VAE into the latent store.
 
     python -m sdxl_pipeline.stages.encode_latents spec.json
 
-What an entry holds is decided by its key: the image's content, the crop's geometry, the VAE's weights, the dtype, and the version of
-the code. Not in the key are the device and the crops that shared a batch: they choose between kernels that round differently, so latents
-made elsewhere may differ in the last bits of their dtype, far below the posterior's own noise. Under torchrun several processes share the
-work; their number changes no bit. Torch is imported only when there is something to encode or to show.
+An entry's key covers the image's content, the crop's geometry, the VAE's weights, the dtype and the version of the code. It does not cover
+the device and the other crops of the batch: they select kernels that round differently, so latents from another device may differ in the
+last bits of their dtype, far below the noise of the posterior. Under torchrun several processes share the work; the result does not depend
+on their number. Torch is imported only when there is something to encode or to preview.
 """
 
 import time
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
     from sdxl_pipeline.cache.encode.latent_encoding import EncodedShare
 
 _ENTRY_COLUMNS = ["path", "crop_index", "key", "latent_key"]
-_IDENTIFIED_BY = ("path", "crop_index", "key", "latent_key")
-_CONTENT = ("key", "crop_index", "latent_key")
+_IDENTITY_COLUMNS = ("path", "crop_index", "key", "latent_key")
+_CONTENT_COLUMNS = ("key", "crop_index", "latent_key")
 
 
 def main(spec: EncodeLatentsSpec, reporter: Reporter, stop: StopSignal) -> LatentCache | None:
-    """Encode the crops that the store lacks, and list where each crop's latents are. None from all processes but the first."""
+    """Encode the crops missing from the store and write the table of entries. Return the manifest on the main process, None on the others."""
     started = time.monotonic()
     crops = pd.read_parquet(spec.rows_path)
     crops["latent_key"] = latent_keys(crops, spec.base_model.vae_digest, spec.hardware.vae_dtype)
     ranks = Ranks(Path(spec.entries_path), stop)
-    # What is found in the store now must be there when the manifest names it; the first process's word is enough.
+    # The lease keeps entries that are in the store now until the manifest refers to them; only the main process takes it.
     lease = StoreFolder(Path(spec.store_root)).lease(crops["latent_key"], purpose="encode latents")
     with lease if ranks.is_main and spec.mode == "full" else nullcontext():
         return _encode(spec, crops, ranks, started, reporter, stop)
@@ -56,27 +56,27 @@ def _encode(
     stop: StopSignal,
 ) -> LatentCache | None:
     if ranks.is_main:
-        identity = digest_json([spec.store_root, frame_digest(crops, _IDENTIFIED_BY)])
+        identity = digest_json([spec.store_root, frame_digest(crops, _IDENTITY_COLUMNS)])
         cache = _without_encoding(spec, crops, identity, reporter)
         if cache is not None:
             ranks.broadcast(b"")
             write_finished(Path(spec.entries_path), cache)
             return cache.model_copy(update={"seconds": time.monotonic() - started})
         store = TensorStore(spec.store_root)
-        wanted = crops["latent_key"].isin(store.missing(crops["latent_key"])).to_numpy()
-        new = crops["latent_key"][wanted].nunique()
+        is_missing = crops["latent_key"].isin(store.missing(crops["latent_key"])).to_numpy()
+        new = crops["latent_key"][is_missing].nunique()
         reporter.log(f"{len(crops)} crops: {new} to encode, {len(crops) - new} cached.")
-        ranks.broadcast(np.packbits(wanted).tobytes())
+        ranks.broadcast(np.packbits(is_missing).tobytes())
     else:
         plan = ranks.receive()
         if not plan:
             return None
-        wanted = np.unpackbits(np.frombuffer(plan, np.uint8), count=len(crops)).astype(bool)
+        is_missing = np.unpackbits(np.frombuffer(plan, np.uint8), count=len(crops)).astype(bool)
         store = TensorStore(spec.store_root)
 
     from sdxl_pipeline.cache.encode.latent_encoding import EncodedShare, encode_share
 
-    share = encode_share(spec, crops, wanted, ranks.rank, ranks.count, store, reporter, stop)
+    share = encode_share(spec, crops, is_missing, ranks.rank, ranks.count, store, reporter, stop)
     shares = ranks.gather(share.model_dump_json().encode())
     if shares is None:
         return None
@@ -91,14 +91,14 @@ def _encode(
 def _without_encoding(
     spec: EncodeLatentsSpec, crops: pd.DataFrame, identity: str, reporter: Reporter
 ) -> LatentCache | None:
-    """The manifest where nothing is to be encoded: all is in the store, or left to the training. None where something is."""
+    """Return the manifest if nothing has to be encoded: all is in the store, or deferred to the training. Else return None."""
     if spec.mode != "full":
         return _deferred(spec, crops, identity, reporter)
     finished = read_finished(Path(spec.entries_path), LatentCache, identity)
     if finished is None or finished.failed or finished.deferred:
         return None
     if spec.trust_recorded:
-        reporter.log(f"{len(crops)} crops, recorded as encoded; the store is not looked at.")
+        reporter.log(f"{len(crops)} crops, recorded as encoded; the store is not checked.")
     elif not TensorStore(spec.store_root).missing(crops["latent_key"]):
         reporter.log(f"Nothing to encode: all {len(crops)} crops are in the store.")
     else:
@@ -108,20 +108,22 @@ def _without_encoding(
 
 
 def _deferred(spec: EncodeLatentsSpec, crops: pd.DataFrame, identity: str, reporter: Reporter) -> LatentCache:
-    """The manifest of a plan whose crops the training encodes: at first use those that the store lacks, or at each use all."""
-    reused, held = 0, 0
+    """Return the manifest of a plan whose crops the training encodes: missing ones at first use (ondemand), or all at each use."""
+    reused, size = 0, 0
     if spec.mode == "ondemand":
         store = TensorStore(spec.store_root)
-        there = crops["latent_key"][~crops["latent_key"].isin(store.missing(crops["latent_key"]))]
-        reused, held = len(there), store.entry_nbytes(there)
+        cached = crops["latent_key"][~crops["latent_key"].isin(store.missing(crops["latent_key"]))]
+        reused, size = len(cached), store.entry_nbytes(cached)
     deferred = len(crops) - reused
-    reporter.log(f"{len(crops)} crops: {reused} cached, {deferred} left to the training (mode {spec.mode}).")
+    reporter.log(
+        f"{len(crops)} crops: {reused} cached, {deferred} deferred to the training (mode {spec.mode})."
+    )
     _write_entries(spec, crops)
     return LatentCache(
         identity=identity,
         store_root=spec.store_root,
         entries_path=spec.entries_path,
-        digest=frame_digest(crops, _CONTENT),
+        digest=frame_digest(crops, _CONTENT_COLUMNS),
         planned=len(crops),
         encoded=0,
         reused=reused,
@@ -129,7 +131,7 @@ def _deferred(spec: EncodeLatentsSpec, crops: pd.DataFrame, identity: str, repor
         failed=(),
         seconds=0.0,
         images_per_second=None,
-        bytes=held,
+        bytes=size,
         latent_mean=(),
         latent_std=(),
         sample_path=None,
@@ -144,17 +146,17 @@ def _finish(
     reporter: Reporter,
     stop: StopSignal,
 ) -> LatentCache:
-    """Write the table of entries, and tell what all processes did."""
+    """Write the table of entries and return the manifest of all processes' work."""
     from sdxl_pipeline.cache.encode.latent_preview import channel_statistics, write_sample
     from sdxl_pipeline.models.components import latent_scaling_factor
 
     reasons = {key: reason for share in shares for key, reason in share.reasons.items()}
-    lost = crops["latent_key"].isin(list(reasons))
-    kept = crops[~lost]
-    _write_entries(spec, kept)
+    failed = crops["latent_key"].isin(list(reasons))
+    entries = crops[~failed]
+    _write_entries(spec, entries)
     store = TensorStore(spec.store_root)
     mean, std, measured = channel_statistics(
-        store, kept["latent_key"], latent_scaling_factor(spec.base_model), stop
+        store, entries["latent_key"], latent_scaling_factor(spec.base_model), stop
     )
     encoded = sum(share.encoded for share in shares)
     seconds = max(share.seconds for share in shares)
@@ -162,24 +164,24 @@ def _finish(
         identity=identity,
         store_root=spec.store_root,
         entries_path=spec.entries_path,
-        digest=frame_digest(kept, _CONTENT),
+        digest=frame_digest(entries, _CONTENT_COLUMNS),
         planned=len(crops),
         encoded=encoded,
-        reused=len(kept) - encoded,
+        reused=len(entries) - encoded,
         failed=tuple(
             FailedItem(name=path, reason=reasons[key])
-            for path, key in zip(crops["path"][lost], crops["latent_key"][lost], strict=True)
+            for path, key in zip(crops["path"][failed], crops["latent_key"][failed], strict=True)
         ),
         seconds=0.0,
         images_per_second=encoded / seconds if encoded else None,
         vae_busy=sum(share.busy_seconds for share in shares) / sum(share.seconds for share in shares)
         if encoded
         else None,
-        bytes=store.entry_nbytes(kept["latent_key"]),
+        bytes=store.entry_nbytes(entries["latent_key"]),
         latent_mean=mean,
         latent_std=std,
         measured=measured,
-        sample_path=write_sample(spec, kept, store, reporter),
+        sample_path=write_sample(spec, entries, store, reporter),
     )
 
 

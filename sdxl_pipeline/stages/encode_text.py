@@ -1,10 +1,10 @@
-"""Stage: the captions of one dataset, and the prompts that will be drawn, through both text encoders into the text store.
+"""Stage: encode the captions of one dataset and the validation prompts with both text encoders into the text store.
 
     python -m sdxl_pipeline.stages.encode_text spec.json
 
-A caption that stands under many images, or was embedded before, is encoded once. An entry's key is the digest of the caption, both
-encoders and tokenizers, the dtype, the number of windows and the version of the code; as with latents, the device and the batch are not
-in it. Under torchrun several processes share the work; their number changes no bit. Torch is imported only when there is something to
+A caption of several images, or one encoded before, is encoded once. An entry's key is the digest of the caption, both encoders and
+tokenizers, the dtype, the number of windows and the version of the code; as for latents, it does not cover the device and the batch. Under
+torchrun several processes share the work; the result does not depend on their number. Torch is imported only when there is something to
 encode.
 """
 
@@ -31,18 +31,19 @@ from sdxl_pipeline.runtime.stage_runner import StopSignal, read_finished, run_st
 if TYPE_CHECKING:
     from sdxl_pipeline.cache.encode.caption_encoding import EncodedTexts
 
-NAMED_CAPTIONS = 20
+LISTED_CAPTIONS = 20
+"""Truncated captions listed in the manifest."""
 _ENTRY_COLUMNS = ["path", "key", "caption", "embed_key"]
-_CONTENT = ("key", "embed_key")
+_CONTENT_COLUMNS = ("key", "embed_key")
 
 
 def main(spec: EncodeTextSpec, reporter: Reporter, stop: StopSignal) -> TextEmbedCache | None:
-    """Embed the captions that the store lacks, and list where each one's embeddings are. None from all processes but the first."""
+    """Encode the captions missing from the store and write the tables. Return the manifest on the main process, None on the others."""
     started = time.monotonic()
     captions = pd.read_parquet(spec.captions_path, columns=["path", "key", "caption"])
     keys = _embed_keys(spec, captions["caption"])
     ranks = Ranks(Path(spec.entries_path), stop)
-    # What is found in the store now must be there when the manifest names it; the first process's word is enough.
+    # The lease keeps entries that are in the store now until the manifest refers to them; only the main process takes it.
     lease = StoreFolder(Path(spec.store_root)).lease(keys.values(), purpose="encode text")
     with lease if ranks.is_main and spec.mode == "full" else nullcontext():
         return _encode(spec, captions, keys, ranks, started, reporter, stop)
@@ -57,7 +58,7 @@ def _encode(
     reporter: Reporter,
     stop: StopSignal,
 ) -> TextEmbedCache | None:
-    # Sorted by key: which captions share a batch is a matter of their content.
+    # sorted by key, so that the batches depend only on the content
     texts = sorted((key, text) for text, key in keys.items())
     if ranks.is_main:
         entries = captions.assign(embed_key=captions["caption"].map(keys).astype("str"))
@@ -70,18 +71,18 @@ def _encode(
         store = TensorStore(spec.store_root)
         missing = set(store.missing(keys.values()))
         reporter.log(f"{len(keys)} captions: {len(missing)} to encode, {len(keys) - len(missing)} cached.")
-        wanted = np.array([key in missing for key, _ in texts])
-        ranks.broadcast(np.packbits(wanted).tobytes())
+        is_missing = np.array([key in missing for key, _ in texts])
+        ranks.broadcast(np.packbits(is_missing).tobytes())
     else:
         plan = ranks.receive()
         if not plan:
             return None
-        wanted = np.unpackbits(np.frombuffer(plan, np.uint8), count=len(texts)).astype(bool)
+        is_missing = np.unpackbits(np.frombuffer(plan, np.uint8), count=len(texts)).astype(bool)
         store = TensorStore(spec.store_root)
 
     from sdxl_pipeline.cache.encode.caption_encoding import EncodedTexts, encode_share
 
-    to_encode = [texts[index] for index in np.flatnonzero(wanted)]
+    to_encode = [texts[index] for index in np.flatnonzero(is_missing)]
     share = encode_share(spec, to_encode, ranks.rank, ranks.count, store, reporter, stop)
     results = ranks.gather(share.model_dump_json().encode())
     if results is None:
@@ -94,7 +95,7 @@ def _encode(
 
 
 def _embed_keys(spec: EncodeTextSpec, captions: "pd.Series[str]") -> dict[str, str]:
-    """The store's key of every caption and prompt, each once."""
+    """Return the store key of each distinct caption and prompt."""
     texts = dict.fromkeys((EMPTY_PROMPT, *spec.extra_prompts, *captions))
     digest, dtype = spec.base_model.text_digest, spec.hardware.text_precision
     return {text: embed_key(text, digest, dtype, spec.windows) for text in texts}
@@ -113,14 +114,14 @@ def _without_encoding(
     identity: str,
     reporter: Reporter,
 ) -> TextEmbedCache | None:
-    """The manifest where nothing is to be encoded: all is in the store, or left to the training. None where something is."""
+    """Return the manifest if nothing has to be encoded: all is in the store, or deferred to the training. Else return None."""
     if spec.mode != "full":
         return _deferred(spec, entries, keys, identity, reporter)
     finished = read_finished(Path(spec.entries_path), TextEmbedCache, identity)
     if finished is None or finished.deferred:
         return None
     if spec.trust_recorded:
-        reporter.log(f"{len(keys)} captions, recorded as encoded; the store is not looked at.")
+        reporter.log(f"{len(keys)} captions, recorded as encoded; the store is not checked.")
     elif not TensorStore(spec.store_root).missing(keys.values()):
         reporter.log(f"Nothing to encode: all {len(keys)} captions are in the store.")
     else:
@@ -136,15 +137,15 @@ def _deferred(
     identity: str,
     reporter: Reporter,
 ) -> TextEmbedCache:
-    """The manifest of captions and prompts that the training encodes: at first use those that the store lacks, or at each use all."""
-    reused, held = 0, 0
+    """Return the manifest of captions that the training encodes: missing ones at first use (ondemand), or all at each use."""
+    reused, size = 0, 0
     if spec.mode == "ondemand":
         store = TensorStore(spec.store_root)
         missing = set(store.missing(keys.values()))
-        reused, held = len(keys) - len(missing), store.entry_nbytes(set(keys.values()) - missing)
+        reused, size = len(keys) - len(missing), store.entry_nbytes(set(keys.values()) - missing)
     deferred = len(keys) - reused
     reporter.log(
-        f"{len(keys)} captions: {reused} cached, {deferred} left to the training (mode {spec.mode})."
+        f"{len(keys)} captions: {reused} cached, {deferred} deferred to the training (mode {spec.mode})."
     )
     _write_tables(spec, entries, keys)
     return TextEmbedCache(
@@ -152,7 +153,7 @@ def _deferred(
         store_root=spec.store_root,
         entries_path=spec.entries_path,
         prompts_path=spec.prompts_path,
-        digest=frame_digest(entries, _CONTENT),
+        digest=frame_digest(entries, _CONTENT_COLUMNS),
         captions=len(keys),
         encoded=0,
         reused=reused,
@@ -162,7 +163,7 @@ def _deferred(
         truncated_count=None,
         seconds=0.0,
         captions_per_second=None,
-        bytes=held,
+        bytes=size,
     )
 
 
@@ -175,7 +176,7 @@ def _finish(
     shares: "list[EncodedTexts]",
     stop: StopSignal,
 ) -> TextEmbedCache:
-    """Write the tables, count the captions that lose their tail, and tell what all processes did."""
+    """Write the tables, find truncated captions, and return the manifest of all processes' work."""
     from sdxl_pipeline.cache.encode.caption_encoding import lost_tails, own_texts
 
     _write_tables(spec, entries, keys)
@@ -184,19 +185,19 @@ def _finish(
         own = [key for batch in own_texts(spec, encoded, rank, len(shares)) for key, _ in batch]
         counted |= zip(own, share.tokens, strict=True)
     counts = _token_counts(spec, keys, counted, stop)
-    truncated, tails = lost_tails(spec, counts, NAMED_CAPTIONS)
+    truncated, tails = lost_tails(spec, counts, LISTED_CAPTIONS)
     total = sum(share.encoded for share in shares)
     return TextEmbedCache(
         identity=identity,
         store_root=spec.store_root,
         entries_path=spec.entries_path,
         prompts_path=spec.prompts_path,
-        digest=frame_digest(entries, _CONTENT),
+        digest=frame_digest(entries, _CONTENT_COLUMNS),
         captions=len(keys),
         encoded=total,
         reused=len(keys) - total,
         windows=spec.windows,
-        truncated=tuple(truncated[:NAMED_CAPTIONS]),
+        truncated=tuple(truncated[:LISTED_CAPTIONS]),
         truncated_tails=tails,
         truncated_count=len(truncated),
         seconds=0.0,
@@ -208,7 +209,7 @@ def _finish(
 def _token_counts(
     spec: EncodeTextSpec, keys: Mapping[str, str], counted: dict[str, int], stop: StopSignal
 ) -> dict[str, int]:
-    """Tokens of every caption and prompt. Counted are those that neither this run nor the last one has read; all are then recorded."""
+    """Return the number of tokens of each caption and prompt, from this run, the recorded counts or the tokenizer, and record all."""
     from sdxl_pipeline.cache.encode.caption_encoding import token_counts
 
     path = Path(spec.entries_path).with_suffix(".tokens.parquet")

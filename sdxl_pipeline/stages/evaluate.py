@@ -1,6 +1,8 @@
-"""The evaluation as a program: `python -m sdxl_pipeline.stages.evaluate spec.json`.
+"""Stage: evaluate trained weights against their base model.
 
-The report of the same evaluation is reused when its images are still there; nothing heavy is imported then.
+    python -m sdxl_pipeline.stages.evaluate spec.json
+
+The report of an evaluation with the same identity is reused if its images exist; torch is not imported then.
 """
 
 from pathlib import Path
@@ -14,20 +16,20 @@ from sdxl_pipeline.runtime.store_leases import leased_datasets
 
 
 def main(spec: EvaluateSpec, reporter: Reporter, stop: StopSignal) -> EvaluationReport:
-    """Measure a LoRA against its base model, or find that it has been."""
+    """Return the report of an existing evaluation with the same identity, or evaluate."""
     remove_unfinished(Path(spec.output_dir))
     identity = evaluation_identity(spec)
-    result = Path(spec.output_dir) / "report.json"
-    finished = read_finished(result, EvaluationReport, identity)
+    report_path = Path(spec.output_dir) / "report.json"
+    finished = read_finished(report_path, EvaluationReport, identity)
     if finished is not None and all(Path(image.path).is_file() for image in finished.images):
-        reporter.log(f"Nothing to evaluate: the report {identity[:12]} is there with its images.")
+        reporter.log(f"Nothing to evaluate: the report {identity[:12]} exists with all its images.")
         return finished.model_copy(update={"reused": True})
 
     from sdxl_pipeline.evaluation.evaluator import evaluate
 
     with leased_datasets(spec.datasets, "evaluate"):
         report = evaluate(spec, identity, reporter, stop)
-    write_finished(result, report)
+    write_finished(report_path, report)
     return report
 
 

@@ -1,6 +1,9 @@
-"""Trains a LoRA or a UNet: `python -m sdxl_pipeline.stages.train spec.json`, or the same under torchrun for several processes.
+"""Stage: train a LoRA or a UNet.
 
-A run's folder belongs to one identity. Finished, it is reused; unfinished, it is resumed from its latest checkpoint.
+    python -m sdxl_pipeline.stages.train spec.json
+
+Run it under torchrun for several processes. A run's folder belongs to one identity: a finished run is reused, an unfinished one resumes
+from its latest checkpoint.
 """
 
 import sys
@@ -19,24 +22,31 @@ from sdxl_pipeline.runtime.reporter import Reporter, is_main_process
 from sdxl_pipeline.runtime.specs import EMA_FOLDER, TrainedLora, TrainSpec
 from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError, run_stage
 from sdxl_pipeline.runtime.store_leases import leased_datasets
-from sdxl_pipeline.training.checkpoint.run_identity import run_fingerprints
+from sdxl_pipeline.training.checkpoint.run_identity import run_fingerprints, settings_affecting_weights
 from sdxl_pipeline.training.checkpoint.run_lineage import read_lineage
 from sdxl_pipeline.training.checkpoint.run_lock import run_lock
 from sdxl_pipeline.training.data.samples import Split, load_samples
-from sdxl_pipeline.training.logging.eval_log import read_eval_log
-from sdxl_pipeline.training.logging.metrics_log import METRICS_FILE, final_loss, read_metrics
-from sdxl_pipeline.training.logging.validation_log import read_validation_log
+from sdxl_pipeline.training.logging.run_logs import (
+    EVAL_LOSS_FILE,
+    METRICS_FILE,
+    VALIDATION_FILE,
+    final_loss,
+    read_eval_losses,
+    read_metrics,
+    read_validation_images,
+)
 
 if TYPE_CHECKING:
+    from sdxl_pipeline.training.logging.observers import RunObserver
     from sdxl_pipeline.training.trainer import Trainer
 
 FINISHED = "finished.json"
 
 
 def main(spec: TrainSpec, reporter: Reporter, stop: StopSignal) -> TrainedLora:
-    """Train as the spec says, or find that it has been."""
-    names = run_fingerprints(spec)
-    identity, run_dir = names.identity, Path(spec.run_dir)
+    """Return the manifest of the finished run with the spec's identity, or train."""
+    fingerprints = run_fingerprints(spec)
+    identity, run_dir = fingerprints.identity, Path(spec.run_dir)
     with run_lock(run_dir, stop) if is_main_process() else nullcontext():
         if is_main_process():
             remove_unfinished(run_dir)
@@ -44,36 +54,46 @@ def main(spec: TrainSpec, reporter: Reporter, stop: StopSignal) -> TrainedLora:
         finished = finished and _released(finished, spec.settings)
         if finished is not None:
             reporter.log(
-                f"Nothing to train: the run {identity[:12]} is finished, and its weights are as it left them."
+                f"Nothing to train: the run {identity[:12]} is finished and its weights are unchanged."
             )
-            # the held-out images are no part of the identity: they may have changed since the run
+            # held-out images are not part of the identity and may have changed since the run
             finished = finished.model_copy(
                 update={"reused": True, "held_out_images": _count_images(spec, "eval")}
             )
             return _with_kohya_file(finished, spec, reporter) if is_main_process() else finished
 
         from sdxl_pipeline.training.checkpoint.resume import report_nearest_run, resume_run
-        from sdxl_pipeline.training.logging.observers import RunObserver
         from sdxl_pipeline.training.trainer import Trainer
 
-        watch = RunObserver(spec, identity, reporter) if is_main_process() else None
-        with ExitStack() as afterwards, watch or nullcontext():
+        observer = _build_observer(spec, identity, reporter) if is_main_process() else None
+        with ExitStack() as stack, observer or nullcontext():
             if is_main_process():
-                resume_run(spec, names, reporter)
-                afterwards.enter_context(leased_datasets(spec.datasets, f"train {spec.project}"))
-            trainer = Trainer(spec, identity, reporter, stop, watch)
-            afterwards.callback(trainer.close)
+                resume_run(spec, fingerprints, reporter)
+                stack.enter_context(leased_datasets(spec.datasets, f"train {spec.project}"))
+            trainer = Trainer(spec, identity, reporter, stop, observer)
+            stack.callback(trainer.close)
             if trainer.is_main and trainer.resumed_from is None:
                 shapes = {name: tuple(parameter.shape) for name, parameter in trainer.parameters.items()}
-                report_nearest_run(spec, names, shapes, trainer.total_steps, reporter)
+                report_nearest_run(spec, fingerprints, shapes, trainer.total_steps, reporter)
             trainer.train()
             return _finish(trainer)
 
 
-def _with_kohya_file(manifest: TrainedLora, spec: TrainSpec, reporter: Reporter) -> TrainedLora:
-    """Write what `lora_format` asks for beside each of the run's weights, where it is not there, and record the released one.
+def _build_observer(spec: TrainSpec, identity: str, reporter: Reporter) -> "RunObserver":
+    from sdxl_pipeline.runtime.webhook import Origin
+    from sdxl_pipeline.training.logging.observers import RunObserver
+    from sdxl_pipeline.training.logging.tracker_logging import Trackers
 
-    An adapter that the format cannot hold stays without the file: the training is done, and the check before the release says so.
+    # only settings without local paths and addresses go to the trackers
+    config = settings_affecting_weights(spec.settings)
+    trackers = Trackers(spec.settings, spec.project, identity, Path(spec.run_dir), config)
+    return RunObserver(spec.settings, Origin(spec.project, identity[:12]), trackers, reporter)
+
+
+def _with_kohya_file(manifest: TrainedLora, spec: TrainSpec, reporter: Reporter) -> TrainedLora:
+    """Write the missing kohya files of the run's weights if `lora_format` includes them, and return the manifest with the released one.
+
+    An adapter that the format cannot represent gets no file; the training is complete, and the check before the release fails.
     """
     written: dict[str, KohyaFile] = {}
     if manifest.weights_kind == "lora" and spec.settings.lora_format != "diffusers":
@@ -85,14 +105,12 @@ def _with_kohya_file(manifest: TrainedLora, spec: TrainSpec, reporter: Reporter)
                 thumbnail = _last_image(manifest, averaged=folder.name == EMA_FOLDER)
                 file = ensure_kohya_file(spec, manifest, folder / name, thumbnail)
             except FormatError as error:
-                reporter.log(
-                    f"No file for ComfyUI, A1111 and kohya is written beside {folder / name}: {error}"
-                )
+                reporter.log(f"No file for ComfyUI, A1111 and kohya is written for {folder / name}: {error}")
                 continue
             written[str(folder / name)] = file
             if file.dora_approximation is not None:
                 reporter.log(
-                    f"{file.path.name} holds a plain LoRA of rank {file.dora_approximation['rank']} that approximates the trained weight-"
+                    f"{file.path.name} contains a plain LoRA of rank {file.dora_approximation['rank']} that approximates the trained weight-"
                     f"decomposed adapter, relative error {file.dora_approximation['relative_error']:.3g}."
                 )
     released = written.get(manifest.weights_path)
@@ -107,7 +125,7 @@ def _with_kohya_file(manifest: TrainedLora, spec: TrainSpec, reporter: Reporter)
 
 
 def _last_image(manifest: TrainedLora, averaged: bool) -> Path | None:
-    """The last validation image of the trained weights, or of their average; None where there is none."""
+    """Return the last validation image of the trained weights, or of their EMA if `averaged`; None if there is none."""
     from sdxl_pipeline.training.optim.eval_weights import EMA_LABEL
 
     images = [image for image in manifest.validation_images if image.name.endswith(EMA_LABEL) == averaged]
@@ -116,9 +134,9 @@ def _last_image(manifest: TrainedLora, averaged: bool) -> Path | None:
 
 
 def finished_run(run_dir: Path, identity: str) -> TrainedLora | None:
-    """The manifest of a finished run whose weights are still what they were; None when there is none.
+    """Return the manifest of the finished run in `run_dir` if its weights are unchanged, else None.
 
-    Raises UserError when the folder holds the finished run of another identity.
+    Raise UserError if the folder contains a finished run with another identity.
     """
     path = run_dir / FINISHED
     try:
@@ -127,7 +145,7 @@ def finished_run(run_dir: Path, identity: str) -> TrainedLora | None:
         return None
     if manifest.identity != identity:
         raise UserError(
-            f"{run_dir} holds another run (identity {manifest.identity[:12]}, not {identity[:12]}); give each run a folder of its own"
+            f"{run_dir} contains another run (identity {manifest.identity[:12]}, not {identity[:12]}); give each run its own folder"
         )
     manifest = _relocated(manifest, run_dir)
     weights = Path(manifest.weights_path)
@@ -137,37 +155,37 @@ def finished_run(run_dir: Path, identity: str) -> TrainedLora | None:
 
 
 def _finish(trainer: "Trainer") -> TrainedLora:
-    """Write the weights and the plots, on the main process, and give the manifest."""
+    """Write the weights and plots on the main process, and return the manifest."""
     import torch
 
     from sdxl_pipeline.training.checkpoint.free_disk_monitor import CHECKPOINT_ADVICE
     from sdxl_pipeline.training.logging.loss_plot import plot_loss_curve
-    from sdxl_pipeline.training.validation.validation_grid import write_sheet
+    from sdxl_pipeline.training.validation.validation_grid import write_validation_grid
 
     spec, run_dir = trainer.spec, trainer.run_dir
     rows = read_metrics(run_dir / METRICS_FILE)
-    eval_losses = tuple((row.step, row.loss.mean) for row in read_eval_log(run_dir))
-    images = tuple(read_validation_log(run_dir))
+    eval_losses = tuple((row.step, row.loss.mean) for row in read_eval_losses(run_dir / EVAL_LOSS_FILE))
+    images = tuple(read_validation_images(run_dir / VALIDATION_FILE))
     lineage = read_lineage(run_dir)
     ancestor = lineage and lineage.ancestor
-    # steps of an ancestor whose records did not lie beside its checkpoint
-    unknown = ancestor.step if ancestor and not any(row.step <= ancestor.step for row in rows) else 0
-    weights, loss_curve, sheet = (
+    # steps of an ancestor without metrics
+    unrecorded = ancestor.step if ancestor and not any(row.step <= ancestor.step for row in rows) else 0
+    weights, loss_curve, grid = (
         run_dir / trainer.trainable.weights_name,
         run_dir / "loss_curve.png",
         run_dir / "validation.png",
     )
     with trainer.trainable.summon_full_params(torch.device("cpu")):
         if trainer.is_main:
-            files = 2 if trainer.trainable.kind == "lora" else 1  # an adapter is written in two formats
-            require_space(run_dir, files * trainer.written_bytes, "the final weights", CHECKPOINT_ADVICE)
-            trainer.write_weights(run_dir)
+            num_formats = 2 if trainer.trainable.kind == "lora" else 1  # diffusers and kohya
+            require_space(run_dir, num_formats * trainer.export_bytes, "the final weights", CHECKPOINT_ADVICE)
+            trainer.export(run_dir)
     if trainer.is_main:
         plot_loss_curve(
             rows, loss_curve, title=f"{spec.project}: {trainer.step} steps", eval_losses=eval_losses
         )
         if images:
-            write_sheet(images, sheet)
+            write_validation_grid(images, grid)
     trainer.cpu_group.barrier()
     if trainer.uploads is not None:
         trainer.uploads.finish()
@@ -180,16 +198,16 @@ def _finish(trainer: "Trainer") -> TrainedLora:
         steps=trainer.step,
         epochs=trainer.epochs,
         samples=trainer.samples,
-        trained_images=trainer.order.samples.images_by_dataset(),
+        trained_images=trainer.sampler.samples.images_by_dataset(),
         held_out_images=_count_images(spec, "eval"),
         images_per_epoch=trainer.images_per_epoch,
-        appearances=trainer.order.appearances(),
-        crops_per_image=trainer.order.samples.crops_per_image(),
-        raised_repeats=dict(trainer.passes.raised_repeats),
+        appearances=trainer.sampler.appearances(),
+        crops_per_image=trainer.sampler.samples.crops_per_image(),
+        raised_repeats=dict(trainer.sampling_weights.raised_repeats),
         resumed_from_step=trainer.resumed_from,
         reused=False,
         ancestor=ancestor,
-        skipped_steps=trainer.step - unknown - len(rows),
+        skipped_steps=trainer.step - unrecorded - len(rows),
         final_loss=final_loss(rows),
         eval_losses=eval_losses,
         seconds=trainer.seconds,
@@ -198,18 +216,18 @@ def _finish(trainer: "Trainer") -> TrainedLora:
         memory_estimate=trainer.memory.parts(),
         estimated_memory_bytes=trainer.memory.total,
         trainable_parameters=sum(parameter.numel() for parameter in trainer.parameters.values()),
-        adapted_modules=trainer.trainable.changed_modules,
+        adapted_modules=trainer.trainable.num_trained_modules,
         metrics_path=str(run_dir / METRICS_FILE),
         loss_curve_path=str(loss_curve),
-        validation_sheet_path=str(sheet) if images else None,
+        validation_sheet_path=str(grid) if images else None,
         validation_images=images,
     )
     manifest = _released(manifest, spec.settings) or manifest
     if trainer.is_main:
         manifest = _with_kohya_file(manifest, spec, trainer.reporter)
         write_text_atomic(run_dir / FINISHED, manifest.model_dump_json(indent=2) + "\n")
-    if trainer.watch is not None:
-        trainer.watch.finished(manifest)
+    if trainer.observer is not None:
+        trainer.observer.on_train_end(manifest)
     return manifest
 
 
@@ -219,7 +237,7 @@ def _count_images(spec: TrainSpec, split: Split) -> dict[str, int]:
 
 
 def _released(manifest: TrainedLora, settings: TrainingSettings) -> TrainedLora | None:
-    """The manifest with those of the run's weights that `released_weights` asks for; None when they are not there."""
+    """Return the manifest with the weights that `released_weights` selects; None if they do not exist."""
     if not settings.use_ema:
         return manifest
     folder = Path(manifest.run_dir) / (EMA_FOLDER if settings.released_weights == "ema" else "")
@@ -236,7 +254,7 @@ def _released(manifest: TrainedLora, settings: TrainingSettings) -> TrainedLora 
 
 
 def peak_memory_bytes(device: str) -> int:
-    """Most memory this process has held: of the GPU, or of the machine where there is none of its own."""
+    """Return the peak memory of this process: on the GPU if `device` is cuda, else the resident set size."""
     if device == "cuda":
         import torch
 
@@ -248,21 +266,23 @@ def peak_memory_bytes(device: str) -> int:
 
 
 def _relocated(manifest: TrainedLora, run_dir: Path) -> TrainedLora:
-    """The manifest with its paths under `run_dir`, to which the folder may have been moved since."""
+    """Return the manifest with its paths under `run_dir`, because the folder may have been moved."""
     old = Path(manifest.run_dir)
 
-    def moved(path: str) -> str:
+    def relocate(path: str) -> str:
         return str(run_dir / Path(path).relative_to(old))
 
     return manifest.model_copy(
         update={
             "run_dir": str(run_dir),
-            "weights_path": moved(manifest.weights_path),
-            "metrics_path": moved(manifest.metrics_path),
-            "loss_curve_path": moved(manifest.loss_curve_path),
-            "validation_sheet_path": manifest.validation_sheet_path and moved(manifest.validation_sheet_path),
+            "weights_path": relocate(manifest.weights_path),
+            "metrics_path": relocate(manifest.metrics_path),
+            "loss_curve_path": relocate(manifest.loss_curve_path),
+            "validation_sheet_path": manifest.validation_sheet_path
+            and relocate(manifest.validation_sheet_path),
             "validation_images": tuple(
-                image.model_copy(update={"path": moved(image.path)}) for image in manifest.validation_images
+                image.model_copy(update={"path": relocate(image.path)})
+                for image in manifest.validation_images
             ),
         }
     )

@@ -1,7 +1,7 @@
-"""The text encoders as they are trained: an adapter on each, and captions encoded anew at every step, with gradient.
+"""Training of the text encoders: an adapter on each, and captions encoded at every step with gradients.
 
-What the text cache holds would be out of date after one step, so nothing is read from it. Tokens, windows and embeddings are made by the
-same code that fills the cache.
+The text cache is not read, because its embeddings are out of date after one step. Tokens, windows and embeddings come from the same code
+that fills the cache.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,13 +24,14 @@ from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.rng import derive_seed
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
-"""The layers of a text encoder that get an adapter: diffusers' choice."""
+"""The layers of a text encoder that get an adapter, as in diffusers' training scripts."""
 
 
 def trainable_text_encoders(spec: TrainSpec) -> TextEncoders:
-    """Both text encoders on the CPU, each with a new LoRA in float32; only the LoRAs ask for gradients.
+    """Return both text encoders on the CPU, each with a new LoRA in float32; only the LoRAs require gradients.
 
-    The last layer of the first encoder has none: SDXL reads the output of the layer before it, so no gradient would ever come there.
+    The last layer of the first encoder has no LoRA: SDXL uses the output of the layer before it, so it would get no gradient. Raise
+    UserError for LoRA settings that the encoders do not support.
     """
     settings = spec.settings
     encoders = load_text_encoders(spec.base_model, dtype_from_name(settings.mixed_precision or "no"))
@@ -59,19 +60,19 @@ def trainable_text_encoders(spec: TrainSpec) -> TextEncoders:
 
 
 def named_encoders(encoders: TextEncoders) -> dict[str, CLIPTextModel]:
-    """Both, by the prefixes that a LoRA file knows them under."""
+    """Return both by their key prefixes in a LoRA file."""
     return {"text_encoder": encoders.text_encoder, "text_encoder_2": encoders.text_encoder_2}
 
 
 def text_windows(datasets: Iterable[TrainingDataset]) -> int:
-    """Windows of 77 tokens that captions are encoded in: those of the text stage, which is asked the same for all datasets."""
+    """Return the number of 77-token windows of a caption, which the text stage gives all datasets alike."""
     return max(dataset.text_embeds.windows for dataset in datasets)
 
 
 class UNetWithTextEncoders(nn.Module):
-    """A UNet together with its text encoders: called as a UNet is, but with captions' tokens for their embeddings.
+    """A UNet with its text encoders: called like a UNet, but with token ids in place of prompt embeddings.
 
-    One module, so that data parallelism sees all that is trained in one forward pass.
+    A single module, so that data parallelism covers all trained parameters in one forward pass.
     """
 
     def __init__(self, unet: UNet2DConditionModel, encoders: TextEncoders) -> None:
@@ -88,7 +89,7 @@ class UNetWithTextEncoders(nn.Module):
         added_cond_kwargs: dict[str, Tensor],
         return_dict: bool = True,
     ) -> Any:
-        """The UNet's answer (B, 4, H/8, W/8) to `encoder_hidden_states`, which are token ids (B, 2, windows, 77)."""
+        """Return the UNet's prediction (B, 4, H/8, W/8); `encoder_hidden_states` are token ids (B, 2, windows, 77)."""
         input_ids, input_ids_2 = encoder_hidden_states.unbind(1)
         prompt_embeds, pooled_prompt_embeds = embed_tokens(self._encoders, input_ids, input_ids_2)
         return self.unet(
@@ -101,21 +102,21 @@ class UNetWithTextEncoders(nn.Module):
 
 
 class OnlineTextEncoder:
-    """Captions and prompts as the text encoders read them now. Threads may tokenize by one."""
+    """Encodes captions and prompts with the current weights of the text encoders. Tokenization is thread-safe."""
 
     def __init__(self, encoders: TextEncoders, windows: int) -> None:
         self._encoders = encoders
         self._reader = PromptReader(encoders, windows)
-        self._tokenizing = Lock()
+        self._tokenizer_lock = Lock()
 
     def input_ids(self, captions: Sequence[str]) -> Tensor:
-        """Token ids for both encoders, int64 (B, 2, windows, 77)."""
-        with self._tokenizing:
+        """Return token ids for both encoders, int64 (B, 2, windows, 77)."""
+        with self._tokenizer_lock:
             return torch.stack(self._reader.in_windows(self._reader.read(captions)), dim=1)
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """`prompt_embeds` (B, 77 * windows, C1 + C2) and `pooled_prompt_embeds` (B, C2), without dropout and gradient, on the CPU."""
-        with _evaluating(*named_encoders(self._encoders).values()):
+        """Return `prompt_embeds` (B, 77 * windows, C1 + C2) and `pooled_prompt_embeds` (B, C2) on the CPU, without dropout and gradient."""
+        with _eval_mode(*named_encoders(self._encoders).values()):
             embeds = encode_tokens(self._encoders, *self.input_ids(captions).unbind(1))
         return dict(
             zip(("prompt_embeds", "pooled_prompt_embeds"), (each.cpu() for each in embeds), strict=True)
@@ -123,7 +124,7 @@ class OnlineTextEncoder:
 
 
 @contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
+def _eval_mode(*models: nn.Module) -> Iterator[None]:
     modes = [model.training for model in models]
     for model in models:
         model.eval()

@@ -1,4 +1,4 @@
-"""Everything that one run trains, as one value: its parameters by name, and its files as users load them."""
+"""What a run trains: its parameters by name, and its files in the formats that users load."""
 
 import os
 import shutil
@@ -26,19 +26,19 @@ from sdxl_pipeline.training.text_encoder_training import (
 
 
 class Trainable(ABC):
-    """What is trained. `parameters` are those that ask for gradients, in the order of the optimizer.
+    """A trained model. `parameters` are those that require gradients, in the optimizer's order.
 
-    `module` is what a step calls, as it calls the UNet; to be prepared for data parallelism.
+    `module` has the call signature of the UNet and is what a training step calls, after `prepared`.
     """
 
     kind: ClassVar[WeightsKind]
     weights_name: ClassVar[str]
-    """The name that `write` is given in a run's folder and in its checkpoints."""
+    """Name of the weights in a run's folder and in its checkpoints."""
 
     online_text_encoder: OnlineTextEncoder | None = None
-    """How captions and prompts are encoded while the text encoders are trained; None where they are not."""
+    """Encodes captions and prompts while the text encoders are trained; None if they are not."""
     encoders: tuple[nn.Module, ...] = ()
-    """The text encoders that are trained."""
+    """The trained text encoders."""
 
     def __init__(self, unet: UNet2DConditionModel, module: nn.Module) -> None:
         self.unet, self.module = unet, module
@@ -48,23 +48,23 @@ class Trainable(ABC):
 
     @property
     def unet_parameters(self) -> list[Parameter]:
-        """Those of the UNet."""
+        """Return the trained parameters of the UNet."""
         return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
 
     @property
     def text_parameters(self) -> list[Parameter]:
-        """Those of the text encoders; they come after the UNet's."""
-        return [each for encoder in self.encoders for each in encoder.parameters() if each.requires_grad]
+        """Return the trained parameters of the text encoders, which follow those of the UNet."""
+        return [p for encoder in self.encoders for p in encoder.parameters() if p.requires_grad]
 
     def to(self, device: torch.device) -> Self:
-        """Move everything, in place."""
+        """Move all modules to `device`, in place, and return self."""
         self.module.to(device)
         return self
 
     def prepared(self, accelerator: Accelerator) -> nn.Module:
-        """`module` as the steps call it, ready for several processes.
+        """Return `module` prepared for the accelerator's processes.
 
-        What is frozen is left out of what they tell each other: all have loaded the same, and weights in few bits cannot be sent.
+        Frozen parameters are excluded from the broadcast at construction: all processes load the same, and quantized ones cannot be sent.
         """
         frozen = [name for name, parameter in self.module.named_parameters() if not parameter.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.module, frozen)
@@ -73,43 +73,43 @@ class Trainable(ABC):
 
     @contextmanager
     def summon_full_params(self, device: torch.device) -> Iterator[None]:
-        """Have `unet` whole, on the main process at least, to be drawn with or written. To be entered by all processes together."""
+        """Make `unet` the full UNet on `device`, at least on the main process. All processes must enter it together."""
         yield
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """`parameters` as a checkpoint holds them; on the main process, while `summon_full_params` runs."""
+        """Return `parameters` for a checkpoint. For the main process, inside `summon_full_params`."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
     def full_optimizer_state_dict(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The state of the optimizer as a checkpoint holds it. To be called by all processes together."""
+        """Return the optimizer's state for a checkpoint. All processes must call it together."""
         return state
 
     def shard_optimizer_state_dict(self, state: dict[str, Any]) -> dict[str, Any]:
-        """What of a checkpoint's optimizer state is this process's own."""
+        """Return this process's shard of a checkpoint's optimizer state."""
         return state
 
     @property
     def export_is_exact(self) -> bool:
-        """Whether `write` makes a folder of safetensors that hold `parameters`, and nothing else, by name and bit for bit."""
+        """Return whether `write` makes a folder of safetensors with exactly `parameters`, by name and bit for bit."""
         return False
 
     @property
-    def written_bytes(self) -> int:
-        """What `write` takes on the disk, but for a few kilobytes; on the main process, while `summon_full_params` runs."""
+    def export_bytes(self) -> int:
+        """Return the size of what `write` writes, within a few kilobytes. For the main process, inside `summon_full_params`."""
         return sum(tensor.nbytes for tensor in self.full_state_dict().values())
 
     @property
     @abstractmethod
-    def changed_modules(self) -> int:
-        """How many layers are trained or have an adapter."""
+    def num_trained_modules(self) -> int:
+        """Return the number of layers that are trained or have an adapter."""
 
     @abstractmethod
     def write(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Write the weights to `path` as users load them, whole or not at all; the same weights give the same bytes."""
+        """Write the weights atomically to `path` in the format that users load; the same weights give the same bytes."""
 
 
 class TrainableLora(Trainable):
-    """An adapter on the UNet, and on the text encoders if these are given."""
+    """An adapter on the UNet, and on the text encoders if given."""
 
     kind = "lora"
     weights_name = "pytorch_lora_weights.safetensors"
@@ -125,17 +125,17 @@ class TrainableLora(Trainable):
             self.online_text_encoder = OnlineTextEncoder(encoders, windows)
 
     @property
-    def changed_modules(self) -> int:
-        """How many layers have an adapter."""
+    def num_trained_modules(self) -> int:
+        """Return the number of layers with an adapter."""
         return sum(len(adapted_module_names(model)) for model in self._models.values())
 
     def write(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Write the file that `load_lora_weights` reads, or of a LyCORIS adapter lycoris-lora."""
+        """Write the file that diffusers' `load_lora_weights` reads, or for a LyCORIS adapter lycoris-lora."""
         save_adapter(self._models, path, metadata)
 
 
 class TrainableUNet(Trainable):
-    """The UNet itself."""
+    """The full UNet."""
 
     kind = "unet"
     weights_name = "unet"
@@ -145,28 +145,44 @@ class TrainableUNet(Trainable):
 
     @property
     def export_is_exact(self) -> bool:
-        """Unless some are frozen."""
+        """Return whether no parameter is frozen."""
         return self.parameters.keys() == self.unet.state_dict().keys()
 
     @property
-    def written_bytes(self) -> int:
-        """What `write` takes on the disk: all weights, the frozen ones too."""
+    def export_bytes(self) -> int:
+        """Return the size of what `write` writes: all weights, frozen ones included."""
         return sum(tensor.nbytes for tensor in self.unet.state_dict().values())
 
     @property
-    def changed_modules(self) -> int:
-        """How many layers have a weight that is trained."""
+    def num_trained_modules(self) -> int:
+        """Return the number of layers with a trained weight."""
         return len({name.rpartition(".")[0] for name in self.parameters})
 
     def write(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Write the folder that `UNet2DConditionModel.from_pretrained` reads, in shards as diffusers has them, replacing an older one.
+        """Write the folder that `UNet2DConditionModel.from_pretrained` reads, in diffusers' shards, replacing an existing one.
 
-        Its files hold nothing but weights and architecture, so `metadata` has no place in them.
+        `metadata` is not written, because the files hold only weights and architecture.
         """
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         shutil.rmtree(unfinished, ignore_errors=True)
-        # where the base model lies must not be published with what became of it
+        # the path of the base model must not be published with the weights
         self.unet.register_to_config(_name_or_path="")
         self.unet.save_pretrained(unfinished, safe_serialization=True)
         shutil.rmtree(path, ignore_errors=True)
         unfinished.rename(path)
+
+
+def build_trainable(spec: TrainSpec) -> Trainable:
+    """Return what the settings train, on the CPU. Raise UserError for settings that the model or this machine does not support."""
+    settings = spec.settings
+    if settings.model_type == "full" and settings.fsdp_enable:
+        from sdxl_pipeline.training.distributed.sharding import ShardedUNet
+
+        return ShardedUNet(full_unet(spec), settings.fsdp_reshard_after_forward)
+    if settings.model_type == "full":
+        return TrainableUNet(full_unet(spec))
+    if not settings.train_text_encoder:
+        return TrainableLora(trainable_unet(spec))
+    encoders = trainable_text_encoders(spec)
+    unet = trainable_unet(spec, named_encoders(encoders))
+    return TrainableLora(unet, encoders, text_windows(spec.datasets))

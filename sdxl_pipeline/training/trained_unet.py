@@ -1,4 +1,4 @@
-"""The UNet as it is trained: frozen base weights with an adapter, or all of its own."""
+"""The UNet prepared for training: an adapter on frozen base weights, or full fine-tuning."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,17 +25,17 @@ from sdxl_pipeline.training.rng import derive_seed
 
 
 def base_dtype(spec: TrainSpec) -> torch.dtype:
-    """Of the frozen weights: the autocast type, since nothing would be gained by holding them wider."""
+    """Return the dtype of the frozen weights: the autocast dtype, because more precision would have no effect."""
     return dtype_from_name(spec.settings.mixed_precision or "no")
 
 
 def trainable_unet(
     spec: TrainSpec, encoders: Mapping[str, nn.Module] = MappingProxyType({})
 ) -> UNet2DConditionModel:
-    """The base model's UNet on the CPU, with a new adapter in float32; only the adapter asks for gradients.
+    """Return the base model's UNet on the CPU with a new adapter in float32; only the adapter requires gradients.
 
-    `encoders` are text encoders with new adapters, by prefix, which start as the UNet's does where `init_lora`'s file has a part for them.
-    Raises UserError for target modules that are not there, and for a precision whose package is missing.
+    `encoders` are text encoders with new adapters, by prefix; they are initialized from `init_lora` like the UNet if that file has weights
+    for them. Raise UserError for target modules that do not exist, and for a precision whose package is missing.
     """
     settings = spec.settings
     unet: UNet2DConditionModel = load_unet(spec.base_model, base_dtype(spec))
@@ -47,31 +47,31 @@ def trainable_unet(
             and spec.hardware.num_processes > 1
         ):
             raise AdapterError(
-                "lycoris_config: module_dropout leaves out other layers on each process, which would wait for each other's gradients. "
-                "Write 0, or train on one device."
+                "lycoris_config: module_dropout skips different layers on each process, so that gradient synchronization would deadlock. "
+                "Set it to 0, or train on one device."
             )
         add_adapter(unet, settings, derive_seed(settings.seed, "adapter"))
         if settings.init_lora is not None:
-            held = has_text_part(Path(settings.init_lora))
-            start_from_file({UNET: unet, **(encoders if held else {})}, Path(settings.init_lora))
+            has_encoders = has_text_part(Path(settings.init_lora))
+            start_from_file({UNET: unet, **(encoders if has_encoders else {})}, Path(settings.init_lora))
     except (AdapterError, PrecisionError) as error:
         raise UserError(f"config.json: {error}") from error
-    _prepare_passes(unet, spec)
+    _configure_compute(unet, spec)
     return unet
 
 
 def full_unet(spec: TrainSpec) -> UNet2DConditionModel:
-    """The base model's UNet on the CPU in `trainable_dtype`; every weight asks for gradients, or only the biases (bitfit)."""
+    """Return the base model's UNet on the CPU in `trainable_dtype`; all weights require gradients, or only the biases (bitfit)."""
     settings = spec.settings
     unet: UNet2DConditionModel = load_unet(spec.base_model, trainable_dtype(settings))
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(settings.layer_freeze_strategy is None or name.endswith(".bias"))
-    _prepare_passes(unet, spec)
+    _configure_compute(unet, spec)
     return unet
 
 
-def _prepare_passes(unet: UNet2DConditionModel, spec: TrainSpec) -> None:
-    """How the UNet computes: its attention, what it recomputes, what is compiled."""
+def _configure_compute(unet: UNet2DConditionModel, spec: TrainSpec) -> None:
+    """Set the attention kernel, gradient checkpointing and compilation. Raise UserError for an unavailable kernel."""
     settings = spec.settings
     try:
         use_attention_kernel(

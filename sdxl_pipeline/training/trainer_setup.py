@@ -1,4 +1,4 @@
-"""What a trainer starts from: its devices, and the order of its samples."""
+"""What a trainer starts from: its accelerator and its samplers."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,11 +19,11 @@ from sdxl_pipeline.training.trainable import Trainable, TrainableLora, Trainable
 from sdxl_pipeline.training.trained_unet import full_unet, trainable_unet
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
-"""How long a process waits for the others with its device."""
+"""Timeout of collective operations on the device."""
 
 
 def build_accelerator(spec: TrainSpec) -> Accelerator:
-    """The devices that the spec asks for. Raises UserError when they are not there, or the processes not as many."""
+    """Return the accelerator of the spec's hardware profile. Raise UserError if the device is missing or the number of processes differs."""
     hardware = spec.hardware
     accelerator = Accelerator(
         cpu=hardware.device == "cpu",
@@ -32,13 +32,13 @@ def build_accelerator(spec: TrainSpec) -> Accelerator:
     )
     if accelerator.device.type != hardware.device:
         raise UserError(
-            f"the hardware profile {hardware.profile!r} asks for the device {hardware.device}, but torch has only "
+            f"the hardware profile {hardware.profile!r} needs the device {hardware.device}, but torch finds only "
             f"{accelerator.device.type} here; choose another profile, for example SDXL_HARDWARE=cpu"
         )
     if accelerator.num_processes != hardware.num_processes:
         raise UserError(
-            f"the spec asks for {hardware.num_processes} processes, but {accelerator.num_processes} are running; "
-            "start it with torchrun --nproc-per-node of that number"
+            f"the spec needs {hardware.num_processes} processes, but {accelerator.num_processes} are running; "
+            f"start it with torchrun --nproc-per-node {hardware.num_processes}"
         )
     return accelerator
 
@@ -58,46 +58,46 @@ def build_trainable(spec: TrainSpec) -> Trainable:
 
 
 @dataclass(frozen=True)
-class PlannedOrder:
-    """The samples of a run in their order, and how often an epoch shows them."""
+class TrainingSamplers:
+    """The samplers of a run, and the sampling weights they use."""
 
-    passes: SamplingWeights
+    sampling_weights: SamplingWeights
     order: BucketBatchSampler
-    read_ahead: BucketBatchSampler
-    """The same order again, for the thread that reads ahead: an order remembers the epoch it planned last."""
+    prefetch: BucketBatchSampler
+    """The same order for the prefetching thread: a sampler caches its last epoch and is not thread-safe."""
 
     @property
     def images_per_epoch(self) -> dict[str, float]:
-        """Appearances of images in an epoch, by dataset."""
+        """Return how many images of each dataset an epoch contains, repeats included."""
         counts = self.order.samples.images_by_dataset()
-        return {name: count * self.passes.by_dataset[name] for name, count in counts.items()}
+        return {name: count * self.sampling_weights.by_dataset[name] for name, count in counts.items()}
 
 
-def plan_order(spec: TrainSpec, num_processes: int, reporter: Reporter) -> PlannedOrder:
-    """The order of the spec's training images; repeats that are raised and batches that are not full are logged."""
+def plan_order(spec: TrainSpec, num_processes: int, reporter: Reporter) -> TrainingSamplers:
+    """Build the samplers of the spec's training images; log raised repeats and partial batches."""
     settings = spec.settings
     samples = load_samples(spec.datasets, "train", settings.micro_conditioning)
-    passes = plan_sampling_weights(spec.datasets, samples, settings, num_processes)
-    order = partial(
+    weights = plan_sampling_weights(spec.datasets, samples, settings, num_processes)
+    build = partial(
         BucketBatchSampler,
         samples,
-        passes.by_dataset,
+        weights.by_dataset,
         settings.seed,
         settings.train_batch_size,
         num_processes,
         settings.bucket_fill,
     )
-    planned = PlannedOrder(passes, order(), order())
-    for dataset_id, repeats in passes.raised_repeats.items():
+    samplers = TrainingSamplers(weights, build(), build())
+    for dataset_id, repeats in weights.raised_repeats.items():
         reporter.log(
             f"The datasets do not fill a step: repeats of {dataset_id} is raised to {repeats} (allow_dataset_oversubscription)."
         )
-    full = planned.order.global_batch_size
-    for (height, width), (have, missing) in planned.order.unfilled().items():
+    full = samplers.order.global_batch_size
+    for (height, width), (have, missing) in samplers.order.unfilled().items():
         outcome = (
             f"its last batch has {full - missing} instead of {full} (bucket_fill: partial)"
             if settings.bucket_fill == "partial"
             else f"{missing} of them are repeated to fill its last batch (bucket_fill: wrap)"
         )
         reporter.log(f"Bucket {width}x{height} has {have} images an epoch: {outcome}.")
-    return planned
+    return samplers

@@ -25,7 +25,6 @@ from sdxl_pipeline.release.sanitize import portable_lineage
 from sdxl_pipeline.runtime.specs import SettingDifference, TrainedLora
 from tests.assets.test_graph import DATASET, metadata
 from tests.assets.test_incremental import InProcessLauncher
-from tests.training.conftest import fresh_accelerator  # noqa: F401 (a fixture)
 
 CONFIG = {
     "eval_holdout_share": 0,

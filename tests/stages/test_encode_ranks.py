@@ -25,7 +25,6 @@ from sdxl_pipeline.runtime.specs import EncodeLatentsSpec, EncodeTextSpec, Laten
 from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.stages import encode_latents, encode_text
 from tests.support.processes import runs, wait_for, wait_for_number
-from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
 REPOSITORY = Path(__file__).parents[2]
 SIZES = [(64, 64), (128, 64), (64, 128)]

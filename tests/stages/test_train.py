@@ -16,11 +16,10 @@ from sdxl_pipeline.files.disk_space import DiskFullError
 from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
 from sdxl_pipeline.stages.train import main
-from sdxl_pipeline.training.logging.metrics_log import read_metrics
+from sdxl_pipeline.training.logging.run_logs import read_metrics
 from tests.support.processes import DEAD_PID
 from tests.support.train_programs import TWO_PROCESSES, Listener, losses, on_two_processes, run, with_settings
 from tests.support.training_datasets import SQUARE, WIDE, digest, make_dataset, make_spec
-from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
 STEPS = 12
 

@@ -23,11 +23,10 @@ from sdxl_pipeline.stages import train
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.checkpoint.run_identity import run_identity
 from sdxl_pipeline.training.data.batches import BatchReader
-from sdxl_pipeline.training.validation.validation_images import draw_images
+from sdxl_pipeline.training.validation.validation_images import generate_validation_images
 from tests.models.adapted_unets import KINDS
 from tests.support.train_programs import TWO_PROCESSES, Listener, losses, on_two_processes, run, with_settings
 from tests.support.training_datasets import make_dataset, make_spec
-from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,10 +65,10 @@ def test_the_file_is_the_model_that_drew_and_a_resumed_run_gives_its_bytes(tmp_p
         image for image in manifest.validation_images if image.step == spec.settings.max_train_steps
     ]
     reader = BatchReader(spec.datasets, None)
-    (again,) = draw_images(spec, unet, reader, 4, tmp_path / "again")
+    (again,) = generate_validation_images(spec, unet, reader, 4, tmp_path / "again")
     assert np.abs(pixels(trained.path) - pixels(again.path)).max() <= 1
     plain = load_unet(spec.base_model, torch.float32)
-    (base,) = draw_images(spec, plain, reader, 4, tmp_path / "base")
+    (base,) = generate_validation_images(spec, plain, reader, 4, tmp_path / "base")
     assert np.abs(pixels(trained.path) - pixels(base.path)).max() > 1
 
     resumed = with_settings(spec, "resumed")
@@ -136,7 +135,7 @@ def test_a_run_starts_from_a_file_whose_content_is_part_of_what_it_is(tmp_path: 
     second = main(spec, Listener(), StopSignal())
     unet = load_unet(spec.base_model, torch.float32)
     load_adapter({UNET: unet}, Path(first.weights_path))
-    (again,) = draw_images(spec, unet, BatchReader(spec.datasets, None), 0, tmp_path / "again")
+    (again,) = generate_validation_images(spec, unet, BatchReader(spec.datasets, None), 0, tmp_path / "again")
     (start,) = [image for image in second.validation_images if image.step == 0]
     assert np.array_equal(pixels(start.path), pixels(again.path))
 

@@ -15,7 +15,6 @@ from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler
 from sdxl_pipeline.training.data.samples import load_samples
 from tests.support.encoded_datasets import Silent, draw_images, prepare_dataset
 from tests.support.training_datasets import make_spec
-from tests.training.conftest import fresh_accelerator, one_thread  # noqa: F401 (fixtures)
 
 STEPS, BATCH = 16, 3
 DROPPED = 0.4

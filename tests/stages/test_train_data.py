@@ -17,7 +17,6 @@ from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler
 from sdxl_pipeline.training.data.samples import load_samples
 from tests.support.encoded_datasets import Silent, draw_images, listing, prepare_dataset, rows_of
 from tests.support.training_datasets import make_dataset, make_spec
-from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

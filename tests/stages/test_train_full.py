@@ -17,7 +17,6 @@ from sdxl_pipeline.runtime.specs import EMA_FOLDER, EvaluateSpec, TrainedLora, T
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal
 from sdxl_pipeline.stages import evaluate, train
 from tests.support.training_datasets import NEGATIVE, PROMPT, make_dataset, make_spec
-from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -24,9 +24,8 @@ from sdxl_pipeline.runtime.specs import TrainSpec
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.checkpoint.checkpoints import load_checkpoint
-from sdxl_pipeline.training.logging.metrics_log import METRICS_FILE, read_metrics
+from sdxl_pipeline.training.logging.run_logs import METRICS_FILE, read_metrics
 from tests.support.encoded_datasets import Silent, prepare_dataset
-from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
 GOLDEN = Path(__file__).with_name("golden_demo_losses.json")
 GOLDEN_STEP = Path(__file__).with_name("golden_demo_steps.json")

@@ -13,7 +13,6 @@ from sdxl_pipeline.training.trainer import Trainer
 from tests.models.adapted_unets import EVERY_KIND, KINDS
 from tests.support.encoded_datasets import Silent
 from tests.support.training_datasets import NEGATIVE, PROMPT, make_dataset, make_spec
-from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,7 +56,7 @@ def test_the_file_draws_what_the_trainers_own_model_draws(tmp_path: Path, kind: 
     Path(spec.run_dir).mkdir(parents=True)
     trainer = Trainer(spec, "0" * 64, Silent(), StopSignal())
     trainer.train()
-    trainer.write_weights(tmp_path)
+    trainer.export(tmp_path)
     told = trainer.reader.conditioning(PROMPT, NEGATIVE, zeros_for_empty_prompt=False)
     embeds = {name: value.float() for name, value in vars(told).items()}
     expected = image(pipeline_of(spec, trainer.unet_module), embeds)

@@ -21,7 +21,6 @@ from tests.support.train_programs import (
     with_settings,
 )
 from tests.support.training_datasets import make_dataset, make_spec
-from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

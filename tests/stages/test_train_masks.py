@@ -17,7 +17,7 @@ from tests.support.encoded_datasets import Silent
 from tests.support.masked_datasets import masked_dataset
 from tests.support.train_programs import TWO_PROCESSES, losses, on_two_processes, run, with_settings
 from tests.support.training_datasets import SQUARE, WIDE, make_dataset, make_spec
-from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
+from tests.training.data.test_loss_weights import masked_dataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,7 +17,6 @@ from sdxl_pipeline.training.diffusion.forward_process import build_forward_proce
 from sdxl_pipeline.training.diffusion.scheduled_sampling import RolloutSampler
 from tests.support.train_programs import Listener, losses, run, with_settings
 from tests.support.training_datasets import make_spec
-from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,6 @@ from sdxl_pipeline.stages.train import main
 from tests.models.test_precision import BY_DEFAULT, EXPECTED, require
 from tests.support.train_programs import run
 from tests.support.training_datasets import make_dataset, make_spec
-from tests.training.conftest import fresh_accelerator, one_thread  # noqa: F401 (fixtures)
 
 PRECISIONS = [
     pytest.param(name, mixed, marks=() if name in BY_DEFAULT else pytest.mark.slow)

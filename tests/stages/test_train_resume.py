@@ -17,9 +17,8 @@ from sdxl_pipeline.training.checkpoint.checkpoints import load_checkpoint
 from sdxl_pipeline.training.checkpoint.resume import resume_run
 from sdxl_pipeline.training.checkpoint.run_identity import run_fingerprints
 from sdxl_pipeline.training.checkpoint.run_lineage import SPEC_FILE, write_lineage
-from sdxl_pipeline.training.logging.metrics_log import read_metrics
+from sdxl_pipeline.training.logging.run_logs import read_metrics
 from tests.support.training_datasets import make_dataset, make_spec
-from tests.training.conftest import one_thread  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,7 +18,7 @@ from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.runtime.stage_runner import EXIT_STOPPED
-from sdxl_pipeline.training.logging.metrics_log import read_metrics
+from sdxl_pipeline.training.logging.run_logs import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")

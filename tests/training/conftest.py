@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState
 
 
 @pytest.fixture(autouse=True)

@@ -22,9 +22,9 @@ from sdxl_pipeline.stages import evaluate, train
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.data.on_demand_cache import OnDemandEncoders
 from sdxl_pipeline.training.data.samples import load_samples
-from sdxl_pipeline.training.logging.metrics_log import read_metrics
-from sdxl_pipeline.training.trainer_setup import build_trainable
-from tests.support.encoded_datasets import generate_validation_images, prepare_dataset
+from sdxl_pipeline.training.logging.run_logs import read_metrics
+from sdxl_pipeline.training.trainable import build_trainable
+from tests.support.encoded_datasets import draw_images, prepare_dataset
 from tests.support.training_datasets import NEGATIVE, PROMPT, make_spec, model_folder
 
 STEPS = 4
@@ -34,7 +34,7 @@ STEPS = 4
 def datasets(tmp_path_factory):
     """`datasets(windows)`: real captions, with an embedding of each; the training must make its own."""
     folder = tmp_path_factory.mktemp("datasets")
-    generate_validation_images(folder / "images", count=6)
+    draw_images(folder / "images", count=6)
     (folder / "images" / "drawing_0.txt").write_text("a very, very " + "long drawing " * 60)
     settings = TrainingSettings(pretrained_model_name_or_path=str(model_folder()))
     model = resolve_base_model(settings, folder, cache_dir=folder / "digests")
@@ -266,7 +266,7 @@ def test_the_evaluation_reads_captions_with_the_encoders_of_each_model(trained, 
         update={
             "weights_path": str(only_unet),
             "weights_sha256": sha256_file(only_unet),
-            "adapted_modules": trainable.changed_modules,
+            "adapted_modules": trainable.num_trained_modules,
         }
     )
     update = {"settings": cached, "lora": lora, "output_dir": str(tmp_path / "cached")}

@@ -70,7 +70,7 @@ def test_the_size_foretold_of_what_is_written_is_the_size_written(tmp_path, sett
     (tmp_path / "run").mkdir()
     trainable.write(tmp_path / "run" / trainable.weights_name, {})
     written = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.safetensors"))
-    assert trainable.written_bytes == pytest.approx(written, rel=0.1)
+    assert trainable.export_bytes == pytest.approx(written, rel=0.1)
 
 
 def test_an_older_folder_is_replaced_whole(tmp_path):

@@ -1,13 +1,14 @@
-"""What a run tells those who watch it: its page, the trackers and the webhooks."""
+"""The events of a run, sent to its page (the reporter), the trackers and the webhooks."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from sdxl_pipeline.config.problems import ProjectError
+from sdxl_pipeline.config.schema.tracking import TrackingSettings
 from sdxl_pipeline.runtime.reporter import Reporter
-from sdxl_pipeline.runtime.specs import LossSummary, TrainedLora, TrainSpec, ValidationImage
+from sdxl_pipeline.runtime.specs import LossSummary, TrainedLora, ValidationImage
 from sdxl_pipeline.runtime.stage_runner import StageStopped, UserError
 from sdxl_pipeline.runtime.webhook import (
     PREVIEW,
@@ -19,51 +20,48 @@ from sdxl_pipeline.runtime.webhook import (
     Webhooks,
     load_webhooks,
 )
-from sdxl_pipeline.training.logging.metrics_log import StepMetrics
+from sdxl_pipeline.training.logging.run_logs import StepMetrics
 from sdxl_pipeline.training.logging.tracker_logging import Trackers
 from sdxl_pipeline.training.validation.previews import Preview
 
 PREVIEW_SECONDS = 2.0
-"""Between two previews of an image on the run's page and in its log; trackers and webhooks get them all."""
+"""Minimum time between two previews of one image in the reporter; trackers and webhooks get all of them."""
 
 
 class RunObserver:
-    """Tells everyone. Make one on the main process only.
+    """Sends events to the reporter, the trackers and the webhooks. For the main process only.
 
-    As a context manager around all that may fail it tells what ends the run early, and closes the trackers and the webhooks. Raises
-    UserError for trackers and webhooks that cannot be used.
+    Use it as a context manager around setup and training: on exit it sends the error that ended the run and closes trackers and webhooks.
+    Raises UserError for webhooks that cannot be used.
     """
 
-    def __init__(self, spec: TrainSpec, identity: str, reporter: Reporter) -> None:
-        self._spec, self._reporter = spec, reporter
-        self._step: int | None = None  # until it begins
+    def __init__(
+        self, settings: TrackingSettings, origin: Origin, trackers: Trackers, reporter: Reporter
+    ) -> None:
+        self._trackers, self._reporter = trackers, reporter
+        self._progress_interval = settings.webhook_reporting_interval
+        self._step: int | None = None  # until the training begins
         self._total_steps = 0
-        self._previewed: tuple[str, int, float] | None = None  # image, step and time last shown on the page
-        config = spec.settings.webhook_config
+        self._last_preview: tuple[str, int, float] | None = (
+            None  # name, step and time of the last one reported
+        )
+        config = settings.webhook_config
         try:
             webhooks = load_webhooks(Path(config) if config else None)
         except ProjectError as error:
             raise UserError(str(error)) from error
-        self._trackers = Trackers(spec, identity)
-        self._webhooks = Webhooks(webhooks, Origin(spec.project, identity[:12]), reporter.log)
+        self._webhooks = Webhooks(webhooks, origin, reporter.log)
 
     def __enter__(self) -> "RunObserver":
         return self
-
-    def begin(self, resumed_at: int, total_steps: int) -> None:
-        """All is loaded, and the first step comes next. Raises UserError for a tracker that does not begin."""
-        self._trackers.start(resumed_at)
-        self._step, self._total_steps = resumed_at, total_steps
-        begins = "starts" if resumed_at == 0 else f"goes on from step {resumed_at}"
-        self._send("training.started", f"The training {begins}: {total_steps} steps.")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, StageStopped):
-            self._send("training.stopped", "The training was stopped; the next run goes on.", "warning")
+            self._send("training.stopped", "The training was stopped; the next run resumes it.", "warning")
         elif error is not None:
-            # Only the words of an error that was made for users are known to hold nothing private.
+            # Only the messages of UserError are known to contain nothing private.
             reason = str(error) if isinstance(error, UserError) else type(error).__name__
             self._send("training.failed", f"The training failed: {reason}", "error")
         try:
@@ -71,36 +69,39 @@ class RunObserver:
         finally:
             self._webhooks.close()
 
-    def steps(self, rows: Sequence[StepMetrics]) -> None:
-        """Steps were taken. The reporter hears of them from the step log, which thins them."""
-        self._trackers.log(rows)
-        interval = self._spec.settings.webhook_reporting_interval
+    def on_train_begin(self, resumed_at: int, total_steps: int) -> None:
+        """Start the trackers and announce the training. Raise UserError for a tracker that fails to start."""
+        self._trackers.start(resumed_at)
+        self._step, self._total_steps = resumed_at, total_steps
+        begins = "starts" if resumed_at == 0 else f"resumes from step {resumed_at}"
+        self._send("training.started", f"The training {begins}: {total_steps} steps.")
+
+    def on_steps(self, rows: Sequence[StepMetrics]) -> None:
+        """Log completed steps to the trackers and every `webhook_reporting_interval` to the webhooks; `StepLog` reports a summary."""
+        self._trackers.log_steps(rows)
         for row in rows:
             self._step = row.step
-            if interval and row.step % interval == 0:
+            if self._progress_interval and row.step % self._progress_interval == 0:
                 text = f"step {row.step} of {self._total_steps}: loss {row.loss:.4f}, lr {row.lr:.3g}"
-                message = Message(PROGRESS, text, "info", row.step, row.figures, for_people=False)
+                message = Message(PROGRESS, text, "info", row.step, row.metrics, for_people=False)
                 self._webhooks.send(message)
 
-    def figures(self, step: int, figures: dict[str, float]) -> None:
-        """Anything else there is to plot, by its full name such as "train/ema_decay"."""
-        self._trackers.log_figures(step, figures)
-        self._reporter.metric(step, figures)
-
-    def eval_loss(self, step: int, loss: LossSummary) -> None:
-        """The eval loss was taken."""
+    def on_eval_loss(self, step: int, loss: LossSummary) -> None:
+        """Send the eval loss after a step."""
         self._step = step
-        self.figures(step, {"eval/loss": loss.mean})
+        metrics = {"eval/loss": loss.mean}
+        self._trackers.log_metrics(step, metrics)
+        self._reporter.metric(step, metrics)
         self._reporter.log(f"Eval loss after step {step}: {loss.mean:.5f}.")
         text = f"step {step} of {self._total_steps}: eval loss {loss.mean:.5f}"
-        self._send("eval.loss", text, figures={"eval/loss": loss.mean})
+        self._send("eval.loss", text, metrics=metrics)
 
-    def image(self, image: ValidationImage) -> None:
-        """A validation image is finished; those of a step follow together in `images`."""
+    def on_image(self, image: ValidationImage) -> None:
+        """Report one finished validation image; `on_images` sends those of a step together."""
         self._reporter.image(image.name, image.path, image.prompt, image.step)
 
-    def images(self, images: Sequence[ValidationImage]) -> None:
-        """All validation images of a step are drawn."""
+    def on_images(self, images: Sequence[ValidationImage]) -> None:
+        """Send all validation images of a step to the trackers and webhooks."""
         self._trackers.log_images(images)
         if not images:
             return
@@ -112,24 +113,24 @@ class RunObserver:
             paths=[image.path for image in images],
         )
 
-    def preview(self, preview: Preview) -> None:
-        """A validation image is forming."""
+    def on_preview(self, preview: Preview) -> None:
+        """Send a preview of an unfinished validation image."""
         self._step = preview.step
-        now, last = time.monotonic(), self._previewed
+        now, last = time.monotonic(), self._last_preview
         if last is None or last[:2] != (preview.name, preview.step) or now - last[2] >= PREVIEW_SECONDS:
-            self._previewed = preview.name, preview.step, now
-            self._reporter.image(f"{preview.name}, forming", preview.path, preview.caption, preview.step)
+            self._last_preview = preview.name, preview.step, now
+            self._reporter.image(f"{preview.name} (preview)", preview.path, preview.caption, preview.step)
         self._trackers.log_preview(preview)
         text = f"step {preview.step} of {self._total_steps}: {preview.name}: {preview.caption}"
         self._send(PREVIEW, text, paths=[preview.path], replaces=preview.name)
 
-    def finished(self, manifest: TrainedLora) -> None:
-        """The run is at its end, its files are written."""
+    def on_train_end(self, manifest: TrainedLora) -> None:
+        """Announce the finished run, after its files are written."""
         self._step = manifest.steps
         self._send(
             "training.finished",
             f"The training is finished: {manifest.steps} steps in {manifest.seconds:.0f} s, final loss {manifest.final_loss:.4f}.",
-            figures={"final_loss": manifest.final_loss, "seconds": manifest.seconds},
+            metrics={"final_loss": manifest.final_loss, "seconds": manifest.seconds},
             paths=[manifest.loss_curve_path],
         )
 
@@ -138,12 +139,12 @@ class RunObserver:
         kind: str,
         text: str,
         level: Level = "info",
-        figures: dict[str, float] | None = None,
+        metrics: Mapping[str, float] | None = None,
         paths: Sequence[str] = (),
         replaces: str | None = None,
     ) -> None:
         if not len(self._webhooks):
-            return  # and read no images
+            return  # before reading the images
         images = tuple(Image.read(path) for path in paths)
-        message = Message(kind, text, level, self._step, figures or {}, images, replaces=replaces)
+        message = Message(kind, text, level, self._step, metrics or {}, images, replaces=replaces)
         self._webhooks.send(message)

@@ -1,4 +1,4 @@
-"""What the steps of a training come to: fetched from the device now and then, written, shown and checked."""
+"""Step metrics: kept on the device, fetched every few steps, then written, reported and checked for non-finite values."""
 
 import math
 import time
@@ -11,129 +11,125 @@ from torch import Tensor
 
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler, SampleRef
-from sdxl_pipeline.training.logging.metrics_log import MetricsLog, StepMetrics
 from sdxl_pipeline.training.logging.observers import RunObserver
+from sdxl_pipeline.training.logging.run_logs import RunLog, StepMetrics
 from sdxl_pipeline.training.optim.non_finite import SkippedSteps
 from sdxl_pipeline.training.validation.validation_runner import Validator
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One optimizer step, taken or skipped, as the device knows it."""
+    """One optimizer step, taken or skipped, with its metrics still on the device."""
 
     number: int  # 1 for the first
     losses: Tensor  # (accumulation,), of this process; the loss of the step is their sum, averaged over the processes
-    grad_norm: Tensor  # (), of all processes together, before clipping
+    grad_norm: Tensor  # (), over all processes, before clipping
     lr: float
     images: int  # of all processes
-    scalars: Mapping[str, float] = field(default_factory=dict)  # to be logged as they are, known to the host
+    scalars: Mapping[str, float] = field(default_factory=dict)  # further metrics, known on the host
 
 
 class StepLog:
-    """Keeps steps on the device until `report`, the only moment when the training waits for it.
+    """Collects steps on the device until `report`, the only time when the training waits for the device.
 
-    Each process has one; `metrics`, `watch` and `validator` are the main process's alone.
+    Each process has one; `metrics`, `observer` and `validator` exist on the main process only.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
         reporter: Reporter,
-        order: BucketBatchSampler,
+        sampler: BucketBatchSampler,
         total_steps: int,
         training_seconds: float,
-        metrics: MetricsLog | None,
-        watch: RunObserver | None,
+        metrics: RunLog[StepMetrics] | None,
+        observer: RunObserver | None,
         validator: Validator | None = None,
     ) -> None:
         self._accelerator, self._reporter = accelerator, reporter
-        self._order, self._total_steps = order, total_steps
-        self._metrics, self._watch, self._looks = metrics, watch, validator
-        self._kept: list[StepRecord] = []
+        self._sampler, self._total_steps = sampler, total_steps
+        self._metrics, self._observer, self._validator = metrics, observer, validator
+        self._pending: list[StepRecord] = []
         self._skipped = SkippedSteps(total_steps)
         self.training_seconds = training_seconds
-        """Spent in optimizer steps, by all sessions."""
+        """Seconds spent in optimizer steps, by all sessions."""
         self.restart_clock()
 
     def add(self, step: StepRecord) -> None:
         """Keep a step for the next report."""
-        self._kept.append(step)
+        self._pending.append(step)
 
     def restart_clock(self) -> None:
-        """Leave out the time since the last report: it went into something else than steps."""
+        """Exclude the time since the last report, which was not spent in steps."""
         self._clock = time.monotonic()
 
     def report(self) -> None:
-        """Fetch the steps kept since the last report; write and show those taken, and name those skipped.
+        """Fetch the pending steps; write and report those taken, and log those skipped with their batches.
 
-        Raises UserError when too many were skipped in a row.
+        Raise UserError when too many in a row were skipped.
         """
-        if not self._kept:
+        if not self._pending:
             return
-        kept, self._kept = self._kept, []
+        steps, self._pending = self._pending, []
         losses: list[float] = self._accelerator.reduce(
-            torch.stack([step.losses.sum() for step in kept]), reduction="mean"
+            torch.stack([step.losses.sum() for step in steps]), reduction="mean"
         ).tolist()
-        norms: list[float] = torch.stack([step.grad_norm for step in kept]).tolist()
+        norms: list[float] = torch.stack([step.grad_norm for step in steps]).tolist()
         elapsed = time.monotonic() - self._clock
         self.training_seconds += elapsed
         self._clock += elapsed
-        speed = len(kept) / elapsed  # in steps
+        steps_per_second = len(steps) / elapsed
         rows = [
             StepMetrics(
                 step.number,
                 loss,
                 step.lr,
                 norm if math.isfinite(norm) else None,
-                samples_per_second=speed * step.images,
-                steps_per_second=speed,
-                eta_seconds=(self._total_steps - step.number) / speed + self._looking(step.number),
+                samples_per_second=steps_per_second * step.images,
+                steps_per_second=steps_per_second,
+                eta_seconds=(self._total_steps - step.number) / steps_per_second
+                + self._validation_seconds(step.number),
                 scalars=step.scalars,
             )
-            for step, loss, norm in zip(kept, losses, norms, strict=True)
+            for step, loss, norm in zip(steps, losses, norms, strict=True)
         ]
         taken = [row for row in rows if self._was_taken(row)]
         if self._metrics is not None:
             self._metrics.append(taken)
-        if self._watch is not None:
-            self._watch.steps(taken)
+        if self._observer is not None:
+            self._observer.on_steps(taken)
         if taken:
-            self._show(taken)
-        self._count_skipped(kept, rows)
+            mean_loss = sum(row.loss for row in taken) / len(taken)
+            self._reporter.metric(taken[-1].step, taken[-1].metrics | {"loss": mean_loss})
+        self._count_skipped(steps, rows)
 
-    def _looking(self, step: int) -> float:
-        return 0.0 if self._looks is None else self._looks.seconds_to_come(step)
+    def _validation_seconds(self, step: int) -> float:
+        return 0.0 if self._validator is None else self._validator.remaining_seconds(step)
 
     def _was_taken(self, row: StepMetrics) -> bool:
-        """Whether loss and gradients were finite; gradients that overflow under loss scaling belong to it until its scale has gone below 1."""
+        """Return whether the step updated the weights, or was skipped by loss scaling as intended (until its scale falls below 1)."""
         if row.grad_norm is not None or not math.isfinite(row.loss):
             return math.isfinite(row.loss)
         scaler = self._accelerator.scaler
         return scaler is not None and scaler.get_scale() >= 1
 
-    def _count_skipped(self, kept: list[StepRecord], rows: list[StepMetrics]) -> None:
+    def _count_skipped(self, steps: list[StepRecord], rows: list[StepMetrics]) -> None:
         if all(map(self._was_taken, rows)):
             self._skipped.taken()
             return
-        # (processes, steps, accumulation); every process comes here together, since they share their losses and norms
-        finite = self._accelerator.gather(torch.stack([step.losses.isfinite() for step in kept])[None]).cpu()
-        for index, (step, row) in enumerate(zip(kept, rows, strict=True)):
+        # (processes, steps, accumulation); a collective: all processes reach it together because losses and norms are shared
+        finite = self._accelerator.gather(torch.stack([step.losses.isfinite() for step in steps])[None]).cpu()
+        for index, (step, row) in enumerate(zip(steps, rows, strict=True)):
             if self._was_taken(row):
                 self._skipped.taken()
             else:
-                self._reporter.log(
-                    self._skipped.skipped(step.number, row.loss, self._suspects(step, finite[:, index]))
-                )
+                suspects = self._suspect_batches(step, finite[:, index])
+                self._reporter.log(self._skipped.skipped(step.number, row.loss, suspects))
 
-    def _suspects(self, step: StepRecord, finite: Tensor) -> Iterator[list[SampleRef]]:
-        """The batches of a step whose loss was not finite, or all of them; `finite` is (processes, accumulation)."""
+    def _suspect_batches(self, step: StepRecord, finite: Tensor) -> Iterator[list[SampleRef]]:
+        """Yield the batches of a step whose loss is not finite, or all if every loss is finite; `finite` is (processes, accumulation)."""
         processes, accumulation = finite.shape
-        for part in range(accumulation):
+        for micro_step in range(accumulation):
             for rank in range(processes):
-                if finite.all() or not finite[rank, part]:
-                    yield self._order.batch((step.number - 1) * accumulation + part, rank)
-
-    def _show(self, rows: list[StepMetrics]) -> None:
-        last = rows[-1]
-        mean_loss = sum(row.loss for row in rows) / len(rows)
-        self._reporter.metric(last.step, last.figures | {"loss": mean_loss})
+                if finite.all() or not finite[rank, micro_step]:
+                    yield self._sampler.batch((step.number - 1) * accumulation + micro_step, rank)

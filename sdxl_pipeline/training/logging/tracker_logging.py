@@ -1,4 +1,4 @@
-"""Sends figures and images to tensorboard, wandb and trackio, when the settings ask for them."""
+"""Logging of metrics and images to tensorboard, wandb and trackio."""
 
 import importlib.util
 import os
@@ -12,66 +12,74 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTrack
 from PIL import Image
 
 from sdxl_pipeline.config.credentials import HIDDEN, without_credentials
-from sdxl_pipeline.runtime.specs import TrainSpec, ValidationImage
+from sdxl_pipeline.config.schema.tracking import TrackingSettings
+from sdxl_pipeline.runtime.specs import ValidationImage
 from sdxl_pipeline.runtime.stage_runner import UserError
-from sdxl_pipeline.training.checkpoint.run_identity import settings_affecting_weights
-from sdxl_pipeline.training.logging.metrics_log import StepMetrics
+from sdxl_pipeline.training.logging.run_logs import StepMetrics
 from sdxl_pipeline.training.validation.previews import Preview
 
 KEY_VARIABLES = ("WANDB_API_KEY", "HF_TOKEN")
-"""Environment variables that hold the trackers' keys."""
+"""Environment variables that hold the trackers' API keys."""
 
 
 class Trackers:
-    """The trackers of `report_to`. Make one on the main process only; raises UserError for one that cannot be used.
+    """The trackers of `report_to`, for the main process only. Raises UserError for one whose package or key is missing.
 
-    tensorboard writes under `logging_dir`: the graph gives an absolute one, a relative one is seen from the run's folder. wandb and
-    trackio obey their own environment (WANDB_MODE=offline needs no network, trackio keeps its figures under TRACKIO_DIR). All continue
-    the run they had when training is resumed.
+    `config` is logged as the run's hyperparameters. tensorboard writes under `logging_dir`, which is relative to `run_dir` unless absolute.
+    wandb and trackio read their own environment variables (WANDB_MODE=offline needs no network, TRACKIO_DIR stores trackio's data). A
+    resumed training continues the same run in each of them.
     """
 
-    def __init__(self, spec: TrainSpec, identity: str) -> None:
-        self._spec, self._identity = spec, identity
+    def __init__(
+        self,
+        settings: TrackingSettings,
+        project: str,
+        identity: str,
+        run_dir: Path,
+        config: Mapping[str, Any],
+    ) -> None:
+        self._settings, self._identity = settings, identity
+        self._project, self._run_dir, self._config = project, run_dir, config
         self._trackers: list[GeneralTracker] = []
-        for name in spec.settings.report_to:
+        for name in settings.report_to:
             require_tracker(name)
 
     def start(self, resumed_at: int) -> None:
-        """Begin, after accelerate's state is there; until then nothing is logged. Raises UserError for a tracker that will not."""
-        for name in self._spec.settings.report_to:
-            with _told(name):
-                tracker = _build(name, self._spec, self._identity, resumed_at)
+        """Start the trackers; requires accelerate's state. Nothing is logged before. Raise UserError for a tracker that fails to start."""
+        for name in self._settings.report_to:
+            with _start_errors(name):
+                tracker = self._build(name, resumed_at)
                 tracker.start()
             self._trackers.append(tracker)
 
-    def log(self, rows: Sequence[StepMetrics]) -> None:
-        """Log the figures of some steps."""
+    def log_steps(self, rows: Sequence[StepMetrics]) -> None:
+        """Log the metrics of some steps."""
         for row in rows:
-            self.log_figures(row.step, {f"train/{name}": value for name, value in row.figures.items()})
+            self.log_metrics(row.step, {f"train/{name}": value for name, value in row.metrics.items()})
 
-    def log_figures(self, step: int, figures: Mapping[str, float]) -> None:
-        """Log any figures at a step, by their full names such as "eval/loss"."""
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log metrics of a step by their full names, such as "eval/loss"."""
         for tracker in self._trackers:
-            tracker.log(dict(figures), step=step)
+            tracker.log(dict(metrics), step=step)
 
     def log_images(self, images: Sequence[ValidationImage]) -> None:
-        """Log validation images under their prompts' names."""
+        """Log validation images as "validation/<name>"."""
         for image in images:
             self._log_image(f"validation/{image.name}", image.path, image.step)
 
     def log_preview(self, preview: Preview) -> None:
-        """Log an image that is forming. Those of one training step go under a name each, by their sampler steps."""
+        """Log a preview as "preview/<name>/<sampler step>", so that the previews of one training step do not replace each other."""
         number = f"{preview.sampler_step:0{len(str(preview.sampler_steps))}d}"
         self._log_image(f"preview/{preview.name}/{number}", preview.path, preview.step)
 
     def close(self) -> None:
-        """Flush and end."""
+        """Flush and finish all trackers."""
         for tracker in self._trackers:
             tracker.finish()
-        if "wandb" in self._spec.settings.report_to:
+        if "wandb" in self._settings.report_to:
             import wandb
 
-            wandb.teardown()  # its service would be ended with this program's other children, and complain
+            wandb.teardown()  # its service process would log an error when it is ended with our other child processes
 
     def _log_image(self, name: str, path: str, step: int) -> None:
         if not self._trackers:
@@ -88,58 +96,57 @@ class Trackers:
 
                 tracker.log({name: trackio.Image(pixels)}, step=step)
 
-
-def _build(name: str, spec: TrainSpec, identity: str, resumed_at: int) -> GeneralTracker:
-    settings = spec.settings
-    project, run_name = settings.tracker_project_name or spec.project, settings.tracker_run_name
-    config = settings_affecting_weights(settings)  # no places on this disk, no addresses
-    # tensorboard and trackio know runs by their names alone
-    unique = f"{run_name}-{identity[:12]}" if run_name else identity[:12]
-    if name == "tensorboard":
-        folder = Path(spec.run_dir) / settings.logging_dir
-        # purge_step hides what the interrupted session logged past the checkpoint
-        return TensorBoardTracker(unique, str(folder), purge_step=resumed_at + 1)
-    if name == "wandb":
-        options: dict[str, Any] = {"id": identity[:32], "resume": "allow", "dir": spec.run_dir}
-        return WandBTracker(project, name=run_name or identity[:12], config=config, **options)
-    return TrackioTracker(project, name=unique, resume="allow", embed=False, config=config)
+    def _build(self, name: str, resumed_at: int) -> GeneralTracker:
+        project = self._settings.tracker_project_name or self._project
+        run_name = self._settings.tracker_run_name
+        # tensorboard and trackio identify a run by its name alone
+        unique = f"{run_name}-{self._identity[:12]}" if run_name else self._identity[:12]
+        if name == "tensorboard":
+            folder = self._run_dir / self._settings.logging_dir
+            # purge_step hides what the interrupted session logged after the checkpoint
+            return TensorBoardTracker(unique, str(folder), purge_step=resumed_at + 1)
+        config = dict(self._config)
+        if name == "wandb":
+            options = {"id": self._identity[:32], "resume": "allow", "dir": str(self._run_dir)}
+            return WandBTracker(project, name=run_name or self._identity[:12], config=config, **options)
+        return TrackioTracker(project, name=unique, resume="allow", embed=False, config=config)
 
 
 def require_tracker(name: str) -> None:
-    """Raise UserError when the package of a tracker is not installed, or wandb has no key."""
+    """Raise UserError when the package of a tracker is not installed, or wandb has no API key."""
     if importlib.util.find_spec(name) is None:
         raise UserError(
-            f"config.json: report_to asks for {name}, which is not installed; install the extra with "
-            f"`pip install 'sdxl-pipeline[{name}]'`, or take {name} out of report_to"
+            f"config.json: report_to has {name}, which is not installed; install the extra with "
+            f"`pip install 'sdxl-pipeline[{name}]'`, or remove {name} from report_to"
         )
     if name == "wandb":
-        _require_key()
+        _require_wandb_key()
 
 
-def _require_key() -> None:
-    """Without one wandb would fail when it begins, after minutes of loading. Whether the key is good is seen there."""
+def _require_wandb_key() -> None:
+    """Raise UserError when wandb has no API key, which it would report only after minutes of loading. Does not check that the key is valid."""
     import wandb
 
-    with _told("wandb"):
+    with _start_errors("wandb"):
         offline = wandb.setup().settings.mode in ("offline", "dryrun", "disabled")
         usable = offline or wandb.login(prompt=False, verify=False)
     if not usable:
         raise UserError(
-            "config.json: report_to asks for wandb, which has no key on this machine; run `wandb login` there, set WANDB_API_KEY, or "
-            "set WANDB_MODE=offline to keep the figures in the run's folder"
+            "config.json: report_to has wandb, which has no API key on this machine; run `wandb login` there, set WANDB_API_KEY, or "
+            "set WANDB_MODE=offline to store the metrics in the run's folder"
         )
 
 
 @contextmanager
-def _told(name: str) -> Iterator[None]:
-    """Whatever a tracker raises becomes a UserError that names it, without the keys it was given."""
+def _start_errors(name: str) -> Iterator[None]:
+    """Turn any exception of a tracker into a UserError with its name and without API keys."""
     try:
         yield
     except Exception as error:
-        words = without_credentials(str(error))
+        message = without_credentials(str(error))
         for variable in KEY_VARIABLES:
-            words = words.replace(os.environ.get(variable) or HIDDEN, HIDDEN)
+            message = message.replace(os.environ.get(variable) or HIDDEN, HIDDEN)
         raise UserError(
-            f"config.json: report_to asks for {name}, which cannot be started ({type(error).__name__}: {words}); mend that, or take "
-            f"{name} out of report_to"
+            f"config.json: report_to has {name}, which cannot be started ({type(error).__name__}: {message}); fix that, or remove "
+            f"{name} from report_to"
         ) from error

@@ -1,4 +1,4 @@
-"""How much the UNet keeps of its forward pass for the backward one: a rule, for before there is anything to measure."""
+"""An estimate of the activations that the UNet saves for the backward pass, made before anything can be measured."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from sdxl_pipeline.models.unet_execution import LAYERS, NEVER_RECOMPUTED
 from sdxl_pipeline.training.memory.adapter_activations import SavedActivations, takes_text
 
 LATENT_EDGE = 8
-"""Pixels along one edge of a latent."""
+"""Image pixels along the edge of one latent pixel."""
 
 _TOKENS: Final = 77
 _NO_ADAPTER: Final[Mapping[str, SavedActivations]] = MappingProxyType({})
@@ -23,25 +23,25 @@ _NO_ADAPTER: Final[Mapping[str, SavedActivations]] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """A forward pass with gradients. `dtype`: of the numbers it computes with."""
+    """A forward pass with gradients, computed in `dtype`."""
 
     height: int  # pixels
     width: int
     batch_size: int
     dtype: torch.dtype
-    full: bool  # all weights are trained, not an adapter
+    full: bool  # full fine-tuning instead of an adapter
     checkpointing: bool
-    interval: int = 1
-    wide_norms: bool = False  # computed in float32 whatever `dtype` is, as under torch's autocast on CUDA
+    interval: int = 1  # of gradient checkpointing, in layers
+    norms_in_float32: bool = False  # whatever `dtype` is, as under torch's autocast on CUDA
 
 
 @dataclass(frozen=True)
 class _Factors:
-    """Bytes kept for each byte of the numbers that a layer is counted by."""
+    """Bytes saved per byte of a layer's size as computed by `_sizes`."""
 
     residual: float  # block
     transformer: float  # block
-    residual_inputs: float  # samplers, and norms and projections between the blocks, included
+    residual_inputs: float  # with the resamplers, norms and projections between the blocks
     transformer_inputs: float
 
 
@@ -51,94 +51,98 @@ _FACTORS: Final[Mapping[tuple[bool, bool], _Factors]] = {
     (True, False): _Factors(5.4, 26.4, 1.51, 0.95),
     (True, True): _Factors(7.6, 32.1, 1.76, 1.0),
 }
-"""By `full` and `wide_norms`: least-squares fits to what torch saves of SDXL's UNet at 512 and 1024 pixels and of the bundled one, without
-an adapter, with attention that keeps no score matrix."""
+"""By `full` and `norms_in_float32`: least-squares fits to what torch saves for SDXL's UNet at 512 and 1024 pixels and for the bundled one,
+without an adapter, with attention that saves no score matrix."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes."""
+    """Activation memory in bytes."""
 
-    kept: float
-    """From the forward pass to the backward one."""
-    passing: float
-    """Of one layer while it runs, beside that."""
+    saved: float
+    """From the forward to the backward pass."""
+    peak: float
+    """Of the largest layer while it runs, in addition."""
 
 
 def activations(
-    unet: UNet2DConditionModel, asked: ForwardPass, adapters: Mapping[str, SavedActivations] = _NO_ADAPTER
+    unet: UNet2DConditionModel,
+    forward_pass: ForwardPass,
+    adapters: Mapping[str, SavedActivations] = _NO_ADAPTER,
 ) -> Activations:
-    """What a pass takes; `adapters` is what `saved_by_adapters` says of the UNet.
+    """Return the activation memory of a forward pass; `adapters` is the result of `saved_by_adapters`.
 
-    Each layer keeps so many bytes for each number that goes in or comes out: a residual block for its input and output channels times
-    its pixels, a transformer block for its channels times its tokens; with its adapter, what that keeps as well. A recomputed layer
-    keeps its inputs alone, and in passing takes what the largest one keeps otherwise.
+    Each layer saves a fixed number of bytes per number that goes in or out: a residual block by its input and output channels times its
+    pixels, a transformer block by its channels times its tokens; adapters add their own. A checkpointed layer saves only its inputs, and
+    at its recomputation needs what the largest layer saves otherwise.
     """
-    plain = dict(_layers(unet, asked))
+    plain = dict(_layers(unet, forward_pass))
     added = dict.fromkeys(plain, 0.0)
     outside = 0.0
     for name, extra in adapters.items():
-        size = extra.once + extra.by_place * asked.batch_size * _places(name, unet, asked)
+        size = extra.fixed + extra.per_position * forward_pass.batch_size * _positions(
+            name, unet, forward_pass
+        )
         layer = _enclosing(name, plain)
         if layer is None:
             outside += size
         else:
             added[layer] += size
-    whole = {name: size + added[name] for name, size in plain.items()}
-    kept = list(whole.values())
-    if asked.checkpointing:
-        recomputed = list(_inputs(unet, asked))
-        kept[:: asked.interval] = recomputed[:: asked.interval]
-        if NEVER_RECOMPUTED in list(whole)[:: asked.interval]:
+    by_layer = {name: size + added[name] for name, size in plain.items()}
+    saved = list(by_layer.values())
+    if forward_pass.checkpointing:
+        interval = forward_pass.interval
+        saved[::interval] = list(_inputs(unet, forward_pass))[::interval]
+        if NEVER_RECOMPUTED in list(by_layer)[::interval]:
             outside += added[NEVER_RECOMPUTED]
-    return Activations(sum(kept) + outside, max(whole.values()))
+    return Activations(sum(saved) + outside, max(by_layer.values()))
 
 
-def _layers(unet: UNet2DConditionModel, asked: ForwardPass) -> Iterator[tuple[str, float]]:
-    """The name of each layer, and the bytes that it keeps without an adapter."""
-    factors = _FACTORS[asked.full, asked.wide_norms]
-    for name, size, is_residual in _sizes(unet, asked):
+def _layers(unet: UNet2DConditionModel, forward_pass: ForwardPass) -> Iterator[tuple[str, float]]:
+    """Yield the name of each layer and the bytes it saves without an adapter."""
+    factors = _FACTORS[forward_pass.full, forward_pass.norms_in_float32]
+    for name, size, is_residual in _sizes(unet, forward_pass):
         yield name, size * (factors.residual if is_residual else factors.transformer)
 
 
-def _inputs(unet: UNet2DConditionModel, asked: ForwardPass) -> Iterator[float]:
-    factors = _FACTORS[asked.full, asked.wide_norms]
-    for _, size, is_residual in _sizes(unet, asked):
+def _inputs(unet: UNet2DConditionModel, forward_pass: ForwardPass) -> Iterator[float]:
+    factors = _FACTORS[forward_pass.full, forward_pass.norms_in_float32]
+    for _, size, is_residual in _sizes(unet, forward_pass):
         yield size * (factors.residual_inputs if is_residual else factors.transformer_inputs)
 
 
 def _enclosing(name: str, layers: Mapping[str, float]) -> str | None:
-    """Which of `layers` a layer is a part of."""
+    """Return which of `layers` contains a layer, or None."""
     while name and name not in layers:
         name = name.rpartition(".")[0]
     return name or None
 
 
-def _places(name: str, unet: UNet2DConditionModel, asked: ForwardPass) -> int:
-    """Tokens or pixels of one image that go into a layer."""
+def _positions(name: str, unet: UNet2DConditionModel, forward_pass: ForwardPass) -> int:
+    """Return the number of tokens or latent pixels of one image that a layer takes as input."""
     if takes_text(name):
         return _TOKENS
     if name.endswith("time_emb_proj") or name.startswith(("time_embedding.", "add_embedding.")):
         return 1
     level = 0
     if not name.startswith("conv_"):
-        # samplers are placed after the layers of their level, and one that enlarges has done so before its convolution
+        # resamplers follow the layers of their level, and an upsampler interpolates before its convolution
         level = _level(name, len(unet.config.block_out_channels)) - (".upsamplers." in name)
-    return _at_level(asked, level)
+    return _pixels_at_level(forward_pass, level)
 
 
-def _at_level(asked: ForwardPass, level: int) -> int:
+def _pixels_at_level(forward_pass: ForwardPass, level: int) -> int:
     edge = LATENT_EDGE << level
-    return (asked.height // edge) * (asked.width // edge)
+    return (forward_pass.height // edge) * (forward_pass.width // edge)
 
 
-def _sizes(unet: UNet2DConditionModel, asked: ForwardPass) -> Iterator[tuple[str, int, bool]]:
-    """For each of `LAYERS`: its name, the bytes of its numbers, and whether it is a residual block."""
-    each = asked.batch_size * asked.dtype.itemsize
+def _sizes(unet: UNet2DConditionModel, forward_pass: ForwardPass) -> Iterator[tuple[str, int, bool]]:
+    """Yield for each of `LAYERS` its name, its size in bytes (channels times positions), and whether it is a residual block."""
+    bytes_per_value = forward_pass.batch_size * forward_pass.dtype.itemsize
     for name, layer in unet.named_modules():
         if isinstance(layer, LAYERS):
-            places = _at_level(asked, _level(name, len(unet.config.block_out_channels)))
-            yield name, each * places * _channels(layer), isinstance(layer, ResnetBlock2D)
+            positions = _pixels_at_level(forward_pass, _level(name, len(unet.config.block_out_channels)))
+            yield name, bytes_per_value * positions * _channels(layer), isinstance(layer, ResnetBlock2D)
 
 
 def _channels(layer: nn.Module) -> int:
@@ -149,7 +153,7 @@ def _channels(layer: nn.Module) -> int:
 
 
 def _level(name: str, levels: int) -> int:
-    """How often a layer's place has been halved: "down_blocks.1.resnets.0" once, "up_blocks.0" as often as the middle."""
+    """Return how often the resolution is halved at a layer: once at "down_blocks.1.resnets.0", at "up_blocks.0" as in the middle block."""
     part, _, rest = name.partition(".")
     if part == "mid_block":
         return levels - 1

@@ -1,4 +1,4 @@
-"""Which images a LoRA is measured on. No torch."""
+"""Selection of the images for the eval loss. Does not import torch."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -17,10 +17,10 @@ DEFAULT_IMAGES = 32
 def choose_samples(
     datasets: Sequence[TrainingDataset], settings: TrainingSettings
 ) -> tuple[EvalSource, Samples]:
-    """The samples of the eval loss and where they come from: eval datasets, else the held-out share, else the training images.
+    """Return the samples of the eval loss and their source: eval datasets, else the held-out share, else the training images.
 
-    An eval dataset is a dataset with no image to train on; eval_dataset_id chooses one, and UserError is raised where it is empty. Of more than num_eval_images the first by key are taken: keys are digests,
-    so that is an even choice, and the same one every time.
+    An eval dataset is one without training images; eval_dataset_id selects one of them. At most num_eval_images are returned, the first by
+    key: keys are digests, so the selection is uniform and reproducible. Raise UserError if eval_dataset_id names no eval dataset.
     """
     training = load_samples(datasets, "train", settings.micro_conditioning)
     held_out = load_samples(datasets, "eval", settings.micro_conditioning)
@@ -38,6 +38,6 @@ def choose_samples(
     elif held_out:
         source, samples = "held-out share", held_out.first_by_key(count)
     else:
-        learned = [dataset.dataset_id for dataset in datasets if not dataset.is_regularisation]
-        source, samples = "training images", training.one_of_each().first_by_key(count, learned)
+        trained = [dataset.dataset_id for dataset in datasets if not dataset.is_regularisation]
+        source, samples = "training images", training.one_of_each().first_by_key(count, trained)
     return source, samples

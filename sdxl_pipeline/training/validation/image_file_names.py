@@ -1,4 +1,4 @@
-"""What images and their files are called: after their prompts, and no two alike. No torch."""
+"""Distinct names of images and of their files, made from prompt names. Does not import torch."""
 
 import re
 import unicodedata
@@ -6,32 +6,32 @@ from collections.abc import Callable, Iterable
 
 MAX_CHARACTERS = 80
 MAX_BYTES = 160
-"""Of a prompt's name in a file's: with size, number and suffix it stays below the 255 bytes that file systems hold."""
+"""Limits of a prompt's part of a file name, which with size, number and suffix stays below the 255 bytes that file systems allow."""
 
 
 def file_stem(name: str) -> str:
-    """A name in letters and digits of any language, `_` and `-`, cut to MAX_CHARACTERS."""
-    kept = re.sub(r"[^\w-]+", "_", unicodedata.normalize("NFC", name)).strip("_")[:MAX_CHARACTERS]
-    return kept.encode()[:MAX_BYTES].decode(errors="ignore") or "image"
+    """Return `name` with only letters and digits of any language, `_` and `-`, cut to MAX_CHARACTERS and MAX_BYTES."""
+    stem = re.sub(r"[^\w-]+", "_", unicodedata.normalize("NFC", name)).strip("_")[:MAX_CHARACTERS]
+    return stem.encode()[:MAX_BYTES].decode(errors="ignore") or "image"
 
 
-def distinct_names(names: Iterable[str], ending: str = "") -> list[str]:
-    """The names, with a number where one has been there before, with or without `ending`."""
-    return _distinct(names, " ", ending, str)
+def distinct_names(names: Iterable[str], suffix: str = "") -> list[str]:
+    """Return the names, numbered where one would repeat an earlier name, with or without `suffix`."""
+    return _distinct(names, " ", suffix, str)
 
 
-def distinct_stems(stems: Iterable[str], ending: str = "") -> list[str]:
-    """The same of files, which some disks do not tell apart by case."""
-    return _distinct(stems, "_", ending, str.casefold)
+def distinct_stems(stems: Iterable[str], suffix: str = "") -> list[str]:
+    """Return the file stems, numbered like `distinct_names` but ignoring case, because some file systems do."""
+    return _distinct(stems, "_", suffix, str.casefold)
 
 
-def _distinct(names: Iterable[str], before_number: str, ending: str, key: Callable[[str], str]) -> list[str]:
-    taken: set[str] = set()
+def _distinct(names: Iterable[str], separator: str, suffix: str, key: Callable[[str], str]) -> list[str]:
+    used: set[str] = set()
     distinct = []
-    for wanted in names:
-        name, number = wanted, 2
-        while taken & (forms := {key(name), key(name + ending)}):
-            name, number = f"{wanted}{before_number}{number}", number + 1
-        taken |= forms
+    for original in names:
+        name, number = original, 2
+        while used & (forms := {key(name), key(name + suffix)}):
+            name, number = f"{original}{separator}{number}", number + 1
+        used |= forms
         distinct.append(name)
     return distinct

@@ -1,4 +1,4 @@
-"""The contact sheet of a run: prompts down, steps across."""
+"""The validation grid of a run: one row per image name, one column per step."""
 
 import textwrap
 from collections.abc import Sequence
@@ -18,28 +18,28 @@ FONT_SIZE = 15
 INK, PAPER, FAINT = (34, 34, 34), (255, 255, 255), (120, 120, 120)
 
 
-def write_sheet(images: Sequence[ValidationImage], path: Path) -> None:
-    """Write a PNG with a row per image name and a column per step, at most MAX_COLUMNS of them, first and last included."""
-    steps = thinned(sorted({image.step for image in images}), MAX_COLUMNS)
+def write_validation_grid(images: Sequence[ValidationImage], path: Path) -> None:
+    """Write a PNG with a row per image name and a column per step, at most MAX_COLUMNS, first and last step included."""
+    steps = spread_evenly(sorted({image.step for image in images}), MAX_COLUMNS)
     names = list(dict.fromkeys(image.name for image in images))
-    by_place = {(image.name, image.step): image for image in images}
+    by_cell = {(image.name, image.step): image for image in images}
     font = ImageFont.load_default(FONT_SIZE)
     small = ImageFont.load_default(FONT_SIZE - 3)
 
     thumbnails = {
-        place: _thumbnail(by_place[place].path)
+        cell: _thumbnail(by_cell[cell].path)
         for name in names
         for step in steps
-        if (place := (name, step)) in by_place
+        if (cell := (name, step)) in by_cell
     }
     width = max(thumbnail.width for thumbnail in thumbnails.values())
     heights = {
-        name: max((t.height for (row, _), t in thumbnails.items() if row == name), default=0)
+        name: max((image.height for (row, _), image in thumbnails.items() if row == name), default=0)
         for name in names
     }
     names = [name for name in names if heights[name]]
 
-    sheet = Image.new(
+    grid = Image.new(
         "RGB",
         (
             LABEL_WIDTH + len(steps) * (width + MARGIN) + MARGIN,
@@ -47,7 +47,7 @@ def write_sheet(images: Sequence[ValidationImage], path: Path) -> None:
         ),
         PAPER,
     )
-    canvas = ImageDraw.Draw(sheet)
+    canvas = ImageDraw.Draw(grid)
     for column, step in enumerate(steps):
         left = LABEL_WIDTH + column * (width + MARGIN)
         label = "before" if step == 0 else f"step {step}"
@@ -57,23 +57,25 @@ def write_sheet(images: Sequence[ValidationImage], path: Path) -> None:
         prompt = next(image.prompt for image in images if image.name == name)
         canvas.multiline_text((MARGIN, top), textwrap.fill(name, 22), INK, font)
         title = canvas.multiline_textbbox((MARGIN, top), textwrap.fill(name, 22), font)
-        room = max(1, int((heights[name] - (title[3] - top) - 8) // (FONT_SIZE + 1)))
+        max_lines = max(1, int((heights[name] - (title[3] - top) - 8) // (FONT_SIZE + 1)))
         lines = textwrap.wrap(prompt, 28)
-        text = "\n".join(lines if len(lines) <= room else [*lines[: room - 1], lines[room - 1][:25] + "..."])
+        text = "\n".join(
+            lines if len(lines) <= max_lines else [*lines[: max_lines - 1], lines[max_lines - 1][:25] + "..."]
+        )
         canvas.multiline_text((MARGIN, title[3] + 8), text, FAINT, small)
         for column, step in enumerate(steps):
             if (name, step) in thumbnails:
-                sheet.paste(thumbnails[name, step], (LABEL_WIDTH + column * (width + MARGIN), top))
+                grid.paste(thumbnails[name, step], (LABEL_WIDTH + column * (width + MARGIN), top))
         top += heights[name] + MARGIN
     with atomic_path(path) as temporary:
-        sheet.save(temporary, format="PNG")
+        grid.save(temporary, format="PNG")
 
 
-def thinned(steps: Sequence[int], most: int) -> list[int]:
-    """At most `most` of the steps, evenly spread, the first and the last among them."""
-    if len(steps) <= most:
+def spread_evenly(steps: Sequence[int], count: int) -> list[int]:
+    """Return at most `count` of the steps, evenly spaced, the first and the last included."""
+    if len(steps) <= count:
         return list(steps)
-    return [steps[round(index * (len(steps) - 1) / (most - 1))] for index in range(most)]
+    return [steps[round(index * (len(steps) - 1) / (count - 1))] for index in range(count)]
 
 
 def _thumbnail(path: str) -> Image.Image:

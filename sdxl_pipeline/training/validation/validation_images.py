@@ -1,6 +1,5 @@
-"""Images drawn while training, always from the same seeds, so that one sees what the LoRA learns."""
+"""Validation images, generated during training from the same seeds at every step unless randomized."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,22 +17,22 @@ from sdxl_pipeline.training.validation.image_file_names import distinct_names, d
 from sdxl_pipeline.training.validation.previews import Previews
 
 UNCONDITIONAL = ValidationPrompt(name="unconditional", prompt="")
-"""What validation_disable_unconditional leaves out."""
+"""The prompt that validation_disable_unconditional removes."""
 
 
 @dataclass(frozen=True)
 class PlannedImage:
-    """One image of every validation."""
+    """One image to generate at every validation."""
 
-    name: str  # of its row in the sheet
-    stem: str  # of its file's name
+    name: str  # of its row in the validation grid
+    stem: str  # of its file
     prompt: ValidationPrompt
     size: tuple[int, int]  # (height, width), pixels
     seed: int
 
 
 def plan_images(spec: TrainSpec, step: int) -> list[PlannedImage]:
-    """Every prompt at every size, `num_validation_images` times with successive seeds: the same ones at each step unless randomized."""
+    """Return an image per prompt, size and seed: `num_validation_images` successive seeds, the same at each step unless randomized."""
     settings = spec.settings
     sizes = settings.validation_sizes
     first_seed = settings.effective_validation_seed
@@ -50,37 +49,10 @@ def plan_images(spec: TrainSpec, step: int) -> list[PlannedImage]:
                 stem = "_".join([file_stem(prompt.name), *size, *count])
                 images.append(PlannedImage(name, stem, prompt, (height, width), first_seed + number))
     names = distinct_names([image.name for image in images], EMA_LABEL)
-    stems = distinct_stems([image.stem for image in images], _ending(EMA_LABEL))
+    stems = distinct_stems([image.stem for image in images], _stem_suffix(EMA_LABEL))
     return [
         replace(image, name=name, stem=stem) for image, name, stem in zip(images, names, stems, strict=True)
     ]
-
-
-def is_validation_step(
-    spec: TrainSpec, step: int, total_steps: int, epochs_at: Callable[[int], float]
-) -> bool:
-    """Whether images are drawn at a step: at the end, by the intervals in steps and epochs, and at 0 as validation_on_startup says."""
-    settings = spec.settings
-    draws_any = spec.prompts or not settings.validation_disable_unconditional
-    if settings.validation_disable or not draws_any:
-        return False
-    by_steps, by_epochs = settings.validation_step_interval, settings.validation_epoch_interval
-    if step == 0 and settings.validation_on_startup is not None:
-        return settings.validation_on_startup
-    return step == total_steps or is_due(step, by_steps, by_epochs, epochs_at)
-
-
-def is_due(
-    step: int, by_steps: int | None, by_epochs: float | None, epochs_at: Callable[[int], float]
-) -> bool:
-    """Whether a step ends an interval of steps, or is the first that completes one of epochs; step 0 ends one of steps only."""
-    if by_steps and step % by_steps == 0:
-        return True
-    if not by_epochs or step == 0:
-        return False
-    # a third of an epoch, thrice, is a hair less than one
-    done, before = (math.floor(epochs_at(at) / by_epochs + 1e-9) for at in (step, step - 1))
-    return done > before
 
 
 def generate_validation_images(
@@ -93,12 +65,11 @@ def generate_validation_images(
     label: str = "",
     on_step: Callable[[], None] | None = None,
 ) -> Iterator[ValidationImage]:
-    """Draw the planned images with the UNet as it stands, one by one, into `folder`, and show them forming through `previews`.
+    """Generate the planned images one by one with the current weights of `unet`, write them to `folder` and yield them.
 
-    `label` is added to their names, where other weights of the same step draw them too. What `on_step`, called after every sampler step, raises ends the drawing.
-
-    No text encoder is loaded: the prompts' embeddings come from the text cache. Nothing the training computes with is changed; the
-    UNet is in eval mode only while an image is being drawn.
+    `label` is appended to their names when other weights of the same step generate them as well. `on_step` is called after every sampler
+    step and may raise to end the generation. No text encoder is loaded: prompt embeddings come from the text cache. Nothing that the
+    training computes with is changed; the UNet is in eval mode only while an image is generated.
     """
     settings = spec.settings
     vae_dtype = dtype_from_name(settings.vae_dtype or spec.hardware.vae_dtype)
@@ -106,13 +77,15 @@ def generate_validation_images(
     zeros = bool(pipeline.config.force_zeros_for_empty_prompt)
     for image in plan_images(spec, step):
         name, prompt = image.name + label, image.prompt.prompt
-        stem = image.stem + _ending(label)
-        forming = None if previews is None else previews.of(name, stem, prompt, step)
+        stem = image.stem + _stem_suffix(label)
+        on_preview = None if previews is None else previews.callback_for(name, stem, prompt, step)
         conditioning = reader.conditioning(prompt, image.prompt.negative_prompt, zeros)
         was_training = unet.training
         unet.eval()
         try:
-            pixels = sample_image(pipeline, conditioning, image.size, image.seed, settings, on_step, forming)
+            pixels = sample_image(
+                pipeline, conditioning, image.size, image.seed, settings, on_step, on_preview
+            )
         finally:
             unet.train(was_training)
         path = folder / f"step-{step:08d}" / f"{stem}.png"
@@ -121,5 +94,5 @@ def generate_validation_images(
         yield ValidationImage(step=step, name=name, prompt=prompt, path=str(path), seed=image.seed)
 
 
-def _ending(label: str) -> str:
+def _stem_suffix(label: str) -> str:
     return f"_{file_stem(label)}" if label else ""

@@ -16,7 +16,7 @@ from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError
 from sdxl_pipeline.stages import train
-from sdxl_pipeline.training.logging.metrics_log import read_metrics
+from sdxl_pipeline.training.logging.run_logs import read_metrics
 from tests.support.training_datasets import make_dataset, make_spec
 
 STEPS = 4

@@ -1,4 +1,4 @@
-"""The loss curve and the validation sheet: PNGs that show what they should, and the same bytes for the same run."""
+"""The loss curve and the validation grid are PNGs with the expected content, reproducible byte for byte."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ from PIL import Image
 
 from sdxl_pipeline.runtime.specs import ValidationImage
 from sdxl_pipeline.training.logging.loss_plot import plot_loss_curve
-from sdxl_pipeline.training.logging.metrics_log import StepMetrics
-from sdxl_pipeline.training.validation.validation_grid import thinned, write_sheet
+from sdxl_pipeline.training.logging.run_logs import StepMetrics
+from sdxl_pipeline.training.validation.validation_grid import spread_evenly, write_validation_grid
 
 
 def make_rows(count: int) -> list[StepMetrics]:
@@ -25,40 +25,42 @@ def make_rows(count: int) -> list[StepMetrics]:
     ]
 
 
-def test_the_loss_curve_is_drawn_and_reproducible(tmp_path):
+def test_plot_loss_curve_twice_writes_same_bytes_with_both_colors(tmp_path):
     plot_loss_curve(make_rows(200), tmp_path / "a.png", "demo: 200 steps")
     plot_loss_curve(make_rows(200), tmp_path / "b.png", "demo: 200 steps")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     with Image.open(tmp_path / "a.png") as image:
-        colours = image.convert("RGB").getcolors(1 << 20)
-    assert colours is not None
-    blue = sum(n for n, (r, g, b) in colours if b > 120 and r < 90)
-    red = sum(n for n, (r, g, b) in colours if r > 170 and b < 110)
+        colors = image.convert("RGB").getcolors(1 << 20)
+    assert colors is not None
+    blue = sum(n for n, (r, g, b) in colors if b > 120 and r < 90)
+    red = sum(n for n, (r, g, b) in colors if r > 170 and b < 110)
     assert blue > 500
     assert red > 200
 
 
-def green(path: Path) -> np.ndarray:
-    """Where the eval loss is drawn: (H, W) bool."""
+def eval_loss_pixels(path: Path) -> np.ndarray:
+    """Return the mask of pixels in the color of the eval loss: (H, W) bool."""
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)
     return (pixels[..., 1] > 110) & (pixels[..., 0] < 90) & (pixels[..., 2] < 120)
 
 
-def test_eval_losses_are_drawn_beside_the_training_loss_on_an_axis_of_their_own_where_need_be(tmp_path):
+def test_plot_loss_curve_eval_losses_share_axis_unless_too_different(tmp_path):
     rows = make_rows(200)
     eval_losses = [(0, 0.9), (100, 0.5), (200, 0.3)]
     plot_loss_curve(rows, tmp_path / "none.png", "demo")
     plot_loss_curve(rows, tmp_path / "same.png", "demo", eval_losses)
-    plot_loss_curve(rows, tmp_path / "apart.png", "demo", [(step, 50 * loss) for step, loss in eval_losses])
-    assert green(tmp_path / "none.png").sum() == 0
-    right = (slice(None), slice(990, None))  # beyond the axes: an axis of its own has its numbers there
-    assert green(tmp_path / "same.png").sum() > 500
-    assert green(tmp_path / "same.png")[right].sum() < 200
-    assert green(tmp_path / "apart.png")[right].sum() > 400
+    plot_loss_curve(
+        rows, tmp_path / "separate.png", "demo", [(step, 50 * loss) for step, loss in eval_losses]
+    )
+    assert eval_loss_pixels(tmp_path / "none.png").sum() == 0
+    right = (slice(None), slice(990, None))  # right of the axes, where the tick labels of a second axis are
+    assert eval_loss_pixels(tmp_path / "same.png").sum() > 500
+    assert eval_loss_pixels(tmp_path / "same.png")[right].sum() < 200
+    assert eval_loss_pixels(tmp_path / "separate.png")[right].sum() > 400
 
 
-def test_one_step_and_a_rate_of_zero_are_a_curve_too(tmp_path):
+def test_plot_loss_curve_single_step_with_zero_lr_writes_image(tmp_path):
     plot_loss_curve([StepMetrics(1, 0.0, 0.0, None, 1.0)], tmp_path / "a.png", "one")
     with Image.open(tmp_path / "a.png") as image:
         assert image.size == (1080, 720)
@@ -66,32 +68,32 @@ def test_one_step_and_a_rate_of_zero_are_a_curve_too(tmp_path):
 
 def make_images(folder: Path) -> list[ValidationImage]:
     images = []
-    for name, size, colour in (
+    for name, size, color in (
         ("circle", (64, 64), "red"),
         ("a long name of a wide image", (96, 64), "blue"),
     ):
         for step in (0, 100, 200):
             path = folder / f"{name}-{step}.png"
-            Image.new("RGB", size, colour).save(path)
+            Image.new("RGB", size, color).save(path)
             images.append(
-                ValidationImage(step=step, name=name, prompt=f"a {colour} thing " * 9, path=str(path), seed=0)
+                ValidationImage(step=step, name=name, prompt=f"a {color} thing " * 9, path=str(path), seed=0)
             )
     return images
 
 
-def test_the_sheet_has_a_row_per_prompt_and_a_column_per_step(tmp_path):
+def test_write_validation_grid_has_row_per_name_and_column_per_step(tmp_path):
     images = make_images(tmp_path)
-    write_sheet(images[:-1], tmp_path / "sheet.png")  # one image is missing: its place stays empty
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        pixels = np.asarray(sheet.convert("RGB")).astype(int)
+    write_validation_grid(images[:-1], tmp_path / "grid.png")  # the cell of the missing image stays empty
+    with Image.open(tmp_path / "grid.png") as grid:
+        pixels = np.asarray(grid.convert("RGB")).astype(int)
     red = (pixels == (255, 0, 0)).all(-1)
     blue = (pixels == (0, 0, 255)).all(-1)
     assert red.sum() == 3 * 64 * 64
     assert blue.sum() == 2 * 96 * 64
     assert np.flatnonzero(red.any(1)).max() < np.flatnonzero(blue.any(1)).min()
-    assert (pixels[: np.flatnonzero(red.any(1)).min()] < 100).any()  # the steps' labels
+    assert (pixels[: np.flatnonzero(red.any(1)).min()] < 100).any()  # step labels
 
 
-def test_many_steps_are_thinned_to_first_last_and_some_between():
-    assert thinned([0, 10, 20], 9) == [0, 10, 20]
-    assert thinned(list(range(0, 1001, 10)), 5) == [0, 250, 500, 750, 1000]
+def test_spread_evenly_many_steps_keeps_first_and_last():
+    assert spread_evenly([0, 10, 20], 9) == [0, 10, 20]
+    assert spread_evenly(list(range(0, 1001, 10)), 5) == [0, 250, 500, 750, 1000]

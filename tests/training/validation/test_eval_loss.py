@@ -1,4 +1,4 @@
-"""The eval loss holds still: fixed timesteps and noise, the same bits twice, the same figure by another road, the base model's for a new LoRA."""
+"""The eval loss is deterministic, equals the mean squared error computed with diffusers, and a new LoRA has the base model's loss."""
 
 import itertools
 from dataclasses import replace
@@ -13,8 +13,14 @@ from sdxl_pipeline.models.adapters.adapter import add_lora
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.diffusion.loss import HuberLoss, debiased_estimation
 from sdxl_pipeline.training.diffusion.objective import Objective
-from sdxl_pipeline.training.validation.eval_images import read_images
-from sdxl_pipeline.training.validation.eval_loss import EvalImage, eval_loss, eval_timesteps, fixed_noise
+from sdxl_pipeline.training.diffusion.weighting import debiased_estimation
+from sdxl_pipeline.training.validation.eval_loss import (
+    EvalImage,
+    eval_loss,
+    eval_timesteps,
+    fixed_noise,
+    read_images,
+)
 from sdxl_pipeline.training.validation.eval_samples import choose_samples
 from tests.evaluation.subjects import tiny_settings
 from tests.support.training_datasets import make_dataset
@@ -47,7 +53,7 @@ def images() -> list[EvalImage]:
     return [
         EvalImage(
             key=f"key{number}",
-            measured=(f"latents {number}", f"caption {number}"),
+            entry_keys=(f"latents {number}", f"caption {number}"),
             latents=torch.randn(4, height, 8, generator=generator),
             prompt_embeds=torch.randn(77, WIDTH, generator=generator),
             pooled_prompt_embeds=torch.randn(WIDTH, generator=generator),
@@ -57,7 +63,7 @@ def images() -> list[EvalImage]:
     ]
 
 
-def test_timesteps_are_the_middles_of_equal_parts():
+def test_eval_timesteps_are_midpoints_of_equal_parts():
     assert eval_timesteps(4) == (125, 375, 625, 875)
     assert eval_timesteps(1) == (500,)
     steps = eval_timesteps(28)
@@ -67,7 +73,7 @@ def test_timesteps_are_the_middles_of_equal_parts():
     assert 964 <= steps[-1] <= 999
 
 
-def test_noise_depends_on_image_and_timestep_alone():
+def test_fixed_noise_depends_only_on_image_and_timestep():
     shape = torch.Size((4, 8, 8))
     noise = fixed_noise("a", 500, shape)
     torch.manual_seed(99)
@@ -76,72 +82,76 @@ def test_noise_depends_on_image_and_timestep_alone():
     assert not torch.equal(noise, fixed_noise("b", 500, shape))
 
 
-def test_two_evaluations_agree_to_the_last_bit(unet, images):
+def test_eval_loss_repeated_is_bit_identical(unet, images):
     first = eval_loss(unet, EPSILON, images, (100, 500, 900), batch_size=2)
     torch.manual_seed(4321)
     assert eval_loss(unet, EPSILON, images, (100, 500, 900), batch_size=2) == first
 
 
-def test_each_image_has_a_loss_under_a_name_that_follows_what_was_measured(unet, images):
-    whole = eval_loss(unet, EPSILON, images, (100, 900), batch_size=2)
-    alone = eval_loss(unet, EPSILON, images[1:2], (100, 900), batch_size=2)
-    assert whole.by_image[1][0] == alone.by_image[0][0]
-    assert whole.by_image[1][1] == pytest.approx(alone.mean, rel=1e-5)
-    assert sum(loss for _, loss in whole.by_image) / 3 == pytest.approx(whole.mean)
-    edited = replace(images[1], measured=("latents 1", "another caption"))
+def test_eval_loss_by_image_name_identifies_inputs(unet, images):
+    all_images = eval_loss(unet, EPSILON, images, (100, 900), batch_size=2)
+    single = eval_loss(unet, EPSILON, images[1:2], (100, 900), batch_size=2)
+    assert all_images.by_image[1][0] == single.by_image[0][0]
+    assert all_images.by_image[1][1] == pytest.approx(single.mean, rel=1e-5)
+    assert sum(loss for _, loss in all_images.by_image) / 3 == pytest.approx(all_images.mean)
+    edited = replace(images[1], entry_keys=("latents 1", "another caption"))
     for other in (
         eval_loss(unet, EPSILON, [edited], (100, 900), batch_size=2),
         eval_loss(unet, EPSILON, images[1:2], (100, 901), batch_size=2),
     ):
-        assert other.by_image[0][0] != alone.by_image[0][0]
-    twice = eval_loss(unet, EPSILON, [images[0], images[1], edited], (100, 900), batch_size=2)
-    assert len(twice.by_image) == 2, "copies of one image are one image"
+        assert other.by_image[0][0] != single.by_image[0][0]
+    with_copy = eval_loss(unet, EPSILON, [images[0], images[1], edited], (100, 900), batch_size=2)
+    assert len(with_copy.by_image) == 2, "copies of one image count as one"
 
 
-def test_the_loss_is_the_plain_mean_squared_error(unet, images):
-    """By another road: diffusers' own scheduler, one image and one timestep at a time."""
+def test_eval_loss_equals_mean_squared_error_by_diffusers(unet, images):
+    """The reference uses diffusers' scheduler, one image and one timestep at a time."""
     timesteps = (50, 400, 950)
-    found = eval_loss(unet, EPSILON, images, timesteps, batch_size=4)
-    for timestep, loss in found.by_timestep:
+    actual = eval_loss(unet, EPSILON, images, timesteps, batch_size=4)
+    for timestep, loss in actual.by_timestep:
         errors = []
         for image in images:
-            latents, when = image.latents[None], torch.tensor([timestep])
+            latents, timesteps_tensor = image.latents[None], torch.tensor([timestep])
             noise = fixed_noise(image.key, timestep, image.latents.shape)[None]
             added = {
                 "text_embeds": image.pooled_prompt_embeds[None],
                 "time_ids": torch.tensor([image.time_ids], dtype=torch.float32),
             }
             with torch.no_grad():
-                noisy = SCHEDULE.add_noise(latents, noise, when)
-                predicted = unet(noisy, when, image.prompt_embeds[None], added_cond_kwargs=added).sample
+                noisy = SCHEDULE.add_noise(latents, noise, timesteps_tensor)
+                predicted = unet(
+                    noisy, timesteps_tensor, image.prompt_embeds[None], added_cond_kwargs=added
+                ).sample
             errors.append(torch.nn.functional.mse_loss(predicted, noise).item())
         assert loss == pytest.approx(sum(errors) / len(errors), rel=1e-5)
-    assert found.mean == pytest.approx(sum(loss for _, loss in found.by_timestep) / len(timesteps), rel=1e-12)
+    assert actual.mean == pytest.approx(
+        sum(loss for _, loss in actual.by_timestep) / len(timesteps), rel=1e-12
+    )
 
 
-def test_v_prediction_has_its_own_target(unet, images):
+def test_eval_loss_v_prediction_uses_velocity_target(unet, images):
     objective = replace(EPSILON, prediction_type="v_prediction")
-    found = eval_loss(unet, objective, images[:1], (700,), batch_size=1)
-    image, when = images[0], torch.tensor([700])
+    actual = eval_loss(unet, objective, images[:1], (700,), batch_size=1)
+    image, timesteps_tensor = images[0], torch.tensor([700])
     noise = fixed_noise(image.key, 700, image.latents.shape)[None]
     added = {
         "text_embeds": image.pooled_prompt_embeds[None],
         "time_ids": torch.tensor([image.time_ids]).float(),
     }
     with torch.no_grad():
-        noisy = SCHEDULE.add_noise(image.latents[None], noise, when)
-        predicted = unet(noisy, when, image.prompt_embeds[None], added_cond_kwargs=added).sample
-    velocity = SCHEDULE.get_velocity(image.latents[None], noise, when)
-    assert found.mean == pytest.approx(torch.nn.functional.mse_loss(predicted, velocity).item(), rel=1e-5)
+        noisy = SCHEDULE.add_noise(image.latents[None], noise, timesteps_tensor)
+        predicted = unet(noisy, timesteps_tensor, image.prompt_embeds[None], added_cond_kwargs=added).sample
+    velocity = SCHEDULE.get_velocity(image.latents[None], noise, timesteps_tensor)
+    assert actual.mean == pytest.approx(torch.nn.functional.mse_loss(predicted, velocity).item(), rel=1e-5)
 
 
-def test_neither_weighting_nor_another_loss_reaches_the_eval_loss(unet, images):
+def test_eval_loss_ignores_loss_weighting_and_huber_loss(unet, images):
     huber = HuberLoss("huber", "snr", 0.1)
     weighted = replace(EPSILON, weighting=debiased_estimation, scale=2.0, huber=huber, diff2flow=True)
     assert eval_loss(unet, weighted, images, (20,), 4) == eval_loss(unet, EPSILON, images, (20,), 4)
 
 
-def test_a_new_lora_has_exactly_the_base_models_loss(unet, images):
+def test_eval_loss_new_or_disabled_lora_equals_base_model(unet, images):
     base = eval_loss(unet, EPSILON, images, (300, 800), batch_size=3)
     adapted = UNet2DConditionModel.from_config(unet.config).eval()
     adapted.load_state_dict(unet.state_dict())
@@ -155,21 +165,21 @@ def test_a_new_lora_has_exactly_the_base_models_loss(unet, images):
     assert eval_loss(adapted, EPSILON, images, (300, 800), batch_size=3) == base
 
 
-def test_progress_counts_every_pair_once(unet, images):
+def test_eval_loss_on_batch_counts_each_pair_once(unet, images):
     calls: list[tuple[int, int]] = []
     eval_loss(unet, EPSILON, images, (1, 2), 4, lambda done, total: calls.append((done, total)))
     assert calls == [(4, 6), (6, 6)]  # two sizes: four pairs of one, two of the other
 
 
-def splits(**named: str) -> dict[str, str]:
-    return {f"{name}.png": split for name, split in named.items()}
+def splits(**by_stem: str) -> dict[str, str]:
+    return {f"{stem}.png": split for stem, split in by_stem.items()}
 
 
-def test_an_eval_dataset_comes_before_a_held_out_share(tmp_path: Path):
+def test_choose_samples_eval_dataset_precedes_held_out_share(tmp_path: Path):
     mixed = make_dataset(tmp_path / "photos", "photos", splits=splits(a="train", b="eval"))
-    apart = make_dataset(tmp_path / "test_set", "test_set", splits=splits(c="eval", d="eval"))
+    eval_only = make_dataset(tmp_path / "test_set", "test_set", splits=splits(c="eval", d="eval"))
     settings = tiny_settings()
-    source, samples = choose_samples((mixed, apart), settings)
+    source, samples = choose_samples((mixed, eval_only), settings)
     assert source == "eval dataset"
     assert {sample.path for sample in samples} == {"c.png", "d.png"}
     source, samples = choose_samples((mixed,), settings)
@@ -177,32 +187,32 @@ def test_an_eval_dataset_comes_before_a_held_out_share(tmp_path: Path):
     assert [sample.path for sample in samples] == ["b.png"]
 
 
-def test_without_either_the_training_images_are_used_and_said_to_be(tmp_path: Path):
+def test_choose_samples_without_eval_images_uses_training_images(tmp_path: Path):
     dataset = make_dataset(tmp_path / "photos", "photos", splits=splits(a="train", b="train"))
     source, samples = choose_samples((dataset,), tiny_settings())
     assert source == "training images"
     assert {sample.path for sample in samples} == {"a.png", "b.png"}
 
 
-def test_num_eval_images_takes_the_first_by_key(tmp_path: Path):
+def test_choose_samples_num_eval_images_takes_first_by_key(tmp_path: Path):
     dataset = make_dataset(
         tmp_path / "photos", "photos", splits={f"{number}.png": "eval" for number in range(8)}
     )
-    _, everything = choose_samples((dataset,), tiny_settings())
-    _, some = choose_samples((dataset,), tiny_settings(num_eval_images=3))
-    assert [sample.key for sample in everything] == sorted(sample.key for sample in everything)
-    assert list(some) == everything[:3]
+    _, all_samples = choose_samples((dataset,), tiny_settings())
+    _, limited = choose_samples((dataset,), tiny_settings(num_eval_images=3))
+    assert [sample.key for sample in all_samples] == sorted(sample.key for sample in all_samples)
+    assert list(limited) == all_samples[:3]
 
 
-def test_images_are_the_scaled_posterior_mean_and_the_first_caption(tmp_path: Path):
+def test_read_images_returns_scaled_posterior_mean_and_first_caption(tmp_path: Path):
     dataset = make_dataset(tmp_path / "photos", "photos", splits=splits(a="eval", b="eval"))
     _, samples = choose_samples((dataset,), tiny_settings())
-    found = read_images(samples, BatchReader((dataset,)), scaling_factor=0.5)
+    images = read_images(samples, BatchReader((dataset,)), scaling_factor=0.5)
     latents, texts = (
         TensorStore(Path(dataset.latents.store_root)),
         TensorStore(Path(dataset.text_embeds.store_root)),
     )
-    for image, sample in zip(found, samples, strict=True):
+    for image, sample in zip(images, samples, strict=True):
         assert torch.equal(image.latents, latents.read(sample.latent_key)["mean"] * 0.5)
         assert torch.equal(image.prompt_embeds, texts.read(sample.embed_keys[0])["prompt_embeds"])
         assert image.time_ids == sample.time_ids

@@ -20,11 +20,9 @@ from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserErr
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.diffusion.objective import Objective
-from sdxl_pipeline.training.logging.eval_log import EVAL_FILE, EvalLog, EvalRow, read_eval_log
-from sdxl_pipeline.training.logging.metrics_log import read_metrics
 from sdxl_pipeline.training.logging.observers import RunObserver
-from sdxl_pipeline.training.validation.eval_images import read_images
-from sdxl_pipeline.training.validation.eval_loss import eval_loss, eval_timesteps
+from sdxl_pipeline.training.logging.run_logs import EVAL_FILE, EvalLog, EvalRow, read_eval_log, read_metrics
+from sdxl_pipeline.training.validation.eval_loss import eval_loss, eval_timesteps, read_images
 from sdxl_pipeline.training.validation.eval_samples import choose_samples
 from sdxl_pipeline.training.validation.validation_runner import ValidationCosts, ValidationSchedule
 from tests.support.training_datasets import make_dataset, make_spec
