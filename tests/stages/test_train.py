@@ -1,4 +1,4 @@
-"""Holds the trainer as a program: what it leaves and says, reuse, moves, damage, limits, several processes; test_train_killed.py has the rest."""
+"""The train stage: manifest, reuse, moved folders, corrupt files, limits and several processes. Killed runs are in test_train_killed.py."""
 
 import hashlib
 import json
@@ -23,8 +23,8 @@ from tests.support.training_datasets import SQUARE, WIDE, digest, make_dataset, 
 
 STEPS = 12
 
-# dropout of adapter and captions, a choice of captions, posterior sampling, accumulation, a schedule, epochs that end within a step
-HARD = {
+# adapter and caption dropout, several captions, posterior sampling, accumulation, a schedule, epochs that end within a step
+STOCHASTIC = {
     "max_train_steps": STEPS,
     "train_batch_size": 1,
     "gradient_accumulation_steps": 2,
@@ -39,18 +39,20 @@ WITH_IMAGES = {"validation_disable": False, "validation_step_interval": 3}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def hard_spec(folder: Path, run: str, **settings) -> TrainSpec:
+def stochastic_spec(folder: Path, run: str, **settings) -> TrainSpec:
     folder.mkdir(parents=True, exist_ok=True)
-    return make_spec(folder, make_dataset(folder / "dataset", captions=3), run=run, **{**HARD, **settings})
+    return make_spec(
+        folder, make_dataset(folder / "dataset", captions=3), run=run, **{**STOCHASTIC, **settings}
+    )
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> tuple[TrainSpec, TrainedLora]:
-    spec = hard_spec(tmp_path_factory.mktemp("hard"), "unbroken")
+    spec = stochastic_spec(tmp_path_factory.mktemp("stochastic"), "unbroken")
     return spec, run(spec)
 
 
-def test_a_run_trains_and_says_what_it_did(unbroken):
+def test_train_manifest_describes_the_run(unbroken):
     spec, manifest = unbroken
     assert (manifest.steps, manifest.samples, manifest.epochs) == (STEPS, 24, 24 / 5)
     assert (manifest.trained_images, manifest.held_out_images) == ({"shapes": 5}, {})
@@ -74,9 +76,7 @@ def test_a_run_trains_and_says_what_it_did(unbroken):
 
 
 @pytest.mark.parametrize("fill", ["partial", "wrap"])
-def test_two_processes_train_as_one_with_twice_the_batch_and_neither_starves_on_a_bucket_of_one(
-    tmp_path, fill
-):
+def test_train_two_processes_equal_one_with_double_batch_and_bucket_of_one_image(tmp_path, fill):
     dataset = make_dataset(tmp_path / "dataset", buckets=[SQUARE] * 3 + [WIDE])
     settings = {
         "train_batch_size": 1,
@@ -87,13 +87,13 @@ def test_two_processes_train_as_one_with_twice_the_batch_and_neither_starves_on_
         "bucket_fill": fill,
     }
     spec = make_spec(tmp_path, dataset, **settings, **WITH_IMAGES)
-    listener = Listener()
-    one = main(with_settings(spec, "one", train_batch_size=2), listener, StopSignal())
+    reporter = Listener()
+    one = main(with_settings(spec, "one", train_batch_size=2), reporter, StopSignal())
     outcome = {
         "partial": "its last batch has 1 instead of 2 (bucket_fill: partial)",
         "wrap": "1 of them are repeated to fill its last batch (bucket_fill: wrap)",
     }
-    assert f"Bucket 96x64 has 1 images an epoch: {outcome[fill]}." in listener.lines
+    assert f"Bucket 96x64 has 1 images an epoch: {outcome[fill]}." in reporter.lines
     two = run(on_two_processes(with_settings(spec, "two")), *TWO_PROCESSES)
     assert two.samples == one.samples == (16 if fill == "partial" else 24)
     assert two.epochs == one.epochs == 4.0
@@ -105,52 +105,52 @@ def test_two_processes_train_as_one_with_twice_the_batch_and_neither_starves_on_
         torch.testing.assert_close(twos[name], tensor, rtol=0, atol=1e-5)
 
 
-def test_a_finished_run_is_reused_until_its_weights_are_touched(unbroken):
+def test_train_finished_run_is_reused(unbroken):
     spec, first = unbroken
     before = Path(first.weights_path).stat().st_mtime_ns
-    spec = with_settings(spec, "unbroken", **WITH_IMAGES)  # no part of the identity
-    listener = Listener()
-    again = main(spec, listener, StopSignal())
+    spec = with_settings(spec, "unbroken", **WITH_IMAGES)  # not part of the identity
+    reporter = Listener()
+    again = main(spec, reporter, StopSignal())
     assert again == first.model_copy(update={"reused": True})
     assert Path(first.weights_path).stat().st_mtime_ns == before
-    assert any("Nothing to train" in line for line in listener.lines)
+    assert any("Nothing to train" in line for line in reporter.lines)
 
 
-def test_a_run_moved_elsewhere_is_found_and_damage_is_mended_from_the_last_checkpoint(unbroken):
+def test_train_moved_run_is_reused_and_corrupt_weights_are_restored_from_checkpoint(unbroken):
     spec, _ = unbroken
     moved = with_settings(spec, "moved")
     shutil.copytree(spec.run_dir, moved.run_dir)
-    found = main(moved, Listener(), StopSignal())
-    assert found.reused
-    assert Path(found.weights_path).parent == Path(moved.run_dir)
+    reused = main(moved, Listener(), StopSignal())
+    assert reused.reused
+    assert Path(reused.weights_path).parent == Path(moved.run_dir)
 
-    weights = Path(found.weights_path)
+    weights = Path(reused.weights_path)
     expected = weights.read_bytes()
     weights.write_bytes(expected[:-1] + b"x")
-    mended = main(moved, Listener(), StopSignal())
-    assert (mended.reused, mended.resumed_from_step) == (False, STEPS)
+    restored = main(moved, Listener(), StopSignal())
+    assert (restored.reused, restored.resumed_from_step) == (False, STEPS)
     assert weights.read_bytes() == expected
 
 
-def test_final_weights_that_would_not_fit_on_the_disk_are_not_begun(unbroken, monkeypatch):
+def test_train_disk_full_raises_before_writing_final_weights(unbroken, monkeypatch):
     spec, _ = unbroken
     spec = with_settings(spec, "full disk")
     shutil.copytree(Path(spec.run_dir).with_name("unbroken"), spec.run_dir)
     weights = Path(spec.run_dir) / "pytorch_lora_weights.safetensors"
     weights.unlink()
     usage = shutil.disk_usage(spec.run_dir)
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1 << 20))
-    left = Path(spec.run_dir) / "ema" / f".pytorch_lora_weights.{DEAD_PID}-0123abcd.tmp.safetensors"
-    left.parent.mkdir(exist_ok=True)
-    left.write_bytes(b"half")
-    wanted = r"no space left on the disk of .* for the final weights: .* needed, 1.0 MiB are kept in reserve, and 1.0 MiB are free"
-    with pytest.raises(DiskFullError, match=wanted):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    leftover = Path(spec.run_dir) / "ema" / f".pytorch_lora_weights.{DEAD_PID}-0123abcd.tmp.safetensors"
+    leftover.parent.mkdir(exist_ok=True)
+    leftover.write_bytes(b"half")
+    message = r"no space left on the disk of .* for the final weights: .* needed, 1.0 MiB are kept in reserve, and 1.0 MiB are free"
+    with pytest.raises(DiskFullError, match=message):
         main(spec, Listener(), StopSignal())
     assert not weights.exists()
-    assert not left.exists(), "what a killed writer left goes at the next start"
+    assert not leftover.exists(), "temporary files of a killed process are removed at the next start"
 
 
-def test_a_run_stopped_before_its_first_step_goes_on_or_starts_again_as_asked(unbroken):
+def test_train_stopped_before_first_step_restarts_without_resume(unbroken):
     spec, expected = unbroken
     spec = with_settings(spec, "early")
     stop = StopSignal()
@@ -163,17 +163,21 @@ def test_a_run_stopped_before_its_first_step_goes_on_or_starts_again_as_asked(un
     assert again.weights_sha256 == expected.weights_sha256
 
 
-def test_gradient_checkpointing_changes_no_bit(unbroken):
+def test_train_gradient_checkpointing_has_same_weights(unbroken):
     spec, expected = unbroken
-    slow = main(with_settings(spec, "slow", gradient_checkpointing=True), Listener(), StopSignal())
-    assert slow.identity == expected.identity
-    assert slow.weights_sha256 == expected.weights_sha256
+    checkpointed = main(
+        with_settings(spec, "checkpointed", gradient_checkpointing=True), Listener(), StopSignal()
+    )
+    assert checkpointed.identity == expected.identity
+    assert checkpointed.weights_sha256 == expected.weights_sha256
 
 
-def test_mixed_precision_trains_float32_adapters(unbroken):
+def test_train_bf16_keeps_float32_adapter(unbroken):
     spec, expected = unbroken
     settings = {"mixed_precision": "bf16", "max_train_steps": 4, **WITH_IMAGES}
-    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision per process
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # accelerate keeps one mixed precision per process
     half = main(with_settings(spec, "half", **settings), Listener(), StopSignal())
     AcceleratorState._reset_state(reset_partial_state=True)
     assert {tensor.dtype for tensor in load_file(half.weights_path).values()} == {torch.float32}
@@ -182,21 +186,21 @@ def test_mixed_precision_trains_float32_adapters(unbroken):
         assert loss == pytest.approx(full, rel=0.05)
 
 
-def test_a_folder_of_another_run_is_refused(unbroken):
+def test_train_folder_of_another_run_raises(unbroken):
     spec, _ = unbroken
-    with pytest.raises(UserError, match="holds another run"):
+    with pytest.raises(UserError, match="contains another run"):
         main(with_settings(spec, "unbroken", seed=1), Listener(), StopSignal())
 
 
-def test_checkpoints_are_kept_to_their_limit(tmp_path):
+def test_train_checkpoints_total_limit_keeps_newest(tmp_path):
     spec = make_spec(tmp_path, max_train_steps=3, checkpoint_step_interval=1, checkpoints_total_limit=2)
     main(spec, Listener(), StopSignal())
-    kept = sorted(place.name for place in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == ["step-00000002", "step-00000003"]
+    retained = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert retained == ["step-00000002", "step-00000003"]
 
 
-def with_broken_images(folder: Path, broken: set[int], **settings) -> TrainSpec:
-    """A run over 3 square images and 2 wide ones, of which some have latents of NaN."""
+def spec_with_nan_latents(folder: Path, broken: set[int], **settings) -> TrainSpec:
+    """Return a run over 3 square images and 2 wide ones; those in `broken` have NaN latents."""
     dataset = make_dataset(folder / "dataset")
     store = TensorStore(folder / "broken")
     with store.writer() as writer:
@@ -208,67 +212,67 @@ def with_broken_images(folder: Path, broken: set[int], **settings) -> TrainSpec:
     return make_spec(folder, dataset.model_copy(update={"latents": latents}), **settings)
 
 
-def test_a_step_that_is_not_finite_is_skipped_named_and_leaves_no_trace(tmp_path):
+def test_train_nonfinite_step_is_skipped_and_logged_without_changing_state(tmp_path):
     settings = {
         "max_train_steps": 10,
         "train_batch_size": 1,
         "checkpoint_step_interval": 1,
         "lr_scheduler": "constant",
     }
-    spec, listener = with_broken_images(tmp_path, {4}, **settings), Listener()
-    manifest = main(spec, listener, StopSignal())
+    spec, reporter = spec_with_nan_latents(tmp_path, {4}, **settings), Listener()
+    manifest = main(spec, reporter, StopSignal())
     taken = [step for step, _ in losses(manifest)]
     skipped = sorted(set(range(1, 11)) - set(taken))
-    assert len(skipped) == manifest.skipped_steps == 2, "the broken image comes once an epoch"
-    warnings = [line for line in listener.lines if "is skipped" in line]
+    assert len(skipped) == manifest.skipped_steps == 2, "the broken image appears once per epoch"
+    warnings = [line for line in reporter.lines if "is skipped" in line]
     key = digest("image", "shapes", 4)[:12]
     assert [
         f"step {step} is skipped because its loss is nan. Its images: shapes/image_04.png (key {key})."
         in line
         for step, line in zip(skipped, warnings, strict=True)
     ] == [True, True]
-    folder = Path(spec.run_dir) / "checkpoints"
+    checkpoints = Path(spec.run_dir) / "checkpoints"
     for step in range(2, 11):
-        same = [
-            (folder / f"step-{step:08d}" / name).read_bytes()
-            == (folder / f"step-{step - 1:08d}" / name).read_bytes()
+        unchanged = [
+            (checkpoints / f"step-{step:08d}" / name).read_bytes()
+            == (checkpoints / f"step-{step - 1:08d}" / name).read_bytes()
             for name in ("trainable.safetensors", "optimizer.safetensors")
         ]
-        assert same == [step in skipped] * 2
+        assert unchanged == [step in skipped] * 2
     assert all(tensor.isfinite().all() for tensor in load_file(manifest.weights_path).values())
 
 
-def test_nothing_but_skipped_steps_end_a_run_and_keep_its_last_checkpoint(tmp_path):
-    sound = with_broken_images(tmp_path / "sound", set(), max_train_steps=30, checkpoint_step_interval=2)
+def test_train_only_skipped_steps_raises_and_keeps_initial_parameters(tmp_path):
+    valid = spec_with_nan_latents(tmp_path / "valid", set(), max_train_steps=30, checkpoint_step_interval=2)
     stop = StopSignal()
     stop.request()
     with pytest.raises(StageStopped):
-        main(sound, Listener(), stop)
-    broken = with_broken_images(
+        main(valid, Listener(), stop)
+    broken = spec_with_nan_latents(
         tmp_path / "broken", set(range(5)), max_train_steps=30, checkpoint_step_interval=2
     )
-    listener = Listener()
+    reporter = Listener()
     with pytest.raises(
         UserError, match=r"steps 1 to 10 were skipped one after the other.*image_0.*learning_rate"
     ):
-        main(broken.model_copy(update={"run_dir": sound.run_dir}), listener, StopSignal())
-    assert sum("is skipped" in line for line in listener.lines) == 9
-    kept = sorted((Path(sound.run_dir) / "checkpoints").iterdir())
-    first, last = (load_file(place / "trainable.safetensors") for place in (kept[0], kept[-1]))
+        main(broken.model_copy(update={"run_dir": valid.run_dir}), reporter, StopSignal())
+    assert sum("is skipped" in line for line in reporter.lines) == 9
+    retained = sorted((Path(valid.run_dir) / "checkpoints").iterdir())
+    first, last = (load_file(path / "trainable.safetensors") for path in (retained[0], retained[-1]))
     assert first.keys() == last.keys()
     assert all(torch.equal(first[name], last[name]) for name in first)
-    assert not (Path(sound.run_dir) / "finished.json").exists()
+    assert not (Path(valid.run_dir) / "finished.json").exists()
 
 
-def test_the_number_of_processes_must_be_what_the_spec_says(tmp_path):
+def test_train_wrong_number_of_processes_raises(tmp_path):
     with pytest.raises(UserError, match=r"2 processes, but 1 are running.*torchrun"):
         main(make_spec(tmp_path, num_processes=2), Listener(), StopSignal())
 
 
-def test_epochs_give_the_length_where_steps_do_not(tmp_path):
+def test_train_num_train_epochs_sets_steps_without_max_train_steps(tmp_path):
     spec = make_spec(tmp_path, max_train_steps=None, num_train_epochs=2, train_batch_size=3)
     manifest = main(spec, Listener(), StopSignal())
-    # 3 square and 2 wide images are two batches an epoch
+    # 3 square and 2 wide images are two batches per epoch
     assert (manifest.steps, manifest.epochs) == (4, 2.0)
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json").read_text())
     assert state["step"] == 4

@@ -1,4 +1,4 @@
-"""Holds: a whole UNet trained by the stage: every weight moves, a stopped run ends in the same bytes, users draw what the trainer drew."""
+"""Full fine-tuning by the train stage: all weights change, resume is bit-exact, and diffusers reproduces the validation images."""
 
 from pathlib import Path
 
@@ -16,26 +16,12 @@ from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import EMA_FOLDER, EvaluateSpec, TrainedLora, TrainSpec
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal
 from sdxl_pipeline.stages import evaluate, train
+from tests.support.train_programs import StoppingReporter
 from tests.support.training_datasets import NEGATIVE, PROMPT, make_dataset, make_spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 4
-
-
-class Stopping(Reporter):
-    """Asks to stop when so many steps are done."""
-
-    def __init__(self, stop: StopSignal, after: int):
-        super().__init__()
-        self._stop, self._after = stop, after
-
-    def _show_log(self, message: str) -> None:
-        pass
-
-    def progress(self, task: str, done: int, total: int, unit: str = "") -> None:
-        if (task, done) == ("train", self._after):
-            self._stop.request()
 
 
 def full_spec(folder: Path, run: str, **settings: object) -> TrainSpec:
@@ -62,7 +48,7 @@ def full_spec(folder: Path, run: str, **settings: object) -> TrainSpec:
 
 def run(spec: TrainSpec, stop_after: int | None = None) -> TrainedLora:
     stop = StopSignal()
-    return train.main(spec, Stopping(stop, STEPS + 1 if stop_after is None else stop_after), stop)
+    return train.main(spec, StoppingReporter(stop, stop_after), stop)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +57,7 @@ def trained(tmp_path_factory) -> tuple[TrainSpec, TrainedLora]:
     return spec, run(spec)
 
 
-def test_every_weight_moves_and_the_manifest_says_what_lies_where(trained):
+def test_train_full_changes_every_weight_and_manifest_describes_it(trained):
     spec, manifest = trained
     before = load_unet(spec.base_model, torch.float32).state_dict()
     (shard,) = Path(manifest.weights_path).glob("*.safetensors")
@@ -83,18 +69,22 @@ def test_every_weight_moves_and_the_manifest_says_what_lies_where(trained):
     assert manifest.trainable_parameters == sum(tensor.numel() for tensor in before.values())
 
 
-def test_a_checkpoint_holds_the_weights_once_in_the_form_that_users_load(trained):
+def test_train_full_checkpoint_stores_weights_once_in_diffusers_format(trained):
     _, manifest = trained
-    place = Path(manifest.run_dir) / "checkpoints" / "step-00000002"
-    assert sorted(path.name for path in place.iterdir()) == ["optimizer.safetensors", "state.json", "unet"]
-    assert UNet2DConditionModel.from_pretrained(place, subfolder="unet", use_safetensors=True)
+    checkpoint = Path(manifest.run_dir) / "checkpoints" / "step-00000002"
+    assert sorted(path.name for path in checkpoint.iterdir()) == [
+        "optimizer.safetensors",
+        "state.json",
+        "unet",
+    ]
+    assert UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", use_safetensors=True)
 
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("all", {}), ("bitfit", {"layer_freeze_strategy": "bitfit"}), ("averaged", {"use_ema": True})],
+    [("all", {}), ("bitfit", {"layer_freeze_strategy": "bitfit"}), ("ema", {"use_ema": True})],
 )
-def test_a_stopped_run_ends_in_the_same_bytes(trained, name, settings):
+def test_train_full_stopped_and_resumed_has_same_weights(trained, name, settings):
     spec, expected = trained
     folder = Path(spec.run_dir).parent
     if settings:
@@ -107,14 +97,15 @@ def test_a_stopped_run_ends_in_the_same_bytes(trained, name, settings):
     resumed = run(stopped)
     assert resumed.resumed_from_step == 3
     assert resumed.weights_sha256 == expected.weights_sha256
-    if name == "averaged":
-        for place in ("unet", f"{EMA_FOLDER}/unet"):
-            ours, theirs = (sha256_path(Path(made.run_dir) / place) for made in (resumed, expected))
-            assert ours == theirs
+    if name == "ema":
+        for weights in ("unet", f"{EMA_FOLDER}/unet"):
+            assert sha256_path(Path(resumed.run_dir) / weights) == sha256_path(
+                Path(expected.run_dir) / weights
+            )
         assert Path(resumed.weights_path).relative_to(resumed.run_dir) == Path(EMA_FOLDER, "unet")
 
 
-def test_diffusers_draws_what_the_trainer_drew(trained):
+def test_train_full_weights_in_diffusers_reproduce_validation_image(trained):
     spec, manifest = trained
     unet = UNet2DConditionModel.from_pretrained(manifest.weights_path, use_safetensors=True)
     pipeline = StableDiffusionXLPipeline.from_pretrained(
@@ -132,16 +123,16 @@ def test_diffusers_draws_what_the_trainer_drew(trained):
             generator=torch.Generator().manual_seed(settings.effective_validation_seed),
             output_type="np",
         ).images[0]
-    drawn = next(image for image in manifest.validation_images if image.step == STEPS)
-    with Image.open(drawn.path) as opened:
+    last = next(image for image in manifest.validation_images if image.step == STEPS)
+    with Image.open(last.path) as opened:
         assert np.array_equal(np.asarray(opened), (pixels * 255).round().astype(np.uint8))
     first = next(image for image in manifest.validation_images if image.step == 0)
-    assert Path(first.path).read_bytes() != Path(drawn.path).read_bytes()
+    assert Path(first.path).read_bytes() != Path(last.path).read_bytes()
 
 
-def test_the_evaluation_measures_it_beside_its_base_model(trained, tmp_path):
+def test_evaluate_full_unet_compares_with_base_model(trained, tmp_path):
     spec, manifest = trained
-    work = EvaluateSpec(
+    eval_spec = EvaluateSpec(
         base_model=spec.base_model,
         hardware=spec.hardware,
         settings=spec.settings,
@@ -150,7 +141,7 @@ def test_the_evaluation_measures_it_beside_its_base_model(trained, tmp_path):
         prompts=spec.prompts,
         output_dir=str(tmp_path),
     )
-    report = evaluate.main(work, Reporter(), StopSignal())
+    report = evaluate.main(eval_spec, Reporter(), StopSignal())
     assert report.weights_kind == "unet"
     assert report.lora_loss.mean < report.base_loss.mean
     before, after = (Path(image.path).read_bytes() for image in report.images)
@@ -159,11 +150,11 @@ def test_the_evaluation_measures_it_beside_its_base_model(trained, tmp_path):
     untrained = manifest.model_copy(update={"weights_path": f"{spec.base_model.path}/unet"})
     untrained = untrained.model_copy(update={"weights_sha256": sha256_path(Path(untrained.weights_path))})
     update = {"lora": untrained, "output_dir": str(tmp_path / "base")}
-    same = evaluate.main(work.model_copy(update=update), Reporter(), StopSignal())
+    same = evaluate.main(eval_spec.model_copy(update=update), Reporter(), StopSignal())
     assert same.lora_loss == same.base_loss == report.base_loss
 
 
-def test_a_release_of_it_is_verified_without_loading_it(trained, tmp_path):
+def test_verify_export_full_unet_counts_weights_and_rejects_empty_folder(trained, tmp_path):
     spec, manifest = trained
     assert verify_export(Path(manifest.weights_path), spec.base_model) == len(
         load_unet(spec.base_model, torch.float32).state_dict()

@@ -1,7 +1,7 @@
-"""Holds the first steps of the demo to the numbers they had when they were written down: at its own settings, and at others under which
-every part of an optimizer step moves them. A change of the numbers is seen.
+"""The first steps of the demo reproduce recorded losses, gradient norms and weights: with its own settings, and with settings under which
+every part of an optimizer step affects them.
 
-After a change that is meant to move them, `GOLDEN_WRITE=1 python -m pytest tests/stages/test_train_golden.py` writes them anew.
+After an intended change, `GOLDEN_WRITE=1 python -m pytest tests/stages/test_train_golden.py` records them again.
 """
 
 import json
@@ -25,16 +25,17 @@ from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.checkpoint.checkpoints import load_checkpoint
 from sdxl_pipeline.training.logging.run_logs import METRICS_FILE, read_metrics
-from tests.support.encoded_datasets import Silent, prepare_dataset
+from tests.support.encoded_datasets import prepare_dataset
+from tests.support.train_programs import StoppingReporter
 
 GOLDEN = Path(__file__).with_name("golden_demo_losses.json")
 GOLDEN_STEP = Path(__file__).with_name("golden_demo_steps.json")
 STEPS = 20
 
-# Past the warm-up, with gradients above the norm they are scaled to, and a weight decay and an average that are seen in twelve steps. Under
-# an eps of some gradients' size no update goes by the sign of a rounding error: under other instruction sets the losses and norms
-# differ by 5e-7, where a learning rate or a beta that is a thousandth off makes 1e-4 and more.
-WORKING = {
+# Beyond the warm-up, with gradients above the clipping norm, and a weight decay and an EMA that are visible in twelve steps. With an eps as
+# large as some gradients, no update depends on the sign of a rounding error: between instruction sets the losses and norms differ by 5e-7,
+# while a relative error of 0.001 in the learning rate or a beta makes 1e-4 and more.
+ALL_PARTS = {
     "train_batch_size": 2,
     "gradient_accumulation_steps": 2,
     "max_train_steps": 60,
@@ -44,43 +45,31 @@ WORKING = {
     "optimizer_config": {"weight_decay": 0.5, "eps": 1e-5},
     "use_ema": True,
 }
-WORKING_STEPS, WORKING_TOLERANCE = 12, 1e-5
+ALL_PARTS_STEPS, ALL_PARTS_TOLERANCE = 12, 1e-5
 
 
 def tolerance(step: int) -> float:
-    """Relative, of the loss of a step; norms have ten times as much.
+    """Return the relative tolerance of the loss of a step; gradient norms have ten times as much.
 
-    Measured on one machine under other instruction sets (AVX2, none), losses differ by 1e-7 at first and, since early steps of Adam
-    go by the gradients' signs, by half as much again at each step: 1e-6 at step 10, 2e-4 at step 20. Another seed, crop or weight is seen
-    at step 1 by some 1e-2.
+    Measured on one machine with other instruction sets (AVX2, none), losses differ by 1e-7 at first and, since early steps of Adam follow
+    the gradients' signs, by a factor of 1.5 more at each step: 1e-6 at step 10, 2e-4 at step 20. Another seed, crop or weight changes step 1
+    by about 1e-2.
     """
     return 1e-5 * 1.5**step
 
 
-class StopAfter(Silent):
-    """Asks to stop when so many steps are taken."""
-
-    def __init__(self, steps: int, stop: StopSignal) -> None:
-        super().__init__()
-        self._steps, self._stop = steps, stop
-
-    def progress(self, task: str, done: int, total: int, unit: str = "") -> None:
-        if task == "train" and done >= self._steps:
-            self._stop.request()
-
-
 def demo_spec(folder: Path) -> TrainSpec:
-    """The demo as its graph would train it, but for validation images."""
-    place = shutil.copytree(
+    """Return the training of the demo as its asset graph runs it, without validation images."""
+    project_dir = shutil.copytree(
         DEFAULT_ROOT / "demo", folder / "demo", ignore=shutil.ignore_patterns("data", "output")
     )
-    generate_if_asked(place)
-    project, hardware = load_project(place), PRESETS["cpu"]
+    generate_if_asked(project_dir)
+    project, hardware = load_project(project_dir), PRESETS["cpu"]
     settings, _ = resolve_settings(project.training, hardware, {"validation_disable": True})
-    model = resolve_base_model(settings, place, cache_dir=folder / "digests")
+    model = resolve_base_model(settings, project_dir, cache_dir=folder / "digests")
     datasets = [
         prepare_dataset(
-            folder / dataset.id, place / dataset.instance_data_dir, model, **dataset.model_dump()
+            folder / dataset.id, project_dir / dataset.instance_data_dir, model, **dataset.model_dump()
         ).model_copy(update={"repeats": dataset.repeats, "probability": dataset.probability})
         for dataset in project.datasets
     ]
@@ -101,10 +90,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
 
 
 def first_steps(spec: TrainSpec, steps: int) -> dict[str, list[float]]:
-    """Loss, norm of the gradients and learning rate of each of so many steps, after which the run is stopped."""
+    """Return loss, gradient norm and learning rate of the first steps, after which the run is stopped."""
     stop = StopSignal()
     with pytest.raises(StageStopped):
-        main(spec, StopAfter(steps, stop), stop)
+        main(spec, StoppingReporter(stop, steps), stop)
     rows = read_metrics(Path(spec.run_dir) / METRICS_FILE)
     assert len(rows) == steps
     return {
@@ -114,12 +103,12 @@ def first_steps(spec: TrainSpec, steps: int) -> dict[str, list[float]]:
     }
 
 
-def golden(file: Path, found: dict[str, list[float]]) -> dict[str, list[float]]:
-    """What the file holds, after it is written anew if that is asked for."""
+def golden(file: Path, actual: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Return the recorded values of a golden file, after recording `actual` if GOLDEN_WRITE is set."""
     if "GOLDEN_WRITE" in os.environ:
-        file.write_text(json.dumps(found, indent=1) + "\n")
+        file.write_text(json.dumps(actual, indent=1) + "\n")
     expected: dict[str, list[float]] = json.loads(file.read_text())
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     return expected
 
 
@@ -128,26 +117,26 @@ def norm(tensors: Iterable[Tensor]) -> float:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_the_demos_first_losses_are_what_they_were(demo: TrainSpec):
-    found = first_steps(demo, STEPS)
-    expected = golden(GOLDEN, found)
-    assert found["lr"] == pytest.approx(expected["lr"], rel=1e-12, abs=0)
+def test_train_demo_first_steps_match_golden_losses(demo: TrainSpec):
+    actual = first_steps(demo, STEPS)
+    expected = golden(GOLDEN, actual)
+    assert actual["lr"] == pytest.approx(expected["lr"], rel=1e-12, abs=0)
     for name, factor in (("loss", 1), ("grad_norm", 10)):
-        for step, (value, other) in enumerate(zip(found[name], expected[name], strict=True), start=1):
+        for step, (value, other) in enumerate(zip(actual[name], expected[name], strict=True), start=1):
             assert value == pytest.approx(other, rel=factor * tolerance(step)), f"{name} of step {step}"
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_every_part_of_a_step_is_what_it_was(demo: TrainSpec):
-    settings = TrainingSettings(**{**demo.settings.model_dump(), **WORKING})
-    run_dir = Path(demo.run_dir).with_name("working")
+def test_train_demo_all_parts_of_step_match_golden_values(demo: TrainSpec):
+    settings = TrainingSettings(**{**demo.settings.model_dump(), **ALL_PARTS})
+    run_dir = Path(demo.run_dir).with_name("all_parts")
     spec = demo.model_copy(update={"settings": settings, "run_dir": str(run_dir)})
-    found = first_steps(spec, WORKING_STEPS)
-    state = load_checkpoint(run_dir / "checkpoints" / f"step-{WORKING_STEPS:08d}")
+    actual = first_steps(spec, ALL_PARTS_STEPS)
+    state = load_checkpoint(run_dir / "checkpoints" / f"step-{ALL_PARTS_STEPS:08d}")
     for name, tensors in (("weights", state.parameters), ("average", state.average)):
         for part in ("lora_A", "lora_B"):
-            found[f"{name}, {part}"] = [norm(tensor for key, tensor in tensors.items() if part in key)]
-    expected = golden(GOLDEN_STEP, found)
-    assert min(expected["grad_norm"]) < WORKING["max_grad_norm"] < max(expected["grad_norm"])
+            actual[f"{name}, {part}"] = [norm(tensor for key, tensor in tensors.items() if part in key)]
+    expected = golden(GOLDEN_STEP, actual)
+    assert min(expected["grad_norm"]) < ALL_PARTS["max_grad_norm"] < max(expected["grad_norm"])
     for name, values in expected.items():
-        assert found[name] == pytest.approx(values, rel=WORKING_TOLERANCE, abs=0), name
+        assert actual[name] == pytest.approx(values, rel=ALL_PARTS_TOLERANCE, abs=0), name

@@ -1,4 +1,4 @@
-"""Holds: twenty steps killed at a random one and resumed leave the very files of twenty unbroken ones, whatever the optimizer and however many processes."""
+"""A run killed at a random step and resumed has the same files as an uninterrupted one, for any optimizer and number of processes."""
 
 import signal
 from pathlib import Path
@@ -26,9 +26,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS, LAST = 20, 15
 
-# Everything that could make a resumed run differ: dropout of adapter and captions, a choice of captions, posterior sampling,
-# accumulation, a schedule, an average, epochs that end in the middle of a step.
-HARD = {
+# Everything that could make a resumed run differ: adapter and caption dropout, several captions, posterior sampling, accumulation, a
+# schedule, an EMA, epochs that end within a step.
+STOCHASTIC = {
     "max_train_steps": STEPS,
     "train_batch_size": 1,
     "gradient_accumulation_steps": 2,
@@ -41,17 +41,24 @@ HARD = {
 }
 WITH_IMAGES = {"validation_disable": False, "validation_step_interval": 10, "ema_validation": "ema_only"}
 LION = {"optimizer": "optimi-lion", "learning_rate": 1e-4}
-OTHERS = ["adamw_bf16", "prodigy", "adamw_schedulefree", "adafactor", "optimi-stableadamw", "ao-adamw8bit"]
+OTHER_OPTIMIZERS = [
+    "adamw_bf16",
+    "prodigy",
+    "adamw_schedulefree",
+    "adafactor",
+    "optimi-stableadamw",
+    "ao-adamw8bit",
+]
 
 
-def hard_spec(folder: Path, **settings: object) -> TrainSpec:
+def stochastic_spec(folder: Path, **settings: object) -> TrainSpec:
     return make_spec(
-        folder, make_dataset(folder / "dataset", captions=3), run="unbroken", **{**HARD, **settings}
+        folder, make_dataset(folder / "dataset", captions=3), run="unbroken", **{**STOCHASTIC, **settings}
     )
 
 
 def files(manifest: TrainedLora) -> dict[str, bytes]:
-    """The weights, those of their average, and the last checkpoint; of a file with dates in its header, the tensors."""
+    """Return the weights, their EMA and the last checkpoint as bytes; without the header for the file whose header has a date."""
     folder = Path(manifest.run_dir)
     weights = [*folder.glob("*.safetensors"), *folder.glob("ema/*")]
     weights += (folder / "checkpoints" / f"step-{STEPS:08d}").rglob("*.safetensors")
@@ -81,10 +88,10 @@ def assert_equal(resumed: TrainedLora, unbroken: TrainedLora, step: int) -> None
     [(signal.SIGTERM, {}), (signal.SIGKILL, LION)],
     ids=["SIGTERM-adamw", "SIGKILL-optimi-lion"],
 )
-def test_a_killed_run_leaves_the_bytes_of_an_unbroken_one(tmp_path, number, settings):
-    spec = hard_spec(tmp_path, **settings)
+def test_train_killed_and_resumed_equals_unbroken_run(tmp_path, number, settings):
+    spec = stochastic_spec(tmp_path, **settings)
     unbroken = main(spec, Listener(), StopSignal())
-    # with images, which the unbroken run does not draw: they must not change a bit either
+    # with validation images, which the unbroken run does not generate and which must not change the weights
     spec = with_settings(spec, "killed", **WITH_IMAGES)
     step = kill_on_the_way(spec, number, LAST)
     resumed = main(spec, Listener(), StopSignal())
@@ -94,17 +101,17 @@ def test_a_killed_run_leaves_the_bytes_of_an_unbroken_one(tmp_path, number, sett
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-@pytest.mark.parametrize("optimizer", OTHERS)
-def test_so_does_a_run_with_any_optimizer(tmp_path, optimizer, number):
-    spec = hard_spec(tmp_path, optimizer=optimizer, use_ema=optimizer != "adamw_schedulefree")
+@pytest.mark.parametrize("optimizer", OTHER_OPTIMIZERS)
+def test_train_killed_and_resumed_with_any_optimizer_equals_unbroken_run(tmp_path, optimizer, number):
+    spec = stochastic_spec(tmp_path, optimizer=optimizer, use_ema=optimizer != "adamw_schedulefree")
     unbroken = main(spec, Listener(), StopSignal())
     spec = with_settings(spec, "killed")
     step = kill_on_the_way(spec, number, LAST)
     assert_equal(main(spec, Listener(), StopSignal()), unbroken, step)
 
 
-def test_so_does_a_run_on_two_processes(tmp_path):
-    spec = on_two_processes(hard_spec(tmp_path))
+def test_train_killed_and_resumed_on_two_processes_equals_unbroken_run(tmp_path):
+    spec = on_two_processes(stochastic_spec(tmp_path))
     unbroken = run_forked(spec)
     spec = with_settings(spec, "killed")
     step = kill_on_the_way(spec, signal.SIGKILL, LAST)
@@ -113,8 +120,8 @@ def test_so_does_a_run_on_two_processes(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-def test_so_does_one_that_torchrun_has_started(tmp_path, number):
-    spec = on_two_processes(hard_spec(tmp_path))
+def test_train_killed_and_resumed_under_torchrun_equals_unbroken_run(tmp_path, number):
+    spec = on_two_processes(stochastic_spec(tmp_path))
     unbroken = run(spec, *TWO_PROCESSES)
     spec = with_settings(spec, "killed", **WITH_IMAGES)
     step = kill_all_on_the_way(spec, number, LAST, *TWO_PROCESSES)

@@ -1,4 +1,4 @@
-"""Holds: rollouts of 0 steps change no bit of plain training; all of the objectives' settings together resume."""
+"""Rollouts of 0 steps equal plain training bit for bit, and all objective settings together resume bit-exactly."""
 
 from pathlib import Path
 
@@ -15,12 +15,12 @@ from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler
 from sdxl_pipeline.training.data.samples import load_samples
 from sdxl_pipeline.training.diffusion.forward_process import build_forward_process
 from sdxl_pipeline.training.diffusion.scheduled_sampling import RolloutSampler
-from tests.support.train_programs import Listener, losses, run, with_settings
+from tests.support.train_programs import Listener, StoppingReporter, losses, run, with_settings
 from tests.support.training_datasets import make_spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-EVERYTHING = {
+ALL_OBJECTIVES = {
     "prediction_type": "v_prediction",
     "rescale_betas_zero_snr": True,
     "diff2flow_enabled": True,
@@ -54,54 +54,42 @@ def batches_of(spec: TrainSpec) -> TrainingBatches:
     )
 
 
-def test_rollouts_of_no_step_are_plain_training_bit_for_bit(tmp_path: Path, monkeypatch):
+def test_train_scheduled_sampling_with_zero_offset_equals_plain_training(tmp_path: Path, monkeypatch):
     settings = {"max_train_steps": 2, "lora_dropout": 0.2, "snr_gamma": 5.0}
     spec = make_spec(tmp_path, run="plain", **settings)
     plain = train(spec)
-    rolling = {"scheduled_sampling_max_step_offset": 4, "scheduled_sampling_probability": 1.0}
-    rolled = train(with_settings(spec, "rolled", **rolling))
+    rollouts = {"scheduled_sampling_max_step_offset": 4, "scheduled_sampling_probability": 1.0}
+    rolled = train(with_settings(spec, "rolled", **rollouts))
     assert losses(rolled) != losses(plain)
 
     monkeypatch.setattr(RolloutSampler, "_offset", lambda *_: 0)
-    still = train(with_settings(spec, "still", **rolling))
-    assert losses(still) == losses(plain)
-    ones, others = load_file(plain.weights_path), load_file(still.weights_path)
+    zero_offset = train(with_settings(spec, "zero_offset", **rollouts))
+    assert losses(zero_offset) == losses(plain)
+    ones, others = load_file(plain.weights_path), load_file(zero_offset.weights_path)
     assert all(torch.equal(tensor, others[name]) for name, tensor in ones.items())
 
 
-class StopAt(Listener):
-    """Asks to stop when a step is done."""
-
-    def __init__(self, step: int, stop: StopSignal):
-        super().__init__()
-        self.step, self.stop = step, stop
-
-    def progress(self, task: str, done: int, total: int, unit: str = "") -> None:
-        if done == self.step:
-            self.stop.request()
-
-
-def test_everything_at_once_trains_stops_and_goes_on_to_the_same_bits(tmp_path: Path):
+def test_train_all_objectives_stopped_and_resumed_equals_unbroken_run(tmp_path: Path):
     settings = {"max_train_steps": 5, "train_batch_size": 2, "gradient_accumulation_steps": 2}
-    spec = make_spec(tmp_path, run="unbroken", lora_dropout=0.2, **settings, **EVERYTHING)
-    read = [batches_of(spec).read(index) for index in range(10)]
-    assert any(batch.rollouts for batch in read)
-    assert [batch.perturbed_noise is not None for batch in read] == [True] * 8 + [False] * 2
+    spec = make_spec(tmp_path, run="unbroken", lora_dropout=0.2, **settings, **ALL_OBJECTIVES)
+    batches = [batches_of(spec).read(index) for index in range(10)]
+    assert any(batch.rollouts for batch in batches)
+    assert [batch.perturbed_noise is not None for batch in batches] == [True] * 8 + [False] * 2
 
     unbroken = train(spec)
     stop = StopSignal()
     with pytest.raises(StageStopped):
-        main(with_settings(spec, "broken"), StopAt(2, stop), stop)
-    resumed = train(with_settings(spec, "broken"))
+        main(with_settings(spec, "stopped"), StoppingReporter(stop, 2), stop)
+    resumed = train(with_settings(spec, "stopped"))
     assert resumed.resumed_from_step == 2
     assert losses(resumed) == losses(unbroken)
     assert Path(resumed.weights_path).read_bytes() == Path(unbroken.weights_path).read_bytes()
 
 
 @pytest.mark.slow
-def test_everything_at_once_on_two_processes_as_on_one(tmp_path: Path):
+def test_train_all_objectives_two_processes_equal_one(tmp_path: Path):
     settings = {"max_train_steps": 3, "train_batch_size": 2}
-    spec = make_spec(tmp_path, run="one", **settings, **EVERYTHING)
+    spec = make_spec(tmp_path, run="one", **settings, **ALL_OBJECTIVES)
     one = train(spec)
     two_spec = with_settings(spec, "two", train_batch_size=1)
     two_spec = two_spec.model_copy(
@@ -114,6 +102,6 @@ def test_everything_at_once_on_two_processes_as_on_one(tmp_path: Path):
         torch.testing.assert_close(twos[name], tensor, rtol=0, atol=1e-5)
 
 
-def test_a_base_model_that_predicts_noise_is_not_trained_with_zero_terminal_snr(tmp_path: Path):
+def test_train_zero_terminal_snr_with_epsilon_prediction_raises(tmp_path: Path):
     with pytest.raises(UserError, match="v_prediction"):
         train(make_spec(tmp_path, max_train_steps=1, rescale_betas_zero_snr=True))

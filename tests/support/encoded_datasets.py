@@ -1,4 +1,4 @@
-"""Datasets of real images, as the stages before the training leave them under each cache mode."""
+"""Datasets of real images, prepared by the scan, plan and encode stages with any cache mode."""
 
 from pathlib import Path
 
@@ -22,14 +22,14 @@ HARDWARE = PRESETS["cpu"]
 
 
 class Silent(Reporter):
-    """Says nothing."""
+    """Discards log lines."""
 
     def _show_log(self, message: str) -> None:
         pass
 
 
 def draw_images(folder: Path, count: int = 6, size: tuple[int, int] = (128, 96)) -> None:
-    """`count` different images of `size` (width, height), every other one upright, with a caption beside each."""
+    """Write `count` different captioned images of `size` (width, height), every second one in portrait orientation."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(5)
     for number in range(count):
@@ -54,7 +54,7 @@ def prepare_dataset(
     fresh_crops: bool = False,
     **settings: object,
 ) -> TrainingDataset:
-    """Scan, plan and run both encode stages in `folder`, the stores being `folder`/latents and `folder`/texts."""
+    """Scan, plan and encode a dataset in `folder`, with the stores `folder`/latents and `folder`/texts."""
     folder.mkdir(parents=True, exist_ok=True)
     dataset = ImageDataset.model_validate(
         {
@@ -70,11 +70,13 @@ def prepare_dataset(
         | settings
     )
     scanned = scan_dataset(dataset, images)
-    kept = scanned[scanned["status"] == "kept"]
-    held_out = hold_out(kept, holdout, folder / "held_out.json")
+    accepted = scanned[scanned["status"] == "kept"]
+    held_out = hold_out(accepted, holdout, folder / "held_out.json")
     rows, _ = plan_crops(dataset, scanned, 42, held_out, is_eval=dataset.dataset_type == "eval")
     rows.to_parquet(folder / "rows.parquet")
-    captions = kept[["path", "key", "captions"]].explode("captions").rename(columns={"captions": "caption"})
+    captions = (
+        accepted[["path", "key", "captions"]].explode("captions").rename(columns={"captions": "caption"})
+    )
     captions.astype("str").to_parquet(folder / "captions.parquet")
     latents = encode_latents.main(
         EncodeLatentsSpec(
@@ -121,11 +123,11 @@ def prepare_dataset(
 
 
 def listing(root: Path) -> dict[str, tuple[int, int]]:
-    """Every file under `root` with its size and time of writing."""
+    """Return every file under `root` with its size and modification time."""
     files = [path for path in root.rglob("*") if path.is_file()] if root.exists() else []
     return {str(path.relative_to(root)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
 def rows_of(dataset: TrainingDataset) -> pd.DataFrame:
-    """The dataset's crop plan."""
+    """Read the dataset's crop plan."""
     return pd.read_parquet(dataset.rows_path)

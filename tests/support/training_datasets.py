@@ -1,4 +1,4 @@
-"""Datasets as the trainer and the evaluation read them, made without any encoding stage: tables and stores filled with generated latents and embeddings."""
+"""Datasets for trainer and evaluation without an encoding stage: tables and stores with generated latents and embeddings."""
 
 import atexit
 import hashlib
@@ -51,9 +51,9 @@ SETTINGS: Mapping[str, Any] = {
 
 @lru_cache(maxsize=1)
 def model_folder() -> Path:
-    """The bundled model with every weight of its UNet drawn at random, so that nothing here rests on what it was trained to.
+    """Return the bundled model with random UNet weights, so that no test depends on what it was trained on.
 
-    Made once per process; lives as long as it does.
+    Created once per process and deleted at its end.
     """
     folder = Path(tempfile.mkdtemp(prefix="random-sdxl-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -84,10 +84,10 @@ def make_dataset(
     crops: int = 1,
     prompts: Sequence[str] = (PROMPT, NEGATIVE),
 ) -> TrainingDataset:
-    """A dataset with one image per entry of `buckets`; each of its tensors is filled from its own seed.
+    """Make a dataset with one image per entry of `buckets` and random tensors, each from its own seed.
 
-    `splits` gives each one's split; by path, the images are those of its paths, and `buckets` go round. Of several `crops` every
-    other one is mirrored.
+    `splits` lists the split of each image, or maps paths to splits: then the images are its paths and `buckets` repeat. If there are several
+    `crops` per image, every second one is mirrored.
     """
     folder.mkdir(parents=True, exist_ok=True)
     by_path = (
@@ -144,9 +144,11 @@ def make_dataset(
                 texts.append(
                     {"path": path, "key": key, "caption": caption, "embed_key": add_text("caption", caption)}
                 )
-        known = [{"prompt": p, "embed_key": add_text("prompt", p)} for p in dict.fromkeys(("", *prompts))]
+        prompt_rows = [
+            {"prompt": p, "embed_key": add_text("prompt", p)} for p in dict.fromkeys(("", *prompts))
+        ]
 
-    for name, table in (("rows", rows), ("latents", latents), ("texts", texts), ("prompts", known)):
+    for name, table in (("rows", rows), ("latents", latents), ("texts", texts), ("prompts", prompt_rows)):
         pd.DataFrame(table).to_parquet(folder / f"{name}.parquet")
     return TrainingDataset(
         dataset_id=dataset_id,
@@ -176,8 +178,8 @@ def make_dataset(
             entries_path=str(folder / "texts.parquet"),
             prompts_path=str(folder / "prompts.parquet"),
             digest=digest(texts),
-            captions=len(texts) + len(known),
-            encoded=len(texts) + len(known),
+            captions=len(texts) + len(prompt_rows),
+            encoded=len(texts) + len(prompt_rows),
             reused=0,
             truncated=(),
             seconds=1.0,
@@ -188,14 +190,14 @@ def make_dataset(
 
 
 def by_path(samples: Samples) -> dict[str, Sample]:
-    """Samples of one crop each by the names of their files, in whose order they were made."""
+    """Return samples of one crop each by path, sorted, which is the order of their creation."""
     return {sample.path: sample for sample in sorted(samples, key=lambda sample: sample.path)}
 
 
 def make_spec(
     folder: Path, *datasets: TrainingDataset, num_processes: int = 1, run: str = "run", **settings: Any
 ) -> TrainSpec:
-    """A spec on the bundled model; `settings` change SETTINGS."""
+    """Make a spec with the model of `model_folder`; `settings` override SETTINGS."""
     effective = TrainingSettings(
         **{"pretrained_model_name_or_path": str(model_folder()), **SETTINGS, **settings}
     )

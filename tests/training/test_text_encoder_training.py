@@ -1,4 +1,4 @@
-"""Holds: text encoders trained beside the UNet: the gradient, the file, the captions they see, and that nothing changes while they stand still."""
+"""Training of the text encoders: gradients, weights file, captions, and equality with cached embeddings at learning rate 0."""
 
 import subprocess
 import sys
@@ -25,6 +25,7 @@ from sdxl_pipeline.training.data.samples import load_samples
 from sdxl_pipeline.training.logging.run_logs import read_metrics
 from sdxl_pipeline.training.trainable import build_trainable
 from tests.support.encoded_datasets import draw_images, prepare_dataset
+from tests.support.train_programs import StoppingReporter
 from tests.support.training_datasets import NEGATIVE, PROMPT, make_spec, model_folder
 
 STEPS = 4
@@ -32,20 +33,20 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory):
-    """`datasets(windows)`: real captions, with an embedding of each; the training must make its own."""
+    """Return `datasets(windows)`: real captions with cached embeddings, which the training must not use."""
     folder = tmp_path_factory.mktemp("datasets")
     draw_images(folder / "images", count=6)
     (folder / "images" / "drawing_0.txt").write_text("a very, very " + "long drawing " * 60)
     settings = TrainingSettings(pretrained_model_name_or_path=str(model_folder()))
     model = resolve_base_model(settings, folder, cache_dir=folder / "digests")
-    made = {}
+    prepared = {}
 
     def dataset(windows: int = 1):
-        if windows not in made:
-            made[windows] = prepare_dataset(
+        if windows not in prepared:
+            prepared[windows] = prepare_dataset(
                 folder / str(windows), folder / "images", model, windows=windows, holdout=0.2
             )
-        return made[windows]
+        return prepared[windows]
 
     return dataset
 
@@ -56,7 +57,7 @@ def spec_of(folder: Path, dataset, run: str = "run", **settings: object) -> Trai
         "max_train_steps": STEPS,
         "lr_warmup_steps": 0,
         "checkpoint_step_interval": 0,
-        "max_grad_norm": 0,  # else the text encoders' gradients would shrink the UNet's
+        "max_grad_norm": 0,  # clipping would couple the UNet's gradients to the text encoders'
         "caption_dropout_probability": 0.3,
         "validation_guidance": 3.0,
         "evaluation_type": "none",
@@ -65,22 +66,9 @@ def spec_of(folder: Path, dataset, run: str = "run", **settings: object) -> Trai
     return make_spec(folder, dataset, run=run, **{**values, **settings})
 
 
-class Stopping(Reporter):
-    def __init__(self, stop: StopSignal, after: int):
-        super().__init__()
-        self._stop, self._after = stop, after
-
-    def _show_log(self, message: str) -> None:
-        pass
-
-    def progress(self, task: str, done: int, total: int, unit: str = "") -> None:
-        if (task, done) == ("train", self._after):
-            self._stop.request()
-
-
-def run(spec: TrainSpec, stop_after: int = -1) -> TrainedLora:
+def run(spec: TrainSpec, stop_after: int | None = None) -> TrainedLora:
     stop = StopSignal()
-    return train.main(spec, Stopping(stop, stop_after), stop)
+    return train.main(spec, StoppingReporter(stop, stop_after), stop)
 
 
 def losses(manifest: TrainedLora) -> list[float]:
@@ -95,20 +83,20 @@ def trained(datasets, tmp_path_factory):
 
 
 @pytest.mark.parametrize("windows", [1, 2])
-def test_encoders_that_stand_still_train_the_unet_as_the_cache_does(datasets, tmp_path, windows):
+def test_train_text_encoder_with_zero_lr_equals_cached_embeddings(datasets, tmp_path, windows):
     settings = {"max_train_steps": 2}
-    live = run(spec_of(tmp_path, datasets(windows), "live", text_encoder_lr=0, **settings))
+    online = run(spec_of(tmp_path, datasets(windows), "online", text_encoder_lr=0, **settings))
     cached = run(spec_of(tmp_path, datasets(windows), "cached", train_text_encoder=False, **settings))
-    assert losses(live) == pytest.approx(losses(cached), rel=1e-5)
-    ours, theirs = load_file(live.weights_path), load_file(cached.weights_path)
-    assert {name for name in ours if name.startswith("unet.")} == theirs.keys()
-    for name, tensor in theirs.items():
-        # AdamW scales small gradients up, and with them the last bits that differ from one processor to another
-        assert (ours[name] - tensor).norm() <= 1e-2 * tensor.norm(), name
-    assert not any(tensor.any() for name, tensor in ours.items() if "text_" in name and "lora_B" in name)
+    assert losses(online) == pytest.approx(losses(cached), rel=1e-5)
+    actual, expected = load_file(online.weights_path), load_file(cached.weights_path)
+    assert {name for name in actual if name.startswith("unet.")} == expected.keys()
+    for name, tensor in expected.items():
+        # AdamW amplifies small gradients and with them rounding differences between processors
+        assert (actual[name] - tensor).norm() <= 1e-2 * tensor.norm(), name
+    assert not any(tensor.any() for name, tensor in actual.items() if "text_" in name and "lora_B" in name)
 
 
-def test_the_gradient_is_that_of_diffusers_own_pipeline(datasets, tmp_path):
+def test_text_encoder_gradients_equal_diffusers_pipeline(datasets, tmp_path):
     spec = spec_of(tmp_path, datasets())
     trainable = build_trainable(spec)
     generator = torch.Generator().manual_seed(1)
@@ -123,7 +111,7 @@ def test_the_gradient_is_that_of_diffusers_own_pipeline(datasets, tmp_path):
     ids = trainable.online_text_encoder.input_ids(prompts)
     prediction = trainable.module(latents, timesteps, ids, added, return_dict=False)[0]
     (prediction - target).square().mean().backward()
-    ours = {
+    actual = {
         f"{prefix}.{name}": parameter.grad
         for prefix, encoder in zip(("text_encoder", "text_encoder_2"), trainable.encoders, strict=True)
         for name, parameter in encoder.named_parameters()
@@ -136,14 +124,14 @@ def test_the_gradient_is_that_of_diffusers_own_pipeline(datasets, tmp_path):
         for name, parameter in encoder.named_parameters():
             parameter.requires_grad_("lora_" in name)
     embeds, _, pooled, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
-    answer = pipeline.unet(
+    reference = pipeline.unet(
         latents,
         timesteps,
         encoder_hidden_states=embeds,
         added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids},
     ).sample
-    (answer - target).square().mean().backward()
-    theirs = {
+    (reference - target).square().mean().backward()
+    expected = {
         f"{prefix}.{name}": parameter.grad
         for prefix, encoder in (
             ("text_encoder", pipeline.text_encoder),
@@ -152,13 +140,15 @@ def test_the_gradient_is_that_of_diffusers_own_pipeline(datasets, tmp_path):
         for name, parameter in encoder.named_parameters()
         if parameter.requires_grad
     }
-    assert ours.keys() == theirs.keys()
-    assert all(gradient is not None and gradient.any() for gradient in ours.values()), "none is left out"
-    for name, gradient in theirs.items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-7)
+    assert actual.keys() == expected.keys()
+    assert all(gradient is not None and gradient.any() for gradient in actual.values()), (
+        "every parameter has a gradient"
+    )
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_gradient_checkpointing_changes_no_gradient(datasets, tmp_path):
+def test_gradient_checkpointing_does_not_change_text_encoder_gradients(datasets, tmp_path):
     def gradients(**settings: object) -> list[torch.Tensor]:
         trainable = build_trainable(spec_of(tmp_path, datasets(), **settings))
         trainable.module.train()
@@ -169,13 +159,13 @@ def test_gradient_checkpointing_changes_no_gradient(datasets, tmp_path):
         trainable.module(latents, torch.tensor([500]), ids, added, return_dict=False)[0].sum().backward()
         return [parameter.grad for parameter in trainable.text_parameters]
 
-    plain, saving = gradients(), gradients(gradient_checkpointing=True)
+    plain, checkpointed = gradients(), gradients(gradient_checkpointing=True)
     assert plain
-    for one, other in zip(plain, saving, strict=True):
+    for one, other in zip(plain, checkpointed, strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_captions_reach_the_step_as_tokens_and_a_dropped_one_as_the_empty_prompt(datasets, tmp_path):
+def test_batch_reader_tokens_with_dropped_caption_contains_empty_prompt(datasets, tmp_path):
     spec = spec_of(tmp_path, datasets(2))
     trainable = build_trainable(spec)
     reader = BatchReader(
@@ -193,23 +183,23 @@ def test_captions_reach_the_step_as_tokens_and_a_dropped_one_as_the_empty_prompt
     assert torch.equal(tokens.input_ids[:1], trainable.online_text_encoder.input_ids(list(captions)))
 
 
-def test_what_is_drawn_is_read_by_the_encoders_as_they_stand(datasets, tmp_path):
+def test_batch_reader_prompt_embeds_use_current_text_encoder_weights(datasets, tmp_path):
     spec = spec_of(tmp_path, datasets())
     trainable = build_trainable(spec)
     trainable.module.train()
     encoders = OnDemandEncoders(spec.base_model, spec.hardware)
-    live = BatchReader(spec.datasets, encoders, trainable.online_text_encoder)
+    online = BatchReader(spec.datasets, encoders, trainable.online_text_encoder)
     cached = BatchReader(spec.datasets)
-    for one, other in zip(live.prompt_embeds(PROMPT), cached.prompt_embeds(PROMPT), strict=True):
+    for one, other in zip(online.prompt_embeds(PROMPT), cached.prompt_embeds(PROMPT), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
     with torch.no_grad():
         for parameter in trainable.text_parameters:
             parameter.fill_(0.1)
-    assert not torch.allclose(live.prompt_embeds(PROMPT)[0], cached.prompt_embeds(PROMPT)[0], atol=1e-2)
-    assert all(encoder.training for encoder in trainable.encoders), "left as they were"
+    assert not torch.allclose(online.prompt_embeds(PROMPT)[0], cached.prompt_embeds(PROMPT)[0], atol=1e-2)
+    assert all(encoder.training for encoder in trainable.encoders), "their mode is restored"
 
 
-def test_diffusers_draws_from_the_file_what_the_trainer_drew(trained):
+def test_weights_file_in_diffusers_reproduces_validation_image(trained):
     spec, manifest = trained
     tensors = load_file(manifest.weights_path)
     assert {name.split(".")[0] for name in tensors} == {"unet", "text_encoder", "text_encoder_2"}
@@ -227,14 +217,14 @@ def test_diffusers_draws_from_the_file_what_the_trainer_drew(trained):
         generator=torch.Generator().manual_seed(spec.settings.effective_validation_seed),
         output_type="np",
     ).images[0]
-    drawn = next(image for image in manifest.validation_images if image.step == STEPS)
-    with Image.open(drawn.path) as opened:
+    last = next(image for image in manifest.validation_images if image.step == STEPS)
+    with Image.open(last.path) as opened:
         difference = np.abs(np.asarray(opened) - pixels * 255).max()
     assert difference < 0.5 + 1e-4 * 255
     assert verify_export(weights, spec.base_model) == manifest.adapted_modules
 
 
-def test_a_stopped_run_ends_in_the_same_bytes(trained):
+def test_train_text_encoder_stopped_and_resumed_has_same_weights(trained):
     spec, expected = trained
     folder = Path(spec.run_dir).with_name("stopped")
     stopped = spec.model_copy(update={"run_dir": str(folder)})
@@ -245,37 +235,37 @@ def test_a_stopped_run_ends_in_the_same_bytes(trained):
     assert resumed.weights_sha256 == expected.weights_sha256
 
 
-def test_the_evaluation_reads_captions_with_the_encoders_of_each_model(trained, tmp_path):
+def test_evaluate_encodes_captions_with_text_encoders_of_each_model(trained, tmp_path):
     spec, manifest = trained
-    work = EvaluateSpec(
+    eval_spec = EvaluateSpec(
         base_model=spec.base_model,
         hardware=spec.hardware,
         settings=spec.settings,
         lora=manifest,
         datasets=spec.datasets,
         prompts=spec.prompts,
-        output_dir=str(tmp_path / "live"),
+        output_dir=str(tmp_path / "online"),
     )
-    report = evaluate.main(work, Reporter(), StopSignal())
+    report = evaluate.main(eval_spec, Reporter(), StopSignal())
     assert report.lora_loss.mean != report.base_loss.mean
     cached = spec.settings.model_copy(update={"train_text_encoder": False})
-    only_unet = tmp_path / "pytorch_lora_weights.safetensors"
+    unet_lora = tmp_path / "pytorch_lora_weights.safetensors"
     trainable = build_trainable(spec.model_copy(update={"settings": cached}))
-    trainable.write(only_unet, {})
+    trainable.write(unet_lora, {})
     lora = manifest.model_copy(
         update={
-            "weights_path": str(only_unet),
-            "weights_sha256": sha256_file(only_unet),
+            "weights_path": str(unet_lora),
+            "weights_sha256": sha256_file(unet_lora),
             "adapted_modules": trainable.num_trained_modules,
         }
     )
     update = {"settings": cached, "lora": lora, "output_dir": str(tmp_path / "cached")}
-    base = evaluate.main(work.model_copy(update=update), Reporter(), StopSignal())
+    base = evaluate.main(eval_spec.model_copy(update=update), Reporter(), StopSignal())
     assert report.base_loss.mean == pytest.approx(base.base_loss.mean, rel=1e-5)
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_twice_the_batch(datasets, tmp_path):
+def test_train_text_encoder_two_processes_equal_one_with_double_batch(datasets, tmp_path):
     settings = {"max_train_steps": 3, "max_grad_norm": 1.0}
     one = run(spec_of(tmp_path, datasets(), "one", train_batch_size=2, **settings))
     spec = spec_of(tmp_path, datasets(), "two", train_batch_size=1, **settings)

@@ -1,4 +1,4 @@
-"""Holds: what each model_type trains, in which precision, and the files it leaves, read back by diffusers' own loaders."""
+"""What each model_type trains, in which dtype, and its files as diffusers' own loaders read them."""
 
 import json
 from pathlib import Path
@@ -13,11 +13,11 @@ from tests.support.training_datasets import make_spec
 
 
 def full_spec(folder: Path, **settings: object):
-    # an adapter's settings are refused beside model_type full
+    # adapter settings are invalid with model_type full
     return make_spec(folder, **{"model_type": "full", "lora_rank": 16, **settings})
 
 
-def test_a_full_training_trains_every_weight_in_float32(tmp_path):
+def test_build_trainable_full_trains_all_weights_in_float32(tmp_path):
     trainable = build_trainable(full_spec(tmp_path))
     assert trainable.kind == "unet"
     assert trainable.parameters.keys() == trainable.unet.state_dict().keys()
@@ -29,27 +29,27 @@ def test_a_full_training_trains_every_weight_in_float32(tmp_path):
     ("optimizer", "dtype"),
     [("adamw", torch.float32), ("optimi-lion", torch.bfloat16), ("adamw_bf16", torch.bfloat16)],
 )
-def test_bf16_weights_are_for_optimizers_that_lose_nothing_in_them(tmp_path, optimizer, dtype):
+def test_build_trainable_full_bf16_weights_only_for_bf16_optimizers(tmp_path, optimizer, dtype):
     trainable = build_trainable(full_spec(tmp_path, mixed_precision="bf16", optimizer=optimizer))
     assert {parameter.dtype for parameter in trainable.unet.parameters()} == {dtype}
 
 
-def test_bitfit_trains_the_biases_alone(tmp_path):
+def test_build_trainable_bitfit_trains_only_biases(tmp_path):
     trainable = build_trainable(full_spec(tmp_path, layer_freeze_strategy="bitfit"))
     assert trainable.parameters
     assert all(name.endswith(".bias") for name in trainable.parameters)
-    assert not trainable.export_is_exact, "a checkpoint must hold them by themselves"
+    assert not trainable.export_is_exact, "a checkpoint must store them separately"
 
 
-def test_the_folder_of_a_unet_is_diffusers_own_and_says_nothing_of_this_machine(tmp_path):
+def test_trainable_unet_write_is_deterministic_diffusers_folder_without_local_paths(tmp_path):
     trainable = build_trainable(full_spec(tmp_path))
     with torch.no_grad():
         for number, parameter in enumerate(trainable.parameters.values()):
             parameter += 0.001 * (number + 1)
     for name in ("first", "second"):
         trainable.write(tmp_path / name / "unet", {})
-    again = UNet2DConditionModel.from_pretrained(tmp_path / "first", subfolder="unet", use_safetensors=True)
-    for name, tensor in again.state_dict().items():
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path / "first", subfolder="unet", use_safetensors=True)
+    for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, trainable.parameters[name]), name
     config = (tmp_path / "first" / "unet" / "config.json").read_text()
     assert str(tmp_path) not in config
@@ -65,7 +65,7 @@ def test_the_folder_of_a_unet_is_diffusers_own_and_says_nothing_of_this_machine(
     [{"layer_freeze_strategy": "bitfit"}, {}, {"model_type": "lora", "lora_rank": 16}],
     ids=["bitfit", "all", "lora"],
 )
-def test_the_size_foretold_of_what_is_written_is_the_size_written(tmp_path, settings):
+def test_trainable_export_bytes_matches_written_files(tmp_path, settings):
     trainable = build_trainable(full_spec(tmp_path, **settings))
     (tmp_path / "run").mkdir()
     trainable.write(tmp_path / "run" / trainable.weights_name, {})
@@ -73,7 +73,7 @@ def test_the_size_foretold_of_what_is_written_is_the_size_written(tmp_path, sett
     assert trainable.export_bytes == pytest.approx(written, rel=0.1)
 
 
-def test_an_older_folder_is_replaced_whole(tmp_path):
+def test_trainable_unet_write_replaces_existing_folder(tmp_path):
     trainable = build_trainable(full_spec(tmp_path))
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "diffusion_pytorch_model-00001-of-00002.safetensors").write_bytes(b"")

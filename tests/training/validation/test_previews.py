@@ -1,4 +1,4 @@
-"""Holds: a preview shows what the sampler expects, at the steps asked for, and leaves the image as it is; what is missing is told at once."""
+"""Previews show the sampler's x0 prediction at the configured steps, do not change the image, and fail early on missing files."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ TINY = "bundled:tiny-taesd"
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler])
-def test_a_true_prediction_gives_the_clean_latents_whatever_the_sampler_counts_in(kind, prediction_type):
+def test_predict_x0_true_prediction_returns_clean_latents(kind, prediction_type):
     generator = torch.Generator().manual_seed(0)
     clean, noise = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(2))
     scheduler = kind(**BETAS, prediction_type=prediction_type)
@@ -39,9 +39,11 @@ def test_a_true_prediction_gives_the_clean_latents_whatever_the_sampler_counts_i
             "sample": clean,
         }[prediction_type]
         noisy = scheduler.add_noise(clean, noise, timestep[None])
-        scheduler._step_index = None  # as at the start of a drawing, so that it looks for the timestep
-        found = predict_x0(scheduler, truth, timestep, noisy)
-        torch.testing.assert_close(found, clean, rtol=0, atol=2e-3)
+        scheduler._step_index = (
+            None  # as at the start of sampling, so that the scheduler searches for the timestep
+        )
+        actual = predict_x0(scheduler, truth, timestep, noisy)
+        torch.testing.assert_close(actual, clean, rtol=0, atol=2e-3)
 
 
 def pixels_of(path: str) -> np.ndarray:
@@ -49,8 +51,8 @@ def pixels_of(path: str) -> np.ndarray:
         return np.asarray(image.convert("RGB")).astype(float)
 
 
-def draw(folder: Path, **settings) -> tuple[np.ndarray, list[tuple[Preview, np.ndarray]]]:
-    """The image and, where the settings ask for them, its previews, each read when it was shown."""
+def generate(folder: Path, **settings) -> tuple[np.ndarray, list[tuple[Preview, np.ndarray]]]:
+    """Return the image and, if settings are given, its previews with their pixels at the time of the callback."""
     spec = make_spec(
         folder,
         pretrained_model_name_or_path=BUNDLED_NAME,
@@ -59,48 +61,48 @@ def draw(folder: Path, **settings) -> tuple[np.ndarray, list[tuple[Preview, np.n
         validation_num_inference_steps=7,
         **settings,
     )
-    shown: list[tuple[Preview, np.ndarray]] = []
+    previewed: list[tuple[Preview, np.ndarray]] = []
 
-    def show(preview: Preview) -> None:
-        shown.append((preview, pixels_of(preview.path)))
+    def on_preview(preview: Preview) -> None:
+        previewed.append((preview, pixels_of(preview.path)))
 
-    previews = Previews(spec, CPU, folder / "previews", show) if settings else None
+    previews = Previews(spec, CPU, folder / "previews", on_preview) if settings else None
     unet = load_unet(spec.base_model, torch.float32)
     (image,) = generate_validation_images(
         spec, unet, BatchReader(spec.datasets), 40, folder / "images", previews, " (b)"
     )
-    return pixels_of(image.path), shown
+    return pixels_of(image.path), previewed
 
 
-def test_previews_come_closer_to_the_image_and_leave_it_as_it_is(tmp_path):
-    alone, nothing = draw(tmp_path / "alone")
-    image, shown = draw(tmp_path / "watched", validation_preview=True, validation_preview_steps=3)
-    assert nothing == []
-    assert np.array_equal(alone, image)
+def test_previews_converge_to_image_and_do_not_change_it(tmp_path):
+    expected, no_previews = generate(tmp_path / "plain")
+    image, shown = generate(tmp_path / "previewed", validation_preview=True, validation_preview_steps=3)
+    assert no_previews == []
+    assert np.array_equal(expected, image)
     assert [preview.sampler_step for preview, _ in shown] == [3, 6, 7]
     first = shown[0][0]
     assert (first.name, first.step, first.sampler_steps) == ("circle (b)", 40, 7)
     assert first.caption == "a red circle (sampler step 3 of 7)"
     errors = [np.abs(pixels - image).mean() for _, pixels in shown]
     assert errors[0] > errors[1] > errors[2]
-    assert errors[2] < 12  # of 255: what the tiny autoencoder and JPEG leave out
+    assert errors[2] < 12  # of 255: error of the tiny autoencoder and JPEG
 
 
-def test_who_reads_late_sees_the_sampler_step_he_was_told_of(tmp_path):
-    _, shown = draw(tmp_path, validation_preview=True, validation_preview_steps=3)
+def test_previews_files_keep_their_sampler_step_until_next_validation(tmp_path):
+    _, shown = generate(tmp_path, validation_preview=True, validation_preview_steps=3)
     for preview, pixels in shown:
         assert np.array_equal(pixels_of(preview.path), pixels), preview.caption
     folder = tmp_path / "previews"
     assert sorted(path.name for path in folder.rglob("*.jpg")) == [f"circle_b-{n}.jpg" for n in (3, 6, 7)]
-    previews = made(folder, validation_preview_model_name_or_path=TINY)
-    for step in (80, 80, 120):  # two images of one look, and the next look
-        previews.of("star", "star", "a star", step)(7, 7, torch.zeros(1, 4, 8, 8))
+    previews = build_previews(folder, validation_preview_model_name_or_path=TINY)
+    for step in (80, 80, 120):  # two images of one validation, and the next validation
+        previews.callback_for("star", "star", "a star", step)(7, 7, torch.zeros(1, 4, 8, 8))
         assert [path.parent.name for path in folder.rglob("*.jpg")] == [f"step-{step:08d}"]
 
 
-def test_the_steps_of_a_sampler_that_takes_two_for_one_are_counted_as_it_takes_them(tmp_path, monkeypatch):
+def test_previews_second_order_sampler_counts_its_model_evaluations(tmp_path, monkeypatch):
     monkeypatch.setitem(SAMPLERS, "euler", HeunDiscreteScheduler)
-    _, shown = draw(
+    _, shown = generate(
         tmp_path, validation_preview=True, validation_preview_steps=5, validation_noise_scheduler="euler"
     )
     assert [(preview.sampler_step, preview.sampler_steps) for preview, _ in shown] == [
@@ -110,33 +112,35 @@ def test_the_steps_of_a_sampler_that_takes_two_for_one_are_counted_as_it_takes_t
     ]
 
 
-def made(folder: Path, **settings) -> Previews:
+def build_previews(folder: Path, **settings) -> Previews:
     return Previews(make_spec(folder, **settings), CPU, folder, lambda preview: None)
 
 
-def test_what_cannot_be_loaded_is_told_before_anything_is_drawn(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"validation_preview.*'/nowhere', which is not a folder"):
-        made(tmp_path, validation_preview_model_name_or_path="/nowhere")
+def test_previews_invalid_autoencoder_raises_at_construction(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"validation_preview.*'/nowhere', which is no folder"):
+        build_previews(tmp_path, validation_preview_model_name_or_path="/nowhere")
     pickled = tmp_path / "pickled"
     shutil.copytree(BUNDLED_TAESD, pickled)
     weights = pickled / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(UserError, match=r"has no diffusion_pytorch_model\.safetensors.*safetensors only"):
-        made(tmp_path, validation_preview_model_name_or_path=str(pickled))
+        build_previews(tmp_path, validation_preview_model_name_or_path=str(pickled))
     larger = tmp_path / "larger"
     shutil.copytree(BUNDLED_TAESD, larger)
     config = json.loads((larger / "config.json").read_text())
     (larger / "config.json").write_text(json.dumps({**config, "num_decoder_blocks": [3, 2, 2, 1]}))
     with pytest.raises(UserError, match="validation_preview"):
-        made(tmp_path, validation_preview_model_name_or_path=str(larger))
-    cut = tmp_path / "cut"
-    shutil.copytree(BUNDLED_TAESD, cut)
-    (cut / weights.name).write_bytes((BUNDLED_TAESD / weights.name).read_bytes()[:5000])
-    with pytest.raises(UserError, match=r"validation_preview: .*cut is no tiny autoencoder"):
-        made(tmp_path, validation_preview_model_name_or_path=str(cut))
+        build_previews(tmp_path, validation_preview_model_name_or_path=str(larger))
+    truncated = tmp_path / "truncated"
+    shutil.copytree(BUNDLED_TAESD, truncated)
+    (truncated / weights.name).write_bytes((BUNDLED_TAESD / weights.name).read_bytes()[:5000])
+    with pytest.raises(
+        UserError, match=r"validation_preview: .*truncated cannot be loaded as a tiny autoencoder"
+    ):
+        build_previews(tmp_path, validation_preview_model_name_or_path=str(truncated))
 
 
-def test_sdxls_own_is_asked_of_the_hub_and_its_lack_is_told(tmp_path, monkeypatch):
+def test_previews_default_autoencoder_offline_raises_with_hint(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -144,5 +148,7 @@ def test_sdxls_own_is_asked_of_the_hub_and_its_lack_is_told(tmp_path, monkeypatc
         UserError,
         match=r"needs the tiny autoencoder madebyollin/taesdxl, which is not available.*validation_preview to false",
     ):
-        made(tmp_path)  # the datasets' model is not the bundled one, but a folder
-    made(tmp_path, validation_preview_model_name_or_path=TINY)
+        build_previews(
+            tmp_path
+        )  # the base model is a folder, so the default is SDXL's autoencoder on the Hub
+    build_previews(tmp_path, validation_preview_model_name_or_path=TINY)
