@@ -1,4 +1,4 @@
-"""A stage that does nothing but take its time, and misbehaves as told: the child process of the tests of program and launcher."""
+"""A stage that only counts, and fails in the way its spec selects: the child process in tests of stage runner and launcher."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ STEP_SECONDS = 0.02
 
 
 class OutOfMemoryError(RuntimeError):
-    """Named as torch names its own."""
+    """Has the name of torch's exception."""
 
 
 class SleepySpec(BaseModel):
@@ -39,7 +39,7 @@ class SleepyManifest(BaseModel):
 
 
 def main(spec: SleepySpec, reporter: Reporter, stop: StopSignal) -> SleepyManifest:
-    """Count to `steps`, saving what was reached when asked to stop."""
+    """Count to `steps`, and save the count on a stop request."""
     rank = os.environ.get("RANK", "0")
     while spec.wait_for and not spec.wait_for.exists():
         time.sleep(STEP_SECONDS)
@@ -78,7 +78,7 @@ def main(spec: SleepySpec, reporter: Reporter, stop: StopSignal) -> SleepyManife
 
 
 def note(path: Path, number: int) -> None:
-    """Written beside and renamed, so that a test that sees the file sees the number."""
+    """Write a number atomically, so that a test never reads an incomplete file."""
     path.with_suffix(".part").write_text(str(number))
     path.with_suffix(".part").rename(path)
 

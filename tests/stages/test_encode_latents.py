@@ -1,6 +1,6 @@
-"""Holds that every crop gets its own latent_encoding, once, whatever else is in the folder; and that what is done survives a stop.
+"""The latent stage encodes each crop once under its own key, and a stop keeps the finished entries.
 
-Images are scanned, planned, encoded and read back through the product's own code, with the bundled model on the CPU.
+Images are scanned, planned, encoded and read back with the bundled model on the CPU.
 """
 
 import shutil
@@ -33,7 +33,7 @@ from sdxl_pipeline.runtime.specs import EncodeLatentsSpec, LatentCache
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
 from sdxl_pipeline.stages import encode_latents
 
-COLOURS = ["red", "lime", "blue", "yellow", "white", "black", "orange"]
+COLORS = ["red", "lime", "blue", "yellow", "white", "black", "orange"]
 SIZES = [(64, 64), (128, 64), (64, 128)]  # (width, height)
 
 
@@ -42,30 +42,30 @@ def model(**settings: Any) -> ResolvedModel:
     return resolve_base_model(training, Path.cwd())
 
 
-def draw(folder: Path, count: int = 7) -> None:
+def write_images(folder: Path, count: int = 7) -> None:
     folder.mkdir(exist_ok=True)
     for index in range(count):
-        image = Image.new("RGB", SIZES[index % 3], COLOURS[index % len(COLOURS)])
+        image = Image.new("RGB", SIZES[index % 3], COLORS[index % len(COLORS)])
         image.putpixel((index, 0), (1, 2, 3))
         image.save(folder / f"{index:02d}.png")
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    draw(tmp_path / "data")
+    write_images(tmp_path / "data")
     return tmp_path / "data"
 
 
 @pytest.fixture
 def make_spec(tmp_path: Path, data: Path) -> Callable[..., EncodeLatentsSpec]:
-    """Scans and plans the data folder as it is now."""
+    """Return a function that scans and plans the data folder and returns the stage's spec."""
 
     def make(
         base_model: ResolvedModel | None = None, plan: bool = True, **hardware: Any
     ) -> EncodeLatentsSpec:
         if plan:
             dataset = ImageDataset(
-                id="colours", instance_data_dir=data, resolution=64, aspect_bucket_alignment=32, crop=True,
+                id="colors", instance_data_dir=data, resolution=64, aspect_bucket_alignment=32, crop=True,
                 crop_aspect="preserve",
             )  # fmt: skip
             rows, _ = plan_crops(dataset, scan_dataset(dataset, data), seed=0, held_out=(), is_eval=False)
@@ -93,7 +93,7 @@ def counts(cache: LatentCache) -> tuple[int, int, int, int]:
     return cache.planned, cache.encoded, cache.reused, len(cache.failed)
 
 
-def test_each_crop_has_the_latents_of_its_own_pixels(make_spec, data: Path):
+def test_encode_latents_stores_latents_of_each_crop(make_spec, data: Path):
     spec = make_spec()
     cache = run(spec)
     assert counts(cache) == (7, 7, 0, 0)
@@ -115,7 +115,7 @@ def test_each_crop_has_the_latents_of_its_own_pixels(make_spec, data: Path):
     assert closest > 1e-3, "the images differ by far more than the tolerance above"
 
 
-def test_the_manifest_describes_the_dataset(make_spec, tmp_path: Path):
+def test_encode_latents_manifest_describes_the_entries(make_spec, tmp_path: Path):
     spec = make_spec()
     cache = run(spec)
     store, entries = TensorStore(spec.store_root), pd.read_parquet(spec.entries_path)
@@ -132,11 +132,13 @@ def test_the_manifest_describes_the_dataset(make_spec, tmp_path: Path):
     assert 0 < cache.vae_busy <= 1
     assert cache.seconds > 0
     with Image.open(tmp_path / "sample.png") as sample:
-        assert len(sample.convert("RGB").getcolors(1 << 20)) > 8, "crops and their decodings are shown"
+        assert len(sample.convert("RGB").getcolors(1 << 20)) > 8, (
+            "crops and their reconstructions are visible"
+        )
     assert LatentCache.model_validate_json(cache.model_dump_json()) == cache
 
 
-def test_a_second_run_encodes_nothing_and_does_not_load_the_vae(make_spec, monkeypatch, tmp_path: Path):
+def test_encode_latents_second_run_does_not_load_the_vae(make_spec, monkeypatch, tmp_path: Path):
     spec = make_spec()
     first = run(spec)
     sample = (tmp_path / "sample.png").stat().st_mtime_ns
@@ -149,7 +151,7 @@ def test_a_second_run_encodes_nothing_and_does_not_load_the_vae(make_spec, monke
     assert (tmp_path / "sample.png").stat().st_mtime_ns == sample
 
 
-def test_one_new_image_is_one_encoding(make_spec, data: Path):
+def test_encode_latents_new_image_encodes_only_it(make_spec, data: Path):
     first = run(make_spec())
     Image.new("RGB", (64, 64), "pink").save(data / "new.png")
     second = run(make_spec())
@@ -157,7 +159,7 @@ def test_one_new_image_is_one_encoding(make_spec, data: Path):
     assert second.digest != first.digest
 
 
-def test_the_same_image_twice_is_encoded_once(make_spec, data: Path):
+def test_encode_latents_duplicate_image_is_encoded_once(make_spec, data: Path):
     shutil.copy(data / "00.png", data / "copy.png")
     spec = make_spec()
     assert counts(run(spec)) == (8, 7, 1, 0)
@@ -166,7 +168,7 @@ def test_the_same_image_twice_is_encoded_once(make_spec, data: Path):
     assert keys.nunique() == 7
 
 
-def test_renamed_images_keep_their_latents_and_the_datasets_digest(make_spec, data: Path):
+def test_encode_latents_renamed_images_reuse_entries_and_digest(make_spec, data: Path):
     first = run(make_spec())
     (data / "03.png").rename(data / "zebra.png")
     (data / "deep").mkdir()
@@ -178,14 +180,14 @@ def test_renamed_images_keep_their_latents_and_the_datasets_digest(make_spec, da
     assert {"zebra.png", "deep/a.png"} < set(pd.read_parquet(spec.entries_path)["path"])
 
 
-def test_where_one_copy_of_an_image_is_gone_the_other_is_encoded(make_spec, data: Path):
+def test_encode_latents_missing_copy_uses_other_copy(make_spec, data: Path):
     shutil.copy(data / "00.png", data / "copy.png")
     spec = make_spec()
     (data / "00.png").unlink()
     assert counts(run(spec)) == (8, 7, 1, 0)
 
 
-def test_a_folder_that_is_gone_is_one_sentence(make_spec, data: Path):
+def test_encode_latents_missing_folder_raises(make_spec, data: Path):
     spec = make_spec()
     data.rename(data.with_name("moved"))
     with pytest.raises(UserError, match=r"folder .*data does not exist.*instance_data_dir"):
@@ -193,11 +195,11 @@ def test_a_folder_that_is_gone_is_one_sentence(make_spec, data: Path):
 
 
 @pytest.mark.parametrize("mode", ["ondemand", "disable"])
-def test_a_cache_mode_lists_what_is_left_to_the_training(make_spec, mode: str):
+def test_encode_latents_cache_mode_defers_missing_entries(make_spec, mode: str):
     full = run(make_spec())
     store = TensorStore(make_spec().store_root)
     entries = pd.read_parquet(make_spec().entries_path)
-    before, held = len(store), store.entry_nbytes(entries["latent_key"])
+    before, size = len(store), store.entry_nbytes(entries["latent_key"])
     other = make_spec(vae_dtype="bf16", plan=False).model_copy(update={"mode": mode})
     cache = run(other)
     assert (cache.planned, cache.encoded, cache.reused, cache.deferred) == (7, 0, 0, 7)
@@ -208,12 +210,12 @@ def test_a_cache_mode_lists_what_is_left_to_the_training(make_spec, mode: str):
     same = run(make_spec(plan=False).model_copy(update={"mode": mode}))
     assert same.digest == full.digest
     assert (same.reused, same.deferred) == ((7, 0) if mode == "ondemand" else (0, 7))
-    assert same.bytes == (held if mode == "ondemand" else 0)
+    assert same.bytes == (size if mode == "ondemand" else 0)
     assert len(TensorStore(other.store_root)) == before
     assert counts(run(make_spec(plan=False))) == (7, 0, 7, 0), "back in full mode"
 
 
-def test_a_recorded_manifest_is_taken_at_its_word_only_where_asked(make_spec):
+def test_encode_latents_trust_recorded_skips_store_check(make_spec):
     first = run(make_spec())
     shutil.rmtree(make_spec(plan=False).store_root)
     trusted = run(make_spec(plan=False).model_copy(update={"trust_recorded": True}))
@@ -222,12 +224,12 @@ def test_a_recorded_manifest_is_taken_at_its_word_only_where_asked(make_spec):
     assert counts(run(make_spec(plan=False))) == (7, 7, 0, 0)
 
 
-def test_what_was_left_to_the_training_is_not_taken_for_encoded(make_spec):
+def test_encode_latents_deferred_manifest_is_not_trusted_as_encoded(make_spec):
     run(make_spec().model_copy(update={"mode": "ondemand"}))
     assert counts(run(make_spec().model_copy(update={"trust_recorded": True}))) == (7, 7, 0, 0)
 
 
-def test_nothing_to_encode_imports_no_torch(make_spec, tmp_path: Path):
+def test_encode_latents_nothing_to_encode_does_not_import_torch(make_spec, tmp_path: Path):
     run(make_spec())
     for mode in ("full", "ondemand", "disable"):
         spec = make_spec(plan=False).model_copy(update={"mode": mode})
@@ -237,11 +239,13 @@ def test_nothing_to_encode_imports_no_torch(make_spec, tmp_path: Path):
             f"spec = EncodeLatentsSpec.model_validate_json(Path({str(tmp_path / 'spec.json')!r}).read_text());"
             "cache = main(spec, Reporter(), StopSignal()); assert cache.planned == 7; assert 'torch' not in sys.modules"
         )
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        completed = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=False
+        )
+        assert completed.returncode == 0, completed.stderr
 
 
-def test_several_crops_of_an_image_are_decoded_once(make_spec, data: Path, monkeypatch):
+def test_encode_latents_crops_of_one_image_decode_it_once(make_spec, data: Path, monkeypatch):
     spec = make_spec(vae_batch_size=8)
     rows = pd.read_parquet(spec.rows_path).iloc[[0, 3]]
     pd.concat([rows, rows.assign(crop_index=1, flipped=True)]).to_parquet(spec.rows_path)
@@ -261,7 +265,9 @@ def test_several_crops_of_an_image_are_decoded_once(make_spec, data: Path, monke
         assert not torch.equal(store.read(plain)["mean"], store.read(mirrored)["mean"])
 
 
-def test_another_vae_or_dtype_encodes_anew_and_other_text_encoders_do_not(make_spec, tmp_path: Path):
+def test_encode_latents_other_vae_or_dtype_encodes_again_other_text_encoder_does_not(
+    make_spec, tmp_path: Path
+):
     first = run(make_spec())
     folder = shutil.copytree(BUNDLED_MODEL, tmp_path / "model")
     config = folder / "text_encoder" / "config.json"
@@ -280,7 +286,7 @@ def test_another_vae_or_dtype_encodes_anew_and_other_text_encoders_do_not(make_s
     assert TensorStore(in_bf16.store_root).read(key)["mean"].dtype == torch.bfloat16
 
 
-def test_images_that_cannot_be_read_are_named_and_the_others_stay_paired(make_spec, data: Path):
+def test_encode_latents_unreadable_images_are_listed_as_failed(make_spec, data: Path):
     spec = make_spec()
     (data / "02.png").write_bytes((data / "02.png").read_bytes()[:60])
     (data / "04.png").unlink()
@@ -297,8 +303,8 @@ def test_images_that_cannot_be_read_are_named_and_the_others_stay_paired(make_sp
     assert cache.digest == frame_digest(entries, ("key", "crop_index", "latent_key"))
 
 
-def test_a_image_whose_decoding_fails_is_named(make_spec, data: Path):
-    """Cut before the scan reads it, so that its digest is right and only the decoder can tell."""
+def test_encode_latents_undecodable_image_is_listed_as_failed(make_spec, data: Path):
+    """The file is truncated and its digest in the plan adjusted, so that only the decoder detects it."""
     image = Image.effect_noise((64, 64), 80).convert("RGB")
     image.save(data / "noise.png")
     spec = make_spec()
@@ -313,14 +319,14 @@ def test_a_image_whose_decoding_fails_is_named(make_spec, data: Path):
     assert counts(cache) == (8, 7, 0, 1)
 
 
-def test_latents_that_are_not_finite_are_named_and_not_kept(make_spec, monkeypatch):
-    def overflowing(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def test_encode_latents_nonfinite_latents_are_listed_as_failed_and_not_stored(make_spec, monkeypatch):
+    def overflow_on_blue(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean, logvar = encode_moments(vae, pixels)
         blue = (pixels[:, 2].mean((1, 2)) > 0.9) & (pixels[:, 0].mean((1, 2)) < -0.9)
         mean[blue] = torch.inf
         return mean, logvar
 
-    monkeypatch.setattr(latent_encoding, "encode_moments", overflowing)
+    monkeypatch.setattr(latent_encoding, "encode_moments", overflow_on_blue)
     spec = make_spec()
     cache = run(spec)
     assert [(failed.name, "NaN" in failed.reason, "fp32" in failed.reason) for failed in cache.failed] == [
@@ -330,7 +336,7 @@ def test_latents_that_are_not_finite_are_named_and_not_kept(make_spec, monkeypat
     assert len(TensorStore(spec.store_root)) == 6
 
 
-def infinite(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_infinite(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     mean, logvar = encode_moments(vae, pixels)
     return mean * torch.inf, logvar
 
@@ -339,25 +345,25 @@ def infinite(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     ("dtype", "hint"),
     [("bf16", "set vae_dtype to fp32"), ("fp32", "set pretrained_vae_model_name_or_path to another VAE")],
 )
-def test_the_hint_for_latents_that_are_not_finite_fits_the_dtype(make_spec, data, monkeypatch, dtype, hint):
+def test_encode_latents_nonfinite_hint_depends_on_dtype(make_spec, data, monkeypatch, dtype, hint):
     spec = make_spec(vae_dtype=dtype)
-    monkeypatch.setattr(latent_encoding, "encode_moments", infinite)
+    monkeypatch.setattr(latent_encoding, "encode_moments", encode_infinite)
     reasons = {failed.reason for failed in run(spec).failed}
     assert len(reasons) == 1
     assert hint in reasons.pop()
-    monkeypatch.setattr(on_demand_encoders, "encode_moments", infinite)
+    monkeypatch.setattr(on_demand_encoders, "encode_moments", encode_infinite)
     row = next(pd.read_parquet(spec.rows_path).itertuples())
     with pytest.raises(UserError, match=f"{row.path}.*{hint}"):
         on_demand_encoders.LatentEncoder(spec.base_model, spec.hardware).encode(data / row.path, row)
 
 
-def test_a_vae_with_a_broken_weight_stops_the_stage_by_its_name(make_spec, monkeypatch):
-    def broken(*arguments: Any) -> Any:
+def test_encode_latents_nonfinite_vae_weight_raises_with_its_name(make_spec, monkeypatch):
+    def load_broken(*arguments: Any) -> Any:
         vae = load_latent_encoder(*arguments)
         vae.encoder.conv_in.weight.data[0, 0, 0, 0] = torch.nan
         return vae
 
-    monkeypatch.setattr(latent_encoding, "load_latent_encoder", broken)
+    monkeypatch.setattr(latent_encoding, "load_latent_encoder", load_broken)
     with pytest.raises(
         UserError,
         match=r"the VAE of bundled:tiny-sdxl has NaN or infinite weights.*encoder.conv_in.weight.*Download",
@@ -365,38 +371,38 @@ def test_a_vae_with_a_broken_weight_stops_the_stage_by_its_name(make_spec, monke
         run(make_spec())
 
 
-def test_batch_size_changes_nothing_that_matters(make_spec, tmp_path: Path):
+def test_encode_latents_batch_size_changes_latents_only_by_rounding(make_spec, tmp_path: Path):
     one = make_spec(vae_batch_size=1)
     run(one)
     keys = list(pd.read_parquet(one.entries_path)["latent_key"])
-    alone = {key: TensorStore(one.store_root).read(key)["mean"].clone() for key in keys}
+    expected = {key: TensorStore(one.store_root).read(key)["mean"].clone() for key in keys}
     shutil.rmtree(tmp_path / "store")
     four = make_spec(vae_batch_size=4)
     run(four)
     assert list(pd.read_parquet(four.entries_path)["latent_key"]) == keys
     store = TensorStore(four.store_root)
     for key in keys:
-        torch.testing.assert_close(store.read(key)["mean"], alone[key], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(store.read(key)["mean"], expected[key], atol=1e-4, rtol=1e-4)
 
 
-def test_a_stop_between_batches_keeps_what_is_done(make_spec):
+def test_encode_latents_stopped_keeps_finished_entries(make_spec):
     stop = StopSignal()
 
-    class StopAfterTwo(Reporter):
+    class StopAfterThree(Reporter):
         def progress(self, task: str, done: int, total: int, unit: str = "") -> None:
             if done >= 3:
                 stop.request()
 
     spec = make_spec()
     with pytest.raises(StageStopped):
-        run(spec, StopAfterTwo(), stop)
-    kept = len(TensorStore(spec.store_root))
-    assert 3 <= kept < 7
+        run(spec, StopAfterThree(), stop)
+    stored = len(TensorStore(spec.store_root))
+    assert 3 <= stored < 7
     assert not Path(spec.entries_path).exists()
-    assert counts(run(spec)) == (7, 7 - kept, kept, 0)
+    assert counts(run(spec)) == (7, 7 - stored, stored, 0)
 
 
-def test_an_empty_plan_is_an_empty_cache(make_spec):
+def test_encode_latents_empty_plan_returns_empty_manifest(make_spec):
     spec = make_spec()
     pd.read_parquet(spec.rows_path).iloc[:0].to_parquet(spec.rows_path)
     cache = run(spec)
@@ -405,15 +411,15 @@ def test_an_empty_plan_is_an_empty_cache(make_spec):
     assert list(pd.read_parquet(spec.entries_path).columns) == ["path", "crop_index", "key", "latent_key"]
 
 
-def test_as_a_program(make_spec, tmp_path: Path):
+def test_encode_latents_program_writes_manifest(make_spec, tmp_path: Path):
     spec = make_spec()
     (tmp_path / "spec.json").write_text(spec.model_dump_json())
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "sdxl_pipeline.stages.encode_latents", str(tmp_path / "spec.json")],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "7 crops: 7 to encode" in done.stdout
-    assert "encode latents: 7 of 7 crops" in done.stdout
+    assert completed.returncode == 0, completed.stderr
+    assert "7 crops: 7 to encode" in completed.stdout
+    assert "encode latents: 7 of 7 crops" in completed.stdout
     cache = LatentCache.model_validate_json((tmp_path / "manifest.json").read_text())
     assert counts(cache) == (7, 7, 0, 0)

@@ -1,4 +1,4 @@
-"""Holds that one and two processes give the same stores, entry for entry and bit for bit, and that they fail and stop together."""
+"""The encode stages write bit-identical stores with one and two processes, which fail and stop together."""
 
 import json
 import os
@@ -41,36 +41,36 @@ def latents_spec(root: Path, processes: int) -> EncodeLatentsSpec:
     )  # fmt: skip
     rows, _ = plan_crops(dataset, scan_dataset(dataset, data), seed=0, held_out=(), is_eval=False)
     rows.to_parquet(root / "rows.parquet")
-    own = root / str(processes)
+    output = root / str(processes)
     return EncodeLatentsSpec(
         base_model=resolve_base_model(TrainingSettings(pretrained_model_name_or_path=BUNDLED_NAME), root),
         hardware=PRESETS["cpu"].model_copy(update={"vae_batch_size": 2, "num_processes": processes}),
         data_dir=str(data),
         rows_path=str(root / "rows.parquet"),
-        store_root=str(own / "store"),
-        entries_path=str(own / "entries.parquet"),
-        sample_path=str(own / "sample.png"),
+        store_root=str(output / "store"),
+        entries_path=str(output / "entries.parquet"),
+        sample_path=str(output / "sample.png"),
     )
 
 
 def text_spec(root: Path, processes: int) -> EncodeTextSpec:
     captions = [(f"{index}.png", f"{index:02d}", f"image {'very ' * index} {index}") for index in range(40)]
     pd.DataFrame(captions, columns=["path", "key", "caption"]).to_parquet(root / "captions.parquet")
-    own = root / str(processes)
+    output = root / str(processes)
     return EncodeTextSpec(
         base_model=resolve_base_model(TrainingSettings(pretrained_model_name_or_path=BUNDLED_NAME), root),
         hardware=PRESETS["cpu"].model_copy(update={"text_encoder_batch_size": 4, "num_processes": processes}),
         captions_path=str(root / "captions.parquet"),
         extra_prompts=("a star",),
-        store_root=str(own / "texts"),
-        entries_path=str(own / "text_entries.parquet"),
-        prompts_path=str(own / "prompts.parquet"),
+        store_root=str(output / "texts"),
+        entries_path=str(output / "text_entries.parquet"),
+        prompts_path=str(output / "prompts.parquet"),
         windows=2,
     )
 
 
 def start(spec: EncodeLatentsSpec | EncodeTextSpec, module: str, **environment: str) -> subprocess.Popen[str]:
-    """As the launcher does."""
+    """Start a stage like the launcher does."""
     folder = Path(spec.entries_path).parent
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{module.rpartition('.')[2]}.spec.json"
@@ -96,7 +96,7 @@ def manifest(spec: EncodeLatentsSpec | EncodeTextSpec, module: str) -> Any:
 def assert_same_entries(one: Path, other: Path) -> None:
     stores = TensorStore(one), TensorStore(other)
     assert stores[0].keys() == stores[1].keys()
-    for key in stores[0].keys():  # noqa: SIM118 - a store is no mapping
+    for key in stores[0].keys():  # noqa: SIM118 - a store is not a mapping
         first, second = (store.read(key) for store in stores)
         assert first.keys() == second.keys()
         for name in first:
@@ -104,19 +104,19 @@ def assert_same_entries(one: Path, other: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_two_processes_give_the_stores_of_one(tmp_path: Path):
+def test_encode_two_processes_write_same_store_as_one(tmp_path: Path):
     latents, two_latents = latents_spec(tmp_path, 1), latents_spec(tmp_path, 2)
     texts, two_texts = text_spec(tmp_path, 1), text_spec(tmp_path, 2)
-    together = [
+    processes = [
         start(two_latents, "sdxl_pipeline.stages.encode_latents"),
         start(two_texts, "sdxl_pipeline.stages.encode_text"),
     ]
-    alone = (
+    manifests = (
         encode_latents.main(latents, Reporter(), StopSignal()),
         encode_text.main(texts, Reporter(), StopSignal()),
     )
     for process, one, two, first in zip(
-        together, (latents, texts), (two_latents, two_texts), alone, strict=True
+        processes, (latents, texts), (two_latents, two_texts), manifests, strict=True
     ):
         output = process.communicate(timeout=240)[0]
         assert process.returncode == 0, output
@@ -126,13 +126,15 @@ def test_two_processes_give_the_stores_of_one(tmp_path: Path):
         assert first.encoded == second.encoded > 0
         assert first.digest == second.digest
         pd.testing.assert_frame_equal(pd.read_parquet(one.entries_path), pd.read_parquet(two.entries_path))
-        assert not list(Path(two.entries_path).parent.glob(".*ranks*")), "what they told each other is gone"
+        assert not list(Path(two.entries_path).parent.glob(".*ranks*")), (
+            "the files of the rank exchange are deleted"
+        )
         shards = [len(list((Path(spec.store_root) / "shards").iterdir())) for spec in (one, two)]
         assert shards == [1, 2], "each process wrote its share"
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_fails_the_stage_and_says_why(tmp_path: Path):
+def test_encode_latents_failing_process_fails_stage_with_its_error(tmp_path: Path):
     spec = latents_spec(tmp_path, 2)
     process = start(spec, "tests.stages.distributed.encode_latents", TROUBLE="fails")
     output = process.communicate(timeout=240)[0]
@@ -144,20 +146,22 @@ def test_a_process_that_fails_fails_the_stage_and_says_why(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_stop_ends_all_processes_and_keeps_what_was_encoded(tmp_path: Path):
+def test_encode_latents_stop_ends_all_processes_and_keeps_entries(tmp_path: Path):
     spec = latents_spec(tmp_path, 2)
     process = start(spec, "tests.stages.distributed.encode_latents", TROUBLE=str(tmp_path / "pid"))
     second = wait_for_number(tmp_path / "pid", 120)
-    wait_for(lambda: (tmp_path / "2" / "store" / "index.parquet").exists(), 120, "the first one's share")
+    wait_for(
+        lambda: (tmp_path / "2" / "store" / "index.parquet").exists(), 120, "entries of the first process"
+    )
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode != 0
     assert not runs(second)
     assert not Path(spec.entries_path).exists()
-    kept = len(TensorStore(spec.store_root))
-    assert 0 < kept < 11
+    stored = len(TensorStore(spec.store_root))
+    assert 0 < stored < 11
     again = start(spec, "sdxl_pipeline.stages.encode_latents")
     output = again.communicate(timeout=240)[0]
     assert again.returncode == 0, output
     cache = manifest(spec, "sdxl_pipeline.stages.encode_latents")
-    assert (cache.encoded, cache.reused) == (11 - kept, kept)
+    assert (cache.encoded, cache.reused) == (11 - stored, stored)

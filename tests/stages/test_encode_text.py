@@ -1,4 +1,4 @@
-"""Holds that each caption is embedded once, found under its own key, the empty prompt among them, and that a stop loses nothing."""
+"""The text stage encodes each caption and prompt once under its own key, and a stop keeps the finished entries."""
 
 import shutil
 import subprocess
@@ -73,7 +73,7 @@ def counts(cache: TextEmbedCache) -> tuple[int, int, int]:
     return cache.captions, cache.encoded, cache.reused
 
 
-def test_every_caption_and_prompt_has_the_pipelines_embeddings(make_spec):
+def test_encode_text_embeddings_equal_diffusers_pipeline(make_spec):
     spec = make_spec()
     cache = run(spec)
     assert counts(cache) == (6, 6, 0)
@@ -82,17 +82,17 @@ def test_every_caption_and_prompt_has_the_pipelines_embeddings(make_spec):
     assert list(entries["key"]) == [f"key-of-{path}" for path, _ in CAPTIONS]
     assert list(prompts["prompt"]) == ["", "a green square", "blurry"]
     store, pipeline = TensorStore(spec.store_root), load_pipeline(spec.base_model, torch.float32)
-    found = dict(zip(entries["caption"], entries["embed_key"], strict=True))
-    found |= dict(zip(prompts["prompt"], prompts["embed_key"], strict=True))
-    assert len(found) == 6
-    for caption, key in found.items():
+    embed_keys = dict(zip(entries["caption"], entries["embed_key"], strict=True))
+    embed_keys |= dict(zip(prompts["prompt"], prompts["embed_key"], strict=True))
+    assert len(embed_keys) == 6
+    for caption, key in embed_keys.items():
         expected, _, expected_pooled, _ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False)
         stored = store.read(key)
         torch.testing.assert_close(stored["prompt_embeds"], expected[0], atol=1e-5, rtol=0)
         torch.testing.assert_close(stored["pooled_prompt_embeds"], expected_pooled[0], atol=1e-5, rtol=0)
 
 
-def test_the_manifest_describes_the_captions(make_spec):
+def test_encode_text_manifest_describes_the_entries(make_spec):
     spec = make_spec()
     cache = run(spec)
     entries = pd.read_parquet(spec.entries_path)
@@ -104,7 +104,7 @@ def test_the_manifest_describes_the_captions(make_spec):
     assert TextEmbedCache.model_validate_json(cache.model_dump_json()) == cache
 
 
-def test_a_second_run_encodes_nothing_and_loads_no_encoder(make_spec, monkeypatch):
+def test_encode_text_second_run_does_not_load_the_encoders(make_spec, monkeypatch):
     first = run(make_spec())
     monkeypatch.setattr(encoder_devices, "load_text_encoders", lambda *_: pytest.fail("encoders were loaded"))
     second = run(make_spec())
@@ -113,41 +113,41 @@ def test_a_second_run_encodes_nothing_and_loads_no_encoder(make_spec, monkeypatc
     assert (second.digest, second.bytes) == (first.digest, first.bytes)
 
 
-def test_an_edited_caption_is_one_encoding(make_spec):
+def test_encode_text_edited_caption_encodes_only_it(make_spec):
     first = run(make_spec())
     second = run(make_spec([*CAPTIONS[:-1], ("c.png", "a dark red circle")]))
     assert counts(second) == (7, 1, 6)
     assert second.digest != first.digest
 
 
-def test_other_prompts_leave_the_datasets_digest_alone(make_spec):
+def test_encode_text_other_prompts_keep_digest(make_spec):
     first = run(make_spec())
     second = run(make_spec(prompts=("another prompt",)))
     assert counts(second) == (5, 1, 4)
     assert second.digest == first.digest
 
 
-def test_without_captions_the_empty_prompt_is_there(make_spec):
+def test_encode_text_without_captions_encodes_empty_prompt(make_spec):
     spec = make_spec([], prompts=("",))
     assert counts(run(spec)) == (1, 1, 0)
     assert list(pd.read_parquet(spec.prompts_path)["prompt"]) == [""]
     assert list(pd.read_parquet(spec.entries_path).columns) == ["path", "key", "caption", "embed_key"]
 
 
-def test_captions_past_77_tokens_are_named_with_what_they_lose_also_when_cached(make_spec):
+def test_encode_text_truncated_captions_are_listed_with_tails_also_when_cached(make_spec):
     captions = [*CAPTIONS, ("d.png", LONG)]
     first = run(make_spec(captions))
     assert (first.truncated, first.truncated_count) == ((LONG,), 1)
     assert LONG.endswith(first.truncated_tails[0] + " ")
-    kept = LONG[: -len(first.truncated_tails[0]) - 1]
-    assert run(make_spec([("d.png", kept)])).truncated_count == 0, "exactly the tail is lost"
+    fitting = LONG[: -len(first.truncated_tails[0]) - 1]
+    assert run(make_spec([("d.png", fitting)])).truncated_count == 0, "exactly the tail is lost"
     again = run(make_spec([*captions, ("e.png", "a star")]))
     assert again.encoded == 1
     assert again.truncated == (LONG,)
     assert run(make_spec([*captions, ("e.png", "a star")])).truncated == (LONG,)
 
 
-def test_no_caption_is_tokenized_that_was_counted_before(make_spec, monkeypatch):
+def test_encode_text_recorded_token_counts_are_reused(make_spec, monkeypatch):
     captions = [*CAPTIONS, ("d.png", LONG)]
     run(make_spec(captions))
     counted: list[str] = []
@@ -164,14 +164,14 @@ def test_no_caption_is_tokenized_that_was_counted_before(make_spec, monkeypatch)
     assert LONG in counted
 
 
-def test_all_truncated_captions_are_counted_and_the_first_named(make_spec):
+def test_encode_text_truncated_captions_are_all_counted_and_first_20_listed(make_spec):
     captions = [(f"{index}.png", f"number {index} of " + LONG) for index in range(25)]
     cache = run(make_spec(captions, text_encoder_batch_size=32))
     assert cache.truncated_count == 25
     assert len(cache.truncated) == len(cache.truncated_tails) == 20
 
 
-def test_in_two_windows_captions_are_longer_and_have_keys_of_their_own(make_spec):
+def test_encode_text_two_windows_have_longer_embeddings_and_other_keys(make_spec):
     captions = [*CAPTIONS, ("d.png", LONG)]
     one = run(make_spec(captions))
     spec = make_spec(captions).model_copy(update={"windows": 2})
@@ -184,27 +184,27 @@ def test_in_two_windows_captions_are_longer_and_have_keys_of_their_own(make_spec
     for key in (*entries["embed_key"], *prompts["embed_key"]):
         assert store.read(key)["prompt_embeds"].shape == (154, 128)
         assert store.read(key)["pooled_prompt_embeds"].shape == (64,)
-    assert run(make_spec(captions)).encoded == 0, "the entries of one window are still there"
+    assert run(make_spec(captions)).encoded == 0, "the entries with one window still exist"
 
 
 @pytest.mark.parametrize("mode", ["ondemand", "disable"])
-def test_a_cache_mode_lists_what_is_left_to_the_training(make_spec, mode: str):
+def test_encode_text_cache_mode_defers_missing_entries(make_spec, mode: str):
     deferred = run(make_spec().model_copy(update={"mode": mode}))
     assert (deferred.captions, deferred.encoded, deferred.reused, deferred.deferred) == (6, 0, 0, 6)
     assert deferred.truncated_count is None
     spec = make_spec()
     assert not Path(spec.store_root).exists()
-    left = pd.read_parquet(spec.entries_path), pd.read_parquet(spec.prompts_path)
+    tables = pd.read_parquet(spec.entries_path), pd.read_parquet(spec.prompts_path)
     full = run(spec)
     assert counts(full) == (6, 6, 0)
     assert full.digest == deferred.digest
-    pd.testing.assert_frame_equal(left[0], pd.read_parquet(spec.entries_path))
-    pd.testing.assert_frame_equal(left[1], pd.read_parquet(spec.prompts_path))
+    pd.testing.assert_frame_equal(tables[0], pd.read_parquet(spec.entries_path))
+    pd.testing.assert_frame_equal(tables[1], pd.read_parquet(spec.prompts_path))
     again = run(make_spec().model_copy(update={"mode": mode}))
     assert (again.reused, again.deferred) == ((6, 0) if mode == "ondemand" else (0, 6))
 
 
-def test_a_recorded_manifest_is_taken_at_its_word_only_where_asked(make_spec):
+def test_encode_text_trust_recorded_skips_store_check(make_spec):
     first = run(make_spec())
     shutil.rmtree(make_spec().store_root)
     trusted = run(make_spec().model_copy(update={"trust_recorded": True}))
@@ -213,7 +213,7 @@ def test_a_recorded_manifest_is_taken_at_its_word_only_where_asked(make_spec):
     assert counts(run(make_spec())) == (6, 6, 0)
 
 
-def test_renamed_images_leave_the_digest_alone(make_spec):
+def test_encode_text_renamed_images_keep_digest(make_spec):
     first = run(make_spec())
     spec = make_spec()
     table = pd.read_parquet(spec.captions_path)
@@ -225,7 +225,7 @@ def test_renamed_images_leave_the_digest_alone(make_spec):
     assert "z.png" in set(pd.read_parquet(spec.entries_path)["path"])
 
 
-def test_another_encoder_tokenizer_or_dtype_encodes_anew_and_another_vae_does_not(make_spec, tmp_path: Path):
+def test_encode_text_other_encoder_or_dtype_encodes_again_other_vae_does_not(make_spec, tmp_path: Path):
     run(make_spec())
     folder = shutil.copytree(BUNDLED_MODEL, tmp_path / "model")
     vae = folder / "vae" / "config.json"
@@ -244,23 +244,25 @@ def test_another_encoder_tokenizer_or_dtype_encodes_anew_and_another_vae_does_no
 
 
 @pytest.mark.parametrize(
-    ("precision", "advice"), [("bf16", "Set mixed_precision to no"), ("no", "change this caption")]
+    ("precision", "hint"), [("bf16", "Set mixed_precision to no"), ("no", "change this caption")]
 )
-def test_a_caption_that_overflows_is_an_error_that_names_it(make_spec, monkeypatch, precision, advice):
+def test_encode_text_nonfinite_embedding_raises_with_caption_and_hint(
+    make_spec, monkeypatch, precision, hint
+):
     star = PromptReader(load_tokenizers(model()))
     ids = star.in_windows(star.read(["a blue star"]))[0][0]
 
-    def overflowing(encoders: Any, input_ids: torch.Tensor, _: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def overflow_on_star(encoders: Any, input_ids: torch.Tensor, _: Any) -> tuple[torch.Tensor, torch.Tensor]:
         embeds = torch.zeros(len(input_ids), 77, 128)
         embeds[(input_ids == ids).flatten(1).all(1)] = torch.nan
         return embeds, torch.zeros(len(input_ids), 64)
 
-    monkeypatch.setattr(caption_encoding, "encode_tokens", overflowing)
-    with pytest.raises(UserError, match=rf"'a blue star'.*{advice}"):
+    monkeypatch.setattr(caption_encoding, "encode_tokens", overflow_on_star)
+    with pytest.raises(UserError, match=rf"'a blue star'.*{hint}"):
         run(make_spec(mixed_precision=precision))
 
 
-def test_a_stop_between_batches_keeps_what_is_done(make_spec):
+def test_encode_text_stopped_keeps_finished_entries(make_spec):
     stop = StopSignal()
 
     class StopAtOnce(Reporter):
@@ -270,18 +272,18 @@ def test_a_stop_between_batches_keeps_what_is_done(make_spec):
     spec = make_spec(shard_rows=100)
     with pytest.raises(StageStopped):
         run(spec, StopAtOnce(), stop)
-    kept = len(TensorStore(spec.store_root))
-    assert 2 <= kept < 6
-    assert counts(run(spec)) == (6, 6 - kept, kept)
+    stored = len(TensorStore(spec.store_root))
+    assert 2 <= stored < 6
+    assert counts(run(spec)) == (6, 6 - stored, stored)
 
 
-def test_as_a_program(make_spec, tmp_path: Path):
+def test_encode_text_program_writes_manifest(make_spec, tmp_path: Path):
     (tmp_path / "spec.json").write_text(make_spec().model_dump_json())
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "sdxl_pipeline.stages.encode_text", str(tmp_path / "spec.json")],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "6 captions: 6 to encode" in done.stdout
+    assert completed.returncode == 0, completed.stderr
+    assert "6 captions: 6 to encode" in completed.stdout
     cache = TextEmbedCache.model_validate_json((tmp_path / "manifest.json").read_text())
     assert counts(cache) == (6, 6, 0)

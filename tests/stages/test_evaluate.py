@@ -1,4 +1,4 @@
-"""The evaluation as a program: it loads the exported file by diffusers' loader, repeats itself exactly, and stops when asked."""
+"""The evaluate stage loads the exported file with diffusers, is deterministic, reuses reports, and stops on request."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> tuple[EvaluateSpec, Eva
     return spec, evaluate(spec)
 
 
-def test_a_lora_that_changes_nothing_equals_the_base_model(tmp_path: Path):
+def test_evaluate_zero_lora_equals_base_model(tmp_path: Path):
     report = evaluate(make_spec(tmp_path, scale=0.0, evaluation_type="none"))
     assert report.lora_loss == report.base_loss
     assert np.array_equal(pixels(report, "star", 0), pixels(report, "star", 40))
@@ -46,7 +46,7 @@ def test_a_lora_that_changes_nothing_equals_the_base_model(tmp_path: Path):
     assert report.lora_clip is None
 
 
-def test_a_lora_that_changes_something_shows_in_loss_and_images(changed):
+def test_evaluate_nonzero_lora_changes_loss_and_images(changed):
     _, report = changed
     assert report.lora_loss is not None
     assert report.base_loss is not None
@@ -60,28 +60,28 @@ def test_a_lora_that_changes_something_shows_in_loss_and_images(changed):
     assert 0 <= report.lora_clip.min <= report.lora_clip.mean <= report.lora_clip.max <= 100
 
 
-def test_two_evaluations_agree_exactly(changed, tmp_path: Path):
+def test_evaluate_repeated_is_identical(changed, tmp_path: Path):
     spec, report = changed
     release = Path(report.report_path).with_suffix(".json")
     update = {"output_dir": str(tmp_path), "previous_report_path": str(release)}
     again = evaluate(spec.model_copy(update=update))
     assert not again.reused
-    for figure in ("base_loss", "lora_loss", "base_clip", "lora_clip", "identity"):
-        assert getattr(again, figure) == getattr(report, figure)
+    for metric in ("base_loss", "lora_loss", "base_clip", "lora_clip", "identity"):
+        assert getattr(again, metric) == getattr(report, metric)
     assert np.array_equal(pixels(again, "star", 40), pixels(report, "star", 40))
     assert set(again.change_since_release.values()) == {0.0}
     assert "lora_clip_mean" in again.change_since_release
 
 
-def test_the_same_evaluation_is_reused_until_something_differs(tmp_path: Path):
+def test_evaluate_same_identity_is_reused_if_images_exist(tmp_path: Path):
     spec = make_spec(tmp_path, scale=0.1, evaluation_type="none")
     first = evaluate(spec)
-    left = Path(spec.output_dir) / "images" / f".00.{DEAD_PID}-0123abcd.tmp.png"
-    living = left.with_name(f".00.{os.getpid()}-0123abcd.tmp.png")
-    for path in (left, living):
+    leftover = Path(spec.output_dir) / "images" / f".00.{DEAD_PID}-0123abcd.tmp.png"
+    in_use = leftover.with_name(f".00.{os.getpid()}-0123abcd.tmp.png")
+    for path in (leftover, in_use):
         path.write_bytes(b"half")
     second = evaluate(spec)
-    assert (left.exists(), living.exists()) == (False, True)
+    assert (leftover.exists(), in_use.exists()) == (False, True)
     assert second == first.model_copy(update={"reused": True})
     settings = spec.settings.model_copy(update={"validation_guidance": 2.0})
     assert not evaluate(spec.model_copy(update={"settings": settings})).reused
@@ -91,37 +91,37 @@ def test_the_same_evaluation_is_reused_until_something_differs(tmp_path: Path):
     assert not evaluate(spec).reused
 
 
-def test_names_of_files_make_no_difference(tmp_path: Path):
+def test_evaluate_renamed_files_keep_identity_and_losses(tmp_path: Path):
     spec = make_spec(tmp_path, scale=0.1, evaluation_type="none")
     before = evaluate(spec)
     (dataset,) = spec.datasets
     for table in (dataset.rows_path, dataset.latents.entries_path, dataset.text_embeds.entries_path):
-        named = pd.read_parquet(table)
-        turned = named.assign(path=[f"moved/{ord('z') - ord(path[0])}.png" for path in named["path"]])
-        turned.sort_values("path").to_parquet(table)
+        original = pd.read_parquet(table)
+        renamed = original.assign(path=[f"moved/{ord('z') - ord(path[0])}.png" for path in original["path"]])
+        renamed.sort_values("path").to_parquet(table)
     assert evaluation_identity(spec) == before.identity
     again = evaluate(spec.model_copy(update={"output_dir": str(tmp_path / "again")}))
     assert not again.reused
     assert (again.base_loss, again.lora_loss) == (before.base_loss, before.lora_loss)
 
 
-def test_everything_is_where_the_report_says(changed):
+def test_evaluate_report_paths_exist(changed):
     _, report = changed
     for path in (report.gallery_path, report.loss_plot_path, *(image.path for image in report.images)):
         with Image.open(path) as opened:
             opened.verify()
     assert Path(report.report_path).read_text().startswith("# Evaluation of")
-    figures = json.loads(Path(report.report_path).with_suffix(".json").read_text())["figures"]
-    assert figures["lora_loss"] == report.lora_loss.mean
+    metrics = json.loads(Path(report.report_path).with_suffix(".json").read_text())["figures"]
+    assert metrics["lora_loss"] == report.lora_loss.mean
 
 
-def test_the_eval_loss_can_be_left_out_and_captions_stand_in_for_prompts(tmp_path: Path):
+def test_evaluate_without_eval_loss_and_prompts_uses_captions(tmp_path: Path):
     report = evaluate(make_spec(tmp_path, prompts=(), eval_loss_disable=True, evaluation_type="none"))
     assert report.base_loss is report.lora_loss is report.loss_plot_path is None
     assert {image.prompt for image in report.images} == {"shapes 2 0", "shapes 4 0"}
 
 
-def test_another_file_than_the_trained_one_is_refused(changed, tmp_path: Path):
+def test_evaluate_changed_or_missing_weights_raises(changed, tmp_path: Path):
     spec, _ = changed
     tensors = load_file(spec.lora.weights_path)
     name = next(iter(tensors))
@@ -130,24 +130,24 @@ def test_another_file_than_the_trained_one_is_refused(changed, tmp_path: Path):
     lora = spec.lora.model_copy(update={"weights_path": str(other)})
     with pytest.raises(UserError, match="SHA-256 differs"):
         evaluate(spec.model_copy(update={"lora": lora}))
-    gone = spec.lora.model_copy(update={"weights_path": str(tmp_path / "gone.safetensors")})
+    missing = spec.lora.model_copy(update={"weights_path": str(tmp_path / "missing.safetensors")})
     with pytest.raises(UserError, match="is gone"):
-        evaluate(spec.model_copy(update={"lora": gone}))
+        evaluate(spec.model_copy(update={"lora": missing}))
 
 
-def test_a_file_that_does_not_load_back_whole_is_refused(changed, tmp_path: Path):
-    """Diffusers would only warn, and evaluate a LoRA that is not the one that was trained."""
+def test_evaluate_incomplete_weights_raises(changed, tmp_path: Path):
+    """Diffusers would only warn and evaluate another LoRA than the trained one."""
     spec, _ = changed
     tensors = load_file(spec.lora.weights_path)
-    lacking = tmp_path / "pytorch_lora_weights.safetensors"
-    lost = next(name for name in tensors if name.endswith("lora_B.weight"))
-    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, lacking)
-    update = {"weights_path": str(lacking), "weights_sha256": sha256_file(lacking)}
+    incomplete = tmp_path / "pytorch_lora_weights.safetensors"
+    removed = next(name for name in tensors if name.endswith("lora_B.weight"))
+    save_file({name: tensor for name, tensor in tensors.items() if name != removed}, incomplete)
+    update = {"weights_path": str(incomplete), "weights_sha256": sha256_file(incomplete)}
     with pytest.raises(UserError, match="does not load back whole"):
         evaluate(spec.model_copy(update={"lora": spec.lora.model_copy(update=update)}))
 
 
-def test_it_stops_between_forward_passes(changed, tmp_path: Path):
+def test_evaluate_stop_requested_raises(changed, tmp_path: Path):
     spec, _ = changed
     stop = StopSignal()
     stop.request()
@@ -155,14 +155,14 @@ def test_it_stops_between_forward_passes(changed, tmp_path: Path):
         main(spec.model_copy(update={"output_dir": str(tmp_path)}), Reporter(), stop)
 
 
-def test_it_runs_as_a_program(changed, tmp_path: Path):
+def test_evaluate_program_writes_manifest(changed, tmp_path: Path):
     spec, report = changed
-    elsewhere = spec.model_copy(update={"output_dir": str(tmp_path / "output")})
-    (tmp_path / "spec.json").write_text(elsewhere.model_dump_json())
+    copied = spec.model_copy(update={"output_dir": str(tmp_path / "output")})
+    (tmp_path / "spec.json").write_text(copied.model_dump_json())
     command = [sys.executable, "-m", "sdxl_pipeline.stages.evaluate", str(tmp_path / "spec.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stderr
     manifest = EvaluationReport.model_validate_json((tmp_path / "manifest.json").read_text())
     assert manifest.lora_loss == report.lora_loss
     assert manifest.identity == report.identity
-    assert "eval loss, LoRA: 8 of 8 pairs (100 %)" in done.stdout
+    assert "eval loss, LoRA: 8 of 8 pairs (100 %)" in completed.stdout

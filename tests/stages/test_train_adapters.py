@@ -1,5 +1,5 @@
-"""Holds the trainer with every kind of adapter: its file is the model that drew the last validation images, a resumed run gives the
-same bytes, two processes train as one, and a run may start from a file, which is part of what the run is.
+"""Training of each kind of adapter: the weights file reproduces the last validation images, resume is bit-exact, two processes equal one,
+and `init_lora` is part of the identity.
 """
 
 import json
@@ -50,7 +50,7 @@ def pixels(path: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["dora", "lokr, whole matrices", "loha, weights rebuilt, scalar"])
-def test_the_file_is_the_model_that_drew_and_a_resumed_run_gives_its_bytes(tmp_path: Path, kind: str):
+def test_train_adapter_file_reproduces_validation_image_and_resume_is_exact(tmp_path: Path, kind: str):
     spec = adapter_spec(tmp_path, kind)
     manifest = main(spec, Listener(), StopSignal())
     unet = load_unet(spec.base_model, torch.float32)
@@ -61,27 +61,27 @@ def test_the_file_is_the_model_that_drew_and_a_resumed_run_gives_its_bytes(tmp_p
     scalars = manifest.adapted_modules if "scalar" in kind else 0
     assert manifest.trainable_parameters == stored + scalars
 
-    (trained,) = [
+    (expected,) = [
         image for image in manifest.validation_images if image.step == spec.settings.max_train_steps
     ]
     reader = BatchReader(spec.datasets, None)
-    (again,) = generate_validation_images(spec, unet, reader, 4, tmp_path / "again")
-    assert np.abs(pixels(trained.path) - pixels(again.path)).max() <= 1
+    (reproduced,) = generate_validation_images(spec, unet, reader, 4, tmp_path / "again")
+    assert np.abs(pixels(expected.path) - pixels(reproduced.path)).max() <= 1
     plain = load_unet(spec.base_model, torch.float32)
     (base,) = generate_validation_images(spec, plain, reader, 4, tmp_path / "base")
-    assert np.abs(pixels(trained.path) - pixels(base.path)).max() > 1
+    assert np.abs(pixels(expected.path) - pixels(base.path)).max() > 1
 
     resumed = with_settings(spec, "resumed")
     shutil.copytree(spec.run_dir, resumed.run_dir)
-    for left in ("finished.json", "pytorch_lora_weights.safetensors"):
-        (Path(resumed.run_dir) / left).unlink()
+    for name in ("finished.json", "pytorch_lora_weights.safetensors"):
+        (Path(resumed.run_dir) / name).unlink()
     shutil.rmtree(Path(resumed.run_dir) / "checkpoints" / "step-00000004")
-    went_on = main(resumed, Listener(), StopSignal())
-    assert went_on.resumed_from_step == 2
-    assert went_on.weights_sha256 == manifest.weights_sha256
+    again = main(resumed, Listener(), StopSignal())
+    assert again.resumed_from_step == 2
+    assert again.weights_sha256 == manifest.weights_sha256
 
 
-def test_a_finished_run_writes_the_formats_that_are_asked_for_without_training(tmp_path: Path, monkeypatch):
+def test_train_finished_run_writes_new_lora_format_without_training(tmp_path: Path, monkeypatch):
     ema = {"use_ema": True, "ema_validation": "none", "released_weights": "ema"}
     spec = adapter_spec(tmp_path, "lora", max_train_steps=2, lora_format="diffusers", **ema)
     first = main(spec, Listener(), StopSignal())
@@ -107,26 +107,26 @@ def test_a_finished_run_writes_the_formats_that_are_asked_for_without_training(t
         main(with_settings(both, "run", lora_format="diffusers"), Listener(), StopSignal()).kohya_path is None
     )
 
-    def refuse(*arguments: object) -> None:
+    def raise_format_error(*arguments: object) -> None:
         raise FormatError("cannot hold it")
 
-    monkeypatch.setattr(train, "ensure_kohya_file", refuse)
-    listener = Listener()
-    assert main(both, listener, StopSignal()).kohya_path is None
-    assert any("No file for ComfyUI" in line and "cannot hold it" in line for line in listener.lines)
+    monkeypatch.setattr(train, "ensure_kohya_file", raise_format_error)
+    reporter = Listener()
+    assert main(both, reporter, StopSignal()).kohya_path is None
+    assert any("No file for ComfyUI" in line and "cannot hold it" in line for line in reporter.lines)
 
 
-def test_trained_text_encoders_are_in_the_kohya_file(tmp_path: Path):
+def test_train_text_encoder_kohya_file_contains_text_encoder_keys(tmp_path: Path):
     spec = adapter_spec(tmp_path, "lora", max_train_steps=2, validation_disable=True, train_text_encoder=True)
     manifest = main(spec, Listener(), StopSignal())
     modules = {name.partition(".")[0] for name in load_file(manifest.kohya_path)}
-    # of the bundled encoders' three layers, the last of the first one is not used
+    # each bundled encoder has three layers; the last one of the first encoder is not used
     assert sum(name.startswith("lora_te1_text_model_encoder_layers_") for name in modules) == 2 * 4
     assert sum(name.startswith("lora_te2_text_model_encoder_layers_") for name in modules) == 3 * 4
     assert "156 of 156" in check_files(manifest, spec.base_model, "both")
 
 
-def test_a_run_starts_from_a_file_whose_content_is_part_of_what_it_is(tmp_path: Path):
+def test_train_init_lora_starts_from_file_and_content_is_in_identity(tmp_path: Path):
     first = main(
         adapter_spec(tmp_path, "lora", max_train_steps=2, validation_disable=True), Listener(), StopSignal()
     )
@@ -150,7 +150,7 @@ def test_a_run_starts_from_a_file_whose_content_is_part_of_what_it_is(tmp_path: 
         main(with_settings(spec, "other rank", lora_rank=8), Listener(), StopSignal())
 
 
-def test_the_reference_reads_the_configuration_in_the_header(tmp_path: Path):
+def test_train_lokr_file_header_contains_lycoris_config(tmp_path: Path):
     from safetensors import safe_open
 
     manifest = main(
@@ -166,7 +166,7 @@ def test_the_reference_reads_the_configuration_in_the_header(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dora", "lokr", "loha, convolutions"])
-def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path, kind: str):
+def test_train_adapter_two_processes_equal_one_with_double_batch(tmp_path: Path, kind: str):
     spec = adapter_spec(tmp_path, kind, train_batch_size=1, validation_disable=True, learning_rate=1e-3)
     one = main(with_settings(spec, "one", train_batch_size=2), Listener(), StopSignal())
     two: TrainedLora = run(on_two_processes(with_settings(spec, "two")), *TWO_PROCESSES)
@@ -174,5 +174,5 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path, kind: s
     ones, twos = load_file(one.weights_path), load_file(two.weights_path)
     assert ones.keys() == twos.keys()
     for name, tensor in ones.items():
-        # AdamW makes a step of the learning rate of a gradient that is all rounding
+        # AdamW takes a step of the size of the learning rate for a gradient that is only rounding
         torch.testing.assert_close(twos[name], tensor, rtol=0, atol=5e-4)

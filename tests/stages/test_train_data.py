@@ -1,4 +1,4 @@
-"""What a training reads, end to end: real images through the stages before it, in every cache mode, under any file names."""
+"""Training on real images through all stages before it, with every cache mode, file name and corrupt entry."""
 
 import shutil
 from pathlib import Path
@@ -16,6 +16,7 @@ from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler
 from sdxl_pipeline.training.data.samples import load_samples
 from tests.support.encoded_datasets import Silent, draw_images, listing, prepare_dataset, rows_of
+from tests.support.train_programs import StoppingReporter
 from tests.support.training_datasets import make_dataset, make_spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,7 +33,7 @@ WITH_IMAGES = {"validation_disable": False, "validation_step_interval": 0}
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("drawings")
+    folder = tmp_path_factory.mktemp("images")
     draw_images(folder)
     return folder
 
@@ -54,11 +55,11 @@ def train(spec: TrainSpec) -> TrainedLora:
     return main(spec, Silent(), StopSignal())
 
 
-def assert_nearly_same_weights(ours: TrainedLora, theirs: TrainedLora) -> None:
-    """An image encoded alone differs in last bits from one encoded in a batch, and how much depends on the processor."""
-    expected = load_file(theirs.weights_path)
-    for name, tensor in load_file(ours.weights_path).items():
-        assert (tensor - expected[name]).norm() <= 1e-2 * expected[name].norm(), name
+def assert_weights_close(actual: TrainedLora, expected: TrainedLora) -> None:
+    """Allow for rounding: an image encoded alone differs from one encoded in a batch, by an amount that depends on the processor."""
+    tensors = load_file(expected.weights_path)
+    for name, tensor in load_file(actual.weights_path).items():
+        assert (tensor - tensors[name]).norm() <= 1e-2 * tensors[name].norm(), name
 
 
 @pytest.fixture(scope="module")
@@ -68,82 +69,79 @@ def full(tmp_path_factory: pytest.TempPathFactory, images: Path) -> tuple[TrainS
 
 
 @pytest.fixture(scope="module")
-def lazy(tmp_path_factory: pytest.TempPathFactory, images: Path) -> tuple[TrainSpec, TrainedLora]:
-    spec = spec_in_mode(tmp_path_factory.mktemp("lazy"), images, "ondemand", **WITH_IMAGES)
+def ondemand(tmp_path_factory: pytest.TempPathFactory, images: Path) -> tuple[TrainSpec, TrainedLora]:
+    spec = spec_in_mode(tmp_path_factory.mktemp("ondemand"), images, "ondemand", **WITH_IMAGES)
     return spec, train(spec)
 
 
-def test_every_cache_mode_trains_the_same_lora(full, lazy, tmp_path, images):
-    kept_spec, kept = full
+def test_train_every_cache_mode_has_same_identity_and_weights(full, ondemand, tmp_path, images):
+    full_spec, cached = full
     spec = spec_in_mode(tmp_path, images, "disable", **WITH_IMAGES)
     stores = [tmp_path / "drawings" / name for name in ("latents", "texts")]
     before = [listing(store) for store in stores]
-    never = train(spec)
+    uncached = train(spec)
     assert [listing(store) for store in stores] == before
-    assert kept.identity == lazy[1].identity == never.identity == run_identity(kept_spec)
-    assert never.weights_sha256 == lazy[1].weights_sha256
-    assert_nearly_same_weights(never, kept)
-    dataset = lazy[0].datasets[0]
-    seen = {sample.latent_key for sample in load_samples([dataset], "train")}
-    assert not TensorStore(dataset.latents.store_root).missing(seen)
+    assert cached.identity == ondemand[1].identity == uncached.identity == run_identity(full_spec)
+    assert uncached.weights_sha256 == ondemand[1].weights_sha256
+    assert_weights_close(uncached, cached)
+    dataset = ondemand[0].datasets[0]
+    latent_keys = {sample.latent_key for sample in load_samples([dataset], "train")}
+    assert not TensorStore(dataset.latents.store_root).missing(latent_keys)
     assert (
-        len({Path(image.path).read_bytes() for run in (kept, never) for image in run.validation_images}) <= 2
+        len({Path(image.path).read_bytes() for run in (cached, uncached) for image in run.validation_images})
+        <= 2
     )
-    assert len(never.validation_images) == 1
+    assert len(uncached.validation_images) == 1
 
 
-def test_an_interrupted_run_that_encodes_on_demand_goes_on_bit_for_bit(lazy, tmp_path, images):
+def test_train_ondemand_stopped_and_resumed_has_same_weights(ondemand, tmp_path, images):
     spec = spec_in_mode(tmp_path, images, "ondemand")
     stop = StopSignal()
 
-    class StoppedReporter(Silent):
-        def progress(self, what: str, done: int, total: int, unit: str) -> None:
-            if done == 3:
-                stop.request()
-
     with pytest.raises(StageStopped):
-        main(spec, StoppedReporter(), stop)
+        main(spec, StoppingReporter(stop, 3), stop)
     resumed = train(spec)
     assert resumed.resumed_from_step == 3
-    assert resumed.weights_sha256 == lazy[1].weights_sha256
+    assert resumed.weights_sha256 == ondemand[1].weights_sha256
 
 
-def test_fresh_crops_are_another_run(full, tmp_path, images):
+def test_run_identity_changes_with_fresh_crops(full, tmp_path, images):
     spec, _ = full
     fresh = spec.datasets[0].model_copy(update={"latent_cache": "disable", "fresh_crops": True})
     assert run_identity(spec.model_copy(update={"datasets": (fresh,)})) != run_identity(spec)
 
 
-def test_names_of_files_make_no_difference(full, tmp_path, images):
-    """The same images under other names, in other folders, found in another order."""
+def test_train_renamed_files_have_same_identity_and_weights(full, tmp_path, images):
+    """The same images have other names and folders and are found in another order."""
     spec, trained = full
     moved = tmp_path / "moved"
     for number, path in enumerate(sorted(images.glob("*.png"), reverse=True)):
-        place = moved / f"folder {number % 2}" / f"{number:02d} renamed.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, place)
-        shutil.copy(path.with_suffix(".txt"), place.with_suffix(".txt"))
+        target = moved / f"folder {number % 2}" / f"{number:02d} renamed.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+        shutil.copy(path.with_suffix(".txt"), target.with_suffix(".txt"))
     dataset = prepare_dataset(tmp_path / "drawings", moved, spec.base_model)
     before, after = (load_samples(datasets, "train") for datasets in (spec.datasets, (dataset,)))
     assert {sample.path for sample in before}.isdisjoint(sample.path for sample in after)
     assert after.digest() == before.digest()
     assert [sample.id for sample in after] == [sample.id for sample in before]
-    order, again = (BucketBatchSampler(samples, {"drawings": 1.0}, 42, 2) for samples in (before, after))
+    expected, actual = (BucketBatchSampler(samples, {"drawings": 1.0}, 42, 2) for samples in (before, after))
     for index in range(12):
-        ours, theirs = order.batch(index, 0), again.batch(index, 0)
-        assert [(d.sample.id, d.embed_key) for d in ours] == [(d.sample.id, d.embed_key) for d in theirs]
+        refs = [
+            [(ref.sample.id, ref.embed_key) for ref in sampler.batch(index, 0)]
+            for sampler in (expected, actual)
+        ]
+        assert refs[0] == refs[1]
     renamed = spec_of(tmp_path, dataset)
     assert run_identity(renamed) == trained.identity
     assert train(renamed).weights_sha256 == trained.weights_sha256
 
 
-def test_copies_of_an_image_are_told_apart_by_their_captions(tmp_path, images):
+def test_load_samples_copies_of_image_are_distinguished_by_caption(tmp_path, images):
     spec = spec_of(tmp_path / "spec")
     captions = ("a drawing, number 0, of an ellipse", "another caption")
-    found = []
-    for number, names in enumerate(
-        (("a", "x"), ("y", "b"))
-    ):  # in the order of their captions, and against it
+    loaded = []
+    for number, names in enumerate((("a", "x"), ("y", "b"))):  # in the order of their captions, and reversed
         folder = shutil.copytree(images, tmp_path / f"images {number}")
         for name, caption in zip(names, captions, strict=True):
             shutil.copy(folder / "drawing_0.png", folder / f"{name}.png")
@@ -151,15 +149,15 @@ def test_copies_of_an_image_are_told_apart_by_their_captions(tmp_path, images):
         (folder / "drawing_0.png").unlink()
         (folder / "drawing_0.txt").unlink()
         dataset = prepare_dataset(tmp_path / f"dataset {number}", folder, spec.base_model)
-        found.append(load_samples([dataset], "train"))
-    one, other = found
+        loaded.append(load_samples([dataset], "train"))
+    one, other = loaded
     assert len({sample.id for sample in one}) == len(one) == 7
     assert len({sample.key for sample in one}) == 6
     assert one.digest() == other.digest()
     assert [(s.id, s.embed_keys) for s in one] == [(s.id, s.embed_keys) for s in other]
 
 
-def test_two_resolutions_of_one_folder_are_two_datasets(tmp_path):
+def test_train_two_resolutions_of_one_folder_share_held_out_images(tmp_path):
     images = tmp_path / "images"
     draw_images(images, count=10)  # none is held out of fewer than 8
     spec = spec_of(tmp_path, train_batch_size=1, max_train_steps=3)
@@ -176,27 +174,27 @@ def test_two_resolutions_of_one_folder_are_two_datasets(tmp_path):
         assert keys[0]
     assert len({s.latent_key for s in trained}) == len(trained)
     assert all(rows_of(dataset)["split"].value_counts().min() > 0 for dataset in datasets)
-    order = BucketBatchSampler(trained, {"small": 1.0, "large": 1.0}, 42, 1)
-    shown = [order.batch(index, 0)[0].sample.dataset_id for index in range(order.batches_until(1))]
-    assert sorted(shown) == sorted(s.dataset_id for s in trained)
+    sampler = BucketBatchSampler(trained, {"small": 1.0, "large": 1.0}, 42, 1)
+    sampled = [sampler.batch(index, 0)[0].sample.dataset_id for index in range(sampler.batches_until(1))]
+    assert sorted(sampled) == sorted(s.dataset_id for s in trained)
     assert train(spec.model_copy(update={"datasets": datasets})).steps == 3
 
 
-def test_the_manifest_counts_trained_and_held_out_images(tmp_path, images):
-    """Not the scanned ones: one image has no latent, one is in the eval dataset only, and each crop is no image of its own."""
+def test_train_manifest_counts_trained_and_held_out_images(tmp_path, images):
+    """Scanned images without latents and several crops of an image are not counted; eval datasets count as held out."""
     splits = {"a.png": "train", "b.png": "train", "c.png": "eval", "d.png": "train"}
     mixed = make_dataset(tmp_path / "mixed", "mixed", splits=splits, crops=2)
     latents = pd.read_parquet(mixed.latents.entries_path)
     latents[latents["path"] != "d.png"].to_parquet(mixed.latents.entries_path)
     failed = mixed.latents.model_copy(update={"failed": (FailedItem(name="d.png", reason="damaged"),)})
     mixed = mixed.model_copy(update={"latents": failed, "repeats": 3})
-    judged = make_dataset(tmp_path / "judged", "judged", splits=["eval"] * 5)
-    result = train(make_spec(tmp_path, mixed, judged, max_train_steps=2))
+    evaluated = make_dataset(tmp_path / "evaluated", "evaluated", splits=["eval"] * 5)
+    result = train(make_spec(tmp_path, mixed, evaluated, max_train_steps=2))
     assert result.trained_images == {"mixed": 2}
-    assert result.held_out_images == {"judged": 5, "mixed": 1}
+    assert result.held_out_images == {"evaluated": 5, "mixed": 1}
 
 
-def test_captions_of_two_windows_train_and_draw(tmp_path, images):
+def test_train_two_text_windows_trains_and_generates_images(tmp_path, images):
     spec = spec_of(tmp_path, **WITH_IMAGES)
     dataset = prepare_dataset(tmp_path / "drawings", images, spec.base_model, windows=2)
     reader = BatchReader([dataset])
@@ -209,7 +207,7 @@ def test_captions_of_two_windows_train_and_draw(tmp_path, images):
     assert len(result.validation_images) == 1
 
 
-def test_too_small_datasets_are_repeated_if_that_is_allowed(tmp_path, images):
+def test_train_too_small_dataset_raises_unless_oversubscription_is_allowed(tmp_path, images):
     spec = spec_of(tmp_path, train_batch_size=4, gradient_accumulation_steps=4, max_train_steps=1)
     dataset = prepare_dataset(tmp_path / "drawings", images, spec.base_model)
     with pytest.raises(UserError, match="give 6 images an epoch, but one step takes 16"):
@@ -228,7 +226,7 @@ def flip_last_byte(folder: Path) -> None:
     shard.write_bytes(data)
 
 
-def test_damaged_cache_entries_stop_the_training_by_name_and_are_encoded_again(tmp_path, images, full):
+def test_train_corrupt_entries_raise_with_names_and_are_encoded_again(tmp_path, images, full):
     spec = spec_in_mode(tmp_path, images, "full", **WITH_IMAGES)
     for store in ("latents", "texts"):
         flip_last_byte(tmp_path / "drawings" / store)
@@ -242,16 +240,14 @@ def test_damaged_cache_entries_stop_the_training_by_name_and_are_encoded_again(t
     assert (dataset.latents.encoded, dataset.latents.reused) == (1, 5)
     assert dataset.text_embeds.encoded == 1
     trained = train(spec.model_copy(update={"datasets": (dataset,)}))
-    assert_nearly_same_weights(trained, full[1])
+    assert_weights_close(trained, full[1])
 
 
-def test_damaged_entries_are_encoded_again_by_a_training_that_encodes_on_demand(
-    tmp_path, images, full, caplog
-):
+def test_train_ondemand_corrupt_entries_are_encoded_again(tmp_path, images, full, caplog):
     spec = spec_in_mode(tmp_path, images, "ondemand", **WITH_IMAGES)
     train(spec)
     flip_last_byte(tmp_path / "drawings" / "latents")
     again = train(spec.model_copy(update={"run_dir": str(tmp_path / "again")}))
-    assert "1 corrupt entries are removed" in caplog.text
-    assert_nearly_same_weights(again, full[1])
+    assert "1 damaged entries are removed" in caplog.text
+    assert_weights_close(again, full[1])
     assert TensorStore(tmp_path / "drawings" / "latents").damaged() == []

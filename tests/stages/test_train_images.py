@@ -1,4 +1,4 @@
-"""Holds: whatever kind of adapter was trained, its file gives in its users' own loader the images that the trainer's own model gives."""
+"""The weights file of every kind of adapter gives, in its users' loader, the images of the trained model."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def pipeline_of(spec: TrainSpec, unet: UNet2DConditionModel | None = None) -> St
 
 @torch.no_grad()
 def image(pipeline: StableDiffusionXLPipeline, embeds: dict[str, torch.Tensor]) -> np.ndarray:
-    """(H, W, 3), float in [0, 1]."""
+    """Generate an image: (H, W, 3), float in [0, 1]."""
     pipeline.unet.eval()
     return pipeline(
         **embeds,
@@ -44,7 +44,7 @@ def image(pipeline: StableDiffusionXLPipeline, embeds: dict[str, torch.Tensor]) 
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_the_file_draws_what_the_trainers_own_model_draws(tmp_path: Path, kind: str):
+def test_trainer_export_in_users_loader_reproduces_image(tmp_path: Path, kind: str):
     spec = make_spec(
         tmp_path,
         make_dataset(tmp_path / "dataset"),
@@ -57,8 +57,8 @@ def test_the_file_draws_what_the_trainers_own_model_draws(tmp_path: Path, kind: 
     trainer = Trainer(spec, "0" * 64, Silent(), StopSignal())
     trainer.train()
     trainer.export(tmp_path)
-    told = trainer.reader.conditioning(PROMPT, NEGATIVE, zeros_for_empty_prompt=False)
-    embeds = {name: value.float() for name, value in vars(told).items()}
+    conditioning = trainer.reader.conditioning(PROMPT, NEGATIVE, zeros_for_empty_prompt=False)
+    embeds = {name: value.float() for name, value in vars(conditioning).items()}
     expected = image(pipeline_of(spec, trainer.unet_module), embeds)
     trainer.close()
 

@@ -1,5 +1,4 @@
-"""Holds: a training with masks and regularisation images, through the stage's own door: white masks train what none would, a stopped run
-goes on bit for bit, and two processes train as one."""
+"""Training with masks and regularisation images: white masks equal no masks, resume is bit-exact, and two processes equal one."""
 
 from hashlib import sha256
 from pathlib import Path
@@ -14,8 +13,14 @@ from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal
 from sdxl_pipeline.stages.train import main
 from tests.support.encoded_datasets import Silent
-from tests.support.masked_datasets import masked_dataset
-from tests.support.train_programs import TWO_PROCESSES, losses, on_two_processes, run, with_settings
+from tests.support.train_programs import (
+    TWO_PROCESSES,
+    StoppingReporter,
+    losses,
+    on_two_processes,
+    run,
+    with_settings,
+)
 from tests.support.training_datasets import SQUARE, WIDE, make_dataset, make_spec
 from tests.training.data.test_loss_weights import masked_dataset
 
@@ -33,7 +38,7 @@ SETTINGS = {
 
 
 def spec_of(folder: Path, run: str = "run") -> TrainSpec:
-    """Four masked images and three regularisation ones, in buckets that they share."""
+    """Return a run over four masked images and three regularisation images in the same buckets."""
     folder.mkdir(parents=True, exist_ok=True)
     buckets = [SQUARE, SQUARE, WIDE, WIDE]
     subject = masked_dataset(make_dataset(folder / "subject", "subject", buckets), folder / "masks")
@@ -50,24 +55,19 @@ def weights(manifest: TrainedLora) -> dict[str, torch.Tensor]:
     return load_file(manifest.weights_path)
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
+def test_train_masked_stopped_and_resumed_has_same_weights(tmp_path):
     unbroken = train(spec_of(tmp_path))
     stop = StopSignal()
 
-    class Stopping(Silent):
-        def progress(self, what: str, done: int, total: int, unit: str) -> None:
-            if done == 2:
-                stop.request()
-
-    again = spec_of(tmp_path, run="stopped")
+    stopped = spec_of(tmp_path, run="stopped")
     with pytest.raises(StageStopped):
-        main(again, Stopping(), stop)
-    resumed = train(again)
+        main(stopped, StoppingReporter(stop, 2), stop)
+    resumed = train(stopped)
     assert resumed.resumed_from_step == 2
     assert resumed.weights_sha256 == unbroken.weights_sha256
 
 
-def test_white_masks_train_what_none_would(tmp_path):
+def test_train_white_masks_equal_no_masks(tmp_path):
     dataset = make_dataset(tmp_path / "dataset", buckets=[SQUARE, SQUARE, WIDE])
     settings = {"max_train_steps": 2, "lr_warmup_steps": 0}
     plain = train(make_spec(tmp_path, dataset, run="plain", **settings))
@@ -78,16 +78,16 @@ def test_white_masks_train_what_none_would(tmp_path):
     pairs.to_parquet(tmp_path / "pairs.parquet")
     update = {"data_dir": str(tmp_path), "pairs_path": str(tmp_path / "pairs.parquet")}
     masked = masked.model_copy(update={"masks": masked.masks.model_copy(update=update)})
-    same = train(make_spec(tmp_path, masked, run="white", **settings))
-    assert same.identity != plain.identity
-    assert all(torch.equal(tensor, weights(same)[name]) for name, tensor in weights(plain).items())
+    white_masks = train(make_spec(tmp_path, masked, run="white", **settings))
+    assert white_masks.identity != plain.identity
+    assert all(torch.equal(tensor, weights(white_masks)[name]) for name, tensor in weights(plain).items())
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
-    # where a gradient is next to nothing, as towards the base model in the first steps, Adam would make much of its last bits
-    alike = {"lora_dropout": 0.0, "optimizer_config": {"eps": 1e-6}}
-    spec = with_settings(spec_of(tmp_path), "one", **alike)
+def test_train_masked_two_processes_equal_one_with_double_batch(tmp_path):
+    # Adam would amplify rounding in gradients close to 0, such as those of prior preservation in the first steps
+    deterministic = {"lora_dropout": 0.0, "optimizer_config": {"eps": 1e-6}}
+    spec = with_settings(spec_of(tmp_path), "one", **deterministic)
     one = train(spec)
     two = run(on_two_processes(with_settings(spec, "two", train_batch_size=1)), *TWO_PROCESSES)
     assert [loss for _, loss in losses(two)] == pytest.approx(

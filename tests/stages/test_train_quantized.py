@@ -1,4 +1,4 @@
-"""Holds weights in few bits through the stage: the looks of a run are taken on them, and two processes train what one does."""
+"""Training on quantized weights: validation runs on them, and two processes equal one."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ def dataset(tmp_path_factory):
 
 @pytest.mark.usefixtures("one_thread", "fresh_accelerator")
 @pytest.mark.parametrize(("precision", "mixed_precision"), PRECISIONS)
-def test_images_and_eval_losses_are_taken_between_the_steps(precision, mixed_precision, dataset, tmp_path):
+def test_train_quantized_runs_validation_between_steps(precision, mixed_precision, dataset, tmp_path):
     require(precision)
     spec = make_spec(
         tmp_path,
@@ -55,10 +55,10 @@ def test_images_and_eval_losses_are_taken_between_the_steps(precision, mixed_pre
         ("nf4-bnb", "bnb-adamw8bit", "bitsandbytes"),
     ],
 )
-def test_two_processes_train_what_one_does(precision, optimizer, package, tmp_path):
+def test_train_quantized_two_processes_equal_one(precision, optimizer, package, tmp_path):
     pytest.importorskip(package, reason="needs the extras `quantization` and `optimizers`")
     dataset = make_dataset(tmp_path / "dataset", captions=1)
-    asked = {
+    settings = {
         "max_train_steps": 3,
         "base_model_precision": precision,
         "optimizer": optimizer,
@@ -66,15 +66,15 @@ def test_two_processes_train_what_one_does(precision, optimizer, package, tmp_pa
         "gradient_checkpointing": True,
         "gradient_checkpointing_interval": 2,
     }
-    one = run(make_spec(tmp_path, dataset, run="one", train_batch_size=2, **asked))
+    one = run(make_spec(tmp_path, dataset, run="one", train_batch_size=2, **settings))
     two = run(
-        make_spec(tmp_path, dataset, run="two", train_batch_size=1, num_processes=2, **asked),
+        make_spec(tmp_path, dataset, run="two", train_batch_size=1, num_processes=2, **settings),
         "-m",
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node=2",
     )
-    alone, together = load_file(one.weights_path), load_file(two.weights_path)
-    assert alone.keys() == together.keys()
-    for name, tensor in alone.items():
-        torch.testing.assert_close(together[name], tensor, atol=2e-4, rtol=0)
+    actual_one, actual_two = load_file(one.weights_path), load_file(two.weights_path)
+    assert actual_one.keys() == actual_two.keys()
+    for name, tensor in actual_one.items():
+        torch.testing.assert_close(actual_two[name], tensor, atol=2e-4, rtol=0)

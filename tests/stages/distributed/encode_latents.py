@@ -1,4 +1,4 @@
-"""The latent stage, of which the second process fails or dawdles: `python -m tests.stages.distributed.encode_latents spec.json`."""
+"""The latent stage with a second process that fails or hangs: `python -m tests.stages.distributed.encode_latents spec.json`."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ from sdxl_pipeline.stages.encode_latents import main
 encode_share = latent_encoding.encode_share
 
 
-def troubled(*arguments: Any) -> latent_encoding.EncodedShare:
+def encode_share_with_fault(*arguments: Any) -> latent_encoding.EncodedShare:
     if os.environ["RANK"] == "1":
         if os.environ["TROUBLE"] == "fails":
             raise UserError("the second process cannot go on")
@@ -27,5 +27,5 @@ def troubled(*arguments: Any) -> latent_encoding.EncodedShare:
 
 
 if __name__ == "__main__":
-    sys.modules["sdxl_pipeline.cache.encode.latent_encoding"].encode_share = troubled
+    sys.modules["sdxl_pipeline.cache.encode.latent_encoding"].encode_share = encode_share_with_fault
     run_stage(EncodeLatentsSpec, main)

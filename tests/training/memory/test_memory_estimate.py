@@ -1,4 +1,4 @@
-"""Holds the estimate of a training's memory: against what torch keeps, what an optimizer holds, what a run takes, and SDXL's own figures."""
+"""The memory estimate agrees with torch's saved tensors, optimizer states, measured runs and known values of SDXL."""
 
 import contextlib
 import functools
@@ -29,7 +29,7 @@ from sdxl_pipeline.training.memory.memory_estimate import (
     optimizer_bytes,
 )
 from tests.models.adapted_unets import lycoris
-from tests.support.train_programs import run
+from tests.support.train_programs import Listener, run
 from tests.support.training_datasets import make_dataset, make_spec
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -60,14 +60,14 @@ def settings_of(**values) -> TrainingSettings:
 
 
 def unet_of(folder, dtype: torch.dtype, kind: str = "lora") -> UNet2DConditionModel:
-    """A UNet with the adapter of a kind, or that is trained itself; SDXL's with tensors without content."""
+    """Return a UNet with an adapter, or for full fine-tuning; SDXL's has fake tensors."""
     if folder == BUNDLED_MODEL:
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
     else:
         unet = on_meta(folder, dtype)
     if kind != "full":
         add_adapter(unet, TrainingSettings.model_validate(ADAPTERS[kind]), seed=0)
-    return unet.train() if folder == BUNDLED_MODEL else without_content(unet.train())
+    return unet.train() if folder == BUNDLED_MODEL else with_fake_tensors(unet.train())
 
 
 def on_meta(folder, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -81,55 +81,55 @@ def on_meta(folder, dtype: torch.dtype) -> UNet2DConditionModel:
         torch.set_default_dtype(before)
 
 
-def without_content(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Torch runs it, and computes nothing."""
+def with_fake_tensors(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Replace all tensors by fake ones: torch runs the model without computing anything."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         for module in unet.modules():
-            for name, held in module._parameters.items():
-                if held is not None:
-                    empty = torch.empty(held.shape, dtype=held.dtype)
-                    module._parameters[name] = torch.nn.Parameter(empty, held.requires_grad)
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    module._parameters[name] = torch.nn.Parameter(empty, parameter.requires_grad)
             for name, buffer in module._buffers.items():
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
     return unet
 
 
-def kept_by_torch(unet: UNet2DConditionModel, asked: ForwardPass) -> int:
-    """Bytes that autograd saves of one forward pass beside what the model holds."""
-    if asked.checkpointing:
-        enable_checkpointing(unet, asked.interval)
-    some, config, saved = next(unet.parameters()), unet.config, {}
-    own = {held.untyped_storage()._cdata for held in (*unet.parameters(), *unet.buffers())}
+def saved_by_torch(unet: UNet2DConditionModel, forward_pass: ForwardPass) -> int:
+    """Return the bytes that autograd saves for one forward pass, without parameters and buffers."""
+    if forward_pass.checkpointing:
+        enable_checkpointing(unet, forward_pass.interval)
+    like, config, saved = next(unet.parameters()), unet.config, {}
+    own = {tensor.untyped_storage()._cdata for tensor in (*unet.parameters(), *unet.buffers())}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         saved.setdefault(storage._cdata, (storage.nbytes(), storage))
         return tensor
 
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    batch = asked.batch_size
+    batch = forward_pass.batch_size
     conditioning = {
-        "text_embeds": some.new_zeros(batch, pooled),
-        "time_ids": some.new_zeros(batch, 6).float(),
+        "text_embeds": like.new_zeros(batch, pooled),
+        "time_ids": like.new_zeros(batch, 6).float(),
     }
     with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast("cpu", dtype=torch.bfloat16, enabled=asked.dtype == torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=forward_pass.dtype == torch.bfloat16),
     ):
         unet(
-            some.new_zeros(batch, 4, asked.height // 8, asked.width // 8),
-            some.new_zeros(batch, dtype=torch.long),
-            some.new_zeros(batch, 77, config.cross_attention_dim),
+            like.new_zeros(batch, 4, forward_pass.height // 8, forward_pass.width // 8),
+            like.new_zeros(batch, dtype=torch.long),
+            like.new_zeros(batch, 77, config.cross_attention_dim),
             added_cond_kwargs=conditioning,
         )
-    return sum(size for place, (size, _) in saved.items() if place not in own)
+    return sum(size for storage, (size, _) in saved.items() if storage not in own)
 
 
 CHECKPOINTING = {"": (False, 1), " checkpointed": (True, 1), " every second": (True, 2)}
 
 
 def case(kind: str, precision: str, checkpointing: str = "", slow: bool = False):
-    """Slow are cases that say little more than the others."""
+    """Return a test case; cases that add little to the others are slow."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     marks = [pytest.mark.slow] if slow else []
     values = (kind, dtype, *CHECKPOINTING[checkpointing])
@@ -157,64 +157,66 @@ CASES = [
 
 
 def compare(folder, edge: int, kind: str, dtype, checkpointing: bool, interval: int) -> tuple[float, int]:
-    """What the rule says is kept, and what torch keeps."""
+    """Return the estimated and the actual bytes of saved activations."""
     unet = unet_of(folder, dtype, kind)
-    asked = ForwardPass(edge, edge, 2, dtype, kind == "full", checkpointing, interval)
-    # what is made on the way is to be without content as well, such as DoRA's unit matrices
+    forward_pass = ForwardPass(edge, edge, 2, dtype, kind == "full", checkpointing, interval)
+    # intermediate tensors such as DoRA's identity matrices must be fake as well
     with getattr(next(unet.parameters()), "fake_mode", contextlib.nullcontext()):
-        adapters = {} if asked.full else saved_by_adapters(unet, dtype)
-        return activations(unet, asked, adapters).kept, kept_by_torch(unet, asked)
+        adapters = {} if forward_pass.full else saved_by_adapters(unet, dtype)
+        return activations(unet, forward_pass, adapters).saved, saved_by_torch(unet, forward_pass)
 
 
 @pytest.mark.parametrize(("kind", "dtype", "checkpointing", "interval"), CASES)
-def test_the_rule_for_activations_is_what_torch_keeps_of_the_bundled_unet(
-    kind, dtype, checkpointing, interval
-):
-    ruled, kept = compare(BUNDLED_MODEL, 128, kind, dtype, checkpointing, interval)
-    assert ruled == pytest.approx(kept, rel=0.12)
+def test_activations_of_bundled_unet_match_torch(kind, dtype, checkpointing, interval):
+    estimated, actual = compare(BUNDLED_MODEL, 128, kind, dtype, checkpointing, interval)
+    assert estimated == pytest.approx(actual, rel=0.12)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["lora", "dora", "lokr everywhere", "full"])
-def test_norms_that_compute_in_float32_are_counted(kind, checkpointing, monkeypatch):
-    """As torch's autocast has them on CUDA, and not on a CPU."""
+def test_activations_with_float32_norms_match_torch(kind, checkpointing, monkeypatch):
+    """Autocast computes norms in float32 on CUDA but not on a CPU."""
     functional = torch.nn.functional
 
-    def wide(norm):
+    def in_float32(norm):
         def compute(inputs, shape, weight, bias, eps):
             return norm(inputs.float(), shape, weight.float(), bias.float(), eps)
 
         return compute
 
-    monkeypatch.setattr(functional, "group_norm", wide(functional.group_norm))
-    monkeypatch.setattr(functional, "layer_norm", wide(functional.layer_norm))
+    monkeypatch.setattr(functional, "group_norm", in_float32(functional.group_norm))
+    monkeypatch.setattr(functional, "layer_norm", in_float32(functional.layer_norm))
     unet = unet_of(BUNDLED_MODEL, torch.bfloat16, kind)
-    asked = ForwardPass(128, 128, 2, torch.bfloat16, kind == "full", checkpointing, wide_norms=True)
-    adapters = {} if asked.full else saved_by_adapters(unet, torch.bfloat16)
-    assert activations(unet, asked, adapters).kept == pytest.approx(kept_by_torch(unet, asked), rel=0.12)
+    forward_pass = ForwardPass(
+        128, 128, 2, torch.bfloat16, kind == "full", checkpointing, norms_in_float32=True
+    )
+    adapters = {} if forward_pass.full else saved_by_adapters(unet, torch.bfloat16)
+    assert activations(unet, forward_pass, adapters).saved == pytest.approx(
+        saved_by_torch(unet, forward_pass), rel=0.12
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "dtype", "checkpointing", "interval"), CASES)
-def test_the_rule_for_activations_is_what_torch_keeps_of_sdxls_unet(kind, dtype, checkpointing, interval):
-    ruled, kept = compare(SDXL_BASE_CONFIGS, 1024, kind, dtype, checkpointing, interval)
-    assert ruled == pytest.approx(kept, rel=0.12)
+def test_activations_of_sdxl_unet_match_torch(kind, dtype, checkpointing, interval):
+    estimated, actual = compare(SDXL_BASE_CONFIGS, 1024, kind, dtype, checkpointing, interval)
+    assert estimated == pytest.approx(actual, rel=0.12)
 
 
 @pytest.mark.parametrize("precision", ["int8-quanto", "int8-torchao", "nf4-bnb"])
-def test_what_quantized_layers_keep_beside_their_weights_is_counted(precision):
+def test_estimate_memory_quantized_layers_match_torch(precision):
     unet = UNet2DConditionModel.from_pretrained(BUNDLED_MODEL / "unet").requires_grad_(False)
     quantize_model(unet, precision)
     add_lora(unet.train(), 16, 16.0, 0.0, TARGETS, seed=0)
-    own = {place for weight in unet.parameters() for place, _ in storages(weight)}
+    own = {address for weight in unet.parameters() for address, _ in storages(weight)}
     saved = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        saved.update({place: storage for place, storage in storages(tensor) if place not in own})
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.update({address: storage for address, storage in storages(tensor) if address not in own})
         return tensor
 
     inputs = {"text_embeds": torch.zeros(2, 64), "time_ids": torch.zeros(2, 6)}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         unet(
             torch.zeros(2, 4, 16, 16),
             torch.zeros(2, dtype=torch.long),
@@ -225,14 +227,14 @@ def test_what_quantized_layers_keep_beside_their_weights_is_counted(precision):
         base_model_precision=precision, mixed_precision="no", gradient_checkpointing=False, train_batch_size=2
     )
     estimate = estimate_memory(settings, unet, unet, [(128, 128)])
-    asked = ForwardPass(128, 128, 2, torch.float32, False, False)
-    passing = activations(unet, asked, saved_by_adapters(unet, torch.float32)).passing
-    kept = sum(storage.nbytes() for storage in saved.values())
-    assert estimate.activations - passing == pytest.approx(kept, rel=0.15)
+    forward_pass = ForwardPass(128, 128, 2, torch.float32, False, False)
+    peak = activations(unet, forward_pass, saved_by_adapters(unet, torch.float32)).peak
+    actual = sum(storage.nbytes() for storage in saved.values())
+    assert estimate.activations - peak == pytest.approx(actual, rel=0.15)
 
 
 def storages(tensor: torch.Tensor):
-    """Of a tensor, or of those that it is made of."""
+    """Yield the storages of a tensor, or of its parts if it is quantized."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from storages(getattr(tensor, name))
@@ -258,38 +260,40 @@ def storages(tensor: torch.Tensor):
         ("adamw_schedulefree", 8),
     ],
 )
-def test_an_optimizers_state_is_asked_of_itself(name, expected):
+def test_optimizer_bytes_per_parameter(name, expected):
     state = torch.random.get_rng_state()
     assert optimizer_bytes(settings_of(optimizer=name)) == pytest.approx(expected, abs=0.1)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_sdxl_base_takes_what_is_known_of_it():
-    """2 567 463 684 parameters; a rank-16 LoRA of the attention has 23.2 million more. At 1024 pixels with batch 1, bf16 and checkpointing
-    people train it within 8 GB, and without checkpointing not within 10; all weights with AdamW in float32 take 4 x 10.3 GB."""
+def test_estimate_memory_sdxl_base_matches_known_values():
+    """SDXL has 2 567 463 684 parameters, a rank-16 LoRA of the attention 23.2 million more. At 1024 pixels with batch 1, bf16 and
+    checkpointing it trains within 8 GB, without checkpointing not within 10; full AdamW fine-tuning in float32 takes 4 x 10.3 GB."""
     unet = unet_of(SDXL_BASE_CONFIGS, torch.bfloat16)
     frozen = [parameter for parameter in unet.parameters() if not parameter.requires_grad]
     assert sum(parameter.numel() for parameter in frozen) == 2_567_463_684
     settings = settings_of()
-    light = estimate_memory(settings, unet, unet, [(1024, 1024), (832, 1216)])
-    assert light.frozen_weights == 2 * 2_567_463_684
-    assert light.trained_weights == light.gradients == 4 * 23_224_320
-    assert light.optimizer == pytest.approx(2 * light.trained_weights, rel=0.01)
-    assert 5.5e9 < light.total < 8e9
-    heavy = estimate_memory(settings_of(gradient_checkpointing=False), unet, unet, [(1024, 1024)])
-    assert 10e9 < heavy.total < 16e9
+    checkpointed = estimate_memory(settings, unet, unet, [(1024, 1024), (832, 1216)])
+    assert checkpointed.frozen_weights == 2 * 2_567_463_684
+    assert checkpointed.trained_weights == checkpointed.gradients == 4 * 23_224_320
+    assert checkpointed.optimizer == pytest.approx(2 * checkpointed.trained_weights, rel=0.01)
+    assert 5.5e9 < checkpointed.total < 8e9
+    unchecked = estimate_memory(settings_of(gradient_checkpointing=False), unet, unet, [(1024, 1024)])
+    assert 10e9 < unchecked.total < 16e9
     full = settings_of(model_type="full", optimizer="adamw")
-    whole = unet_of(SDXL_BASE_CONFIGS, torch.float32, "full")
-    assert estimate_memory(full, whole, whole, [(1024, 1024)]).total == pytest.approx(4 * 10.27e9, rel=0.1)
+    full_unet = unet_of(SDXL_BASE_CONFIGS, torch.float32, "full")
+    assert estimate_memory(full, full_unet, full_unet, [(1024, 1024)]).total == pytest.approx(
+        4 * 10.27e9, rel=0.1
+    )
 
 
-def test_a_image_between_steps_counts_where_it_takes_more():
+def test_memory_estimate_total_uses_larger_of_step_and_image():
     common = {"process": 1, "frozen_weights": 10, "trained_weights": 2, "optimizer": 4, "average": 2}
     assert MemoryEstimate(**common, gradients=2, activations=5, image=3).total == 26
     assert MemoryEstimate(**common, gradients=2, activations=5, image=30).total == 49
 
 
-def test_what_is_advised_is_what_is_not_done_yet():
+def test_hints_list_only_settings_not_yet_used():
     estimate = MemoryEstimate(0, 10, 1, 2, 0, 1, 20, 0)
     light = settings_of(base_model_precision="int8-quanto")
     assert hints(light, estimate) == []
@@ -302,47 +306,38 @@ def test_what_is_advised_is_what_is_not_done_yet():
     ]
 
 
-class Listener(Reporter):
-    def __init__(self):
-        super().__init__()
-        self.lines: list[str] = []
-
-    def _show_log(self, message: str) -> None:
-        self.lines.append(message)
-
-
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("dataset"))
 
 
-def test_a_run_says_before_and_after_and_warns_of_a_small_device(dataset, tmp_path, monkeypatch):
+def test_train_logs_memory_estimate_and_warns_of_small_device(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(memory_estimate, "device_bytes", lambda device: 2**20)
-    heard = Listener()
-    manifest = main(make_spec(tmp_path, dataset, max_train_steps=2), heard, StopSignal())
-    said = next(line for line in heard.lines if line.startswith("Memory:"))
-    assert "activations" in said
-    warned = next(line for line in heard.lines if line.startswith("Warning: the device has"))
-    assert "gradient_checkpointing true" in warned
+    reporter = Listener()
+    manifest = main(make_spec(tmp_path, dataset, max_train_steps=2), reporter, StopSignal())
+    estimate_line = next(line for line in reporter.lines if line.startswith("Memory:"))
+    assert "activations" in estimate_line
+    warning = next(line for line in reporter.lines if line.startswith("Warning: the device has"))
+    assert "gradient_checkpointing true" in warning
     parts = manifest.memory_estimate
     assert parts["frozen weights"] == 4 * 5_348_996
     assert manifest.estimated_memory_bytes < sum(parts.values()) + 1
-    # of a process that has run other tests too
+    # the process may have run other tests as well
     assert manifest.peak_memory_bytes > psutil.Process().memory_info().rss / 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "dora", "lokr, whole matrices"])
-def test_a_process_of_its_own_takes_what_was_estimated(kind, dataset, tmp_path):
-    seeing = {"validation_disable": False, "validation_step_interval": 1}
-    spec = make_spec(tmp_path, dataset, max_train_steps=2, **seeing, **ADAPTERS[kind])
-    # Linux counts the peak of the process that started it, which here is pytest's, as its own
+def test_train_in_child_process_peak_memory_matches_estimate(kind, dataset, tmp_path):
+    with_images = {"validation_disable": False, "validation_step_interval": 1}
+    spec = make_spec(tmp_path, dataset, max_train_steps=2, **with_images, **ADAPTERS[kind])
+    # Linux counts the peak memory of the parent process, here pytest, as the child's own
     manifest = run(spec, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1")
     assert manifest.estimated_memory_bytes == pytest.approx(manifest.peak_memory_bytes, rel=0.05)
 
 
-class StopsAtTheFirstCheckpoint(StopSignal):
-    """Of a run's folder."""
+class StopAtFirstCheckpoint(StopSignal):
+    """Requests a stop once the run's folder contains a checkpoint."""
 
     def __init__(self, folder) -> None:
         super().__init__()
@@ -361,35 +356,35 @@ class StopsAtTheFirstCheckpoint(StopSignal):
         pytest.param("nf4-bnb", "bitsandbytes", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_on_quantized_weights_that_was_resumed_leaves_the_same_bytes(
-    precision, package, dataset, tmp_path
-):
+def test_train_quantized_stopped_and_resumed_has_same_weights(precision, package, dataset, tmp_path):
     pytest.importorskip(package, reason="needs the extra `quantization`")
     settings = {"max_train_steps": 4, "checkpoint_step_interval": 2, "base_model_precision": precision}
     unbroken = main(make_spec(tmp_path, dataset, run="unbroken", **settings), Reporter(), StopSignal())
-    spec = make_spec(tmp_path, dataset, run="broken", **settings)
+    spec = make_spec(tmp_path, dataset, run="stopped", **settings)
     with pytest.raises(StageStopped):
-        main(spec, Reporter(), StopsAtTheFirstCheckpoint(tmp_path / "broken"))
+        main(spec, Reporter(), StopAtFirstCheckpoint(tmp_path / "stopped"))
     resumed = main(spec, Reporter(), StopSignal())
     assert resumed.resumed_from_step == 2
     assert resumed.weights_sha256 == unbroken.weights_sha256
 
 
-def test_with_complete_caches_no_text_encoder_is_made_and_a_vae_for_images_alone(
-    dataset, tmp_path, monkeypatch
-):
-    made = []
+def test_train_with_complete_caches_loads_vae_only_for_images(dataset, tmp_path, monkeypatch):
+    constructed = []
     for kind in (CLIPTextModel, CLIPTextModelWithProjection, AutoencoderKL):
 
         @functools.wraps(kind.__init__)
-        def counted(self, *arguments, kind=kind, make=kind.__init__, **named):
+        def counted(self, *arguments, kind=kind, init=kind.__init__, **named):
             if not torch.empty(0).is_meta:  # an architecture without weights takes no memory
-                made.append(kind)
-            make(self, *arguments, **named)
+                constructed.append(kind)
+            init(self, *arguments, **named)
 
         monkeypatch.setattr(kind, "__init__", counted)
-    main(make_spec(tmp_path, dataset, run="blind", max_train_steps=1), Reporter(), StopSignal())
-    assert made == []
-    seeing = {"validation_disable": False, "validation_step_interval": 0}
-    main(make_spec(tmp_path, dataset, run="seeing", max_train_steps=1, **seeing), Reporter(), StopSignal())
-    assert set(made) == {AutoencoderKL}
+    main(make_spec(tmp_path, dataset, run="without_images", max_train_steps=1), Reporter(), StopSignal())
+    assert constructed == []
+    with_images = {"validation_disable": False, "validation_step_interval": 0}
+    main(
+        make_spec(tmp_path, dataset, run="with_images", max_train_steps=1, **with_images),
+        Reporter(),
+        StopSignal(),
+    )
+    assert set(constructed) == {AutoencoderKL}
