@@ -63,7 +63,7 @@ def test_a_launched_training_is_watched(
     }
     seen = [event.asset_observation_data.asset_observation for event in result.get_asset_observation_events()]
     shown = {str(item.metadata["name"].value) for item in seen if "image" in item.metadata}
-    assert {"validation", "validation, forming"} <= shown
+    assert {"validation", "validation (preview)"} <= shown
     assert "eval/loss" in {name for item in seen for name in item.metadata}
     (lora,) = result.asset_materializations_for_node("small__lora")
     assert lora.metadata["eval_loss"].value > 0

@@ -175,9 +175,8 @@ def test_train_gradient_checkpointing_has_same_weights(unbroken):
 def test_train_bf16_keeps_float32_adapter(unbroken):
     spec, expected = unbroken
     settings = {"mixed_precision": "bf16", "max_train_steps": 4, **WITH_IMAGES}
-    AcceleratorState._reset_state(
-        reset_partial_state=True
-    )  # accelerate keeps one mixed precision per process
+    # accelerate keeps one mixed precision per process
+    AcceleratorState._reset_state(reset_partial_state=True)
     half = main(with_settings(spec, "half", **settings), Listener(), StopSignal())
     AcceleratorState._reset_state(reset_partial_state=True)
     assert {tensor.dtype for tensor in load_file(half.weights_path).values()} == {torch.float32}

@@ -46,8 +46,8 @@ def spec_of(runs: Path, run: str, **settings: object) -> TrainSpec:
     return spec.model_copy(update={"run_dir": str(runs / run)})
 
 
-def train(spec: TrainSpec, listener: Reporter | None = None) -> TrainedLora:
-    return main(spec, listener or Reporter(), StopSignal())
+def train(spec: TrainSpec, reporter: Reporter | None = None) -> TrainedLora:
+    return main(spec, reporter or Reporter(), StopSignal())
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +65,9 @@ def standalone(runs: Path) -> TrainedLora:
 
 
 def test_train_longer_run_resumes_finished_run_and_equals_standalone_run(runs, standalone):
-    listener = Listener()
+    reporter = Listener()
     spec = spec_of(runs, "six", max_train_steps=6, validation_disable=False, validation_step_interval=3)
-    longer = train(spec, listener)
+    longer = train(spec, reporter)
     assert longer.resumed_from_step == 4
     assert longer.ancestor is not None
     assert longer.ancestor.same_trajectory
@@ -77,7 +77,7 @@ def test_train_longer_run_resumes_finished_run_and_equals_standalone_run(runs, s
     assert losses(longer) == losses(standalone)
     assert longer.skipped_steps == 0
     assert any(
-        "starts at step 4 of the run" in line and "continues it exactly" in line for line in listener.lines
+        "begins at step 4 of the run" in line and "goes on as that one" in line for line in reporter.lines
     )
 
 
@@ -99,12 +99,12 @@ def test_train_num_train_epochs_resumes_run_with_max_train_steps(runs):
 def test_train_length_dependent_lr_schedule_starts_at_zero_and_logs_reason(runs):
     folder, cosine = runs.with_name("cosine"), {"lr_scheduler": "cosine", "max_train_steps": 2}
     train(spec_of(folder, "short", **cosine))
-    listener = Listener()
-    longer = train(spec_of(folder, "long", **{**cosine, "max_train_steps": 3}), listener)
+    reporter = Listener()
+    longer = train(spec_of(folder, "long", **{**cosine, "max_train_steps": 3}), reporter)
     assert longer.resumed_from_step is None
     assert longer.ancestor is None
-    (line,) = [line for line in listener.lines if "only in length" in line]
-    assert "lr_scheduler cosine depends on the length: this run starts at step 0" in line
+    (line,) = [line for line in reporter.lines if "in its length alone" in line]
+    assert "lr_scheduler cosine depends on the length: this run begins at step 0" in line
     assert "constant_with_warmup" in line
 
 
@@ -128,10 +128,10 @@ def other_settings(runs: Path, run: str, checkpoint: Path, **settings: object) -
 
 def test_train_warm_start_imports_weights_moments_and_step_and_changes_identity(runs):
     checkpoint = runs / "four" / "checkpoints" / "step-00000004"
-    listener = Listener()
+    reporter = Listener()
     spec = other_settings(runs, "unbroken", checkpoint)
-    manifest = train(spec, listener)
-    assert any("its optimizer's state, under the settings of this run" in line for line in listener.lines)
+    manifest = train(spec, reporter)
+    assert any("its optimizer's state, under its own settings" in line for line in reporter.lines)
     assert manifest.ancestor is not None
     assert (manifest.ancestor.step, manifest.ancestor.same_trajectory) == (4, False)
     rows = read_metrics(Path(manifest.metrics_path))
@@ -163,12 +163,12 @@ def test_train_warm_start_imports_weights_moments_and_step_and_changes_identity(
 
 def test_train_warm_start_with_other_optimizer_imports_weights_only(runs):
     checkpoint = runs / "four" / "checkpoints" / "step-00000004"
-    listener = Listener()
+    reporter = Listener()
     spec = other_settings(
         runs, "lion", checkpoint, optimizer="optimi-lion", max_train_steps=5, learning_rate=1e-5
     )
-    manifest = train(spec, listener)
-    assert any("a new optimizer state" in line for line in listener.lines)
+    manifest = train(spec, reporter)
+    assert any("an optimizer that begins anew" in line for line in reporter.lines)
     assert manifest.ancestor is not None
     assert not manifest.ancestor.takes_optimizer
     before = load_checkpoint(checkpoint).parameters
@@ -178,10 +178,10 @@ def test_train_warm_start_with_other_optimizer_imports_weights_only(runs):
 
 def test_train_warm_start_with_incompatible_optimizer_state_imports_weights_only(runs):
     checkpoint = runs / "four" / "checkpoints" / "step-00000004"
-    listener = Listener()
+    reporter = Listener()
     spec = other_settings(runs, "amsgrad", checkpoint, optimizer_config="amsgrad=true", max_train_steps=5)
-    manifest = train(spec, listener)
-    assert any("different layout" in line for line in listener.lines)
+    manifest = train(spec, reporter)
+    assert any("begins anew: what the one there kept" in line for line in reporter.lines)
     assert manifest.ancestor is not None
     assert not manifest.ancestor.takes_optimizer
     after = load_checkpoint(Path(spec.run_dir) / "checkpoints" / "step-00000005").optimizer
@@ -196,22 +196,22 @@ def test_train_copied_checkpoint_resumes_without_neighbouring_files(runs, standa
     (home / "metrics.jsonl").write_text('{"epoch": 3}\n')
     (home / "validation").mkdir()
     (home / "validation" / "mine").write_text("x")
-    listener = Listener()
+    reporter = Listener()
     same = train(
         spec_of(runs.with_name("copied"), "six", max_train_steps=6, resume_from_checkpoint=str(copied)),
-        listener,
+        reporter,
     )
     assert any(
-        "starts at step 4 of the run" in line and "continues it exactly" in line for line in listener.lines
+        "begins at step 4 of the run" in line and "goes on as that one" in line for line in reporter.lines
     )
     assert (same.identity, same.weights_sha256) == (standalone.identity, standalone.weights_sha256)
     assert [step for step, _ in losses(same)] == [5, 6]
     assert same.skipped_steps == 0
     assert not {"chat.jsonl", "validation"} & {path.name for path in Path(same.run_dir).iterdir()}
 
-    fingerprints, listener = run_fingerprints(spec := other_settings(runs, tmp_path.name, copied)), Listener()
-    resume_run(spec, fingerprints, listener)
-    assert any("its optimizer's state, under its own settings" in line for line in listener.lines)
+    fingerprints, reporter = run_fingerprints(spec := other_settings(runs, tmp_path.name, copied)), Listener()
+    resume_run(spec, fingerprints, reporter)
+    assert any("its optimizer's state, under its own settings" in line for line in reporter.lines)
     assert {path.name for path in Path(spec.run_dir).iterdir()} == {"checkpoints", "lineage.json"}
 
 
@@ -220,9 +220,9 @@ def test_resume_run_other_number_of_processes_logs_checkpoint_to_resume(runs):
     shutil.copytree(runs / "four", checkpoint.parents[1])
     spec = spec_of(runs.with_name("devices"), "two")
     spec = spec.model_copy(update={"hardware": spec.hardware.model_copy(update={"num_processes": 2})})
-    listener = Listener()
-    resume_run(spec, run_fingerprints(spec), listener)
-    (line,) = listener.lines
+    reporter = Listener()
+    resume_run(spec, run_fingerprints(spec), reporter)
+    (line,) = reporter.lines
     assert "The run four is at step 4 of this training on another number of processes" in line
     assert line.endswith(f"resume_from_checkpoint: {checkpoint}")
     assert not (Path(spec.run_dir) / "checkpoints").exists()
@@ -244,9 +244,9 @@ def neighbours(runs: Path) -> Path:
 
 
 def nearest_line(neighbours: Path, run: str, **settings: object) -> str:
-    listener = Listener()
-    train(spec_of(neighbours, run, validation_disable=True, **settings), listener)
-    (line,) = [line for line in listener.lines if "This run starts at step 0" in line]
+    reporter = Listener()
+    train(spec_of(neighbours, run, validation_disable=True, **settings), reporter)
+    (line,) = [line for line in reporter.lines if "This run starts at step 0" in line]
     shutil.rmtree(neighbours / run)
     return line
 
@@ -295,9 +295,9 @@ def test_train_latest_with_dora_logs_init_lora(neighbours):
 def test_train_latest_with_other_images_logs_the_dataset(neighbours):
     spec = spec_of(neighbours, "images", max_train_steps=1)
     more = spec.datasets[0].model_copy(update={"repeats": 1})
-    listener = Listener()
-    train(spec.model_copy(update={"datasets": (more,)}), listener)
-    (line,) = [line for line in listener.lines if "This run starts at step 0" in line]
+    reporter = Listener()
+    train(spec.model_copy(update={"datasets": (more,)}), reporter)
+    (line,) = [line for line in reporter.lines if "This run starts at step 0" in line]
     assert "images, captions or settings of the dataset shapes" in line
     shutil.rmtree(neighbours / "images")
 
@@ -351,15 +351,15 @@ def test_resume_run_logs_each_corrupt_checkpoint(runs, tmp_path):
         corrupt = tmp_path / "four" / "checkpoints" / f"step-{step:08d}"
         (corrupt / "trainable.safetensors").unlink()
         (corrupt / "trainable.safetensors").write_bytes(b"x")
-        listener, spec = Listener(), spec_of(tmp_path, f"five_{step}", max_train_steps=5)
-        resume_run(spec, run_fingerprints(spec), listener)
-        assert f"checkpoint {corrupt} is damaged and is passed over" in listener.lines
-        assert start is None or any(start in line for line in listener.lines)
+        reporter, spec = Listener(), spec_of(tmp_path, f"five_{step}", max_train_steps=5)
+        resume_run(spec, run_fingerprints(spec), reporter)
+        assert f"checkpoint {corrupt} is damaged and is passed over" in reporter.lines
+        assert start is None or any(start in line for line in reporter.lines)
         shutil.rmtree(spec.run_dir)
 
 
 @pytest.mark.slow
-def test_train_warm_start_does_not_change_ancestor_files(runs, tmp_path):
+def test_train_resumed_longer_run_does_not_change_ancestor_files(runs, tmp_path):
     folder = tmp_path / "runs"
     train(spec_of(folder, "two", max_train_steps=2))
     files = sorted(path for path in (folder / "two").rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""Step metrics: kept on the device, fetched every few steps, then written, reported and checked for non-finite values."""
+"""Step metrics: collected on the device, fetched every few steps, then written, reported and checked for non-finite values."""
 
 import math
 import time

@@ -39,9 +39,8 @@ def test_predict_x0_true_prediction_returns_clean_latents(kind, prediction_type)
             "sample": clean,
         }[prediction_type]
         noisy = scheduler.add_noise(clean, noise, timestep[None])
-        scheduler._step_index = (
-            None  # as at the start of sampling, so that the scheduler searches for the timestep
-        )
+        # as at the start of sampling, so that the scheduler searches for the timestep
+        scheduler._step_index = None
         actual = predict_x0(scheduler, truth, timestep, noisy)
         torch.testing.assert_close(actual, clean, rtol=0, atol=2e-3)
 
@@ -76,21 +75,21 @@ def generate(folder: Path, **settings) -> tuple[np.ndarray, list[tuple[Preview, 
 
 def test_previews_converge_to_image_and_do_not_change_it(tmp_path):
     expected, no_previews = generate(tmp_path / "plain")
-    image, shown = generate(tmp_path / "previewed", validation_preview=True, validation_preview_steps=3)
+    image, previewed = generate(tmp_path / "previewed", validation_preview=True, validation_preview_steps=3)
     assert no_previews == []
     assert np.array_equal(expected, image)
-    assert [preview.sampler_step for preview, _ in shown] == [3, 6, 7]
-    first = shown[0][0]
+    assert [preview.sampler_step for preview, _ in previewed] == [3, 6, 7]
+    first = previewed[0][0]
     assert (first.name, first.step, first.sampler_steps) == ("circle (b)", 40, 7)
     assert first.caption == "a red circle (sampler step 3 of 7)"
-    errors = [np.abs(pixels - image).mean() for _, pixels in shown]
+    errors = [np.abs(pixels - image).mean() for _, pixels in previewed]
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 12  # of 255: error of the tiny autoencoder and JPEG
 
 
 def test_previews_files_keep_their_sampler_step_until_next_validation(tmp_path):
-    _, shown = generate(tmp_path, validation_preview=True, validation_preview_steps=3)
-    for preview, pixels in shown:
+    _, previewed = generate(tmp_path, validation_preview=True, validation_preview_steps=3)
+    for preview, pixels in previewed:
         assert np.array_equal(pixels_of(preview.path), pixels), preview.caption
     folder = tmp_path / "previews"
     assert sorted(path.name for path in folder.rglob("*.jpg")) == [f"circle_b-{n}.jpg" for n in (3, 6, 7)]
@@ -102,10 +101,10 @@ def test_previews_files_keep_their_sampler_step_until_next_validation(tmp_path):
 
 def test_previews_second_order_sampler_counts_its_model_evaluations(tmp_path, monkeypatch):
     monkeypatch.setitem(SAMPLERS, "euler", HeunDiscreteScheduler)
-    _, shown = generate(
+    _, previewed = generate(
         tmp_path, validation_preview=True, validation_preview_steps=5, validation_noise_scheduler="euler"
     )
-    assert [(preview.sampler_step, preview.sampler_steps) for preview, _ in shown] == [
+    assert [(preview.sampler_step, preview.sampler_steps) for preview, _ in previewed] == [
         (5, 13),
         (10, 13),
         (13, 13),
@@ -148,7 +147,6 @@ def test_previews_default_autoencoder_offline_raises_with_hint(tmp_path, monkeyp
         UserError,
         match=r"needs the tiny autoencoder madebyollin/taesdxl, which is not available.*validation_preview to false",
     ):
-        build_previews(
-            tmp_path
-        )  # the base model is a folder, so the default is SDXL's autoencoder on the Hub
+        # the base model is a folder, so the default is SDXL's autoencoder on the Hub
+        build_previews(tmp_path)
     build_previews(tmp_path, validation_preview_model_name_or_path=TINY)

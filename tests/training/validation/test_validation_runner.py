@@ -121,8 +121,8 @@ def evaluate_weights_file(spec: TrainSpec, manifest: TrainedLora) -> float:
 def test_train_with_validation_has_same_weights_and_notifies_all_observers(tmp_path, posts):
     plain = main(spec_of(tmp_path, "plain"), Reporter(), StopSignal())
     webhook = {"webhook_config": str(tmp_path / "webhooks.json"), "eval_dataset_id": "held"}
-    spec, listener = spec_of(tmp_path, "validated", **VALIDATION, **webhook), Listener()
-    validated = main(spec, listener, StopSignal())
+    spec, reporter = spec_of(tmp_path, "validated", **VALIDATION, **webhook), Listener()
+    validated = main(spec, reporter, StopSignal())
 
     assert validated.identity == plain.identity
     assert validated.weights_sha256 == plain.weights_sha256
@@ -135,7 +135,7 @@ def test_train_with_validation_has_same_weights_and_notifies_all_observers(tmp_p
 
     previews = {("circle (preview)", step) for step in (0, 3, 6)}
     images = {("circle", step) for step in (0, 3, 6)}
-    assert set(listener.images) == previews | images
+    assert set(reporter.images) == previews | images
     expected = {
         "loss",
         "lr",
@@ -145,7 +145,7 @@ def test_train_with_validation_has_same_weights_and_notifies_all_observers(tmp_p
         "eta_seconds",
         "eval/loss",
     }
-    assert expected <= listener.metrics_seen
+    assert expected <= reporter.metrics_seen
     row = read_metrics(Path(validated.metrics_path))[-1]
     assert row.steps_per_second is not None
     assert row.samples_per_second == pytest.approx(2 * row.steps_per_second)
@@ -168,7 +168,7 @@ def test_train_with_validation_has_same_weights_and_notifies_all_observers(tmp_p
     assert progress[0]["values"].keys() >= {"loss", "lr", "grad_norm"}
     assert all(post["images"] for post in posts if post["message_type"].startswith("validation"))
 
-    output = "\n".join(listener.lines) + validated.model_dump_json() + spec.model_dump_json() + repr(spec)
+    output = "\n".join(reporter.lines) + validated.model_dump_json() + spec.model_dump_json() + repr(spec)
     assert SECRET not in output
     for path in Path(spec.run_dir).rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes()
@@ -217,12 +217,12 @@ def test_train_resumed_repeats_no_validation(tmp_path, posts):
     with pytest.raises(StageStopped):
         main(spec, StopAtImageOfStepThree(), stop)
     assert [post["message_type"] for post in posts][-1] == "training.stopped"
-    listener = Listener()
-    resumed = main(spec, listener, StopSignal())
+    reporter = Listener()
+    resumed = main(spec, reporter, StopSignal())
     assert resumed.resumed_from_step == 3
     assert [row.step for row in read_eval_losses(Path(spec.run_dir) / EVAL_LOSS_FILE)] == [0, 4, 6]
     assert [image.step for image in resumed.validation_images] == [0, 3, 6]
-    assert ("circle", 0) not in listener.images
+    assert ("circle", 0) not in reporter.images
     assert (
         resumed.weights_sha256 == main(spec_of(tmp_path, "unbroken"), Reporter(), StopSignal()).weights_sha256
     )
