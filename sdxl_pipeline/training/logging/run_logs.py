@@ -40,6 +40,7 @@ class RunLog(Generic[Row]):
         self._path, self._to_json = path, to_json
         rows = [row for row in read(path) if row.step <= resumed_at]
         self._steps = {row.step for row in rows}
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             write_text_atomic(path, "".join(map(self._line, rows)))
 
