@@ -1,1 +1,1 @@
-"""What a trained LoRA is worth: eval loss, CLIP score, gallery, report."""
+"""Evaluation of a trained model against its base model: eval loss, CLIP score, gallery, report."""

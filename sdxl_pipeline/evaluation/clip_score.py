@@ -1,4 +1,4 @@
-"""CLIP score: how well an image fits its prompt (Hessel et al. 2021, "CLIPScore", with the factor 100 in general use)."""
+"""CLIP score: how well an image matches its prompt (Hessel et al. 2021, "CLIPScore", with the commonly used factor of 100)."""
 
 import statistics
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ BATCH_SIZE = 16
 
 
 class ClipScorer:
-    """A CLIP with its preprocessing, loaded once and asked for many scores."""
+    """A CLIP model with its tokenizer and image processor, loaded once from a local folder."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         self.model = CLIPModel.from_pretrained(
@@ -26,7 +26,7 @@ class ClipScorer:
         self.processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
 
     def scores(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """100 * max(cosine, 0) of each image with its own prompt: from 0 to 100."""
+        """Return 100 * max(cosine, 0) of each image with its own prompt, in [0, 100]."""
         scores: list[float] = []
         for start in range(0, len(images), BATCH_SIZE):
             stop = start + BATCH_SIZE
@@ -36,19 +36,19 @@ class ClipScorer:
 
     @torch.no_grad()
     def cosine_similarity(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """Cosine of every image with every prompt: (images, prompts). Prompts are cut at the encoder's 77 tokens."""
+        """Return the cosine of every image with every prompt, (images, prompts). Prompts are truncated to the encoder's 77 tokens."""
         length = self.model.config.text_config.max_position_embeddings
         text = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         )
         pixels = self.processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
         embeds = self.model(**text.to(self.model.device), **pixels.to(self.model.device))
-        # CLIPModel gives both embeddings with unit length.
+        # CLIPModel returns both embeddings normalized to unit length.
         return (embeds.image_embeds @ embeds.text_embeds.T).cpu()
 
 
 def summarize(scores: Sequence[float]) -> ClipSummary:
-    """Minimum, maximum, mean and population standard deviation."""
+    """Return minimum, maximum, mean and population standard deviation."""
     return ClipSummary(
         min=min(scores), max=max(scores), mean=statistics.fmean(scores), std=statistics.pstdev(scores)
     )

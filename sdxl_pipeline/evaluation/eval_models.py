@@ -1,6 +1,6 @@
-"""What is evaluated: the trained model and its base model, one at a time in the same pipeline.
+"""The models under evaluation: the trained model and its base model, one at a time in the same pipeline.
 
-What was trained is loaded from its exported files by diffusers' own loader, as its users will load it.
+The trained weights are loaded from their exported files with diffusers' own loader, as their users load them.
 """
 
 from abc import ABC, abstractmethod
@@ -31,9 +31,10 @@ ADAPTER = "evaluated"
 
 
 class EvalModel(ABC):
-    """The trained model in a pipeline without text encoders, and its base model in its place.
+    """The trained model in a pipeline without text encoders; `base()` switches to its base model.
 
-    `online_text_encoder` encodes captions and prompts where the text encoders were trained; else their embeddings are in the caches.
+    `online_text_encoder` encodes captions and prompts if the text encoders were trained; otherwise it is None and the embeddings come
+    from the caches.
     """
 
     def __init__(
@@ -43,11 +44,11 @@ class EvalModel(ABC):
 
     @abstractmethod
     def base(self) -> AbstractContextManager[None]:
-        """Have the base model in the pipeline while the block runs."""
+        """Run the block with the base model in the pipeline."""
 
 
 class AdapterEvalModel(EvalModel):
-    """A UNet, and perhaps text encoders, with adapters that can be switched off."""
+    """A UNet, and optionally text encoders, with adapters that can be disabled."""
 
     def __init__(
         self,
@@ -59,12 +60,12 @@ class AdapterEvalModel(EvalModel):
         self._models = models
 
     def base(self) -> AbstractContextManager[None]:
-        """Switch the adapters off."""
+        """Run the block with the adapters disabled."""
         return without_adapter(*self._models.values())
 
 
 class FullUNetEvalModel(EvalModel):
-    """A UNet all of whose weights were trained. The base model's waits on the CPU, so that the device holds but one."""
+    """A fully trained UNet. The base model's UNet stays on the CPU meanwhile, so that the device holds only one of them."""
 
     def __init__(self, pipeline: StableDiffusionXLPipeline, base_unet: UNet2DConditionModel) -> None:
         super().__init__(pipeline)
@@ -72,20 +73,20 @@ class FullUNetEvalModel(EvalModel):
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """Exchange the two UNets, and back."""
+        """Run the block with the base model's UNet in the pipeline."""
         trained = self.pipeline.unet
         device = trained.device
-        self.pipeline.unet = _exchanged(trained, self._base_unet, device)
+        self.pipeline.unet = _swap(trained, self._base_unet, device)
         try:
             yield
         finally:
-            self.pipeline.unet = _exchanged(self._base_unet, trained, device)
+            self.pipeline.unet = _swap(self._base_unet, trained, device)
 
 
 def load_eval_model(spec: EvaluateSpec) -> EvalModel:
-    """What the training left, loaded back beside the base model.
+    """Load the trained weights and the base model.
 
-    Raises UserError when it does not load back whole.
+    Raises UserError when the exported file does not load completely.
     """
     dtype = dtype_from_name(spec.settings.mixed_precision or spec.hardware.mixed_precision)
     base = load_unet(spec.base_model, dtype).eval()
@@ -107,24 +108,24 @@ def _pipeline(spec: EvaluateSpec, unet: UNet2DConditionModel) -> StableDiffusion
     return build_inference_pipeline(spec.base_model, unet, vae_dtype, spec.settings)
 
 
-def _exchanged(
-    idle: UNet2DConditionModel, wanted: UNet2DConditionModel, device: torch.device
+def _swap(
+    unused: UNet2DConditionModel, active: UNet2DConditionModel, device: torch.device
 ) -> UNet2DConditionModel:
-    idle.to("cpu")
-    return wanted.to(device)
+    unused.to("cpu")
+    return active.to(device)
 
 
 def _load_unet(folder: Path, base: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:
-    unet, found = UNet2DConditionModel.from_pretrained(
+    unet, info = UNet2DConditionModel.from_pretrained(
         folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
     )
-    astray = sorted(
-        {*found["missing_keys"], *found["unexpected_keys"]}
+    mismatched = sorted(
+        {*info["missing_keys"], *info["unexpected_keys"]}
         | (base.state_dict().keys() ^ unet.state_dict().keys())
     )
-    if astray:
+    if mismatched:
         raise UserError(
-            f"{folder} does not load back whole: {len(astray)} weights are astray, as {astray[0]}"
+            f"{folder} does not load completely: {len(mismatched)} missing or unexpected keys, such as {mismatched[0]}"
         )
     return unet.eval().requires_grad_(False)
 
@@ -135,16 +136,16 @@ def _load_adapter(models: dict[str, nn.Module], weights: Path, trained_modules: 
             changed = load_adapter(models, weights, ADAPTER)
         require_complete(models, weights, ADAPTER)
     except AdapterError as error:
-        raise UserError(f"{weights} does not load back whole: {error}") from error
+        raise UserError(f"{weights} does not load completely: {error}") from error
     if (adapted := sum(map(len, changed.values()))) != trained_modules:
         raise UserError(
-            f"{weights} does not load back whole: it adapts {adapted} layers, but {trained_modules} were trained"
+            f"{weights} does not load completely: it adapts {adapted} layers, but {trained_modules} were trained"
         )
 
 
 @contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """Its loader warns of parts of a file that it is not asked to load; what it might warn of besides is checked after it."""
+    """Silence diffusers: its loader warns about parts of a file that are not to be loaded. Real mismatches are checked afterwards."""
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
     try:

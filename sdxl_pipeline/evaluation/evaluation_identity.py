@@ -1,4 +1,4 @@
-"""What an evaluation is: the digest of everything that decides its figures and images. No torch."""
+"""Identity of an evaluation: the digest of everything that its metrics and images depend on. Imports no torch."""
 
 from pathlib import Path
 from typing import Final
@@ -13,19 +13,46 @@ from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.validation.eval_samples import choose_samples
 
 CODE_VERSION = 3
-"""Raise it when a change of the evaluation changes the numbers or images it gives."""
+"""To be increased with every change of the evaluation that changes its metrics or images."""
 
-LOOKED_AT: Final = keys_used_by(TrainingSettings, "evaluation")
-"""Settings that say how a LoRA is looked at; they may change after it was trained."""
+LOOKED_AT: Final = frozenset(
+    (
+        "validation_resolution",
+        "validation_guidance",
+        "validation_guidance_rescale",
+        "validation_num_inference_steps",
+        "validation_noise_scheduler",
+        "inference_scheduler_timestep_spacing",
+        "validation_seed",
+        "num_validation_images",
+        "evaluation_type",
+        "pretrained_evaluation_model_name_or_path",
+        "eval_loss_disable",
+        "eval_timesteps",
+        "num_eval_images",
+        "eval_dataset_id",
+    )
+)
+"""Settings of the evaluation alone; they may change after the training."""
 
-TRAINED_WITH: Final = keys_used_by(TrainingSettings, "run_evaluation")
-"""Settings of the training that the evaluation's figures and images depend on as well."""
+TRAINING_DEPENDENCIES: Final = frozenset(
+    (
+        "prediction_type",
+        "rescale_betas_zero_snr",
+        "mixed_precision",
+        "vae_dtype",
+        "micro_conditioning",
+        "train_batch_size",
+        "seed",
+    )
+)
+"""Training settings that the evaluation's metrics and images also depend on."""
 
 
 def evaluation_identity(spec: EvaluateSpec) -> str:
-    """Hex SHA-256: the same again means the same report, but for the comparison with the release before it.
+    """Return a hex SHA-256: equal identities mean equal reports, except for the comparison with the previous release.
 
-    Raises UserError when the weights are not those that were trained.
+    Raises UserError when the weights file is missing or differs from what the training wrote.
     """
     _require_weights(spec.lora)
     source, samples = choose_samples(spec.datasets, spec.settings)
@@ -36,7 +63,7 @@ def evaluation_identity(spec: EvaluateSpec) -> str:
             "lora": spec.lora.weights_sha256,
             "pictures": [source, samples.digest()],
             "prompts": [prompt.model_dump() for prompt in spec.prompts],
-            "settings": spec.settings.model_dump(mode="json", include=LOOKED_AT | TRAINED_WITH),
+            "settings": spec.settings.model_dump(mode="json", include=set(LOOKED_AT | TRAINING_DEPENDENCIES)),
             "scoring_model": scoring_model_name(spec.settings, spec.base_model),
             "device": spec.hardware.device,
         }
@@ -46,8 +73,8 @@ def evaluation_identity(spec: EvaluateSpec) -> str:
 def _require_weights(lora: TrainedLora) -> None:
     weights = Path(lora.weights_path)
     if not weights.exists():
-        raise UserError(f"{weights} is gone; materialize lora again")
+        raise UserError(f"{weights} does not exist. Materialize lora again")
     if sha256_path(weights) != lora.weights_sha256:
         raise UserError(
-            f"{weights} is not what the training wrote: its SHA-256 differs. Materialize lora again"
+            f"{weights} is not the file that the training wrote: its SHA-256 differs. Materialize lora again"
         )

@@ -1,4 +1,4 @@
-"""The evaluation itself: eval loss, gallery and CLIP score of what was trained beside its base model's."""
+"""The evaluation: eval loss, gallery and CLIP score of the trained model and of its base model."""
 
 import time
 from contextlib import closing
@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl_pipeline.evaluation.clip_score import ClipScorer, summarize
-from sdxl_pipeline.evaluation.comparison_grid import Pair, comparison_sheet
+from sdxl_pipeline.evaluation.comparison_grid import Pair, comparison_grid
 from sdxl_pipeline.evaluation.eval_models import EvalModel, load_eval_model
-from sdxl_pipeline.evaluation.gallery import GalleryImage, draw, plan_caption_gallery, plan_gallery
-from sdxl_pipeline.evaluation.paired_difference import paired_difference, released_losses
+from sdxl_pipeline.evaluation.gallery import GalleryImage, generate, plan_caption_gallery, plan_gallery
 from sdxl_pipeline.evaluation.report import (
     change_since,
     describe_difference,
-    figures,
+    metrics,
+    paired_difference,
     plot_losses,
+    released_losses,
     write_report,
 )
 from sdxl_pipeline.evaluation.scoring_model import scoring_model_folder, scoring_model_name
@@ -40,7 +41,7 @@ from sdxl_pipeline.training.validation.eval_samples import EvalSource, choose_sa
 
 
 @dataclass(frozen=True)
-class Work:
+class EvaluationContext:
     """What every part of the evaluation needs."""
 
     spec: EvaluateSpec
@@ -50,15 +51,20 @@ class Work:
     reporter: Reporter
     stop: StopSignal
 
+    @property
+    def label(self) -> str:
+        """The trained model's name in texts."""
+        return KIND_LABELS[self.spec.lora.weights_kind]
+
 
 def evaluate(spec: EvaluateSpec, identity: str, reporter: Reporter, stop: StopSignal) -> EvaluationReport:
-    """Measure what was trained against its base model, and write the report, which bears `identity`.
+    """Measure the trained model and its base model, and write the report, in which `identity` is recorded.
 
-    Raises UserError when there is nothing to evaluate on, no scoring model, or weights that do not load back.
+    Raises UserError when there is no image to evaluate on, no scoring model, or weights that do not load completely.
     """
     started = time.monotonic()
     settings = spec.settings
-    # Before anything is computed, so that a missing scoring model costs nothing.
+    # Resolved first, so that a missing scoring model fails before anything is computed.
     clip_folder = (
         scoring_model_folder(settings, spec.base_model) if settings.evaluation_type == "clip" else None
     )
@@ -69,34 +75,33 @@ def evaluate(spec: EvaluateSpec, identity: str, reporter: Reporter, stop: StopSi
     eval_model = load_eval_model(spec)
     encoders = OnDemandEncoders(spec.base_model, spec.hardware)
     with closing(BatchReader(spec.datasets, encoders, eval_model.online_text_encoder)) as reader:
-        work = Work(spec, eval_model, reader, samples, reporter, stop)
-        return _measure(work, identity, source, clip_folder, started)
+        context = EvaluationContext(spec, eval_model, reader, samples, reporter, stop)
+        return _measure(context, identity, source, clip_folder, started)
 
 
 def _measure(
-    work: Work, identity: str, source: EvalSource, clip_folder: Path | None, started: float
+    context: EvaluationContext, identity: str, source: EvalSource, clip_folder: Path | None, started: float
 ) -> EvaluationReport:
-    """The report; its seconds count from `started`."""
-    spec, settings, reporter, samples = work.spec, work.spec.settings, work.reporter, work.samples
+    """Return the report; its `seconds` count from `started`."""
+    spec, settings, reporter, label = context.spec, context.spec.settings, context.reporter, context.label
     output_dir = Path(spec.output_dir)
-    called = KIND_LABELS[spec.lora.weights_kind]
     base_loss = lora_loss = to_base = to_release = None
     loss_plot_path = output_dir / "loss_by_timestep.png"
     if not settings.eval_loss_disable:
-        base_loss, lora_loss = measure_losses(work)
-        plot_losses(base_loss, lora_loss, called, loss_plot_path)
-        reporter.image("loss_by_timestep", loss_plot_path, f"Eval loss of the base model and the {called}")
+        base_loss, lora_loss = measure_losses(context)
+        plot_losses(base_loss, lora_loss, label, loss_plot_path)
+        reporter.image("loss_by_timestep", loss_plot_path, f"Eval loss of the base model and the {label}")
         to_base = paired_difference(lora_loss, dict(base_loss.by_image))
         reporter.log(
-            f"Eval loss: base model {base_loss.mean:.5f}, {called} {lora_loss.mean:.5f}, difference {describe_difference(to_base)}."
+            f"Eval loss: base model {base_loss.mean:.5f}, {label} {lora_loss.mean:.5f}, difference {describe_difference(to_base)}."
         )
 
-    drawings = generate_gallery(work)
-    images, gallery_path = save_gallery(work, drawings)
+    gallery = generate_gallery(context)
+    images, gallery_path = save_gallery(context, gallery)
     base_clip = lora_clip = None
     if clip_folder is not None:
-        base_clip, lora_clip = score_gallery(clip_folder, spec.hardware.device, drawings)
-        reporter.log(f"CLIP score: base model {base_clip.mean:.2f}, {called} {lora_clip.mean:.2f}.")
+        base_clip, lora_clip = score_gallery(clip_folder, spec.hardware.device, gallery)
+        reporter.log(f"CLIP score: base model {base_clip.mean:.2f}, {label} {lora_clip.mean:.2f}.")
 
     previous = Path(spec.previous_report_path) if spec.previous_report_path else None
     if previous is not None and lora_loss is not None:
@@ -107,7 +112,7 @@ def _measure(
         weights_kind=spec.lora.weights_kind,
         lora_sha256=spec.lora.weights_sha256,
         eval_source=source,
-        eval_images=len(samples),
+        eval_images=len(context.samples),
         base_loss=base_loss,
         lora_loss=lora_loss,
         base_clip=base_clip,
@@ -115,96 +120,99 @@ def _measure(
         gallery_path=str(gallery_path),
         images=images,
         broken_images=tuple(
-            FailedItem(name=after.shot.name, reason=after.fault)
-            for _, after in drawings
-            if after.fault is not None
+            FailedItem(name=after.prompt.name, reason=after.defect)
+            for _, after in gallery
+            if after.defect is not None
         ),
         loss_plot_path=str(loss_plot_path) if lora_loss is not None else None,
         report_path=str(output_dir / "report.md"),
         difference_to_base=to_base,
         difference_to_release=to_release,
-        change_since_release=change_since(previous, figures(base_loss, lora_loss, base_clip, lora_clip)),
+        change_since_release=change_since(previous, metrics(base_loss, lora_loss, base_clip, lora_clip)),
         seconds=time.monotonic() - started,
     )
     write_report(report, f"run {Path(spec.lora.run_dir).name}", scoring_model_name(settings, spec.base_model))
     return report
 
 
-def measure_losses(work: Work) -> tuple[LossSummary, LossSummary]:
-    """Eval loss of the base model and of what was trained, on the same images, timesteps and noise."""
-    spec, pipeline = work.spec, work.eval_model.pipeline
+def measure_losses(context: EvaluationContext) -> tuple[LossSummary, LossSummary]:
+    """Return the eval loss of the base model and of the trained model, on the same images, timesteps and noise."""
+    spec, pipeline = context.spec, context.eval_model.pipeline
     scheduler = load_noise_scheduler(spec.base_model, spec.settings.scheduler_changes)
     objective = Objective(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
     timesteps = eval_timesteps(spec.settings.eval_timesteps, scheduler.config.num_train_timesteps)
 
     def measure(name: str) -> LossSummary:
         def on_batch(done: int, total: int) -> None:
-            work.reporter.progress(f"eval loss, {name}", done, total, "pairs")
-            work.stop.raise_if_requested()
+            context.reporter.progress(f"eval loss, {name}", done, total, "pairs")
+            context.stop.raise_if_requested()
 
-        # read for each model, since each may have text encoders of its own
-        images = read_images(work.samples, work.reader, pipeline.vae.config.scaling_factor)
+        # read once per model, since each model may have its own text encoders
+        images = read_images(context.samples, context.reader, pipeline.vae.config.scaling_factor)
         return eval_loss(
             pipeline.unet, objective, images, timesteps, spec.settings.train_batch_size, on_batch
         )
 
-    with work.eval_model.base():
+    with context.eval_model.base():
         base = measure("base model")
-    return base, measure(KIND_LABELS[spec.lora.weights_kind])
+    return base, measure(context.label)
 
 
-def generate_gallery(work: Work) -> list[tuple[GalleryImage, GalleryImage]]:
-    """(base model's, trained model's) image of every shot: of the validation prompts, or of some captions where there are none."""
-    spec, pipeline = work.spec, work.eval_model.pipeline
+def generate_gallery(context: EvaluationContext) -> list[tuple[GalleryImage, GalleryImage]]:
+    """Return (base model's, trained model's) image of every gallery prompt: the validation prompts, or captions if there are none."""
+    spec, pipeline = context.spec, context.eval_model.pipeline
     zeros = bool(pipeline.config.force_zeros_for_empty_prompt)
 
-    def images(already: int) -> list[GalleryImage]:
+    def generate_all(finished: int) -> list[GalleryImage]:
         if spec.prompts:
-            shots = plan_gallery(spec.prompts, spec.settings, work.reader, zeros)
+            prompts = plan_gallery(spec.prompts, spec.settings, context.reader, zeros)
         else:
-            shots = plan_caption_gallery(work.samples, spec.datasets, spec.settings, work.reader, zeros)
-        drawings = []
-        for done, shot in enumerate(shots, already):
-            work.reporter.progress("gallery", done, 2 * len(shots), "images")
-            drawings.append(draw(pipeline, shot, spec.settings, work.stop.raise_if_requested))
-        return drawings
+            prompts = plan_caption_gallery(
+                context.samples, spec.datasets, spec.settings, context.reader, zeros
+            )
+        images = []
+        for done, prompt in enumerate(prompts, finished):
+            context.reporter.progress("gallery", done, 2 * len(prompts), "images")
+            images.append(generate(pipeline, prompt, spec.settings, context.stop.raise_if_requested))
+        return images
 
-    with work.eval_model.base():
-        before = images(0)
-    after = images(len(before))
-    work.reporter.progress("gallery", 2 * len(after), 2 * len(after), "images")
+    with context.eval_model.base():
+        before = generate_all(0)
+    after = generate_all(len(before))
+    context.reporter.progress("gallery", 2 * len(after), 2 * len(after), "images")
     return list(zip(before, after, strict=True))
 
 
 def save_gallery(
-    work: Work, drawings: list[tuple[GalleryImage, GalleryImage]]
+    context: EvaluationContext, gallery: list[tuple[GalleryImage, GalleryImage]]
 ) -> tuple[tuple[ValidationImage, ...], Path]:
-    """Write every image, those of the base model as step 0, and the sheet that shows them side by side."""
-    output_dir, steps = Path(work.spec.output_dir), work.spec.lora.steps
-    called = KIND_LABELS[work.spec.lora.weights_kind]
+    """Write every image, those of the base model as step 0, and the grid that compares them; return both."""
+    output_dir, steps, label = Path(context.spec.output_dir), context.spec.lora.steps, context.label
     images = []
-    for before, after in drawings:
-        for drawing, folder, step in ((before, "base", 0), (after, "lora", steps)):
-            shot = drawing.shot
-            path = drawing.save(output_dir / "images" / folder)
+    for before, after in gallery:
+        for generated, folder, step in ((before, "base", 0), (after, "lora", steps)):
+            prompt = generated.prompt
+            path = generated.save(output_dir / "images" / folder)
             images.append(
-                ValidationImage(step=step, name=shot.name, prompt=shot.prompt, path=str(path), seed=shot.seed)
+                ValidationImage(
+                    step=step, name=prompt.name, prompt=prompt.text, path=str(path), seed=prompt.seed
+                )
             )
-        if after.fault is not None:
-            work.reporter.log(f"The {called}'s image {after.shot.name} is broken: {after.fault}.")
-    pairs = [Pair(before.image, after.image, after.shot.prompt) for before, after in drawings]
+        if after.defect is not None:
+            context.reporter.log(f"The {label}'s image {after.prompt.name} is broken: {after.defect}.")
+    pairs = [Pair(before.image, after.image, after.prompt.text) for before, after in gallery]
     gallery_path = output_dir / "gallery.png"
     with atomic_path(gallery_path) as temporary:
-        comparison_sheet(pairs, ("base model", f"{called}, {steps} steps")).save(temporary, format="PNG")
-    work.reporter.image("gallery", gallery_path, f"Base model beside {called}", step=steps)
+        comparison_grid(pairs, ("base model", f"{label}, {steps} steps")).save(temporary, format="PNG")
+    context.reporter.image("gallery", gallery_path, f"Base model beside {label}", step=steps)
     return tuple(images), gallery_path
 
 
 def score_gallery(
-    clip_folder: Path, device: str, drawings: list[tuple[GalleryImage, GalleryImage]]
+    clip_folder: Path, device: str, gallery: list[tuple[GalleryImage, GalleryImage]]
 ) -> tuple[ClipSummary, ClipSummary]:
-    """CLIP score of the base model's and of the trained model's images."""
+    """Return the CLIP score of the base model's and of the trained model's images."""
     scorer = ClipScorer(clip_folder, device)
-    prompts = [before.shot.prompt for before, _ in drawings]
-    base = summarize(scorer.scores([before.image for before, _ in drawings], prompts))
-    return base, summarize(scorer.scores([after.image for _, after in drawings], prompts))
+    prompts = [before.prompt.text for before, _ in gallery]
+    base = summarize(scorer.scores([before.image for before, _ in gallery], prompts))
+    return base, summarize(scorer.scores([after.image for _, after in gallery], prompts))

@@ -1,4 +1,4 @@
-"""The gallery: each prompt drawn by the base model and by the LoRA from the same noise, and the check that no image is broken."""
+"""The gallery: images that the base model and the trained model generate from the same prompts and noise, and a check for broken images."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,21 +18,22 @@ from sdxl_pipeline.training.data.samples import Sample
 from sdxl_pipeline.training.validation.image_file_names import distinct_stems, file_stem
 
 MAX_CAPTION_PROMPTS = 4
-"""Captions drawn when the project has no validation prompt."""
+"""Number of captions used as prompts when the project has no validation prompt."""
 
 BLACK_LEVEL = 2 / 255
-"""An image none of whose values lies above this is black."""
+"""An image with no value above this is black."""
 
 CONSTANT_DEVIATION = 1 / 255
-"""An image whose colours deviate less than this from their mean, as a standard deviation per channel, shows nothing."""
+"""An image is constant if the standard deviation of every channel is below this."""
 
 
 @dataclass(frozen=True)
 class GalleryPrompt:
-    """One image to draw."""
+    """One image to generate."""
 
-    name: str  # of the image's file
-    prompt: str
+    name: str
+    """Stem of the image's file."""
+    text: str
     height: int
     width: int
     seed: int
@@ -41,20 +42,22 @@ class GalleryPrompt:
 
 @dataclass(frozen=True)
 class GalleryImage:
-    """An image as the pipeline drew it, (H, W, 3) float32 in [0, 1] unless it is broken, and the fault found in it."""
+    """A generated image."""
 
-    shot: GalleryPrompt
+    prompt: GalleryPrompt
     pixels: np.ndarray
-    fault: str | None
+    """As the pipeline returned them, (H, W, 3) float32; in [0, 1] unless the image is broken."""
+    defect: str | None
+    """The result of `find_defect`."""
 
     @property
     def image(self) -> Image.Image:
-        """The image in 8 bits; a value that is not a number shows black."""
+        """The image in 8 bits; NaN becomes black."""
         return image_from_pixels(self.pixels)
 
     def save(self, folder: Path) -> Path:
-        """Write the image as a PNG named after its shot."""
-        path = folder / f"{self.shot.name}.png"
+        """Write the image as a PNG named after its prompt, and return its path."""
+        path = folder / f"{self.prompt.name}.png"
         with atomic_path(path) as temporary:
             self.image.save(temporary, format="PNG")
         return path
@@ -66,16 +69,16 @@ def plan_gallery(
     reader: BatchReader,
     zeros_for_empty_prompt: bool,
 ) -> list[GalleryPrompt]:
-    """Every prompt at every validation size and seed. Raises UserError for a prompt that was not encoded.
+    """Return every prompt at every validation size and seed. Raises UserError for a prompt that was not encoded.
 
-    `zeros_for_empty_prompt` is the base model's `force_zeros_for_empty_prompt`: without a negative prompt the pipeline then takes
-    zeros, else the encoded empty prompt.
+    `zeros_for_empty_prompt` is the base model's `force_zeros_for_empty_prompt`: without a negative prompt the pipeline then uses zeros,
+    otherwise the encoded empty prompt.
     """
-    shots = []
+    gallery = []
     for prompt in prompts:
         conditioning = reader.conditioning(prompt.prompt, prompt.negative_prompt, zeros_for_empty_prompt)
-        shots += _shots(prompt.name, prompt.prompt, settings, conditioning)
-    return _with_unique_names(shots)
+        gallery += _at_all_sizes_and_seeds(prompt.name, prompt.prompt, settings, conditioning)
+    return _with_unique_names(gallery)
 
 
 def plan_caption_gallery(
@@ -85,50 +88,47 @@ def plan_caption_gallery(
     reader: BatchReader,
     zeros_for_empty_prompt: bool,
 ) -> list[GalleryPrompt]:
-    """For a project without prompts: the first few distinct captions of its images, without a negative prompt."""
+    """Return prompts for a project without any: the first distinct captions of its images, without a negative prompt."""
     captions: dict[str, str] = {}
     for dataset in datasets:
         table = pd.read_parquet(dataset.text_embeds.entries_path, columns=["embed_key", "caption"])
         captions.update(zip(table["embed_key"], table["caption"], strict=True))
     distinct = {captions[sample.embed_keys[0]]: sample for sample in reversed(samples)}
-    shots = []
+    gallery = []
     for number, (caption, sample) in enumerate(sorted(distinct.items())[:MAX_CAPTION_PROMPTS]):
-        texts = reader.text_embeds([sample], [sample.embed_keys[0]])
+        embeds = reader.text_embeds([sample], [sample.embed_keys[0]])
         negative = () if zeros_for_empty_prompt else reader.prompt_embeds("")
-        conditioning = Conditioning(texts.prompt_embeds, texts.pooled_prompt_embeds, *negative)
-        shots += _shots(f"caption_{number}", caption, settings, conditioning)
-    return _with_unique_names(shots)
+        conditioning = Conditioning(embeds.prompt_embeds, embeds.pooled_prompt_embeds, *negative)
+        gallery += _at_all_sizes_and_seeds(f"caption_{number}", caption, settings, conditioning)
+    return _with_unique_names(gallery)
 
 
-def draw(
+def generate(
     pipeline: StableDiffusionXLPipeline,
-    shot: GalleryPrompt,
+    prompt: GalleryPrompt,
     settings: TrainingSettings,
     on_step: Callable[[], None] | None = None,
 ) -> GalleryImage:
-    """Draw one image with the validation settings, and look whether it is broken."""
+    """Generate one image with the validation settings and check it for defects."""
     pixels = sample_image(
-        pipeline, shot.conditioning, (shot.height, shot.width), shot.seed, settings, on_step
+        pipeline, prompt.conditioning, (prompt.height, prompt.width), prompt.seed, settings, on_step
     )
-    return GalleryImage(shot, pixels, find_defect(pixels))
+    return GalleryImage(prompt, pixels, find_defect(pixels))
 
 
 def find_defect(pixels: np.ndarray) -> str | None:
-    """What is wrong with an image of values in [0, 1], (H, W, 3): "not finite", "black" or "constant"; None when nothing is."""
+    """Return what is wrong with pixels (H, W, 3) of values in [0, 1]: "not finite", "black" or "constant", with details; else None."""
     if not np.isfinite(pixels).all():
         return f"not finite: {(~np.isfinite(pixels)).mean():.0%} of its values are NaN or infinite"
     if pixels.max() <= BLACK_LEVEL:
         return "black"
     if pixels.std(axis=(0, 1)).max() < CONSTANT_DEVIATION:
-        return "constant: one colour all over"
+        return "constant: one colour everywhere"
     return None
 
 
-def _shots(
-    name: str,
-    prompt: str,
-    settings: TrainingSettings,
-    conditioning: Conditioning,
+def _at_all_sizes_and_seeds(
+    name: str, text: str, settings: TrainingSettings, conditioning: Conditioning
 ) -> list[GalleryPrompt]:
     sizes = settings.validation_sizes
     seeds = range(
@@ -142,7 +142,7 @@ def _shots(
                 + ([f"{width}x{height}"] if len(sizes) > 1 else [])
                 + ([f"seed{seed}"] if len(seeds) > 1 else [])
             ),
-            prompt=prompt,
+            text=text,
             height=height,
             width=width,
             seed=seed,
@@ -153,7 +153,7 @@ def _shots(
     ]
 
 
-def _with_unique_names(shots: Sequence[GalleryPrompt]) -> list[GalleryPrompt]:
-    """No image overwrites another."""
-    names = distinct_stems(shot.name for shot in shots)
-    return [replace(shot, name=name) for shot, name in zip(shots, names, strict=True)]
+def _with_unique_names(gallery: Sequence[GalleryPrompt]) -> list[GalleryPrompt]:
+    """Return the prompts renamed so that no image file overwrites another."""
+    names = distinct_stems(prompt.name for prompt in gallery)
+    return [replace(prompt, name=name) for prompt, name in zip(gallery, names, strict=True)]

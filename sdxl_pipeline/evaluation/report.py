@@ -1,6 +1,7 @@
-"""The evaluation as people read it (report.md, the loss plot) and as the next one compares itself with it (report.json)."""
+"""The evaluation report: report.md and the loss plot for people, report.json for the next evaluation, and the comparison of two models."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ BASE_COLOUR, LORA_COLOUR = "#8a8a8a", "#1f5fa8"
 WIDE_RANGE = 5
 """Losses that differ by more than this factor are plotted on a logarithmic axis."""
 
-FIGURE_NAMES = {
+METRIC_LABELS = {
     "base_loss": "Eval loss, base model",
     "lora_loss": "Eval loss, {trained}",
     "loss_ratio": "Eval loss, {trained} / base model",
@@ -27,52 +28,73 @@ FIGURE_NAMES = {
     "lora_clip_mean": "CLIP score, {trained}, mean",
     "lora_clip_min": "CLIP score, {trained}, lowest",
 }
-"""Every figure that two reports can be compared by, and what people call it; `trained` is one of KIND_LABELS."""
+"""Label of every metric by which two reports can be compared; `trained` is one of KIND_LABELS."""
 
 
-def figures(
+def metrics(
     base_loss: LossSummary | None,
     lora_loss: LossSummary | None,
     base_clip: ClipSummary | None,
     lora_clip: ClipSummary | None,
 ) -> dict[str, float]:
-    """The single numbers of an evaluation, by the names of FIGURE_NAMES; those not measured are absent."""
-    found: dict[str, float] = {}
+    """Return the scalar metrics of an evaluation by the names in METRIC_LABELS, without those that were not measured."""
+    values: dict[str, float] = {}
     if base_loss is not None and lora_loss is not None:
-        found["base_loss"], found["lora_loss"] = base_loss.mean, lora_loss.mean
-        found["loss_ratio"] = lora_loss.mean / base_loss.mean
+        values["base_loss"], values["lora_loss"] = base_loss.mean, lora_loss.mean
+        values["loss_ratio"] = lora_loss.mean / base_loss.mean
     if base_clip is not None and lora_clip is not None:
-        found["base_clip_mean"], found["lora_clip_mean"] = base_clip.mean, lora_clip.mean
-        found["lora_clip_min"] = lora_clip.min
-    return found
+        values["base_clip_mean"], values["lora_clip_mean"] = base_clip.mean, lora_clip.mean
+        values["lora_clip_min"] = lora_clip.min
+    return values
 
 
-def figure_name(name: str, report: EvaluationReport) -> str:
-    """What people call a figure of a report."""
-    return FIGURE_NAMES[name].format(trained=KIND_LABELS[report.weights_kind])
+def metric_label(name: str, report: EvaluationReport) -> str:
+    """Return the label of one of a report's metrics."""
+    return METRIC_LABELS[name].format(trained=KIND_LABELS[report.weights_kind])
 
 
-def report_figures(report: EvaluationReport) -> dict[str, float]:
-    """The figures of a finished report."""
-    return figures(report.base_loss, report.lora_loss, report.base_clip, report.lora_clip)
+def report_metrics(report: EvaluationReport) -> dict[str, float]:
+    """Return the scalar metrics of a finished report."""
+    return metrics(report.base_loss, report.lora_loss, report.base_clip, report.lora_clip)
 
 
-def change_since(previous_report: Path | None, now: Mapping[str, float]) -> dict[str, float]:
-    """The present figures minus those of an earlier evaluation, for each figure both have; empty without an earlier one.
+def change_since(previous_report: Path | None, current: Mapping[str, float]) -> dict[str, float]:
+    """Return current minus previous value of each metric that both evaluations have; empty without a previous report.
 
     Raises ValueError when the file is not a report.
     """
     if previous_report is None:
         return {}
-    before = json.loads(previous_report.read_text(encoding="utf-8")).get("figures")
-    if not isinstance(before, dict):
+    previous = json.loads(previous_report.read_text(encoding="utf-8")).get("figures")
+    if not isinstance(previous, dict):
         raise ValueError(f"{previous_report} is not a report.json of an evaluation: it has no `figures`")
-    return {name: now[name] - before[name] for name in now if name in before}
+    return {name: current[name] - previous[name] for name in current if name in previous}
 
 
-def portable(report: EvaluationReport, scoring_model: str | None) -> dict[str, Any]:
-    """The report as plain data without any path of this machine, with the words to show its figures by; a release publishes it."""
-    kept = report.model_dump(
+def paired_difference(after: LossSummary, before: Mapping[str, float]) -> PairedDifference:
+    """Return the mean of (after - before) over the images that both have, with its standard error.
+
+    Pairing by image is exact because each image is measured at the same timesteps and noise for every model.
+    """
+    differences = [loss - before[image] for image, loss in after.by_image if image in before]
+    if not differences:
+        return PairedDifference(images=0, mean=0.0, standard_error=None)
+    count = len(differences)
+    mean = sum(differences) / count
+    squares = sum((difference - mean) ** 2 for difference in differences)
+    error = math.sqrt(squares / (count - 1) / count) if count > 1 else None
+    return PairedDifference(images=count, mean=mean, standard_error=error)
+
+
+def released_losses(report: Path) -> dict[str, float]:
+    """Return the trained model's loss by image from a released report.json; empty for a report of an earlier version without them."""
+    loss = json.loads(report.read_text(encoding="utf-8")).get("lora_loss") or {}
+    return dict(loss.get("by_image", ()))
+
+
+def portable_report(report: EvaluationReport, scoring_model: str | None) -> dict[str, Any]:
+    """Return the report as plain data without local paths, with the labels of its metrics; this is what a release publishes."""
+    content = report.model_dump(
         mode="json",
         exclude={
             "gallery_path": True,
@@ -81,52 +103,53 @@ def portable(report: EvaluationReport, scoring_model: str | None) -> dict[str, A
             "images": {"__all__": {"path"}},
         },
     )
-    found = report_figures(report)
-    names = {name: figure_name(name, report) for name in found}
-    words = {"figure_names": names, "measurement": describe_measurement(report, scoring_model)}
-    return {"figures": found, **words, **kept}
+    values = report_metrics(report)
+    labels = {name: metric_label(name, report) for name in values}
+    texts = {"figure_names": labels, "measurement": describe_measurement(report, scoring_model)}
+    return {"figures": values, **texts, **content}
 
 
 def write_report(report: EvaluationReport, project: str, scoring_model: str | None) -> None:
     """Write report.md at `report.report_path` and report.json beside it."""
     path = Path(report.report_path)
-    write_text_atomic(path, markdown(report, project, scoring_model))
-    write_text_atomic(path.with_suffix(".json"), json.dumps(portable(report, scoring_model), indent=2) + "\n")
+    write_text_atomic(path, markdown_report(report, project, scoring_model))
+    data = portable_report(report, scoring_model)
+    write_text_atomic(path.with_suffix(".json"), json.dumps(data, indent=2) + "\n")
 
 
-def markdown(report: EvaluationReport, project: str, scoring_model: str | None) -> str:
-    """The report as Markdown, its images linked relative to `report.report_path`."""
+def markdown_report(report: EvaluationReport, project: str, scoring_model: str | None) -> str:
+    """Return the report as Markdown, with image links relative to `report.report_path`."""
     folder = Path(report.report_path).parent
 
     def link(path: str) -> str:
         return Path(os.path.relpath(path, folder)).as_posix()
 
-    called = KIND_LABELS[report.weights_kind]
-    parts = [f"# Evaluation of {project}\n", f"![base model beside {called}]({link(report.gallery_path)})\n"]
+    label = KIND_LABELS[report.weights_kind]
+    parts = [f"# Evaluation of {project}\n", f"![base model beside {label}]({link(report.gallery_path)})\n"]
     if report.broken_images:
         parts.append("**Broken images:**\n")
         parts.append("".join(f"- {item.name}: {item.reason}\n" for item in report.broken_images))
-    parts += ["## Figures\n", markdown_table(report), ""]
+    parts += ["## Metrics\n", metrics_table(report), ""]
     parts.append(f"{describe_measurement(report, scoring_model)}\n")
     if report.base_loss is not None and report.lora_loss is not None:
         parts.append("## Eval loss by timestep\n")
         if report.loss_plot_path is not None:
             parts.append(f"![eval loss by timestep]({link(report.loss_plot_path)})\n")
-        parts.append(loss_table(report.base_loss, report.lora_loss, called))
+        parts.append(loss_table(report.base_loss, report.lora_loss, label))
     return "\n".join(parts).rstrip() + "\n"
 
 
-def markdown_table(report: EvaluationReport) -> str:
-    """All figures as a Markdown table, with their change since the last release where there was one."""
-    found = report_figures(report)
-    if not found:
-        return "Neither the eval loss nor the CLIP score was asked for.\n"
-    compared = bool(report.change_since_release)
-    lines = ["| figure | value |" + (" change since the last release |" if compared else "")]
-    lines.append("|---|---:|" + ("---:|" if compared else ""))
-    for name, value in found.items():
-        row = f"| {figure_name(name, report)} | {value:.4g} |"
-        if compared:
+def metrics_table(report: EvaluationReport) -> str:
+    """Return all metrics as a Markdown table, with their change since the last release if there was one."""
+    values = report_metrics(report)
+    if not values:
+        return "Neither the eval loss nor the CLIP score is enabled in the settings.\n"
+    has_changes = bool(report.change_since_release)
+    lines = ["| metric | value |" + (" change since the last release |" if has_changes else "")]
+    lines.append("|---|---:|" + ("---:|" if has_changes else ""))
+    for name, value in values.items():
+        row = f"| {metric_label(name, report)} | {value:.4g} |"
+        if has_changes:
             change = report.change_since_release.get(name)
             row += f" {change:+.3g} |" if change is not None else " |"
         lines.append(row)
@@ -134,7 +157,7 @@ def markdown_table(report: EvaluationReport) -> str:
 
 
 def describe_measurement(report: EvaluationReport, scoring_model: str | None) -> str:
-    """How the figures came about, in a few sentences."""
+    """Return a few sentences on how the metrics were measured."""
     sentences = []
     if report.lora_loss is not None:
         source = {
@@ -144,7 +167,7 @@ def describe_measurement(report: EvaluationReport, scoring_model: str | None) ->
         }[report.eval_source]
         sentences.append(
             f"The eval loss is the mean squared error of the denoising prediction over {report.eval_images} images {source} and "
-            f"{len(report.lora_loss.by_timestep)} fixed timesteps, with noise that depends only on image and timestep; lower is better."
+            f"{len(report.lora_loss.by_timestep)} fixed timesteps, with noise that depends only on the image and the timestep. Lower is better."
         )
         if report.difference_to_base is not None:
             sentences.append(
@@ -156,31 +179,31 @@ def describe_measurement(report: EvaluationReport, scoring_model: str | None) ->
             )
     if report.lora_clip is not None:
         sentences.append(
-            f"The CLIP score is 100 times the cosine of image and prompt, at least 0, by {scoring_model}, over the gallery; "
-            "higher is better."
+            f"The CLIP score is 100 times the cosine similarity of image and prompt (at least 0), measured by {scoring_model} over the "
+            "gallery. Higher is better."
         )
     return " ".join(sentences)
 
 
 def describe_difference(difference: PairedDifference) -> str:
-    """Return a paired difference in words."""
+    """Return a paired difference as text."""
     if not difference.images:
-        return "unknown, since no image was measured alike"
+        return "unknown, since the two measurements have no image in common"
     error = difference.standard_error
     spread = "without a standard error" if error is None else f"± {error:.2g} (standard error)"
     return f"{difference.mean:+.3g} {spread}, paired over {difference.images} image{'s' if difference.images > 1 else ''}"
 
 
-def loss_table(base: LossSummary, lora: LossSummary, called: str) -> str:
-    """Eval loss by timestep as a Markdown table."""
-    lines = [f"| timestep | base model | {called} | change |", "|---:|---:|---:|---:|"]
+def loss_table(base: LossSummary, lora: LossSummary, label: str) -> str:
+    """Return the eval loss by timestep as a Markdown table."""
+    lines = [f"| timestep | base model | {label} | change |", "|---:|---:|---:|---:|"]
     for (timestep, before), (_, after) in zip(base.by_timestep, lora.by_timestep, strict=True):
         lines.append(f"| {timestep} | {before:.5f} | {after:.5f} | {after / before - 1:+.1%} |")
     return "\n".join(lines) + "\n"
 
 
-def plot_losses(base: LossSummary, lora: LossSummary, called: str, path: Path) -> None:
-    """Write a PNG of both losses over the timesteps; the area between them is what the training learned, or unlearned."""
+def plot_losses(base: LossSummary, lora: LossSummary, label: str, path: Path) -> None:
+    """Write a PNG of both losses over the timesteps; the area between the curves is the effect of the training."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -190,25 +213,16 @@ def plot_losses(base: LossSummary, lora: LossSummary, called: str, path: Path) -
     timesteps = [timestep for timestep, _ in base.by_timestep]
     before = [loss for _, loss in base.by_timestep]
     after = [loss for _, loss in lora.by_timestep]
-    axes.plot(
-        timesteps,
-        before,
-        color=BASE_COLOUR,
-        marker="o",
-        markersize=3.5,
-        label=f"base model, mean {base.mean:.4g}",
-    )
-    axes.plot(
-        timesteps,
-        after,
-        color=LORA_COLOUR,
-        marker="o",
-        markersize=3.5,
-        label=f"{called}, mean {lora.mean:.4g}",
-    )
+    for losses, colour, name, mean in (
+        (before, BASE_COLOUR, "base model", base.mean),
+        (after, LORA_COLOUR, label, lora.mean),
+    ):
+        axes.plot(
+            timesteps, losses, color=colour, marker="o", markersize=3.5, label=f"{name}, mean {mean:.4g}"
+        )
     axes.fill_between(timesteps, before, after, color=LORA_COLOUR, alpha=0.12, linewidth=0)
     if max(before + after) > WIDE_RANGE * min(before + after):
-        axes.set_yscale("log")  # a linear axis would show the largest losses only
+        axes.set_yscale("log")  # on a linear axis only the largest losses would be distinguishable
     axes.set(xlabel="timestep (0 is a clean image)", ylabel="eval loss", title="Eval loss by timestep")
     axes.grid(alpha=0.25, which="both")
     axes.spines[["top", "right"]].set_visible(False)

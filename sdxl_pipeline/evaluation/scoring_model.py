@@ -1,4 +1,4 @@
-"""The CLIP that scores images: which one the settings ask for, and where its files lie. No torch."""
+"""The CLIP model that scores images: its choice by the settings, its files and its name. Imports no torch."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -23,10 +23,10 @@ _TOKENIZER_FILES = (
 
 
 def scoring_model_folder(settings: TrainingSettings, base_model: ResolvedModel) -> Path:
-    """Folder of the CLIP named by pretrained_evaluation_model_name_or_path, downloaded if need be; safetensors only.
+    """Return the folder of the CLIP model in pretrained_evaluation_model_name_or_path, downloaded if necessary; safetensors only.
 
-    The bundled base model draws a world that only the bundled CLIP knows, and runs offline: with it, the default means that CLIP.
-    Raises UserError, or BaseModelError when the Hub does not give the files.
+    The bundled base model generates images that only the bundled CLIP was trained on, and runs offline: with it, the default setting
+    selects the bundled CLIP. Raises UserError for a setting that is not a CLIP model, and BaseModelError when the download fails.
     """
     if _is_bundled(settings, base_model):
         return BUNDLED_CLIP
@@ -37,17 +37,17 @@ def scoring_model_folder(settings: TrainingSettings, base_model: ResolvedModel) 
         return folder
     if folder.is_absolute() or source.count("/") != 1 or source.startswith("bundled:"):
         raise UserError(
-            f"pretrained_evaluation_model_name_or_path is {source!r}, which is no folder; give the folder of a CLIP model, "
+            f"pretrained_evaluation_model_name_or_path is {source!r}, which is not an existing folder. Set it to the folder of a CLIP model, "
             f"a Hub id of the form owner/name, or {BUNDLED_CLIP_NAME!r}"
         )
     return download_snapshot(source, None, [CONFIG], lambda names: choose_files(names, source)).folder
 
 
 def choose_files(names: Collection[str], source: str) -> list[str]:
-    """Of the files of a CLIP model, those that scoring reads. Raises UserError when its weights are not in safetensors."""
-    for needed in (CONFIG, PROCESSOR_CONFIG):
-        if needed not in names:
-            raise UserError(f"{source} has no {needed}, so it is not a CLIP model that can score images")
+    """Return those of a CLIP model's files that scoring reads. Raises UserError if one is missing or there are no safetensors weights."""
+    for required in (CONFIG, PROCESSOR_CONFIG):
+        if required not in names:
+            raise UserError(f"{source} has no {required}, so it is not a CLIP model that can score images")
     weights = sorted(
         name
         for name in names
@@ -55,15 +55,15 @@ def choose_files(names: Collection[str], source: str) -> list[str]:
     )
     if not weights:
         raise UserError(
-            f"{source} has no .safetensors weights, and nothing else is loaded, since pickled files can run code when opened. "
-            'Set "pretrained_evaluation_model_name_or_path" to a CLIP that has them, as "openai/clip-vit-large-patch14", or to a '
-            "folder with a converted copy"
+            f"{source} has no .safetensors weights. Other formats are not loaded, since pickled files can run code when they are opened. "
+            'Set "pretrained_evaluation_model_name_or_path" to a CLIP model that has them, such as "openai/clip-vit-large-patch14", or '
+            "to a folder with a converted copy"
         )
     return [CONFIG, PROCESSOR_CONFIG, *weights, *(name for name in _TOKENIZER_FILES if name in names)]
 
 
 def scoring_model_name(settings: TrainingSettings, base_model: ResolvedModel) -> str:
-    """What a report calls the CLIP that scores: the name in the settings, without the folders of a local path."""
+    """Return the CLIP model's name for reports: the name in the settings; of a local path only the last part."""
     if _is_bundled(settings, base_model):
         return BUNDLED_CLIP_NAME
     source = settings.pretrained_evaluation_model_name_or_path

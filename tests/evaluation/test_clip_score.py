@@ -1,4 +1,4 @@
-"""The CLIP score: 100 times the cosine, never below 0, equal to the towers' own embeddings, and loadable from published CLIP folders."""
+"""CLIP score: 100 * max(cosine, 0), equal to a computation from the two towers, and loadable from published CLIP folders."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from sdxl_pipeline.evaluation.clip_score import BATCH_SIZE, ClipScorer, summariz
 from sdxl_pipeline.evaluation.scoring_model import choose_files, scoring_model_folder, scoring_model_name
 from sdxl_pipeline.models.base_model import BUNDLED_CLIP
 from sdxl_pipeline.runtime.stage_runner import UserError
-from tests.evaluation.subjects import tiny_model, tiny_settings
+from tests.support.evaluation_specs import tiny_model, tiny_settings
 from tests.support.hub_server import HubServer
 
 
@@ -27,8 +27,8 @@ def noise_image(seed: int, size: tuple[int, int] = (96, 128)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
-def test_the_score_is_the_cosine_of_the_two_towers(scorer: ClipScorer):
-    """By another road: preprocessing by hand, projections taken from the towers."""
+def test_scores_equal_cosine_of_tower_projections(scorer: ClipScorer):
+    """The expected value comes from manual preprocessing and the towers' own projections."""
     image, prompt = noise_image(0, (64, 64)), "a red circle"
     side = scorer.model.config.vision_config.image_size
     pixels = (
@@ -45,7 +45,7 @@ def test_the_score_is_the_cosine_of_the_two_towers(scorer: ClipScorer):
     assert scorer.scores([image], [prompt])[0] == pytest.approx(max(100 * cosine, 0), abs=1e-2)
 
 
-def test_scores_are_between_0_and_100_and_negative_cosines_count_as_0(scorer: ClipScorer):
+def test_scores_negative_cosine_is_clamped_to_0(scorer: ClipScorer):
     images = [noise_image(seed) for seed in range(6)]
     prompts = ["a red circle", "a blue star on a green background", "", "triangle", "a photo", "x " * 200]
     cosines = scorer.cosine_similarity(images, prompts)
@@ -55,23 +55,23 @@ def test_scores_are_between_0_and_100_and_negative_cosines_count_as_0(scorer: Cl
         assert score == pytest.approx(max(100 * cosine, 0), abs=1e-3)
 
 
-def test_a_image_scores_the_same_in_any_company(scorer: ClipScorer):
+def test_scores_do_not_depend_on_batch(scorer: ClipScorer):
     images = [noise_image(seed) for seed in range(BATCH_SIZE + 2)]
     prompts = [f"image {seed}" for seed in range(BATCH_SIZE + 2)]
     together = scorer.scores(images, prompts)
     assert len(together) == BATCH_SIZE + 2
-    for number in (0, BATCH_SIZE, BATCH_SIZE + 1):
-        alone = scorer.scores([images[number]], [prompts[number]])
-        assert alone[0] == pytest.approx(together[number], abs=1e-3)
+    for index in (0, BATCH_SIZE, BATCH_SIZE + 1):
+        alone = scorer.scores([images[index]], [prompts[index]])
+        assert alone[0] == pytest.approx(together[index], abs=1e-3)
 
 
-def test_summary():
+def test_summarize_returns_population_statistics():
     summary = summarize([10.0, 20.0, 30.0])
     assert (summary.min, summary.max, summary.mean) == (10.0, 30.0, 20.0)
     assert summary.std == pytest.approx(math.sqrt(200 / 3))
 
 
-def test_the_bundled_base_model_is_scored_by_the_bundled_clip(tmp_path: Path):
+def test_scoring_model_of_bundled_base_model_defaults_to_bundled_clip(tmp_path: Path):
     unset = {"pretrained_evaluation_model_name_or_path": None}
     bundled = tiny_settings(pretrained_model_name_or_path="bundled:tiny-sdxl", **unset)
     model = tiny_model(bundled, tmp_path)
@@ -79,7 +79,7 @@ def test_the_bundled_base_model_is_scored_by_the_bundled_clip(tmp_path: Path):
     assert scoring_model_name(bundled, model) == "bundled:tiny-clip"
 
 
-def test_a_folder_is_named_without_its_place(tmp_path: Path):
+def test_scoring_model_name_of_folder_has_no_path(tmp_path: Path):
     folder = tmp_path / "my-clip"
     shutil.copytree(BUNDLED_CLIP, folder)
     settings = tiny_settings(pretrained_evaluation_model_name_or_path=str(folder))
@@ -88,13 +88,13 @@ def test_a_folder_is_named_without_its_place(tmp_path: Path):
     assert scoring_model_name(settings, model) == "my-clip"
 
 
-def test_a_name_that_is_nothing_is_refused(tmp_path: Path):
+def test_scoring_model_folder_missing_path_raises(tmp_path: Path):
     settings = tiny_settings(pretrained_evaluation_model_name_or_path=str(tmp_path / "absent"))
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not an existing folder"):
         scoring_model_folder(settings, tiny_model(settings, tmp_path))
 
 
-def test_weights_are_taken_from_safetensors_only():
+def test_choose_files_without_safetensors_raises():
     published = [
         "config.json",
         "preprocessor_config.json",
@@ -115,26 +115,31 @@ def test_weights_are_taken_from_safetensors_only():
     }
 
 
-def test_a_clip_of_the_hub_is_downloaded_without_its_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_scoring_model_folder_from_hub_skips_pickle_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / "published"
     shutil.copytree(BUNDLED_CLIP, folder)
-    (folder / "pytorch_model.bin").write_bytes(b"not to be fetched")
-    old = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 64, "crop_size": 64, "resample": 3}
-    old |= {
+    (folder / "pytorch_model.bin").write_bytes(b"must not be downloaded")
+    legacy_config = {
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "size": 64,
+        "crop_size": 64,
+        "resample": 3,
+    }
+    legacy_config |= {
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
         "do_resize": True,
         "do_center_crop": True,
         "do_normalize": True,
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(old))
+    (folder / "preprocessor_config.json").write_text(json.dumps(legacy_config))
     settings = tiny_settings(pretrained_evaluation_model_name_or_path="someone/clip")
     model = tiny_model(settings, tmp_path)
     with HubServer() as hub:
         hub.adopt_process(monkeypatch, tmp_path / "hf_home")
         hub.add_repo("someone/clip", folder)
-        found = scoring_model_folder(settings, model)
+        downloaded = scoring_model_folder(settings, model)
         assert not [request for request in hub.requests if "pytorch_model" in request.path]
     assert scoring_model_name(settings, model) == "someone/clip"
-    (score,) = ClipScorer(found).scores([noise_image(0)], ["a red circle"])
+    (score,) = ClipScorer(downloaded).scores([noise_image(0)], ["a red circle"])
     assert 0 <= score <= 100

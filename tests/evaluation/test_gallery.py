@@ -1,4 +1,4 @@
-"""The gallery: broken images are found and named, files never overwrite each other, one seed gives one image."""
+"""Gallery: broken images are detected, files never overwrite each other, and a seed determines the image."""
 
 from pathlib import Path
 
@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_pipeline.evaluation.comparison_grid import Pair, comparison_sheet
+from sdxl_pipeline.evaluation.comparison_grid import Pair, comparison_grid
 from sdxl_pipeline.evaluation.gallery import (
     MAX_CAPTION_PROMPTS,
     GalleryImage,
-    draw,
     find_defect,
+    generate,
     plan_caption_gallery,
     plan_gallery,
 )
@@ -21,29 +21,29 @@ from sdxl_pipeline.runtime.specs import ValidationPrompt
 from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.validation.eval_samples import choose_samples
-from tests.evaluation.subjects import PROMPTS, tiny_model, tiny_settings
+from tests.support.evaluation_specs import PROMPTS, tiny_model, tiny_settings
 from tests.support.training_datasets import make_dataset
 
 
-def flat(value: float) -> np.ndarray:
+def constant_pixels(value: float) -> np.ndarray:
     return np.full((16, 16, 3), value, dtype=np.float32)
 
 
-def test_faults_are_named():
-    scene = np.random.default_rng(0).random((16, 16, 3)).astype(np.float32)
-    assert find_defect(scene) is None
-    assert find_defect(flat(0.0)) == "black"
-    assert find_defect(flat(0.7)) == "constant: one colour all over"
-    one_nan = scene.copy()
+def test_find_defect_of_broken_image_describes_it():
+    noise = np.random.default_rng(0).random((16, 16, 3)).astype(np.float32)
+    assert find_defect(noise) is None
+    assert find_defect(constant_pixels(0.0)) == "black"
+    assert find_defect(constant_pixels(0.7)) == "constant: one colour everywhere"
+    one_nan = noise.copy()
     one_nan[3, 4, 1] = np.nan
     assert str(find_defect(one_nan)).startswith("not finite")
-    assert find_defect(flat(np.inf)) == "not finite: 100% of its values are NaN or infinite"
+    assert find_defect(constant_pixels(np.inf)) == "not finite: 100% of its values are NaN or infinite"
 
 
-def test_a_dark_image_and_a_pale_one_are_no_faults():
-    dark = flat(0.0)
+def test_find_defect_of_dark_or_pale_image_is_none():
+    dark = constant_pixels(0.0)
     dark[5:9, 5:9] = 0.05
-    pale = flat(1.0)
+    pale = constant_pixels(1.0)
     pale[5:9, 5:9, 0] = 0.9
     assert find_defect(dark) is None
     assert find_defect(pale) is None
@@ -57,28 +57,29 @@ def reader(tmp_path: Path) -> BatchReader:
     )
 
 
-def test_every_prompt_is_drawn_at_every_size_and_seed(reader: BatchReader):
+def test_plan_gallery_covers_every_size_and_seed(reader: BatchReader):
     settings = tiny_settings(validation_resolution="64x64,96x64", num_validation_images=2)
-    shots = plan_gallery(PROMPTS, settings, reader, zeros_for_empty_prompt=True)
-    assert [shot.name for shot in shots[:4]] == [
+    gallery = plan_gallery(PROMPTS, settings, reader, zeros_for_empty_prompt=True)
+    assert [prompt.name for prompt in gallery[:4]] == [
         "circle_64x64_seed7",
         "circle_64x64_seed8",
         "circle_96x64_seed7",
         "circle_96x64_seed8",
     ]
-    assert (shots[2].height, shots[2].width) == (64, 96)
-    assert len(shots) == 8
-    assert [shot.name for shot in plan_gallery(PROMPTS, tiny_settings(), reader, True)] == ["circle", "star"]
+    assert (gallery[2].height, gallery[2].width) == (64, 96)
+    assert len(gallery) == 8
+    names = [prompt.name for prompt in plan_gallery(PROMPTS, tiny_settings(), reader, True)]
+    assert names == ["circle", "star"]
 
 
-def test_names_never_meet_in_one_file(reader: BatchReader):
+def test_plan_gallery_makes_file_names_unique(reader: BatchReader):
     names = ["a/b", "a b", "A b", "..", "ünï"]
     prompts = [ValidationPrompt(name=name, prompt="a red circle") for name in names]
-    stems = [shot.name for shot in plan_gallery(prompts, tiny_settings(), reader, True)]
+    stems = [prompt.name for prompt in plan_gallery(prompts, tiny_settings(), reader, True)]
     assert stems == ["a_b", "a_b_2", "A_b_3", "image", "ünï"]
 
 
-def test_an_empty_negative_prompt_is_what_the_pipeline_makes_of_it(reader: BatchReader):
+def test_plan_gallery_empty_negative_prompt_is_zeros_or_encoded(reader: BatchReader):
     with_zeros = plan_gallery(PROMPTS, tiny_settings(), reader, zeros_for_empty_prompt=True)
     encoded = plan_gallery(PROMPTS, tiny_settings(), reader, zeros_for_empty_prompt=False)
     assert with_zeros[1].conditioning.negative_prompt_embeds is None
@@ -87,39 +88,39 @@ def test_an_empty_negative_prompt_is_what_the_pipeline_makes_of_it(reader: Batch
     assert torch.equal(with_zeros[0].conditioning.negative_prompt_embeds, reader.prompt_embeds("blurry")[0])  # type: ignore[arg-type]
 
 
-def test_a_prompt_that_was_not_encoded_is_named(reader: BatchReader):
+def test_plan_gallery_prompt_without_embeddings_raises(reader: BatchReader):
     with pytest.raises(UserError, match="a green square"):
         plan_gallery([ValidationPrompt(name="x", prompt="a green square")], tiny_settings(), reader, True)
 
 
-def test_without_prompts_some_captions_are_drawn(tmp_path: Path):
+def test_plan_caption_gallery_uses_distinct_captions(tmp_path: Path):
     datasets = (
         make_dataset(tmp_path / "photos", "photos", splits={f"{number}.png": "eval" for number in range(6)}),
     )
     settings = tiny_settings()
     _, samples = choose_samples(datasets, settings)
     reader = BatchReader(datasets)
-    shots = plan_caption_gallery(samples, datasets, settings, reader, True)
-    assert len(shots) == MAX_CAPTION_PROMPTS
+    gallery = plan_caption_gallery(samples, datasets, settings, reader, True)
+    assert len(gallery) == MAX_CAPTION_PROMPTS
     by_caption = {f"photos {sample.path[0]} 0": sample for sample in samples}
-    for shot in shots:
-        sample = by_caption[shot.prompt]
+    for prompt in gallery:
+        sample = by_caption[prompt.text]
         assert torch.equal(
-            shot.conditioning.prompt_embeds,
+            prompt.conditioning.prompt_embeds,
             reader.text_embeds([sample], [sample.embed_keys[0]]).prompt_embeds,
         )
 
 
-def test_one_seed_draws_one_image_and_nan_weights_are_seen(reader: BatchReader, tmp_path: Path):
+def test_generate_is_deterministic_and_detects_nan_weights(reader: BatchReader, tmp_path: Path):
     settings = tiny_settings()
     pipeline = load_pipeline(tiny_model(settings, tmp_path), torch.float32, text_encoders=False)
     circle, star = plan_gallery(PROMPTS, settings, reader, zeros_for_empty_prompt=True)
     steps: list[int] = []
-    first = draw(pipeline, circle, settings, lambda: steps.append(1))
+    first = generate(pipeline, circle, settings, lambda: steps.append(1))
     assert len(steps) == settings.validation_num_inference_steps
     torch.manual_seed(5)
-    assert np.array_equal(first.pixels, draw(pipeline, circle, settings).pixels)
-    assert not np.array_equal(first.pixels, draw(pipeline, star, settings).pixels)
+    assert np.array_equal(first.pixels, generate(pipeline, circle, settings).pixels)
+    assert not np.array_equal(first.pixels, generate(pipeline, star, settings).pixels)
     assert first.pixels.shape == (64, 64, 3)
     path = first.save(tmp_path / "out")
     assert path == tmp_path / "out" / "circle.png"
@@ -128,27 +129,27 @@ def test_one_seed_draws_one_image_and_nan_weights_are_seen(reader: BatchReader, 
 
     with torch.no_grad():
         pipeline.unet.conv_out.weight[0, 0] = torch.nan
-    broken = draw(pipeline, circle, settings)
-    assert str(broken.fault).startswith("not finite")
+    broken = generate(pipeline, circle, settings)
+    assert str(broken.defect).startswith("not finite")
     assert broken.save(tmp_path / "out").is_file()
 
 
-def test_the_sheet_shows_before_left_of_after():
+def test_comparison_grid_puts_before_left_of_after():
     red, blue = Image.new("RGB", (64, 64), "#c00000"), Image.new("RGB", (64, 64), "#0000c0")
-    sheet = comparison_sheet([Pair(red, blue, "a prompt")] * 3, ("base model", "LoRA"))
-    pixels = np.asarray(sheet).astype(int)
+    grid = comparison_grid([Pair(red, blue, "a prompt")] * 3, ("base model", "LoRA"))
+    pixels = np.asarray(grid).astype(int)
     is_red = (pixels[..., 0] > 150) & (pixels[..., 2] < 60)
     is_blue = (pixels[..., 2] > 150) & (pixels[..., 0] < 60)
     assert is_red.sum() == is_blue.sum() == 3 * 256 * 256
     assert np.argwhere(is_red)[:, 1].min() < np.argwhere(is_blue)[:, 1].min()
     with pytest.raises(ValueError, match="at least one"):
-        comparison_sheet([], ("base model", "LoRA"))
+        comparison_grid([], ("base model", "LoRA"))
 
 
-def test_drawing_with_nan_is_black_where_it_is_not_a_number(reader: BatchReader):
-    shot = plan_gallery(PROMPTS, tiny_settings(), reader, True)[0]
-    pixels = flat(1.0)
+def test_gallery_image_nan_pixels_become_black(reader: BatchReader):
+    prompt = plan_gallery(PROMPTS, tiny_settings(), reader, True)[0]
+    pixels = constant_pixels(1.0)
     pixels[0, 0] = np.nan
-    image = GalleryImage(shot, pixels, "not finite").image
+    image = GalleryImage(prompt, pixels, "not finite").image
     assert image.getpixel((0, 0)) == (0, 0, 0)
     assert image.getpixel((1, 0)) == (255, 255, 255)

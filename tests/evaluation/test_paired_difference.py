@@ -1,4 +1,4 @@
-"""Paired differences of eval losses, and the checks that judge a LoRA by them."""
+"""Paired differences of eval losses, and the asset checks based on them."""
 
 import json
 from pathlib import Path
@@ -8,24 +8,23 @@ import numpy as np
 import pytest
 
 from assets.checks.result_checks import check_evaluation
-from sdxl_pipeline.evaluation.paired_difference import paired_difference, released_losses
-from sdxl_pipeline.evaluation.report import write_report
+from sdxl_pipeline.evaluation.report import paired_difference, released_losses, write_report
 from sdxl_pipeline.runtime.specs import LossSummary
 from tests.evaluation.test_report import make_report
 
 BASE = [0.10, 0.20, 0.30, 0.15, 0.25, 0.18]
 
 
-def summary(losses: list[float], first: int = 0) -> LossSummary:
+def loss_summary(losses: list[float], first: int = 0) -> LossSummary:
     by_image = tuple((f"image {first + n}", loss) for n, loss in enumerate(losses))
     return LossSummary(
         mean=float(np.mean(losses)), by_timestep=((500, float(np.mean(losses))),), by_image=by_image
     )
 
 
-def judged(folder: Path, trained: list[float], released: list[float] | None = None, **changes: object):
-    base = summary(BASE[: len(trained)])
-    lora = summary(trained)
+def check_results(folder: Path, trained: list[float], released: list[float] | None = None, **changes: object):
+    base = loss_summary(BASE[: len(trained)])
+    lora = loss_summary(trained)
     values: dict[str, object] = {
         "base_loss": base,
         "lora_loss": lora,
@@ -33,26 +32,26 @@ def judged(folder: Path, trained: list[float], released: list[float] | None = No
         "difference_to_base": paired_difference(lora, dict(base.by_image)),
     }
     if released is not None:
-        values["difference_to_release"] = paired_difference(lora, dict(summary(released).by_image))
+        values["difference_to_release"] = paired_difference(lora, dict(loss_summary(released).by_image))
     checks = check_evaluation(make_report(folder, **(values | changes)))
     return {check.check_name: check for check in checks}
 
 
-def test_paired_difference_is_the_mean_and_its_standard_error_over_common_images():
-    after, before = summary([0.1, 0.4, 0.2]), {"image 0": 0.3, "image 2": 0.3, "another": 9.0}
-    found = paired_difference(after, before)
+def test_paired_difference_uses_common_images_only():
+    after, before = loss_summary([0.1, 0.4, 0.2]), {"image 0": 0.3, "image 2": 0.3, "another": 9.0}
+    actual = paired_difference(after, before)
     expected = np.array([-0.2, -0.1])
-    assert found.images == 2
-    assert found.mean == pytest.approx(expected.mean())
-    assert found.standard_error == pytest.approx(expected.std(ddof=1) / np.sqrt(2))
+    assert actual.images == 2
+    assert actual.mean == pytest.approx(expected.mean())
+    assert actual.standard_error == pytest.approx(expected.std(ddof=1) / np.sqrt(2))
     assert paired_difference(after, {}).standard_error is None
     assert paired_difference(after, {"image 0": 0.3}).standard_error is None
 
 
 @pytest.mark.parametrize(
-    ("change", "passes"),
+    ("change", "passed"),
     [
-        ([0.0] * 6, False),  # "base 0.1637, LoRA 0.1637" passed when the means were compared
+        ([0.0] * 6, False),  # regression: "base 0.1637, LoRA 0.1637" passed when the means were compared
         ([-0.01] * 6, True),
         (
             [-1e-6, -1e-6, -1e-6, 1e-6, -1e-6, 1e-6],
@@ -63,18 +62,17 @@ def test_paired_difference_is_the_mean_and_its_standard_error_over_common_images
         ([float("nan")] * 6, False),
     ],
 )
-def test_better_than_base_needs_two_standard_errors(tmp_path, change, passes):
-    check = judged(tmp_path, [base + each for base, each in zip(BASE, change, strict=True)])[
-        "better_than_base"
-    ]
-    assert (check.passed, check.severity) == (passes, dg.AssetCheckSeverity.ERROR)
+def test_better_than_base_requires_two_standard_errors(tmp_path, change, passed):
+    losses = [base + difference for base, difference in zip(BASE, change, strict=True)]
+    check = check_results(tmp_path, losses)["better_than_base"]
+    assert (check.passed, check.severity) == (passed, dg.AssetCheckSeverity.ERROR)
     assert "paired over 6 images" in str(check.description)
 
 
-def test_better_than_base_of_one_image_or_none_warns_that_it_cannot_judge(tmp_path):
+def test_better_than_base_with_fewer_than_two_images_warns(tmp_path):
     for checks in (
-        judged(tmp_path, [0.05]),
-        judged(tmp_path, [0.05], base_loss=None, lora_loss=None, difference_to_base=None),
+        check_results(tmp_path, [0.05]),
+        check_results(tmp_path, [0.05], base_loss=None, lora_loss=None, difference_to_base=None),
     ):
         check = checks["better_than_base"]
         assert (check.passed, check.severity) == (False, dg.AssetCheckSeverity.WARN)
@@ -82,7 +80,7 @@ def test_better_than_base_of_one_image_or_none_warns_that_it_cannot_judge(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("count", "source", "passes"),
+    ("count", "source", "passed"),
     [
         (4, "held-out share", True),
         (3, "held-out share", False),
@@ -90,32 +88,33 @@ def test_better_than_base_of_one_image_or_none_warns_that_it_cannot_judge(tmp_pa
         (6, "eval dataset", True),
     ],
 )
-def test_over_fitting_is_judged_on_four_images_that_were_not_trained(tmp_path, count, source, passes):
-    check = judged(tmp_path, [0.01] * count, eval_source=source)["may_judge_over_fitting"]
-    assert (check.passed, check.severity) == (passes, dg.AssetCheckSeverity.WARN)
-    assert ("cannot judge over-fitting" in str(check.description)) == (not passes)
+def test_may_judge_over_fitting_requires_four_untrained_images(tmp_path, count, source, passed):
+    check = check_results(tmp_path, [0.01] * count, eval_source=source)["may_judge_over_fitting"]
+    assert (check.passed, check.severity) == (passed, dg.AssetCheckSeverity.WARN)
+    assert ("cannot judge over-fitting" in str(check.description)) == (not passed)
 
 
-def test_a_release_is_compared_with_the_one_before_image_by_image(tmp_path):
+def test_not_worse_than_last_release_pairs_losses_by_image(tmp_path):
     better = [base - 0.05 for base in BASE]
-    slightly = [loss + 0.001 * (1 + n % 3) for n, loss in enumerate(better)]
+    slightly_worse = [loss + 0.001 * (1 + n % 3) for n, loss in enumerate(better)]
     name = "not_worse_than_last_release"
-    assert judged(tmp_path, better)[name].passed, "no release yet"
-    assert judged(tmp_path, better, better)[name].passed
-    assert judged(tmp_path, better, slightly)[name].passed
-    worse = judged(tmp_path, slightly, better)[name]
+    assert check_results(tmp_path, better)[name].passed, "no release yet"
+    assert check_results(tmp_path, better, better)[name].passed
+    assert check_results(tmp_path, better, slightly_worse)[name].passed
+    worse = check_results(tmp_path, slightly_worse, better)[name]
     assert (worse.passed, worse.severity) == (False, dg.AssetCheckSeverity.WARN)
-    others = judged(
-        tmp_path, better, better, difference_to_release=paired_difference(summary(better, 50), {})
-    )[name]
-    assert not others.passed
-    assert "cannot judge" in str(others.description)
+    disjoint = paired_difference(loss_summary(better, 50), {})
+    incomparable = check_results(tmp_path, better, better, difference_to_release=disjoint)[name]
+    assert not incomparable.passed
+    assert "cannot judge" in str(incomparable.description)
 
 
-def test_the_released_losses_are_read_back_from_the_published_report(tmp_path):
-    write_report(make_report(tmp_path, base_loss=summary(BASE), lora_loss=summary(BASE)), "demo", None)
+def test_released_losses_reads_written_report(tmp_path):
+    write_report(
+        make_report(tmp_path, base_loss=loss_summary(BASE), lora_loss=loss_summary(BASE)), "demo", None
+    )
     assert list(released_losses(tmp_path / "report.json").values()) == BASE
-    old = json.loads((tmp_path / "report.json").read_text())
-    del old["lora_loss"]["by_image"]
-    (tmp_path / "report.json").write_text(json.dumps(old))
+    old_report = json.loads((tmp_path / "report.json").read_text())
+    del old_report["lora_loss"]["by_image"]
+    (tmp_path / "report.json").write_text(json.dumps(old_report))
     assert released_losses(tmp_path / "report.json") == {}

@@ -1,4 +1,4 @@
-"""The report: figures that add up, a comparison with the last release, images that are linked where they lie, and no local path."""
+"""Evaluation report: consistent metrics, comparison with the last release, working image links, and no local path."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 from sdxl_pipeline.evaluation.report import (
-    FIGURE_NAMES,
+    METRIC_LABELS,
     change_since,
-    markdown_table,
+    metrics_table,
     plot_losses,
-    portable,
-    report_figures,
+    portable_report,
+    report_metrics,
     write_report,
 )
 from sdxl_pipeline.runtime.specs import (
@@ -52,37 +52,37 @@ def make_report(folder: Path, **changes: object) -> EvaluationReport:
     return EvaluationReport.model_validate(values | changes)
 
 
-def test_every_figure_has_a_name_and_the_ratio_is_one(tmp_path: Path):
-    found = report_figures(make_report(tmp_path))
-    assert found.keys() == FIGURE_NAMES.keys()
-    assert found["loss_ratio"] == pytest.approx(0.25)
-    only_loss = report_figures(make_report(tmp_path, base_clip=None, lora_clip=None))
+def test_report_metrics_all_have_labels_and_loss_ratio(tmp_path: Path):
+    metrics = report_metrics(make_report(tmp_path))
+    assert metrics.keys() == METRIC_LABELS.keys()
+    assert metrics["loss_ratio"] == pytest.approx(0.25)
+    only_loss = report_metrics(make_report(tmp_path, base_clip=None, lora_clip=None))
     assert only_loss.keys() == {"base_loss", "lora_loss", "loss_ratio"}
 
 
-def test_a_later_evaluation_is_compared_by_what_both_measured(tmp_path: Path):
+def test_change_since_compares_common_metrics(tmp_path: Path):
     write_report(make_report(tmp_path, base_clip=None, lora_clip=None), "demo", None)
-    now = report_figures(
+    current = report_metrics(
         make_report(tmp_path, lora_loss=LossSummary(mean=0.08, by_timestep=LORA.by_timestep))
     )
-    changes = change_since(tmp_path / "report.json", now)
+    changes = change_since(tmp_path / "report.json", current)
     assert changes.keys() == {"base_loss", "lora_loss", "loss_ratio"}
     assert changes["lora_loss"] == pytest.approx(-0.02)
     assert changes["base_loss"] == 0
-    assert change_since(None, now) == {}
+    assert change_since(None, current) == {}
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match=r"is not a report\.json"):
-        change_since(tmp_path / "other.json", now)
+        change_since(tmp_path / "other.json", current)
 
 
-def test_the_table_shows_changes_only_after_a_release(tmp_path: Path):
-    assert "change" not in markdown_table(make_report(tmp_path))
-    compared = markdown_table(make_report(tmp_path, change_since_release={"lora_loss": -0.02}))
+def test_metrics_table_has_changes_only_after_a_release(tmp_path: Path):
+    assert "change" not in metrics_table(make_report(tmp_path))
+    compared = metrics_table(make_report(tmp_path, change_since_release={"lora_loss": -0.02}))
     assert "| Eval loss, LoRA | 0.1 | -0.02 |" in compared
     assert {line.count("|") for line in compared.splitlines()} == {4}
 
 
-def test_the_written_report_says_what_was_measured(tmp_path: Path):
+def test_write_report_describes_the_measurement(tmp_path: Path):
     broken = (FailedItem(name="star", reason="black"),)
     report = make_report(tmp_path, broken_images=broken, eval_source="training images")
     write_report(report, "demo", "bundled:tiny-clip")
@@ -95,29 +95,29 @@ def test_the_written_report_says_what_was_measured(tmp_path: Path):
     assert "| 125 | 0.60000 | 0.15000 | -75.0% |" in text
 
 
-def test_what_is_published_holds_no_path_of_this_machine(tmp_path: Path):
+def test_write_report_contains_no_local_path(tmp_path: Path):
     report = make_report(tmp_path)
     write_report(report, "demo", "bundled:tiny-clip")
     assert str(tmp_path) not in (tmp_path / "report.json").read_text()
     assert str(tmp_path) not in (tmp_path / "report.md").read_text()
-    data = portable(report, None)
+    data = portable_report(report, None)
     assert data == json.loads(json.dumps(data))
     assert data["images"] == [{"step": 40, "name": "star", "prompt": "a star", "seed": 1}]
 
 
-def test_a_report_without_measurements_says_so(tmp_path: Path):
-    nothing = {
+def test_write_report_without_measurements_reports_it(tmp_path: Path):
+    not_measured = {
         "base_loss": None,
         "lora_loss": None,
         "base_clip": None,
         "lora_clip": None,
         "loss_plot_path": None,
     }
-    write_report(make_report(tmp_path, **nothing), "demo", None)
+    write_report(make_report(tmp_path, **not_measured), "demo", None)
     assert "Neither the eval loss nor the CLIP score" in (tmp_path / "report.md").read_text()
 
 
-def test_the_plot_is_an_image(tmp_path: Path):
+def test_plot_losses_writes_an_image_with_both_curves(tmp_path: Path):
     path = tmp_path / "plot.png"
     plot_losses(BASE, LORA, "LoRA", path)
     with Image.open(path) as plot:

@@ -21,7 +21,7 @@ from sdxl_pipeline.runtime.specs import (
     TrainedLora,
     ValidationImage,
 )
-from tests.evaluation.subjects import PROMPTS, make_lora, tiny_settings
+from tests.support.evaluation_specs import PROMPTS, make_lora, tiny_settings
 
 LINEAGE = {
     "data_versions": {"demo/shapes/dataset": "d1", "demo/lora": "l1"},

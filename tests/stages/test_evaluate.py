@@ -18,7 +18,7 @@ from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import EvaluateSpec, EvaluationReport
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
 from sdxl_pipeline.stages.evaluate import main
-from tests.evaluation.subjects import make_spec
+from tests.support.evaluation_specs import make_spec
 from tests.support.processes import DEAD_PID
 
 

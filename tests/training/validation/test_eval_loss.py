@@ -22,7 +22,7 @@ from sdxl_pipeline.training.validation.eval_loss import (
     read_images,
 )
 from sdxl_pipeline.training.validation.eval_samples import choose_samples
-from tests.evaluation.subjects import tiny_settings
+from tests.support.evaluation_specs import tiny_settings
 from tests.support.training_datasets import make_dataset
 
 SCHEDULE = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")

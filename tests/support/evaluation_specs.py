@@ -1,4 +1,4 @@
-"""A LoRA and specs of its evaluation as the earlier stages leave them, made without running those: random weights."""
+"""Builders of a LoRA with random weights and of the spec of its evaluation, without running the earlier stages."""
 
 import shutil
 from pathlib import Path
@@ -44,7 +44,7 @@ def tiny_settings(**changes: object) -> TrainingSettings:
 
 
 def tiny_model(settings: TrainingSettings, folder: Path) -> ResolvedModel:
-    """The bundled architecture in `folder`/model, its UNet with random weights, so that figures do not hang on how it was trained."""
+    """Return the bundled architecture in `folder`/model with a random UNet, so that metrics do not depend on how it was trained."""
     shutil.copytree(
         BUNDLED_MODEL, folder / "model", dirs_exist_ok=True, ignore=shutil.ignore_patterns("unet")
     )
@@ -61,7 +61,7 @@ def tiny_model(settings: TrainingSettings, folder: Path) -> ResolvedModel:
 def make_lora(
     folder: Path, model: ResolvedModel, settings: TrainingSettings, scale: float = 0.0
 ) -> TrainedLora:
-    """An exported LoRA: as new, so that it changes nothing, or with updates of size `scale`."""
+    """Return an exported LoRA whose updates have the size `scale`; with 0 it is untrained and changes nothing."""
     unet = load_unet(model, torch.float32)
     add_lora(
         unet, settings.lora_rank, settings.effective_lora_alpha, 0.0, settings.lora_target_modules, seed=1
@@ -101,7 +101,7 @@ def make_lora(
 def make_spec(
     folder: Path, scale: float = 0.0, prompts: tuple[ValidationPrompt, ...] = PROMPTS, **changes: object
 ) -> EvaluateSpec:
-    """A whole evaluation of the bundled model: one dataset of six images, two of them held out."""
+    """Return the spec of a complete evaluation: one dataset of six images, two of them held out."""
     settings = tiny_settings(**changes)
     model = tiny_model(settings, folder)
     splits = {f"{name}.png": "eval" if name in "ce" else "train" for name in "abcdef"}
