@@ -35,7 +35,7 @@ from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY, OVERRIDE
 from sdxl_pipeline.files.atomic_files import write_text_atomic
 from sdxl_pipeline.models.adapters.init_adapter_source import initial_adapter_digest, with_initial_adapter
 from sdxl_pipeline.models.base_model import ResolvedModel
-from sdxl_pipeline.release.adapter_labels import adapter_name
+from sdxl_pipeline.release.release_inputs import adapter_name
 from sdxl_pipeline.runtime.specs import SettingDifference, TrainedLora, TrainingDataset, TrainSpec
 from sdxl_pipeline.training.checkpoint.run_identity import (
     decides_weights,

@@ -1,1 +1,1 @@
-"""A trained LoRA made publishable: export, model card, Hub upload."""
+"""The release of a trained model: file formats, model card and the checks before publication."""

@@ -1,4 +1,4 @@
-"""Whether an adapter's file can be used: against models without weights, so that SDXL's are made in seconds and next to no memory."""
+"""The check that an adapter file can be used, against models without weights, which take seconds and almost no memory for SDXL."""
 
 import warnings
 from collections.abc import Iterator
@@ -26,9 +26,9 @@ from sdxl_pipeline.models.base_model import ResolvedModel
 
 
 def count_changed_layers(path: Path, base_model: ResolvedModel) -> int:
-    """How many layers of the base model an adapter's file changes, when its users' own loader finds a place for every tensor.
+    """Return how many layers of the base model an adapter file changes, after loading it with its users' own loader.
 
-    Numbers must be finite, and some update must not be zero. Raises AdapterError, which says what is wrong.
+    Raises AdapterError with the reason unless every tensor belongs to a layer, all values are finite and some update is not zero.
     """
     try:
         file = read_header(path)
@@ -44,7 +44,7 @@ def count_changed_layers(path: Path, base_model: ResolvedModel) -> int:
         raise AdapterError(f"{path} does not load back: {error}") from error
     if broken := sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()):
         raise AdapterError(
-            f"{path}: {len(broken)} tensors hold NaN or infinity, as {broken[0]}. The training diverged"
+            f"{path}: {len(broken)} tensors hold NaN or infinity, such as {broken[0]}. The training diverged"
         )
     if not changes_something(tensors):
         raise AdapterError(f"{path} changes nothing: all its updates are zero")
@@ -52,7 +52,7 @@ def count_changed_layers(path: Path, base_model: ResolvedModel) -> int:
 
 
 def _models_without_weights(file: AdapterFile, base_model: ResolvedModel) -> dict[str, nn.Module]:
-    """The UNet, and those text encoders that the file has a part for, by prefix."""
+    """Return by prefix the UNet and those text encoders for which the file has tensors, on the meta device."""
     encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     with torch.device("meta"):
         config = UNet2DConditionModel.load_config(base_model.config_path, subfolder="unet")
@@ -66,7 +66,7 @@ def _models_without_weights(file: AdapterFile, base_model: ResolvedModel) -> dic
 
 @contextmanager
 def _without_copies() -> Iterator[None]:
-    # torch warns for each tensor that none is copied into a module without weights, which is the point here
+    # torch warns for every tensor that it does not copy into a meta parameter, which is intended here
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter", category=UserWarning)
         yield

@@ -1,96 +1,77 @@
-"""The release: one folder that holds exactly what is, or would be, published, and the check that its weights can be used."""
+"""The release: one folder with exactly what is, or would be, published, and the checks that its weights can be used."""
 
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.files.atomic_files import sha256_path, write_text_atomic
+from sdxl_pipeline.files.atomic_files import atomic_path, sha256_path, write_text_atomic
 from sdxl_pipeline.files.disk_space import require_space
 from sdxl_pipeline.models.base_model import ResolvedModel
+from sdxl_pipeline.release.release_inputs import ReleaseInputs
 from sdxl_pipeline.release.sanitize import ReleaseError, portable_lineage, portable_settings, require_portable
 from sdxl_pipeline.runtime.specs import EvaluationReport, TrainedLora, ValidationImage, ValidationPrompt
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 UNET_FOLDER = "unet"
 CARD_FILE = "README.md"
-SETTINGS_FILE = "training_config.json"  # not config.json: the Hub takes that for a transformers model
+SETTINGS_FILE = "training_config.json"  # the Hub takes a config.json for that of a transformers model
 REPORT_FILE = "eval.json"
 LINEAGE_FILE = "lineage.json"
 GALLERY_FILE = "gallery.png"
 LOSS_PLOT_FILE = "loss_by_timestep.png"
 LOSS_CURVE_FILE = "training_loss.png"
 IMAGES_FOLDER = "images"
-_STEMS = {
+_RESERVED_STEMS = {
     Path(name).stem
     for name in (SETTINGS_FILE, REPORT_FILE, LINEAGE_FILE, GALLERY_FILE, LOSS_PLOT_FILE, LOSS_CURVE_FILE)
 }
-"""A project of such a name gets no sidecars: they would take the place of these files."""
+"""Weights of such a name get no sidecar files, which would overwrite these files."""
 
 
 class ExportError(Exception):
-    """Weights that their users could not use; the message says why."""
+    """Weights that their users could not use; the message describes why."""
 
 
-def build_release(
-    folder: Path,
-    *,
-    project: str,
-    base_model: ResolvedModel,
-    settings: TrainingSettings,
-    lora: TrainedLora,
-    report: EvaluationReport,
-    prompts: Sequence[ValidationPrompt],
-    trigger_words: Sequence[str],
-    lineage: Mapping[str, Any],
-) -> Path:
-    """Put the release together beside `folder` and rename it there, in the place of an earlier one; gives `folder`.
+def build_release(folder: Path, inputs: ReleaseInputs) -> Path:
+    """Build the release in a temporary folder, rename it to `folder`, which replaces an earlier release, and return `folder`.
 
-    `lineage` is plain data that goes into lineage.json as it is, but for local paths. Raises ReleaseError when the weights are not those
-    that were evaluated, when a local path or the Hub token would be published, or when `folder` holds something that is no release;
-    ExportError and UserError when the checkpoint of a trained UNet cannot be written.
+    Raises ReleaseError when the weights are not the evaluated ones, when a local path or the Hub token would be published, or when
+    `folder` holds files that are not a release; ExportError and UserError when the checkpoint of a trained UNet cannot be written.
     """
-    if (
-        report.lora_sha256 != lora.weights_sha256
-        or sha256_path(Path(lora.weights_path)) != lora.weights_sha256
-    ):
+    weights, digest = Path(inputs.lora.weights_path), inputs.lora.weights_sha256
+    if inputs.report.lora_sha256 != digest or sha256_path(weights) != digest:
         raise ReleaseError(
-            f"{lora.weights_path} is not what was evaluated. Materialize lora and evaluation again"
+            f"{weights} differs from the evaluated weights. Materialize lora and evaluation again"
         )
     if folder.exists() and any(folder.iterdir()) and not (folder / LINEAGE_FILE).is_file():
         raise ReleaseError(
-            f"{folder} holds files that are no release, and would be replaced by one. Move them, or change output_dir"
+            f"{folder} holds files that are not a release (it has no {LINEAGE_FILE}) and would be replaced. Move them, or change output_dir"
         )
-    require_space(folder, _size(lora, report), "the release")
-    staged = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
+    require_space(folder, _required_bytes(inputs.lora, inputs.report), "the release")
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
     try:
-        _fill(
-            staged,
-            project,
-            base_model,
-            settings,
-            lora,
-            report,
-            prompts,
-            trigger_words,
-            portable_lineage(lineage),
-        )
-        require_portable(staged, _secrets(), _places(base_model, lora, report))
-        _replace(folder, staged)
+        _write_files(staging, replace(inputs, lineage=portable_lineage(inputs.lineage)))
+        require_portable(staging, _secrets(), _local_paths(inputs))
+        _replace(folder, staging)
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 
 def verify_export(path: Path, base_model: ResolvedModel) -> int:
-    """Raise ExportError unless the file of an adapter, or the folder of a UNet, loads back and every tensor finds its place in the base model.
+    """Return the number of layers that an adapter file changes, or of weights in a UNet folder.
 
-    Nothing is loaded of the base model but its architecture. Numbers must be finite, and some update of an adapter must not be zero. Gives the number of layers that the file changes, or of weights in the folder.
+    Raises ExportError unless `path` loads, every tensor belongs to a layer of the base model, all values are finite, and an adapter has
+    some update that is not zero. Only the base model's architecture is loaded.
     """
     if path.is_dir():
         return _verify_unet(path, base_model)
@@ -104,7 +85,7 @@ def verify_export(path: Path, base_model: ResolvedModel) -> int:
 
 
 def verify_formats(lora: TrainedLora, base_model: ResolvedModel, settings: TrainingSettings) -> str:
-    """Return what the files hold, in one sentence. Raise ExportError unless the programs that `lora_format` names load all of them."""
+    """Return in one sentence what the files contain. Raise ExportError unless the programs of `lora_format` load them completely."""
     if lora.weights_kind == "unet":
         return f"{_verify_unet(Path(lora.weights_path), base_model)} weights fit the base model's UNet."
     from sdxl_pipeline.release.formats import FormatError
@@ -119,45 +100,36 @@ def verify_formats(lora: TrainedLora, base_model: ResolvedModel, settings: Train
 def _verify_unet(folder: Path, base_model: ResolvedModel) -> int:
     from safetensors import SafetensorError
 
-    from sdxl_pipeline.release.unet_folder import misfits, non_finite_weights
+    from sdxl_pipeline.release.unet_folder import mismatched_weights, non_finite_weights
 
     try:
-        astray = misfits(folder, base_model)
-        weights, broken = non_finite_weights(folder)
+        mismatched = mismatched_weights(folder, base_model)
+        weights, non_finite = non_finite_weights(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise ExportError(f"{folder} does not load back: {error}") from error
-    if astray:
+    if mismatched:
         raise ExportError(
-            f"{folder} does not fit the UNet of {base_model.source}: {len(astray)} weights are astray, as {astray[0]}"
+            f"{folder} does not fit the UNet of {base_model.source}: {len(mismatched)} missing, unexpected or misshapen weights, such as "
+            f"{mismatched[0]}"
         )
-    if broken:
+    if non_finite:
         raise ExportError(
-            f"{folder}: {len(broken)} weights hold NaN or infinity, as {broken[0]}. The training diverged"
+            f"{folder}: {len(non_finite)} weights hold NaN or infinity, such as {non_finite[0]}. The training diverged"
         )
     return weights
 
 
-def _fill(
-    folder: Path,
-    project: str,
-    base_model: ResolvedModel,
-    settings: TrainingSettings,
-    lora: TrainedLora,
-    report: EvaluationReport,
-    prompts: Sequence[ValidationPrompt],
-    trigger_words: Sequence[str],
-    lineage: Mapping[str, Any],
-) -> None:
-    # The Hub's client is imported for the card only, and not with this module: the asset graph imports it.
+def _write_files(folder: Path, inputs: ReleaseInputs) -> None:
+    # model_card imports the Hub's client, which is too slow to import with the asset graph
     from sdxl_pipeline.release.model_card import image_counts, model_card
-    from sdxl_pipeline.release.sidecars import write_sidecars
 
+    report, lora = inputs.report, inputs.lora
     images = _copy_images(folder, [image for image in report.images if image.step > 0])
     preview = folder / next(iter(images.values())) if images else None
-    files = _write_weights(folder, project, base_model, settings, lora, trigger_words, preview)
+    files = _write_weights(folder, inputs, preview)
     main_file = folder / files.get("single_file", WEIGHTS_FILE)
-    if main_file.stem not in _STEMS:
-        write_sidecars(main_file, project, base_model, settings, lora, trigger_words, prompts, preview)
+    if main_file.stem not in _RESERVED_STEMS:
+        _write_sidecars(main_file, inputs, preview)
         files["sidecar"] = main_file.with_suffix(".json").name
     files |= {
         "gallery": GALLERY_FILE,
@@ -176,62 +148,72 @@ def _fill(
             files[role] = name
     published_report = json.loads(Path(report.report_path).with_suffix(".json").read_text(encoding="utf-8"))
     for name, value in (
-        (SETTINGS_FILE, portable_settings(settings)),
+        (SETTINGS_FILE, portable_settings(inputs.settings)),
         (REPORT_FILE, published_report),
-        (LINEAGE_FILE, {**lineage, "images": image_counts(lora)}),
+        (LINEAGE_FILE, {**inputs.lineage, "images": image_counts(lora)}),
     ):
-        write_text_atomic(folder / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    card = model_card(
-        project=project,
-        base_model=base_model,
-        settings=settings,
-        lora=lora,
-        report=published_report,
-        prompts=prompts or [ValidationPrompt(name=prompt, prompt=prompt) for prompt in images],
-        images=images,
-        trigger_words=trigger_words,
-        lineage=lineage,
-        files=files,
-    )
+        _write_json(folder / name, value)
+    # without validation prompts the gallery was generated from captions
+    prompts = inputs.prompts or [ValidationPrompt(name=prompt, prompt=prompt) for prompt in images]
+    card = model_card(replace(inputs, prompts=prompts), published_report, images, files)
     write_text_atomic(folder / CARD_FILE, card)
 
 
-def _write_weights(
-    folder: Path,
-    project: str,
-    base_model: ResolvedModel,
-    settings: TrainingSettings,
-    lora: TrainedLora,
-    trigger_words: Sequence[str],
-    preview: Path | None,
-) -> dict[str, str]:
-    """Write the weights in every format of the release; gives the names of diffusers' (weights) and of the others' (single_file)."""
+def _write_weights(folder: Path, inputs: ReleaseInputs, preview: Path | None) -> dict[str, str]:
+    """Write the weights in every format of the release; return the names of diffusers' (weights) and the other programs' (single_file)."""
+    lora, lora_format = inputs.lora, inputs.settings.lora_format
+    weights = Path(lora.weights_path)
     if lora.weights_kind == "unet":
-        # not imported with this module, which the asset graph imports: it takes torch
+        # single_file imports torch, which is too slow to import with the asset graph
         from sdxl_pipeline.release.single_file import (
             checkpoint_metadata,
             require_loadable,
             write_checkpoint,
         )
 
-        name = f"{project}.safetensors"
-        metadata = checkpoint_metadata(project, base_model, settings, lora, trigger_words, preview)
-        write_checkpoint(folder / name, Path(lora.weights_path), base_model, settings, metadata)
-        require_loadable(folder / name, Path(lora.weights_path), base_model)
-        shutil.copytree(lora.weights_path, folder / UNET_FOLDER)
+        name = f"{inputs.project}.safetensors"
+        metadata = checkpoint_metadata(inputs, preview)
+        write_checkpoint(folder / name, weights, inputs.base_model, inputs.settings, metadata)
+        require_loadable(folder / name, weights, inputs.base_model)
+        shutil.copytree(weights, folder / UNET_FOLDER)
         return {"weights": UNET_FOLDER, "single_file": name}
     files = {}
-    if lora.kohya_path is not None and settings.lora_format != "diffusers":
+    if lora.kohya_path is not None and lora_format != "diffusers":
         files["single_file"] = Path(lora.kohya_path).name
         shutil.copyfile(lora.kohya_path, folder / files["single_file"])
-    if settings.lora_format != "comfyui" or not files:
+    if lora_format != "comfyui" or not files:
         files["weights"] = WEIGHTS_FILE
-        shutil.copyfile(lora.weights_path, folder / WEIGHTS_FILE)
+        shutil.copyfile(weights, folder / WEIGHTS_FILE)
     return files
 
 
+def _write_sidecars(weights: Path, inputs: ReleaseInputs, preview: Path | None) -> None:
+    """Write `<name>.json` and, if there is a preview image, `<name>.png` beside the weights file `<name>.safetensors`.
+
+    A1111, Forge and InvokeAI show them as the description, trigger words and preview of the weights.
+    """
+    entries: dict[str, Any] = {
+        "description": inputs.description,
+        "notes": inputs.settings.model_card_note or "",
+        "sd version": "SDXL",
+        "activation text": ", ".join(inputs.trigger_words),
+        "preferred weight": 1.0,
+        "negative text": next((p.negative_prompt for p in inputs.prompts if p.negative_prompt), ""),
+    }
+    if inputs.lora.weights_kind == "unet":
+        del entries["preferred weight"]  # a checkpoint has none
+    _write_json(weights.with_suffix(".json"), entries)
+    if preview is not None:
+        with Image.open(preview) as image, atomic_path(weights.with_suffix(".png")) as temporary:
+            image.save(temporary, format="PNG")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
 def _copy_images(folder: Path, images: Sequence[ValidationImage]) -> dict[str, str]:
-    """Copy the trained model's images into the release; gives prompt -> path in the release of its first image."""
+    """Copy the trained model's images; return the path in the release of each prompt's first image."""
     (folder / IMAGES_FOLDER).mkdir()
     first_by_prompt: dict[str, str] = {}
     for image in images:
@@ -241,8 +223,8 @@ def _copy_images(folder: Path, images: Sequence[ValidationImage]) -> dict[str, s
     return first_by_prompt
 
 
-def _size(lora: TrainedLora, report: EvaluationReport) -> int:
-    """Bytes of what a release copies."""
+def _required_bytes(lora: TrainedLora, report: EvaluationReport) -> int:
+    """Return the size of the files that the release copies."""
     copied = [
         Path(lora.weights_path),
         Path(report.gallery_path),
@@ -252,14 +234,14 @@ def _size(lora: TrainedLora, report: EvaluationReport) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _replace(folder: Path, staged: Path) -> None:
-    """Rename `staged` to `folder`. A kill in between leaves the earlier release under its old name beside it."""
+def _replace(folder: Path, staging: Path) -> None:
+    """Rename `staging` to `folder`. A process killed in between leaves the previous release in a hidden folder beside it."""
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     if folder.exists():
         folder.rename(old)
-    staged.rename(folder)
-    for left in folder.parent.glob(f".{folder.name}.*.old"):
-        shutil.rmtree(left, ignore_errors=True)
+    staging.rename(folder)
+    for previous in folder.parent.glob(f".{folder.name}.*.old"):
+        shutil.rmtree(previous, ignore_errors=True)
 
 
 def _secrets() -> list[str]:
@@ -268,6 +250,11 @@ def _secrets() -> list[str]:
     return [get_token() or ""]
 
 
-def _places(base_model: ResolvedModel, lora: TrainedLora, report: EvaluationReport) -> list[Path]:
-    places = [Path(lora.run_dir), Path(report.report_path).parent, Path(base_model.path).parent, Path.cwd()]
-    return [*places, *(place.parent for place in places), Path.home()]
+def _local_paths(inputs: ReleaseInputs) -> list[Path]:
+    paths = [
+        Path(inputs.lora.run_dir),
+        Path(inputs.report.report_path).parent,
+        Path(inputs.base_model.path).parent,
+        Path.cwd(),
+    ]
+    return [*paths, *(path.parent for path in paths), Path.home()]

@@ -1,4 +1,4 @@
-"""The model card: what the Hub shows and searches by, and what a person needs to use the weights and to know where they came from."""
+"""The model card: README.md with the metadata that the Hub indexes, instructions for use, evaluation, training settings and lineage."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,108 +8,118 @@ from huggingface_hub import ModelCard, ModelCardData
 from sdxl_pipeline.config.schema.adapter import AdapterSettings
 from sdxl_pipeline.config.schema.key_facts import keys_with
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.models.base_model import ResolvedModel
-from sdxl_pipeline.release.adapter_labels import adapter_name, adapter_tags, is_shown
-from sdxl_pipeline.release.sanitize import portable_name, portable_settings
-from sdxl_pipeline.release.snippet import hub_id
+from sdxl_pipeline.release.release_inputs import ReleaseInputs, adapter_name, hub_id
+from sdxl_pipeline.release.sanitize import portable_settings
 from sdxl_pipeline.release.usage import usage
-from sdxl_pipeline.runtime.specs import KIND_LABELS, TrainedLora, ValidationPrompt, WeightsKind
+from sdxl_pipeline.runtime.specs import KIND_LABELS, TrainedLora, WeightsKind
 
 LICENCES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}
-"""Licences of base models that pass on to what is derived from them, by Hub id."""
+"""Licences of base models that also apply to derived models, by Hub id."""
 
 _RELATIONS: Mapping[WeightsKind, str] = {"lora": "adapter", "unet": "finetune"}
 
-SHOWN_SETTINGS = keys_with(TrainingSettings, lambda key: key.on_card)
-"""The settings that say most about a training; all of them are in a file of the release."""
+CARD_SETTINGS = (
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "use_dora",
+    "lycoris_config",
+    "init_lokr_norm",
+    "init_lora",
+    "learning_rate",
+    "text_encoder_lr",
+    "lr_scheduler",
+    "lr_warmup_steps",
+    "optimizer",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "caption_dropout_probability",
+    "snr_gamma",
+    "prediction_type",
+    "mixed_precision",
+    "base_model_precision",
+    "seed",
+)
+"""The most informative settings of a training; a separate file of the release has all of them."""
 
 
 def model_card(
-    *,
-    project: str,
-    base_model: ResolvedModel,
-    settings: TrainingSettings,
-    lora: TrainedLora,
-    report: Mapping[str, Any],
-    prompts: Sequence[ValidationPrompt],
-    images: Mapping[str, str],
-    trigger_words: Sequence[str],
-    lineage: Mapping[str, Any],
-    files: Mapping[str, str],
+    inputs: ReleaseInputs, report: Mapping[str, Any], images: Mapping[str, str], files: Mapping[str, str]
 ) -> str:
     """Return the text of README.md.
 
-    `report` is an evaluation's report.json; `images` maps a prompt to its image's path in the release; `files` names the other files
-    by role: gallery, settings, evaluation, lineage, and where there is one weights, single_file, sidecar, loss_plot and loss_curve.
+    `report` is an evaluation's report.json; `images` maps a prompt to the path of its image in the release; `files` maps a role to a file
+    name: gallery, settings, evaluation, lineage, and where present weights, single_file, sidecar, loss_plot and loss_curve.
     """
+    settings, lora = inputs.settings, inputs.lora
     sections = [
-        f"# {project}",
+        f"# {inputs.project}",
         settings.model_card_note or "",
-        _opening(project, base_model, settings, lora),
-        "<Gallery />" if images else "",  # the Hub shows the images of the front matter in its place
+        _introduction(inputs),
+        "<Gallery />" if images else "",  # the Hub replaces it by the images of the front matter's widget
         f"![base model beside {KIND_LABELS[lora.weights_kind]}]({files['gallery']})",
         "## Use",
-        usage(base_model, settings, lora, prompts, trigger_words, files),
+        usage(inputs, files),
         "## Evaluation",
         _evaluation(report, files),
         "## Training",
         _training(settings, lora, files),
         "## Lineage",
-        _lineage(base_model, lora, lineage, files),
+        _lineage(inputs, files),
     ]
     body = "\n\n".join(section for section in sections if section)
-    return str(
-        ModelCard(
-            f"---\n{_front_matter(base_model, settings, lora, prompts, images, trigger_words).to_yaml()}\n---\n\n{body}\n"
-        )
-    )
+    return str(ModelCard(f"---\n{_front_matter(inputs, images).to_yaml()}\n---\n\n{body}\n"))
 
 
-def _front_matter(
-    base_model: ResolvedModel,
-    settings: TrainingSettings,
-    lora: TrainedLora,
-    prompts: Sequence[ValidationPrompt],
-    images: Mapping[str, str],
-    trigger_words: Sequence[str],
-) -> ModelCardData:
-    base = hub_id(base_model)
+def _front_matter(inputs: ReleaseInputs, images: Mapping[str, str]) -> ModelCardData:
+    base, kind = hub_id(inputs.base_model), inputs.lora.weights_kind
     widget = []
-    for prompt in prompts:
+    for prompt in inputs.prompts:
         if prompt.prompt in images:
             entry: dict[str, Any] = {"text": prompt.prompt, "output": {"url": images[prompt.prompt]}}
             if prompt.negative_prompt:
                 entry["parameters"] = {"negative_prompt": prompt.negative_prompt}
             widget.append(entry)
-    tags = adapter_tags(settings) if lora.weights_kind == "lora" else ()
+    tags = _adapter_tags(inputs.settings) if kind == "lora" else ()
     return ModelCardData(
         base_model=base,
-        base_model_relation=_RELATIONS[lora.weights_kind] if base else None,
+        base_model_relation=_RELATIONS[kind] if base else None,
         library_name="diffusers",
         license=LICENCES.get(base) if base else None,
         pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", *tags, "sdxl", "stable-diffusion-xl"],
-        instance_prompt=trigger_words[0] if trigger_words else None,
+        instance_prompt=inputs.trigger_words[0] if inputs.trigger_words else None,
         widget=widget or None,
     )
 
 
-def _opening(project: str, base_model: ResolvedModel, settings: TrainingSettings, lora: TrainedLora) -> str:
-    base = hub_id(base_model)
-    name = f"[{base}](https://huggingface.co/{base})" if base else f"`{portable_name(base_model.source)}`"
+def _adapter_tags(settings: TrainingSettings) -> tuple[str, ...]:
+    """Return the tags by which the Hub's users find this kind of adapter."""
+    if settings.lora_type == "lycoris":
+        return ("lycoris", *sorted(settings.lycoris.algorithms))
+    return ("lora", "dora") if settings.use_dora else ("lora",)
+
+
+def _introduction(inputs: ReleaseInputs) -> str:
+    settings, lora, base = inputs.settings, inputs.lora, hub_id(inputs.base_model)
+    base_link = f"[{base}](https://huggingface.co/{base})" if base else f"`{inputs.base_model_name}`"
     if lora.weights_kind == "unet":
-        which = "the biases" if settings.layer_freeze_strategy == "bitfit" else "all weights"
-        what = f"the UNet of {name} with {which} trained further"
-        change = "The text encoders and the VAE are the base model's."
+        weights = "the biases" if settings.layer_freeze_strategy == "bitfit" else "all weights"
+        what = f"the UNet of {base_link} with {weights} trained further"
+        change = "The text encoders and the VAE are those of the base model."
     else:
-        what = f"{adapter_name(settings)} for {name}, trained"
-        texts = "of both text encoders" if settings.train_text_encoder else "leaves the text encoders alone"
-        change = f"It changes {lora.adapted_modules} layers of the UNet and {texts}."
-    return f"{project} is {what} for {lora.steps:,} steps ({lora.samples:,} samples){_images(lora)}. {change}"
+        what = f"{adapter_name(settings)} for {base_link}, trained"
+        change = f"It changes {lora.adapted_modules} layers of the UNet" + (
+            " and of both text encoders."
+            if settings.train_text_encoder
+            else ". The text encoders are unchanged."
+        )
+    return f"{inputs.project} is {what} for {lora.steps:,} steps ({lora.samples:,} samples){_image_total(lora)}. {change}"
 
 
-def _images(lora: TrainedLora) -> str:
-    """Return how many images were trained on and held out; empty for a run of an earlier version, which did not record it."""
+def _image_total(lora: TrainedLora) -> str:
+    """Return the number of training and held-out images; empty for a run of an earlier version, which did not record them."""
     if not lora.trained_images:
         return ""
     trained, held_out = sum(lora.trained_images.values()), sum(lora.held_out_images.values())
@@ -118,18 +128,18 @@ def _images(lora: TrainedLora) -> str:
 
 
 def _evaluation(report: Mapping[str, Any], files: Mapping[str, str]) -> str:
-    found, names = report["figures"], report["figure_names"]
-    if not found:
+    metrics, labels = report["figures"], report["figure_names"]
+    if not metrics:
         return "Neither an eval loss nor a CLIP score was measured."
     changes = report["change_since_release"]
-    header = ("figure", "value", "change since the last release") if changes else ("figure", "value")
+    header = ("metric", "value", "change since the last release") if changes else ("metric", "value")
     rows = [
         (
-            names[name],
+            labels[name],
             f"{value:.4g}",
             *([f"{changes[name]:+.3g}" if name in changes else ""] if changes else []),
         )
-        for name, value in found.items()
+        for name, value in metrics.items()
     ]
     parts = [_table(header, rows), report["measurement"]]
     if "loss_plot" in files:
@@ -143,12 +153,12 @@ def _training(settings: TrainingSettings, lora: TrainedLora, files: Mapping[str,
         values["lycoris_config"] = settings.lycoris.model_dump_json(exclude_defaults=True)
     rows = [
         ("steps", f"{lora.steps:,}"),
-        ("passes over the images", f"{lora.epochs:.3g}"),
+        ("epochs", f"{lora.epochs:.3g}"),
         ("trainable parameters", f"{lora.trainable_parameters:,}"),
         *(
-            (f"`{name}`", _shown(values[name]))
-            for name in dict.fromkeys((*SHOWN_SETTINGS, *settings.changed_objective))
-            if values[name] is not None and _is_informative(name, settings, lora)
+            (f"`{name}`", _value_text(values[name]))
+            for name in dict.fromkeys((*CARD_SETTINGS, *settings.changed_objective))
+            if values[name] is not None and _is_relevant(name, settings, lora)
         ),
     ]
     parts = [_table(("setting", "value"), rows), f"All settings: [{files['settings']}]({files['settings']})."]
@@ -157,22 +167,26 @@ def _training(settings: TrainingSettings, lora: TrainedLora, files: Mapping[str,
     return "\n\n".join(parts)
 
 
-def _is_informative(name: str, settings: TrainingSettings, lora: TrainedLora) -> bool:
-    if lora.weights_kind == "lora":
-        return is_shown(name, settings)
-    return name not in AdapterSettings.model_fields
+def _is_relevant(name: str, settings: TrainingSettings, lora: TrainedLora) -> bool:
+    """Return whether a setting applies to these weights: PEFT's settings do not apply to LyCORIS, nor any adapter's to a full UNet."""
+    if lora.weights_kind == "unet":
+        return name not in AdapterSettings.model_fields
+    if settings.lora_type == "lycoris":
+        return not name.startswith("lora_") and name != "use_dora"
+    return name not in ("lycoris_config", "init_lokr_norm", "use_dora") or (
+        name == "use_dora" and settings.use_dora
+    )
 
 
-def _lineage(
-    base_model: ResolvedModel, lora: TrainedLora, lineage: Mapping[str, Any], files: Mapping[str, str]
-) -> str:
-    rows = [("base model", f"`{portable_name(base_model.source)}`")]
+def _lineage(inputs: ReleaseInputs, files: Mapping[str, str]) -> str:
+    base_model, lineage = inputs.base_model, inputs.lineage
+    rows = [("base model", f"`{inputs.base_model_name}`")]
     if base_model.revision is not None:
         rows.append(("base model's revision", f"`{base_model.revision}`"))
     rows += [(f"base model, {name}", f"`{digest}`") for name, digest in base_model.digests.items()]
     rows += [
         (f"dataset `{dataset}`", f"{counts['trained']:,} images trained, {counts['held_out']:,} held out")
-        for dataset, counts in image_counts(lora).items()
+        for dataset, counts in image_counts(inputs.lora).items()
     ]
     rows += [(f"`{asset}`", f"`{value}`") for asset, value in lineage.get("data_versions", {}).items()]
     rows += [
@@ -180,12 +194,13 @@ def _lineage(
         for name in ("training_identity", "weights_sha256")
         if name in lineage
     ]
-    text = "Every value is a digest of content or a commit: equal values mean equal data. "
-    return f"{text}As data: [{files['lineage']}]({files['lineage']}).\n\n{_table(('what', 'which'), rows)}"
+    text = "Digests and data versions identify content, and a revision is a commit: equal values mean equal data. "
+    link = f"[{files['lineage']}]({files['lineage']})"
+    return f"{text}The same as JSON: {link}.\n\n{_table(('item', 'value'), rows)}"
 
 
 def image_counts(lora: TrainedLora) -> dict[str, dict[str, int]]:
-    """Return by dataset how many images were trained on and how many held out."""
+    """Return by dataset how many images were trained on and how many were held out."""
     datasets = sorted(lora.trained_images.keys() | lora.held_out_images.keys())
     return {
         dataset: {
@@ -196,7 +211,7 @@ def image_counts(lora: TrainedLora) -> dict[str, dict[str, int]]:
     }
 
 
-def _shown(value: Any) -> str:
+def _value_text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""What of a run may leave this machine: settings and lineage without local paths, and a guard against what should have stayed."""
+"""Removal of local paths from what is published, and a check that neither a local path nor a secret is left in it."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -8,24 +8,24 @@ from sdxl_pipeline.config.paths import SOURCES
 from sdxl_pipeline.config.schema.key_facts import keys_with
 from sdxl_pipeline.config.schema.training import TrainingSettings
 
-LOCAL_KEYS = frozenset(keys_with(TrainingSettings, lambda key: not key.is_published))
-"""Settings that say where things lie on this machine, or when it works; they are no part of what made the weights."""
+LOCAL_KEYS = frozenset({*PLACES, "retraining_cron"})
+"""Settings with paths or schedules of this machine; they do not affect the weights."""
 
 TEXT_SUFFIXES = frozenset({".md", ".json", ".txt"})
 
 
 class ReleaseError(Exception):
-    """A release that must not be published as it is; the message says why."""
+    """A release that must not be published; the message describes why."""
 
 
 def portable_settings(settings: TrainingSettings) -> dict[str, Any]:
-    """The effective settings as plain data that means something on another machine."""
-    kept = settings.model_dump(mode="json", exclude=set(LOCAL_KEYS))
-    return kept | {key: portable_name(kept[key]) for key in SOURCES if isinstance(kept[key], str)}
+    """Return the effective settings as plain data without local paths."""
+    values = settings.model_dump(mode="json", exclude=set(LOCAL_KEYS))
+    return values | {key: portable_name(values[key]) for key in SOURCES if isinstance(values[key], str)}
 
 
 def portable_lineage(value: Any) -> Any:
-    """Plain data with every string that is a local path cut down to its last name."""
+    """Return plain data in which every string that is a local path is shortened to its last part."""
     if isinstance(value, Mapping):
         return {key: portable_lineage(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -34,32 +34,33 @@ def portable_lineage(value: Any) -> Any:
 
 
 def portable_name(source: str) -> str:
-    """A Hub id or a bundled model's name as it is; of a local path the last name."""
+    """Return a Hub id or a bundled model's name unchanged, and of a local path only the last part."""
     windows = PureWindowsPath(source)
     if windows.is_absolute():
         return windows.name
-    written_as_path = source.startswith(("/", "~", "./", "../")) or source in (".", "..")
-    if written_as_path or source.lower().endswith(".safetensors"):
+    is_path = source.startswith(("/", "~", "./", "../")) or source in (".", "..")
+    if is_path or source.lower().endswith(".safetensors"):
         return PurePosixPath(source).name or "local model"
     return source
 
 
-def require_portable(folder: Path, secrets: Iterable[str], places: Iterable[Path]) -> None:
-    """Raise ReleaseError when a text file under `folder` holds one of the secrets, or the path of one of the places.
+def require_portable(folder: Path, secrets: Iterable[str], local_paths: Iterable[Path]) -> None:
+    """Raise ReleaseError when a text file under `folder` contains one of the secrets or local paths.
 
-    The last door: what is published was made from settings and lineage that users and later code fill, and a token cannot be unpublished.
+    The texts come from settings and lineage, which users can fill with anything, and a published token cannot be withdrawn. Paths of
+    fewer than three parts, such as `/root`, are ignored.
     """
-    names = {str(place) for place in places if len(place.parts) > 2}
-    hidden = {secret for secret in secrets if secret}
+    forbidden_paths = {str(path) for path in local_paths if len(path.parts) > 2}
+    forbidden = {secret for secret in secrets if secret}
     for path in sorted(folder.rglob("*")):
         if path.suffix not in TEXT_SUFFIXES:
             continue
         text = path.read_text(encoding="utf-8")
-        if any(secret in text for secret in hidden):
+        if any(secret in text for secret in forbidden):
             raise ReleaseError(
-                f"{path.name} of the release holds the Hub token. Take it out of the project's settings and prompts"
+                f"{path.name} of the release contains the Hub token. Remove it from the project's settings and prompts"
             )
-        if found := next((name for name in names if name in text), None):
+        if found := next((local for local in forbidden_paths if local in text), None):
             raise ReleaseError(
-                f"{path.name} of the release holds the local path {found}. Take it out of the project's settings and prompts"
+                f"{path.name} of the release contains the local path {found}. Remove it from the project's settings and prompts"
             )

@@ -1,10 +1,10 @@
 """The single-file checkpoint of a trained UNet in SDXL's original layout and float16, as ComfyUI, A1111, Forge and kohya load it.
 
-The UNet is streamed from its folder to the file. The VAE and the text encoders are the base model's, about 2 GB, so that writing takes
-less memory than one copy of the UNet.
+The UNet is streamed from its folder to the file. Only the base model's VAE and text encoders, about 2 GB, are held in memory, which is
+less than one copy of the UNet.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,12 @@ from sdxl_pipeline.models.original_layout import (
 from sdxl_pipeline.release.export import ExportError
 from sdxl_pipeline.release.formats.kohya_header import thumbnail_uri
 from sdxl_pipeline.release.model_card import LICENCES
-from sdxl_pipeline.release.sidecars import description
-from sdxl_pipeline.release.snippet import hub_id
+from sdxl_pipeline.release.release_inputs import ReleaseInputs, hub_id
 from sdxl_pipeline.release.unet_folder import open_tensors, tensor_shapes
-from sdxl_pipeline.runtime.specs import TrainedLora
 
 DTYPE = torch.float16
 MARKERS = frozenset({"v_pred", "ztsnr"})
-"""Empty tensors by which ComfyUI and Forge recognize a model that predicts v, and a schedule of zero terminal SNR."""
+"""Empty tensors by which ComfyUI and Forge recognize v-prediction and a zero-terminal-SNR schedule."""
 
 
 def write_checkpoint(
@@ -47,58 +45,58 @@ def write_checkpoint(
 ) -> None:
     """Write the trained UNet with the base model's other components to `path`.
 
-    Raises ExportError for a weight that float16 cannot hold, and DiskFullError when the disk has no room.
+    Raises ExportError for a weight that overflows float16, and DiskFullError when there is not enough disk space.
     """
     encoders = load_text_encoders(base_model, DTYPE)
-    small = dict(_markers(base_model, settings))
-    small |= first_text_tensors(encoders.text_encoder.state_dict())
-    small |= second_text_tensors(encoders.text_encoder_2.state_dict())
-    # in float32, since in float16 the loader refuses a VAE whose activations overflow; its weights do not
-    small |= vae_tensors(load_vae(base_model, torch.float32).state_dict())
+    other_components = dict(_markers(base_model, settings))
+    other_components |= first_text_tensors(encoders.text_encoder.state_dict())
+    other_components |= second_text_tensors(encoders.text_encoder_2.state_dict())
+    # in float32: the loader refuses a float16 VAE whose activations overflow, although its weights do not
+    other_components |= vae_tensors(load_vae(base_model, torch.float32).state_dict())
     shapes = {
         name: torch.empty(shape, dtype=DTYPE, device="meta")
         for name, shape in tensor_shapes(unet_folder).items()
     }
     config = UNet2DConditionModel.load_config(unet_folder)
-    layout = {name: _in_half(tensor.to("meta")) for name, tensor in small.items()}
+    layout = {name: _to_half(tensor.to("meta")) for name, tensor in other_components.items()}
     layout |= unet_tensors(shapes, config)
     require_space(path.parent, sum(tensor.nbytes for tensor in layout.values()), "the single-file checkpoint")
     with open_tensors(unet_folder) as unet:
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
-            for source in (small.items(), unet_tensors(unet, config)):
+            for source in (other_components.items(), unet_tensors(unet, config)):
                 for name, tensor in source:
-                    yield name, _finite(name, _in_half(tensor))
+                    yield name, _require_finite(name, _to_half(tensor))
 
         write_streamed_safetensors(path, layout, tensors(), metadata)
 
 
 def require_loadable(path: Path, unet_folder: Path, base_model: ResolvedModel) -> None:
-    """Raise ExportError unless a checkpoint is what every reader expects: the gate of a release of a whole UNet.
+    """Raise ExportError unless every program loads the checkpoint of a trained UNet completely.
 
-    Its names and shapes have to be those of the base model's architecture, made here without weights, and its UNet the trained one in
+    Names and shapes must be those of the base model's architecture, created here without weights, and the UNet must be the trained one in
     float16. Reads the UNet one tensor at a time.
     """
-    wanted = _architecture(base_model)
+    expected = _architecture(base_model)
     with safe_open(path, framework="pt") as file, open_tensors(unet_folder) as unet:
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        found = {name: shape for name, shape in found.items() if name not in MARKERS}
-        if misfits := sorted(
-            name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
+        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        stored = {name: shape for name, shape in stored.items() if name not in MARKERS}
+        if mismatched := sorted(
+            name for name in expected.keys() | stored.keys() if expected.get(name) != stored.get(name)
         ):
-            name = misfits[0]
+            name = mismatched[0]
             raise ExportError(
-                f"{path.name}: {len(misfits)} missing, unexpected or misshapen tensors, such as {name}: "
-                f"{found.get(name, 'absent')} instead of {wanted.get(name, 'absent')}"
+                f"{path.name}: {len(mismatched)} missing, unexpected or misshapen tensors, such as {name}: "
+                f"{stored.get(name, 'absent')} instead of {expected.get(name, 'absent')}"
             )
         config = UNet2DConditionModel.load_config(unet_folder)
         for name, tensor in unet_tensors(unet, config):
-            if not torch.equal(file.get_tensor(name), _in_half(tensor)):
+            if not torch.equal(file.get_tensor(name), _to_half(tensor)):
                 raise ExportError(f"{path.name}: {name} is not the trained weight")
 
 
 def _architecture(base_model: ResolvedModel) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of SDXL's original layout for a base model's configurations."""
+    """Return the shapes of a base model's tensors by their names in SDXL's original layout."""
     folder = Path(base_model.config_path)
     with torch.device("meta"):
         config = UNet2DConditionModel.load_config(folder, subfolder="unet")
@@ -115,28 +113,21 @@ def _architecture(base_model: ResolvedModel) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in layout}
 
 
-def checkpoint_metadata(
-    project: str,
-    base_model: ResolvedModel,
-    settings: TrainingSettings,
-    lora: TrainedLora,
-    trigger_words: Sequence[str],
-    preview: Path | None,
-) -> dict[str, str]:
-    """Return the checkpoint's entries of modelspec 1.0.1, but for the hash; the same training gives the same entries."""
-    prediction = _scheduler_config(base_model, settings).prediction_type
-    height, width = settings.validation_sizes[0]
+def checkpoint_metadata(inputs: ReleaseInputs, preview: Path | None) -> dict[str, str]:
+    """Return the checkpoint's header entries of modelspec 1.0.1, except the hash. The same training gives the same entries."""
+    prediction = _scheduler_config(inputs.base_model, inputs.settings).prediction_type
+    height, width = inputs.settings.validation_sizes[0]
     entries = {
-        "identity": lora.identity,
+        "identity": inputs.lora.identity,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-xl-v1-base",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": project,
-        "modelspec.description": description(project, base_model, settings, lora),
+        "modelspec.title": inputs.project,
+        "modelspec.description": inputs.description,
         "modelspec.resolution": f"{width}x{height}",
-        "modelspec.license": LICENCES.get(hub_id(base_model) or ""),
+        "modelspec.license": LICENCES.get(hub_id(inputs.base_model) or ""),
         "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}.get(prediction),
-        "modelspec.trigger_phrase": trigger_words[0] if trigger_words else None,
+        "modelspec.trigger_phrase": inputs.trigger_words[0] if inputs.trigger_words else None,
         "modelspec.thumbnail": preview and thumbnail_uri(preview),
         "modelspec.unet_dtype": str(DTYPE),
     }
@@ -144,7 +135,7 @@ def checkpoint_metadata(
 
 
 def _markers(base_model: ResolvedModel, settings: TrainingSettings) -> Iterator[tuple[str, Tensor]]:
-    """Yield those of MARKERS that fit the training."""
+    """Yield the MARKERS that apply to the trained model."""
     config = _scheduler_config(base_model, settings)
     if config.prediction_type == "v_prediction":
         yield "v_pred", torch.zeros(0, dtype=torch.int64)
@@ -156,14 +147,14 @@ def _scheduler_config(base_model: ResolvedModel, settings: TrainingSettings) -> 
     return load_noise_scheduler(base_model, settings.scheduler_changes).config
 
 
-def _in_half(tensor: Tensor) -> Tensor:
+def _to_half(tensor: Tensor) -> Tensor:
     return tensor.to(DTYPE) if tensor.is_floating_point() else tensor
 
 
-def _finite(name: str, tensor: Tensor) -> Tensor:
+def _require_finite(name: str, tensor: Tensor) -> Tensor:
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         raise ExportError(
-            f"{name} holds values that float16 cannot (largest is {torch.finfo(DTYPE).max:g}), so no single-file checkpoint of this "
-            "model can be written. The training diverged: train with a lower learning_rate"
+            f"{name} holds values that are not finite in float16 (its maximum is {torch.finfo(DTYPE).max:g}), so no single-file checkpoint "
+            "of this model can be written. The training diverged: train with a lower learning_rate"
         )
     return tensor

@@ -1,4 +1,4 @@
-"""A whole UNet as users get it: a folder of safetensors and their configuration, looked at without loading the model."""
+"""A full UNet in diffusers' folder format, checked and read without loading the model."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -12,43 +12,45 @@ if TYPE_CHECKING:
 
 
 def non_finite_weights(folder: Path) -> tuple[int, list[str]]:
-    """How many weights the shards of a UNet folder hold, and the names of those with NaN or infinity; read one at a time."""
+    """Return the number of weights in a UNet folder and the sorted names of those with NaN or infinity; reads one tensor at a time."""
     import torch
     from safetensors import safe_open
 
-    names, unsound = 0, []
+    count, non_finite = 0, []
     for shard in _shards(folder):
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
-                names += 1
+                count += 1
                 if not torch.isfinite(file.get_tensor(name)).all():
-                    unsound.append(name)
-    return names, sorted(unsound)
+                    non_finite.append(name)
+    return count, sorted(non_finite)
 
 
-def misfits(folder: Path, base_model: ResolvedModel) -> list[str]:
-    """Names of weights that the folder lacks, has too many, or has in another shape than the base model's UNet; sorted.
+def mismatched_weights(folder: Path, base_model: ResolvedModel) -> list[str]:
+    """Return the sorted names of weights that are missing, unexpected, or of another shape than in the base model's UNet.
 
-    Raises OSError, ValueError or SafetensorError for what is no UNet folder of diffusers.
+    Raises OSError, ValueError or SafetensorError if `folder` is not a UNet folder of diffusers.
     """
     import torch
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
         unets = [
-            UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(place, **where))
-            for place, where in ((folder, {}), (base_model.config_path, {"subfolder": "unet"}))
+            UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(path, **options))
+            for path, options in ((folder, {}), (base_model.config_path, {"subfolder": "unet"}))
         ]
-    own, wanted = (
+    configured, expected = (
         {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()} for unet in unets
     )
-    found = tensor_shapes(folder)
-    names = own.keys() | wanted.keys() | found.keys()
-    return sorted(name for name in names if not own.get(name) == wanted.get(name) == found.get(name))
+    stored = tensor_shapes(folder)
+    names = configured.keys() | expected.keys() | stored.keys()
+    return sorted(
+        name for name in names if not configured.get(name) == expected.get(name) == stored.get(name)
+    )
 
 
 class _LazyTensors(Mapping[str, "Tensor"]):
-    """The tensors of open safetensors files, each read when it is asked for."""
+    """The tensors of open safetensors files by name, each read on access."""
 
     def __init__(self, files: list[Any]) -> None:
         self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a dict
@@ -66,7 +68,7 @@ class _LazyTensors(Mapping[str, "Tensor"]):
 
 @contextmanager
 def open_tensors(folder: Path) -> "Iterator[Mapping[str, Tensor]]":
-    """Give the weights of a UNet folder by name; none is in memory before it is asked for."""
+    """Yield the weights of a UNet folder by name; each is read on access."""
     from safetensors import safe_open
 
     with ExitStack() as files:

@@ -1,92 +1,168 @@
-"""The section of a model card on how to use the released files in each program."""
+"""The section of a model card on how to use the released files in each program, with a complete Python program for diffusers."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.models.base_model import ResolvedModel
-from sdxl_pipeline.release.sanitize import portable_name
-from sdxl_pipeline.release.snippet import snippet
-from sdxl_pipeline.runtime.specs import TrainedLora, ValidationPrompt
+from sdxl_pipeline.models.base_model import BUNDLED_NAME
+from sdxl_pipeline.models.sampling import scheduler_changes
+from sdxl_pipeline.release.release_inputs import ReleaseInputs, hub_id
+from sdxl_pipeline.runtime.specs import TrainedLora
 
 _COMFYUI_SAMPLING = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}
-"""Prediction type -> what ComfyUI's node ModelSamplingDiscrete calls it."""
+"""Prediction type -> its name in ComfyUI's node ModelSamplingDiscrete."""
 
 
-def usage(
-    base_model: ResolvedModel,
-    settings: TrainingSettings,
-    lora: TrainedLora,
-    prompts: Sequence[ValidationPrompt],
-    trigger_words: Sequence[str],
-    files: Mapping[str, str],
-) -> str:
+def usage(inputs: ReleaseInputs, files: Mapping[str, str]) -> str:
     """Return the section: diffusers, ComfyUI, A1111 and Forge, each with the file it loads.
 
-    `files` names diffusers' file or folder as `weights` and the file for the other programs as `single_file`; one of them may be absent.
+    `files` has diffusers' file or folder as `weights` and the file for the other programs as `single_file`; one of them may be absent.
     """
+    lora = inputs.lora
     single_file = files.get("single_file")
-    lycoris = lora.weights_kind == "lora" and settings.lora_type == "lycoris"
     parts = []
-    # diffusers reads kohya's files too, but none of LyCORIS
-    if loaded := files.get("weights") or (None if lycoris else single_file):
-        title = "lycoris-lora with diffusers" if lycoris else "diffusers"
-        parts += [f"### {title}", snippet(base_model, settings, prompts, lora.weights_kind, loaded)]
-        if loaded != single_file:
-            parts.append(_alpha_note(settings, lora))
+    # diffusers also reads kohya's files, except for LyCORIS adapters
+    if weights := files.get("weights") or (None if inputs.is_lycoris else single_file):
+        title = "lycoris-lora with diffusers" if inputs.is_lycoris else "diffusers"
+        parts += [f"### {title}", snippet(inputs, weights)]
+        if weights != single_file:
+            parts.append(_alpha_note(inputs))
     if single_file is None:
         parts += [
             "### ComfyUI, A1111 and Forge",
-            f"This release has no file for them. `{files['weights']}` is in another format, of which they load some layers or none. "
-            "A release made with `lora_format: both` has one.",
+            f"This release has no file for these programs. They load `{files['weights']}`, which is in another format, only in part or "
+            "not at all. A release made with `lora_format: both` includes a file for them.",
         ]
     else:
+        prompt_note = _prompt_note(inputs.trigger_words)
         parts += [
             "### ComfyUI",
             _approximation_note(lora, files),
-            _comfyui(base_model, settings, lora, single_file),
-            _prompt_note(trigger_words),
+            _comfyui(inputs, single_file),
+            prompt_note,
             "### A1111 and Forge",
             _a1111(lora, single_file, files.get("sidecar")),
-            _prompt_note(trigger_words),
+            prompt_note,
         ]
     return "\n\n".join(part for part in parts if part)
 
 
-def _comfyui(
-    base_model: ResolvedModel, settings: TrainingSettings, lora: TrainedLora, single_file: str
-) -> str:
-    if lora.weights_kind == "unet":
+def snippet(inputs: ReleaseInputs, weights: str) -> str:
+    """Return a Python block that generates the first prompt with the validation settings; `weights` is a file or folder of the release."""
+    base_model, settings, prompts = inputs.base_model, inputs.settings, inputs.prompts
+    height, width = settings.validation_sizes[0]
+    lines = [f"    height={height},", f"    width={width},"]
+    if prompts and prompts[0].negative_prompt:
+        lines.insert(0, f"    negative_prompt={_literal(prompts[0].negative_prompt)},")
+    if settings.validation_guidance_rescale:
+        lines.append(f"    guidance_rescale={settings.validation_guidance_rescale:g},")
+    arguments = "\n".join(lines)
+    scheduler = ""
+    if changes := scheduler_changes(base_model, settings):
+        config = ", ".join(
+            f"{key}={_literal(value) if isinstance(value, str) else value}" for key, value in changes.items()
+        )
+        scheduler = (
+            f"\npipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, {config})"
+        )
+    classes = "StableDiffusionXLPipeline"
+    imports = ""
+    if inputs.lora.weights_kind == "unet":
+        classes += ", UNet2DConditionModel"
+    if inputs.is_lycoris:
+        if _published_id(inputs):
+            imports += "from huggingface_hub import hf_hub_download\n"
+        imports += "from lycoris import create_lycoris_from_weights  # pip install lycoris-lora\n"
+    if base_model.source == BUNDLED_NAME:
+        imports += "from sdxl_pipeline.models.base_model import BUNDLED_MODEL\n"
+    return f"""```python
+import torch
+from diffusers import {classes}
+{imports}
+device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+{_loading_code(inputs, weights)}{scheduler}
+image = pipeline(
+    {_literal(prompts[0].prompt if prompts else "your prompt")},
+{arguments}
+    num_inference_steps={settings.validation_num_inference_steps},
+    guidance_scale={settings.validation_guidance:g},
+    generator=torch.Generator("cpu").manual_seed({settings.effective_validation_seed}),
+).images[0]
+image.save("image.png")
+```"""
+
+
+def _loading_code(inputs: ReleaseInputs, weights: str) -> str:
+    """Return the lines that create `pipeline` from the base model and the trained weights."""
+    base_model = inputs.base_model
+    bundled = base_model.source == BUNDLED_NAME
+    base = "BUNDLED_MODEL" if bundled else _literal(hub_id(base_model) or inputs.base_model_name)
+    loader = "from_single_file" if base_model.kind == "single_file" else "from_pretrained"
+    published = _published_id(inputs)
+    source, comment = (_literal(published), "") if published else ('"."', "  # the folder of this file")
+    if inputs.lora.weights_kind == "unet":
+        return (
+            f"unet = UNet2DConditionModel.from_pretrained({source}, subfolder={_literal(weights)}, torch_dtype=dtype){comment}\n"
+            f"pipeline = StableDiffusionXLPipeline.{loader}({base}, unet=unet, torch_dtype=dtype).to(device)"
+        )
+    if inputs.is_lycoris:
+        # not merge_to: lycoris-lora 4.1 applies alpha / rank of a LoKr or LoHa twice there
+        file = f"hf_hub_download({source}, {_literal(weights)})" if published else _literal(weights)
+        return (
+            f"pipeline = StableDiffusionXLPipeline.{loader}({base}, torch_dtype=dtype).to(device)\n"
+            f"adapter, _ = create_lycoris_from_weights(1.0, {file}, pipeline.unet){comment}\n"
+            "adapter.apply_to()\n"
+            "adapter.to(device, dtype)"
+        )
+    return (
+        f"pipeline = StableDiffusionXLPipeline.{loader}({base}, torch_dtype=dtype).to(device)\n"
+        f"pipeline.load_lora_weights({source}, weight_name={_literal(weights)}){comment}"
+    )
+
+
+def _published_id(inputs: ReleaseInputs) -> str | None:
+    """Return the repository that the release is pushed to; None for a release that stays local."""
+    return inputs.settings.hub_model_id if inputs.settings.push_to_hub else None
+
+
+def _literal(text: str) -> str:
+    """Return a Python string literal in double quotes; JSON's strings are valid ones."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _comfyui(inputs: ReleaseInputs, single_file: str) -> str:
+    is_unet = inputs.lora.weights_kind == "unet"
+    if is_unet:
         text = (
-            f"Copy `{single_file}` to `models/checkpoints` and select it in *Load Checkpoint*. It holds the UNet, both text encoders "
+            f"Copy `{single_file}` to `models/checkpoints` and select it in *Load Checkpoint*. It contains the UNet, both text encoders "
             "and the VAE in float16."
         )
     else:
         text = (
             f"Copy `{single_file}` to `models/loras` and select it in *Load LoRA*, between *Load Checkpoint* with "
-            f"{portable_name(base_model.source)} and the sampler, with strength 1: the file holds the alpha of every layer."
+            f"{inputs.base_model_name} and the sampler, with strength 1: the file contains the alpha of every layer."
         )
-    prediction = settings.prediction_type
-    # the checkpoint has a marker for v, by which ComfyUI recognizes it
-    if prediction and not (lora.weights_kind == "unet" and prediction != "sample"):
+    prediction = inputs.settings.prediction_type
+    # a v-prediction checkpoint has a marker that ComfyUI recognizes
+    if prediction and not (is_unet and prediction != "sample"):
         text += (
             f" The model was trained with `prediction_type: {prediction}`: add *ModelSamplingDiscrete* with sampling "
             f"`{_COMFYUI_SAMPLING[prediction]}`"
-            + (" and zsnr on." if settings.rescale_betas_zero_snr else ".")
+            + (" and zsnr on." if inputs.settings.rescale_betas_zero_snr else ".")
         )
     return text
 
 
 def _a1111(lora: TrainedLora, single_file: str, sidecar: str | None) -> str:
     stem = Path(single_file).stem
-    shown = (
-        f" With `{sidecar}` and `{stem}.png` beside it they show its description and a preview."
+    preview = (
+        f" With `{sidecar}` and `{stem}.png` in the same folder, both programs show a description and a preview."
         if sidecar
         else ""
     )
     if lora.weights_kind == "unet":
-        return f"Copy `{single_file}` to `models/Stable-diffusion` and select it as checkpoint.{shown}"
-    return f"Copy `{single_file}` to `models/Lora` and write `<lora:{stem}:1>` in the prompt.{shown}"
+        return f"Copy `{single_file}` to `models/Stable-diffusion` and select it as the checkpoint.{preview}"
+    return f"Copy `{single_file}` to `models/Lora` and write `<lora:{stem}:1>` in the prompt.{preview}"
 
 
 def _prompt_note(trigger_words: Sequence[str]) -> str:
@@ -96,14 +172,14 @@ def _prompt_note(trigger_words: Sequence[str]) -> str:
     return f"Trigger words for the prompt: {words}."
 
 
-def _alpha_note(settings: TrainingSettings, lora: TrainedLora) -> str:
-    """Return what a user of diffusers needs to know of an alpha that only the header of a file holds; empty where they need not."""
-    alpha, rank = settings.effective_lora_alpha, settings.lora_rank
-    if lora.weights_kind == "unet" or settings.lora_type == "lycoris" or alpha == rank:
+def _alpha_note(inputs: ReleaseInputs) -> str:
+    """Return a note for diffusers' users on an alpha that only the file's header holds; empty if alpha equals the rank or there is none."""
+    alpha, rank = inputs.settings.effective_lora_alpha, inputs.settings.lora_rank
+    if inputs.lora.weights_kind == "unet" or inputs.is_lycoris or alpha == rank:
         return ""
     return (
-        f"The updates are scaled by `lora_alpha` / `lora_rank` = {alpha:g} / {rank} = {alpha / rank:.3g}, which the file's header holds "
-        "and diffusers reads from 0.34 on."
+        f"The updates are scaled by `lora_alpha` / `lora_rank` = {alpha:g} / {rank} = {alpha / rank:.3g}. The scale is stored in the "
+        "file's header, which diffusers reads from version 0.34 on."
     )
 
 
@@ -113,7 +189,7 @@ def _approximation_note(lora: TrainedLora, files: Mapping[str, str]) -> str:
         return ""
     exact = f" `{files['weights']}` is exact, for diffusers." if "weights" in files else ""
     return (
-        "ComfyUI, A1111 and Forge do not compute a weight-decomposed adapter (DoRA) as it was trained. "
+        "ComfyUI, A1111 and Forge compute a weight-decomposed adapter (DoRA) differently from how it was trained. "
         f"`{files['single_file']}` is a plain LoRA of rank {approximation['rank']:g} that approximates it, with a relative error of "
         f"{approximation['relative_error']:.3g} (Frobenius norm, over all weights it changes).{exact}"
     )

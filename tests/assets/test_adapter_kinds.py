@@ -74,7 +74,7 @@ def test_a_file_that_would_load_in_part_is_not_released(
     with safe_open(kohya, framework="pt") as file:
         save_file(tensors, kohya, file.metadata())
 
-    with pytest.raises(dg.Failure, match=r"small.safetensors was changed since it was written"):
+    with pytest.raises(dg.Failure, match=r"small.safetensors was modified after it was written"):
         materialize(instance, folder, "hub_release")
     with pytest.raises(dg.DagsterError, match="loads_everywhere"):
         materialize(instance, folder, "evaluation", "hub_release")

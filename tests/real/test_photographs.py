@@ -1,4 +1,4 @@
-"""Real photographs through the whole graph: those in scikit-image's wheel, and the kinds of files that people really have."""
+"""The complete asset graph on real photographs: those in scikit-image's wheel, and kinds of files that users have."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from sdxl_pipeline.models.base_model import BUNDLED_MODEL
 
 pytestmark = pytest.mark.real
 
-SHIPPED = Path(photographs.__file__).parent
+SAMPLE_IMAGES = Path(photographs.__file__).parent
 CAPTIONS = {
     "astronaut.png": "a portrait of an astronaut in an orange suit before a flag",
     "camera.png": "a black and white photo of a man behind a camera on a tripod",
@@ -33,20 +33,20 @@ CAPTIONS = {
 
 
 def write_dataset(folder: Path) -> None:
-    """Photographs at several aspect ratios, and the troublesome ones beside them."""
+    """Write photographs of several aspect ratios, and files that are rotated, transparent, CMYK, truncated, empty or not images."""
     folder.mkdir(parents=True)
     for name, caption in CAPTIONS.items():
-        shutil.copy(SHIPPED / name, folder / name)
+        shutil.copy(SAMPLE_IMAGES / name, folder / name)
         (folder / name).with_suffix(".txt").write_text(caption)
     upright = Image.open(folder / "coffee.png").convert("RGB")
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: stored lying, to be shown standing
+    exif[0x0112] = 6  # rotated camera: stored in landscape, displayed in portrait
     upright.transpose(Image.Transpose.ROTATE_90).save(folder / "rotated.jpg", exif=exif)
-    faded = upright.convert("RGBA")
-    faded.putalpha(Image.linear_gradient("L").resize(faded.size))
-    faded.save(folder / "transparent.png")
-    # Those of the wheel are square or wide.
-    Image.open(SHIPPED / "astronaut.png").crop((80, 0, 400, 512)).save(folder / "portrait.jpg")
+    transparent = upright.convert("RGBA")
+    transparent.putalpha(Image.linear_gradient("L").resize(transparent.size))
+    transparent.save(folder / "transparent.png")
+    # The images of the wheel are square or landscape.
+    Image.open(SAMPLE_IMAGES / "astronaut.png").crop((80, 0, 400, 512)).save(folder / "portrait.jpg")
     upright.convert("CMYK").save(folder / "print.jpg")
     encoded = io.BytesIO()
     upright.save(encoded, "JPEG")
@@ -57,7 +57,7 @@ def write_dataset(folder: Path) -> None:
         (folder / f"{name}.txt").write_text(f"a photo, {name}")
 
 
-def test_photographs_become_a_lora_that_changes_the_image(
+def test_graph_trains_lora_on_photographs(
     tmp_path: Path, instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
     folder = make_project(
@@ -79,20 +79,23 @@ def test_photographs_become_a_lora_that_changes_the_image(
 
     scanned = result.output_for_node("photos__shapes__dataset", "result").set_index("path")
     images = scanned[[Path(path).suffix != ".txt" for path in scanned.index]]
-    kept, dropped = images[images.status == "kept"], images[images.status == "dropped"]
+    retained, dropped = images[images.status == "kept"], images[images.status == "dropped"]
     assert len(images) == len(CAPTIONS) + 7
-    assert len(kept) + len(dropped) == len(images)
+    assert len(retained) + len(dropped) == len(images)
     assert set(dropped.index) == {"truncated.jpg", "not_a_image.jpg", "empty.jpg"}
     assert dropped.reason.nunique() == 3
-    assert {"rotated.jpg", "transparent.png", "print.jpg"} <= set(kept.index)
-    upright = kept.loc["coffee.png"]
-    assert (kept.loc["rotated.jpg"].width, kept.loc["rotated.jpg"].height) == (upright.width, upright.height)
+    assert {"rotated.jpg", "transparent.png", "print.jpg"} <= set(retained.index)
+    upright = retained.loc["coffee.png"]
+    assert (retained.loc["rotated.jpg"].width, retained.loc["rotated.jpg"].height) == (
+        upright.width,
+        upright.height,
+    )
 
     rows = result.output_for_node("photos__shapes__aspect_buckets", "result")
     assert len(rows[["bucket_h", "bucket_w"]].drop_duplicates()) >= 3
     latents = result.output_for_node("photos__shapes__vae_latents", "result")
-    assert latents.planned == len(rows) == len(kept)
-    assert latents.encoded == len(kept)
+    assert latents.planned == len(rows) == len(retained)
+    assert latents.encoded == len(retained)
 
     lora = result.output_for_node("photos__lora", "result")
     assert lora.steps == 20
@@ -100,19 +103,19 @@ def test_photographs_become_a_lora_that_changes_the_image(
     assert lines[-1]["step"] == 20
     pipeline = StableDiffusionXLPipeline.from_pretrained(BUNDLED_MODEL, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    without = _draw(pipeline)
+    base_image = _generate(pipeline)
     release = result.output_for_node("photos__hub_release", "result").folder
     pipeline.load_lora_weights(release)
-    with_lora = _draw(pipeline)
-    assert np.abs(with_lora - without).mean() > 1e-3
+    lora_image = _generate(pipeline)
+    assert np.abs(lora_image - base_image).mean() > 1e-3
     pipeline.unload_lora_weights()
-    assert np.abs(_draw(pipeline) - without).max() < 1e-4
+    assert np.abs(_generate(pipeline) - base_image).max() < 1e-4
 
 
-def _draw(pipeline: StableDiffusionXLPipeline) -> np.ndarray:
-    """An image (1, 128, 128, 3) in [0, 1] from a fixed seed."""
+def _generate(pipeline: StableDiffusionXLPipeline) -> np.ndarray:
+    """Return an image (1, 128, 128, 3) in [0, 1] from a fixed seed."""
     generator = torch.Generator().manual_seed(0)
-    drawn = pipeline(
+    output = pipeline(
         CAPTIONS["coffee.png"],
         num_inference_steps=6,
         height=128,
@@ -120,4 +123,4 @@ def _draw(pipeline: StableDiffusionXLPipeline) -> np.ndarray:
         generator=generator,
         output_type="np",
     )
-    return np.asarray(drawn.images)
+    return np.asarray(output.images)

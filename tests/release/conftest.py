@@ -1,4 +1,4 @@
-"""An evaluated LoRA of the bundled model, ready to be released."""
+"""Fixtures of an evaluated LoRA and an evaluated UNet of the bundled model, ready to be released."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +14,7 @@ from sdxl_pipeline.files.atomic_files import sha256_path
 from sdxl_pipeline.models.base_model import resolve_base_model
 from sdxl_pipeline.models.components import load_unet
 from sdxl_pipeline.release.export import build_release
+from sdxl_pipeline.release.release_inputs import ReleaseInputs
 from sdxl_pipeline.runtime.specs import (
     ClipSummary,
     EvaluationReport,
@@ -36,11 +37,11 @@ def make_image(path: Path, seed: int) -> Path:
     return path
 
 
-def evaluated(folder: Path, lora: TrainedLora) -> EvaluationReport:
+def make_evaluation(folder: Path, lora: TrainedLora) -> EvaluationReport:
     images = []
-    for number, prompt in enumerate(PROMPTS):
+    for seed, prompt in enumerate(PROMPTS):
         for step, kind in ((0, "base"), (lora.steps, "lora")):
-            path = make_image(folder / "images" / kind / f"{prompt.name}.png", number + step)
+            path = make_image(folder / "images" / kind / f"{prompt.name}.png", seed + step)
             images.append(
                 ValidationImage(step=step, name=prompt.name, prompt=prompt.prompt, path=str(path), seed=7)
             )
@@ -68,7 +69,7 @@ def evaluated(folder: Path, lora: TrainedLora) -> EvaluationReport:
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> dict[str, Any]:
-    """Arguments of `build_release`, its folder apart."""
+    """Fields of ReleaseInputs for a LoRA."""
     settings = tiny_settings(
         pretrained_model_name_or_path="bundled:tiny-sdxl",
         output_dir=str(tmp_path / "output"),
@@ -80,12 +81,12 @@ def inputs(tmp_path: Path) -> dict[str, Any]:
     model = resolve_base_model(settings, tmp_path, cache_dir=tmp_path / "digests")
     lora = make_lora(tmp_path, model, settings, scale=0.1)
     kohya = tmp_path / "run" / "demo.safetensors"
-    kohya.write_bytes(b"kohya's format")  # the release copies it as it is
+    kohya.write_bytes(b"kohya's format")  # the release copies the file without reading it
     lora = lora.model_copy(
         update={
             "kohya_path": str(kohya),
             "trained_images": {"shapes": 24, "more": 1000},
-            "held_out_images": {"shapes": 6, "judged": 3},
+            "held_out_images": {"shapes": 6, "validation": 3},
         }
     )
     make_image(Path(lora.loss_curve_path), 52)
@@ -94,7 +95,7 @@ def inputs(tmp_path: Path) -> dict[str, Any]:
         "base_model": model,
         "settings": settings,
         "lora": lora,
-        "report": evaluated(tmp_path / "evaluation", lora),
+        "report": make_evaluation(tmp_path / "evaluation", lora),
         "prompts": PROMPTS,
         "trigger_words": ["a zorp", "zorpy style"],
         "lineage": LINEAGE,
@@ -103,7 +104,7 @@ def inputs(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def unet_inputs(inputs: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """The same for a trained UNet: what changes of `inputs`."""
+    """The fields of `inputs` that differ for a trained UNet."""
     unet = load_unet(inputs["base_model"], torch.float32)
     with torch.no_grad():
         for parameter in unet.parameters():
@@ -127,9 +128,9 @@ def unet_inputs(inputs: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def release(inputs: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
-    """Builds the release, with some inputs changed."""
+    """Return a function that builds the release with some of the inputs changed."""
 
     def build(**changes: Any) -> Path:
-        return build_release(tmp_path / "output" / "release", **(inputs | changes))
+        return build_release(tmp_path / "output" / "release", ReleaseInputs(**(inputs | changes)))
 
     return build

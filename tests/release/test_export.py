@@ -1,4 +1,4 @@
-"""A release holds exactly what is published: weights that load back, nothing of this machine, and it reaches the Hub as it is on disk."""
+"""Release folder: exactly the published files, weights that load, no local path or secret, and an identical upload to the Hub."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def files_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_folder_holds_what_the_card_speaks_of(release, inputs):
+def test_build_release_writes_all_files(release, inputs):
     folder = release()
     assert files_in(folder) == {
         WEIGHTS_FILE,
@@ -55,15 +55,15 @@ def test_the_folder_holds_what_the_card_speaks_of(release, inputs):
     }
     assert (folder / "demo.safetensors").read_bytes() == Path(inputs["lora"].kohya_path).read_bytes()
     assert (folder / WEIGHTS_FILE).read_bytes() == Path(inputs["lora"].weights_path).read_bytes()
-    drawn = next(image for image in inputs["report"].images if image.name == "star" and image.step > 0)
-    assert (folder / "images" / "star.png").read_bytes() == Path(drawn.path).read_bytes()
+    star = next(image for image in inputs["report"].images if image.name == "star" and image.step > 0)
+    assert (folder / "images" / "star.png").read_bytes() == Path(star.path).read_bytes()
     settings = json.loads((folder / SETTINGS_FILE).read_text())
     assert settings["lora_rank"] == 4
     assert settings["pretrained_model_name_or_path"] == "bundled:tiny-sdxl"
     assert not {"output_dir", "logging_dir", "data_backend_config"} & settings.keys()
     lineage = json.loads((folder / LINEAGE_FILE).read_text())
     assert lineage["images"] == {
-        "judged": {"trained": 0, "held_out": 3},
+        "validation": {"trained": 0, "held_out": 3},
         "more": {"trained": 1000, "held_out": 0},
         "shapes": {"trained": 24, "held_out": 6},
     }
@@ -71,7 +71,7 @@ def test_the_folder_holds_what_the_card_speaks_of(release, inputs):
     assert json.loads((folder / REPORT_FILE).read_text())["figures"]["lora_loss"] == 0.1
 
 
-def test_sidecars_hold_what_a1111_and_invokeai_show(release, inputs):
+def test_sidecars_describe_and_preview_the_weights(release, inputs):
     folder = release()
     assert json.loads((folder / "demo.json").read_text()) == {
         "description": "demo: a LoRA of rank 4 for bundled:tiny-sdxl, 40 steps.",
@@ -81,13 +81,13 @@ def test_sidecars_hold_what_a1111_and_invokeai_show(release, inputs):
         "preferred weight": 1.0,
         "negative text": "blurry",
     }
-    shown = next(image for image in inputs["report"].images if image.step > 0)
-    with Image.open(folder / "demo.png") as preview, Image.open(shown.path) as image:
+    first = next(image for image in inputs["report"].images if image.step > 0)
+    with Image.open(folder / "demo.png") as preview, Image.open(first.path) as image:
         assert preview.format == "PNG"
         assert preview.tobytes() == image.tobytes()
 
 
-def test_sidecars_do_not_replace_files_of_the_release(release, inputs, tmp_path: Path):
+def test_sidecars_with_reserved_name_are_not_written(release, inputs, tmp_path: Path):
     kohya = tmp_path / "run" / "lineage.safetensors"
     kohya.write_bytes(b"kohya's format")
     folder = release(lora=inputs["lora"].model_copy(update={"kohya_path": str(kohya)}))
@@ -103,19 +103,19 @@ def test_sidecars_do_not_replace_files_of_the_release(release, inputs, tmp_path:
         ("diffusers", False, {WEIGHTS_FILE}),
     ],
 )
-def test_only_the_formats_that_were_asked_for_are_released(release, inputs, lora_format, kohya, files):
+def test_lora_format_selects_weights_files(release, inputs, lora_format, kohya, files):
     settings = inputs["settings"].model_copy(update={"lora_format": lora_format})
     lora = inputs["lora"] if kohya else inputs["lora"].model_copy(update={"kohya_path": None})
     folder = release(settings=settings, lora=lora)
     assert {name for name in files_in(folder) if name.endswith(".safetensors")} == files
     text = (folder / CARD_FILE).read_text()
-    named = {name for name in (WEIGHTS_FILE, "demo.safetensors") if name in text}
-    assert named == files
+    mentioned = {name for name in (WEIGHTS_FILE, "demo.safetensors") if name in text}
+    assert mentioned == files
     stem = "demo" if kohya else "pytorch_lora_weights"
     assert {f"{stem}.json", f"{stem}.png"} <= files_in(folder)
 
 
-def test_a_new_release_replaces_the_old_one_whole(release, inputs, tmp_path: Path):
+def test_build_release_replaces_previous_release_completely(release, inputs, tmp_path: Path):
     folder = release()
     (folder / "images" / "stale.png").write_bytes(b"")
     assert release(lineage={"training_identity": "another"}) == folder
@@ -124,7 +124,7 @@ def test_a_new_release_replaces_the_old_one_whole(release, inputs, tmp_path: Pat
     assert [path.name for path in folder.parent.iterdir()] == ["release"]
 
 
-def test_a_failed_build_leaves_the_old_release(release, inputs):
+def test_build_release_failure_keeps_previous_release(release, inputs):
     folder = release()
     before = {name: (folder / name).read_bytes() for name in files_in(folder)}
     Path(inputs["report"].gallery_path).unlink()
@@ -134,29 +134,29 @@ def test_a_failed_build_leaves_the_old_release(release, inputs):
     assert [path.name for path in folder.parent.iterdir()] == ["release"]
 
 
-def test_a_folder_of_something_else_is_not_replaced(release, tmp_path: Path):
-    precious = tmp_path / "output" / "release" / "thesis.txt"
-    precious.parent.mkdir(parents=True)
-    precious.write_text("years of work")
-    with pytest.raises(ReleaseError, match="no release"):
+def test_build_release_into_foreign_folder_raises(release, tmp_path: Path):
+    thesis = tmp_path / "output" / "release" / "thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years of work")
+    with pytest.raises(ReleaseError, match="not a release"):
         release()
-    assert precious.read_text() == "years of work"
+    assert thesis.read_text() == "years of work"
 
 
-def test_only_the_evaluated_weights_are_released(release, inputs):
-    with pytest.raises(ReleaseError, match="not what was evaluated"):
+def test_build_release_of_unevaluated_weights_raises(release, inputs):
+    with pytest.raises(ReleaseError, match="differs from the evaluated weights"):
         release(report=inputs["report"].model_copy(update={"lora_sha256": "0" * 64}))
     with Path(inputs["lora"].weights_path).open("ab") as weights:
         weights.write(b"!")
-    with pytest.raises(ReleaseError, match="not what was evaluated"):
+    with pytest.raises(ReleaseError, match="differs from the evaluated weights"):
         release()
 
 
-def test_no_file_holds_a_local_path(release, inputs, tmp_path: Path):
+def test_build_release_writes_no_local_path(release, inputs, tmp_path: Path):
     local = inputs["base_model"].model_copy(update={"source": str(tmp_path / "models" / "mine.safetensors")})
     lineage = inputs["lineage"] | {
         "base_model": local.source,
-        "places": [str(tmp_path / "data"), {"at": "C:\\data\\images"}],
+        "folders": [str(tmp_path / "data"), {"nested": "C:\\data\\images"}],
     }
     settings = inputs["settings"].model_copy(update={"pretrained_model_name_or_path": local.source})
     folder = release(base_model=local, lineage=lineage, settings=settings)
@@ -166,10 +166,10 @@ def test_no_file_holds_a_local_path(release, inputs, tmp_path: Path):
         assert b"/tmp" not in content, name
     published = json.loads((folder / LINEAGE_FILE).read_text())
     assert published["base_model"] == "mine.safetensors"
-    assert published["places"] == ["data", {"at": "images"}]
+    assert published["folders"] == ["data", {"nested": "images"}]
 
 
-def test_a_path_or_token_that_slipped_in_stops_the_release(release, inputs, monkeypatch, tmp_path: Path):
+def test_build_release_with_local_path_or_token_in_note_raises(release, inputs, monkeypatch, tmp_path: Path):
     note = inputs["settings"].model_copy(
         update={"model_card_note": f"See {inputs['lora'].run_dir}/metrics.jsonl"}
     )
@@ -177,13 +177,13 @@ def test_a_path_or_token_that_slipped_in_stops_the_release(release, inputs, monk
         release(settings=note)
     monkeypatch.setenv("HF_TOKEN", "hf_verySecretToken")
     leaked = inputs["settings"].model_copy(update={"model_card_note": "hf_verySecretToken"})
-    with pytest.raises(ReleaseError, match="Hub token") as refused:
+    with pytest.raises(ReleaseError, match="Hub token") as error:
         release(settings=leaked)
-    assert "hf_verySecretToken" not in str(refused.value)
+    assert "hf_verySecretToken" not in str(error.value)
     assert not (tmp_path / "output" / "release").exists()
 
 
-def test_an_empty_secret_and_a_short_place_forbid_nothing(tmp_path: Path):
+def test_require_portable_ignores_empty_secrets_and_short_paths(tmp_path: Path):
     (tmp_path / "README.md").write_text("/ and /root are no secrets")
     require_portable(tmp_path, [""], [Path("/"), Path("/root")])
     with pytest.raises(ReleaseError):
@@ -204,26 +204,26 @@ def test_an_empty_secret_and_a_short_place_forbid_nothing(tmp_path: Path):
         ("/", "local model"),
     ],
 )
-def test_names_of_models(source: str, name: str):
+def test_portable_name_shortens_local_paths(source: str, name: str):
     assert portable_name(source) == name
 
 
-def test_no_setting_keeps_a_path_of_this_machine(tmp_path: Path):
-    place = str(tmp_path / "it.safetensors")
-    settings = TrainingSettings.model_validate(dict.fromkeys((*PLACES, *SOURCES), place))
+def test_portable_settings_contains_no_local_path(tmp_path: Path):
+    local = str(tmp_path / "it.safetensors")
+    settings = TrainingSettings.model_validate(dict.fromkeys((*PLACES, *SOURCES), local))
     published = portable_settings(settings)
     assert str(tmp_path) not in json.dumps(published)
     assert {key: published[key] for key in SOURCES} == dict.fromkeys(SOURCES, "it.safetensors")
     assert not published.keys() & {*PLACES}
 
 
-def test_a_good_export_passes(inputs):
+def test_verify_export_returns_layer_count(inputs):
     lora = inputs["lora"]
     assert verify_export(Path(lora.weights_path), inputs["base_model"]) == lora.adapted_modules
 
 
-def test_the_real_architecture_is_checked_without_its_weights(inputs, tmp_path: Path):
-    """SDXL-base's UNet: 70 transformer blocks with two attentions of four projections each."""
+def test_verify_export_of_sdxl_base_adapter_needs_no_base_weights(inputs, tmp_path: Path):
+    """SDXL-base's UNet has 70 transformer blocks with two attentions of four projections each."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -244,7 +244,7 @@ def test_the_real_architecture_is_checked_without_its_weights(inputs, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["dora", "lokr", "lokr, norms", "loha, tucker", "locon"])
-def test_every_kind_is_checked_against_the_architecture_alone(inputs, tmp_path: Path, kind: str):
+def test_verify_export_handles_every_kind_of_adapter(inputs, tmp_path: Path, kind: str):
     unet = adapted_unet(inputs["base_model"], settings_of(kind), steps=1)
     path = tmp_path / "adapter.safetensors"
     save_adapter({"unet": unet}, path)
@@ -259,7 +259,7 @@ def test_every_kind_is_checked_against_the_architecture_alone(inputs, tmp_path: 
         verify_export(path, inputs["base_model"])
 
 
-def test_the_text_encoders_part_is_checked_as_well(inputs, tmp_path: Path):
+def test_verify_export_checks_text_encoder_layers(inputs, tmp_path: Path):
     unet = adapted_unet(inputs["base_model"], settings_of("lora"), steps=1)
     encoder = load_text_encoders(inputs["base_model"], torch.float32).text_encoder_2
     add_lora(encoder, 2, 2.0, 0.0, ("q_proj",), seed=0)
@@ -275,41 +275,41 @@ def test_the_text_encoders_part_is_checked_as_well(inputs, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("corruption", "message"),
     [
         ("nan", "NaN or infinity"),
         ("zero", "changes nothing"),
-        ("lost tensor", "missing, unexpected"),
-        ("unknown layer", "missing, unexpected"),
+        ("missing tensor", "astray"),
+        ("unknown layer", "astray"),
         ("wrong shape", "does not load back"),
         ("no LoRA", "does not load back"),
         ("half a file", "does not load back"),
     ],
 )
-def test_a_bad_export_is_refused(inputs, tmp_path: Path, damage: str, message: str):
+def test_verify_export_of_corrupt_file_raises(inputs, tmp_path: Path, corruption: str, message: str):
     tensors = load_file(inputs["lora"].weights_path)
     last = max(name for name in tensors if name.endswith("lora_B.weight"))
-    if damage == "nan":
+    if corruption == "nan":
         tensors[last][0, 0] = torch.nan
-    elif damage == "zero":
+    elif corruption == "zero":
         tensors = {name: tensor * ("lora_A" in name) for name, tensor in tensors.items()}
-    elif damage == "lost tensor":
+    elif corruption == "missing tensor":
         del tensors[last]
-    elif damage == "unknown layer":
+    elif corruption == "unknown layer":
         tensors |= {f"unet.nowhere.to_q.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
-    elif damage == "wrong shape":
+    elif corruption == "wrong shape":
         tensors[last] = tensors[last][:-1].contiguous()
-    elif damage == "no LoRA":
+    elif corruption == "no LoRA":
         tensors = {"weight": torch.ones(3)}
     path = tmp_path / "bad.safetensors"
     save_file(tensors, path)
-    if damage == "half a file":
+    if corruption == "half a file":
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ExportError, match=message):
         verify_export(path, inputs["base_model"])
 
 
-def test_the_hub_gets_the_folder_and_gives_a_lora_that_loads(release, inputs, monkeypatch, tmp_path: Path):
+def test_uploaded_release_loads_from_hub(release, inputs, monkeypatch, tmp_path: Path):
     folder = release()
     with HubServer() as hub:
         hub.adopt_process(monkeypatch, tmp_path / "hf_home")
@@ -326,7 +326,7 @@ def test_the_hub_gets_the_folder_and_gives_a_lora_that_loads(release, inputs, mo
         assert len(adapted_module_names(pipeline.unet)) == inputs["lora"].adapted_modules
 
 
-def test_a_wrong_token_is_refused_in_so_many_words(release, monkeypatch, tmp_path: Path):
+def test_upload_with_invalid_token_raises(release, monkeypatch, tmp_path: Path):
     folder = release()
     with HubServer() as hub:
         hub.adopt_process(monkeypatch, tmp_path / "hf_home", token="hf_revoked")
@@ -336,13 +336,13 @@ def test_a_wrong_token_is_refused_in_so_many_words(release, monkeypatch, tmp_pat
         assert hub.files("someone/zorp") == {}
 
 
-def test_a_release_that_does_not_fit_is_refused_before_anything_is_written(
+def test_build_release_on_full_disk_writes_nothing(
     release, inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "output").mkdir(exist_ok=True)
     before = files_in(tmp_path / "output")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1 << 20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
     with pytest.raises(DiskFullError, match=r"for the release: .* are needed, 1\.0 MiB are kept in reserve"):
         release()
     assert files_in(tmp_path / "output") == before

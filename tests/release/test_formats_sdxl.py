@@ -1,6 +1,6 @@
-"""Holds kohya's key grammar on SDXL-base's real architecture. Its weights take no memory, all elements being one; only adapters have values.
+"""Kohya's key grammar on SDXL-base's architecture. Base weights are views of a single zero and take no memory; only adapters have values.
 
-Readers: diffusers itself, and restatements of the key rules of ComfyUI, A1111 and kohya that raise on a key they would skip.
+The files are read by diffusers itself, and by reimplementations of the key rules of ComfyUI, A1111 and kohya that raise for a skipped key.
 """
 
 import json
@@ -60,8 +60,8 @@ def table() -> LayerTable:
     return layer_table(SDXL_BASE_CONFIGS)
 
 
-def weightless(make: Callable[[], M]) -> M:
-    """A model on the CPU whose weights are views of one zero each."""
+def without_weights(make: Callable[[], M]) -> M:
+    """Return a model on the CPU in which each weight is a view of a single zero."""
     with torch.device("meta"):
         model = make()
     for name, parameter in list(model.named_parameters()):
@@ -76,18 +76,18 @@ def weightless(make: Callable[[], M]) -> M:
 
 def base_unet(folder: Path = SDXL_BASE_CONFIGS) -> UNet2DConditionModel:
     config = UNet2DConditionModel.load_config(folder, subfolder="unet")
-    return weightless(lambda: UNet2DConditionModel.from_config(config))
+    return without_weights(lambda: UNet2DConditionModel.from_config(config))
 
 
 def base_encoders() -> dict[str, nn.Module]:
     kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     configs = {prefix: CLIPTextConfig.from_pretrained(SDXL_BASE_CONFIGS / prefix) for prefix in kinds}
-    return {prefix: weightless(lambda: kind(configs[prefix])) for prefix, kind in kinds.items()}  # noqa: B023
+    return {prefix: without_weights(lambda: kind(configs[prefix])) for prefix, kind in kinds.items()}  # noqa: B023
 
 
 @torch.no_grad()
-def adapted(model: M, targets: list[str]) -> M:
-    """Give the layers an adapter of alpha = rank / 2 whose factors are random."""
+def add_random_lora(model: M, targets: list[str]) -> M:
+    """Add a LoRA with random factors and alpha = rank / 2 to the target layers."""
     add_lora(model, RANK, RANK / 2, 0.0, targets, seed=0)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -96,12 +96,14 @@ def adapted(model: M, targets: list[str]) -> M:
     return model
 
 
-def converted(
+def to_kohya_tensors(
     models: Mapping[str, nn.Module], table: LayerTable, dtype: str = "float32"
 ) -> dict[str, Tensor]:
-    """The tensors of the kohya file, made from those of diffusers' file."""
+    """Return the tensors of the kohya file, converted from those of diffusers' file."""
     tensors = {
-        n: t.detach() for prefix, model in models.items() for n, t in lora_tensors(model, prefix).items()
+        name: tensor.detach()
+        for prefix, model in models.items()
+        for name, tensor in lora_tensors(model, prefix).items()
     }
     trained = read_diffusers(tensors, lora_header(models), table)
     layers, approximation = kohya_layers(trained, base=None)  # type: ignore[arg-type] - no weight is decomposed
@@ -109,8 +111,8 @@ def converted(
     return kohya_tensors(layers, dtype)
 
 
-def loaded_by_diffusers(path: Path, unet: UNet2DConditionModel) -> dict[str, LoraLayer]:
-    """The adapted layers of a UNet after diffusers' loader has read a file into it."""
+def load_with_diffusers(path: Path, unet: UNet2DConditionModel) -> dict[str, LoraLayer]:
+    """Load a file into a UNet with diffusers' loader and return the adapted layers."""
     state, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
         str(path.parent), weight_name=path.name, unet_config=unet.config, return_lora_metadata=True
     )
@@ -118,7 +120,7 @@ def loaded_by_diffusers(path: Path, unet: UNet2DConditionModel) -> dict[str, Lor
         state,
         network_alphas=alphas,
         unet=unet,
-        adapter_name="read",
+        adapter_name="loaded",
         metadata=metadata,
         low_cpu_mem_usage=True,
     )
@@ -130,18 +132,18 @@ def modules_of(tensors: Mapping[str, Tensor]) -> set[str]:
 
 
 @pytest.mark.parametrize("folder", [SDXL_BASE_CONFIGS, BUNDLED_MODEL], ids=["SDXL-base", "bundled"])
-def test_sgm_names_equal_those_of_a_checkpoint(folder: Path):
+def test_sgm_name_equals_checkpoint_name(folder: Path):
     unet = base_unet(folder)
     prefixes = sgm_prefixes(unet.config)
-    theirs = sgm_modules(unet)
-    assert {ours: sgm_name(ours, prefixes) for ours in theirs} == theirs
+    expected = sgm_modules(unet)
+    assert {name: sgm_name(name, prefixes) for name in expected} == expected
     assert sgm_name("conv_inner", prefixes) is None
     assert sgm_name("down_blocks.1.resnets.01.conv1", prefixes) is None
 
 
-def test_sgm_names_of_sdxl_base_are_those_of_the_specification():
+def test_sgm_name_of_sdxl_base_equals_specification():
     prefixes = sgm_prefixes(UNet2DConditionModel.load_config(SDXL_BASE_CONFIGS, subfolder="unet"))
-    for ours, theirs in {
+    for name, expected in {
         "down_blocks.0.resnets.1.conv2": "input_blocks.2.0.out_layers.3",
         "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
         "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0": "input_blocks.4.1.transformer_blocks.0.attn1.to_out.0",
@@ -154,58 +156,61 @@ def test_sgm_names_of_sdxl_base_are_those_of_the_specification():
         "add_embedding.linear_2": "label_emb.0.2",
         "conv_out": "out.2",
     }.items():
-        assert sgm_name(ours, prefixes) == theirs
+        assert sgm_name(name, prefixes) == expected
 
 
 @pytest.mark.parametrize("count", TARGETS)
-def test_every_reader_takes_every_layer_with_its_alpha(table: LayerTable, tmp_path: Path, count: int):
-    unet = adapted(base_unet(), TARGETS[count])
+def test_kohya_tensors_are_loaded_completely_by_every_program(table: LayerTable, tmp_path: Path, count: int):
+    unet = add_random_lora(base_unet(), TARGETS[count])
     trained = lora_layers(unet)
-    tensors = converted({"unet": unet}, table)
+    tensors = to_kohya_tensors({"unet": unet}, table)
     assert len(trained) == len(modules_of(tensors)) == count
     assert {float(tensor) for name, tensor in tensors.items() if name.endswith(".alpha")} == {RANK / 2}
     assert all(tensor.shape == () for name, tensor in tensors.items() if name.endswith(".alpha"))
 
     plain = base_unet()
     names = sgm_modules(plain)
-    wanted = {names[name] for name in trained}
-    assert set(read_as_comfyui(tensors, plain).values()) == wanted
+    expected = {names[name] for name in trained}
+    assert set(read_as_comfyui(tensors, plain).values()) == expected
     assert len(set(read_as_a1111(tensors, plain).values())) == count
-    if count <= 788:  # kohya's trainer makes no LoRA of the other six
-        assert set(read_as_kohya(tensors, plain).values()) == wanted
+    if count <= 788:  # kohya's trainer does not adapt the other six layers
+        assert set(read_as_kohya(tensors, plain).values()) == expected
 
     path = tmp_path / "kohya.safetensors"
     save_file(tensors, path)
-    found = loaded_by_diffusers(path, plain)
-    assert found.keys() == trained.keys()
-    for name, layer in found.items():
-        assert layer.scaling["read"] == trained[name].scaling["default"] == 0.5
-        # every tensor, so every update
+    loaded = load_with_diffusers(path, plain)
+    assert loaded.keys() == trained.keys()
+    for name, layer in loaded.items():
+        assert layer.scaling["loaded"] == trained[name].scaling["default"] == 0.5
+        # equal factors imply equal updates; the updates of some layers are compared below
         for factor in ("lora_A", "lora_B"):
-            ours, theirs = getattr(trained[name], factor)["default"], getattr(layer, factor)["read"]
-            assert torch.equal(ours.weight, theirs.weight)
+            expected_factor, actual_factor = (
+                getattr(trained[name], factor)["default"],
+                getattr(layer, factor)["loaded"],
+            )
+            assert torch.equal(expected_factor.weight, actual_factor.weight)
     for name in sorted(trained)[::40]:
         update = trained[name].get_delta_weight("default")
-        assert torch.equal(found[name].get_delta_weight("read"), update)
+        assert torch.equal(loaded[name].get_delta_weight("loaded"), update)
         layer = table.diffusers[f"unet.{name}"]
         parts = {part: tensors[f"{layer.kohya}.{part}"] for part in (DOWN, UP, ALPHA)}
         error = (update_of(layer, parts) - update).norm() / update.norm()
         assert error <= 1e-5
 
 
-def test_names_of_diffusers_file_are_unknown_to_the_other_programs():
-    """The state before there was a second file: of attention ComfyUI took nothing."""
-    unet = adapted(base_unet(), ATTENTION)
-    names = list(lora_tensors(unet, "unet"))
+def test_diffusers_file_names_are_unknown_to_other_programs():
+    """ComfyUI loads no attention layer of diffusers' file, which is why the kohya file exists."""
+    names = list(lora_tensors(add_random_lora(base_unet(), ATTENTION), "unet"))
+    plain = base_unet()
     for read in (read_as_comfyui, read_as_a1111, read_as_kohya):
         with pytest.raises(UnmatchedKeysError, match="1120 keys"):
-            read(names, base_unet())
+            read(names, plain)
 
 
-def test_both_text_encoders_are_read_by_every_program(table: LayerTable, tmp_path: Path):
+def test_text_encoder_layers_are_loaded_by_every_program(table: LayerTable, tmp_path: Path):
     targets = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-    models = {prefix: adapted(model, targets) for prefix, model in base_encoders().items()}
-    tensors = converted(models, table)
+    models = {prefix: add_random_lora(model, targets) for prefix, model in base_encoders().items()}
+    tensors = to_kohya_tensors(models, table)
     modules = modules_of(tensors)
     assert sum(name.startswith("lora_te1_") for name in modules) == 12 * 6 == 72
     assert sum(name.startswith("lora_te2_") for name in modules) == 32 * 6 == 192
@@ -221,48 +226,49 @@ def test_both_text_encoders_are_read_by_every_program(table: LayerTable, tmp_pat
     )
     for prefix, fresh in base_encoders().items():
         StableDiffusionXLPipeline.load_lora_into_text_encoder(
-            state, alphas, fresh, prefix=prefix, adapter_name="read"
+            state, alphas, fresh, prefix=prefix, adapter_name="loaded"
         )
-        trained, found = lora_layers(models[prefix]), lora_layers(fresh)
-        assert found.keys() == trained.keys()
-        for name, layer in found.items():
-            assert torch.equal(layer.get_delta_weight("read"), trained[name].get_delta_weight("default"))
+        trained, loaded = lora_layers(models[prefix]), lora_layers(fresh)
+        assert loaded.keys() == trained.keys()
+        for name, layer in loaded.items():
+            assert torch.equal(layer.get_delta_weight("loaded"), trained[name].get_delta_weight("default"))
 
 
-def test_ranks_and_alphas_that_differ_by_layer_are_kept(table: LayerTable, tmp_path: Path):
+def test_kohya_tensors_keep_rank_and_alpha_of_each_layer(table: LayerTable, tmp_path: Path):
     generator = torch.Generator().manual_seed(1)
     chosen = [layer for layer in table.layers if layer.model == "unet"][::97]
     tensors, alphas = {}, {}
-    for number, layer in enumerate(chosen):
-        rank, kernel = number % 3 + 1, layer.shape[2:]
+    for index, layer in enumerate(chosen):
+        rank, kernel = index % 3 + 1, layer.shape[2:]
         name = f"unet.{layer.module}"
         tensors[f"{name}.lora_A.weight"] = torch.randn(rank, layer.shape[1], *kernel, generator=generator)
         tensors[f"{name}.lora_B.weight"] = torch.randn(
             layer.shape[0], rank, *[1] * len(kernel), generator=generator
         )
-        alphas[layer.module] = 0.3 + number
+        alphas[layer.module] = 0.3 + index
     header: dict[str, Any] = {"unet.r": 2, "unet.lora_alpha": 7.0, "unet.alpha_pattern": alphas}
     mixed = read_diffusers(tensors, {"lora_adapter_metadata": json.dumps(header)}, table)
     for dtype in ("float32", "float16"):
-        found = read_kohya(kohya_tensors(mixed, dtype), table)
-        assert {layer.module: pytest.approx(float(parts[ALPHA])) for layer, parts in found.items()} == alphas
-    # diffusers 0.42 takes an attention layer's alpha for that of the most layers, so it is asked with one alpha
+        layers = read_kohya(kohya_tensors(mixed, dtype), table)
+        assert {layer.module: pytest.approx(float(parts[ALPHA])) for layer, parts in layers.items()} == alphas
+    # diffusers 0.42 replaces an attention layer's alpha by the most common one, so it is tested with a single alpha
     del header["unet.alpha_pattern"]
     trained = read_diffusers(tensors, {"lora_adapter_metadata": json.dumps(header)}, table)
     for dtype in ("float32", "float16"):
         written = kohya_tensors(trained, dtype)
-        found = read_kohya(written, table)
-        assert [parts[DOWN].shape[0] for parts in found.values()] == [i % 3 + 1 for i in range(len(chosen))]
+        layers = read_kohya(written, table)
+        ranks = [parts[DOWN].shape[0] for parts in layers.values()]
+        assert ranks == [index % 3 + 1 for index in range(len(chosen))]
         path = tmp_path / f"{dtype}.safetensors"
         save_file(written, path)
-        layers = loaded_by_diffusers(path, base_unet())
-        for layer, parts in found.items():
-            update = layers[layer.module].get_delta_weight("read").float()
+        loaded = load_with_diffusers(path, base_unet())
+        for layer, parts in layers.items():
+            update = loaded[layer.module].get_delta_weight("loaded").float()
             error = (update_of(layer, parts) - update).norm() / update.norm()
             assert error <= (1e-5 if dtype == "float32" else 2e-3)  # PEFT multiplies in the file's precision
 
 
-def test_a_rank_stabilized_alpha_is_written_as_its_effect(table: LayerTable):
+def test_read_diffusers_converts_rank_stabilized_alpha(table: LayerTable):
     layer = table.diffusers["unet.mid_block.attentions.0.proj_in"]
     tensors = {f"unet.{layer.module}.lora_A.weight": torch.ones(4, 1280)}
     tensors[f"unet.{layer.module}.lora_B.weight"] = torch.ones(1280, 4)
@@ -272,7 +278,7 @@ def test_a_rank_stabilized_alpha_is_written_as_its_effect(table: LayerTable):
 
 
 @pytest.mark.parametrize(
-    ("mutate", "words"),
+    ("corrupt", "message"),
     [
         (lambda t, name: t.pop(f"{name}.alpha"), r"\(alpha\): a tensor is missing"),
         (lambda t, name: t.pop(f"{name}.lora_up.weight"), r"\(lora_up.weight\): a tensor is missing"),
@@ -291,7 +297,7 @@ def test_a_rank_stabilized_alpha_is_written_as_its_effect(table: LayerTable):
         ),
     ],
 )
-def test_a_key_too_few_or_unknown_is_named(table: LayerTable, mutate, words: str):
+def test_read_kohya_with_missing_or_unknown_key_raises(table: LayerTable, corrupt, message: str):
     name = "lora_unet_middle_block_1_proj_in"
     tensors = {
         f"{name}.{DOWN}": torch.ones(2, 1280),
@@ -299,6 +305,6 @@ def test_a_key_too_few_or_unknown_is_named(table: LayerTable, mutate, words: str
         f"{name}.{ALPHA}": torch.tensor(1.0),
     }
     assert len(read_kohya(tensors, table)) == 1
-    mutate(tensors, name)
-    with pytest.raises(FormatError, match=words):
+    corrupt(tensors, name)
+    with pytest.raises(FormatError, match=message):
         read_kohya(tensors, table)

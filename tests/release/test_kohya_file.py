@@ -1,5 +1,5 @@
-"""Holds, on the bundled model: `<project>.safetensors` does what was trained in every reader, says so in its header, and a file that
-would be loaded in part or wrongly is refused by the check before the release.
+"""The kohya file of the bundled model: equal to the trained model in every program, described by its header, and refused by the check
+before the release if it would be loaded partly or wrongly.
 """
 
 import base64
@@ -49,11 +49,11 @@ from tests.models.original_layout import (
 from tests.release.key_readers import read_as_a1111, read_as_comfyui
 from tests.support.training_datasets import make_dataset, make_spec
 
-NORMED = [kind for kind in KINDS if "dora" in kind or "norms" in kind]
+DECOMPOSED = [kind for kind in KINDS if "dora" in kind or "norms" in kind]
 
 
 class Run:
-    """A finished run of the bundled model: its spec, its manifest and the UNet that was trained."""
+    """A finished run of the bundled model: its spec, its manifest and the trained UNet."""
 
     def __init__(self, folder: Path, kind: str, **settings: object):
         self.spec: TrainSpec = make_spec(
@@ -89,12 +89,11 @@ class Run:
         return Path(self.manifest.weights_path)
 
     def write(self, thumbnail: Path | None = None, **settings: object) -> KohyaFile:
-        changed = self.spec.settings.model_copy(update=settings)
-        return ensure_kohya_file(
-            self.spec.model_copy(update={"settings": changed}), self.manifest, self.weights, thumbnail
-        )
+        updated = self.spec.settings.model_copy(update=settings)
+        spec = self.spec.model_copy(update={"settings": updated})
+        return ensure_kohya_file(spec, self.manifest, self.weights, thumbnail)
 
-    def recorded(self, file: KohyaFile) -> TrainedLora:
+    def manifest_with(self, file: KohyaFile) -> TrainedLora:
         return self.manifest.model_copy(
             update={
                 "kohya_path": str(file.path),
@@ -104,19 +103,19 @@ class Run:
         )
 
     def check(self, file: KohyaFile) -> str:
-        return check_files(self.recorded(file), self.spec.base_model, "both")
+        return check_files(self.manifest_with(file), self.spec.base_model, "both")
 
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Made once; for tests that leave its files as they are."""
+    """Return a run shared by the tests that do not modify its files."""
     run = Run(tmp_path_factory.mktemp("lora"), "lora")
     run.write()
     return run
 
 
-def written(run: Run, path: Path, tensors: dict[str, Tensor]) -> KohyaFile:
-    """Other tensors under the header of the run's file."""
+def write_tensors(run: Run, path: Path, tensors: dict[str, Tensor]) -> KohyaFile:
+    """Write tensors with the header of the run's kohya file."""
     file = run.write()
     save_file(tensors, path, metadata_of(file.path))
     return replace(file, path=path)
@@ -127,12 +126,12 @@ def metadata_of(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in EVERY_KIND if kind.values[0] not in NORMED])
-def test_the_kohya_file_is_the_trained_model_in_every_reader(tmp_path: Path, kind: str):
+@pytest.mark.parametrize("kind", [kind for kind in EVERY_KIND if kind.values[0] not in DECOMPOSED])
+def test_kohya_file_equals_trained_model_in_every_program(tmp_path: Path, kind: str):
     run = Run(tmp_path, kind)
     file = run.write(lora_export_dtype="float32")
     assert file.path == run.weights.with_name("small.safetensors")
-    assert "136 of 136" in (said := run.check(file)) or str(run.manifest.adapted_modules) in said
+    assert f"{run.manifest.adapted_modules} of {run.manifest.adapted_modules}" in run.check(file)
     expected = output(run.unet)
     tensors = load_file(file.path)
     plain = load_unet(run.spec.base_model, torch.float32)
@@ -140,7 +139,7 @@ def test_the_kohya_file_is_the_trained_model_in_every_reader(tmp_path: Path, kin
     assert len(modules) == run.manifest.adapted_modules
     assert read_as_comfyui(tensors, plain).keys() == read_as_a1111(tensors, plain).keys() == modules
 
-    if "lora_type" in KINDS[kind]:  # lycoris-lora, which knows diffusers' UNet, under its own prefix
+    if "lora_type" in KINDS[kind]:  # lycoris-lora expects diffusers' names after its own prefix
         from lycoris import create_lycoris_from_weights
 
         table = layer_table(run.spec.base_model.config_path)
@@ -155,14 +154,14 @@ def test_the_kohya_file_is_the_trained_model_in_every_reader(tmp_path: Path, kin
         assert adapted_module_names(plain) == adapted_module_names(run.unet)
     torch.testing.assert_close(output(plain), expected, rtol=0, atol=1e-4)
 
-    # init_lora reads it back, whoever wrote it
-    again = load_unet(run.spec.base_model, torch.float32)
-    add_adapter(again, settings_of(kind), seed=9)
-    start_from_file({UNET: again}, file.path)
-    torch.testing.assert_close(output(again), expected, rtol=0, atol=1e-4)
+    # init_lora also reads the file
+    resumed = load_unet(run.spec.base_model, torch.float32)
+    add_adapter(resumed, settings_of(kind), seed=9)
+    start_from_file({UNET: resumed}, file.path)
+    torch.testing.assert_close(output(resumed), expected, rtol=0, atol=1e-4)
 
 
-def test_both_files_give_the_same_image(tmp_path: Path):
+def test_kohya_file_and_diffusers_file_generate_same_image(tmp_path: Path):
     run = Run(tmp_path, "lora, alpha above rank")
     file = run.write()
     assert file.dtype == "float16"
@@ -185,7 +184,7 @@ def test_both_files_give_the_same_image(tmp_path: Path):
     assert (images[0] - images[2]).abs().max() > 1
 
 
-def test_the_header_tells_other_programs_what_the_file_is(tmp_path: Path):
+def test_kohya_header_describes_the_adapter(tmp_path: Path):
     run = Run(tmp_path, "lora, alpha above rank", instance_prompt="Shapes 0", seed=7)
     Image.new("RGB", (640, 320), "teal").save(tmp_path / "image.png")
     file = run.write(thumbnail=tmp_path / "image.png")
@@ -230,13 +229,13 @@ def test_the_header_tells_other_programs_what_the_file_is(tmp_path: Path):
         assert thumbnail.size == (256, 128)
 
 
-def test_an_instance_prompt_that_no_caption_holds_is_no_trigger_word(tmp_path: Path):
+def test_trigger_words_exclude_instance_prompt_without_caption(tmp_path: Path):
     header = metadata_of(Run(tmp_path, "lora", instance_prompt="a zorp").write().path)
     assert "modelspec.trigger_phrase" not in header
     assert "trained_words" not in header
 
 
-def test_captions_and_folder_names_are_written_only_if_asked(tmp_path: Path):
+def test_metadata_include_captions_writes_tags_and_folders(tmp_path: Path):
     run = Run(tmp_path, "lora")
     header = metadata_of(run.write(metadata_include_captions=True).path)
     frequencies = json.loads(header["ss_tag_frequency"])
@@ -245,7 +244,7 @@ def test_captions_and_folder_names_are_written_only_if_asked(tmp_path: Path):
     assert json.loads(header["ss_dataset_dirs"]) == {"images": {"n_repeats": 1, "img_count": 5}}
 
 
-def test_the_hash_follows_the_tensors_and_dates_stand_in_the_header_alone(tmp_path: Path):
+def test_model_hash_depends_on_tensors_only(tmp_path: Path):
     first = Run(tmp_path / "one", "lora")
     second = Run(tmp_path / "two", "lora")
     one = first.write()
@@ -256,14 +255,14 @@ def test_the_hash_follows_the_tensors_and_dates_stand_in_the_header_alone(tmp_pa
     assert metadata_of(one.path)["sshs_model_hash"] == metadata_of(two.path)["sshs_model_hash"]
 
 
-def test_a_thumbnail_of_noise_stays_below_64_kilobytes(tmp_path: Path):
+def test_thumbnail_uri_of_noise_is_below_limit(tmp_path: Path):
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 255, (1024, 1024, 3), generator=generator, dtype=torch.uint8)
     Image.fromarray(noise.numpy()).resize((256, 256)).save(tmp_path / "noise.png")
     assert len(thumbnail_uri(tmp_path / "noise.png")) < THUMBNAIL_BYTES
 
 
-def test_a_file_is_kept_while_it_is_what_the_settings_ask_for(tmp_path: Path):
+def test_ensure_kohya_file_rewrites_only_outdated_or_corrupt_files(tmp_path: Path):
     run = Run(tmp_path, "lora")
     file = run.write()
     before = file.path.stat().st_mtime_ns
@@ -273,16 +272,16 @@ def test_a_file_is_kept_while_it_is_what_the_settings_ask_for(tmp_path: Path):
     assert other.dtype == "bfloat16"
     assert {tensor.dtype for tensor in load_file(other.path).values()} == {torch.bfloat16}
     run.check(other)
-    damaged = bytearray(other.path.read_bytes())
-    damaged[-1] ^= 1
-    other.path.write_bytes(damaged)
+    corrupt = bytearray(other.path.read_bytes())
+    corrupt[-1] ^= 1
+    other.path.write_bytes(corrupt)
     assert run.write(lora_export_dtype="bfloat16") == other
     other.path.write_bytes(b"half a file")
     assert run.write(lora_export_dtype="bfloat16") == other
 
 
 @pytest.mark.parametrize("scale", [1e8, 1e-7])
-def test_values_beyond_float16_are_written_as_bfloat16_unless_it_is_asked_for(tmp_path: Path, scale: float):
+def test_export_dtype_auto_chooses_bfloat16_outside_float16_range(tmp_path: Path, scale: float):
     run = Run(tmp_path, "lora")
     tensors = load_file(run.weights)
     scaled = {name: tensor * scale if "lora_B" in name else tensor for name, tensor in tensors.items()}
@@ -291,25 +290,27 @@ def test_values_beyond_float16_are_written_as_bfloat16_unless_it_is_asked_for(tm
     assert file.dtype == "bfloat16"
     run.check(file)
     if scale > 1:
-        with pytest.raises(FormatError, match=r"lora_export_dtype float16 cannot hold.*Write bfloat16"):
+        with pytest.raises(
+            FormatError, match=r"lora_export_dtype float16 cannot represent.*Set it to bfloat16"
+        ):
             run.write(lora_export_dtype="float16")
     else:
         assert run.write(lora_export_dtype="float16").dtype == "float16"
 
 
-@pytest.mark.parametrize("kind", NORMED)
-def test_a_weight_decomposed_adapter_is_approximated_by_a_plain_lora(tmp_path: Path, kind: str):
+@pytest.mark.parametrize("kind", DECOMPOSED)
+def test_weight_decomposed_adapter_is_approximated_by_plain_lora(tmp_path: Path, kind: str):
     run = Run(tmp_path, kind)
     file = run.write()
     tensors = load_file(file.path)
     assert not any("dora_scale" in name or "magnitude" in name for name in tensors)
-    written = json.loads(metadata_of(file.path)["dora_approximation"])
-    assert written["rank"] == file.dora_approximation["rank"] == 64
-    assert len(written["layer_errors"]) == run.manifest.adapted_modules
+    recorded = json.loads(metadata_of(file.path)["dora_approximation"])
+    assert recorded["rank"] == file.dora_approximation["rank"] == 64
+    assert len(recorded["layer_errors"]) == run.manifest.adapted_modules
     assert "approximates a weight-decomposed adapter" in metadata_of(file.path)["modelspec.usage_hint"]
     assert f"{file.dora_approximation['relative_error']:.2g}"[:3] in run.check(file)
 
-    # against the model that was trained: its merged weights are the exact ones
+    # the exact updates, merged into the base model, give the trained model
     table = layer_table(run.spec.base_model.config_path)
     with BaseWeights(run.spec.base_model) as base:
         exact = dict(updates(read_trained(run.weights, table), base))
@@ -320,20 +321,21 @@ def test_a_weight_decomposed_adapter_is_approximated_by_a_plain_lora(tmp_path: P
             plain.get_submodule(layer.module).weight += update
     torch.testing.assert_close(output(plain), expected, rtol=0, atol=1e-4)
 
-    # the recorded error is that of the file as diffusers reads it
-    read = load_unet(run.spec.base_model, torch.float32)
-    pipeline = load_pipeline(run.spec.base_model, torch.float32, unet=read, text_encoders=False)
+    # the recorded error equals that of the file as loaded by diffusers
+    loaded = load_unet(run.spec.base_model, torch.float32)
+    pipeline = load_pipeline(run.spec.base_model, torch.float32, unet=loaded, text_encoders=False)
     pipeline.load_lora_weights(str(file.path.parent), weight_name=file.path.name)
-    wrong = size = 0.0
+    squared_error = squared_norm = 0.0
     for layer, update in exact.items():
-        module = read.get_submodule(layer.module)
-        found = module.get_delta_weight("default_0").float()
-        wrong += float((found - update).norm()) ** 2
-        size += float(update.norm()) ** 2
-    assert (wrong / size) ** 0.5 == pytest.approx(file.dora_approximation["relative_error"], abs=2e-3)
+        module = loaded.get_submodule(layer.module)
+        actual = module.get_delta_weight("default_0").float()
+        squared_error += float((actual - update).norm()) ** 2
+        squared_norm += float(update.norm()) ** 2
+    relative_error = (squared_error / squared_norm) ** 0.5
+    assert relative_error == pytest.approx(file.dora_approximation["relative_error"], abs=2e-3)
 
 
-def test_an_approximation_that_is_worse_than_its_header_says_is_refused(tmp_path: Path):
+def test_check_files_with_larger_error_than_recorded_raises(tmp_path: Path):
     run = Run(tmp_path, "dora")
     file = run.write()
     tensors = load_file(file.path)
@@ -343,18 +345,18 @@ def test_an_approximation_that_is_worse_than_its_header_says_is_refused(tmp_path
         run.check(file)
 
 
-def test_low_rank_is_the_truncated_svd():
+def test_low_rank_equals_truncated_svd():
     generator = torch.Generator().manual_seed(2)
     for shape in ((40, 70), (30, 8, 3, 3)):
         update = torch.randn(shape, generator=generator)
         parts = low_rank(update, 5)
         product = parts["lora_up.weight"].flatten(1) @ parts["lora_down.weight"].flatten(1)
-        best = torch.linalg.svdvals(update.flatten(1))[5:].square().sum().sqrt()
-        assert float((product - update.flatten(1)).norm()) == pytest.approx(float(best), rel=1e-2)
+        minimum = torch.linalg.svdvals(update.flatten(1))[5:].square().sum().sqrt()
+        assert float((product - update.flatten(1)).norm()) == pytest.approx(float(minimum), rel=1e-2)
         assert parts["lora_down.weight"].shape == (5, *shape[1:])
 
 
-def test_base_weights_are_the_same_from_a_folder_and_from_a_checkpoint(tmp_path: Path):
+def test_base_weights_of_folder_and_checkpoint_are_equal(tmp_path: Path):
     run = Run(tmp_path, "lora")
     pipeline = load_pipeline(run.spec.base_model, torch.float16)
     checkpoint = tmp_path / "single.safetensors"
@@ -367,8 +369,8 @@ def test_base_weights_are_the_same_from_a_folder_and_from_a_checkpoint(tmp_path:
             **second_text_tensors(pipeline.text_encoder_2),
         },
     )
-    companion = tmp_path / "single"
-    companion.symlink_to(run.spec.base_model.path)
+    configs = tmp_path / "single"
+    configs.symlink_to(run.spec.base_model.path)
     settings = run.spec.settings.model_copy(update={"pretrained_model_name_or_path": str(checkpoint)})
     single = resolve_base_model(settings, tmp_path, cache_dir=tmp_path / "digests")
     assert single.kind == "single_file"
@@ -387,7 +389,7 @@ LAYER = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
 
 
 @pytest.mark.parametrize(
-    ("mutate", "words"),
+    ("corrupt", "message"),
     [
         (lambda t: t.pop(f"{LAYER}.alpha"), r"attn1.to_q \(alpha\): a tensor is missing"),
         (
@@ -420,17 +422,17 @@ LAYER = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
         (lambda t: [tensor.zero_() for n, tensor in t.items() if "lora_up" in n], "changes nothing"),
     ],
 )
-def test_a_changed_file_fails_the_check(
-    lora: Run, tmp_path: Path, mutate: Callable[[dict[str, Tensor]], object], words: str
+def test_check_files_of_corrupt_kohya_file_raises(
+    lora: Run, tmp_path: Path, corrupt: Callable[[dict[str, Tensor]], object], message: str
 ):
     tensors = load_file(lora.write().path)
-    assert "136 of 136" in lora.check(written(lora, tmp_path / "same.safetensors", tensors))
-    mutate(tensors)
-    with pytest.raises(FormatError, match=words):
-        lora.check(written(lora, tmp_path / "changed.safetensors", tensors))
+    assert "136 of 136" in lora.check(write_tensors(lora, tmp_path / "same.safetensors", tensors))
+    corrupt(tensors)
+    with pytest.raises(FormatError, match=message):
+        lora.check(write_tensors(lora, tmp_path / "changed.safetensors", tensors))
 
 
-def test_a_diffusers_file_with_an_unknown_key_fails_the_check(tmp_path: Path):
+def test_check_files_of_corrupt_diffusers_file_raises(tmp_path: Path):
     run = Run(tmp_path, "lora")
     file = run.write()
     tensors = load_file(run.weights)
@@ -442,37 +444,37 @@ def test_a_diffusers_file_with_an_unknown_key_fails_the_check(tmp_path: Path):
     for name in [name for name in tensors if "attn1.to_q" in name]:
         del tensors[name]
     save_file(tensors, run.weights, metadata_of(run.weights))
-    with pytest.raises(FormatError, match="layers, and 136 were trained"):
+    with pytest.raises(FormatError, match="layers, but 136 were trained"):
         run.check(file)
 
 
-def test_a_file_that_is_missing_or_was_changed_fails_the_check(tmp_path: Path):
+def test_check_files_with_missing_or_modified_kohya_file_raises(tmp_path: Path):
     run = Run(tmp_path, "lora")
     model = run.spec.base_model
-    with pytest.raises(FormatError, match="Materialize lora again: it is written without training"):
+    with pytest.raises(FormatError, match="Materialize lora again, which writes it without training"):
         check_files(run.manifest, model, "both")
     assert "Only diffusers and InvokeAI" in check_files(run.manifest, model, "diffusers")
     file = run.write()
-    recorded = run.recorded(file)
+    manifest = run.manifest_with(file)
     with file.path.open("ab") as stream:
         stream.write(b"!")
-    with pytest.raises(FormatError, match="was changed since"):
-        check_files(recorded, model, "comfyui")
+    with pytest.raises(FormatError, match="was modified after it was written"):
+        check_files(manifest, model, "comfyui")
 
 
-def test_a_layer_without_a_name_in_kohyas_grammar_is_refused(lora: Run):
+def test_kohya_layers_with_unnamed_layer_raises(lora: Run):
     trained = read_trained(lora.weights, layer_table(lora.spec.base_model.config_path))
     layer, parts = next(iter(trained.items()))
-    with pytest.raises(FormatError, match=r"have no name for this layer. Write lora_format diffusers"):
+    with pytest.raises(FormatError, match=r"have no name for this layer. Set lora_format to diffusers"):
         kohya_layers({replace(layer, kohya=None): parts}, BaseWeights(lora.spec.base_model))
 
 
-def test_the_file_never_takes_the_name_of_diffusers_file():
+def test_kohya_file_name_never_equals_diffusers_file_name():
     assert kohya_file_name("zorp") == "zorp.safetensors"
     assert kohya_file_name("pytorch_lora_weights") == "pytorch_lora_weights_kohya.safetensors"
 
 
-def test_load_adapter_reads_the_kohya_file(tmp_path: Path):
+def test_load_adapter_reads_kohya_file(tmp_path: Path):
     run = Run(tmp_path, "lora, alpha above rank")
     file = run.write(lora_export_dtype="float32")
     unet = load_unet(run.spec.base_model, torch.float32)

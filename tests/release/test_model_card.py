@@ -1,4 +1,4 @@
-"""The model card: the Hub reads its front matter, its links lead to files of the release, and its snippet runs as it stands."""
+"""Model card: front matter as the Hub reads it, links to existing files, and code that runs unchanged."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from PIL import Image
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.files.atomic_files import sha256_path
 from sdxl_pipeline.models.adapters.adapter import save_adapter
-from sdxl_pipeline.release.model_card import hub_id
+from sdxl_pipeline.release.release_inputs import hub_id
 from tests.models.adapted_unets import KINDS, adapted_unet, output
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -22,12 +22,12 @@ def front_matter(folder: Path) -> dict:
 
 
 def snippet(folder: Path) -> str:
-    found = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    assert found is not None
-    return found[1]
+    match = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert match is not None
+    return match[1]
 
 
-def test_the_front_matter_is_what_the_hub_reads(release):
+def test_front_matter_describes_the_lora(release):
     data = front_matter(release())
     assert data["library_name"] == "diffusers"
     assert data["pipeline_tag"] == "text-to-image"
@@ -41,7 +41,7 @@ def test_the_front_matter_is_what_the_hub_reads(release):
     assert "base_model" not in data, "a bundled model has no page on the Hub to link to"
 
 
-def test_a_model_of_the_hub_is_named_with_its_licence(release, inputs):
+def test_front_matter_of_hub_base_model_has_its_licence(release, inputs):
     model = inputs["base_model"].model_copy(update={"source": SDXL, "revision": "ab" * 20})
     folder = release(base_model=model)
     data = front_matter(folder)
@@ -56,7 +56,7 @@ def test_a_model_of_the_hub_is_named_with_its_licence(release, inputs):
     assert hub_id(inputs["base_model"]) is None
 
 
-def test_every_link_leads_to_a_file_of_the_release(release):
+def test_links_refer_to_existing_files(release):
     folder = release()
     text = (folder / "README.md").read_text()
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
@@ -73,7 +73,7 @@ def test_every_link_leads_to_a_file_of_the_release(release):
         assert (folder / entry["output"]["url"]).is_file()
 
 
-def test_the_figures_and_the_lineage_are_in_it(release, inputs):
+def test_card_contains_metrics_and_lineage(release, inputs):
     text = (release() / "README.md").read_text()
     assert "Made for a test." in text
     assert "| Eval loss, LoRA | 0.1 | -0.02 |" in text
@@ -84,22 +84,22 @@ def test_the_figures_and_the_lineage_are_in_it(release, inputs):
     )
     assert "| dataset `more` | 1,000 images trained, 0 held out |" in text
     assert "| dataset `shapes` | 24 images trained, 6 held out |" in text
-    assert "| dataset `judged` | 0 images trained, 3 held out |" in text
+    assert "| dataset `validation` | 0 images trained, 3 held out |" in text
     assert "| `demo/shapes/dataset` | `d1` |" in text
     for digest in inputs["base_model"].digests.values():
         assert digest in text
 
 
-def test_prompts_cannot_break_the_table_or_the_front_matter(release, inputs):
-    wild = "a \"quoted\": | piped\n- prompt --- 'é' # no comment"
-    prompts = (inputs["prompts"][0].model_copy(update={"prompt": wild}),)
-    images = tuple(image.model_copy(update={"prompt": wild}) for image in inputs["report"].images)
+def test_special_characters_in_prompts_are_escaped(release, inputs):
+    special = "a \"quoted\": | piped\n- prompt --- 'é' # no comment"
+    prompts = (inputs["prompts"][0].model_copy(update={"prompt": special}),)
+    images = tuple(image.model_copy(update={"prompt": special}) for image in inputs["report"].images)
     folder = release(prompts=prompts, report=inputs["report"].model_copy(update={"images": images}))
-    assert front_matter(folder)["widget"][0]["text"] == wild
+    assert front_matter(folder)["widget"][0]["text"] == special
     compile(snippet(folder), "snippet", "exec")
 
 
-def test_a_release_without_prompts_shows_the_captions_it_was_judged_by(release):
+def test_widget_without_prompts_uses_gallery_captions(release):
     data = front_matter(release(prompts=()))
     assert [entry["text"] for entry in data["widget"]] == [
         "a red circle",
@@ -107,7 +107,7 @@ def test_a_release_without_prompts_shows_the_captions_it_was_judged_by(release):
     ]
 
 
-def test_the_snippet_runs_as_it_stands(release, inputs, monkeypatch: pytest.MonkeyPatch):
+def test_snippet_runs_unchanged(release, inputs, monkeypatch: pytest.MonkeyPatch):
     folder = release()
     monkeypatch.chdir(folder)
     exec(compile(snippet(folder), "snippet", "exec"), {})
@@ -115,14 +115,14 @@ def test_the_snippet_runs_as_it_stands(release, inputs, monkeypatch: pytest.Monk
         assert image.size == (64, 64)
 
 
-def test_a_published_lora_is_loaded_by_its_name(release, inputs):
+def test_snippet_of_published_lora_uses_hub_id(release, inputs):
     published = inputs["settings"].model_copy(update={"push_to_hub": True})
     assert 'load_lora_weights("someone/zorp", weight_name="pytorch_lora_weights.safetensors")' in snippet(
         release(settings=published)
     )
 
 
-def test_a_lora_of_another_prediction_type_is_drawn_with_it(release, inputs, monkeypatch: pytest.MonkeyPatch):
+def test_snippet_sets_prediction_type_and_spacing(release, inputs):
     settings = inputs["settings"].model_copy(update={"prediction_type": "v_prediction"})
     code = snippet(release(settings=settings))
     assert 'from_config(pipeline.scheduler.config, prediction_type="v_prediction")' in code
@@ -134,16 +134,14 @@ def test_a_lora_of_another_prediction_type_is_drawn_with_it(release, inputs, mon
     )
 
 
-def test_a_run_that_did_not_count_its_images_claims_no_number(release, inputs):
+def test_card_of_run_without_image_counts_omits_them(release, inputs):
     lora = inputs["lora"].model_copy(update={"trained_images": {}, "held_out_images": {}})
     text = (release(lora=lora) / "README.md").read_text()
     assert "trained for 40 steps (120 samples). It changes" in text
     assert "| dataset `" not in text
 
 
-def test_a_whole_unet_is_released_as_a_folder_that_the_snippet_loads(
-    release, inputs, unet_inputs, monkeypatch
-):
+def test_card_of_full_unet_loads_its_folder(release, inputs, unet_inputs, monkeypatch):
     model = inputs["base_model"].model_copy(update={"source": SDXL, "revision": "ab" * 20})
     hub = release(**unet_inputs, base_model=model)
     assert front_matter(hub)["base_model_relation"] == "finetune"
@@ -168,7 +166,7 @@ def use_section(folder: Path) -> str:
     return text[text.index("## Use") : text.index("## Evaluation")]
 
 
-def test_the_card_says_how_each_program_uses_the_lora(release, inputs):
+def test_use_section_has_instructions_for_each_program(release, inputs):
     text = use_section(release())
     titles = re.findall(r"^### (.*)$", text, re.MULTILINE)
     assert titles == ["diffusers", "ComfyUI", "A1111 and Forge"]
@@ -177,7 +175,7 @@ def test_the_card_says_how_each_program_uses_the_lora(release, inputs):
     assert "Copy `demo.safetensors` to `models/loras`" in comfyui
     assert "with strength 1" in comfyui
     assert "Copy `demo.safetensors` to `models/Lora` and write `<lora:demo:1>`" in a1111
-    assert "With `demo.json` and `demo.png` beside it" in a1111
+    assert "With `demo.json` and `demo.png` in the same folder" in a1111
     for part in (comfyui, a1111):
         assert "Trigger words for the prompt: `a zorp`, `zorpy style`." in part
     assert "DoRA" not in text
@@ -185,26 +183,26 @@ def test_the_card_says_how_each_program_uses_the_lora(release, inputs):
     assert "Trigger words" not in use_section(release(trigger_words=[]))
 
 
-def test_a_strength_other_than_1_is_never_recommended(release, inputs):
+def test_use_section_recommends_strength_1_for_any_alpha(release, inputs):
     settings = inputs["settings"].model_copy(update={"lora_rank": 4, "lora_alpha": 10.0})
     text = use_section(release(settings=settings))
-    assert "`lora_alpha` / `lora_rank` = 10 / 4 = 2.5, which the file's header holds" in text
+    assert "`lora_alpha` / `lora_rank` = 10 / 4 = 2.5. The scale is stored in the file's header" in text
     assert re.findall(r"strength ([\d.]*\d)", text) == ["1"]
     assert "<lora:demo:1>" in text
 
 
-def test_the_card_of_one_format_speaks_of_no_other(release, inputs):
+def test_use_section_of_single_format_omits_the_other(release, inputs):
     settings = inputs["settings"].model_copy(update={"lora_format": "comfyui"})
     text = use_section(release(settings=settings))
     assert 'weight_name="demo.safetensors"' in text
     lora = inputs["lora"].model_copy(update={"kohya_path": None})
     settings = inputs["settings"].model_copy(update={"lora_format": "diffusers"})
     text = use_section(release(settings=settings, lora=lora))
-    assert "This release has no file for them" in text
+    assert "This release has no file for these programs" in text
     assert "models/loras" not in text
 
 
-def test_the_card_of_a_dora_says_which_file_is_exact(release, inputs):
+def test_use_section_of_dora_identifies_exact_file(release, inputs):
     settings = inputs["settings"].model_copy(update={"use_dora": True})
     lora = inputs["lora"].model_copy(update={"dora_approximation": {"rank": 32, "relative_error": 0.01234}})
     text = use_section(release(settings=settings, lora=lora))
@@ -222,7 +220,7 @@ def test_the_card_of_a_dora_says_which_file_is_exact(release, inputs):
         ("unet", "sample", "sampling `x0`."),
     ],
 )
-def test_comfyui_users_learn_of_a_prediction_type_that_no_file_tells(
+def test_use_section_names_prediction_type_that_comfyui_cannot_detect(
     release, inputs, unet_inputs, kind, prediction, node
 ):
     changes = unet_inputs if kind == "unet" else {"settings": inputs["settings"]}
@@ -233,15 +231,21 @@ def test_comfyui_users_learn_of_a_prediction_type_that_no_file_tells(
 
 
 @pytest.mark.parametrize(
-    ("kind", "words", "tags"),
+    ("kind", "description", "tags"),
     [
         ("dora", "a DoRA of rank 4 for", {"lora", "dora"}),
         ("lokr, whole matrices", "a LoKr (LyCORIS) for", {"lycoris", "lokr"}),
         ("loha and lokr", "a LoHa and LoKr (LyCORIS) for", {"lycoris", "loha", "lokr"}),
     ],
 )
-def test_every_kind_of_adapter_is_released_with_the_code_that_loads_it(
-    release, inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, words: str, tags: set[str]
+def test_snippet_loads_every_kind_of_adapter(
+    release,
+    inputs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    description: str,
+    tags: set[str],
 ):
     settings = TrainingSettings.model_validate({**inputs["settings"].model_dump(), **KINDS[kind]})
     path = tmp_path / "run" / "adapter.safetensors"
@@ -252,17 +256,17 @@ def test_every_kind_of_adapter_is_released_with_the_code_that_loads_it(
     report = inputs["report"].model_copy(update={"lora_sha256": digest})
     folder = release(lora=lora, report=report, settings=settings)
     text = (folder / "README.md").read_text()
-    assert words in text
+    assert description in text
     assert tags <= set(front_matter(folder)["tags"])
     assert ("| `lora_rank` |" in text) == (kind == "dora")
     assert ("`lycoris_config`" in text) == (kind != "dora")
     assert ("`lora_alpha` / `lora_rank` = 2 / 4 = 0.5" in text) == (kind == "dora")
 
     monkeypatch.chdir(folder)
-    names: dict = {}
-    exec(compile(snippet(folder), "snippet", "exec"), names)
+    namespace: dict = {}
+    exec(compile(snippet(folder), "snippet", "exec"), namespace)
     expected = output(unet)
-    torch.testing.assert_close(output(names["pipeline"].unet), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(output(namespace["pipeline"].unet), expected, rtol=0, atol=1e-4)
     published = snippet(
         release(lora=lora, report=report, settings=settings.model_copy(update={"push_to_hub": True}))
     )

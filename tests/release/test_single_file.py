@@ -1,6 +1,7 @@
-"""The checkpoint of a trained UNet is SDXL's original layout: our own loader reads it back to equal weights, and other programs know it by its header."""
+"""Single-file checkpoint of a trained UNet: SDXL's original layout, equal weights after loading, and the header that programs read."""
 
 import hashlib
+import shutil
 import struct
 import weakref
 from pathlib import Path
@@ -25,14 +26,13 @@ from sdxl_pipeline.models.components import (
 from sdxl_pipeline.release import single_file
 from sdxl_pipeline.release.export import ExportError
 from sdxl_pipeline.release.single_file import require_loadable, write_checkpoint
-from sdxl_pipeline.training.checkpoint import free_disk_monitor
 
 
-def resolved(checkpoint: Path, folder: Path) -> ResolvedModel:
-    """The checkpoint as a base model, with the bundled model's configurations and tokenizers beside it."""
-    companion = checkpoint.with_suffix("")
-    if not companion.exists():
-        companion.symlink_to(BUNDLED_MODEL)
+def resolve_checkpoint(checkpoint: Path, folder: Path) -> ResolvedModel:
+    """Return the checkpoint as a base model, with the bundled model's configurations and tokenizers in the folder of its name."""
+    configs = checkpoint.with_suffix("")
+    if not configs.exists():
+        configs.symlink_to(BUNDLED_MODEL)
     settings = TrainingSettings(pretrained_model_name_or_path=str(checkpoint))
     return resolve_base_model(settings, folder, cache_dir=folder / "digests")
 
@@ -40,33 +40,32 @@ def resolved(checkpoint: Path, folder: Path) -> ResolvedModel:
 def write(folder: Path, inputs: dict[str, Any], unet_inputs: dict[str, Any], **settings: Any) -> Path:
     path = folder / "models" / "zorp.safetensors"
     path.parent.mkdir(exist_ok=True)
-    changed = unet_inputs["settings"].model_copy(update=settings)
-    write_checkpoint(
-        path, Path(unet_inputs["lora"].weights_path), inputs["base_model"], changed, {"title": "zorp"}
-    )
+    updated = unet_inputs["settings"].model_copy(update=settings)
+    weights = Path(unet_inputs["lora"].weights_path)
+    write_checkpoint(path, weights, inputs["base_model"], updated, {"title": "zorp"})
     return path
 
 
 def assert_equal_weights(module: torch.nn.Module, expected: torch.nn.Module) -> None:
-    state, other = module.state_dict(), expected.state_dict()
-    assert state.keys() == other.keys()
-    assert all(torch.equal(state[name], other[name].half().float()) for name in state)
+    actual_state, expected_state = module.state_dict(), expected.state_dict()
+    assert actual_state.keys() == expected_state.keys()
+    assert all(torch.equal(actual_state[name], expected_state[name].half().float()) for name in actual_state)
 
 
-def test_our_loader_reads_equal_weights_back(inputs, unet_inputs, tmp_path: Path):
-    model = resolved(write(tmp_path, inputs, unet_inputs), tmp_path)
+def test_written_checkpoint_loads_with_equal_weights(inputs, unet_inputs, tmp_path: Path):
+    model = resolve_checkpoint(write(tmp_path, inputs, unet_inputs), tmp_path)
     assert model.kind == "single_file"
     trained = UNet2DConditionModel.from_pretrained(unet_inputs["lora"].weights_path)
     assert_equal_weights(load_unet(model, torch.float32), trained)
     base = inputs["base_model"]
     assert_equal_weights(load_vae(model, torch.float32), load_vae(base, torch.float32))
-    encoders, expected = (load_text_encoders(which, torch.float32) for which in (model, base))
+    encoders, expected = (load_text_encoders(source, torch.float32) for source in (model, base))
     assert_equal_weights(encoders.text_encoder, expected.text_encoder)
     assert_equal_weights(encoders.text_encoder_2, expected.text_encoder_2)
 
 
-def test_the_checkpoint_gives_the_image_of_the_trained_unet(inputs, unet_inputs, tmp_path: Path):
-    model = resolved(write(tmp_path, inputs, unet_inputs), tmp_path)
+def test_written_checkpoint_generates_image_of_trained_unet(inputs, unet_inputs, tmp_path: Path):
+    model = resolve_checkpoint(write(tmp_path, inputs, unet_inputs), tmp_path)
     trained = UNet2DConditionModel.from_pretrained(unet_inputs["lora"].weights_path)
     images = [
         pipeline(
@@ -85,7 +84,7 @@ def test_the_checkpoint_gives_the_image_of_the_trained_unet(inputs, unet_inputs,
     assert abs(images[0] - images[1]).max() <= 1 / 255
 
 
-def test_a_release_holds_folder_and_checkpoint_with_its_metadata(release, unet_inputs, tmp_path: Path):
+def test_release_of_unet_has_folder_and_checkpoint_with_modelspec(release, unet_inputs, tmp_path: Path):
     folder = release(**unet_inputs)
     path = folder / "demo.safetensors"
     assert (folder / "unet" / "config.json").is_file()
@@ -105,21 +104,20 @@ def test_a_release_holds_folder_and_checkpoint_with_its_metadata(release, unet_i
     assert metadata["modelspec.hash_sha256"] == "0x" + hashlib.sha256(data[8 + length :]).hexdigest()
     assert str(tmp_path) not in str(metadata)
     assert {str(tensor.dtype) for tensor in load_file(path).values()} == {"torch.float16", "torch.int64"}
-    before = data
-    assert (release(**unet_inputs) / "demo.safetensors").read_bytes() == before
+    assert (release(**unet_inputs) / "demo.safetensors").read_bytes() == data
 
 
-def test_a_model_that_predicts_v_is_marked_as_such(inputs, unet_inputs, tmp_path: Path):
+def test_write_checkpoint_marks_v_prediction_models(inputs, unet_inputs, tmp_path: Path):
     plain = write(tmp_path, inputs, unet_inputs)
     assert not {"v_pred", "ztsnr"} & load_file(plain).keys()
     marked = write(tmp_path, inputs, unet_inputs, prediction_type="v_prediction", rescale_betas_zero_snr=True)
     assert {"v_pred", "ztsnr"} <= load_file(marked).keys()
-    config = load_noise_scheduler(resolved(marked, tmp_path)).config
+    config = load_noise_scheduler(resolve_checkpoint(marked, tmp_path)).config
     assert config.prediction_type == "v_prediction"
     assert config.rescale_betas_zero_snr
 
 
-def test_another_vae_of_the_settings_is_the_checkpoints(inputs, unet_inputs, tmp_path: Path):
+def test_write_checkpoint_uses_configured_vae(inputs, unet_inputs, tmp_path: Path):
     vae = load_vae(inputs["base_model"], torch.float32)
     with torch.no_grad():
         vae.quant_conv.bias.add_(0.5)
@@ -128,51 +126,49 @@ def test_another_vae_of_the_settings_is_the_checkpoints(inputs, unet_inputs, tmp
         update={"pretrained_vae_model_name_or_path": str(tmp_path / "vae")}
     )
     other = inputs | {"base_model": resolve_base_model(settings, tmp_path, cache_dir=tmp_path / "digests")}
-    model = resolved(write(tmp_path, other, unet_inputs), tmp_path)
+    model = resolve_checkpoint(write(tmp_path, other, unet_inputs), tmp_path)
     assert_equal_weights(load_vae(model, torch.float32), vae)
 
 
 @pytest.mark.parametrize("value", [70000.0, torch.inf, torch.nan])
-def test_a_weight_that_float16_cannot_hold_stops_the_release(
-    inputs, unet_inputs, tmp_path: Path, value: float
-):
+def test_write_checkpoint_with_float16_overflow_raises(inputs, unet_inputs, tmp_path: Path, value: float):
     shards = Path(unet_inputs["lora"].weights_path).glob("*.safetensors")
     shard = next(shard for shard in shards if "conv_out.weight" in load_file(shard))
     tensors = load_file(shard)
     tensors["conv_out.weight"][0, 0] = value
     save_file(tensors, shard, {"format": "pt"})
-    with pytest.raises(ExportError, match=r"out\.2\.weight holds values that float16 cannot"):
+    with pytest.raises(ExportError, match=r"out\.2\.weight holds values that are not finite in float16"):
         write(tmp_path, inputs, unet_inputs)
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_a_disk_without_room_is_noticed_before_anything_is_written(
+def test_write_checkpoint_on_full_disk_writes_nothing(
     inputs, unet_inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    usage = free_disk_monitor.shutil.disk_usage(tmp_path)._replace(free=2 << 20)
-    monkeypatch.setattr(free_disk_monitor.shutil, "disk_usage", lambda _folder: usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=2 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage)
     with pytest.raises(DiskFullError, match="the single-file checkpoint"):
         write(tmp_path, inputs, unet_inputs)
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_the_unet_is_streamed_one_tensor_at_a_time(
+def test_write_checkpoint_streams_the_unet(
     inputs, unet_inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
 
-    def watched(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def count_alive(name: str, tensor: torch.Tensor) -> torch.Tensor:
         nonlocal most
         if name.startswith("model.diffusion_model."):
             alive.append(weakref.ref(tensor))
             most = max(most, sum(reference() is not None for reference in alive))
         return tensor
 
-    monkeypatch.setattr(single_file, "_finite", watched)
+    monkeypatch.setattr(single_file, "_require_finite", count_alive)
     write(tmp_path, inputs, unet_inputs)
     assert len(alive) > 100
-    assert most <= 2, "the one that is written, and the next"
+    assert most <= 2, "the tensor being written and the next one"
 
 
 def _drop(tensors: dict[str, torch.Tensor], name: str) -> None:
@@ -192,7 +188,7 @@ def _scale(tensors: dict[str, torch.Tensor], name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("corrupt", "message"),
     [
         (_drop, "absent instead of"),
         (_rename, "missing"),
@@ -200,19 +196,19 @@ def _scale(tensors: dict[str, torch.Tensor], name: str) -> None:
         (_scale, "not the trained weight"),
     ],
 )
-def test_a_checkpoint_that_readers_would_load_in_part_is_refused(
-    inputs, unet_inputs, tmp_path: Path, damage, message: str
+def test_require_loadable_of_corrupt_checkpoint_raises(
+    inputs, unet_inputs, tmp_path: Path, corrupt, message: str
 ):
     path = write(tmp_path, inputs, unet_inputs)
     folder, base_model = Path(unet_inputs["lora"].weights_path), inputs["base_model"]
     require_loadable(path, folder, base_model)
     tensors = load_file(path)
-    damage(tensors, "model.diffusion_model.time_embed.0.weight")
+    corrupt(tensors, "model.diffusion_model.time_embed.0.weight")
     save_file(tensors, path)
     with pytest.raises(ExportError, match=message):
         require_loadable(path, folder, base_model)
 
 
-def test_a_marked_checkpoint_passes_the_gate(inputs, unet_inputs, tmp_path: Path):
+def test_require_loadable_accepts_v_prediction_marker(inputs, unet_inputs, tmp_path: Path):
     path = write(tmp_path, inputs, unet_inputs, prediction_type="v_prediction")
     require_loadable(path, Path(unet_inputs["lora"].weights_path), inputs["base_model"])

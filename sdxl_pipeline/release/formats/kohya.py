@@ -1,7 +1,7 @@
-"""The adapter in kohya's key grammar with SGM's names and alpha tensors: the one file that every SDXL program reads.
+"""Conversion of an adapter to kohya's key grammar with SGM's names and alpha tensors, which every SDXL program reads.
 
-It is made from the file in diffusers' or LyCORIS' format, so a finished run gets it without training. A weight-decomposed adapter (DoRA)
-is approximated by a plain LoRA, because other programs compute the decomposition by another formula.
+The source is the file in diffusers' or LyCORIS' format, so a finished run is converted without training. A weight-decomposed adapter
+(DoRA) is approximated by a plain LoRA, because other programs compute the decomposition by a different formula.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,7 +29,7 @@ from sdxl_pipeline.release.formats.layers import (
 from sdxl_pipeline.release.formats.weight_updates import BaseWeights, decomposed, update_of
 
 APPROXIMATION_RANK: Final = 64
-"""Of the plain LoRA that stands for a weight-decomposed adapter; twice the adapter's own rank if that is more."""
+"""Rank of the plain LoRA that approximates a weight-decomposed adapter; twice the adapter's rank if that is higher."""
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "float16": torch.float16,
@@ -37,12 +37,12 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
     "float32": torch.float32,
 }
 _ROUNDING: Final = 2.0**-7
-"""Relative error of an update whose two factors are rounded to bfloat16; `auto` takes bfloat16 where float16 is worse than this."""
+"""Relative error of an update whose two factors are rounded to bfloat16; `auto` chooses bfloat16 where float16 is worse than this."""
 
 
 @dataclass(frozen=True)
 class Approximation:
-    """How far the plain LoRA is from the weight-decomposed adapter: relative Frobenius norms."""
+    """Error of the plain LoRA that approximates a weight-decomposed adapter, in relative Frobenius norms."""
 
     rank: int
     relative_error: float
@@ -50,7 +50,7 @@ class Approximation:
 
     @property
     def summary(self) -> dict[str, int | float]:
-        """As the manifest records it."""
+        """The values that the manifest records."""
         return {
             "rank": self.rank,
             "relative_error": self.relative_error,
@@ -59,7 +59,7 @@ class Approximation:
 
 
 def read_trained(path: Path, table: LayerTable) -> LayerParts:
-    """Return the layers of a run's own file, in diffusers' or LyCORIS' format."""
+    """Return the layers of the file that a run wrote, in diffusers' or LyCORIS' format."""
     file, tensors = read_header(path), load_file(path)
     if file.kind == "lycoris":
         return read_lycoris(tensors, table)
@@ -67,14 +67,14 @@ def read_trained(path: Path, table: LayerTable) -> LayerParts:
 
 
 def kohya_layers(trained: LayerParts, base: BaseWeights) -> tuple[LayerParts, Approximation | None]:
-    """Return the layers as the kohya file holds them, and the approximation if weights were decomposed.
+    """Return the layers of the kohya file, and the approximation if weights were decomposed.
 
     Raises FormatError for a layer that has no name in kohya's grammar.
     """
-    nameless = sorted(layer.module for layer in trained if layer.kohya is None)
-    if nameless:
+    unnamed = sorted(layer.module for layer in trained if layer.kohya is None)
+    if unnamed:
         raise FormatError(
-            f"{', '.join(nameless[:3])}: kohya's files have no name for this layer. Write lora_format diffusers, or leave the layer out."
+            f"{', '.join(unnamed[:3])}: kohya's files have no name for this layer. Set lora_format to diffusers, or do not train the layer."
         )
     layers: LayerParts = {}
     errors: dict[str, tuple[float, float]] = {}
@@ -85,10 +85,10 @@ def kohya_layers(trained: LayerParts, base: BaseWeights) -> tuple[LayerParts, Ap
         if NORMS not in parts:
             layers[layer] = parts
             continue
-        wanted = decomposed(base.weight(layer), update_of(layer, parts), parts[NORMS])
-        layers[layer] = low_rank(wanted, rank)
-        error = (update_of(layer, layers[layer]) - wanted).norm()
-        errors[f"{layer.model}.{layer.module}"] = (float(error), float(wanted.norm()))
+        exact = decomposed(base.weight(layer), update_of(layer, parts), parts[NORMS])
+        layers[layer] = low_rank(exact, rank)
+        error = (update_of(layer, layers[layer]) - exact).norm()
+        errors[f"{layer.model}.{layer.module}"] = (float(error), float(exact.norm()))
     if not errors:
         return layers, None
     return layers, Approximation(
@@ -99,7 +99,8 @@ def kohya_layers(trained: LayerParts, base: BaseWeights) -> tuple[LayerParts, Ap
 def low_rank(update: Tensor, rank: int) -> dict[str, Tensor]:
     """Return the factors of the nearest update of at most this rank, by truncated SVD.
 
-    Alpha is the same for all layers, also where a small layer has a lower rank: diffusers' loader drops an attention layer's own alpha.
+    Alpha is `rank` for all layers, even where a small layer has a lower rank: diffusers' loader drops the alpha of an attention layer that
+    differs from the others.
     """
     alpha, flat = float(rank), update.flatten(1)
     rank = min(rank, *flat.shape)
@@ -116,25 +117,25 @@ def low_rank(update: Tensor, rank: int) -> dict[str, Tensor]:
 
 
 def cast(parts: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the tensors in `dtype`; an alpha that it cannot hold exactly stays float32, since it scales the whole update."""
+    """Return the tensors in `dtype`; an alpha that `dtype` cannot represent exactly stays float32, since it scales the entire update."""
     tensors = {name: tensor.to(dtype) for name, tensor in parts.items()}
     alpha = parts[ALPHA].float()
     return tensors | {ALPHA: tensors[ALPHA] if float(tensors[ALPHA]) == float(alpha) else alpha}
 
 
-def choose_dtype(layers: LayerParts, asked: ExportDtype) -> str:
-    """Return the data type to write: the one asked for; for `auto` float16, or bfloat16 where float16 loses more than that would.
+def choose_dtype(layers: LayerParts, requested: ExportDtype) -> str:
+    """Return the requested data type; for `auto` float16, or bfloat16 where float16 has a larger rounding error than bfloat16.
 
-    Raises FormatError where the one asked for cannot hold the values.
+    Raises FormatError if values overflow the requested type.
     """
-    name = "float16" if asked == "auto" else asked
+    name = "float16" if requested == "auto" else requested
     error = _rounding_error(layers, DTYPES[name])
-    if error <= _ROUNDING or (asked != "auto" and error < float("inf")):
+    if error <= _ROUNDING or (requested != "auto" and error < float("inf")):
         return name
-    if asked == "auto":
+    if requested == "auto":
         return "bfloat16"
     raise FormatError(
-        f"lora_export_dtype {asked} cannot hold the adapter's values: some would be infinite. Write bfloat16 or float32, or leave it out."
+        f"lora_export_dtype {requested} cannot represent the adapter's values: some would be infinite. Set it to bfloat16 or float32, or remove it."
     )
 
 
@@ -155,14 +156,14 @@ def _rounding_error(layers: LayerParts, dtype: torch.dtype) -> float:
         if not all(bool(torch.isfinite(tensor).all()) for tensor in rounded.values()):
             return float("inf")
         exact = update_of(layer, parts)
-        size = float(exact.norm())
-        if size:
-            largest = max(largest, float((update_of(layer, rounded) - exact).norm()) / size)
+        norm = float(exact.norm())
+        if norm:
+            largest = max(largest, float((update_of(layer, rounded) - exact).norm()) / norm)
     return largest
 
 
 def _ratio(pairs: Iterable[tuple[float, float]]) -> float:
     """Return the norm of the errors over the norm of the updates."""
     pairs = list(pairs)
-    wanted = sum(size**2 for _, size in pairs) ** 0.5
-    return float(sum(error**2 for error, _ in pairs) ** 0.5 / wanted) if wanted else 0.0
+    total = sum(norm**2 for _, norm in pairs) ** 0.5
+    return float(sum(error**2 for error, _ in pairs) ** 0.5 / total) if total else 0.0

@@ -1,4 +1,4 @@
-"""`<project>.safetensors` beside a run's weights: its name, when it is written, and what is recorded of it. No torch until it is written."""
+"""`<project>.safetensors` beside a run's weights: its name, and when it is written. Imports no torch unless the file must be written."""
 
 import json
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from sdxl_pipeline.release.formats.kohya_header import (
 from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
 
 VERSION: Final = 1
-"""Raise it when a change of this package changes the files it writes, so that finished runs get new ones."""
+"""To be increased with every change of this package that changes the files it writes, so that finished runs get new ones."""
 
 EXPORT_DIGEST: Final = "export_digest"
 DTYPE: Final = "export_dtype"
@@ -29,7 +29,7 @@ _WEIGHTS_FILE: Final = "pytorch_lora_weights.safetensors"
 
 @dataclass(frozen=True)
 class KohyaFile:
-    """What was written."""
+    """A written kohya file."""
 
     path: Path
     sha256: str
@@ -38,7 +38,7 @@ class KohyaFile:
 
 
 def kohya_file_name(project: str) -> str:
-    """Return the name of the file; programs list adapters by it."""
+    """Return the name of the file, by which programs list adapters."""
     name = f"{project}.safetensors"
     return name if name != _WEIGHTS_FILE else f"{project}_kohya.safetensors"
 
@@ -46,16 +46,16 @@ def kohya_file_name(project: str) -> str:
 def ensure_kohya_file(
     spec: TrainSpec, manifest: TrainedLora, weights: Path, thumbnail: Path | None = None
 ) -> KohyaFile:
-    """Write the kohya file of `weights` beside them, unless it is there and is what these settings ask for.
+    """Write the kohya file of `weights` beside them, unless an intact file for the same inputs exists; return it.
 
-    Raises FormatError when the format or the data type cannot hold the adapter; nothing is written then.
+    Raises FormatError, without writing, when the format or the data type cannot represent the adapter.
     """
     path = weights.with_name(kohya_file_name(spec.project))
     entries = header_entries(spec, manifest, thumbnail)
-    asked = spec.settings.lora_export_dtype
-    digest = digest_json([VERSION, sha256_file(weights), asked, entries])
-    if (kept := _existing(path, digest)) is not None:
-        return kept
+    requested = spec.settings.lora_export_dtype
+    digest = digest_json([VERSION, sha256_file(weights), requested, entries])
+    if (existing := _existing(path, digest)) is not None:
+        return existing
     from sdxl_pipeline.release.formats.kohya import choose_dtype, kohya_layers, kohya_tensors, read_trained
     from sdxl_pipeline.release.formats.layers import layer_table
     from sdxl_pipeline.release.formats.weight_updates import BaseWeights
@@ -63,7 +63,7 @@ def ensure_kohya_file(
     table = layer_table(spec.base_model.config_path)
     with BaseWeights(spec.base_model) as base:
         layers, approximation = kohya_layers(read_trained(weights, table), base)
-    dtype = choose_dtype(layers, asked)
+    dtype = choose_dtype(layers, requested)
     summary = None if approximation is None else approximation.summary
     entries |= network_entries(spec.settings, layers, None if approximation is None else approximation.rank)
     if approximation is not None:
@@ -76,9 +76,9 @@ def ensure_kohya_file(
 
 
 def read_approximation(metadata: Mapping[str, str]) -> dict[str, int | float] | None:
-    """Return the approximation that a file's header records; None for an adapter that is not approximated."""
-    written: dict[str, Any] = json.loads(metadata.get("dora_approximation", "null")) or {}
-    return {name: value for name, value in written.items() if name != "layer_errors"} or None
+    """Return the approximation that a file's header records; None if the file is exact."""
+    recorded: dict[str, Any] = json.loads(metadata.get("dora_approximation", "null")) or {}
+    return {name: value for name, value in recorded.items() if name != "layer_errors"} or None
 
 
 def _existing(path: Path, digest: str) -> KohyaFile | None:
@@ -86,7 +86,7 @@ def _existing(path: Path, digest: str) -> KohyaFile | None:
         return None
     try:
         metadata = read_header(path).metadata
-    except AdapterError:  # damaged: it is written again
+    except AdapterError:  # corrupt, so the file is written again
         return None
     intact = metadata.get("sshs_model_hash") == tensors_sha256(path.read_bytes())
     if not intact or metadata.get(EXPORT_DIGEST) != digest:

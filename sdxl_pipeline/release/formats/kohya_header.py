@@ -1,8 +1,8 @@
-"""What the header of a released file says of it, as other programs read it.
+"""Header metadata of a released file: modelspec, kohya's entries and hashes.
 
-modelspec 1.0.1 (Stability AI's ModelSpec), the `ss_*` entries of kohya's trainer that A1111, Forge and LoRA managers show, and the
-`sshs_*` hashes. No path, and captions and folder names only with `metadata_include_captions`. Dates stand here and nowhere else in the
-file, so equal trainings have equal tensors.
+The header has modelspec 1.0.1 (Stability AI's ModelSpec), the `ss_*` entries of kohya's trainer that A1111, Forge and LoRA managers
+display, and the `sshs_*` hashes. It contains no paths, and captions and folder names only with `metadata_include_captions`. Dates are only
+in the header, so equal training runs have equal tensors.
 """
 
 import base64
@@ -22,7 +22,7 @@ from PIL import Image
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.files.stable_safetensors import tensors_sha256
 from sdxl_pipeline.models.model_files import SCHEDULER_CONFIG
-from sdxl_pipeline.release.adapter_labels import adapter_name
+from sdxl_pipeline.release.release_inputs import adapter_name
 from sdxl_pipeline.release.sanitize import portable_name
 from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.training.data.samples import Samples, load_samples
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 THUMBNAIL_EDGE: Final = 256
 THUMBNAIL_BYTES: Final = 64 << 10
-"""Of the whole data URI."""
+"""Upper limit for the complete data URI."""
 
 _PREDICTION: Final = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
 def header_entries(spec: TrainSpec, manifest: TrainedLora, thumbnail: Path | None = None) -> dict[str, str]:
-    """Return what is known of the training before the tensors are converted; the same training gives the same entries."""
+    """Return the entries that describe the training. They do not depend on the tensors, and the same training gives the same entries."""
     settings = spec.settings
     samples = load_samples(spec.datasets, "train", settings.micro_conditioning)
     buckets = _buckets(samples)
@@ -79,9 +79,9 @@ def header_entries(spec: TrainSpec, manifest: TrainedLora, thumbnail: Path | Non
 
 
 def trigger_words(spec: TrainSpec) -> list[str]:
-    """Return the project's and the datasets' instance prompts that captions hold, without repetition; regularisation datasets do not count.
+    """Return the distinct instance prompts of the project and its datasets that occur in captions; regularisation datasets are ignored.
 
-    An instance prompt that no caption holds was not trained: `caption_strategy` decides whether it is put into the captions.
+    An instance prompt that occurs in no caption was not trained: `caption_strategy` decides whether the captions contain it.
     """
     datasets = [dataset for dataset in spec.datasets if not dataset.is_regularisation]
     prompts = [
@@ -97,7 +97,7 @@ def trigger_words(spec: TrainSpec) -> list[str]:
 
 
 def thumbnail_uri(path: Path) -> str:
-    """Return the image as a JPEG data URI of at most 256 x 256 pixels and 64 KiB, its aspect ratio kept."""
+    """Return the image as a JPEG data URI of at most 256 x 256 pixels and 64 KiB, with its aspect ratio."""
     with Image.open(path) as image:
         small = image.convert("RGB")
     small.thumbnail((THUMBNAIL_EDGE, THUMBNAIL_EDGE))
@@ -113,7 +113,7 @@ def thumbnail_uri(path: Path) -> str:
 def network_entries(
     settings: TrainingSettings, layers: "LayerParts", approximation_rank: int | None
 ) -> dict[str, str]:
-    """Return kohya's entries on the kind, rank and alpha of the adapter that the file holds."""
+    """Return kohya's entries for the kind, rank and alpha of the adapter in the file."""
     if approximation_rank is not None or settings.lora_type == "standard":
         rank = settings.lora_rank if approximation_rank is None else approximation_rank
         alpha = settings.effective_lora_alpha if approximation_rank is None else float(rank)
@@ -147,7 +147,7 @@ def network_entries(
 def approximation_entries(
     summary: Mapping[str, int | float], layer_errors: Mapping[str, float]
 ) -> dict[str, str]:
-    """Return the error of a plain LoRA that approximates a weight-decomposed adapter, in total and by layer."""
+    """Return the entries with the error of a plain LoRA that approximates a weight-decomposed adapter, in total and by layer."""
     rounded = {name: float(f"{error:.3g}") for name, error in layer_errors.items()}
     return {
         "dora_approximation": json.dumps({**summary, "layer_errors": rounded}),
@@ -159,7 +159,7 @@ def approximation_entries(
 
 
 def dates(manifest: TrainedLora, weights: Path) -> dict[str, str]:
-    """Return when the weights were written and, of a run without interruption, when it began."""
+    """Return the entries with the time at which the weights were written and, for an uninterrupted run, at which it started."""
     finished = weights.stat().st_mtime
     entries = {
         "modelspec.date": datetime.fromtimestamp(finished, UTC).isoformat(timespec="seconds"),
@@ -171,7 +171,7 @@ def dates(manifest: TrainedLora, weights: Path) -> dict[str, str]:
 
 
 def file_hashes(tensors: "Mapping[str, Tensor]", entries: Mapping[str, str]) -> dict[str, str]:
-    """Return the hashes by which other programs know a file; only the legacy one depends on the header, by its length."""
+    """Return the hashes by which other programs identify a file; only the legacy hash depends on the header, on its length."""
     from safetensors.torch import save
 
     data = save(
@@ -217,7 +217,7 @@ def _training_entries(spec: TrainSpec, manifest: TrainedLora, samples: Samples) 
 
 
 def _caption_entries(spec: TrainSpec, samples: Samples) -> dict[str, Any]:
-    """Return folder names and how often each comma-separated tag stands in the captions that are trained on."""
+    """Return the dataset folders' names and the frequency of each comma-separated tag in the training captions."""
     keys = samples.keys_by_dataset()
     folders: dict[str, dict[str, int]] = {}
     frequencies: dict[str, dict[str, int]] = {}
@@ -241,7 +241,7 @@ def _caption_entries(spec: TrainSpec, samples: Samples) -> dict[str, Any]:
 
 
 def _buckets(samples: Samples) -> Counter[tuple[int, int]]:
-    """Return how many crops each bucket has, by (width, height)."""
+    """Return the number of crops in each bucket, by (width, height)."""
     codes, sizes = samples.buckets
     counts = np.bincount(codes, minlength=len(sizes)).tolist()
     return Counter({(width, height): count for (height, width), count in zip(sizes, counts, strict=True)})

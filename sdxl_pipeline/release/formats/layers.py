@@ -1,7 +1,7 @@
-"""Adapter files read strictly: every tensor belongs to a layer that the base model has, by a name that its readers know.
+"""Strict reading of adapter files: every tensor must have a known name of a layer of the base model.
 
-Other programs skip names they do not know and still load the rest, so that an adapter is applied in part and images are silently wrong.
-Here an unknown name is an error.
+Other programs skip unknown names and load the rest, so an adapter is applied only in part and images are wrong without an error. Here an
+unknown name is an error.
 """
 
 import json
@@ -30,7 +30,7 @@ PARTS: Final = frozenset(
     f"{DOWN} {UP} {MID} {ALPHA} {NORMS} lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 "
     "hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2".split()
 )
-"""What may follow the dot in kohya's and LyCORIS' key grammar."""
+"""The names of tensors after the dot in kohya's and LyCORIS' key grammar."""
 
 _PEFT_PARTS: Final[Mapping[str, str]] = {
     ".lora_A.weight": DOWN,
@@ -38,7 +38,8 @@ _PEFT_PARTS: Final[Mapping[str, str]] = {
     ".lora_magnitude_vector": NORMS,
 }
 
-_SHOWN = 3
+_MAX_NAMES = 3
+"""Names that an error lists."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,19 @@ class Layer:
     model: str
     """`unet`, `text_encoder` or `text_encoder_2`."""
     module: str
-    """Its name in diffusers' files."""
+    """Name in diffusers' files."""
     shape: tuple[int, ...]
-    """Of its weight: (out, in) or (out, in, height, width)."""
+    """Shape of the weight: (out, in) or (out, in, height, width)."""
     kohya: str | None
-    """Its name in kohya's files, with SGM's names for the UNet; None where these have none for it."""
+    """Name in kohya's files, with SGM's names for the UNet; None if these have no name for the layer."""
 
 
 LayerParts = dict[Layer, dict[str, Tensor]]
-"""The tensors of each adapted layer by PARTS."""
+"""The tensors of each adapted layer, by their name in PARTS."""
 
 
 class LayerTable:
-    """Every layer that an adapter's file may name, from the base model's architecture alone."""
+    """Every layer that can be adapted, with its names in each format; derived from the base model's architecture."""
 
     def __init__(self, layers: Iterable[Layer]) -> None:
         self.layers = tuple(layers)
@@ -70,11 +71,13 @@ class LayerTable:
         self.lycoris = {f"lycoris_{layer.module.replace('.', '_')}": layer for layer in unet}
         named = sum(layer.kohya is not None for layer in self.layers)
         if len(self.kohya) < named or len(self.lycoris) < len(unet):
-            raise FormatError("Two layers of the base model would have one name in kohya's files.")
+            raise FormatError(
+                "Two layers of the base model would have the same name in kohya's or LyCORIS' files."
+            )
 
 
 def layer_table(config_path: str | Path) -> LayerTable:
-    """Return the layers of the models whose configurations lie under `config_path`; made on the meta device, without weights."""
+    """Return the layers of the models with configurations in `config_path`, created on the meta device without weights."""
     folder = Path(config_path)
     with torch.device("meta"):
         config = UNet2DConditionModel.load_config(folder, subfolder=UNET)
@@ -103,7 +106,7 @@ def _unet_layers(unet: nn.Module) -> Iterable[Layer]:
 
 def _text_layers(model: str, encoder: nn.Module) -> Iterable[Layer]:
     for name, module in encoder.named_modules():
-        # transformers 5 dropped the level `text_model`, which files of every format keep
+        # transformers 5 dropped the prefix `text_model`, which all file formats still have
         inner = name.removeprefix("text_model.")
         if isinstance(module, nn.Linear) and inner.startswith("encoder.layers."):
             name = f"text_model.{inner}"
@@ -114,11 +117,11 @@ def _text_layers(model: str, encoder: nn.Module) -> Iterable[Layer]:
 def read_diffusers(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], table: LayerTable
 ) -> LayerParts:
-    """Return the layers of a file in diffusers' format; `alpha` comes from `lora_adapter_metadata`, and is the rank without it.
+    """Return the layers of a file in diffusers' format; `alpha` comes from `lora_adapter_metadata`, and defaults to the rank.
 
-    Raises FormatError for a name that is not a layer's, and for a layer without both factors.
+    Raises FormatError for a name that does not belong to a layer, and for a layer without both factors.
     """
-    found: defaultdict[Layer, dict[str, Tensor]] = defaultdict(dict)
+    layers: defaultdict[Layer, dict[str, Tensor]] = defaultdict(dict)
     unknown = []
     for name, tensor in tensors.items():
         name = name.removesuffix(".weight") if "lora_magnitude_vector" in name else name
@@ -129,36 +132,36 @@ def read_diffusers(
         else:
             part = _PEFT_PARTS[suffix]
             rows = (-1, *[1] * (len(layer.shape) - 1))
-            found[layer][part] = tensor.reshape(rows) if part == NORMS else tensor
+            layers[layer][part] = tensor.reshape(rows) if part == NORMS else tensor
     adapters: dict[str, Any] = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
-    for layer, parts in found.items():
+    for layer, parts in layers.items():
         if DOWN in parts:
             parts[ALPHA] = torch.tensor(_alpha(layer, parts[DOWN].shape[0], adapters))
     _require_known(unknown)
-    return _complete(found)
+    return _require_complete(layers)
 
 
 def read_kohya(tensors: Mapping[str, Tensor], table: LayerTable) -> LayerParts:
-    """Return the layers of a file in kohya's key grammar. Raises FormatError for any name that is not exactly of it."""
+    """Return the layers of a file in kohya's key grammar. Raises FormatError for any name outside this grammar."""
     return _read_dotted(tensors, table.kohya)
 
 
 def read_lycoris(tensors: Mapping[str, Tensor], table: LayerTable) -> LayerParts:
-    """Return the layers of a file of lycoris-lora, whose names begin with `lycoris_`. Raises FormatError as `read_kohya` does."""
+    """Return the layers of a file of lycoris-lora, in which names start with `lycoris_`. Raises FormatError for any other name."""
     return _read_dotted(tensors, table.lycoris)
 
 
 def _read_dotted(tensors: Mapping[str, Tensor], names: Mapping[str, Layer]) -> LayerParts:
-    found: defaultdict[Layer, dict[str, Tensor]] = defaultdict(dict)
+    layers: defaultdict[Layer, dict[str, Tensor]] = defaultdict(dict)
     unknown = []
     for name, tensor in tensors.items():
         module, _, part = name.partition(".")  # at the first dot, as A1111 does
         if module in names and part in PARTS:
-            found[names[module]][part] = tensor
+            layers[names[module]][part] = tensor
         else:
             unknown.append(name)
     _require_known(unknown)
-    return _complete(found)
+    return _require_complete(layers)
 
 
 def _alpha(layer: Layer, rank: int, adapters: Mapping[str, Any]) -> float:
@@ -170,37 +173,37 @@ def _alpha(layer: Layer, rank: int, adapters: Mapping[str, Any]) -> float:
 
 def _require_known(unknown: list[str]) -> None:
     if unknown:
-        raise FormatError(f"{_some(unknown)}: no layer of the base model has this name")
+        raise FormatError(f"{_first_names(unknown)}: no layer of the base model has this name")
 
 
-def _complete(found: Mapping[Layer, dict[str, Tensor]]) -> LayerParts:
-    lacking = [
-        f"{layer.model}.{layer.module} ({lacks})"
-        for layer, parts in found.items()
-        if (lacks := _missing_part(parts))
+def _require_complete(layers: Mapping[Layer, dict[str, Tensor]]) -> LayerParts:
+    incomplete = [
+        f"{layer.model}.{layer.module} ({missing})"
+        for layer, parts in layers.items()
+        if (missing := _missing_part(parts))
     ]
-    if lacking:
-        raise FormatError(f"{_some(lacking)}: a tensor is missing")
-    if not found:
-        raise FormatError("The file holds no adapter.")
-    return dict(found)
+    if incomplete:
+        raise FormatError(f"{_first_names(incomplete)}: a tensor is missing")
+    if not layers:
+        raise FormatError("The file contains no adapter.")
+    return dict(layers)
 
 
 def _missing_part(parts: Mapping[str, Tensor]) -> str | None:
-    """Name a tensor without which a layer's update cannot be computed, or whose absence another reader fills with a guess."""
-    wanted = [ALPHA]
+    """Return the name of a missing tensor that a layer's update needs, or that other programs would replace by a guess; else None."""
+    required = [ALPHA]
     if any(part.startswith("lokr_") for part in parts):
-        for whole in ("lokr_w1", "lokr_w2"):
-            wanted += [whole] if whole in parts else [f"{whole}_a", f"{whole}_b"]
+        for factor in ("lokr_w1", "lokr_w2"):
+            required += [factor] if factor in parts else [f"{factor}_a", f"{factor}_b"]
     elif any(part.startswith("hada_") for part in parts):
-        wanted += ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"]
-        wanted += ["hada_t1", "hada_t2"] if {"hada_t1", "hada_t2"} & parts.keys() else []
+        required += ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"]
+        required += ["hada_t1", "hada_t2"] if {"hada_t1", "hada_t2"} & parts.keys() else []
     else:
-        wanted += [DOWN, UP]
-    return next((part for part in wanted if part not in parts), None)
+        required += [DOWN, UP]
+    return next((part for part in required if part not in parts), None)
 
 
-def _some(names: Iterable[str]) -> str:
+def _first_names(names: Iterable[str]) -> str:
     names = sorted(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more

@@ -1,4 +1,4 @@
-"""What an adapter adds to a layer's weight, computed from the tensors of a file as its readers compute it.
+"""The update that an adapter adds to a layer's weight, computed from a file's tensors as other programs compute it.
 
 Formulas: LoRA (Hu et al. 2021), LoHa and LoKr (Yeh et al. 2023, arXiv:2309.14859), weight decomposition (Liu et al. 2024).
 """
@@ -24,9 +24,9 @@ from sdxl_pipeline.release.formats.layers import ALPHA, DOWN, MID, NORMS, UP, La
 
 
 def update_of(layer: Layer, parts: Mapping[str, Tensor]) -> Tensor:
-    """Return the update of a layer without its weight decomposition: float32 of the weight's shape.
+    """Return the update of a layer without weight decomposition, float32 of the weight's shape.
 
-    Raises FormatError, which names the layer, for tensors that do not fit it or each other.
+    Raises FormatError with the layer's name for tensors that do not fit the layer or each other.
     """
     values = {name: tensor.float() for name, tensor in parts.items()}
     if values[ALPHA].ndim:
@@ -48,20 +48,20 @@ def update_of(layer: Layer, parts: Mapping[str, Tensor]) -> Tensor:
     flat = (layer.shape[0], layer.shape[1] * _kernel(layer))
     if tuple(update.shape) not in (layer.shape, flat):
         raise FormatError(
-            f"{layer.module}: its update has the shape {tuple(update.shape)}, the layer's weight {layer.shape}"
+            f"{layer.module}: its update has the shape {tuple(update.shape)}, but the layer's weight has {layer.shape}"
         )
     return scale * update.reshape(layer.shape)
 
 
 def decomposed(weight: Tensor, update: Tensor, norms: Tensor) -> Tensor:
-    """Return the update of a weight-decomposed layer: m (W + U) / ||W + U|| - W, with the norms of rows; float32."""
-    moved = weight + update
-    rows = moved.flatten(1).norm(dim=1).reshape(norms.shape)
-    return norms.float() / rows.clamp_min(torch.finfo(torch.float32).eps) * moved - weight
+    """Return the update of a weight-decomposed layer, m (W + U) / ||W + U|| - W with norms over rows, in float32."""
+    updated = weight + update
+    row_norms = updated.flatten(1).norm(dim=1).reshape(norms.shape)
+    return norms.float() / row_norms.clamp_min(torch.finfo(torch.float32).eps) * updated - weight
 
 
 def updates(layers: LayerParts, base: "BaseWeights | None" = None) -> Iterator[tuple[Layer, Tensor]]:
-    """Yield each layer's update; where weights are decomposed `base` is needed."""
+    """Yield each layer's update; weight-decomposed layers need `base`, else FormatError is raised."""
     for layer, parts in layers.items():
         update = update_of(layer, parts)
         if NORMS in parts:
@@ -72,7 +72,7 @@ def updates(layers: LayerParts, base: "BaseWeights | None" = None) -> Iterator[t
 
 
 class BaseWeights:
-    """Weights of the base model's layers, read one at a time: an SDXL need not fit into memory beside what is computed from it."""
+    """Weights of the base model's layers, read one at a time so that the model need not fit into memory."""
 
     def __init__(self, model: ResolvedModel) -> None:
         self._model = model
@@ -85,7 +85,7 @@ class BaseWeights:
         self._files.close()
 
     def weight(self, layer: Layer) -> Tensor:
-        """Return a layer's weight, float32."""
+        """Return a layer's weight in float32. Raises FormatError if the base model has no such tensor."""
         if layer.model != UNET:
             encoder = getattr(self._encoders, layer.model)
             names = dict(encoder.named_modules())
@@ -93,7 +93,7 @@ class BaseWeights:
             return torch.as_tensor(module.weight).float()
         name = f"{self._unet_name(layer.module)}.weight"
         if name not in self._unet:
-            raise FormatError(f"{self._model.source} holds no tensor {name}")
+            raise FormatError(f"{self._model.source} has no tensor {name}")
         return torch.as_tensor(self._unet[name].get_tensor(name)).float()
 
     def _unet_name(self, module: str) -> str:
@@ -109,7 +109,7 @@ class BaseWeights:
 
     @cached_property
     def _unet(self) -> dict[str, Any]:
-        """The open file of each tensor, by its name."""
+        """The open file of each tensor, by the tensor's name."""
         root = Path(self._model.path)
         paths = [root]
         if self._model.kind == "folder":
@@ -148,19 +148,19 @@ def _lokr(parts: Mapping[str, Tensor]) -> tuple[Tensor, int | None]:
     rank = None
     factors = []
     for number in "12":
-        whole = parts.get(f"lokr_w{number}")
-        if whole is None:
+        factor = parts.get(f"lokr_w{number}")
+        if factor is None:
             first, second = parts[f"lokr_w{number}_a"], parts[f"lokr_w{number}_b"]
             rank = second.shape[0]
             core = parts.get("lokr_t2") if number == "2" else None
-            whole = first @ second.flatten(1) if core is None else _tucker(core, first, second)
-        factors.append(whole)
+            factor = first @ second.flatten(1) if core is None else _tucker(core, first, second)
+        factors.append(factor)
     left, right = factors
     return torch.kron(left.reshape(*left.shape, *[1] * (right.ndim - left.ndim)), right.contiguous()), rank
 
 
 def _tucker(core: Tensor, out: Tensor, into: Tensor) -> Tensor:
-    """Core (r, r, kernel), out (r, O), into (r, I) -> (O, I, kernel)."""
+    """Return the Tucker product (O, I, kernel) of core (r, r, kernel), out (r, O) and into (r, I)."""
     return torch.einsum("ij...,ip,jq->pq...", core, out, into)
 
 
