@@ -162,7 +162,7 @@ def describe_measurement(report: EvaluationReport, scoring_model: str | None) ->
     if report.lora_loss is not None:
         source = {
             "eval dataset": "of the eval datasets",
-            "held-out share": "held out of the training",
+            "held-out share": "held out from the training",
             "training images": f"**the {KIND_LABELS[report.weights_kind]} was trained on** (there is neither an eval dataset nor a held-out share)",
         }[report.eval_source]
         sentences.append(

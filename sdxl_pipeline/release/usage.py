@@ -187,7 +187,7 @@ def _approximation_note(lora: TrainedLora, files: Mapping[str, str]) -> str:
     approximation = lora.dora_approximation
     if approximation is None:
         return ""
-    exact = f" `{files['weights']}` is exact, for diffusers." if "weights" in files else ""
+    exact = f" The exact adapter is `{files['weights']}`, for diffusers." if "weights" in files else ""
     return (
         "ComfyUI, A1111 and Forge compute a weight-decomposed adapter (DoRA) differently from how it was trained. "
         f"`{files['single_file']}` is a plain LoRA of rank {approximation['rank']:g} that approximates it, with a relative error of "

@@ -184,10 +184,8 @@ def test_kohya_tensors_are_loaded_completely_by_every_program(table: LayerTable,
         assert layer.scaling["loaded"] == trained[name].scaling["default"] == 0.5
         # equal factors imply equal updates; the updates of some layers are compared below
         for factor in ("lora_A", "lora_B"):
-            expected_factor, actual_factor = (
-                getattr(trained[name], factor)["default"],
-                getattr(layer, factor)["loaded"],
-            )
+            expected_factor = getattr(trained[name], factor)["default"]
+            actual_factor = getattr(layer, factor)["loaded"]
             assert torch.equal(expected_factor.weight, actual_factor.weight)
     for name in sorted(trained)[::40]:
         update = trained[name].get_delta_weight("default")

@@ -77,7 +77,7 @@ def test_card_contains_metrics_and_lineage(release, inputs):
     text = (release() / "README.md").read_text()
     assert "Made for a test." in text
     assert "| Eval loss, LoRA | 0.1 | -0.02 |" in text
-    assert "held out of the training" in text
+    assert "held out from the training" in text
     assert (
         "trained for 40 steps (120 samples) on 1,024 captioned images; 9 others were held out for the evaluation."
         in text
@@ -207,7 +207,7 @@ def test_use_section_of_dora_identifies_exact_file(release, inputs):
     lora = inputs["lora"].model_copy(update={"dora_approximation": {"rank": 32, "relative_error": 0.01234}})
     text = use_section(release(settings=settings, lora=lora))
     assert "plain LoRA of rank 32 that approximates it, with a relative error of 0.0123" in text
-    assert "`pytorch_lora_weights.safetensors` is exact, for diffusers." in text
+    assert "The exact adapter is `pytorch_lora_weights.safetensors`, for diffusers." in text
 
 
 @pytest.mark.parametrize(
