@@ -1,4 +1,4 @@
-"""The asset graph: one module per stage, thin over `sdxl_pipeline`."""
+"""The asset graph: one module per stage, each a thin layer over `sdxl_pipeline`."""
 
 import dagster as dg
 
@@ -7,6 +7,7 @@ from assets.base_model import build_base_model
 from assets.checks.data_checks import build_leak_checks, build_regularisation_checks
 from assets.dataset import build_dataset
 from assets.evaluation import build_evaluation
+from assets.generated_images import build_generated_images, generates_images
 from assets.hub_release import build_hub_release
 from assets.lora import build_lora
 from assets.masks import build_mask_dataset, build_masks
@@ -17,9 +18,10 @@ from sdxl_pipeline.config.loader import InvalidProject, Project
 
 
 def build_assets(project: Project) -> list[dg.AssetsDefinition]:
-    """All assets of one project: a dataset per image dataset, its masks, then the model, its evaluation and its release.
+    """Return all assets of one project, and the checks that compare its datasets with each other.
 
-    Among them stand the checks that compare one dataset with others.
+    Each image dataset has its own assets, and one for its masks if it has some; model, training plan, LoRA, evaluation and release
+    exist once.
     """
     datasets = [
         build(project, dataset)
@@ -32,6 +34,7 @@ def build_assets(project: Project) -> list[dg.AssetsDefinition]:
         if (entry := project.masks_of(dataset))
     ]
     return [
+        *([build_generated_images(project)] if generates_images(project) else []),
         build_base_model(project),
         build_training_plan(project),
         *datasets,
@@ -45,16 +48,17 @@ def build_assets(project: Project) -> list[dg.AssetsDefinition]:
     ]
 
 
-def build_invalid_project(broken: InvalidProject) -> dg.AssetsDefinition:
-    """Stands for a project whose files have problems: the UI shows it, and materializing it says what to mend."""
+def build_invalid_project(invalid: InvalidProject) -> dg.AssetsDefinition:
+    """Return a placeholder asset for a project with invalid files: its description and its failure list what to fix."""
 
     @dg.asset(
-        key=[broken.name, "project"],
-        group_name=broken.name,
+        key=[invalid.name, "project"],
+        group_name=invalid.name,
         kinds={"json"},
-        description=f"This project could not be read.\n\n```\n{broken.error}\n```",
+        owners=["team:data"],
+        description=f"This project's configuration is invalid.\n\n```\n{invalid.error}\n```",
     )
     def project() -> None:
-        raise dg.Failure(description=str(broken.error), allow_retries=False)
+        raise dg.Failure(description=str(invalid.error), allow_retries=False)
 
     return project

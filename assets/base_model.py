@@ -1,30 +1,28 @@
-"""The base model: where its files lie, which revision they are, what they digest to."""
+"""The base model: path, revision and digests of its files."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import dagster as dg
 
-from assets.asset_keys import project_key, version
+from assets.asset_keys import asset_attributes, project_key, version
 from assets.errors import user_errors_as_failures
-from assets.metadata import drop_none, markdown_table
+from assets.metadata import base_model_metadata
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.evaluation.scoring_model import scoring_model_folder
-from sdxl_pipeline.models.base_model import resolve_base_model
+from sdxl_pipeline.models.base_model import ResolvedModel, resolve_base_model
 from sdxl_pipeline.models.tiny_autoencoder import tiny_autoencoder_folder
 
 CODE = "1"
 
 
 def build_base_model(project: Project) -> dg.AssetsDefinition:
-    """`<project>/base_model`; its data version is the digest of the files, so a re-download changes nothing."""
+    """Return `<project>/base_model`; its data version is the digest of its files, so a repeated download keeps it."""
     settings = project.training
 
     @dg.asset(
         key=project_key(project, "base_model"),
-        group_name=project.name,
-        kinds={"huggingface"},
+        **asset_attributes(project, "training", "huggingface"),
         code_version=version(
             CODE,
             [
@@ -34,12 +32,14 @@ def build_base_model(project: Project) -> dg.AssetsDefinition:
                 settings.revision,
             ],
         ),
-        description="The SDXL model that is fine-tuned: downloaded when it is a Hub id, and digested per component.",
+        description="The SDXL model to fine-tune: downloaded if it is a Hub id; its data version is the digest of its components.",
     )
-    def base_model(context: dg.AssetExecutionContext, storage: Storage) -> Iterator[Any]:
+    def base_model(
+        context: dg.AssetExecutionContext, storage: Storage
+    ) -> Iterator[dg.MaterializeResult[ResolvedModel]]:
         with user_errors_as_failures():
             model = resolve_base_model(settings, project.folder, cache_dir=storage.work_dir("base_models"))
-            # Found or fetched now: that it cannot be had must not turn out after the training.
+            # Resolved now, so that a missing model fails before the training and not after it.
             scores = settings.evaluation_type == "clip"
             scoring_model = str(scoring_model_folder(settings, model)) if scores else None
             previews = settings.validation_preview
@@ -48,17 +48,7 @@ def build_base_model(project: Project) -> dg.AssetsDefinition:
         yield dg.MaterializeResult(
             value=model,
             data_version=dg.DataVersion(model.digest),
-            metadata=drop_none(
-                {
-                    "source": model.source,
-                    "path": dg.MetadataValue.path(model.path),
-                    "revision": model.revision,
-                    "VAE": model.vae_source,
-                    "scoring_model": scoring_model,
-                    "preview_model": preview_model,
-                    "digests": markdown_table(("component", "sha256"), sorted(model.digests.items())),
-                }
-            ),
+            metadata=base_model_metadata(model, scoring_model, preview_model),
         )
 
     return base_model

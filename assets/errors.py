@@ -1,4 +1,4 @@
-"""What a user can mend is a failed step with a sentence, not a stack trace."""
+"""Errors that the user can fix, as failed steps with a message instead of a stack trace."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +37,7 @@ USER_ERRORS = (
 
 @contextmanager
 def user_errors_as_failures() -> Iterator[None]:
-    """Turn the library's own errors into failed steps that say what to do, and are not tried again."""
+    """Convert the library's own errors into `dagster.Failure` with the same message, without retries."""
     try:
         with full_disk_as_failure():
             yield

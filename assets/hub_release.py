@@ -1,4 +1,4 @@
-"""The release: a folder with the LoRA, its model card and its lineage, pushed to the Hub when asked for."""
+"""The release: a folder with the LoRA, its model card and its lineage, pushed to the Hub if push_to_hub is true."""
 
 import json
 from collections.abc import Iterator
@@ -8,12 +8,12 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from assets.asset_keys import dataset_key, project_key, version
+from assets.asset_keys import asset_attributes, dataset_key, project_key, version
 from assets.dataset_inputs import model_input
 from assets.errors import user_errors_as_failures
 from assets.evaluation import release_dir
-from assets.lora import read_training_spec
-from assets.metadata import drop_none, inline_image, model_card
+from assets.lora import EXPORT_SETTINGS, read_training_spec
+from assets.metadata import release_metadata
 from resources.hub import HubResource
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.schema.key_facts import keys_used_by
@@ -25,28 +25,27 @@ from sdxl_pipeline.release.formats.kohya_header import trigger_words
 from sdxl_pipeline.runtime.specs import EvaluationReport, HubRelease, TrainedLora
 
 CODE = "2"
-MIN_PREFIX = 8
+MIN_PREFIX_LENGTH = 8
 """Shortest prefix of an identity that `promote` accepts."""
 
 
 class ReleaseConfig(dg.Config):
-    """What one run may release."""
+    """The LoRA that one run releases."""
 
     promote: str = Field(
         default="",
-        description=f"Identity (its first {MIN_PREFIX} characters or more) of the only LoRA to release, whether or not it was trained as "
-        "config.json describes. Empty: release the current LoRA if it was.",
+        description=f"Identity (its first {MIN_PREFIX_LENGTH} characters or more) of the only LoRA to release, with or without overrides of "
+        "config.json. Empty: release the current LoRA if it was trained without overrides.",
     )
 
 
 def build_hub_release(project: Project) -> dg.AssetsDefinition:
-    """`<project>/hub_release`."""
+    """Return `<project>/hub_release`."""
     settings = project.training
 
     @dg.asset(
         key=project_key(project, "hub_release"),
-        group_name=project.name,
-        kinds={"huggingface"},
+        **asset_attributes(project, "release", "huggingface"),
         ins=model_input(project)
         | {
             "lora": dg.AssetIn(key=project_key(project, "lora"), dagster_type=TrainedLora),
@@ -54,9 +53,11 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
         },
         code_version=version(
             CODE,
-            settings.model_dump(mode="json", include=keys_used_by(TrainingSettings, "hub_release")),
+            settings.model_dump(
+                mode="json", include={"push_to_hub", "hub_model_id", "model_card_note", *EXPORT_SETTINGS}
+            ),
         ),
-        description="What is, or would be, published: the weights for diffusers, ComfyUI and A1111, the model card, gallery, settings, lineage.",
+        description="The published files, or the folder ready to publish: weights for diffusers, ComfyUI and A1111, model card, gallery, settings, lineage.",
     )
     def hub_release(
         context: dg.AssetExecutionContext,
@@ -65,14 +66,14 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
         model: ResolvedModel,
         lora: TrainedLora,
         evaluation: EvaluationReport,
-    ) -> Iterator[Any]:
+    ) -> Iterator[dg.MaterializeResult[HubRelease]]:
         _require_releasable(context.asset_key, lora, config.promote)
         trained = read_training_spec(lora)
         lineage = _lineage(context, project, model, lora)
         with user_errors_as_failures():
-            if lora.weights_kind == "lora":  # of a whole UNet, verify_formats reads the same folder
+            if lora.weights_kind == "lora":  # verify_formats reads the whole folder of a UNet
                 verify_export(Path(lora.weights_path), model)
-            # again here: a release that is launched by itself does not wait for the evaluation's checks
+            # Repeated here: a run of this asset alone does not wait for the evaluation's checks.
             context.log.info(verify_formats(lora, model, trained.settings))
             folder = build_release(
                 release_dir(project),
@@ -89,33 +90,22 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
         yield dg.MaterializeResult(
             value=release,
             data_version=dg.DataVersion(digest_json([lora.weights_sha256, release.commit])),
-            metadata=drop_none(
-                {
-                    "published": release.url or "no: push_to_hub is off; the folder is ready on disk",
-                    "repository": release.repo_id,
-                    "commit": release.commit,
-                    "link": dg.MetadataValue.url(release.url) if release.url else None,
-                    "folder": dg.MetadataValue.path(release.folder),
-                    "files": ", ".join(release.files),
-                    "gallery": inline_image(evaluation.gallery_path, "base beside LoRA"),
-                    "model_card": model_card(Path(release.model_card_path)),
-                }
-            ),
+            metadata=release_metadata(release, evaluation.gallery_path),
         )
 
     return hub_release
 
 
 def _require_releasable(key: dg.AssetKey, lora: TrainedLora, promote: str) -> None:
-    """Raise `dagster.Failure` for a LoRA that was not trained as configured, unless `promote` names it, and for one that it does not name."""
-    named = len(promote) >= MIN_PREFIX and lora.identity.startswith(promote)
-    if named or not (promote or lora.overrides):
+    """Raise `dagster.Failure` unless `promote` is the LoRA's identity, or is empty and the LoRA was trained as configured."""
+    promoted = len(promote) >= MIN_PREFIX_LENGTH and lora.identity.startswith(promote)
+    if promoted or not (promote or lora.overrides):
         return
     op, prefix = key.to_python_identifier(), lora.identity[:16]
     if promote:
-        problem = f"promote {promote!r} does not name the current LoRA, whose identity is {prefix}"
-        if len(promote) < MIN_PREFIX:
-            problem += f" (at least {MIN_PREFIX} characters are needed)"
+        problem = f"promote {promote!r} is not the identity of the current LoRA, which is {prefix}"
+        if len(promote) < MIN_PREFIX_LENGTH:
+            problem += f" (write at least {MIN_PREFIX_LENGTH} characters of it)"
     else:
         changes = "; ".join(
             f"{each.setting}: {each.used} instead of {each.configured}" for each in lora.overrides
@@ -123,7 +113,7 @@ def _require_releasable(key: dg.AssetKey, lora: TrainedLora, promote: str) -> No
         problem = f"the LoRA {prefix} was trained with settings that differ from config.json ({changes})"
     run_config = json.dumps({"ops": {op: {"config": {"promote": prefix}}}})
     raise dg.Failure(
-        f"Not released: {problem}. To release it, promote it by its identity. In the launchpad:\n"
+        f"Not released: {problem}. To release this LoRA, set promote to its identity. In the launchpad:\n"
         f"ops: {{{op}: {{config: {{promote: '{prefix}'}}}}}}\n"
         f"On the command line:\ndagster asset materialize -m sdxl_pipeline.definitions --select 'key:\"{key.to_user_string()}\"' "
         f"--config-json '{run_config}'\n"
@@ -133,7 +123,7 @@ def _require_releasable(key: dg.AssetKey, lora: TrainedLora, promote: str) -> No
 
 
 def plain_overrides(lora: TrainedLora) -> dict[str, dict[str, Any]]:
-    """Return the overridden settings as plain data, in which local paths can be recognized."""
+    """Return the overridden settings as plain JSON values, in which local paths can be detected and removed."""
     return {
         each.setting: {"configured": json.loads(each.configured), "used": json.loads(each.used)}
         for each in lora.overrides
@@ -160,7 +150,7 @@ def _publish(
     )
     repo_id = settings.hub_model_id
     if not settings.push_to_hub or repo_id is None:
-        context.log.info(f"push_to_hub is off: the release was left on disk in {folder}.")
+        context.log.info(f"push_to_hub is off: the release is in {folder}.")
         return release
     commit, url = hub.upload_folder(
         folder,
@@ -175,7 +165,7 @@ def _publish(
 def _lineage(
     context: dg.AssetExecutionContext, project: Project, model: ResolvedModel, lora: TrainedLora
 ) -> dict[str, Any]:
-    """Data version of each upstream asset, the base model's revision and digests, the weights' digest."""
+    """Return the data version of each upstream asset, the base model's revision and digests, and the weights' digest."""
     stages = [project_key(project, "base_model"), project_key(project, "lora")] + [
         dataset_key(project, dataset, stage)
         for dataset in project.datasets

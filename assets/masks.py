@@ -1,4 +1,4 @@
-"""Masks: every file of a dataset of masks, and which image each belongs to. No latent depends on them."""
+"""Masks: every file of a mask dataset, and the image that each belongs to. Latents do not depend on masks."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,12 +7,13 @@ from typing import Any
 import dagster as dg
 import pandas as pd
 
-from assets.asset_keys import dataset_key, version
-from assets.checks.data_checks import files_accounted_for
-from assets.checks.result_checks import result, specs
-from assets.dataset import DatasetRunConfig, scan_files, source_of
+from assets.asset_keys import asset_attributes, dataset_key, version
+from assets.checks.check import Check
+from assets.checks.data_checks import FILE_COUNTS_CONSISTENT, check_file_counts
+from assets.dataset import DatasetRunConfig, describe_source, scan_files
 from assets.errors import user_errors_as_failures
-from assets.metadata import NAMES_SHOWN, dropped_table, inline_image
+from assets.metadata import SAMPLES, mask_dataset_metadata
+from assets.metadata_values import MAX_NAMES, dropped_table, inline_image
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.schema.datasets import ImageDataset, MaskKind
@@ -25,51 +26,47 @@ from sdxl_pipeline.data.scan.table_digests import dataset_digest
 from sdxl_pipeline.files.digest import digest_json
 
 CODE = "2"
-SOURCE = keys_used_by(ImageDataset, "masks")
-SAMPLES = 12
+SOURCE = {"type", "instance_data_dir", "url", "aws_bucket_name", "aws_data_prefix", "aws_endpoint_url"}
+
+USABLE_MASKS = Check("usable_masks", "At least one mask can be read.", blocking=True)
+MASKS_PAIRED = Check(
+    "masks_paired",
+    "Every image has a mask of its own aspect ratio, unless missing_masks allows unmasked images.",
+    blocking=True,
+)
+NO_UNUSED_MASKS = Check("no_unused_masks", "Every mask belongs to an image that is trained.", blocking=False)
 
 
 def build_mask_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefinition:
-    """`<project>/<masks>/dataset`."""
+    """Return `<project>/<masks>/dataset`."""
     key = dataset_key(project, entry, "dataset")
 
     @dg.asset(
         key=key,
-        group_name=project.name,
-        kinds={"pandas"},
+        **asset_attributes(project, "data", "pandas", "parquet"),
         code_version=version(CODE, entry.model_dump(mode="json", include=SOURCE)),
-        check_specs=specs(
-            key,
-            usable_masks="At least one mask can be read.",
-            files_accounted_for="Files found = kept + dropped, each once, and every dropped one has a reason.",
-        ),
-        description=f"Every file of {source_of(entry)}: a mask, or dropped with a reason.",
+        check_specs=[check.spec(key) for check in (USABLE_MASKS, FILE_COUNTS_CONSISTENT)],
+        description=f"Every file of {describe_source(entry)}: a mask, or dropped with a reason.",
     )
     def mask_dataset(
         context: dg.AssetExecutionContext, storage: Storage, config: DatasetRunConfig
-    ) -> Iterator[Any]:
+    ) -> Iterator[dg.MaterializeResult[pd.DataFrame]]:
         with user_errors_as_failures():
-            fingerprint = dataset_fingerprint(entry)  # before the scan, as that of images
-            scanned, told, _ = scan_files(context, storage, project, entry, config.verify or entry.verify)
+            fingerprint = dataset_fingerprint(entry)  # before the scan, as for images
+            scan = scan_files(context, storage, project, entry, config.verify or entry.verify)
+        scanned = scan.table
         kept = scanned[scanned["status"] == "kept"]
         context.log.info(f"{len(scanned)} files found, {len(kept)} masks.")
         yield dg.MaterializeResult(
             value=scanned,
-            # names count, since they say which image a mask belongs to
+            # includes the names, which pair masks with images
             data_version=dg.DataVersion(
                 digest_json([dataset_digest(scanned), sorted(kept["path"] + "/" + kept["key"])])
             ),
-            metadata={
-                "found": len(scanned),
-                "kept": len(kept),
-                "bytes": int(kept["size"].sum()),
-                "dropped": dropped_table(scanned[scanned["status"] == "dropped"]),
-                METADATA_ENTRY: fingerprint,
-                **told,
-            },
+            metadata=mask_dataset_metadata(scanned) | {METADATA_ENTRY: fingerprint} | scan.metadata,
             check_results=[
-                result("usable_masks", len(kept) > 0, f"{len(kept)} of {len(scanned)} files are masks."),
-                files_accounted_for(scanned, kept),
+                USABLE_MASKS.result(len(kept) > 0, f"{len(kept)} of {len(scanned)} files are masks."),
+                check_file_counts(scanned, kept),
             ],
         )
 
@@ -77,34 +74,29 @@ def build_mask_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefini
 
 
 def build_masks(project: Project, dataset: ImageDataset, entry: ImageDataset) -> dg.AssetsDefinition:
-    """`<project>/<dataset>/masks`: the masks of `entry` as those of the images of `dataset`."""
+    """Return `<project>/<dataset>/masks`: the masks of `entry` paired with the images of `dataset`."""
     key = dataset_key(project, dataset, "masks")
-    kind = kind_of(entry)
+    kind = mask_kind(entry)
 
     @dg.asset(
         key=key,
-        group_name=project.name,
-        kinds={"pandas"},
+        **asset_attributes(project, "data", "pandas", "parquet"),
         ins={
             "scanned": dg.AssetIn(key=dataset_key(project, dataset, "dataset"), dagster_type=pd.DataFrame),
-            "found": dg.AssetIn(key=dataset_key(project, entry, "dataset"), dagster_type=pd.DataFrame),
+            "mask_files": dg.AssetIn(key=dataset_key(project, entry, "dataset"), dagster_type=pd.DataFrame),
         },
         code_version=version(CODE, [kind, dataset.missing_masks]),
-        check_specs=specs(
-            key,
-            masks_paired="Every image has a mask of its own shape, unless missing_masks lets it be trained whole.",
-            may_lack_an_image="Every mask belongs to an image that is trained.",
-        ),
-        description=f"Which image of {dataset.id} is masked by which file of {entry.id}: white is learned, black is ignored.",
+        check_specs=[check.spec(key) for check in (MASKS_PAIRED, NO_UNUSED_MASKS)],
+        description=f"The mask of each image of {dataset.id}, from {entry.id}: white is learned, black is ignored.",
     )
     def masks(
-        context: dg.AssetExecutionContext, storage: Storage, scanned: pd.DataFrame, found: pd.DataFrame
-    ) -> Iterator[Any]:
-        paired = pair_masks(scanned, found)
+        context: dg.AssetExecutionContext, storage: Storage, scanned: pd.DataFrame, mask_files: pd.DataFrame
+    ) -> Iterator[dg.MaterializeResult[pd.DataFrame]]:
+        paired = pair_masks(scanned, mask_files)
         context.log.info(
-            f"{len(paired.pairs)} images with a mask, {len(paired.without)} without, {len(paired.unused)} files that are no image's mask."
+            f"{len(paired.pairs)} images with a mask, {len(paired.without)} without, {len(paired.unused)} unused mask files."
         )
-        shown = _overlays(paired.pairs, storage.data_dir(dataset), storage.data_dir(entry), kind)
+        overlays = _overlays(paired.pairs, storage.data_dir(dataset), storage.data_dir(entry), kind)
         yield dg.MaterializeResult(
             value=paired.pairs,
             data_version=dg.DataVersion(digest_json([kind, paired.digest()])),
@@ -112,60 +104,66 @@ def build_masks(project: Project, dataset: ImageDataset, entry: ImageDataset) ->
                 "masked": len(paired.pairs),
                 "without_mask": dropped_table(paired.without),
                 "unused": dropped_table(paired.unused),
-                **shown,
+                **overlays,
             },
-            check_results=[_paired(paired, dataset), _used(paired)],
+            check_results=[_check_pairs(paired, dataset), _check_unused(paired)],
         )
 
     return masks
 
 
-def kind_of(entry: ImageDataset) -> MaskKind:
-    """How the masks of an entry are read; the settings have it for every one."""
+def mask_kind(entry: ImageDataset) -> MaskKind:
+    """Return how the masks of a conditioning dataset are read. Validated settings always have it."""
     if entry.conditioning_type is None:
         raise AssertionError(f"{entry.id} has no conditioning_type")
     return entry.conditioning_type
 
 
-def _paired(paired: MaskPairs, dataset: ImageDataset) -> dg.AssetCheckResult:
-    refuses = dataset.missing_masks == "refuse"
-    faulty = paired.without if refuses else paired.refused
-    told = [f"{path}: {reason}" for path, reason in zip(faulty["path"], faulty["reason"], strict=True)]
+def _check_pairs(paired: MaskPairs, dataset: ImageDataset) -> dg.AssetCheckResult:
+    masks_required = dataset.missing_masks == "refuse"
+    unpaired = paired.without if masks_required else paired.refused
+    failures = _with_reasons(unpaired)
     hint = (
         " Add the masks (all white to learn everything)"
-        + (', or write "missing_masks": "unmasked" to train images that have none whole.' if refuses else ".")
-        if told
+        + (
+            ', or write "missing_masks": "unmasked" to train images without a mask unmasked.'
+            if masks_required
+            else "."
+        )
+        if failures
         else ""
     )
-    return result(
-        "masks_paired",
-        not told,
-        f"{len(paired.pairs)} images have a mask, {len(paired.without)} have none{_named(told)}.{hint}",
+    return MASKS_PAIRED.result(
+        not failures,
+        f"{len(paired.pairs)} images have a mask, {len(paired.without)} have none{_listed(failures)}.{hint}",
     )
 
 
-def _used(paired: MaskPairs) -> dg.AssetCheckResult:
-    told = [
-        f"{path}: {reason}"
-        for path, reason in zip(paired.unused["path"], paired.unused["reason"], strict=True)
-    ]
-    return result("may_lack_an_image", not told, f"{len(told)} files are no image's mask{_named(told)}.")
+def _check_unused(paired: MaskPairs) -> dg.AssetCheckResult:
+    unused = _with_reasons(paired.unused)
+    return NO_UNUSED_MASKS.result(
+        not unused, f"{len(unused)} files are not the mask of any image{_listed(unused)}."
+    )
 
 
-def _named(told: list[str]) -> str:
-    more = f", and {len(told) - NAMES_SHOWN} more" if len(told) > NAMES_SHOWN else ""
-    return f" ({'; '.join(told[:NAMES_SHOWN])}{more})" if told else ""
+def _with_reasons(files: pd.DataFrame) -> list[str]:
+    return [f"{path}: {reason}" for path, reason in zip(files["path"], files["reason"], strict=True)]
+
+
+def _listed(items: list[str]) -> str:
+    more = f", and {len(items) - MAX_NAMES} more" if len(items) > MAX_NAMES else ""
+    return f" ({'; '.join(items[:MAX_NAMES])}{more})" if items else ""
 
 
 def _overlays(pairs: pd.DataFrame, images: Path, masks: Path, kind: MaskKind) -> dict[str, Any]:
-    """Some of the images with what is ignored in red."""
-    shown, names = [], []
+    """Return a contact sheet of some of the images, with their ignored pixels in red."""
+    overlays, names = [], []
     for row in pairs.iloc[:: max(1, len(pairs) // SAMPLES)].head(SAMPLES).itertuples():
         try:
-            shown.append(overlaid(images / str(row.path), masks / str(row.mask_path), kind))
-        except UnreadableImage:  # changed since the scan: the training says so, with its name
+            overlays.append(overlaid(images / str(row.path), masks / str(row.mask_path), kind))
+        except UnreadableImage:  # changed since the scan: the training reports it with the file's name
             continue
         names.append(str(row.path))
-    if not shown:
+    if not overlays:
         return {}
-    return {"sample": inline_image(contact_sheet(shown, names), "images, what their masks ignore in red")}
+    return {"sample": inline_image(contact_sheet(overlays, names), "images with their ignored pixels in red")}

@@ -1,4 +1,4 @@
-"""The frame of the assets that a device stage makes: run it, show what it did, say what may go on."""
+"""The common part of assets that a device stage materializes: run the stage, log it, and return value, metadata and check results."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 import dagster as dg
 
-from assets.metadata import drop_none
 from resources.stage_client import LocalStageClient
 from sdxl_pipeline.runtime.specs import (
     EncodeLatentsSpec,
@@ -20,27 +19,27 @@ from sdxl_pipeline.runtime.specs import (
 ManifestT = TypeVar("ManifestT", LatentCache, TextEmbedCache, EvaluationReport)
 
 
-def materialized(
+def materialize_stage(
     context: dg.AssetExecutionContext,
     launcher: LocalStageClient,
     stage: str,
     spec: EncodeLatentsSpec | EncodeTextSpec | EvaluateSpec,
     manifest_type: type[ManifestT],
     work_dir: Path,
-    told: Callable[[ManifestT], str],
+    summary: Callable[[ManifestT], str],
     data_version: Callable[[ManifestT], str],
     metadata: Callable[[ManifestT], dict[str, Any]],
-    checked: Callable[[ManifestT], Sequence[dg.AssetCheckResult]],
-) -> dg.MaterializeResult:
-    """Run a stage on the hardware of its spec, and give its manifest as the asset's value.
+    checks: Callable[[ManifestT], Sequence[dg.AssetCheckResult]],
+) -> dg.MaterializeResult[ManifestT]:
+    """Run a stage on the hardware of its spec and return its manifest as the asset's value.
 
-    `told` is a line for the log; entries of `metadata` that are None are left out. Raises what `LocalStageClient.run` raises.
+    `summary` is a line for the log. Raises what `LocalStageClient.run_stage` raises.
     """
-    manifest = launcher.run(context, stage, spec, manifest_type, work_dir, spec.hardware)
-    context.log.info(told(manifest))
+    manifest = launcher.run_stage(context, stage, spec, manifest_type, work_dir, spec.hardware)
+    context.log.info(summary(manifest))
     return dg.MaterializeResult(
         value=manifest,
         data_version=dg.DataVersion(data_version(manifest)),
-        metadata=drop_none(metadata(manifest)),
-        check_results=checked(manifest),
+        metadata=metadata(manifest),
+        check_results=checks(manifest),
     )

@@ -1,4 +1,4 @@
-"""`python -m assets.summary <project>`: what the last materialization made, where it lies, and what it did not have to do again."""
+"""`python -m assets.summary <project>`: print the results of the last materialization, their paths, and what was reused."""
 
 import sys
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from sdxl_pipeline.runtime.specs import (
 
 @dataclass(frozen=True)
 class Results:
-    """What the stages of a project handed on when they last ran."""
+    """Values of a project's assets at their last materialization."""
 
     latents: list[LatentCache]
     texts: list[TextEmbedCache]
@@ -33,59 +33,59 @@ class Results:
 
 
 def main(name: str) -> None:
-    """Print the summary of one project to the terminal. Raises SystemExit when there is no such project."""
+    """Print the summary of one project to the terminal. Raise SystemExit when there is no such project."""
     projects = {project.name: project for project in discover_projects() if isinstance(project, Project)}
     if name not in projects:
         raise SystemExit(f"There is no project {name!r}; there are: {', '.join(projects) or 'none'}.")
     results = load_results(projects[name])
     console = Console(highlight=False, soft_wrap=True)
-    for line in work_done(results):
+    for line in work_summary(results):
         console.print(line)
-    for what, where in [*places(results), ("UI", "make ui, then http://127.0.0.1:3000")]:
-        console.print(f"{what:<20}{where}")
+    for label, path in [*output_paths(results), ("UI", "make ui, then http://127.0.0.1:3000")]:
+        console.print(f"{label:<20}{path}")
 
 
 def load_results(project: Project) -> Results:
-    """The values of a project's assets. Raises `dagster.Failure` naming the one that was never materialized."""
+    """Return the values of a project's assets. Raise `dagster.Failure` with the key of the first that was never materialized."""
     definitions = build_definitions()
 
     def load(key: dg.AssetKey, value_type: type) -> Any:
         return definitions.load_asset_value(key, python_type=value_type)
 
-    def of_datasets(stage: str, value_type: type) -> list[Any]:
+    def load_per_dataset(stage: str, value_type: type) -> list[Any]:
         return [load(dataset_key(project, dataset, stage), value_type) for dataset in project.datasets]
 
     return Results(
-        latents=of_datasets("vae_latents", LatentCache),
-        texts=of_datasets("text_embeds", TextEmbedCache),
+        latents=load_per_dataset("vae_latents", LatentCache),
+        texts=load_per_dataset("text_embeds", TextEmbedCache),
         lora=load(project_key(project, "lora"), TrainedLora),
         report=load(project_key(project, "evaluation"), EvaluationReport),
         release=load(project_key(project, "hub_release"), HubRelease),
     )
 
 
-def work_done(results: Results) -> list[str]:
-    """Sentences on what was encoded, trained and measured, and what was reused."""
+def work_summary(results: Results) -> list[str]:
+    """Return one line each on encoding, training and evaluation: work done and work reused."""
     lora, report = results.lora, results.report
-    called = KIND_LABELS[lora.weights_kind]
+    label = KIND_LABELS[lora.weights_kind]
     lines = [
         f"latents: {sum(c.encoded for c in results.latents)} encoded, {sum(c.reused for c in results.latents)} reused",
         f"captions: {sum(c.encoded for c in results.texts)} encoded, {sum(c.reused for c in results.texts)} reused",
-        f"training: nothing to do, this {called} was finished before"
+        f"training: nothing to do, this {label} was finished before"
         if lora.reused
         else f"training: {lora.steps} steps in {lora.seconds:.0f} s",
     ]
     if report.base_loss and report.lora_loss:
-        again = ", measured before" if report.reused else ""
+        reused = ", measured before" if report.reused else ""
         lines.append(
-            f"eval loss on {report.eval_images} images ({report.eval_source}{again}): "
-            f"base {report.base_loss.mean:.4f}, {called} {report.lora_loss.mean:.4f}"
+            f"eval loss on {report.eval_images} images ({report.eval_source}{reused}): "
+            f"base {report.base_loss.mean:.4f}, {label} {report.lora_loss.mean:.4f}"
         )
     return lines
 
 
-def places(results: Results) -> list[tuple[str, str]]:
-    """(what, path) of what a person wants to open, relative to the working directory where the files lie below it."""
+def output_paths(results: Results) -> list[tuple[str, str]]:
+    """Return (label, path) of the output files, relative to the working directory where they are below it."""
     lora = results.lora
     return [
         ("before and after", _short(results.report.gallery_path)),

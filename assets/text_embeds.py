@@ -1,15 +1,14 @@
-"""The text embedding cache of a dataset, with the prompts that are drawn during training."""
+"""The text embedding cache of a dataset, with the validation prompts."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import dagster as dg
 import pandas as pd
 
-from assets.asset_keys import GPU_POOL, dataset_key, project_key, version
+from assets.asset_keys import asset_attributes, dataset_key, project_key, version
 from assets.checks import result_checks
-from assets.metadata import names_list
-from assets.stage_asset import materialized
+from assets.metadata import text_embed_metadata
+from assets.stage_asset import materialize_stage
 from resources.hardware import HardwareProfile
 from resources.stage_client import LocalStageClient
 from resources.storage import Storage
@@ -23,7 +22,7 @@ CODE = "2"
 
 
 def build_text_embeds(project: Project, dataset: ImageDataset) -> dg.AssetsDefinition:
-    """`<project>/<dataset>/text_embeds`."""
+    """Return `<project>/<dataset>/text_embeds`."""
     key = dataset_key(project, dataset, "text_embeds")
     cache_entry = project.text_embeds_of(dataset)
     windows = project.training.text_windows
@@ -33,16 +32,14 @@ def build_text_embeds(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
 
     @dg.asset(
         key=key,
-        group_name=project.name,
-        kinds={"torch"},
-        pool=GPU_POOL,
+        **asset_attributes(project, "data", "torch", device=True),
         ins={
             "model": dg.AssetIn(key=project_key(project, "base_model"), dagster_type=ResolvedModel),
             "scanned": dg.AssetIn(key=dataset_key(project, dataset, "dataset"), dagster_type=pd.DataFrame),
         },
         deps=[project_key(project, "training_plan")],
         code_version=version(CODE, [prompts, project.text_cache_of(dataset), windows]),
-        check_specs=result_checks.text_specs(key),
+        check_specs=[result_checks.CAPTIONS_NOT_TRUNCATED.spec(key)],
         description="Embeddings of every caption, of the validation prompts and of the empty prompt, by both text encoders.",
     )
     def text_embeds(
@@ -52,7 +49,7 @@ def build_text_embeds(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
         storage: Storage,
         model: ResolvedModel,
         scanned: pd.DataFrame,
-    ) -> Iterator[Any]:
+    ) -> Iterator[dg.MaterializeResult[TextEmbedCache]]:
         work_dir = storage.work_dir(project.name, dataset.asset_name, "text_embeds")
         kept = scanned[scanned["status"] == "kept"]
         captions = (
@@ -62,7 +59,7 @@ def build_text_embeds(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
         spec = EncodeTextSpec(
             base_model=model,
             hardware=profile,
-            captions_path=str(storage.keep_table(captions, work_dir, "captions")),
+            captions_path=str(storage.write_table(captions, work_dir, "captions")),
             extra_prompts=prompts,
             store_root=str(storage.text_store_root(cache_entry)),
             entries_path=str(work_dir / "entries.parquet"),
@@ -72,39 +69,19 @@ def build_text_embeds(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
             mode=project.text_cache_of(dataset),
             trust_recorded="text" in dataset.skipped_stages or "text" in cache_entry.skip_file_discovery,
         )
-        yield materialized(
+        yield materialize_stage(
             context,
             launcher,
             "encode_text",
             spec,
             TextEmbedCache,
             work_dir,
-            told=lambda cache: (
+            summary=lambda cache: (
                 f"{cache.encoded} encoded, {cache.reused} reused, {cache.deferred} deferred of {cache.captions} texts."
             ),
             data_version=lambda cache: cache.digest,
-            metadata=_metadata,
-            checked=result_checks.check_text,
+            metadata=text_embed_metadata,
+            checks=result_checks.check_text,
         )
 
     return text_embeds
-
-
-def _metadata(cache: TextEmbedCache) -> dict[str, Any]:
-    lost = [
-        f"{caption} **loses:** {tail}"
-        for caption, tail in zip(cache.truncated, cache.truncated_tails, strict=True)
-    ]
-    return {
-        "captions": cache.captions,
-        "encoded": cache.encoded,
-        "reused": cache.reused,
-        "deferred": cache.deferred or None,
-        "truncated_count": cache.truncated_count,
-        "truncated": names_list(lost),
-        "windows_of_77_tokens": cache.windows,
-        "captions_per_second": cache.captions_per_second,
-        "bytes": cache.bytes,
-        "seconds": cache.seconds,
-        "store": dg.MetadataValue.path(cache.store_root),
-    }

@@ -1,4 +1,4 @@
-"""The machine that the stages run on, chosen in one place for the whole graph."""
+"""The hardware profile that the stages run on, selected once for the whole graph."""
 
 import os
 from typing import Any
@@ -13,18 +13,18 @@ NAMES = ", ".join(["auto", *PRESETS])
 
 
 class HardwareProfile(dg.ConfigurableResource):
-    """A hardware profile by name, any of its values changed. Keys that stand in a project's config.json go before all of these."""
+    """A hardware profile by name, with overrides of its values. Keys of a project's config.json take precedence over all of them."""
 
     profile: str | None = Field(
         default=None,
-        description=f"One of {NAMES}. Not set: the environment variable {PROFILE_VARIABLE}, and without it `auto`, which looks which "
-        "device there is and how much memory it has.",
+        description=f"One of {NAMES}. Not set: the environment variable {PROFILE_VARIABLE}, and without it `auto`, which detects the "
+        "device and its memory.",
     )
     device: str | None = Field(
         default=None, description="cpu, cuda or mps. ROCm cards are `cuda` to PyTorch."
     )
     num_processes: int | None = Field(
-        default=None, description="Training processes, one per device; `auto` takes all visible GPUs."
+        default=None, description="Training processes, one per device; `auto` uses all visible GPUs."
     )
     mixed_precision: str | None = Field(default=None, description="no, bf16 or fp16.")
     gradient_checkpointing: bool | None = Field(
@@ -43,18 +43,18 @@ class HardwareProfile(dg.ConfigurableResource):
     text_encoder_1_precision: str | None = Field(default=None, description="The same values.")
     text_encoder_2_precision: str | None = Field(default=None, description="The same values.")
     vae_dtype: str | None = Field(default=None, description="bf16 or fp32.")
-    cpu_threads: int | None = Field(default=None, description="Torch's threads; not set: torch's own choice.")
+    cpu_threads: int | None = Field(default=None, description="Torch's threads; not set: torch's default.")
 
     def hardware(self) -> Hardware:
-        """The profile with the changes made. Raises `dagster.Failure` naming the field that does not fit."""
-        changes: dict[str, Any] = {
+        """Return the profile with its overrides. Raise `dagster.Failure` with the name of an invalid field."""
+        overrides: dict[str, Any] = {
             name: value
             for name in Hardware.model_fields
             if name != "profile" and (value := getattr(self, name)) is not None
         }
         try:
             preset = hardware_from_name(self.profile or os.environ.get(PROFILE_VARIABLE) or "auto")
-            return Hardware.model_validate(preset.model_dump() | changes)
+            return Hardware.model_validate(preset.model_dump() | overrides)
         except HardwareError as error:
             raise dg.Failure(str(error), allow_retries=False) from error
         except ValidationError as error:
@@ -63,5 +63,5 @@ class HardwareProfile(dg.ConfigurableResource):
                 for problem in error.errors()
             )
             raise dg.Failure(
-                f"the resource `hardware` cannot be used: {problems}", allow_retries=False
+                f"the resource `hardware` is invalid: {problems}", allow_retries=False
             ) from error

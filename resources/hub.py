@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, as far as releases need it."""
+"""Publishing releases to the Hugging Face Hub."""
 
 import os
 from pathlib import Path
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 TOKEN_ADVICE = (
     "Set HF_TOKEN to a token with write permission (https://huggingface.co/settings/tokens), or run `hf auth login`; "
-    "or set push_to_hub to false in config.json, and the release stays on disk."
+    "or set push_to_hub to false in config.json to write the release to disk only."
 )
 WRITING_ROLES = {"write", "admin", "contributor"}
 
 
 class HubResource(dg.ConfigurableResource):
-    """Publishes releases. The token is the Hub's client's own business (HF_TOKEN or `hf auth login`) and is no field here."""
+    """Publishes releases. The Hub client reads the token itself (HF_TOKEN or `hf auth login`), so it is not a field here."""
 
     endpoint: str | None = Field(
         default=None,
@@ -28,32 +28,31 @@ class HubResource(dg.ConfigurableResource):
     )
 
     def check_can_push(self, repo_id: str) -> None:
-        """Find out, before money is spent on training, whether this token may publish as `repo_id` ("name" or "owner/name").
+        """Check before training whether this token may publish to `repo_id` ("name" or "owner/name").
 
-        Asks the Hub who the token belongs to and nothing else; without a token it asks nothing. Raises `dagster.Failure` that says
-        what to do.
+        The only request is `whoami`, and there is none without a token. Raise `dagster.Failure` with the fix if it may not.
         """
         from huggingface_hub import get_token
         from huggingface_hub.errors import HfHubHTTPError
 
         if get_token() is None:
             raise dg.Failure(
-                f"push_to_hub is true, but there is no token to publish {repo_id} with. {TOKEN_ADVICE}",
+                f"push_to_hub is true, but there is no token for publishing {repo_id}. {TOKEN_ADVICE}",
                 allow_retries=False,
             )
         api = self._api()
         try:
-            account = repeat_while_busy(api.whoami, "Asking the Hub whose the token is", _warn)
+            account = repeat_while_busy(api.whoami, "Requesting the token's owner from the Hub", _warn)
         except Exception as error:
-            # The client passes on the errors of its HTTP library, which have no base in common with its own.
+            # The client also raises errors of its HTTP library, which have no common base class with its own.
             response = error.response if isinstance(error, HfHubHTTPError) else None
             if response is not None and response.status_code in (401, 403):
                 raise dg.Failure(
-                    f"the Hub does not accept the token that {repo_id} is to be published with. {TOKEN_ADVICE}",
+                    f"the Hub rejects the token for publishing {repo_id}. {TOKEN_ADVICE}",
                     allow_retries=False,
                 ) from error
             raise dg.Failure(
-                f"push_to_hub is true, but the Hub at {api.endpoint} cannot be asked whether it would take the release: {explain(error)}. "
+                f"push_to_hub is true, but the Hub at {api.endpoint} did not answer the permission check: {explain(error)}. "
                 "Materialize this asset again later."
             ) from error
         problem = missing_write_access(account, repo_id)
@@ -63,10 +62,10 @@ class HubResource(dg.ConfigurableResource):
     def upload_folder(
         self, folder: Path, repo_id: str, private: bool, commit_message: str
     ) -> tuple[str, str]:
-        """Publish the content of a folder as one commit; gives the commit's id and its URL.
+        """Publish the content of a folder as one commit and return the commit's id and URL.
 
-        Creates the repository when there is none; an existing one keeps its visibility. Raises `dagster.Failure` when anything at
-        all goes wrong: a release is published or it is not.
+        Creates the repository if it does not exist; an existing one keeps its visibility. Raise `dagster.Failure` on any error: a
+        release is published completely or not at all.
         """
         api = self._api()
         try:
@@ -79,7 +78,7 @@ class HubResource(dg.ConfigurableResource):
         return commit.oid, commit.commit_url
 
     def environment(self) -> dict[str, str]:
-        """Return what a stage needs to use the same Hub."""
+        """Return the environment variables with which a stage uses the same Hub."""
         return {} if self.endpoint is None else {"HF_ENDPOINT": self.endpoint}
 
     def _api(self) -> "HfApi":
@@ -93,7 +92,7 @@ def _warn(message: str) -> None:
 
 
 def missing_write_access(account: dict[str, Any], repo_id: str) -> str | None:
-    """Why the account and token that the Hub's whoami describes cannot write to a repository; None when they can.
+    """Return why the account and token in the Hub's whoami response cannot write to a repository; None when they can.
 
     The Hub gives every token a role: "read", "write", or "fineGrained" with permissions per user, organization or repository.
     """
@@ -102,13 +101,13 @@ def missing_write_access(account: dict[str, Any], repo_id: str) -> str | None:
     organizations = {entry["name"]: entry.get("roleInOrg") for entry in account.get("orgs", [])}
     if owner != user:
         if owner not in organizations:
-            return f"{repo_id} belongs to {owner}, but the token belongs to {user}, who is no member there; correct hub_model_id."
+            return f"{repo_id} belongs to {owner}, but the token belongs to {user}, who is not a member of it; correct hub_model_id."
         role = organizations[owner]
         if role is not None and role not in WRITING_ROLES:
-            return f"{user} may only {role} in the organization {owner}, and so cannot publish {repo_id}."
+            return f"{user} may only {role} in the organization {owner} and cannot publish {repo_id}."
     token = account.get("auth", {}).get("accessToken", {})
     if token.get("role") == "read":
-        return f"the token may only read, and so cannot publish {repo_id}."
+        return f"the token is read-only and cannot publish {repo_id}."
     if token.get("role") == "fineGrained":
         writable = {
             scope["entity"].get("name")
@@ -116,5 +115,5 @@ def missing_write_access(account: dict[str, Any], repo_id: str) -> str | None:
             if "repo.write" in scope.get("permissions", [])
         }
         if not writable & {owner, f"{owner}/{repo_id.rpartition('/')[2]}"}:
-            return f"the fine-grained token has no write permission for repositories of {owner}, and so cannot publish {repo_id}."
+            return f"the fine-grained token has no write permission for repositories of {owner} and cannot publish {repo_id}."
     return None

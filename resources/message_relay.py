@@ -1,4 +1,4 @@
-"""What a stage reports, as Dagster shows it: progress as log lines, images with them, metrics as points of a plot."""
+"""A stage's Pipes messages as Dagster events: progress as log lines, images and metrics as asset observations."""
 
 import base64
 import math
@@ -14,26 +14,26 @@ from sdxl_pipeline.data.quality.contact_sheets import to_jpeg
 from sdxl_pipeline.runtime.reporter import image_line, progress_line
 
 IMAGE_BYTES: Final = 32_000
-"""Most of one image in the event log."""
+"""Largest JPEG of one image in the event log."""
 
 IMAGE_SECONDS: Final = 5.0
 IMAGE_SHARE_OF_ELAPSED: Final = 1 / 200
-"""Images of one name come no closer than so many seconds, nor than this share of the time passed."""
+"""Smallest interval between images of one name: the larger of IMAGE_SECONDS and this share of the elapsed time."""
 
 
 class PointThinner:
-    """Chooses which points of a curve are kept, about `limit` of them, when the points come one by one.
+    """Selects about `limit` points of a curve whose points arrive one by one.
 
-    With the total number of steps known, one point per `total / limit` steps. Without it the gaps grow with the step: each next point
-    lies a tenth further, so that the number of points grows with the logarithm of the steps.
+    With a known total number of steps, it selects one point per `total / limit` steps. Without it, the distance to the next point is a
+    tenth of the step, so that the number of points grows with the logarithm of the steps.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._last: int | None = None
 
-    def keeps(self, step: int, total: int | None) -> bool:
-        """Whether the point at `step` is kept. The first always is; a point at the step of the last one never."""
+    def select(self, step: int, total: int | None) -> bool:
+        """Return whether the point at `step` is selected: the first always, a point at the step of the last one never."""
         if self._last is not None:
             gap = math.ceil(total / self._limit) if total else max(1, self._last // 10)
             if step < self._last + gap:
@@ -41,17 +41,17 @@ class PointThinner:
         self._last = step
         return True
 
-    def is_last_kept(self, step: int) -> bool:
-        """Whether `step` is the one kept last."""
+    def is_last_selected(self, step: int) -> bool:
+        """Return whether `step` is the last one selected."""
         return self._last == step
 
 
 class MessageRelay:
-    """Hands a stage's Pipes messages (see PipesReporter) to the step's event log, thinned: that log is a database."""
+    """Writes a stage's Pipes messages (see PipesReporter) to the step's event log, thinned because that log is a database."""
 
     def __init__(
         self,
-        context: dg.AssetExecutionContext,
+        context: dg.OpExecutionContext | dg.AssetExecutionContext,
         progress_seconds: float,
         metric_points: int,
         clock: Callable[[], float] = time.monotonic,
@@ -65,18 +65,18 @@ class MessageRelay:
         self._totals: dict[str, int] = {}
         self._thinners: dict[frozenset[str], PointThinner] = {}
         self._newest: dict[frozenset[str], dict[str, Any]] = {}
-        self._images: dict[str, tuple[float, float]] = {}  # name -> first and last time shown
+        self._images: dict[str, tuple[float, float]] = {}  # name -> time of the first and the last image
 
     def relay(self, messages: Sequence[Any]) -> None:
-        """Handle the messages that came since the last call. `messages` is the session's whole list, as Dagster gives it."""
+        """Handle the messages received since the last call. `messages` is the complete list of the session, as Dagster returns it."""
         for message in messages[self._relayed :]:
             self._handle(message)
         self._relayed = len(messages)
 
     def finish(self) -> None:
-        """Show the last point of each curve, if it was thinned out."""
+        """Write the last point of each curve if it was not selected."""
         for names, message in self._newest.items():
-            if not self._thinners[names].is_last_kept(message["step"]):
+            if not self._thinners[names].is_last_selected(message["step"]):
                 self._observe(message)
         self._newest.clear()
 
@@ -89,14 +89,14 @@ class MessageRelay:
                 names = frozenset(values)
                 thinner = self._thinners.setdefault(names, PointThinner(self._metric_points))
                 self._newest[names] = message
-                if thinner.keeps(step, self._total_steps(step)):
+                if thinner.select(step, self._total_steps(step)):
                     self._observe(message)
             case {"type": "image", "name": name, "path": path, "caption": caption, "step": step}:
-                if self._shows_image(name):
+                if self._image_is_due(name):
                     self._context.log.info(image_line(name, path, caption, step))
                     self._observe_image(name, Path(path), caption, step)
             case _:
-                raise ValueError(f"a stage sent a message that this version does not know: {message!r}")
+                raise ValueError(f"unknown message from a stage: {message!r}")
 
     def _log_progress(self, task: str, done: int, total: int, unit: str) -> None:
         now = self._clock()
@@ -105,7 +105,7 @@ class MessageRelay:
             self._logged_at[task] = now
             self._context.log.info(progress_line(task, done, total, unit))
 
-    def _shows_image(self, name: str) -> bool:
+    def _image_is_due(self, name: str) -> bool:
         now = self._clock()
         first, last = self._images.setdefault(name, (now, -math.inf))
         if now - last < max(IMAGE_SECONDS, (now - first) * IMAGE_SHARE_OF_ELAPSED):
@@ -114,7 +114,7 @@ class MessageRelay:
         return True
 
     def _observe_image(self, name: str, path: Path, caption: str, step: int | None) -> None:
-        """Put the image itself on the run's page; one that is gone by now was a forming one."""
+        """Write the image to the event log. A missing file is a preview that was deleted in the meantime."""
         try:
             with Image.open(path) as opened:
                 content = to_jpeg(opened.convert("RGB"), max_bytes=IMAGE_BYTES)
@@ -131,7 +131,7 @@ class MessageRelay:
         self._context.log_event(dg.AssetObservation(self._context.asset_key, metadata=metadata))
 
     def _total_steps(self, step: int) -> int | None:
-        """The longest task that this step can belong to. Only training reports metrics by the step, and nothing else is longer."""
+        """Return the total of the longest task with at least `step` steps. Only training reports metrics per step, and it is the longest task."""
         return max((total for total in self._totals.values() if total >= step), default=None)
 
     def _observe(self, message: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The run history of a Dagster instance in SQLite files: created by one process at a time, and named when it is damaged."""
+"""The run history of a Dagster instance in SQLite files: created by one process at a time; errors name a corrupt file."""
 
 import sqlite3
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ from filelock import lock_descriptor
 from sqlalchemy import event
 from sqlalchemy.engine import Engine, ExceptionContext
 
-DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _folders: set[Path] = set()
 
 
-class DamagedHistoryError(click.ClickException):
-    """A damaged file of the run history. Dagster's commands, which are click's, print its message alone."""
+class CorruptHistoryError(click.ClickException):
+    """A corrupt file of the run history. Dagster's commands are click commands and print only its message."""
 
     def __init__(self, path: Path, reason: object) -> None:
         super().__init__(
-            f"The run history is damaged: {path} ({reason}). Move this file away, with those of the same name that end in -wal and -shm, "
+            f"The run history is corrupt: {path} ({reason}). Move this file away, with those of the same name that end in -wal and -shm, "
             "and run this again. The history in it (runs and events in the UI) is lost; weights, caches and datasets are stored elsewhere "
             "and are reused."
         )
@@ -34,13 +34,13 @@ class RunHistoryStorage(DagsterSqliteStorage):
     def __init__(self, base_dir: str, inst_data: ConfigurableClassData | None = None) -> None:
         folder = Path(base_dir).resolve()
         _folders.add(folder)
-        # Two processes that create the tables at the same time leave a history that none can open.
+        # Two processes that create the tables at the same time make the history unusable.
         with (folder / ".lock").open("a") as lock:
             lock_descriptor(lock.fileno())
             try:
                 super().__init__(base_dir, inst_data)
-            except CommandError as error:  # Alembic's own
-                raise DamagedHistoryError(folder, error) from error
+            except CommandError as error:  # raised by Alembic
+                raise CorruptHistoryError(folder, error) from error
 
     @classmethod
     def from_config_value(
@@ -51,11 +51,11 @@ class RunHistoryStorage(DagsterSqliteStorage):
 
 
 @event.listens_for(Engine, "handle_error")
-def _name_damaged_file(context: ExceptionContext) -> None:
-    """Turn what SQLite reports about a damaged file of a history into a DamagedHistoryError, at whatever query it is noticed."""
+def _report_corrupt_file(context: ExceptionContext) -> None:
+    """Convert SQLite's error about a corrupt history file into a CorruptHistoryError, whichever query raises it."""
     error, engine = context.original_exception, context.engine
-    if engine is None or getattr(error, "sqlite_errorcode", 0) & 0xFF not in DAMAGED:
+    if engine is None or getattr(error, "sqlite_errorcode", 0) & 0xFF not in CORRUPT:
         return
     path = Path(engine.url.database or "")
     if any(path.is_relative_to(folder) for folder in _folders):
-        raise DamagedHistoryError(path, error) from error
+        raise CorruptHistoryError(path, error) from error

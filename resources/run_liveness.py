@@ -1,7 +1,7 @@
-"""Runs whose processes are gone give back their pool slots, and no process of a run outlives the run's own process.
+"""Frees the pool slots of runs whose processes have died, and ends a run's processes with the run's own process.
 
-Dagster knows a run by its events: one that is killed stays "started", and its step keeps its slot in the pool. Here every process of a
-run holds a lock (see `sdxl_pipeline.runtime.process_liveness`), and whoever starts or waits looks for runs without any.
+Dagster tracks a run by its events: a killed run stays "started", and its step keeps its pool slot. Here every process of a run holds a
+lock (see `sdxl_pipeline.runtime.process_liveness`), and every run that starts or waits searches for runs without a live process.
 """
 
 import multiprocessing
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 FOLDER = "live_runs"
 POLL_SECONDS = 2.0
 REPEAT_SECONDS = 60.0
-"""Between two log lines about the same wait."""
+"""Interval between two log lines about the same wait."""
 
 RUN_PID_VARIABLE = "SDXL_PIPELINE_RUN_PID"
 STEP_GRACE_SECONDS = 5.0
-"""How long a step without a stage may take to end after its run's process has died."""
+"""Time that a step without a stage has to end after its run's process has died."""
 
-_GONE = (
-    "The processes of this run are gone without having reported an end: killed, out of memory, or a power cut. Materialize its assets "
-    "again: what was finished is reused, and training resumes from its latest checkpoint."
+_DEAD_RUN = (
+    "The processes of this run ended without reporting it: killed, out of memory, or a power failure. Materialize its assets "
+    "again: finished work is reused, and training resumes from its latest checkpoint."
 )
 
 
@@ -54,9 +54,9 @@ def liveness_folder(instance: dg.DagsterInstance) -> Path:
 
 
 def fail_dead_runs(instance: dg.DagsterInstance) -> list[str]:
-    """Mark runs as failed whose processes are all gone, free their pool slots, and return their ids.
+    """Mark runs without a live process as failed, free their pool slots, and return their ids.
 
-    Runs of which nothing is known (another executor's, or another machine's) are left as they are.
+    Runs without recorded processes (of another executor or machine) are not changed.
     """
     folder = liveness_folder(instance)
     dead = []
@@ -65,9 +65,9 @@ def fail_dead_runs(instance: dg.DagsterInstance) -> list[str]:
             run = instance.get_run_by_id(run_id)
             if run is not None and not run.is_finished:
                 if run.status == dg.DagsterRunStatus.CANCELING:
-                    instance.report_run_canceled(run, _GONE)
+                    instance.report_run_canceled(run, _DEAD_RUN)
                 else:
-                    instance.report_run_failed(run, _GONE)
+                    instance.report_run_failed(run, _DEAD_RUN)
                 dead.append(run_id)
             instance.event_log_storage.free_concurrency_slots_for_run(run_id)
             forget_run(folder, run_id)
@@ -75,13 +75,13 @@ def fail_dead_runs(instance: dg.DagsterInstance) -> list[str]:
 
 
 def processes_of(instance: dg.DagsterInstance, run_id: str) -> RunProcesses:
-    """Return what is known about the processes of a run."""
+    """Return the recorded processes of a run."""
     with examined_runs(liveness_folder(instance)) as runs:
         return next((run for run in runs if run.run_id == run_id), RunProcesses(run_id, (), ()))
 
 
 class LiveRunExecutor(dg.Executor):
-    """Runs steps as `inner` does, after freeing what dead runs hold, and logs which run a step waits for."""
+    """Runs steps with the executor `inner`, after freeing the slots of dead runs, and logs which run a step waits for."""
 
     def __init__(self, inner: dg.Executor) -> None:
         self._inner = inner
@@ -115,7 +115,7 @@ class LiveRunExecutor(dg.Executor):
 
 
 class PoolWaitLog:
-    """Logs who holds the pool slots that steps of a run wait for, and frees those of dead runs."""
+    """Logs which runs hold the pool slots that steps of a run wait for, and frees those of dead runs."""
 
     def __init__(self, plan_context: Any, execution_plan: Any) -> None:
         self._context = plan_context
@@ -125,31 +125,33 @@ class PoolWaitLog:
         self._logged: dict[str, tuple[Any, float]] = {}
 
     def free_dead_runs(self) -> bool:
-        """Free the slots of runs whose processes are gone, log which they were, and return whether there was one."""
+        """Free the slots of runs without a live process, log their ids, and return whether there was one."""
         dead = fail_dead_runs(self._instance)
         for run_id in dead:
             self._context.log.info(
-                f"Run {run_id} is marked as failed and its pool slots are free: all its processes are gone."
+                f"Run {run_id} is marked as failed and its pool slots are free: none of its processes is alive."
             )
         return bool(dead)
 
     def run_until(self, done: threading.Event) -> None:
-        """Look every few seconds, as long as the run lasts."""
+        """Check every few seconds until `done` is set."""
         while self._pools and not done.wait(POLL_SECONDS):
             try:
-                self.look()
-            except Exception as error:  # the run itself must not fail because its log of waiting does
-                self._context.log.warning(f"Cannot see who holds the pools {self._pools}: {error!r}")
+                self.check()
+            except Exception as error:  # an error in this log must not fail the run
+                self._context.log.warning(f"Cannot read which runs hold the pools {self._pools}: {error!r}")
                 done.wait(REPEAT_SECONDS)
 
-    def look(self) -> None:
-        """Log which runs hold the slots that steps of this run wait for, after freeing those of dead or ended runs."""
-        own = self._context.run_id
+    def check(self) -> None:
+        """Log which runs hold the slots that steps of this run wait for, after freeing those of dead or finished runs."""
+        own_run_id = self._context.run_id
         for pool, info in self._instance.event_log_storage.get_concurrency_infos(self._pools).items():
             waiting = [
                 step
                 for step in info.pending_steps
-                if step.run_id == own and step.assigned_timestamp is None and step.step_key in self._steps
+                if step.run_id == own_run_id
+                and step.assigned_timestamp is None
+                and step.step_key in self._steps
             ]
             if not waiting:
                 continue
@@ -159,24 +161,24 @@ class PoolWaitLog:
             holders |= {
                 (step.run_id, step.step_key) for step in info.pending_steps if step.assigned_timestamp
             }
-            for run_id in {run_id for run_id, _ in holders if run_id != own}:
+            for run_id in {run_id for run_id, _ in holders if run_id != own_run_id}:
                 self._free_if_finished(run_id)
             for step in waiting:
                 self._log_wait(step.step_key, pool, sorted(holders))
 
     def _free_if_finished(self, run_id: str) -> None:
-        """Free the slots of a run that has ended, was terminated by force or deleted, and of which no process is seen."""
+        """Free the slots of a run that is finished, force-terminated or deleted, and has no live process."""
         run = self._instance.get_run_by_id(run_id)
         if (run is None or run.is_finished) and not processes_of(self._instance, run_id).alive:
             self._instance.event_log_storage.free_concurrency_slots_for_run(run_id)
 
     def _log_wait(self, step_key: str, pool: str, holders: list[tuple[str, str]]) -> None:
-        before, logged_at = self._logged.get(step_key, (None, 0.0))
-        if holders and (holders != before or time.monotonic() - logged_at > REPEAT_SECONDS):
+        logged_holders, logged_at = self._logged.get(step_key, (None, 0.0))
+        if holders and (holders != logged_holders or time.monotonic() - logged_at > REPEAT_SECONDS):
             self._logged[step_key] = (holders, time.monotonic())
-            held = "; ".join(self._describe(run_id, key) for run_id, key in holders)
+            descriptions = "; ".join(self._describe(run_id, key) for run_id, key in holders)
             log = self._context.for_step(self._steps[step_key]).log
-            log.info(f"Waiting for a slot in pool {pool}, which is held by {held}.")
+            log.info(f"Waiting for a slot in pool {pool}, which is held by {descriptions}.")
 
     def _describe(self, run_id: str, step_key: str) -> str:
         asset = step_key.replace("__", "/")
@@ -189,10 +191,10 @@ class PoolWaitLog:
         if run_id == self._context.run_id:
             return f"this run's {asset}{since}"
         processes = processes_of(self._instance, run_id)
-        seen = [*processes.alive, *processes.unknown] or ["its processes cannot be seen from here"]
+        known = [*processes.alive, *processes.unknown] or ["its processes are not visible from this machine"]
         if not processes.alive:
-            seen.append("if they are gone, terminate the run in the UI with 'Force termination'")
-        return f"{asset} of run {run_id}{since} ({'; '.join(seen)})"
+            known.append("if they have ended, terminate the run in the UI with 'Force termination'")
+        return f"{asset} of run {run_id}{since} ({'; '.join(known)})"
 
 
 @dg.executor(
@@ -201,38 +203,38 @@ class PoolWaitLog:
     requirements=dg.multiple_process_executor_requirements(),
 )
 def live_run_executor(init_context: dg.InitExecutorContext) -> dg.Executor:
-    """Dagster's multiprocess executor, for runs that know of dead ones."""
+    """Return Dagster's multiprocess executor wrapped in `LiveRunExecutor`."""
     create = dg.multiprocess_executor.executor_creation_fn
     assert create is not None
     return LiveRunExecutor(create(init_context))
 
 
 class LiveRunLauncher(dg.DefaultRunLauncher):
-    """Dagster's default launcher, which can tell its monitoring daemon that a run's processes are gone."""
+    """Dagster's default launcher, with a health check that reports runs without a live process to the monitoring daemon."""
 
     @property
     def supports_check_run_worker_health(self) -> bool:
-        """True: see `check_run_worker_health`."""
+        """Return True: see `check_run_worker_health`."""
         return True
 
     def check_run_worker_health(self, run: dg.DagsterRun) -> "CheckRunHealthResult":
-        """Report a run as failed, and free its pool slots, when it is known that no process of it is left, whoever started it."""
+        """Return FAILED, and free the pool slots, for a run whose recorded processes are all dead, however it was started."""
         from dagster._core.launcher.base import CheckRunHealthResult, WorkerStatus
 
         instance = self._instance
         with examined_runs(liveness_folder(instance)) as runs:
             if any(found.is_dead for found in runs if found.run_id == run.run_id):
                 instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-                return CheckRunHealthResult(WorkerStatus.FAILED, _GONE)
+                return CheckRunHealthResult(WorkerStatus.FAILED, _DEAD_RUN)
         return CheckRunHealthResult(WorkerStatus.RUNNING)
 
 
 @cache
 def follow_run_process() -> None:
-    """In a step's process: count it among those of its run, and end it when the run's own process dies.
+    """Register a step's process as one of its run, and end it when the run's own process dies.
 
-    Does nothing elsewhere. Only the multiprocessing sentinel tells of that death: the parent by pid is the fork server, which lives as
-    long as its children do. Without this a step goes on for hours, and then blocks for ever on the pipe of a reader that is gone.
+    Does nothing in other processes. Only the multiprocessing sentinel signals that death: the parent by pid is the fork server, which
+    lives as long as its children. Otherwise a step continues for hours and then blocks forever on a pipe without a reader.
     """
     parent = multiprocessing.parent_process()
     if parent is None or str(parent.pid) != os.environ.get(RUN_PID_VARIABLE):
@@ -243,15 +245,15 @@ def follow_run_process() -> None:
 
 def _end_with(sentinel: int) -> None:
     wait([sentinel])
-    # As when the run is terminated: the launcher stops its stage at a safe point.
+    # The same signal as on termination of the run: the stage client stops its stage at a safe point.
     os.kill(os.getpid(), signal.SIGINT)
-    begun = time.monotonic()
-    idle_since = begun
-    while time.monotonic() - idle_since < STEP_GRACE_SECONDS:
+    started = time.monotonic()
+    childless_since = started
+    while time.monotonic() - childless_since < STEP_GRACE_SECONDS:
         time.sleep(0.2)
-        if time.monotonic() - begun < 2 * DEFAULT_STOP_TIMEOUT_SECONDS and _has_children():
-            idle_since = time.monotonic()
-    os._exit(1)  # an orderly exit would wait for the pipe
+        if time.monotonic() - started < 2 * DEFAULT_STOP_TIMEOUT_SECONDS and _has_children():
+            childless_since = time.monotonic()
+    os._exit(1)  # a regular exit would wait for the pipe
 
 
 def _has_children() -> bool:

@@ -1,4 +1,4 @@
-"""Where things lie: the tensor stores, the stages' working folders, and the values that assets hand on."""
+"""Paths of the tensor stores and work folders, and the IO manager for the values of assets."""
 
 import hashlib
 import io
@@ -22,7 +22,7 @@ from sdxl_pipeline.files.storage_layout import ROOT_VARIABLE, StorageLayout, sto
 
 @contextmanager
 def full_disk_as_failure() -> Iterator[None]:
-    """Fail a step whose disk is full with one sentence, and do not try it again."""
+    """Convert a disk-full error into a `dagster.Failure` without retries."""
     try:
         yield
     except dg.Failure:
@@ -30,12 +30,12 @@ def full_disk_as_failure() -> Iterator[None]:
     except Exception as error:
         if not is_disk_full(error):
             raise
-        message = describe_disk_full(error, storage_root(), "what this step writes")
+        message = describe_disk_full(error, storage_root(), "the output of this step")
         raise dg.Failure(description=message, allow_retries=False) from error
 
 
 class Storage(dg.ConfigurableResource):
-    """One folder under which everything is kept that can be made again."""
+    """One root folder for everything that can be recomputed."""
 
     root: str | None = Field(
         default=None,
@@ -44,40 +44,40 @@ class Storage(dg.ConfigurableResource):
 
     @property
     def path(self) -> Path:
-        """The root as an absolute path."""
+        """Return the root as an absolute path."""
         return storage_root(self.root)
 
     @property
-    def places(self) -> StorageLayout:
-        """The folders under the root."""
+    def layout(self) -> StorageLayout:
+        """Return the folders under the root."""
         return StorageLayout(self.path)
 
     def data_dir(self, dataset: ImageDataset) -> Path:
-        """Folder that a dataset's images lie in: the user's own, or where they are downloaded to."""
-        return data_folder(dataset, self.places.sources)
+        """Return the folder of a dataset's images: the user's own, or the download folder."""
+        return data_folder(dataset, self.layout.sources)
 
     def latent_store_root(self, dataset: ImageDataset) -> Path:
-        """Root of the latent store of a dataset."""
-        return self.places.latent_store_root(dataset.cache_dir_vae)
+        """Return the root of a dataset's latent store."""
+        return self.layout.latent_store_root(dataset)
 
     def text_store_root(self, text_embeds: TextEmbedsDataset | None) -> Path:
-        """Root of the text-embedding store of an entry, or of those that have none."""
-        return self.places.text_store_root(text_embeds.cache_dir if text_embeds else None)
+        """Return the root of the text-embedding store of a text_embeds entry, or the default one without an entry."""
+        return self.layout.text_store_root(text_embeds)
 
     @full_disk_as_failure()
     def work_dir(self, *parts: str) -> Path:
-        """A folder for specs, manifests and what stages write beside them; made if need be."""
-        folder = self.places.work.joinpath(*parts)
+        """Return a folder for specs, manifests and other files of a stage, created if necessary."""
+        folder = self.layout.work.joinpath(*parts)
         folder.mkdir(parents=True, exist_ok=True)
-        self.places.remember_projects(projects_folder())
+        self.layout.remember_projects(projects_folder())
         return folder
 
     @full_disk_as_failure()
-    def keep_table(self, table: pd.DataFrame, folder: Path, name: str) -> Path:
-        """Write a table as Parquet into a folder, under a name that holds its digest, and give the path.
+    def write_table(self, table: pd.DataFrame, folder: Path, name: str) -> Path:
+        """Write a table as Parquet into a folder, under a name that contains its digest, and return the path.
 
-        A manifest that names such a file keeps meaning the same rows after the table has changed. A prune deletes those that nobody names,
-        if they are old: one that is there already is made young.
+        A manifest with this path refers to the same rows after the table has changed. `prune` deletes old files without references, so
+        an existing file gets the current modification time.
         """
         data = parquet_bytes(table)
         path = folder / f"{name}-{hashlib.sha256(data).hexdigest()[:16]}.parquet"
@@ -89,17 +89,17 @@ class Storage(dg.ConfigurableResource):
 
 
 class ValueIOManager(dg.ConfigurableIOManager):
-    """Keeps the values that assets hand on: DataFrames as Parquet, manifests (pydantic models) as JSON.
+    """Stores the values of assets: DataFrames as Parquet, manifests (pydantic models) as JSON.
 
-    The file is `<storage root>/values/<asset key>.parquet` or `.json`. Which one is loaded, and as what, says the type that the asset
-    downstream asks for.
+    The file is `<storage root>/values/<asset key>.parquet` or `.json`. The input type of the downstream asset determines which one is
+    loaded, and as what.
     """
 
     storage: dg.ResourceDependency[Storage]
 
     @full_disk_as_failure()
     def handle_output(self, context: dg.OutputContext, obj: Any) -> None:
-        """Write a value by rename, and show its path among the asset's metadata."""
+        """Write a value atomically and add its path to the asset's metadata."""
         path = self._path(context, type(obj))
         if isinstance(obj, pd.DataFrame):
             write_bytes_atomic(path, parquet_bytes(obj))
@@ -108,9 +108,9 @@ class ValueIOManager(dg.ConfigurableIOManager):
         context.add_output_metadata({"path": dg.MetadataValue.path(str(path))})
 
     def load_input(self, context: dg.InputContext) -> Any:
-        """Read a value as the type asked for. Raises `dagster.Failure` naming the asset to materialize when it is not there."""
-        wanted = context.dagster_type.typing_type
-        path = self._path(context, wanted)
+        """Read a value as the type of the input. Raise `dagster.Failure` with the asset to materialize when it does not exist."""
+        value_type = context.dagster_type.typing_type
+        path = self._path(context, value_type)
         asset = context.asset_key.to_user_string()
         hint = (
             f"Materialize it first: dagster asset materialize -m sdxl_pipeline.definitions --select 'key:\"{asset}\"', "
@@ -118,15 +118,15 @@ class ValueIOManager(dg.ConfigurableIOManager):
         )
         if not path.exists():
             raise dg.Failure(
-                f"the value of asset {asset} is not there (looked for {path}). {hint}", allow_retries=False
+                f"the value of asset {asset} does not exist (expected at {path}). {hint}", allow_retries=False
             )
-        if wanted is pd.DataFrame:
+        if value_type is pd.DataFrame:
             return read_parquet(path)
         try:
-            return wanted.model_validate_json(path.read_bytes())
+            return value_type.model_validate_json(path.read_bytes())
         except ValidationError as error:
             raise dg.Failure(
-                f"the value of asset {asset} ({path}) does not fit {wanted.__name__}; another version of this project wrote it. "
+                f"the value of asset {asset} ({path}) is not a valid {value_type.__name__}: it was written by another version of this project. "
                 f"{hint}\n{error}",
                 allow_retries=False,
             ) from error
@@ -137,14 +137,14 @@ class ValueIOManager(dg.ConfigurableIOManager):
 
 
 def parquet_bytes(table: pd.DataFrame) -> bytes:
-    """A table as a Parquet file's content."""
+    """Return a table as the bytes of a Parquet file."""
     buffer = io.BytesIO()
     table.to_parquet(buffer)
     return buffer.getvalue()
 
 
 def read_parquet(path: Path) -> pd.DataFrame:
-    """A table as it was written: columns of lists hold lists again, where pandas alone would give numpy arrays."""
+    """Return a table as it was written: list columns contain lists, where pandas alone returns numpy arrays."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -162,6 +162,6 @@ def _suffix(value_type: Any) -> str:
     if isinstance(value_type, type) and issubclass(value_type, BaseModel):
         return ".json"
     raise TypeError(
-        f"values between assets are pandas DataFrames or pydantic models, not {value_type!r}: give the asset's output, and the input "
-        "that loads it, such a type"
+        f"asset values must be pandas DataFrames or pydantic models, not {value_type!r}: annotate the asset's output, and the input "
+        "that loads it, with such a type"
     )

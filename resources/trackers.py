@@ -1,4 +1,4 @@
-"""Where training curves go besides metrics.jsonl."""
+"""The trackers that receive training metrics in addition to metrics.jsonl."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -15,7 +15,7 @@ WANDB_MODES = ("online", "offline", "disabled")
 
 
 class TrackerResource(dg.ConfigurableResource):
-    """The trackers of this deployment. A project's config.json goes before it; tokens come from the trackers' own environment."""
+    """The trackers of this deployment. A project's config.json takes precedence; tokens come from the trackers' own environment variables."""
 
     report_to: list[str] | None = Field(
         default=None,
@@ -30,35 +30,35 @@ class TrackerResource(dg.ConfigurableResource):
     )
 
     def apply(self, settings: TrainingSettings) -> TrainingSettings:
-        """The settings with this deployment's trackers where the project names none.
+        """Return the settings, with this deployment's trackers where the project configures none.
 
-        Raises `dagster.Failure` for a tracker that does not exist or is not installed, before a training starts.
+        Raise `dagster.Failure` for a tracker that is unknown or not installed, before a training starts.
         """
-        changes: dict[str, Any] = {}
+        updates: dict[str, Any] = {}
         if self.report_to is not None and "report_to" not in settings.model_fields_set:
-            changes["report_to"] = tuple(self.report_to)
+            updates["report_to"] = tuple(self.report_to)
         if self.logging_dir is not None and "logging_dir" not in settings.model_fields_set:
-            changes["logging_dir"] = self.logging_dir
-        _check_usable(changes.get("report_to", settings.report_to))
-        return settings.model_copy(update=changes)
+            updates["logging_dir"] = self.logging_dir
+        _require_installed(updates.get("report_to", settings.report_to))
+        return settings.model_copy(update=updates)
 
     def environment(self) -> dict[str, str]:
-        """What the training process needs in its environment; for `LocalStageClient.run(environment=...)`."""
+        """Return the trackers' environment variables for `LocalStageClient.run_stage(environment=...)`."""
         if self.wandb_mode is None:
             return {}
         if self.wandb_mode not in WANDB_MODES:
             raise dg.Failure(
-                f"the resource `trackers` cannot be used: wandb_mode is {self.wandb_mode!r}; write one of {', '.join(WANDB_MODES)}",
+                f"the resource `trackers` is invalid: wandb_mode is {self.wandb_mode!r}; write one of {', '.join(WANDB_MODES)}",
                 allow_retries=False,
             )
         return {"WANDB_MODE": self.wandb_mode}
 
 
-def _check_usable(names: Sequence[str]) -> None:
+def _require_installed(names: Sequence[str]) -> None:
     for name in names:
         if name not in TRACKERS:
             raise dg.Failure(
-                f"report_to: there is no tracker {name!r}; write {', '.join(TRACKERS)}", allow_retries=False
+                f"report_to: unknown tracker {name!r}; write {', '.join(TRACKERS)}", allow_retries=False
             )
         if find_spec(TRACKERS[name]) is None:
             raise dg.Failure(

@@ -1,4 +1,4 @@
-"""Where a training's messages and images go: chat channels and programs that listen at an address."""
+"""The webhooks that receive a training's messages and images: chat channels and HTTP endpoints."""
 
 from pathlib import Path
 
@@ -11,20 +11,20 @@ from sdxl_pipeline.runtime.webhook import in_environment, load_webhooks
 
 
 class WebhookResource(dg.ConfigurableResource):
-    """The webhooks of this deployment. Their addresses are secrets: they stand in a file of their own, never in a field here."""
+    """The webhooks of this deployment. Their addresses are secrets: they are stored in a separate file, never in a field here."""
 
     config_path: str | None = Field(
         default=None,
-        description="JSON file of webhooks for projects whose config.json has no webhook_config, in the same form.",
+        description="JSON file of webhooks for projects whose config.json has no webhook_config, in the same format.",
     )
 
     def environment(self, settings: TrainingSettings) -> dict[str, str]:
-        """What the training process needs in its environment; for `LocalStageClient.run(environment=...)`.
+        """Return the webhooks as environment variables for `LocalStageClient.run_stage(environment=...)`.
 
-        So the addresses reach it wherever it runs, and stand in no spec. Raises `dagster.Failure` for a file that cannot be used.
+        The addresses are passed this way and never written to a spec. Raise `dagster.Failure` for an invalid file.
         """
-        named = settings.webhook_config or self.config_path
+        path = settings.webhook_config or self.config_path
         try:
-            return in_environment(load_webhooks(Path(named).expanduser() if named else None))
+            return in_environment(load_webhooks(Path(path).expanduser() if path else None))
         except ProjectError as error:
             raise dg.Failure(str(error), allow_retries=False) from error

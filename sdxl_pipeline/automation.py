@@ -1,4 +1,4 @@
-"""Jobs: a project trains again, by its schedule or when its files have changed, and only when a run is due; what is left over is freed."""
+"""Jobs: retraining of a project by its schedule or when its files have changed, only when a run is due; and pruning of the storage."""
 
 import json
 import threading
@@ -22,20 +22,20 @@ from sdxl_pipeline.data.scan.dataset_fingerprint import (
 )
 
 if TYPE_CHECKING:
-    # Dagster gives no public name to what define_asset_job returns.
+    # The return type of define_asset_job is not public.
     from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
 SENSOR_INTERVAL_SECONDS = 60
 CLAIM_SECONDS = 60
-"""How long a run may take from the decision for it until it is in the instance."""
+"""Longest time from the decision to start a run until the instance lists it."""
 
 _UNFINISHED = [
     status
     for status in dg.DagsterRunStatus
     if status not in (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
 ]
-_DECIDING = threading.Lock()
-_FREED_COLUMNS = dg.TableSchema(
+_DECISION_LOCK = threading.Lock()
+_FREED_SCHEMA = dg.TableSchema(
     [
         dg.TableColumn("what"),
         dg.TableColumn("where"),
@@ -46,26 +46,26 @@ _FREED_COLUMNS = dg.TableSchema(
 
 
 def job_name(project: Project) -> str:
-    """Name of `retraining_job`."""
+    """Return the name of `retraining_job`."""
     return f"{project.name}_train"
 
 
 def retraining_job(project: Project) -> "UnresolvedAssetJobDefinition":
-    """The project's whole graph as a job."""
+    """Return the job that materializes all assets of the project."""
     return dg.define_asset_job(
         job_name(project),
         selection=dg.AssetSelection.groups(project.name),
-        description=f"Every asset of {project.name}; stages whose inputs did not change reuse what they have.",
+        description=f"Every asset of {project.name}; stages with unchanged inputs reuse their results.",
     )
 
 
 def lora_key(project: Project) -> dg.AssetKey:
-    """Return the key of the asset that a retraining is for."""
+    """Return the key of the project's LoRA."""
     return dg.AssetKey([project.name, "lora"])
 
 
 def trained_fingerprint(instance: dg.DagsterInstance, project: Project) -> str | None:
-    """Return the state of files and settings at the last finished training; None when there was none."""
+    """Return the fingerprint of files and settings at the last finished training; None if there was none."""
     fingerprint = _recorded(instance, lora_key(project)).get(METADATA_ENTRY)
     return None if fingerprint is None else str(fingerprint.value)
 
@@ -73,11 +73,10 @@ def trained_fingerprint(instance: dg.DagsterInstance, project: Project) -> str |
 def reason_to_wait(
     instance: dg.DagsterInstance, project: Project, state: str, *, sources_unknown: bool = False
 ) -> str | None:
-    """Return why no run is to be started for this state of files and settings now; None when one is due.
+    """Return why no run should start for this state of files and settings; None if one is due.
 
-    At most one unfinished run at a time trains a project's LoRA, whoever started it, and a state whose run failed is not tried again
-    before something changes. With `sources_unknown` only the run can find out whether anything has changed: it waits for nothing but an
-    unfinished one.
+    At most one unfinished run trains a project's LoRA at a time, however it was started, and a state whose run failed is not retried
+    before something changes. With `sources_unknown`, only a run can detect changes, so it waits for an unfinished run only.
     """
     for record in instance.get_run_records(dg.RunsFilter(statuses=_UNFINISHED)):
         run = record.dagster_run
@@ -87,7 +86,7 @@ def reason_to_wait(
         if lora_key(project) in planned:
             return (
                 f"The run {run.run_id[:8]} trains this LoRA and is not finished ({run.status.value.lower()}). "
-                "If no process of it is left, terminate it in the UI."
+                "If none of its processes is alive, terminate it in the UI."
             )
     if sources_unknown:
         return None
@@ -96,12 +95,12 @@ def reason_to_wait(
     trained = instance.get_latest_materialization_event(lora_key(project))
     for record in instance.get_run_records(dg.RunsFilter(tags={METADATA_ENTRY: state}), limit=1):
         run = record.dagster_run
-        gave_this_lora = trained is not None and trained.run_id == run.run_id
+        produced_lora = trained is not None and trained.run_id == run.run_id
         failed_since = run.status is not dg.DagsterRunStatus.SUCCESS and (
             trained is None or record.create_timestamp.timestamp() > trained.timestamp
         )
         overridden = OVERRIDES_ENTRY in _recorded(instance, lora_key(project))
-        if failed_since or (gave_this_lora and not overridden):
+        if failed_since or (produced_lora and not overridden):
             return (
                 f"The run {run.run_id[:8]} for this state of files and settings ended ({run.status.value.lower()}), and nothing has "
                 "changed since. Change a file or a setting, or materialize by hand."
@@ -110,7 +109,7 @@ def reason_to_wait(
 
 
 def retraining_cause(instance: dg.DagsterInstance, project: Project, sources_unknown: bool = False) -> str:
-    """Return in words what makes a training due."""
+    """Return a description of what makes a training due."""
     trained = _recorded(instance, lora_key(project))
     if METADATA_ENTRY not in trained:
         return "not trained yet"
@@ -130,7 +129,7 @@ def retraining_cause(instance: dg.DagsterInstance, project: Project, sources_unk
     ):
         causes.append("settings changed in config.json or multidatabackend.json")
     if sources_unknown:
-        causes.append("images are stored elsewhere: the run finds out whether they changed")
+        causes.append("images are stored elsewhere: only the run detects whether they changed")
     return "; ".join(causes) or "images, captions or settings differ from those of the last training"
 
 
@@ -138,30 +137,30 @@ def request_retraining(
     instance: dg.DagsterInstance,
     project: Project,
     state: str,
-    asker: str,
+    requester: str,
     *,
     sources_unknown: bool = False,
 ) -> dg.RunRequest | dg.SkipReason:
-    """Return the run that is due for this state of files and settings, or why there is none.
+    """Return the run that is due for this state of files and settings, or the reason why none is.
 
-    Schedule and sensor are evaluated at the same time, and a run that one of them asks for exists only seconds later: the `asker` that
-    is first holds a claim meanwhile.
+    Schedule and sensor are evaluated concurrently, and a requested run exists only seconds later: until then the first `requester`
+    holds a claim.
     """
-    with _DECIDING:
+    with _DECISION_LOCK:
         if (reason := reason_to_wait(instance, project, state, sources_unknown=sources_unknown)) is not None:
             return dg.SkipReason(reason)
         claim, now = f"sdxl_pipeline/retraining/{project.name}", time.time()
         held = instance.daemon_cursor_storage.get_cursor_values({claim}).get(claim)
-        holder, since = json.loads(held) if held else (asker, now)
-        if holder != asker and now - since < CLAIM_SECONDS:
-            return dg.SkipReason(f"The {holder} has just asked for a run of this project.")
-        instance.daemon_cursor_storage.set_cursor_values({claim: json.dumps([asker, now])})
+        holder, since = json.loads(held) if held else (requester, now)
+        if holder != requester and now - since < CLAIM_SECONDS:
+            return dg.SkipReason(f"The {holder} has just requested a run of this project.")
+        instance.daemon_cursor_storage.set_cursor_values({claim: json.dumps([requester, now])})
     cause = retraining_cause(instance, project, sources_unknown)
-    return dg.RunRequest(tags={METADATA_ENTRY: state, "reason": f"{asker}: {cause}"})
+    return dg.RunRequest(tags={METADATA_ENTRY: state, "reason": f"{requester}: {cause}"})
 
 
 def build_schedule(project: Project) -> dg.ScheduleDefinition | None:
-    """Return the re-training at the times of `retraining_cron`; None when the project has no such setting."""
+    """Return the schedule that retrains at the times of `retraining_cron`; None without that setting."""
     cron = project.training.retraining_cron
     if cron is None:
         return None
@@ -170,10 +169,10 @@ def build_schedule(project: Project) -> dg.ScheduleDefinition | None:
         name=f"{project.name}_retraining",
         job_name=job_name(project),
         cron_schedule=cron,
-        # The cron line in config.json is the user's switch; a second one in the UI would be easy to miss.
+        # The setting in config.json turns the schedule on; a second switch in the UI would be easy to miss.
         default_status=dg.DefaultScheduleStatus.RUNNING,
-        description="Trains again at the times of retraining_cron if images, captions or settings have changed since the last training. "
-        "Where images are stored elsewhere, the run finds out whether they have.",
+        description="Retrains at the times of retraining_cron if images, captions or settings have changed since the last training. "
+        "If images are stored elsewhere, the run itself detects changes.",
     )
     def retraining(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         try:
@@ -192,14 +191,14 @@ def build_schedule(project: Project) -> dg.ScheduleDefinition | None:
 
 
 def build_sensor(project: Project) -> dg.SensorDefinition:
-    """Return the sensor that asks for a run once the project's files have changed and stay as they are; off until switched on in the UI."""
+    """Return the sensor that requests a run when the project's files have changed and are stable; off until started in the UI."""
 
     @dg.sensor(
         name=f"{project.name}_files",
         job_name=job_name(project),
         minimum_interval_seconds=SENSOR_INTERVAL_SECONDS,
         default_status=dg.DefaultSensorStatus.STOPPED,
-        description="Trains again when images, captions or settings have changed.",
+        description="Retrains when images, captions or settings have changed.",
     )
     def files(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         try:
@@ -208,16 +207,16 @@ def build_sensor(project: Project) -> dg.SensorDefinition:
             return dg.SkipReason(str(error))
         if trained_fingerprint(context.instance, current) is None:
             return dg.SkipReason("Not trained yet: materialize the project once by hand.")
-        now = project_fingerprint(current)
-        if (reason := reason_to_wait(context.instance, current, now)) is not None:
+        state = project_fingerprint(current)
+        if (reason := reason_to_wait(context.instance, current, state)) is not None:
             return dg.SkipReason(reason)
-        if now != context.cursor:
-            # A copy may be under way: wait until two evaluations see the same files.
-            return dg.SensorResult(skip_reason="Files are changing: checking again.", cursor=now)
-        answer = request_retraining(context.instance, current, now, "sensor")
+        if state != context.cursor:
+            # A copy may be in progress: wait until two evaluations see the same files.
+            return dg.SensorResult(skip_reason="Files are changing: checking again.", cursor=state)
+        answer = request_retraining(context.instance, current, state, "sensor")
         if isinstance(answer, dg.SkipReason):
             return answer
-        return dg.SensorResult(run_requests=[answer], cursor=now)
+        return dg.SensorResult(run_requests=[answer], cursor=state)
 
     return files
 
@@ -230,23 +229,23 @@ def _recorded(instance: dg.DagsterInstance, key: dg.AssetKey) -> Mapping[str, dg
 
 
 class PruneConfig(dg.Config):
-    """How a prune is to go about it."""
+    """Options of a prune run."""
 
-    dry_run: bool = Field(default=False, description="Only tell what would be freed.")
+    dry_run: bool = Field(default=False, description="Only report what would be freed.")
 
 
 def build_prune_job(root: Path | None = None) -> dg.JobDefinition:
-    """The job `prune`: frees what no project refers to, in all stores and folders of the storage, and keeps a history of how much.
+    """Return the job `prune`, which frees what no project refers to in the storage and records how much.
 
-    `root` is the folder of the projects (default: as `discover_projects` has it).
+    `root` is the folder of the projects (default: that of `discover_projects`).
     """
 
     @dg.op(
         name="garbage_collect",
         out=dg.Out(dg.Nothing),
-        description="Entries, tables, downloads and leftovers that no project refers to and no running stage uses.",
+        description="Deletes entries, tables, downloads and temporary files that no project refers to and no running stage uses.",
     )
-    def free(context: dg.OpExecutionContext, config: PruneConfig, storage: Storage) -> None:
+    def garbage_collect(context: dg.OpExecutionContext, config: PruneConfig, storage: Storage) -> None:
         from sdxl_pipeline.cache.prune import prune
         from sdxl_pipeline.cache.references import PruneError
 
@@ -269,11 +268,11 @@ def build_prune_job(root: Path | None = None) -> dg.JobDefinition:
         context.log_event(
             event(
                 asset_key="prune",
-                description="What no project refers to.",
+                description="Files and entries that no project refers to.",
                 metadata={
                     "bytes_to_free" if config.dry_run else "bytes_freed": report.bytes,
                     "entries": sum(item.count for item in report.freed if item.what == "entries"),
-                    "freed": dg.MetadataValue.table(records, _FREED_COLUMNS),
+                    "freed": dg.MetadataValue.table(records, _FREED_SCHEMA),
                     "kept": dg.MetadataValue.md(
                         "\n".join(f"- {note}" for note in report.notes) or "nothing unexpected"
                     ),
@@ -281,8 +280,8 @@ def build_prune_job(root: Path | None = None) -> dg.JobDefinition:
             )
         )
 
-    @dg.job(name="prune", description="Frees what no project refers to. Running stages are not disturbed.")
+    @dg.job(name="prune", description="Frees what no project refers to. Running stages are not affected.")
     def prune_job() -> None:
-        free()
+        garbage_collect()
 
     return prune_job

@@ -1,4 +1,4 @@
-"""The code location: every project's assets, the resources they run on, their jobs, schedules and sensors."""
+"""The code location: every project's assets, jobs, schedules and sensors, and the shared resources."""
 
 from pathlib import Path
 
@@ -19,13 +19,13 @@ from sdxl_pipeline.config.problems import ProjectError, only_project_errors
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PRELOADED = ["dagster._cli", "sdxl_pipeline.definitions", "pyarrow.parquet", "matplotlib.figure"]
-"""What every step needs, imported once per run and inherited by its step processes; never torch, whose threads do not survive a fork."""
+"""Modules that every step needs, imported once per run and inherited by its step processes; never torch, whose threads do not survive a fork."""
 
 EXECUTOR = live_run_executor.configured({"start_method": {"forkserver": {"preload_modules": PRELOADED}}})
 
 
 def check_packages() -> None:
-    """Raise ImportError when `assets` or `resources` are some other package's: the names are common ones."""
+    """Raise ImportError when `assets` or `resources` belong to another package, which these common names make likely."""
     for package in (assets, resources):
         found = Path(str(package.__file__)).resolve().parent.parent
         if found != REPOSITORY:
@@ -36,7 +36,7 @@ def check_packages() -> None:
 
 
 def build_definitions(root: Path | None = None) -> dg.Definitions:
-    """Definitions of all projects below `root` (default: SDXL_PIPELINE_PROJECTS, else the repository's projects/)."""
+    """Return the definitions of all projects below `root` (default: SDXL_PIPELINE_PROJECTS, else the repository's projects/)."""
     storage = Storage()
     shared = dg.Definitions(
         jobs=[build_prune_job(root)],
@@ -51,11 +51,13 @@ def build_definitions(root: Path | None = None) -> dg.Definitions:
             "webhook": WebhookResource(),
         },
     )
-    return dg.Definitions.merge(*(_definitions_of(project) for project in discover_projects(root)), shared)
+    return dg.Definitions.merge(
+        *(_project_definitions(project) for project in discover_projects(root)), shared
+    )
 
 
-def _definitions_of(project: Project | InvalidProject) -> dg.Definitions:
-    """Return what one project adds. Settings that Dagster itself refuses make it a broken project, and leave the others as they are."""
+def _project_definitions(project: Project | InvalidProject) -> dg.Definitions:
+    """Return the definitions of one project. If Dagster itself rejects its settings, it becomes an invalid project; others are not affected."""
     if isinstance(project, InvalidProject):
         return dg.Definitions(assets=[assets.build_invalid_project(project)])
     try:
@@ -68,12 +70,12 @@ def _definitions_of(project: Project | InvalidProject) -> dg.Definitions:
                 sensors=[build_sensor(project)],
             )
     except ProjectError as error:
-        return _definitions_of(InvalidProject(project.name, project.folder, error))
+        return _project_definitions(InvalidProject(project.name, project.folder, error))
 
 
 @dg.definitions
 def defs() -> dg.Definitions:
-    """The code location that Dagster loads."""
+    """Return the definitions that Dagster loads."""
     check_packages()
     follow_run_process()
     return build_definitions()

@@ -1,1 +1,1 @@
-"""Asset checks: of the datasets, and of the caches, the LoRA and its evaluation."""
+"""Asset checks of datasets and crop plans, and of caches, LoRA and evaluation."""

@@ -1,4 +1,4 @@
-"""Checks of datasets and crop plans: every file accounted for, and nothing trained on twice or measured on unawares."""
+"""Checks of datasets and crop plans: consistent counts, captions, near-duplicates, and leakage between splits."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ import dagster as dg
 import pandas as pd
 
 from assets.asset_keys import dataset_key
-from assets.checks.result_checks import result, specs
-from assets.metadata import NAMES_SHOWN, inline_image
+from assets.checks.check import Check
+from assets.metadata_values import MAX_NAMES, inline_image
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.schema.datasets import ImageDataset
@@ -20,53 +20,75 @@ from sdxl_pipeline.data.quality.contact_sheets import grouped_sheet
 from sdxl_pipeline.data.quality.near_duplicates import find_leaks, find_near_duplicates
 
 MISSING_CAPTIONS_LIMIT = 0.2
-"""Share of images without a caption from which a dataset is taken for a mistake rather than for a gap."""
+"""Largest accepted share of images without a caption; a larger one points to a wrong setting rather than to a few missing files."""
 SHARED_CAPTION_LIMIT = 5
-"""Number of different images from which on a caption that they share is told."""
+"""Smallest number of different images that share a caption for which it is reported."""
 GROUPS_SHOWN = 8
-_NAMED = 5
-_LEAK = "may_leak_into_eval"
-_LEAK_DESCRIPTION = "No image that the eval loss is measured on is trained on, nor one that looks like it."
+_EXAMPLES = 5
+_NO_LEAKAGE = "No image that the eval loss is measured on, nor a near-duplicate of it, is trained on."
 
+USABLE_IMAGES = Check("usable_images", "At least one image can be trained on.", blocking=True)
+CAPTIONS_PRESENT = Check(
+    "captions_present",
+    f"At most {MISSING_CAPTIONS_LIMIT:.0%} of the images lack a caption.",
+    blocking=True,
+)
+FILE_COUNTS_CONSISTENT = Check(
+    "file_counts_consistent",
+    "Files found = kept + dropped, each listed once, and every dropped one has a reason.",
+    blocking=True,
+)
+NO_NEAR_DUPLICATES = Check(
+    "no_near_duplicates", "No image has a byte-identical copy or a near-duplicate.", blocking=False
+)
+NO_UNUSED_DATA = Check(
+    "no_unused_data",
+    "Every setting has an effect, every caption file is read, every row of a table belongs to an image.",
+    blocking=False,
+)
+NO_SHARED_CAPTIONS = Check(
+    "no_shared_captions",
+    f"No caption is shared by {SHARED_CAPTION_LIMIT} different images or more.",
+    blocking=False,
+)
+DATASET_CHECKS = (
+    USABLE_IMAGES,
+    CAPTIONS_PRESENT,
+    FILE_COUNTS_CONSISTENT,
+    NO_NEAR_DUPLICATES,
+    NO_UNUSED_DATA,
+    NO_SHARED_CAPTIONS,
+)
 
-def dataset_specs(key: dg.AssetKey) -> list[dg.AssetCheckSpec]:
-    """Checks of a scanned dataset."""
-    return specs(
-        key,
-        usable_images="At least one image can be trained on.",
-        captions_present=f"At most {MISSING_CAPTIONS_LIMIT:.0%} of the images lack a caption.",
-        files_accounted_for="Files found = kept + dropped, each once, and every dropped one has a reason.",
-        may_look_alike="No image is there twice, be it byte for byte or nearly so to the eye.",
-        may_leave_data_unused="Every setting has an effect, every caption file is read, every row of a table belongs to an image.",
-        may_share_captions=f"No caption is shared by {SHARED_CAPTION_LIMIT} different images or more.",
-    )
+CROPS_PLANNED = Check(
+    "crops_planned", "At least one image passes the size and aspect filters.", blocking=True
+)
+IMAGE_COUNTS_CONSISTENT = Check(
+    "image_counts_consistent",
+    "Images kept by the dataset = images planned + images filtered out.",
+    blocking=True,
+)
+BUCKETS_FILL_A_BATCH = Check(
+    "buckets_fill_a_batch", "Every bucket has a full batch of different images.", blocking=False
+)
+NO_EVAL_LEAKAGE = Check("no_eval_leakage", _NO_LEAKAGE, blocking=False)
+BUCKET_CHECKS = (CROPS_PLANNED, IMAGE_COUNTS_CONSISTENT, BUCKETS_FILL_A_BATCH)
+"""Checks of every crop plan; NO_EVAL_LEAKAGE is added where a share of the images is held out."""
 
 
 def check_dataset(
     scanned: pd.DataFrame, dataset: ImageDataset, folder: Path, notes: Sequence[str] = ()
 ) -> list[dg.AssetCheckResult]:
-    """Return the results of `dataset_specs`; `folder` has the images, `notes` describe what of data and settings is not used."""
+    """Return the results of `DATASET_CHECKS`; `folder` contains the images, `notes` describe unused data and settings."""
     kept = scanned[scanned["status"] == "kept"]
     return [
-        result("usable_images", len(kept) > 0, f"{len(kept)} of {len(scanned)} files are kept."),
+        USABLE_IMAGES.result(len(kept) > 0, f"{len(kept)} of {len(scanned)} files are kept."),
         _captions_present(scanned, kept, dataset),
-        files_accounted_for(scanned, kept),
+        check_file_counts(scanned, kept),
         _near_duplicates(kept, dataset, folder),
-        result("may_leave_data_unused", not notes, " ".join(notes) or "All of it is used."),
+        NO_UNUSED_DATA.result(not notes, " ".join(notes) or "All data and settings are used."),
         _shared_captions(kept, dataset),
     ]
-
-
-def bucket_specs(key: dg.AssetKey, held_out: bool) -> list[dg.AssetCheckSpec]:
-    """Checks of a crop plan; `held_out`: a share of its images is kept back for the eval loss."""
-    leaks = {_LEAK: _LEAK_DESCRIPTION} if held_out else {}
-    return specs(
-        key,
-        crops_planned="At least one image passes the size and aspect filters.",
-        images_accounted_for="Images kept by the dataset = images planned + images filtered out.",
-        may_fill_a_batch="Every bucket holds a full batch of different images.",
-        **leaks,
-    )
 
 
 def check_buckets(
@@ -76,7 +98,7 @@ def check_buckets(
     batch_size: int,
     fill: BucketFill = "partial",
 ) -> list[dg.AssetCheckResult]:
-    """Results of `bucket_specs`, without the one about leaks; `kept` is what the dataset kept."""
+    """Return the results of `BUCKET_CHECKS`; `kept` are the rows of the dataset with status "kept"."""
     counts = images_per_bucket(rows)
     short = [
         f"{width}x{height} ({count})"
@@ -84,21 +106,19 @@ def check_buckets(
         if count < batch_size
     ]
     planned = rows["path"].nunique()
-    by_reason = _counted(dropped["reason"])
+    by_reason = _reason_counts(dropped["reason"])
     consequence = {
-        "partial": "An optimizer step made of such a batch has fewer images, each of which moves the weights more; "
-        "gradient_accumulation_steps or fewer buckets (crop_aspect) even it out.",
+        "partial": "An optimizer step on such a batch has fewer images, so each of them has a larger effect on the weights; "
+        "raise gradient_accumulation_steps or use fewer buckets (crop_aspect) to reduce this.",
         "wrap": "bucket_fill is wrap, so their images are repeated within an epoch.",
     }
     return [
-        result("crops_planned", len(rows) > 0, f"{len(rows)} crops of {len(kept)} images."),
-        result(
-            "images_accounted_for",
+        CROPS_PLANNED.result(len(rows) > 0, f"{len(rows)} crops of {len(kept)} images."),
+        IMAGE_COUNTS_CONSISTENT.result(
             planned + len(dropped) == len(kept),
             f"{len(kept)} images = {planned} planned + {len(dropped)} filtered out{by_reason}.",
         ),
-        result(
-            "may_fill_a_batch",
+        BUCKETS_FILL_A_BATCH.result(
             not short,
             f"Buckets with fewer images than a batch of {batch_size}: {', '.join(short) or 'none'}."
             + (f" {consequence[fill]}" if short else ""),
@@ -107,15 +127,15 @@ def check_buckets(
 
 
 def check_held_out(rows: pd.DataFrame, kept: pd.DataFrame, folder: Path) -> dg.AssetCheckResult:
-    """Whether the share of a dataset that is held back for the eval loss looks like what is trained on."""
+    """Return the result of `NO_EVAL_LEAKAGE` between the held-out and the training images of one dataset."""
     split = kept["path"].map(dict(zip(rows["path"], rows["split"], strict=True)))
-    return _leaks(_LEAK, folder, kept[split == "train"], folder, kept[split == "eval"])
+    return _leakage(NO_EVAL_LEAKAGE, folder, kept[split == "train"], folder, kept[split == "eval"])
 
 
 def build_leak_checks(project: Project) -> list[dg.AssetChecksDefinition]:
-    """For each eval dataset, a check `may_leak_from_<dataset>` against each dataset that is trained on.
+    """Return for each eval dataset a check `no_eval_leakage_from_<dataset>` against each training dataset.
 
-    They stand on their own, so that no eval dataset depends on another one.
+    They are separate check definitions, so that the eval dataset's asset does not depend on the training datasets.
     """
     trained = [dataset for dataset in project.datasets if dataset.dataset_type != "eval"]
     return [
@@ -124,9 +144,9 @@ def build_leak_checks(project: Project) -> list[dg.AssetChecksDefinition]:
 
 
 def build_regularisation_checks(project: Project) -> list[dg.AssetChecksDefinition]:
-    """Return for each regularisation dataset a check `may_repeat_<dataset>` against each dataset that is trained as usual.
+    """Return for each regularisation dataset a check `no_overlap_with_<dataset>` against each ordinary training dataset.
 
-    An image in both is trained towards itself and towards what the base model makes of it, which work against each other.
+    An image in both has two conflicting targets: the ordinary one, and the base model's prediction.
     """
     trained = [dataset for dataset in project.train_datasets if not dataset.is_regularisation_data]
     return [
@@ -140,12 +160,17 @@ def build_regularisation_checks(project: Project) -> list[dg.AssetChecksDefiniti
 def _build_regularisation_check(
     project: Project, dataset: ImageDataset, other: ImageDataset
 ) -> dg.AssetChecksDefinition:
-    name = f"may_repeat_{other.asset_name}"
+    check = Check(
+        f"no_overlap_with_{other.asset_name}",
+        f"No regularisation image is also an ordinary training image of {other.id}.",
+        blocking=False,
+    )
 
     @dg.asset_check(
         asset=dataset_key(project, dataset, "dataset"),
-        name=name,
-        description=f"No regularisation image is also an ordinary training image of {other.id}.",
+        name=check.name,
+        description=check.description,
+        blocking=check.blocking,
         additional_ins={
             "trained": dg.AssetIn(key=dataset_key(project, other, "dataset"), dagster_type=pd.DataFrame)
         },
@@ -154,12 +179,12 @@ def _build_regularisation_check(
         kept, ordinary = (frame[frame["status"] == "kept"] for frame in (scanned, trained))
         names = dict(zip(ordinary["key"], ordinary["path"], strict=True))
         same = kept[kept["key"].isin(names)]
-        shown = [f"{path} = {names[key]}" for path, key in zip(same["path"], same["key"], strict=True)]
-        hint = " Remove them from one of the two." if shown else ""
-        return result(
-            name,
-            not shown,
-            f"{len(shown)} of {len(kept)} regularisation images are also ordinary training images of {other.id}{_names(shown)}.{hint}",
+        overlap = [f"{path} = {names[key]}" for path, key in zip(same["path"], same["key"], strict=True)]
+        hint = " Remove them from one of the two." if overlap else ""
+        return check.result(
+            not overlap,
+            f"{len(overlap)} of {len(kept)} regularisation images are also ordinary training images of {other.id}"
+            f"{_examples(overlap)}.{hint}",
         )
 
     return regularisation_check
@@ -168,12 +193,13 @@ def _build_regularisation_check(
 def _build_leak_check(
     project: Project, dataset: ImageDataset, other: ImageDataset
 ) -> dg.AssetChecksDefinition:
-    name = f"may_leak_from_{other.asset_name}"
+    check = Check(f"no_eval_leakage_from_{other.asset_name}", _NO_LEAKAGE, blocking=False)
 
     @dg.asset_check(
         asset=dataset_key(project, dataset, "dataset"),
-        name=name,
-        description=_LEAK_DESCRIPTION,
+        name=check.name,
+        description=check.description,
+        blocking=check.blocking,
         additional_ins={
             "trained": dg.AssetIn(key=dataset_key(project, other, "dataset"), dagster_type=pd.DataFrame)
         },
@@ -181,7 +207,7 @@ def _build_leak_check(
     def leak_check(storage: Storage, scanned: pd.DataFrame, trained: pd.DataFrame) -> dg.AssetCheckResult:
         train = trained[trained["status"] == "kept"]
         evaluation = scanned[scanned["status"] == "kept"]
-        return _leaks(name, storage.data_dir(other), train, storage.data_dir(dataset), evaluation)
+        return _leakage(check, storage.data_dir(other), train, storage.data_dir(dataset), evaluation)
 
     return leak_check
 
@@ -194,89 +220,87 @@ def _captions_present(
     captionable = len(kept) + int((uncaptioned["status"] == "dropped").sum())
     share = len(uncaptioned) / captionable if captionable else 0.0
     hint = ' Add the captions, or write "missing_captions": "empty" to train these images without text.'
-    return result(
-        "captions_present",
+    return CAPTIONS_PRESENT.result(
         dataset.missing_captions == "empty" or share <= MISSING_CAPTIONS_LIMIT,
         f"{len(uncaptioned)} of {captionable} images ({share:.0%}) have no usable caption."
         + (hint if share else ""),
     )
 
 
-def files_accounted_for(scanned: pd.DataFrame, kept: pd.DataFrame) -> dg.AssetCheckResult:
-    """Whether every file that was found is kept or has a reason why not, and stands once."""
+def check_file_counts(scanned: pd.DataFrame, kept: pd.DataFrame) -> dg.AssetCheckResult:
+    """Return the result of `FILE_COUNTS_CONSISTENT`."""
     dropped = scanned[scanned["status"] == "dropped"]
     unexplained = int((dropped["reason"] == "").sum())
-    twice = int(scanned["path"].duplicated().sum())
-    blank = int(((kept["key"] == "") | (kept["width"] <= 0) | (kept["reason"] != "")).sum())
-    faults = {"without a reason": unexplained, "listed twice": twice, "kept although never read": blank}
-    told = "".join(f" {count} {fault}!" for fault, count in faults.items() if count)
-    return result(
-        "files_accounted_for",
-        len(scanned) == len(kept) + len(dropped) and not told,
-        f"{len(scanned)} found = {len(kept)} kept + {len(dropped)} dropped{_counted(dropped['reason'])}.{told}",
+    duplicated = int(scanned["path"].duplicated().sum())
+    unread = int(((kept["key"] == "") | (kept["width"] <= 0) | (kept["reason"] != "")).sum())
+    counts = {"without a reason": unexplained, "listed twice": duplicated, "kept although never read": unread}
+    errors = "".join(f" {count} {error}!" for error, count in counts.items() if count)
+    return FILE_COUNTS_CONSISTENT.result(
+        len(scanned) == len(kept) + len(dropped) and not errors,
+        f"{len(scanned)} found = {len(kept)} kept + {len(dropped)} dropped{_reason_counts(dropped['reason'])}.{errors}",
     )
 
 
 def _near_duplicates(kept: pd.DataFrame, dataset: ImageDataset, folder: Path) -> dg.AssetCheckResult:
     found = find_near_duplicates(kept)
     copies = sum(len(paths) - 1 for paths in found.same)
-    alike = sum(len(group.paths) for group in found.alike)
-    told = [f"{copies} files are copies of others{_names([' = '.join(paths[:3]) for paths in found.same])}"]
+    similar = sum(len(group.paths) for group in found.alike)
+    findings = [
+        f"{copies} files are copies of others{_examples([' = '.join(paths[:3]) for paths in found.same])}"
+    ]
     if dataset.find_near_duplicates:
         at_least = "" if found.complete else "at least "
-        names = _names([" ~ ".join(group.paths[:3]) for group in found.alike])
-        told.append(f"{at_least}{alike} images look alike, in {len(found.alike)} groups{names}")
+        names = _examples([" ~ ".join(group.paths[:3]) for group in found.alike])
+        findings.append(
+            f"{at_least}{similar} images are near-duplicates, in {len(found.alike)} groups{names}"
+        )
     else:
-        told.append("look-alikes were not searched, since find_near_duplicates is off")
+        findings.append("near-duplicates were not searched, since find_near_duplicates is off")
     if found.featureless:
-        told.append(f"{found.featureless} flat or evenly shaded ones cannot be compared")
-    hint = " Each of them is trained on: remove those that are not meant." if copies or alike else ""
+        findings.append(f"{found.featureless} flat or evenly shaded images cannot be compared")
+    hint = " All of them are trained on: remove the unintended ones." if copies or similar else ""
     groups = [group.paths for group in found.alike] + list(found.same)
     sheet = [[(folder / path, path) for path in paths] for paths in groups]
-    return result(
-        "may_look_alike",
+    return NO_NEAR_DUPLICATES.result(
         not groups,
-        "; ".join(told) + "." + hint,
-        _sheet(sheet, "images that look alike, in rows"),
+        "; ".join(findings) + "." + hint,
+        _sheet_metadata(sheet, "near-duplicates, one group per row"),
     )
 
 
 def _shared_captions(kept: pd.DataFrame, dataset: ImageDataset) -> dg.AssetCheckResult:
-    name = "may_share_captions"
     if dataset.only_instance_prompt or dataset.caption_strategy == "instanceprompt":
-        return result(name, True, "All images share the instance prompt, as the settings say.")
+        return NO_SHARED_CAPTIONS.result(True, "All images share the instance prompt, as configured.")
     captions = kept.drop_duplicates("key")["captions"].explode().dropna()
-    captions = captions[captions.str.strip() != ""]  # images that are meant to be trained without text
-    # a caption that one image has twice counts once
+    captions = captions[captions.str.strip() != ""]  # trained without text on purpose
+    # a caption that one image has several times counts once
     counts = captions.reset_index().drop_duplicates()["captions"].value_counts()
     shared = counts[counts >= SHARED_CAPTION_LIMIT]
-    told = [f"{str(caption)[:80]!r} ({count})" for caption, count in shared.head(_NAMED).items()]
-    more = f" and {len(shared) - _NAMED} more" if len(shared) > _NAMED else ""
-    return result(
-        name,
+    examples = [f"{str(caption)[:80]!r} ({count})" for caption, count in shared.head(_EXAMPLES).items()]
+    more = f" and {len(shared) - _EXAMPLES} more" if len(shared) > _EXAMPLES else ""
+    return NO_SHARED_CAPTIONS.result(
         shared.empty,
         f"{len(shared)} of {len(counts)} captions are shared by {SHARED_CAPTION_LIMIT} different images or more"
         + (
-            f": {', '.join(told)}{more}. What sets these images apart is not learned from their text."
-            if told
+            f": {', '.join(examples)}{more}. The model cannot learn from these captions what distinguishes the images."
+            if examples
             else "."
         ),
     )
 
 
-def _leaks(
-    name: str, train_folder: Path, train: pd.DataFrame, folder: Path, evaluation: pd.DataFrame
+def _leakage(
+    check: Check, train_folder: Path, train: pd.DataFrame, folder: Path, evaluation: pd.DataFrame
 ) -> dg.AssetCheckResult:
-    """Result of the check `name`: which of the images `evaluation` in `folder` stand among those trained on."""
+    """Return the result of `check`: which of the images `evaluation` in `folder` are among those trained on."""
     if evaluation.empty:
-        return result(
-            name,
+        return check.result(
             False,
-            f"There are no evaluation images to compare with the {len(train)} that are trained on. A dataset holds images out from "
-            f"{MINIMA[-1][0]} images on: add images, or an eval dataset.",
+            f"There are no evaluation images to compare with the {len(train)} that are trained on. Images are held out of a dataset with "
+            f"{MINIMA[-1][0]} images or more: add images, or an eval dataset.",
         )
     leaks, complete = find_leaks(train, evaluation)
-    told = [f"{leak.eval_path} {'=' if leak.same else '~'} {leak.train_path}" for leak in leaks]
+    pairs = [f"{leak.eval_path} {'=' if leak.same else '~'} {leak.train_path}" for leak in leaks]
     sheet = [
         [
             (folder / leak.eval_path, f"eval: {leak.eval_path}"),
@@ -284,33 +308,36 @@ def _leaks(
         ]
         for leak in leaks
     ]
-    blind = int((train["phash"] == "").sum() + (evaluation["phash"] == "").sum())
-    return result(
-        name,
+    unhashed = int((train["phash"] == "").sum() + (evaluation["phash"] == "").sum())
+    return check.result(
         not leaks,
-        f"{'' if complete else 'At least '}{len(leaks)} of {len(evaluation)} evaluation images are trained on, or look like one "
-        f"that is{_names(told)}."
-        + (f" {blind} were compared by their bytes alone: find_near_duplicates is off." if blind else "")
-        + (" The eval loss is better than it should be: remove them from one side." if leaks else ""),
-        _sheet(sheet, "evaluation images beside what is trained on"),
+        f"{'' if complete else 'At least '}{len(leaks)} of {len(evaluation)} evaluation images are trained on, or are near-duplicates of "
+        f"training images{_examples(pairs)}."
+        + (
+            f" {unhashed} were compared by their bytes alone: find_near_duplicates is off."
+            if unhashed
+            else ""
+        )
+        + (" The eval loss is biased low: remove them from one of the two." if leaks else ""),
+        _sheet_metadata(sheet, "evaluation images beside training images"),
     )
 
 
-def _counted(reasons: "pd.Series[str]") -> str:
-    """How often there is each reason, the most frequent first."""
+def _reason_counts(reasons: "pd.Series[str]") -> str:
+    """Return the number of files per reason in parentheses, the most frequent first; empty without reasons."""
     counts = Counter(reasons.tolist()).most_common()
-    told = [f"{count} {reason}" for reason, count in counts[:NAMES_SHOWN]]
-    if len(counts) > NAMES_SHOWN:
-        told.append(f"{sum(count for _, count in counts[NAMES_SHOWN:])} for other reasons")
-    return f" ({', '.join(told)})" if told else ""
+    parts = [f"{count} {reason}" for reason, count in counts[:MAX_NAMES]]
+    if len(counts) > MAX_NAMES:
+        parts.append(f"{sum(count for _, count in counts[MAX_NAMES:])} for other reasons")
+    return f" ({', '.join(parts)})" if parts else ""
 
 
-def _names(names: Sequence[str]) -> str:
-    more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f" ({', '.join(names[:_NAMED])}{more})" if names else ""
+def _examples(names: Sequence[str]) -> str:
+    more = f", and {len(names) - _EXAMPLES} more" if len(names) > _EXAMPLES else ""
+    return f" ({', '.join(names[:_EXAMPLES])}{more})" if names else ""
 
 
-def _sheet(groups: Sequence[Sequence[tuple[Path, str]]], alt: str) -> dict[str, dg.MetadataValue]:
+def _sheet_metadata(groups: Sequence[Sequence[tuple[Path, str]]], alt: str) -> dict[str, dg.MetadataValue]:
     if not groups:
         return {}
     return {"images": inline_image(grouped_sheet(groups[:GROUPS_SHOWN]), alt)}

@@ -83,7 +83,7 @@ def scan_of(images: int) -> pd.DataFrame:
 
 def _plan(images: int, settings: dict[str, Any]) -> None:
     """Plan in this process, and print ({what: seconds}, peak bytes, peak bytes with the search for leaks)."""
-    from assets.aspect_buckets import _metadata
+    from assets.metadata import crop_plan_metadata
     from assets.checks.data_checks import check_buckets, check_held_out
     from sdxl_pipeline.cache.encode.cache_keys import latent_keys
     from sdxl_pipeline.config.schema.datasets import ImageDataset
@@ -108,7 +108,7 @@ def _plan(images: int, settings: dict[str, Any]) -> None:
     rows, dropped = timed("plan", lambda: plan_crops(dataset, scanned, 42, held_out, is_eval=False))
     timed("rows digest", lambda: rows_digest(rows))
     timed("checks", lambda: check_buckets(rows, dropped, scanned, 4))
-    timed("metadata with its image", lambda: _metadata(rows, dropped, 0, 4))
+    timed("metadata with its image", lambda: crop_plan_metadata(rows, dropped, 0, 4))
     timed("Parquet file", lambda: rows.to_parquet(io.BytesIO()))
     timed("latent keys", lambda: latent_keys(rows, "0" * 64, "bf16"))
     peak = _peak()
