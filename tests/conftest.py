@@ -1,7 +1,8 @@
-"""Small projects on the bundled model, for every test that goes through the user's own door."""
+"""Small projects on the bundled model, in the files that a user writes."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ DATASET: Mapping[str, Any] = {
 
 
 def draw_image(folder: Path, index: int) -> Path:
-    """A captioned image, another one for each index; every third is wider, every third taller."""
+    """Save an image and its caption, which depend on the index; every third is wider, every third taller."""
     size = [(128, 128), (192, 112), (112, 192)][index % 3]
     shape, background = COLOURS[index % 8], COLOURS[(index + 3) % 8]
     image = Image.new("RGB", size, background)
@@ -63,7 +64,7 @@ def draw_image(folder: Path, index: int) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_storage(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No test reads or fills the repository's own storage, and none sees the machine's profile choice."""
+    """Give each test its own storage, and the hardware profile `cpu`."""
     root = tmp_path_factory.mktemp("storage")
     monkeypatch.setenv("SDXL_PIPELINE_STORAGE", str(root))
     monkeypatch.setenv("SDXL_HARDWARE", "cpu")
@@ -76,30 +77,32 @@ def instance() -> Iterator[dg.DagsterInstance]:
         yield test_instance
 
 
+def write_project(
+    root: Path,
+    name: str = "small",
+    images: int = 8,
+    config: Mapping[str, Any] | None = None,
+    dataset: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the project `root`/projects/`name` with changes of `CONFIG` and `DATASET`, and return its folder."""
+    folder = root / "projects" / name
+    folder.mkdir(parents=True)
+    for index in range(images):
+        draw_image(folder / "data", index)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **(config or {})}))
+    (folder / "multidatabackend.json").write_text(json.dumps([{**DATASET, **(dataset or {})}]))
+    return folder
+
+
 @pytest.fixture
 def make_project(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a project folder: `make_project("name", images=8, config={...}, dataset={...})`."""
-
-    def make(
-        name: str = "small",
-        images: int = 8,
-        config: Mapping[str, Any] | None = None,
-        dataset: Mapping[str, Any] | None = None,
-    ) -> Path:
-        folder = tmp_path / "projects" / name
-        folder.mkdir(parents=True)
-        for index in range(images):
-            draw_image(folder / "data", index)
-        (folder / "config.json").write_text(json.dumps({**CONFIG, **(config or {})}))
-        (folder / "multidatabackend.json").write_text(json.dumps([{**DATASET, **(dataset or {})}]))
-        return folder
-
-    return make
+    """Return `write_project` in the test's folder: `make_project("name", images=8, config={...}, dataset={...})`."""
+    return partial(write_project, tmp_path)
 
 
 @pytest.fixture(autouse=True)
 def fresh_defs_state() -> Iterator[None]:
-    """Hide the state storage of an instance that an earlier test opened: Dagster keeps it after that instance is gone, and then fails."""
+    """Hide the state storage of an earlier test's instance, which Dagster keeps after that instance is closed and then fails on."""
     with set_defs_state_storage(None):
         yield
 

@@ -1,4 +1,4 @@
-"""Holds: the whole graph with other adapters than a LoRA, from config.json to the release, and a second project that starts from a first's file."""
+"""The whole graph with adapters other than a LoRA, and a second project that continues from the first one's file."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.assets.test_graph import materialize, metadata
+from tests.support.asset_graph import materialize, metadata
 
 LOKR = {
     "bypass_mode": True,
@@ -30,25 +30,25 @@ LOKR = {
         pytest.param({"use_dora": True}, "DoRA of rank 4", marks=pytest.mark.slow),
     ],
 )
-def test_an_adapter_goes_through_the_graph(
+def test_graph_other_adapter_is_trained_released_and_continued(
     instance: dg.DagsterInstance, make_project: Callable[..., Path], config: dict, kind: str
 ) -> None:
     folder = make_project(config=config)
     (folder / "lycoris_config.json").write_text(json.dumps(LOKR))
     result = materialize(instance, folder)
     assert result.success
-    checked = {check.check_name: check for check in result.get_asset_check_evaluations()}
-    assert checked["weights_sound"].passed
-    assert checked["loads_everywhere"].passed
+    checks = {check.check_name: check for check in result.get_asset_check_evaluations()}
+    assert checks["weights_valid"].passed
+    assert checks["release_formats_valid"].passed
     trained = metadata(result, "small", "lora")
     assert trained["adapter"] == kind
     release = Path(metadata(result, "small", "hub_release")["folder"])
     weights = Path(trained["weights"])
     assert (release / "pytorch_lora_weights.safetensors").read_bytes() == weights.read_bytes()
-    named = load_file(release / "small.safetensors")
-    assert all(name.startswith("lora_unet_") for name in named)
-    assert any(".lokr_w1" in name for name in named) == ("LyCORIS" in kind)
-    assert not any("dora_scale" in name or "magnitude" in name for name in named)
+    kohya_tensors = load_file(release / "small.safetensors")
+    assert all(name.startswith("lora_unet_") for name in kohya_tensors)
+    assert any(".lokr_w1" in name for name in kohya_tensors) == ("LyCORIS" in kind)
+    assert not any("dora_scale" in name or "magnitude" in name for name in kohya_tensors)
     card = (release / "README.md").read_text()
     assert kind in card
     assert ("create_lycoris_from_weights" in card) == ("LyCORIS" in kind)
@@ -59,15 +59,15 @@ def test_an_adapter_goes_through_the_graph(
         instance, second, "base_model", "dataset", "aspect_buckets", "vae_latents", "text_embeds", "lora"
     )
     assert again.success
-    assert metadata(again, "second", "lora")["started_from_sha256"] == trained["sha256"]
+    assert metadata(again, "second", "lora")["init_lora_sha256"] == trained["sha256"]
 
 
-def test_a_file_that_would_load_in_part_is_not_released(
+def test_graph_partially_loadable_file_is_not_released(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
     folder = make_project()
-    before = ("base_model", "dataset", "aspect_buckets", "vae_latents", "text_embeds", "lora", "evaluation")
-    first = materialize(instance, folder, *before)
+    upstream = ("base_model", "dataset", "aspect_buckets", "vae_latents", "text_embeds", "lora", "evaluation")
+    first = materialize(instance, folder, *upstream)
     kohya = Path(metadata(first, "small", "lora")["kohya_weights"])
     tensors = load_file(kohya)
     tensors["lora_unet_zorp.alpha"] = torch.ones(())
@@ -76,7 +76,7 @@ def test_a_file_that_would_load_in_part_is_not_released(
 
     with pytest.raises(dg.Failure, match=r"small.safetensors was modified after it was written"):
         materialize(instance, folder, "hub_release")
-    with pytest.raises(dg.DagsterError, match="loads_everywhere"):
+    with pytest.raises(dg.DagsterError, match="release_formats_valid"):
         materialize(instance, folder, "evaluation", "hub_release")
     assert not (folder / "output" / "release").exists()
 
@@ -85,7 +85,7 @@ def test_a_file_that_would_load_in_part_is_not_released(
     assert again.success
 
 
-def test_a_release_for_comfyui_alone_leaves_diffusers_file_out(
+def test_graph_comfyui_format_releases_only_the_kohya_file(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
     result = materialize(instance, make_project(config={"lora_format": "comfyui"}))

@@ -1,4 +1,4 @@
-"""The dataset asset: what it fetches and reads, what it says of that, and when it is stale."""
+"""The dataset asset: downloads, reads, metadata, and staleness."""
 
 import json
 import os
@@ -18,18 +18,18 @@ LONG_AGO = 1_600_000_000
 
 
 class Dataset:
-    """The dataset asset of one project, materialized again and again."""
+    """The dataset asset of one project, for repeated materializations."""
 
     def __init__(self, instance: dg.DagsterInstance, folder: Path, storage: Path) -> None:
         self.instance, self.folder, self.storage = instance, folder, storage
         self.data = folder / "data"
 
-    def settle(self) -> None:
-        """As if nobody had touched the files for years: what was just written is not trusted."""
+    def backdate(self) -> None:
+        """Set old modification times: recorded digests of recently written files are not trusted."""
         for path in self.data.iterdir():
             os.utime(path, (LONG_AGO, LONG_AGO))
 
-    def change(self, **settings: Any) -> None:
+    def configure(self, **settings: Any) -> None:
         file = self.folder / "multidatabackend.json"
         entries = json.loads(file.read_text())
         file.write_text(json.dumps([entries[0] | settings, *entries[1:]]))
@@ -40,7 +40,7 @@ class Dataset:
         return next(asset for asset in assets if asset.key.path[-1] == "dataset"), definitions.resources or {}
 
     def run(self, **config: Any) -> tuple[dict[str, Any], pd.DataFrame]:
-        """The metadata and the value."""
+        """Return the metadata, with the data version as `version`, and the value."""
         asset, resources = self.load()
         result = dg.materialize(
             [asset],
@@ -49,9 +49,9 @@ class Dataset:
             run_config={"ops": {asset.node_def.name: {"config": config}}} if config else None,
         )
         event = result.asset_materializations_for_node(asset.node_def.name)[0]
-        told = {name: entry.value for name, entry in event.metadata.items()}
+        metadata = {name: entry.value for name, entry in event.metadata.items()}
         tags = event.tags or {}
-        return told | {"version": tags["dagster/data_version"]}, read_parquet(Path(str(told["path"])))
+        return metadata | {"version": tags["dagster/data_version"]}, read_parquet(Path(str(metadata["path"])))
 
     def code_version(self) -> str:
         asset, _ = self.load()
@@ -61,41 +61,41 @@ class Dataset:
 @pytest.fixture
 def dataset(instance: dg.DagsterInstance, make_project: Callable[..., Path], own_storage: Path) -> Dataset:
     dataset = Dataset(instance, make_project(images=4, dataset={"find_near_duplicates": False}), own_storage)
-    dataset.settle()
+    dataset.backdate()
     return dataset
 
 
-def test_a_second_run_trusts_what_is_recorded_and_verify_asks_otherwise(dataset: Dataset) -> None:
+def test_dataset_second_run_trusts_the_recorded_scan_unless_verify(dataset: Dataset) -> None:
     first, before = dataset.run()
     assert (first["found"], first["kept"], first["captions"]) == (4, 4, 4)
     assert (dataset.storage / "work" / "small" / "shapes" / "dataset" / "scan.parquet").exists()
     caption = dataset.data / "image_00.txt"
     caption.write_text(caption.read_text().upper())  # size, inode and time stay as they were
-    dataset.settle()
-    again, trusted = dataset.run()
-    assert again["version"] == first["version"]
+    dataset.backdate()
+    second, trusted = dataset.run()
+    assert second["version"] == first["version"]
     pd.testing.assert_frame_equal(trusted, before)
     verified, read = dataset.run(verify=True)
     assert verified["version"] != first["version"]
     assert read["captions"].tolist()[0] == [caption.read_text()]
     caption.write_text(caption.read_text().lower())
-    dataset.settle()
-    dataset.change(verify=True)
+    dataset.backdate()
+    dataset.configure(verify=True)
     assert dataset.run()[0]["version"] == first["version"]
 
 
-def test_skip_file_discovery_takes_the_record_at_its_word(dataset: Dataset) -> None:
-    dataset.change(skip_file_discovery="vae,aspect")
+def test_dataset_skip_file_discovery_uses_the_recorded_scan(dataset: Dataset) -> None:
+    dataset.configure(skip_file_discovery="vae,aspect")
     first, before = dataset.run()
-    assert "discovery" not in first  # nothing was recorded yet
+    assert "discovery" not in first  # no scan was recorded yet
     draw_image(dataset.data, 9)
-    again, same = dataset.run()
-    assert again["discovery"].startswith("skipped")
+    second, same = dataset.run()
+    assert second["discovery"].startswith("skipped")
     pd.testing.assert_frame_equal(same, before)
     assert len(dataset.run(verify=True)[1]) == 5
 
 
-def test_what_the_captions_depend_on_makes_the_asset_stale(dataset: Dataset) -> None:
+def test_dataset_caption_settings_change_the_code_version(dataset: Dataset) -> None:
     versions = [dataset.code_version()]
     filters = dataset.folder / "filters.txt"
     filters.write_text("a large\n")
@@ -112,22 +112,22 @@ def test_what_the_captions_depend_on_makes_the_asset_stale(dataset: Dataset) -> 
         {"disable_multiline_split": True},
         {"find_near_duplicates": True},
     ):
-        dataset.change(**change)
+        dataset.configure(**change)
         versions.append(dataset.code_version())
     assert len(set(versions)) == len(versions)
-    dataset.change(verify=True, skip_file_discovery="vae", repeats=3)
+    dataset.configure(verify=True, skip_file_discovery="vae", repeats=3)
     assert dataset.code_version() == versions[-1]
 
 
-def test_filters_shuffles_and_samples_arrive_in_the_value(dataset: Dataset) -> None:
-    dataset.change(
+def test_dataset_filters_shuffles_and_samples_apply_to_the_value(dataset: Dataset) -> None:
+    dataset.configure(
         caption_filter_list=["a ", "(on", "s/background/wall/"],
         caption_shuffle={"enable": True, "count": 1},
         max_num_samples=2,
     )
-    told, scanned = dataset.run()
-    assert (told["kept"], told["captions"], told["caption_filter_lines"]) == (2, 4, 3)
-    assert "`(on`" in told["filter_lines_taken_literally"]
+    shown, scanned = dataset.run()
+    assert (shown["kept"], shown["captions"], shown["caption_filter_lines"]) == (2, 4, 3)
+    assert "`(on`" in shown["literal_filter_lines"]
     for texts in scanned.loc[scanned["status"] == "kept", "captions"]:
         words = [sorted(text.split(", ")) for text in texts]
         assert words == [words[0]] * 2
@@ -135,35 +135,35 @@ def test_filters_shuffles_and_samples_arrive_in_the_value(dataset: Dataset) -> N
     assert set(scanned.loc[scanned["status"] == "dropped", "reason"]) == {"left out by max_num_samples"}
 
 
-def test_images_trained_without_caption_are_named(dataset: Dataset) -> None:
+def test_dataset_images_trained_without_caption_are_listed(dataset: Dataset) -> None:
     (dataset.data / "image_01.txt").unlink()
-    dataset.change(missing_captions="empty")
-    told, _ = dataset.run()
-    rows = told["trained_without_caption"]
+    dataset.configure(missing_captions="empty")
+    shown, _ = dataset.run()
+    rows = shown["trained_without_caption"]
     assert [(row.data["reason"], row.data["names"]) for row in rows.records] == [
         ("caption missing", "image_01.png")
     ]
 
 
-def test_a_list_of_images_is_fetched_and_its_failures_are_rows(dataset: Dataset) -> None:
+def test_dataset_url_list_is_downloaded_and_failures_are_rows(dataset: Dataset) -> None:
     listed = dataset.folder / "list.csv"
     names = [f"image_{number:02d}.png" for number in range(4)]
     rows = [f"{dataset.data / name},caption of {name}" for name in names] + [
         f"{dataset.data / 'gone.png'},gone"
     ]
     listed.write_text("\n".join(["url,caption", *rows]))
-    dataset.change(type="csv", csv_file="list.csv", instance_data_dir=None, caption_strategy="csv")
-    told, scanned = dataset.run()
-    assert (told["files_at_source"], told["kept"], told["failed_downloads"]) == (5, 4, 1)
-    assert told["revision"]
+    dataset.configure(type="csv", csv_file="list.csv", instance_data_dir=None, caption_strategy="csv")
+    shown, scanned = dataset.run()
+    assert (shown["files_at_source"], shown["kept"], shown["failed_downloads"]) == (5, 4, 1)
+    assert shown["revision"]
     kept = scanned[scanned["status"] == "kept"]
     assert sorted(text for texts in kept["captions"] for text in texts) == [
         f"caption of {name}" for name in names
     ]
-    again, _ = dataset.run()
-    assert again["version"] == told["version"]
+    second, _ = dataset.run()
+    assert second["version"] == shown["version"]
     listed.write_text(listed.read_text() + "\n,nobody\n")
-    assert "1 row of list.csv without a value in column 'url', at line 7" in dataset.run()[0]["not_used"]
+    assert "1 row of list.csv without a value in column 'url', at line 7" in dataset.run()[0]["unused_data"]
 
 
 @pytest.mark.parametrize(
@@ -182,11 +182,11 @@ def test_a_list_of_images_is_fetched_and_its_failures_are_rows(dataset: Dataset)
         ),
     ],
 )
-def test_what_the_user_can_mend_is_told_in_a_sentence(
+def test_dataset_user_error_fails_with_its_message_and_without_retries(
     dataset: Dataset, settings: dict[str, Any], message: str
 ) -> None:
     (dataset.data / "broken.jsonl").write_text('{"filename": "image_00", "caption": {"short": "a"}}')
-    dataset.change(**settings)
+    dataset.configure(**settings)
     with pytest.raises(dg.Failure, match=message) as raised:
         dataset.run()
     assert raised.value.allow_retries is False

@@ -1,4 +1,4 @@
-"""Holds that the encoding assets pass their settings on, and say honestly what was encoded, what was not, and what is lost."""
+"""The encoding assets: settings in the specs, and checks and metadata of encoded, deferred, failed and truncated entries."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from sdxl_pipeline.runtime.specs import (
     LatentCache,
     TextEmbedCache,
 )
-from tests.assets.test_graph import materialize, metadata
+from tests.support.asset_graph import materialize, metadata
 
 LATENTS = LatentCache(
     identity="", store_root="", entries_path="", digest="", planned=10, encoded=4, reused=6, failed=(),
@@ -33,7 +33,7 @@ def passed(results: list[dg.AssetCheckResult]) -> dict[str, bool]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "complete", "sound"),
+    ("changes", "complete", "valid"),
     [
         ({}, True, True),
         ({"encoded": 3}, False, True),
@@ -43,29 +43,29 @@ def passed(results: list[dg.AssetCheckResult]) -> dict[str, bool]:
         ({"latent_mean": (float("nan"),)}, True, False),
     ],
 )
-def test_latents_are_accounted_for(changes: dict[str, Any], complete: bool, sound: bool):
+def test_check_latents_counts_and_statistics_decide(changes: dict[str, Any], complete: bool, valid: bool):
     results = check_latents(LATENTS.model_copy(update=changes))
-    assert passed(results) == {"latents_complete": complete, "latents_sound": sound}
+    assert passed(results) == {"latents_complete": complete, "latents_valid": valid}
     if not changes.get("measured", 1):
-        assert "None was looked at" in str(results[1].description)
+        assert "No latent was measured" in str(results[1].description)
 
 
 @pytest.mark.parametrize(
-    ("windows", "cut", "remedy"),
+    ("windows", "truncated", "hint"),
     [(1, 2, '"tokenizer_max_length": 154'), (2, 2, '"tokenizer_max_length": 231'), (3, 2, "Shorten them"), (1, 0, "0 of 5")],
 )  # fmt: skip
-def test_captions_that_lose_their_tail_come_with_a_remedy(windows: int, cut: int, hint: str):
-    (result,) = check_text(TEXTS.model_copy(update={"windows": windows, "truncated_count": cut}))
-    assert result.passed == (cut == 0)
+def test_check_text_truncated_captions_fail_with_a_hint(windows: int, truncated: int, hint: str):
+    (result,) = check_text(TEXTS.model_copy(update={"windows": windows, "truncated_count": truncated}))
+    assert result.passed == (truncated == 0)
     assert hint in str(result.description)
 
 
-def test_what_was_not_counted_is_not_called_whole():
+def test_check_text_deferred_captions_reports_that_they_are_not_counted():
     (result,) = check_text(TEXTS.model_copy(update={"truncated_count": None}))
     assert "Not counted" in str(result.description)
 
 
-def test_modes_and_windows_reach_the_stages(
+def test_encoding_assets_modes_and_windows_are_in_the_specs(
     instance: dg.DagsterInstance, make_project: Callable[..., Path], own_storage: Path
 ):
     folder = make_project(
@@ -83,12 +83,10 @@ def test_modes_and_windows_reach_the_stages(
     texts = metadata(result, "small", "shapes", "text_embeds")
     assert texts["windows_of_77_tokens"] == 2
     assert (texts["encoded"], texts["truncated_count"]) == (7, 0)
-    verdicts = {
-        evaluation.check_name: evaluation.passed for evaluation in result.get_asset_check_evaluations()
-    }
-    assert verdicts["latents_complete"]
-    assert verdicts["latents_sound"]
-    assert verdicts["may_fit_the_encoders"]
+    checks = {evaluation.check_name: evaluation.passed for evaluation in result.get_asset_check_evaluations()}
+    assert checks["latents_complete"]
+    assert checks["latents_valid"]
+    assert checks["captions_not_truncated"]
     work = own_storage / "work" / "small" / "shapes"
     spec = EncodeLatentsSpec.model_validate_json(
         (work / "vae_latents" / "encode_latents.spec.json").read_text()
@@ -99,9 +97,9 @@ def test_modes_and_windows_reach_the_stages(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tokenizer_max_length": 77}))
     shorter = materialize(instance, folder, "text_embeds")
-    cut = metadata(shorter, "small", "shapes", "text_embeds")
-    assert cut["truncated_count"] == 1
-    assert "**loses:**" in cut["truncated"]
+    truncated = metadata(shorter, "small", "shapes", "text_embeds")
+    assert truncated["truncated_count"] == 1
+    assert "**loses:**" in truncated["truncated"]
     (check,) = shorter.get_asset_check_evaluations()
     assert not check.passed
     assert "tokenizer_max_length" in str(check.description)

@@ -1,4 +1,4 @@
-"""The whole graph on a real GPU: the detected profile, its precisions, and weights that a CPU can use."""
+"""The whole graph on a GPU with the detected profile: precision, and weights that load on a CPU."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.assets.test_graph import materialize, metadata
+from tests.support.asset_graph import materialize, metadata
 
 pytestmark = [
     pytest.mark.gpu,
@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 
-def test_graph_on_the_detected_gpu(
+def test_graph_detected_gpu_trains_weights_that_load_on_cpu(
     instance: dg.DagsterInstance, make_project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SDXL_HARDWARE", "auto")

@@ -1,4 +1,4 @@
-"""Real runs of the real graph, killed with SIGKILL while latents and checkpoints are written: the next run always goes on."""
+"""Runs of the graph killed with SIGKILL while latents and checkpoints are written: the next run completes."""
 
 import os
 import subprocess
@@ -16,13 +16,13 @@ COMMAND = [sys.executable, "-m", "dagster", "asset", "materialize", "-m", "sdxl_
 
 
 class Runs:
-    """Runs of one project from the command line, one after the other, in a Dagster home of their own."""
+    """Consecutive runs of one project from the command line, in a separate Dagster home."""
 
     def __init__(self, root: Path, project: Path, storage: Path) -> None:
         home = root / "home"
         home.mkdir()
-        shipped = (REPOSITORY / "dagster.yaml").read_text()
-        (home / "dagster.yaml").write_text(shipped.replace(".dagster", str(home / "dagster")))
+        configuration = (REPOSITORY / "dagster.yaml").read_text()
+        (home / "dagster.yaml").write_text(configuration.replace(".dagster", str(home / "dagster")))
         self.home, self.root = home, root
         self.environment = os.environ | {
             "DAGSTER_HOME": str(home),
@@ -43,7 +43,7 @@ class Runs:
         return process, log
 
     def processes(self) -> list[psutil.Process]:
-        """Every process of a run, by the home in its environment."""
+        """Return every process of a run, found by the home in its environment."""
         found = []
         for process in psutil.process_iter(["environ", "status"]):
             environment = process.info["environ"] or {}
@@ -52,24 +52,24 @@ class Runs:
         return found
 
     def kill(self, when: Callable[[], object], only_the_run: bool = False) -> None:
-        """Start a run, kill its processes, or only the run's own, at a moment, and see that all are gone."""
+        """Start a run, kill all its processes or only the run's own once `when` is true, and wait until all have ended."""
         process, log = self.start()
-        give_up = time.monotonic() + 400
+        deadline = time.monotonic() + 400
         while not when():
             assert process.poll() is None, log.read_text()
-            assert time.monotonic() < give_up
+            assert time.monotonic() < deadline
             time.sleep(0.02)
         for victim in [psutil.Process(process.pid)] if only_the_run else self.processes():
             victim.kill()
         process.wait()
-        give_up = time.monotonic() + 60
-        while left := self.processes():
-            assert time.monotonic() < give_up, left
+        deadline = time.monotonic() + 60
+        while remaining := self.processes():
+            assert time.monotonic() < deadline, remaining
             time.sleep(0.2)
 
 
 @pytest.mark.slow
-def test_runs_killed_while_writing_are_followed_by_one_that_finishes(
+def test_graph_after_kills_during_writes_next_run_completes(
     make_project: Callable[..., Path], tmp_path: Path, own_storage: Path
 ) -> None:
     project = make_project(
@@ -85,6 +85,6 @@ def test_runs_killed_while_writing_are_followed_by_one_that_finishes(
     runs.kill(lambda: len(list(checkpoints.glob("*/checkpoints/step-*"))) >= 3, only_the_run=True)
     process, log = runs.start()
     assert process.wait(600) == 0, log.read_text()
-    shown = log.read_text()
-    assert "is marked as failed and its pool slots are free" in shown
-    assert "resumed from step" in shown
+    output = log.read_text()
+    assert "is marked as failed and its pool slots are free" in output
+    assert "resumed from step" in output

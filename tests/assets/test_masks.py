@@ -1,4 +1,4 @@
-"""Holds: masks in the graph, from multidatabackend.json: pairs, names and overlays are shown, and an edited mask costs a training and no encoding."""
+"""Masks in the asset graph: pairs, metadata, overlays and checks; an edited mask causes a training and no encoding."""
 
 import base64
 import json
@@ -16,10 +16,9 @@ from sdxl_pipeline.cli.main import main
 from sdxl_pipeline.config.loader import load_project
 from sdxl_pipeline.data.scan.dataset_fingerprint import project_fingerprint
 from sdxl_pipeline.definitions import build_definitions
-from tests.assets.test_incremental import InProcessLauncher
 from tests.conftest import DATASET, draw_image
+from tests.support.asset_graph import DATASET_STAGES, InProcessStageClient
 
-STAGES = ("dataset", "aspect_buckets", "vae_latents", "text_embeds")
 MASKS = {
     "id": "shape-masks",
     "dataset_type": "conditioning",
@@ -29,7 +28,7 @@ MASKS = {
 
 
 def draw_mask(folder: Path, image: Path, radius: int = 40) -> Path:
-    """A white disc in the middle of an image's size, under its name."""
+    """Save a mask with a white disc in the centre, in the size and under the name of an image."""
     folder.mkdir(parents=True, exist_ok=True)
     with Image.open(image) as opened:
         mask = Image.new("L", opened.size, 0)
@@ -40,25 +39,25 @@ def draw_mask(folder: Path, image: Path, radius: int = 40) -> Path:
     return path
 
 
-class Masked:
-    """A project of masked images and regularisation images, materialized again and again."""
+class MaskedProject:
+    """A project with masked images and regularisation images, for repeated materializations."""
 
     def __init__(self, instance: dg.DagsterInstance, folder: Path) -> None:
         self.instance, self.folder = instance, folder
 
     def run(self, *keys: str) -> dict[str, dict[str, Any]]:
-        """What the assets of these keys, `/`-joined below the project, show, with their data version and checks."""
+        """Materialize the assets `keys` (`/`-joined, below the project) and return the metadata and data version of each; keep the checks."""
         definitions = build_definitions(self.folder.parent)
-        wanted = [dg.AssetKey([self.folder.name, *key.split("/")]) for key in keys]
+        asset_keys = [dg.AssetKey([self.folder.name, *key.split("/")]) for key in keys]
         result = dg.materialize(
             list(definitions.assets or []),
-            selection=dg.AssetSelection.assets(*wanted),
-            resources={**(definitions.resources or {}), "launcher": InProcessLauncher()},
+            selection=dg.AssetSelection.assets(*asset_keys),
+            resources={**(definitions.resources or {}), "launcher": InProcessStageClient()},
             instance=self.instance,
             raise_on_error=False,
         )
         shown = {}
-        for key in wanted:
+        for key in asset_keys:
             events = result.asset_materializations_for_node("__".join(key.path))
             if events:
                 entries = {name: entry.value for name, entry in events[0].metadata.items()}
@@ -75,7 +74,7 @@ class Masked:
 
 
 @pytest.fixture
-def masked(instance: dg.DagsterInstance, make_project: Callable[..., Path]) -> Masked:
+def masked(instance: dg.DagsterInstance, make_project: Callable[..., Path]) -> MaskedProject:
     config = {"eval_holdout_share": 0, "evaluation_type": "none", "validation_disable": True}
     folder = make_project(images=6, config=config)
     for image in sorted((folder / "data").glob("*.png")):
@@ -85,35 +84,35 @@ def masked(instance: dg.DagsterInstance, make_project: Callable[..., Path]) -> M
     people = {**DATASET, "id": "people", "instance_data_dir": "people", "is_regularisation_data": True}
     entries = [{**DATASET, "conditioning_data": "shape-masks"}, MASKS, people]
     (folder / "multidatabackend.json").write_text(json.dumps(entries))
-    return Masked(instance, folder)
+    return MaskedProject(instance, folder)
 
 
-def test_pairs_are_counted_and_shown_with_their_overlays(masked):
+def test_masks_all_paired_metadata_has_count_and_overlays(masked):
     shown = masked.masks()
     assert shown["masked"] == 6
     jpeg = base64.b64decode(shown["sample"].split("base64,")[1].removesuffix(")"))
     assert jpeg.startswith(b"\xff\xd8")
     assert masked.checks["masks_paired"].passed
-    assert masked.checks["may_lack_an_image"].passed
+    assert masked.checks["no_unused_masks"].passed
     assert (shown["files"]["found"], shown["files"]["kept"]) == (6, 6)
     pairs = read_parquet(Path(shown["path"]))
     assert pairs["path"].tolist() == pairs["mask_path"].tolist()
 
 
-def test_a_image_without_mask_stops_the_training_with_its_name_unless_that_is_meant(masked):
+def test_masks_paired_missing_mask_blocks_unless_missing_masks_is_unmasked(masked):
     (masked.folder / "masks" / "image_03.png").unlink()
     draw_mask(masked.folder / "masks", masked.folder / "data" / "image_00.png").rename(
         masked.folder / "masks" / "stray.png"
     )
     draw_mask(masked.folder / "masks", masked.folder / "data" / "image_00.png")
     masked.masks()
-    refused = masked.checks["masks_paired"]
-    assert not refused.passed
-    assert refused.blocking
-    assert "image_03.png: no mask" in refused.description
-    assert "missing_masks" in refused.description
-    assert "stray.png: mask without image" in masked.checks["may_lack_an_image"].description
-    assert not masked.checks["may_lack_an_image"].blocking
+    check = masked.checks["masks_paired"]
+    assert not check.passed
+    assert check.blocking
+    assert "image_03.png: no mask" in check.description
+    assert "missing_masks" in check.description
+    assert "stray.png: mask without image" in masked.checks["no_unused_masks"].description
+    assert not masked.checks["no_unused_masks"].blocking
 
     file = masked.folder / "multidatabackend.json"
     first, *others = json.loads(file.read_text())
@@ -122,19 +121,19 @@ def test_a_image_without_mask_stops_the_training_with_its_name_unless_that_is_me
     assert masked.checks["masks_paired"].passed
 
 
-def test_a_mask_of_another_shape_is_refused_and_a_damaged_one_is_named(masked):
+def test_masks_paired_other_aspect_ratio_or_corrupt_mask_is_reported(masked):
     Image.new("L", (50, 51), 255).save(masked.folder / "masks" / "image_01.png")
     (masked.folder / "masks" / "image_02.png").write_bytes(b"\x89PNG no more")
     shown = masked.masks()
-    told = masked.checks["masks_paired"].description
-    assert "image_01.png: the mask has another shape" in told
-    assert "image_02.png: no mask" in told
+    message = masked.checks["masks_paired"].description
+    assert "image_01.png: the mask has another shape" in message
+    assert "image_02.png: no mask" in message
     assert shown["files"]["kept"] == 5
     reasons = {record.data["names"] for record in shown["files"]["dropped"].records}
     assert "image_02.png" in reasons
 
 
-def test_an_edited_mask_changes_the_pairs_and_a_renamed_pair_does_not(masked):
+def test_masks_data_version_changes_with_an_edit_and_not_with_a_rename(masked):
     before = masked.masks()["version"]
     for folder in ("data", "masks"):
         for path in (masked.folder / folder).glob("image_04.*"):
@@ -144,13 +143,13 @@ def test_an_edited_mask_changes_the_pairs_and_a_renamed_pair_does_not(masked):
     assert masked.masks()["version"] != before
 
 
-def test_the_sensor_sees_an_edited_mask(masked):
+def test_project_fingerprint_edited_mask_changes_it(masked):
     before = project_fingerprint(load_project(masked.folder))
     draw_mask(masked.folder / "masks", masked.folder / "data" / "image_00.png", radius=11)
     assert project_fingerprint(load_project(masked.folder)) != before
 
 
-def test_masks_stand_upstream_of_the_training_and_of_no_latents(masked):
+def test_masks_are_upstream_of_lora_and_of_no_cache(masked):
     graph = build_definitions(masked.folder.parent).get_repository_def().asset_graph
 
     def upstream(*key: str) -> set[dg.AssetKey]:
@@ -162,19 +161,19 @@ def test_masks_stand_upstream_of_the_training_and_of_no_latents(masked):
         dg.AssetKey(["small", "shapes", "dataset"]),
         dg.AssetKey(["small", "shape_masks", "dataset"]),
     }
-    for stage in STAGES:
+    for stage in DATASET_STAGES:
         assert masks not in upstream("shapes", stage)
     assert masks not in upstream("evaluation")
 
 
-def test_regularisation_images_are_not_held_out(masked):
+def test_holdout_share_regularisation_dataset_is_zero(masked):
     config = masked.folder / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "eval_holdout_share": 0.25}))
     project = load_project(masked.folder)
     assert [holdout_share(project, dataset) for dataset in project.datasets] == [0.25, 0.0]
 
 
-def test_the_doctor_says_what_each_dataset_is_for(masked, capsys, monkeypatch):
+def test_doctor_shows_masked_and_regularisation_datasets(masked, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["doctor", str(masked.folder)]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.split()}
@@ -184,8 +183,8 @@ def test_the_doctor_says_what_each_dataset_is_for(masked, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_edited_mask_costs_a_training_and_no_encoding(masked):
-    datasets = [f"{dataset}/{stage}" for dataset in ("shapes", "people") for stage in STAGES]
+def test_lora_edited_mask_trains_again_without_encoding(masked):
+    datasets = [f"{dataset}/{stage}" for dataset in ("shapes", "people") for stage in DATASET_STAGES]
     keys = ["base_model", *datasets, "shape_masks/dataset", "shapes/masks", "lora"]
     first = masked.run(*keys)
     assert "3 steps" in first["lora"]["summary"]

@@ -1,4 +1,4 @@
-"""Holds that the UI's copy of a model card shows its images, which lie beside the card on the disk."""
+"""The metadata value of a model card embeds the images that are stored beside the card."""
 
 import base64
 import io
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from assets.metadata import MAX_CARD_IMAGE_BYTES, model_card
+from assets.metadata_values import MAX_CARD_IMAGE_BYTES, model_card
 
 CARD = """---
 tags: [lora]
@@ -40,7 +40,7 @@ def write_image(path: Path, seed: int) -> None:
     Image.fromarray(noise).save(path)
 
 
-def test_model_card_has_its_images_inline_and_bounded(tmp_path: Path):
+def test_model_card_images_beside_it_are_embedded_and_bounded(tmp_path: Path):
     folder = tmp_path / "release"
     for number, name in enumerate(("gallery.png", "plots/loss.png", "../secret.png")):
         write_image(folder / name, number)
@@ -56,7 +56,7 @@ def test_model_card_has_its_images_inline_and_bounded(tmp_path: Path):
         with Image.open(io.BytesIO(jpeg)) as image:
             assert image.format == "JPEG"
     assert images["away"] == "https://example.org/a.png"
-    assert images["not an image"] == "gallery.png", "code is left as it is"
+    assert images["not an image"] == "gallery.png", "code is not changed"
     assert images["secret"] == "../secret.png", "nothing outside the folder is read"
     assert "[home](https://example.org)" in text
     assert "`lineage.json`" in text

@@ -1,4 +1,4 @@
-"""Holds that a LoRA trained with overridden settings does not count as the configured one: in the UI, for automation, and at the release."""
+"""A LoRA trained with overridden settings is stale in the UI, due for automation, and not released by accident."""
 
 import json
 import shlex
@@ -23,8 +23,8 @@ from sdxl_pipeline.data.scan.dataset_fingerprint import project_fingerprint
 from sdxl_pipeline.definitions import build_definitions
 from sdxl_pipeline.release.sanitize import portable_lineage
 from sdxl_pipeline.runtime.specs import SettingDifference, TrainedLora
-from tests.assets.test_graph import DATASET, metadata
-from tests.assets.test_incremental import InProcessLauncher
+from tests.support.asset_graph import DATASET_STAGES, InProcessStageClient, metadata
+from tests.training.conftest import fresh_accelerator  # noqa: F401 (a fixture)
 
 CONFIG = {
     "eval_holdout_share": 0,
@@ -40,27 +40,30 @@ LORA = "small__lora"
 
 
 class Runs:
-    """One project, materialized again and again on one instance."""
+    """Repeated materializations of one project on one instance."""
 
     def __init__(self, instance: dg.DagsterInstance, folder: Path) -> None:
         self.instance, self.folder = instance, folder
-        self.materialize("base_model", *DATASET)
+        self.materialize("base_model", *DATASET_STAGES)
 
     def materialize(
         self, *stages: str, ops: dict[str, Any] | None = None, **resources: Any
     ) -> dg.ExecuteInProcessResult:
         definitions = build_definitions(self.folder.parent)
-        keys = [dg.AssetKey(["small", *(["shapes"] if stage in DATASET else []), stage]) for stage in stages]
+        keys = [
+            dg.AssetKey(["small", *(["shapes"] if stage in DATASET_STAGES else []), stage])
+            for stage in stages
+        ]
         return dg.materialize(
             list(definitions.assets or []),
             selection=dg.AssetSelection.assets(*keys),
-            resources={**(definitions.resources or {}), "launcher": InProcessLauncher(), **resources},
+            resources={**(definitions.resources or {}), "launcher": InProcessStageClient(), **resources},
             instance=self.instance,
             run_config={"ops": {name: {"config": config} for name, config in (ops or {}).items()}},
         )
 
     def train(self, settings: dict[str, Any] | None = None, **resources: Any) -> dict[str, Any]:
-        """The metadata of `lora`, and its check as `passed`."""
+        """Return the metadata of `lora`, with the result of its check as `passed` and `check_message`."""
         ops = {LORA: {"settings": settings}} if settings else None
         result = self.materialize("lora", ops=ops, **resources)
         (check,) = [
@@ -70,7 +73,10 @@ class Runs:
         ]
         assert check.severity is dg.AssetCheckSeverity.WARN
         assert not check.blocking
-        return metadata(result, "small", "lora") | {"passed": check.passed, "said": check.description}
+        return metadata(result, "small", "lora") | {
+            "passed": check.passed,
+            "check_message": check.description,
+        }
 
     def status(self, asset: str) -> StaleStatus:
         graph = build_definitions(self.folder.parent).resolve_asset_graph()
@@ -78,7 +84,7 @@ class Runs:
         return resolver.get_status(dg.AssetKey(["small", asset]))
 
     def is_current(self) -> bool:
-        """Whether schedule and sensor see nothing to do."""
+        """Return whether schedule and sensor have no run to request."""
         project = load_project(self.folder)
         return trained_fingerprint(self.instance, project) == project_fingerprint(project)
 
@@ -88,17 +94,17 @@ def runs(instance: dg.DagsterInstance, make_project: Callable[..., Path]) -> Run
     return Runs(instance, make_project(images=4, config=CONFIG))
 
 
-def test_overridden_settings_make_the_lora_stale_until_it_is_trained_as_configured(runs: Runs) -> None:
+def test_lora_overridden_settings_is_stale_until_trained_as_configured(runs: Runs) -> None:
     configured = runs.train()
     assert configured["passed"]
-    assert "trained_with" not in configured
+    assert "setting_differences" not in configured
     assert (runs.status("lora"), runs.is_current()) == (StaleStatus.FRESH, True)
 
     overridden = runs.train({"learning_rate": 0.009, "lora_rank": 2, "checkpoint_step_interval": 1})
     assert overridden["identity"] != configured["identity"]
     assert not overridden["passed"]
-    assert "learning_rate: 0.009 instead of 0.001" in overridden["said"]
-    rows = overridden["trained_with"].splitlines()
+    assert "learning_rate: 0.009 instead of 0.001" in overridden["check_message"]
+    rows = overridden["setting_differences"].splitlines()
     assert "| `learning_rate` | 0.001 | 0.009 | yes |" in rows
     assert "| `lora_rank` | 4 | 2 | yes |" in rows
     assert "| `lora_alpha` | 4.0 | 2.0 | yes |" in rows
@@ -106,22 +112,22 @@ def test_overridden_settings_make_the_lora_stale_until_it_is_trained_as_configur
     assert len(rows) == 2 + 4
     assert (runs.status("lora"), runs.is_current()) == (StaleStatus.STALE, False)
 
-    again = runs.train()
-    assert "reused" in again["summary"]
-    assert again["identity"] == configured["identity"]
-    assert again["passed"]
+    second = runs.train()
+    assert "reused" in second["summary"]
+    assert second["identity"] == configured["identity"]
+    assert second["passed"]
     assert (runs.status("lora"), runs.is_current()) == (StaleStatus.FRESH, True)
 
     config = json.loads((runs.folder / "config.json").read_text())
     (runs.folder / "config.json").write_text(json.dumps(config | {"learning_rate": 0.009, "lora_rank": 2}))
     assert (runs.status("lora"), runs.is_current()) == (StaleStatus.STALE, False)
-    adopted = runs.train()
-    assert adopted["identity"] == overridden["identity"]
-    assert adopted["passed"]
+    reconfigured = runs.train()
+    assert reconfigured["identity"] == overridden["identity"]
+    assert reconfigured["passed"]
     assert (runs.status("lora"), runs.is_current()) == (StaleStatus.FRESH, True)
 
 
-def test_overrides_that_change_no_weights_are_shown_and_leave_the_lora_as_configured(
+def test_lora_overrides_without_effect_on_weights_are_listed_and_it_stays_current(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     configured = runs.train()
@@ -135,40 +141,44 @@ def test_overrides_that_change_no_weights_are_shown_and_leave_the_lora_as_config
         "| `gradient_checkpointing` | false | true | no |",
         '| `resume_from_checkpoint` | "latest" | null | no |',
     ):
-        assert row in shown["trained_with"].splitlines()
+        assert row in shown["setting_differences"].splitlines()
     assert shown["passed"]
     assert (runs.status("lora"), runs.is_current()) == (StaleStatus.FRESH, True)
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-def test_a_hardware_profile_of_the_run_that_changes_the_weights_counts_as_an_override(runs: Runs) -> None:
+def test_lora_hardware_profile_that_changes_weights_is_an_override(runs: Runs) -> None:
     shown = runs.train(hardware=HardwareProfile(profile="cpu", mixed_precision="bf16", cpu_threads=1))
-    assert '| `mixed_precision` | "no" | "bf16" | yes |' in shown["trained_with"]
-    assert "| `cpu_threads` | null | 1 | no |" in shown["trained_with"]
+    assert '| `mixed_precision` | "no" | "bf16" | yes |' in shown["setting_differences"]
+    assert "| `cpu_threads` | null | 1 | no |" in shown["setting_differences"]
     assert shown["overridden_settings"] == "mixed_precision"
     assert not shown["passed"]
     assert (runs.status("lora"), runs.is_current()) == (StaleStatus.STALE, False)
 
 
-class RecordingLauncher(InProcessLauncher):
-    def run(self, context: dg.AssetExecutionContext, stage: str, spec: Any, *rest: Any, **more: Any) -> Any:
+class RecordingStageClient(InProcessStageClient):
+    """Stores the spec of each stage in `SPECS`."""
+
+    def run_stage(
+        self, context: dg.AssetExecutionContext, stage: str, spec: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         SPECS[stage] = spec
-        return super().run(context, stage, spec, *rest, **more)
+        return super().run_stage(context, stage, spec, *args, **kwargs)
 
 
 SPECS: dict[str, Any] = {}
 
 
-def test_an_overridden_lora_is_evaluated_under_its_own_settings_and_released_only_by_its_identity(
+def test_hub_release_overridden_lora_requires_its_identity(
     runs: Runs,
 ) -> None:
     trained = runs.train({"train_batch_size": 1, "lora_rank": 2})
-    assert runs.materialize("evaluation", launcher=RecordingLauncher()).success
+    assert runs.materialize("evaluation", launcher=RecordingStageClient()).success
     assert (SPECS["evaluate"].settings.lora_rank, SPECS["evaluate"].settings.train_batch_size) == (2, 1)
 
-    with pytest.raises(dg.Failure) as refused:
+    with pytest.raises(dg.Failure) as error:
         runs.materialize("hub_release")
-    message = str(refused.value.description)
+    message = str(error.value.description)
     assert "lora_rank: 2 instead of 4" in message
     lines = message.splitlines()
     launchpad = yaml.safe_load(lines[1])["ops"]["small__hub_release"]["config"]
@@ -178,7 +188,7 @@ def test_an_overridden_lora_is_evaluated_under_its_own_settings_and_released_onl
     assert not (runs.folder / "output" / "release").exists()
 
     for wrong in ("0" * 16, trained["identity"][:7]):
-        with pytest.raises(dg.Failure, match="does not name the current LoRA"):
+        with pytest.raises(dg.Failure, match="is not the identity of the current LoRA"):
             runs.materialize("hub_release", ops={"small__hub_release": {"promote": wrong}})
     released = metadata(
         runs.materialize("hub_release", ops={"small__hub_release": launchpad}), "small", "hub_release"
@@ -191,7 +201,7 @@ def test_an_overridden_lora_is_evaluated_under_its_own_settings_and_released_onl
     }
 
 
-def test_the_published_overrides_hold_no_local_path() -> None:
+def test_plain_overrides_local_path_is_removed_by_portable_lineage() -> None:
     override = SettingDifference(
         setting="init_lora", configured="null", used='"/home/someone/start.safetensors"'
     )
@@ -202,21 +212,21 @@ def test_the_published_overrides_hold_no_local_path() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_in_the_refusal_releases_the_lora(
+def test_hub_release_command_in_the_error_releases_the_lora(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     runs.train({"lora_rank": 2})
     runs.materialize("evaluation")
-    with pytest.raises(dg.Failure) as refused:
+    with pytest.raises(dg.Failure) as error:
         runs.materialize("hub_release")
-    command = shlex.split(str(refused.value.description).splitlines()[3])
+    command = shlex.split(str(error.value.description).splitlines()[3])
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("SDXL_PIPELINE_PROJECTS", str(runs.folder.parent))
-    without = subprocess.run(
+    without_promote = subprocess.run(
         [sys.executable, "-m", *command[:-2]], capture_output=True, text=True, timeout=300, check=False
     )
-    assert without.returncode != 0
-    assert "Not released: the LoRA" in without.stderr
+    assert without_promote.returncode != 0
+    assert "Not released: the LoRA" in without_promote.stderr
     subprocess.run([sys.executable, "-m", *command], check=True, timeout=300)
     assert (runs.folder / "output" / "release" / "lineage.json").is_file()

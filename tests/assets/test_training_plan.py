@@ -1,4 +1,4 @@
-"""Mistakes in counts stop a run before anything is encoded; what a plan says is what the training does."""
+"""The training plan asset: inconsistent counts fail before anything is encoded, and the plan matches the training."""
 
 import json
 import re
@@ -20,11 +20,11 @@ from tests.support.training_datasets import SETTINGS, SQUARE, WIDE, make_dataset
 ENCODERS = ("vae_latents", "text_embeds")
 
 
-def run(folder: Path, instance: dg.DagsterInstance, *last: str) -> dg.ExecuteInProcessResult:
-    """Materialize all that leads to the stages `last` of every dataset, or of the project."""
+def run(folder: Path, instance: dg.DagsterInstance, *stages: str) -> dg.ExecuteInProcessResult:
+    """Materialize the stages of every dataset or of the project, with everything upstream of them."""
     definitions = build_definitions(folder.parent)
     graph = definitions.resolve_asset_graph()
-    keys = [key for key in graph.get_all_asset_keys() if key.path[-1] in last]
+    keys = [key for key in graph.get_all_asset_keys() if key.path[-1] in stages]
     return dg.materialize(
         list(definitions.assets or []),
         selection=dg.AssetSelection.assets(*keys).upstream(),
@@ -34,11 +34,11 @@ def run(folder: Path, instance: dg.DagsterInstance, *last: str) -> dg.ExecuteInP
     )
 
 
-def made(result: dg.ExecuteInProcessResult) -> set[str]:
+def materialized_stages(result: dg.ExecuteInProcessResult) -> set[str]:
     return {event.asset_key.path[-1] for event in result.get_asset_materialization_events()}
 
 
-def failure(result: dg.ExecuteInProcessResult) -> str:
+def failure_message(result: dg.ExecuteInProcessResult) -> str:
     (step,) = [event for event in result.all_events if event.is_step_failure]
     assert step.step_key == "small__training_plan"
     return str(step.step_failure_data.user_failure_data.description)
@@ -64,16 +64,16 @@ def failure(result: dg.ExecuteInProcessResult) -> str:
         ),
     ],
 )
-def test_counts_that_do_not_fit_stop_before_anything_is_encoded(
+def test_training_plan_inconsistent_counts_fail_before_encoding(
     instance: dg.DagsterInstance, make_project: Callable[..., Path], config: dict[str, Any], message: str
 ) -> None:
     result = run(make_project(images=7, config=config), instance, "lora")
     assert not result.success
-    assert re.search(message, failure(result))
-    assert not made(result) & {*ENCODERS, "lora"}
+    assert re.search(message, failure_message(result))
+    assert not materialized_stages(result) & {*ENCODERS, "lora"}
 
 
-def test_the_images_of_all_datasets_count_together_and_one_mistake_stops_all_encoders(
+def test_training_plan_datasets_are_counted_together_and_a_failure_blocks_all_encoders(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
     folder = make_project(images=0, config={"train_batch_size": 12, "eval_holdout_share": 0})
@@ -83,21 +83,21 @@ def test_the_images_of_all_datasets_count_together_and_one_mistake_stops_all_enc
     entries = [{**DATASET, "id": name, "instance_data_dir": name} for name in ("people", "things")]
     (folder / "multidatabackend.json").write_text(json.dumps(entries))
     result = run(folder, instance, "lora")
-    assert "give 11 images an epoch, but one step takes 12" in failure(result)
-    assert not made(result) & {*ENCODERS, "lora"}
+    assert "give 11 images an epoch, but one step takes 12" in failure_message(result)
+    assert not materialized_stages(result) & {*ENCODERS, "lora"}
 
 
-def test_the_plan_shows_what_trains_and_what_is_held_out_and_makes_no_encoder_stale(
+def test_training_plan_metadata_counts_images_and_data_version_is_constant(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
     folder = make_project(images=6, config={"max_train_steps": 5})
     first = run(folder, instance, "training_plan")
     (event,) = first.asset_materializations_for_node("small__training_plan")
     table = str(event.metadata["datasets"].value)
-    (held,) = [
-        check for check in first.get_asset_check_evaluations() if check.check_name == "may_judge_over_fitting"
+    (eval_check,) = [
+        check for check in first.get_asset_check_evaluations() if check.check_name == "enough_eval_images"
     ]
-    assert (held.passed, held.severity) == (False, dg.AssetCheckSeverity.WARN)
+    assert (eval_check.passed, eval_check.severity) == (False, dg.AssetCheckSeverity.WARN)
     assert event.metadata["steps"].value == 5
     assert event.metadata["images_per_epoch"].value == 6
     assert "| shapes | 6 | 0 | 1 |" in table
@@ -110,19 +110,19 @@ def test_the_plan_shows_what_trains_and_what_is_held_out_and_makes_no_encoder_st
     assert again.tags["dagster/data_version"] == event.tags["dagster/data_version"]
 
 
-def planned(folder: Path, buckets: list[tuple[int, int]], processes: int = 1, **changes: Any) -> Any:
+def plan_buckets(folder: Path, buckets: list[tuple[int, int]], processes: int = 1, **changes: Any) -> Any:
     dataset = make_dataset(folder, buckets=buckets)
     settings = TrainingSettings(**{"pretrained_model_name_or_path": "model", **SETTINGS, **changes})
     rows = pd.read_parquet(dataset.rows_path)
     return plan_training([PlannedDataset("shapes", rows, 0, 1.0)], settings, processes)
 
 
-def test_a_lonely_bucket_shows_its_image_once_or_wrapped(tmp_path: Path) -> None:
+def test_plan_training_bucket_of_one_image_is_partial_or_wrapped(tmp_path: Path) -> None:
     buckets = [SQUARE] * 7 + [WIDE]
     sizes = {"train_batch_size": 4, "max_train_steps": None, "num_train_epochs": 1}
-    partial = planned(tmp_path / "a", buckets, **sizes)
+    partial = plan_buckets(tmp_path / "a", buckets, **sizes)
     assert (partial.appearances, partial.images_per_epoch, partial.steps) == ({"shapes": (1, 1)}, 8, 3)
-    wrap = planned(tmp_path / "b", buckets, bucket_fill="wrap", **sizes)
+    wrap = plan_buckets(tmp_path / "b", buckets, bucket_fill="wrap", **sizes)
     assert (wrap.appearances, wrap.images_per_epoch, wrap.steps) == ({"shapes": (1, 4)}, 12, 3)
     with pytest.raises(UserError, match="x 3 processes"):
-        planned(tmp_path / "c", buckets, processes=3, **sizes)
+        plan_buckets(tmp_path / "c", buckets, processes=3, **sizes)

@@ -1,4 +1,4 @@
-"""Holds: a training launched from the graph shows its images on the run's page, tells its webhook, and leaves the address nowhere."""
+"""A training launched from the graph logs its images as observations, calls its webhook, and stores the address nowhere."""
 
 import json
 import threading
@@ -10,10 +10,10 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from tests.assets.test_graph import DATASET, materialize
+from tests.support.asset_graph import DATASET_STAGES, materialize
 
 SECRET = "t0ken-nobody-may-see"
-WATCHED = {
+CONFIG = {
     "webhook_config": "webhooks.json",
     "webhook_reporting_interval": 1,
     "validation_preview": True,
@@ -22,7 +22,7 @@ WATCHED = {
 
 
 @pytest.mark.slow
-def test_a_launched_training_is_watched(
+def test_lora_validation_and_webhook_are_reported_without_storing_the_address(
     instance: dg.DagsterInstance,
     make_project: Callable[..., Path],
     own_storage: Path,
@@ -41,18 +41,18 @@ def test_a_launched_training_is_watched(
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    folder = make_project(config=WATCHED)
+    folder = make_project(config=CONFIG)
     address = f"http://127.0.0.1:{server.server_address[1]}/{SECRET}"
     file = folder / "webhooks.json"
     file.write_text(json.dumps({"webhook_type": "raw", "callback_url": address}))
     monkeypatch.setenv("SDXL_PIPELINE_PROJECTS", str(folder.parent))
-    result = materialize(instance, folder, "base_model", *DATASET, "lora")
+    result = materialize(instance, folder, "base_model", *DATASET_STAGES, "lora")
     server.shutdown()
     server.server_close()
 
     assert result.success
     assert (kinds[0], kinds[-1]) == ("training.started", "training.finished")
-    # a preview takes the place of one that still waits
+    # a preview replaces one that is still queued
     assert 1 <= kinds.count("validation.preview") <= 4
     assert {kind: kinds.count(kind) for kind in kinds if kind != "validation.preview"} == {
         "training.started": 1,
@@ -61,13 +61,15 @@ def test_a_launched_training_is_watched(
         "validation.images": 2,
         "training.finished": 1,
     }
-    seen = [event.asset_observation_data.asset_observation for event in result.get_asset_observation_events()]
-    shown = {str(item.metadata["name"].value) for item in seen if "image" in item.metadata}
-    assert {"validation", "validation (preview)"} <= shown
-    assert "eval/loss" in {name for item in seen for name in item.metadata}
+    observations = [
+        event.asset_observation_data.asset_observation for event in result.get_asset_observation_events()
+    ]
+    image_names = {str(item.metadata["name"].value) for item in observations if "image" in item.metadata}
+    assert {"validation", "validation, forming"} <= image_names
+    assert "eval/loss" in {name for item in observations for name in item.metadata}
     (lora,) = result.asset_materializations_for_node("small__lora")
     assert lora.metadata["eval_loss"].value > 0
-    for place in (folder / "output", own_storage):
-        for path in place.rglob("*"):
+    for root in (folder / "output", own_storage):
+        for path in root.rglob("*"):
             assert not path.is_file() or SECRET.encode() not in path.read_bytes()
     assert SECRET not in str(instance.all_logs(result.run_id))
