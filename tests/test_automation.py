@@ -1,4 +1,4 @@
-"""Holds that schedule and sensor start one training when something changed, and only then."""
+"""Schedule and sensor start one training after a change, and none otherwise; the prune job."""
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -19,7 +19,7 @@ from tests.conftest import draw_image
 
 
 def record_training(instance: dg.DagsterInstance, folder: Path) -> None:
-    """What `<project>/lora` leaves behind when it has trained on the files as they are."""
+    """Record a materialization of `<project>/lora` trained on the current files."""
     project = load_project(folder)
     instance.report_runless_asset_event(
         dg.AssetMaterialization(
@@ -35,13 +35,13 @@ def tick(
     return build_sensor(load_project(folder))(context)
 
 
-def test_sensor_waits_for_a_first_training(
+def test_sensor_without_a_training_skips(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
     assert isinstance(tick(instance, make_project()), dg.SkipReason)
 
 
-def test_sensor_asks_once_the_changed_files_lie_still(
+def test_sensor_changed_files_requests_a_run_when_they_are_stable(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
     folder = make_project()
@@ -49,23 +49,23 @@ def test_sensor_asks_once_the_changed_files_lie_still(
     assert isinstance(tick(instance, folder), dg.SkipReason)
 
     draw_image(folder / "data", 20)
-    seen = tick(instance, folder)
-    assert isinstance(seen, dg.SensorResult)
-    assert not seen.run_requests
+    changed = tick(instance, folder)
+    assert isinstance(changed, dg.SensorResult)
+    assert not changed.run_requests
     draw_image(folder / "data", 21)
-    moving = tick(instance, folder, seen.cursor)
-    assert isinstance(moving, dg.SensorResult)
-    assert not moving.run_requests
-    still = tick(instance, folder, moving.cursor)
-    assert isinstance(still, dg.SensorResult)
-    assert still.run_requests is not None
-    assert len(still.run_requests) == 1
+    changing = tick(instance, folder, changed.cursor)
+    assert isinstance(changing, dg.SensorResult)
+    assert not changing.run_requests
+    stable = tick(instance, folder, changing.cursor)
+    assert isinstance(stable, dg.SensorResult)
+    assert stable.run_requests is not None
+    assert len(stable.run_requests) == 1
 
     record_training(instance, folder)
-    assert isinstance(tick(instance, folder, still.cursor), dg.SkipReason)
+    assert isinstance(tick(instance, folder, stable.cursor), dg.SkipReason)
 
 
-def test_sensor_sees_an_edited_caption_and_a_changed_setting(
+def test_sensor_edited_caption_or_changed_setting_is_detected(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
     folder = make_project()
@@ -78,7 +78,7 @@ def test_sensor_sees_an_edited_caption_and_a_changed_setting(
     assert isinstance(tick(instance, folder), dg.SensorResult)
 
 
-def test_schedule_is_off_without_a_cron_line_and_idle_without_a_change(
+def test_schedule_without_cron_is_none_and_without_change_skips(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
     assert build_schedule(load_project(make_project("plain"))) is None
@@ -95,7 +95,7 @@ def test_schedule_is_off_without_a_cron_line_and_idle_without_a_change(
     assert isinstance(schedule(context), dg.RunRequest)
 
 
-def test_a_schedule_looks_at_images_that_lie_elsewhere(
+def test_schedule_remote_images_requests_a_run_to_detect_changes(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
     elsewhere = {"type": "huggingface", "dataset_name": "someone/cats", "instance_data_dir": ""}
@@ -114,14 +114,14 @@ def test_a_schedule_looks_at_images_that_lie_elsewhere(
     run = launch(instance, folder, first.tags)
     assert isinstance(at(2), dg.SkipReason)
     instance.report_run_failed(run)
-    assert isinstance(at(3), dg.RunRequest)  # the source may have changed, which only a run can see
+    assert isinstance(at(3), dg.RunRequest)  # the source may have changed, which only a run can detect
     assert isinstance(tick(instance, folder), dg.SkipReason)  # the sensor does not watch it
 
 
 def launch(
     instance: dg.DagsterInstance, folder: Path, tags: Mapping[str, str], *stages: str
 ) -> dg.DagsterRun:
-    """A run of the project's job, or of some of its stages, that is in progress."""
+    """Create a started run of the project's job, or of some of its stages."""
     keys = {dg.AssetKey([folder.name, stage]) for stage in stages} or None
     job = build_definitions(folder.parent).resolve_job_def(f"{folder.name}_train")
     return instance.create_run_for_job(
@@ -138,7 +138,7 @@ def nightly(make_project: Callable[..., Path]) -> Path:
 
 
 class Daemon:
-    """Schedule and sensor of one project, evaluated by turns; each request becomes a run in progress."""
+    """Schedule and sensor of one project, evaluated in turn; each request becomes a started run."""
 
     def __init__(self, instance: dg.DagsterInstance, folder: Path) -> None:
         self.instance, self.folder, self.cursor = instance, folder, None
@@ -148,30 +148,30 @@ class Daemon:
     def schedule(self) -> None:
         schedule = build_schedule(load_project(self.folder))
         assert schedule is not None
-        self._take(schedule(dg.build_schedule_context(instance=self.instance)))
+        self._handle(schedule(dg.build_schedule_context(instance=self.instance)))
 
     def sensor(self) -> None:
-        answer = tick(self.instance, self.folder, self.cursor)
-        if isinstance(answer, dg.SensorResult):
-            self.cursor = answer.cursor
-            for request in answer.run_requests or ():
-                self._take(request)
+        result = tick(self.instance, self.folder, self.cursor)
+        if isinstance(result, dg.SensorResult):
+            self.cursor = result.cursor
+            for request in result.run_requests or ():
+                self._handle(request)
         else:
-            self._take(answer)
+            self._handle(result)
 
     def both(self) -> None:
         self.sensor()
         self.schedule()
         self.sensor()
 
-    def _take(self, answer: dg.RunRequest | dg.SkipReason) -> None:
-        if isinstance(answer, dg.RunRequest):
-            self.runs.append(launch(self.instance, self.folder, answer.tags))
+    def _handle(self, result: dg.RunRequest | dg.SkipReason) -> None:
+        if isinstance(result, dg.RunRequest):
+            self.runs.append(launch(self.instance, self.folder, result.tags))
         else:
-            self.reasons.append(str(answer.skip_message))
+            self.reasons.append(str(result.skip_message))
 
 
-def test_one_state_asks_for_one_run_while_that_is_queued_or_running_and_after_it_failed(
+def test_request_one_state_starts_one_run_while_unfinished_and_after_failure(
     instance: dg.DagsterInstance, nightly: Path
 ) -> None:
     record_training(instance, nightly)
@@ -197,22 +197,20 @@ def test_one_state_asks_for_one_run_while_that_is_queued_or_running_and_after_it
     assert len(daemon.runs) == 2
 
 
-def test_a_run_by_hand_that_trains_the_lora_is_waited_for_and_others_are_not(
-    instance: dg.DagsterInstance, nightly: Path
-) -> None:
+def test_request_waits_for_a_manual_run_of_the_lora_only(instance: dg.DagsterInstance, nightly: Path) -> None:
     daemon = Daemon(instance, nightly)
     release = launch(instance, nightly, {}, "hub_release")
-    by_hand = launch(instance, nightly, {}, "lora", "evaluation")
+    manual = launch(instance, nightly, {}, "lora", "evaluation")
     daemon.schedule()
-    assert f"The run {by_hand.run_id[:8]} trains this LoRA" in daemon.reasons[-1]
-    instance.report_run_failed(by_hand)
+    assert f"The run {manual.run_id[:8]} trains this LoRA" in daemon.reasons[-1]
+    instance.report_run_failed(manual)
     daemon.schedule()
     assert len(daemon.runs) == 1
     assert daemon.runs[0].tags["reason"] == "schedule: not trained yet"
     assert not instance.get_run_by_id(release.run_id).is_finished
 
 
-def test_a_training_with_overridden_settings_is_followed_by_one_as_configured(
+def test_request_after_overridden_training_starts_the_configured_one(
     instance: dg.DagsterInstance, nightly: Path
 ) -> None:
     daemon, project = Daemon(instance, nightly), load_project(nightly)
@@ -233,17 +231,17 @@ def test_a_training_with_overridden_settings_is_followed_by_one_as_configured(
     assert "the last training overrode settings: learning_rate" in daemon.runs[1].tags["reason"]
 
 
-def test_a_run_that_saw_other_files_than_those_asked_for_is_not_repeated_for_ever(
+def test_request_run_that_read_other_files_is_not_repeated(
     instance: dg.DagsterInstance, nightly: Path
 ) -> None:
     daemon = Daemon(instance, nightly)
     daemon.schedule()
     (run,) = daemon.runs
-    seen = dg.AssetMaterialization(["nightly", "lora"], metadata={METADATA_ENTRY: "another state"})
+    materialization = dg.AssetMaterialization(["nightly", "lora"], metadata={METADATA_ENTRY: "another state"})
     event = DagsterEvent(
         dg.DagsterEventType.ASSET_MATERIALIZATION.value,
         run.job_name,
-        event_specific_data=StepMaterializationData(seen),
+        event_specific_data=StepMaterializationData(materialization),
     )
     instance.report_dagster_event(event, run.run_id)
     success = DagsterEvent(dg.DagsterEventType.RUN_SUCCESS.value, run.job_name)
@@ -253,7 +251,7 @@ def test_a_run_that_saw_other_files_than_those_asked_for_is_not_repeated_for_eve
     assert "ended (success), and nothing has changed since" in daemon.reasons[-1]
 
 
-def test_schedule_and_sensor_that_decide_at_the_same_time_start_one_run(
+def test_request_concurrent_schedule_and_sensor_start_one_run(
     instance: dg.DagsterInstance, nightly: Path
 ) -> None:
     record_training(instance, nightly)
@@ -262,16 +260,16 @@ def test_schedule_and_sensor_that_decide_at_the_same_time_start_one_run(
     assert isinstance(first, dg.SensorResult)
     schedule = build_schedule(load_project(nightly))
     assert schedule is not None
-    asked = schedule(dg.build_schedule_context(instance=instance))  # whose run is not yet in the instance
-    assert isinstance(asked, dg.RunRequest)
-    waits = tick(instance, nightly, first.cursor)
-    assert isinstance(waits, dg.SkipReason)
-    assert waits.skip_message == "The schedule has just asked for a run of this project."
-    again = schedule(dg.build_schedule_context(instance=instance))  # the daemon was restarted in between
-    assert isinstance(again, dg.RunRequest)
+    requested = schedule(dg.build_schedule_context(instance=instance))  # its run is not in the instance yet
+    assert isinstance(requested, dg.RunRequest)
+    skipped = tick(instance, nightly, first.cursor)
+    assert isinstance(skipped, dg.SkipReason)
+    assert skipped.skip_message == "The schedule has just requested a run of this project."
+    repeated = schedule(dg.build_schedule_context(instance=instance))  # the daemon was restarted in between
+    assert isinstance(repeated, dg.RunRequest)
 
 
-def test_a_project_that_cannot_be_read_is_not_trained(instance: dg.DagsterInstance, nightly: Path) -> None:
+def test_request_invalid_project_skips_with_its_problems(instance: dg.DagsterInstance, nightly: Path) -> None:
     daemon = Daemon(instance, nightly)
     schedule, sensor = build_schedule(load_project(nightly)), build_sensor(load_project(nightly))
     assert schedule is not None
@@ -285,14 +283,12 @@ def test_a_project_that_cannot_be_read_is_not_trained(instance: dg.DagsterInstan
     assert not daemon.runs
 
 
-def test_settings_changed_since_the_code_location_was_loaded_are_seen(
-    instance: dg.DagsterInstance, nightly: Path
-) -> None:
+def test_schedule_reads_settings_changed_after_loading(instance: dg.DagsterInstance, nightly: Path) -> None:
     schedule = build_schedule(load_project(nightly))
     assert schedule is not None
     config = nightly / "config.json"
     config.write_text(config.read_text().replace('"lora_rank": 4', '"lora_rank": 8'))
-    record_training(instance, nightly)  # by a run, which reads the files anew
+    record_training(instance, nightly)  # by a run, which reads the files again
     assert isinstance(schedule(dg.build_schedule_context(instance=instance)), dg.SkipReason)
 
 
@@ -313,7 +309,7 @@ def prune_event(
     return getattr(event, "materialization", None) or event.asset_observation
 
 
-def test_the_prune_job_shows_what_it_freed(
+def test_prune_job_metadata_has_freed_bytes_and_entries(
     instance: dg.DagsterInstance, make_project: Callable[..., Path], tmp_path: Path
 ) -> None:
     root, storage = make_project(images=0).parent, tmp_path / "storage"
@@ -323,9 +319,9 @@ def test_the_prune_job_shows_what_it_freed(
     (shard,) = (storage / "latents" / "shards").iterdir()
     size = shard.stat().st_size
 
-    seen = prune_event(instance, root, storage, dry_run=True)
-    assert isinstance(seen, dg.AssetObservation)
-    assert seen.metadata["bytes_to_free"].value == size
+    preview = prune_event(instance, root, storage, dry_run=True)
+    assert isinstance(preview, dg.AssetObservation)
+    assert preview.metadata["bytes_to_free"].value == size
     assert shard.exists()
 
     freed = prune_event(instance, root, storage)
@@ -335,11 +331,13 @@ def test_the_prune_job_shows_what_it_freed(
     assert not shard.exists()
 
 
-def test_the_prune_job_fails_with_a_sentence(instance: dg.DagsterInstance, tmp_path: Path) -> None:
-    with pytest.raises(dg.Failure, match="Nothing is freed: the projects folder"):
+def test_prune_job_without_projects_fails_with_a_message(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    with pytest.raises(dg.Failure, match="Nothing is freed: there is no folder of projects"):
         prune_event(instance, tmp_path / "typo", tmp_path / "storage")
 
 
-def test_every_code_location_has_the_prune_job(make_project: Callable[..., Path]) -> None:
+def test_definitions_have_the_prune_job(make_project: Callable[..., Path]) -> None:
     definitions = build_definitions(make_project(images=0).parent)
     assert definitions.get_job_def("prune").name == "prune"

@@ -1,4 +1,4 @@
-"""The code location loads in a moment, without torch, and a broken project takes no other one down."""
+"""The code location: no import of torch, the keys of the graph, and isolation of invalid projects."""
 
 import subprocess
 import sys
@@ -11,23 +11,25 @@ import pytest
 from sdxl_pipeline.definitions import REPOSITORY, build_definitions
 
 
-def test_torch_is_not_imported() -> None:
+def test_definitions_do_not_import_torch() -> None:
     code = "import sys, sdxl_pipeline.definitions as d; d.defs(); print(sorted({'torch','diffusers','transformers','peft'} & set(sys.modules)))"
-    shown = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY
     )
-    assert shown.stdout.strip() == "[]"
+    assert process.stdout.strip() == "[]"
 
 
-def test_graph_of_a_project(make_project: Callable[..., Path]) -> None:
+def test_build_definitions_project_has_keys_groups_pools_and_parents(
+    make_project: Callable[..., Path],
+) -> None:
     folder = make_project("shop")
     graph = build_definitions(folder.parent).resolve_asset_graph()
     keys = {"/".join(key.path) for key in graph.get_all_asset_keys()}
     dataset = {
         f"shop/shapes/{stage}" for stage in ("dataset", "aspect_buckets", "vae_latents", "text_embeds")
     }
-    once = ("base_model", "training_plan", "lora", "evaluation", "hub_release")
-    assert keys == dataset | {f"shop/{stage}" for stage in once}
+    project_stages = ("base_model", "training_plan", "lora", "evaluation", "hub_release")
+    assert keys == dataset | {f"shop/{stage}" for stage in project_stages}
     for key in graph.get_all_asset_keys():
         assert graph.get(key).group_name == "shop"
         assert graph.get(key).code_version
@@ -36,34 +38,34 @@ def test_graph_of_a_project(make_project: Callable[..., Path]) -> None:
     parents = {"/".join(key.path) for key in graph.get(dg.AssetKey(["shop", "lora"])).parent_keys}
     assert parents == {"shop/base_model", *(dataset - {"shop/shapes/dataset"})}
     for stage in ("vae_latents", "text_embeds"):
-        waits_for = graph.get(dg.AssetKey(["shop", "shapes", stage])).parent_keys
-        assert dg.AssetKey(["shop", "training_plan"]) in waits_for
+        parents_of_stage = graph.get(dg.AssetKey(["shop", "shapes", stage])).parent_keys
+        assert dg.AssetKey(["shop", "training_plan"]) in parents_of_stage
 
 
-def test_build_definitions_setting_that_dagster_refuses_breaks_one_project(
+def test_build_definitions_setting_rejected_by_dagster_invalidates_one_project(
     make_project: Callable[..., Path],
 ) -> None:
-    make_project("sound")
-    folder = make_project("torn", config={"retraining_cron": "x x x x x"})
+    make_project("valid")
+    folder = make_project("invalid", config={"retraining_cron": "x x x x x"})
     graph = build_definitions(folder.parent).resolve_asset_graph()
-    assert dg.AssetKey(["sound", "lora"]) in graph.get_all_asset_keys()
-    torn = graph.get(dg.AssetKey(["torn", "project"]))
-    assert "DagsterInvalidDefinitionError" in str(torn.description)
-    assert dg.AssetKey(["torn", "lora"]) not in graph.get_all_asset_keys()
+    assert dg.AssetKey(["valid", "lora"]) in graph.get_all_asset_keys()
+    invalid = graph.get(dg.AssetKey(["invalid", "project"]))
+    assert "DagsterInvalidDefinitionError" in str(invalid.description)
+    assert dg.AssetKey(["invalid", "lora"]) not in graph.get_all_asset_keys()
 
 
-def test_a_broken_project_is_shown_and_says_what_to_mend(
+def test_build_definitions_invalid_project_fails_with_its_problems(
     make_project: Callable[..., Path], instance: dg.DagsterInstance
 ) -> None:
-    make_project("sound")
-    folder = make_project("torn", config={"lora_rnak": 8, "learning_rate": "fast"})
+    make_project("valid")
+    folder = make_project("invalid", config={"lora_rnak": 8, "learning_rate": "fast"})
     definitions = build_definitions(folder.parent)
     graph = definitions.resolve_asset_graph()
-    assert dg.AssetKey(["sound", "lora"]) in graph.get_all_asset_keys()
+    assert dg.AssetKey(["valid", "lora"]) in graph.get_all_asset_keys()
     with pytest.raises(dg.Failure) as failure:
         dg.materialize(
             list(definitions.assets or []),
-            selection=dg.AssetSelection.assets(["torn", "project"]),
+            selection=dg.AssetSelection.assets(["invalid", "project"]),
             resources=dict(definitions.resources or {}),
             instance=instance,
         )

@@ -1,4 +1,4 @@
-"""What another platform than Linux needs: modules without Unix-only imports, and on Windows one sentence."""
+"""Platforms other than Linux: no Unix-only imports, and one message on Windows."""
 
 import subprocess
 import sys
@@ -10,20 +10,20 @@ from sdxl_pipeline.definitions import REPOSITORY
 IMPORT_ALL = """
 import builtins, importlib, pkgutil, sys
 
-OURS = ("sdxl_pipeline", "assets", "resources")
+PACKAGES = ("sdxl_pipeline", "assets", "resources")
 imports = builtins.__import__
 
 def without_unix(name, globals=None, locals=None, fromlist=(), level=0):
     importer = (globals or {}).get("__name__", "")
-    # psutil needs `resource` on Linux; fcntl is hidden from everybody
-    if name == "fcntl" or (name == "resource" and importer.split(".")[0] in OURS):
+    # psutil needs `resource` on Linux; fcntl is hidden from every importer
+    if name == "fcntl" or (name == "resource" and importer.split(".")[0] in PACKAGES):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     return imports(name, globals, locals, fromlist, level)
 
 sys.modules.pop("fcntl", None)
 builtins.__import__ = without_unix
 failed = []
-for package in map(importlib.import_module, OURS):
+for package in map(importlib.import_module, PACKAGES):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         try:
             importlib.import_module(module.name)
@@ -34,11 +34,11 @@ print("\\n".join(failed))
 """
 
 
-def test_every_module_imports_where_fcntl_and_resource_do_not_exist():
-    shown = subprocess.run(
+def test_all_modules_without_fcntl_and_resource_import():
+    process = subprocess.run(
         [sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True, cwd=REPOSITORY, check=False
     )
-    assert (shown.stdout.strip(), shown.returncode) == ("", 0), shown.stderr
+    assert (process.stdout.strip(), process.returncode) == ("", 0), process.stderr
 
 
 @pytest.mark.parametrize(
@@ -49,12 +49,12 @@ def test_every_module_imports_where_fcntl_and_resource_do_not_exist():
         "from sdxl_pipeline.stages import train",
     ],
 )
-def test_windows_is_answered_with_one_line_about_wsl2(command: str):
+def test_entry_points_on_windows_exit_with_a_message_about_wsl2(command: str):
     code = f"import sys; sys.platform = 'win32'; {command}"
-    shown = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False
     )
-    assert shown.returncode == 1
-    assert shown.stderr.splitlines() == [
+    assert process.returncode == 1
+    assert process.stderr.splitlines() == [
         "sdxl-pipeline runs on Linux and needs WSL2 on Windows: https://learn.microsoft.com/windows/wsl/install"
     ]

@@ -1,4 +1,4 @@
-"""Holds with a real daemon that schedule and sensor together ask for one run per state: queued, across a restart, and after a failure."""
+"""With a real daemon, schedule and sensor request one run per state: while it is queued, across a restart, and after a failure."""
 
 import os
 import signal
@@ -31,10 +31,10 @@ defs = build_definitions()
 
 @contextmanager
 def daemon(location: Path, log: Path) -> Iterator[None]:
-    with log.open("ab") as written:
+    with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "dagster._daemon", "run", "-f", str(location)],
-            stdout=written,
+            stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
@@ -49,7 +49,7 @@ def daemon(location: Path, log: Path) -> Iterator[None]:
 
 
 def ticks(instance: dg.DagsterInstance, *skip_reasons: str) -> dict[str, int]:
-    """Evaluations so far by the name of the schedule or sensor; of those that did not ask for a run if reasons are given."""
+    """Return the number of evaluations by name of schedule or sensor; with reasons, only of those skipped for one of them."""
     return {
         state.instigator_name: sum(
             not skip_reasons or any(reason in (tick.skip_reason or "") for reason in skip_reasons)
@@ -60,7 +60,7 @@ def ticks(instance: dg.DagsterInstance, *skip_reasons: str) -> dict[str, int]:
 
 
 def wait_for_both(instance: dg.DagsterInstance, reason: str) -> None:
-    """Wait until schedule and sensor have each given the reason once more."""
+    """Wait until schedule and sensor have each been skipped once more for this reason."""
     before = ticks(instance, reason)
     wait_for(
         lambda: all(
@@ -68,12 +68,12 @@ def wait_for_both(instance: dg.DagsterInstance, reason: str) -> None:
             for name in ("nightly_retraining", "nightly_files")
         ),
         150,
-        f"both say {reason!r}",
+        f"both are skipped: {reason!r}",
     )
 
 
 @pytest.mark.slow
-def test_schedule_and_sensor_ask_a_daemon_for_one_run_per_state(
+def test_daemon_schedule_and_sensor_request_one_run_per_state(
     make_project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder = make_project("nightly", config={"retraining_cron": "* * * * *"})

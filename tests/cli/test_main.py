@@ -1,4 +1,4 @@
-"""Holds: the doctor tells problems with exit status 1, values with their source otherwise, and never loads torch."""
+"""The command line: doctor, settings and prune."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def rows(output):
     return {line.split()[0]: line.split()[1:] for line in output.splitlines() if len(line.split()) > 1}
 
 
-def test_a_healthy_project_shows_each_value_and_its_source(make_project, capsys):
+def test_doctor_valid_project_shows_each_value_and_its_source(make_project, capsys):
     folder = make_project(config={"disable_benchmark": True})
     assert main(["doctor", str(folder)]) == 0
     output = capsys.readouterr().out
@@ -34,31 +34,31 @@ def test_a_healthy_project_shows_each_value_and_its_source(make_project, capsys)
     assert max(len(line) for line in output.splitlines()) <= 100 or str(folder) in output
 
 
-def test_set_only_leaves_defaults_out(make_project, capsys):
+def test_doctor_set_only_omits_defaults(make_project, capsys):
     assert main(["doctor", "--set-only", str(make_project())]) == 0
     shown = rows(capsys.readouterr().out)
     assert "lora_rank" in shown
     assert "seed" not in shown
 
 
-def test_problems_are_printed_whole_and_the_status_is_one(make_project, capsys, monkeypatch):
+def test_doctor_invalid_project_prints_all_problems_and_returns_one(make_project, capsys, monkeypatch):
     good = make_project("good")
     make_project("bad", config={"learning_rat": 1})
     monkeypatch.setenv(PROJECTS_VARIABLE, str(good.parent))
     assert main(["doctor"]) == 1
     output = capsys.readouterr().out
     assert "learning_rat = 1\n    is not a known key\n    -> write learning_rate" in output
-    assert rows(output)["lora_rank"] == ["4", "config.json"]  # the good one is shown as well
+    assert rows(output)["lora_rank"] == ["4", "config.json"]  # the valid project is shown as well
     assert main(["doctor", "good"]) == 0
 
 
-def test_a_dataset_folder_that_does_not_exist_is_named(make_project, capsys):
+def test_doctor_missing_dataset_folder_is_reported(make_project, capsys):
     folder = make_project(dataset={"instance_data_dir": "elsewhere"})
     assert main(["doctor", str(folder)]) == 0
     assert f"{folder / 'elsewhere'} does not exist" in capsys.readouterr().out
 
 
-def test_the_doctor_reports_what_settings_and_folders_leave_unused(make_project, capsys):
+def test_doctor_unused_settings_and_files_are_reported(make_project, capsys):
     dataset = {"caption_strategy": "filename", "crop": False, "crop_aspect": "square", "crop_style": "center"}
     folder = make_project(images=3, dataset=dataset)
     (folder / "data").rename(folder / "10_shapes")
@@ -71,7 +71,7 @@ def test_the_doctor_reports_what_settings_and_folders_leave_unused(make_project,
     assert 'write "repeats": 9 in this entry.' in output
 
 
-def test_a_source_is_shown_with_what_it_lacks(make_project, capsys, monkeypatch):
+def test_doctor_unavailable_source_is_reported(make_project, capsys, monkeypatch):
     elsewhere = {"instance_data_dir": "", "type": "csv", "csv_file": "list.csv"}
     folder = make_project(dataset=elsewhere)
     assert main(["doctor", str(folder)]) == 0
@@ -84,7 +84,7 @@ def test_a_source_is_shown_with_what_it_lacks(make_project, capsys, monkeypatch)
     assert "pip install 'sdxl-pipeline[s3]'" in capsys.readouterr().out
 
 
-def test_the_profile_can_be_chosen_and_must_exist(make_project, capsys):
+def test_doctor_hardware_option_selects_an_existing_profile(make_project, capsys):
     folder = str(make_project())
     assert main(["doctor", "--hardware", "cuda-24gb", folder]) == 0
     assert rows(capsys.readouterr().out)["mixed_precision"] == ["bf16", "hardware", "profile", "cuda-24gb"]
@@ -92,34 +92,34 @@ def test_the_profile_can_be_chosen_and_must_exist(make_project, capsys):
     assert "cuda-25gb" in capsys.readouterr().out
 
 
-def test_settings_that_the_machine_cannot_do_are_problems(make_project, capsys):
+def test_doctor_settings_unsupported_by_the_hardware_return_one(make_project, capsys):
     assert main(["doctor", str(make_project(config={"mixed_precision": "fp16"}))]) == 1
     assert "fp16" in capsys.readouterr().out
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones(make_project, capsys, monkeypatch):
+def test_doctor_unknown_project_lists_the_known_ones(make_project, capsys, monkeypatch):
     monkeypatch.setenv(PROJECTS_VARIABLE, str(make_project("good").parent))
     assert main(["doctor", "goood"]) == 1
     assert "there are: good" in capsys.readouterr().out
 
 
-def test_settings_prints_the_page(capsys):
+def test_settings_prints_the_settings_page(capsys):
     assert main(["settings"]) == 0
     assert capsys.readouterr().out == settings_page()
 
 
-def test_the_doctor_does_not_load_torch(make_project):
+def test_doctor_does_not_import_torch(make_project):
     code = "import sys; from sdxl_pipeline.cli.main import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
-    asked = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, "doctor", str(make_project())],
         cwd=Path(__file__).parents[2],
         check=False,
     )
-    assert asked.returncode == 0
+    assert process.returncode == 0
 
 
-def leave_entries(storage):
-    """Two entries that no project refers to, and the bytes they take."""
+def write_unreferenced_entries(storage):
+    """Write two entries that no project refers to, and return their size in bytes."""
     from sdxl_pipeline.cache.store.tensor_store import TensorStore
 
     store = TensorStore(storage / "latents")
@@ -129,11 +129,11 @@ def leave_entries(storage):
     return sum(path.stat().st_size for path in (storage / "latents" / "shards").iterdir())
 
 
-def test_a_prune_shows_what_would_go_and_frees_it_when_told(make_project, monkeypatch, capsys, own_storage):
+def test_prune_shows_entries_and_frees_them_with_yes(make_project, monkeypatch, capsys, own_storage):
     monkeypatch.setenv(PROJECTS_VARIABLE, str(make_project(images=0).parent))
-    size = leave_entries(own_storage)
+    size = write_unreferenced_entries(own_storage)
     assert main(["prune", "--dry-run"]) == 0
-    assert main(["prune"]) == 1, "nobody is there to say yes"
+    assert main(["prune"]) == 1, "the terminal is not interactive"
     output = capsys.readouterr().out
     assert "entries" in output
     assert f"{size / 1000:.1f} kB" in output
@@ -147,18 +147,22 @@ def test_a_prune_shows_what_would_go_and_frees_it_when_told(make_project, monkey
 
 
 @pytest.mark.parametrize(("answer", "freed"), [("y", True), ("n", False), ("", False)])
-def test_a_prune_asks_a_person(make_project, monkeypatch, capsys, own_storage, answer, freed):
+def test_prune_interactive_terminal_asks_for_confirmation(
+    make_project, monkeypatch, capsys, own_storage, answer, freed
+):
     monkeypatch.setenv(PROJECTS_VARIABLE, str(make_project(images=0).parent))
-    leave_entries(own_storage)
+    write_unreferenced_entries(own_storage)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("builtins.input", lambda prompt="": answer)
     assert main(["prune"]) == (0 if freed else 1)
     assert (not list((own_storage / "latents" / "shards").iterdir())) == freed
 
 
-def test_a_prune_without_projects_frees_nothing_and_says_why(monkeypatch, capsys, own_storage, tmp_path):
+def test_prune_without_projects_frees_nothing_and_prints_the_reason(
+    monkeypatch, capsys, own_storage, tmp_path
+):
     monkeypatch.setenv(PROJECTS_VARIABLE, str(tmp_path / "typo"))
-    leave_entries(own_storage)
+    write_unreferenced_entries(own_storage)
     assert main(["prune", "--yes"]) == 1
     assert "Nothing is freed: the projects folder" in capsys.readouterr().out
     assert list((own_storage / "latents" / "shards").iterdir())

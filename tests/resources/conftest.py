@@ -1,4 +1,4 @@
-"""What the tests with real processes share."""
+"""Fixtures of the tests with real processes."""
 
 import contextlib
 import os
@@ -16,11 +16,11 @@ def work_dir(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def no_process_outlives_its_test():
-    """A test that fails half-way must not leave its processes to the others."""
+def kill_leftover_processes():
+    """Kill the processes of a failed test, so that they do not affect others."""
     yield
-    while Worker.started_here:
-        worker = Worker.started_here.pop()
+    while Worker.instances:
+        worker = Worker.instances.pop()
         pids = [int(path.read_text()) for path in worker.folder.glob("*.pid")]
         for pid in [worker.process.pid, *pids]:
             with contextlib.suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""An asset graph of one asset that launches the sleepy stage, as told by environment variables.
+"""Assets that launch the sleepy stage, configured by environment variables.
 
 `python -m tests.resources.sleepy_asset` materializes it in this process; the code location is for the dagster command.
 """
@@ -22,7 +22,7 @@ def launch(context: dg.AssetExecutionContext, launcher: LocalStageClient) -> dg.
     hardware = Hardware.model_validate(
         PRESETS["cpu"].model_dump() | {"num_processes": int(os.environ.get("SLEEPY_PROCESSES", "1"))}
     )
-    manifest = launcher.run(
+    manifest = launcher.run_stage(
         context,
         os.environ.get("SLEEPY_STAGE", "tests.stages.sleepy_stage"),
         spec,

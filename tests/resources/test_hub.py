@@ -1,4 +1,4 @@
-"""Publishing through the real Hub client against a Hub on this machine, and every reason why it may not be possible."""
+"""Publishing with the Hub client to a local Hub server, and every reason for a failure."""
 
 import dagster as dg
 import pytest
@@ -38,17 +38,17 @@ def folder(tmp_path):
     return release
 
 
-def test_a_folder_is_published_whole_as_one_commit(hub, user, folder):
+def test_upload_folder_publishes_all_files_in_one_commit(hub, user, folder):
     commit, url = HubResource().upload_folder(folder, f"{user}/released", True, "A LoRA of stars")
     published = hub.files(f"{user}/released")
-    wanted = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
-    assert {name: published[name] for name in wanted} == wanted
+    expected = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
+    assert {name: published[name] for name in expected} == expected
     assert hub.commits(f"{user}/released").count("A LoRA of stars") == 1
     assert commit in url
     assert url.startswith(hub.endpoint)
 
 
-def test_publishing_again_replaces_what_changed(hub, user, folder):
+def test_upload_folder_second_commit_replaces_changed_files(hub, user, folder):
     first, _ = HubResource().upload_folder(folder, f"{user}/twice", True, "first")
     (folder / "README.md").write_text("# Better\n")
     second, _ = HubResource().upload_folder(folder, f"{user}/twice", True, "second")
@@ -56,7 +56,7 @@ def test_publishing_again_replaces_what_changed(hub, user, folder):
     assert hub.files(f"{user}/twice")["README.md"] == b"# Better\n"
 
 
-def test_a_failed_upload_is_a_failure(hub, user, folder):
+def test_upload_folder_rejected_commit_is_a_failure(hub, user, folder):
     hub.fail_next(status=403, path="/commit/")
     with pytest.raises(dg.Failure, match=f"could not be published as {user}/refused"):
         HubResource().upload_folder(folder, f"{user}/refused", True, "refused")
@@ -68,8 +68,10 @@ CALLS = ("/repos/create", "/preupload/", "/objects/batch", "/commit/")
 
 @pytest.mark.parametrize("path", CALLS)
 @pytest.mark.parametrize("status", [429, 503])
-def test_upload_folder_repeats_each_call_while_the_hub_is_busy(hub, user, folder, monkeypatch, path, status):
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # of its own repetitions
+def test_upload_folder_busy_hub_retries_each_call(hub, user, folder, monkeypatch, path, status):
+    monkeypatch.setattr(
+        "huggingface_hub.utils._http.time.sleep", lambda _: None
+    )  # of the client's own retries
     name = f"{user}/busy-{status}-{path.strip('/').replace('/', '-')}"
     (folder / "new.bin").write_bytes(name.encode())  # content that no other test has uploaded
     hub.fail_next(2, status=status, path=path, headers={"Retry-After": "0"})
@@ -77,7 +79,7 @@ def test_upload_folder_repeats_each_call_while_the_hub_is_busy(hub, user, folder
     assert "new.bin" in hub.files(name)
 
 
-def test_check_can_push_waits_as_long_as_the_hub_asks(hub, user, monkeypatch):
+def test_check_can_push_busy_hub_waits_as_long_as_requested(hub, user, monkeypatch):
     waits = []
     monkeypatch.setattr("tenacity.nap.time.sleep", waits.append)
     hub.fail_next(1, status=429, path="/whoami", headers={"Retry-After": "7"})
@@ -88,7 +90,7 @@ def test_check_can_push_waits_as_long_as_the_hub_asks(hub, user, monkeypatch):
     assert 0 < waits[2] < 1
 
 
-def test_check_can_push_gives_up_after_some_tries_with_a_sentence(hub, user):
+def test_check_can_push_busy_hub_fails_after_the_last_try(hub, user):
     before = len(hub.requests)
     hub.fail_next(hub_client.TRIES, status=503, path="/whoami")
     with pytest.raises(dg.Failure, match=r"HTTP 503.*unavailable.*again later"):
@@ -96,14 +98,14 @@ def test_check_can_push_gives_up_after_some_tries_with_a_sentence(hub, user):
     assert len(hub.requests) - before == hub_client.TRIES
 
 
-def test_check_can_push_does_not_wait_for_hours(hub, user):
+def test_check_can_push_long_wait_fails_at_once(hub, user):
     hub.fail_next(1, status=429, path="/whoami", headers={"Retry-After": "86400"})
     with pytest.raises(dg.Failure, match="HTTP 429: the Hub's rate limit is reached"):
         HubResource().check_can_push(f"{user}/stars")
 
 
 @pytest.mark.parametrize("path", ["/repos/create", "/commit/"])
-def test_upload_folder_conflict_without_a_body_gives_a_sentence(hub, user, folder, path):
+def test_upload_folder_conflict_without_body_fails_with_a_message(hub, user, folder, path):
     hub.fail_next(1, status=409, path=path, headers={})
     with pytest.raises(dg.Failure) as failure:
         HubResource().upload_folder(folder, f"{user}/conflict", True, "conflict")
@@ -114,38 +116,38 @@ def test_upload_folder_conflict_without_a_body_gives_a_sentence(hub, user, folde
     assert "materialize this asset again" in message
 
 
-def test_a_token_that_may_write_passes(hub, user):
+def test_check_can_push_write_token_passes(hub, user):
     HubResource().check_can_push(f"{user}/anything")
     HubResource().check_can_push("anything")
 
 
-def test_without_a_token_nothing_is_asked_and_the_message_says_what_to_do(server, monkeypatch, tmp_path):
+def test_check_can_push_without_token_fails_without_a_request(server, monkeypatch, tmp_path):
     server.adopt_process(monkeypatch, tmp_path, token=None)
-    asked_before = len(server.requests)
+    requests_before = len(server.requests)
     with pytest.raises(
-        dg.Failure, match=r"no token to publish me/stars.*HF_TOKEN.*hf auth login.*push_to_hub"
+        dg.Failure, match=r"no token for publishing me/stars.*HF_TOKEN.*hf auth login.*push_to_hub"
     ) as raised:
         HubResource().check_can_push("me/stars")
     assert raised.value.allow_retries is False
-    assert len(server.requests) == asked_before
+    assert len(server.requests) == requests_before
 
 
-def test_a_token_the_hub_does_not_know_is_named_as_such_but_not_shown(server, monkeypatch, tmp_path):
+def test_check_can_push_unknown_token_fails_without_printing_it(server, monkeypatch, tmp_path):
     server.adopt_process(monkeypatch, tmp_path, token="hf_of_somewhere_else")
-    with pytest.raises(dg.Failure, match=r"does not accept the token.*HF_TOKEN") as raised:
+    with pytest.raises(dg.Failure, match=r"rejects the token.*HF_TOKEN") as raised:
         HubResource().check_can_push("me/stars")
     assert "hf_of_somewhere_else" not in str(raised.value.description)
 
 
-def test_someone_elses_repository_is_refused_before_training(hub, user):
+def test_check_can_push_repository_of_another_owner_fails(hub, user):
     with pytest.raises(
         dg.Failure, match=rf"belongs to someone-else, but the token belongs to {user}.*hub_model_id"
     ):
         HubResource().check_can_push("someone-else/stars")
 
 
-def test_a_hub_that_cannot_be_reached_is_a_failure_that_may_be_retried(hub):
-    with pytest.raises(dg.Failure, match=r"the Hub at http://127\.0\.0\.1:9 cannot be asked") as raised:
+def test_check_can_push_unreachable_hub_fails_with_retries(hub):
+    with pytest.raises(dg.Failure, match=r"the Hub at http://127\.0\.0\.1:9 did not answer") as raised:
         HubResource(endpoint="http://127.0.0.1:9").check_can_push("me/stars")
     assert raised.value.allow_retries is True
 
@@ -160,11 +162,11 @@ def scope(name, *permissions):
 
 
 @pytest.mark.parametrize(
-    ("repo_id", "asked", "problem"),
+    ("repo_id", "whoami", "problem"),
     [
         ("stars", account(), None),
         ("me/stars", account(), None),
-        ("me/stars", account(role="read"), "may only read"),
+        ("me/stars", account(role="read"), "is read-only"),
         ("us/stars", account(orgs=[{"name": "us", "roleInOrg": "write"}]), None),
         ("us/stars", account(orgs=[{"name": "us"}]), None),
         (
@@ -172,7 +174,7 @@ def scope(name, *permissions):
             account(orgs=[{"name": "us", "roleInOrg": "read"}]),
             "may only read in the organization us",
         ),
-        ("them/stars", account(orgs=[{"name": "us", "roleInOrg": "write"}]), "no member there"),
+        ("them/stars", account(orgs=[{"name": "us", "roleInOrg": "write"}]), "not a member of it"),
         ("me/stars", account(role="fineGrained", scoped=[scope("me", "repo.write")]), None),
         ("stars", account(role="fineGrained", scoped=[scope("me/stars", "repo.write")]), None),
         ("me/stars", account(role="fineGrained", scoped=[scope("me/moons", "repo.write")]), "fine-grained"),
@@ -180,6 +182,6 @@ def scope(name, *permissions):
         ("me/stars", {"name": "me"}, None),
     ],
 )
-def test_what_the_hub_says_of_a_token_decides(repo_id, asked, problem):
-    answer = missing_write_access(asked, repo_id)
-    assert (answer is None) if problem is None else (problem in answer)
+def test_missing_write_access_account_and_token_decide(repo_id, whoami, problem):
+    message = missing_write_access(whoami, repo_id)
+    assert (message is None) if problem is None else (problem in message)

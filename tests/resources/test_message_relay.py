@@ -1,4 +1,4 @@
-"""Which messages of a stage reach Dagster's event log: a thinned curve with both ends, and progress now and then."""
+"""The messages of a stage in Dagster's event log: thinned metrics with both ends, progress at intervals, and images."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from resources.message_relay import IMAGE_BYTES, MessageRelay, PointThinner
 
 
 class Context:
-    """Keeps what is logged."""
+    """Records log lines and observations."""
 
     asset_key = dg.AssetKey(["demo", "lora"])
 
@@ -28,7 +28,7 @@ def context():
     return Context()
 
 
-def relay_for(context, metric_points=100, clock=lambda: 0.0):
+def make_relay(context, metric_points=100, clock=lambda: 0.0):
     return MessageRelay(context, progress_seconds=10.0, metric_points=metric_points, clock=clock)
 
 
@@ -40,8 +40,8 @@ def metric(step, **values):
     return {"type": "metric", "step": step, "values": values}
 
 
-def test_a_long_curve_keeps_about_as_many_points_as_asked_and_both_ends(context):
-    relay = relay_for(context)
+def test_relay_long_curve_is_thinned_to_metric_points_with_both_ends(context):
+    relay = make_relay(context)
     messages = [progress(0, 9_999)]
     for step in range(1, 10_000):
         messages.append(metric(step, loss=1 / step))
@@ -54,8 +54,8 @@ def test_a_long_curve_keeps_about_as_many_points_as_asked_and_both_ends(context)
     assert context.observations[3] == {"step": 301, "loss": 1 / 301}
 
 
-def test_without_a_total_the_points_grow_sparse(context):
-    relay = relay_for(context)
+def test_relay_unknown_total_intervals_grow_with_the_step(context):
+    relay = make_relay(context)
     relay.relay([metric(step, loss=1.0) for step in range(1, 100_001)])
     relay.finish()
     steps = [observation["step"] for observation in context.observations]
@@ -64,29 +64,29 @@ def test_without_a_total_the_points_grow_sparse(context):
     assert steps[-1] == 100_000
 
 
-def test_rare_metrics_are_not_thinned_by_frequent_ones(context):
-    relay = relay_for(context, metric_points=10)
+def test_relay_rare_metrics_are_thinned_separately(context):
+    relay = make_relay(context, metric_points=10)
     relay.relay(
         [progress(0, 1000), *(metric(step, loss=1.0) for step in range(500)), metric(500, eval_loss=0.5)]
     )
     assert {"step": 500, "eval_loss": 0.5} in context.observations
 
 
-def test_a_resumed_curve_is_thinned_by_the_whole_length(context):
-    relay = relay_for(context, metric_points=10)
+def test_relay_resumed_curve_is_thinned_by_the_total_length(context):
+    relay = make_relay(context, metric_points=10)
     relay.relay([progress(600, 1000), *(metric(step, loss=1.0) for step in range(601, 1001))])
     relay.finish()
     assert [observation["step"] for observation in context.observations] == [601, 701, 801, 901, 1000]
 
 
-def test_a_number_that_json_cannot_hold_is_shown_by_its_name(context):
-    relay_for(context).relay([metric(1, loss="nan")])
+def test_relay_non_finite_value_is_its_name(context):
+    make_relay(context).relay([metric(1, loss="nan")])
     assert context.observations == [{"step": 1, "loss": "nan"}]
 
 
-def test_progress_is_logged_at_first_now_and_then_and_at_last(context):
+def test_relay_progress_is_logged_first_at_intervals_and_last(context):
     now = [0.0]
-    relay = relay_for(context, clock=lambda: now[0])
+    relay = make_relay(context, clock=lambda: now[0])
     messages = []
     for done in range(1, 26):
         messages.append(progress(done, 25))
@@ -100,21 +100,21 @@ def test_progress_is_logged_at_first_now_and_then_and_at_last(context):
     ]
 
 
-def test_an_unknown_message_is_an_error(context):
-    with pytest.raises(ValueError, match="does not know"):
-        relay_for(context).relay([{"type": "smoke signal"}])
+def test_relay_unknown_message_raises(context):
+    with pytest.raises(ValueError, match="unknown message"):
+        make_relay(context).relay([{"type": "smoke signal"}])
 
 
-def test_a_thinner_keeps_everything_of_a_short_curve():
+def test_point_thinner_short_curve_selects_every_point():
     thinner = PointThinner(limit=100)
-    assert all(thinner.keeps(step, total=50) for step in range(50))
+    assert all(thinner.select(step, total=50) for step in range(50))
 
 
-def test_a_image_is_put_on_the_runs_page_and_one_that_forms_not_at_every_step(context, tmp_path):
+def test_relay_image_is_an_observation_at_intervals(context, tmp_path):
     path = tmp_path / "star.png"
     Image.effect_noise((1024, 1024), 90).save(path)
     now = [0.0]
-    relay = relay_for(context, clock=lambda: now[0])
+    relay = make_relay(context, clock=lambda: now[0])
     messages = []
     for second in range(12):
         now[0] = float(second)
@@ -127,11 +127,13 @@ def test_a_image_is_put_on_the_runs_page_and_one_that_forms_not_at_every_step(co
         }
         messages.append(message)
         relay.relay(messages)
-    shown = context.observations
-    assert [(seen["name"], seen["step"]) for seen in shown] == [("star, forming", 4)] * 3  # at 0, 5 and 10 s
-    assert shown[0]["image"].startswith("![star, forming](data:image/jpeg;base64,")
-    assert 1_000 < len(shown[0]["image"]) < 1.4 * IMAGE_BYTES
+    observations = context.observations
+    assert [(image["name"], image["step"]) for image in observations] == [
+        ("star, forming", 4)
+    ] * 3  # at 0, 5 and 10 s
+    assert observations[0]["image"].startswith("![star, forming](data:image/jpeg;base64,")
+    assert 1_000 < len(observations[0]["image"]) < 1.4 * IMAGE_BYTES
     assert len(context.lines) == 3
     relay.relay([*messages, {**messages[0], "name": "star", "path": str(tmp_path / "gone.png")}])
-    assert len(context.observations) == 3  # the file is not there, and that is no reason to fail
+    assert len(context.observations) == 3  # a missing file is not an error
     assert len(context.lines) == 4

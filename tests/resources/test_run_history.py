@@ -1,4 +1,4 @@
-"""The run history: any number of first starts at once make one that works, and damage is reported with the file and what to do."""
+"""The run history: concurrent first starts create a valid one, and corruption is reported with the file and the fix."""
 
 import multiprocessing
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from resources.run_history import DamagedHistoryError, RunHistoryStorage
+from resources.run_history import CorruptHistoryError, RunHistoryStorage
 from tests.resources.worker import REPOSITORY
 
 FILES = ("history/runs.db", "history/runs/index.db", "schedules/schedules.db")
@@ -22,7 +22,7 @@ def create(folder: Path, barrier: Barrier) -> None:
     storage.run_storage.get_runs()
 
 
-def test_first_starts_at_the_same_time_all_succeed(tmp_path: Path) -> None:
+def test_storage_concurrent_first_starts_all_succeed(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     for attempt in range(3):
         barrier = context.Barrier(STARTS)
@@ -48,43 +48,47 @@ def overwrite_pages(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [overwrite_header, overwrite_pages])
+@pytest.mark.parametrize("corrupt", [overwrite_header, overwrite_pages])
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_file_is_named_and_the_advice_works(tmp_path: Path, name: str, damage) -> None:
+def test_storage_corrupt_file_is_named_and_moving_it_away_fixes_it(
+    tmp_path: Path, name: str, corrupt
+) -> None:
     RunHistoryStorage.from_local(str(tmp_path))
     path = tmp_path / name
     for leftover in path.parent.glob(f"{path.name}-*"):
         leftover.unlink()
-    damage(path)
+    corrupt(path)
     with pytest.raises(
-        DamagedHistoryError, match="weights, caches and datasets are stored elsewhere"
+        CorruptHistoryError, match="weights, caches and datasets are stored elsewhere"
     ) as error:
-        read_everything(RunHistoryStorage.from_local(str(tmp_path)))
+        read_all_storages(RunHistoryStorage.from_local(str(tmp_path)))
     assert f"{path} (" in str(error.value)
-    for found in path.parent.glob(f"{path.name}*"):
-        found.rename(tmp_path / found.name)
-    read_everything(RunHistoryStorage.from_local(str(tmp_path)))
+    for file in path.parent.glob(f"{path.name}*"):
+        file.rename(tmp_path / file.name)
+    read_all_storages(RunHistoryStorage.from_local(str(tmp_path)))
 
 
-def read_everything(storage: RunHistoryStorage) -> None:
+def read_all_storages(storage: RunHistoryStorage) -> None:
     storage.run_storage.get_runs()
     storage.event_log_storage.get_pool_limits()
     storage.schedule_storage.all_instigator_state()
 
 
-def test_two_heads_of_an_interrupted_first_start_are_reported_as_damage(tmp_path: Path) -> None:
+def test_storage_two_alembic_heads_are_reported_as_corruption(tmp_path: Path) -> None:
     import sqlite3
 
     RunHistoryStorage.from_local(str(tmp_path))
     with sqlite3.connect(tmp_path / "history" / "runs.db") as connection:
         connection.execute("INSERT INTO alembic_version VALUES ('16e3115a602a')")
-    with pytest.raises(DamagedHistoryError, match=str(tmp_path)):
+    with pytest.raises(CorruptHistoryError, match=str(tmp_path)):
         RunHistoryStorage.from_local(str(tmp_path))
 
 
-def test_dagsters_command_prints_the_sentence_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shipped = (REPOSITORY / "dagster.yaml").read_text()
-    (tmp_path / "dagster.yaml").write_text(shipped.replace(".dagster", str(tmp_path / "dagster")))
+def test_dagster_command_corrupt_history_prints_only_the_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configuration = (REPOSITORY / "dagster.yaml").read_text()
+    (tmp_path / "dagster.yaml").write_text(configuration.replace(".dagster", str(tmp_path / "dagster")))
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
     with dg.DagsterInstance.get():
         pass
@@ -92,5 +96,5 @@ def test_dagsters_command_prints_the_sentence_alone(tmp_path: Path, monkeypatch:
     command = [sys.executable, "-m", "dagster", "run", "list"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
     assert run.returncode == 1
-    assert run.stderr.startswith("Error: The run history is damaged: ")
+    assert run.stderr.startswith("Error: The run history is corrupt: ")
     assert "Traceback" not in run.stderr

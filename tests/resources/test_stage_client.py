@@ -1,4 +1,4 @@
-"""The launcher with real stages on a real Dagster instance: what it hands on, what failures say, and that nothing outlives a stop."""
+"""The stage client with real stages and a real Dagster instance: manifests, messages, failures, and stopping all processes."""
 
 import os
 import signal
@@ -19,8 +19,8 @@ FOREVER = 100_000
 
 @pytest.fixture(scope="module")
 def instance():
-    with dg.instance_for_test() as one_for_all:
-        yield one_for_all
+    with dg.instance_for_test() as module_instance:
+        yield module_instance
 
 
 def materialize(
@@ -32,15 +32,13 @@ def materialize(
     )
 
 
-def failure_of(result):
-    """The failure event of the last attempt."""
+def step_failure(result):
+    """Return the failure event of the last attempt."""
     (event,) = [event for event in result.all_events if event.is_step_failure]
     return event.step_failure_data
 
 
-def test_a_finished_stage_hands_on_its_manifest_and_what_it_reported(
-    tmp_path, work_dir, monkeypatch, instance
-):
+def test_run_stage_returns_the_manifest_and_relays_messages(tmp_path, work_dir, monkeypatch, instance):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
@@ -61,7 +59,7 @@ def test_a_finished_stage_hands_on_its_manifest_and_what_it_reported(
     assert manifest.environment["HF_TOKEN"] == "hf_secret", "the environment carries the token"
     assert "hf_secret" not in (work_dir / "sleepy_stage.spec.json").read_text()
     assert manifest.environment["TQDM_DISABLE"] == "1"
-    assert manifest.environment["TRANSFORMERS_VERBOSITY"] == "info", "what the user has set, stands"
+    assert manifest.environment["TRANSFORMERS_VERBOSITY"] == "info", "a value set by the user is not replaced"
     assert manifest.environment["EXTRA"] == "yes"
 
     steps = [point["step"].value for point in points]
@@ -73,8 +71,8 @@ def test_a_finished_stage_hands_on_its_manifest_and_what_it_reported(
     assert f"image dot at step 60: {tmp_path}/dot.png (a dot)" in logged
 
 
-def test_two_runs_at_once_do_not_take_each_others_spec_or_manifest(tmp_path, work_dir):
-    """Between two runs of one project, as with a pool of two: neither counts to the other's number."""
+def test_run_stage_concurrent_runs_use_separate_specs_and_manifests(tmp_path, work_dir):
+    """Two runs of one project, as with a pool of two, count to their own number of steps."""
     workers = []
     for steps in (3, 4):
         folder = tmp_path / str(steps)
@@ -104,35 +102,35 @@ def test_two_runs_at_once_do_not_take_each_others_spec_or_manifest(tmp_path, wor
         ),
     ],
 )
-def test_a_failed_stage_is_a_failure_with_its_message_retried_if_that_may_help(
+def test_run_stage_failed_stage_raises_its_message_and_retries_only_crashes(
     tmp_path, work_dir, monkeypatch, instance, ending, attempts, message
 ):
     result = materialize(
         SleepySpec(folder=tmp_path, ending=ending), monkeypatch, instance, sleepy_with_a_retry
     )
     assert not result.success
-    failure = failure_of(result)
+    failure = step_failure(result)
     assert message in failure.user_failure_data.description
     assert (tmp_path / "starts").read_text() == "x" * attempts
     if ending == "crash":
         assert "in main" in failure.user_failure_data.metadata["traceback"].value
 
 
-def test_an_interrupted_stage_saves_and_the_whole_group_is_gone(tmp_path, work_dir):
+def test_run_stage_interrupted_saves_and_ends_the_process_group(tmp_path, work_dir):
     spec = SleepySpec(folder=tmp_path, steps=FOREVER, save_seconds=1.5, helper=True)
     worker = Worker(spec, work_dir)
     pids = worker.started("stage-0", "helper-0")
     os.kill(worker.process.pid, signal.SIGINT)
     wait_for_number(tmp_path / "saving")
-    os.kill(worker.process.pid, signal.SIGINT)  # the impatient second Ctrl-C
+    os.kill(worker.process.pid, signal.SIGINT)  # a second Ctrl-C during the save
     os.kill(worker.process.pid, signal.SIGTERM)
     assert worker.end() != 0
     assert (tmp_path / "saved").exists()
-    assert not any(runs(pid) for pid in pids), "the step ended before its processes had"
+    assert not any(runs(pid) for pid in pids), "the step ended before its processes"
     assert "stopping stage sleepy_stage" in worker.output
 
 
-def test_a_stage_that_will_not_stop_is_killed_after_the_timeout(tmp_path, work_dir):
+def test_run_stage_unresponsive_stage_is_killed_after_the_timeout(tmp_path, work_dir):
     spec = SleepySpec(folder=tmp_path, steps=FOREVER, stubborn=True, helper=True)
     worker = Worker(spec, work_dir, SLEEPY_STOP_TIMEOUT="1")
     pids = worker.started("stage-0", "helper-0")
@@ -142,7 +140,7 @@ def test_a_stage_that_will_not_stop_is_killed_after_the_timeout(tmp_path, work_d
     assert not (tmp_path / "saved").exists()
 
 
-def test_a_killed_worker_leaves_no_process_and_the_stage_has_saved(tmp_path, work_dir):
+def test_run_stage_killed_worker_stage_saves_and_ends(tmp_path, work_dir):
     spec = SleepySpec(folder=tmp_path, steps=FOREVER, save_seconds=0.5, helper=True)
     worker = Worker(spec, work_dir)
     pids = worker.started("stage-0", "helper-0")
@@ -152,7 +150,7 @@ def test_a_killed_worker_leaves_no_process_and_the_stage_has_saved(tmp_path, wor
     assert (tmp_path / "saved").exists()
 
 
-def test_a_killed_worker_leaves_not_even_a_stage_that_will_not_stop(tmp_path, work_dir):
+def test_run_stage_killed_worker_ends_an_unresponsive_stage(tmp_path, work_dir):
     spec = SleepySpec(folder=tmp_path, steps=FOREVER, stubborn=True, helper=True)
     worker = Worker(spec, work_dir, SLEEPY_STOP_TIMEOUT="1")
     pids = worker.started("stage-0", "helper-0")
@@ -164,7 +162,7 @@ def test_a_killed_worker_leaves_not_even_a_stage_that_will_not_stop(tmp_path, wo
 TRAIN = {"SLEEPY_STAGE": "tests.stages.distributed.train", "SLEEPY_PROCESSES": "2"}
 
 
-def test_training_on_two_devices_has_two_ranks_and_one_manifest(tmp_path, work_dir):
+def test_run_stage_train_on_two_devices_has_two_ranks_and_one_manifest(tmp_path, work_dir):
     worker = Worker(SleepySpec(folder=tmp_path), work_dir, **TRAIN)
     assert worker.end() == 0, worker.output
     assert (tmp_path / "done-1").exists()
@@ -172,14 +170,14 @@ def test_training_on_two_devices_has_two_ranks_and_one_manifest(tmp_path, work_d
     assert (manifest.environment["RANK"], manifest.environment["WORLD_SIZE"]) == ("0", "2")
 
 
-def test_other_stages_use_one_device_whatever_the_hardware_has(tmp_path, work_dir, monkeypatch, instance):
+def test_run_stage_other_stages_use_one_process(tmp_path, work_dir, monkeypatch, instance):
     monkeypatch.setenv("SLEEPY_PROCESSES", "2")
     assert materialize(SleepySpec(folder=tmp_path), monkeypatch, instance).success
     assert not (tmp_path / "done-1").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_all_ranks_save_and_are_gone_when_the_worker_is_stopped_or_killed(tmp_path, work_dir, number):
+def test_run_stage_stopped_or_killed_worker_all_ranks_save_and_end(tmp_path, work_dir, number):
     spec = SleepySpec(folder=tmp_path, steps=FOREVER, helper=True)
     worker = Worker(spec, work_dir, **TRAIN)
     pids = worker.started("stage-0", "stage-1", "helper-0", "helper-1")
@@ -190,8 +188,8 @@ def test_all_ranks_save_and_are_gone_when_the_worker_is_stopped_or_killed(tmp_pa
     assert (tmp_path / "saved").exists()
 
 
-def test_dagsters_own_command_keeps_stdout_and_stops_the_stage(tmp_path, work_dir):
-    """As a run from the command line or the UI: the step is a process of the multiprocess executor, which gets the signal."""
+def test_dagster_command_stores_stdout_and_stops_the_stage(tmp_path, work_dir):
+    """In a run from the command line or the UI, the step is a process of the multiprocess executor, which gets the signal."""
     home = tmp_path / "home"
     home.mkdir()
     (home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
@@ -207,5 +205,5 @@ def test_dagsters_own_command_keeps_stdout_and_stops_the_stage(tmp_path, work_di
     assert worker.end() != 0
     assert (tmp_path / "saved").exists()
     wait_until_gone([step, *pids])
-    kept = "".join(path.read_text() for path in (home / "storage").rglob("*.out"))
-    assert "stdout of rank 0" in kept
+    stored = "".join(path.read_text() for path in (home / "storage").rglob("*.out"))
+    assert "stdout of rank 0" in stored

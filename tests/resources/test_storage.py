@@ -1,4 +1,4 @@
-"""Where values lie and what comes back: tables and manifests through real asset graphs, each asset a run of its own."""
+"""Storage paths and the IO manager: tables and manifests in asset graphs, one run per asset."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,38 +48,38 @@ def run(assets, root, selection=None):
     )
 
 
-def test_a_table_comes_back_as_it_was_lists_included(tmp_path):
-    seen = []
+def test_value_io_manager_table_round_trip_keeps_lists(tmp_path):
+    loaded = []
 
     @dg.asset(ins={"dataset": dg.AssetIn(key=["demo", "shapes", "dataset"])})
     def reader(dataset: pd.DataFrame) -> None:
-        seen.append(dataset)
+        loaded.append(dataset)
 
     run([dataset], tmp_path)
     run([dataset, reader], tmp_path, selection=[reader])
-    pd.testing.assert_frame_equal(seen[0], TABLE)
-    assert all(type(captions) is list for captions in seen[0]["captions"])
+    pd.testing.assert_frame_equal(loaded[0], TABLE)
+    assert all(type(captions) is list for captions in loaded[0]["captions"])
     assert (tmp_path / "values/demo/shapes/dataset.parquet").exists()
 
 
-def test_a_manifest_comes_back_as_the_type_the_reader_asks_for(tmp_path):
-    seen = []
+def test_value_io_manager_manifest_is_loaded_as_the_input_type(tmp_path):
+    loaded = []
 
     @dg.asset(ins={"lora": dg.AssetIn(key=["demo", "lora.v1"])})
     def by_annotation(lora: Manifest) -> None:
-        seen.append(lora)
+        loaded.append(lora)
 
     @dg.asset(ins={"lora": dg.AssetIn(key=["demo", "lora.v1"], dagster_type=Manifest)})
     def by_dagster_type(lora) -> None:
-        seen.append(lora)
+        loaded.append(lora)
 
     run([lora], tmp_path)
     run([lora, by_annotation, by_dagster_type], tmp_path, selection=[by_annotation, by_dagster_type])
-    assert seen == [MANIFEST, MANIFEST]
+    assert loaded == [MANIFEST, MANIFEST]
     assert (tmp_path / "values/demo/lora.v1.json").exists()
 
 
-def test_the_path_is_shown_with_the_materialization(tmp_path):
+def test_value_io_manager_path_is_in_the_metadata(tmp_path):
     result = run([dataset], tmp_path)
     (materialization,) = result.asset_materializations_for_node("demo__shapes__dataset")
     assert materialization.metadata["path"] == dg.MetadataValue.path(
@@ -87,20 +87,20 @@ def test_the_path_is_shown_with_the_materialization(tmp_path):
     )
 
 
-def test_a_missing_value_names_the_asset_to_materialize_by_a_selection_that_finds_it(tmp_path):
+def test_value_io_manager_missing_value_fails_with_the_selection_to_materialize(tmp_path):
     @dg.asset(ins={"dataset": dg.AssetIn(key=["demo", "shapes", "dataset"])})
     def reader(dataset: pd.DataFrame) -> None:
         pass
 
     with pytest.raises(
-        dg.Failure, match=r"value of asset demo/shapes/dataset is not there[\s\S]*Materialize it first"
+        dg.Failure, match=r"value of asset demo/shapes/dataset does not exist[\s\S]*Materialize it first"
     ) as raised:
         run([dataset, reader], tmp_path, selection=[reader])
     selection = str(raised.value.description).partition("--select '")[2].partition("'")[0]
     assert dg.AssetSelection.from_string(selection).resolve([dataset, reader]) == {dataset.key}
 
 
-def test_a_manifest_of_another_version_says_so(tmp_path):
+def test_value_io_manager_manifest_of_another_version_fails(tmp_path):
     @dg.asset(ins={"lora": dg.AssetIn(key=["demo", "lora.v1"])})
     def reader(lora: Manifest) -> None:
         pass
@@ -108,11 +108,13 @@ def test_a_manifest_of_another_version_says_so(tmp_path):
     path = tmp_path / "values/demo/lora.v1.json"
     path.parent.mkdir(parents=True)
     path.write_text('{"digest": "abc", "shape": [1]}')
-    with pytest.raises(dg.Failure, match=r"does not fit Manifest; another version[\s\S]*sizes"):
+    with pytest.raises(
+        dg.Failure, match=r"is not a valid Manifest: it was written by another version[\s\S]*sizes"
+    ):
         run([lora, reader], tmp_path, selection=[reader])
 
 
-def test_a_value_of_another_type_is_refused(tmp_path):
+def test_value_io_manager_unsupported_type_raises(tmp_path):
     @dg.asset
     def number() -> int:
         return 3
@@ -121,7 +123,7 @@ def test_a_value_of_another_type_is_refused(tmp_path):
         run([number], tmp_path)
 
 
-def test_the_root_comes_from_the_field_the_environment_or_the_repository(tmp_path, monkeypatch):
+def test_storage_path_from_field_environment_or_repository(tmp_path, monkeypatch):
     monkeypatch.setenv("SDXL_PIPELINE_STORAGE", str(tmp_path / "env"))
     assert Storage(root=str(tmp_path / "field")).path == tmp_path / "field"
     assert Storage().path == tmp_path / "env"
@@ -131,7 +133,7 @@ def test_the_root_comes_from_the_field_the_environment_or_the_repository(tmp_pat
     assert Storage(root="here").path == tmp_path / "here"
 
 
-def test_stores_are_shared_unless_the_project_names_its_own(tmp_path):
+def test_storage_store_roots_are_shared_unless_configured(tmp_path):
     storage = Storage(root=str(tmp_path))
     own = tmp_path / "own"
     assert storage.latent_store_root(SimpleNamespace(cache_dir_vae=None)) == tmp_path / "latents"
@@ -141,17 +143,17 @@ def test_stores_are_shared_unless_the_project_names_its_own(tmp_path):
     assert storage.text_store_root(SimpleNamespace(cache_dir=own)) == own
 
 
-def test_work_dirs_exist_and_lie_apart_from_values_and_stores(tmp_path):
+def test_work_dir_is_created_apart_from_values_and_stores(tmp_path):
     folder = Storage(root=str(tmp_path)).work_dir("latents", "values")
     assert folder.is_dir()
     assert folder == tmp_path / "work/latents/values"
 
 
-def test_a_kept_table_is_never_overwritten_by_a_later_one(tmp_path):
+def test_write_table_changed_table_gets_another_path(tmp_path):
     storage = Storage(root=str(tmp_path))
-    first = storage.keep_table(TABLE, tmp_path, "rows")
-    again = storage.keep_table(TABLE.copy(), tmp_path, "rows")
-    second = storage.keep_table(TABLE[TABLE["width"] > 64], tmp_path, "rows")
-    assert first == again != second
+    first = storage.write_table(TABLE, tmp_path, "rows")
+    repeated = storage.write_table(TABLE.copy(), tmp_path, "rows")
+    second = storage.write_table(TABLE[TABLE["width"] > 64], tmp_path, "rows")
+    assert first == repeated != second
     pd.testing.assert_frame_equal(read_parquet(first), TABLE)
     pd.testing.assert_frame_equal(read_parquet(second), TABLE[TABLE["width"] > 64])

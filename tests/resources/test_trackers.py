@@ -1,4 +1,4 @@
-"""The tracker resource stands below config.json and refuses what cannot work before a training starts."""
+"""The tracker resource: config.json takes precedence, and unusable trackers fail before the training."""
 
 import dagster as dg
 import pytest
@@ -10,7 +10,7 @@ from sdxl_pipeline.config.schema.training import TrainingSettings
 STEPS = {"max_train_steps": 10}
 
 
-def test_it_fills_in_what_the_project_leaves_open():
+def test_apply_unset_settings_get_the_resource_values():
     settings = TrackerResource(report_to=["tensorboard"], logging_dir="/logs").apply(
         TrainingSettings(**STEPS)
     )
@@ -18,31 +18,31 @@ def test_it_fills_in_what_the_project_leaves_open():
     assert settings.logging_dir == "/logs"
 
 
-def test_what_the_project_says_stands():
-    own = TrainingSettings(**STEPS, report_to="none", logging_dir="mine")
-    settings = TrackerResource(report_to=["tensorboard"], logging_dir="/logs").apply(own)
+def test_apply_project_settings_are_not_replaced():
+    settings = TrainingSettings(**STEPS, report_to="none", logging_dir="mine")
+    settings = TrackerResource(report_to=["tensorboard"], logging_dir="/logs").apply(settings)
     assert settings.report_to == ()
     assert settings.logging_dir == "mine"
 
 
-def test_without_fields_nothing_changes():
-    own = TrainingSettings(**STEPS, report_to="tensorboard")
-    assert TrackerResource().apply(own) == own
+def test_apply_without_fields_changes_nothing():
+    settings = TrainingSettings(**STEPS, report_to="tensorboard")
+    assert TrackerResource().apply(settings) == settings
     assert TrackerResource().environment() == {}
 
 
-def test_an_unknown_tracker_is_refused():
-    with pytest.raises(dg.Failure, match="no tracker 'tensorbored'; write tensorboard, wandb"):
+def test_apply_unknown_tracker_fails():
+    with pytest.raises(dg.Failure, match="unknown tracker 'tensorbored'; write tensorboard, wandb"):
         TrackerResource(report_to=["tensorbored"]).apply(TrainingSettings(**STEPS))
 
 
-def test_a_tracker_that_is_not_installed_names_its_extra(monkeypatch):
+def test_apply_tracker_not_installed_fails_with_its_extra(monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(dg.Failure, match=r"wandb is not installed.*sdxl-pipeline\[wandb\]"):
         TrackerResource().apply(TrainingSettings(**STEPS, report_to="wandb"))
 
 
-def test_wandbs_mode_goes_to_the_training_by_its_environment():
+def test_environment_has_the_wandb_mode():
     assert TrackerResource(wandb_mode="offline").environment() == {"WANDB_MODE": "offline"}
     with pytest.raises(dg.Failure, match="wandb_mode is 'of'; write one of online, offline, disabled"):
         TrackerResource(wandb_mode="of").environment()

@@ -1,4 +1,4 @@
-"""Holds: webhooks reach the training through its environment, the project's before the deployment's, and a broken file fails the step."""
+"""The webhook resource: addresses in the training's environment, precedence of the project, and an invalid file."""
 
 import json
 
@@ -10,18 +10,18 @@ from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.runtime.webhook import WEBHOOKS_VARIABLE, load_webhooks
 
 
-def file_of(folder, name):
+def write_webhook(folder, name):
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"webhook_type": "raw", "callback_url": f"https://example.com/{name}"}))
     return str(path)
 
 
-def test_the_projects_webhooks_go_before_the_deployments(tmp_path, monkeypatch):
+def test_environment_project_webhooks_override_the_deployment(tmp_path, monkeypatch):
     monkeypatch.delenv(WEBHOOKS_VARIABLE, raising=False)
-    resource = WebhookResource(config_path=file_of(tmp_path, "deployment"))
+    resource = WebhookResource(config_path=write_webhook(tmp_path, "deployment"))
     for settings, name in (
         (TrainingSettings(max_train_steps=1), "deployment"),
-        (TrainingSettings(max_train_steps=1, webhook_config=file_of(tmp_path, "project")), "project"),
+        (TrainingSettings(max_train_steps=1, webhook_config=write_webhook(tmp_path, "project")), "project"),
     ):
         environment = resource.environment(settings)
         with monkeypatch.context() as patched:
@@ -31,7 +31,7 @@ def test_the_projects_webhooks_go_before_the_deployments(tmp_path, monkeypatch):
     assert WebhookResource().environment(TrainingSettings(max_train_steps=1)) == {}
 
 
-def test_a_file_that_is_not_there_fails_the_step_before_the_training(tmp_path, monkeypatch):
+def test_environment_missing_file_fails(tmp_path, monkeypatch):
     monkeypatch.delenv(WEBHOOKS_VARIABLE, raising=False)
     with pytest.raises(dg.Failure, match="the file does not exist"):
         WebhookResource(config_path=str(tmp_path / "absent.json")).environment(

@@ -1,4 +1,4 @@
-"""A process that materializes the sleepy asset, to be stopped or killed by tests."""
+"""A process that materializes the sleepy asset, which tests stop or kill."""
 
 import os
 import subprocess
@@ -13,9 +13,9 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 class Worker:
-    """A process that materializes the sleepy asset, with the processes that come of it."""
+    """A process that materializes the sleepy asset, and its descendants."""
 
-    started_here: ClassVar[list["Worker"]] = []
+    instances: ClassVar[list["Worker"]] = []
 
     def __init__(
         self, spec: SleepySpec, work_dir: Path, command: list[str] | None = None, **environment: str
@@ -28,10 +28,10 @@ class Worker:
             stdout=(spec.folder / "worker.out").open("w"),
             stderr=subprocess.STDOUT,
         )
-        self.started_here.append(self)
+        self.instances.append(self)
 
     def started(self, *names: str) -> list[int]:
-        """The pids noted under these names, once all are there."""
+        """Wait for the pids recorded under these names and return them."""
         return [wait_for_number(self.folder / f"{name}.pid", seconds=180) for name in names]
 
     def end(self, seconds: float = 60) -> int:
