@@ -1,4 +1,4 @@
-"""Every kind of file that people have in their folders by accident, each with what must become of it."""
+"""Unusual and corrupt image files, each with its expected outcome."""
 
 import os
 import struct
@@ -28,24 +28,24 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-"""How an image is stored when its orientation shall turn it back."""
+"""Transposition of the stored image for each EXIF orientation, which the decoder reverts."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A correct entry: these pixels upright, in sRGB, and this caption."""
+    """The expected entry: upright sRGB pixels and a caption."""
 
     image: Image.Image
     caption: str
     tolerance: float = 1.5
-    """Mean difference that the format itself makes."""
+    """Largest mean difference that the file format causes."""
     planned: bool = True
-    """Whether the plan that keeps each image's own aspect has a crop of it."""
+    """Whether the crop plan with `crop_aspect: preserve` has a crop of it."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Files of one kind, and what becomes of each: an entry, or a named reason."""
+    """Files of one kind, and the outcome of each: an entry, or the reason why it is dropped."""
 
     name: str
     write: Callable[[Path], None]
@@ -53,12 +53,12 @@ class Case:
 
 
 def caption_of(name: str) -> str:
-    """Each file's own caption, so that a wrong pairing is seen."""
+    """Return a caption unique to the file, so that a wrong pairing is detected."""
     return f"the image {zlib.crc32(os.fsencode(name)):08x}"
 
 
-def put(folder: Path, name: str, data: bytes) -> None:
-    """A file and its caption."""
+def write_image(folder: Path, name: str, data: bytes) -> None:
+    """Write a file and its caption."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
@@ -67,52 +67,52 @@ def put(folder: Path, name: str, data: bytes) -> None:
 
 @cache
 def photograph(name: str = "astronaut", size: tuple[int, int] = SIZE) -> Image.Image:
-    """A real photograph that is symmetric in no way."""
+    """Return a photograph without any symmetry."""
     with Image.open(PHOTOGRAPHS / f"{name}.png") as image:
         return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
 def write_neighbours(folder: Path) -> dict[str, Kept]:
-    """Two sound images, one before and one behind all others, and what becomes of them."""
+    """Write two valid images, sorted before and after all others, and return their outcomes."""
     first, last = photograph("chelsea"), photograph("coffee", (64, 96))
-    put(folder, NEIGHBOURS[0], encoded(first, "PNG"))
-    put(folder, NEIGHBOURS[1], encoded(last, "JPEG", quality=95, subsampling=0))
+    write_image(folder, NEIGHBOURS[0], encoded(first, "PNG"))
+    write_image(folder, NEIGHBOURS[1], encoded(last, "JPEG", quality=95, subsampling=0))
     return {
         NEIGHBOURS[0]: Kept(first, caption_of(NEIGHBOURS[0])),
         NEIGHBOURS[1]: Kept(last, caption_of(NEIGHBOURS[1]), 3),
     }
 
 
-def sound(
+def valid(
     name: str, data: bytes, image: Image.Image | None = None, tolerance: float = 1.5, file: str = ""
 ) -> Case:
-    """A file that must come through as `image`."""
+    """Return the case of a file that must be kept as `image`."""
     file = file or f"{name}.png"
     outcome = Kept(image or photograph(), caption_of(file), tolerance)
-    return Case(name, lambda folder: put(folder, file, data), {file: outcome})
+    return Case(name, lambda folder: write_image(folder, file, data), {file: outcome})
 
 
-def broken(name: str, data: bytes, reason: str, file: str = "") -> Case:
-    """A file that must be dropped for `reason`."""
+def dropped(name: str, data: bytes, reason: str, file: str = "") -> Case:
+    """Return the case of a file that must be dropped for `reason`."""
     file = file or f"{name}.png"
-    return Case(name, lambda folder: put(folder, file, data), {file: reason})
+    return Case(name, lambda folder: write_image(folder, file, data), {file: reason})
 
 
 def cases() -> list[Case]:
-    """All of them; each writes files of other names."""
+    """Return all cases; no two write files of the same name."""
     return [
-        *_cut(),
+        *_truncated(),
         *_contents(),
         *_pixel_types(),
         *_colours(),
-        *_turned(),
+        *_rotated(),
         *_extents(),
         *_names(),
         *_special_files(),
     ]
 
 
-def _cut() -> Iterator[Case]:
+def _truncated() -> Iterator[Case]:
     large = photograph(size=(192, 128))
     files = {
         "png": encoded(large, "PNG"),
@@ -122,85 +122,87 @@ def _cut() -> Iterator[Case]:
     for suffix, data in files.items():
         for tenth in range(1, 10):
             end = len(data) * tenth // 10
-            yield broken(f"cut at {tenth}0 % of {suffix}", data[:end], "truncated", f"cut {tenth}.{suffix}")
+            yield dropped(f"cut at {tenth}0 % of {suffix}", data[:end], "truncated", f"cut {tenth}.{suffix}")
     hole = bytearray(files["jpg"])
     hole[len(hole) // 2 :][:512] = bytes(512)
     middle = len(hole) // 2
     hole[middle : middle + 512] = bytes(512)
-    yield broken("a hole in a JPEG", bytes(hole), "corrupt image", "hole.jpg")
+    yield dropped("a hole in a JPEG", bytes(hole), "damaged image", "hole.jpg")
     flipped = bytearray(files["png"])
     flipped[len(flipped) // 2] ^= 1
-    yield broken("a flipped bit in a PNG", bytes(flipped), "corrupt image", "flipped.png")
+    yield dropped("a flipped bit in a PNG", bytes(flipped), "damaged image", "flipped.png")
 
 
 def _contents() -> Iterator[Case]:
     image = photograph()
-    yield sound("a PNG by the name of a JPEG", encoded(image, "PNG"), file="is png.jpg")
-    yield sound(
-        "a JPEG by the name of a PNG",
+    yield valid("a PNG with the extension of a JPEG", encoded(image, "PNG"), file="is png.jpg")
+    yield valid(
+        "a JPEG with the extension of a PNG",
         encoded(image, "JPEG", quality=95, subsampling=0),
         tolerance=3,
         file="is jpeg.png",
     )
-    yield broken("text by the name of an image", b"Dear diary,\n", "content is not an image", "diary.png")
-    yield broken("nothing at all", b"", "empty file", "nothing.jpg")
-    yield broken(
+    yield dropped(
+        "text with the extension of an image", b"Dear diary,\n", "content is not an image", "diary.png"
+    )
+    yield dropped("an empty file", b"", "empty file", "nothing.jpg")
+    yield dropped(
         "a web page", b"<!DOCTYPE html><title>404</title>", "content is not an image", "not found.jpg"
     )
-    yield broken("only a signature", b"\x89PNG\r\n\x1a\n", "truncated", "signature.png")
-    yield broken("another format", b"8BPS", "image format .psd is not supported", "layers.psd")
-    yield broken("another format's content", b"8BPS\0\1", "image format PSD is not supported", "layers.png")
+    yield dropped("only a signature", b"\x89PNG\r\n\x1a\n", "truncated", "signature.png")
+    yield dropped("another format", b"8BPS", "image format .psd is not supported", "layers.psd")
+    yield dropped("another format's content", b"8BPS\0\1", "image format PSD is not supported", "layers.png")
     others = [image.transpose(Image.Transpose.ROTATE_180), Image.new("RGB", SIZE, "red")]
     gif = encoded(image, "GIF", save_all=True, append_images=others, duration=100, loop=0)
-    yield sound("an animated GIF", gif, image.quantize(256).convert("RGB"), 4, "moving.gif")
+    yield valid("an animated GIF", gif, image.quantize(256).convert("RGB"), 4, "moving.gif")
     webp = encoded(image, "WEBP", save_all=True, append_images=others, duration=100, lossless=True)
-    yield sound("an animated WebP", webp, file="moving too.webp")
+    yield valid("an animated WebP", webp, file="moving too.webp")
 
 
 def _pixel_types() -> Iterator[Case]:
     image = photograph()
     grey = image.convert("L")
     deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    yield sound("16 bits", encoded(deep, "PNG"), grey.convert("RGB"))
-    yield sound("1 bit", encoded(image.convert("1"), "PNG"), image.convert("1").convert("RGB"))
+    yield valid("16 bits", encoded(deep, "PNG"), grey.convert("RGB"))
+    yield valid("1 bit", encoded(image.convert("1"), "PNG"), image.convert("1").convert("RGB"))
     alpha = Image.linear_gradient("L").resize(SIZE)
     see_through = image.copy()
     see_through.putalpha(alpha)
     white = Image.new("RGB", SIZE, "white")
-    yield sound("RGBA", encoded(see_through, "PNG"), Image.composite(image, white, alpha))
+    yield valid("RGBA", encoded(see_through, "PNG"), Image.composite(image, white, alpha))
     grey_alpha = grey.copy()
     grey_alpha.putalpha(alpha)
-    yield sound("LA", encoded(grey_alpha, "PNG"), Image.composite(grey.convert("RGB"), white, alpha))
+    yield valid("LA", encoded(grey_alpha, "PNG"), Image.composite(grey.convert("RGB"), white, alpha))
     palette = image.quantize(255)
     opaque = np.asarray(palette) != 7
     keyed = Image.composite(palette.convert("RGB"), white, Image.fromarray(opaque))
-    yield sound("P with transparency", encoded(palette, "PNG", transparency=7), keyed)
+    yield valid("P with transparency", encoded(palette, "PNG", transparency=7), keyed)
 
 
 def _colours() -> Iterator[Case]:
     image = photograph()
     inks = image.convert("CMYK")
-    yield sound("CMYK", encoded(inks, "JPEG", quality=95, subsampling=0), tolerance=4, file="CMYK.jpg")
-    # TurboJPEG stores inks as YCCK; Adobe's marker says that they are inverted
+    yield valid("CMYK", encoded(inks, "JPEG", quality=95, subsampling=0), tolerance=4, file="CMYK.jpg")
+    # TurboJPEG stores CMYK as YCCK; Adobe's marker means that the values are inverted
     inverted = np.ascontiguousarray(255 - np.asarray(inks))
     ycck = simplejpeg.encode_jpeg(inverted, quality=95, colorspace="CMYK", colorsubsampling="444")
-    yield sound("YCCK", ycck, tolerance=4, file="YCCK.jpg")
+    yield valid("YCCK", ycck, tolerance=4, file="YCCK.jpg")
     pixels = np.asarray(image)
     for name, primaries, gamma in (("Display P3", DISPLAY_P3, None), ("Adobe RGB", ADOBE_RGB, ADOBE_GAMMA)):
         expected = Image.fromarray(to_srgb(pixels, primaries, gamma))
-        yield sound(name, encoded(image, "PNG", icc_profile=profile(primaries, gamma)), expected)
+        yield valid(name, encoded(image, "PNG", icc_profile=profile(primaries, gamma)), expected)
     jpeg = encoded(image, "JPEG", quality=95, subsampling=0, icc_profile=profile(DISPLAY_P3))
-    yield sound("Display P3 in a JPEG", jpeg, Image.fromarray(to_srgb(pixels, DISPLAY_P3)), 3, "P3.jpg")
+    yield valid("Display P3 in a JPEG", jpeg, Image.fromarray(to_srgb(pixels, DISPLAY_P3)), 3, "P3.jpg")
 
 
-def _turned() -> Iterator[Case]:
+def _rotated() -> Iterator[Case]:
     image = photograph()
     for orientation, turn in TURNS.items():
         exif = Image.Exif()
         exif[EXIF_ORIENTATION] = orientation
         stored = image if turn is None else image.transpose(turn)
         data = encoded(stored, "JPEG", quality=95, subsampling=0, exif=exif)
-        yield sound(f"EXIF orientation {orientation}", data, tolerance=3, file=f"turned {orientation}.jpg")
+        yield valid(f"EXIF orientation {orientation}", data, tolerance=3, file=f"turned {orientation}.jpg")
 
 
 def _extents() -> Iterator[Case]:
@@ -209,11 +211,11 @@ def _extents() -> Iterator[Case]:
     for name, shape in (("20000 x 1", line[None]), ("1 x 20000", line[:, None])):
         image, file = Image.fromarray(shape), f"{name}.png"
         outcome = Kept(image, caption_of(file), planned=False)
-        yield Case(name, partial(put, name=file, data=encoded(image, "PNG")), {file: outcome})
-    yield sound(
+        yield Case(name, partial(write_image, name=file, data=encoded(image, "PNG")), {file: outcome})
+    yield valid(
         "one pixel", encoded(Image.new("RGB", (1, 1), "teal"), "PNG"), Image.new("RGB", (1, 1), "teal")
     )
-    yield broken(
+    yield dropped(
         "a bomb",
         bomb(40_000, 40_000),
         "40000x40000 pixels are more than 178 million pixels, too large to decode safely (a decompression bomb?)",
@@ -222,7 +224,7 @@ def _extents() -> Iterator[Case]:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A sound black PNG of 1 bit per pixel, of few bytes."""
+    """Return a valid black PNG with 1 bit per pixel, compressed to few bytes."""
     packer = zlib.compressobj(9)
     row = bytes(1 + (width + 7) // 8)
     pixels = b"".join([packer.compress(row * 100) for _ in range(height // 100)] + [packer.flush()])
@@ -251,12 +253,12 @@ def _names() -> Iterator[Case]:
     }
     for number, (name, file) in enumerate(names.items()):
         image = photograph().rotate(10 * number)
-        yield sound(f"a name with {name}", encoded(image, "PNG"), image, file=file)
+        yield valid(f"a name with {name}", encoded(image, "PNG"), image, file=file)
     one, other = photograph(), photograph().transpose(Image.Transpose.FLIP_TOP_BOTTOM)
 
     def write_cases(folder: Path) -> None:
-        put(folder, "case.png", encoded(one, "PNG"))
-        put(folder, "CASE.png", encoded(other, "PNG"))
+        write_image(folder, "case.png", encoded(one, "PNG"))
+        write_image(folder, "CASE.png", encoded(other, "PNG"))
 
     yield Case(
         "names that differ in case only",
@@ -265,7 +267,7 @@ def _names() -> Iterator[Case]:
     )
 
     def write_twins(folder: Path) -> None:
-        put(folder, "twin.png", encoded(one, "PNG"))
+        write_image(folder, "twin.png", encoded(one, "PNG"))
         (folder / "twin.jpg").write_bytes(encoded(other, "JPEG", quality=95, subsampling=0))
 
     yield Case(
@@ -281,7 +283,7 @@ def _special_files() -> Iterator[Case]:
     def write_links(folder: Path) -> None:
         target = folder.parent / f"{folder.name} elsewhere"
         target.mkdir(exist_ok=True)
-        put(target, "linked to.png", encoded(image, "PNG"))
+        write_image(target, "linked to.png", encoded(image, "PNG"))
         (folder / "link.png").symlink_to(target / "linked to.png")
         (folder / "link.txt").symlink_to(target / "linked to.txt")
         (folder / "lost.png").symlink_to(target / "not there.png")
@@ -303,10 +305,10 @@ def _special_files() -> Iterator[Case]:
 
     def write_folder(folder: Path) -> None:
         (folder / "folder.png").mkdir()
-        put(folder / "folder.png", "inside.png", encoded(image.rotate(5), "PNG"))
+        write_image(folder / "folder.png", "inside.png", encoded(image.rotate(5), "PNG"))
 
     yield Case(
-        "a folder by the name of an image",
+        "a folder with the extension of an image",
         write_folder,
         {"folder.png/inside.png": Kept(image.rotate(5), caption_of("inside.png"))},
     )
@@ -323,7 +325,7 @@ def _special_files() -> Iterator[Case]:
         (folder / "alone.txt").write_text("whose am I?")
 
     yield Case(
-        "what systems leave behind",
+        "files of operating systems",
         write_hidden,
         {
             "._twin of a Mac.png": "hidden file",

@@ -1,4 +1,4 @@
-"""The first stages on a folder of the corpus: scanned, looked at, planned, encoded; and what each must have made of it."""
+"""The first stages on a folder of the corpus (scan, hash, plan, encode), and assertions about their results."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +26,7 @@ from sdxl_pipeline.stages import encode_latents
 from tests.corpus.cases import Kept
 
 
-def dataset_of(folder: Path) -> ImageDataset:
+def make_dataset(folder: Path) -> ImageDataset:
     return ImageDataset(
         id="corpus", instance_data_dir=folder, caption_strategy="textfile", resolution=64, aspect_bucket_alignment=32,
         crop=True, crop_aspect="preserve", crop_style="center",
@@ -34,8 +34,8 @@ def dataset_of(folder: Path) -> ImageDataset:
 
 
 def scan(folder: Path) -> pd.DataFrame:
-    """The folder's files as the dataset asset has them: scanned, and looked at."""
-    dataset = dataset_of(folder)
+    """Return the folder's files as the dataset asset does: scanned, with perceptual hashes."""
+    dataset = make_dataset(folder)
     frame = compute_hashes(folder, scan_dataset(dataset, folder), folder.parent / "work" / "looks.parquet")
     assert frame["path"].is_unique
     assert ((frame["status"] == "kept") | (frame["status"] == "dropped")).all()
@@ -44,11 +44,11 @@ def scan(folder: Path) -> pd.DataFrame:
 
 
 def check_frame(frame: pd.DataFrame, outcomes: Mapping[str, Kept | str]) -> None:
-    """Each file that was found has its outcome, and there is no other."""
-    found = {row.path: row for row in frame.itertuples(index=False)}
-    assert set(found) == set(outcomes)
+    """Assert that every file has its expected outcome, and that there is no other file."""
+    rows = {row.path: row for row in frame.itertuples(index=False)}
+    assert set(rows) == set(outcomes)
     for path, outcome in outcomes.items():
-        row = found[path]
+        row = rows[path]
         if isinstance(outcome, str):
             assert (row.status, row.reason) == ("dropped", outcome), path
         else:
@@ -58,9 +58,9 @@ def check_frame(frame: pd.DataFrame, outcomes: Mapping[str, Kept | str]) -> None
 
 
 def planned_pixels(image: Image.Image, row: pd.Series) -> np.ndarray:
-    """What the plan's row cuts from an upright sRGB image, by way of the whole resized image."""
+    """Return the crop of a plan's row from an upright sRGB image, resized from the full image."""
     if image.width * row.resized_h > 10**8 or image.height * row.resized_w > 10**8:
-        pytest.fail("too large to resize whole")
+        pytest.fail("too large to resize in full")
     scale = (row.original_w / row.resized_w, row.original_h / row.resized_h)
     left, top = row.crop_left * scale[0], row.crop_top * scale[1]
     box = (left, top, left + row.bucket_w * scale[0], top + row.bucket_h * scale[1])
@@ -70,7 +70,7 @@ def planned_pixels(image: Image.Image, row: pd.Series) -> np.ndarray:
     )
 
 
-def spec_of(folder: Path, data: Path, rows: pd.DataFrame, store: Path | None = None) -> EncodeLatentsSpec:
+def make_spec(folder: Path, data: Path, rows: pd.DataFrame, store: Path | None = None) -> EncodeLatentsSpec:
     rows.to_parquet(folder / "rows.parquet")
     return EncodeLatentsSpec(
         base_model=resolve_base_model(
@@ -92,7 +92,7 @@ def encode(spec: EncodeLatentsSpec) -> LatentCache:
 
 
 def check_latents(spec: EncodeLatentsSpec, rows: pd.DataFrame, outcomes: Mapping[str, Kept | str]) -> None:
-    """The stored latents are those of the expected pixels, and decode to them."""
+    """Assert that the stored latents are those of the expected pixels and decode to them."""
     vae, store = load_vae(spec.base_model, torch.float32), TensorStore(spec.store_root)
     scale = latent_scaling_factor(spec.base_model)
     keys = latent_keys(rows, spec.base_model.vae_digest, spec.hardware.vae_dtype)
@@ -106,5 +106,5 @@ def check_latents(spec: EncodeLatentsSpec, rows: pd.DataFrame, outcomes: Mapping
         decoded = decode(vae, stored[None] * scale)[0].permute(1, 2, 0).numpy() * 255
         if (
             np.abs(expected - expected[::-1]).mean() > 40
-        ):  # the small VAE keeps no detail, but it keeps what is up
+        ):  # the small VAE loses detail but preserves the vertical orientation
             assert np.abs(decoded - expected).mean() < np.abs(decoded - expected[::-1]).mean(), row.path

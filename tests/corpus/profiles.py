@@ -1,11 +1,11 @@
-"""ICC profiles of other colour spaces than sRGB, and what their colours are in sRGB, reckoned without any colour library."""
+"""ICC profiles of colour spaces other than sRGB, and their conversion to sRGB without a colour library."""
 
 import struct
 
 import numpy as np
 from PIL import ImageCms
 
-# Columns: the primaries' XYZ under D50, as the profiles of the standards bodies give them (Display P3: Apple 2022, Adobe RGB: 1998).
+# Columns: the primaries' XYZ under D50, as in the published profiles (Display P3: Apple 2022, Adobe RGB: 1998).
 DISPLAY_P3 = np.array(
     [[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]]
 )
@@ -15,7 +15,7 @@ ADOBE_GAMMA = 563 / 256
 
 
 def profile(primaries: np.ndarray, gamma: float | None = None) -> bytes:
-    """An RGB profile with these primaries; its curve is that of sRGB, or a plain power."""
+    """Return an RGB profile with these primaries and the transfer curve of sRGB, or a power function."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     tags = {}
     for index in range(struct.unpack_from(">I", data, 128)[0]):
@@ -31,7 +31,7 @@ def profile(primaries: np.ndarray, gamma: float | None = None) -> bytes:
 
 
 def to_srgb(pixels: np.ndarray, primaries: np.ndarray, gamma: float | None = None) -> np.ndarray:
-    """Pixels of such a profile, uint8 (H, W, 3), in sRGB; what sRGB cannot show is clipped."""
+    """Convert pixels of such a profile, uint8 (H, W, 3), to sRGB; colours outside its gamut are clipped."""
     values = pixels / 255.0
     if gamma is not None:
         linear = values**gamma

@@ -1,4 +1,4 @@
-"""Files that change, go and come while they are read: the entry is of one state of the file, or there is a reason."""
+"""Files that change, disappear or appear while they are read: an entry of one state of the file, or a reason."""
 
 import hashlib
 import io
@@ -26,28 +26,28 @@ from sdxl_pipeline.models.vae import encode_moments, pixels_from_crops
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError
 from sdxl_pipeline.stages import encode_latents
-from tests.corpus.cases import NEIGHBOURS, photograph, put, write_neighbours
-from tests.corpus.pipeline import check_frame, dataset_of, encode, scan, spec_of
+from tests.corpus.cases import NEIGHBOURS, photograph, write_image, write_neighbours
+from tests.corpus.pipeline import check_frame, encode, make_dataset, make_spec, scan
 from tests.support.photographs import encoded
 
-MOVING = "moving.png"
+CHANGING = "moving.png"
 STATES = [
     encoded(photograph(), "PNG"),
     encoded(photograph("coins", (128, 64)), "PNG"),
     encoded(photograph("moon", (64, 128)).transpose(Image.Transpose.ROTATE_90), "PNG"),
 ]
-CHANGED = "changed since the dataset was scanned; materialize the dataset again"
+CHANGED_REASON = "changed since the dataset was scanned; materialize the dataset again"
 
 
-def replaced(path: Path, data: bytes) -> None:
-    """As careful programs write: beside, and renamed."""
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a temporary file and rename it."""
     beside = path.with_suffix(".new")
     beside.write_bytes(data)
     beside.replace(path)
 
 
-def overwritten(path: Path, data: bytes) -> None:
-    """As most programs write: in place, in pieces."""
+def overwrite_file(path: Path, data: bytes) -> None:
+    """Write in place and in pieces, as most programs do."""
     with path.open("wb", buffering=0) as file:
         for start in range(0, len(data), 2000):
             file.write(data[start : start + 2000])
@@ -55,7 +55,7 @@ def overwritten(path: Path, data: bytes) -> None:
 
 @contextmanager
 def rewriting(path: Path, write: Callable[[Path, bytes], None]) -> Iterator[None]:
-    """The file goes from one state to the next all the time."""
+    """Write the states of the file in turn, continuously."""
     stop = threading.Event()
 
     def run() -> None:
@@ -76,26 +76,26 @@ def rewriting(path: Path, write: Callable[[Path, bytes], None]) -> Iterator[None
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     write_neighbours(tmp_path / "data")
-    put(tmp_path / "data", MOVING, STATES[0])
+    write_image(tmp_path / "data", CHANGING, STATES[0])
     return tmp_path / "data"
 
 
 def plan(folder: Path, frame: pd.DataFrame) -> pd.DataFrame:
-    rows, _ = plan_crops(dataset_of(folder), frame, 0, (), False)
+    rows, _ = plan_crops(make_dataset(folder), frame, 0, (), False)
     return rows
 
 
-@pytest.mark.parametrize("write", [replaced, overwritten])
-def test_a_file_that_changes_during_the_scan_is_taken_in_one_state_or_named(data, write):
+@pytest.mark.parametrize("write", [replace_file, overwrite_file])
+def test_scan_changing_file_is_read_in_one_state_or_dropped(data, write):
     sizes = {hashlib.sha256(state).hexdigest(): Image.open(io.BytesIO(state)).size for state in STATES}
     seen = set()
-    with rewriting(data / MOVING, write):
+    with rewriting(data / CHANGING, write):
         for _ in range(30):
-            frame = scan_dataset(dataset_of(data), data).set_index("path")
+            frame = scan_dataset(make_dataset(data), data).set_index("path")
             assert set(frame.loc[list(NEIGHBOURS), "status"]) == {"kept"}
-            if MOVING not in frame.index:  # the folder was listed while there was none
+            if CHANGING not in frame.index:  # the folder was listed while the file did not exist
                 continue
-            row = frame.loc[MOVING]
+            row = frame.loc[CHANGING]
             seen.add(row["status"])
             if row["status"] == "kept":
                 assert (row["width"], row["height"]) == sizes[row["key"]]
@@ -104,44 +104,42 @@ def test_a_file_that_changes_during_the_scan_is_taken_in_one_state_or_named(data
                 assert row["reason"] in {
                     "changed while it was read", "vanished during the scan", "truncated", "empty file",
                 }  # fmt: skip
-    assert "kept" in seen or write is overwritten
+    assert "kept" in seen or write is overwrite_file
 
 
-def test_a_file_that_changes_between_scan_and_encoding_is_named_and_nothing_is_kept_under_its_old_key(
-    data, tmp_path
-):
+def test_encode_file_changed_after_the_scan_fails_without_an_entry(data, tmp_path):
     rows = plan(data, scan(data))
-    replaced(data / MOVING, STATES[1])
-    spec = spec_of(tmp_path, data, rows)
+    replace_file(data / CHANGING, STATES[1])
+    spec = make_spec(tmp_path, data, rows)
     cache = encode(spec)
-    assert [(item.name, item.reason) for item in cache.failed] == [(MOVING, CHANGED)]
+    assert [(item.name, item.reason) for item in cache.failed] == [(CHANGING, CHANGED_REASON)]
     assert (cache.planned, cache.encoded) == (3, 2)
     keys = dict(
         zip(rows["path"], latent_keys(rows, spec.base_model.vae_digest, spec.hardware.vae_dtype), strict=True)
     )
     store = TensorStore(spec.store_root)
-    assert [keys[path] in store for path in (*NEIGHBOURS, MOVING)] == [True, True, False]
+    assert [keys[path] in store for path in (*NEIGHBOURS, CHANGING)] == [True, True, False]
     rows = plan(data, scan(data))
-    cache = encode(spec_of(tmp_path, data, rows))
+    cache = encode(make_spec(tmp_path, data, rows))
     assert (cache.failed, cache.encoded, cache.reused) == ((), 1, 2)
 
 
-@pytest.mark.parametrize("write", [replaced, overwritten])
-def test_latents_are_of_the_state_their_key_says_however_the_file_changes_meanwhile(data, tmp_path, write):
-    """Every state of the file is planned; each encoding gets the one it happens to meet."""
+@pytest.mark.parametrize("write", [replace_file, overwrite_file])
+def test_encode_changing_file_latents_match_the_state_of_their_key(data, tmp_path, write):
+    """Every state of the file is planned; each encoding reads an arbitrary one."""
     frame = scan(data)
     plans = []
     for state in STATES:
-        (data / MOVING).write_bytes(state)
-        plans.append(plan(data, scan(data)).query("path == @MOVING").iloc[0])
+        (data / CHANGING).write_bytes(state)
+        plans.append(plan(data, scan(data)).query("path == @CHANGING").iloc[0])
     rows = plan(data, frame)
-    neighbours = rows[rows["path"] != MOVING]
+    neighbours = rows[rows["path"] != CHANGING]
     for attempt in range(4):
         planned = pd.concat([neighbours, plans[attempt % 3].to_frame().T.astype(rows.dtypes.to_dict())])
-        spec = spec_of(tmp_path, data, planned)
-        with rewriting(data / MOVING, write):
+        spec = make_spec(tmp_path, data, planned)
+        with rewriting(data / CHANGING, write):
             cache = encode(spec)
-        assert {item.name for item in cache.failed} <= {MOVING}
+        assert {item.name for item in cache.failed} <= {CHANGING}
     everything = pd.DataFrame(plans).astype(rows.dtypes.to_dict())
     vae, store = load_vae(spec.base_model, torch.float32), TensorStore(spec.store_root)
     keys = latent_keys(everything, spec.base_model.vae_digest, spec.hardware.vae_dtype)
@@ -151,57 +149,57 @@ def test_latents_are_of_the_state_their_key_says_however_the_file_changes_meanwh
             assert (store.read(key)["mean"] - mean[0]).abs().max() < 1e-3
 
 
-def test_a_folder_that_is_gone_when_it_is_encoded_is_one_sentence(data, tmp_path):
-    spec = spec_of(tmp_path, data, plan(data, scan(data)))
+def test_encode_missing_folder_raises_one_message(data, tmp_path):
+    spec = make_spec(tmp_path, data, plan(data, scan(data)))
     data.rename(tmp_path / "away")
-    with pytest.raises(UserError, match="does not exist; it was there when the dataset was scanned") as told:
+    with pytest.raises(UserError, match="does not exist; it was there when the dataset was scanned") as error:
         encode(spec)
-    assert str(data) in str(told.value)
+    assert str(data) in str(error.value)
     assert not Path(spec.entries_path).exists()
     (tmp_path / "away").rename(data)
     assert encode(spec).encoded == 3
 
 
-def test_a_part_of_the_folder_that_is_gone_is_named_file_by_file(data, tmp_path):
+def test_encode_missing_subfolder_reports_each_file(data, tmp_path):
     for number in range(3):
-        put(data, f"part/{number}.png", encoded(photograph().rotate(number + 1), "PNG"))
+        write_image(data, f"part/{number}.png", encoded(photograph().rotate(number + 1), "PNG"))
     rows = plan(data, scan(data))
     shutil.rmtree(data / "part")
-    cache = encode(spec_of(tmp_path, data, rows))
+    cache = encode(make_spec(tmp_path, data, rows))
     assert sorted(item.name for item in cache.failed) == [f"part/{number}.png" for number in range(3)]
     assert {item.reason for item in cache.failed} == {"cannot be read: No such file or directory"}
     assert cache.encoded == 3
 
 
-def test_a_folder_that_goes_while_it_is_encoded_keeps_what_was_done(data, tmp_path):
+def test_encode_folder_removed_during_encoding_keeps_finished_entries(data, tmp_path):
     for number in range(20):
-        put(data, f"{number}.png", encoded(photograph().rotate(number + 1), "PNG"))
-    spec = spec_of(tmp_path, data, plan(data, scan(data)))
+        write_image(data, f"{number}.png", encoded(photograph().rotate(number + 1), "PNG"))
+    spec = make_spec(tmp_path, data, plan(data, scan(data)))
 
-    class GoingAway(Reporter):
+    class FolderRemover(Reporter):
         def progress(self, task: str, done: int, total: int, unit: str = "") -> None:
             if data.exists():
                 data.rename(tmp_path / "away")
 
     with pytest.raises(UserError, match="does not exist"):
-        encode_latents.main(spec, GoingAway(), StopSignal())
-    kept = len(TensorStore(spec.store_root))
-    assert 4 <= kept < 23
+        encode_latents.main(spec, FolderRemover(), StopSignal())
+    stored = len(TensorStore(spec.store_root))
+    assert 4 <= stored < 23
     (tmp_path / "away").rename(data)
     cache = encode(spec)
-    assert (cache.encoded, cache.reused, cache.failed) == (23 - kept, kept, ())
+    assert (cache.encoded, cache.reused, cache.failed) == (23 - stored, stored, ())
 
 
-def test_a_folder_that_goes_while_it_is_scanned_or_looked_at_leaves_a_reason_for_each_file(data, tmp_path):
+def test_scan_and_hash_folder_removed_meanwhile_gives_each_file_a_reason(data, tmp_path):
     for number in range(40):
-        put(data, f"{number}.png", encoded(photograph().rotate(number + 1), "PNG"))
+        write_image(data, f"{number}.png", encoded(photograph().rotate(number + 1), "PNG"))
     away = tmp_path / "away"
 
-    def go(done: int, total: int) -> None:
+    def remove_folder(done: int, total: int) -> None:
         if data.exists():
             data.rename(away)
 
-    frame = scan_dataset(dataset_of(data), data, on_progress=go)
+    frame = scan_dataset(make_dataset(data), data, on_progress=remove_folder)
     images = frame[frame["path"].str.endswith((".png", ".jpg"))]
     assert len(images) == 43
     assert set(images["status"]) <= {"kept", "dropped"}
@@ -209,32 +207,32 @@ def test_a_folder_that_goes_while_it_is_scanned_or_looked_at_leaves_a_reason_for
         "vanished during the scan", "caption file cannot be read", "no caption file",
     }  # fmt: skip
     with pytest.raises(DatasetFolderError, match="does not exist"):
-        scan_dataset(dataset_of(data), data)
+        scan_dataset(make_dataset(data), data)
     away.rename(data)
-    frame = scan_dataset(dataset_of(data), data)
-    looked = compute_hashes(data, frame, tmp_path / "looks.parquet", go)
-    dropped = looked[looked["status"] == "dropped"]
+    frame = scan_dataset(make_dataset(data), data)
+    hashed = compute_hashes(data, frame, tmp_path / "looks.parquet", remove_folder)
+    dropped = hashed[hashed["status"] == "dropped"]
     assert set(dropped["reason"]) <= {"cannot be read: No such file or directory"}
     away.rename(data)
-    looked = compute_hashes(data, frame, tmp_path / "looks.parquet")
-    assert (looked["status"] == "kept").all(), "nothing of it was remembered"
+    hashed = compute_hashes(data, frame, tmp_path / "looks.parquet")
+    assert (hashed["status"] == "kept").all(), "the failed attempt is not recorded"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process of another user")
-def test_files_that_may_not_be_read_are_named():
-    """Root may read everything, so another user scans."""
+def test_scan_unreadable_files_are_dropped_with_their_reason():
+    """Scan as another user, since root can read everything."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "data"
         outcomes = dict(write_neighbours(folder))
-        put(folder, "secret.png", STATES[0])
-        put(folder, "silent.png", STATES[1])
-        put(folder, "closed/inside.png", STATES[2])
+        write_image(folder, "secret.png", STATES[0])
+        write_image(folder, "silent.png", STATES[1])
+        write_image(folder, "closed/inside.png", STATES[2])
         (folder / "secret.png").chmod(0)
         (folder / "silent.txt").chmod(0)
         (folder / "closed").chmod(0)
         Path(name).chmod(0o755)
         try:
-            frame = as_nobody(lambda: scan_dataset(dataset_of(folder), folder))
+            frame = as_nobody(lambda: scan_dataset(make_dataset(folder), folder))
         finally:
             (folder / "closed").chmod(0o755)
     check_frame(
@@ -249,7 +247,7 @@ def test_files_that_may_not_be_read_are_named():
 
 
 def as_nobody(work: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """What `work` gives when a user without rights does it; as whoever runs the tests, unless that is root."""
+    """Return the result of `work` run by a user without permissions if the tests run as root, else by the current user."""
     if os.geteuid() != 0:
         return work()
     reading, writing = os.pipe()
@@ -265,6 +263,6 @@ def as_nobody(work: Callable[[], pd.DataFrame]) -> pd.DataFrame:
             os._exit(1)
     os.close(writing)
     with os.fdopen(reading) as pipe:
-        told = pipe.read()
+        output = pipe.read()
     assert os.waitpid(child, 0)[1] == 0
-    return pd.read_json(io.StringIO(told), dtype=False)
+    return pd.read_json(io.StringIO(output), dtype=False)

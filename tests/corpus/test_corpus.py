@@ -1,4 +1,4 @@
-"""Every troublesome file: a correct entry or a named reason, beside neighbours that come through, under their own captions."""
+"""Every case of the corpus: a correct entry or a reason, and unaffected neighbours with their own captions."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,11 +14,11 @@ from tests.corpus.cases import Case, Kept, cases, write_neighbours
 from tests.corpus.pipeline import (
     check_frame,
     check_latents,
-    dataset_of,
     encode,
+    make_dataset,
+    make_spec,
     planned_pixels,
     scan,
-    spec_of,
 )
 
 CASES = cases()
@@ -31,8 +31,8 @@ def planned(outcomes: Mapping[str, Kept | str]) -> dict[str, Kept]:
 
 
 def plan(folder: Path, frame: pd.DataFrame, outcomes: Mapping[str, Kept | str]) -> pd.DataFrame:
-    """The crops; what is filtered out is as the outcomes say."""
-    rows, dropped = plan_crops(dataset_of(folder), frame, 0, (), False)
+    """Return the crops; assert that the filtered images are the expected ones."""
+    rows, dropped = plan_crops(make_dataset(folder), frame, 0, (), False)
     kept = {path for path, outcome in outcomes.items() if isinstance(outcome, Kept)}
     assert set(dropped["path"]) == kept - set(planned(outcomes))
     assert all(reason.startswith("too long and narrow") for reason in dropped["reason"])
@@ -50,7 +50,7 @@ def check_pixels(folder: Path, rows: pd.DataFrame, outcomes: Mapping[str, Kept |
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_each_case_has_its_outcome_and_its_neighbours_come_through(case: Case, tmp_path: Path):
+def test_pipeline_case_has_its_outcome_and_neighbours_are_kept(case: Case, tmp_path: Path):
     folder = tmp_path / "data"
     outcomes: dict[str, Kept | str] = dict(write_neighbours(folder))
     case.write(folder)
@@ -61,7 +61,7 @@ def test_each_case_has_its_outcome_and_its_neighbours_come_through(case: Case, t
     check_pixels(folder, rows, outcomes)
 
 
-def test_the_longest_lines_have_square_crops_of_their_own(tmp_path: Path):
+def test_plan_crops_extreme_aspect_ratios_have_square_crops(tmp_path: Path):
     folder = tmp_path / "data"
     outcomes: dict[str, Kept | str] = {}
     for case in CASES:
@@ -69,13 +69,13 @@ def test_the_longest_lines_have_square_crops_of_their_own(tmp_path: Path):
             case.write(folder)
             outcomes |= {path: replace(kept, planned=True) for path, kept in case.outcomes.items()}
     frame = scan(folder)
-    square = dataset_of(folder).model_copy(update={"crop_aspect": "square"})
+    square = make_dataset(folder).model_copy(update={"crop_aspect": "square"})
     rows, dropped = plan_crops(square, frame, 0, (), False)
     assert (len(rows), len(dropped)) == (2, 0)
     check_pixels(folder, rows, outcomes)
 
 
-def test_the_whole_corpus_at_once_goes_through_the_encoder(tmp_path: Path):
+def test_encode_whole_corpus_stores_all_planned_latents(tmp_path: Path):
     folder = tmp_path / "data"
     outcomes: dict[str, Kept | str] = dict(write_neighbours(folder))
     for case in CASES:
@@ -84,10 +84,10 @@ def test_the_whole_corpus_at_once_goes_through_the_encoder(tmp_path: Path):
     frame = scan(folder)
     check_frame(frame, outcomes)
     rows = plan(folder, frame, outcomes)
-    spec = spec_of(tmp_path, folder, rows)
+    spec = make_spec(tmp_path, folder, rows)
     cache = encode(spec)
     assert cache.failed == ()
     assert (cache.planned, cache.encoded + cache.reused) == (len(rows), len(rows))
     check_latents(spec, rows, outcomes)
-    again = encode(spec)
-    assert (again.encoded, again.reused, again.digest) == (0, len(rows), cache.digest)
+    second = encode(spec)
+    assert (second.encoded, second.reused, second.digest) == (0, len(rows), cache.digest)

@@ -1,4 +1,4 @@
-"""The encoder on a disk that is really full: a sentence, a sound store, and the next run goes on."""
+"""The encoder on a full disk: one message, a valid store, and a next run that completes it."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from PIL import Image
 from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.data.buckets.crop_plan import plan_crops
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
-from tests.corpus.pipeline import dataset_of, encode, scan, spec_of
+from tests.corpus.pipeline import make_dataset, encode, scan, make_spec
 from tests.support.small_disk import enlarge_disk, mount_small_disk
 
 here, store = Path(sys.argv[1]), Path(sys.argv[1]) / "store"
@@ -27,9 +27,9 @@ for number in range(24):
     path.with_suffix(".txt").write_text(f"noise {number}")
 frame = scan(here / "data")
 assert (frame["status"] == "kept").all()
-dataset = dataset_of(here / "data").model_copy(update={"resolution": 128})
+dataset = make_dataset(here / "data").model_copy(update={"resolution": 128})
 rows, _ = plan_crops(dataset, frame, 0, (), False)
-spec = spec_of(here, here / "data", rows, store)
+spec = make_spec(here, here / "data", rows, store)
 
 try:
     encode(spec)
@@ -38,15 +38,15 @@ except UserError as error:
 else:
     sys.exit("no error")
 assert not Path(spec.entries_path).exists(), "a stage that failed leaves no list of entries"
-kept = len(TensorStore(store))
-assert kept < 24, kept
-hidden = [name for _, _, names in os.walk(store) for name in names if ".tmp" in name]
-assert not hidden, hidden
+count = len(TensorStore(store))
+assert count < 24, count
+temporary = [name for _, _, names in os.walk(store) for name in names if ".tmp" in name]
+assert not temporary, temporary
 
 enlarge_disk(store, "20m")
 cache = encode(spec)
-assert (cache.encoded, cache.reused, cache.failed) == (24 - kept, kept, ()), cache
-fresh = encode(spec_of(here, here / "data", rows, here / "elsewhere"))
+assert (cache.encoded, cache.reused, cache.failed) == (24 - count, count, ()), cache
+fresh = encode(make_spec(here, here / "data", rows, here / "elsewhere"))
 stored, expected = TensorStore(store), TensorStore(here / "elsewhere")
 import pandas as pd
 for key in pd.read_parquet(spec.entries_path)["latent_key"]:
@@ -54,7 +54,7 @@ for key in pd.read_parquet(spec.entries_path)["latent_key"]:
 """
 
 
-def test_a_full_disk_ends_the_stage_with_a_sentence_and_the_next_run_completes_it(tmp_path: Path):
-    told = run_on_small_disk(PROGRAM, tmp_path)
-    assert f"no space left on the disk of {tmp_path / 'store'}" in told
-    assert "cache_dir_vae" in told
+def test_encode_full_disk_raises_a_message_and_the_next_run_completes_the_store(tmp_path: Path):
+    output = run_on_small_disk(PROGRAM, tmp_path)
+    assert f"no space left on the disk of {tmp_path / 'store'}" in output
+    assert "cache_dir_vae" in output
