@@ -3,7 +3,7 @@
 import dagster as dg
 
 from assets.asset_keys import asset_attributes, project_key, version
-from assets.errors import user_errors_as_failures
+from resources.storage import full_disk_as_failure
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.demo.demo_dataset import REQUEST_FILE, generate_if_asked
 from sdxl_pipeline.files.atomic_files import sha256_file
@@ -26,9 +26,12 @@ def build_generated_images(project: Project) -> dg.AssetsDefinition:
         code_version=version(CODE, request),
         description=f"The image folders that {REQUEST_FILE} describes, generated if they do not exist yet.",
     )
-    def generated_images() -> dg.MaterializeResult[None]:
-        with user_errors_as_failures():
-            folder = generate_if_asked(project.folder)
+    def generated_images() -> dg.MaterializeResult:
+        try:
+            with full_disk_as_failure():
+                folder = generate_if_asked(project.folder)
+        except (ValueError, FileExistsError) as error:  # an invalid file, or a folder that was not generated
+            raise dg.Failure(description=str(error), allow_retries=False) from error
         return dg.MaterializeResult(
             data_version=dg.DataVersion(sha256_file(project.folder / REQUEST_FILE)),
             metadata={"folder": dg.MetadataValue.path(str(folder))},

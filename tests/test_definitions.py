@@ -75,3 +75,32 @@ def test_build_definitions_invalid_project_fails_with_its_problems(
     assert "learning_rate" in message
     assert "fast" in message
     assert "config.json" in message
+
+
+def test_build_definitions_assets_have_owner_kind_tags_and_description(
+    make_project: Callable[..., Path],
+) -> None:
+    graph = build_definitions(make_project("shop").parent).resolve_asset_graph()
+    for key in graph.get_all_asset_keys():
+        asset = graph.get(key)
+        assert asset.owners, key
+        assert asset.kinds, key
+        assert asset.description, key
+        assert asset.tags["device"] == ("gpu" if "gpu" in asset.pools else "cpu"), key
+
+
+def test_build_definitions_checks_block_where_a_failure_makes_downstream_results_invalid(
+    make_project: Callable[..., Path],
+) -> None:
+    graph = build_definitions(make_project("shop").parent).resolve_asset_graph()
+    blocking = {key.name for key in graph.asset_check_keys if graph.get_check_spec(key).blocking}
+    warning = {key.name for key in graph.asset_check_keys} - blocking
+    assert blocking == {
+        "usable_images", "captions_present", "file_counts_consistent", "crops_planned", "image_counts_consistent",
+        "latents_complete", "latents_valid", "weights_valid", "better_than_base", "images_valid", "release_formats_valid",
+    }  # fmt: skip
+    assert warning == {
+        "no_near_duplicates", "no_unused_data", "no_shared_captions", "buckets_fill_a_batch", "no_eval_leakage",
+        "captions_not_truncated", "export_formats_valid", "trained_as_configured", "enough_eval_images",
+        "not_worse_than_last_release",
+    }  # fmt: skip

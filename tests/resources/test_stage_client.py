@@ -207,3 +207,18 @@ def test_dagster_command_stores_stdout_and_stops_the_stage(tmp_path, work_dir):
     wait_until_gone([step, *pids])
     stored = "".join(path.read_text() for path in (home / "storage").rglob("*.out"))
     assert "stdout of rank 0" in stored
+
+
+def test_run_any_module_returns_a_pipes_invocation_with_the_exit_code(tmp_path, monkeypatch, instance):
+    client, invocations = launcher(), []
+    (tmp_path / "exits.py").write_text("import sys; sys.exit(int(sys.argv[1]))")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    @dg.asset
+    def caller(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        invocations.append(client.run(context=context, module="exits", arguments=["3"]))
+        return invocations[0].get_materialize_result()
+
+    assert isinstance(client, dg.PipesClient)
+    assert dg.materialize([caller], instance=instance).success
+    assert invocations[0].metadata == {"exit_code": dg.IntMetadataValue(3)}
