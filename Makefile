@@ -42,11 +42,12 @@ test: $(VENV)/.ready-dev ## the test suite (at most 12 minutes on 2 cores)
 test-all: $(VENV)/.ready-dev ## the test suite with the slow tests
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m ''
 
-lint: $(VENV)/.ready-dev ## format, lint, types, dependency rule
+lint: $(VENV)/.ready-dev ## format, lint, types, dependency rule, vocabulary
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tools.check_vocabulary
 
 lock: ## resolve all dependencies anew and write constraints.txt
 	$(PYTHON) -m venv .venv-lock
