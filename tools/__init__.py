@@ -1,1 +1,1 @@
-"""What developers of this project run and users do not."""
+"""Tools for developers of this project: vocabulary check, import graph, training of the bundled model."""

@@ -145,6 +145,10 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("sdxl_pipeline/demo/shape_captions.py", "picture"): "words of the bundled model's captions",
     ("sdxl_pipeline/evaluation/evaluation_identity.py", "pictures"): "content of an identity",
     ("sdxl_pipeline/training/data/samples.py", "picture"): "content of a seed",
+    ("tests/tools/tiny_sdxl/test_bundle.py", "drawn"): "keys of figures.json",
+    ("tests/tools/tiny_sdxl/test_bundle.py", "figures"): "name of a file",
+    ("tools/tiny_sdxl/bundle_card.py", "drawn"): "keys of figures.json",
+    ("tools/tiny_sdxl/bundle_card.py", "figures"): "name of a file",
 }
 SKIPPED = ("tools/check_vocabulary.py", "tests/tools/test_check_vocabulary.py", "docs/settings.md")
 

@@ -1,7 +1,7 @@
-"""The tiny SDXL's components with their starting weights: SDXL's block types and interfaces, two orders smaller.
+"""The tiny SDXL's components with their initial weights: SDXL's block types and interfaces, two orders of magnitude smaller.
 
-The starting weights matter as much as the sizes: residual branches near zero and pyramids that already pass the
-image through let a model of this size converge in minutes (Zhang et al. 2019, "Fixup initialization").
+Initialization matters as much as size: residual branches near zero and pyramids that already reproduce the
+image let a model of this size converge in minutes (Zhang et al. 2019, "Fixup initialization").
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-# Latents times this factor have unit variance. Not SDXL's 0.13025 on purpose: code must read it from the config.
+# Latents times this factor have unit variance. Deliberately not SDXL's 0.13025: code must read it from the config.
 SCALING_FACTOR = 0.25
 TEXT_WIDTH = 64
 CLIP_IMAGE_SIZE = 64
@@ -33,7 +33,7 @@ NOISE_SCHEDULE = {
 
 
 def build_vae() -> AutoencoderKL:
-    """An f8 autoencoder with 4 latent channels, started as a near-linear pyramid."""
+    """Return an f8 autoencoder with 4 latent channels, initialized as a near-linear pyramid."""
     vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -47,12 +47,12 @@ def build_vae() -> AutoencoderKL:
         scaling_factor=SCALING_FACTOR,
         force_upcast=False,
     )
-    _start_as_pyramid(vae)
+    _init_as_pyramid(vae)
     return vae
 
 
 def build_tiny_autoencoder() -> AutoencoderTiny:
-    """The fast previewer of the VAE's latents (Ollin Boer Bohan's TAESD), 16 channels wide."""
+    """Return the fast decoder for previews of the VAE's latents (Ollin Boer Bohan's TAESD), 16 channels wide."""
     return AutoencoderTiny(
         encoder_block_out_channels=(16, 16, 16, 16),
         decoder_block_out_channels=(16, 16, 16, 16),
@@ -65,7 +65,7 @@ def build_tiny_autoencoder() -> AutoencoderTiny:
 
 
 def build_clip(tokenizer: CLIPTokenizerFast) -> CLIPModel:
-    """The scoring CLIP; its text tower becomes the pipeline's second text encoder."""
+    """Return the scoring CLIP; its text tower becomes the pipeline's second text encoder."""
     vision = CLIPVisionConfig(
         hidden_size=96,
         intermediate_size=384,
@@ -80,17 +80,17 @@ def build_clip(tokenizer: CLIPTokenizerFast) -> CLIPModel:
     clip = CLIPModel(
         CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=TEXT_WIDTH)
     )
-    _start_with_waves(clip.vision_model.embeddings.position_embedding)
+    _init_sine_positions(clip.vision_model.embeddings.position_embedding)
     return clip
 
 
 def build_first_text_encoder(tokenizer: CLIPTokenizerFast) -> CLIPTextModel:
-    """The pipeline's first text encoder; like SDXL's it uses the approximate GELU and has no projection."""
+    """Return the pipeline's first text encoder; like SDXL's it uses the approximate GELU and has no projection."""
     return CLIPTextModel(text_config(tokenizer, "quick_gelu"))
 
 
 def text_config(tokenizer: CLIPTokenizerFast, activation: str) -> CLIPTextConfig:
-    """Three causal layers, so that the penultimate hidden states have seen two."""
+    """Return the configuration of a text encoder with three causal layers: the penultimate hidden states are the output of the second."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
@@ -107,7 +107,7 @@ def text_config(tokenizer: CLIPTokenizerFast, activation: str) -> CLIPTextConfig
 
 
 def build_unet() -> UNet2DConditionModel:
-    """SDXL's UNet: one plain and two cross-attention resolutions, `text_time` conditioning, epsilon output."""
+    """Return SDXL's UNet in small: one plain and two cross-attention resolutions, `text_time` conditioning, epsilon output."""
     unet = UNet2DConditionModel(
         sample_size=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -134,7 +134,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> EulerDiscreteScheduler:
-    """SDXL's sampler with SDXL's betas."""
+    """Return SDXL's sampler with SDXL's betas."""
     return EulerDiscreteScheduler(
         **NOISE_SCHEDULE,
         prediction_type="epsilon",
@@ -146,10 +146,10 @@ def build_scheduler() -> EulerDiscreteScheduler:
 
 
 @torch.no_grad()
-def _start_with_waves(positions: nn.Embedding, amplitude: float = 0.3) -> None:
-    """Starts the patch positions as two-dimensional sine waves (He et al. 2022), as loud as the patches.
+def _init_sine_positions(positions: nn.Embedding, amplitude: float = 0.3) -> None:
+    """Initialize the position embeddings as two-dimensional sine waves (He et al. 2022) of the patch embeddings' amplitude.
 
-    From CLIP's own faint noise it takes a thousand steps until places are noticed at all.
+    With CLIP's own initialization, noise of small amplitude, training ignores positions for the first thousand steps.
     """
     count, width = positions.weight.shape  # the first is the class token
     side = int((count - 1) ** 0.5)
@@ -161,8 +161,8 @@ def _start_with_waves(positions: nn.Embedding, amplitude: float = 0.3) -> None:
 
 
 @torch.no_grad()
-def _start_as_pyramid(vae: AutoencoderKL) -> None:
-    """Encoder: 2x2 means; decoder: nearest neighbours; everything nonlinear starts ten times weaker."""
+def _init_as_pyramid(vae: AutoencoderKL) -> None:
+    """Initialize the encoder as 2x2 means and the decoder as nearest neighbours; nonlinear branches start ten times weaker."""
     for module in vae.modules():
         kind = type(module).__name__
         if kind == "ResnetBlock2D":
@@ -182,14 +182,14 @@ def _start_as_pyramid(vae: AutoencoderKL) -> None:
     moments = vae.encoder.conv_out
     channels = moments.weight.shape[0] // 2
     moments.weight[channels:] *= 0.1
-    moments.bias[channels:] = -4.0  # little posterior noise at first
+    moments.bias[channels:] = -4.0  # little posterior noise initially
     for projection in (vae.quant_conv, vae.post_quant_conv):
         projection.weight.copy_(torch.eye(projection.weight.shape[0])[:, :, None, None])
         projection.bias.zero_()
 
 
 def _add_taps(conv: nn.Conv2d, taps: Sequence[tuple[int, int]]) -> None:
-    """Weakens `conv` and adds an orthogonal channel mixing, spread evenly over the kernel positions `taps`."""
+    """Scale `conv` by 0.3 and add an orthogonal channel mixing, spread evenly over the kernel positions `taps`."""
     out_channels, in_channels = conv.weight.shape[:2]
     mixing: Tensor = torch.empty(out_channels, in_channels)
     if out_channels == in_channels:

@@ -1,4 +1,4 @@
-"""Puts trained parts together as the folders the product loads: model/, clip/ and taesd/, in fp16 safetensors."""
+"""Assembly of trained parts into the folders that are shipped: model/, clip/ and taesd/, in fp16 safetensors."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ FOLDERS = ("model", "clip", "taesd")
 
 
 def save_untrained_parts(parts: Path, seed: int = 0) -> None:
-    """Fills `parts` with every component which is not there yet, with its starting weights."""
+    """Write every missing component into `parts`, with its initial weights."""
     torch.manual_seed(seed)
     tokenizer = load_tokenizer(parts)
     clip = build_clip(tokenizer)
@@ -49,20 +49,20 @@ def save_untrained_parts(parts: Path, seed: int = 0) -> None:
 
 
 def load_tokenizer(parts: Path) -> CLIPTokenizerFast:
-    """The tokenizer of the first text encoder."""
+    """Return the tokenizer of the first text encoder."""
     return CLIPTokenizerFast.from_pretrained(parts / "tokenizer")
 
 
 def second_text_encoder(clip: CLIPModel) -> CLIPTextModelWithProjection:
-    """The text tower of `clip` as SDXL's second text encoder, sharing no memory with it."""
+    """Return the text tower of `clip` as SDXL's second text encoder, with its own memory."""
     encoder = CLIPTextModelWithProjection(clip.config.text_config)
-    wanted = encoder.state_dict()
-    encoder.load_state_dict({name: value for name, value in clip.state_dict().items() if name in wanted})
+    expected = encoder.state_dict()
+    encoder.load_state_dict({name: value for name, value in clip.state_dict().items() if name in expected})
     return encoder
 
 
 def save_image_processor(folder: Path, tokenizer: CLIPTokenizerFast) -> None:
-    """Writes what turns images and texts into the scoring CLIP's inputs; Pillow is enough to run it."""
+    """Write the tokenizer and the image processor of the scoring CLIP; the processor needs Pillow only."""
     tokenizer.save_pretrained(folder)
     side = {"height": CLIP_IMAGE_SIZE, "width": CLIP_IMAGE_SIZE}
     CLIPImageProcessorPil(
@@ -71,7 +71,7 @@ def save_image_processor(folder: Path, tokenizer: CLIPTokenizerFast) -> None:
 
 
 def assemble(parts: Path, bundle: Path = BUNDLE) -> None:
-    """Writes model/, clip/ and taesd/ under `bundle` from `parts`; each folder is replaced whole, by rename."""
+    """Write model/, clip/ and taesd/ under `bundle` from `parts`; each folder is replaced atomically, by rename."""
     staged = bundle / f".assembling-{os.getpid()}"
     shutil.rmtree(staged, ignore_errors=True)
     pipeline = StableDiffusionXLPipeline(
@@ -104,7 +104,7 @@ def assemble(parts: Path, bundle: Path = BUNDLE) -> None:
 
 
 def bundle_bytes(bundle: Path = BUNDLE) -> int:
-    """Bytes of everything the bundle ships: weights, configs and tokenizers."""
+    """Return the size in bytes of the shipped files: weights, configs and tokenizers."""
     return sum(
         file.stat().st_size for name in FOLDERS for file in (bundle / name).rglob("*") if file.is_file()
     )

@@ -1,4 +1,4 @@
-"""Draws prompts with a pipeline and measures on the pixels how well they were followed."""
+"""Image generation with the bundled pipeline, and its agreement with the prompts, measured on pixels."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ GUIDANCE = 5.0
 
 
 @torch.no_grad()
-def draw(
+def generate(
     pipeline: StableDiffusionXLPipeline,
     prompts: Sequence[str],
     size: tuple[int, int] = (128, 128),
@@ -24,7 +24,7 @@ def draw(
     guidance: float = GUIDANCE,
     batch: int = 16,
 ) -> list[Tensor]:
-    """Images (3, H, W) in [-1, 1], one per prompt; image i starts from the noise of `seed` + i."""
+    """Return one image (3, H, W) in [-1, 1] per prompt; image i starts from the noise of `seed` + i."""
     images: list[Tensor] = []
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])
@@ -42,8 +42,10 @@ def draw(
     return images
 
 
-def measure_drawing(pipeline: StableDiffusionXLPipeline, count: int = 64, seed: int = 11) -> dict[str, float]:
-    """Draws `count` held-out prompts; the share with the right background, color, shape, size and place."""
+def measure_generation(
+    pipeline: StableDiffusionXLPipeline, count: int = 64, seed: int = 11
+) -> dict[str, float]:
+    """Generate images of `count` held-out prompts and return the shares with correct background, color, shape, size and place."""
     specs = held_out_specs(count, seed)
-    images = draw(pipeline, [canonical_caption(spec) for spec in specs])
+    images = generate(pipeline, [canonical_caption(spec) for spec in specs])
     return {f"drawn_{key}": round(share, 4) for key, share in agreement(images, specs).items()}

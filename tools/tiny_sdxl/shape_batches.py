@@ -1,4 +1,4 @@
-"""The UNet's training set: latents of world images, encoded once, with the specs and frames they show."""
+"""The UNet's training set: latents of generated images, encoded once, with their specs and frames."""
 
 import random
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from sdxl_pipeline.demo.shape_world import BUCKETS, Spec, sample_frame, sample_w
 RICH_SHARE = 0.4
 _ART_SHARE = 0.03
 _CHUNK = 64
-# How many of `count` images fall to each bucket, and how often a batch is of it.
+# Share of the images and of the batches in each bucket.
 BUCKET_SHARES = (0.5, 0.25, 0.25)
 
 Frame = tuple[int, int, int, int]
@@ -51,7 +51,7 @@ class BucketSet:
         self._moments = torch.cat(moments)
 
     def sample(self, size: int, rng: random.Random) -> Batch:
-        """Draws `size` images; latents are fresh samples of their posteriors, captions fresh wordings."""
+        """Return a random batch of `size` images; latents are sampled from their posteriors, captions from their wordings."""
         rows = [rng.randrange(len(self.specs)) for _ in range(size)]
         mean, logvar = self._moments[rows].float().chunk(2, dim=1)
         latents = (mean + (0.5 * logvar).exp() * torch.randn_like(mean)) * self._scaling_factor
@@ -64,7 +64,7 @@ class BucketSet:
 
 
 def build_training_set(vae: AutoencoderKL, count: int, seed: int) -> list[BucketSet]:
-    """About `count` images over all buckets."""
+    """Return about `count` images in total, by bucket."""
     return [
         BucketSet(vae, bucket, int(count * share), seed + i)
         for i, (bucket, share) in enumerate(zip(BUCKETS, BUCKET_SHARES, strict=True))
@@ -73,6 +73,6 @@ def build_training_set(vae: AutoencoderKL, count: int, seed: int) -> list[Bucket
 
 @torch.no_grad()
 def _encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Posterior mean and log-variance (B, 8, H/8, W/8)."""
+    """Return posterior mean and log-variance, (B, 8, H/8, W/8)."""
     with torch.autocast("cpu", torch.bfloat16):
         return torch.cat([vae.encode(part).latent_dist.parameters.float() for part in images.split(16)])

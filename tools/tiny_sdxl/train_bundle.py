@@ -1,8 +1,8 @@
-"""Trains the bundled tiny SDXL from nothing: `python -m tools.tiny_sdxl.train_bundle`.
+"""Training of the bundled tiny SDXL from scratch: `python -m tools.tiny_sdxl.train_bundle`.
 
 About 80 minutes on two CPU cores. Parts, in order: tokenizer; VAE and then the tiny decoder beside CLIP with both
-text encoders; UNet, in two processes; bundle (the folders next to this file); card (held-out figures). A part
-whose record is in the work directory is not trained again; `--only PART` trains that part anew.
+text encoders; UNet, in two processes; bundle (the shipped folders); card (held-out metrics). A part
+whose record is in the work directory is not trained again; `--only PART` trains that part again.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from tools.tiny_sdxl.train_vae import train_vae
 
 _LOGGER = logging.getLogger(__name__)
 PARTS = ("tokenizer", "vae", "taesd", "clip", "unet", "bundle", "card")
-# Seconds of wall time on two cores, and the most steps any machine does.
+# Seconds of wall time on two cores, and the largest number of steps.
 _BUDGETS = {"vae": (1400, 6000), "taesd": (240, 3000), "clip": (1100, 6000), "unet": (3000, 8000)}
 _UNET_PROCESSES = 2
 
@@ -35,16 +35,16 @@ Record = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains all parts which are missing, or the one that `--only` names."""
+    """Train all missing parts, or the one given by `--only`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=PARTS, help="train this part anew, and no other")
-    parser.add_argument("--work-dir", type=Path, default=Path("build/tiny-sdxl"), help="where parts are kept")
+    parser.add_argument("--only", choices=PARTS, help="train this part again, and no other")
+    parser.add_argument("--work-dir", type=Path, default=Path("build/tiny-sdxl"), help="folder of the parts")
     parser.add_argument(
-        "--bundle", type=Path, default=BUNDLE, help="where model/, clip/ and taesd/ are written"
+        "--bundle", type=Path, default=BUNDLE, help="folder in which model/, clip/ and taesd/ are written"
     )
-    parser.add_argument("--pace", type=float, default=1.0, help="multiplies the time each training may take")
+    parser.add_argument("--pace", type=float, default=1.0, help="factor of the time limit of each training")
     options = parser.parse_args(arguments)
     _start_logging()
     parts: Path = options.work_dir
@@ -59,22 +59,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     groups: list[list[str]] = [
         [part for part in group if part in missing] for group in (("vae", "taesd"), ("clip",))
     ]
-    _run_side_by_side([group for group in groups if group], parts, options.bundle, options.pace)
+    _train_in_parallel([group for group in groups if group], parts, options.bundle, options.pace)
     for part in ("unet", "bundle", "card"):
         if part in missing:
             _make(part, parts, options.bundle, options.pace)
 
 
 def _make(part: str, parts: Path, bundle: Path, pace: float) -> None:
-    """Makes one part and writes its record: steps, seconds and figures."""
+    """Train one part and write its record: steps, seconds and metrics."""
     torch.set_num_threads(1)
     makers: dict[str, Callable[[], Record]] = {
-        "tokenizer": lambda: _recordless(train_tokenizer, parts),
+        "tokenizer": lambda: _without_record(train_tokenizer, parts),
         "vae": lambda: dict(train_vae(parts / "vae", _budget("vae", pace))),
         "taesd": lambda: dict(train_taesd(parts, _budget("taesd", pace))),
         "clip": lambda: dict(train_clip(parts, _budget("clip", pace))),
         "unet": lambda: _train_unet_in_parallel(parts, pace),
-        "bundle": lambda: _recordless(assemble, parts, bundle),
+        "bundle": lambda: _without_record(assemble, parts, bundle),
         "card": lambda: _make_card(parts, bundle),
     }
     record = makers[part]()
@@ -82,8 +82,8 @@ def _make(part: str, parts: Path, bundle: Path, pace: float) -> None:
     _record_file(parts, part).write_text(json.dumps(record) + "\n")
 
 
-def _run_side_by_side(groups: list[list[str]], parts: Path, bundle: Path, pace: float) -> None:
-    """Makes the parts of each group one after the other, every group in a process of its own."""
+def _train_in_parallel(groups: list[list[str]], parts: Path, bundle: Path, pace: float) -> None:
+    """Train the parts of each group in order, every group in a process of its own. Raise SystemExit if one fails."""
     spawn = multiprocessing.get_context("spawn")
     children = [spawn.Process(target=_make_all, args=(group, parts, bundle, pace)) for group in groups]
     for child in children:
@@ -92,9 +92,7 @@ def _run_side_by_side(groups: list[list[str]], parts: Path, bundle: Path, pace: 
         child.join()
     failed = [group for group, child in zip(groups, children, strict=True) if child.exitcode]
     if failed:
-        raise SystemExit(
-            f"training failed in {failed}; run again to take it up from the last part that is whole"
-        )
+        raise SystemExit(f"training failed in {failed}; run again to continue after the last complete part")
 
 
 def _make_all(group: list[str], parts: Path, bundle: Path, pace: float) -> None:
@@ -123,10 +121,10 @@ def _unet_process(rank: int, parts: Path, seconds: float, steps: int) -> None:
 
 
 def _set_up_children() -> None:
-    """What the processes started from here find in their environment.
+    """Set the environment of the child processes.
 
-    One thread each, as there are as many processes as cores. And glibc shall keep freed memory: otherwise it
-    hands the large activations back at every step, and page faults take up to a fifth of the time.
+    One thread each, since there are as many processes as cores. glibc keeps freed memory: otherwise it returns
+    large activations to the system at every step, and page faults take up to a fifth of the time.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(8 * 2**30))
@@ -138,17 +136,17 @@ def _start_logging() -> None:
 
 
 def _make_card(parts: Path, bundle: Path) -> Record:
-    figures = measure_bundle(bundle)
+    metrics = measure_bundle(bundle)
     trainings = {
         part: json.loads(_record_file(parts, part).read_text())
         for part in _BUDGETS
         if _record_file(parts, part).exists()
     }
-    write_model_card(bundle, figures, trainings)
-    return dict(figures)
+    write_model_card(bundle, metrics, trainings)
+    return dict(metrics)
 
 
-def _recordless(function: Callable[..., None], *arguments: Path) -> Record:
+def _without_record(function: Callable[..., None], *arguments: Path) -> Record:
     function(*arguments)
     return {}
 

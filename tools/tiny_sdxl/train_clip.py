@@ -1,4 +1,4 @@
-"""Trains the scoring CLIP and both text encoders by contrast of images and captions (Radford et al. 2021)."""
+"""Contrastive training of the scoring CLIP and both text encoders on images and captions (Radford et al. 2021)."""
 
 import logging
 import random
@@ -35,16 +35,16 @@ from tools.tiny_sdxl.bundle import load_tokenizer, save_image_processor, second_
 _LOGGER = logging.getLogger(__name__)
 _BATCH = 192
 _PEAK_RATE = 1.5e-3
-# Batches are made of groups of this many images; a rich group is random, a plain one differs in little.
+# Batches are made of groups of this many images; a rich group is random, the images of a plain one differ little.
 _GROUP = 4
 _RICH_SHARE = 0.4
 _MAX_LOGIT_SCALE = 60.0
 
 
 class CaptionIds:
-    """Token ids of captions without the common padding at the end, remembered.
+    """Cached token ids of captions without common padding at the end.
 
-    The towers are causal and pool at the end-of-text token, so leaving padding out changes nothing.
+    The towers are causal and pool at the end-of-text token, so omitting padding changes nothing.
     """
 
     def __init__(self, tokenizer: CLIPTokenizerFast) -> None:
@@ -52,7 +52,7 @@ class CaptionIds:
         self._known: dict[str, list[int]] = {}
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Ids (B, longest) of `captions`, padded with the end-of-text token."""
+        """Return ids (B, longest) of `captions`, padded with the end-of-text token."""
         for caption in captions:
             if caption not in self._known:
                 self._known[caption] = self._tokenizer(caption, truncation=True, max_length=77).input_ids
@@ -63,7 +63,7 @@ class CaptionIds:
 
 
 def train_clip(parts: Path, budget: Budget, seed: int = 0) -> dict[str, float]:
-    """Trains, saves clip, text_encoder and text_encoder_2 under `parts`, returns the held-out figures."""
+    """Train, save clip, text_encoder and text_encoder_2 under `parts`, and return the held-out metrics."""
     torch.manual_seed(seed)
     rng = random.Random(seed + 2)
     tokenizer = load_tokenizer(parts)
@@ -107,7 +107,7 @@ def train_clip(parts: Path, budget: Budget, seed: int = 0) -> dict[str, float]:
 
 @torch.no_grad()
 def measure_clip(clip: CLIPModel, ids: CaptionIds, count: int = 256) -> dict[str, float]:
-    """Share of `count` different held-out captions whose own image is the nearest of all."""
+    """Return the share of `count` different held-out captions for which their own image is the nearest."""
     specs = held_out_specs(count, seed=7)
     images = render(specs, (128, 128), random.Random(7))
     image_embeds = embed_images(clip, to_clip_size(images))
@@ -117,19 +117,19 @@ def measure_clip(clip: CLIPModel, ids: CaptionIds, count: int = 256) -> dict[str
 
 
 def embed_images(clip: CLIPModel, pixel_values: Tensor) -> Tensor:
-    """Unit embeddings (B, 64) of images (B, 3, 64, 64) in [-1, 1]."""
+    """Return unit embeddings (B, 64) of images (B, 3, 64, 64) in [-1, 1]."""
     return F.normalize(
         clip.visual_projection(clip.vision_model(pixel_values=pixel_values).pooler_output), dim=-1
     )
 
 
 def embed_texts(clip: CLIPModel, input_ids: Tensor) -> Tensor:
-    """Unit embeddings (B, 64) of captions."""
+    """Return unit embeddings (B, 64) of captions."""
     return F.normalize(clip.text_projection(clip.text_model(input_ids=input_ids).pooler_output), dim=-1)
 
 
 def to_clip_size(images: Tensor) -> Tensor:
-    """Squeezes images (B, 3, H, W) of any aspect to the square the vision tower reads."""
+    """Resize images (B, 3, H, W) of any aspect to the square input of the vision tower."""
     side = (CLIP_IMAGE_SIZE, CLIP_IMAGE_SIZE)
     return F.interpolate(images, side, mode="bilinear", antialias=True, align_corners=False)
 
@@ -139,7 +139,7 @@ def _embed_first(encoder: CLIPTextModel, projection: nn.Linear, input_ids: Tenso
 
 
 def _contrast(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor, same: Tensor) -> Tensor:
-    """The symmetric cross entropy; pairs whose captions are the `same` text are no negatives."""
+    """Return the symmetric cross entropy, (); pairs whose captions are the `same` text are not negatives."""
     count = len(image_embeds)
     logits = (scale * text_embeds @ image_embeds.T).masked_fill(
         same & ~torch.eye(count, dtype=torch.bool), -1e4
@@ -149,7 +149,7 @@ def _contrast(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor, same: Te
 
 
 def _sample_group(rng: random.Random) -> list[Spec]:
-    """Four images. Plain ones share shape and colours: only then must the model tell sizes and places."""
+    """Return the specs of four images. Plain ones share shape and colours, so that the model must distinguish sizes and places."""
     if rng.random() < _RICH_SHARE:
         return [sample_rich(rng) for _ in range(_GROUP)]
     first = sample_plain(rng)
@@ -158,9 +158,9 @@ def _sample_group(rng: random.Random) -> list[Spec]:
 
 
 def _batch(rng: random.Random) -> tuple[Tensor, list[str]]:
-    """Images (192, 3, 64, 64) and their captions, half square, a quarter of each other aspect.
+    """Return images (192, 3, 64, 64) and their captions: half square, a quarter of each other aspect.
 
-    Drawn at half size, which is what is left after squeezing to 64x64 anyway.
+    They are rendered at half size, because they are resized to 64x64 anyway.
     """
     images, captions = [], []
     for (height, width), share in zip(BUCKETS, (2, 1, 1), strict=True):

@@ -1,4 +1,4 @@
-"""Distils the VAE into the AutoencoderTiny which previews latents for a fraction of the time."""
+"""Distillation of the VAE into the AutoencoderTiny, which decodes previews of latents in a fraction of the time."""
 
 import logging
 import random
@@ -19,7 +19,7 @@ _PEAK_RATE = 2e-3
 
 
 def train_taesd(parts: Path, budget: Budget, seed: int = 0) -> dict[str, float]:
-    """Trains on the VAE's scaled latents, saves to `parts`/taesd, returns the held-out figures."""
+    """Train on the VAE's scaled latents, save to `parts`/taesd, and return the held-out metrics."""
     torch.manual_seed(seed)
     rng, generator = random.Random(seed + 3), torch.Generator().manual_seed(seed + 3)
     vae = AutoencoderKL.from_pretrained(parts / "vae").eval().requires_grad_(False)
@@ -52,7 +52,7 @@ def train_taesd(parts: Path, budget: Budget, seed: int = 0) -> dict[str, float]:
 
 @torch.no_grad()
 def measure_taesd(tiny: AutoencoderTiny, vae: AutoencoderKL, count: int = 64) -> dict[str, float]:
-    """Mean PSNR in dB of the tiny decoder on the VAE's latents of held-out world images."""
+    """Return the mean PSNR in dB of the tiny decoder on the VAE's latents of held-out world images."""
     images = render(held_out_specs(count, seed=99), (128, 128), random.Random(99))
     decoded = [
         tiny.decode(vae.encode(part).latent_dist.mode() * vae.config.scaling_factor).sample

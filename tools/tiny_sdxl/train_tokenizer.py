@@ -1,4 +1,4 @@
-"""Trains the byte-level BPE tokenizer both text encoders use: CLIP's own kind, 1,024 entries, 77 tokens."""
+"""Training of the byte-level BPE tokenizer of both text encoders: CLIP's kind, 1,024 entries, 77 tokens."""
 
 import json
 import random
@@ -15,15 +15,15 @@ from sdxl_pipeline.demo.shape_world import sample_plain, sample_rich
 VOCABULARY_SIZE = 1024
 MAX_LENGTH = 77
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-# CLIP's way of cutting a text into words (Radford et al. 2021).
+# CLIP's pattern for splitting text into words (Radford et al. 2021).
 _WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 
 
 def train_tokenizer(folder: Path, seed: int = 0) -> None:
-    """Writes `folder`/tokenizer and `folder`/tokenizer_2, which differ in the padding token as SDXL's do.
+    """Write `folder`/tokenizer and `folder`/tokenizer_2, which differ in the padding token as SDXL's do.
 
-    Merges are learned from the world's captions and, for everything else, from the English of Python's own
-    help topics. Every byte has a token, so no text is ever unknown.
+    Merges are learned from the world's captions and, for other text, from the English of Python's
+    help topics. Every byte has a token, so no text is unknown.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
@@ -37,7 +37,7 @@ def train_tokenizer(folder: Path, seed: int = 0) -> None:
         ]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE,  # some merges are dropped below, so learn more than are kept
+        vocab_size=VOCABULARY_SIZE,  # some merges are dropped below, so more are learned than are needed
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
         continuing_subword_prefix="",
@@ -52,7 +52,7 @@ def train_tokenizer(folder: Path, seed: int = 0) -> None:
         CLIPTokenizerFast(
             vocab=ids, merges=[tuple(pair) for pair in kept], model_max_length=MAX_LENGTH, pad_token=padding
         ).save_pretrained(target)
-        # CLIP's two classic files too: SDXL's own folders hold them, and other programs read nothing else
+        # CLIP's two original files too: SDXL's folders contain them, and other programs read only these
         (target / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False))
         (target / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in kept))
 
@@ -63,7 +63,7 @@ def _bpe(tokenizer: Tokenizer) -> dict[str, list[list[str] | str]]:
 
 
 def _clip_vocabulary(alphabet: list[str], merges: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """CLIP's order of entries: bytes, bytes that end a word, merged tokens, then the two special tokens."""
+    """Return (vocabulary, merges) in CLIP's order of entries: bytes, bytes that end a word, merged tokens, then the two special tokens."""
     vocabulary = [*alphabet, *(letter + "</w>" for letter in alphabet)]
     known, kept = set(vocabulary), []
     for first, second in merges:

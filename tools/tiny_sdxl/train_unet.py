@@ -1,4 +1,4 @@
-"""Trains the UNet on cached latents: epsilon, min-SNR weights, two data-parallel processes."""
+"""Training of the UNet on cached latents: epsilon prediction, min-SNR weights, two data-parallel processes."""
 
 import logging
 import random
@@ -29,7 +29,7 @@ _SAVE_EVERY = 250
 
 
 class TextEmbedder:
-    """Captions to what the UNet attends to: penultimate states of both encoders, pooled output of the second."""
+    """Captions encoded as the UNet's conditioning: penultimate states of both encoders, pooled output of the second."""
 
     def __init__(self, parts: Path) -> None:
         self._tokenizers = [
@@ -41,7 +41,7 @@ class TextEmbedder:
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """prompt_embeds (B, 77, 128) and pooled_prompt_embeds (B, 64)."""
+        """Return prompt_embeds (B, 77, 128) and pooled_prompt_embeds (B, 64)."""
         with torch.autocast("cpu", torch.bfloat16):
             first = self._first(self._ids(0, captions), output_hidden_states=True)
             second = self._second(self._ids(1, captions), output_hidden_states=True)
@@ -61,11 +61,11 @@ class TextEmbedder:
 def train_unet(
     parts: Path, budget_seconds: float, max_steps: int, rank: int, world_size: int, seed: int = 0
 ) -> tuple[int, float]:
-    """One data-parallel process of the training; rank 0 saves the averaged weights to `parts`/unet.
+    """Run one data-parallel process of the training; rank 0 saves the averaged weights to `parts`/unet.
 
-    Returns the steps done and the seconds spent, those of an interrupted training it continued included: every
-    250 steps rank 0 saves its state to unet-checkpoint.safetensors, and a training that finds this file goes on
-    from it, with fresh random numbers and a budget of its own. The processes meet through MASTER_ADDR and
+    Return the steps and the seconds, including those of an interrupted training that it resumes: every
+    250 steps rank 0 saves its state to unet-checkpoint.safetensors, and a training that finds this file resumes
+    from it, with new random numbers and a new budget. The processes connect through MASTER_ADDR and
     MASTER_PORT.
     """
     if world_size > 1:
@@ -74,7 +74,7 @@ def train_unet(
     unet = build_unet()
     unet.set_attn_processor(
         AttnProcessor()
-    )  # plain products: on CPUs faster than the fused kernel's backward
+    )  # plain matrix products: on CPUs faster than the fused kernel's backward
     state = UNetState(unet, _PEAK_RATE, _AVERAGE_DECAY)
     checkpoint = parts / "unet-checkpoint.safetensors"
     if checkpoint.exists():
@@ -124,17 +124,17 @@ def train_unet(
 
 
 def _timestep_density(alphas: Tensor) -> Tensor:
-    """How often each timestep is drawn, up to a factor.
+    """Return the sampling density of the timesteps, (T,), up to a factor.
 
-    Min-SNR's weights for epsilon (Hang et al. 2023), as a density instead of weights: no work is spent on what
-    counts little. Times t, which leans towards much noise, where the text decides which shape it will be.
+    Min-SNR's weights for epsilon (Hang et al. 2023) as a density instead of weights: no work is spent on timesteps
+    of small weight. It is multiplied by t, which favours much noise, where the text determines the shape.
     """
     snr = alphas / (1 - alphas)
     return snr.clamp(max=_MIN_SNR_GAMMA) / snr * torch.arange(1, len(snr) + 1)
 
 
 def _agree(spent: float, world_size: int) -> float:
-    """The largest share any process has spent, so that all stop at the same step."""
+    """Return the largest share that any process has spent, so that all stop at the same step."""
     if world_size == 1:
         return spent
     value = torch.tensor([spent], dtype=torch.float64)
@@ -152,7 +152,7 @@ def _drop_captions(embed: TextEmbedder, captions: list[str], rng: random.Random)
 
 
 def _stratified_timesteps(size: int, density: Tensor) -> Tensor:
-    """One timestep out of each of `size` stretches of equal mass under `density`, shuffled: less variance."""
+    """Return one timestep from each of `size` strata of equal mass under `density`, shuffled, (size,): this reduces variance."""
     quantiles = (torch.arange(size) + torch.rand(size)) / size
     cumulated = density.cumsum(0) / density.sum()
     timesteps = torch.searchsorted(cumulated, quantiles).clamp(max=len(density) - 1)

@@ -1,4 +1,4 @@
-"""Trains the AutoencoderKL on images of the world and unlike it, and gives its latents unit variance."""
+"""Training of the AutoencoderKL on images of the world and others, and normalization of its latents to unit variance."""
 
 import logging
 import random
@@ -15,14 +15,14 @@ from tools.tiny_sdxl.budget import Budget, set_learning_rate, update_average
 
 _LOGGER = logging.getLogger(__name__)
 _BATCH = 16
-_CROP = 64  # three steps of four see crops: a quarter of the cost, the same strokes
+_CROP = 64  # three steps of four use crops: a quarter of the cost, the same details
 _PEAK_RATE = 3e-3
 _KL_WEIGHT = 3e-4
 _RICH_SHARE = 0.6
 
 
 def train_vae(folder: Path, budget: Budget, seed: int = 0) -> dict[str, float]:
-    """Trains, saves to `folder` in diffusers' layout and returns the held-out figures.
+    """Train, save to `folder` in diffusers' layout and return the held-out metrics.
 
     The loss is the mean square and half the mean absolute error, the error of the image gradients, and a small
     KL term; the posterior is that of Rombach et al. 2022.
@@ -61,10 +61,10 @@ def train_vae(folder: Path, budget: Budget, seed: int = 0) -> dict[str, float]:
 
 @torch.no_grad()
 def normalize_latents(vae: AutoencoderKL, rng: random.Random) -> None:
-    """Folds a shift and a scale per channel into the 1x1 convolutions around the latents.
+    """Fold a shift and a scale per channel into the 1x1 convolutions around the latents.
 
-    Afterwards latents times the scaling factor have mean 0 and variance 1 over the world's images, and
-    reconstructions are what they were.
+    Afterwards latents times the scaling factor have mean 0 and variance 1 over the world's images;
+    reconstructions are unchanged.
     """
     channels = vae.config.latent_channels
     latents = torch.cat(
@@ -81,14 +81,14 @@ def normalize_latents(vae: AutoencoderKL, rng: random.Random) -> None:
     into, out = vae.quant_conv, vae.post_quant_conv
     into.bias[:channels] = (into.bias[:channels] - mean) * gain
     into.weight[:channels] *= gain[:, None, None, None]
-    into.bias[channels:] += 2 * gain.log()  # these rows give the posterior's log-variance
+    into.bias[channels:] += 2 * gain.log()  # these rows output the posterior's log-variance
     out.bias += (out.weight[:, :, 0, 0] * mean).sum(1)
     out.weight /= gain[None, :, None, None]
 
 
 @torch.no_grad()
 def measure_vae(vae: AutoencoderKL, count: int = 64) -> dict[str, float]:
-    """Mean PSNR in dB of the reconstruction of held-out world images and of images unlike the world."""
+    """Return the mean PSNR in dB of the reconstruction of held-out world images and of images unlike the world."""
     rng = random.Random(99)
     batches = {
         "psnr_world_db": render(held_out_specs(count, seed=99), (128, 128), rng),
@@ -98,7 +98,7 @@ def measure_vae(vae: AutoencoderKL, count: int = 64) -> dict[str, float]:
 
 
 def psnr(images: Tensor, others: Tensor) -> float:
-    """Mean over images of the peak signal-to-noise ratio in dB; images (B, 3, H, W) in [-1, 1]."""
+    """Return the mean over images of the peak signal-to-noise ratio in dB; images (B, 3, H, W) in [-1, 1]."""
     error = ((images - others.clamp(-1, 1)) / 2).pow(2).mean((1, 2, 3))
     return (-10 * error.log10()).mean().item()
 
@@ -109,7 +109,7 @@ def _reconstruct(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 def _batch(rng: random.Random, generator: torch.Generator, *, full: bool) -> Tensor:
-    """Half world, half art: (16, 3, H, W) of a random bucket, or a random crop of it."""
+    """Return images (16, 3, H, W) of a random bucket, or a random crop of them: half world, half art."""
     bucket = rng.choice((BUCKETS[0], *BUCKETS))
     half = _BATCH // 2
     specs = [sample_world(rng, _RICH_SHARE) for _ in range(half)]
@@ -119,7 +119,7 @@ def _batch(rng: random.Random, generator: torch.Generator, *, full: bool) -> Ten
 
 
 def random_crop(images: Tensor, rng: random.Random, side: int = _CROP) -> Tensor:
-    """The same `side` x `side` window of all images."""
+    """Return the same random `side` x `side` window of all images."""
     height, width = images.shape[-2:]
     top, left = rng.randint(0, height - side), rng.randint(0, width - side)
     return images[:, :, top : top + side, left : left + side].contiguous()

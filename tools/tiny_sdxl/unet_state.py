@@ -1,4 +1,4 @@
-"""All that the UNet's training remembers from step to step, able to save and load itself."""
+"""The mutable state of the UNet's training, with save and load."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ class UNetState:
         self._decay = decay
 
     def update(self) -> None:
-        """One optimizer step on the gradients at hand."""
+        """Take an optimizer step with the current gradients."""
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         update_average(self.average, [p.detach() for p in self.parameters], self.step, self._decay)
@@ -33,14 +33,14 @@ class UNetState:
 
     @torch.no_grad()
     def save_average(self, folder: Path) -> None:
-        """Writes the averaged weights in diffusers' layout."""
+        """Write the averaged weights in diffusers' layout."""
         current = [p.detach().clone() for p in self.parameters]
         torch._foreach_copy_(self.parameters, self.average)
         self.unet.save_pretrained(folder)
         torch._foreach_copy_(self.parameters, current)
 
     def save(self, file: Path) -> None:
-        """Writes everything to `file`, beside it first."""
+        """Write the state to `file`, by rename."""
         tensors = {"step": torch.tensor([self.step]), "seconds": torch.tensor([self.seconds])}
         for i, (parameter, mean) in enumerate(zip(self.parameters, self.average, strict=True)):
             moments = self.optimizer.state[parameter]
@@ -52,7 +52,7 @@ class UNetState:
 
     @torch.no_grad()
     def load(self, file: Path) -> None:
-        """Takes everything from `file`."""
+        """Load the state from `file`."""
         tensors = load_file(file)
         self.step, self.seconds = int(tensors["step"].item()), tensors["seconds"].item()
         for i, parameter in enumerate(self.parameters):
