@@ -1,1 +1,1 @@
-"""Measurements; never part of the tests."""
+"""Benchmarks; not part of the tests."""

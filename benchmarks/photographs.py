@@ -1,4 +1,4 @@
-"""Real images without a download: pieces of the photographs that scikit-image ships in its wheel, no two alike."""
+"""Real images without a download: different crops of the photographs in scikit-image's wheel."""
 
 import random
 from collections.abc import Iterator
@@ -38,17 +38,17 @@ def _photograph(name: str) -> Image.Image:
 
 
 def pieces(count: int, seed: int = 0) -> Iterator[tuple[Image.Image, str]]:
-    """`count` pieces of photographs with a caption each: 256 to 768 pixels on the longer edge, of five aspect ratios."""
-    chance = random.Random(seed)
+    """Yield `count` crops of photographs with a caption each: 256 to 768 pixels on the longer edge, of five aspect ratios."""
+    rng = random.Random(seed)
     for number in range(count):
         source = number % len(NAMES)
         photograph = _photograph(NAMES[source])
-        aspect = chance.choice((1.0, 1.5, 2 / 3, 4 / 3, 0.75))
-        width = chance.uniform(0.4, 1.0) * min(photograph.width, photograph.height * aspect)
+        aspect = rng.choice((1.0, 1.5, 2 / 3, 4 / 3, 0.75))
+        width = rng.uniform(0.4, 1.0) * min(photograph.width, photograph.height * aspect)
         height = width / aspect
-        left = chance.uniform(0, photograph.width - width)
-        top = chance.uniform(0, photograph.height - height)
-        scale = chance.uniform(256, 768) / max(width, height)
+        left = rng.uniform(0, photograph.width - width)
+        top = rng.uniform(0, photograph.height - height)
+        scale = rng.uniform(256, 768) / max(width, height)
         size = (max(64, round(width * scale)), max(64, round(height * scale)))
         box = (left, top, left + width, top + height)
         yield (
@@ -58,7 +58,7 @@ def pieces(count: int, seed: int = 0) -> Iterator[tuple[Image.Image, str]]:
 
 
 def write_dataset(folder: Path, count: int, seed: int = 0) -> None:
-    """`count` JPEGs with a caption file each; nothing is done when they are there."""
+    """Write `count` JPEGs with a caption file each, unless they exist."""
     if folder.is_dir() and sum(1 for _ in folder.glob("*.jpg")) == count:
         return
     folder.mkdir(parents=True, exist_ok=True)

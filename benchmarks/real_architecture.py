@@ -1,10 +1,10 @@
-"""SDXL-base's own architecture with random weights, through the whole graph: what it takes without a GPU and without a download.
+"""The complete asset graph on SDXL-base's architecture with random weights, without a GPU and without a download.
 
     python benchmarks/real_architecture.py FOLDER [--resolution 512] [--steps 2]
 
-Writes 7 GB of random bf16 weights into FOLDER (once), a project with a few photographs beside them, materializes every asset, and prints
-the time and the peak memory of each stage. Needs about 16 GB of memory. The images it draws are noise; what it shows is that the real
-module names, sizes and file formats go through.
+Writes 7 GB of random bf16 weights into FOLDER (once), a project with a few photographs next to them, materializes every asset, and prints
+the time and the peak memory of each stage. Needs about 16 GB of memory. The generated images are noise; the run tests the real
+module names, sizes and file formats.
 """
 
 import argparse
@@ -36,7 +36,7 @@ STAGES = {
 
 
 def write_model(folder: Path) -> None:
-    """A diffusers folder with SDXL-base's configurations, random bf16 weights and the bundled model's tokenizers."""
+    """Write a diffusers folder with SDXL-base's configurations, random bf16 weights and the bundled model's tokenizers."""
     if (folder / "model_index.json").is_file():
         return
     torch.manual_seed(0)
@@ -54,7 +54,7 @@ def write_model(folder: Path) -> None:
 
 
 def write_project(folder: Path, model: Path, resolution: int, steps: int) -> None:
-    """A project with four photographs."""
+    """Write a project with four photographs."""
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
     for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg"):
@@ -95,7 +95,7 @@ def write_project(folder: Path, model: Path, resolution: int, steps: int) -> Non
 
 
 def main() -> None:
-    """Write what is missing, run the graph, print what it took."""
+    """Write missing files, run the graph, print time and memory."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--resolution", type=int, default=512)
@@ -114,13 +114,13 @@ def main() -> None:
     }
     command = [sys.executable, "-m", "dagster", "asset", "materialize", "-m", "sdxl_pipeline.definitions"]
     started = time.monotonic()
-    # The asset that compares eval losses may well fail: a random model has nothing to improve on. The stages before it count.
+    # The evaluation's check may fail: a random model does not improve. The stages before it are measured.
     graph = subprocess.run([*command, "--select", "*"], env=environment, cwd=REPOSITORY, check=False)
     seconds = time.monotonic() - started
 
     values = root / "storage" / "values" / "real_architecture"
     print(
-        f"\nwhole graph: {seconds:.0f} s, exit code {graph.returncode}, {torch.get_num_threads()} thread(s)"
+        f"\ncomplete graph: {seconds:.0f} s, exit code {graph.returncode}, {torch.get_num_threads()} thread(s)"
     )
     print(f"largest process: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9:.1f} GB")
     for stage, key in STAGES.items():

@@ -1,4 +1,4 @@
-"""The crop plan of a million images: planning, digests, latent keys, and the memory it takes, in a process of its own."""
+"""The crop plan of a million images: planning, digests, latent keys, and memory, in a process of its own."""
 
 import hashlib
 import io
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.figures import Measurement, Options
+from benchmarks.measurements import Measurement, Options
 
 IMAGES = 1_000_000
 SECONDS = 10.0
@@ -33,31 +33,33 @@ SETTINGS = {
 
 
 def measure(options: Options) -> list[Measurement]:
-    """Seconds and bytes for one million rows of realistic sizes, for three of the crop aspects."""
+    """Return seconds and bytes for one million rows of realistic sizes, for three crop aspects."""
     images = 20_000 if options.quick else IMAGES
-    figures = []
+    measurements = []
     for name, settings in SETTINGS.items():
-        told = subprocess.run(
+        output = subprocess.run(
             [sys.executable, "-m", "benchmarks.data_parts.buckets", str(images), json.dumps(settings)],
             cwd=REPOSITORY,
             check=True,
             capture_output=True,
             text=True,
         ).stdout
-        seconds, peak, with_leaks = json.loads(told.splitlines()[-1])
+        seconds, peak, with_leaks = json.loads(output.splitlines()[-1])
         note = f"{images:,} images, crop_aspect {name}"
-        bucketing = sum(seconds[what] for what in BUCKETING)
-        figures += [Measurement("buckets", what, value, "s", note=note) for what, value in seconds.items()]
-        figures += [
+        bucketing = sum(seconds[name] for name in BUCKETING)
+        measurements += [
+            Measurement("buckets", what, value, "s", note=note) for what, value in seconds.items()
+        ]
+        measurements += [
             Measurement("buckets", "bucketing", bucketing, "s", "under 10 s", bucketing < SECONDS, f"{note}: {', '.join(BUCKETING)}"),
             Measurement("buckets", "peak memory", peak / 2**30, "GiB", "under 2 GiB", peak < BYTES, note),
             Measurement("buckets", "peak memory with the search", with_leaks / 2**30, "GiB", note=note),
         ]  # fmt: skip
-    return figures
+    return measurements
 
 
 def scan_of(images: int) -> pd.DataFrame:
-    """What a scan gives for so many images: half in the sizes of cameras and phones, half cut to any size, as the web has them."""
+    """Return a synthetic scan of so many images: half in sizes of cameras and phones, half of arbitrary size, as on the web."""
     random = np.random.default_rng(0)
     cameras = np.array([(3000, 4000), (4000, 6000), (1080, 1920), (3024, 4032), (2448, 3264), (1365, 2048)])
     height, width = cameras[random.integers(0, len(cameras), images)].T
@@ -82,8 +84,8 @@ def scan_of(images: int) -> pd.DataFrame:
 
 
 def _plan(images: int, settings: dict[str, Any]) -> None:
-    """Plan in this process, and print ({what: seconds}, peak bytes, peak bytes with the search for leaks)."""
-    from assets.metadata import crop_plan_metadata
+    """Plan in this process, and print ({name: seconds}, peak bytes, peak bytes with the search for leaks)."""
+    from assets.aspect_buckets import _metadata
     from assets.checks.data_checks import check_buckets, check_held_out
     from sdxl_pipeline.cache.encode.cache_keys import latent_keys
     from sdxl_pipeline.config.schema.datasets import ImageDataset
@@ -93,10 +95,10 @@ def _plan(images: int, settings: dict[str, Any]) -> None:
 
     seconds: dict[str, float] = {}
 
-    def timed(what: str, work: Callable[[], Any]) -> Any:
+    def timed(name: str, work: Callable[[], Any]) -> Any:
         started = time.perf_counter()
         result = work()
-        seconds[what] = time.perf_counter() - started
+        seconds[name] = time.perf_counter() - started
         return result
 
     scanned = scan_of(images)
@@ -117,7 +119,7 @@ def _plan(images: int, settings: dict[str, Any]) -> None:
 
 
 def _peak() -> int:
-    """The most bytes this process has held; what getrusage tells a child may be its parent's."""
+    """Return the peak memory of this process in bytes; getrusage in a child may report its parent's."""
     status = Path("/proc/self/status")
     if not status.exists():  # macOS, which counts in bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""From launch to the first training step, every cache cold and then warm, through the command line that users type."""
+"""From launch to the first training step, with cold and then warm caches, through the command line."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.figures import Measurement, Options
+from benchmarks.measurements import Measurement, Options
 from benchmarks.photographs import write_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -34,12 +34,12 @@ DATASET = {
     "resolution": 256,
     "resolution_type": "pixel_area",
     "crop": False,
-    "find_near_duplicates": False,  # the reference looks for none, so the comparison leaves them out
+    "find_near_duplicates": False,  # the reference has no such search
 }
 
 
 def measure(options: Options) -> list[Measurement]:
-    """Seconds to the first step on 339 images at 256 px, cold and warm, and the largest process on the way."""
+    """Return seconds to the first step on 339 images at 256 px, cold and warm, and the memory of the largest process."""
     root = Path(options.workdir) / "end_to_end"
     shutil.rmtree(root / "storage", ignore_errors=True)
     project = root / "projects" / "bench"
@@ -49,9 +49,9 @@ def measure(options: Options) -> list[Measurement]:
     (project / "config.json").write_text(json.dumps(CONFIG))
     (project / "multidatabackend.json").write_text(json.dumps([DATASET]))
     cold, peak = _until_first_step(root, project)
-    shutil.rmtree(project / "output")  # the caches stay, the run is forgotten
+    shutil.rmtree(project / "output")  # keeps the caches, deletes the run
     warm, _ = _until_first_step(root, project)
-    note = f"{count} images, whole graph by `dagster asset materialize`"
+    note = f"{count} images, complete graph by `dagster asset materialize`"
     return [
         Measurement(
             "end to end",
@@ -63,7 +63,11 @@ def measure(options: Options) -> list[Measurement]:
             note,
         ),
         Measurement(
-            "end to end", "launch to first step, warm caches", warm, "s", note="the run itself made anew"
+            "end to end",
+            "launch to first step, warm caches",
+            warm,
+            "s",
+            note="the run itself is trained again",
         ),
         Measurement(
             "end to end",
@@ -77,7 +81,7 @@ def measure(options: Options) -> list[Measurement]:
 
 
 def _until_first_step(root: Path, project: Path) -> tuple[float, int]:
-    """(seconds from launch to the first line of the training's log, most bytes that any one process held)."""
+    """Return (seconds from launch to the first line of metrics.jsonl, peak memory of the largest process in bytes)."""
     environment = {
         **os.environ,
         "SDXL_PIPELINE_PROJECTS": str(project.parent),
@@ -93,14 +97,14 @@ def _until_first_step(root: Path, project: Path) -> tuple[float, int]:
         )
         peak = 0
         try:
-            while graph.poll() is None and not _first_step_taken(project):
+            while graph.poll() is None and not _has_first_step(project):
                 peak = max(peak, _largest_process(graph.pid))
                 time.sleep(POLL_SECONDS)
             seconds = time.monotonic() - started
             graph.wait(timeout=120)
         finally:
             graph.kill()
-    if not _first_step_taken(project):
+    if not _has_first_step(project):
         raise RuntimeError(
             f"the graph ended without a training step; its log: {(root / 'graph.log').read_text()[-2000:]}"
         )
@@ -114,17 +118,17 @@ def _dagster_home(root: Path) -> Path:
     return home
 
 
-def _first_step_taken(project: Path) -> bool:
+def _has_first_step(project: Path) -> bool:
     return any(path.stat().st_size for path in project.glob("output/lora/*/metrics.jsonl"))
 
 
 def _largest_process(pid: int) -> int:
     try:
-        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     except psutil.NoSuchProcess:
         return 0
     sizes = [0]
-    for process in family:
+    for process in processes:
         try:
             sizes.append(process.memory_info().rss)
         except psutil.Error:

@@ -1,4 +1,4 @@
-"""Encoding latents: through the stage, against the bare VAE on crops that lie in memory, and how much memory that takes."""
+"""Encoding latents through the stage, against the bare VAE on crops in memory; peak memory."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmarks.figures import Measurement, Options
+from benchmarks.measurements import Measurement, Options
 from benchmarks.photographs import write_dataset
 from sdxl_pipeline.config.hardware_profiles import PRESETS
 from sdxl_pipeline.config.schema.datasets import ImageDataset
@@ -28,9 +28,9 @@ IMAGES = 339
 
 
 def measure(options: Options) -> list[Measurement]:
-    """Images/s, the VAE's busy share and the ratio to the bare VAE at 256 px; peak memory of N and of 4 N images.
+    """Return images/s, the VAE's utilization and the ratio to the bare VAE at 256 px; peak memory for N and 4 N images.
 
-    Each repeat is a process of its own, which encodes the whole dataset into a new store and then runs the bare VAE.
+    Each repeat is a process of its own, which encodes the dataset into a new store and then runs the bare VAE.
     """
     root = Path(options.workdir) / "latents"
     count = 24 if options.quick else IMAGES
@@ -60,7 +60,7 @@ def measure(options: Options) -> list[Measurement]:
 
 
 def _spec(root: Path, count: int) -> Path:
-    """A spec of the stage for a dataset of so many real images; gives its path."""
+    """Write a spec of the stage for a dataset of so many real images, and return its path."""
     data = root / f"data-{count}"
     write_dataset(data, count)
     dataset = ImageDataset(
@@ -87,8 +87,8 @@ def _in_a_process(spec: Path, store: Path, bare: bool) -> dict[str, float]:
         [sys.executable, "-m", "benchmarks.data_parts.latents", str(spec), str(store), *(["bare"] if bare else [])],
         cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, check=True,
     )  # fmt: skip
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def _encode(spec_path: Path, root: Path, bare: bool) -> dict[str, float]:
@@ -122,7 +122,7 @@ def _encode(spec_path: Path, root: Path, bare: bool) -> dict[str, float]:
 
 
 def _bare_vae(spec: EncodeLatentsSpec) -> float:
-    """Images/s of the same VAE on the same batches, decoded before: nothing is loaded, copied or stored meanwhile."""
+    """Return images/s of the same VAE on the same batches, decoded in advance: nothing is loaded, copied or stored meanwhile."""
     from sdxl_pipeline.cache.encode.cache_keys import latent_keys
     from sdxl_pipeline.cache.encode.crop_batches import crop_batches, read_crops
     from sdxl_pipeline.cache.encode.encoder_devices import load_latent_encoder

@@ -1,6 +1,6 @@
 """Scanning: 10,000 JPEGs of about 1 MB with a caption file each, from warm page cache, against sha256 of the same bytes.
 
-What is measured is the processor's part: where the images lie on a slow disk, the disk's own speed comes before all this.
+This measures the CPU's part: on a slow disk, the disk limits the scan.
 """
 
 import hashlib
@@ -16,20 +16,20 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.figures import Measurement, Options
+from benchmarks.measurements import Measurement, Options
 from benchmarks.photographs import pieces
 from sdxl_pipeline.config.schema.datasets import ImageDataset
 from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
 
 REFERENCE_IMAGES_PER_SECOND = 556
-"""SimpleTuner's discovery of 339 images, which decodes each one."""
+"""SimpleTuner's discovery of 339 images, which decodes each image."""
 IMAGE_BYTES = 1_000_000
 _PHOTOGRAPHS = 24
 _QUALITIES = (99, 98, 97, 95, 92, 88, 80)
 
 
 def measure(options: Options) -> list[Measurement]:
-    """Seconds and rates of the first scan, of a re-scan of the unchanged folder, and of one that verifies every file."""
+    """Return seconds and rates of the first scan, of a re-scan of the unchanged folder, and of one with `verify`."""
     count, repeats = (60, 2) if options.quick else (10_000, min(options.repeats, 3))
     with _images(Path(options.workdir), count) as folder:
         dataset = ImageDataset(
@@ -52,16 +52,20 @@ def measure(options: Options) -> list[Measurement]:
         verify_seconds = _median_seconds(lambda: scan(verify=True), repeats)
     rate, ratio = count / first_seconds, first_seconds / again_seconds
     target = f"more than {REFERENCE_IMAGES_PER_SECOND} (SimpleTuner)"
-    made_of = f"{count:,} JPEGs, {megabytes:,.0f} MB, page cache warm"
+    note = f"{count:,} JPEGs, {megabytes:,.0f} MB, page cache warm"
     return [
-        Measurement("scan", "sha256, one process per core", megabytes / limit, "MB/s", note=made_of),
+        Measurement("scan", "sha256, one process per core", megabytes / limit, "MB/s", note=note),
         Measurement("scan", "first scan", rate, "images/s", target, rate > REFERENCE_IMAGES_PER_SECOND),
         Measurement("scan", "first scan", megabytes / first_seconds, "MB/s"),
         Measurement(
-            "scan", "first scan against sha256", limit / first_seconds, "of its speed", "as near 1 as can be"
+            "scan",
+            "first scan against sha256",
+            limit / first_seconds,
+            "of its speed",
+            "as close to 1 as possible",
         ),
         Measurement(
-            "scan", "re-scan, nothing changed", again_seconds, "s", note=f"{2 * count:,} files looked at"
+            "scan", "re-scan, nothing changed", again_seconds, "s", note=f"{2 * count:,} files compared"
         ),
         Measurement("scan", "re-scan against first scan", ratio, "times faster", "at least 20", ratio >= 20),
         Measurement("scan", "re-scan with verify", verify_seconds, "s"),
@@ -70,21 +74,23 @@ def measure(options: Options) -> list[Measurement]:
 
 @contextmanager
 def _images(workdir: Path, count: int) -> Iterator[Path]:
-    """A folder of images and captions, deleted afterwards. Raises RuntimeError when the disk is too small."""
+    """Create a folder of images and captions, which is deleted afterwards. Raise RuntimeError if the disk is too small."""
     needed = count * IMAGE_BYTES * 1.1
     free = shutil.disk_usage(workdir).free
     if free < needed:
         raise RuntimeError(
-            f"{workdir} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed; give --workdir"
+            f"{workdir} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed; set --workdir"
         )
     folder = workdir / "scan" / "images"
     folder.mkdir(parents=True)
     try:
         sources = [_jpeg_of_a_megabyte(photograph) for photograph, _ in pieces(min(_PHOTOGRAPHS, count))]
-        an_hour_ago = time.time() - 3600  # what was changed just now would not be trusted by the re-scan
+        an_hour_ago = (
+            time.time() - 3600
+        )  # a re-scan does not trust files that were changed just before the scan
         for number in range(count):
             image, caption = folder / f"{number:05d}.jpg", folder / f"{number:05d}.txt"
-            # bytes behind the end of a JPEG change its digest and nothing else
+            # bytes after the end of a JPEG change its digest only
             image.write_bytes(sources[number % len(sources)] + number.to_bytes(8, "big"))
             caption.write_text(f"a photograph, the {number}th of many, with a caption of usual length\n")
             for path in (image, caption):
@@ -109,9 +115,9 @@ def _jpeg(image: Image.Image, quality: int) -> bytes:
 
 
 def _against_sha256(folder: Path, work: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Seconds to hash every image with one process per core, the least that any scan can take; and seconds of `work`.
+    """Return (seconds to hash every image with one process per core, the lower bound of any scan; seconds of `work`).
 
-    They are measured in turn, so that a machine that becomes slower or faster meanwhile does so for both.
+    They alternate, so that a change of the machine's speed affects both.
     """
     paths = sorted(str(path) for path in folder.glob("*.jpg"))
     cores = len(os.sched_getaffinity(0))

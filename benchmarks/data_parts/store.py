@@ -1,4 +1,4 @@
-"""The tensor store: random batches from page cache, what a batch costs beyond its bytes, bytes on disk, and a million entries."""
+"""The tensor store: random batches from page cache, fixed cost of a batch, bytes on disk, and a million entries."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.figures import Measurement, Options
+from benchmarks.measurements import Measurement, Options
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
 
 BATCH = 8
@@ -21,7 +21,7 @@ LATENTS = {"mean": (4, 128, 128), "logvar": (4, 128, 128)}
 TEXT = {"prompt_embeds": (77, 2048), "pooled_prompt_embeds": (1280,)}
 SMALL_LATENTS = {"mean": (4, 32, 32), "logvar": (4, 32, 32)}
 
-# Makes an index of the number of entries given and opens the store in a process of its own; prints seconds and bytes as JSON.
+# Writes an index with the given number of entries, or opens the store in a process of its own; prints seconds and bytes as JSON.
 OPENING = """
 import json, os, sys, time
 import numpy as np
@@ -33,14 +33,14 @@ from pathlib import Path
 root, count, make = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "make"
 rows = 128
 if make:
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     (root / "shards").mkdir(parents=True)
     parts = []
     for number in range(0, count, rows):
         name = f"{number:016x}-1234-abcdef01.safetensors"
         with open(root / "shards" / name, "wb") as file:
             file.truncate(33_562_832)
-        keys = np.frombuffer(draw.bytes(32 * rows), "S32")
+        keys = np.frombuffer(rng.bytes(32 * rows), "S32")
         parts.append(index_of_shard(name, 33_562_832, keys, np.full(rows, 262_144)))
     write_index(root / "index.parquet", merged(parts))
     sys.exit()
@@ -63,23 +63,23 @@ print(json.dumps({"seconds": seconds, "held": held, "peak": highest, "missing": 
 
 
 def measure(options: Options) -> list[Measurement]:
-    """The store's figures. Data lies in a folder of its own below the work folder, deleted afterwards."""
+    """Return the store's measurements. Data is in a temporary folder below the work folder."""
     Path(options.workdir).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="store-", dir=options.workdir) as folder:
         root = Path(folder)
         entries = 64 if options.quick else 2048
-        figures = []
+        measurements = []
         for name, shapes in [("latents", LATENTS), ("text embeddings", TEXT)]:
-            figures += _reading(root / name, name, shapes, entries, options.repeats)
-        figures.append(_fixed_cost(root / "tiny", options.repeats))
+            measurements += _reading(root / name, name, shapes, entries, options.repeats)
+        measurements.append(_fixed_cost(root / "tiny", options.repeats))
         for name, shapes in [
             ("1024 px latents", LATENTS),
             ("text embeddings", TEXT),
             ("256 px latents", SMALL_LATENTS),
         ]:
-            figures.append(_disk(root / f"{name} on disk", name, shapes, 64 if options.quick else 512))
-        figures += _opening(root / "opening", 10_000 if options.quick else 1_000_000)
-        return figures
+            measurements.append(_disk(root / f"{name} on disk", name, shapes, 64 if options.quick else 512))
+        measurements += _opening(root / "opening", 10_000 if options.quick else 1_000_000)
+        return measurements
 
 
 def _fill(root: Path, shapes: dict[str, tuple[int, ...]], count: int) -> tuple[TensorStore, list[str]]:
@@ -99,11 +99,13 @@ def _reading(
     root: Path, name: str, shapes: dict[str, tuple[int, ...]], count: int, repeats: int
 ) -> list[Measurement]:
     store, keys = _fill(root, shapes, count)
-    draw = random.Random(0)
-    order = [draw.sample(keys, BATCH) for _ in range(count // BATCH)]
+    rng = random.Random(0)
+    order = [rng.sample(keys, BATCH) for _ in range(count // BATCH)]
     batch_bytes = store.entry_nbytes(keys) // count * BATCH
     in_memory = {key: {n: t.clone() for n, t in store.read(key).items()} for key in keys}
-    bare = [[in_memory[key] for key in batch] for batch in order]  # looked up now: only the stacking is timed
+    bare = [
+        [in_memory[key] for key in batch] for batch in order
+    ]  # looked up in advance: only the stacking is timed
 
     def read(which: TensorStore) -> None:
         for batch in order:
@@ -131,7 +133,7 @@ def _reading(
         ),
         Measurement(
             "store",
-            f"{name}, shards mapped before",
+            f"{name}, shards already mapped",
             batch_bytes * len(order) / again / 1e9,
             "GB/s",
             note=f"torch.stack of the same tensors in memory: {batch_bytes * len(order) / stacking / 1e9:.3g} GB/s",
@@ -154,10 +156,10 @@ def _reading(
 
 
 def _fixed_cost(root: Path, repeats: int) -> Measurement:
-    """What a batch costs whatever its size: measured on entries that are almost nothing."""
+    """Return the cost of a batch that does not depend on its size, measured on tiny entries."""
     store, keys = _fill(root, {"mean": (2,), "logvar": (2,)}, 512)
-    draw = random.Random(0)
-    order = [draw.sample(keys, BATCH) for _ in range(500)]
+    rng = random.Random(0)
+    order = [rng.sample(keys, BATCH) for _ in range(500)]
     entries = [[{n: t.clone() for n, t in store.read(key).items()} for key in batch] for batch in order]
 
     def stack() -> None:
@@ -227,17 +229,17 @@ def _opening(root: Path, count: int) -> list[Measurement]:
             f"which of {entries} are missing",
             middle["missing"],
             "s",
-            note="asked for all at once, in no order",
+            note="all keys in one call, in random order",
         ),
     ]
 
 
 def _seconds(work: Callable[[], object], repeats: int) -> float:
-    """Median seconds of one call, after one that is not counted."""
+    """Return the median seconds of a call, after one warm-up call."""
     work()
-    taken = []
+    seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
         work()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)

@@ -1,4 +1,4 @@
-"""Embedding captions: through the stage, against the encoders alone on tokens that lie in memory, in batches and one by one."""
+"""Encoding captions through the stage, against the encoders alone on tokens in memory, in batches and one by one."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.figures import Measurement, Options
+from benchmarks.measurements import Measurement, Options
 from sdxl_pipeline.config.hardware_profiles import PRESETS
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.models.base_model import BUNDLED_NAME, resolve_base_model
@@ -29,9 +29,9 @@ WORDS = (
 
 
 def measure(options: Options) -> list[Measurement]:
-    """Captions/s of the stage, its ratio to a bare loop over the encoders with the same batches, and single captions.
+    """Return captions/s of the stage, its ratio to a bare loop over the encoders with the same batches, and single captions.
 
-    Each repeat is a process of its own, which embeds all captions into a new store and then runs the bare loops.
+    Each repeat is a process of its own, which encodes all captions into a new store and then runs the bare loops.
     """
     root = Path(options.workdir) / "text"
     root.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def measure(options: Options) -> list[Measurement]:
 
 
 def _spec(root: Path, count: int) -> Path:
-    """A spec of the stage for so many captions, each another; gives its path."""
+    """Write a spec of the stage for so many different captions, and return its path."""
     words = WORDS.split()
     captions = [
         (f"{n}.jpg", f"{n:08x}", " ".join(words[(n * step) % len(words)] for step in range(1, 21)) + f" {n}")
@@ -88,8 +88,8 @@ def _in_a_process(spec: Path, store: Path) -> dict[str, float]:
         [sys.executable, "-m", "benchmarks.data_parts.text", str(spec), str(store)],
         cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, check=True,
     )  # fmt: skip
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def _embed(spec_path: Path, root: Path) -> dict[str, float]:
@@ -119,7 +119,7 @@ def _embed(spec_path: Path, root: Path) -> dict[str, float]:
 
 
 def _bare(spec: EncodeTextSpec, captions: list[str], batch_size: int) -> float:
-    """Captions/s of both encoders, on tokens made before: nothing is tokenized, copied or stored meanwhile."""
+    """Return captions/s of both encoders, on tokens made in advance: nothing is tokenized, copied or stored meanwhile."""
     from sdxl_pipeline.cache.encode.encoder_devices import load_encoders
     from sdxl_pipeline.models.conditioning import encode_tokens
     from sdxl_pipeline.models.prompt_tokens import PromptReader

@@ -1,4 +1,4 @@
-"""One contender as a process: `python -m benchmarks.train_parts.contender trainer|bare|example SPEC`; see `interleaved`."""
+"""One of the compared loops as a process: `python -m benchmarks.train_parts.contender trainer|bare|example SPEC`; see `interleaved`."""
 
 import sys
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.train_parts.interleaved import Watch, allowances, report_peak, serve
+from benchmarks.train_parts.interleaved import Stopwatch, allowances, report_peak, serve
 from benchmarks.train_parts.loops import BareLoop, ExampleLoop, ExampleModels, Tensors
 from sdxl_pipeline.models.components import load_noise_scheduler, load_text_encoders, load_vae
 from sdxl_pipeline.runtime.reporter import PlainReporter
@@ -26,43 +26,43 @@ BATCHES_IN_MEMORY = 16
 
 
 class Gate(PlainReporter):
-    """Says what a launched stage says, and holds the training when it has taken the steps it was let take."""
+    """A reporter that pauses the training after each allowance of steps."""
 
     def __init__(self) -> None:
         super().__init__()
         self._allowances = allowances()
-        self._allowed, self._watch = 0, Watch()
+        self._allowed, self._watch = 0, Stopwatch()
 
     def progress(self, task: str, done: int, total: int, unit: str = "") -> None:
-        """As the reporter's; between two allowances this does not return."""
+        """Report progress; wait for the next allowance when the current one is used up."""
         super().progress(task, done, total, unit)
         if task != "train" or done != self._allowed:
             return
         if done:
-            self._watch.tell()
+            self._watch.report()
         more = next(self._allowances, None)
         if more is None:
-            raise _Enough
+            raise _NoMoreSteps
         self._allowed += more
-        self._watch = Watch()
+        self._watch = Stopwatch()
 
 
-class _Enough(Exception):  # noqa: N818  # not an error
-    """No more steps are asked for."""
+class _NoMoreSteps(Exception):  # noqa: N818  # not an error
+    """There are no more allowances."""
 
 
 def serve_trainer(spec: TrainSpec) -> None:
-    """The Trainer's own `train`: batches from the caches, reports, progress, metrics.jsonl, stop signals and all."""
+    """Run the Trainer's own `train`, with batches from the caches, reports, metrics.jsonl and stop signals."""
     Path(spec.run_dir).mkdir(parents=True, exist_ok=True)
     trainer = Trainer(spec, run_identity(spec), Gate(), StopSignal())
     try:
         trainer.train()
-    except _Enough:
+    except _NoMoreSteps:
         report_peak()
 
 
 def bare_loop(spec: TrainSpec) -> BareLoop:
-    """The bare loop on what the Trainer trains: its UNet and its first batches."""
+    """Return the bare loop on the Trainer's UNet and first batches."""
     trainer = Trainer(spec, run_identity(spec), PlainReporter(sys.stderr), StopSignal())
     batches = [trainer.batches.read(index) for index in range(BATCHES_IN_MEMORY)]
     scheduler = load_noise_scheduler(spec.base_model)
@@ -76,7 +76,7 @@ def bare_loop(spec: TrainSpec) -> BareLoop:
 
 
 def example_loop(spec: TrainSpec) -> ExampleLoop:
-    """The example's loop on the images of the Trainer."""
+    """Return the example's loop on the Trainer's images."""
     trainer = Trainer(spec, run_identity(spec), PlainReporter(sys.stderr), StopSignal())
     encoders = load_text_encoders(spec.base_model, torch.float32)
     models = ExampleModels(
@@ -95,7 +95,7 @@ def _bucket(trainer: Trainer) -> int:
 
 
 def _images(folder: Path, batch_size: int, size: int) -> Iterator[tuple[Tensor, list[str]]]:
-    """(pixels (B, 3, H, W), captions), read from the files at each appearance, as the example's dataset does."""
+    """Yield (pixels (B, 3, H, W), captions), read from the files each time, as the example's dataset does."""
     loader = DataLoader(
         [(path, size) for path in sorted(folder.glob("*.jpg"))],
         batch_size=batch_size,
@@ -121,7 +121,7 @@ def _read(items: list[tuple[Path, int]]) -> tuple[Tensor, list[str]]:
 
 
 def main(name: str, spec_path: str) -> NoReturn:
-    """Be a contender until stdin ends."""
+    """Take steps on request until stdin ends."""
     torch.set_num_threads(1)
     spec = TrainSpec.model_validate_json(Path(spec_path).read_text())
     spec = spec.model_copy(update={"run_dir": f"{spec.run_dir}-{name}"})

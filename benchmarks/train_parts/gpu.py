@@ -1,10 +1,10 @@
 """Training steps of SDXL-base's architecture on a GPU: `python -m benchmarks.train --gpu [options]`.
 
 Needs torch, diffusers, transformers, peft and accelerate, and this repository; no network. The cached loop is the arithmetic of this
-project's step on a batch that lies on the device, which is what its caches and its reading ahead come to; the trainer itself needs more
-packages. Against it stands the loop of diffusers' example, with the VAE and both text encoders in it.
+project's step on a batch on the device, the effect of its caches and its prefetching; the trainer itself needs more
+packages. It is compared with the loop of diffusers' example, which includes the VAE and both text encoders.
 
-`--device cpu --tiny` shows that it runs.
+`--device cpu --tiny` tests that it runs.
 """
 
 import argparse
@@ -20,17 +20,17 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from benchmarks.figures import Measurement, as_json, show
+from benchmarks.measurements import Measurement, as_json, show
 from benchmarks.train_parts import sdxl_base
 from benchmarks.train_parts.loops import BareLoop, ExampleLoop
 from sdxl_pipeline.models.unet_execution import AttentionKernelError, compile_unet, use_backend
 
 KERNELS = ("_native_flash", "_native_efficient", "_native_cudnn", "xformers", "flash")
-"""diffusers' names; the first three are PyTorch's, among which it chooses by itself where none is named."""
+"""diffusers' names; the first three are PyTorch's, which selects one of them by default."""
 
 
 class Bench:
-    """One UNet on one device, and what was measured on it."""
+    """One UNet on one device, and its measurements."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -40,10 +40,10 @@ class Bench:
         self.unet: UNet2DConditionModel = sdxl_base.random_unet(self.configs, self.device, self.dtype)
         self.peak = sdxl_base.peak_flops(self.device)
         self.flops: dict[int, int] = {}
-        self.figures: list[Measurement] = []
+        self.measurements: list[Measurement] = []
 
     def cached_loop(self, batch_size: int, unet: UNet2DConditionModel | None = None) -> BareLoop:
-        """The loop of a batch that lies on the device of the UNet, of this bench's where none is given."""
+        """Return the loop on a batch on the device of `unet`, by default this bench's UNet."""
         unet = self.unet if unet is None else unet
         dtype = unet.conv_in.weight.dtype
         batch = sdxl_base.random_batch(unet, batch_size, self.options.resolution, unet.device, dtype)
@@ -51,7 +51,7 @@ class Bench:
         return BareLoop(unet, sdxl_base.trained_parameters(unet), alphas_cumprod, [batch], dtype)
 
     def count_flops(self) -> None:
-        """Count at batch 1; what an image takes does not depend on its neighbours, nor on a device: none computes anything here."""
+        """Count the FLOPs of an image at batch 1, on the meta device."""
         meta = torch.device("meta")
         unet = sdxl_base.random_unet(self.configs, meta, torch.float32)
         loop = self.cached_loop(1, unet)
@@ -60,7 +60,7 @@ class Bench:
         self.add("model FLOPs of an image", counted / 1e12, "TFLOP", "forward and backward")
 
     def variant(self, name: str, batch_size: int, note: str = "") -> None:
-        """Measure the cached loop as the UNet stands. What does not run is a result too, and the next variant has its turn."""
+        """Measure the cached loop on the UNet in its current state. A failure is recorded, and the next variant runs."""
         self.free()
         label = f"{name}, batch {batch_size}"
         try:
@@ -82,7 +82,7 @@ class Bench:
             self.add(label, used, "", f"model FLOPs utilisation of {self.peak / 1e12:.0f} TFLOP/s")
 
     def against_example(self, name: str, batch_size: int) -> None:
-        """The cached loop and the example's taking turns, on the same UNet."""
+        """Measure the cached loop and the example's in alternation, on the same UNet."""
         self.free()
         label = f"{name}, cached loop, of the example's speed, batch {batch_size}"
         try:
@@ -98,18 +98,18 @@ class Bench:
             self.timed(example.take, 1)
             ratios = []
             for _ in range(self.options.rounds):
-                own = self.timed(cached.take, self.options.steps)
-                ratios.append(self.timed(example.take, self.options.steps) / own)
+                seconds = self.timed(cached.take, self.options.steps)
+                ratios.append(self.timed(example.take, self.options.steps) / seconds)
         except RuntimeError as error:
             self.add_failure(label, error)
             return
         finally:
-            # what accelerate has put around the UNet's forward must not be measured with the next variant
+            # remove accelerate's wrapper of the UNet's forward before the next variant
             self.unet.__dict__.pop("forward", None)
         self.add(label, statistics.median(ratios), "", "VAE in float32 and text encoders in the loop")
 
     def timed(self, take: Callable[[int], None], steps: int) -> float:
-        """Seconds until the device has finished `steps` steps."""
+        """Return the seconds until the device has finished `steps` steps."""
         self.wait()
         started = time.perf_counter()
         take(steps)
@@ -117,31 +117,31 @@ class Bench:
         return time.perf_counter() - started
 
     def wait(self) -> None:
-        """Until the device has nothing to do."""
+        """Wait until the device is idle."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def free(self) -> None:
-        """Forget the last variant's memory."""
+        """Free the last variant's memory."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def add(self, name: str, value: float, unit: str, note: str = "") -> None:
-        """Keep a figure, and show it at once: a later variant may take the process with it."""
-        self.figures.append(Measurement("gpu", name, value, unit, note=note))
+        """Record a measurement and print it immediately, since a later variant may crash the process."""
+        self.measurements.append(Measurement("gpu", name, value, unit, note=note))
         print(f"{name}: {value:.4g} {unit} {note}".rstrip(), flush=True)
 
     def add_failure(self, name: str, error: Exception) -> None:
-        """Keep the reason why there is no figure: too little memory, no kernel for this device or type, no compiler."""
+        """Record why there is no measurement: out of memory, no kernel for this device or dtype, no compiler."""
         out_of_memory = isinstance(error, torch.OutOfMemoryError)
         reason = "out of memory" if out_of_memory else (str(error).splitlines() or [type(error).__name__])[0]
         self.add(name, float("nan"), "", reason[:100])
 
 
 def measure(options: argparse.Namespace) -> list[Measurement]:
-    """Every variant of the options, one after the other."""
+    """Measure every variant of the options."""
     bench = Bench(options)
     bench.count_flops()
     for checkpointing in (True, False):
@@ -153,11 +153,11 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
             bench.against_example(name, size)
     if options.kernels:
         _measure_kernels(bench, options)
-    # a form for each batch size: one for all of them, which torch makes of its own accord, is a slower one
+    # one graph per batch size: the dynamic graph that torch would compile for all of them is slower
     compile_unet(bench.unet, options.compiler, regional=True, dynamic=False)
     for size in options.batches if options.compiler != "no" else ():
         bench.variant(f"compiled blocks ({options.compiler}), no checkpointing", size)
-    return bench.figures
+    return bench.measurements
 
 
 def _measure_kernels(bench: Bench, options: argparse.Namespace) -> None:
@@ -172,8 +172,8 @@ def _measure_kernels(bench: Bench, options: argparse.Namespace) -> None:
     bench.unet.set_attn_processor(AttnProcessor2_0())
 
 
-def _switch(on: Callable[[], None], off: Callable[[], None], wanted: bool) -> None:
-    (on if wanted else off)()
+def _switch(on: Callable[[], None], off: Callable[[], None], enabled: bool) -> None:
+    (on if enabled else off)()
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
@@ -189,17 +189,17 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     add("--steps", type=int, default=5, help="steps in a round (default 5)")
     add("--kernels", nargs="*", default=list(KERNELS), help="diffusers' attention backends")
     add("--compiler", default="inductor", help="inductor (default), eager or no")
-    add("--json", type=Path, help="also write the figures here")
+    add("--json", type=Path, help="also write the measurements to this file")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure and show."""
+    """Measure and print."""
     options = _parsed(arguments)
     torch.manual_seed(0)
-    figures = measure(options)
+    measurements = measure(options)
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, {options.resolution} px")
-    show(figures)
+    show(measurements)
     if options.json:
-        options.json.write_text(as_json(figures) + "\n")
+        options.json.write_text(as_json(measurements) + "\n")

@@ -1,7 +1,7 @@
-"""Contenders that take turns, each a process of its own, so that a busy neighbour slows all of them alike and none disturbs another.
+"""Alternating execution of loops, each in a process of its own, so that other load on the machine affects all of them equally.
 
-A contender is a program that prints "ready", then reads numbers from stdin, a line each, takes that many training steps, and prints the
-seconds they took, by the clock and of the CPU. When stdin ends it prints its peak memory in bytes and leaves.
+A contender is a program that prints "ready", reads numbers from stdin, one per line, takes that many training steps, and prints their
+seconds, wall time and CPU time. When stdin ends it prints its peak memory in bytes and exits.
 """
 
 import os
@@ -17,8 +17,8 @@ from typing import NamedTuple
 REPOSITORY = Path(__file__).absolute().parents[2]
 
 
-class Taken(NamedTuple):
-    """What a contender took: seconds of each round, CPU seconds of each (all threads), and bytes of memory at its peak."""
+class Timings(NamedTuple):
+    """Seconds of each round, CPU seconds of each round (all threads), and peak memory in bytes of a contender."""
 
     seconds: list[float]
     cpu_seconds: list[float]
@@ -27,33 +27,33 @@ class Taken(NamedTuple):
 
 def take_turns(
     commands: Mapping[str, Sequence[str]], rounds: int, steps: int, warm_up: int
-) -> dict[str, Taken]:
-    """Let the contenders take `steps` steps in each of `rounds` rounds, after `warm_up` steps that are not counted.
+) -> dict[str, Timings]:
+    """Run `steps` steps of each contender in each of `rounds` rounds, after `warm_up` steps that are not counted.
 
-    Within a round they run one after the other; who begins changes from round to round.
+    Within a round they run one after the other; the first one changes from round to round.
     """
     contenders = {name: _Contender(command) for name, command in commands.items()}
     try:
         for contender in contenders.values():
             contender.take(warm_up)
-        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+        timings: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
         names = list(contenders)
         for number in range(rounds):
             first = number % len(names)
             for name in names[first:] + names[:first]:
-                taken[name].append(contenders[name].take(steps))
+                timings[name].append(contenders[name].take(steps))
         return {
-            name: Taken([wall for wall, _ in rounds], [cpu for _, cpu in rounds], contenders[name].end())
-            for name, rounds in taken.items()
+            name: Timings([wall for wall, _ in rounds], [cpu for _, cpu in rounds], contenders[name].end())
+            for name, rounds in timings.items()
         }
     finally:
         for contender in contenders.values():
             contender.kill()
 
 
-def ratio(own: Sequence[float], theirs: Sequence[float]) -> float:
-    """Speed of one contender over that of another, from their seconds: the median of the rounds' own ratios."""
-    return statistics.median(other / seconds for seconds, other in zip(own, theirs, strict=True))
+def ratio(seconds: Sequence[float], reference_seconds: Sequence[float]) -> float:
+    """Return the speed of a contender relative to a reference: the median of the rounds' ratios."""
+    return statistics.median(other / own for own, other in zip(seconds, reference_seconds, strict=True))
 
 
 class _Contender:
@@ -86,42 +86,44 @@ class _Contender:
 
     def _expect(self, word: str) -> str:
         assert self._process.stdout is not None
-        for line in self._process.stdout:  # a stage's own lines stand between
-            said, _, value = line.strip().partition(" ")
-            if said == word:
+        for line in self._process.stdout:  # skip the stage's other lines
+            label, _, value = line.strip().partition(" ")
+            if label == word:
                 return value
-        raise RuntimeError(f"{self._process.args} ended with {self._process.wait()}; its error stands above")
+        raise RuntimeError(
+            f"{self._process.args} ended with exit code {self._process.wait()}; its error is above"
+        )
 
 
 def allowances() -> Iterator[int]:
-    """In a contender: the numbers of steps to take, until there are no more."""
+    """Yield, in a contender, the numbers of steps to take."""
     print("ready", flush=True)
     for line in sys.stdin:
         yield int(line)
 
 
-class Watch:
-    """In a contender: the clocks over one allowance."""
+class Stopwatch:
+    """Wall and CPU time of one allowance, in a contender."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter(), time.process_time()
 
-    def tell(self) -> None:
-        """Say what has passed since this was made."""
+    def report(self) -> None:
+        """Print the seconds since this was created."""
         wall, cpu = self._started
         print("seconds", time.perf_counter() - wall, time.process_time() - cpu, flush=True)
 
 
 def serve(take: Callable[[int], None]) -> None:
-    """In a contender: take steps as told."""
+    """Take the requested steps, in a contender."""
     for steps in allowances():
-        watch = Watch()
+        watch = Stopwatch()
         take(steps)
-        watch.tell()
+        watch.report()
     report_peak()
 
 
 def report_peak() -> None:
-    """In a contender, at its end."""
+    """Print the peak memory, at the end of a contender."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print("peak", peak if sys.platform == "darwin" else peak * 1024, flush=True)

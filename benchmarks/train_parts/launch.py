@@ -1,4 +1,4 @@
-"""From launching the train stage with warm caches to its first step, and where the time goes."""
+"""Time from the launch of the train stage with warm caches to its first step, by part."""
 
 import json
 import os
@@ -9,11 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.figures import Measurement, Options
+from benchmarks.measurements import Measurement, Options
 from benchmarks.train_parts.interleaved import REPOSITORY
 from benchmarks.train_parts.prepared import prepared_run
 
-# The train stage in the order in which it works, with the clocks at the end of each part; prints them as JSON.
+# The train stage in its order of execution, with wall and CPU time at the end of each part, printed as JSON.
 PROGRAM = """
 import json, resource, sys, time
 started = float(sys.argv[2])
@@ -29,7 +29,7 @@ mark("Python and the stage's own modules")
 import torch
 mark("importing torch")
 import sdxl_pipeline.training.trainer as loop
-mark("importing diffusers, peft and the rest")
+mark("importing diffusers, peft and others")
 from pathlib import Path
 from sdxl_pipeline.training.checkpoint.run_identity import run_identity
 spec = TrainSpec.model_validate_json(Path(sys.argv[1]).read_text())
@@ -50,7 +50,7 @@ finally:
 
 
 def measure(options: Options) -> list[Measurement]:
-    """Seconds by the clock and CPU seconds from launch to the first step, part by part: medians."""
+    """Return median wall and CPU seconds from launch to the first step, by part."""
     root = Path(options.workdir) / "launch"
     shutil.rmtree(root, ignore_errors=True)
     spec = prepared_run(root, 3, 128, 8)
@@ -59,21 +59,21 @@ def measure(options: Options) -> list[Measurement]:
     launches = [
         _launch(path, Path(spec.run_dir)) for _ in range(1 if options.quick else max(5, options.repeats))
     ]
-    figures, wall_before, cpu_before = [], 0.0, 0.0
+    measurements, wall_before, cpu_before = [], 0.0, 0.0
     for name in launches[0]["marks"]:
         wall, cpu = (
             statistics.median(launch["marks"][name][clock] for launch in launches) for clock in (0, 1)
         )
-        figures.append(
+        measurements.append(
             Measurement("launch", name, wall - wall_before, "s", note=f"{cpu - cpu_before:.2f} s of CPU")
         )
         wall_before, cpu_before = wall, cpu
     peak = statistics.median(launch["peak"] for launch in launches)
     note = f"warm caches, train stage alone, {len(launches)} launches, {cpu_before:.2f} s of CPU"
     return [
-        *figures,
+        *measurements,
         Measurement("launch", "launch to first step", wall_before, "s", note=note),
-        Measurement("launch", "peak memory by then", peak / 1e9, "GB"),
+        Measurement("launch", "peak memory until then", peak / 1e9, "GB"),
     ]
 
 

@@ -1,10 +1,10 @@
-"""Steps per second of the Trainer against the bare loop and against diffusers' example loop, taking turns on one machine."""
+"""Steps per second of the Trainer against a bare loop and diffusers' example loop, in alternation on one machine."""
 
 import shutil
 import statistics
 from pathlib import Path
 
-from benchmarks.figures import Measurement, Options
+from benchmarks.measurements import Measurement, Options
 from benchmarks.train_parts.interleaved import ratio, take_turns
 from benchmarks.train_parts.prepared import BATCH_SIZE, prepared_run
 
@@ -15,21 +15,21 @@ CONTENDERS = ("trainer", "bare", "example")
 
 
 def measure(options: Options) -> list[Measurement]:
-    """Ratios of steps per second on the bundled model, batch 4, float32, one thread; peak memory of each process."""
+    """Return ratios of steps per second on the bundled model, batch 4, float32, one thread; peak memory of each process."""
     rounds, steps, warm_up = (1, 2, 1) if options.quick else (max(ROUNDS, options.repeats), STEPS, WARM_UP)
     root = Path(options.workdir) / "loop"
     shutil.rmtree(root, ignore_errors=True)
-    total = warm_up + rounds * steps + 1  # one more, so that the run never ends by itself
+    total = warm_up + rounds * steps + 1  # one more, so that the run does not end
     spec = prepared_run(root, total, RESOLUTION, 8 if options.quick else 64)
     path = root / "spec.json"
     path.write_text(spec.model_dump_json())
     commands = {name: ("-m", "benchmarks.train_parts.contender", name, str(path)) for name in CONTENDERS}
-    taken = take_turns(commands, rounds, steps, warm_up)
+    timings = take_turns(commands, rounds, steps, warm_up)
     note = f"batch {BATCH_SIZE}, {RESOLUTION} px, {rounds} rounds of {steps} steps"
-    trainer, bare, example = (taken[name] for name in CONTENDERS)
+    trainer, bare, example = (timings[name] for name in CONTENDERS)
     to_bare, to_example = ratio(trainer.seconds, bare.seconds), ratio(trainer.seconds, example.seconds)
     speeds = [
-        Measurement("loop", name, steps / statistics.median(taken[name].seconds), "steps/s", note=note)
+        Measurement("loop", name, steps / statistics.median(timings[name].seconds), "steps/s", note=note)
         for name in CONTENDERS
     ]
     return [
@@ -48,7 +48,7 @@ def measure(options: Options) -> list[Measurement]:
             "the same, by CPU seconds of all threads",
             ratio(trainer.cpu_seconds, bare.cpu_seconds),
             "",
-            note="steadier on a busy machine; the thread that reads ahead counts in full",
+            note="more stable on a busy machine; includes the prefetching thread",
         ),
         Measurement(
             "loop",

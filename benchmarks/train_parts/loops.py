@@ -1,6 +1,6 @@
-"""The two loops that a trainer is held against: the bare one, and that of diffusers' example script for LoRAs of SDXL.
+"""The two reference loops of the benchmarks: a bare one, and that of diffusers' example script for LoRAs of SDXL.
 
-Nothing here but torch, accelerate, diffusers and transformers, so that a machine with only those can run it.
+This module imports only torch, accelerate, diffusers and transformers, so that a machine with only those can run it.
 """
 
 import math
@@ -34,7 +34,7 @@ class Tensors(NamedTuple):
 
 
 class BareLoop:
-    """The arithmetic of a training step and nothing else: noising, UNet, loss, backward, clipped norm, AdamW; batches from memory."""
+    """The arithmetic of a training step only: noising, UNet, loss, backward, clipping, AdamW; batches in memory."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class BareLoop:
         unet.train()
 
     def take(self, steps: int) -> None:
-        """Take steps; a GPU may not have finished them on return."""
+        """Take steps; a GPU may still be computing them on return."""
         for _ in range(steps):
             self.loss(next(self.batches)).backward()
             torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
@@ -67,7 +67,7 @@ class BareLoop:
             self.optimizer.zero_grad()
 
     def loss(self, batch: Tensors) -> Tensor:
-        """Mean squared error of the predicted noise."""
+        """Return the mean squared error of the predicted noise, ()."""
         alphas_cumprod = self.alphas_cumprod[batch.timesteps][:, None, None, None]
         noisy = alphas_cumprod.sqrt() * batch.latents + (1 - alphas_cumprod).sqrt() * batch.noise
         autocast = (
@@ -175,13 +175,13 @@ class ExampleLoop:
         return torch.cat(hidden, dim=-1), output[0].view(len(captions), -1)
 
     def _show(self, values: dict[str, float]) -> None:
-        """Where the example sets its progress bar's text."""
+        """Check the values that the example shows in its progress bar."""
         if not math.isfinite(values["step_loss"]):
             raise RuntimeError(f"the example's loop diverged: {values}")
 
 
 def synchronized(take: Callable[[int], None], device: torch.device) -> Callable[[int], None]:
-    """The same, returning when the device has finished."""
+    """Return `take` with a wait for the device at its end."""
 
     def finished(steps: int) -> None:
         take(steps)

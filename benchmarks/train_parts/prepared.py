@@ -1,4 +1,4 @@
-"""A run that could start at once: photographs, their caches and the spec of their training, made through the stages' own code."""
+"""A run with complete caches: photographs, latents, embeddings and the spec of a training, made by the stages' own code."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ RANK = 16
 
 
 def prepared_run(root: Path, steps: int, resolution: int, images: int = IMAGES) -> TrainSpec:
-    """A run of `steps` steps on square crops of `resolution` pixels, its caches complete, nothing of it trained."""
+    """Return the spec of a run of `steps` steps on square crops of `resolution` pixels with complete caches, before its first step."""
     model = resolve_base_model(TrainingSettings(pretrained_model_name_or_path=BUNDLED_NAME), root)
     settings = TrainingSettings(
         pretrained_model_name_or_path=BUNDLED_NAME,

@@ -1,4 +1,4 @@
-"""SDXL-base's architecture with random weights, made on the device. Nothing here but torch, diffusers, transformers and peft."""
+"""SDXL-base's architecture with random weights, created on the device. This module imports only torch, diffusers, transformers and peft."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,12 +30,12 @@ PEAKS = {
     "4090": 165e12,
     "3090": 71e12,
 }
-"""Dense bf16 FLOP/s with float32 sums, by part of the device's name, from NVIDIA's data sheets."""
+"""Dense bf16 FLOP/s with float32 accumulation, by part of the device's name, from NVIDIA's data sheets."""
 
 
 def random_unet(configs: Path, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
-    """A UNet of random frozen weights with a LoRA in float32 on its attention's projections."""
-    unet = _made(UNet2DConditionModel, configs / "unet", device, dtype).requires_grad_(False)
+    """Return a UNet of random frozen weights with a LoRA in float32 on its attention projections."""
+    unet = _from_config(UNet2DConditionModel, configs / "unet", device, dtype).requires_grad_(False)
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS))
     for parameter in trained_parameters(unet):
         parameter.data = parameter.data.float()
@@ -43,21 +43,21 @@ def random_unet(configs: Path, device: torch.device, dtype: torch.dtype) -> UNet
 
 
 def trained_parameters(unet: UNet2DConditionModel) -> list[torch.nn.Parameter]:
-    """Those of the adapter."""
+    """Return the parameters of the adapter."""
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
 def example_models(
     unet: UNet2DConditionModel, configs: Path, device: torch.device, dtype: torch.dtype
 ) -> ExampleModels:
-    """What stands beside the UNet in diffusers' example: the VAE in float32, as it has it by default, and both text encoders."""
+    """Return the models of diffusers' example: the UNet, the VAE in float32, its default, and both text encoders."""
     encoders = []
     for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
         with device:
             encoders.append(kind(CLIPTextConfig.from_pretrained(configs / name)).to(dtype).eval())
     return ExampleModels(
         unet=unet,
-        vae=_made(AutoencoderKL, configs / "vae", device, torch.float32).requires_grad_(False),
+        vae=_from_config(AutoencoderKL, configs / "vae", device, torch.float32).requires_grad_(False),
         tokenizers=tuple(
             CLIPTokenizer.from_pretrained(TINY_CONFIGS / name, local_files_only=True)
             for name in ("tokenizer", "tokenizer_2")
@@ -68,14 +68,14 @@ def example_models(
 
 
 def scheduler(configs: Path) -> DDPMScheduler:
-    """The noise schedule."""
+    """Return the noise schedule."""
     return DDPMScheduler.from_pretrained(configs / "scheduler")
 
 
 def random_batch(
     unet: UNet2DConditionModel, size: int, resolution: int, device: torch.device, dtype: torch.dtype
 ) -> Tensors:
-    """A batch as it lies on the device after reading: square images of `resolution` pixels, captions of 77 tokens."""
+    """Return a batch on the device: square images of `resolution` pixels, captions of 77 tokens."""
     embedding = unet.config.projection_class_embeddings_input_dim
     pooled = embedding - 6 * unet.config.addition_time_embed_dim
     latents = (size, unet.config.in_channels, resolution // 8, resolution // 8)
@@ -90,14 +90,14 @@ def random_batch(
 
 
 def random_images(size: int, resolution: int) -> Iterator[tuple[Tensor, list[str]]]:
-    """The same as pixels and captions, in ordinary memory."""
+    """Yield the same as pixels and captions, in unpinned CPU memory."""
     pixels = torch.rand(size, 3, resolution, resolution) * 2 - 1
     while True:
         yield pixels, [CAPTION] * size
 
 
 def flops_per_step(loop: BareLoop, batch: Tensors) -> int:
-    """Floating-point operations of one forward and backward pass, as they are carried out without recomputation."""
+    """Return the floating-point operations of one forward and backward pass without recomputation."""
     with FlopCounterMode(display=False) as counter:
         loop.loss(batch).backward()
     loop.optimizer.zero_grad()
@@ -105,13 +105,13 @@ def flops_per_step(loop: BareLoop, batch: Tensors) -> int:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """What the device can do at most in bf16; None for one that is not in the table."""
+    """Return the device's peak bf16 FLOP/s; None if it is not in the table."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
-def _made(kind: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+def _from_config(kind: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     with device:
         return kind.from_config(kind.load_config(folder)).to(dtype)
