@@ -12,7 +12,7 @@ TEST_PROCESSES ?= 2
 export DAGSTER_HOME := $(CURDIR)
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: help setup demo ui test test-all lint lock clean
+.PHONY: help setup demo ui test-fast test test-all lint lock clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
@@ -36,13 +36,20 @@ demo: $(VENV)/.ready ## train, evaluate and package the demo LoRA (a few minutes
 ui: $(VENV)/.ready ## the Dagster UI on http://127.0.0.1:3000
 	$(BIN)/dagster dev
 
+# Unit tests that start no stage and load no model.
+FAST_TESTS := tests/config tests/files tests/data/buckets tests/data/captions tests/cache/encode tests/training/data \
+	tests/training/diffusion tests/training/logging tests/training/test_rng.py tests/tools --ignore=tests/tools/tiny_sdxl
+
+test-fast: $(VENV)/.ready-dev ## the unit tests
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m 'not slow and not real and not gpu' $(FAST_TESTS)
+
 test: $(VENV)/.ready-dev ## the test suite (at most 12 minutes on 2 cores)
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 test-all: $(VENV)/.ready-dev ## the test suite with the slow tests
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m ''
 
-lint: $(VENV)/.ready-dev ## format, lint, types, dependency rule, vocabulary
+lint: $(VENV)/.ready-dev ## format, lint, types, dependency rule
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
