@@ -22,26 +22,7 @@ from sdxl_pipeline.data.buckets.holdout import hold_out
 from sdxl_pipeline.data.scan.table_digests import rows_digest
 
 CODE = "3"
-SETTINGS = {
-    "dataset_type",
-    "resolution",
-    "resolution_type",
-    "crop",
-    "crop_style",
-    "crop_aspect",
-    "crop_aspect_buckets",
-    "crop_aspect_weights",
-    "crops_per_image",
-    "random_flip",
-    "minimum_image_size",
-    "maximum_image_size",
-    "target_downsample_size",
-    "minimum_aspect_ratio",
-    "maximum_aspect_ratio",
-    "max_upscale_threshold",
-    "aspect_bucket_alignment",
-    "aspect_bucket_rounding",
-}
+SETTINGS = keys_used_by(ImageDataset, "aspect_buckets")
 
 
 def holdout_share(project: Project, dataset: ImageDataset) -> float:

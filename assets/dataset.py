@@ -24,25 +24,10 @@ from sdxl_pipeline.data.quality.perceptual_hash import compute_hashes
 from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY, dataset_fingerprint
 from sdxl_pipeline.data.scan.dataset_scan import recall_dataset, scan_dataset
 from sdxl_pipeline.data.scan.table_digests import dataset_digest
-from sdxl_pipeline.data.sources import SOURCE_SETTINGS, Fetched, fetch_source
+from sdxl_pipeline.data.sources import Fetched, fetch_source
 
 CODE = "3"
-SETTINGS = SOURCE_SETTINGS | {
-    "instance_data_dir",
-    "caption_column",
-    "csv_caption_column",
-    "allow_private_addresses",
-    "find_near_duplicates",
-    "max_num_samples",
-    "caption_strategy",
-    "parquet",
-    "disable_multiline_split",
-    "caption_shuffle",
-    "instance_prompt",
-    "prepend_instance_prompt",
-    "only_instance_prompt",
-    "missing_captions",
-}
+SETTINGS = keys_used_by(ImageDataset, "dataset")
 TRUSTED_STAGES = {"metadata", "aspect"}
 """Values of skip_file_discovery with which the files of the last scan are used without listing them again."""
 

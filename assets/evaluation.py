@@ -20,7 +20,7 @@ from assets.stage_asset import materialize_stage
 from resources.stage_client import LocalStageClient
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
-from sdxl_pipeline.evaluation.evaluation_identity import LOOKED_AT
+from sdxl_pipeline.evaluation.evaluation_identity import EVALUATION_KEYS
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.release.export import REPORT_FILE
 from sdxl_pipeline.runtime.specs import EvaluateSpec, EvaluationReport, TrainedLora
@@ -37,7 +37,7 @@ def build_evaluation(project: Project) -> dg.AssetsDefinition:
     """Return `<project>/evaluation`."""
     key = project_key(project, "evaluation")
     prompts = validation_prompts(project)
-    settings_read = project.training.model_dump(mode="json", include=LOOKED_AT)
+    settings_read = project.training.model_dump(mode="json", include=EVALUATION_KEYS)
 
     @dg.asset(
         key=key,
@@ -59,7 +59,7 @@ def build_evaluation(project: Project) -> dg.AssetsDefinition:
     ) -> Iterator[dg.MaterializeResult[EvaluationReport]]:
         trained = read_training_spec(lora)
         # Training settings are those of the run; evaluation settings are those of config.json now.
-        evaluation_settings = {name: getattr(project.training, name) for name in LOOKED_AT}
+        evaluation_settings = {name: getattr(project.training, name) for name in EVALUATION_KEYS}
         previous = release_dir(project) / REPORT_FILE
         spec = EvaluateSpec(
             base_model=model,

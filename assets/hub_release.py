@@ -12,7 +12,7 @@ from assets.asset_keys import asset_attributes, dataset_key, project_key, versio
 from assets.dataset_inputs import model_input
 from assets.errors import user_errors_as_failures
 from assets.evaluation import release_dir
-from assets.lora import EXPORT_SETTINGS, read_training_spec
+from assets.lora import read_training_spec
 from assets.metadata import release_metadata
 from resources.hub import HubResource
 from sdxl_pipeline.config.loader import Project
@@ -22,6 +22,7 @@ from sdxl_pipeline.files.digest import digest_json
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.release.export import build_release, verify_export, verify_formats
 from sdxl_pipeline.release.formats.kohya_header import trigger_words
+from sdxl_pipeline.release.release_inputs import ReleaseInputs
 from sdxl_pipeline.runtime.specs import EvaluationReport, HubRelease, TrainedLora
 
 CODE = "2"
@@ -53,9 +54,7 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
         },
         code_version=version(
             CODE,
-            settings.model_dump(
-                mode="json", include={"push_to_hub", "hub_model_id", "model_card_note", *EXPORT_SETTINGS}
-            ),
+            settings.model_dump(mode="json", include=keys_used_by(TrainingSettings, "hub_release")),
         ),
         description="The published files, or the folder ready to publish: weights for diffusers, ComfyUI and A1111, model card, gallery, settings, lineage.",
     )
@@ -77,14 +76,16 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
             context.log.info(verify_formats(lora, model, trained.settings))
             folder = build_release(
                 release_dir(project),
-                project=project.name,
-                base_model=model,
-                settings=trained.settings,
-                lora=lora,
-                report=evaluation,
-                prompts=trained.prompts,
-                trigger_words=trigger_words(trained),
-                lineage=lineage,
+                ReleaseInputs(
+                    project=project.name,
+                    base_model=model,
+                    settings=trained.settings,
+                    lora=lora,
+                    report=evaluation,
+                    prompts=trained.prompts,
+                    trigger_words=trigger_words(trained),
+                    lineage=lineage,
+                ),
             )
         release = _publish(context, project, hub, folder, lineage)
         yield dg.MaterializeResult(

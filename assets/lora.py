@@ -30,6 +30,8 @@ from resources.trackers import TrackerResource
 from resources.webhook import WebhookResource
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.resolve import resolve_hardware, resolve_settings
+from sdxl_pipeline.config.schema.key_facts import keys_used_by
+from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY, project_fingerprint
 from sdxl_pipeline.files.atomic_files import write_text_atomic
 from sdxl_pipeline.models.adapters.init_adapter_source import with_initial_adapter
@@ -44,8 +46,6 @@ from sdxl_pipeline.training.checkpoint.run_identity import (
 from sdxl_pipeline.training.checkpoint.run_lineage import SPEC_FILE
 
 CODE = "1"
-EXPORT_SETTINGS = ("lora_format", "lora_export_dtype", "metadata_include_captions")
-"""Settings that change the exported files but not the trained weights."""
 
 
 class TrainRunConfig(dg.Config):
@@ -69,7 +69,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
             CODE,
             [
                 settings_affecting_weights(project.training),
-                project.training.model_dump(mode="json", include={"released_weights", *EXPORT_SETTINGS}),
+                project.training.model_dump(mode="json", include=keys_used_by(TrainingSettings, "lora")),
             ],
         ),
         check_specs=[check.spec(key) for check in result_checks.LORA_CHECKS],

@@ -26,7 +26,7 @@ from sdxl_pipeline.data.scan.table_digests import dataset_digest
 from sdxl_pipeline.files.digest import digest_json
 
 CODE = "2"
-SOURCE = {"type", "instance_data_dir", "url", "aws_bucket_name", "aws_data_prefix", "aws_endpoint_url"}
+SOURCE = keys_used_by(ImageDataset, "masks")
 
 USABLE_MASKS = Check("usable_masks", "At least one mask can be read.", blocking=True)
 MASKS_PAIRED = Check(

@@ -30,7 +30,7 @@ from sdxl_pipeline.data.sources import Fetched
 from sdxl_pipeline.evaluation.report import describe_difference
 from sdxl_pipeline.models.adapters.init_adapter_source import initial_adapter_digest
 from sdxl_pipeline.models.base_model import ResolvedModel
-from sdxl_pipeline.release.adapter_labels import adapter_name
+from sdxl_pipeline.release.release_inputs import adapter_name
 from sdxl_pipeline.runtime.specs import (
     KIND_LABELS,
     ClipSummary,

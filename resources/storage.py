@@ -58,11 +58,11 @@ class Storage(dg.ConfigurableResource):
 
     def latent_store_root(self, dataset: ImageDataset) -> Path:
         """Return the root of a dataset's latent store."""
-        return self.layout.latent_store_root(dataset)
+        return self.layout.latent_store_root(dataset.cache_dir_vae)
 
     def text_store_root(self, text_embeds: TextEmbedsDataset | None) -> Path:
         """Return the root of the text-embedding store of a text_embeds entry, or the default one without an entry."""
-        return self.layout.text_store_root(text_embeds)
+        return self.layout.text_store_root(text_embeds.cache_dir if text_embeds else None)
 
     @full_disk_as_failure()
     def work_dir(self, *parts: str) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from assets.metadata import crop_plan_metadata
 from benchmarks.measurements import Measurement, Options
 
 IMAGES = 1_000_000
@@ -85,7 +86,6 @@ def scan_of(images: int) -> pd.DataFrame:
 
 def _plan(images: int, settings: dict[str, Any]) -> None:
     """Plan in this process, and print ({name: seconds}, peak bytes, peak bytes with the search for leaks)."""
-    from assets.aspect_buckets import _metadata
     from assets.checks.data_checks import check_buckets, check_held_out
     from sdxl_pipeline.cache.encode.cache_keys import latent_keys
     from sdxl_pipeline.config.schema.datasets import ImageDataset

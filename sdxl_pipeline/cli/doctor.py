@@ -24,7 +24,7 @@ from sdxl_pipeline.config.problems import ProjectError
 from sdxl_pipeline.config.resolve import resolve_settings
 from sdxl_pipeline.config.schema.datasets import ImageDataset
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.data.sources.remote_urls import bucket_url, missing_extra
+from sdxl_pipeline.data.sources.remote_names import bucket_url, missing_extra
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction

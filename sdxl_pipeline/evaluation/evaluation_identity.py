@@ -15,37 +15,10 @@ from sdxl_pipeline.training.validation.eval_samples import choose_samples
 CODE_VERSION = 3
 """To be increased with every change of the evaluation that changes its metrics or images."""
 
-LOOKED_AT: Final = frozenset(
-    (
-        "validation_resolution",
-        "validation_guidance",
-        "validation_guidance_rescale",
-        "validation_num_inference_steps",
-        "validation_noise_scheduler",
-        "inference_scheduler_timestep_spacing",
-        "validation_seed",
-        "num_validation_images",
-        "evaluation_type",
-        "pretrained_evaluation_model_name_or_path",
-        "eval_loss_disable",
-        "eval_timesteps",
-        "num_eval_images",
-        "eval_dataset_id",
-    )
-)
+EVALUATION_KEYS: Final = keys_used_by(TrainingSettings, "evaluation")
 """Settings of the evaluation alone; they may change after the training."""
 
-TRAINING_DEPENDENCIES: Final = frozenset(
-    (
-        "prediction_type",
-        "rescale_betas_zero_snr",
-        "mixed_precision",
-        "vae_dtype",
-        "micro_conditioning",
-        "train_batch_size",
-        "seed",
-    )
-)
+RUN_EVALUATION_KEYS: Final = keys_used_by(TrainingSettings, "run_evaluation")
 """Training settings that the evaluation's metrics and images also depend on."""
 
 
@@ -63,7 +36,7 @@ def evaluation_identity(spec: EvaluateSpec) -> str:
             "lora": spec.lora.weights_sha256,
             "pictures": [source, samples.digest()],
             "prompts": [prompt.model_dump() for prompt in spec.prompts],
-            "settings": spec.settings.model_dump(mode="json", include=set(LOOKED_AT | TRAINING_DEPENDENCIES)),
+            "settings": spec.settings.model_dump(mode="json", include=EVALUATION_KEYS | RUN_EVALUATION_KEYS),
             "scoring_model": scoring_model_name(spec.settings, spec.base_model),
             "device": spec.hardware.device,
         }

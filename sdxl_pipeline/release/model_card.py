@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from sdxl_pipeline.config.schema.adapter import AdapterSettings
-from sdxl_pipeline.config.schema.key_facts import keys_with
+from sdxl_pipeline.config.schema.key_facts import key_of, keys_with
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.release.release_inputs import ReleaseInputs, adapter_name, hub_id
 from sdxl_pipeline.release.sanitize import portable_settings
@@ -18,29 +18,7 @@ LICENCES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}
 
 _RELATIONS: Mapping[WeightsKind, str] = {"lora": "adapter", "unet": "finetune"}
 
-CARD_SETTINGS = (
-    "lora_rank",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_target_modules",
-    "use_dora",
-    "lycoris_config",
-    "init_lokr_norm",
-    "init_lora",
-    "learning_rate",
-    "text_encoder_lr",
-    "lr_scheduler",
-    "lr_warmup_steps",
-    "optimizer",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "caption_dropout_probability",
-    "snr_gamma",
-    "prediction_type",
-    "mixed_precision",
-    "base_model_precision",
-    "seed",
-)
+CARD_SETTINGS = keys_with(TrainingSettings, lambda key: key.on_card)
 """The most informative settings of a training; a separate file of the release has all of them."""
 
 
@@ -171,11 +149,8 @@ def _is_relevant(name: str, settings: TrainingSettings, lora: TrainedLora) -> bo
     """Return whether a setting applies to these weights: PEFT's settings do not apply to LyCORIS, nor any adapter's to a full UNet."""
     if lora.weights_kind == "unet":
         return name not in AdapterSettings.model_fields
-    if settings.lora_type == "lycoris":
-        return not name.startswith("lora_") and name != "use_dora"
-    return name not in ("lycoris_config", "init_lokr_norm", "use_dora") or (
-        name == "use_dora" and settings.use_dora
-    )
+    only = key_of(TrainingSettings.model_fields[name]).lora_type
+    return only in (None, settings.lora_type) and (name != "use_dora" or settings.use_dora)
 
 
 def _lineage(inputs: ReleaseInputs, files: Mapping[str, str]) -> str:

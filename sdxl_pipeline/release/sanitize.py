@@ -8,7 +8,7 @@ from sdxl_pipeline.config.paths import SOURCES
 from sdxl_pipeline.config.schema.key_facts import keys_with
 from sdxl_pipeline.config.schema.training import TrainingSettings
 
-LOCAL_KEYS = frozenset({*PLACES, "retraining_cron"})
+LOCAL_KEYS = frozenset(keys_with(TrainingSettings, lambda key: not key.is_published))
 """Settings with paths or schedules of this machine; they do not affect the weights."""
 
 TEXT_SUFFIXES = frozenset({".md", ".json", ".txt"})

@@ -170,19 +170,3 @@ class TrainableUNet(Trainable):
         self.unet.save_pretrained(unfinished, safe_serialization=True)
         shutil.rmtree(path, ignore_errors=True)
         unfinished.rename(path)
-
-
-def build_trainable(spec: TrainSpec) -> Trainable:
-    """Return what the settings train, on the CPU. Raise UserError for settings that the model or this machine does not support."""
-    settings = spec.settings
-    if settings.model_type == "full" and settings.fsdp_enable:
-        from sdxl_pipeline.training.distributed.sharding import ShardedUNet
-
-        return ShardedUNet(full_unet(spec), settings.fsdp_reshard_after_forward)
-    if settings.model_type == "full":
-        return TrainableUNet(full_unet(spec))
-    if not settings.train_text_encoder:
-        return TrainableLora(trainable_unet(spec))
-    encoders = trainable_text_encoders(spec)
-    unet = trainable_unet(spec, named_encoders(encoders))
-    return TrainableLora(unet, encoders, text_windows(spec.datasets))

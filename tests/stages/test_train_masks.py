@@ -22,7 +22,7 @@ from tests.support.train_programs import (
     with_settings,
 )
 from tests.support.training_datasets import SQUARE, WIDE, make_dataset, make_spec
-from tests.training.data.test_loss_weights import masked_dataset
+from tests.training.data.test_loss_masks import masked_dataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

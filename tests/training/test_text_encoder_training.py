@@ -23,7 +23,7 @@ from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.data.on_demand_cache import OnDemandEncoders
 from sdxl_pipeline.training.data.samples import load_samples
 from sdxl_pipeline.training.logging.run_logs import read_metrics
-from sdxl_pipeline.training.trainable import build_trainable
+from sdxl_pipeline.training.trainer_setup import build_trainable
 from tests.support.encoded_datasets import draw_images, prepare_dataset
 from tests.support.train_programs import StoppingReporter
 from tests.support.training_datasets import NEGATIVE, PROMPT, make_spec, model_folder

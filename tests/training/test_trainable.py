@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from sdxl_pipeline.training.trainable import build_trainable
+from sdxl_pipeline.training.trainer_setup import build_trainable
 from tests.support.training_datasets import make_spec
 
 

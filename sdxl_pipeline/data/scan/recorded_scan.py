@@ -55,7 +55,7 @@ class RecordedScan:
 
 def origin_of(dataset: ImageDataset, folder: Path) -> str:
     """Return a digest of the origin of a dataset's files and source captions; a record of another origin is not reused."""
-    source = dataset.model_dump(mode="json", include={"type", "caption_column", "csv_caption_column"})
+    source = dataset.model_dump(mode="json", include=keys_used_by(ImageDataset, "scan"))
     return digest_json([str(folder.absolute()), source])
 
 

@@ -9,20 +9,7 @@ from sdxl_pipeline.config.schema.datasets import ImageDataset
 from sdxl_pipeline.config.schema.key_facts import keys_used_by
 from sdxl_pipeline.files.digest import digest_json
 
-SOURCE_SETTINGS: Final = {
-    "type",
-    "url",
-    "aws_bucket_name",
-    "aws_data_prefix",
-    "aws_endpoint_url",
-    "dataset_name",
-    "dataset_config",
-    "revision",
-    "split",
-    "image_column",
-    "csv_file",
-    "csv_url_column",
-}
+SOURCE_SETTINGS: Final = keys_used_by(ImageDataset, "source")
 """Settings that determine the origin of a dataset's images, except for a local folder."""
 
 

@@ -1,8 +1,8 @@
 """The identity of a run: the digest of everything that determines its result. Imports no torch.
 
 The same identity means the same LoRA, so a finished run is reused and an unfinished one resumed. A settings key is part of the identity
-unless it is listed below with the reason why it cannot change the weights. A new key is thus included by default, and the worst
-consequence of a forgotten entry is a repeated training.
+by its value unless its `Key` states otherwise, so a new key is included by default, and the worst consequence of a forgotten fact is a
+repeated training.
 """
 
 from collections.abc import Mapping
@@ -25,140 +25,19 @@ from sdxl_pipeline.training.data.sampling_weights import plan_sampling_weights, 
 CODE_VERSION = 3
 """Increase it when a change of the trainer changes its numerical results."""
 
-LENGTH_KEYS = ("max_train_steps", "num_train_epochs")
-
 CONSTANT_SCHEDULES = frozenset({"constant", "constant_with_warmup", "sine"})
 """The values of lr_scheduler whose learning rate at a step does not depend on the number of steps."""
 
-EXCLUDED: Mapping[str, tuple[str, ...]] = {
-    "represented by the base model's digest": (
-        "model_family",
-        "model_flavour",
-        "pretrained_model_name_or_path",
-        "pretrained_vae_model_name_or_path",
-        "revision",
-    ),
-    "represented by the samples' keys and sizes": (
-        "data_backend_config",
-        "resolution",
-        "resolution_type",
-        "minimum_image_size",
-        "maximum_image_size",
-        "target_downsample_size",
-        "max_upscale_threshold",
-        "aspect_bucket_rounding",
-        "aspect_bucket_alignment",
-        "caption_strategy",
-        "instance_prompt",
-        "prepend_instance_prompt",
-        "only_instance_prompt",
-        "disable_multiline_split",
-        "skip_file_discovery",
-        "tokenizer_max_length",
-        "vae_cache_ondemand",
-        "vae_cache_disable",
-        "vae_cache_clear_each_epoch",
-        "text_cache_ondemand",
-        "text_cache_disable",
-        "eval_holdout_share",
-        "micro_conditioning",
-        "vae_dtype",
-    ),
-    "represented by the sampling weights": ("allow_dataset_oversubscription",),
-    "they affect speed and memory, not results": (
-        "gradient_checkpointing",
-        "attention_mechanism",
-        "dynamo_backend",
-        "dynamo_mode",
-        "dynamo_fullgraph",
-        "dynamo_dynamic",
-        "dynamo_use_regional_compilation",
-        "fsdp_enable",
-        "fsdp_version",
-        "fsdp_reshard_after_forward",
-        "gradient_checkpointing_interval",
-        "ema_device",
-        "vae_batch_size",
-        "text_encoder_batch_size",
-        "write_batch_size",
-    ),
-    "they control where and how often to save": (
-        "output_dir",
-        "released_weights",
-        "checkpoint_step_interval",
-        "checkpoint_epoch_interval",
-        "checkpoints_total_limit",
-        "checkpointing_rolling_steps",
-        "checkpoints_rolling_total_limit",
-        "disk_low_threshold",
-        "disk_low_action",
-        "resume_from_checkpoint",
-    ),
-    "validation and evaluation do not influence the weights": (
-        "validation_disable",
-        "ema_validation",
-        "validation_prompt",
-        "user_prompt_library",
-        "validation_prompt_library",
-        "validation_disable_unconditional",
-        "validation_negative_prompt",
-        "validation_resolution",
-        "validation_guidance",
-        "validation_guidance_rescale",
-        "validation_num_inference_steps",
-        "validation_noise_scheduler",
-        "inference_scheduler_timestep_spacing",
-        "validation_seed",
-        "validation_step_interval",
-        "validation_epoch_interval",
-        "validation_on_startup",
-        "num_validation_images",
-        "validation_randomize",
-        "validation_preview",
-        "validation_preview_steps",
-        "validation_preview_model_name_or_path",
-        "evaluation_type",
-        "pretrained_evaluation_model_name_or_path",
-        "eval_loss_disable",
-        "eval_timesteps",
-        "num_eval_images",
-        "eval_dataset_id",
-        "eval_steps_interval",
-        "eval_epoch_interval",
-    ),
-    "they select the formats of the exported weights": (
-        "lora_format",
-        "lora_export_dtype",
-        "metadata_include_captions",
-    ),
-    "they control publishing, tracking and scheduling": (
-        "push_to_hub",
-        "push_checkpoints_to_hub",
-        "hub_model_id",
-        "model_card_private",
-        "model_card_note",
-        "report_to",
-        "tracker_project_name",
-        "tracker_run_name",
-        "logging_dir",
-        "webhook_config",
-        "webhook_reporting_interval",
-        "retraining_cron",
-    ),
-    "represented by the digest of its file's content": ("init_lora",),
-    "included with its default resolved": ("lora_alpha",),
-}
+_NOT_BY_VALUE = set(keys_with(TrainingSettings, lambda key: key.identity is not Identity.VALUE))
+_AFFECTS_WEIGHTS = frozenset(keys_with(TrainingSettings, lambda key: key.identity in COMPARED_BY_VALUE))
 
 
 def settings_affecting_weights(settings: TrainingSettings) -> dict[str, Any]:
     """Return the settings that determine the weights, as plain data."""
-    excluded = {key for keys in EXCLUDED.values() for key in keys}
-    included = {key: value for key, value in settings.model_dump(mode="json").items() if key not in excluded}
-    return included | {"lora_alpha": settings.effective_lora_alpha}
+    return settings.model_dump(mode="json", exclude=_NOT_BY_VALUE) | {
+        "lora_alpha": settings.effective_lora_alpha
+    }
 
-
-_EXCLUDED_BUT_RELEVANT = frozenset(("init_lora", "lora_alpha", "vae_dtype"))
-"""The settings in `EXCLUDED` whose value nevertheless changes the weights, through what represents them."""
 
 _HARDWARE = ("device", "num_processes", "cpu_threads")
 
@@ -176,8 +55,7 @@ def setting_changes(before: TrainSpec, after: TrainSpec) -> dict[str, tuple[Any,
 
 def decides_weights(key: str) -> bool:
     """Return whether a change of one of the `setting_changes` changes the weights."""
-    excluded = {name for names in EXCLUDED.values() for name in names} | {"device", "cpu_threads"}
-    return key in _EXCLUDED_BUT_RELEVANT or key not in excluded
+    return key in _AFFECTS_WEIGHTS or key == "num_processes"
 
 
 class RunFingerprints(NamedTuple):

@@ -27,10 +27,10 @@ def with_settings(spec, **settings):
     return spec.model_copy(update={"settings": TrainingSettings(**values)})
 
 
-def test_excluded_keys_are_settings_and_unique():
-    keys = [key for keys in EXCLUDED.values() for key in keys]
-    assert set(keys) <= set(TrainingSettings.model_fields)
-    assert len(keys) == len(set(keys))
+def test_settings_affecting_weights_contains_exactly_the_keys_compared_by_value():
+    by_value = keys_with(TrainingSettings, lambda key: key.identity is Identity.VALUE)
+    assert settings_affecting_weights(TrainingSettings()).keys() == {*by_value, "lora_alpha"}
+    assert not {"output_dir", "validation_prompt", "pretrained_model_name_or_path"} & {*by_value}
 
 
 @pytest.mark.parametrize(

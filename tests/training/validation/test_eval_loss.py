@@ -13,7 +13,6 @@ from sdxl_pipeline.models.adapters.adapter import add_lora
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.diffusion.loss import HuberLoss, debiased_estimation
 from sdxl_pipeline.training.diffusion.objective import Objective
-from sdxl_pipeline.training.diffusion.weighting import debiased_estimation
 from sdxl_pipeline.training.validation.eval_loss import (
     EvalImage,
     eval_loss,

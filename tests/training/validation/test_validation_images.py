@@ -13,7 +13,7 @@ from PIL import Image
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.config.schema.validation import Sampler
-from sdxl_pipeline.evaluation.evaluation_identity import LOOKED_AT
+from sdxl_pipeline.evaluation.evaluation_identity import EVALUATION_KEYS
 from sdxl_pipeline.models.components import load_noise_scheduler, load_pipeline, load_text_encoders, load_unet
 from sdxl_pipeline.models.conditioning import encode_prompts
 from sdxl_pipeline.models.sampling import SAMPLERS, build_inference_pipeline
@@ -257,7 +257,7 @@ def test_timestep_spacing_changes_image_but_not_run_identity(spec, tmp_path):
     (trailing,) = generate(other, tmp_path / "trailing")
     assert np.abs(pixels(own.path) - pixels(trailing.path)).max() > 1
     assert settings_affecting_weights(other.settings) == settings_affecting_weights(spec.settings)
-    assert "inference_scheduler_timestep_spacing" in LOOKED_AT
+    assert "inference_scheduler_timestep_spacing" in EVALUATION_KEYS
 
 
 def test_generate_validation_images_prediction_type_applies_to_sampler(spec, tmp_path):
