@@ -84,7 +84,7 @@ def test_text_embeds_of_without_entry_returns_a_default_one(write_project):
                 {"id": "u", "dataset_type": "text_embeds", "default": True},
             ],
             '[3] "u".default',
-            '[2] "t" is the default already',
+            '[2] "t" is already the default',
         ),
         (
             [{**IMAGE_ENTRY, "text_embeds": "nobody"}],

@@ -204,7 +204,7 @@ def test_load_project_bundled_prompts_follow_the_validation_prompt(write_project
     assert len(prompts) > 8
     assert len({prompt.name for prompt in prompts}) == len(prompts)
     (folder / "prompts.json").write_text(json.dumps({prompts[1].name: "a cat"}))
-    with pytest.raises(ProjectError, match="is the name of another validation prompt"):
+    with pytest.raises(ProjectError, match="is also the name of another validation prompt"):
         load_project(folder)
 
 
