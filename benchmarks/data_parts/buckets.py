@@ -87,7 +87,6 @@ def scan_of(images: int) -> pd.DataFrame:
 def _plan(images: int, settings: dict[str, Any]) -> None:
     """Plan in this process, and print ({name: seconds}, peak bytes, peak bytes with the search for leaks)."""
     from assets.checks.data_checks import check_buckets, check_held_out
-    from assets.metadata import crop_plan_metadata
     from sdxl_pipeline.cache.encode.cache_keys import latent_keys
     from sdxl_pipeline.config.schema.datasets import ImageDataset
     from sdxl_pipeline.data.buckets.crop_plan import plan_crops
