@@ -170,7 +170,7 @@ def test_init_adapter_of_kohyas_dora_raises(random_filled: ResolvedModel, file: 
 
 def test_init_adapter_opens_only_existing_safetensors(tmp_path: Path):
     (tmp_path / "lora.bin").write_bytes(b"x")
-    with pytest.raises(AdapterError, match="it could run code"):
+    with pytest.raises(AdapterError, match="they could run code"):
         initial_adapter_digest(str(tmp_path / "lora.bin"))
     (tmp_path / "lora.safetensors").write_bytes(b"x")
     with pytest.raises(AdapterError, match="cannot be read as safetensors"):
