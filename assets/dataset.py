@@ -18,13 +18,13 @@ from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.schema.datasets import ImageDataset
 from sdxl_pipeline.config.schema.key_facts import keys_used_by
-from sdxl_pipeline.data.captions.caption_filters import caption_filter_of, filter_digest
+from sdxl_pipeline.data.captions.caption_filters import filter_digest, load_caption_filter
 from sdxl_pipeline.data.captions.caption_rules import complete_caption_settings
 from sdxl_pipeline.data.quality.perceptual_hash import compute_hashes
 from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY, dataset_fingerprint
-from sdxl_pipeline.data.scan.dataset_scan import recall_dataset, scan_dataset
+from sdxl_pipeline.data.scan.dataset_scan import load_recorded_dataset, scan_dataset
 from sdxl_pipeline.data.scan.table_digests import dataset_digest
-from sdxl_pipeline.data.sources import Fetched, fetch_source
+from sdxl_pipeline.data.sources import FetchResult, fetch_source
 
 CODE = "3"
 SETTINGS = keys_used_by(ImageDataset, "dataset")
@@ -98,7 +98,7 @@ def scan_files(
     metadata: dict[str, Any] = {}
     notes = list(project.unused_settings.get(dataset.id, ()))
     if dataset.skipped_stages & TRUSTED_STAGES and not verify:
-        scanned = recall_dataset(dataset, folder, recorded, notes.append)
+        scanned = load_recorded_dataset(dataset, folder, recorded, notes.append)
         if scanned is not None:
             metadata["discovery"] = (
                 "skipped: the files are those recorded by the last scan (skip_file_discovery)"
@@ -147,7 +147,7 @@ def describe_source(dataset: ImageDataset) -> str:
 
 
 def _report_downloads(
-    context: dg.AssetExecutionContext, dataset: ImageDataset, fetched: Fetched
+    context: dg.AssetExecutionContext, dataset: ImageDataset, fetched: FetchResult
 ) -> dict[str, Any]:
     """Log the downloads of a remote dataset and return their metadata."""
     if dataset.type == "local":
@@ -169,12 +169,12 @@ def _report_downloads(
 
 def _report_caption_filter(context: dg.AssetExecutionContext, dataset: ImageDataset) -> dict[str, Any]:
     """Log the lines of a caption filter that are not regular expressions, and return the filter's metadata."""
-    caption_filter = caption_filter_of(dataset)
+    caption_filter = load_caption_filter(dataset)
     if caption_filter is None:
         return {}
-    if caption_filter.taken_literally:
+    if caption_filter.literal_lines:
         context.log.warning(
             f"{caption_filter.where}: these lines are not valid regular expressions and are used as literal text: "
-            + ", ".join(map(repr, caption_filter.taken_literally))
+            + ", ".join(map(repr, caption_filter.literal_lines))
         )
     return caption_filter_metadata(caption_filter)

@@ -5,7 +5,7 @@ import dagster as dg
 from assets.asset_keys import asset_attributes, project_key, version
 from resources.storage import full_disk_as_failure
 from sdxl_pipeline.config.loader import Project
-from sdxl_pipeline.demo.demo_dataset import REQUEST_FILE, generate_if_asked
+from sdxl_pipeline.demo.demo_dataset import REQUEST_FILE, generate_if_requested
 from sdxl_pipeline.files.atomic_files import sha256_file
 
 CODE = "1"
@@ -29,7 +29,7 @@ def build_generated_images(project: Project) -> dg.AssetsDefinition:
     def generated_images() -> dg.MaterializeResult:
         try:
             with full_disk_as_failure():
-                folder = generate_if_asked(project.folder)
+                folder = generate_if_requested(project.folder)
         except (ValueError, FileExistsError) as error:  # an invalid file, or a folder that was not generated
             raise dg.Failure(description=str(error), allow_retries=False) from error
         return dg.MaterializeResult(

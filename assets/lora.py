@@ -34,11 +34,11 @@ from sdxl_pipeline.config.schema.key_facts import keys_used_by
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY, project_fingerprint
 from sdxl_pipeline.files.atomic_files import write_text_atomic
-from sdxl_pipeline.models.adapters.init_adapter_source import with_initial_adapter
+from sdxl_pipeline.models.adapters.init_adapter_source import resolve_init_lora
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.runtime.specs import SettingDifference, TrainedLora, TrainSpec
 from sdxl_pipeline.training.checkpoint.run_identity import (
-    decides_weights,
+    change_affects_weights,
     run_identity,
     setting_changes,
     settings_affecting_weights,
@@ -92,7 +92,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
             settings, _ = resolve_settings(
                 trackers.apply(project.training), profile, config.settings, project.folder
             )
-            settings = with_initial_adapter(settings, project.folder)
+            settings = resolve_init_lora(settings, project.folder)
         if settings.push_to_hub and settings.hub_model_id:
             # Fail before training if the token cannot push.
             hub.check_can_push(settings.hub_model_id)
@@ -168,7 +168,7 @@ def _setting_differences(
     with suppress(*USER_ERRORS, dg.Failure):
         profile = HardwareProfile().hardware()
         settings, _ = resolve_settings(settings, profile, {}, project.folder)
-        settings = with_initial_adapter(settings, project.folder)
+        settings = resolve_init_lora(settings, project.folder)
         hardware = resolve_hardware(settings, profile)
     configured = spec.model_copy(update={"settings": settings, "hardware": hardware})
     differences = {
@@ -176,7 +176,7 @@ def _setting_differences(
         for key, (before, after) in setting_changes(configured, spec).items()
     }
     selecting = ("resume_from_checkpoint", *(["released_weights"] if spec.settings.use_ema else []))
-    decisive = [key for key in differences if decides_weights(key) or key in selecting]
+    decisive = [key for key in differences if change_affects_weights(key) or key in selecting]
     if decisive and set(decisive) <= {"init_lora", "resume_from_checkpoint"}:
         # Two paths may point to one file, and resuming from a checkpoint of the same trajectory gives the same weights.
         with suppress(*USER_ERRORS):

@@ -19,7 +19,7 @@ from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.schema.datasets import ImageDataset, MaskKind
 from sdxl_pipeline.config.schema.key_facts import keys_used_by
 from sdxl_pipeline.data.decoding.image_decoding import UnreadableImage
-from sdxl_pipeline.data.masks.mask_pairs import MaskPairs, overlaid, pair_masks
+from sdxl_pipeline.data.masks.mask_pairs import MaskPairs, mask_overlay, pair_masks
 from sdxl_pipeline.data.quality.contact_sheets import contact_sheet
 from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY, dataset_fingerprint
 from sdxl_pipeline.data.scan.table_digests import dataset_digest
@@ -94,7 +94,7 @@ def build_masks(project: Project, dataset: ImageDataset, entry: ImageDataset) ->
     ) -> Iterator[dg.MaterializeResult[pd.DataFrame]]:
         paired = pair_masks(scanned, mask_files)
         context.log.info(
-            f"{len(paired.pairs)} images with a mask, {len(paired.without)} without, {len(paired.unused)} unused mask files."
+            f"{len(paired.pairs)} images with a mask, {len(paired.unmasked)} without, {len(paired.unused)} unused mask files."
         )
         overlays = _overlays(paired.pairs, storage.data_dir(dataset), storage.data_dir(entry), kind)
         yield dg.MaterializeResult(
@@ -102,7 +102,7 @@ def build_masks(project: Project, dataset: ImageDataset, entry: ImageDataset) ->
             data_version=dg.DataVersion(digest_json([kind, paired.digest()])),
             metadata={
                 "masked": len(paired.pairs),
-                "without_mask": dropped_table(paired.without),
+                "without_mask": dropped_table(paired.unmasked),
                 "unused": dropped_table(paired.unused),
                 **overlays,
             },
@@ -121,7 +121,7 @@ def mask_kind(entry: ImageDataset) -> MaskKind:
 
 def _check_pairs(paired: MaskPairs, dataset: ImageDataset) -> dg.AssetCheckResult:
     masks_required = dataset.missing_masks == "refuse"
-    unpaired = paired.without if masks_required else paired.refused
+    unpaired = paired.unmasked if masks_required else paired.rejected
     failures = _with_reasons(unpaired)
     hint = (
         " Add the masks (all white to learn everything)"
@@ -135,7 +135,7 @@ def _check_pairs(paired: MaskPairs, dataset: ImageDataset) -> dg.AssetCheckResul
     )
     return MASKS_PAIRED.result(
         not failures,
-        f"{len(paired.pairs)} images have a mask, {len(paired.without)} have none{_listed(failures)}.{hint}",
+        f"{len(paired.pairs)} images have a mask, {len(paired.unmasked)} have none{_listed(failures)}.{hint}",
     )
 
 
@@ -160,7 +160,7 @@ def _overlays(pairs: pd.DataFrame, images: Path, masks: Path, kind: MaskKind) ->
     overlays, names = [], []
     for row in pairs.iloc[:: max(1, len(pairs) // SAMPLES)].head(SAMPLES).itertuples():
         try:
-            overlays.append(overlaid(images / str(row.path), masks / str(row.mask_path), kind))
+            overlays.append(mask_overlay(images / str(row.path), masks / str(row.mask_path), kind))
         except UnreadableImage:  # changed since the scan: the training reports it with the file's name
             continue
         names.append(str(row.path))

@@ -26,7 +26,7 @@ from sdxl_pipeline.data.quality.contact_sheets import (
     resolution_scatter,
 )
 from sdxl_pipeline.data.scan.dataset_fingerprint import OVERRIDES_ENTRY
-from sdxl_pipeline.data.sources import Fetched
+from sdxl_pipeline.data.sources import FetchResult
 from sdxl_pipeline.evaluation.report import describe_difference
 from sdxl_pipeline.models.adapters.init_adapter_source import initial_adapter_digest
 from sdxl_pipeline.models.base_model import ResolvedModel
@@ -75,7 +75,7 @@ def dataset_metadata(scanned: pd.DataFrame, folder: Path) -> dict[str, Any]:
     }
 
 
-def download_metadata(fetched: Fetched, source: str) -> dict[str, Any]:
+def download_metadata(fetched: FetchResult, source: str) -> dict[str, Any]:
     """Return what was downloaded from `source`."""
     return drop_none(
         {
@@ -94,7 +94,7 @@ def download_metadata(fetched: Fetched, source: str) -> dict[str, Any]:
 
 def caption_filter_metadata(caption_filter: CaptionFilter) -> dict[str, Any]:
     """Return the number of a caption filter's lines, and the lines that are not valid regular expressions."""
-    literal = caption_filter.taken_literally
+    literal = caption_filter.literal_lines
     return drop_none(
         {
             "caption_filter_lines": len(caption_filter.rules),

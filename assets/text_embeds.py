@@ -67,7 +67,7 @@ def build_text_embeds(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
             shard_rows=cache_entry.write_batch_size,
             windows=windows,
             mode=project.text_cache_of(dataset),
-            trust_recorded="text" in dataset.skipped_stages or "text" in cache_entry.skip_file_discovery,
+            trust_manifest="text" in dataset.skipped_stages or "text" in cache_entry.skip_file_discovery,
         )
         yield materialize_stage(
             context,

@@ -58,7 +58,7 @@ def build_vae_latents(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
             entries_path=str(work_dir / "entries.parquet"),
             sample_path=str(work_dir / "sample.png"),
             mode=dataset.latent_cache,
-            trust_recorded="vae" in dataset.skipped_stages,
+            trust_manifest="vae" in dataset.skipped_stages,
         )
         yield materialize_stage(
             context,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from pydantic import Field
 
-from sdxl_pipeline.hub_client import explain, repeat_while_busy, upload
+from sdxl_pipeline.hub_client import describe_hub_error, retry_while_busy, upload
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -42,7 +42,7 @@ class HubResource(dg.ConfigurableResource):
             )
         api = self._api()
         try:
-            account = repeat_while_busy(api.whoami, "Requesting the token's owner from the Hub", _warn)
+            account = retry_while_busy(api.whoami, "Requesting the token's owner from the Hub", _warn)
         except Exception as error:
             # The client also raises errors of its HTTP library, which have no common base class with its own.
             response = error.response if isinstance(error, HfHubHTTPError) else None
@@ -52,7 +52,7 @@ class HubResource(dg.ConfigurableResource):
                     allow_retries=False,
                 ) from error
             raise dg.Failure(
-                f"push_to_hub is true, but the Hub at {api.endpoint} did not answer the permission check: {explain(error)}. "
+                f"push_to_hub is true, but the Hub at {api.endpoint} did not answer the permission check: {describe_hub_error(error)}. "
                 "Materialize this asset again later."
             ) from error
         problem = missing_write_access(account, repo_id)
@@ -72,7 +72,7 @@ class HubResource(dg.ConfigurableResource):
             commit = upload(api, folder, repo_id, private, commit_message, report=_warn)
         except Exception as error:
             raise dg.Failure(
-                f"{folder} could not be published as {repo_id}: {explain(error)}. The release stays on disk; materialize this asset "
+                f"{folder} could not be published as {repo_id}: {describe_hub_error(error)}. The release stays on disk; materialize this asset "
                 "again to publish it."
             ) from error
         return commit.oid, commit.commit_url

@@ -22,10 +22,10 @@ import psutil
 from sdxl_pipeline.runtime.process_liveness import (
     RUN_FOLDER_VARIABLE,
     RunProcesses,
-    examined_runs,
     forget_run,
     hold_liveness,
-    hold_liveness_of_environment,
+    hold_liveness_from_environment,
+    inspect_runs,
 )
 from sdxl_pipeline.runtime.stage_runner import DEFAULT_STOP_TIMEOUT_SECONDS, is_resource_tracker
 
@@ -60,7 +60,7 @@ def fail_dead_runs(instance: dg.DagsterInstance) -> list[str]:
     """
     folder = liveness_folder(instance)
     dead = []
-    with examined_runs(folder) as runs:
+    with inspect_runs(folder) as runs:
         for run_id in [run.run_id for run in runs if run.is_dead]:
             run = instance.get_run_by_id(run_id)
             if run is not None and not run.is_finished:
@@ -76,7 +76,7 @@ def fail_dead_runs(instance: dg.DagsterInstance) -> list[str]:
 
 def processes_of(instance: dg.DagsterInstance, run_id: str) -> RunProcesses:
     """Return the recorded processes of a run."""
-    with examined_runs(liveness_folder(instance)) as runs:
+    with inspect_runs(liveness_folder(instance)) as runs:
         return next((run for run in runs if run.run_id == run_id), RunProcesses(run_id, (), ()))
 
 
@@ -222,7 +222,7 @@ class LiveRunLauncher(dg.DefaultRunLauncher):
         from dagster._core.launcher.base import CheckRunHealthResult, WorkerStatus
 
         instance = self._instance
-        with examined_runs(liveness_folder(instance)) as runs:
+        with inspect_runs(liveness_folder(instance)) as runs:
             if any(found.is_dead for found in runs if found.run_id == run.run_id):
                 instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
                 return CheckRunHealthResult(WorkerStatus.FAILED, _DEAD_RUN)
@@ -239,7 +239,7 @@ def follow_run_process() -> None:
     parent = multiprocessing.parent_process()
     if parent is None or str(parent.pid) != os.environ.get(RUN_PID_VARIABLE):
         return
-    hold_liveness_of_environment()
+    hold_liveness_from_environment()
     threading.Thread(target=_end_with, args=(parent.sentinel,), name="watch-run", daemon=True).start()
 
 

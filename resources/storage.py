@@ -69,7 +69,7 @@ class Storage(dg.ConfigurableResource):
         """Return a folder for specs, manifests and other files of a stage, created if necessary."""
         folder = self.layout.work.joinpath(*parts)
         folder.mkdir(parents=True, exist_ok=True)
-        self.layout.remember_projects(projects_folder())
+        self.layout.register_projects(projects_folder())
         return folder
 
     @full_disk_as_failure()

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from sdxl_pipeline.config.problems import ProjectError
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.runtime.webhook import in_environment, load_webhooks
+from sdxl_pipeline.runtime.webhook import load_webhooks, webhook_environment
 
 
 class WebhookResource(dg.ConfigurableResource):
@@ -25,6 +25,6 @@ class WebhookResource(dg.ConfigurableResource):
         """
         path = settings.webhook_config or self.config_path
         try:
-            return in_environment(load_webhooks(Path(path).expanduser() if path else None))
+            return webhook_environment(load_webhooks(Path(path).expanduser() if path else None))
         except ProjectError as error:
             raise dg.Failure(str(error), allow_retries=False) from error

@@ -15,7 +15,7 @@ from resources.trackers import TrackerResource
 from resources.webhook import WebhookResource
 from sdxl_pipeline.automation import build_prune_job, build_schedule, build_sensor, retraining_job
 from sdxl_pipeline.config.loader import InvalidProject, Project, discover_projects
-from sdxl_pipeline.config.problems import ProjectError, only_project_errors
+from sdxl_pipeline.config.problems import ProjectError, as_project_errors
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PRELOADED = ["dagster._cli", "sdxl_pipeline.definitions", "pyarrow.parquet", "matplotlib.figure"]
@@ -61,7 +61,7 @@ def _project_definitions(project: Project | InvalidProject) -> dg.Definitions:
     if isinstance(project, InvalidProject):
         return dg.Definitions(assets=[assets.build_invalid_project(project)])
     try:
-        with only_project_errors(project.folder):
+        with as_project_errors(project.folder):
             schedule = build_schedule(project)
             return dg.Definitions(
                 assets=assets.build_assets(project),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TRIES: Final = 6
+MAX_ATTEMPTS: Final = 6
 MAX_WAIT_SECONDS: Final = 300.0
 """A longer wait requested by the Hub is not retried."""
 RETRYABLE_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
@@ -30,23 +30,23 @@ first_wait_seconds = 1.0
 logger = logging.getLogger(__name__)
 
 
-def repeat_while_busy(
+def retry_while_busy(
     call: Callable[[], T],
     what: str,
     report: Callable[[str], object] = logger.warning,
-    over_connections: bool = True,
+    retry_connection_errors: bool = True,
 ) -> T:
     """Return the call's value, retried after HTTP 408, 429 and 5xx.
 
     The wait is what the Hub requests, or an exponential backoff with jitter. `what` names the call in the lines passed to `report` before
-    each wait. With `over_connections`, broken connections and timeouts are retried as well; pass False where a local cache can replace
-    the Hub. After `TRIES` attempts the last error is raised.
+    each wait. With `retry_connection_errors`, broken connections and timeouts are retried as well; pass False where a local cache can replace
+    the Hub. After `MAX_ATTEMPTS` attempts the last error is raised.
     """
 
     def is_retryable(error: BaseException) -> bool:
         response = _response(error)
         if response is None:
-            return over_connections and _is_connection_error(error)
+            return retry_connection_errors and _is_connection_error(error)
         return (
             response.status_code in RETRYABLE_STATUSES
             and (_requested_wait(response) or 0.0) <= MAX_WAIT_SECONDS
@@ -60,12 +60,14 @@ def repeat_while_busy(
     def log_retry(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         seconds = state.next_action.sleep if state.next_action else 0.0
-        report(f"{what}: {explain(error)}. Attempt {state.attempt_number + 1} of {TRIES} in {seconds:.0f} s.")
+        report(
+            f"{what}: {describe_hub_error(error)}. Attempt {state.attempt_number + 1} of {MAX_ATTEMPTS} in {seconds:.0f} s."
+        )
 
     return tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_retryable),
         wait=wait,
-        stop=tenacity.stop_after_attempt(TRIES),
+        stop=tenacity.stop_after_attempt(MAX_ATTEMPTS),
         before_sleep=log_retry,
         reraise=True,
     )(call)
@@ -83,14 +85,14 @@ def upload(
     """Upload the content of a folder as one commit, creating the repository if it does not exist, and return the commit."""
     create = partial(api.create_repo, repo_id, private=private, exist_ok=True)
     try:
-        repo = repeat_while_busy(create, f"Creating {repo_id}", report)
+        repo = retry_while_busy(create, f"Creating {repo_id}", report)
     # huggingface_hub expects the repository's URL in the response to a conflict
     except (KeyError, ValueError) as error:
         raise HubRefusalError(
             f"the Hub rejected the creation of {repo_id} without a reason; another run may be creating it. Try again, or set "
             "another hub_model_id"
         ) from error
-    return repeat_while_busy(
+    return retry_while_busy(
         partial(
             api.upload_folder,
             repo_id=repo.repo_id,
@@ -107,7 +109,7 @@ class HubRefusalError(Exception):
     """A rejection for which the Hub sent no reason."""
 
 
-def explain(error: BaseException | None) -> str:
+def describe_hub_error(error: BaseException | None) -> str:
     """Return one sentence, without a full stop, on why a Hub call failed."""
     response = None if error is None else _response(error)
     if isinstance(error, HubRefusalError):

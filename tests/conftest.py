@@ -63,7 +63,7 @@ def draw_image(folder: Path, index: int) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def own_storage(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def isolated_storage(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give each test its own storage, and the hardware profile `cpu`."""
     root = tmp_path_factory.mktemp("storage")
     monkeypatch.setenv("SDXL_PIPELINE_STORAGE", str(root))

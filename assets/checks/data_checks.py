@@ -244,22 +244,22 @@ def check_file_counts(scanned: pd.DataFrame, kept: pd.DataFrame) -> dg.AssetChec
 def _near_duplicates(kept: pd.DataFrame, dataset: ImageDataset, folder: Path) -> dg.AssetCheckResult:
     found = find_near_duplicates(kept)
     copies = sum(len(paths) - 1 for paths in found.same)
-    similar = sum(len(group.paths) for group in found.alike)
+    similar = sum(len(group.paths) for group in found.near_duplicates)
     findings = [
         f"{copies} files are copies of others{_examples([' = '.join(paths[:3]) for paths in found.same])}"
     ]
     if dataset.find_near_duplicates:
         at_least = "" if found.complete else "at least "
-        names = _examples([" ~ ".join(group.paths[:3]) for group in found.alike])
+        names = _examples([" ~ ".join(group.paths[:3]) for group in found.near_duplicates])
         findings.append(
-            f"{at_least}{similar} images are near-duplicates, in {len(found.alike)} groups{names}"
+            f"{at_least}{similar} images are near-duplicates, in {len(found.near_duplicates)} groups{names}"
         )
     else:
         findings.append("near-duplicates were not searched, since find_near_duplicates is off")
     if found.featureless:
         findings.append(f"{found.featureless} flat or evenly shaded images cannot be compared")
     hint = " All of them are trained on: remove the unintended ones." if copies or similar else ""
-    groups = [group.paths for group in found.alike] + list(found.same)
+    groups = [group.paths for group in found.near_duplicates] + list(found.same)
     sheet = [[(folder / path, path) for path in paths] for paths in groups]
     return NO_NEAR_DUPLICATES.result(
         not groups,

@@ -10,7 +10,7 @@ from assets.checks.check import Check
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.evaluation.report import describe_difference
 from sdxl_pipeline.files.atomic_files import sha256_file, sha256_path
-from sdxl_pipeline.models.adapters.adapter_files import changes_something
+from sdxl_pipeline.models.adapters.adapter_files import has_nonzero_update
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.runtime.specs import (
     KIND_LABELS,
@@ -186,7 +186,7 @@ def _check_adapter(lora: TrainedLora) -> dg.AssetCheckResult:
 
     weights = load_file(lora.weights_path)
     non_finite = [name for name, tensor in weights.items() if not np.isfinite(tensor).all()]
-    changed = changes_something(weights)
+    changed = has_nonzero_update(weights)
     intact = sha256_file(Path(lora.weights_path)) == lora.weights_sha256
     return WEIGHTS_VALID.result(
         intact and changed and not non_finite,

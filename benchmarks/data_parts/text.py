@@ -122,12 +122,12 @@ def _bare(spec: EncodeTextSpec, captions: list[str], batch_size: int) -> float:
     """Return captions/s of both encoders, on tokens made in advance: nothing is tokenized, copied or stored meanwhile."""
     from sdxl_pipeline.cache.encode.encoder_devices import load_encoders
     from sdxl_pipeline.models.conditioning import encode_tokens
-    from sdxl_pipeline.models.prompt_tokens import PromptReader
+    from sdxl_pipeline.models.prompt_tokens import PromptTokenizer
 
     encoders = load_encoders(spec.base_model, spec.hardware)
-    reader = PromptReader(encoders)
+    reader = PromptTokenizer(encoders)
     batches = [
-        reader.in_windows(reader.read(captions[start : start + batch_size]))
+        reader.to_windows(reader.read(captions[start : start + batch_size]))
         for start in range(0, len(captions), batch_size)
     ]
     started = time.perf_counter()

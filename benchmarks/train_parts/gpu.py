@@ -23,7 +23,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from benchmarks.measurements import Measurement, as_json, show
 from benchmarks.train_parts import sdxl_base
 from benchmarks.train_parts.loops import BareLoop, ExampleLoop
-from sdxl_pipeline.models.unet_execution import AttentionKernelError, compile_unet, use_backend
+from sdxl_pipeline.models.unet_execution import AttentionKernelError, compile_unet, use_attention_backend
 
 KERNELS = ("_native_flash", "_native_efficient", "_native_cudnn", "xformers", "flash")
 """diffusers' names; the first three are PyTorch's, which selects one of them by default."""
@@ -164,7 +164,7 @@ def _measure_kernels(bench: Bench, options: argparse.Namespace) -> None:
     size = options.batches[min(1, len(options.batches) - 1)]
     for kernel in options.kernels:
         try:
-            use_backend(bench.unet, kernel)
+            use_attention_backend(bench.unet, kernel)
         except AttentionKernelError as error:
             bench.add_failure(f"attention {kernel}", error)
             continue

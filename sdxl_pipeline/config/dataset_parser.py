@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sdxl_pipeline.config.json_files import read_json
-from sdxl_pipeline.config.paths import inside
+from sdxl_pipeline.config.paths import resolve_path
 from sdxl_pipeline.config.problems import NO_VALUE, Problem
 from sdxl_pipeline.config.schema.datasets import (
     HubColumns,
@@ -324,7 +324,7 @@ def _find_unused(
 
 def _absolute(settings: D, folder: Path) -> D:
     """Return the settings with all paths absolute; relative ones are relative to `folder`."""
-    paths = {key: inside(folder, value) for key, value in settings if isinstance(value, Path)}
+    paths = {key: resolve_path(folder, value) for key, value in settings if isinstance(value, Path)}
     return settings.model_copy(update=paths)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from sdxl_pipeline.config.paths import exists, inside
+from sdxl_pipeline.config.paths import exists, resolve_path
 from sdxl_pipeline.config.validators.dataset_rules import Finding
 
 SUFFIX = ".safetensors"
@@ -18,7 +18,7 @@ class HubFile(NamedTuple):
     file: str | None
 
 
-def hub_file(written: str) -> HubFile | None:
+def parse_hub_file(written: str) -> HubFile | None:
     """Parse `owner/name` or `owner/name/file.safetensors`; return None for text that can only be a local path."""
     parts = written.split("/")
     is_path = Path(written).is_absolute() or written.startswith((".", "~")) or "\\" in written
@@ -36,9 +36,9 @@ def check_init_lora(written: str | None, folder: Path) -> Iterator[Finding]:
     """Yield what is wrong with the value, relative to the project's folder. Whether the Hub has the file is checked at the start of a run."""
     if written is None:
         return
-    path = inside(folder, written)
+    path = resolve_path(folder, written)
     hint = f"name a {SUFFIX} file, or write owner/name or owner/name/file{SUFFIX} for a file of the Hub"
-    on_hub = None if exists(path) else hub_file(written)
+    on_hub = None if exists(path) else parse_hub_file(written)
     name = path.name if on_hub is None else on_hub.file
     if exists(path) and path.is_dir():
         yield Finding("init_lora", "is a folder", hint)

@@ -13,8 +13,8 @@ from sdxl_pipeline.config.dataset_parser import parse_datasets
 from sdxl_pipeline.config.init_adapter_path import check_init_lora
 from sdxl_pipeline.config.json_files import read_json
 from sdxl_pipeline.config.lycoris_file import with_lycoris_file
-from sdxl_pipeline.config.paths import exists, inside, with_absolute_paths
-from sdxl_pipeline.config.problems import NO_VALUE, Problem, ProjectError, only_project_errors
+from sdxl_pipeline.config.paths import exists, resolve_path, with_absolute_paths
+from sdxl_pipeline.config.problems import NO_VALUE, Problem, ProjectError, as_project_errors
 from sdxl_pipeline.config.resume_checkpoint import check_resume_from
 from sdxl_pipeline.config.schema.adapter import AdapterSettings
 from sdxl_pipeline.config.schema.datasets import CacheMode, ImageDataset, TextEmbedsDataset, asset_name
@@ -154,7 +154,7 @@ def _is_project(folder: Path) -> bool:
 
 def load_project(folder: Path) -> Project:
     """Load the project in `folder`. Raise ProjectError with all problems of its files, and no other exception."""
-    with only_project_errors(folder):
+    with as_project_errors(folder):
         return _load(folder.resolve())
 
 
@@ -203,7 +203,7 @@ def _load(folder: Path) -> Project:
         )
     prompts = _read_prompts(training, folder, problems)
     if training.webhook_config is not None:
-        problems += read_webhooks(inside(folder, training.webhook_config))[1]
+        problems += read_webhooks(resolve_path(folder, training.webhook_config))[1]
     if problems:
         raise ProjectError(problems)
     return Project(
@@ -235,7 +235,7 @@ def _find_datasets_file(
     training: TrainingSettings, folder: Path, config_file: Path, warnings: list[str]
 ) -> Path:
     """Return the file of data_backend_config; if it does not exist, the one of that name, or the default one, in the folder."""
-    named = inside(folder, training.data_backend_config)
+    named = resolve_path(folder, training.data_backend_config)
     if exists(named):
         return named
     for other in (folder / named.name, folder / DATASETS_FILE):
@@ -259,7 +259,7 @@ def _read_prompts(training: TrainingSettings, folder: Path, problems: list[Probl
         prompts += [Prompt(name, prompt, negative) for name, prompt in general.items()]
     if training.user_prompt_library is None:
         return tuple(prompts)
-    path = inside(folder, training.user_prompt_library)
+    path = resolve_path(folder, training.user_prompt_library)
     expected = '{"name": "prompt"} or {"name": {"prompt": "...", "negative_prompt": "..."}}'
     content, found = read_json(path, expected)
     problems += found

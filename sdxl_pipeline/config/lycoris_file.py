@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sdxl_pipeline.config.json_files import read_json
-from sdxl_pipeline.config.paths import exists, inside
+from sdxl_pipeline.config.paths import exists, resolve_path
 from sdxl_pipeline.config.problems import NO_VALUE, Problem
 from sdxl_pipeline.config.schema.lycoris import LYCORIS, LycorisSettings
 from sdxl_pipeline.config.schema.training import TrainingSettings
@@ -28,7 +28,7 @@ def with_lycoris_file(
     written = training.lycoris_config
     if training.lora_type != "lycoris" or not isinstance(written, str):
         return training
-    path = inside(folder, written)
+    path = resolve_path(folder, written)
     if not exists(path) and exists(folder / path.name):
         warnings.append(
             f"config.json: lycoris_config names {written}, which does not exist; {path.name} of the project folder is read instead"

@@ -21,7 +21,7 @@ class OptimizerSpec:
     """One optimizer: package, class and default options.
 
     `options` are the keyword arguments of the class with its defaults, which define their types; a test compares them with the library.
-    `defaults` replace them here. `reserved` are arguments that other settings or the trainer set. `learnt` are entries of its parameter
+    `defaults` replace them here. `reserved` are arguments that other settings or the trainer set. `state_group_keys` are entries of its parameter
     groups that steps change, so they are part of the optimizer state.
     """
 
@@ -31,7 +31,7 @@ class OptimizerSpec:
     options: Mapping[str, Any]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     reserved: frozenset[str] = frozenset()
-    learnt: frozenset[str] = frozenset()
+    state_group_keys: frozenset[str] = frozenset()
 
     @property
     def distribution(self) -> str:

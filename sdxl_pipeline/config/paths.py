@@ -7,23 +7,26 @@ from sdxl_pipeline.config.schema.checkpoints import LATEST
 from sdxl_pipeline.config.schema.key_facts import key_of, keys_with
 from sdxl_pipeline.config.schema.training import TrainingSettings
 
-PLACES: Final = keys_with(TrainingSettings, lambda key: key.path == "local")
+LOCAL_PATH_KEYS: Final = keys_with(TrainingSettings, lambda key: key.path == "local")
 """Keys of paths of this machine, such as the output folder."""
 
-SOURCES: Final = keys_with(TrainingSettings, lambda key: key.path not in (None, "local"))
+NAME_OR_PATH_KEYS: Final = keys_with(TrainingSettings, lambda key: key.path not in (None, "local"))
 """Keys that name a model, a checkpoint or a file by a name or a local path. Of a path only the last part means something elsewhere."""
 
 
 def with_absolute_paths(settings: TrainingSettings, folder: Path) -> TrainingSettings:
     """Return the settings with absolute paths; relative ones are relative to `folder`. A name without such a file or folder is unchanged."""
-    changes = {key: _resolve_value(key, getattr(settings, key), folder) for key in (*PLACES, *SOURCES)}
+    changes = {
+        key: _resolve_value(key, getattr(settings, key), folder)
+        for key in (*LOCAL_PATH_KEYS, *NAME_OR_PATH_KEYS)
+    }
     completed = settings.model_copy(update=changes)
     # model_fields_set contains written keys only, from which the source of every value is derived
     completed.model_fields_set.intersection_update(settings.model_fields_set)
     return completed
 
 
-def inside(folder: Path, written: str | Path) -> Path:
+def resolve_path(folder: Path, written: str | Path) -> Path:
     """Return a written path as an absolute one; a relative one is relative to `folder`."""
     path = folder / Path(written).expanduser()
     try:
@@ -44,5 +47,5 @@ def _resolve_value(key: str, value: Any, folder: Path) -> Any:
     kind = key_of(TrainingSettings.model_fields[key]).path
     if not isinstance(value, str) or kind == "base model" or value == LATEST:
         return value  # `resolve_base_model` searches for the base model from the project's folder
-    path = inside(folder, value)
+    path = resolve_path(folder, value)
     return str(path) if kind != "name or path" or exists(path) else value

@@ -61,7 +61,7 @@ class ProjectError(Exception):
 
 
 @contextmanager
-def only_project_errors(path: Path) -> Iterator[None]:
+def as_project_errors(path: Path) -> Iterator[None]:
     """Convert an unexpected exception to a ProjectError about `path`, so that it fails this project only."""
     try:
         yield

@@ -8,17 +8,17 @@ from pydantic import ValidationError
 
 from sdxl_pipeline.config.hardware_profiles import Hardware
 from sdxl_pipeline.config.paths import with_absolute_paths
-from sdxl_pipeline.config.problems import NO_VALUE, Problem, ProjectError, only_project_errors
+from sdxl_pipeline.config.problems import NO_VALUE, Problem, ProjectError, as_project_errors
 from sdxl_pipeline.config.schema.key_facts import keys_with
 from sdxl_pipeline.config.schema.training import LENGTH_KEYS, PROFILE_KEYS, TrainingSettings
 from sdxl_pipeline.config.settings_parser import parse_settings
 from sdxl_pipeline.config.simpletuner_schema import TRAINING
 from sdxl_pipeline.config.validators.settings_rules import check_training
 
-LAUNCHPAD: Final = Path("launchpad")
+RUN_CONFIG: Final = Path("launchpad")
 """Represents the file in problems with the values of a run config."""
 
-READ_WITH_THE_PROJECT: Final = keys_with(TrainingSettings, lambda key: not key.overridable)
+NOT_OVERRIDABLE_KEYS: Final = keys_with(TrainingSettings, lambda key: not key.overridable)
 """Keys that a run config cannot set: the base model, datasets, prompts, schedules or other assets read them before the run starts."""
 
 
@@ -35,20 +35,20 @@ def resolve_settings(
     "config.json", "hardware profile <name>" or "default". Raise ProjectError for invalid overrides, or invalid combinations with other
     settings; each problem contains the source of its value.
     """
-    with only_project_errors(folder):
+    with as_project_errors(folder):
         return _resolve(training, hardware, overrides, folder)
 
 
 def _resolve(
     training: TrainingSettings, hardware: Hardware, overrides: Mapping[str, Any], folder: Path
 ) -> tuple[TrainingSettings, dict[str, str]]:
-    parsed = parse_settings(overrides, TrainingSettings, TRAINING, LAUNCHPAD)
+    parsed = parse_settings(overrides, TrainingSettings, TRAINING, RUN_CONFIG)
     problems = list(parsed.problems)
-    for key in filter(parsed.spelled.get, READ_WITH_THE_PROJECT):
+    for key in filter(parsed.spelled.get, NOT_OVERRIDABLE_KEYS):
         message = "is read before a training starts, or by other assets"
         problems.append(
             Problem(
-                LAUNCHPAD,
+                RUN_CONFIG,
                 parsed.spelled[key],
                 overrides[parsed.spelled[key]],
                 message,

@@ -7,14 +7,14 @@ from sdxl_pipeline.config.paths import exists
 from sdxl_pipeline.config.schema.checkpoints import CHECKPOINT_STATE, LATEST
 from sdxl_pipeline.config.validators.dataset_rules import Finding
 
-NO_CHECKPOINT = "which is not a checkpoint"
-NAME_ONE = (
+NOT_A_CHECKPOINT = "which is not a checkpoint"
+CHECKPOINT_HINT = (
     "write the path of a folder such as <output_dir>/lora/<run>/checkpoints/step-00000500, "
     'or "latest", or "none"'
 )
 
 
-def named_checkpoint(written: str | None, folder: Path) -> Path | None:
+def checkpoint_path_of(written: str | None, folder: Path) -> Path | None:
     """Return the path, relative to the project's folder; None for "latest" and for None (start at step 0)."""
     return None if written in (None, LATEST) else folder / Path(written or "").expanduser()
 
@@ -26,6 +26,6 @@ def is_checkpoint(path: Path) -> bool:
 
 def check_resume_from(written: str | None, folder: Path) -> Iterator[Finding]:
     """Yield a finding if there is no checkpoint at the path. Its content is checked at the start of a run."""
-    path = named_checkpoint(written, folder)
+    path = checkpoint_path_of(written, folder)
     if path is not None and not is_checkpoint(path):
-        yield Finding("resume_from_checkpoint", f"names {path}, {NO_CHECKPOINT}", NAME_ONE)
+        yield Finding("resume_from_checkpoint", f"names {path}, {NOT_A_CHECKPOINT}", CHECKPOINT_HINT)

@@ -49,7 +49,7 @@ class DemoRequest:
     seed: int = 7
 
 
-def generate_if_asked(project_folder: Path) -> Path | None:
+def generate_if_requested(project_folder: Path) -> Path | None:
     """Generate `project_folder`/data if the folder has a generate_data.json, and return it; else return None.
 
     Raises ValueError if the file has an unknown generator, key or value.

@@ -26,9 +26,9 @@ def article(phrase: str) -> str:
     return "an" if phrase[0] in "aeiou" else "a"
 
 
-def canonical_caption(spec: Spec, *, say_centre: bool = False) -> str:
-    """Return the canonical caption of `spec`. The place is omitted for the centre unless `say_centre`."""
-    place = "" if spec.place == "centre" and not say_centre else " " + _PLACE_PHRASES[spec.place][0]
+def canonical_caption(spec: Spec, *, include_centre: bool = False) -> str:
+    """Return the canonical caption of `spec`. The place is omitted for the centre unless `include_centre`."""
+    place = "" if spec.place == "centre" and not include_centre else " " + _PLACE_PHRASES[spec.place][0]
     noun_phrase = _noun_phrase(spec, spec.size, None)
     return f"{article(noun_phrase)} {noun_phrase}{place} on {article(spec.background)} {spec.background} background"
 

@@ -10,7 +10,7 @@ from sdxl_pipeline.files.atomic_files import sha256_path
 from sdxl_pipeline.files.digest import digest_json
 from sdxl_pipeline.runtime.specs import EvaluateSpec, TrainedLora
 from sdxl_pipeline.runtime.stage_runner import UserError
-from sdxl_pipeline.training.validation.eval_samples import choose_samples
+from sdxl_pipeline.training.validation.eval_samples import select_eval_samples
 
 CODE_VERSION = 3
 """To be increased with every change of the evaluation that changes its metrics or images."""
@@ -28,7 +28,7 @@ def evaluation_identity(spec: EvaluateSpec) -> str:
     Raises UserError when the weights file is missing or differs from what the training wrote.
     """
     _require_weights(spec.lora)
-    source, samples = choose_samples(spec.datasets, spec.settings)
+    source, samples = select_eval_samples(spec.datasets, spec.settings)
     return digest_json(
         {
             "code_version": CODE_VERSION,

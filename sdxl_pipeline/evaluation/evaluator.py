@@ -36,8 +36,8 @@ from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.data.on_demand_cache import OnDemandEncoders
 from sdxl_pipeline.training.data.samples import Samples
 from sdxl_pipeline.training.diffusion.objective import Objective
-from sdxl_pipeline.training.validation.eval_loss import eval_loss, eval_timesteps, read_images
-from sdxl_pipeline.training.validation.eval_samples import EvalSource, choose_samples
+from sdxl_pipeline.training.validation.eval_loss import eval_loss, eval_timesteps, load_eval_images
+from sdxl_pipeline.training.validation.eval_samples import EvalSource, select_eval_samples
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def evaluate(spec: EvaluateSpec, identity: str, reporter: Reporter, stop: StopSi
     clip_folder = (
         scoring_model_folder(settings, spec.base_model) if settings.evaluation_type == "clip" else None
     )
-    source, samples = choose_samples(spec.datasets, settings)
+    source, samples = select_eval_samples(spec.datasets, settings)
     if not samples:
         raise UserError("there is no image to evaluate on: the datasets' aspect_buckets have no rows")
     reporter.log(f"Evaluating on {len(samples)} images ({source}).")
@@ -148,7 +148,7 @@ def measure_losses(context: EvaluationContext) -> tuple[LossSummary, LossSummary
             context.stop.raise_if_requested()
 
         # read once per model, since each model may have its own text encoders
-        images = read_images(context.samples, context.reader, pipeline.vae.config.scaling_factor)
+        images = load_eval_images(context.samples, context.reader, pipeline.vae.config.scaling_factor)
         return eval_loss(
             pipeline.unet, objective, images, timesteps, spec.settings.train_batch_size, on_batch
         )

@@ -34,11 +34,11 @@ def disk_full_message(
 
     Pass None as `needed` when the size is unknown before writing; `reserve` is 0 where writing itself failed.
     """
-    required = "an unknown size is" if needed is None else f"{size_text(needed)} are"
-    reserved = f"{size_text(reserve)} are" if reserve else "nothing is"
+    required = "an unknown size is" if needed is None else f"{format_size(needed)} are"
+    reserved = f"{format_size(reserve)} are" if reserve else "nothing is"
     return (
         f"no space left on the disk of {path} for {what}: {required} needed, {reserved} kept in reserve, and "
-        f"{size_text(free_bytes(path))} are free. {advice}"
+        f"{format_size(free_bytes(path))} are free. {advice}"
     )
 
 
@@ -78,7 +78,7 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(next(existing for existing in (path, *path.parents) if existing.exists())).free
 
 
-def size_text(count: int) -> str:
+def format_size(count: int) -> str:
     """Return a size in the unit that fits it, in powers of 1024 as in the settings: "3.2 GiB"."""
     size = float(count)
     for unit in ("bytes", "KiB", "MiB", "GiB"):

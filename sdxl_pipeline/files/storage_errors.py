@@ -12,7 +12,7 @@ class StorageError(Exception):
     """A store entry is missing or unreadable, or a store cannot be written. The message says how to fix it."""
 
 
-class DamagedEntryError(StorageError):
+class CorruptEntryError(StorageError):
     """Store entries whose bytes do not match their checksum. They were removed from the index."""
 
     def __init__(self, message: str, keys: Sequence[str]) -> None:

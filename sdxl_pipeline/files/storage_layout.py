@@ -59,7 +59,7 @@ class StorageLayout:
         """Return the root of a text-embedding store: the entry's `cache_dir`, or the shared store."""
         return cache_dir or self.text_embeds
 
-    def remember_projects(self, folder: Path) -> None:
+    def register_projects(self, folder: Path) -> None:
         """Record that the projects in `folder` use this storage, so that a prune started from another folder retains their files."""
         marker = self._project_markers / f"{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}.txt"
         if not marker.exists():

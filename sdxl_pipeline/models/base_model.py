@@ -17,7 +17,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sdxl_pipeline.config.paths import inside
+from sdxl_pipeline.config.paths import resolve_path
 from sdxl_pipeline.config.schema.model import MODEL_FLAVOURS
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.files.digest import digest_json
@@ -144,7 +144,7 @@ def _locate(source: str, project_folder: Path) -> Path | str:
         if source != BUNDLED_NAME:
             raise BaseModelError(f"{source!r} is not a bundled model. There is one: {BUNDLED_NAME!r}.")
         return BUNDLED_MODEL
-    path = inside(project_folder, source)
+    path = resolve_path(project_folder, source)
     if path.is_dir():
         return path
     if path.is_file():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sdxl_pipeline.models.components import TextEncoders
-from sdxl_pipeline.models.prompt_tokens import PromptReader
+from sdxl_pipeline.models.prompt_tokens import PromptTokenizer
 
 
 def encode_prompts(encoders: TextEncoders, prompts: Sequence[str], windows: int = 1) -> tuple[Tensor, Tensor]:
@@ -14,8 +14,8 @@ def encode_prompts(encoders: TextEncoders, prompts: Sequence[str], windows: int 
 
     With one window these equal the pipeline's. Tokens beyond a prompt's windows are truncated.
     """
-    reader = PromptReader(encoders, windows)
-    return encode_tokens(encoders, *reader.in_windows(reader.read(prompts)))
+    reader = PromptTokenizer(encoders, windows)
+    return encode_tokens(encoders, *reader.to_windows(reader.read(prompts)))
 
 
 @torch.no_grad()

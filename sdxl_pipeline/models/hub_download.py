@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from sdxl_pipeline.files.disk_space import DiskFullError, hub_cache_full_message, is_disk_full
-from sdxl_pipeline.hub_client import explain, repeat_while_busy
+from sdxl_pipeline.hub_client import describe_hub_error, retry_while_busy
 from sdxl_pipeline.models.model_files import BaseModelError
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def download_snapshot(
             snapshot_download, repo_id, revision=at, allow_patterns=list(files), endpoint=endpoint
         )
         try:
-            return Path(repeat_while_busy(download, f"Downloading {repo_id}", over_connections=False))
+            return Path(retry_while_busy(download, f"Downloading {repo_id}", retry_connection_errors=False))
         except Exception as error:
             if not is_disk_full(error):
                 raise
@@ -93,7 +93,7 @@ def download_snapshot(
     except (LocalEntryNotFoundError, HTTPError) as error:
         raise BaseModelError(
             f"{repo_id} cannot be reached, and this machine's Hub cache lacks some of its files "
-            f"({explain(error)}). Connect once, or give a local folder."
+            f"({describe_hub_error(error)}). Connect once, or give a local folder."
         ) from error
     if missing := [name for name in files if not (folder / name).exists()]:
         raise BaseModelError(f"{repo_id}: the download lacks {', '.join(missing)}. Run again.")

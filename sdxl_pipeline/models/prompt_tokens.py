@@ -13,7 +13,7 @@ Tokens = list[list[int]]
 """Token ids per prompt, of any length, without start and end tokens."""
 
 
-class PromptReader:
+class PromptTokenizer:
     """Tokenizes prompts for both encoders into `windows` windows of 77 tokens."""
 
     def __init__(self, tokenizers: Tokenizers, windows: int = 1) -> None:
@@ -44,7 +44,7 @@ class PromptReader:
             second[index] = tokens
         return first, second
 
-    def in_windows(self, tokens: tuple[Tokens, Tokens]) -> tuple[Tensor, Tensor]:
+    def to_windows(self, tokens: tuple[Tokens, Tokens]) -> tuple[Tensor, Tensor]:
         """Return token ids for each encoder, int64 (B, windows, 77): 75 per window between its start and end tokens, then padding."""
         first, second = (
             _pad_windows(tokenizer, ids, self._windows)
@@ -52,7 +52,7 @@ class PromptReader:
         )
         return first, second
 
-    def lost_tail(self, prompt: str) -> str:
+    def truncated_tail(self, prompt: str) -> str:
         """Return the text of a prompt that is truncated because its windows are full; empty if nothing is."""
         end = len(prompt)
         for tokenizer in self._tokenizers:

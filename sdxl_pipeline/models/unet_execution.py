@@ -27,10 +27,10 @@ RECOMPILE_LIMIT = 64
 Torch's default is 8; beyond it torch falls back to eager mode.
 """
 
-LAYERS = (ResnetBlock2D, BasicTransformerBlock)
-"""Layer types that diffusers' UNets recompute one at a time, except `NEVER_RECOMPUTED`."""
+CHECKPOINTED_LAYERS = (ResnetBlock2D, BasicTransformerBlock)
+"""Layer types that diffusers' UNets recompute one at a time, except `NEVER_CHECKPOINTED`."""
 
-NEVER_RECOMPUTED = "mid_block.resnets.0"
+NEVER_CHECKPOINTED = "mid_block.resnets.0"
 
 
 class AttentionKernelError(Exception):
@@ -78,10 +78,10 @@ def use_attention_kernel(unet: UNet2DConditionModel, mechanism: str, device: tor
         raise AttentionKernelError(
             f"{mechanism} has kernels for CUDA and ROCm GPUs only, and the device is {device.type}"
         )
-    use_backend(unet, BACKENDS[mechanism])
+    use_attention_backend(unet, BACKENDS[mechanism])
 
 
-def use_backend(unet: UNet2DConditionModel, name: str) -> None:
+def use_attention_backend(unet: UNet2DConditionModel, name: str) -> None:
     """Set diffusers' attention backend `name` for any device. Raises AttentionKernelError when its package is not installed."""
     backend = AttentionBackendName(name)
     try:
@@ -130,14 +130,14 @@ def compile_unet(
 
 
 def enable_checkpointing(unet: UNet2DConditionModel, interval: int | None = None) -> None:
-    """Recompute activations in the backward pass (Chen et al. 2016) of every `interval`-th of `LAYERS`, the first included; of all for None.
+    """Recompute activations in the backward pass (Chen et al. 2016) of every `interval`-th of `CHECKPOINTED_LAYERS`, the first included; of all for None.
 
     Gradients are bit-identical. Other layers store their activations: a longer interval is faster and needs more memory.
     """
     if interval is None or interval == 1:
         unet.enable_gradient_checkpointing()
         return
-    layers = [module for module in unet.modules() if isinstance(module, LAYERS)]
+    layers = [module for module in unet.modules() if isinstance(module, CHECKPOINTED_LAYERS)]
     chosen = set(layers[::interval])
 
     def run(layer: nn.Module, *inputs: Any) -> Any:

@@ -18,7 +18,7 @@ from sdxl_pipeline.models.adapters.adapter_files import (
     UNET,
     AdapterError,
     AdapterFile,
-    changes_something,
+    has_nonzero_update,
     read_header,
 )
 from sdxl_pipeline.models.adapters.lycoris import count_lycoris_layers
@@ -46,7 +46,7 @@ def count_changed_layers(path: Path, base_model: ResolvedModel) -> int:
         raise AdapterError(
             f"{path}: {len(broken)} tensors hold NaN or infinity, such as {broken[0]}. The training diverged"
         )
-    if not changes_something(tensors):
+    if not has_nonzero_update(tensors):
         raise AdapterError(f"{path} changes nothing: all its updates are zero")
     return layers
 

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from sdxl_pipeline.config.paths import SOURCES
+from sdxl_pipeline.config.paths import NAME_OR_PATH_KEYS
 from sdxl_pipeline.config.schema.key_facts import keys_with
 from sdxl_pipeline.config.schema.training import TrainingSettings
 
-LOCAL_KEYS = frozenset(keys_with(TrainingSettings, lambda key: not key.is_published))
+UNPUBLISHED_KEYS = frozenset(keys_with(TrainingSettings, lambda key: not key.is_published))
 """Settings with paths or schedules of this machine; they do not affect the weights."""
 
 TEXT_SUFFIXES = frozenset({".md", ".json", ".txt"})
@@ -20,8 +20,10 @@ class ReleaseError(Exception):
 
 def portable_settings(settings: TrainingSettings) -> dict[str, Any]:
     """Return the effective settings as plain data without local paths."""
-    values = settings.model_dump(mode="json", exclude=set(LOCAL_KEYS))
-    return values | {key: portable_name(values[key]) for key in SOURCES if isinstance(values[key], str)}
+    values = settings.model_dump(mode="json", exclude=set(UNPUBLISHED_KEYS))
+    return values | {
+        key: portable_name(values[key]) for key in NAME_OR_PATH_KEYS if isinstance(values[key], str)
+    }
 
 
 def portable_lineage(value: Any) -> Any:

@@ -57,14 +57,14 @@ def hold_liveness(run_folder: Path) -> None:
     _held_locks[run_folder] = descriptor  # never closed: the lock ends with the process
 
 
-def hold_liveness_of_environment() -> None:
+def hold_liveness_from_environment() -> None:
     """Register this process as part of the run in the environment, if there is one."""
     if folder := os.environ.get(RUN_FOLDER_VARIABLE):
         hold_liveness(Path(folder))
 
 
 @contextmanager
-def examined_runs(folder: Path) -> Iterator[list[RunProcesses]]:
+def inspect_runs(folder: Path) -> Iterator[list[RunProcesses]]:
     """Yield the processes of every run in `folder`; while the block runs, no process joins a run.
 
     A run without files is omitted: nothing is known about it.

@@ -43,7 +43,7 @@ class EncodeLatentsSpec(StageModel):
     mode: CacheMode = Field(
         default="full", description="full encodes now; ondemand and disable defer it to the training."
     )
-    trust_recorded: bool = Field(
+    trust_manifest: bool = Field(
         default=False,
         description="Reuse a finished manifest of these rows without verifying the store (skip_file_discovery: vae).",
     )
@@ -108,7 +108,7 @@ class EncodeTextSpec(StageModel):
         default="full",
         description="full encodes now; ondemand and disable defer it to the training.",
     )
-    trust_recorded: bool = Field(
+    trust_manifest: bool = Field(
         default=False,
         description="Reuse a finished manifest of these captions without verifying the store (skip_file_discovery: text).",
     )

@@ -35,7 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sdxl_pipeline.files.atomic_files import write_text_atomic
 from sdxl_pipeline.files.disk_space import describe_disk_full, is_disk_full
 from sdxl_pipeline.files.storage_errors import StorageError
-from sdxl_pipeline.runtime.process_liveness import hold_liveness_of_environment
+from sdxl_pipeline.runtime.process_liveness import hold_liveness_from_environment
 from sdxl_pipeline.runtime.reporter import Reporter, is_main_process, open_reporter
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def follow_parent() -> bool:
     parent = int(expected)
     if os.getppid() != parent:
         sys.exit(EXIT_STOPPED)  # the parent died before the prctl call
-    hold_liveness_of_environment()
+    hold_liveness_from_environment()
     timeout = float(os.environ.get(STOP_TIMEOUT_VARIABLE, DEFAULT_STOP_TIMEOUT_SECONDS))
     threading.Thread(target=_watch_parent, args=(parent, timeout), name="watch-parent", daemon=True).start()
     return True

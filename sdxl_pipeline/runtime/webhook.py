@@ -71,7 +71,7 @@ class Message:
     step: int | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     images: Sequence[Image] = ()
-    for_people: bool = True  # False: sent to raw webhooks only
+    human_readable: bool = True  # False: sent to raw webhooks only
     replaces: str | None = None  # replaces the queued message with the same value
     created_at: float = field(default_factory=time.time)  # seconds since 1970
 
@@ -106,7 +106,7 @@ def load_webhooks(config: Path | None) -> tuple[Webhook, ...]:
     return webhooks
 
 
-def in_environment(webhooks: Sequence[Webhook]) -> dict[str, str]:
+def webhook_environment(webhooks: Sequence[Webhook]) -> dict[str, str]:
     """Return the environment variables that pass the webhooks to a stage."""
     if not webhooks:
         return {}
@@ -175,7 +175,7 @@ class _WebhookQueue:
     def accepts(self, message: Message) -> bool:
         """Return whether the webhook's level and type include this message."""
         level_included = _LEVELS.index(message.level) <= _LEVELS.index(self._webhook.log_level)
-        return level_included and (message.for_people or self._webhook.webhook_type == "raw")
+        return level_included and (message.human_readable or self._webhook.webhook_type == "raw")
 
     def put(self, message: Message) -> None:
         with self._changed:

@@ -97,7 +97,7 @@ def _without_encoding(
     finished = read_finished(Path(spec.entries_path), LatentCache, identity)
     if finished is None or finished.failed or finished.deferred:
         return None
-    if spec.trust_recorded:
+    if spec.trust_manifest:
         reporter.log(f"{len(crops)} crops, recorded as encoded; the store is not checked.")
     elif not TensorStore(spec.store_root).missing(crops["latent_key"]):
         reporter.log(f"Nothing to encode: all {len(crops)} crops are in the store.")

@@ -120,7 +120,7 @@ def _without_encoding(
     finished = read_finished(Path(spec.entries_path), TextEmbedCache, identity)
     if finished is None or finished.deferred:
         return None
-    if spec.trust_recorded:
+    if spec.trust_manifest:
         reporter.log(f"{len(keys)} captions, recorded as encoded; the store is not checked.")
     elif not TensorStore(spec.store_root).missing(keys.values()):
         reporter.log(f"Nothing to encode: all {len(keys)} captions are in the store.")
@@ -177,15 +177,15 @@ def _finish(
     stop: StopSignal,
 ) -> TextEmbedCache:
     """Write the tables, find truncated captions, and return the manifest of all processes' work."""
-    from sdxl_pipeline.cache.encode.caption_encoding import lost_tails, own_texts
+    from sdxl_pipeline.cache.encode.caption_encoding import caption_batches_of_rank, find_truncated
 
     _write_tables(spec, entries, keys)
     counted: dict[str, int] = {}
     for rank, share in enumerate(shares):
-        own = [key for batch in own_texts(spec, encoded, rank, len(shares)) for key, _ in batch]
+        own = [key for batch in caption_batches_of_rank(spec, encoded, rank, len(shares)) for key, _ in batch]
         counted |= zip(own, share.tokens, strict=True)
     counts = _token_counts(spec, keys, counted, stop)
-    truncated, tails = lost_tails(spec, counts, LISTED_CAPTIONS)
+    truncated, tails = find_truncated(spec, counts, LISTED_CAPTIONS)
     total = sum(share.encoded for share in shares)
     return TextEmbedCache(
         identity=identity,

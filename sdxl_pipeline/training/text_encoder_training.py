@@ -18,7 +18,7 @@ from sdxl_pipeline.models.adapters.adapter import AdapterError, add_lora
 from sdxl_pipeline.models.components import TextEncoders, load_text_encoders
 from sdxl_pipeline.models.conditioning import embed_tokens, encode_tokens
 from sdxl_pipeline.models.precision import dtype_from_name
-from sdxl_pipeline.models.prompt_tokens import PromptReader
+from sdxl_pipeline.models.prompt_tokens import PromptTokenizer
 from sdxl_pipeline.runtime.specs import TrainingDataset, TrainSpec
 from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.rng import derive_seed
@@ -106,13 +106,13 @@ class OnlineTextEncoder:
 
     def __init__(self, encoders: TextEncoders, windows: int) -> None:
         self._encoders = encoders
-        self._reader = PromptReader(encoders, windows)
+        self._reader = PromptTokenizer(encoders, windows)
         self._tokenizer_lock = Lock()
 
     def input_ids(self, captions: Sequence[str]) -> Tensor:
         """Return token ids for both encoders, int64 (B, 2, windows, 77)."""
         with self._tokenizer_lock:
-            return torch.stack(self._reader.in_windows(self._reader.read(captions)), dim=1)
+            return torch.stack(self._reader.to_windows(self._reader.read(captions)), dim=1)
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Return `prompt_embeds` (B, 77 * windows, C1 + C2) and `pooled_prompt_embeds` (B, C2) on the CPU, without dropout and gradient."""

@@ -28,7 +28,7 @@ from sdxl_pipeline.training.text_encoder_training import (
 class Trainable(ABC):
     """A trained model. `parameters` are those that require gradients, in the optimizer's order.
 
-    `module` has the call signature of the UNet and is what a training step calls, after `prepared`.
+    `module` has the call signature of the UNet and is what a training step calls, after `prepare`.
     """
 
     kind: ClassVar[WeightsKind]
@@ -61,7 +61,7 @@ class Trainable(ABC):
         self.module.to(device)
         return self
 
-    def prepared(self, accelerator: Accelerator) -> nn.Module:
+    def prepare(self, accelerator: Accelerator) -> nn.Module:
         """Return `module` prepared for the accelerator's processes.
 
         Frozen parameters are excluded from the broadcast at construction: all processes load the same, and quantized ones cannot be sent.

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from sdxl_pipeline.models.adapters.adapter import UNET, AdapterError, add_adapter
-from sdxl_pipeline.models.adapters.init_adapter import has_text_part, start_from_file
+from sdxl_pipeline.models.adapters.init_adapter import has_text_encoder_weights, load_init_adapter
 from sdxl_pipeline.models.components import load_unet
 from sdxl_pipeline.models.precision import PrecisionError, dtype_from_name, quantize_model
 from sdxl_pipeline.models.unet_execution import (
@@ -52,8 +52,8 @@ def trainable_unet(
             )
         add_adapter(unet, settings, derive_seed(settings.seed, "adapter"))
         if settings.init_lora is not None:
-            has_encoders = has_text_part(Path(settings.init_lora))
-            start_from_file({UNET: unet, **(encoders if has_encoders else {})}, Path(settings.init_lora))
+            has_encoders = has_text_encoder_weights(Path(settings.init_lora))
+            load_init_adapter({UNET: unet, **(encoders if has_encoders else {})}, Path(settings.init_lora))
     except (AdapterError, PrecisionError) as error:
         raise UserError(f"config.json: {error}") from error
     _configure_compute(unet, spec)

@@ -33,7 +33,7 @@ from sdxl_pipeline.training.checkpoint.checkpoints import (
 from sdxl_pipeline.training.checkpoint.free_disk_monitor import FreeDiskMonitor
 from sdxl_pipeline.training.checkpoint.run_lineage import read_lineage
 from sdxl_pipeline.training.checkpoint.warm_start import rebase_state
-from sdxl_pipeline.training.data.batches import Batch, BatchReader, TrainingBatches, prefetched
+from sdxl_pipeline.training.data.batches import Batch, BatchReader, TrainingBatches, prefetch
 from sdxl_pipeline.training.data.bucket_sampler import total_planned_steps
 from sdxl_pipeline.training.data.loss_masks import build_loss_weights
 from sdxl_pipeline.training.data.on_demand_cache import OnDemandEncoders
@@ -51,7 +51,7 @@ from sdxl_pipeline.training.optim.non_finite import propagate_nonfinite, step_if
 from sdxl_pipeline.training.optim.optimizers import build_optimizer, cast_parameters, current_lr
 from sdxl_pipeline.training.rng import derive_seed
 from sdxl_pipeline.training.trained_unet import base_dtype
-from sdxl_pipeline.training.trainer_setup import build_accelerator, build_trainable, plan_order
+from sdxl_pipeline.training.trainer_setup import build_accelerator, build_samplers, build_trainable
 from sdxl_pipeline.training.validation.validation_runner import ValidationSchedule, Validator
 
 REPORT_INTERVAL = 10
@@ -86,8 +86,8 @@ class Trainer:
         self.device: torch.device = self.accelerator.device
         self.cpu_group = CpuGroup(self.accelerator.num_processes)
 
-        samplers = plan_order(spec, self.accelerator.num_processes, reporter)
-        self.sampler, self.sampling_weights = samplers.order, samplers.sampling_weights
+        samplers = build_samplers(spec, self.accelerator.num_processes, reporter)
+        self.sampler, self.sampling_weights = samplers.sampler, samplers.sampling_weights
         self.images_per_epoch = samplers.images_per_epoch
         self.total_steps = total_planned_steps(settings, self.sampler)
 
@@ -117,7 +117,7 @@ class Trainer:
             )
         )
         self.lr_schedule = build_schedule(settings, self.optimizer.optimizer, self.total_steps)
-        self.unet = self.trainable.prepared(self.accelerator)
+        self.unet = self.trainable.prepare(self.accelerator)
         self.eval_weights = EvalWeights(settings, self.optimizer.optimizer, self.parameters, self.device)
         self.memory = report_memory_estimate(
             spec, self.trainable, self.sampler.samples, self.device, reporter.log if self.is_main else None
@@ -166,7 +166,7 @@ class Trainer:
         self.reporter.progress("train", self.step, self.total_steps, "steps")
         first, last = self.step * self.accumulation, self.total_steps * self.accumulation
         self.log.restart_clock()
-        with closing(prefetched(self.batches, first, last, pin=self.device.type == "cuda")) as batches:
+        with closing(prefetch(self.batches, first, last, pin=self.device.type == "cuda")) as batches:
             while True:
                 if self.validation_schedule.is_due(self.step):
                     self.validate()
@@ -191,7 +191,7 @@ class Trainer:
             is_last = micro_step == self.accumulation - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.unet):
                 batch = next(batches)
-                loss = self._loss(batch, self.step * self.accumulation + micro_step) * batch.share
+                loss = self._loss(batch, self.step * self.accumulation + micro_step) * batch.step_weight
                 self.accelerator.backward(propagate_nonfinite(loss))
             losses.append(loss.detach())
             images += batch.images
@@ -246,7 +246,8 @@ class Trainer:
                     self.identity,
                     state,
                     export=self.export,
-                    exports_parameters=self.trainable.export_is_exact and self.eval_weights.are_trained,
+                    exports_parameters=self.trainable.export_is_exact
+                    and self.eval_weights.writes_training_weights,
                     export_bytes=self.export_bytes,
                     limit=checkpoint_limit(self.spec.settings, kind),
                     kind=kind,
@@ -278,7 +279,7 @@ class Trainer:
             return StageStopped()
         if disk_is_low:
             return UserError(
-                f"{self.disk.what_is_wrong()}. Step {self.step} is saved; free some space, then run this again to resume from it"
+                f"{self.disk.describe_shortage()}. Step {self.step} is saved; free some space, then run this again to resume from it"
             )
         return None
 

@@ -62,18 +62,18 @@ class TrainingSamplers:
     """The samplers of a run, and the sampling weights they use."""
 
     sampling_weights: SamplingWeights
-    order: BucketBatchSampler
+    sampler: BucketBatchSampler
     prefetch: BucketBatchSampler
     """The same order for the prefetching thread: a sampler caches its last epoch and is not thread-safe."""
 
     @property
     def images_per_epoch(self) -> dict[str, float]:
         """Return how many images of each dataset an epoch contains, repeats included."""
-        counts = self.order.samples.images_by_dataset()
+        counts = self.sampler.samples.images_by_dataset()
         return {name: count * self.sampling_weights.by_dataset[name] for name, count in counts.items()}
 
 
-def plan_order(spec: TrainSpec, num_processes: int, reporter: Reporter) -> TrainingSamplers:
+def build_samplers(spec: TrainSpec, num_processes: int, reporter: Reporter) -> TrainingSamplers:
     """Build the samplers of the spec's training images; log raised repeats and partial batches."""
     settings = spec.settings
     samples = load_samples(spec.datasets, "train", settings.micro_conditioning)
@@ -92,8 +92,8 @@ def plan_order(spec: TrainSpec, num_processes: int, reporter: Reporter) -> Train
         reporter.log(
             f"The datasets do not fill a step: repeats of {dataset_id} is raised to {repeats} (allow_dataset_oversubscription)."
         )
-    full = samplers.order.global_batch_size
-    for (height, width), (have, missing) in samplers.order.unfilled().items():
+    full = samplers.sampler.global_batch_size
+    for (height, width), (have, missing) in samplers.sampler.partial_buckets().items():
         outcome = (
             f"its last batch has {full - missing} instead of {full} (bucket_fill: partial)"
             if settings.bucket_fill == "partial"

@@ -59,8 +59,12 @@ class Dataset:
 
 
 @pytest.fixture
-def dataset(instance: dg.DagsterInstance, make_project: Callable[..., Path], own_storage: Path) -> Dataset:
-    dataset = Dataset(instance, make_project(images=4, dataset={"find_near_duplicates": False}), own_storage)
+def dataset(
+    instance: dg.DagsterInstance, make_project: Callable[..., Path], isolated_storage: Path
+) -> Dataset:
+    dataset = Dataset(
+        instance, make_project(images=4, dataset={"find_near_duplicates": False}), isolated_storage
+    )
     dataset.backdate()
     return dataset
 

@@ -66,7 +66,7 @@ def test_check_text_deferred_captions_reports_that_they_are_not_counted():
 
 
 def test_encoding_assets_modes_and_windows_are_in_the_specs(
-    instance: dg.DagsterInstance, make_project: Callable[..., Path], own_storage: Path
+    instance: dg.DagsterInstance, make_project: Callable[..., Path], isolated_storage: Path
 ):
     folder = make_project(
         images=4,
@@ -87,13 +87,13 @@ def test_encoding_assets_modes_and_windows_are_in_the_specs(
     assert checks["latents_complete"]
     assert checks["latents_valid"]
     assert checks["captions_not_truncated"]
-    work = own_storage / "work" / "small" / "shapes"
+    work = isolated_storage / "work" / "small" / "shapes"
     spec = EncodeLatentsSpec.model_validate_json(
         (work / "vae_latents" / "encode_latents.spec.json").read_text()
     )
-    assert (spec.mode, spec.trust_recorded) == ("ondemand", False)
+    assert (spec.mode, spec.trust_manifest) == ("ondemand", False)
     text = EncodeTextSpec.model_validate_json((work / "text_embeds" / "encode_text.spec.json").read_text())
-    assert (text.mode, text.trust_recorded, text.windows) == ("full", True, 2)
+    assert (text.mode, text.trust_manifest, text.windows) == ("full", True, 2)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tokenizer_max_length": 77}))
     shorter = materialize(instance, folder, "text_embeds")

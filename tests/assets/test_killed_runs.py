@@ -70,15 +70,15 @@ class Runs:
 
 @pytest.mark.slow
 def test_graph_after_kills_during_writes_next_run_completes(
-    make_project: Callable[..., Path], tmp_path: Path, own_storage: Path
+    make_project: Callable[..., Path], tmp_path: Path, isolated_storage: Path
 ) -> None:
     project = make_project(
         "killed",
         images=10,
         config={"max_train_steps": 30, "checkpoint_step_interval": 5, "evaluation_type": "none"},
     )
-    runs = Runs(tmp_path, project, own_storage)
-    latents = own_storage / "latents"
+    runs = Runs(tmp_path, project, isolated_storage)
+    latents = isolated_storage / "latents"
     runs.kill(lambda: list(latents.rglob(".*.tmp*")) or list(latents.glob("shards/*")))
     checkpoints = project / "output" / "lora"
     runs.kill(lambda: list(checkpoints.glob("*/checkpoints/.*.tmp")))

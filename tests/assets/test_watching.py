@@ -25,7 +25,7 @@ CONFIG = {
 def test_lora_validation_and_webhook_are_reported_without_storing_the_address(
     instance: dg.DagsterInstance,
     make_project: Callable[..., Path],
-    own_storage: Path,
+    isolated_storage: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kinds: list[str] = []
@@ -69,7 +69,7 @@ def test_lora_validation_and_webhook_are_reported_without_storing_the_address(
     assert "eval/loss" in {name for item in observations for name in item.metadata}
     (lora,) = result.asset_materializations_for_node("small__lora")
     assert lora.metadata["eval_loss"].value > 0
-    for root in (folder / "output", own_storage):
+    for root in (folder / "output", isolated_storage):
         for path in root.rglob("*"):
             assert not path.is_file() or SECRET.encode() not in path.read_bytes()
     assert SECRET not in str(instance.all_logs(result.run_id))

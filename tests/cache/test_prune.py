@@ -176,7 +176,7 @@ def test_prune_counts_registered_project_folders(world: PruneFixture, tmp_path: 
     shutil.copytree(world.project("there"), others / "there")
     shutil.rmtree(tmp_path / "projects" / "there")
     world.encode("there", "vae_latents", range(4))
-    world.layout.remember_projects(others)
+    world.layout.register_projects(others)
     assert counts_by_kind(world.prune()) == {}
     shutil.rmtree(others)
     with pytest.raises(PruneError, match=r"the projects folder .*others does not exist"):

@@ -129,40 +129,40 @@ def write_unreferenced_entries(storage):
     return sum(path.stat().st_size for path in (storage / "latents" / "shards").iterdir())
 
 
-def test_prune_shows_entries_and_frees_them_with_yes(make_project, monkeypatch, capsys, own_storage):
+def test_prune_shows_entries_and_frees_them_with_yes(make_project, monkeypatch, capsys, isolated_storage):
     monkeypatch.setenv(PROJECTS_VARIABLE, str(make_project(images=0).parent))
-    size = write_unreferenced_entries(own_storage)
+    size = write_unreferenced_entries(isolated_storage)
     assert main(["prune", "--dry-run"]) == 0
     assert main(["prune"]) == 1, "the terminal is not interactive"
     output = capsys.readouterr().out
     assert "entries" in output
     assert f"{size / 1000:.1f} kB" in output
     assert "Add --yes" in output
-    assert list((own_storage / "latents" / "shards").iterdir())
+    assert list((isolated_storage / "latents" / "shards").iterdir())
     assert main(["prune", "--yes"]) == 0
     assert f"Freed {size / 1000:.1f} kB" in capsys.readouterr().out
-    assert not list((own_storage / "latents" / "shards").iterdir())
+    assert not list((isolated_storage / "latents" / "shards").iterdir())
     assert main(["prune"]) == 0
     assert "Nothing to free" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("answer", "freed"), [("y", True), ("n", False), ("", False)])
 def test_prune_interactive_terminal_asks_for_confirmation(
-    make_project, monkeypatch, capsys, own_storage, answer, freed
+    make_project, monkeypatch, capsys, isolated_storage, answer, freed
 ):
     monkeypatch.setenv(PROJECTS_VARIABLE, str(make_project(images=0).parent))
-    write_unreferenced_entries(own_storage)
+    write_unreferenced_entries(isolated_storage)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("builtins.input", lambda prompt="": answer)
     assert main(["prune"]) == (0 if freed else 1)
-    assert (not list((own_storage / "latents" / "shards").iterdir())) == freed
+    assert (not list((isolated_storage / "latents" / "shards").iterdir())) == freed
 
 
 def test_prune_without_projects_frees_nothing_and_prints_the_reason(
-    monkeypatch, capsys, own_storage, tmp_path
+    monkeypatch, capsys, isolated_storage, tmp_path
 ):
     monkeypatch.setenv(PROJECTS_VARIABLE, str(tmp_path / "typo"))
-    write_unreferenced_entries(own_storage)
+    write_unreferenced_entries(isolated_storage)
     assert main(["prune", "--yes"]) == 1
     assert "Nothing is freed: the projects folder" in capsys.readouterr().out
-    assert list((own_storage / "latents" / "shards").iterdir())
+    assert list((isolated_storage / "latents" / "shards").iterdir())

@@ -7,8 +7,8 @@ from typing import get_args
 import pytest
 
 from sdxl_pipeline.config.hardware_profiles import PRESETS
-from sdxl_pipeline.config.paths import PLACES, SOURCES, with_absolute_paths
-from sdxl_pipeline.config.resolve import READ_WITH_THE_PROJECT, resolve_settings
+from sdxl_pipeline.config.paths import LOCAL_PATH_KEYS, NAME_OR_PATH_KEYS, with_absolute_paths
+from sdxl_pipeline.config.resolve import NOT_OVERRIDABLE_KEYS, resolve_settings
 from sdxl_pipeline.config.schema.training import TrainingSettings
 
 TEXTS = {
@@ -28,7 +28,7 @@ TEXTS = {
 """Free-text settings that contain no path."""
 
 
-LAUNCHED = {*PLACES, *SOURCES} - {*READ_WITH_THE_PROJECT, "lycoris_config"}
+LAUNCHED = {*LOCAL_PATH_KEYS, *NAME_OR_PATH_KEYS} - {*NOT_OVERRIDABLE_KEYS, "lycoris_config"}
 
 
 def test_every_free_text_setting_is_a_path_or_listed_as_text():
@@ -38,8 +38,8 @@ def test_every_free_text_setting_is_a_path_or_listed_as_text():
         for key, kind in kinds.items()
         if kind is str or (isinstance(kind, UnionType) and str in get_args(kind))
     }
-    assert free == {*PLACES, *SOURCES, *TEXTS}
-    assert not TEXTS & {*PLACES, *SOURCES}
+    assert free == {*LOCAL_PATH_KEYS, *NAME_OR_PATH_KEYS, *TEXTS}
+    assert not TEXTS & {*LOCAL_PATH_KEYS, *NAME_OR_PATH_KEYS}
 
 
 def test_with_absolute_paths_resolves_paths_and_preserves_names(tmp_path: Path):

@@ -19,7 +19,7 @@ from sdxl_pipeline.data.decoding import image_decoding, memory_budget
 from sdxl_pipeline.data.decoding.colour import split_alpha, to_8_bit, to_srgb
 from sdxl_pipeline.data.decoding.image_decoding import CORRUPT, UnreadableImage, read_header
 from sdxl_pipeline.data.decoding.pixels import load_crop, load_upright
-from sdxl_pipeline.data.masks.mask_pairs import mask_crop, overlaid
+from sdxl_pipeline.data.masks.mask_pairs import mask_crop, mask_overlay
 from sdxl_pipeline.data.quality.contact_sheets import contact_sheet
 from sdxl_pipeline.data.quality.perceptual_hash import compute_hashes
 from sdxl_pipeline.data.scan import image_reader
@@ -230,7 +230,7 @@ def test_decoder_error_affects_only_its_file(
         lambda: load_upright(folder / "b.tif"),
         lambda: load_crop(folder / "b.tif", full_crop(200, 320)),
         lambda: mask_crop(folder / "b.tif", full_crop(200, 320), "mask"),
-        lambda: overlaid(folder / "a.png", folder / "b.tif", "mask"),
+        lambda: mask_overlay(folder / "a.png", folder / "b.tif", "mask"),
     ):
         with pytest.raises(UnreadableImage):
             call()

@@ -14,7 +14,7 @@ from sdxl_pipeline.demo.demo_dataset import (
     TRAIN_COLORS,
     DemoRequest,
     ensure_demo_dataset,
-    generate_if_asked,
+    generate_if_requested,
 )
 
 SMALL = DemoRequest(images=10, eval_images=4, prior_images=5)
@@ -81,11 +81,11 @@ def test_ensure_demo_dataset_images_have_captions_and_split_colours(tmp_path: Pa
 
 
 def test_generate_if_requested_without_request_file_returns_none(tmp_path: Path) -> None:
-    assert generate_if_asked(tmp_path) is None
+    assert generate_if_requested(tmp_path) is None
     assert list(tmp_path.iterdir()) == []
     request = {"generator": "zorp", "images": 4, "eval_images": 2, "prior_images": 2}
     (tmp_path / "generate_data.json").write_text(json.dumps(request))
-    assert generate_if_asked(tmp_path) == tmp_path / "data"
+    assert generate_if_requested(tmp_path) == tmp_path / "data"
     assert len(list((tmp_path / "data").rglob("*.png"))) == 8
 
 
@@ -102,5 +102,5 @@ def test_generate_if_requested_invalid_request_raises(
 ) -> None:
     (tmp_path / "generate_data.json").write_text(request_text)
     with pytest.raises(ValueError, match=message) as error:
-        generate_if_asked(tmp_path)
+        generate_if_requested(tmp_path)
     assert "generate_data.json" in str(error.value)

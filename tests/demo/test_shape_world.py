@@ -110,7 +110,7 @@ def test_canonical_caption_has_expected_wording() -> None:
     plain = Spec("arrow", "orange", "white", "small", "centre")
     assert canonical_caption(plain) == "a small orange arrow on a white background"
     assert (
-        canonical_caption(plain, say_centre=True)
+        canonical_caption(plain, include_centre=True)
         == "a small orange arrow in the centre on a white background"
     )
     rich = Spec("heart", "red", "blue", "large", "left", "black", "striped", "white", Mark(eyes=2))

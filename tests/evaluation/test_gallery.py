@@ -20,7 +20,7 @@ from sdxl_pipeline.models.components import load_pipeline
 from sdxl_pipeline.runtime.specs import ValidationPrompt
 from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.batches import BatchReader
-from sdxl_pipeline.training.validation.eval_samples import choose_samples
+from sdxl_pipeline.training.validation.eval_samples import select_eval_samples
 from tests.support.evaluation_specs import PROMPTS, tiny_model, tiny_settings
 from tests.support.training_datasets import make_dataset
 
@@ -98,7 +98,7 @@ def test_plan_caption_gallery_uses_distinct_captions(tmp_path: Path):
         make_dataset(tmp_path / "photos", "photos", splits={f"{number}.png": "eval" for number in range(6)}),
     )
     settings = tiny_settings()
-    _, samples = choose_samples(datasets, settings)
+    _, samples = select_eval_samples(datasets, settings)
     reader = BatchReader(datasets)
     gallery = plan_caption_gallery(samples, datasets, settings, reader, True)
     assert len(gallery) == MAX_CAPTION_PROMPTS

@@ -12,9 +12,9 @@ from sdxl_pipeline.files.disk_space import (
     DiskFullError,
     describe_disk_full,
     disk_full_message,
+    format_size,
     is_disk_full,
     require_space,
-    size_text,
 )
 from tests.support.small_disk import run_on_small_disk
 
@@ -22,7 +22,7 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def test_size_text_chooses_the_unit():
-    assert [size_text(count) for count in (12, 2048, 5 << 20, 3 << 29, 5 << 40)] == [
+    assert [format_size(count) for count in (12, 2048, 5 << 20, 3 << 29, 5 << 40)] == [
         "12 bytes",
         "2.0 KiB",
         "5.0 MiB",

@@ -10,8 +10,8 @@ from sdxl_pipeline.models.components import load_unet
 from sdxl_pipeline.models.unet_execution import (
     BACKENDS,
     AttentionKernelError,
+    use_attention_backend,
     use_attention_kernel,
-    use_backend,
 )
 from tests.models.test_precision import predict
 
@@ -24,7 +24,7 @@ def trained(model, backend: str | None):
     for parameter in parameters:
         parameter.data = torch.full_like(parameter, 0.01)  # else the first gradient of every A is zero
     if backend is not None:
-        use_backend(unet, backend)
+        use_attention_backend(unet, backend)
     prediction = predict(unet)
     prediction.square().mean().backward()
     return prediction.detach(), [parameter.grad for parameter in parameters]

@@ -6,7 +6,7 @@ import torch
 from sdxl_pipeline.models.adapters.adapter import add_lora
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.models.components import load_unet
-from sdxl_pipeline.models.unet_execution import LAYERS, enable_checkpointing
+from sdxl_pipeline.models.unet_execution import CHECKPOINTED_LAYERS, enable_checkpointing
 from tests.models.test_precision import predict
 
 
@@ -17,7 +17,7 @@ def gradients_and_runs(model: ResolvedModel, interval: int | None) -> tuple[list
     unet.conv_in.requires_grad_(
         True
     )  # else layers before the first adapter have no gradient to recompute for
-    layers = [module for module in unet.modules() if isinstance(module, LAYERS)]
+    layers = [module for module in unet.modules() if isinstance(module, CHECKPOINTED_LAYERS)]
     runs = [0] * len(layers)
     for position, layer in enumerate(layers):
 
@@ -42,6 +42,6 @@ def test_enable_checkpointing_recomputes_every_nth_layer_with_equal_gradients(
     assert any(gradient.abs().max() > 0 for gradient in found)
     expected_runs = [2 if position % interval == 0 else 1 for position in range(len(runs))]
     unet = load_unet(random_filled, torch.float32)
-    layers = [module for module in unet.modules() if isinstance(module, LAYERS)]
+    layers = [module for module in unet.modules() if isinstance(module, CHECKPOINTED_LAYERS)]
     expected_runs[layers.index(unet.mid_block.resnets[0])] = 1  # diffusers never checkpoints it
     assert runs == expected_runs

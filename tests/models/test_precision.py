@@ -129,13 +129,13 @@ def test_bitsandbytes_without_the_repack_attribute_raises(random_filled: Resolve
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_quantized_weights_take_few_bytes(name, random_filled: ResolvedModel):
-    from sdxl_pipeline.training.memory.memory_estimate import held_bytes
+    from sdxl_pipeline.training.memory.memory_estimate import storage_bytes
 
     require(name)
     unet = load_unet(random_filled, torch.float32)
     quantize_model(unet, name)
     layer = unet.get_submodule("mid_block.attentions.0.proj_in")
-    assert held_bytes(layer.weight) / (96 * 96) < EXPECTED[name][1]
+    assert storage_bytes(layer.weight) / (96 * 96) < EXPECTED[name][1]
     assert unet.conv_out.weight.dtype == torch.float32
     assert type(unet.conv_out.weight) is torch.nn.Parameter
 

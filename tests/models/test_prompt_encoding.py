@@ -6,7 +6,7 @@ import torch
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.models.components import TextEncoders, load_pipeline, load_text_encoders
 from sdxl_pipeline.models.conditioning import encode_prompts
-from sdxl_pipeline.models.prompt_tokens import PromptReader
+from sdxl_pipeline.models.prompt_tokens import PromptTokenizer
 
 PROMPTS = [
     "a red circle",
@@ -61,7 +61,7 @@ def test_encode_prompts_has_no_gradient(encoders: TextEncoders):
 
 def test_encode_prompts_encodes_each_window_separately(encoders: TextEncoders):
     words = [f"circle{'!' * (index % 3 == 0)}" for index in range(200)]
-    reader = PromptReader(encoders)
+    reader = PromptTokenizer(encoders)
     lengths = [len(reader.read([" ".join(words[:count])])[1][0]) for count in range(len(words))]
     first = lengths.index(75)
     second = next(count for count in range(first, 200) if lengths[count] == 150)

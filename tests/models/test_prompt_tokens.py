@@ -4,7 +4,7 @@ import pytest
 
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.models.components import Tokenizers, load_tokenizers
-from sdxl_pipeline.models.prompt_tokens import PromptReader
+from sdxl_pipeline.models.prompt_tokens import PromptTokenizer
 
 PROMPTS = [
     "a red circle",
@@ -23,8 +23,8 @@ def tokenizers(bundled: ResolvedModel) -> Tokenizers:
 
 
 def test_one_window_equals_each_tokenizers_output(tokenizers: Tokenizers):
-    reader = PromptReader(tokenizers)
-    ids_per_encoder = reader.in_windows(reader.read(PROMPTS))
+    reader = PromptTokenizer(tokenizers)
+    ids_per_encoder = reader.to_windows(reader.read(PROMPTS))
     for ids, tokenizer in zip(ids_per_encoder, (tokenizers.tokenizer, tokenizers.tokenizer_2), strict=True):
         expected = tokenizer(
             PROMPTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
@@ -33,17 +33,17 @@ def test_one_window_equals_each_tokenizers_output(tokenizers: Tokenizers):
 
 
 def test_prompts_without_exclamation_marks_are_tokenized_once(tokenizers: Tokenizers):
-    first, second = PromptReader(tokenizers).read(["a red circle", "stop!"])
+    first, second = PromptTokenizer(tokenizers).read(["a red circle", "stop!"])
     assert first[0] is second[0]
     assert first[1] != second[1]
 
 
 @pytest.mark.parametrize("windows", [1, 2, 3])
 def test_lost_tail_is_the_text_beyond_the_windows(tokenizers: Tokenizers, windows: int):
-    reader = PromptReader(tokenizers, windows)
+    reader = PromptTokenizer(tokenizers, windows)
     assert reader.capacity == 75 * windows
     words = ["circle"] * reader.capacity
     assert len(reader.read([" ".join(words)])[0][0]) == reader.capacity
-    assert reader.lost_tail(" ".join(words)) == ""
-    assert reader.lost_tail(" ".join([*words, "a", "star"])) == "a star"
-    assert reader.lost_tail("") == ""
+    assert reader.truncated_tail(" ".join(words)) == ""
+    assert reader.truncated_tail(" ".join([*words, "a", "star"])) == "a star"
+    assert reader.truncated_tail("") == ""

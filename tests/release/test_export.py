@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sdxl_pipeline.config.paths import PLACES, SOURCES
+from sdxl_pipeline.config.paths import LOCAL_PATH_KEYS, NAME_OR_PATH_KEYS
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.files.disk_space import DiskFullError
 from sdxl_pipeline.models.adapters.adapter import adapted_module_names, add_lora, save_adapter
@@ -210,11 +210,13 @@ def test_portable_name_shortens_local_paths(source: str, name: str):
 
 def test_portable_settings_contains_no_local_path(tmp_path: Path):
     local = str(tmp_path / "it.safetensors")
-    settings = TrainingSettings.model_validate(dict.fromkeys((*PLACES, *SOURCES), local))
+    settings = TrainingSettings.model_validate(dict.fromkeys((*LOCAL_PATH_KEYS, *NAME_OR_PATH_KEYS), local))
     published = portable_settings(settings)
     assert str(tmp_path) not in json.dumps(published)
-    assert {key: published[key] for key in SOURCES} == dict.fromkeys(SOURCES, "it.safetensors")
-    assert not published.keys() & {*PLACES}
+    assert {key: published[key] for key in NAME_OR_PATH_KEYS} == dict.fromkeys(
+        NAME_OR_PATH_KEYS, "it.safetensors"
+    )
+    assert not published.keys() & {*LOCAL_PATH_KEYS}
 
 
 def test_verify_export_returns_layer_count(inputs):

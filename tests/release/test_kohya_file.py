@@ -27,7 +27,7 @@ from sdxl_pipeline.models.adapters.adapter import (
     load_adapter,
     save_adapter,
 )
-from sdxl_pipeline.models.adapters.init_adapter import start_from_file
+from sdxl_pipeline.models.adapters.init_adapter import load_init_adapter
 from sdxl_pipeline.models.base_model import resolve_base_model
 from sdxl_pipeline.models.components import load_pipeline, load_unet
 from sdxl_pipeline.release.formats import FormatError
@@ -157,7 +157,7 @@ def test_kohya_file_equals_trained_model_in_every_program(tmp_path: Path, kind: 
     # init_lora also reads the file
     resumed = load_unet(run.spec.base_model, torch.float32)
     add_adapter(resumed, settings_of(kind), seed=9)
-    start_from_file({UNET: resumed}, file.path)
+    load_init_adapter({UNET: resumed}, file.path)
     torch.testing.assert_close(output(resumed), expected, rtol=0, atol=1e-4)
 
 

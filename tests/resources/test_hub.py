@@ -92,10 +92,10 @@ def test_check_can_push_busy_hub_waits_as_long_as_requested(hub, user, monkeypat
 
 def test_check_can_push_busy_hub_fails_after_the_last_try(hub, user):
     before = len(hub.requests)
-    hub.fail_next(hub_client.TRIES, status=503, path="/whoami")
+    hub.fail_next(hub_client.MAX_ATTEMPTS, status=503, path="/whoami")
     with pytest.raises(dg.Failure, match=r"HTTP 503.*unavailable.*again later"):
         HubResource().check_can_push(f"{user}/stars")
-    assert len(hub.requests) - before == hub_client.TRIES
+    assert len(hub.requests) - before == hub_client.MAX_ATTEMPTS
 
 
 def test_check_can_push_long_wait_fails_at_once(hub, user):

@@ -11,7 +11,7 @@ import dagster as dg
 import pytest
 
 from resources.run_liveness import LiveRunLauncher, PoolWaitLog, fail_dead_runs, liveness_folder
-from sdxl_pipeline.runtime.process_liveness import examined_runs
+from sdxl_pipeline.runtime.process_liveness import inspect_runs
 from tests.resources.worker import REPOSITORY, Worker, wait_until_gone
 from tests.stages.sleepy_stage import SleepySpec
 from tests.support.processes import wait_for, wait_for_number
@@ -46,7 +46,7 @@ def info_lines(worker: Worker, part: str) -> list[str]:
 
 def run_of_worker(worker: Worker, instance: dg.DagsterInstance) -> dg.DagsterRun:
     """Return the run that a worker's process executes."""
-    with examined_runs(liveness_folder(instance)) as runs:
+    with inspect_runs(liveness_folder(instance)) as runs:
         (run_id,) = [
             run.run_id
             for run in runs

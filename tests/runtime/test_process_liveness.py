@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sdxl_pipeline.runtime import process_liveness
-from sdxl_pipeline.runtime.process_liveness import examined_runs, forget_run, hold_liveness
+from sdxl_pipeline.runtime.process_liveness import forget_run, hold_liveness, inspect_runs
 from tests.support.processes import wait_for
 
 
@@ -20,7 +20,7 @@ def hold_until_killed(run: Path) -> None:
 
 
 def dead_by_run(folder: Path) -> dict[str, bool]:
-    with examined_runs(folder) as runs:
+    with inspect_runs(folder) as runs:
         return {run.run_id: run.is_dead for run in runs}
 
 

@@ -26,9 +26,9 @@ from sdxl_pipeline.runtime.webhook import (
     Origin,
     Webhooks,
     discord_posts,
-    in_environment,
     load_webhooks,
     raw_body,
+    webhook_environment,
 )
 
 SECRET = "t0ken-nobody-may-see"
@@ -112,7 +112,7 @@ def parts_of(post: tuple[str, str, bytes]) -> dict[str, Mail]:
 
 def test_raw_webhook_gets_json_with_metrics_and_images(listener):
     metrics = {"loss": 0.5, "lr": float("nan")}
-    message = Message("training.progress", "step 3", "info", 3, metrics, (PNG, JPEG), for_people=False)
+    message = Message("training.progress", "step 3", "info", 3, metrics, (PNG, JPEG), human_readable=False)
     assert send(listener, "raw", message) == []
     ((path, kind, body),) = listener.posts
     assert (path, kind) == (f"/hooks/{SECRET}", "application/json")
@@ -131,7 +131,7 @@ def test_raw_webhook_gets_json_with_metrics_and_images(listener):
 
 
 def test_discord_webhook_gets_text_and_attachments_without_metrics(listener):
-    progress = Message("training.progress", "step 3", metrics={"loss": 0.5}, for_people=False)
+    progress = Message("training.progress", "step 3", metrics={"loss": 0.5}, human_readable=False)
     images = Message("validation.images", "step 4: a star @everyone", images=(PNG, JPEG))
     assert send(listener, "discord", progress, images) == []
     (post,) = listener.posts
@@ -314,7 +314,7 @@ def test_webhooks_round_trip_through_the_environment_and_repr_is_masked(tmp_path
         f"https://example.com/{SECRET}",
     ]
     assert SECRET not in repr(webhooks) + str(webhooks) + webhooks[0].model_dump_json()
-    (value,) = in_environment(webhooks).values()
+    (value,) = webhook_environment(webhooks).values()
     monkeypatch.setenv(webhook.WEBHOOKS_VARIABLE, value)
     from_environment = load_webhooks(None)
     assert [(w.webhook_type, w.address, w.log_level) for w in from_environment] == [
@@ -325,4 +325,4 @@ def test_webhooks_round_trip_through_the_environment_and_repr_is_masked(tmp_path
     )  # the environment takes precedence over the file
     monkeypatch.delenv(webhook.WEBHOOKS_VARIABLE)
     assert load_webhooks(None) == ()
-    assert in_environment(()) == {}
+    assert webhook_environment(()) == {}

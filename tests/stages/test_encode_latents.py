@@ -218,7 +218,7 @@ def test_encode_latents_cache_mode_defers_missing_entries(make_spec, mode: str):
 def test_encode_latents_trust_recorded_skips_store_check(make_spec):
     first = run(make_spec())
     shutil.rmtree(make_spec(plan=False).store_root)
-    trusted = run(make_spec(plan=False).model_copy(update={"trust_recorded": True}))
+    trusted = run(make_spec(plan=False).model_copy(update={"trust_manifest": True}))
     assert counts(trusted) == (7, 0, 7, 0)
     assert trusted.digest == first.digest
     assert counts(run(make_spec(plan=False))) == (7, 7, 0, 0)
@@ -226,7 +226,7 @@ def test_encode_latents_trust_recorded_skips_store_check(make_spec):
 
 def test_encode_latents_deferred_manifest_is_not_trusted_as_encoded(make_spec):
     run(make_spec().model_copy(update={"mode": "ondemand"}))
-    assert counts(run(make_spec().model_copy(update={"trust_recorded": True}))) == (7, 7, 0, 0)
+    assert counts(run(make_spec().model_copy(update={"trust_manifest": True}))) == (7, 7, 0, 0)
 
 
 def test_encode_latents_nothing_to_encode_does_not_import_torch(make_spec, tmp_path: Path):

@@ -18,7 +18,7 @@ from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.data.scan.table_digests import frame_digest
 from sdxl_pipeline.models.base_model import BUNDLED_MODEL, BUNDLED_NAME, ResolvedModel, resolve_base_model
 from sdxl_pipeline.models.components import load_pipeline, load_tokenizers
-from sdxl_pipeline.models.prompt_tokens import PromptReader
+from sdxl_pipeline.models.prompt_tokens import PromptTokenizer
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import EncodeTextSpec, TextEmbedCache
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
@@ -207,7 +207,7 @@ def test_encode_text_cache_mode_defers_missing_entries(make_spec, mode: str):
 def test_encode_text_trust_recorded_skips_store_check(make_spec):
     first = run(make_spec())
     shutil.rmtree(make_spec().store_root)
-    trusted = run(make_spec().model_copy(update={"trust_recorded": True}))
+    trusted = run(make_spec().model_copy(update={"trust_manifest": True}))
     assert counts(trusted) == (6, 0, 6)
     assert trusted.digest == first.digest
     assert counts(run(make_spec())) == (6, 6, 0)
@@ -249,8 +249,8 @@ def test_encode_text_other_encoder_or_dtype_encodes_again_other_vae_does_not(mak
 def test_encode_text_nonfinite_embedding_raises_with_caption_and_hint(
     make_spec, monkeypatch, precision, hint
 ):
-    star = PromptReader(load_tokenizers(model()))
-    ids = star.in_windows(star.read(["a blue star"]))[0][0]
+    star = PromptTokenizer(load_tokenizers(model()))
+    ids = star.to_windows(star.read(["a blue star"]))[0][0]
 
     def overflow_on_star(encoders: Any, input_ids: torch.Tensor, _: Any) -> tuple[torch.Tensor, torch.Tensor]:
         embeds = torch.zeros(len(input_ids), 77, 128)

@@ -18,7 +18,7 @@ from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import EvaluateSpec, EvaluationReport
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
 from sdxl_pipeline.stages.evaluate import main
-from tests.support.evaluation_specs import make_spec
+from tests.support.evaluation_specs import make_evaluate_spec
 from tests.support.processes import DEAD_PID
 
 
@@ -34,12 +34,12 @@ def pixels(report: EvaluationReport, name: str, step: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory: pytest.TempPathFactory) -> tuple[EvaluateSpec, EvaluationReport]:
-    spec = make_spec(tmp_path_factory.mktemp("changed"), scale=0.1)
+    spec = make_evaluate_spec(tmp_path_factory.mktemp("changed"), scale=0.1)
     return spec, evaluate(spec)
 
 
 def test_evaluate_zero_lora_equals_base_model(tmp_path: Path):
-    report = evaluate(make_spec(tmp_path, scale=0.0, evaluation_type="none"))
+    report = evaluate(make_evaluate_spec(tmp_path, scale=0.0, evaluation_type="none"))
     assert report.lora_loss == report.base_loss
     assert np.array_equal(pixels(report, "star", 0), pixels(report, "star", 40))
     assert report.base_clip is None
@@ -74,7 +74,7 @@ def test_evaluate_repeated_is_identical(changed, tmp_path: Path):
 
 
 def test_evaluate_same_identity_is_reused_if_images_exist(tmp_path: Path):
-    spec = make_spec(tmp_path, scale=0.1, evaluation_type="none")
+    spec = make_evaluate_spec(tmp_path, scale=0.1, evaluation_type="none")
     first = evaluate(spec)
     leftover = Path(spec.output_dir) / "images" / f".00.{DEAD_PID}-0123abcd.tmp.png"
     in_use = leftover.with_name(f".00.{os.getpid()}-0123abcd.tmp.png")
@@ -92,7 +92,7 @@ def test_evaluate_same_identity_is_reused_if_images_exist(tmp_path: Path):
 
 
 def test_evaluate_renamed_files_keep_identity_and_losses(tmp_path: Path):
-    spec = make_spec(tmp_path, scale=0.1, evaluation_type="none")
+    spec = make_evaluate_spec(tmp_path, scale=0.1, evaluation_type="none")
     before = evaluate(spec)
     (dataset,) = spec.datasets
     for table in (dataset.rows_path, dataset.latents.entries_path, dataset.text_embeds.entries_path):
@@ -116,7 +116,9 @@ def test_evaluate_report_paths_exist(changed):
 
 
 def test_evaluate_without_eval_loss_and_prompts_uses_captions(tmp_path: Path):
-    report = evaluate(make_spec(tmp_path, prompts=(), eval_loss_disable=True, evaluation_type="none"))
+    report = evaluate(
+        make_evaluate_spec(tmp_path, prompts=(), eval_loss_disable=True, evaluation_type="none")
+    )
     assert report.base_loss is report.lora_loss is report.loss_plot_path is None
     assert {image.prompt for image in report.images} == {"shapes 2 0", "shapes 4 0"}
 

@@ -18,7 +18,14 @@ from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserErr
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.logging.run_logs import read_metrics
 from tests.support.processes import DEAD_PID
-from tests.support.train_programs import TWO_PROCESSES, Listener, losses, on_two_processes, run, with_settings
+from tests.support.train_programs import (
+    TWO_PROCESSES,
+    RecordingReporter,
+    losses,
+    on_two_processes,
+    run,
+    with_settings,
+)
 from tests.support.training_datasets import SQUARE, WIDE, digest, make_dataset, make_spec
 
 STEPS = 12
@@ -87,7 +94,7 @@ def test_train_two_processes_equal_one_with_double_batch_and_bucket_of_one_image
         "bucket_fill": fill,
     }
     spec = make_spec(tmp_path, dataset, **settings, **WITH_IMAGES)
-    reporter = Listener()
+    reporter = RecordingReporter()
     one = main(with_settings(spec, "one", train_batch_size=2), reporter, StopSignal())
     outcome = {
         "partial": "its last batch has 1 instead of 2 (bucket_fill: partial)",
@@ -109,7 +116,7 @@ def test_train_finished_run_is_reused(unbroken):
     spec, first = unbroken
     before = Path(first.weights_path).stat().st_mtime_ns
     spec = with_settings(spec, "unbroken", **WITH_IMAGES)  # not part of the identity
-    reporter = Listener()
+    reporter = RecordingReporter()
     again = main(spec, reporter, StopSignal())
     assert again == first.model_copy(update={"reused": True})
     assert Path(first.weights_path).stat().st_mtime_ns == before
@@ -120,14 +127,14 @@ def test_train_moved_run_is_reused_and_corrupt_weights_are_restored_from_checkpo
     spec, _ = unbroken
     moved = with_settings(spec, "moved")
     shutil.copytree(spec.run_dir, moved.run_dir)
-    reused = main(moved, Listener(), StopSignal())
+    reused = main(moved, RecordingReporter(), StopSignal())
     assert reused.reused
     assert Path(reused.weights_path).parent == Path(moved.run_dir)
 
     weights = Path(reused.weights_path)
     expected = weights.read_bytes()
     weights.write_bytes(expected[:-1] + b"x")
-    restored = main(moved, Listener(), StopSignal())
+    restored = main(moved, RecordingReporter(), StopSignal())
     assert (restored.reused, restored.resumed_from_step) == (False, STEPS)
     assert weights.read_bytes() == expected
 
@@ -145,7 +152,7 @@ def test_train_disk_full_raises_before_writing_final_weights(unbroken, monkeypat
     leftover.write_bytes(b"half")
     message = r"no space left on the disk of .* for the final weights: .* needed, 1.0 MiB are kept in reserve, and 1.0 MiB are free"
     with pytest.raises(DiskFullError, match=message):
-        main(spec, Listener(), StopSignal())
+        main(spec, RecordingReporter(), StopSignal())
     assert not weights.exists()
     assert not leftover.exists(), "temporary files of a killed process are removed at the next start"
 
@@ -156,9 +163,9 @@ def test_train_stopped_before_first_step_restarts_without_resume(unbroken):
     stop = StopSignal()
     stop.request()
     with pytest.raises(StageStopped):
-        main(spec, Listener(), stop)
+        main(spec, RecordingReporter(), stop)
     assert [p.name for p in (Path(spec.run_dir) / "checkpoints").iterdir()] == ["step-00000000"]
-    again = main(with_settings(spec, "early", resume_from_checkpoint=None), Listener(), StopSignal())
+    again = main(with_settings(spec, "early", resume_from_checkpoint=None), RecordingReporter(), StopSignal())
     assert again.resumed_from_step is None
     assert again.weights_sha256 == expected.weights_sha256
 
@@ -166,7 +173,7 @@ def test_train_stopped_before_first_step_restarts_without_resume(unbroken):
 def test_train_gradient_checkpointing_has_same_weights(unbroken):
     spec, expected = unbroken
     checkpointed = main(
-        with_settings(spec, "checkpointed", gradient_checkpointing=True), Listener(), StopSignal()
+        with_settings(spec, "checkpointed", gradient_checkpointing=True), RecordingReporter(), StopSignal()
     )
     assert checkpointed.identity == expected.identity
     assert checkpointed.weights_sha256 == expected.weights_sha256
@@ -177,7 +184,7 @@ def test_train_bf16_keeps_float32_adapter(unbroken):
     settings = {"mixed_precision": "bf16", "max_train_steps": 4, **WITH_IMAGES}
     # accelerate keeps one mixed precision per process
     AcceleratorState._reset_state(reset_partial_state=True)
-    half = main(with_settings(spec, "half", **settings), Listener(), StopSignal())
+    half = main(with_settings(spec, "half", **settings), RecordingReporter(), StopSignal())
     AcceleratorState._reset_state(reset_partial_state=True)
     assert {tensor.dtype for tensor in load_file(half.weights_path).values()} == {torch.float32}
     for (_, loss), (_, full) in zip(losses(half), losses(expected), strict=False):
@@ -188,12 +195,12 @@ def test_train_bf16_keeps_float32_adapter(unbroken):
 def test_train_folder_of_another_run_raises(unbroken):
     spec, _ = unbroken
     with pytest.raises(UserError, match="contains another run"):
-        main(with_settings(spec, "unbroken", seed=1), Listener(), StopSignal())
+        main(with_settings(spec, "unbroken", seed=1), RecordingReporter(), StopSignal())
 
 
 def test_train_checkpoints_total_limit_keeps_newest(tmp_path):
     spec = make_spec(tmp_path, max_train_steps=3, checkpoint_step_interval=1, checkpoints_total_limit=2)
-    main(spec, Listener(), StopSignal())
+    main(spec, RecordingReporter(), StopSignal())
     retained = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert retained == ["step-00000002", "step-00000003"]
 
@@ -218,7 +225,7 @@ def test_train_nonfinite_step_is_skipped_and_logged_without_changing_state(tmp_p
         "checkpoint_step_interval": 1,
         "lr_scheduler": "constant",
     }
-    spec, reporter = spec_with_nan_latents(tmp_path, {4}, **settings), Listener()
+    spec, reporter = spec_with_nan_latents(tmp_path, {4}, **settings), RecordingReporter()
     manifest = main(spec, reporter, StopSignal())
     taken = [step for step, _ in losses(manifest)]
     skipped = sorted(set(range(1, 11)) - set(taken))
@@ -246,11 +253,11 @@ def test_train_only_skipped_steps_raises_and_keeps_initial_parameters(tmp_path):
     stop = StopSignal()
     stop.request()
     with pytest.raises(StageStopped):
-        main(valid, Listener(), stop)
+        main(valid, RecordingReporter(), stop)
     broken = spec_with_nan_latents(
         tmp_path / "broken", set(range(5)), max_train_steps=30, checkpoint_step_interval=2
     )
-    reporter = Listener()
+    reporter = RecordingReporter()
     with pytest.raises(
         UserError, match=r"steps 1 to 10 were skipped one after the other.*image_0.*learning_rate"
     ):
@@ -265,12 +272,12 @@ def test_train_only_skipped_steps_raises_and_keeps_initial_parameters(tmp_path):
 
 def test_train_wrong_number_of_processes_raises(tmp_path):
     with pytest.raises(UserError, match=r"2 processes, but 1 are running.*torchrun"):
-        main(make_spec(tmp_path, num_processes=2), Listener(), StopSignal())
+        main(make_spec(tmp_path, num_processes=2), RecordingReporter(), StopSignal())
 
 
 def test_train_num_train_epochs_sets_steps_without_max_train_steps(tmp_path):
     spec = make_spec(tmp_path, max_train_steps=None, num_train_epochs=2, train_batch_size=3)
-    manifest = main(spec, Listener(), StopSignal())
+    manifest = main(spec, RecordingReporter(), StopSignal())
     # 3 square and 2 wide images are two batches per epoch
     assert (manifest.steps, manifest.epochs) == (4, 2.0)
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json").read_text())

@@ -25,7 +25,14 @@ from sdxl_pipeline.training.checkpoint.run_identity import run_identity
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.validation.validation_images import generate_validation_images
 from tests.models.adapted_unets import KINDS
-from tests.support.train_programs import TWO_PROCESSES, Listener, losses, on_two_processes, run, with_settings
+from tests.support.train_programs import (
+    TWO_PROCESSES,
+    RecordingReporter,
+    losses,
+    on_two_processes,
+    run,
+    with_settings,
+)
 from tests.support.training_datasets import make_dataset, make_spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,7 +59,7 @@ def pixels(path: str) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["dora", "lokr, whole matrices", "loha, weights rebuilt, scalar"])
 def test_train_adapter_file_reproduces_validation_image_and_resume_is_exact(tmp_path: Path, kind: str):
     spec = adapter_spec(tmp_path, kind)
-    manifest = main(spec, Listener(), StopSignal())
+    manifest = main(spec, RecordingReporter(), StopSignal())
     unet = load_unet(spec.base_model, torch.float32)
     names = load_adapter({UNET: unet}, Path(manifest.weights_path))[UNET]
     assert manifest.adapted_modules == len(names)
@@ -76,7 +83,7 @@ def test_train_adapter_file_reproduces_validation_image_and_resume_is_exact(tmp_
     for name in ("finished.json", "pytorch_lora_weights.safetensors"):
         (Path(resumed.run_dir) / name).unlink()
     shutil.rmtree(Path(resumed.run_dir) / "checkpoints" / "step-00000004")
-    again = main(resumed, Listener(), StopSignal())
+    again = main(resumed, RecordingReporter(), StopSignal())
     assert again.resumed_from_step == 2
     assert again.weights_sha256 == manifest.weights_sha256
 
@@ -84,12 +91,12 @@ def test_train_adapter_file_reproduces_validation_image_and_resume_is_exact(tmp_
 def test_train_finished_run_writes_new_lora_format_without_training(tmp_path: Path, monkeypatch):
     ema = {"use_ema": True, "ema_validation": "none", "released_weights": "ema"}
     spec = adapter_spec(tmp_path, "lora", max_train_steps=2, lora_format="diffusers", **ema)
-    first = main(spec, Listener(), StopSignal())
+    first = main(spec, RecordingReporter(), StopSignal())
     assert first.kohya_path is None
     assert not list(Path(spec.run_dir).rglob("small.safetensors"))
 
     both = with_settings(spec, "run", lora_format="both")
-    second = main(both, Listener(), StopSignal())
+    second = main(both, RecordingReporter(), StopSignal())
     assert second.reused
     assert second.weights_sha256 == first.weights_sha256
     assert second.kohya_path == str(Path(spec.run_dir) / "ema" / "small.safetensors")
@@ -101,24 +108,27 @@ def test_train_finished_run_writes_new_lora_format_without_training(tmp_path: Pa
     assert trained.keys() == averaged.keys()
     assert any(not torch.equal(trained[name], averaged[name]) for name in trained)
 
-    other = main(with_settings(both, "run", lora_export_dtype="bfloat16"), Listener(), StopSignal())
+    other = main(with_settings(both, "run", lora_export_dtype="bfloat16"), RecordingReporter(), StopSignal())
     assert (other.reused, other.kohya_dtype) == (True, "bfloat16")
     assert (
-        main(with_settings(both, "run", lora_format="diffusers"), Listener(), StopSignal()).kohya_path is None
+        main(
+            with_settings(both, "run", lora_format="diffusers"), RecordingReporter(), StopSignal()
+        ).kohya_path
+        is None
     )
 
     def raise_format_error(*arguments: object) -> None:
         raise FormatError("cannot hold it")
 
     monkeypatch.setattr(train, "ensure_kohya_file", raise_format_error)
-    reporter = Listener()
+    reporter = RecordingReporter()
     assert main(both, reporter, StopSignal()).kohya_path is None
     assert any("No file for ComfyUI" in line and "cannot hold it" in line for line in reporter.lines)
 
 
 def test_train_text_encoder_kohya_file_contains_text_encoder_keys(tmp_path: Path):
     spec = adapter_spec(tmp_path, "lora", max_train_steps=2, validation_disable=True, train_text_encoder=True)
-    manifest = main(spec, Listener(), StopSignal())
+    manifest = main(spec, RecordingReporter(), StopSignal())
     modules = {name.partition(".")[0] for name in load_file(manifest.kohya_path)}
     # each bundled encoder has three layers; the last one of the first encoder is not used
     assert sum(name.startswith("lora_te1_text_model_encoder_layers_") for name in modules) == 2 * 4
@@ -128,11 +138,13 @@ def test_train_text_encoder_kohya_file_contains_text_encoder_keys(tmp_path: Path
 
 def test_train_init_lora_starts_from_file_and_content_is_in_identity(tmp_path: Path):
     first = main(
-        adapter_spec(tmp_path, "lora", max_train_steps=2, validation_disable=True), Listener(), StopSignal()
+        adapter_spec(tmp_path, "lora", max_train_steps=2, validation_disable=True),
+        RecordingReporter(),
+        StopSignal(),
     )
     spec = adapter_spec(tmp_path, "lora", init_lora=first.weights_path, validation_step_interval=100)
     spec = spec.model_copy(update={"run_dir": str(tmp_path / "second")})
-    second = main(spec, Listener(), StopSignal())
+    second = main(spec, RecordingReporter(), StopSignal())
     unet = load_unet(spec.base_model, torch.float32)
     load_adapter({UNET: unet}, Path(first.weights_path))
     (again,) = generate_validation_images(spec, unet, BatchReader(spec.datasets, None), 0, tmp_path / "again")
@@ -147,7 +159,7 @@ def test_train_init_lora_starts_from_file_and_content_is_in_identity(tmp_path: P
     with pytest.raises(UserError, match=r"init_lora.*does not exist"):
         run_identity(with_settings(spec, "run", init_lora=str(tmp_path / "absent.safetensors")))
     with pytest.raises(UserError, match=r"config.json: init_lora.*Set lora_rank to 4"):
-        main(with_settings(spec, "other rank", lora_rank=8), Listener(), StopSignal())
+        main(with_settings(spec, "other rank", lora_rank=8), RecordingReporter(), StopSignal())
 
 
 def test_train_lokr_file_header_contains_lycoris_config(tmp_path: Path):
@@ -155,7 +167,7 @@ def test_train_lokr_file_header_contains_lycoris_config(tmp_path: Path):
 
     manifest = main(
         adapter_spec(tmp_path, "lokr, whole matrices", max_train_steps=1, validation_disable=True),
-        Listener(),
+        RecordingReporter(),
         StopSignal(),
     )
     with safe_open(manifest.weights_path, framework="pt") as file:
@@ -168,7 +180,7 @@ def test_train_lokr_file_header_contains_lycoris_config(tmp_path: Path):
 @pytest.mark.parametrize("kind", ["dora", "lokr", "loha, convolutions"])
 def test_train_adapter_two_processes_equal_one_with_double_batch(tmp_path: Path, kind: str):
     spec = adapter_spec(tmp_path, kind, train_batch_size=1, validation_disable=True, learning_rate=1e-3)
-    one = main(with_settings(spec, "one", train_batch_size=2), Listener(), StopSignal())
+    one = main(with_settings(spec, "one", train_batch_size=2), RecordingReporter(), StopSignal())
     two: TrainedLora = run(on_two_processes(with_settings(spec, "two")), *TWO_PROCESSES)
     assert [loss for _, loss in losses(two)] == pytest.approx([loss for _, loss in losses(one)], rel=1e-5)
     ones, twos = load_file(one.weights_path), load_file(two.weights_path)

@@ -13,7 +13,7 @@ from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training import trainer
 from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler
 from sdxl_pipeline.training.data.samples import load_samples
-from tests.support.encoded_datasets import Silent, draw_images, prepare_dataset
+from tests.support.encoded_datasets import SilentReporter, prepare_dataset, write_images
 from tests.support.training_datasets import make_spec
 
 STEPS, BATCH = 16, 3
@@ -34,7 +34,7 @@ def test_train_unet_inputs_match_crop_plan_and_caption_dropout(tmp_path: Path, m
         return trainable
 
     monkeypatch.setattr(trainer, "build_trainable", build_with_hook)
-    draw_images(tmp_path / "images", count=3, size=(WIDTH, HEIGHT))
+    write_images(tmp_path / "images", count=3, size=(WIDTH, HEIGHT))
     spec = make_spec(
         tmp_path,
         mixed_precision="bf16",
@@ -45,7 +45,7 @@ def test_train_unet_inputs_match_crop_plan_and_caption_dropout(tmp_path: Path, m
     dataset = prepare_dataset(
         tmp_path / "dataset", tmp_path / "images", spec.base_model, crop=True, crop_aspect="square"
     )
-    main(spec.model_copy(update={"datasets": (dataset,)}), Silent(), StopSignal())
+    main(spec.model_copy(update={"datasets": (dataset,)}), SilentReporter(), StopSignal())
     assert len(calls) == STEPS
 
     rows = pd.read_parquet(dataset.rows_path).set_index("key")

@@ -15,7 +15,13 @@ from sdxl_pipeline.training.checkpoint.run_identity import run_identity
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler
 from sdxl_pipeline.training.data.samples import load_samples
-from tests.support.encoded_datasets import Silent, draw_images, listing, prepare_dataset, rows_of
+from tests.support.encoded_datasets import (
+    SilentReporter,
+    list_files,
+    prepare_dataset,
+    read_crop_plan,
+    write_images,
+)
 from tests.support.train_programs import StoppingReporter
 from tests.support.training_datasets import make_dataset, make_spec
 
@@ -34,7 +40,7 @@ WITH_IMAGES = {"validation_disable": False, "validation_step_interval": 0}
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
-    draw_images(folder)
+    write_images(folder)
     return folder
 
 
@@ -52,7 +58,7 @@ def spec_in_mode(folder: Path, images: Path, mode: str, **settings: object) -> T
 
 
 def train(spec: TrainSpec) -> TrainedLora:
-    return main(spec, Silent(), StopSignal())
+    return main(spec, SilentReporter(), StopSignal())
 
 
 def assert_weights_close(actual: TrainedLora, expected: TrainedLora) -> None:
@@ -78,9 +84,9 @@ def test_train_every_cache_mode_has_same_identity_and_weights(full, ondemand, tm
     full_spec, cached = full
     spec = spec_in_mode(tmp_path, images, "disable", **WITH_IMAGES)
     stores = [tmp_path / "drawings" / name for name in ("latents", "texts")]
-    before = [listing(store) for store in stores]
+    before = [list_files(store) for store in stores]
     uncached = train(spec)
-    assert [listing(store) for store in stores] == before
+    assert [list_files(store) for store in stores] == before
     assert cached.identity == ondemand[1].identity == uncached.identity == run_identity(full_spec)
     assert uncached.weights_sha256 == ondemand[1].weights_sha256
     assert_weights_close(uncached, cached)
@@ -159,7 +165,7 @@ def test_load_samples_copies_of_image_are_distinguished_by_caption(tmp_path, ima
 
 def test_train_two_resolutions_of_one_folder_share_held_out_images(tmp_path):
     images = tmp_path / "images"
-    draw_images(images, count=10)  # none is held out of fewer than 8
+    write_images(images, count=10)  # none is held out of fewer than 8
     spec = spec_of(tmp_path, train_batch_size=1, max_train_steps=3)
     datasets = tuple(
         prepare_dataset(tmp_path / name, images, spec.base_model, holdout=0.4, id=name, resolution=resolution)
@@ -173,7 +179,7 @@ def test_train_two_resolutions_of_one_folder_share_held_out_images(tmp_path):
         assert keys[0] == keys[1]
         assert keys[0]
     assert len({s.latent_key for s in trained}) == len(trained)
-    assert all(rows_of(dataset)["split"].value_counts().min() > 0 for dataset in datasets)
+    assert all(read_crop_plan(dataset)["split"].value_counts().min() > 0 for dataset in datasets)
     sampler = BucketBatchSampler(trained, {"small": 1.0, "large": 1.0}, 42, 1)
     sampled = [sampler.batch(index, 0)[0].sample.dataset_id for index in range(sampler.batches_until(1))]
     assert sorted(sampled) == sorted(s.dataset_id for s in trained)
@@ -250,4 +256,4 @@ def test_train_ondemand_corrupt_entries_are_encoded_again(tmp_path, images, full
     again = train(spec.model_copy(update={"run_dir": str(tmp_path / "again")}))
     assert "1 damaged entries are removed" in caplog.text
     assert_weights_close(again, full[1])
-    assert TensorStore(tmp_path / "drawings" / "latents").damaged() == []
+    assert TensorStore(tmp_path / "drawings" / "latents").corrupt_keys() == []

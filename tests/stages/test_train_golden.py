@@ -18,7 +18,7 @@ from sdxl_pipeline.config.hardware_profiles import PRESETS
 from sdxl_pipeline.config.loader import DEFAULT_ROOT, load_project
 from sdxl_pipeline.config.resolve import resolve_hardware, resolve_settings
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.demo.demo_dataset import generate_if_asked
+from sdxl_pipeline.demo.demo_dataset import generate_if_requested
 from sdxl_pipeline.models.base_model import resolve_base_model
 from sdxl_pipeline.runtime.specs import TrainSpec
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal
@@ -63,7 +63,7 @@ def demo_spec(folder: Path) -> TrainSpec:
     project_dir = shutil.copytree(
         DEFAULT_ROOT / "demo", folder / "demo", ignore=shutil.ignore_patterns("data", "output")
     )
-    generate_if_asked(project_dir)
+    generate_if_requested(project_dir)
     project, hardware = load_project(project_dir), PRESETS["cpu"]
     settings, _ = resolve_settings(project.training, hardware, {"validation_disable": True})
     model = resolve_base_model(settings, project_dir, cache_dir=folder / "digests")

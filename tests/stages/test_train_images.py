@@ -11,7 +11,7 @@ from sdxl_pipeline.runtime.specs import TrainSpec
 from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.training.trainer import Trainer
 from tests.models.adapted_unets import EVERY_KIND, KINDS
-from tests.support.encoded_datasets import Silent
+from tests.support.encoded_datasets import SilentReporter
 from tests.support.training_datasets import NEGATIVE, PROMPT, make_dataset, make_spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +54,7 @@ def test_trainer_export_in_users_loader_reproduces_image(tmp_path: Path, kind: s
         **KINDS[kind],
     )
     Path(spec.run_dir).mkdir(parents=True)
-    trainer = Trainer(spec, "0" * 64, Silent(), StopSignal())
+    trainer = Trainer(spec, "0" * 64, SilentReporter(), StopSignal())
     trainer.train()
     trainer.export(tmp_path)
     conditioning = trainer.reader.conditioning(PROMPT, NEGATIVE, zeros_for_empty_prompt=False)

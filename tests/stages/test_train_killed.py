@@ -11,9 +11,9 @@ from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.stages.train import main
 from tests.support.train_programs import (
     TWO_PROCESSES,
-    Listener,
-    kill_all_on_the_way,
-    kill_on_the_way,
+    RecordingReporter,
+    kill_after_checkpoint,
+    kill_launcher_after_checkpoint,
     losses,
     on_two_processes,
     run,
@@ -90,11 +90,11 @@ def assert_equal(resumed: TrainedLora, unbroken: TrainedLora, step: int) -> None
 )
 def test_train_killed_and_resumed_equals_unbroken_run(tmp_path, number, settings):
     spec = stochastic_spec(tmp_path, **settings)
-    unbroken = main(spec, Listener(), StopSignal())
+    unbroken = main(spec, RecordingReporter(), StopSignal())
     # with validation images, which the unbroken run does not generate and which must not change the weights
     spec = with_settings(spec, "killed", **WITH_IMAGES)
-    step = kill_on_the_way(spec, number, LAST)
-    resumed = main(spec, Listener(), StopSignal())
+    step = kill_after_checkpoint(spec, number, LAST)
+    resumed = main(spec, RecordingReporter(), StopSignal())
     assert_equal(resumed, unbroken, step)
     assert sorted({image.step for image in resumed.validation_images}) == [0, 10, 20]
 
@@ -104,17 +104,17 @@ def test_train_killed_and_resumed_equals_unbroken_run(tmp_path, number, settings
 @pytest.mark.parametrize("optimizer", OTHER_OPTIMIZERS)
 def test_train_killed_and_resumed_with_any_optimizer_equals_unbroken_run(tmp_path, optimizer, number):
     spec = stochastic_spec(tmp_path, optimizer=optimizer, use_ema=optimizer != "adamw_schedulefree")
-    unbroken = main(spec, Listener(), StopSignal())
+    unbroken = main(spec, RecordingReporter(), StopSignal())
     spec = with_settings(spec, "killed")
-    step = kill_on_the_way(spec, number, LAST)
-    assert_equal(main(spec, Listener(), StopSignal()), unbroken, step)
+    step = kill_after_checkpoint(spec, number, LAST)
+    assert_equal(main(spec, RecordingReporter(), StopSignal()), unbroken, step)
 
 
 def test_train_killed_and_resumed_on_two_processes_equals_unbroken_run(tmp_path):
     spec = on_two_processes(stochastic_spec(tmp_path))
     unbroken = run_forked(spec)
     spec = with_settings(spec, "killed")
-    step = kill_on_the_way(spec, signal.SIGKILL, LAST)
+    step = kill_after_checkpoint(spec, signal.SIGKILL, LAST)
     assert_equal(run_forked(spec), unbroken, step)
 
 
@@ -124,5 +124,5 @@ def test_train_killed_and_resumed_under_torchrun_equals_unbroken_run(tmp_path, n
     spec = on_two_processes(stochastic_spec(tmp_path))
     unbroken = run(spec, *TWO_PROCESSES)
     spec = with_settings(spec, "killed", **WITH_IMAGES)
-    step = kill_all_on_the_way(spec, number, LAST, *TWO_PROCESSES)
+    step = kill_launcher_after_checkpoint(spec, number, LAST, *TWO_PROCESSES)
     assert_equal(run(spec, *TWO_PROCESSES), unbroken, step)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal
 from sdxl_pipeline.stages.train import main
-from tests.support.encoded_datasets import Silent
+from tests.support.encoded_datasets import SilentReporter
 from tests.support.train_programs import (
     TWO_PROCESSES,
     StoppingReporter,
@@ -48,7 +48,7 @@ def spec_of(folder: Path, run: str = "run") -> TrainSpec:
 
 
 def train(spec: TrainSpec) -> TrainedLora:
-    return main(spec, Silent(), StopSignal())
+    return main(spec, SilentReporter(), StopSignal())
 
 
 def weights(manifest: TrainedLora) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler
 from sdxl_pipeline.training.data.samples import load_samples
 from sdxl_pipeline.training.diffusion.forward_process import build_forward_process
 from sdxl_pipeline.training.diffusion.scheduled_sampling import RolloutSampler
-from tests.support.train_programs import Listener, StoppingReporter, losses, run, with_settings
+from tests.support.train_programs import RecordingReporter, StoppingReporter, losses, run, with_settings
 from tests.support.training_datasets import make_spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,7 +39,7 @@ ALL_OBJECTIVES = {
 
 
 def train(spec: TrainSpec, stop: StopSignal | None = None) -> TrainedLora:
-    return main(spec, Listener(), stop or StopSignal())
+    return main(spec, RecordingReporter(), stop or StopSignal())
 
 
 def batches_of(spec: TrainSpec) -> TrainingBatches:

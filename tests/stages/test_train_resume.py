@@ -18,7 +18,7 @@ from sdxl_pipeline.training.checkpoint.resume import resume_run
 from sdxl_pipeline.training.checkpoint.run_identity import run_fingerprints
 from sdxl_pipeline.training.checkpoint.run_lineage import SPEC_FILE, write_lineage
 from sdxl_pipeline.training.logging.run_logs import read_metrics
-from tests.support.train_programs import Listener, losses
+from tests.support.train_programs import RecordingReporter, losses
 from tests.support.training_datasets import make_dataset, make_spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,7 +65,7 @@ def standalone(runs: Path) -> TrainedLora:
 
 
 def test_train_longer_run_resumes_finished_run_and_equals_standalone_run(runs, standalone):
-    reporter = Listener()
+    reporter = RecordingReporter()
     spec = spec_of(runs, "six", max_train_steps=6, validation_disable=False, validation_step_interval=3)
     longer = train(spec, reporter)
     assert longer.resumed_from_step == 4
@@ -99,7 +99,7 @@ def test_train_num_train_epochs_resumes_run_with_max_train_steps(runs):
 def test_train_length_dependent_lr_schedule_starts_at_zero_and_logs_reason(runs):
     folder, cosine = runs.with_name("cosine"), {"lr_scheduler": "cosine", "max_train_steps": 2}
     train(spec_of(folder, "short", **cosine))
-    reporter = Listener()
+    reporter = RecordingReporter()
     longer = train(spec_of(folder, "long", **{**cosine, "max_train_steps": 3}), reporter)
     assert longer.resumed_from_step is None
     assert longer.ancestor is None
@@ -128,7 +128,7 @@ def other_settings(runs: Path, run: str, checkpoint: Path, **settings: object) -
 
 def test_train_warm_start_imports_weights_moments_and_step_and_changes_identity(runs):
     checkpoint = runs / "four" / "checkpoints" / "step-00000004"
-    reporter = Listener()
+    reporter = RecordingReporter()
     spec = other_settings(runs, "unbroken", checkpoint)
     manifest = train(spec, reporter)
     assert any("its optimizer's state, under its own settings" in line for line in reporter.lines)
@@ -163,7 +163,7 @@ def test_train_warm_start_imports_weights_moments_and_step_and_changes_identity(
 
 def test_train_warm_start_with_other_optimizer_imports_weights_only(runs):
     checkpoint = runs / "four" / "checkpoints" / "step-00000004"
-    reporter = Listener()
+    reporter = RecordingReporter()
     spec = other_settings(
         runs, "lion", checkpoint, optimizer="optimi-lion", max_train_steps=5, learning_rate=1e-5
     )
@@ -178,7 +178,7 @@ def test_train_warm_start_with_other_optimizer_imports_weights_only(runs):
 
 def test_train_warm_start_with_incompatible_optimizer_state_imports_weights_only(runs):
     checkpoint = runs / "four" / "checkpoints" / "step-00000004"
-    reporter = Listener()
+    reporter = RecordingReporter()
     spec = other_settings(runs, "amsgrad", checkpoint, optimizer_config="amsgrad=true", max_train_steps=5)
     manifest = train(spec, reporter)
     assert any("begins anew: what the one there kept" in line for line in reporter.lines)
@@ -196,7 +196,7 @@ def test_train_copied_checkpoint_resumes_without_neighbouring_files(runs, standa
     (home / "metrics.jsonl").write_text('{"epoch": 3}\n')
     (home / "validation").mkdir()
     (home / "validation" / "mine").write_text("x")
-    reporter = Listener()
+    reporter = RecordingReporter()
     same = train(
         spec_of(runs.with_name("copied"), "six", max_train_steps=6, resume_from_checkpoint=str(copied)),
         reporter,
@@ -209,7 +209,10 @@ def test_train_copied_checkpoint_resumes_without_neighbouring_files(runs, standa
     assert same.skipped_steps == 0
     assert not {"chat.jsonl", "validation"} & {path.name for path in Path(same.run_dir).iterdir()}
 
-    fingerprints, reporter = run_fingerprints(spec := other_settings(runs, tmp_path.name, copied)), Listener()
+    fingerprints, reporter = (
+        run_fingerprints(spec := other_settings(runs, tmp_path.name, copied)),
+        RecordingReporter(),
+    )
     resume_run(spec, fingerprints, reporter)
     assert any("its optimizer's state, under its own settings" in line for line in reporter.lines)
     assert {path.name for path in Path(spec.run_dir).iterdir()} == {"checkpoints", "lineage.json"}
@@ -220,7 +223,7 @@ def test_resume_run_other_number_of_processes_logs_checkpoint_to_resume(runs):
     shutil.copytree(runs / "four", checkpoint.parents[1])
     spec = spec_of(runs.with_name("devices"), "two")
     spec = spec.model_copy(update={"hardware": spec.hardware.model_copy(update={"num_processes": 2})})
-    reporter = Listener()
+    reporter = RecordingReporter()
     resume_run(spec, run_fingerprints(spec), reporter)
     (line,) = reporter.lines
     assert "The run four is at step 4 of this training on another number of processes" in line
@@ -244,7 +247,7 @@ def neighbours(runs: Path) -> Path:
 
 
 def nearest_line(neighbours: Path, run: str, **settings: object) -> str:
-    reporter = Listener()
+    reporter = RecordingReporter()
     train(spec_of(neighbours, run, validation_disable=True, **settings), reporter)
     (line,) = [line for line in reporter.lines if "This run starts at step 0" in line]
     shutil.rmtree(neighbours / run)
@@ -295,7 +298,7 @@ def test_train_latest_with_dora_logs_init_lora(neighbours):
 def test_train_latest_with_other_images_logs_the_dataset(neighbours):
     spec = spec_of(neighbours, "images", max_train_steps=1)
     more = spec.datasets[0].model_copy(update={"repeats": 1})
-    reporter = Listener()
+    reporter = RecordingReporter()
     train(spec.model_copy(update={"datasets": (more,)}), reporter)
     (line,) = [line for line in reporter.lines if "This run starts at step 0" in line]
     assert "images, captions or settings of the dataset shapes" in line
@@ -305,11 +308,11 @@ def test_train_latest_with_other_images_logs_the_dataset(neighbours):
 def test_resume_run_own_checkpoints_corrupt_imports_again(runs):
     checkpoint = runs / "four" / "checkpoints" / "step-00000004"
     spec = other_settings(runs, "corrupt", checkpoint)
-    resume_run(spec, run_fingerprints(spec), Listener())
+    resume_run(spec, run_fingerprints(spec), RecordingReporter())
     own = Path(spec.run_dir) / "checkpoints" / "step-00000004"
     (own / "trainable.safetensors").unlink()  # it may be a hard link to the file of the other run
     (own / "trainable.safetensors").write_bytes(b"x")
-    resume_run(spec, run_fingerprints(spec), Listener())
+    resume_run(spec, run_fingerprints(spec), RecordingReporter())
     assert load_checkpoint(own).step == 4
     assert load_checkpoint(checkpoint).step == 4
 
@@ -351,7 +354,7 @@ def test_resume_run_logs_each_corrupt_checkpoint(runs, tmp_path):
         corrupt = tmp_path / "four" / "checkpoints" / f"step-{step:08d}"
         (corrupt / "trainable.safetensors").unlink()
         (corrupt / "trainable.safetensors").write_bytes(b"x")
-        reporter, spec = Listener(), spec_of(tmp_path, f"five_{step}", max_train_steps=5)
+        reporter, spec = RecordingReporter(), spec_of(tmp_path, f"five_{step}", max_train_steps=5)
         resume_run(spec, run_fingerprints(spec), reporter)
         assert f"checkpoint {corrupt} is damaged and is passed over" in reporter.lines
         assert start is None or any(start in line for line in reporter.lines)

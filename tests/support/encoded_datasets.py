@@ -21,14 +21,14 @@ from tests.support.training_datasets import NEGATIVE, PROMPT
 HARDWARE = PRESETS["cpu"]
 
 
-class Silent(Reporter):
+class SilentReporter(Reporter):
     """Discards log lines."""
 
     def _show_log(self, message: str) -> None:
         pass
 
 
-def draw_images(folder: Path, count: int = 6, size: tuple[int, int] = (128, 96)) -> None:
+def write_images(folder: Path, count: int = 6, size: tuple[int, int] = (128, 96)) -> None:
     """Write `count` different captioned images of `size` (width, height), every second one in portrait orientation."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(5)
@@ -89,7 +89,7 @@ def prepare_dataset(
             sample_path=str(folder / "sample.png"),
             mode=latent_cache,
         ),
-        Silent(),
+        SilentReporter(),
         StopSignal(),
     )
     texts = encode_text.main(
@@ -104,7 +104,7 @@ def prepare_dataset(
             windows=windows,
             mode=text_cache,
         ),
-        Silent(),
+        SilentReporter(),
         StopSignal(),
     )
     assert latents is not None
@@ -122,12 +122,12 @@ def prepare_dataset(
     )
 
 
-def listing(root: Path) -> dict[str, tuple[int, int]]:
+def list_files(root: Path) -> dict[str, tuple[int, int]]:
     """Return every file under `root` with its size and modification time."""
     files = [path for path in root.rglob("*") if path.is_file()] if root.exists() else []
     return {str(path.relative_to(root)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
-def rows_of(dataset: TrainingDataset) -> pd.DataFrame:
+def read_crop_plan(dataset: TrainingDataset) -> pd.DataFrame:
     """Read the dataset's crop plan."""
     return pd.read_parquet(dataset.rows_path)

@@ -98,7 +98,7 @@ def make_lora(
     )
 
 
-def make_spec(
+def make_evaluate_spec(
     folder: Path, scale: float = 0.0, prompts: tuple[ValidationPrompt, ...] = PROMPTS, **changes: object
 ) -> EvaluateSpec:
     """Return the spec of a complete evaluation: one dataset of six images, two of them held out."""

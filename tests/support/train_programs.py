@@ -27,7 +27,7 @@ _FORKSERVER = multiprocessing.get_context("forkserver")
 _FORKSERVER.set_forkserver_preload(["sdxl_pipeline.training.trainer", "sdxl_pipeline.stages.train"])
 
 
-class Listener(Reporter):
+class RecordingReporter(Reporter):
     """Records log lines."""
 
     def __init__(self):
@@ -38,7 +38,7 @@ class Listener(Reporter):
         self.lines.append(message)
 
 
-class StoppingReporter(Listener):
+class StoppingReporter(RecordingReporter):
     """Records log lines, and requests a stop once `step` training steps are done; never if it is None."""
 
     def __init__(self, stop: StopSignal, step: int | None):
@@ -124,7 +124,7 @@ def run_forked(spec: TrainSpec) -> TrainedLora:
     return TrainedLora.model_validate_json(_manifest_path(spec).read_bytes())
 
 
-def kill_on_the_way(spec: TrainSpec, number: signal.Signals, last: int) -> int:
+def kill_after_checkpoint(spec: TrainSpec, number: signal.Signals, last: int) -> int:
     """Fork the run, send it a signal shortly after a random checkpoint of step `last` at most, and return that step."""
     processes = fork(spec)
     step = _wait_for_random_checkpoint(spec, last, lambda: all(process.is_alive() for process in processes))
@@ -138,7 +138,7 @@ def kill_on_the_way(spec: TrainSpec, number: signal.Signals, last: int) -> int:
     return step
 
 
-def kill_all_on_the_way(spec: TrainSpec, number: signal.Signals, last: int, *launcher: str) -> int:
+def kill_launcher_after_checkpoint(spec: TrainSpec, number: signal.Signals, last: int, *launcher: str) -> int:
     """Do the same with processes started by a launcher; SIGTERM goes to the launcher, which forwards it."""
     process = start(spec, *launcher)
     step = _wait_for_random_checkpoint(spec, last, lambda: process.poll() is None)

@@ -24,7 +24,7 @@ from sdxl_pipeline.training.data.on_demand_cache import OnDemandEncoders
 from sdxl_pipeline.training.data.samples import load_samples
 from sdxl_pipeline.training.logging.run_logs import read_metrics
 from sdxl_pipeline.training.trainer_setup import build_trainable
-from tests.support.encoded_datasets import draw_images, prepare_dataset
+from tests.support.encoded_datasets import prepare_dataset, write_images
 from tests.support.train_programs import StoppingReporter
 from tests.support.training_datasets import NEGATIVE, PROMPT, make_spec, model_folder
 
@@ -35,7 +35,7 @@ STEPS = 4
 def datasets(tmp_path_factory):
     """Return `datasets(windows)`: real captions with cached embeddings, which the training must not use."""
     folder = tmp_path_factory.mktemp("datasets")
-    draw_images(folder / "images", count=6)
+    write_images(folder / "images", count=6)
     (folder / "images" / "drawing_0.txt").write_text("a very, very " + "long drawing " * 60)
     settings = TrainingSettings(pretrained_model_name_or_path=str(model_folder()))
     model = resolve_base_model(settings, folder, cache_dir=folder / "digests")

@@ -8,7 +8,7 @@ import torch
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
 from sdxl_pipeline.training.checkpoint.free_disk_monitor import FreeDiskMonitor
 from sdxl_pipeline.training.trainer import Trainer
-from tests.support.encoded_datasets import Silent
+from tests.support.encoded_datasets import SilentReporter
 from tests.support.training_datasets import make_spec
 
 
@@ -34,9 +34,9 @@ class FakeCpuGroup:
 def test_train_stop_waits_at_barrier_until_checkpoint_is_saved(
     tmp_path, monkeypatch, is_main, stop_requested, disk_is_low, error
 ):
-    monkeypatch.setattr(FreeDiskMonitor, "what_is_wrong", lambda self: "the disk is full")
+    monkeypatch.setattr(FreeDiskMonitor, "describe_shortage", lambda self: "the disk is full")
     spec = make_spec(tmp_path, max_train_steps=2, disk_low_threshold="1K")
-    trainer = Trainer(spec, "0" * 64, Silent(), StopSignal())
+    trainer = Trainer(spec, "0" * 64, SilentReporter(), StopSignal())
     cpu_group = FakeCpuGroup(Path(spec.run_dir) / "checkpoints", stop_requested, disk_is_low)
     trainer.cpu_group, trainer.is_main = cpu_group, is_main  # type: ignore[assignment]
     with pytest.raises(error):
@@ -49,7 +49,7 @@ def test_train_stop_waits_at_barrier_until_checkpoint_is_saved(
 @pytest.mark.parametrize("method", ["norm", "value"])
 def test_clip_gradients_by_norm_or_value_and_returns_norm(tmp_path, method, bound):
     spec = make_spec(tmp_path, max_train_steps=1, grad_clip_method=method, max_grad_norm=bound)
-    trainer = Trainer(spec, "0" * 64, Silent(), StopSignal())
+    trainer = Trainer(spec, "0" * 64, SilentReporter(), StopSignal())
     generator = torch.Generator().manual_seed(0)
     gradients = [0.01 * torch.randn(each.shape, generator=generator) for each in trainer.parameters.values()]
     for parameter, gradient in zip(trainer.parameters.values(), gradients, strict=True):

@@ -111,7 +111,7 @@ def measure_clip(clip: CLIPModel, ids: CaptionIds, count: int = 256) -> dict[str
     specs = held_out_specs(count, seed=7)
     images = render(specs, (128, 128), random.Random(7))
     image_embeds = embed_images(clip, to_clip_size(images))
-    text_embeds = embed_texts(clip, ids([canonical_caption(spec, say_centre=True) for spec in specs]))
+    text_embeds = embed_texts(clip, ids([canonical_caption(spec, include_centre=True) for spec in specs]))
     nearest = (text_embeds @ image_embeds.T).argmax(1)
     return {"retrieval_top1": round((nearest == torch.arange(count)).float().mean().item(), 4)}
 

@@ -13,7 +13,7 @@ from sdxl_pipeline.cache.encode.encoder_overflow import explain_embeds
 from sdxl_pipeline.cache.store.tensor_store import StorageError, StoreWriter, TensorStore
 from sdxl_pipeline.models.components import load_tokenizers
 from sdxl_pipeline.models.conditioning import encode_tokens
-from sdxl_pipeline.models.prompt_tokens import PromptReader, Tokens
+from sdxl_pipeline.models.prompt_tokens import PromptTokenizer, Tokens
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import EncodeTextSpec, StageModel
 from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError
@@ -31,7 +31,7 @@ class EncodedTexts(StageModel):
     seconds: float
     """From the first caption to the last entry, without loading the encoders."""
     tokens: tuple[int, ...]
-    """Token count of each caption in this process's batches (`own_texts`), as returned by `token_counts`."""
+    """Token count of each caption in this process's batches (`caption_batches_of_rank`), as returned by `token_counts`."""
 
 
 def encode_share(
@@ -48,7 +48,7 @@ def encode_share(
     Raises UserError when the encoders cannot be loaded, give non-finite embeddings, or the store's disk is full. Entries encoded before
     that are retained.
     """
-    batches = own_texts(spec, texts, rank, processes)
+    batches = caption_batches_of_rank(spec, texts, rank, processes)
     total = sum(map(len, batches))
     if not batches:
         return EncodedTexts(encoded=0, seconds=0.0, tokens=())
@@ -57,7 +57,7 @@ def encode_share(
     def explain(caption: str) -> str:
         return explain_embeds(encoders, spec.hardware.text_dtype, spec.base_model, caption)
 
-    reader = PromptReader(encoders, spec.windows)
+    reader = PromptTokenizer(encoders, spec.windows)
     device = encoders.text_encoder.device
     started, encoded = perf_counter(), 0
     tokens: list[int] = []
@@ -87,7 +87,7 @@ def encode_share(
 
 def token_counts(spec: EncodeTextSpec, captions: Sequence[str], stop: StopSignal) -> list[int]:
     """Return the token count of each caption without start and end tokens; the larger one where the two tokenizers differ."""
-    reader = PromptReader(load_tokenizers(spec.base_model), spec.windows)
+    reader = PromptTokenizer(load_tokenizers(spec.base_model), spec.windows)
     counts: list[int] = []
     for start in range(0, len(captions), _TOKENIZER_BATCH):
         stop.raise_if_requested()
@@ -95,16 +95,18 @@ def token_counts(spec: EncodeTextSpec, captions: Sequence[str], stop: StopSignal
     return counts
 
 
-def lost_tails(
+def find_truncated(
     spec: EncodeTextSpec, counts: Mapping[str, int], limit: int
 ) -> tuple[list[str], tuple[str, ...]]:
     """Return the captions with more tokens than their windows hold, and the truncated tails of the first `limit` of them."""
-    reader = PromptReader(load_tokenizers(spec.base_model), spec.windows)
+    reader = PromptTokenizer(load_tokenizers(spec.base_model), spec.windows)
     truncated = [caption for caption, count in counts.items() if count > reader.capacity]
-    return truncated, tuple(reader.lost_tail(caption) for caption in truncated[:limit])
+    return truncated, tuple(reader.truncated_tail(caption) for caption in truncated[:limit])
 
 
-def own_texts(spec: EncodeTextSpec, texts: Sequence[Text], rank: int, processes: int) -> list[Sequence[Text]]:
+def caption_batches_of_rank(
+    spec: EncodeTextSpec, texts: Sequence[Text], rank: int, processes: int
+) -> list[Sequence[Text]]:
     """Return the batches of this process. Batches are planned for all processes at once, so that every caption gets the same bits."""
     size = spec.hardware.text_encoder_batch_size
     batches = [texts[start : start + size] for start in range(0, len(texts), size)]
@@ -112,13 +114,13 @@ def own_texts(spec: EncodeTextSpec, texts: Sequence[Text], rank: int, processes:
 
 
 def _tokenize_ahead(
-    batches: Sequence[Sequence[Text]], reader: PromptReader
+    batches: Sequence[Sequence[Text]], reader: PromptTokenizer
 ) -> Iterator[tuple[Sequence[Text], tuple[Tensor, Tensor], list[int]]]:
     """Yield each batch with its token ids in windows and its token counts; a thread tokenizes the next batch meanwhile."""
 
     def read(batch: Sequence[Text]) -> tuple[tuple[Tensor, Tensor], list[int]]:
         tokens = reader.read([caption for _, caption in batch])
-        return reader.in_windows(tokens), _token_counts(tokens)
+        return reader.to_windows(tokens), _token_counts(tokens)
 
     with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as pool:
         pending = pool.submit(read, batches[0])

@@ -19,7 +19,7 @@ from sdxl_pipeline.data.decoding.image_decoding import UnreadableImage
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.models.components import TextEncoders
 from sdxl_pipeline.models.conditioning import encode_tokens
-from sdxl_pipeline.models.prompt_tokens import PromptReader
+from sdxl_pipeline.models.prompt_tokens import PromptTokenizer
 from sdxl_pipeline.models.vae import encode_moments, pixels_from_crops
 from sdxl_pipeline.runtime.stage_runner import UserError
 
@@ -67,15 +67,15 @@ class CaptionEncoder:
         return load_encoders(self._base_model, self._hardware)
 
     @cached_property
-    def _reader(self) -> PromptReader:
-        return PromptReader(self._encoders, self._windows)
+    def _reader(self) -> PromptTokenizer:
+        return PromptTokenizer(self._encoders, self._windows)
 
     def encode(self, caption: str) -> dict[str, Tensor]:
         """Return `prompt_embeds` (77 * windows, C1 + C2) and `pooled_prompt_embeds` (C2) of one caption, on the CPU in the encoders' dtype.
 
         Raises UserError with the caption when they are non-finite.
         """
-        input_ids = self._reader.in_windows(self._reader.read([caption]))
+        input_ids = self._reader.to_windows(self._reader.read([caption]))
         prompt_embeds, pooled_prompt_embeds = (
             embeds[0].cpu() for embeds in encode_tokens(self._encoders, *input_ids)
         )

@@ -18,7 +18,7 @@ import numpy as np
 from sdxl_pipeline.cache.store.leases import live_leases, oldest_writer_ns
 from sdxl_pipeline.cache.store.shards import MappedShard, ShardError, new_shard_path, write_shard
 from sdxl_pipeline.cache.store.store_folder import StoreFolder
-from sdxl_pipeline.cache.store.store_index import Index, merged, unpack_keys
+from sdxl_pipeline.cache.store.store_index import Index, merge_indices, unpack_keys
 from sdxl_pipeline.files.storage_errors import DISK_FULL_ERRNOS
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def compact(
     rewritten, freed = 0, 0
     # The lease keeps other writers' orphan collection off shards that are not yet in the index.
     with folder.lease((), purpose="prune", writes=True):
-        deleted, freed = _commit(folder, needed, plan.dead, merged([]))  # first, to free space
+        deleted, freed = _commit(folder, needed, plan.dead, merge_indices([]))  # first, to free space
         done = sum(plan.size[name] for name in plan.dead)
         for names in _rounds(plan):
             if on_progress is not None:
@@ -208,7 +208,7 @@ def _rewrite(folder: StoreFolder, plan: _Plan, names: frozenset[str]) -> Index:
     except OSError as error:
         if error.errno not in DISK_FULL_ERRNOS:
             raise
-    return merged(indices)
+    return merge_indices(indices)
 
 
 def _commit(
@@ -226,7 +226,7 @@ def _commit(
         removed = np.array([name in removable for name in index.shards], bool)
         freed = sum(plan.size[name] for name in removable)
         try:
-            folder.write_index(merged([new, index.select(~removed[index.shard])]), parts)
+            folder.write_index(merge_indices([new, index.select(~removed[index.shard])]), parts)
         except OSError as error:
             if error.errno not in DISK_FULL_ERRNOS:
                 raise

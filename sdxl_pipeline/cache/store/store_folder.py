@@ -22,7 +22,7 @@ from sdxl_pipeline.cache.store.shards import MappedShard, ShardError
 from sdxl_pipeline.cache.store.store_index import (
     Index,
     IndexFileError,
-    merged,
+    merge_indices,
     pack_keys,
     read_index,
     write_index,
@@ -95,7 +95,7 @@ class StoreFolder:
             indexed = {name for index in indices for name in index.shards}
             indices += self._indices_of(sizes.keys() - indexed, sizes)
         # Before merging: of two locations of an entry, the one in a complete shard counts.
-        return merged(index.with_complete_shards(sizes) for index in indices)
+        return merge_indices(index.with_complete_shards(sizes) for index in indices)
 
     def _read_or_delete(self, path: Path, corrupt: list[Path]) -> Index | None:
         """Return an index file's content. A corrupt one is deleted: the shards hold the same rows."""
@@ -113,7 +113,7 @@ class StoreFolder:
         with self.locked():
             parts = self.part_paths()
             sizes = self.shard_sizes()
-            index = merged(self._indices_of(sizes, sizes))
+            index = merge_indices(self._indices_of(sizes, sizes))
             with ignore_full_disk():
                 self.write_index(index, parts)
         return index
@@ -147,7 +147,7 @@ class StoreFolder:
             sizes = self.shard_sizes()
             orphans = sizes.keys() - set(index.shards)
             if parts or orphans or not self.index_path.exists():
-                index = merged([index, *self._indices_of(orphans, sizes)])
+                index = merge_indices([index, *self._indices_of(orphans, sizes)])
                 self.write_index(index, parts)
             self.collect_orphans(index)
 

@@ -120,7 +120,7 @@ def index_of_shard(name: str, file_bytes: int, keys: np.ndarray, nbytes: np.ndar
     return _sorted(keys, np.zeros(count, np.int32), rows, nbytes, (name,), np.array([file_bytes], np.int64))
 
 
-def merged(indices: Iterable[Index]) -> Index:
+def merge_indices(indices: Iterable[Index]) -> Index:
     """Return all entries of some indices; for a key in several, the location in the first."""
     parts = [index for index in indices if len(index)]
     if not parts:
@@ -196,7 +196,7 @@ def read_index(path: Path) -> Index | None:
 
 def _index_of_table(table: pa.Table) -> Index:
     if not len(table):
-        return merged([])
+        return merge_indices([])
     key, shard, *rest = (table.column(name).chunk(0) for name in _SCHEMA.names)
     row, nbytes, shard_bytes = (column.to_numpy() for column in rest)
     keys = np.frombuffer(key.buffers()[1], dtype=_KEY, count=len(table), offset=key.offset * KEY_BYTES)

@@ -28,13 +28,13 @@ from sdxl_pipeline.cache.store.shards import (
     write_shard,
 )
 from sdxl_pipeline.cache.store.store_folder import StoreFolder
-from sdxl_pipeline.cache.store.store_index import Index, merged, pack_keys, unpack_keys, write_index
-from sdxl_pipeline.files.storage_errors import DISK_FULL_ERRNOS, DamagedEntryError, StorageError
+from sdxl_pipeline.cache.store.store_index import Index, merge_indices, pack_keys, unpack_keys, write_index
+from sdxl_pipeline.files.storage_errors import DISK_FULL_ERRNOS, CorruptEntryError, StorageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DamagedEntryError", "StorageError", "StoreWriter", "TensorStore"]
+__all__ = ["CorruptEntryError", "StorageError", "StoreWriter", "TensorStore"]
 
 _log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class TensorStore:
         """Return the tensors of an entry, in the dtype and shape they were added with. Raises StorageError if there is none.
 
         The tensors are views of the mapped shard. The first read verifies the checksum, and so reads all pages of the entry; a mismatch
-        raises DamagedEntryError.
+        raises CorruptEntryError.
         """
         ((group, row),) = self._located([key])
         return {name: tensor[row] for name, tensor in group.tensors.items()}
@@ -113,7 +113,7 @@ class TensorStore:
         """Return the tensors of some entries stacked: row i of each (B, ...) tensor belongs to the entry `keys[i]`.
 
         They are copied once, from the mapped shards into the batch. Keys may repeat. Raises StorageError with the key when an entry is
-        missing, or when it differs from the first in names, shapes or dtypes, and DamagedEntryError when an entry does not match its
+        missing, or when it differs from the first in names, shapes or dtypes, and CorruptEntryError when an entry does not match its
         checksum.
         """
         import torch
@@ -162,7 +162,7 @@ class TensorStore:
                     on_progress(done, total)
         return corrupt
 
-    def discard_damaged(self, keys: Iterable[str]) -> list[str]:
+    def discard_corrupt(self, keys: Iterable[str]) -> list[str]:
         """Remove the `corrupt_keys` ones of `keys` from the index, so that they count as missing, and return them."""
         corrupt = self.corrupt_keys(keys)
         if corrupt:
@@ -234,7 +234,7 @@ class TensorStore:
         raise AssertionError("the last attempt returns or raises")
 
     def _find_in_shards(self, keys: Sequence[str]) -> list[tuple[Group, int]]:
-        """Raise KeyError for a key in no index, FileNotFoundError for a missing shard, and DamagedEntryError."""
+        """Raise KeyError for a key in no index, FileNotFoundError for a missing shard, and CorruptEntryError."""
         packed = _packed(keys)
         found: list[tuple[str, int] | None] = [None] * len(keys)
         for index in self._indices:
@@ -256,7 +256,7 @@ class TensorStore:
                 corrupt_keys[key] = str(error)
         if corrupt_keys:
             self.discard(corrupt_keys)
-            raise DamagedEntryError(
+            raise CorruptEntryError(
                 f"{self.root}: {len(corrupt_keys)} corrupt entries: {'; '.join(dict.fromkeys(corrupt_keys.values()))}. They were removed from the "
                 "index: run the stage that writes them again, which encodes these entries only.",
                 list(corrupt_keys),
@@ -299,7 +299,7 @@ class TensorStore:
         levels = [*self._indices, index]
         # Sizes decrease at least fourfold from level to level, so each entry is copied only a few times.
         while len(levels) > 1 and 4 * len(levels[-1]) > len(levels[-2]):
-            levels[-2:] = [merged(levels[-2:])]
+            levels[-2:] = [merge_indices(levels[-2:])]
         self._indices = tuple(levels)
 
 

@@ -90,7 +90,7 @@ def plan_crop(
     return Crop(**{name: int(values[0]) for name, values in crops.items()}, flipped=False)
 
 
-def fresh_place(style: str, slack_h: int, slack_w: int, seed: int, key: str, draw: str) -> tuple[int, int]:
+def crop_offset(style: str, slack_h: int, slack_w: int, seed: int, key: str, draw: str) -> tuple[int, int]:
     """Return (top, left) of a crop window with `slack_h` and `slack_w` pixels of freedom within its resized image.
 
     `draw` distinguishes crops of one image: their index in the plan, or any other string for crops sampled during training. Equal

@@ -106,7 +106,7 @@ def _groups(images: pd.DataFrame) -> "pd.Series[str]":
     key_of = dict(zip(images["path"].tolist(), images["key"].tolist(), strict=True))
     keys = sorted(set(key_of.values()))
     name_of = dict(zip(keys, keys, strict=True))
-    for group in find_near_duplicates(images).alike:
+    for group in find_near_duplicates(images).near_duplicates:
         group_keys = [key_of[path] for path in group.paths]
         name_of.update(dict.fromkeys(group_keys, min(group_keys)))
     return pd.Series(name_of, dtype="str")

@@ -59,7 +59,7 @@ class CaptionFilter:
     """A compiled filter list."""
 
     rules: tuple[_Rule, ...]
-    taken_literally: tuple[str, ...]
+    literal_lines: tuple[str, ...]
     """Lines that are not valid regular expressions despite their special characters; only their own text is removed."""
     where: str
 
@@ -81,19 +81,19 @@ class CaptionFilter:
         return caption
 
 
-def caption_filter_of(dataset: ImageDataset) -> CaptionFilter | None:
+def load_caption_filter(dataset: ImageDataset) -> CaptionFilter | None:
     """Return the dataset's compiled filter list; None if it has none. Raise CaptionError if it cannot be used."""
     if not dataset.caption_filter_list:
         return None
     where = f"dataset {dataset.id!r} in multidatabackend.json: caption_filter_list"
     rules: list[_Rule] = []
-    taken_literally: list[str] = []
+    literal_lines: list[str] = []
     for line in filter_lines(dataset.caption_filter_list, where):
         rule = _read_line(line, where)
         rules.append(rule)
         if rule.pattern is None and _EXPRESSION.search(line):
-            taken_literally.append(line)
-    return CaptionFilter(tuple(rules), tuple(taken_literally), where)
+            literal_lines.append(line)
+    return CaptionFilter(tuple(rules), tuple(literal_lines), where)
 
 
 def filter_digest(filter_list: Path | tuple[str, ...] | None) -> str:

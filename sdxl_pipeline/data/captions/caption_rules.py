@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sdxl_pipeline.config.schema.datasets import ImageDataset, TextEmbedsDataset
-from sdxl_pipeline.data.captions.caption_filters import CaptionFilter, caption_filter_of
+from sdxl_pipeline.data.captions.caption_filters import CaptionFilter, load_caption_filter
 from sdxl_pipeline.data.captions.caption_shuffle import shuffled_captions
 from sdxl_pipeline.data.captions.caption_tables import AMBIGUOUS, MISSING
 from sdxl_pipeline.data.captions.text_files import OK, UNDECODABLE
@@ -99,7 +99,7 @@ def _text_source_of(dataset: ImageDataset) -> str:
 
 def caption_rules(dataset: ImageDataset) -> CaptionRules:
     """Return the caption rules of a dataset with its filter list read. Raise CaptionError if that cannot be used."""
-    return CaptionRules(dataset, caption_filter_of(dataset))
+    return CaptionRules(dataset, load_caption_filter(dataset))
 
 
 def complete_caption_settings(

@@ -41,15 +41,15 @@ class MaskPairs:
 
     pairs: pd.DataFrame
     """A row per image with a mask: path and key of the image, mask_path and mask_key of the mask (content keys of the scan)."""
-    without: pd.DataFrame
+    unmasked: pd.DataFrame
     """path and reason of every kept image without a usable mask."""
     unused: pd.DataFrame
     """path and reason of every mask that belongs to no kept image."""
 
     @property
-    def refused(self) -> pd.DataFrame:
-        """Rows of `without` whose mask was rejected."""
-        return self.without[self.without["reason"] != NO_MASK]
+    def rejected(self) -> pd.DataFrame:
+        """Rows of `unmasked` whose mask was rejected."""
+        return self.unmasked[self.unmasked["reason"] != NO_MASK]
 
     def digest(self) -> str:
         """Return the hex digest of the (image, mask) content pairs, independent of row order and file names."""
@@ -85,7 +85,7 @@ def pair_masks(images: pd.DataFrame, masks: pd.DataFrame) -> MaskPairs:
     dropped = masks.loc[masks["status"] != "kept", ["path", "reason"]]
     return MaskPairs(
         pairs=pairs.loc[mismatches == "", list(_PAIR_COLUMNS)].astype("str").reset_index(drop=True),
-        without=_reasons(kept["path"][reasons != ""], reasons[reasons != ""]),
+        unmasked=_reasons(kept["path"][reasons != ""], reasons[reasons != ""]),
         unused=pd.concat([unused, dropped], ignore_index=True).astype("str"),
     )
 
@@ -113,7 +113,7 @@ def mask_crop(mask: Path | bytes, crop: Crop, kind: MaskKind) -> np.ndarray:
 
 
 @unexpected_as_unreadable()
-def overlaid(image: Path, mask: Path, kind: MaskKind, longest_edge: int = 448) -> Image.Image:
+def mask_overlay(image: Path, mask: Path, kind: MaskKind, longest_edge: int = 448) -> Image.Image:
     """Return the upright image with the ignored regions of its mask tinted dark red. Raise UnreadableImage if one cannot be read."""
     image_pixels = load_upright(image, longest_edge)
     learned = _grey(mask, kind).resize(image_pixels.size, Image.Resampling.BILINEAR)

@@ -69,7 +69,7 @@ class NearDuplicates:
 
     same: tuple[tuple[str, ...], ...]
     """Groups of paths of files with the same bytes."""
-    alike: tuple[Group, ...]
+    near_duplicates: tuple[Group, ...]
     """Groups of near duplicates, largest first; of files with the same bytes only the first is listed."""
     featureless: int
     """Number of flat or smoothly shaded images, which cannot be compared."""

@@ -111,7 +111,7 @@ def scan_dataset(
     return _frame(scan, file_types, rules, folder, on_note)
 
 
-def recall_dataset(
+def load_recorded_dataset(
     dataset: ImageDataset, folder: Path, recorded: Path, on_note: Callable[[str], None] | None = None
 ) -> pd.DataFrame | None:
     """Return the frame of the recorded scan under the current caption settings, without listing or reading the folder.

@@ -10,14 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from sdxl_pipeline.config.schema.datasets import ImageDataset
-from sdxl_pipeline.data.sources.fetch_result import Fetched, SourceError, data_folder
+from sdxl_pipeline.data.sources.fetch_result import FetchResult, SourceError, data_folder
 
 __all__ = ["Fetched", "SourceError", "data_folder", "fetch_source"]
 
 
 def fetch_source(
     dataset: ImageDataset, sources: Path, on_progress: Callable[[int, int], None] | None = None
-) -> Fetched:
+) -> FetchResult:
     """Download the new and changed images of a dataset and return the result.
 
     Files are written only under `sources`, a list's `csv_cache_dir` and the Hub's cache. The folder never contains a partial file: an
@@ -28,7 +28,7 @@ def fetch_source(
     started = time.monotonic()
     match dataset.type:
         case "local":
-            return Fetched(data_folder(dataset, sources))
+            return FetchResult(data_folder(dataset, sources))
         case "huggingface":
             from sdxl_pipeline.data.sources.hub_dataset import fetch_hub_dataset as fetch
         case "aws":

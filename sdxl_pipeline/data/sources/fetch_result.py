@@ -18,7 +18,7 @@ class SourceError(Exception):
 
 
 @dataclass(frozen=True)
-class Fetched:
+class FetchResult:
     """A dataset's images on this machine."""
 
     folder: Path

@@ -14,7 +14,7 @@ from typing import Any, Final
 from sdxl_pipeline.config.schema.datasets import ImageDataset
 from sdxl_pipeline.data.sources import hub_folder, hub_parquet
 from sdxl_pipeline.data.sources.download import DownloadCache, FetchError, Progress, fetch_all, retry
-from sdxl_pipeline.data.sources.fetch_result import Fetched, SourceError
+from sdxl_pipeline.data.sources.fetch_result import FetchResult, SourceError
 from sdxl_pipeline.data.sources.hub_files import (
     Content,
     HubRepository,
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _CONTENT_PREFIX: Final = "commit-"
 
 
-def fetch_hub_dataset(dataset: ImageDataset, folder: Path, on_progress: Progress | None) -> Fetched:
+def fetch_hub_dataset(dataset: ImageDataset, folder: Path, on_progress: Progress | None) -> FetchResult:
     """Download a split into the Hub cache, and make `folder`/files a link to its content at the repository's commit.
 
     The link is replaced when the commit is complete. The images of an image folder are links into the cache; those of a Parquet file
@@ -70,7 +70,7 @@ def fetch_hub_dataset(dataset: ImageDataset, folder: Path, on_progress: Progress
             _replace_link(cache, content, repository)
         _remove_stale(cache, built)
     new_downloads = [path for path in missing if path in local]
-    return Fetched(
+    return FetchResult(
         cache.files,
         captions=built.captions,
         revision=repository.commit,

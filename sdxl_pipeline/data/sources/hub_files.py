@@ -12,7 +12,7 @@ from sdxl_pipeline.data.sources.address_guard import guarded_hub_client
 from sdxl_pipeline.data.sources.download import DISK_ERRORS, FetchError
 from sdxl_pipeline.data.sources.fetch_result import SourceError
 from sdxl_pipeline.files.disk_space import DiskFullError, hub_cache_full_message, is_disk_full
-from sdxl_pipeline.hub_client import repeat_while_busy
+from sdxl_pipeline.hub_client import retry_while_busy
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def open_repository(dataset: ImageDataset, previous: HubRepository | None = None
     api = HfApi(endpoint=_endpoint())
     try:
         info = partial(api.dataset_info, name, revision=dataset.revision)
-        commit = repeat_while_busy(info, f"Asking the Hub for {name}", over_connections=False).sha
+        commit = retry_while_busy(info, f"Asking the Hub for {name}", retry_connection_errors=False).sha
         if previous is not None and previous.commit == commit:
             return previous
         tree = api.list_repo_tree(name, recursive=True, revision=commit, repo_type="dataset")

@@ -18,7 +18,7 @@ from sdxl_pipeline.data.sources.download import (
     fetch_all,
     retry,
 )
-from sdxl_pipeline.data.sources.fetch_result import Fetched, SourceError
+from sdxl_pipeline.data.sources.fetch_result import FetchResult, SourceError
 from sdxl_pipeline.data.sources.remote_names import (
     bucket_url,
     invalid_name_reason,
@@ -42,7 +42,7 @@ _STAMP_KEYS = (
 """Keys under which file systems report the version of a file, the most reliable first."""
 
 
-def fetch_bucket(dataset: ImageDataset, folder: Path, on_progress: Progress | None) -> Fetched:
+def fetch_bucket(dataset: ImageDataset, folder: Path, on_progress: Progress | None) -> FetchResult:
     """Synchronize `folder`/files with the bucket: download new and changed files, and remove deleted ones.
 
     A file counts as changed if its size or entity tag (or else its time) differs. Raises SourceError if the bucket cannot be listed or
@@ -62,7 +62,7 @@ def fetch_bucket(dataset: ImageDataset, folder: Path, on_progress: Progress | No
         # An older copy of a file must not be used for its new version.
         cache.retain({name for name in remote if name not in not_downloaded})
     failed |= {name: f"download failed: {reason}" for name, reason in not_downloaded.items()}
-    return Fetched(
+    return FetchResult(
         cache.files,
         revision=digest_json([[name, entry["stamp"]] for name, entry in sorted(remote.items())]),
         files=total + len(failed) - len(not_downloaded),

@@ -12,7 +12,7 @@ from sdxl_pipeline.data.captions.table_rows import TableError, csv_rows, likely_
 from sdxl_pipeline.data.captions.text_files import OK, decode_text
 from sdxl_pipeline.data.decoding.image_formats import HEAD_BYTES, suffix_of
 from sdxl_pipeline.data.sources.download import DownloadCache, FetchError, Progress, fetch_all
-from sdxl_pipeline.data.sources.fetch_result import Fetched, SourceError
+from sdxl_pipeline.data.sources.fetch_result import FetchResult, SourceError
 from sdxl_pipeline.data.sources.http_download import download
 from sdxl_pipeline.data.sources.object_store import fetch_remote, open_file
 from sdxl_pipeline.data.sources.remote_names import STORES, name_for_url, protocol_of
@@ -21,7 +21,7 @@ from sdxl_pipeline.files.atomic_files import sha256_file
 _DELIMITERS: Final = ",;\t|"
 
 
-def fetch_list(dataset: ImageDataset, folder: Path, on_progress: Progress | None) -> Fetched:
+def fetch_list(dataset: ImageDataset, folder: Path, on_progress: Progress | None) -> FetchResult:
     """Download the images of the list into `folder`/files; paths, relative to the list's folder, become links to the files.
 
     Cached files are not downloaded again, and files that are no longer in the list are removed. Raises SourceError if the list cannot
@@ -51,7 +51,7 @@ def fetch_list(dataset: ImageDataset, folder: Path, on_progress: Progress | None
         )
         cache.retain(set(names.values()))
     failed |= {url: f"download failed: {reason}" for url, reason in download_failures.items()}
-    return Fetched(
+    return FetchResult(
         cache.files,
         captions={names[url]: texts for url, texts in captions_by_url.items() if url in names and texts},
         revision=image_list.revision,

@@ -72,7 +72,7 @@ def lower_case_suffix(path: Path) -> Iterator[Path]:
         yield link
 
 
-def changes_something(tensors: Mapping[str, Any]) -> bool:
+def has_nonzero_update(tensors: Mapping[str, Any]) -> bool:
     """Return whether some layer's update is nonzero: the product of its factors is nonzero if every factor is."""
     factors: defaultdict[str, list[bool]] = defaultdict(list)
     for name, tensor in tensors.items():

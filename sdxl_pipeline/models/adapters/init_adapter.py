@@ -36,7 +36,7 @@ V = TypeVar("V")
 _MAGNITUDE: Final = "lora_magnitude_vector"
 
 
-def start_from_file(models: Mapping[str, nn.Module], path: Path) -> None:
+def load_init_adapter(models: Mapping[str, nn.Module], path: Path) -> None:
     """Initialize the adapters of `models`, by prefix, with the values of a file, so that the models equal those with the file loaded.
 
     LoRA files of diffusers, PEFT and kohya with any alpha are supported; their strength is preserved. A DoRA may start from a LoRA. Raises
@@ -59,7 +59,7 @@ def start_from_file(models: Mapping[str, nn.Module], path: Path) -> None:
         _load_lora_values(models, file)
 
 
-def has_text_part(path: Path) -> bool:
+def has_text_encoder_weights(path: Path) -> bool:
     """Return whether a file contains an adapter of a text encoder; in kohya's files these names begin with lora_te."""
     return any(name.startswith(("text_encoder", "lora_te")) for name in read_header(path).names)
 

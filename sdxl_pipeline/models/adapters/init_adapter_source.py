@@ -4,14 +4,14 @@ from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from sdxl_pipeline.config.init_adapter_path import hub_file
+from sdxl_pipeline.config.init_adapter_path import parse_hub_file
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.files.atomic_files import sha256_file
 from sdxl_pipeline.models.adapters.adapter_files import AdapterError, read_header
 from sdxl_pipeline.models.hub_download import download_snapshot
 from sdxl_pipeline.models.model_files import BaseModelError
 
-USUAL_NAME: Final = "pytorch_lora_weights.safetensors"
+DEFAULT_ADAPTER_FILE: Final = "pytorch_lora_weights.safetensors"
 
 
 def find_initial_adapter(setting: str, folder: Path) -> Path:
@@ -22,10 +22,10 @@ def find_initial_adapter(setting: str, folder: Path) -> Path:
     local = folder / Path(setting).expanduser()
     if local.is_file():
         return local.resolve()
-    repo_file = hub_file(setting)
+    repo_file = parse_hub_file(setting)
     if repo_file is None:
         raise AdapterError(f"init_lora: {setting} does not exist.")
-    repo_id, file_name = repo_file.repo_id, repo_file.file or USUAL_NAME
+    repo_id, file_name = repo_file.repo_id, repo_file.file or DEFAULT_ADAPTER_FILE
     chosen: list[str] = []
 
     def choose(listing: Collection[str]) -> list[str]:
@@ -47,7 +47,7 @@ def find_initial_adapter(setting: str, folder: Path) -> Path:
     return snapshot.folder / chosen[0]
 
 
-def with_initial_adapter(settings: TrainingSettings, folder: Path) -> TrainingSettings:
+def resolve_init_lora(settings: TrainingSettings, folder: Path) -> TrainingSettings:
     """Return the settings with the local path of the `init_lora` file, if set. Raises AdapterError."""
     if settings.init_lora is None:
         return settings

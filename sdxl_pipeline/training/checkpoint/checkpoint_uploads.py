@@ -9,7 +9,7 @@ from queue import Queue
 
 from sdxl_pipeline.config.schema.release import ReleaseSettings
 from sdxl_pipeline.files.atomic_files import link_or_copy
-from sdxl_pipeline.hub_client import explain, upload
+from sdxl_pipeline.hub_client import describe_hub_error, upload
 from sdxl_pipeline.training.checkpoint.checkpoints import exported_files
 
 UPLOADS = "uploads"
@@ -56,7 +56,7 @@ class CheckpointUploads:
                 self._upload(staged)
             except Exception as error:
                 self._report(
-                    f"WARNING: {staged.name} could not be uploaded to {self._settings.hub_model_id}: {explain(error)}. The training "
+                    f"WARNING: {staged.name} could not be uploaded to {self._settings.hub_model_id}: {describe_hub_error(error)}. The training "
                     f"continues; the checkpoint is in {self._run_dir}."
                 )
             shutil.rmtree(staged, ignore_errors=True)

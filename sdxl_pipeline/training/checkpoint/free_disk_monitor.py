@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sdxl_pipeline.config.schema.checkpoints import CheckpointSettings
-from sdxl_pipeline.files.disk_space import size_text
+from sdxl_pipeline.files.disk_space import format_size
 from sdxl_pipeline.runtime.stage_runner import StopSignal
 
 CHECK_INTERVAL_SECONDS = 10.0
@@ -32,16 +32,16 @@ class FreeDiskMonitor:
         if self._is_low() and not self._waits:
             return True
         if self._is_low():
-            report(f"{self.what_is_wrong()}. Waiting for more space (disk_low_action).")
+            report(f"{self.describe_shortage()}. Waiting for more space (disk_low_action).")
         while self._is_low() and not stop.requested:
             time.sleep(WAIT_INTERVAL_SECONDS)
         self._next_check = time.monotonic() + CHECK_INTERVAL_SECONDS
         return False
 
-    def what_is_wrong(self) -> str:
+    def describe_shortage(self) -> str:
         """Return the free space and the threshold as part of a message."""
         free = shutil.disk_usage(self._folder).free
-        return f"the disk of {self._folder} has {size_text(free)} left, below disk_low_threshold ({size_text(self._threshold or 0)})"
+        return f"the disk of {self._folder} has {format_size(free)} left, below disk_low_threshold ({format_size(self._threshold or 0)})"
 
     def _is_low(self) -> bool:
         return self._threshold is not None and shutil.disk_usage(self._folder).free < self._threshold

@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 from safetensors import SafetensorError
 
 from sdxl_pipeline.files.atomic_files import link_or_copy
-from sdxl_pipeline.models.adapters.init_adapter_source import USUAL_NAME
+from sdxl_pipeline.models.adapters.init_adapter_source import DEFAULT_ADAPTER_FILE
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import Ancestor, RunLineage, TrainingDataset, TrainSpec
 from sdxl_pipeline.runtime.stage_runner import UserError
@@ -34,7 +34,7 @@ from sdxl_pipeline.training.checkpoint.checkpoints import (
 from sdxl_pipeline.training.checkpoint.run_identity import (
     CONSTANT_SCHEDULES,
     RunFingerprints,
-    decides_weights,
+    change_affects_weights,
     setting_changes,
 )
 from sdxl_pipeline.training.checkpoint.run_lineage import (
@@ -47,7 +47,7 @@ from sdxl_pipeline.training.checkpoint.run_lineage import (
 )
 from sdxl_pipeline.training.checkpoint.warm_start import optimizer_fits
 from sdxl_pipeline.training.data.bucket_sampler import total_planned_steps
-from sdxl_pipeline.training.trainer_setup import plan_order
+from sdxl_pipeline.training.trainer_setup import build_samplers
 
 IMAGES = "validation"
 DORA_NORMS: Final = "lora_magnitude_vector"
@@ -133,7 +133,7 @@ def differences(other: TrainSpec, spec: TrainSpec) -> list[str]:
     changes = [
         f"{key}: {json.dumps(old)} -> {json.dumps(new)}"
         for key, (old, new) in setting_changes(other, spec).items()
-        if decides_weights(key)
+        if change_affects_weights(key)
     ]
     if other.base_model.digest != spec.base_model.digest:
         changes.append(f"base model: {other.base_model.source} -> {spec.base_model.source}")
@@ -171,7 +171,7 @@ def _continuation_hint(
         return (
             f'To continue from it, write "resume_from_checkpoint": "{source.path}" in config.json{extension}.'
         )
-    weights = source.path / USUAL_NAME
+    weights = source.path / DEFAULT_ADAPTER_FILE
     if (
         source_shapes == {name: shape for name, shape in run_shapes.items() if DORA_NORMS not in name}
         and weights.is_file()
@@ -239,8 +239,8 @@ def _require_steps_left(source: _Candidate, fingerprints: RunFingerprints, end: 
 
 
 def _planned_steps(spec: TrainSpec) -> int:
-    order = plan_order(spec, spec.hardware.num_processes, Reporter()).order
-    return total_planned_steps(spec.settings, order)
+    sampler = build_samplers(spec, spec.hardware.num_processes, Reporter()).sampler
+    return total_planned_steps(spec.settings, sampler)
 
 
 def _sibling_checkpoints(run_dir: Path, fingerprints: RunFingerprints) -> Iterator[_Candidate]:

@@ -53,7 +53,7 @@ def setting_changes(before: TrainSpec, after: TrainSpec) -> dict[str, tuple[Any,
     return {key: (old[key], new[key]) for key in new if old[key] != new[key]}
 
 
-def decides_weights(key: str) -> bool:
+def change_affects_weights(key: str) -> bool:
     """Return whether a change of one of the `setting_changes` changes the weights."""
     return key in _AFFECTS_WEIGHTS or key == "num_processes"
 

@@ -6,7 +6,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sdxl_pipeline.config.resume_checkpoint import NAME_ONE, NO_CHECKPOINT, is_checkpoint, named_checkpoint
+from sdxl_pipeline.config.resume_checkpoint import (
+    CHECKPOINT_HINT,
+    NOT_A_CHECKPOINT,
+    checkpoint_path_of,
+    is_checkpoint,
+)
 from sdxl_pipeline.config.schema.checkpoints import CHECKPOINT_STATE, CheckpointSettings
 from sdxl_pipeline.files.atomic_files import write_text_atomic
 from sdxl_pipeline.runtime.specs import RunLineage, TrainSpec
@@ -61,9 +66,11 @@ def configured_checkpoint(settings: CheckpointSettings) -> Path | None:
 
     Raises UserError if there is no checkpoint at it.
     """
-    path = named_checkpoint(settings.resume_from_checkpoint, Path())
+    path = checkpoint_path_of(settings.resume_from_checkpoint, Path())
     if path is not None and not is_checkpoint(path):
-        raise UserError(f"config.json: resume_from_checkpoint is {path}, {NO_CHECKPOINT}; {NAME_ONE}")
+        raise UserError(
+            f"config.json: resume_from_checkpoint is {path}, {NOT_A_CHECKPOINT}; {CHECKPOINT_HINT}"
+        )
     return path and path.resolve()
 
 

@@ -13,7 +13,7 @@ from sdxl_pipeline.config.optimizer_registry import OPTIMIZERS
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.training.checkpoint.checkpoints import TrainingState
 from sdxl_pipeline.training.optim.lr_schedules import Schedule
-from sdxl_pipeline.training.optim.optimizers import after_a_step
+from sdxl_pipeline.training.optim.optimizers import optimizer_after_one_step
 
 _StateLayout = frozenset[tuple[str, tuple[int, ...] | bool]]
 """The optimizer state of one parameter: entry names with the shapes of tensors, or whether another value is set."""
@@ -29,7 +29,7 @@ def optimizer_fits(state: TrainingState, settings: TrainingSettings, device: str
     shapes = Counter(tuple(parameter.shape) for parameter in state.parameters.values())
     expected: Counter[_StateLayout] = Counter()
     for shape, count in shapes.items():
-        for entries in after_a_step(settings, shape, device).state_dict()["state"].values():
+        for entries in optimizer_after_one_step(settings, shape, device).state_dict()["state"].values():
             expected[_state_layout(entries)] += count
     found = Counter(map(_state_layout, state.optimizer["state"].values()))
     return found <= expected
@@ -54,8 +54,8 @@ def rebase_state(
     if source is not fresh:
         # some options are set by the first step, which is not repeated
         first = optimizer.param_groups[0]["params"][0]
-        initialized = after_a_step(settings, tuple(first.shape), first.device).param_groups[0]
-        learned = OPTIMIZERS[settings.optimizer].learnt
+        initialized = optimizer_after_one_step(settings, tuple(first.shape), first.device).param_groups[0]
+        learned = OPTIMIZERS[settings.optimizer].state_group_keys
         for group, source_group in zip(groups, source["param_groups"], strict=True):
             group |= {name: value for name, value in initialized.items() if name not in _PER_GROUP}
             group |= {name: source_group[name] for name in learned if name in source_group}

@@ -12,9 +12,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from sdxl_pipeline.cache.store.tensor_store import DamagedEntryError, TensorStore
+from sdxl_pipeline.cache.store.tensor_store import CorruptEntryError, TensorStore
 from sdxl_pipeline.config.schema.datasets import CacheMode
-from sdxl_pipeline.data.buckets.crop_plan import fresh_place
+from sdxl_pipeline.data.buckets.crop_plan import crop_offset
 from sdxl_pipeline.models.conditioning import time_ids
 from sdxl_pipeline.models.sampling import Conditioning
 from sdxl_pipeline.models.vae import sample_latents
@@ -79,7 +79,9 @@ class Batch:
     prior: tuple[bool, ...] = ()  # whether the target is the base model's prediction; (): for none
     perturbed_noise: Tensor | None = None  # (B, 4, H/8, W/8) float32: replaces `noise` in the UNet's input
     rollouts: tuple[Rollout, ...] = ()  # the items that the model denoises to their timesteps
-    share: float = 1.0  # weight of the mean loss, so that all images of an optimizer step have equal weight
+    step_weight: float = (
+        1.0  # weight of the mean loss, so that all images of an optimizer step have equal weight
+    )
     images: int = 0  # images in the global batch
 
     @property
@@ -243,7 +245,7 @@ class BatchReader:
     ) -> Tensors:
         try:
             return read_batch(caches, keys, encode)
-        except DamagedEntryError as error:
+        except CorruptEntryError as error:
             raise UserError(self._describe_corruption(error.keys)) from error
 
     def _describe_corruption(self, corrupt_keys: Sequence[str]) -> str:
@@ -265,7 +267,7 @@ class BatchReader:
                 ("text_embeds", dataset.text_embeds, self._texts, texts, "embed_key"),
             ):
                 store = cache[dataset.dataset_id].store
-                corrupt = {*corrupt_keys, *store.discard_damaged(table[column])}
+                corrupt = {*corrupt_keys, *store.discard_corrupt(table[column])}
                 paths = list(dict.fromkeys(table["path"][table[column].isin(corrupt)]))
                 if paths:
                     # makes the next run of the stage check the store
@@ -313,7 +315,7 @@ class TrainingBatches:
     Every image of a global batch has a *slot*, its index over all processes. Noise, timestep and caption dropout are functions of
     (seed, batch, slot), so they depend neither on the number of processes nor on earlier batches.
 
-    A process without an image in a global batch gets the batch's first image with `share` 0: all processes must run a forward and a
+    A process without an image in a global batch gets the batch's first image with `step_weight` 0: all processes must run a forward and a
     backward pass, since they synchronize gradients.
     """
 
@@ -328,7 +330,7 @@ class TrainingBatches:
     def read(self, index: int) -> Batch:
         """Return the batch of this process in the global batch `index`, in pageable memory."""
         global_batch, slots = self.order.global_batch(index), self.order.slots(index, self.rank)
-        share = self._step_weight(index, len(slots))
+        step_weight = self._step_weight(index, len(slots))
         slots = slots or range(1)
         refs = global_batch[slots.start : slots.stop]
         samples = [self._crop(ref) for ref in refs]
@@ -376,7 +378,7 @@ class TrainingBatches:
             ),
             loss_weights=loss_mask.weights,
             prior=loss_mask.prior,
-            share=share,
+            step_weight=step_weight,
             images=len(global_batch),
         )
 
@@ -395,7 +397,7 @@ class TrainingBatches:
         sample, crop = ref.sample, ref.sample.crop
         if sample.dataset_id not in self.reader.fresh_crops:
             return sample
-        top, left = fresh_place(
+        top, left = crop_offset(
             "random",
             crop.resized_h - crop.bucket_h,
             crop.resized_w - crop.bucket_w,
@@ -413,7 +415,7 @@ class TrainingBatches:
         return torch.Generator().manual_seed(derive_seed(self.order.seed, purpose, index, slot))
 
 
-def prefetched(batches: TrainingBatches, first: int, last: int, pin: bool) -> Generator[Batch, None, None]:
+def prefetch(batches: TrainingBatches, first: int, last: int, pin: bool) -> Generator[Batch, None, None]:
     """Yield the batches first, first + 1, ..., last - 1, read ahead by a thread. Close the generator to end the thread."""
 
     def read(index: int) -> Batch:

@@ -133,7 +133,7 @@ class BucketBatchSampler:
         """Return the number of global batches in an epoch."""
         return self.batches_until(epoch + 1) - self.batches_until(epoch)
 
-    def unfilled(self, epoch: int = 0) -> dict[tuple[int, int], tuple[int, int]]:
+    def partial_buckets(self, epoch: int = 0) -> dict[tuple[int, int], tuple[int, int]]:
         """Return, for each bucket whose samples do not fill its last batch: (samples, missing samples)."""
         counts = zip(self.samples.buckets[1], self._appearances_by_bucket(epoch).tolist(), strict=True)
         missing = {bucket: (count, -count % self.global_batch_size) for bucket, count in counts}

@@ -115,7 +115,7 @@ class Cache:
             return self.store.read_batch(cacheable)
         with self._lock:
             # a corrupt entry counts as missing once it has been detected
-            self.store.discard_damaged(cacheable)
+            self.store.discard_corrupt(cacheable)
             if len(cacheable) == len(keys) and not self.store.missing(cacheable):
                 return self.store.read_batch(cacheable)
             missing = set(self.store.missing(cacheable))

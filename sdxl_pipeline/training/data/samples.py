@@ -178,7 +178,7 @@ class Samples(Sequence[Sample]):
         codes, names = self.datasets
         return {name: float(self.crop_counts[codes == code].mean()) for code, name in enumerate(names)}
 
-    def one_of_each(self) -> "Samples":
+    def one_crop_per_image(self) -> "Samples":
         """Return the first crop of each image that is not flipped, or its first crop: the samples of the evaluation."""
         flipped = self._frame["flipped"].to_numpy().astype(bool)
         rank = np.where(flipped, len(self), 0) + np.arange(len(self))
@@ -211,7 +211,7 @@ def load_samples(
         [_load_dataset(dataset, split, micro_conditioning) for dataset in datasets], ignore_index=True
     )
     if split == "eval":
-        return Samples(frame).one_of_each()
+        return Samples(frame).one_crop_per_image()
     held_out = held_out_keys(
         pd.read_parquet(dataset.rows_path, columns=["key", "split"]) for dataset in datasets
     )

@@ -59,7 +59,7 @@ class ShardedUNet(TrainableUNet):
         """Return True: all parameters are trained."""
         return True
 
-    def prepared(self, accelerator: Accelerator) -> nn.Module:
+    def prepare(self, accelerator: Accelerator) -> nn.Module:
         """Return the module with autocast, without the data-parallel replica that accelerate would create."""
         module: nn.Module = accelerator.prepare_model(self.module, evaluation_mode=True)
         return module

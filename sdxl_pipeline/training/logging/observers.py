@@ -83,7 +83,7 @@ class RunObserver:
             self._step = row.step
             if self._progress_interval and row.step % self._progress_interval == 0:
                 text = f"step {row.step} of {self._total_steps}: loss {row.loss:.4f}, lr {row.lr:.3g}"
-                message = Message(PROGRESS, text, "info", row.step, row.metrics, for_people=False)
+                message = Message(PROGRESS, text, "info", row.step, row.metrics, human_readable=False)
                 self._webhooks.send(message)
 
     def on_eval_loss(self, step: int, loss: LossSummary) -> None:

@@ -93,14 +93,14 @@ class StepLog:
             )
             for step, loss, norm in zip(steps, losses, norms, strict=True)
         ]
-        taken = [row for row in rows if self._was_taken(row)]
+        applied = [row for row in rows if self._was_taken(row)]
         if self._metrics is not None:
-            self._metrics.append(taken)
+            self._metrics.append(applied)
         if self._observer is not None:
-            self._observer.on_steps(taken)
-        if taken:
-            mean_loss = sum(row.loss for row in taken) / len(taken)
-            self._reporter.metric(taken[-1].step, taken[-1].metrics | {"loss": mean_loss})
+            self._observer.on_steps(applied)
+        if applied:
+            mean_loss = sum(row.loss for row in applied) / len(applied)
+            self._reporter.metric(applied[-1].step, applied[-1].metrics | {"loss": mean_loss})
         self._count_skipped(steps, rows)
 
     def _validation_seconds(self, step: int) -> float:
@@ -115,13 +115,13 @@ class StepLog:
 
     def _count_skipped(self, steps: list[StepRecord], rows: list[StepMetrics]) -> None:
         if all(map(self._was_taken, rows)):
-            self._skipped.taken()
+            self._skipped.applied()
             return
         # (processes, steps, accumulation); a collective: all processes reach it together because losses and norms are shared
         finite = self._accelerator.gather(torch.stack([step.losses.isfinite() for step in steps])[None]).cpu()
         for index, (step, row) in enumerate(zip(steps, rows, strict=True)):
             if self._was_taken(row):
-                self._skipped.taken()
+                self._skipped.applied()
             else:
                 suspects = self._suspect_batches(step, finite[:, index])
                 self._reporter.log(self._skipped.skipped(step.number, row.loss, suspects))

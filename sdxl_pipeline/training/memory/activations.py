@@ -11,7 +11,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from sdxl_pipeline.models.unet_execution import LAYERS, NEVER_RECOMPUTED
+from sdxl_pipeline.models.unet_execution import CHECKPOINTED_LAYERS, NEVER_CHECKPOINTED
 from sdxl_pipeline.training.memory.adapter_activations import SavedActivations, takes_text
 
 LATENT_EDGE = 8
@@ -93,8 +93,8 @@ def activations(
     if forward_pass.checkpointing:
         interval = forward_pass.interval
         saved[::interval] = list(_inputs(unet, forward_pass))[::interval]
-        if NEVER_RECOMPUTED in list(by_layer)[::interval]:
-            outside += added[NEVER_RECOMPUTED]
+        if NEVER_CHECKPOINTED in list(by_layer)[::interval]:
+            outside += added[NEVER_CHECKPOINTED]
     return Activations(sum(saved) + outside, max(by_layer.values()))
 
 
@@ -137,10 +137,10 @@ def _pixels_at_level(forward_pass: ForwardPass, level: int) -> int:
 
 
 def _sizes(unet: UNet2DConditionModel, forward_pass: ForwardPass) -> Iterator[tuple[str, int, bool]]:
-    """Yield for each of `LAYERS` its name, its size in bytes (channels times positions), and whether it is a residual block."""
+    """Yield for each of `CHECKPOINTED_LAYERS` its name, its size in bytes (channels times positions), and whether it is a residual block."""
     bytes_per_value = forward_pass.batch_size * forward_pass.dtype.itemsize
     for name, layer in unet.named_modules():
-        if isinstance(layer, LAYERS):
+        if isinstance(layer, CHECKPOINTED_LAYERS):
             positions = _pixels_at_level(forward_pass, _level(name, len(unet.config.block_out_channels)))
             yield name, bytes_per_value * positions * _channels(layer), isinstance(layer, ResnetBlock2D)
 

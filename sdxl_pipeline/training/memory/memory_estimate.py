@@ -16,7 +16,7 @@ from sdxl_pipeline.runtime.specs import TrainSpec
 from sdxl_pipeline.training.data.samples import Samples
 from sdxl_pipeline.training.memory.activations import ForwardPass, activations
 from sdxl_pipeline.training.memory.adapter_activations import saved_by_adapters
-from sdxl_pipeline.training.optim.optimizers import after_a_step, trainable_dtype
+from sdxl_pipeline.training.optim.optimizers import optimizer_after_one_step, trainable_dtype
 from sdxl_pipeline.training.trainable import Trainable
 
 GIB = 1024**3
@@ -104,7 +104,7 @@ def estimate_memory(
     on_device = settings.use_ema and settings.ema_device == "accelerator"
     return MemoryEstimate(
         process=0,
-        frozen_weights=sum(map(held_bytes, [*frozen, *module.buffers()])),
+        frozen_weights=sum(map(storage_bytes, [*frozen, *module.buffers()])),
         trained_weights=num_trained * itemsize // num_shards,
         optimizer=round(num_trained * optimizer_bytes(settings)) // num_shards,
         average=4 * num_trained if on_device else 0,
@@ -195,17 +195,17 @@ def hints(settings: TrainingSettings, estimate: MemoryEstimate) -> list[str]:
 
 def optimizer_bytes(settings: TrainingSettings) -> float:
     """Return the optimizer's state in bytes per trained number, measured with one step on a small matrix on the CPU."""
-    state = after_a_step(settings, (_PROBE_SIDE, _PROBE_SIDE)).state
+    state = optimizer_after_one_step(settings, (_PROBE_SIDE, _PROBE_SIDE)).state
     tensors = [value for entries in state.values() for value in entries.values() if isinstance(value, Tensor)]
     # small tensors are shared by all parameters or independent of their size
-    return sum(held_bytes(tensor) for tensor in tensors if tensor.numel() >= _PROBE_SIDE) / _PROBE_SIDE**2
+    return sum(storage_bytes(tensor) for tensor in tensors if tensor.numel() >= _PROBE_SIDE) / _PROBE_SIDE**2
 
 
-def held_bytes(tensor: Tensor) -> int:
+def storage_bytes(tensor: Tensor) -> int:
     """Return the bytes of a tensor's storage, with all parts of a quantized tensor (quanto, torchao, bitsandbytes)."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
-        return sum(held_bytes(getattr(tensor, name)) for name in names)
+        return sum(storage_bytes(getattr(tensor, name)) for name in names)
     return tensor.untyped_storage().nbytes() + _quantization_bytes(getattr(tensor, "quant_state", None))
 
 

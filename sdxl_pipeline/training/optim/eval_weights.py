@@ -41,7 +41,7 @@ class EvalWeights:
         return {} if self.ema is None else {"ema_decay": self.ema.decay(step)}
 
     @property
-    def are_trained(self) -> bool:
+    def writes_training_weights(self) -> bool:
         """Return whether the written weights are the parameters that the next step starts from."""
         return not self._is_schedule_free
 
@@ -53,7 +53,7 @@ class EvalWeights:
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
         """Set the parameters to the evaluation weights within the context: unchanged, or a schedule-free optimizer's average."""
-        if self.are_trained:
+        if self.writes_training_weights:
             yield
             return
         with preserved(self._parameters):
@@ -73,7 +73,7 @@ class EvalWeights:
             with self.eval_mode():
                 yield
 
-    def drawn(
+    def sampled(
         self, generate: Callable[[str], Iterator[ValidationImage]]
     ) -> Generator[ValidationImage, None, None]:
         """Yield the images of `generate` for each of the weights that `ema_validation` selects; it takes a suffix for the image names."""

@@ -52,7 +52,7 @@ class SkippedSteps:
         self._limit = min(NON_FINITE_LIMIT, total_steps)
         self._consecutive: list[int] = []
 
-    def taken(self) -> None:
+    def applied(self) -> None:
         """Reset the count: a step was taken."""
         self._consecutive.clear()
 

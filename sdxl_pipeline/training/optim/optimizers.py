@@ -98,7 +98,7 @@ def build_optimizer(
     return optimizer
 
 
-def after_a_step(
+def optimizer_after_one_step(
     settings: TrainingSettings, shape: Sequence[int], device: str | torch.device = "cpu"
 ) -> Optimizer:
     """Return the configured optimizer after one step on one parameter of `shape`, to inspect its state."""

@@ -32,7 +32,9 @@ class EvalImage:
     time_ids: tuple[int, int, int, int, int, int]
 
 
-def read_images(samples: Iterable[Sample], reader: BatchReader, scaling_factor: float) -> list[EvalImage]:
+def load_eval_images(
+    samples: Iterable[Sample], reader: BatchReader, scaling_factor: float
+) -> list[EvalImage]:
     """Read the samples, with the posterior mean as latents and the first caption as prompt."""
     images = []
     for sample in samples:

@@ -14,7 +14,7 @@ DEFAULT_IMAGES = 32
 """Images used when num_eval_images is not set. Each costs eval_timesteps forward passes, twice."""
 
 
-def choose_samples(
+def select_eval_samples(
     datasets: Sequence[TrainingDataset], settings: TrainingSettings
 ) -> tuple[EvalSource, Samples]:
     """Return the samples of the eval loss and their source: eval datasets, else the held-out share, else the training images.
@@ -39,5 +39,5 @@ def choose_samples(
         source, samples = "held-out share", held_out.first_by_key(count)
     else:
         trained = [dataset.dataset_id for dataset in datasets if not dataset.is_regularisation]
-        source, samples = "training images", training.one_of_each().first_by_key(count, trained)
+        source, samples = "training images", training.one_crop_per_image().first_by_key(count, trained)
     return source, samples

@@ -16,8 +16,8 @@ from sdxl_pipeline.training.diffusion.objective import Objective
 from sdxl_pipeline.training.logging.observers import RunObserver
 from sdxl_pipeline.training.logging.run_logs import EvalRow, eval_loss_log, validation_log
 from sdxl_pipeline.training.optim.eval_weights import EvalWeights
-from sdxl_pipeline.training.validation.eval_loss import eval_loss, eval_timesteps, read_images
-from sdxl_pipeline.training.validation.eval_samples import choose_samples
+from sdxl_pipeline.training.validation.eval_loss import eval_loss, eval_timesteps, load_eval_images
+from sdxl_pipeline.training.validation.eval_samples import select_eval_samples
 from sdxl_pipeline.training.validation.previews import Previews
 from sdxl_pipeline.training.validation.validation_images import generate_validation_images
 from sdxl_pipeline.training.validation.validation_schedule import ValidationSchedule, ValidationTimer
@@ -61,13 +61,15 @@ class Validator:
         # Only what decides target and noise: weighting, noise offset and the like are no part of the eval loss.
         self._objective = Objective(objective.alphas_cumprod.cpu(), objective.prediction_type)
         if spec.settings.eval_loss_in_training:
-            source, samples = choose_samples(spec.datasets, spec.settings)
+            source, samples = select_eval_samples(spec.datasets, spec.settings)
             if not samples:
                 raise UserError(
                     "there is no image to compute the eval loss on: the datasets' aspect_buckets have no rows"
                 )
             reporter.log(f"The eval loss is computed on {len(samples)} images ({source}).")
-            self._read_images = partial(read_images, samples, reader, latent_scaling_factor(spec.base_model))
+            self._read_images = partial(
+                load_eval_images, samples, reader, latent_scaling_factor(spec.base_model)
+            )
             # trained text encoders encode the captions again at each validation
             self._images = None if reader.online_text_encoder else self._read_images()
 
@@ -119,7 +121,7 @@ class Validator:
         )
         images = []
         # closing restores the weights at once, after a stop as well
-        with suppress(_Stopped), closing(eval_weights.drawn(generate)) as generated:
+        with suppress(_Stopped), closing(eval_weights.sampled(generate)) as generated:
             for image in generated:
                 images.append(image)
                 self._observer.on_image(image)

@@ -9,7 +9,7 @@ import torch
 from sdxl_pipeline.cache.store.compaction import compact
 from sdxl_pipeline.cache.store.shards import MappedShard
 from sdxl_pipeline.cache.store.store_index import pack_keys
-from sdxl_pipeline.cache.store.tensor_store import DamagedEntryError, StorageError, TensorStore
+from sdxl_pipeline.cache.store.tensor_store import CorruptEntryError, StorageError, TensorStore
 from tests.cache.store.test_reading import assert_batch, digest, entry, fill
 
 
@@ -35,7 +35,7 @@ def test_read_of_a_flipped_byte_raises_and_removes_the_entry(tmp_path: Path):
     store = TensorStore(tmp_path)
     assert_batch(store, [0, 1, 2, 3, 4])
     with pytest.raises(
-        DamagedEntryError, match=r"does not match its checksum.*encodes these entries only"
+        CorruptEntryError, match=r"does not match its checksum.*encodes these entries only"
     ) as error:
         store.read_batch([digest(number) for number in range(6)])
     assert error.value.keys == (digest(5),)
@@ -77,7 +77,7 @@ def test_flipped_header_byte_never_gives_wrong_tensors(tmp_path: Path):
 def test_corrupt_entry_is_rewritten_and_not_restored_from_its_old_shard(tmp_path: Path):
     fill(tmp_path, [0], shard_rows=1)
     flip(only_shard(tmp_path), -1)
-    with pytest.raises(DamagedEntryError):
+    with pytest.raises(CorruptEntryError):
         TensorStore(tmp_path).read(digest(0))
     fill(tmp_path, [1])  # merges the index, and adds shards that are in no index
     assert TensorStore(tmp_path).missing([digest(0)]) == [digest(0)]
@@ -91,7 +91,7 @@ def test_compact_does_not_copy_a_corrupt_entry(tmp_path: Path):
     flip(only_shard(tmp_path), -1)
     compact(tmp_path, lambda: pack_keys([digest(7), digest(0)]))
     store = TensorStore(tmp_path)
-    with pytest.raises(DamagedEntryError):
+    with pytest.raises(CorruptEntryError):
         store.read(digest(7))
     assert_batch(store, [0])
 

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdxl_pipeline.cache.store.store_index import index_of_shard, merged, pack_keys, read_index, write_index
+from sdxl_pipeline.cache.store.store_index import (
+    index_of_shard,
+    merge_indices,
+    pack_keys,
+    read_index,
+    write_index,
+)
 from sdxl_pipeline.cache.store.tensor_store import StorageError, TensorStore
 
 
@@ -204,7 +210,7 @@ def test_read_tensors_remain_valid_after_their_shard_is_deleted(tmp_path: Path):
 
 def test_index_find_distinguishes_keys_of_equal_prefix():
     keys = [f"{number % 7:016x}" + digest(number)[16:] for number in range(500)] + ["00" * 32, "ff" * 32]
-    index = merged(
+    index = merge_indices(
         index_of_shard(
             f"{part}",
             10 + part,
@@ -224,7 +230,7 @@ def test_index_find_distinguishes_keys_of_equal_prefix():
 
 def test_index_round_trip_through_its_file(tmp_path: Path):
     keys = sorted(digest(number) for number in range(50))
-    index = merged(
+    index = merge_indices(
         index_of_shard(name, size, pack_keys(some), torch.arange(len(some)).numpy() + size)
         for name, size, some in [("a", 5, keys[::2]), ("b", 7, keys[1::2])]
     )
@@ -235,7 +241,7 @@ def test_index_round_trip_through_its_file(tmp_path: Path):
         assert (getattr(again, column) == getattr(index, column)).all()
     assert again.shards == index.shards
     assert len(again.with_complete_shards({"a": 5, "b": 6})) == 25
-    write_index(tmp_path / "empty.parquet", merged([]))
+    write_index(tmp_path / "empty.parquet", merge_indices([]))
     empty = read_index(tmp_path / "empty.parquet")
     assert empty is not None
     assert empty.find(pack_keys(keys)).tolist() == [-1] * 50

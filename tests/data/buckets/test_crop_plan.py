@@ -11,7 +11,7 @@ import pytest
 from sdxl_pipeline.data.buckets.crop_plan import (
     ROW_COLUMNS,
     Crop,
-    fresh_place,
+    crop_offset,
     images_per_bucket,
     plan_crop,
     plan_crops,
@@ -297,14 +297,14 @@ def test_crop_offset_equal_name_matches_plan(make_dataset):
     key = key_of("a")
     planned = plan_crop(make_dataset(crop=True), 300, 1000, key, seed=5, crop_index=2)
     slack = (planned.resized_h - planned.bucket_h, planned.resized_w - planned.bucket_w)
-    assert fresh_place("random", *slack, 5, key, "2") == (planned.crop_top, planned.crop_left)
-    offsets = {fresh_place("random", 40, 1000, 5, key, f"epoch {epoch}") for epoch in range(50)}
+    assert crop_offset("random", *slack, 5, key, "2") == (planned.crop_top, planned.crop_left)
+    offsets = {crop_offset("random", 40, 1000, 5, key, f"epoch {epoch}") for epoch in range(50)}
     assert len(offsets) > 45
     assert all(0 <= top <= 40 and 0 <= left <= 1000 for top, left in offsets)
-    assert fresh_place("center", 41, 10, 5, key, "x") == (20, 5)
-    assert fresh_place("corner", 41, 10, 5, key, "x") == (0, 0)
+    assert crop_offset("center", 41, 10, 5, key, "x") == (20, 5)
+    assert crop_offset("corner", 41, 10, 5, key, "x") == (0, 0)
     with pytest.raises(ValueError, match="face"):
-        fresh_place("face", 41, 10, 5, key, "x")
+        crop_offset("face", 41, 10, 5, key, "x")
 
 
 def expected_offset(key: str, seed: int, draw: int, slack_h: int, slack_w: int) -> tuple[int, int]:

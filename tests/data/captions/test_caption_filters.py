@@ -6,14 +6,14 @@ import time
 import pytest
 
 from sdxl_pipeline.data.captions import caption_filters
-from sdxl_pipeline.data.captions.caption_filters import caption_filter_of, filter_digest
+from sdxl_pipeline.data.captions.caption_filters import filter_digest, load_caption_filter
 from sdxl_pipeline.data.captions.text_files import CaptionError
 
 
 @pytest.fixture
 def filtered(make_dataset):
     def apply(caption: str, *lines: str) -> str:
-        return caption_filter_of(make_dataset(caption_filter_list=list(lines))).apply(caption)
+        return load_caption_filter(make_dataset(caption_filter_list=list(lines))).apply(caption)
 
     return apply
 
@@ -55,18 +55,18 @@ def test_caption_filter_file_preserves_blanks_of_lines(make_dataset, tmp_path):
     text_path.write_bytes("arafed \r\n\r\n^there is\r\n".encode("utf-8-sig"))
     json_path.write_text(json.dumps(["arafed ", "^there is"]))
     for path in (text_path, json_path):
-        caption_filter = caption_filter_of(make_dataset(caption_filter_list=str(path)))
+        caption_filter = load_caption_filter(make_dataset(caption_filter_list=str(path)))
         assert [rule.line for rule in caption_filter.rules] == ["arafed ", "^there is"]
         assert caption_filter.apply("there is an arafed fox") == "an fox"
     assert filter_digest(text_path) == filter_digest(json_path) == filter_digest(("arafed ", "^there is"))
     text_path.write_text("arafed\n")
     assert filter_digest(text_path) != filter_digest(json_path)
-    assert caption_filter_of(make_dataset()) is None
+    assert load_caption_filter(make_dataset()) is None
 
 
 def test_caption_filter_invalid_expressions_are_literal(make_dataset):
-    caption_filter = caption_filter_of(make_dataset(caption_filter_list=["(smile", "plain", ":)", "[a-z"]))
-    assert caption_filter.taken_literally == ("(smile", ":)", "[a-z")
+    caption_filter = load_caption_filter(make_dataset(caption_filter_list=["(smile", "plain", ":)", "[a-z"]))
+    assert caption_filter.literal_lines == ("(smile", ":)", "[a-z")
     assert caption_filter.apply("x :) y (smile z [a-z") == "x y z"
 
 
@@ -81,7 +81,7 @@ def test_caption_filter_invalid_expressions_are_literal(make_dataset):
 )
 def test_caption_filter_invalid_replacement_raises(make_dataset, line, message):
     with pytest.raises(CaptionError, match=message) as raised:
-        caption_filter_of(make_dataset(caption_filter_list=[line]))
+        load_caption_filter(make_dataset(caption_filter_list=[line]))
     assert "dataset 'photos' in multidatabackend.json: caption_filter_list" in str(raised.value)
 
 
@@ -97,13 +97,13 @@ def test_caption_filter_unreadable_list_raises(make_dataset, tmp_path):
         if data is not None:
             (tmp_path / name).write_bytes(data)
         with pytest.raises(CaptionError, match=message):
-            caption_filter_of(make_dataset(caption_filter_list=str(tmp_path / name)))
+            load_caption_filter(make_dataset(caption_filter_list=str(tmp_path / name)))
         assert filter_digest(tmp_path / name) == ""
 
 
 def test_caption_filter_slow_expression_raises_after_timeout(make_dataset, monkeypatch):
     monkeypatch.setattr(caption_filters, "SECONDS_PER_CAPTION", 0.1)
-    caption_filter = caption_filter_of(make_dataset(caption_filter_list=["(a|aa)+$"]))
+    caption_filter = load_caption_filter(make_dataset(caption_filter_list=["(a|aa)+$"]))
     started = time.monotonic()
     with pytest.raises(CaptionError, match=r"takes more than 0\.1 seconds on the caption 'aaaa"):
         caption_filter.apply("a" * 60 + "!")

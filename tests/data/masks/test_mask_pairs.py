@@ -18,7 +18,7 @@ from sdxl_pipeline.data.masks.mask_pairs import (
     OTHER_SHAPE,
     SEVERAL_MASKS,
     mask_crop,
-    overlaid,
+    mask_overlay,
     pair_masks,
 )
 from tests.support.crops import ORIENTATION, full_crop, stored_with_orientation
@@ -129,7 +129,7 @@ def test_mask_overlay_ignored_region_is_tinted(folder):
     image, mask = folder / "image.png", folder / "mask.png"
     image.write_bytes(png(Image.new("RGB", (WIDTH, HEIGHT), "white")))
     mask.write_bytes(png(paint_mask("L", 0, 255)))
-    overlay = overlaid(image, mask, "mask", longest_edge=300)
+    overlay = mask_overlay(image, mask, "mask", longest_edge=300)
     assert overlay.getpixel((200, 60)) == (255, 255, 255)
     red, green, _ = overlay.getpixel((20, 20))
     assert green < red < 255
@@ -191,8 +191,8 @@ def test_pair_masks_by_path_reports_unpaired_files():
         "cafe\u0301.jpg": "caf\u00e9.png",
         "f.webp": "f.webp",
     }
-    assert reasons(paired.without) == {"d.jpg": OTHER_SHAPE, "e.jpg": NO_MASK, "A.jpg": NO_MASK}
-    assert reasons(paired.refused) == {"d.jpg": OTHER_SHAPE}
+    assert reasons(paired.unmasked) == {"d.jpg": OTHER_SHAPE, "e.jpg": NO_MASK, "A.jpg": NO_MASK}
+    assert reasons(paired.rejected) == {"d.jpg": OTHER_SHAPE}
     assert reasons(paired.unused) == {
         "f.png": NO_IMAGE,
         "f.gif": NO_IMAGE,
@@ -205,7 +205,7 @@ def test_pair_masks_several_candidates_are_rejected():
     paired = pair_masks(
         scanned(("a.jpg", "a", 60, 40)), scanned(("a.png", "m", 60, 40), ("a.gif", "n", 60, 40))
     )
-    assert reasons(paired.refused) == {"a.jpg": SEVERAL_MASKS}
+    assert reasons(paired.rejected) == {"a.jpg": SEVERAL_MASKS}
 
 
 def test_pair_masks_copies_with_different_masks_are_rejected():
@@ -218,7 +218,7 @@ def test_pair_masks_copies_with_different_masks_are_rejected():
     ):
         paired = pair_masks(images, masks)
         assert paired.pairs["path"].tolist() == ["c.jpg"]
-        assert OTHER_MASK in reasons(paired.refused).values()
+        assert OTHER_MASK in reasons(paired.rejected).values()
 
 
 def test_mask_pairs_digest_depends_on_content_only():
@@ -232,7 +232,7 @@ def test_mask_pairs_digest_depends_on_content_only():
 def test_pair_masks_empty_scans_give_empty_pairs():
     empty = scanned(("a.jpg", "a", 60, 40)).iloc[:0]
     assert len(pair_masks(empty, empty).pairs) == 0
-    assert reasons(pair_masks(scanned(("a.jpg", "a", 60, 40)), empty).without) == {"a.jpg": NO_MASK}
+    assert reasons(pair_masks(scanned(("a.jpg", "a", 60, 40)), empty).unmasked) == {"a.jpg": NO_MASK}
 
 
 def test_mask_crop_path_equals_bytes(folder):

@@ -92,7 +92,7 @@ def test_find_near_duplicates_modified_copies_are_found(photographs, change):
     hashes = {name: hash_of(image) for name, image in photographs.items()}
     hashes |= {f"{name} {change}": hash_of(COPIES[change](image)) for name, image in photographs.items()}
     found = find_near_duplicates(frame_of(hashes))
-    assert {group.paths for group in found.alike} == {(name, f"{name} {change}") for name in NAMES}
+    assert {group.paths for group in found.near_duplicates} == {(name, f"{name} {change}") for name in NAMES}
     assert (found.same, found.featureless, found.complete) == ((), 0, True)
 
 
@@ -105,7 +105,7 @@ def test_find_near_duplicates_identical_files_are_reported_separately():
     frame.loc[4, "status"] = "dropped"
     found = find_near_duplicates(frame)
     assert found.same == (("a.png", "b.png"),)
-    assert [(group.paths, group.distance) for group in found.alike] == [(("a.png", "near.png"), 2)]
+    assert [(group.paths, group.distance) for group in found.near_duplicates] == [(("a.png", "near.png"), 2)]
 
 
 def test_find_near_duplicates_different_colours_are_distinct():
@@ -120,7 +120,9 @@ def test_find_near_duplicates_different_colours_are_distinct():
         "blue": hash_of(draw("blue")),
     }
     assert hashes["red"][:16] == hashes["blue"][:16]
-    assert [group.paths for group in find_near_duplicates(frame_of(hashes)).alike] == [("again", "red")]
+    assert [group.paths for group in find_near_duplicates(frame_of(hashes)).near_duplicates] == [
+        ("again", "red")
+    ]
 
 
 def test_find_near_duplicates_groups_are_connected_components():
@@ -134,7 +136,7 @@ def test_find_near_duplicates_groups_are_connected_components():
     hashes = {f"c{number}": f"{value:016x}" for number, value in enumerate(chain)}
     hashes |= {"r0": f"{rare:016x}", "r1": f"{rare:016x}"}
     found = find_near_duplicates(frame_of(hashes))
-    assert [(group.paths, group.distance) for group in found.alike] == [
+    assert [(group.paths, group.distance) for group in found.near_duplicates] == [
         (("c0", "c1", "c2", "c3"), 6),
         (("r0", "r1"), 0),
     ]
@@ -144,7 +146,7 @@ def test_find_near_duplicates_featureless_images_are_counted():
     flat = {f"{colour}.png": hash_of(Image.new("RGB", (64, 64), colour)) for colour in ("red", "blue")}
     shaded = {"shaded.png": hash_of(Image.linear_gradient("L"))}
     found = find_near_duplicates(frame_of(flat | shaded | {"not hashed.png": ""}))
-    assert (found.alike, found.featureless) == ((), 3)
+    assert (found.near_duplicates, found.featureless) == ((), 3)
     assert find_near_duplicates(frame_of({})) == near_duplicates.NearDuplicates((), (), 0, True)
 
 
@@ -186,7 +188,7 @@ def test_near_pairs_limits_end_the_search(monkeypatch):
 def test_find_near_duplicates_many_equal_hashes_are_one_group():
     value = f"{random_hashes(1)[0]:016x}"
     found = find_near_duplicates(frame_of({f"{number:06d}": value for number in range(20_000)}))
-    assert [len(group.paths) for group in found.alike] == [20_000]
+    assert [len(group.paths) for group in found.near_duplicates] == [20_000]
     assert found.complete
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from sdxl_pipeline.data.scan import dataset_scan, image_reader
-from sdxl_pipeline.data.scan.dataset_scan import NOT_SAMPLED, recall_dataset, scan_dataset
+from sdxl_pipeline.data.scan.dataset_scan import NOT_SAMPLED, load_recorded_dataset, scan_dataset
 from tests.support.photographs import encoded
 
 OLD_TIME = 1_600_000_000
@@ -209,7 +209,7 @@ def test_rescan_record_of_other_folder_is_ignored(make_dataset, images, record, 
     files_read.clear()
     scan_dataset(dataset, other, recorded=record)
     assert len(files_read) == len(ALL)
-    assert recall_dataset(dataset, images, record) is None
+    assert load_recorded_dataset(dataset, images, record) is None
 
 
 def test_rescan_source_captions_and_failures_become_rows(rescan, make_dataset, images, record):
@@ -232,11 +232,13 @@ def test_rescan_source_captions_and_failures_become_rows(rescan, make_dataset, i
     assert (scanned["status"] == "dropped").sum() == 4
     pd.testing.assert_frame_equal(scanned, rescan(settings, **source)[0])
     # the record alone gives the same frame
-    pd.testing.assert_frame_equal(recall_dataset(make_dataset(**settings), images, record), scanned)
+    pd.testing.assert_frame_equal(load_recorded_dataset(make_dataset(**settings), images, record), scanned)
     del source["captions"]["0.png"]
     assert captions(rescan(settings, **source)[0])["0.png"] == []
     column = make_dataset(**settings, csv_caption_column="other")
-    assert recall_dataset(column, images, record) is None  # the recorded captions are from another column
+    assert (
+        load_recorded_dataset(column, images, record) is None
+    )  # the recorded captions are from another column
 
 
 def test_scan_dataset_empty_folder_with_failures_gives_rows(make_dataset, folder):
@@ -246,20 +248,20 @@ def test_scan_dataset_empty_folder_with_failures_gives_rows(make_dataset, folder
 
 def test_load_recorded_dataset_reads_no_file(make_dataset, images, record, files_read):
     dataset = make_dataset(caption_strategy="textfile")
-    assert recall_dataset(dataset, images, record) is None
+    assert load_recorded_dataset(dataset, images, record) is None
     scanned = scan_dataset(dataset, images, recorded=record)
     shutil.rmtree(images)
     files_read.clear()
-    pd.testing.assert_frame_equal(recall_dataset(dataset, images, record), scanned)
+    pd.testing.assert_frame_equal(load_recorded_dataset(dataset, images, record), scanned)
     prefixed = make_dataset(caption_strategy="textfile", instance_prompt="sks", prepend_instance_prompt=True)
-    assert captions(recall_dataset(prefixed, images, record))["0.png"] == ["sks caption 0"]
+    assert captions(load_recorded_dataset(prefixed, images, record))["0.png"] == ["sks caption 0"]
     assert files_read == []
 
 
 def test_load_recorded_dataset_without_captions_returns_none(make_dataset, images, record):
     scan_dataset(make_dataset(), images, recorded=record)
-    assert recall_dataset(make_dataset(), images, record) is not None
-    assert recall_dataset(make_dataset(caption_strategy="textfile"), images, record) is None
+    assert load_recorded_dataset(make_dataset(), images, record) is not None
+    assert load_recorded_dataset(make_dataset(caption_strategy="textfile"), images, record) is None
 
 
 def test_scan_dataset_max_num_samples_selects_by_content(make_dataset, folder, photograph):

@@ -53,7 +53,7 @@ def test_dataset_asset_hub_source_downloads_once(hub, dataset, instance: dg.Dags
 
 
 def test_dataset_asset_credentials_are_not_stored_or_logged(
-    bucket: Bucket, dataset, own_storage: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    bucket: Bucket, dataset, isolated_storage: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     bucket.put("cats/0.png", image(0))
     bucket.put("cats/0.txt", b"a cat")
@@ -73,7 +73,7 @@ def test_dataset_asset_credentials_are_not_stored_or_logged(
         with pytest.raises(dg.Failure) as caught:
             dataset(instance, **entry | {"aws_bucket_name": "absent"})
     assert (metadata["downloaded"], metadata["kept"], metadata["failed_downloads"]) == (2, 1, 1)
-    written = tree(own_storage) | tree(history_folder)
+    written = tree(isolated_storage) | tree(history_folder)
     assert any(name.endswith(".db") for name in written)
     output = "".join(capfd.readouterr())
     for secret in (bucket.secret, bucket.key_id):

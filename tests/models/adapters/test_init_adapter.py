@@ -16,7 +16,7 @@ from sdxl_pipeline.models.adapters.adapter import (
     load_adapter,
     save_adapter,
 )
-from sdxl_pipeline.models.adapters.init_adapter import start_from_file
+from sdxl_pipeline.models.adapters.init_adapter import load_init_adapter
 from sdxl_pipeline.models.adapters.init_adapter_source import find_initial_adapter, initial_adapter_digest
 from sdxl_pipeline.models.adapters.lora import lora_tensors
 from sdxl_pipeline.models.base_model import ResolvedModel
@@ -33,7 +33,7 @@ def file(tmp_path: Path) -> Path:
 def load_unet_from(model: ResolvedModel, path: Path, kind: str, dtype: torch.dtype = torch.float32, **more):
     unet = load_unet(model, dtype)
     add_adapter(unet, settings_of(kind, **more), seed=1)
-    start_from_file({UNET: unet}, path)
+    load_init_adapter({UNET: unet}, path)
     return unet
 
 
@@ -154,7 +154,7 @@ def test_init_adapter_with_untrained_text_encoder_raises(random_filled: Resolved
     add_lora(reloaded, 4, 4, 0.0, ["q_proj"], seed=2)
     fresh = load_unet(random_filled, torch.float32)
     add_adapter(fresh, settings_of("lora"), seed=1)
-    start_from_file({UNET: fresh, "text_encoder": reloaded}, file)
+    load_init_adapter({UNET: fresh, "text_encoder": reloaded}, file)
     one, other = lora_tensors(encoder, "text_encoder"), lora_tensors(reloaded, "text_encoder")
     assert all(torch.equal(one[name], other[name]) for name in one)
 

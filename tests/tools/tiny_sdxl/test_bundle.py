@@ -100,7 +100,7 @@ def test_clip_loaded_by_transformers_ranks_matching_image_first() -> None:
     images: list[Image.Image] = [to_image(image) for image in render(specs, (96, 160), None)]
     pixel_values = processor(images, return_tensors="pt")["pixel_values"]
     text = tokenizer(
-        [canonical_caption(s, say_centre=True) for s in specs], padding=True, return_tensors="pt"
+        [canonical_caption(s, include_centre=True) for s in specs], padding=True, return_tensors="pt"
     )
     with torch.no_grad():
         logits = clip(pixel_values=pixel_values, **text).logits_per_text

@@ -12,7 +12,7 @@ from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.checkpoint.checkpoint_uploads import UPLOADS, CheckpointUploads
 from tests.support.hub_server import HubServer
-from tests.support.train_programs import Listener
+from tests.support.train_programs import RecordingReporter
 from tests.support.training_datasets import make_dataset, make_spec
 
 REPO = "someone/cat-lora"
@@ -100,7 +100,7 @@ def test_train_with_push_checkpoints_uploads_each_checkpoint(hub, tmp_path):
         checkpoints_total_limit=1,
         **PUSHED,
     )
-    listener = Listener()
+    listener = RecordingReporter()
     main(spec, listener, StopSignal())
     folders = {path.rpartition("/")[0] for path in hub.files(REPO) if path.startswith("checkpoints/")}
     assert {folder.rpartition("/")[2] for folder in folders} >= {"step-00000002", "step-00000004"}

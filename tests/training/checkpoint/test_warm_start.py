@@ -78,7 +78,7 @@ def test_rebase_state_uses_new_options_and_preserves_learned_state(name, config,
     (group,), (before,) = optimizer.param_groups, state.optimizer["param_groups"]
     assert {key: group[key] for key in expected} == expected
     assert (float(group["lr"]), group["initial_lr"]) == (pytest.approx(rate), pytest.approx(rate))
-    learned = OPTIMIZERS[name].learnt & before.keys()
+    learned = OPTIMIZERS[name].state_group_keys & before.keys()
     assert {key: group[key] for key in learned} == {key: before[key] for key in learned}
     tensors, expected_tensors = (
         flatten_optimizer(each)[0] for each in (optimizer.state_dict(), state.optimizer)

@@ -12,7 +12,7 @@ from sdxl_pipeline.training.data.batches import (
     BatchReader,
     MismatchedBatchError,
     TrainingBatches,
-    prefetched,
+    prefetch,
 )
 from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler
 from sdxl_pipeline.training.data.samples import load_samples
@@ -90,10 +90,10 @@ def test_read_step_weight_gives_all_images_of_a_step_equal_weight(
             assert {part.images for part in parts} == {ranks[0].order.size(index)}
             for part in parts:
                 assert len(part.latents) == len(part.keys) >= 1, "every process has a batch"
-                placeholders += not part.share
-                for key in part.keys if part.share else ():
+                placeholders += not part.step_weight
+                for key in part.keys if part.step_weight else ():
                     # data parallelism averages the mean losses of the processes
-                    weights[index, key] = part.share / len(part.keys) / num_processes
+                    weights[index, key] = part.step_weight / len(part.keys) / num_processes
         assert len(weights) == images
         assert list(weights.values()) == pytest.approx([1 / images] * images)
     assert bool(placeholders) == (num_processes > 1 and batch_size < 4)
@@ -132,7 +132,7 @@ def test_read_on_two_processes_equals_one_process_with_twice_the_batch_size(data
     ]
     for index in range(8):
         full = one_process.read(index)
-        parts = [part for batches in two_processes if (part := batches.read(index)).share]
+        parts = [part for batches in two_processes if (part := batches.read(index)).step_weight]
         assert full.keys == sum((part.keys for part in parts), ())
         for name in ("latents", "noise", "timesteps", "prompt_embeds", "time_ids"):
             assert torch.equal(getattr(full, name), torch.cat([getattr(part, name) for part in parts]))
@@ -199,7 +199,7 @@ def test_prompt_embeds_are_read_by_prompt_text(dataset):
 
 def test_prefetch_batches_equal_read_batches_and_errors_propagate(dataset, monkeypatch):
     batches = make_batches(dataset)
-    with closing(prefetched(batches, 3, 9, pin=False)) as prefetched_batches:
+    with closing(prefetch(batches, 3, 9, pin=False)) as prefetched_batches:
         read = list(prefetched_batches)
     assert len(read) == 6
     for index, batch in enumerate(read, start=3):
@@ -213,7 +213,7 @@ def test_prefetch_batches_equal_read_batches_and_errors_propagate(dataset, monke
         return original(self, index)
 
     monkeypatch.setattr(TrainingBatches, "read", fail_at_index_4)
-    with closing(prefetched(batches, 3, 9, pin=False)) as prefetched_batches:
+    with closing(prefetch(batches, 3, 9, pin=False)) as prefetched_batches:
         assert_same(next(prefetched_batches), original(batches, 3))
         with pytest.raises(OSError, match="disk gone"):
             next(prefetched_batches)

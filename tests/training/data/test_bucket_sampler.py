@@ -113,8 +113,8 @@ def test_batch_wrap_fill_repeats_images_and_reports_the_bucket():
     counts = Counter(name for batch in epoch_batches(sampler, 0) for name in ids(batch))
     assert sum(counts.values()) == 12 + 8
     assert sorted(counts.values()) == [1] * 10 + [2] * 5
-    assert sampler.unfilled() == {SQUARE: (10, 2), WIDE: (5, 3)}
-    assert make_sampler(MIXED, batch_size=5).unfilled() == {}
+    assert sampler.partial_buckets() == {SQUARE: (10, 2), WIDE: (5, 3)}
+    assert make_sampler(MIXED, batch_size=5).partial_buckets() == {}
     # a bucket with fewer images than the batch size
     tiny = epoch_batches(make_sampler(samples_of(sample_rows(3)), batch_size=8, fill="wrap"), 0)
     assert [sorted(Counter(ids(batch)).values()) for batch in tiny] == [[2, 3, 3]]

@@ -9,7 +9,7 @@ import torch
 from sdxl_pipeline.cache.encode.on_demand_encoders import CaptionEncoder, LatentEncoder
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.data.buckets.crop_plan import Crop, fresh_place
+from sdxl_pipeline.data.buckets.crop_plan import Crop, crop_offset
 from sdxl_pipeline.models.base_model import ResolvedModel, resolve_base_model
 from sdxl_pipeline.runtime.specs import TrainingDataset
 from sdxl_pipeline.runtime.stage_runner import UserError
@@ -18,7 +18,7 @@ from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler
 from sdxl_pipeline.training.data.on_demand_cache import OnDemandEncoders
 from sdxl_pipeline.training.data.samples import Sample, load_samples
 from sdxl_pipeline.training.diffusion.forward_process import ForwardProcess, TimestepSampler
-from tests.support.encoded_datasets import HARDWARE, draw_images, listing, prepare_dataset
+from tests.support.encoded_datasets import HARDWARE, list_files, prepare_dataset, write_images
 from tests.support.training_datasets import NEGATIVE, PROMPT, model_folder
 
 LATENTS = ("mean", "logvar")
@@ -45,7 +45,7 @@ def caption_encoder(model: ResolvedModel) -> CaptionEncoder:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drawings")
-    draw_images(folder)
+    write_images(folder)
     return folder
 
 
@@ -158,14 +158,14 @@ def batches_of(dataset: TrainingDataset, model: ResolvedModel, dropout: float = 
 
 def test_cache_mode_disable_writes_nothing(tmp_path, images, model):
     dataset = prepare_dataset(tmp_path, images, model, latent_cache="disable", text_cache="disable")
-    before = listing(tmp_path)
+    before = list_files(tmp_path)
     batches = batches_of(dataset, model, dropout=0.3)
     for index in range(5):
         batches.read(index)
         batches.reader.flush()
     batches.reader.close()
-    assert listing(tmp_path) == before
-    assert not (tmp_path / "latents").exists() or not listing(tmp_path / "latents")
+    assert list_files(tmp_path) == before
+    assert not (tmp_path / "latents").exists() or not list_files(tmp_path / "latents")
 
 
 def test_cache_with_all_entries_loads_no_model(tmp_path, images, model, monkeypatch):
@@ -230,14 +230,14 @@ CROPPED = {"crop": True, "crop_aspect": "square", "crop_style": "random"}
 
 def test_fresh_crops_change_at_each_appearance_and_set_time_ids(tmp_path, images, model, latent_encoder):
     dataset = prepare_dataset(tmp_path, images, model, latent_cache="disable", fresh_crops=True, **CROPPED)
-    before = listing(tmp_path / "latents")
+    before = list_files(tmp_path / "latents")
     batches = batches_of(dataset, model)
     positions_by_key: dict[str, set[tuple[int, int]]] = {}
     for index in range(12):
         batch = batches.read(index)
         for index_in_batch, ref in enumerate(batches.order.batch(index, 0)):
             planned = ref.sample.crop
-            top, left = fresh_place(
+            top, left = crop_offset(
                 "random",
                 planned.resized_h - planned.bucket_h,
                 planned.resized_w - planned.bucket_w,
@@ -255,7 +255,7 @@ def test_fresh_crops_change_at_each_appearance_and_set_time_ids(tmp_path, images
             positions_by_key.setdefault(ref.sample.key, set()).add((top, left))
     assert len(positions_by_key) == 6
     assert all(len(found) > 1 for found in positions_by_key.values())
-    assert listing(tmp_path / "latents") == before
+    assert list_files(tmp_path / "latents") == before
     again = batches_of(dataset, model).read(7)
     assert torch.equal(again.latents, batches.read(7).latents)
     assert torch.equal(again.time_ids, batches.read(7).time_ids)

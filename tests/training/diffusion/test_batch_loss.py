@@ -16,7 +16,7 @@ from sdxl_pipeline.runtime.specs import TrainSpec
 from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.training.data.batches import Batch
 from sdxl_pipeline.training.trainer import Trainer
-from tests.support.encoded_datasets import Silent
+from tests.support.encoded_datasets import SilentReporter
 from tests.support.masked_datasets import masked_dataset
 from tests.support.training_datasets import SQUARE, make_dataset, make_spec
 
@@ -62,7 +62,7 @@ OBJECTIVES = {
 @contextlib.contextmanager
 def trainer_of(spec: TrainSpec) -> Iterator[Trainer]:
     Path(spec.run_dir).mkdir(parents=True)
-    trainer = Trainer(spec, "0" * 64, Silent(), StopSignal())
+    trainer = Trainer(spec, "0" * 64, SilentReporter(), StopSignal())
     try:
         trainer.unet.train()
         yield trainer

@@ -12,7 +12,7 @@ from sdxl_pipeline.models.components import load_unet
 from sdxl_pipeline.runtime.specs import TrainSpec
 from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.training.trainer import Trainer
-from tests.support.encoded_datasets import Silent
+from tests.support.encoded_datasets import SilentReporter
 from tests.support.training_datasets import SQUARE, make_dataset, make_spec
 
 SUBJECT, PRIOR = "subject", "people"
@@ -34,7 +34,7 @@ def make_trainer() -> Iterator[Any]:
     trainers = []
 
     def make(spec: TrainSpec) -> Trainer:
-        trainers.append(Trainer(spec, "0" * 64, Silent(), StopSignal()))
+        trainers.append(Trainer(spec, "0" * 64, SilentReporter(), StopSignal()))
         trainers[-1].unet.train()
         return trainers[-1]
 

@@ -11,7 +11,7 @@ from sdxl_pipeline.training.data.samples import load_samples
 from sdxl_pipeline.training.logging import step_log
 from sdxl_pipeline.training.logging.run_logs import METRICS_FILE, StepMetrics, metrics_log, read_metrics
 from sdxl_pipeline.training.logging.step_log import StepLog, StepRecord
-from tests.support.train_programs import Listener
+from tests.support.train_programs import RecordingReporter
 from tests.support.training_datasets import SQUARE, make_dataset
 
 NAN = float("nan")
@@ -40,7 +40,7 @@ def report(tmp_path: Path):
     )
 
     def report_steps(steps, scaler=None):
-        reporter, metrics = Listener(), metrics_log(tmp_path, 0)
+        reporter, metrics = RecordingReporter(), metrics_log(tmp_path, 0)
         observer = SimpleNamespace(on_steps=lambda rows: None)
         log = StepLog(SingleProcessAccelerator(scaler=scaler), reporter, sampler, 100, 0.0, metrics, observer)
         for number, (losses, norm) in enumerate(steps, start=1):
@@ -73,7 +73,14 @@ def test_step_log_eta_includes_remaining_validations(tmp_path, monkeypatch):
     observer = SimpleNamespace(on_steps=reported.extend)
     validator = SimpleNamespace(remaining_seconds=lambda step: 7.0 * step)
     log = StepLog(
-        SingleProcessAccelerator(scaler=None), Listener(), sampler, 100, 0.0, None, observer, validator
+        SingleProcessAccelerator(scaler=None),
+        RecordingReporter(),
+        sampler,
+        100,
+        0.0,
+        None,
+        observer,
+        validator,
     )
     for number in (1, 2):
         log.add(StepRecord(number, torch.ones(1), torch.tensor(1.0), 1e-3, images=2))

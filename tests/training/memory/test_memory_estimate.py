@@ -29,7 +29,7 @@ from sdxl_pipeline.training.memory.memory_estimate import (
     optimizer_bytes,
 )
 from tests.models.adapted_unets import lycoris
-from tests.support.train_programs import Listener, run
+from tests.support.train_programs import RecordingReporter, run
 from tests.support.training_datasets import make_dataset, make_spec
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -313,7 +313,7 @@ def dataset(tmp_path_factory):
 
 def test_train_logs_memory_estimate_and_warns_of_small_device(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(memory_estimate, "device_bytes", lambda device: 2**20)
-    reporter = Listener()
+    reporter = RecordingReporter()
     manifest = main(make_spec(tmp_path, dataset, max_train_steps=2), reporter, StopSignal())
     estimate_line = next(line for line in reporter.lines if line.startswith("Memory:"))
     assert "activations" in estimate_line

@@ -89,7 +89,7 @@ def test_sampled_yields_images_of_the_weights_selected_by_ema_validation(ema_val
         values_by_label[label] = parameters["weight"][0].item()
         yield label
 
-    assert list(eval_weights.drawn(generate)) == labels
+    assert list(eval_weights.sampled(generate)) == labels
     assert values_by_label == {label: {"": 1.0, " EMA": 2.0}[label] for label in labels}
 
 
@@ -110,7 +110,7 @@ def test_eval_mode_of_schedule_free_optimizer_applies_its_average_and_restores_b
         torch.testing.assert_close(parameters["weight"].detach(), (before - 0.1 * z) / 0.9)
     assert torch.equal(parameters["weight"], before)
     optimizer.step()  # raises outside of training mode
-    assert not eval_weights.are_trained
+    assert not eval_weights.writes_training_weights
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,7 @@ def test_skipped_steps_only_consecutive_ones_raise():
     for start, end in pairwise(range(0, 90, NON_FINITE_LIMIT)):
         for step in range(start + 1, end):
             skipped.skipped(step, 0.5, [])
-        skipped.taken()
+        skipped.applied()
     for step in range(91, 90 + NON_FINITE_LIMIT):
         assert "its gradients are not finite" in skipped.skipped(step, 0.5, [])
     with pytest.raises(UserError, match="steps 91 to 100 were skipped"):

@@ -18,9 +18,9 @@ from sdxl_pipeline.training.validation.eval_loss import (
     eval_loss,
     eval_timesteps,
     fixed_noise,
-    read_images,
+    load_eval_images,
 )
-from sdxl_pipeline.training.validation.eval_samples import choose_samples
+from sdxl_pipeline.training.validation.eval_samples import select_eval_samples
 from tests.support.evaluation_specs import tiny_settings
 from tests.support.training_datasets import make_dataset
 
@@ -178,17 +178,17 @@ def test_choose_samples_eval_dataset_precedes_held_out_share(tmp_path: Path):
     mixed = make_dataset(tmp_path / "photos", "photos", splits=splits(a="train", b="eval"))
     eval_only = make_dataset(tmp_path / "test_set", "test_set", splits=splits(c="eval", d="eval"))
     settings = tiny_settings()
-    source, samples = choose_samples((mixed, eval_only), settings)
+    source, samples = select_eval_samples((mixed, eval_only), settings)
     assert source == "eval dataset"
     assert {sample.path for sample in samples} == {"c.png", "d.png"}
-    source, samples = choose_samples((mixed,), settings)
+    source, samples = select_eval_samples((mixed,), settings)
     assert source == "held-out share"
     assert [sample.path for sample in samples] == ["b.png"]
 
 
 def test_choose_samples_without_eval_images_uses_training_images(tmp_path: Path):
     dataset = make_dataset(tmp_path / "photos", "photos", splits=splits(a="train", b="train"))
-    source, samples = choose_samples((dataset,), tiny_settings())
+    source, samples = select_eval_samples((dataset,), tiny_settings())
     assert source == "training images"
     assert {sample.path for sample in samples} == {"a.png", "b.png"}
 
@@ -197,16 +197,16 @@ def test_choose_samples_num_eval_images_takes_first_by_key(tmp_path: Path):
     dataset = make_dataset(
         tmp_path / "photos", "photos", splits={f"{number}.png": "eval" for number in range(8)}
     )
-    _, all_samples = choose_samples((dataset,), tiny_settings())
-    _, limited = choose_samples((dataset,), tiny_settings(num_eval_images=3))
+    _, all_samples = select_eval_samples((dataset,), tiny_settings())
+    _, limited = select_eval_samples((dataset,), tiny_settings(num_eval_images=3))
     assert [sample.key for sample in all_samples] == sorted(sample.key for sample in all_samples)
     assert list(limited) == all_samples[:3]
 
 
 def test_read_images_returns_scaled_posterior_mean_and_first_caption(tmp_path: Path):
     dataset = make_dataset(tmp_path / "photos", "photos", splits=splits(a="eval", b="eval"))
-    _, samples = choose_samples((dataset,), tiny_settings())
-    images = read_images(samples, BatchReader((dataset,)), scaling_factor=0.5)
+    _, samples = select_eval_samples((dataset,), tiny_settings())
+    images = load_eval_images(samples, BatchReader((dataset,)), scaling_factor=0.5)
     latents, texts = (
         TensorStore(Path(dataset.latents.store_root)),
         TensorStore(Path(dataset.text_embeds.store_root)),

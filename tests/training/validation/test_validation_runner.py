@@ -24,8 +24,8 @@ from sdxl_pipeline.training.diffusion.objective import Objective
 from sdxl_pipeline.training.logging.observers import RunObserver
 from sdxl_pipeline.training.logging.run_logs import EVAL_LOSS_FILE, read_eval_losses, read_metrics
 from sdxl_pipeline.training.logging.tracker_logging import Trackers
-from sdxl_pipeline.training.validation.eval_loss import eval_loss, eval_timesteps, read_images
-from sdxl_pipeline.training.validation.eval_samples import choose_samples
+from sdxl_pipeline.training.validation.eval_loss import eval_loss, eval_timesteps, load_eval_images
+from sdxl_pipeline.training.validation.eval_samples import select_eval_samples
 from sdxl_pipeline.training.validation.validation_schedule import ValidationSchedule, ValidationTimer
 from tests.support.training_datasets import make_dataset, make_spec
 
@@ -50,7 +50,7 @@ VALIDATION = {
 }
 
 
-class Listener(Reporter):
+class RecordingReporter(Reporter):
     """Records log lines, images and metric names."""
 
     def __init__(self) -> None:
@@ -111,17 +111,17 @@ def evaluate_weights_file(spec: TrainSpec, manifest: TrainedLora) -> float:
     pipeline.load_lora_weights(weights.parent, weight_name=weights.name)
     scheduler = load_noise_scheduler(spec.base_model)
     objective = Objective(scheduler.alphas_cumprod, scheduler.config.prediction_type)
-    source, samples = choose_samples(spec.datasets, spec.settings)
+    source, samples = select_eval_samples(spec.datasets, spec.settings)
     assert source == "eval dataset"
     assert set(samples.images_by_dataset()) == {"held"}
-    images = read_images(samples, BatchReader(spec.datasets), latent_scaling_factor(spec.base_model))
+    images = load_eval_images(samples, BatchReader(spec.datasets), latent_scaling_factor(spec.base_model))
     return eval_loss(pipeline.unet, objective, images, eval_timesteps(3), batch_size=1).mean
 
 
 def test_train_with_validation_has_same_weights_and_notifies_all_observers(tmp_path, posts):
     plain = main(spec_of(tmp_path, "plain"), Reporter(), StopSignal())
     webhook = {"webhook_config": str(tmp_path / "webhooks.json"), "eval_dataset_id": "held"}
-    spec, reporter = spec_of(tmp_path, "validated", **VALIDATION, **webhook), Listener()
+    spec, reporter = spec_of(tmp_path, "validated", **VALIDATION, **webhook), RecordingReporter()
     validated = main(spec, reporter, StopSignal())
 
     assert validated.identity == plain.identity
@@ -207,7 +207,7 @@ def test_validation_timer_remaining_seconds_by_kind(tmp_path):
 def test_train_resumed_repeats_no_validation(tmp_path, posts):
     spec = spec_of(tmp_path, "stopped", **VALIDATION, webhook_config=str(tmp_path / "webhooks.json"))
 
-    class StopAtImageOfStepThree(Listener):
+    class StopAtImageOfStepThree(RecordingReporter):
         def _show_image(self, name: str, path: str, caption: str, step: int | None) -> None:
             super()._show_image(name, path, caption, step)
             if step == 3:
@@ -217,7 +217,7 @@ def test_train_resumed_repeats_no_validation(tmp_path, posts):
     with pytest.raises(StageStopped):
         main(spec, StopAtImageOfStepThree(), stop)
     assert [post["message_type"] for post in posts][-1] == "training.stopped"
-    reporter = Listener()
+    reporter = RecordingReporter()
     resumed = main(spec, reporter, StopSignal())
     assert resumed.resumed_from_step == 3
     assert [row.step for row in read_eval_losses(Path(spec.run_dir) / EVAL_LOSS_FILE)] == [0, 4, 6]
