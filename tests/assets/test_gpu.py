@@ -20,7 +20,7 @@ def test_graph_detected_gpu_trains_weights_that_load_on_cpu(
     instance: dg.DagsterInstance, make_project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SDXL_HARDWARE", "auto")
-    result = materialize(instance, make_project(config={"max_train_steps": 20}))
+    result = materialize(instance, make_project(config={"max_train_steps": 20}), in_process=False)
     assert result.success
     assert result.output_for_node("small__lora", "result").steps == 20
     weights = load_file(metadata(result, "small", "lora")["weights"])

@@ -80,7 +80,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GraphRuns]:
         environment.setenv("SDXL_PIPELINE_STORAGE", str(tmp_path_factory.mktemp("storage")))
         environment.setenv("SDXL_PIPELINE_PROJECTS", str(folder.parent))
         environment.setenv("SDXL_HARDWARE", "cpu")
-        first = materialize(instance, folder)
+        first = materialize(instance, folder, in_process=False)
         first_summary = print_summary()
         second = materialize(instance, folder)
         yield GraphRuns(folder, first, second, first_summary, print_summary(), data_before)

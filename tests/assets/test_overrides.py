@@ -24,7 +24,6 @@ from sdxl_pipeline.definitions import build_definitions
 from sdxl_pipeline.release.sanitize import portable_lineage
 from sdxl_pipeline.runtime.specs import SettingDifference, TrainedLora
 from tests.support.asset_graph import DATASET_STAGES, InProcessStageClient, metadata
-from tests.training.conftest import fresh_accelerator  # noqa: F401 (a fixture)
 
 CONFIG = {
     "eval_holdout_share": 0,

@@ -16,6 +16,7 @@ from skimage import data as photographs
 
 from sdxl_pipeline.definitions import build_definitions
 from sdxl_pipeline.models.base_model import BUNDLED_MODEL
+from tests.support.asset_graph import InProcessStageClient
 
 pytestmark = pytest.mark.real
 
@@ -51,9 +52,9 @@ def write_dataset(folder: Path) -> None:
     encoded = io.BytesIO()
     upright.save(encoded, "JPEG")
     (folder / "truncated.jpg").write_bytes(encoded.getvalue()[: len(encoded.getvalue()) // 2])
-    (folder / "not_a_image.jpg").write_text("This is a text file.")
+    (folder / "not_an_image.jpg").write_text("This is a text file.")
     (folder / "empty.jpg").write_bytes(b"")
-    for name in ("portrait", "rotated", "transparent", "print", "truncated", "not_a_image", "empty"):
+    for name in ("portrait", "rotated", "transparent", "print", "truncated", "not_an_image", "empty"):
         (folder / f"{name}.txt").write_text(f"a photo, {name}")
 
 
@@ -73,7 +74,9 @@ def test_graph_trains_lora_on_photographs(
     write_dataset(folder / "data")
     definitions = build_definitions(folder.parent)
     result = dg.materialize(
-        list(definitions.assets or []), resources=dict(definitions.resources or {}), instance=instance
+        list(definitions.assets or []),
+        resources={**(definitions.resources or {}), "launcher": InProcessStageClient()},
+        instance=instance,
     )
     assert result.success
 
@@ -82,7 +85,7 @@ def test_graph_trains_lora_on_photographs(
     retained, dropped = images[images.status == "kept"], images[images.status == "dropped"]
     assert len(images) == len(CAPTIONS) + 7
     assert len(retained) + len(dropped) == len(images)
-    assert set(dropped.index) == {"truncated.jpg", "not_a_image.jpg", "empty.jpg"}
+    assert set(dropped.index) == {"truncated.jpg", "not_an_image.jpg", "empty.jpg"}
     assert dropped.reason.nunique() == 3
     assert {"rotated.jpg", "transparent.png", "print.jpg"} <= set(retained.index)
     upright = retained.loc["coffee.png"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from accelerate.state import AcceleratorState
 from pydantic import BaseModel
 
 from resources.stage_client import LocalStageClient
@@ -15,22 +16,6 @@ from sdxl_pipeline.runtime.reporter import PlainReporter
 from sdxl_pipeline.runtime.stage_runner import StopSignal
 
 DATASET_STAGES = ("dataset", "aspect_buckets", "vae_latents", "text_embeds")
-
-
-def materialize(
-    instance: dg.DagsterInstance, folder: Path, *stages: str, run_config: dict[str, Any] | None = None
-) -> dg.ExecuteInProcessResult:
-    """Materialize the named stages of the project in `folder`, or all of them."""
-    definitions = build_definitions(folder.parent)
-    name = folder.name
-    keys = [dg.AssetKey([name, "shapes", s] if s in DATASET_STAGES else [name, s]) for s in stages]
-    return dg.materialize(
-        list(definitions.assets or []),
-        selection=dg.AssetSelection.assets(*keys) if keys else None,
-        resources=dict(definitions.resources or {}),
-        instance=instance,
-        run_config=run_config,
-    )
 
 
 def metadata(result: dg.ExecuteInProcessResult, *key: str) -> dict[str, Any]:
@@ -53,7 +38,31 @@ class InProcessStageClient(LocalStageClient):
         environment: Mapping[str, str] | None = None,
     ) -> Any:
         """Run the stage on a copy of the spec from its JSON, and return the manifest likewise."""
+        AcceleratorState._reset_state(reset_partial_state=True)  # keeps one mixed precision per process
         module = importlib.import_module(f"sdxl_pipeline.stages.{stage}")
         received = type(spec).model_validate_json(spec.model_dump_json())
         manifest = module.main(received, PlainReporter(), StopSignal())
         return manifest_type.model_validate_json(manifest.model_dump_json())
+
+
+def materialize(
+    instance: dg.DagsterInstance,
+    folder: Path,
+    *stages: str,
+    run_config: dict[str, Any] | None = None,
+    in_process: bool = True,
+) -> dg.ExecuteInProcessResult:
+    """Materialize the named stages of the project in `folder`, or all of them; in child processes like the product if asked to."""
+    definitions = build_definitions(folder.parent)
+    name = folder.name
+    keys = [dg.AssetKey([name, "shapes", s] if s in DATASET_STAGES else [name, s]) for s in stages]
+    resources = dict(definitions.resources or {})
+    if in_process:
+        resources["launcher"] = InProcessStageClient()
+    return dg.materialize(
+        list(definitions.assets or []),
+        selection=dg.AssetSelection.assets(*keys) if keys else None,
+        resources=resources,
+        instance=instance,
+        run_config=run_config,
+    )
