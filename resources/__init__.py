@@ -1,1 +1,1 @@
-"""What is injected into the assets: where stages run, on what hardware, where values lie, and the services outside."""
+"""What is injected into the assets: where stages run, on what hardware, where values are stored, and external services."""

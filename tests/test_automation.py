@@ -334,7 +334,7 @@ def test_prune_job_metadata_has_freed_bytes_and_entries(
 def test_prune_job_without_projects_fails_with_a_message(
     instance: dg.DagsterInstance, tmp_path: Path
 ) -> None:
-    with pytest.raises(dg.Failure, match="Nothing is freed: there is no folder of projects"):
+    with pytest.raises(dg.Failure, match="Nothing is freed: the projects folder"):
         prune_event(instance, tmp_path / "typo", tmp_path / "storage")
 
 

@@ -100,10 +100,10 @@ def render_art(count: int, size: tuple[int, int], generator: torch.Generator) ->
             rows = (which == k).nonzero()[:, 0]
             if len(rows):
                 body[rows] = distance(name, u[rows], v[rows]) * radius[rows]
-        is_drawn, rimmed = (uniform(count, 1, 1) < 0.8).float(), (uniform(count, 1, 1) < 0.4).float()
+        is_filled, rimmed = (uniform(count, 1, 1) < 0.8).float(), (uniform(count, 1, 1) < 0.4).float()
         rim_px = 2 + 6 * uniform(count, 1, 1)
-        image = _composite(image, rim, _coverage(body - rim_px) * is_drawn * rimmed)
-        image = _composite(image, inside, _coverage(body) * is_drawn)
+        image = _composite(image, rim, _coverage(body - rim_px) * is_filled * rimmed)
+        image = _composite(image, inside, _coverage(body) * is_filled)
     haze = torch.randn(count, 3, height // 16, width // 16, generator=generator)
     haze = torch.nn.functional.interpolate(haze, (height, width), mode="bicubic", align_corners=False)
     image = image + 0.15 * haze * (uniform(count, 1, 1, 1) < 0.15)

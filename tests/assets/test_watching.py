@@ -65,7 +65,7 @@ def test_lora_validation_and_webhook_are_reported_without_storing_the_address(
         event.asset_observation_data.asset_observation for event in result.get_asset_observation_events()
     ]
     image_names = {str(item.metadata["name"].value) for item in observations if "image" in item.metadata}
-    assert {"validation", "validation, forming"} <= image_names
+    assert {"validation", "validation (preview)"} <= image_names
     assert "eval/loss" in {name for item in observations for name in item.metadata}
     (lora,) = result.asset_materializations_for_node("small__lora")
     assert lora.metadata["eval_loss"].value > 0

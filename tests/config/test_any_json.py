@@ -77,7 +77,7 @@ def keys_of(model: type[SettingsModel], schema: KeySchema) -> list[str]:
 
 
 def require_problems(folder: Path, written: object) -> None:
-    """Fail unless the project loads and resolves, or has problems that were foreseen and can be printed."""
+    """Fail unless the project loads and resolves, or has expected problems that can be printed."""
     text = ""
     try:
         project = load_project(folder)

@@ -88,10 +88,10 @@ def test_better_than_base_with_fewer_than_two_images_warns(tmp_path):
         (6, "eval dataset", True),
     ],
 )
-def test_may_judge_over_fitting_requires_four_untrained_images(tmp_path, count, source, passed):
-    check = check_results(tmp_path, [0.01] * count, eval_source=source)["may_judge_over_fitting"]
+def test_overfitting_check_requires_four_untrained_images(tmp_path, count, source, passed):
+    check = check_results(tmp_path, [0.01] * count, eval_source=source)["enough_eval_images"]
     assert (check.passed, check.severity) == (passed, dg.AssetCheckSeverity.WARN)
-    assert ("cannot judge over-fitting" in str(check.description)) == (not passed)
+    assert ("cannot show over-fitting" in str(check.description)) == (not passed)
 
 
 def test_not_worse_than_last_release_pairs_losses_by_image(tmp_path):
@@ -106,7 +106,7 @@ def test_not_worse_than_last_release_pairs_losses_by_image(tmp_path):
     disjoint = paired_difference(loss_summary(better, 50), {})
     incomparable = check_results(tmp_path, better, better, difference_to_release=disjoint)[name]
     assert not incomparable.passed
-    assert "cannot judge" in str(incomparable.description)
+    assert "the difference is inconclusive" in str(incomparable.description)
 
 
 def test_released_losses_reads_written_report(tmp_path):

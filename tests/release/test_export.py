@@ -281,8 +281,8 @@ def test_verify_export_checks_text_encoder_layers(inputs, tmp_path: Path):
     [
         ("nan", "NaN or infinity"),
         ("zero", "changes nothing"),
-        ("missing tensor", "astray"),
-        ("unknown layer", "astray"),
+        ("missing tensor", "missing, unexpected"),
+        ("unknown layer", "missing, unexpected"),
         ("wrong shape", "does not load back"),
         ("no LoRA", "does not load back"),
         ("half a file", "does not load back"),

@@ -145,7 +145,7 @@ def test_evaluate_incomplete_weights_raises(changed, tmp_path: Path):
     removed = next(name for name in tensors if name.endswith("lora_B.weight"))
     save_file({name: tensor for name, tensor in tensors.items() if name != removed}, incomplete)
     update = {"weights_path": str(incomplete), "weights_sha256": sha256_file(incomplete)}
-    with pytest.raises(UserError, match="does not load back whole"):
+    with pytest.raises(UserError, match="does not load completely"):
         evaluate(spec.model_copy(update={"lora": spec.lora.model_copy(update=update)}))
 
 

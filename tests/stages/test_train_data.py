@@ -150,10 +150,10 @@ def test_load_samples_copies_of_image_are_distinguished_by_caption(tmp_path, ima
     for number, names in enumerate((("a", "x"), ("y", "b"))):  # in the order of their captions, and reversed
         folder = shutil.copytree(images, tmp_path / f"images {number}")
         for name, caption in zip(names, captions, strict=True):
-            shutil.copy(folder / "drawing_0.png", folder / f"{name}.png")
+            shutil.copy(folder / "image_0.png", folder / f"{name}.png")
             (folder / f"{name}.txt").write_text(caption)
-        (folder / "drawing_0.png").unlink()
-        (folder / "drawing_0.txt").unlink()
+        (folder / "image_0.png").unlink()
+        (folder / "image_0.txt").unlink()
         dataset = prepare_dataset(tmp_path / f"dataset {number}", folder, spec.base_model)
         loaded.append(load_samples([dataset], "train"))
     one, other = loaded
@@ -240,7 +240,7 @@ def test_train_corrupt_entries_raise_with_names_and_are_encoded_again(tmp_path, 
         train(spec)
     message = str(raised.value)
     assert "checksum did not match" in message
-    assert "vae_latents of 'drawing_" in message  # both are reported at once, by the names of their images
+    assert "vae_latents of 'image_" in message  # both are reported at once, by the names of their images
     assert "text_embeds of 'a red circle'" in message  # the last entry that the text stage writes is a prompt
     dataset = prepare_dataset(tmp_path / "drawings", images, spec.base_model)
     assert (dataset.latents.encoded, dataset.latents.reused) == (1, 5)
@@ -254,6 +254,6 @@ def test_train_ondemand_corrupt_entries_are_encoded_again(tmp_path, images, full
     train(spec)
     flip_last_byte(tmp_path / "drawings" / "latents")
     again = train(spec.model_copy(update={"run_dir": str(tmp_path / "again")}))
-    assert "1 damaged entries are removed" in caplog.text
+    assert "1 corrupt entries are removed" in caplog.text
     assert_weights_close(again, full[1])
     assert TensorStore(tmp_path / "drawings" / "latents").corrupt_keys() == []

@@ -77,7 +77,7 @@ def test_train_longer_run_resumes_finished_run_and_equals_standalone_run(runs, s
     assert losses(longer) == losses(standalone)
     assert longer.skipped_steps == 0
     assert any(
-        "begins at step 4 of the run" in line and "goes on as that one" in line for line in reporter.lines
+        "starts at step 4 of the run" in line and "continues it exactly" in line for line in reporter.lines
     )
 
 
@@ -103,8 +103,8 @@ def test_train_length_dependent_lr_schedule_starts_at_zero_and_logs_reason(runs)
     longer = train(spec_of(folder, "long", **{**cosine, "max_train_steps": 3}), reporter)
     assert longer.resumed_from_step is None
     assert longer.ancestor is None
-    (line,) = [line for line in reporter.lines if "in its length alone" in line]
-    assert "lr_scheduler cosine depends on the length: this run begins at step 0" in line
+    (line,) = [line for line in reporter.lines if "only in length" in line]
+    assert "lr_scheduler cosine depends on the length: this run starts at step 0" in line
     assert "constant_with_warmup" in line
 
 
@@ -131,7 +131,7 @@ def test_train_warm_start_imports_weights_moments_and_step_and_changes_identity(
     reporter = RecordingReporter()
     spec = other_settings(runs, "unbroken", checkpoint)
     manifest = train(spec, reporter)
-    assert any("its optimizer's state, under its own settings" in line for line in reporter.lines)
+    assert any("its optimizer's state, under the settings of this run" in line for line in reporter.lines)
     assert manifest.ancestor is not None
     assert (manifest.ancestor.step, manifest.ancestor.same_trajectory) == (4, False)
     rows = read_metrics(Path(manifest.metrics_path))
@@ -168,7 +168,7 @@ def test_train_warm_start_with_other_optimizer_imports_weights_only(runs):
         runs, "lion", checkpoint, optimizer="optimi-lion", max_train_steps=5, learning_rate=1e-5
     )
     manifest = train(spec, reporter)
-    assert any("an optimizer that begins anew" in line for line in reporter.lines)
+    assert any("a new optimizer state" in line for line in reporter.lines)
     assert manifest.ancestor is not None
     assert not manifest.ancestor.takes_optimizer
     before = load_checkpoint(checkpoint).parameters
@@ -181,7 +181,7 @@ def test_train_warm_start_with_incompatible_optimizer_state_imports_weights_only
     reporter = RecordingReporter()
     spec = other_settings(runs, "amsgrad", checkpoint, optimizer_config="amsgrad=true", max_train_steps=5)
     manifest = train(spec, reporter)
-    assert any("begins anew: what the one there kept" in line for line in reporter.lines)
+    assert any("different layout" in line for line in reporter.lines)
     assert manifest.ancestor is not None
     assert not manifest.ancestor.takes_optimizer
     after = load_checkpoint(Path(spec.run_dir) / "checkpoints" / "step-00000005").optimizer
@@ -202,7 +202,7 @@ def test_train_copied_checkpoint_resumes_without_neighbouring_files(runs, standa
         reporter,
     )
     assert any(
-        "begins at step 4 of the run" in line and "goes on as that one" in line for line in reporter.lines
+        "starts at step 4 of the run" in line and "continues it exactly" in line for line in reporter.lines
     )
     assert (same.identity, same.weights_sha256) == (standalone.identity, standalone.weights_sha256)
     assert [step for step, _ in losses(same)] == [5, 6]
@@ -214,7 +214,7 @@ def test_train_copied_checkpoint_resumes_without_neighbouring_files(runs, standa
         RecordingReporter(),
     )
     resume_run(spec, fingerprints, reporter)
-    assert any("its optimizer's state, under its own settings" in line for line in reporter.lines)
+    assert any("its optimizer's state, under the settings of this run" in line for line in reporter.lines)
     assert {path.name for path in Path(spec.run_dir).iterdir()} == {"checkpoints", "lineage.json"}
 
 
@@ -226,7 +226,7 @@ def test_resume_run_other_number_of_processes_logs_checkpoint_to_resume(runs):
     reporter = RecordingReporter()
     resume_run(spec, run_fingerprints(spec), reporter)
     (line,) = reporter.lines
-    assert "The run four is at step 4 of this training on another number of processes" in line
+    assert "The run four is at step 4 of the same training with another number of processes" in line
     assert line.endswith(f"resume_from_checkpoint: {checkpoint}")
     assert not (Path(spec.run_dir) / "checkpoints").exists()
 
@@ -350,13 +350,13 @@ def test_train_corrupt_checkpoint_raises_if_given_by_path_and_is_skipped_otherwi
 
 def test_resume_run_logs_each_corrupt_checkpoint(runs, tmp_path):
     shutil.copytree(runs / "four", tmp_path / "four")
-    for step, start in ((4, "begins at step 2"), (2, None)):
+    for step, start in ((4, "starts at step 2"), (2, None)):
         corrupt = tmp_path / "four" / "checkpoints" / f"step-{step:08d}"
         (corrupt / "trainable.safetensors").unlink()
         (corrupt / "trainable.safetensors").write_bytes(b"x")
         reporter, spec = RecordingReporter(), spec_of(tmp_path, f"five_{step}", max_train_steps=5)
         resume_run(spec, run_fingerprints(spec), reporter)
-        assert f"checkpoint {corrupt} is damaged and is passed over" in reporter.lines
+        assert f"checkpoint {corrupt} is corrupt and is skipped" in reporter.lines
         assert start is None or any(start in line for line in reporter.lines)
         shutil.rmtree(spec.run_dir)
 

@@ -37,8 +37,8 @@ def write_images(folder: Path, count: int = 6, size: tuple[int, int] = (128, 96)
         image = Image.new("RGB", (width, height), tuple(random.integers(0, 255, 3).tolist()))
         x, y = random.integers(0, 60, 2).tolist()
         ImageDraw.Draw(image).ellipse((x, y, x + 30, y + 40), fill=tuple(random.integers(0, 255, 3).tolist()))
-        image.save(folder / f"drawing_{number}.png")
-        (folder / f"drawing_{number}.txt").write_text(f"a drawing, number {number}, of an ellipse\n")
+        image.save(folder / f"image_{number}.png")
+        (folder / f"image_{number}.txt").write_text(f"a drawing, number {number}, of an ellipse\n")
 
 
 def prepare_dataset(

@@ -36,7 +36,7 @@ def datasets(tmp_path_factory):
     """Return `datasets(windows)`: real captions with cached embeddings, which the training must not use."""
     folder = tmp_path_factory.mktemp("datasets")
     write_images(folder / "images", count=6)
-    (folder / "images" / "drawing_0.txt").write_text("a very, very " + "long drawing " * 60)
+    (folder / "images" / "image_0.txt").write_text("a very, very " + "long image " * 60)
     settings = TrainingSettings(pretrained_model_name_or_path=str(model_folder()))
     model = resolve_base_model(settings, folder, cache_dir=folder / "digests")
     prepared = {}

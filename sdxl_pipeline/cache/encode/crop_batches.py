@@ -1,4 +1,4 @@
-"""Crops to encode: read from image files, grouped into batches, and divided among processes. No torch.
+"""Crops to encode: read from image files, grouped into batches, and distributed over processes. No torch.
 
 Batches are planned for all processes at once and assigned as a unit, so every crop is encoded in the same batch for any number of
 processes, and gets the same bits.

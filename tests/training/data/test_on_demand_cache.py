@@ -71,12 +71,12 @@ def assert_position_is_image(
     assert posteriors.keys == tuple(sample.key for sample in samples)
     expected = [encode_file(dataset, encoder, sample) for sample in samples]
     assert not torch.equal(expected[0]["mean"], expected[1]["mean"]), "a reversed batch would not be detected"
-    for position, expected_latents in enumerate(expected):
+    for position, posterior in enumerate(expected):
         torch.testing.assert_close(
-            posteriors.mean[position], expected_latents["mean"].float(), rtol=1e-3, atol=1e-3
+            posteriors.mean[position], posterior["mean"].float(), rtol=1e-3, atol=1e-3
         )
         torch.testing.assert_close(
-            posteriors.logvar[position], expected_latents["logvar"].float(), rtol=1e-3, atol=1e-3
+            posteriors.logvar[position], posterior["logvar"].float(), rtol=1e-3, atol=1e-3
         )
 
 

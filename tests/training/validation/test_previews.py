@@ -116,7 +116,7 @@ def build_previews(folder: Path, **settings) -> Previews:
 
 
 def test_previews_invalid_autoencoder_raises_at_construction(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"validation_preview.*'/nowhere', which is no folder"):
+    with pytest.raises(UserError, match=r"validation_preview.*'/nowhere', which is not a folder"):
         build_previews(tmp_path, validation_preview_model_name_or_path="/nowhere")
     pickled = tmp_path / "pickled"
     shutil.copytree(BUNDLED_TAESD, pickled)

@@ -255,7 +255,7 @@ def test_train_setup_failure_sends_error_and_stops_webhook_threads(tmp_path, pos
         main(spec_of(tmp_path, "large", **webhook), Reporter(), StopSignal())
     missing = {**VALIDATION, "validation_preview_model_name_or_path": "/nowhere"}
     monkeypatch.undo()
-    with pytest.raises(UserError, match="which is no folder"):
+    with pytest.raises(UserError, match="which is not a folder"):
         main(spec_of(tmp_path, "run", **missing, **webhook), Reporter(), StopSignal())
     memory, folder = posts
     assert (memory["message_type"], memory["step"]) == ("training.failed", None)
@@ -270,7 +270,7 @@ def raise_out_of_memory(spec: TrainSpec) -> None:
 
 def test_train_missing_validation_input_raises_before_training(tmp_path):
     missing = spec_of(tmp_path, "run", **{**VALIDATION, "validation_preview_model_name_or_path": "/nowhere"})
-    with pytest.raises(UserError, match="which is no folder"):
+    with pytest.raises(UserError, match="which is not a folder"):
         main(missing, Reporter(), StopSignal())
     no_eval_images = spec_of(tmp_path, "run", **VALIDATION, eval_dataset_id="shapes")
     with pytest.raises(UserError, match="eval_dataset_id: 'shapes' has no images to evaluate on"):
