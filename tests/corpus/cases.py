@@ -127,10 +127,10 @@ def _truncated() -> Iterator[Case]:
     hole[len(hole) // 2 :][:512] = bytes(512)
     middle = len(hole) // 2
     hole[middle : middle + 512] = bytes(512)
-    yield dropped("a hole in a JPEG", bytes(hole), "damaged image", "hole.jpg")
+    yield dropped("a hole in a JPEG", bytes(hole), "corrupt image", "hole.jpg")
     flipped = bytearray(files["png"])
     flipped[len(flipped) // 2] ^= 1
-    yield dropped("a flipped bit in a PNG", bytes(flipped), "damaged image", "flipped.png")
+    yield dropped("a flipped bit in a PNG", bytes(flipped), "corrupt image", "flipped.png")
 
 
 def _contents() -> Iterator[Case]:

@@ -152,7 +152,7 @@ def test_encode_changing_file_latents_match_the_state_of_their_key(data, tmp_pat
 def test_encode_missing_folder_raises_one_message(data, tmp_path):
     spec = make_spec(tmp_path, data, plan(data, scan(data)))
     data.rename(tmp_path / "away")
-    with pytest.raises(UserError, match="does not exist; it was there when the dataset was scanned") as error:
+    with pytest.raises(UserError, match="does not exist; it existed when the dataset was scanned") as error:
         encode(spec)
     assert str(data) in str(error.value)
     assert not Path(spec.entries_path).exists()
