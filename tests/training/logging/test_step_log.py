@@ -57,7 +57,7 @@ def test_step_log_nan_in_one_micro_batch_logs_that_batch_only(report):
     assert rows == [(1, 0.75, 1.0), (3, 0.5, 2.0)]
     (line,) = lines
     (suspect,), (other,) = sampler.batch(3, 0), sampler.batch(2, 0)
-    assert "step 2 is skipped, since its loss is nan" in line
+    assert "step 2 is skipped because its loss is nan" in line
     assert suspect.sample.key[:12] in line
     assert other.sample.key[:12] not in line
 
