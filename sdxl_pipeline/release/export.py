@@ -14,7 +14,7 @@ from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.files.atomic_files import atomic_path, sha256_path, write_text_atomic
 from sdxl_pipeline.files.disk_space import require_space
 from sdxl_pipeline.models.base_model import ResolvedModel
-from sdxl_pipeline.release.release_inputs import ReleaseInputs
+from sdxl_pipeline.release.release_inputs import ExportError, ReleaseInputs
 from sdxl_pipeline.release.sanitize import ReleaseError, portable_lineage, portable_settings, require_portable
 from sdxl_pipeline.runtime.specs import EvaluationReport, TrainedLora, ValidationImage, ValidationPrompt
 
@@ -33,10 +33,6 @@ _RESERVED_STEMS = {
     for name in (SETTINGS_FILE, REPORT_FILE, LINEAGE_FILE, GALLERY_FILE, LOSS_PLOT_FILE, LOSS_CURVE_FILE)
 }
 """Weights of such a name get no sidecar files, which would overwrite these files."""
-
-
-class ExportError(Exception):
-    """Weights that their users could not use; the message describes why."""
 
 
 def build_release(folder: Path, inputs: ReleaseInputs) -> Path:

@@ -12,6 +12,10 @@ from sdxl_pipeline.runtime.specs import KIND_LABELS, EvaluationReport, TrainedLo
 _ALGORITHMS = {"lokr": "LoKr", "loha": "LoHa", "lora": "LoRA", "locon": "LoCon"}
 
 
+class ExportError(Exception):
+    """Weights that their users could not use; the message describes why."""
+
+
 @dataclass(frozen=True)
 class ReleaseInputs:
     """Everything that a release is made of."""

@@ -24,7 +24,7 @@ from sdxl_pipeline.models.components import (
     load_vae,
 )
 from sdxl_pipeline.release import single_file
-from sdxl_pipeline.release.export import ExportError
+from sdxl_pipeline.release.release_inputs import ExportError
 from sdxl_pipeline.release.single_file import require_loadable, write_checkpoint
 
 

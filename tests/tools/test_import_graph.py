@@ -1,8 +1,21 @@
 """Tests of the import graph: packages, cycles, transitive reduction, and the diagram in docs/architecture.md."""
 
+from graphlib import TopologicalSorter
+
 import pytest
 
-from tools.import_graph import BEGIN, END, PAGE, import_graph, imports_of, mermaid, package_of, reduced
+from tools.import_graph import (
+    BEGIN,
+    END,
+    PAGE,
+    REPOSITORY,
+    ROOTS,
+    import_graph,
+    imports_of,
+    mermaid,
+    package_of,
+    reduced,
+)
 
 
 @pytest.mark.parametrize(
@@ -54,3 +67,22 @@ def test_architecture_page_has_the_current_diagram():
     text = PAGE.read_text(encoding="utf-8")
     written = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
     assert written == mermaid(reduced(import_graph())), "run: python -m tools.import_graph --write"
+
+
+def test_modules_have_no_import_cycle():
+    """Imports within functions count too. `prepare` raises CycleError with the modules of a cycle."""
+    files = {
+        ".".join(file.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): file
+        for root in ROOTS
+        for file in (REPOSITORY / root).rglob("*.py")
+    }
+    imports = {
+        module: {
+            name if name in files else name.rpartition(".")[0]
+            for name in imports_of(file, module)
+            if name in files or name.rpartition(".")[0] not in ("", module)
+        }
+        for module, file in files.items()
+    }
+    assert len(imports) > 200
+    TopologicalSorter(imports).prepare()

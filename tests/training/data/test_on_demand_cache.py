@@ -72,9 +72,7 @@ def assert_position_is_image(
     expected = [encode_file(dataset, encoder, sample) for sample in samples]
     assert not torch.equal(expected[0]["mean"], expected[1]["mean"]), "a reversed batch would not be detected"
     for position, posterior in enumerate(expected):
-        torch.testing.assert_close(
-            posteriors.mean[position], posterior["mean"].float(), rtol=1e-3, atol=1e-3
-        )
+        torch.testing.assert_close(posteriors.mean[position], posterior["mean"].float(), rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(
             posteriors.logvar[position], posterior["logvar"].float(), rtol=1e-3, atol=1e-3
         )
