@@ -31,8 +31,8 @@ def download_snapshot(
 ) -> Snapshot:
     """Download the files that `choose` selects from the repository's listing into this machine's Hub cache.
 
-    `probes` are names of small files, one of which the repository has: downloading them first determines the commit, from the network or,
-    without one, from the cache. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE have the same meaning as for huggingface_hub. Raises
+    The commit and the listing come from the network or, without one, from the cache, in which `probes` are names of small files that
+    the repository may have: one of them identifies the cached commit. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE have the same meaning as for huggingface_hub. Raises
     DiskFullError when the cache's disk is full, BaseModelError when the repository or revision does not exist, needs a token, or cannot
     be reached and is not cached, and any error of `choose`.
     """
@@ -50,9 +50,14 @@ def download_snapshot(
 
     endpoint = os.environ.get("HF_ENDPOINT") or None
 
-    def fetch(files: Collection[str], at: str | None) -> Path:
+    def fetch(files: Collection[str], at: str | None, *, cached_only: bool) -> Path:
         download = partial(
-            snapshot_download, repo_id, revision=at, allow_patterns=list(files), endpoint=endpoint
+            snapshot_download,
+            repo_id,
+            revision=at,
+            allow_patterns=list(files),
+            endpoint=endpoint,
+            local_files_only=cached_only,
         )
         try:
             return Path(retry_while_busy(download, f"Downloading {repo_id}", retry_connection_errors=False))
@@ -64,17 +69,27 @@ def download_snapshot(
                 needed = sum(file.file_size for file in download(dry_run=True) if file.will_download)
             raise DiskFullError(hub_cache_full_message(Path(HF_HUB_CACHE), repo_id, needed)) from error
 
+    unreachable: Exception | None = None
     try:
-        commit = fetch(probes, revision).name
         try:
-            listing: Collection[str] = HfApi(endpoint=endpoint).list_repo_files(repo_id, revision=commit)
+            info = retry_while_busy(
+                partial(HfApi(endpoint=endpoint).model_info, repo_id, revision=revision),
+                f"Listing {repo_id}",
+                retry_connection_errors=False,
+            )
+            files = tuple(choose([file.rfilename for file in info.siblings or ()]))
+            # by its branch or tag, so that the cache knows the commit of that name without a network
+            folder = fetch(files, revision, cached_only=False)
+        except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError):
+            raise
         except (HTTPError, OfflineModeIsEnabled) as error:
+            # Nothing asks the network again: each of huggingface_hub's calls would wait for its own retries.
+            unreachable = error
             logger.info(
                 "%s cannot be reached (%s); its cached files are used.", repo_id, type(error).__name__
             )
-            listing = _cached_files(fetch(probes, commit))
-        files = tuple(choose(listing))
-        folder = fetch(files, commit)
+            folder = fetch(probes, revision, cached_only=True)
+            files = tuple(choose(_cached_files(folder)))
     except GatedRepoError as error:
         raise BaseModelError(
             f"{repo_id} is gated: accept its terms at https://huggingface.co/{repo_id}, then set HF_TOKEN or run `hf auth login`."
@@ -93,11 +108,11 @@ def download_snapshot(
     except (LocalEntryNotFoundError, HTTPError) as error:
         raise BaseModelError(
             f"{repo_id} cannot be reached, and this machine's Hub cache lacks some of its files "
-            f"({describe_hub_error(error)}). Connect once, or give a local folder."
+            f"({describe_hub_error(unreachable or error)}). Connect once, or give a local folder."
         ) from error
     if missing := [name for name in files if not (folder / name).exists()]:
         raise BaseModelError(f"{repo_id}: the download lacks {', '.join(missing)}. Run again.")
-    return Snapshot(folder, commit)
+    return Snapshot(folder, folder.name)
 
 
 def _cached_files(folder: Path) -> list[str]:
