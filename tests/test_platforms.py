@@ -34,6 +34,7 @@ print("\\n".join(failed))
 """
 
 
+@pytest.mark.slow
 def test_all_modules_without_fcntl_and_resource_import():
     process = subprocess.run(
         [sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True, cwd=REPOSITORY, check=False

@@ -20,6 +20,7 @@ runpy.run_module("benchmarks.train", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_gpu_benchmark_without_other_packages_measures_every_variant(tmp_path):
     options = "--device cpu --tiny --resolution 64 --batches 1 --rounds 1 --steps 1 --compiler eager"
     kernels = ["--kernels", "_native_math", "_native_cudnn"]

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.support.small_disk import run_on_small_disk
 
 PROGRAM = """
@@ -54,6 +56,7 @@ for key in pd.read_parquet(spec.entries_path)["latent_key"]:
 """
 
 
+@pytest.mark.slow
 def test_encode_full_disk_raises_a_message_and_the_next_run_completes_the_store(tmp_path: Path):
     output = run_on_small_disk(PROGRAM, tmp_path)
     assert f"no space left on the disk of {tmp_path / 'store'}" in output

@@ -80,6 +80,7 @@ def test_killed_run_process_stage_saves_and_the_next_run_gets_the_slot(
         assert not instance.event_log_storage.get_concurrency_info("gpu").claimed_slots
 
 
+@pytest.mark.slow
 def test_waiting_run_logs_the_holder_and_continues_when_it_is_killed(
     tmp_path: Path, work_dir: Path, home: Path
 ) -> None:

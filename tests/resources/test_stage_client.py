@@ -162,6 +162,7 @@ def test_run_stage_killed_worker_ends_an_unresponsive_stage(tmp_path, work_dir):
 TRAIN = {"SLEEPY_STAGE": "tests.stages.distributed.train", "SLEEPY_PROCESSES": "2"}
 
 
+@pytest.mark.slow
 def test_run_stage_train_on_two_devices_has_two_ranks_and_one_manifest(tmp_path, work_dir):
     worker = Worker(SleepySpec(folder=tmp_path), work_dir, **TRAIN)
     assert worker.end() == 0, worker.output

@@ -103,6 +103,7 @@ def assert_same_entries(one: Path, other: Path) -> None:
             assert torch.equal(first[name], second[name])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_encode_two_processes_write_same_store_as_one(tmp_path: Path):
     latents, two_latents = latents_spec(tmp_path, 1), latents_spec(tmp_path, 2)

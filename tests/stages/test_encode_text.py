@@ -277,6 +277,7 @@ def test_encode_text_stopped_keeps_finished_entries(make_spec):
     assert counts(run(spec)) == (6, 6 - stored, stored)
 
 
+@pytest.mark.slow
 def test_encode_text_program_writes_manifest(make_spec, tmp_path: Path):
     (tmp_path / "spec.json").write_text(make_spec().model_dump_json())
     completed = subprocess.run(

@@ -157,6 +157,7 @@ def test_evaluate_stop_requested_raises(changed, tmp_path: Path):
         main(spec.model_copy(update={"output_dir": str(tmp_path)}), Reporter(), stop)
 
 
+@pytest.mark.slow
 def test_evaluate_program_writes_manifest(changed, tmp_path: Path):
     spec, report = changed
     copied = spec.model_copy(update={"output_dir": str(tmp_path / "output")})

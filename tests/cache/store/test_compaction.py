@@ -312,6 +312,7 @@ def test_compact_on_a_full_disk_skips_rewriting_and_loses_nothing(tmp_path: Path
     assert_holds(TensorStore(tmp_path), range(8))
 
 
+@pytest.mark.slow
 def test_concurrent_writers_reader_and_prunes_lose_nothing(tmp_path: Path):
     fill(tmp_path, range(30), shard_rows=7)
     reader = start_process(READER, tmp_path)

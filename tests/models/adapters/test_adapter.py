@@ -147,6 +147,7 @@ def test_save_adapter_uses_diffusers_tensor_names(random_filled: ResolvedModel, 
     assert (metadata["a"], metadata["b"]) == ("1", "2")
 
 
+@pytest.mark.slow
 def test_save_adapter_is_deterministic_across_processes(tmp_path: Path):
     program = """
 import sys

@@ -107,6 +107,7 @@ def test_clip_loaded_by_transformers_ranks_matching_image_first() -> None:
     assert (logits.argmax(1) == torch.arange(8)).sum() >= 7
 
 
+@pytest.mark.slow
 def test_pipeline_held_out_prompts_are_followed(pipeline: StableDiffusionXLPipeline) -> None:
     metrics = measure_generation(pipeline, count=16)
     assert metrics["drawn_color"] >= 15 / 16

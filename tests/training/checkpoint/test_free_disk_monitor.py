@@ -59,6 +59,7 @@ print("done:", done.steps)
 """
 
 
+@pytest.mark.slow
 def test_train_on_a_small_disk_raises_before_filling_it_and_resumes(tmp_path: Path):
     full, retained, low, done = run_on_small_disk(PROGRAM, tmp_path).splitlines()
     step = int(retained.removeprefix("retained: "))

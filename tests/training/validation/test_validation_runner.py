@@ -204,6 +204,7 @@ def test_validation_timer_remaining_seconds_by_kind(tmp_path):
     assert timer.remaining_seconds(23) == 4.0 + 80.0
 
 
+@pytest.mark.slow
 def test_train_resumed_repeats_no_validation(tmp_path, posts):
     spec = spec_of(tmp_path, "stopped", **VALIDATION, webhook_config=str(tmp_path / "webhooks.json"))
 
