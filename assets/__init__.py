@@ -13,6 +13,7 @@ from assets.lora import build_lora
 from assets.masks import build_mask_dataset, build_masks
 from assets.text_embeds import build_text_embeds
 from assets.training_plan import build_training_plan
+from assets.training_set import build_training_set
 from assets.vae_latents import build_vae_latents
 from sdxl_pipeline.config.loader import InvalidProject, Project
 
@@ -42,6 +43,7 @@ def build_assets(project: Project) -> list[dg.AssetsDefinition]:
         *masks,
         *build_leak_checks(project),
         *build_regularisation_checks(project),
+        build_training_set(project),
         build_lora(project),
         build_evaluation(project),
         build_hub_release(project),

@@ -66,6 +66,7 @@ def build_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefinition:
         scanned, folder = scan.table, storage.data_dir(dataset)
         kept = scanned[scanned["status"] == "kept"]
         context.log.info(f"{len(scanned)} files found, {len(kept)} kept, {len(scanned) - len(kept)} dropped.")
+        scanned.attrs[METADATA_ENTRY] = fingerprint
         yield dg.MaterializeResult(
             value=scanned,
             data_version=dg.DataVersion(dataset_digest(scanned)),

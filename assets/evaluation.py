@@ -7,23 +7,18 @@ import dagster as dg
 
 from assets.asset_keys import asset_attributes, project_key, version
 from assets.checks import result_checks
-from assets.dataset_inputs import (
-    CacheInput,
-    build_training_datasets,
-    cache_inputs,
-    model_input,
-    validation_prompts,
-)
+from assets.dataset_inputs import model_input, validation_prompts
 from assets.lora import read_training_spec
 from assets.metadata import evaluation_metadata
 from assets.stage_asset import materialize_stage
+from assets.training_set import training_set_input
 from resources.stage_client import LocalStageClient
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.evaluation.evaluation_identity import EVALUATION_KEYS
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.release.export import REPORT_FILE
-from sdxl_pipeline.runtime.specs import EvaluateSpec, EvaluationReport, TrainedLora
+from sdxl_pipeline.runtime.specs import EvaluateSpec, EvaluationReport, TrainedLora, TrainingSet
 
 CODE = "2"
 
@@ -43,7 +38,7 @@ def build_evaluation(project: Project) -> dg.AssetsDefinition:
         key=key,
         **asset_attributes(project, "training", "torch", device=True),
         ins=model_input(project)
-        | cache_inputs(project)
+        | training_set_input(project)
         | {"lora": dg.AssetIn(key=project_key(project, "lora"), dagster_type=TrainedLora)},
         code_version=version(CODE, [settings_read, [prompt.model_dump() for prompt in prompts]]),
         check_specs=[check.spec(key) for check in result_checks.EVALUATION_CHECKS],
@@ -54,8 +49,8 @@ def build_evaluation(project: Project) -> dg.AssetsDefinition:
         launcher: LocalStageClient,
         storage: Storage,
         model: ResolvedModel,
+        training_set: TrainingSet,
         lora: TrainedLora,
-        **caches: CacheInput,
     ) -> Iterator[dg.MaterializeResult[EvaluationReport]]:
         trained = read_training_spec(lora)
         # Training settings are those of the run; evaluation settings are those of config.json now.
@@ -66,7 +61,7 @@ def build_evaluation(project: Project) -> dg.AssetsDefinition:
             hardware=trained.hardware,
             settings=trained.settings.model_copy(update=evaluation_settings),
             lora=lora,
-            datasets=build_training_datasets(project, storage, caches),
+            datasets=training_set.datasets,
             prompts=prompts,
             output_dir=str(Path(project.training.output_dir) / "evaluation"),
             previous_report_path=str(previous) if previous.is_file() else None,

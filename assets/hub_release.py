@@ -8,12 +8,13 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from assets.asset_keys import asset_attributes, dataset_key, project_key, version
+from assets.asset_keys import asset_attributes, project_key, version
 from assets.dataset_inputs import model_input
 from assets.errors import user_errors_as_failures
 from assets.evaluation import release_dir
 from assets.lora import read_training_spec
 from assets.metadata import release_metadata
+from assets.training_set import training_set_input
 from resources.hub import HubResource
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.schema.key_facts import keys_used_by
@@ -23,7 +24,7 @@ from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.release.export import build_release, verify_export, verify_formats
 from sdxl_pipeline.release.formats.kohya_header import trigger_words
 from sdxl_pipeline.release.release_inputs import ReleaseInputs
-from sdxl_pipeline.runtime.specs import EvaluationReport, HubRelease, TrainedLora
+from sdxl_pipeline.runtime.specs import EvaluationReport, HubRelease, TrainedLora, TrainingSet
 
 CODE = "2"
 MIN_PREFIX_LENGTH = 8
@@ -48,6 +49,7 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
         key=project_key(project, "hub_release"),
         **asset_attributes(project, "release", "huggingface"),
         ins=model_input(project)
+        | training_set_input(project)
         | {
             "lora": dg.AssetIn(key=project_key(project, "lora"), dagster_type=TrainedLora),
             "evaluation": dg.AssetIn(key=project_key(project, "evaluation"), dagster_type=EvaluationReport),
@@ -63,12 +65,13 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
         config: ReleaseConfig,
         hub: HubResource,
         model: ResolvedModel,
+        training_set: TrainingSet,
         lora: TrainedLora,
         evaluation: EvaluationReport,
     ) -> Iterator[dg.MaterializeResult[HubRelease]]:
         _require_releasable(context.asset_key, lora, config.promote)
         trained = read_training_spec(lora)
-        lineage = _lineage(context, project, model, lora)
+        lineage = _lineage(project, model, training_set, lora)
         with user_errors_as_failures():
             if lora.weights_kind == "lora":  # verify_formats reads the whole folder of a UNet
                 verify_export(Path(lora.weights_path), model)
@@ -164,27 +167,15 @@ def _publish(
 
 
 def _lineage(
-    context: dg.AssetExecutionContext, project: Project, model: ResolvedModel, lora: TrainedLora
+    project: Project, model: ResolvedModel, training_set: TrainingSet, lora: TrainedLora
 ) -> dict[str, Any]:
     """Return the data version of each upstream asset, the base model's revision and digests, and the weights' digest."""
-    stages = [project_key(project, "base_model"), project_key(project, "lora")] + [
-        dataset_key(project, dataset, stage)
-        for dataset in project.datasets
-        for stage in (
-            "dataset",
-            "aspect_buckets",
-            "vae_latents",
-            "text_embeds",
-            *(["masks"] if project.masks_of(dataset) else []),
-        )
-    ]
-    versions = {}
-    for key in stages:
-        event = context.instance.get_latest_materialization_event(key)
-        tags = (event.asset_materialization.tags or {}) if event and event.asset_materialization else {}
-        versions["/".join(key.path)] = tags.get("dagster/data_version", "unknown")
     return {
-        "data_versions": versions,
+        "data_versions": {
+            f"{project.name}/base_model": model.digest,
+            f"{project.name}/lora": lora.weights_sha256,
+            **training_set.data_versions,
+        },
         "base_model": model.source,
         "base_model_revision": model.revision,
         "base_model_digests": dict(model.digests),

@@ -9,19 +9,12 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from assets.asset_keys import asset_attributes, dataset_key, project_key, version
+from assets.asset_keys import asset_attributes, project_key, version
 from assets.checks import result_checks
-from assets.dataset_inputs import (
-    CacheInput,
-    build_training_datasets,
-    cache_inputs,
-    mask_inputs,
-    model_input,
-    upstream_metadata,
-    validation_prompts,
-)
+from assets.dataset_inputs import model_input, validation_prompts
 from assets.errors import USER_ERRORS, user_errors_as_failures
 from assets.metadata import lora_metadata, lora_summary
+from assets.training_set import training_set_input
 from resources.hardware import HardwareProfile
 from resources.hub import HubResource
 from resources.stage_client import LocalStageClient
@@ -36,7 +29,7 @@ from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY, project_
 from sdxl_pipeline.files.atomic_files import write_text_atomic
 from sdxl_pipeline.models.adapters.init_adapter_source import resolve_init_lora
 from sdxl_pipeline.models.base_model import ResolvedModel
-from sdxl_pipeline.runtime.specs import SettingDifference, TrainedLora, TrainSpec
+from sdxl_pipeline.runtime.specs import SettingDifference, TrainedLora, TrainingSet, TrainSpec
 from sdxl_pipeline.training.checkpoint.run_identity import (
     change_affects_weights,
     run_identity,
@@ -64,7 +57,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
     @dg.asset(
         key=key,
         **asset_attributes(project, "training", "torch", "safetensors", device=True),
-        ins=model_input(project) | cache_inputs(project) | mask_inputs(project),
+        ins=model_input(project) | training_set_input(project),
         code_version=version(
             CODE,
             [
@@ -85,7 +78,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
         trackers: TrackerResource,
         webhook: WebhookResource,
         model: ResolvedModel,
-        **caches: CacheInput,
+        training_set: TrainingSet,
     ) -> Iterator[dg.MaterializeResult[TrainedLora]]:
         profile = hardware.hardware()
         with user_errors_as_failures():
@@ -100,7 +93,7 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
             base_model=model,
             hardware=resolve_hardware(settings, profile),
             settings=settings,
-            datasets=build_training_datasets(project, storage, caches),
+            datasets=training_set.datasets,
             prompts=validation_prompts(project),
             run_dir="",
             project=project.name,
@@ -123,21 +116,13 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
         )
         result = result.model_copy(update={"overrides": overrides})
         context.log.info(lora_summary(result))
-        fingerprints = upstream_metadata(
-            context,
-            (
-                dataset_key(project, dataset, "dataset")
-                for dataset in (*project.datasets, *project.mask_datasets)
-            ),
-            METADATA_ENTRY,
-        )
         yield dg.MaterializeResult(
             value=result,
             data_version=dg.DataVersion(result.weights_sha256),
             metadata=lora_metadata(result, spec, differences)
             | {
                 METADATA_ENTRY: project_fingerprint(
-                    project, fingerprints, {each.setting: each.used for each in overrides}
+                    project, training_set.fingerprints, {each.setting: each.used for each in overrides}
                 )
             },
             # Dagster records the code version of the definition, which does not include overrides; this tag replaces it, so that

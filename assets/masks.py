@@ -22,7 +22,7 @@ from sdxl_pipeline.data.decoding.image_decoding import UnreadableImage
 from sdxl_pipeline.data.masks.mask_pairs import MaskPairs, mask_overlay, pair_masks
 from sdxl_pipeline.data.quality.contact_sheets import contact_sheet
 from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY, dataset_fingerprint
-from sdxl_pipeline.data.scan.table_digests import dataset_digest
+from sdxl_pipeline.data.scan.table_digests import dataset_digest, frame_digest
 from sdxl_pipeline.files.digest import digest_json
 
 CODE = "2"
@@ -57,6 +57,7 @@ def build_mask_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefini
         scanned = scan.table
         kept = scanned[scanned["status"] == "kept"]
         context.log.info(f"{len(scanned)} files found, {len(kept)} masks.")
+        scanned.attrs[METADATA_ENTRY] = fingerprint
         yield dg.MaterializeResult(
             value=scanned,
             # includes the names, which pair masks with images
@@ -99,7 +100,7 @@ def build_masks(project: Project, dataset: ImageDataset, entry: ImageDataset) ->
         overlays = _overlays(paired.pairs, storage.data_dir(dataset), storage.data_dir(entry), kind)
         yield dg.MaterializeResult(
             value=paired.pairs,
-            data_version=dg.DataVersion(digest_json([kind, paired.digest()])),
+            data_version=dg.DataVersion(masks_digest(kind, paired.pairs)),
             metadata={
                 "masked": len(paired.pairs),
                 "without_mask": dropped_table(paired.unmasked),
@@ -117,6 +118,11 @@ def mask_kind(entry: ImageDataset) -> MaskKind:
     if entry.conditioning_type is None:
         raise AssertionError(f"{entry.id} has no conditioning_type")
     return entry.conditioning_type
+
+
+def masks_digest(kind: MaskKind, pairs: pd.DataFrame) -> str:
+    """Return a digest of the contents of images and masks that are paired, whatever their names and order, and of how masks are read."""
+    return digest_json([kind, frame_digest(pairs, ("key", "mask_key"))])
 
 
 def _check_pairs(paired: MaskPairs, dataset: ImageDataset) -> dg.AssetCheckResult:

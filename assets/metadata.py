@@ -41,6 +41,7 @@ from sdxl_pipeline.runtime.specs import (
     TextEmbedCache,
     TrainedLora,
     TrainingPlan,
+    TrainingSet,
     TrainSpec,
 )
 
@@ -166,6 +167,27 @@ def training_plan_metadata(plan: TrainingPlan) -> dict[str, Any]:
                     plan.raised_repeats.get(name, ""),
                 )
                 for name in names
+            ],
+        ),
+    }
+
+
+def training_set_metadata(training_set: TrainingSet) -> dict[str, Any]:
+    """Return what each dataset contributes to the training."""
+    return {
+        "datasets": markdown_table(
+            ("dataset", "crops", "captions", "repeats", "probability", "masks", "regularisation"),
+            [
+                (
+                    dataset.dataset_id,
+                    dataset.latents.planned,
+                    dataset.text_embeds.captions,
+                    dataset.repeats,
+                    dataset.probability,
+                    dataset.masks.kind if dataset.masks else "",
+                    "yes" if dataset.is_regularisation else "",
+                )
+                for dataset in training_set.datasets
             ],
         ),
     }

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -79,7 +80,9 @@ class Storage(dg.ConfigurableResource):
         A manifest with this path refers to the same rows after the table has changed. `prune` deletes old files without references, so
         an existing file gets the current modification time.
         """
-        data = parquet_bytes(table)
+        content = table.copy(deep=False)
+        content.attrs = {}  # describes the file that the table came from, not its rows
+        data = parquet_bytes(content)
         path = folder / f"{name}-{hashlib.sha256(data).hexdigest()[:16]}.parquet"
         with suppress(FileNotFoundError):
             os.utime(path)
@@ -144,12 +147,13 @@ def parquet_bytes(table: pd.DataFrame) -> bytes:
 
 
 def read_parquet(path: Path) -> pd.DataFrame:
-    """Return a table as it was written: list columns contain lists, where pandas alone returns numpy arrays."""
+    """Return a table as it was written: list columns contain lists, where pandas alone returns numpy arrays; its `attrs` too."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     stored = pq.read_table(path)
     table: pd.DataFrame = stored.to_pandas()
+    table.attrs = json.loads((stored.schema.metadata or {}).get(b"PANDAS_ATTRS", b"{}"))
     for field in stored.schema:
         if pa.types.is_list(field.type) and field.name in table.columns:
             table[field.name] = pd.Series(stored[field.name].to_pylist(), index=table.index, dtype=object)

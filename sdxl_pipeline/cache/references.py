@@ -104,7 +104,8 @@ def _add_project(found: References, layout: StorageLayout, project: Project) -> 
     for entry in project.text_embeds:
         found.keys.setdefault(layout.text_store_root(entry.cache_dir).resolve(), [])
     found.outputs.add(Path(project.training.output_dir))
-    for spec in (Path(project.training.output_dir) / "lora").glob("*/spec.json"):
+    training_set = layout.values / project.name / "training_set.json"
+    for spec in (training_set, *(Path(project.training.output_dir) / "lora").glob("*/spec.json")):
         found.files.update(_tables_of_spec(spec))
 
 

@@ -180,6 +180,16 @@ class TrainingDataset(StageModel):
     )
 
 
+class TrainingSet(StageModel):
+    """Value of the training_set asset: the datasets of a project, joined."""
+
+    datasets: tuple[TrainingDataset, ...]
+    fingerprints: dict[str, str] = Field(
+        description="Names, sizes and times of the files that each dataset was read from, as a digest, by dataset asset key."
+    )
+    data_versions: dict[str, str] = Field(description="Of the datasets' assets, by asset key.")
+
+
 class ValidationPrompt(StageModel):
     """A validation prompt, sampled during training and in the evaluation's gallery."""
 

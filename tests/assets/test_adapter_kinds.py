@@ -56,7 +56,15 @@ def test_graph_other_adapter_is_trained_released_and_continued(
     second = make_project(name="second", config={**config, "init_lora": str(weights)})
     (second / "lycoris_config.json").write_text(json.dumps(LOKR))
     again = materialize(
-        instance, second, "base_model", "dataset", "aspect_buckets", "vae_latents", "text_embeds", "lora"
+        instance,
+        second,
+        "base_model",
+        "dataset",
+        "aspect_buckets",
+        "vae_latents",
+        "text_embeds",
+        "training_set",
+        "lora",
     )
     assert again.success
     assert metadata(again, "second", "lora")["init_lora_sha256"] == trained["sha256"]
@@ -66,7 +74,16 @@ def test_graph_partially_loadable_file_is_not_released(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
     folder = make_project()
-    upstream = ("base_model", "dataset", "aspect_buckets", "vae_latents", "text_embeds", "lora", "evaluation")
+    upstream = (
+        "base_model",
+        "dataset",
+        "aspect_buckets",
+        "vae_latents",
+        "text_embeds",
+        "training_set",
+        "lora",
+        "evaluation",
+    )
     first = materialize(instance, folder, *upstream)
     kohya = Path(metadata(first, "small", "lora")["kohya_weights"])
     tensors = load_file(kohya)

@@ -76,7 +76,7 @@ def test_encoding_assets_modes_and_windows_are_in_the_specs(
     caption = "a wide red square beside a small blue circle " * 12
     (folder / "data" / "image_01.txt").write_text(caption)
     stages = ("base_model", "dataset", "aspect_buckets", "vae_latents", "text_embeds")
-    result = materialize(instance, folder, *stages)
+    result = materialize(instance, folder, *stages, in_process=False)
     latents = metadata(result, "small", "shapes", "vae_latents")
     assert (latents["encoded"], latents["deferred"]) == (0, 4)
     assert "scaled_latents" not in latents

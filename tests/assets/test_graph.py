@@ -239,7 +239,7 @@ def test_lora_launchpad_settings_override_the_config_file(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
     folder = make_project(images=4, config={"eval_holdout_share": 0.0})
-    materialize(instance, folder, "base_model", *DATASET_STAGES)
+    materialize(instance, folder, "base_model", *DATASET_STAGES, "training_set")
     run_config = {"ops": {"small__lora": {"config": {"settings": {"max_train_steps": 2, "lora_rank": 2}}}}}
     result = materialize(instance, folder, "lora", run_config=run_config)
     shown = metadata(result, "small", "lora")
@@ -259,7 +259,7 @@ def test_lora_push_without_token_fails_before_training(
     folder = make_project(
         images=4, config={"push_to_hub": True, "hub_model_id": "someone/lora", "eval_holdout_share": 0}
     )
-    materialize(instance, folder, "base_model", *DATASET_STAGES)
+    materialize(instance, folder, "base_model", *DATASET_STAGES, "training_set")
     with pytest.raises(Exception, match="HF_TOKEN"):
         materialize(instance, folder, "lora")
     assert not list((folder / "output").rglob("metrics.jsonl"))

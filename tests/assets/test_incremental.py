@@ -33,7 +33,10 @@ class Dataset:
             *(["shapes", stage] for stage in ("dataset", "aspect_buckets", "vae_latents", "text_embeds")),
         ]
         selection = dg.AssetSelection.assets(
-            *(dg.AssetKey(["small", *stage]) for stage in [*stages, *([["lora"]] if train else [])])
+            *(
+                dg.AssetKey(["small", *stage])
+                for stage in [*stages, *([["training_set"], ["lora"]] if train else [])]
+            )
         )
         result = dg.materialize(
             list(definitions.assets or []),

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.asset_graph import DATASET_STAGES, materialize, metadata
 
-STAGES = ["base_model", *DATASET_STAGES, "lora"]
+STAGES = ["base_model", *DATASET_STAGES, "training_set", "lora"]
 
 
 @pytest.mark.slow

@@ -149,14 +149,14 @@ def test_project_fingerprint_edited_mask_changes_it(masked):
     assert project_fingerprint(load_project(masked.folder)) != before
 
 
-def test_masks_are_upstream_of_lora_and_of_no_cache(masked):
+def test_masks_are_upstream_of_the_training_set_and_of_no_cache(masked):
     graph = build_definitions(masked.folder.parent).get_repository_def().asset_graph
 
     def upstream(*key: str) -> set[dg.AssetKey]:
         return graph.get(dg.AssetKey(["small", *key])).parent_keys
 
     masks = dg.AssetKey(["small", "shapes", "masks"])
-    assert masks in upstream("lora")
+    assert masks in upstream("training_set")
     assert upstream("shapes", "masks") == {
         dg.AssetKey(["small", "shapes", "dataset"]),
         dg.AssetKey(["small", "shape_masks", "dataset"]),
@@ -185,7 +185,7 @@ def test_doctor_shows_masked_and_regularisation_datasets(masked, capsys, monkeyp
 @pytest.mark.slow
 def test_lora_edited_mask_trains_again_without_encoding(masked):
     datasets = [f"{dataset}/{stage}" for dataset in ("shapes", "people") for stage in DATASET_STAGES]
-    keys = ["base_model", *datasets, "shape_masks/dataset", "shapes/masks", "lora"]
+    keys = ["base_model", *datasets, "shape_masks/dataset", "shapes/masks", "training_set", "lora"]
     first = masked.run(*keys)
     assert "3 steps" in first["lora"]["summary"]
     assert first["lora"]["masked_datasets"] == "shapes"

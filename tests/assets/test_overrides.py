@@ -43,7 +43,7 @@ class Runs:
 
     def __init__(self, instance: dg.DagsterInstance, folder: Path) -> None:
         self.instance, self.folder = instance, folder
-        self.materialize("base_model", *DATASET_STAGES)
+        self.materialize("base_model", *DATASET_STAGES, "training_set")
 
     def materialize(
         self, *stages: str, ops: dict[str, Any] | None = None, **resources: Any

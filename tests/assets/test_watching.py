@@ -46,7 +46,9 @@ def test_lora_validation_and_webhook_are_reported_without_storing_the_address(
     file = folder / "webhooks.json"
     file.write_text(json.dumps({"webhook_type": "raw", "callback_url": address}))
     monkeypatch.setenv("SDXL_PIPELINE_PROJECTS", str(folder.parent))
-    result = materialize(instance, folder, "base_model", *DATASET_STAGES, "lora", in_process=False)
+    result = materialize(
+        instance, folder, "base_model", *DATASET_STAGES, "training_set", "lora", in_process=False
+    )
     server.shutdown()
     server.server_close()
 

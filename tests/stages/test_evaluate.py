@@ -133,7 +133,7 @@ def test_evaluate_changed_or_missing_weights_raises(changed, tmp_path: Path):
     with pytest.raises(UserError, match="SHA-256 differs"):
         evaluate(spec.model_copy(update={"lora": lora}))
     missing = spec.lora.model_copy(update={"weights_path": str(tmp_path / "missing.safetensors")})
-    with pytest.raises(UserError, match="is gone"):
+    with pytest.raises(UserError, match="does not exist"):
         evaluate(spec.model_copy(update={"lora": missing}))
 
 

@@ -67,7 +67,7 @@ def test_add_retries_on_rate_limit_and_reports_failures(hub, tmp_path):
     hub.fail_next(2, status=429, path="/repos/create")
     uploads.add(make_checkpoint(tmp_path / "abc123", "step-00000002"))
     uploads.finish()
-    assert sum("rate limit" in line and "Try" in line for line in lines) == 2
+    assert sum("rate limit" in line and "Attempt" in line for line in lines) == 2
     assert "checkpoints/abc123/step-00000002/pytorch_lora_weights.safetensors" in hub.files(REPO)
     uploads = CheckpointUploads(TrainingSettings(**PUSHED), tmp_path / "abc123", lines.append)
     hub.fail_next(1, status=403, path="/commit/")
