@@ -142,12 +142,18 @@ def _dataset_masks(
 
 def _fingerprints(project: Project, inputs: Mapping[str, DatasetInput]) -> dict[str, str]:
     """Return the fingerprints of the files that the datasets were read from, by the key of their dataset asset."""
-    return {
-        "/".join(dataset_key(project, dataset, "dataset").path): str(
-            _input(inputs, dataset, "dataset", pd.DataFrame).attrs[METADATA_ENTRY]
-        )
-        for dataset in (*project.datasets, *project.mask_datasets)
-    }
+    fingerprints = {}
+    for dataset in (*project.datasets, *project.mask_datasets):
+        key = dataset_key(project, dataset, "dataset").to_user_string()
+        attrs = _input(inputs, dataset, "dataset", pd.DataFrame).attrs
+        if METADATA_ENTRY not in attrs:
+            raise dg.Failure(
+                f"the value of asset {key} was written by another version of this project. Materialize it again: "
+                f"dagster asset materialize -m sdxl_pipeline.definitions --select 'key:\"{key}\"'",
+                allow_retries=False,
+            )
+        fingerprints[key] = str(attrs[METADATA_ENTRY])
+    return fingerprints
 
 
 def _data_versions(project: Project, inputs: Mapping[str, DatasetInput]) -> dict[str, str]:
@@ -163,6 +169,6 @@ def _data_versions(project: Project, inputs: Mapping[str, DatasetInput]) -> dict
         if entry := project.masks_of(dataset):
             found["masks"] = masks_digest(mask_kind(entry), _input(inputs, dataset, "masks", pd.DataFrame))
         versions |= {
-            "/".join(dataset_key(project, dataset, stage).path): digest for stage, digest in found.items()
+            dataset_key(project, dataset, stage).to_user_string(): digest for stage, digest in found.items()
         }
     return versions
