@@ -19,10 +19,10 @@ from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.schema.datasets import ImageDataset, MaskKind
 from sdxl_pipeline.config.schema.key_facts import keys_used_by
 from sdxl_pipeline.data.decoding.image_decoding import UnreadableImage
-from sdxl_pipeline.data.masks.mask_pairs import MaskPairs, mask_overlay, pair_masks
+from sdxl_pipeline.data.masks.mask_pairs import MaskPairs, mask_overlay, pair_masks, pairs_digest
 from sdxl_pipeline.data.quality.contact_sheets import contact_sheet
 from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY, dataset_fingerprint
-from sdxl_pipeline.data.scan.table_digests import dataset_digest, frame_digest
+from sdxl_pipeline.data.scan.table_digests import dataset_digest
 from sdxl_pipeline.files.digest import digest_json
 
 CODE = "2"
@@ -122,7 +122,7 @@ def mask_kind(entry: ImageDataset) -> MaskKind:
 
 def masks_digest(kind: MaskKind, pairs: pd.DataFrame) -> str:
     """Return a digest of the contents of images and masks that are paired, whatever their names and order, and of how masks are read."""
-    return digest_json([kind, frame_digest(pairs, ("key", "mask_key"))])
+    return digest_json([kind, pairs_digest(pairs)])
 
 
 def _check_pairs(paired: MaskPairs, dataset: ImageDataset) -> dg.AssetCheckResult:

@@ -70,6 +70,7 @@ def test_graph_other_adapter_is_trained_released_and_continued(
     assert metadata(again, "second", "lora")["init_lora_sha256"] == trained["sha256"]
 
 
+@pytest.mark.slow
 def test_graph_partially_loadable_file_is_not_released(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
@@ -102,6 +103,7 @@ def test_graph_partially_loadable_file_is_not_released(
     assert again.success
 
 
+@pytest.mark.slow
 def test_graph_comfyui_format_releases_only_the_kohya_file(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:

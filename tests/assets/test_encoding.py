@@ -65,6 +65,7 @@ def test_check_text_deferred_captions_reports_that_they_are_not_counted():
     assert "Not counted" in str(result.description)
 
 
+@pytest.mark.slow
 def test_encoding_assets_modes_and_windows_are_in_the_specs(
     instance: dg.DagsterInstance, make_project: Callable[..., Path], isolated_storage: Path
 ):

@@ -189,6 +189,7 @@ def test_metadata_images_are_jpegs_of_at_most_300_kilobytes(
         assert len(jpeg) <= 300_000
 
 
+@pytest.mark.slow
 def test_graph_new_image_and_edited_caption_encode_one_entry_each(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
@@ -216,6 +217,7 @@ def test_graph_new_image_and_edited_caption_encode_one_entry_each(
     assert metadata(renamed, "small", "shapes", "text_embeds")["encoded"] == 0
 
 
+@pytest.mark.slow
 def test_graph_another_vae_encodes_all_latents_and_no_text(
     instance: dg.DagsterInstance, make_project: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -103,6 +103,7 @@ def test_encoding_changed_files_encodes_only_their_entries(dataset: Dataset) -> 
     assert dataset.encoded() == (0, 0)
 
 
+@pytest.mark.slow
 def test_lora_renamed_and_moved_images_reuse_the_training(dataset: Dataset) -> None:
     assert "3 steps" in dataset.run(train=True)["training"]
     (dataset.data / "moved").mkdir()
@@ -113,6 +114,7 @@ def test_lora_renamed_and_moved_images_reuse_the_training(dataset: Dataset) -> N
     assert "reused, nothing trained" in second["training"]
 
 
+@pytest.mark.slow
 def test_encoding_changed_settings_encode_dependent_entries_and_reverting_encodes_nothing(
     dataset: Dataset,
 ) -> None:

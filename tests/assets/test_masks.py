@@ -133,6 +133,7 @@ def test_masks_paired_other_aspect_ratio_or_corrupt_mask_is_reported(masked):
     assert "image_02.png" in reasons
 
 
+@pytest.mark.slow
 def test_masks_data_version_changes_with_an_edit_and_not_with_a_rename(masked):
     before = masked.masks()["version"]
     for folder in ("data", "masks"):

@@ -58,6 +58,7 @@ def write_dataset(folder: Path) -> None:
         (folder / f"{name}.txt").write_text(f"a photo, {name}")
 
 
+@pytest.mark.slow
 def test_graph_trains_lora_on_photographs(
     tmp_path: Path, instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:

@@ -159,7 +159,10 @@ def test_sgm_name_of_sdxl_base_equals_specification():
         assert sgm_name(name, prefixes) == expected
 
 
-@pytest.mark.parametrize("count", TARGETS)
+@pytest.mark.parametrize(
+    "count",
+    [pytest.param(count, marks=[pytest.mark.slow] if count in (722, 788) else []) for count in TARGETS],
+)
 def test_kohya_tensors_are_loaded_completely_by_every_program(table: LayerTable, tmp_path: Path, count: int):
     unet = add_random_lora(base_unet(), TARGETS[count])
     trained = lora_layers(unet)

@@ -22,6 +22,7 @@ def create(folder: Path, barrier: Barrier) -> None:
     storage.run_storage.get_runs()
 
 
+@pytest.mark.slow
 def test_storage_concurrent_first_starts_all_succeed(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     for attempt in range(3):

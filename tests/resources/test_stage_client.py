@@ -71,6 +71,7 @@ def test_run_stage_returns_the_manifest_and_relays_messages(tmp_path, work_dir, 
     assert f"image dot at step 60: {tmp_path}/dot.png (a dot)" in logged
 
 
+@pytest.mark.slow
 def test_run_stage_concurrent_runs_use_separate_specs_and_manifests(tmp_path, work_dir):
     """Two runs of one project, as with a pool of two, count to their own number of steps."""
     workers = []
@@ -130,6 +131,7 @@ def test_run_stage_interrupted_saves_and_ends_the_process_group(tmp_path, work_d
     assert "stopping stage sleepy_stage" in worker.output
 
 
+@pytest.mark.slow
 def test_run_stage_unresponsive_stage_is_killed_after_the_timeout(tmp_path, work_dir):
     spec = SleepySpec(folder=tmp_path, steps=FOREVER, stubborn=True, helper=True)
     worker = Worker(spec, work_dir, SLEEPY_STOP_TIMEOUT="1")
@@ -177,7 +179,7 @@ def test_run_stage_other_stages_use_one_process(tmp_path, work_dir, monkeypatch,
     assert not (tmp_path / "done-1").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_run_stage_stopped_or_killed_worker_all_ranks_save_and_end(tmp_path, work_dir, number):
     spec = SleepySpec(folder=tmp_path, steps=FOREVER, helper=True)
     worker = Worker(spec, work_dir, **TRAIN)

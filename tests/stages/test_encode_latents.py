@@ -411,6 +411,7 @@ def test_encode_latents_empty_plan_returns_empty_manifest(make_spec):
     assert list(pd.read_parquet(spec.entries_path).columns) == ["path", "crop_index", "key", "latent_key"]
 
 
+@pytest.mark.slow
 def test_encode_latents_program_writes_manifest(make_spec, tmp_path: Path):
     spec = make_spec()
     (tmp_path / "spec.json").write_text(spec.model_dump_json())

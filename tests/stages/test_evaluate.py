@@ -73,6 +73,7 @@ def test_evaluate_repeated_is_identical(changed, tmp_path: Path):
     assert "lora_clip_mean" in again.change_since_release
 
 
+@pytest.mark.slow
 def test_evaluate_same_identity_is_reused_if_images_exist(tmp_path: Path):
     spec = make_evaluate_spec(tmp_path, scale=0.1, evaluation_type="none")
     first = evaluate(spec)
@@ -91,6 +92,7 @@ def test_evaluate_same_identity_is_reused_if_images_exist(tmp_path: Path):
     assert not evaluate(spec).reused
 
 
+@pytest.mark.slow
 def test_evaluate_renamed_files_keep_identity_and_losses(tmp_path: Path):
     spec = make_evaluate_spec(tmp_path, scale=0.1, evaluation_type="none")
     before = evaluate(spec)

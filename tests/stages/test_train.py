@@ -82,7 +82,7 @@ def test_train_manifest_describes_the_run(unbroken):
     assert pipeline.get_list_adapters() == {"unet": ["default_0"]}
 
 
-@pytest.mark.parametrize("fill", ["partial", "wrap"])
+@pytest.mark.parametrize("fill", ["partial", pytest.param("wrap", marks=pytest.mark.slow)])
 def test_train_two_processes_equal_one_with_double_batch_and_bucket_of_one_image(tmp_path, fill):
     dataset = make_dataset(tmp_path / "dataset", buckets=[SQUARE] * 3 + [WIDE])
     settings = {
@@ -157,6 +157,7 @@ def test_train_disk_full_raises_before_writing_final_weights(unbroken, monkeypat
     assert not leftover.exists(), "temporary files of a killed process are removed at the next start"
 
 
+@pytest.mark.slow
 def test_train_stopped_before_first_step_restarts_without_resume(unbroken):
     spec, expected = unbroken
     spec = with_settings(spec, "early")
@@ -170,6 +171,7 @@ def test_train_stopped_before_first_step_restarts_without_resume(unbroken):
     assert again.weights_sha256 == expected.weights_sha256
 
 
+@pytest.mark.slow
 def test_train_gradient_checkpointing_has_same_weights(unbroken):
     spec, expected = unbroken
     checkpointed = main(
@@ -248,6 +250,7 @@ def test_train_nonfinite_step_is_skipped_and_logged_without_changing_state(tmp_p
     assert all(tensor.isfinite().all() for tensor in load_file(manifest.weights_path).values())
 
 
+@pytest.mark.slow
 def test_train_only_skipped_steps_raises_and_keeps_initial_parameters(tmp_path):
     valid = spec_with_nan_latents(tmp_path / "valid", set(), max_train_steps=30, checkpoint_step_interval=2)
     stop = StopSignal()

@@ -56,7 +56,16 @@ def pixels(path: str) -> np.ndarray:
         return np.asarray(image, dtype=np.int16)
 
 
-@pytest.mark.parametrize("kind", ["dora", "lokr, whole matrices", "loha, weights rebuilt, scalar"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "dora",
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("lokr, whole matrices", "loha, weights rebuilt, scalar")
+        ),
+    ],
+)
 def test_train_adapter_file_reproduces_validation_image_and_resume_is_exact(tmp_path: Path, kind: str):
     spec = adapter_spec(tmp_path, kind)
     manifest = main(spec, RecordingReporter(), StopSignal())
@@ -88,6 +97,7 @@ def test_train_adapter_file_reproduces_validation_image_and_resume_is_exact(tmp_
     assert again.weights_sha256 == manifest.weights_sha256
 
 
+@pytest.mark.slow
 def test_train_finished_run_writes_new_lora_format_without_training(tmp_path: Path, monkeypatch):
     ema = {"use_ema": True, "ema_validation": "none", "released_weights": "ema"}
     spec = adapter_spec(tmp_path, "lora", max_train_steps=2, lora_format="diffusers", **ema)

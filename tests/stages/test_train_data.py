@@ -100,6 +100,7 @@ def test_train_every_cache_mode_has_same_identity_and_weights(full, ondemand, tm
     assert len(uncached.validation_images) == 1
 
 
+@pytest.mark.slow
 def test_train_ondemand_stopped_and_resumed_has_same_weights(ondemand, tmp_path, images):
     spec = spec_in_mode(tmp_path, images, "ondemand")
     stop = StopSignal()
@@ -163,6 +164,7 @@ def test_load_samples_copies_of_image_are_distinguished_by_caption(tmp_path, ima
     assert [(s.id, s.embed_keys) for s in one] == [(s.id, s.embed_keys) for s in other]
 
 
+@pytest.mark.slow
 def test_train_two_resolutions_of_one_folder_share_held_out_images(tmp_path):
     images = tmp_path / "images"
     write_images(images, count=10)  # none is held out of fewer than 8

@@ -82,7 +82,11 @@ def test_train_full_checkpoint_stores_weights_once_in_diffusers_format(trained):
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("all", {}), ("bitfit", {"layer_freeze_strategy": "bitfit"}), ("ema", {"use_ema": True})],
+    [
+        ("all", {}),
+        pytest.param("bitfit", {"layer_freeze_strategy": "bitfit"}, marks=pytest.mark.slow),
+        pytest.param("ema", {"use_ema": True}, marks=pytest.mark.slow),
+    ],
 )
 def test_train_full_stopped_and_resumed_has_same_weights(trained, name, settings):
     spec, expected = trained

@@ -82,7 +82,7 @@ def trained(datasets, tmp_path_factory):
     return spec, run(spec)
 
 
-@pytest.mark.parametrize("windows", [1, 2])
+@pytest.mark.parametrize("windows", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_train_text_encoder_with_zero_lr_equals_cached_embeddings(datasets, tmp_path, windows):
     settings = {"max_train_steps": 2}
     online = run(spec_of(tmp_path, datasets(windows), "online", text_encoder_lr=0, **settings))
@@ -235,6 +235,7 @@ def test_train_text_encoder_stopped_and_resumed_has_same_weights(trained):
     assert resumed.weights_sha256 == expected.weights_sha256
 
 
+@pytest.mark.slow
 def test_evaluate_encodes_captions_with_text_encoders_of_each_model(trained, tmp_path):
     spec, manifest = trained
     eval_spec = EvaluateSpec(

@@ -21,6 +21,7 @@ from sdxl_pipeline.data.decoding.colour import split_alpha, to_srgb
 from sdxl_pipeline.data.decoding.image_decoding import unexpected_as_unreadable, upright
 from sdxl_pipeline.data.decoding.pixels import crop_window, decode_file, load_upright
 from sdxl_pipeline.data.scan.file_types import split_suffix
+from sdxl_pipeline.data.scan.table_digests import frame_digest
 
 LATENT_SCALE: Final = 8
 """Pixels per latent position along an edge (SDXL's VAE is f8)."""
@@ -49,6 +50,11 @@ class MaskPairs:
     def rejected(self) -> pd.DataFrame:
         """Rows of `unmasked` whose mask was rejected."""
         return self.unmasked[self.unmasked["reason"] != NO_MASK]
+
+
+def pairs_digest(pairs: pd.DataFrame) -> str:
+    """Return the hex digest of the (image, mask) content pairs, independent of row order and file names."""
+    return frame_digest(pairs, ("key", "mask_key"))
 
 
 def pair_masks(images: pd.DataFrame, masks: pd.DataFrame) -> MaskPairs:

@@ -174,6 +174,7 @@ def write_datasets(folder: Path, *entries: dict[str, Any]) -> None:
     (folder / "multidatabackend.json").write_text(json.dumps([{**defaults, **entry} for entry in entries]))
 
 
+@pytest.mark.slow
 def test_no_eval_leakage_from_each_training_dataset_lists_leaked_images(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:

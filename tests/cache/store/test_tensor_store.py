@@ -189,7 +189,9 @@ def test_entries_of_a_lost_or_truncated_shard_are_missing_and_rewritable(tmp_pat
     assert TensorStore(tmp_path).read(digest(1))["mean"].sum() == 6
 
 
-@pytest.mark.parametrize("after", [0, 4, 11])
+@pytest.mark.parametrize(
+    "after", [pytest.param(0, marks=pytest.mark.slow), 4, pytest.param(11, marks=pytest.mark.slow)]
+)
 def test_killed_writer_leaves_intact_entries_and_a_rerun_completes(tmp_path: Path, after):
     with start_writer(tmp_path, 0, 100_000) as child:
         assert child.stdout is not None

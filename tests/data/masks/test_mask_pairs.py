@@ -20,6 +20,7 @@ from sdxl_pipeline.data.masks.mask_pairs import (
     mask_crop,
     mask_overlay,
     pair_masks,
+    pairs_digest,
 )
 from tests.support.crops import ORIENTATION, full_crop, stored_with_orientation
 
@@ -221,12 +222,13 @@ def test_pair_masks_copies_with_different_masks_are_rejected():
         assert OTHER_MASK in reasons(paired.rejected).values()
 
 
-def test_mask_pairs_digest_depends_on_content_only():
+def test_pairs_digest_depends_on_content_only():
     images, masks = scanned(("a.jpg", "a", 60, 40)), scanned(("a.png", "m", 60, 40))
-    before = pair_masks(images, masks).digest()
+    before = pairs_digest(pair_masks(images, masks).pairs)
     renamed = pair_masks(scanned(("x/b.jpg", "a", 60, 40)), scanned(("x/b.png", "m", 60, 40)))
-    assert renamed.digest() == before
-    assert pair_masks(images, scanned(("a.png", "edited", 60, 40))).digest() != before
+    assert pairs_digest(renamed.pairs) == before
+    edited = pair_masks(images, scanned(("a.png", "edited", 60, 40)))
+    assert pairs_digest(edited.pairs) != before
 
 
 def test_pair_masks_empty_scans_give_empty_pairs():

@@ -198,6 +198,7 @@ def test_fetch_hub_parquet_urls_and_paths_are_downloaded(hub, web, tmp_path, mak
     assert (web.requested["/6.png"], web.requested["/gone.png"], len(second.failed)) == (1, 2, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_fetch_hub_parquet_memory_is_independent_of_row_groups(hub, tmp_path, make, sources):
     """Extracting 160 MB of images needs little more memory than 40 MB; a file in memory would need 120 MB more."""

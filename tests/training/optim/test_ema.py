@@ -197,6 +197,7 @@ def test_train_resumed_run_writes_identical_weights(settings, dataset, tmp_path)
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_train_schedule_free_writes_the_average(dataset, tmp_path):
     pytest.importorskip("schedulefree", reason="needs the extra `optimizers`")
     spec, manifest = train(tmp_path, dataset, "run", **SCHEDULE_FREE, learning_rate=0.01)

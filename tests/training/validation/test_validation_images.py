@@ -121,6 +121,7 @@ def test_plan_images_has_one_per_prompt_size_and_seed(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_generate_validation_images_colliding_names_get_distinct_files(spec, tmp_path):
     """Names in any script, differing only in punctuation or case, too long, of the empty prompt, and of the EMA's images."""
     names = [
