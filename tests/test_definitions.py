@@ -28,15 +28,21 @@ def test_build_definitions_project_has_keys_groups_pools_and_parents(
     dataset = {
         f"shop/shapes/{stage}" for stage in ("dataset", "aspect_buckets", "vae_latents", "text_embeds")
     }
-    project_stages = ("base_model", "training_plan", "lora", "evaluation", "hub_release")
+    project_stages = ("base_model", "training_plan", "training_set", "lora", "evaluation", "hub_release")
     assert keys == dataset | {f"shop/{stage}" for stage in project_stages}
     for key in graph.get_all_asset_keys():
         assert graph.get(key).group_name == "shop"
         assert graph.get(key).code_version
     pooled = {"/".join(k.path) for k in graph.get_all_asset_keys() if "gpu" in graph.get(k).pools}
     assert pooled == {"shop/shapes/vae_latents", "shop/shapes/text_embeds", "shop/lora", "shop/evaluation"}
-    parents = {"/".join(key.path) for key in graph.get(dg.AssetKey(["shop", "lora"])).parent_keys}
-    assert parents == {"shop/base_model", *(dataset - {"shop/shapes/dataset"})}
+
+    def parents(stage: str) -> set[str]:
+        return {"/".join(key.path) for key in graph.get(dg.AssetKey(["shop", stage])).parent_keys}
+
+    assert parents("training_set") == dataset
+    assert parents("lora") == {"shop/base_model", "shop/training_set"}
+    assert parents("evaluation") == {"shop/base_model", "shop/training_set", "shop/lora"}
+    assert parents("hub_release") == {"shop/base_model", "shop/training_set", "shop/lora", "shop/evaluation"}
     for stage in ("vae_latents", "text_embeds"):
         parents_of_stage = graph.get(dg.AssetKey(["shop", "shapes", stage])).parent_keys
         assert dg.AssetKey(["shop", "training_plan"]) in parents_of_stage
