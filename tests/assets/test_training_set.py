@@ -60,6 +60,7 @@ def test_training_set_has_data_versions_and_fingerprints_of_the_recorded_assets(
     assert value.fingerprints == folder_states(load_project(folder))
 
 
+@pytest.mark.slow
 def test_training_set_data_version_ignores_touched_files_and_changes_with_repeats(
     instance: dg.DagsterInstance, folder: Path
 ):
