@@ -137,6 +137,7 @@ def test_encoding_changed_settings_encode_dependent_entries_and_reverting_encode
     assert dataset.encoded() == (0, 0)
 
 
+@pytest.mark.slow
 def test_encoding_another_text_encoder_encodes_captions_only(dataset: Dataset, tmp_path: Path) -> None:
     dataset.encoded()
     other = tmp_path / "other"

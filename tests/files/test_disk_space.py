@@ -124,6 +124,7 @@ assert run().success
 """
 
 
+@pytest.mark.slow
 def test_dataset_step_on_a_full_disk_fails_and_succeeds_with_free_space(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("SDXL_PIPELINE_STORAGE", str(tmp_path / "storage"))
     message = run_on_small_disk(DATASET_STEP, tmp_path)

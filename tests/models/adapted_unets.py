@@ -63,10 +63,8 @@ KINDS: Final[Mapping[str, Mapping[str, Any]]] = {
 
 _DEFAULT_KINDS = (
     "lora, alpha above rank",
-    "lora, gaussian, convolutions",
     "dora",
     "lokr",
-    "lokr, whole matrices",
     "lokr, norms",
     "loha",
     "locon",

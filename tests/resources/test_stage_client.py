@@ -152,6 +152,7 @@ def test_run_stage_killed_worker_stage_saves_and_ends(tmp_path, work_dir):
     assert (tmp_path / "saved").exists()
 
 
+@pytest.mark.slow
 def test_run_stage_killed_worker_ends_an_unresponsive_stage(tmp_path, work_dir):
     spec = SleepySpec(folder=tmp_path, steps=FOREVER, stubborn=True, helper=True)
     worker = Worker(spec, work_dir, SLEEPY_STOP_TIMEOUT="1")

@@ -146,6 +146,7 @@ def test_train_text_encoder_kohya_file_contains_text_encoder_keys(tmp_path: Path
     assert "156 of 156" in check_files(manifest, spec.base_model, "both")
 
 
+@pytest.mark.slow
 def test_train_init_lora_starts_from_file_and_content_is_in_identity(tmp_path: Path):
     first = main(
         adapter_spec(tmp_path, "lora", max_train_steps=2, validation_disable=True),

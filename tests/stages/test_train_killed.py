@@ -85,8 +85,10 @@ def assert_equal(resumed: TrainedLora, unbroken: TrainedLora, step: int) -> None
 
 @pytest.mark.parametrize(
     ("number", "settings"),
-    [(signal.SIGTERM, {}), (signal.SIGKILL, LION)],
-    ids=["SIGTERM-adamw", "SIGKILL-optimi-lion"],
+    [
+        pytest.param(signal.SIGTERM, {}, id="SIGTERM-adamw", marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, LION, id="SIGKILL-optimi-lion"),
+    ],
 )
 def test_train_killed_and_resumed_equals_unbroken_run(tmp_path, number, settings):
     spec = stochastic_spec(tmp_path, **settings)
@@ -110,6 +112,7 @@ def test_train_killed_and_resumed_with_any_optimizer_equals_unbroken_run(tmp_pat
     assert_equal(main(spec, RecordingReporter(), StopSignal()), unbroken, step)
 
 
+@pytest.mark.slow
 def test_train_killed_and_resumed_on_two_processes_equals_unbroken_run(tmp_path):
     spec = on_two_processes(stochastic_spec(tmp_path))
     unbroken = run_forked(spec)

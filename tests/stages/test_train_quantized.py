@@ -15,7 +15,7 @@ from tests.support.train_programs import run
 from tests.support.training_datasets import make_dataset, make_spec
 
 PRECISIONS = [
-    pytest.param(name, mixed, marks=() if name in BY_DEFAULT else pytest.mark.slow)
+    pytest.param(name, mixed, marks=() if name in BY_DEFAULT and mixed == "bf16" else pytest.mark.slow)
     for name, mixed in itertools.product(EXPECTED, ("no", "bf16"))
 ]
 

@@ -96,6 +96,7 @@ def test_train_num_train_epochs_resumes_run_with_max_train_steps(runs):
     assert (manifest.steps, manifest.resumed_from_step) == (5, 4)
 
 
+@pytest.mark.slow
 def test_train_length_dependent_lr_schedule_starts_at_zero_and_logs_reason(runs):
     folder, cosine = runs.with_name("cosine"), {"lr_scheduler": "cosine", "max_train_steps": 2}
     train(spec_of(folder, "short", **cosine))
@@ -254,6 +255,7 @@ def nearest_line(neighbours: Path, run: str, **settings: object) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_train_latest_with_other_settings_logs_nearest_run_and_checkpoint(neighbours):
     checkpoint = neighbours / "four" / "checkpoints" / "step-00000004"
     line = nearest_line(neighbours, "rate", learning_rate=5e-4, train_batch_size=2, max_train_steps=5)

@@ -348,6 +348,7 @@ class StopAtFirstCheckpoint(StopSignal):
         return any((self.folder / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "package"),
     [
@@ -368,6 +369,7 @@ def test_train_quantized_stopped_and_resumed_has_same_weights(precision, package
     assert resumed.weights_sha256 == unbroken.weights_sha256
 
 
+@pytest.mark.slow
 def test_train_with_complete_caches_loads_vae_only_for_images(dataset, tmp_path, monkeypatch):
     constructed = []
     for kind in (CLIPTextModel, CLIPTextModelWithProjection, AutoencoderKL):

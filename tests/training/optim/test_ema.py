@@ -168,7 +168,13 @@ def test_train_with_other_released_weights_reuses_the_run(with_ema):
     assert main(spec, Reporter(), StopSignal()).weights_sha256 == manifest.weights_sha256
 
 
-@pytest.mark.parametrize("settings", [WITH_EMA, SCHEDULE_FREE], ids=["ema", "schedule-free"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(WITH_EMA, id="ema"),
+        pytest.param(SCHEDULE_FREE, id="schedule-free", marks=pytest.mark.slow),
+    ],
+)
 def test_train_resumed_run_writes_identical_weights(settings, dataset, tmp_path):
     if "optimizer" in settings:
         pytest.importorskip("schedulefree", reason="needs the extra `optimizers`")
