@@ -32,9 +32,9 @@ def download_snapshot(
     """Download the files that `choose` selects from the repository's listing into this machine's Hub cache.
 
     The commit and the listing come from the network or, without one, from the cache, in which `probes` are names of small files that
-    the repository may have: one of them identifies the cached commit. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE have the same meaning as for huggingface_hub. Raises
-    DiskFullError when the cache's disk is full, BaseModelError when the repository or revision does not exist, needs a token, or cannot
-    be reached and is not cached, and any error of `choose`.
+    the repository may have: one of them identifies the cached commit. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE have the same
+    meaning as for huggingface_hub. Raises DiskFullError when the cache's disk is full, BaseModelError when the repository or revision
+    does not exist, needs a token, or cannot be reached and is not cached, and any error of `choose`.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -50,11 +50,11 @@ def download_snapshot(
 
     endpoint = os.environ.get("HF_ENDPOINT") or None
 
-    def fetch(files: Collection[str], at: str | None, *, cached_only: bool) -> Path:
+    def fetch(files: Collection[str], *, cached_only: bool) -> Path:
         download = partial(
             snapshot_download,
             repo_id,
-            revision=at,
+            revision=revision,
             allow_patterns=list(files),
             endpoint=endpoint,
             local_files_only=cached_only,
@@ -77,9 +77,6 @@ def download_snapshot(
                 f"Listing {repo_id}",
                 retry_connection_errors=False,
             )
-            files = tuple(choose([file.rfilename for file in info.siblings or ()]))
-            # by its branch or tag, so that the cache knows the commit of that name without a network
-            folder = fetch(files, revision, cached_only=False)
         except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError):
             raise
         except (HTTPError, OfflineModeIsEnabled) as error:
@@ -88,8 +85,12 @@ def download_snapshot(
             logger.info(
                 "%s cannot be reached (%s); its cached files are used.", repo_id, type(error).__name__
             )
-            folder = fetch(probes, revision, cached_only=True)
+            folder = fetch(probes, cached_only=True)
             files = tuple(choose(_cached_files(folder)))
+        else:
+            files = tuple(choose([file.rfilename for file in info.siblings or ()]))
+            # by its branch or tag, so that the cache knows the commit of that name without a network
+            folder = fetch(files, cached_only=False)
     except GatedRepoError as error:
         raise BaseModelError(
             f"{repo_id} is gated: accept its terms at https://huggingface.co/{repo_id}, then set HF_TOKEN or run `hf auth login`."

@@ -95,6 +95,25 @@ def test_resolve_of_a_cached_model_needs_no_network(hub, repository: Path, resol
         resolve("someone/other")
 
 
+def test_resolve_connection_lost_after_the_listing_reports_it_and_does_not_use_a_partial_cache(
+    hub, repository: Path, resolve: Resolve, monkeypatch
+):
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError
+
+    hub.add_repo("someone/model", repository)
+    cached_only = []
+
+    def lose_connection(*_: object, local_files_only: bool, **__: object) -> str:
+        cached_only.append(local_files_only)
+        raise HTTPError("connection lost")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lose_connection)
+    with pytest.raises(BaseModelError, match=r"someone/model cannot be reached.*lacks some of its files"):
+        resolve("someone/model")
+    assert cached_only == [False]
+
+
 def test_resolve_in_offline_mode_uses_the_cache(hub, repository: Path, resolve: Resolve, monkeypatch):
     from huggingface_hub import constants
 
