@@ -19,7 +19,7 @@ from sdxl_pipeline.data.buckets.bucket_sizes import filter_reasons
 from sdxl_pipeline.data.buckets.crop_plan import plan_crops
 from sdxl_pipeline.data.buckets.face_detection import DETECTOR, find_faces, require_detector
 from sdxl_pipeline.data.buckets.holdout import hold_out
-from sdxl_pipeline.data.scan.table_digests import rows_digest
+from sdxl_pipeline.data.scan.dataset_fingerprint import rows_digest
 
 CODE = "3"
 SETTINGS = keys_used_by(ImageDataset, "aspect_buckets")

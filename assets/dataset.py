@@ -21,9 +21,8 @@ from sdxl_pipeline.config.schema.key_facts import keys_used_by
 from sdxl_pipeline.data.captions.caption_filters import filter_digest, load_caption_filter
 from sdxl_pipeline.data.captions.caption_rules import complete_caption_settings
 from sdxl_pipeline.data.quality.perceptual_hash import compute_hashes
-from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY, dataset_fingerprint
+from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY, dataset_digest, dataset_fingerprint
 from sdxl_pipeline.data.scan.dataset_scan import load_recorded_dataset, scan_dataset
-from sdxl_pipeline.data.scan.table_digests import dataset_digest
 from sdxl_pipeline.data.sources import FetchResult, fetch_source
 
 CODE = "3"

@@ -15,8 +15,7 @@ from sdxl_pipeline.data.sources import SourceError
 from sdxl_pipeline.files.storage_errors import StorageError
 from sdxl_pipeline.models.adapters.adapter_files import AdapterError
 from sdxl_pipeline.models.model_files import BaseModelError
-from sdxl_pipeline.release.release_inputs import ExportError
-from sdxl_pipeline.release.sanitize import ReleaseError
+from sdxl_pipeline.release.release_inputs import ExportError, ReleaseError
 from sdxl_pipeline.runtime.stage_runner import UserError
 
 USER_ERRORS = (

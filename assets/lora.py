@@ -31,12 +31,12 @@ from sdxl_pipeline.models.adapters.init_adapter_source import resolve_init_lora
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.runtime.specs import SettingDifference, TrainedLora, TrainingSet, TrainSpec
 from sdxl_pipeline.training.checkpoint.run_identity import (
+    SPEC_FILE,
     change_affects_weights,
     run_identity,
     setting_changes,
     settings_affecting_weights,
 )
-from sdxl_pipeline.training.checkpoint.run_lineage import SPEC_FILE
 
 CODE = "1"
 

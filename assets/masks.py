@@ -21,8 +21,7 @@ from sdxl_pipeline.config.schema.key_facts import keys_used_by
 from sdxl_pipeline.data.decoding.image_decoding import UnreadableImage
 from sdxl_pipeline.data.masks.mask_pairs import MaskPairs, mask_overlay, pair_masks, pairs_digest
 from sdxl_pipeline.data.quality.contact_sheets import contact_sheet
-from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY, dataset_fingerprint
-from sdxl_pipeline.data.scan.table_digests import dataset_digest
+from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY, dataset_digest, dataset_fingerprint
 from sdxl_pipeline.files.digest import digest_json
 
 CODE = "2"

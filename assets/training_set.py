@@ -12,8 +12,7 @@ from assets.metadata import training_set_metadata
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.schema.datasets import ImageDataset
-from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY
-from sdxl_pipeline.data.scan.table_digests import dataset_digest, rows_digest
+from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY, dataset_digest, rows_digest
 from sdxl_pipeline.files.digest import digest_json
 from sdxl_pipeline.runtime.specs import (
     DatasetMasks,

@@ -91,7 +91,7 @@ def _plan(images: int, settings: dict[str, Any]) -> None:
     from sdxl_pipeline.config.schema.datasets import ImageDataset
     from sdxl_pipeline.data.buckets.crop_plan import plan_crops
     from sdxl_pipeline.data.buckets.holdout import choose_held_out
-    from sdxl_pipeline.data.scan.table_digests import dataset_digest, rows_digest
+    from sdxl_pipeline.data.scan.dataset_fingerprint import dataset_digest, rows_digest
 
     seconds: dict[str, float] = {}
 

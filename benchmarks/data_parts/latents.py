@@ -125,7 +125,7 @@ def _bare_vae(spec: EncodeLatentsSpec) -> float:
     """Return images/s of the same VAE on the same batches, decoded in advance: nothing is loaded, copied or stored meanwhile."""
     from sdxl_pipeline.cache.encode.cache_keys import latent_keys
     from sdxl_pipeline.cache.encode.crop_batches import crop_batches, read_crops
-    from sdxl_pipeline.cache.encode.encoder_devices import load_latent_encoder
+    from sdxl_pipeline.cache.encode.encoders import load_latent_encoder
     from sdxl_pipeline.models.vae import encode_moments, pixels_from_crops
 
     crops = pd.read_parquet(spec.rows_path)

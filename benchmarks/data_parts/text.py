@@ -120,9 +120,8 @@ def _embed(spec_path: Path, root: Path) -> dict[str, float]:
 
 def _bare(spec: EncodeTextSpec, captions: list[str], batch_size: int) -> float:
     """Return captions/s of both encoders, on tokens made in advance: nothing is tokenized, copied or stored meanwhile."""
-    from sdxl_pipeline.cache.encode.encoder_devices import load_encoders
-    from sdxl_pipeline.models.conditioning import encode_tokens
-    from sdxl_pipeline.models.prompt_tokens import PromptTokenizer
+    from sdxl_pipeline.cache.encode.encoders import load_encoders
+    from sdxl_pipeline.models.conditioning import PromptTokenizer, encode_tokens
 
     encoders = load_encoders(spec.base_model, spec.hardware)
     reader = PromptTokenizer(encoders)

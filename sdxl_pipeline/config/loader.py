@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from sdxl_pipeline.config.dataset_parser import parse_datasets
-from sdxl_pipeline.config.init_adapter_path import check_init_lora
 from sdxl_pipeline.config.json_files import read_json
-from sdxl_pipeline.config.lycoris_file import with_lycoris_file
-from sdxl_pipeline.config.paths import exists, resolve_path, with_absolute_paths
+from sdxl_pipeline.config.linked_files import read_webhooks, with_lycoris_file
+from sdxl_pipeline.config.paths import (
+    check_init_lora,
+    check_resume_from,
+    exists,
+    resolve_path,
+    with_absolute_paths,
+)
 from sdxl_pipeline.config.problems import NO_VALUE, Problem, ProjectError, as_project_errors
-from sdxl_pipeline.config.resume_checkpoint import check_resume_from
 from sdxl_pipeline.config.schema.adapter import AdapterSettings
 from sdxl_pipeline.config.schema.datasets import CacheMode, ImageDataset, TextEmbedsDataset, asset_name
 from sdxl_pipeline.config.schema.settings_model import SettingsModel
@@ -23,7 +27,6 @@ from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.config.settings_parser import parse_settings
 from sdxl_pipeline.config.simpletuner_schema import TRAINING
 from sdxl_pipeline.config.validators.settings_rules import check_training, unused_training_settings
-from sdxl_pipeline.config.webhook_file import read_webhooks
 
 CONFIG_FILE: Final = "config.json"
 DATASETS_FILE: Final = "multidatabackend.json"

@@ -6,9 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl_pipeline.evaluation.clip_score import ClipScorer, summarize
-from sdxl_pipeline.evaluation.comparison_grid import Pair, comparison_grid
 from sdxl_pipeline.evaluation.eval_models import EvalModel, load_eval_model
-from sdxl_pipeline.evaluation.gallery import GalleryImage, generate, plan_caption_gallery, plan_gallery
+from sdxl_pipeline.evaluation.gallery import (
+    GalleryImage,
+    Pair,
+    comparison_grid,
+    generate,
+    plan_caption_gallery,
+    plan_gallery,
+)
 from sdxl_pipeline.evaluation.report import (
     change_since,
     describe_difference,

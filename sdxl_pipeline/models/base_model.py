@@ -22,23 +22,21 @@ from sdxl_pipeline.config.schema.model import MODEL_FLAVOURS
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.files.digest import digest_json
 from sdxl_pipeline.models.hub_download import download_snapshot
-from sdxl_pipeline.models.model_digests import (
+from sdxl_pipeline.models.model_files import (
+    MODEL_INDEX,
+    SCHEDULER_CONFIG,
     SINGLE_FILE_PREFIXES,
+    TOKENIZERS,
+    WEIGHT_STEMS,
+    BaseModelError,
     DigestCache,
+    choose_component,
+    choose_tokenizer,
     default_cache_dir,
     digest_component,
     digest_config,
     digest_plain_files,
     read_safetensors_header,
-)
-from sdxl_pipeline.models.model_files import (
-    MODEL_INDEX,
-    SCHEDULER_CONFIG,
-    TOKENIZERS,
-    WEIGHT_STEMS,
-    BaseModelError,
-    choose_component,
-    choose_tokenizer,
 )
 
 BUNDLED_NAME = "bundled:tiny-sdxl"

@@ -28,8 +28,12 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from sdxl_pipeline.models.base_model import ResolvedModel
-from sdxl_pipeline.models.model_digests import SINGLE_FILE_PREFIXES
-from sdxl_pipeline.models.model_files import MODEL_INDEX, SCHEDULER_CONFIG, BaseModelError
+from sdxl_pipeline.models.model_files import (
+    MODEL_INDEX,
+    SCHEDULER_CONFIG,
+    SINGLE_FILE_PREFIXES,
+    BaseModelError,
+)
 
 if TYPE_CHECKING:
     from diffusers import (

@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from sdxl_pipeline.models.model_digests import SINGLE_FILE_PREFIXES
+from sdxl_pipeline.models.model_files import SINGLE_FILE_PREFIXES
 from sdxl_pipeline.models.sgm_names import sgm_name, sgm_prefixes
 
 _VAE_PARTS: Final = (

@@ -14,8 +14,14 @@ from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.files.atomic_files import atomic_path, sha256_path, write_text_atomic
 from sdxl_pipeline.files.disk_space import require_space
 from sdxl_pipeline.models.base_model import ResolvedModel
-from sdxl_pipeline.release.release_inputs import ExportError, ReleaseInputs
-from sdxl_pipeline.release.sanitize import ReleaseError, portable_lineage, portable_settings, require_portable
+from sdxl_pipeline.release.release_inputs import (
+    ExportError,
+    ReleaseError,
+    ReleaseInputs,
+    portable_lineage,
+    portable_settings,
+    require_portable,
+)
 from sdxl_pipeline.runtime.specs import EvaluationReport, TrainedLora, ValidationImage, ValidationPrompt
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"

@@ -8,8 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from sdxl_pipeline.config.schema.adapter import AdapterSettings
 from sdxl_pipeline.config.schema.key_facts import key_of, keys_with
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.release.release_inputs import ReleaseInputs, adapter_name, hub_id
-from sdxl_pipeline.release.sanitize import portable_settings
+from sdxl_pipeline.release.release_inputs import ReleaseInputs, adapter_name, hub_id, portable_settings
 from sdxl_pipeline.release.usage import usage
 from sdxl_pipeline.runtime.specs import KIND_LABELS, TrainedLora, WeightsKind
 

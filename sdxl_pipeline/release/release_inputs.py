@@ -1,13 +1,75 @@
-"""What a release is made of, and how its weights and its base model are described in texts. Imports no torch."""
+"""What a release is made of, without local paths and secrets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from sdxl_pipeline.config.paths import NAME_OR_PATH_KEYS
+from sdxl_pipeline.config.schema.key_facts import keys_with
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.models.base_model import ResolvedModel
-from sdxl_pipeline.release.sanitize import portable_name
 from sdxl_pipeline.runtime.specs import KIND_LABELS, EvaluationReport, TrainedLora, ValidationPrompt
+
+UNPUBLISHED_KEYS = frozenset(keys_with(TrainingSettings, lambda key: not key.is_published))
+"""Settings with paths or schedules of this machine; they do not affect the weights."""
+
+TEXT_SUFFIXES = frozenset({".md", ".json", ".txt"})
+
+
+class ReleaseError(Exception):
+    """A release that must not be published; the message describes why."""
+
+
+def portable_settings(settings: TrainingSettings) -> dict[str, Any]:
+    """Return the effective settings as plain data without local paths."""
+    values = settings.model_dump(mode="json", exclude=set(UNPUBLISHED_KEYS))
+    return values | {
+        key: portable_name(values[key]) for key in NAME_OR_PATH_KEYS if isinstance(values[key], str)
+    }
+
+
+def portable_lineage(value: Any) -> Any:
+    """Return plain data in which every string that is a local path is shortened to its last part."""
+    if isinstance(value, Mapping):
+        return {key: portable_lineage(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [portable_lineage(item) for item in value]
+    return portable_name(value) if isinstance(value, str) else value
+
+
+def portable_name(source: str) -> str:
+    """Return a Hub id or a bundled model's name unchanged, and of a local path only the last part."""
+    windows = PureWindowsPath(source)
+    if windows.is_absolute():
+        return windows.name
+    is_path = source.startswith(("/", "~", "./", "../")) or source in (".", "..")
+    if is_path or source.lower().endswith(".safetensors"):
+        return PurePosixPath(source).name or "local model"
+    return source
+
+
+def require_portable(folder: Path, secrets: Iterable[str], local_paths: Iterable[Path]) -> None:
+    """Raise ReleaseError when a text file under `folder` contains one of the secrets or local paths.
+
+    The texts come from settings and lineage, which users can fill with anything, and a published token cannot be withdrawn. Paths of
+    fewer than three parts, such as `/root`, are ignored.
+    """
+    forbidden_paths = {str(path) for path in local_paths if len(path.parts) > 2}
+    forbidden = {secret for secret in secrets if secret}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix not in TEXT_SUFFIXES:
+            continue
+        text = path.read_text(encoding="utf-8")
+        if any(secret in text for secret in forbidden):
+            raise ReleaseError(
+                f"{path.name} of the release contains the Hub token. Remove it from the project's settings and prompts"
+            )
+        if found := next((local for local in forbidden_paths if local in text), None):
+            raise ReleaseError(
+                f"{path.name} of the release contains the local path {found}. Remove it from the project's settings and prompts"
+            )
+
 
 _ALGORITHMS = {"lokr": "LoKr", "loha": "LoHa", "lora": "LoRA", "locon": "LoCon"}
 

@@ -18,8 +18,8 @@ from typing import Any, Final
 
 import requests
 
+from sdxl_pipeline.config.linked_files import Level, Webhook, read_webhooks
 from sdxl_pipeline.config.problems import ProjectError
-from sdxl_pipeline.config.webhook_file import Level, Webhook, read_webhooks
 
 WEBHOOKS_VARIABLE: Final = "SDXL_PIPELINE_WEBHOOKS"
 """Environment variable with the webhooks as JSON, secrets included: how a launcher passes them to a stage on another machine."""

@@ -19,7 +19,7 @@ import pandas as pd
 from sdxl_pipeline.cache.encode.cache_keys import latent_keys
 from sdxl_pipeline.cache.store.store_folder import StoreFolder
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
-from sdxl_pipeline.data.scan.table_digests import frame_digest
+from sdxl_pipeline.data.scan.dataset_fingerprint import frame_digest
 from sdxl_pipeline.files.atomic_files import atomic_path
 from sdxl_pipeline.files.digest import digest_json
 from sdxl_pipeline.runtime.ranks import Ranks

@@ -22,8 +22,11 @@ from sdxl_pipeline.runtime.reporter import Reporter, is_main_process
 from sdxl_pipeline.runtime.specs import EMA_FOLDER, TrainedLora, TrainSpec
 from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError, run_stage
 from sdxl_pipeline.runtime.store_leases import leased_datasets
-from sdxl_pipeline.training.checkpoint.run_identity import run_fingerprints, settings_affecting_weights
-from sdxl_pipeline.training.checkpoint.run_lineage import read_lineage
+from sdxl_pipeline.training.checkpoint.run_identity import (
+    read_lineage,
+    run_fingerprints,
+    settings_affecting_weights,
+)
 from sdxl_pipeline.training.checkpoint.run_lock import run_lock
 from sdxl_pipeline.training.data.samples import Split, load_samples
 from sdxl_pipeline.training.logging.run_logs import (
@@ -126,7 +129,7 @@ def _with_kohya_file(manifest: TrainedLora, spec: TrainSpec, reporter: Reporter)
 
 def _last_image(manifest: TrainedLora, averaged: bool) -> Path | None:
     """Return the last validation image of the trained weights, or of their EMA if `averaged`; None if there is none."""
-    from sdxl_pipeline.training.optim.eval_weights import EMA_LABEL
+    from sdxl_pipeline.training.optim.ema import EMA_LABEL
 
     images = [image for image in manifest.validation_images if image.name.endswith(EMA_LABEL) == averaged]
     last = max(images, key=lambda image: image.step, default=None)
@@ -160,7 +163,7 @@ def _finish(trainer: "Trainer") -> TrainedLora:
 
     from sdxl_pipeline.training.checkpoint.free_disk_monitor import CHECKPOINT_ADVICE
     from sdxl_pipeline.training.logging.loss_plot import plot_loss_curve
-    from sdxl_pipeline.training.validation.validation_grid import write_validation_grid
+    from sdxl_pipeline.training.validation.validation_images import write_validation_grid
 
     spec, run_dir = trainer.spec, trainer.run_dir
     rows = read_metrics(run_dir / METRICS_FILE)

@@ -16,9 +16,8 @@ from transformers import CLIPTextModel
 
 from sdxl_pipeline.models.adapters.adapter import AdapterError, add_lora
 from sdxl_pipeline.models.components import TextEncoders, load_text_encoders
-from sdxl_pipeline.models.conditioning import embed_tokens, encode_tokens
+from sdxl_pipeline.models.conditioning import PromptTokenizer, embed_tokens, encode_tokens
 from sdxl_pipeline.models.precision import dtype_from_name
-from sdxl_pipeline.models.prompt_tokens import PromptTokenizer
 from sdxl_pipeline.runtime.specs import TrainingDataset, TrainSpec
 from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.rng import derive_seed

@@ -31,7 +31,7 @@ from sdxl_pipeline.training.checkpoint.checkpoints import (
     save_checkpoint,
 )
 from sdxl_pipeline.training.checkpoint.free_disk_monitor import FreeDiskMonitor
-from sdxl_pipeline.training.checkpoint.run_lineage import read_lineage
+from sdxl_pipeline.training.checkpoint.run_identity import read_lineage
 from sdxl_pipeline.training.checkpoint.warm_start import rebase_state
 from sdxl_pipeline.training.data.batches import Batch, BatchReader, TrainingBatches, prefetch
 from sdxl_pipeline.training.data.bucket_sampler import total_planned_steps
@@ -39,19 +39,22 @@ from sdxl_pipeline.training.data.loss_masks import build_loss_weights
 from sdxl_pipeline.training.data.on_demand_cache import OnDemandEncoders
 from sdxl_pipeline.training.diffusion.batch_loss import BatchLoss
 from sdxl_pipeline.training.diffusion.forward_process import build_forward_process
-from sdxl_pipeline.training.distributed.cpu_group import CpuGroup
-from sdxl_pipeline.training.distributed.sharding import shard_like, to_full_tensor
+from sdxl_pipeline.training.distributed.sharding import CpuGroup, shard_like, to_full_tensor
 from sdxl_pipeline.training.logging.observers import RunObserver
 from sdxl_pipeline.training.logging.run_logs import metrics_log
 from sdxl_pipeline.training.logging.step_log import StepLog, StepRecord
 from sdxl_pipeline.training.memory.memory_estimate import report_memory_estimate
-from sdxl_pipeline.training.optim.eval_weights import EvalWeights
+from sdxl_pipeline.training.optim.ema import EvalWeights
 from sdxl_pipeline.training.optim.lr_schedules import build_schedule
 from sdxl_pipeline.training.optim.non_finite import propagate_nonfinite, step_if_finite
 from sdxl_pipeline.training.optim.optimizers import build_optimizer, cast_parameters, current_lr
 from sdxl_pipeline.training.rng import derive_seed
-from sdxl_pipeline.training.trained_unet import base_dtype
-from sdxl_pipeline.training.trainer_setup import build_accelerator, build_samplers, build_trainable
+from sdxl_pipeline.training.trainer_setup import (
+    base_dtype,
+    build_accelerator,
+    build_samplers,
+    build_trainable,
+)
 from sdxl_pipeline.training.validation.validation_runner import ValidationSchedule, Validator
 
 REPORT_INTERVAL = 10

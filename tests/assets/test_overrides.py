@@ -21,7 +21,7 @@ from sdxl_pipeline.automation import trained_fingerprint
 from sdxl_pipeline.config.loader import load_project
 from sdxl_pipeline.data.scan.dataset_fingerprint import project_fingerprint
 from sdxl_pipeline.definitions import build_definitions
-from sdxl_pipeline.release.sanitize import portable_lineage
+from sdxl_pipeline.release.release_inputs import portable_lineage
 from sdxl_pipeline.runtime.specs import SettingDifference, TrainedLora
 from tests.support.asset_graph import DATASET_STAGES, InProcessStageClient, metadata
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from sdxl_pipeline.config.linked_files import read_webhooks
 from sdxl_pipeline.config.loader import load_project
 from sdxl_pipeline.config.problems import ProjectError
-from sdxl_pipeline.config.webhook_file import read_webhooks
 
 SECRET = "t0ken-nobody-may-see"
 DISCORD = {"webhook_type": "discord", "webhook_url": f"https://discord.com/api/webhooks/1/{SECRET}"}

@@ -16,9 +16,8 @@ from PIL import BmpImagePlugin, Image, PngImagePlugin, TiffImagePlugin
 from sdxl_pipeline.cache.encode import latent_encoding
 from sdxl_pipeline.data.buckets import face_detection
 from sdxl_pipeline.data.decoding import image_decoding, memory_budget
-from sdxl_pipeline.data.decoding.colour import split_alpha, to_8_bit, to_srgb
 from sdxl_pipeline.data.decoding.image_decoding import CORRUPT, UnreadableImage, read_header
-from sdxl_pipeline.data.decoding.pixels import load_crop, load_upright
+from sdxl_pipeline.data.decoding.pixels import load_crop, load_upright, split_alpha, to_8_bit, to_srgb
 from sdxl_pipeline.data.masks.mask_pairs import mask_crop, mask_overlay
 from sdxl_pipeline.data.quality.contact_sheets import contact_sheet
 from sdxl_pipeline.data.quality.perceptual_hash import compute_hashes

@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_pipeline.evaluation.comparison_grid import Pair, comparison_grid
 from sdxl_pipeline.evaluation.gallery import (
     MAX_CAPTION_PROMPTS,
     GalleryImage,
+    Pair,
+    comparison_grid,
     find_defect,
     generate,
     plan_caption_gallery,

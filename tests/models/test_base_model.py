@@ -111,7 +111,7 @@ def test_digest_cache_rehashes_only_changed_files(resolve: Resolve, copy: Path, 
     assert large, "the bundled model has files large enough to be cached"
     with monkeypatch.context() as patch:
         patch.setattr(
-            "sdxl_pipeline.models.model_digests.sha256_file",
+            "sdxl_pipeline.models.model_files.sha256_file",
             lambda path: fail(path) if path in large else "0" * 64,
         )
         resolve("copy")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sdxl_pipeline.cache.encode.encoder_overflow import explain_embeds
+from sdxl_pipeline.cache.encode.encoders import explain_embeds
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.models.components import load_text_encoders
 from sdxl_pipeline.runtime.stage_runner import UserError

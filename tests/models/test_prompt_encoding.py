@@ -5,8 +5,7 @@ import torch
 
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.models.components import TextEncoders, load_pipeline, load_text_encoders
-from sdxl_pipeline.models.conditioning import encode_prompts
-from sdxl_pipeline.models.prompt_tokens import PromptTokenizer
+from sdxl_pipeline.models.conditioning import PromptTokenizer, encode_prompts
 
 PROMPTS = [
     "a red circle",

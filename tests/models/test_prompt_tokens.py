@@ -4,7 +4,7 @@ import pytest
 
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.models.components import Tokenizers, load_tokenizers
-from sdxl_pipeline.models.prompt_tokens import PromptTokenizer
+from sdxl_pipeline.models.conditioning import PromptTokenizer
 
 PROMPTS = [
     "a red circle",

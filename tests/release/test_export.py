@@ -27,7 +27,12 @@ from sdxl_pipeline.release.export import (
     ExportError,
     verify_export,
 )
-from sdxl_pipeline.release.sanitize import ReleaseError, portable_name, portable_settings, require_portable
+from sdxl_pipeline.release.release_inputs import (
+    ReleaseError,
+    portable_name,
+    portable_settings,
+    require_portable,
+)
 from tests.models.adapted_unets import adapted_unet, settings_of
 from tests.support.hub_server import HubServer
 

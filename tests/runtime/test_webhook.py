@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sdxl_pipeline.config.webhook_file import Webhook
+from sdxl_pipeline.config.linked_files import Webhook
 from sdxl_pipeline.runtime import webhook
 from sdxl_pipeline.runtime.webhook import (
     DISCORD_BYTES,

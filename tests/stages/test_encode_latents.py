@@ -15,16 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_pipeline.cache.encode import encoder_devices, latent_encoding, on_demand_encoders
-from sdxl_pipeline.cache.encode.encoder_devices import load_latent_encoder
+from sdxl_pipeline.cache.encode import encoders, latent_encoding
+from sdxl_pipeline.cache.encode.encoders import load_latent_encoder
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
 from sdxl_pipeline.config.hardware_profiles import PRESETS
 from sdxl_pipeline.config.schema.datasets import ImageDataset
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.data.buckets.crop_plan import plan_crops
 from sdxl_pipeline.data.decoding.pixels import load_crop
+from sdxl_pipeline.data.scan.dataset_fingerprint import frame_digest
 from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
-from sdxl_pipeline.data.scan.table_digests import frame_digest
 from sdxl_pipeline.models.base_model import BUNDLED_MODEL, BUNDLED_NAME, ResolvedModel, resolve_base_model
 from sdxl_pipeline.models.components import load_vae
 from sdxl_pipeline.models.vae import encode_moments, pixels_from_crops
@@ -142,7 +142,7 @@ def test_encode_latents_second_run_does_not_load_the_vae(make_spec, monkeypatch,
     spec = make_spec()
     first = run(spec)
     sample = (tmp_path / "sample.png").stat().st_mtime_ns
-    monkeypatch.setattr(encoder_devices, "load_vae", lambda *_: pytest.fail("the VAE was loaded"))
+    monkeypatch.setattr(encoders, "load_vae", lambda *_: pytest.fail("the VAE was loaded"))
     second = run(spec)
     assert counts(second) == (7, 0, 7, 0)
     assert second.images_per_second is None
@@ -351,10 +351,10 @@ def test_encode_latents_nonfinite_hint_depends_on_dtype(make_spec, data, monkeyp
     reasons = {failed.reason for failed in run(spec).failed}
     assert len(reasons) == 1
     assert hint in reasons.pop()
-    monkeypatch.setattr(on_demand_encoders, "encode_moments", encode_infinite)
+    monkeypatch.setattr(encoders, "encode_moments", encode_infinite)
     row = next(pd.read_parquet(spec.rows_path).itertuples())
     with pytest.raises(UserError, match=f"{row.path}.*{hint}"):
-        on_demand_encoders.LatentEncoder(spec.base_model, spec.hardware).encode(data / row.path, row)
+        encoders.LatentEncoder(spec.base_model, spec.hardware).encode(data / row.path, row)
 
 
 def test_encode_latents_nonfinite_vae_weight_raises_with_its_name(make_spec, monkeypatch):

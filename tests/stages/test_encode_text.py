@@ -11,14 +11,14 @@ import pandas as pd
 import pytest
 import torch
 
-from sdxl_pipeline.cache.encode import caption_encoding, encoder_devices
+from sdxl_pipeline.cache.encode import caption_encoding, encoders
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
 from sdxl_pipeline.config.hardware_profiles import PRESETS
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.data.scan.table_digests import frame_digest
+from sdxl_pipeline.data.scan.dataset_fingerprint import frame_digest
 from sdxl_pipeline.models.base_model import BUNDLED_MODEL, BUNDLED_NAME, ResolvedModel, resolve_base_model
 from sdxl_pipeline.models.components import load_pipeline, load_tokenizers
-from sdxl_pipeline.models.prompt_tokens import PromptTokenizer
+from sdxl_pipeline.models.conditioning import PromptTokenizer
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import EncodeTextSpec, TextEmbedCache
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
@@ -106,7 +106,7 @@ def test_encode_text_manifest_describes_the_entries(make_spec):
 
 def test_encode_text_second_run_does_not_load_the_encoders(make_spec, monkeypatch):
     first = run(make_spec())
-    monkeypatch.setattr(encoder_devices, "load_text_encoders", lambda *_: pytest.fail("encoders were loaded"))
+    monkeypatch.setattr(encoders, "load_text_encoders", lambda *_: pytest.fail("encoders were loaded"))
     second = run(make_spec())
     assert counts(second) == (6, 0, 6)
     assert second.captions_per_second is None

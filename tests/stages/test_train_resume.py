@@ -15,8 +15,7 @@ from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserErr
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.checkpoint.checkpoints import load_checkpoint
 from sdxl_pipeline.training.checkpoint.resume import resume_run
-from sdxl_pipeline.training.checkpoint.run_identity import run_fingerprints
-from sdxl_pipeline.training.checkpoint.run_lineage import SPEC_FILE, write_lineage
+from sdxl_pipeline.training.checkpoint.run_identity import SPEC_FILE, run_fingerprints, write_lineage
 from sdxl_pipeline.training.logging.run_logs import read_metrics
 from tests.support.train_programs import RecordingReporter, losses
 from tests.support.training_datasets import make_dataset, make_spec

@@ -8,12 +8,10 @@ from time import perf_counter
 from torch import Tensor
 
 from sdxl_pipeline.cache.encode.crop_batches import batches_of_rank
-from sdxl_pipeline.cache.encode.encoder_devices import DeviceResult, load_encoders
-from sdxl_pipeline.cache.encode.encoder_overflow import explain_embeds
+from sdxl_pipeline.cache.encode.encoders import DeviceResult, explain_embeds, load_encoders
 from sdxl_pipeline.cache.store.tensor_store import StorageError, StoreWriter, TensorStore
 from sdxl_pipeline.models.components import load_tokenizers
-from sdxl_pipeline.models.conditioning import encode_tokens
-from sdxl_pipeline.models.prompt_tokens import PromptTokenizer, Tokens
+from sdxl_pipeline.models.conditioning import PromptTokenizer, Tokens, encode_tokens
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import EncodeTextSpec, StageModel
 from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError

@@ -24,8 +24,7 @@ from sdxl_pipeline.cache.encode.crop_batches import (
     read_crops,
     require_folder,
 )
-from sdxl_pipeline.cache.encode.encoder_devices import DeviceResult, load_latent_encoder, to_device
-from sdxl_pipeline.cache.encode.encoder_overflow import explain_latents
+from sdxl_pipeline.cache.encode.encoders import DeviceResult, explain_latents, load_latent_encoder, to_device
 from sdxl_pipeline.cache.store.tensor_store import StorageError, StoreWriter, TensorStore
 from sdxl_pipeline.data.decoding.image_decoding import UnreadableImage
 from sdxl_pipeline.models.vae import encode_moments, pixels_from_bytes

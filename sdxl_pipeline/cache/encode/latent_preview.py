@@ -8,7 +8,7 @@ from PIL import Image, PngImagePlugin
 
 from sdxl_pipeline.cache.encode.cache_keys import Row
 from sdxl_pipeline.cache.encode.crop_batches import read_crops
-from sdxl_pipeline.cache.encode.encoder_devices import load_latent_encoder
+from sdxl_pipeline.cache.encode.encoders import load_latent_encoder
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
 from sdxl_pipeline.data.decoding.image_decoding import UnreadableImage
 from sdxl_pipeline.data.quality.contact_sheets import contact_sheet

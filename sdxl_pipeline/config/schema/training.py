@@ -10,18 +10,15 @@ from sdxl_pipeline.config.schema.adapter import AdapterSettings
 from sdxl_pipeline.config.schema.automation import AutomationSettings
 from sdxl_pipeline.config.schema.checkpoints import CheckpointSettings
 from sdxl_pipeline.config.schema.data import DataSettings
-from sdxl_pipeline.config.schema.ema import EmaSettings
 from sdxl_pipeline.config.schema.evaluation import EvaluationSettings
 from sdxl_pipeline.config.schema.key_facts import keys_with
 from sdxl_pipeline.config.schema.masks import MaskSettings
-from sdxl_pipeline.config.schema.memory import MemorySettings
+from sdxl_pipeline.config.schema.memory import MemorySettings, ShardingSettings
 from sdxl_pipeline.config.schema.model import ModelSettings
-from sdxl_pipeline.config.schema.noise import NoiseSettings, ScheduledSamplingSettings
-from sdxl_pipeline.config.schema.objective import ObjectiveSettings
-from sdxl_pipeline.config.schema.optimization import OptimizationSettings
+from sdxl_pipeline.config.schema.objective import NoiseSettings, ObjectiveSettings, ScheduledSamplingSettings
+from sdxl_pipeline.config.schema.optimization import EmaSettings, OptimizationSettings
 from sdxl_pipeline.config.schema.release import ReleaseSettings
 from sdxl_pipeline.config.schema.settings_model import SettingsModel
-from sdxl_pipeline.config.schema.sharding import ShardingSettings
 from sdxl_pipeline.config.schema.tracking import TrackingSettings
 from sdxl_pipeline.config.schema.validation import ValidationSettings
 

@@ -17,11 +17,10 @@ from PIL import Image, ImageChops
 
 from sdxl_pipeline.config.schema.datasets import MaskKind
 from sdxl_pipeline.data.buckets.crop_plan import Crop
-from sdxl_pipeline.data.decoding.colour import split_alpha, to_srgb
 from sdxl_pipeline.data.decoding.image_decoding import unexpected_as_unreadable, upright
-from sdxl_pipeline.data.decoding.pixels import crop_window, decode_file, load_upright
-from sdxl_pipeline.data.scan.file_types import split_suffix
-from sdxl_pipeline.data.scan.table_digests import frame_digest
+from sdxl_pipeline.data.decoding.pixels import crop_window, decode_file, load_upright, split_alpha, to_srgb
+from sdxl_pipeline.data.scan.dataset_fingerprint import frame_digest
+from sdxl_pipeline.data.scan.file_listing import split_suffix
 
 LATENT_SCALE: Final = 8
 """Pixels per latent position along an edge (SDXL's VAE is f8)."""

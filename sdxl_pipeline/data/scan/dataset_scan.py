@@ -13,8 +13,7 @@ import pandas as pd
 from sdxl_pipeline.config.schema.datasets import ImageDataset
 from sdxl_pipeline.data.captions.caption_rules import OK, UNREADABLE, CaptionRules, caption_rules, captions_in
 from sdxl_pipeline.data.captions.caption_tables import MISSING, captions_from_table, table_path
-from sdxl_pipeline.data.scan.file_listing import find_files
-from sdxl_pipeline.data.scan.file_types import FileTypes, classify_files
+from sdxl_pipeline.data.scan.file_listing import FileTypes, classify_files, find_files
 from sdxl_pipeline.data.scan.folder_notes import folder_notes
 from sdxl_pipeline.data.scan.image_reader import ReadFile, read_image, read_text
 from sdxl_pipeline.data.scan.recorded_scan import (

@@ -9,8 +9,7 @@ from typing import Final
 from sdxl_pipeline.config.schema.datasets import ImageDataset
 from sdxl_pipeline.data.captions.caption_tables import captions_from_table, table_path
 from sdxl_pipeline.data.captions.text_files import CaptionError
-from sdxl_pipeline.data.scan.file_listing import find_files
-from sdxl_pipeline.data.scan.file_types import SHADOWED, FileTypes, classify_files
+from sdxl_pipeline.data.scan.file_listing import SHADOWED, FileTypes, classify_files, find_files
 from sdxl_pipeline.data.sources.fetch_result import SourceError
 from sdxl_pipeline.data.sources.url_lists import read_list
 

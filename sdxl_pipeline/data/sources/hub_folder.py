@@ -21,7 +21,7 @@ from sdxl_pipeline.data.captions.table_rows import (
 )
 from sdxl_pipeline.data.captions.text_files import OK, decode_text
 from sdxl_pipeline.data.decoding.image_formats import IMAGE_SUFFIXES
-from sdxl_pipeline.data.scan.file_types import CAPTION_SUFFIXES, classify_files
+from sdxl_pipeline.data.scan.file_listing import CAPTION_SUFFIXES, classify_files
 from sdxl_pipeline.data.sources.fetch_result import SourceError
 from sdxl_pipeline.data.sources.hub_captions import caption_columns, captions_of_row
 from sdxl_pipeline.data.sources.hub_files import Content, HubRepository

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from sdxl_pipeline.config.init_adapter_path import parse_hub_file
+from sdxl_pipeline.config.paths import parse_hub_file
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.files.atomic_files import sha256_file
 from sdxl_pipeline.models.adapters.adapter_files import AdapterError, read_header

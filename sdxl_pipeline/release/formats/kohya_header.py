@@ -22,8 +22,7 @@ from PIL import Image
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.files.stable_safetensors import tensors_sha256
 from sdxl_pipeline.models.model_files import SCHEDULER_CONFIG
-from sdxl_pipeline.release.release_inputs import adapter_name
-from sdxl_pipeline.release.sanitize import portable_name
+from sdxl_pipeline.release.release_inputs import adapter_name, portable_name
 from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.training.data.samples import Samples, load_samples
 

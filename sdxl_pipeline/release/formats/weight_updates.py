@@ -16,8 +16,7 @@ from torch import Tensor
 from sdxl_pipeline.models.adapters.adapter_files import UNET
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.models.components import load_text_encoders
-from sdxl_pipeline.models.model_digests import SINGLE_FILE_PREFIXES
-from sdxl_pipeline.models.model_files import choose_component
+from sdxl_pipeline.models.model_files import SINGLE_FILE_PREFIXES, choose_component
 from sdxl_pipeline.models.sgm_names import sgm_name, sgm_prefixes
 from sdxl_pipeline.release.formats import FormatError
 from sdxl_pipeline.release.formats.layers import ALPHA, DOWN, MID, NORMS, UP, Layer, LayerParts

@@ -35,14 +35,12 @@ from sdxl_pipeline.training.checkpoint.run_identity import (
     CONSTANT_SCHEDULES,
     RunFingerprints,
     change_affects_weights,
-    setting_changes,
-)
-from sdxl_pipeline.training.checkpoint.run_lineage import (
     configured_checkpoint,
     lineage_of_checkpoint,
     read_lineage,
     read_spec,
     run_of_checkpoint,
+    setting_changes,
     write_lineage,
 )
 from sdxl_pipeline.training.checkpoint.warm_start import optimizer_fits

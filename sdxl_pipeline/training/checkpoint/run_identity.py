@@ -5,22 +5,96 @@ by its value unless its `Key` states otherwise, so a new key is included by defa
 repeated training.
 """
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdxl_pipeline.config.schema.checkpoints import CHECKPOINT_STATE
+from pydantic import ValidationError
+
+from sdxl_pipeline.config.paths import (
+    CHECKPOINT_HINT,
+    NOT_A_CHECKPOINT,
+    checkpoint_path_of,
+    is_checkpoint,
+)
+from sdxl_pipeline.config.schema.checkpoints import CHECKPOINT_STATE, CheckpointSettings
 from sdxl_pipeline.config.schema.key_facts import COMPARED_BY_VALUE, Identity, keys_with
 from sdxl_pipeline.config.schema.training import LENGTH_KEYS, TrainingSettings
-from sdxl_pipeline.files.atomic_files import sha256_file
+from sdxl_pipeline.files.atomic_files import sha256_file, write_text_atomic
 from sdxl_pipeline.files.digest import digest_json
 from sdxl_pipeline.models.adapters.adapter_files import AdapterError
 from sdxl_pipeline.models.adapters.init_adapter_source import initial_adapter_digest
-from sdxl_pipeline.runtime.specs import TrainSpec
+from sdxl_pipeline.runtime.specs import RunLineage, TrainSpec
 from sdxl_pipeline.runtime.stage_runner import UserError
-from sdxl_pipeline.training.checkpoint.run_lineage import configured_checkpoint, lineage_of_checkpoint
 from sdxl_pipeline.training.data.mask_tables import masks_identity
 from sdxl_pipeline.training.data.samples import Samples, load_samples
-from sdxl_pipeline.training.data.sampling_weights import plan_sampling_weights, sampling_weights_per_epoch
+from sdxl_pipeline.training.data.training_plan import plan_sampling_weights, sampling_weights_per_epoch
+
+LINEAGE_FILE = "lineage.json"
+SPEC_FILE = "spec.json"
+"""The training spec beside the weights it produced, read by the evaluation and by later runs."""
+
+
+def write_lineage(run_dir: Path, lineage: RunLineage) -> None:
+    """Write a run's lineage to its folder."""
+    write_text_atomic(run_dir / LINEAGE_FILE, lineage.model_dump_json(indent=2) + "\n")
+
+
+def read_lineage(run_dir: Path) -> RunLineage | None:
+    """Return what `write_lineage` wrote; None for a folder without a run, or with one of an earlier version."""
+    try:
+        return RunLineage.model_validate_json((run_dir / LINEAGE_FILE).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValidationError):
+        return None
+
+
+def read_spec(run_dir: Path) -> TrainSpec | None:
+    """Return the spec of the run in a folder; None if there is none, or one of another version."""
+    try:
+        return TrainSpec.model_validate_json((run_dir / SPEC_FILE).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValidationError):
+        return None
+
+
+def lineage_of_checkpoint(path: Path) -> RunLineage | None:
+    """Return the lineage of the run that a checkpoint belongs to, wherever it is stored; None if unknown."""
+    state = _read_state(path)
+    try:
+        return RunLineage.model_validate(state.get("lineage"))
+    except ValidationError:  # written by an earlier version, which stored it only in the folder of the run
+        run = run_of_checkpoint(path)
+        return None if run is None else read_lineage(run)
+
+
+def run_of_checkpoint(path: Path) -> Path | None:
+    """Return the folder of the run that contains a checkpoint, `<run>/checkpoints/step-00000500`; None if it is stored elsewhere."""
+    run = path.parent.parent
+    lineage = read_lineage(run)
+    is_of_run = lineage is not None and lineage.identity == _read_state(path).get("identity")
+    return run if is_of_run else None
+
+
+def configured_checkpoint(settings: CheckpointSettings) -> Path | None:
+    """Return the path in `resume_from_checkpoint`; None for "latest" and for a start from step 0.
+
+    Raises UserError if there is no checkpoint at it.
+    """
+    path = checkpoint_path_of(settings.resume_from_checkpoint, Path())
+    if path is not None and not is_checkpoint(path):
+        raise UserError(
+            f"config.json: resume_from_checkpoint is {path}, {NOT_A_CHECKPOINT}; {CHECKPOINT_HINT}"
+        )
+    return path and path.resolve()
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((path / CHECKPOINT_STATE).read_bytes())
+    except (OSError, ValueError):  # reported as corrupt when the run resumes from it
+        return {}
+    return state if isinstance(state, dict) else {}
+
 
 CODE_VERSION = 3
 """Increase it when a change of the trainer changes its numerical results."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from sdxl_pipeline.config.schema.datasets import MaskKind
-from sdxl_pipeline.data.scan.table_digests import frame_digest
+from sdxl_pipeline.data.scan.dataset_fingerprint import frame_digest
 from sdxl_pipeline.runtime.specs import TrainingDataset
 from sdxl_pipeline.training.data.samples import Samples
 

@@ -22,7 +22,7 @@ from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.samples import Sample
 
 if TYPE_CHECKING:
-    from sdxl_pipeline.cache.encode.on_demand_encoders import CaptionEncoder, LatentEncoder
+    from sdxl_pipeline.cache.encode.encoders import CaptionEncoder, LatentEncoder
 
 Tensors = dict[str, Tensor]
 
@@ -64,12 +64,12 @@ class OnDemandEncoders:
 
     @cached_property
     def _latent_encoder(self) -> "LatentEncoder":
-        from sdxl_pipeline.cache.encode.on_demand_encoders import LatentEncoder
+        from sdxl_pipeline.cache.encode.encoders import LatentEncoder
 
         return LatentEncoder(self._base_model, self._hardware)
 
     def _caption_encoder(self, windows: int) -> "CaptionEncoder":
-        from sdxl_pipeline.cache.encode.on_demand_encoders import CaptionEncoder
+        from sdxl_pipeline.cache.encode.encoders import CaptionEncoder
 
         if windows not in self._caption_encoders:
             self._caption_encoders[windows] = CaptionEncoder(self._base_model, self._hardware, windows)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sdxl_pipeline.data.buckets.crop_plan import Crop
-from sdxl_pipeline.data.scan.table_digests import frame_digest
+from sdxl_pipeline.data.scan.dataset_fingerprint import frame_digest
 from sdxl_pipeline.runtime.specs import TrainingDataset
 from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.rng import derive_seed

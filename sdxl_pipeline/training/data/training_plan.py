@@ -1,15 +1,102 @@
 """Step, batch and image counts of a run, computed from the crop plans alone, before anything is encoded. Imports no torch."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import pandas as pd
 
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.runtime.specs import TrainingPlan
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler, total_planned_steps
 from sdxl_pipeline.training.data.samples import Samples, held_out_keys
-from sdxl_pipeline.training.data.sampling_weights import plan_sampling_weights
+
+
+class SampledDataset(Protocol):
+    """A dataset with its sampling settings, such as a TrainingDataset."""
+
+    @property
+    def dataset_id(self) -> str:
+        """Return the name of the dataset."""
+
+    @property
+    def repeats(self) -> int:
+        """Return the extra appearances of each image per epoch."""
+
+    @property
+    def probability(self) -> float:
+        """Return the relative sampling weight."""
+
+
+@dataclass(frozen=True)
+class SamplingWeights:
+    """Appearances of an image of each dataset in an epoch."""
+
+    by_dataset: Mapping[str, float]
+    raised_repeats: Mapping[str, int] = field(default_factory=dict)
+    """The `repeats` used instead of the configured ones, where these would not fill a step."""
+
+
+def sampling_weights_per_epoch(datasets: Sequence[SampledDataset], samples: Samples) -> dict[str, float]:
+    """Return how often the images of each dataset among `samples` appear in an epoch.
+
+    That is (repeats + 1) times the dataset's probability relative to the largest one.
+    """
+    present = samples.images_by_dataset()
+    used = [dataset for dataset in datasets if dataset.dataset_id in present]
+    largest = max((dataset.probability for dataset in used), default=1.0)
+    return {dataset.dataset_id: (dataset.repeats + 1) * dataset.probability / largest for dataset in used}
+
+
+def plan_sampling_weights(
+    datasets: Sequence[SampledDataset], samples: Samples, settings: TrainingSettings, num_processes: int
+) -> SamplingWeights:
+    """Return `sampling_weights_per_epoch` if one epoch fills one optimizer step, counting all datasets together, since they share batches.
+
+    Otherwise, with `allow_dataset_oversubscription`, multiply all weights by the smallest integer that fills a step, which keeps their
+    ratios; without it, raise UserError with the counts and the `repeats` that would suffice. Also raise UserError if there are no images.
+    """
+    counts = samples.images_by_dataset()
+    if not counts:
+        raise UserError(
+            "there is no image to train on: the datasets' aspect_buckets have no row of the split 'train'"
+        )
+    weights = sampling_weights_per_epoch(datasets, samples)
+
+    def images(factor: int) -> int:
+        return sum(math.floor(count * weights[name] * factor) for name, count in counts.items())
+
+    accumulation = settings.gradient_accumulation_steps
+    required = settings.train_batch_size * num_processes * accumulation
+    available = images(1)
+    if available >= required:
+        return SamplingWeights(weights)
+    if settings.allow_dataset_oversubscription:
+        factor = max(2, math.ceil(required / sum(count * weights[name] for name, count in counts.items())))
+        while images(factor) < required:  # fractions of an image are rounded down
+            factor += 1
+        return SamplingWeights(
+            {name: weight * factor for name, weight in weights.items()},
+            {
+                dataset.dataset_id: (dataset.repeats + 1) * factor - 1
+                for dataset in datasets
+                if dataset.dataset_id in counts
+            },
+        )
+    largest = max(
+        (dataset for dataset in datasets if dataset.dataset_id in counts),
+        key=lambda dataset: counts[dataset.dataset_id],
+    )
+    largest_images = counts[largest.dataset_id] * weights[largest.dataset_id]
+    lacking = required - available + math.floor(largest_images)
+    repeats = math.ceil(lacking * (largest.repeats + 1) / largest_images) - 1
+    raise UserError(
+        f"the datasets give {available} images an epoch, but one step takes {required}: train_batch_size {settings.train_batch_size} x "
+        f'{num_processes} processes x gradient_accumulation_steps {accumulation}. Set "repeats": {repeats} for dataset '
+        f"{largest.dataset_id!r} in the data backend file, or lower one of the three, or set allow_dataset_oversubscription to raise the repeats automatically"
+    )
 
 
 class PlannedDataset(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdxl_pipeline.config.schema.noise import NoiseSettings
+from sdxl_pipeline.config.schema.objective import NoiseSettings
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.training.diffusion.scheduled_sampling import Rollout, RolloutSampler, build_rollout_sampler
 from sdxl_pipeline.training.rng import choose, derive_seed, uniform

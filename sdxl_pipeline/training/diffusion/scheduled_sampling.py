@@ -15,7 +15,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from sdxl_pipeline.config.schema.noise import ScheduledSamplingSettings
+from sdxl_pipeline.config.schema.objective import ScheduledSamplingSettings
 from sdxl_pipeline.training.rng import choose, uniform
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]

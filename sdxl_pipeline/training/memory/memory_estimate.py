@@ -14,8 +14,7 @@ from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.models.precision import dtype_from_name
 from sdxl_pipeline.runtime.specs import TrainSpec
 from sdxl_pipeline.training.data.samples import Samples
-from sdxl_pipeline.training.memory.activations import ForwardPass, activations
-from sdxl_pipeline.training.memory.adapter_activations import saved_by_adapters
+from sdxl_pipeline.training.memory.activations import ForwardPass, activations, saved_by_adapters
 from sdxl_pipeline.training.optim.optimizers import optimizer_after_one_step, trainable_dtype
 from sdxl_pipeline.training.trainable import Trainable
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sdxl_pipeline.cache.encode.encoder_devices import load_encoders
+from sdxl_pipeline.cache.encode.encoders import load_encoders
 from sdxl_pipeline.config.hardware_profiles import PRESETS, Hardware
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.models.base_model import BUNDLED_NAME, resolve_base_model

@@ -3,7 +3,7 @@
 import pytest
 
 from sdxl_pipeline.config.schema.datasets import CaptionShuffle
-from sdxl_pipeline.data.captions.caption_shuffle import shuffled_captions
+from sdxl_pipeline.data.captions.caption_rules import shuffled_captions
 
 TAGS = "dog, running, park, sunny day"
 

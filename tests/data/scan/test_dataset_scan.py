@@ -14,8 +14,8 @@ from PIL import Image
 
 from sdxl_pipeline.data.buckets.crop_plan import plan_crops
 from sdxl_pipeline.data.decoding.image_decoding import UnreadableImage, read_header
+from sdxl_pipeline.data.scan.dataset_fingerprint import dataset_digest, rows_digest
 from sdxl_pipeline.data.scan.dataset_scan import SCAN_COLUMNS, DatasetFolderError, scan_dataset
-from sdxl_pipeline.data.scan.table_digests import dataset_digest, rows_digest
 from tests.support.photographs import PHOTOGRAPHS, encoded
 
 ORIENTATION = 0x0112

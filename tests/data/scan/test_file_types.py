@@ -1,7 +1,7 @@
 """Tests of the classification of files: images, their caption files, and reasons for skipped files."""
 
 from sdxl_pipeline.data.scan.dataset_scan import scan_dataset
-from sdxl_pipeline.data.scan.file_types import classify_files, split_suffix
+from sdxl_pipeline.data.scan.file_listing import classify_files, split_suffix
 from tests.support.photographs import encoded
 
 COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"

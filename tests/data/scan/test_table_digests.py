@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from sdxl_pipeline.data.buckets.crop_plan import plan_crops
-from sdxl_pipeline.data.scan.table_digests import dataset_digest, rows_digest
+from sdxl_pipeline.data.scan.dataset_fingerprint import dataset_digest, rows_digest
 
 IMAGES = [
     ("a.png", "aa", 300, 400, ["a cat", "the cat"]),

@@ -7,7 +7,7 @@ import torch
 from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import load_file, save_file
 
-from sdxl_pipeline.config.init_adapter_path import check_init_lora
+from sdxl_pipeline.config.paths import check_init_lora
 from sdxl_pipeline.models.adapters.adapter import (
     UNET,
     AdapterError,

@@ -24,7 +24,7 @@ from sdxl_pipeline.training.checkpoint.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from sdxl_pipeline.training.checkpoint.run_lineage import (
+from sdxl_pipeline.training.checkpoint.run_identity import (
     lineage_of_checkpoint,
     run_of_checkpoint,
     write_lineage,

@@ -10,7 +10,7 @@ import pytest
 from sdxl_pipeline.config.schema.optimization import BucketFill
 from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler, SampleRef
 from sdxl_pipeline.training.data.samples import Samples
-from sdxl_pipeline.training.data.sampling_weights import sampling_weights_per_epoch
+from sdxl_pipeline.training.data.training_plan import sampling_weights_per_epoch
 from tests.support.sample_tables import sample_rows, samples_of
 from tests.support.training_datasets import SQUARE, WIDE, make_dataset
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdxl_pipeline.cache.encode.on_demand_encoders import CaptionEncoder, LatentEncoder
+from sdxl_pipeline.cache.encode.encoders import CaptionEncoder, LatentEncoder
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.data.buckets.crop_plan import Crop, crop_offset

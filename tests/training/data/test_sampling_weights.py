@@ -4,7 +4,7 @@ import pytest
 
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.runtime.stage_runner import UserError
-from sdxl_pipeline.training.data.sampling_weights import plan_sampling_weights
+from sdxl_pipeline.training.data.training_plan import plan_sampling_weights
 from tests.support.sample_tables import sample_rows, samples_of
 from tests.support.training_datasets import SETTINGS, make_dataset
 

@@ -8,7 +8,7 @@ from PIL import Image
 from sdxl_pipeline.runtime.specs import ValidationImage
 from sdxl_pipeline.training.logging.loss_plot import plot_loss_curve
 from sdxl_pipeline.training.logging.run_logs import StepMetrics
-from sdxl_pipeline.training.validation.validation_grid import spread_evenly, write_validation_grid
+from sdxl_pipeline.training.validation.validation_images import spread_evenly, write_validation_grid
 
 
 def make_rows(count: int) -> list[StepMetrics]:

@@ -7,7 +7,7 @@ from diffusers import UNet2DConditionModel
 from sdxl_pipeline.models.adapters.adapter import add_adapter
 from sdxl_pipeline.models.base_model import BUNDLED_MODEL
 from sdxl_pipeline.models.precision import quantize_model
-from sdxl_pipeline.training.memory.adapter_activations import SavedActivations, saved_by_adapters
+from sdxl_pipeline.training.memory.activations import SavedActivations, saved_by_adapters
 from tests.models.adapted_unets import lycoris, settings_of
 from tests.models.test_precision import require
 

@@ -20,8 +20,7 @@ from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.memory import memory_estimate
-from sdxl_pipeline.training.memory.activations import ForwardPass, activations
-from sdxl_pipeline.training.memory.adapter_activations import saved_by_adapters
+from sdxl_pipeline.training.memory.activations import ForwardPass, activations, saved_by_adapters
 from sdxl_pipeline.training.memory.memory_estimate import (
     MemoryEstimate,
     estimate_memory,

@@ -8,8 +8,7 @@ from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal
 from sdxl_pipeline.stages.train import main
-from sdxl_pipeline.training.optim.ema import Ema
-from sdxl_pipeline.training.optim.eval_weights import EvalWeights
+from sdxl_pipeline.training.optim.ema import Ema, EvalWeights
 from tests.support.training_datasets import make_dataset, make_spec
 
 CPU = torch.device("cpu")

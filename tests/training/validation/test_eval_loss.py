@@ -11,8 +11,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
 from sdxl_pipeline.models.adapters.adapter import add_lora
 from sdxl_pipeline.training.data.batches import BatchReader
-from sdxl_pipeline.training.diffusion.loss import HuberLoss, debiased_estimation
-from sdxl_pipeline.training.diffusion.objective import Objective
+from sdxl_pipeline.training.diffusion.objective import HuberLoss, Objective, debiased_estimation
 from sdxl_pipeline.training.validation.eval_loss import (
     EvalImage,
     eval_loss,

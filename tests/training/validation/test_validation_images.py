@@ -21,9 +21,9 @@ from sdxl_pipeline.runtime.specs import ValidationImage, ValidationPrompt
 from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.checkpoint.run_identity import settings_affecting_weights
 from sdxl_pipeline.training.data.batches import BatchReader
-from sdxl_pipeline.training.optim.eval_weights import EMA_LABEL
+from sdxl_pipeline.training.optim.ema import EMA_LABEL
 from sdxl_pipeline.training.validation.validation_images import generate_validation_images, plan_images
-from sdxl_pipeline.training.validation.validation_schedule import ValidationSchedule, ends_interval
+from sdxl_pipeline.training.validation.validation_runner import ValidationSchedule, ends_interval
 from tests.support.training_datasets import NEGATIVE, PROMPT, digest, make_spec
 
 CPU = torch.device("cpu")

@@ -26,7 +26,7 @@ from sdxl_pipeline.training.logging.run_logs import EVAL_LOSS_FILE, read_eval_lo
 from sdxl_pipeline.training.logging.tracker_logging import Trackers
 from sdxl_pipeline.training.validation.eval_loss import eval_loss, eval_timesteps, load_eval_images
 from sdxl_pipeline.training.validation.eval_samples import select_eval_samples
-from sdxl_pipeline.training.validation.validation_schedule import ValidationSchedule, ValidationTimer
+from sdxl_pipeline.training.validation.validation_runner import ValidationSchedule, ValidationTimer
 from tests.support.training_datasets import make_dataset, make_spec
 
 SECRET = "t0ken-nobody-may-see"
