@@ -40,6 +40,13 @@ class EvaluationSettings(SettingsModel):
         None,
         description="Epochs between eval losses during training, 0.5 for two per epoch; not set or 0: none by epochs.",
     )
+    early_stopping_patience: Annotated[Count | None, Key(Identity.VALUE_IF_SET)] = Field(
+        None,
+        description="Stop the training after this many eval losses in a row that are not below the lowest one; not set or 0: never.",
+    )
+    early_stopping_min_delta: Annotated[
+        float, Field(ge=0), Key(Identity.VALUE_IF_SET, needs=("early_stopping_patience",))
+    ] = Field(0.0, description="How far below the lowest eval loss the next one must be to count as lower.")
     eval_holdout_share: Annotated[float, Field(ge=0, le=0.5), Key(Identity.SAMPLES, overridable=False)] = (
         Field(
             0.1,
@@ -53,7 +60,7 @@ class EvaluationSettings(SettingsModel):
         intervals = (self.eval_steps_interval, self.eval_epoch_interval)
         return not self.eval_loss_disable and any(interval is not None for interval in intervals)
 
-    @field_validator("eval_steps_interval", "eval_epoch_interval", mode="before")
+    @field_validator("eval_steps_interval", "eval_epoch_interval", "early_stopping_patience", mode="before")
     @classmethod
-    def _zero_eval_interval_to_none(cls, value: Any) -> Any:
+    def _zero_eval_setting_to_none(cls, value: Any) -> Any:
         return none_for_zero(value)

@@ -17,6 +17,7 @@ class Identity(Enum):
     """What a run's identity contains for a key of config.json. Each value is its text in docs/settings.md."""
 
     VALUE = "value"
+    VALUE_IF_SET = "value, if it is not the default"
     EFFECTIVE_VALUE = "value, with the default filled in"
     FILE_CONTENT = "digest of the file"
     LATENT_KEYS = "keys of the latents"
@@ -36,7 +37,13 @@ class Identity(Enum):
 
 
 COMPARED_BY_VALUE: Final = frozenset(
-    (Identity.VALUE, Identity.EFFECTIVE_VALUE, Identity.FILE_CONTENT, Identity.LATENT_KEYS)
+    (
+        Identity.VALUE,
+        Identity.VALUE_IF_SET,
+        Identity.EFFECTIVE_VALUE,
+        Identity.FILE_CONTENT,
+        Identity.LATENT_KEYS,
+    )
 )
 """Two runs that differ in such a key differ in their weights. The base model and the data are compared by digest instead."""
 

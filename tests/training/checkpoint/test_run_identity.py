@@ -13,6 +13,7 @@ from sdxl_pipeline.config.schema.key_facts import Identity, keys_with
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.files.digest import digest_json
 from sdxl_pipeline.training.checkpoint.run_identity import (
+    change_affects_weights,
     run_fingerprints,
     run_identity,
     settings_affecting_weights,
@@ -41,9 +42,18 @@ def test_settings_affecting_weights_contains_exactly_the_keys_compared_by_value(
     assert not {"output_dir", "validation_prompt", "pretrained_model_name_or_path"} & {*by_value}
 
 
+def test_settings_affecting_weights_contains_keys_of_value_if_set_only_if_they_are_set():
+    keys = keys_with(TrainingSettings, lambda key: key.identity is Identity.VALUE_IF_SET)
+    assert keys == ("early_stopping_patience", "early_stopping_min_delta")
+    assert not {*keys} & settings_affecting_weights(TrainingSettings(early_stopping_patience=0)).keys()
+    values = {"early_stopping_patience": 3, "early_stopping_min_delta": 0.01}
+    assert values.items() <= settings_affecting_weights(TrainingSettings(**values)).items()
+    assert all(map(change_affects_weights, keys))
+
+
 def test_run_identity_of_the_demo_is_that_of_earlier_versions(spec):
     """A new key must not change it: every finished run would be trained again."""
-    digests = {name: "0" * 64 for name in spec.base_model.digests}
+    digests = dict.fromkeys(spec.base_model.digests, "0" * 64)
     demo = spec.model_copy(
         update={
             "base_model": spec.base_model.model_copy(update={"digests": digests}),
@@ -72,6 +82,7 @@ def test_run_identity_of_the_demo_is_that_of_earlier_versions(spec):
         {"optimizer_config": {"weight_decay": 0.0}},
         {"mixed_precision": "bf16"},
         {"micro_conditioning": "resized"},
+        {"early_stopping_patience": 3},
     ],
     ids=lambda settings: next(iter(settings)),
 )
