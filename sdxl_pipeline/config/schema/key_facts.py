@@ -61,10 +61,12 @@ Consumer = Literal[
     "lora",
     "evaluation",
     "run_evaluation",
+    "evaluation_checks",
     "hub_release",
 ]
 """Code versions and digests that contain a key beside the run's identity. source: name of the download folder; scan: digest of the
-recorded scan; run_evaluation: identity of the evaluation, with the value that the run was trained with; others: assets of that name."""
+recorded scan; run_evaluation: identity of the evaluation, with the value that the run was trained with; evaluation_checks: code version of evaluation,
+but not its identity; others: assets of that name."""
 
 
 @dataclass(frozen=True)
