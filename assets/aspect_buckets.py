@@ -36,7 +36,7 @@ def holdout_share(project: Project, dataset: ImageDataset) -> float:
 
 
 def build_aspect_buckets(project: Project, dataset: ImageDataset) -> dg.AssetsDefinition:
-    """Return `<project>/<dataset>/aspect_buckets`."""
+    """Return `<project>/<dataset>_aspect_buckets`."""
     key = dataset_key(project, dataset, "aspect_buckets")
     share = holdout_share(project, dataset)
     held_out = share > 0 and dataset.dataset_type != "eval"
@@ -47,7 +47,7 @@ def build_aspect_buckets(project: Project, dataset: ImageDataset) -> dg.AssetsDe
 
     @dg.asset(
         key=key,
-        **asset_attributes(project, "data", "pandas", "parquet"),
+        **asset_attributes(project, "data", "pandas", "parquet", dataset=dataset),
         ins={"scanned": dg.AssetIn(key=dataset_key(project, dataset, "dataset"), dagster_type=pd.DataFrame)},
         code_version=version(CODE, [geometry, share, project.training.seed]),
         check_specs=[

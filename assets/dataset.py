@@ -42,7 +42,7 @@ class DatasetRunConfig(dg.Config):
 
 
 def build_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefinition:
-    """Return `<project>/<dataset>/dataset`."""
+    """Return `<project>/<dataset>_dataset`."""
     key = dataset_key(project, entry, "dataset")
     dataset = complete_caption_settings(entry, project.text_embeds_of(entry), project.training.seed)
     settings = dataset.model_dump(mode="json", include=SETTINGS)
@@ -50,7 +50,7 @@ def build_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefinition:
     @dg.asset(
         key=key,
         deps=[project_key(project, "generated_images")] if generates_images(project) else [],
-        **asset_attributes(project, "data", "pandas", "parquet"),
+        **asset_attributes(project, "data", "pandas", "parquet", dataset=dataset),
         code_version=version(CODE, [settings, filter_digest(dataset.caption_filter_list)]),
         check_specs=[check.spec(key) for check in data_checks.DATASET_CHECKS],
         description=f"Every file of {describe_source(dataset)}: kept, or dropped with a reason.",

@@ -38,12 +38,12 @@ NO_UNUSED_MASKS = Check("no_unused_masks", "Every mask belongs to an image that 
 
 
 def build_mask_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefinition:
-    """Return `<project>/<masks>/dataset`."""
+    """Return `<project>/<masks>_dataset`."""
     key = dataset_key(project, entry, "dataset")
 
     @dg.asset(
         key=key,
-        **asset_attributes(project, "data", "pandas", "parquet"),
+        **asset_attributes(project, "data", "pandas", "parquet", dataset=entry),
         code_version=version(CODE, entry.model_dump(mode="json", include=SOURCE)),
         check_specs=[check.spec(key) for check in (USABLE_MASKS, FILE_COUNTS_CONSISTENT)],
         description=f"Every file of {describe_source(entry)}: a mask, or dropped with a reason.",
@@ -75,13 +75,13 @@ def build_mask_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefini
 
 
 def build_masks(project: Project, dataset: ImageDataset, entry: ImageDataset) -> dg.AssetsDefinition:
-    """Return `<project>/<dataset>/masks`: the masks of `entry` paired with the images of `dataset`."""
+    """Return `<project>/<dataset>_masks`: the masks of `entry` paired with the images of `dataset`."""
     key = dataset_key(project, dataset, "masks")
     kind = mask_kind(entry)
 
     @dg.asset(
         key=key,
-        **asset_attributes(project, "data", "pandas", "parquet"),
+        **asset_attributes(project, "data", "pandas", "parquet", dataset=dataset),
         ins={
             "scanned": dg.AssetIn(key=dataset_key(project, dataset, "dataset"), dagster_type=pd.DataFrame),
             "mask_files": dg.AssetIn(key=dataset_key(project, entry, "dataset"), dagster_type=pd.DataFrame),

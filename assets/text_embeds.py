@@ -22,7 +22,7 @@ CODE = "2"
 
 
 def build_text_embeds(project: Project, dataset: ImageDataset) -> dg.AssetsDefinition:
-    """Return `<project>/<dataset>/text_embeds`."""
+    """Return `<project>/<dataset>_text_embeds`."""
     key = dataset_key(project, dataset, "text_embeds")
     cache_entry = project.text_embeds_of(dataset)
     windows = project.training.text_windows
@@ -32,7 +32,7 @@ def build_text_embeds(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
 
     @dg.asset(
         key=key,
-        **asset_attributes(project, "data", "torch", device=True),
+        **asset_attributes(project, "data", "torch", device=True, dataset=dataset),
         ins={
             "model": dg.AssetIn(key=project_key(project, "base_model"), dagster_type=ResolvedModel),
             "scanned": dg.AssetIn(key=dataset_key(project, dataset, "dataset"), dagster_type=pd.DataFrame),

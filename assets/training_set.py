@@ -70,12 +70,12 @@ def build_training_set(project: Project) -> dg.AssetsDefinition:
 
 
 def _inputs(project: Project) -> dict[str, dg.AssetIn]:
-    """Return an input `<dataset>__<stage>` for each stage of each dataset, including masks and their files."""
+    """Return an input `<dataset>_<stage>` for each stage of each dataset, including masks and their files."""
     stages = [(dataset, stage, STAGES[stage]) for dataset in project.datasets for stage in STAGES]
     stages += [(each, "masks", pd.DataFrame) for each in project.datasets if project.masks_of(each)]
     stages += [(entry, "dataset", pd.DataFrame) for entry in project.mask_datasets]
     return {
-        f"{dataset.asset_name}__{stage}": dg.AssetIn(
+        dataset.stage_name(stage): dg.AssetIn(
             key=dataset_key(project, dataset, stage), dagster_type=value_type
         )
         for dataset, stage, value_type in stages
@@ -85,7 +85,7 @@ def _inputs(project: Project) -> dict[str, dg.AssetIn]:
 def _input(
     inputs: Mapping[str, DatasetInput], dataset: ImageDataset, stage: str, value_type: type[InputT]
 ) -> InputT:
-    value = inputs[f"{dataset.asset_name}__{stage}"]
+    value = inputs[dataset.stage_name(stage)]
     if not isinstance(value, value_type):
         raise TypeError(
             f"input {stage} of {dataset.id} is a {type(value).__name__}, not a {value_type.__name__}"

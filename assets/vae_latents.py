@@ -22,12 +22,12 @@ CODE = "3"
 
 
 def build_vae_latents(project: Project, dataset: ImageDataset) -> dg.AssetsDefinition:
-    """Return `<project>/<dataset>/vae_latents`."""
+    """Return `<project>/<dataset>_vae_latents`."""
     key = dataset_key(project, dataset, "vae_latents")
 
     @dg.asset(
         key=key,
-        **asset_attributes(project, "data", "torch", device=True),
+        **asset_attributes(project, "data", "torch", device=True, dataset=dataset),
         ins={
             "model": dg.AssetIn(key=project_key(project, "base_model"), dagster_type=ResolvedModel),
             "rows": dg.AssetIn(
