@@ -8,9 +8,8 @@ import pandas as pd
 
 from assets.asset_keys import asset_attributes, dataset_key, version
 from assets.checks import data_checks
-from assets.errors import user_errors_as_failures
+from assets.event_log import log_progress, user_errors_as_failures
 from assets.metadata import crop_plan_metadata
-from assets.progress import log_progress
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.schema.datasets import ImageDataset

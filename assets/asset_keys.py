@@ -1,4 +1,4 @@
-"""Asset keys, attributes and code versions: what every stage of a project has in the same form."""
+"""Asset keys, inputs, attributes and code versions: what every stage of a project has in the same form."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -11,6 +11,8 @@ from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.problems import Problem, ProjectError
 from sdxl_pipeline.config.schema.datasets import ImageDataset
 from sdxl_pipeline.files.digest import digest_json
+from sdxl_pipeline.models.base_model import ResolvedModel
+from sdxl_pipeline.runtime.specs import TrainingSet
 
 GPU_POOL = "gpu"
 """Pool of all device stages; dagster.yaml limits it to one at a time."""
@@ -49,6 +51,16 @@ def require_distinct_keys(project: Project, keys: Iterable[dg.AssetKey]) -> None
     ]
     if problems:
         raise ProjectError(problems)
+
+
+def model_input(project: Project) -> dict[str, dg.AssetIn]:
+    """Return the base model as an input named `model`."""
+    return {"model": dg.AssetIn(key=project_key(project, "base_model"), dagster_type=ResolvedModel)}
+
+
+def training_set_input(project: Project) -> dict[str, dg.AssetIn]:
+    """Return the training set as an input named `training_set`."""
+    return {"training_set": dg.AssetIn(key=project_key(project, "training_set"), dagster_type=TrainingSet)}
 
 
 def asset_attributes(

@@ -9,11 +9,9 @@ from pydantic import Field
 
 from assets.asset_keys import asset_attributes, dataset_key, project_key, version
 from assets.checks import data_checks
-from assets.errors import user_errors_as_failures
+from assets.event_log import log_progress, user_errors_as_failures
 from assets.generated_images import generates_images
-from assets.metadata import caption_filter_metadata, dataset_metadata, download_metadata
-from assets.metadata_values import names_list
-from assets.progress import log_progress
+from assets.metadata import caption_filter_metadata, dataset_metadata, download_metadata, names_list
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.schema.datasets import ImageDataset

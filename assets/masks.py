@@ -11,9 +11,8 @@ from assets.asset_keys import asset_attributes, dataset_key, version
 from assets.checks.check import Check
 from assets.checks.data_checks import FILE_COUNTS_CONSISTENT, check_file_counts
 from assets.dataset import DatasetRunConfig, describe_source, scan_files
-from assets.errors import user_errors_as_failures
-from assets.metadata import SAMPLES, mask_dataset_metadata
-from assets.metadata_values import MAX_NAMES, dropped_table, inline_image
+from assets.event_log import user_errors_as_failures
+from assets.metadata import MAX_NAMES, SAMPLES, dropped_table, inline_image, mask_dataset_metadata
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.schema.datasets import ImageDataset, MaskKind

@@ -7,7 +7,7 @@ import pandas as pd
 
 from assets.asset_keys import asset_attributes, dataset_key, project_key, version
 from assets.checks.result_checks import ENOUGH_EVAL_IMAGES, check_eval_images
-from assets.errors import user_errors_as_failures
+from assets.event_log import user_errors_as_failures
 from assets.metadata import training_plan_metadata
 from resources.hardware import HardwareProfile
 from sdxl_pipeline.config.loader import Project

@@ -36,11 +36,6 @@ STAGES: dict[str, type] = {
 }
 
 
-def training_set_input(project: Project) -> dict[str, dg.AssetIn]:
-    """Return the training set as an input named `training_set`."""
-    return {"training_set": dg.AssetIn(key=project_key(project, "training_set"), dagster_type=TrainingSet)}
-
-
 def build_training_set(project: Project) -> dg.AssetsDefinition:
     """Return `<project>/training_set`; its data version contains what the datasets contain, and none of their paths."""
     datasets = [_sampling_settings(project, dataset) for dataset in project.datasets]
