@@ -69,7 +69,7 @@ class BatchLoss:
         noisy_latents = objective.add_noise(batch.latents, batch.input_noise, timesteps)
         if batch.rollouts:
             noisy_latents = self._roll_out(batch, noisy_latents, predict_no_grad)
-        target = objective.target(batch.latents, batch.noise, timesteps)
+        target = objective.loss_target(batch.latents, batch.noise, timesteps)
         if any(batch.prior):
             target = prior_preservation_target(
                 target,

@@ -124,7 +124,7 @@ def test_run_identity_changes_with_regularisation(tmp_path, dataset):
 
 
 def losses(objective: Objective, prediction: torch.Tensor, latents, noise, timesteps, weights=None):
-    target = objective.target(latents, noise, timesteps)
+    target = objective.loss_target(latents, noise, timesteps)
     errors = objective.elementwise_loss(
         objective.to_loss_space(prediction, noise, timesteps), target, timesteps
     )
