@@ -74,7 +74,7 @@ def evaluate(spec: EvaluateSpec, identity: str, reporter: Reporter, stop: StopSi
     clip_folder = (
         scoring_model_folder(settings, spec.base_model) if settings.evaluation_type == "clip" else None
     )
-    source, samples = select_eval_samples(spec.datasets, settings)
+    source, samples = select_eval_samples(spec.datasets, settings, settings.micro_conditioning)
     if not samples:
         raise UserError("there is no image to evaluate on: the datasets' aspect_buckets have no rows")
     reporter.log(f"Evaluating on {len(samples)} images ({source}).")
