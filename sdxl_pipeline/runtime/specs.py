@@ -554,6 +554,9 @@ class Scores(StageModel):
     omitted: dict[str, str] = Field(
         default={}, description="Why a score is not reported, by the score's name."
     )
+    notes: dict[str, str] = Field(
+        default={}, description="How a reported score is to be read, by the score's name."
+    )
 
 
 class MemorisedPair(StageModel):
