@@ -6,14 +6,22 @@ captions (Somepalli et al. 2023).
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from diffusers import StableDiffusionXLPipeline
+from PIL import Image
 
 from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.data.decoding.image_decoding import UnreadableImage
+from sdxl_pipeline.data.decoding.pixels import load_crop
+from sdxl_pipeline.evaluation.embeddings import ScoringModels
 from sdxl_pipeline.evaluation.gallery import GalleryImage, GalleryPrompt, generate
+from sdxl_pipeline.evaluation.image_features import ImageFeatures, SourceImage, measure_features
 from sdxl_pipeline.models.sampling import Conditioning
 from sdxl_pipeline.runtime.specs import TrainingDataset
 from sdxl_pipeline.training.data.batches import BatchReader
@@ -78,6 +86,19 @@ def captioned_samples(
     return [(sample, caption) for caption, sample in islice(distinct.items(), count)]
 
 
+def captioned_images(
+    training: Samples, datasets: Sequence[TrainingDataset], count: int
+) -> list[tuple[Image.Image, str]]:
+    """Return up to `count` training images with different captions; those that cannot be read any more are left out."""
+    folders = {dataset.dataset_id: Path(dataset.data_dir) for dataset in datasets}
+    pairs = []
+    for sample, caption in captioned_samples(training, datasets, count):
+        with suppress(UnreadableImage):
+            pixels = load_crop(folders[sample.dataset_id] / sample.path, sample.crop)
+            pairs.append((Image.fromarray(pixels), caption))
+    return pairs
+
+
 def _captions(dataset: TrainingDataset) -> Mapping[str, str]:
     """Return the captions of a dataset by their embed keys."""
     table = pd.read_parquet(dataset.text_embeds.entries_path, columns=["embed_key", "caption"])
@@ -110,3 +131,16 @@ def sample_captions(
         )
         images.append(generate(pipeline, prompt, settings, on_step))
     return images
+
+
+def sample_features(
+    plan: Sequence[CaptionSample], images: Sequence[GalleryImage], folder: Path, models: ScoringModels | None
+) -> ImageFeatures:
+    """Write the generated images as PNGs to `folder` and return their features, each under its caption's dataset."""
+
+    def sources() -> Iterator[SourceImage]:
+        for planned, image in zip(plan, images, strict=True):
+            file = image.save(folder)
+            yield SourceImage(planned.sample.dataset_id, file.name, file, (np.asarray(image.image),))
+
+    return measure_features(sources(), models)

@@ -24,7 +24,7 @@ SHEET_PAIRS, SHEET_TILE = 12, 224
 MIN_SIMILARITY, MIN_CORRELATION = 0.8, 0.8
 """Below these an image is no copy, however different the training images are from each other."""
 
-FIXED_SIMILARITY, FIXED_CORRELATION = 0.95, 0.9
+FIXED_SIMILARITY, FIXED_CORRELATION = 0.9, 0.9
 """The limits where there are too few training images to calibrate on."""
 
 DUPLICATE_SIMILARITY, DUPLICATE_CORRELATION = 0.99, 0.98
@@ -64,14 +64,13 @@ def check_memorisation(
     if not len(generated) or not len(training):
         raise ValueError("memorisation needs generated images and training images")
     similarities, correlations = cosine(generated, training), correlation(generated, training)
-    nearest = (correlations if similarities is None else similarities + correlations).argmax(axis=1)
-    rows = np.arange(len(generated))
     limits = _limits_by_dataset(training)
-    by_image = [limits[training.dataset_ids[index]] for index in nearest]
-    flagged = correlations[rows, nearest] > [each.correlation for each in by_image]
+    of_image = [limits[name] for name in training.dataset_ids]
+    excess = correlations - np.array([each.correlation for each in of_image])  # (generated, training)
     if similarities is not None:
-        flagged &= similarities[rows, nearest] > [each.similarity for each in by_image]
-    flagged &= _nearer_to_training(generated, training, held_out)
+        excess = np.minimum(excess, similarities - np.array([each.similarity for each in of_image]))
+    nearest = excess.argmax(axis=1)
+    flagged = (excess.max(axis=1) > 0) & _nearer_to_training(generated, training, held_out)
     pairs = [
         MemorisedPair(
             image_path=str(generated.files[row]),
@@ -159,13 +158,8 @@ def _write_sheet(pairs: Sequence[tuple[MemorisedPair, Path, bool]], path: Path) 
     groups = []
     for pair, nearest, is_copy in pairs[:SHEET_PAIRS]:
         similarity = "" if pair.similarity is None else f"similarity {pair.similarity:.3f}, "
-        title = "generated: copy" if is_copy else "generated"
-        groups.append(
-            [
-                (Path(pair.image_path), title),
-                (nearest, f"training image {pair.nearest}: {similarity}correlation {pair.correlation:.3f}"),
-            ]
-        )
+        title = f"{'copy: ' if is_copy else ''}{similarity}correlation {pair.correlation:.3f}"
+        groups.append([(Path(pair.image_path), title), (nearest, f"training image {pair.nearest}")])
     with atomic_path(path) as temporary:
         grouped_sheet(groups, columns=2, tile=SHEET_TILE).save(temporary, format="PNG")
 

@@ -19,7 +19,7 @@ from sdxl_pipeline.evaluation.image_features import ImageFeatures
 from sdxl_pipeline.runtime.specs import PairedDifference, ScorePair, Scores
 
 MATCHING_PAIRS = 32
-"""Training images whose captions the CLIP model has to tell apart before its score is reported."""
+"""Training images whose captions the CLIP model has to separate before its score is reported."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def measure_scores(
     if training_pairs:
         images, captions = (list(values) for values in zip(*training_pairs, strict=True))
         cosines = clip.cosine_similarity(images, captions).double().numpy()
-        if not tells_captions_apart(cosines, captions):
+        if not separates_captions(cosines, captions):
             omitted["clip"] = (
                 "CLIP score: not reported, because the CLIP model matches the training images no better with their own captions than with "
                 "each other's. Set pretrained_evaluation_model_name_or_path to a model that knows such images"
@@ -122,7 +122,7 @@ def measure_scores(
 _SAMPLE_SCORES: Final = {"cmmd": "CMMD", "fidelity": "Subject fidelity", "diversity": "Diversity"}
 
 
-def tells_captions_apart(cosines: np.ndarray, captions: Sequence[str]) -> bool:
+def separates_captions(cosines: np.ndarray, captions: Sequence[str]) -> bool:
     """Return whether images match their own captions better than others by more than two standard errors, (images, captions).
 
     True where this cannot be tested, with fewer than two captions.
@@ -191,10 +191,10 @@ def balanced_reference(training: ImageFeatures, generated: ImageFeatures) -> np.
     """
     if training.clip is None:
         raise ValueError("CMMD needs CLIP embeddings")
-    wanted = {name: generated.dataset_ids.count(name) for name in dict.fromkeys(generated.dataset_ids)}
-    available = {name: _references(training, name) for name in wanted}
-    factor = min(len(available[name]) / count for name, count in wanted.items())
-    chosen = [available[name][: max(1, math.floor(factor * count))] for name, count in wanted.items()]
+    target = {name: generated.dataset_ids.count(name) for name in dict.fromkeys(generated.dataset_ids)}
+    available = {name: _references(training, name) for name in target}
+    factor = min(len(available[name]) / count for name, count in target.items())
+    chosen = [available[name][: max(1, math.floor(factor * count))] for name, count in target.items()]
     return training.clip[np.concatenate(chosen)]
 
 

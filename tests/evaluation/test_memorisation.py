@@ -94,7 +94,7 @@ def test_copies_are_flagged_with_their_training_image(
     assert found["00.png"] == "zorp/04.png"
     assert (
         "01.png" in found or embeds
-    )  # CLIP tells left from right, so that a mirrored copy differs by embedding
+    )  # CLIP separates left from right, so that a mirrored copy differs by embedding
     assert result.flagged == len(result.pairs)
     assert result.is_over_limit
     assert all((pair.similarity is None) != embeds for pair in result.pairs)

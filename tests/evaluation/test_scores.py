@@ -17,7 +17,7 @@ from sdxl_pipeline.evaluation.scores import (
     measure_scores,
     paired_score,
     score_gallery,
-    tells_captions_apart,
+    separates_captions,
 )
 from sdxl_pipeline.models.base_model import BUNDLED_CLIP
 from tests.support.image_features import (
@@ -151,7 +151,7 @@ def test_measure_scores_reports_clip_score_with_the_training_images_own(clip: Cl
     assert below.notes == {}
 
 
-def test_measure_scores_of_model_that_does_not_tell_captions_apart_omits_clip_score(clip: ClipScorer):
+def test_measure_scores_of_model_that_does_not_separate_captions_omits_clip_score(clip: ClipScorer):
     images, captions = zip(*zorp_pairs(), strict=True)
     noise = np.random.default_rng(0).integers(0, 256, (len(images), 64, 64, 3), dtype=np.uint8)
     pairs = [(Image.fromarray(pixels), caption) for pixels, caption in zip(noise, captions, strict=True)]
@@ -166,12 +166,12 @@ def test_measure_scores_of_zeros_omits_clip_score(clip: ClipScorer):
     assert "0 for every image" in scores.omitted["clip"]
 
 
-def test_tells_captions_apart_compares_with_the_other_captions():
+def test_separates_captions_compares_with_the_other_captions():
     captions = ["a", "b", "c", "d"]
-    assert tells_captions_apart(np.eye(4) + 0.1, captions)
-    assert not tells_captions_apart(np.roll(np.eye(4), 1, axis=1), captions)
-    assert not tells_captions_apart(np.full((4, 4), 0.3), captions)
-    assert tells_captions_apart(np.full((4, 4), 0.3), ["a"] * 4)  # cannot be tested
+    assert separates_captions(np.eye(4) + 0.1, captions)
+    assert not separates_captions(np.roll(np.eye(4), 1, axis=1), captions)
+    assert not separates_captions(np.full((4, 4), 0.3), captions)
+    assert separates_captions(np.full((4, 4), 0.3), ["a"] * 4)  # cannot be tested
 
 
 def test_measure_scores_of_few_samples_refuses_cmmd_and_measures_the_rest(clip: ClipScorer):
