@@ -72,7 +72,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         _print(console, "Not trained: the datasets or the base model failed, see the log above.")
         return 2
     values = StorageLayout(storage_root()).values
-    differences = compare_inputs(published, project.name, values)
+    differences = compare_inputs(published, project, values)
     for difference in differences:
         _print(console, difference, "[yellow]differs[/] ")
     if differences and not options.train_anyway:
@@ -123,9 +123,9 @@ def _input_keys(project: Project) -> list[str]:
     """Return the assets that decide whether data and base model are those of the release."""
     keys = [f"{project.name}/base_model"]
     for dataset in project.datasets:
-        keys.append(f"{project.name}/{dataset.asset_name}/aspect_buckets")
+        keys.append(f"{project.name}/{dataset.stage_name('aspect_buckets')}")
         if project.masks_of(dataset):
-            keys.append(f"{project.name}/{dataset.asset_name}/masks")
+            keys.append(f"{project.name}/{dataset.stage_name('masks')}")
     return keys
 
 

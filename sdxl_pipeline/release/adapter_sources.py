@@ -89,6 +89,7 @@ def open_base(name: str | None) -> Iterator[tuple[LayerTable, BaseWeights | None
 def read_adapter(path: Path, scale: float, table: LayerTable) -> AdapterSource:
     """Read an adapter of any format. Raises FormatError or AdapterError with the file's name unless it is complete and valid."""
     header = read_header(path)
+    hint = "check the file, or name its base model with --base or --into"
     try:
         tensors = load_file(path)
         if any(name.startswith("lycoris_") for name in header.names):
@@ -98,12 +99,13 @@ def read_adapter(path: Path, scale: float, table: LayerTable) -> AdapterSource:
         else:
             layers = read_kohya(tensors, table)
     except FormatError as error:
-        raise FormatError(
-            f"{path.name}: {error}; name its base model with --base or --into, or check the file"
-        ) from error
+        raise FormatError(f"{path.name}: {error}; {hint}") from error
     except SafetensorError as error:
         raise AdapterError(f"{path} cannot be read as safetensors: {error}") from error
-    require_valid(layers, path)
+    try:
+        require_valid(layers, path)
+    except FormatError as error:  # its message has the file's name
+        raise FormatError(f"{error}; {hint}") from error
     return AdapterSource(path, layers, scale, header.metadata)
 
 

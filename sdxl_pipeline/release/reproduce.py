@@ -6,7 +6,7 @@ locations of images and of local models, comes from the user.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,12 +14,14 @@ from typing import Any, Final
 import pandas as pd
 
 from sdxl_pipeline.config.json_files import read_json
-from sdxl_pipeline.config.loader import CONFIG_FILE, DATASETS_FILE, PROMPT_LIBRARY
+from sdxl_pipeline.config.loader import CONFIG_FILE, DATASETS_FILE, PROMPT_LIBRARY, Project
 from sdxl_pipeline.config.paths import NAME_OR_PATH_KEYS
-from sdxl_pipeline.config.schema.datasets import asset_name
+from sdxl_pipeline.config.schema.datasets import ImageDataset
 from sdxl_pipeline.config.schema.training import PROFILE_KEYS, TrainingSettings
+from sdxl_pipeline.data.masks.mask_pairs import pairs_digest
 from sdxl_pipeline.data.scan.dataset_fingerprint import dataset_digest, rows_digest
 from sdxl_pipeline.files.atomic_files import sha256_path, write_text_atomic
+from sdxl_pipeline.files.digest import digest_json
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.models.hub_download import download_snapshot
 from sdxl_pipeline.models.model_files import BaseModelError
@@ -232,38 +234,43 @@ def _location(entry: Mapping[str, Any], location: str, is_generated: bool) -> di
     return {"type": "local", "instance_data_dir": str(path)}
 
 
-def compare_inputs(run: PublishedRun, project: str, values: Path) -> list[str]:
+def compare_inputs(run: PublishedRun, project: Project, values: Path) -> list[str]:
     """Return one sentence for each component of the base model and each dataset whose digest is missing or differs.
 
-    `values` is the folder of the assets' values, in which `base_model`, `dataset` and `aspect_buckets` must be current.
+    `values` is the folder of the assets' values, in which `base_model`, `dataset`, `aspect_buckets` and `masks` must be current.
     """
-    model = ResolvedModel.model_validate_json((values / project / "base_model.json").read_bytes())
+    model = ResolvedModel.model_validate_json((values / project.name / "base_model.json").read_bytes())
     differences = [
         f"base model: {component} differs: {_short(digest)} in the release, {_short(model.digests.get(component))} here"
         for component, digest in run.lineage["base_model_digests"].items()
         if model.digests.get(component) != digest
     ]
-    for entry in run.lineage[DATASETS]:
-        if entry["dataset_type"] in ("image", "eval"):
-            differences += _compare_dataset(run, entry["id"], values / project / asset_name(entry["id"]))
+    for dataset in project.datasets:
+        differences += _compare_dataset(run, dataset, project.masks_of(dataset), values / project.name)
     return differences
 
 
-def _compare_dataset(run: PublishedRun, dataset: str, values: Path) -> list[str]:
-    differences = []
-    for stage, what, digest_of in (
+def _compare_dataset(
+    run: PublishedRun, dataset: ImageDataset, masks: ImageDataset | None, values: Path
+) -> list[str]:
+    stages: list[tuple[str, str, Callable[[pd.DataFrame], str]]] = [
         ("dataset", "images or captions", dataset_digest),
         ("aspect_buckets", "crops or split", rows_digest),
-    ):
-        expected = run.lineage["data_versions"].get(f"{run.project}/{values.name}/{stage}")
-        path = values / f"{stage}.parquet"
+    ]
+    if masks is not None:
+        kind = masks.conditioning_type
+        stages.append(("masks", "masks", lambda pairs: digest_json([kind, pairs_digest(pairs)])))
+    differences = []
+    for stage, what, digest_of in stages:
+        name = dataset.stage_name(stage)
+        expected, path = run.lineage["data_versions"].get(f"{run.project}/{name}"), values / f"{name}.parquet"
         digest = digest_of(pd.read_parquet(path)) if path.is_file() else None
         if digest != expected:
             differences.append(
-                f"dataset {dataset}: {what} differ: {_short(expected)} in the release, {_short(digest)} here"
+                f"dataset {dataset.id}: {what} differ: {_short(expected)} in the release, {_short(digest)} here"
             )
-    counts = run.lineage.get("images", {}).get(dataset)
-    plan = values / "aspect_buckets.parquet"
+    counts = run.lineage.get("images", {}).get(dataset.id)
+    plan = values / f"{dataset.stage_name('aspect_buckets')}.parquet"
     if differences and counts and plan.is_file():
         here, released = pd.read_parquet(plan, columns=["path"])["path"].nunique(), sum(counts.values())
         differences[0] += f" ({here} images here, {released} in the release)"

@@ -47,8 +47,8 @@ def test_merge_resize_and_extract_round_trip(
     assert main(["extract", merged, *base, "--rank", "4", "--output", str(extracted)]) == 0
     assert f"{extracted}: 2 layers, rank 4, relative error 0.0" in capsys.readouterr().out
     doubled = tmp_path / "doubled.safetensors"
-    assert main(["merge", f"{extracted}:2", f"{adapter}:-1", *base, "--output", str(doubled)]) == 0
-    assert f"{doubled}: 2 layers, rank 8" in capsys.readouterr().out
+    assert main(["merge", f"{extracted}:2", f"{adapter}:1", *base, "--output", str(doubled)]) == 0
+    assert f"{doubled}: 2 layers, rank 8, relative error 0.0" in capsys.readouterr().out
     resized = tmp_path / "resized.safetensors"
     assert main(["resize", str(adapter), *base, "--rank", "2", "--layers", "--output", str(resized)]) == 0
     output = capsys.readouterr().out
@@ -73,7 +73,7 @@ def test_errors_are_one_sentence_and_status_two(
         (["merge", str(adapter), "--into", "nowhere", *output], "'nowhere' is neither a file nor a folder"),
         (
             ["resize", str(adapter), "--rank", "2", *output],
-            "name its base model with --base or --into",
+            "but the layer's weight has (320, 1280); check the file, or name its base model with --base or --into",
         ),
         (["resize", "a.ckpt", "--base", BUNDLED_NAME, "--rank", "2", *output], "is not a .safetensors file"),
         (

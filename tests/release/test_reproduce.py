@@ -232,13 +232,13 @@ def reproduced(make_project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is
     """A release and the values of the project that reproduces it, without a training."""
     source = load_project(make_project())
     data_versions = {
-        "small/shapes/dataset": dataset_digest(SCAN), "small/shapes/aspect_buckets": rows_digest(rows()),
+        "small/shapes_dataset": dataset_digest(SCAN), "small/shapes_aspect_buckets": rows_digest(rows()),
     }  # fmt: skip
     release = write_release(source, tmp_path / "out", data_versions)
     values = isolated_storage / "values" / "again"
-    (values / "shapes").mkdir(parents=True)
-    SCAN.to_parquet(values / "shapes" / "dataset.parquet")
-    rows().to_parquet(values / "shapes" / "aspect_buckets.parquet")
+    values.mkdir(parents=True)
+    SCAN.to_parquet(values / "shapes_dataset.parquet")
+    rows().to_parquet(values / "shapes_aspect_buckets.parquet")
     model = resolve_base_model(source.training, source.folder)
     (values / "base_model.json").write_text(model.model_dump_json())
     (values / "lora.json").write_text(trained(tmp_path / "again").model_dump_json())
@@ -247,20 +247,23 @@ def reproduced(make_project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is
 
 
 def test_compare_inputs_names_component_and_dataset(reproduced):
-    release, values, _ = reproduced
+    release, values, data = reproduced
     run = read_release(str(release))
-    assert compare_inputs(run, "again", values.parent) == []
-    SCAN.assign(captions=[["y"], []]).to_parquet(values / "shapes" / "dataset.parquet")
+    again = values.parents[1] / "again"
+    write_project(again, run, {"shapes": str(data)}, {})
+    project = load_project(again)
+    assert compare_inputs(run, project, values.parent) == []
+    SCAN.assign(captions=[["y"], []]).to_parquet(values / "shapes_dataset.parquet")
     model = json.loads((values / "base_model.json").read_text())
     model["digests"]["unet"] = "f" * 64
     (values / "base_model.json").write_text(json.dumps(model))
-    model_difference, data_difference = compare_inputs(run, "again", values.parent)
+    model_difference, data_difference = compare_inputs(run, project, values.parent)
     assert model_difference.startswith("base model: unet differs: ")
     assert model_difference.endswith("in the release, ffffffffffffffff here")
     assert data_difference.startswith("dataset shapes: images or captions differ: ")
     assert data_difference.endswith("(1 images here, 8 in the release)")
-    (values / "shapes" / "aspect_buckets.parquet").unlink()
-    assert compare_inputs(run, "again", values.parent)[-1].endswith("in the release, missing here")
+    (values / "shapes_aspect_buckets.parquet").unlink()
+    assert compare_inputs(run, project, values.parent)[-1].endswith("in the release, missing here")
 
 
 def test_compare_weights_finds_the_released_step(tmp_path: Path, release: Path):
@@ -299,14 +302,14 @@ def test_command_trains_only_with_the_same_inputs(reproduced, monkeypatch, capsy
     assert main(command) == 0
     assert "Reproduced: the weights of step 3 have the released bytes" in capsys.readouterr().out
     assert [selection for selection, _ in calls] == [
-        '+key:"again/base_model" or +key:"again/shapes/aspect_buckets"',
+        '+key:"again/base_model" or +key:"again/shapes_aspect_buckets"',
         '+key:"again/lora"',
     ]
     hardware = calls[1][1]["run_config"]["resources"]["hardware"]["config"]
     assert (hardware["device"], hardware["num_processes"]) == ("cpu", 1)
 
     calls.clear()
-    SCAN.assign(key=["9", "9"]).to_parquet(values / "shapes" / "dataset.parquet")
+    SCAN.assign(key=["9", "9"]).to_parquet(values / "shapes_dataset.parquet")
     assert main(command) == 1
     output = capsys.readouterr().out
     assert "dataset shapes: images or captions differ" in output
