@@ -94,7 +94,9 @@ def relative_error(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor
     return (squared / sum(float(update.norm()) ** 2 for update in exact.values())) ** 0.5
 
 
-@pytest.mark.parametrize("kind", ["lora, alpha above rank", "dora", "lokr"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("lora, alpha above rank", marks=pytest.mark.slow), "dora", "lokr"]
+)
 def test_merged_folder_equals_the_adapted_model(files: Files, tmp_path: Path, kind: str):
     changed = merge_into(tmp_path / "merged", [files.source(kind)], files.model)
     merged = resolve_named_model(str(tmp_path / "merged"))
@@ -258,7 +260,7 @@ def test_resize_to_rank_reports_the_error_of_the_file(files: Files, tmp_path: Pa
     assert error == pytest.approx(relative_error({module: found[module]}, {module: exact[module]}), rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["lora, alpha above rank", "lokr"])
+@pytest.mark.parametrize("kind", ["lora, alpha above rank", pytest.param("lokr", marks=pytest.mark.slow)])
 def test_resize_to_error_keeps_every_layer_below_it(files: Files, tmp_path: Path, kind: str):
     path = tmp_path / "small.safetensors"
     with BaseWeights(files.model) as base:
@@ -278,7 +280,7 @@ def test_resize_to_error_below_rounding_names_the_type(files: Files, tmp_path: P
     assert not path.exists()
 
 
-@pytest.mark.parametrize("as_unet", [True, False])
+@pytest.mark.parametrize("as_unet", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_extract_finds_a_low_rank_change_exactly(files: Files, tmp_path: Path, as_unet: bool):
     kind = "lora, gaussian, convolutions"
     merge_into(tmp_path / "tuned", [files.source(kind)], files.model)

@@ -30,6 +30,7 @@ from sdxl_pipeline.release.reproduce import (
 from sdxl_pipeline.runtime.specs import Ancestor, SettingDifference, TrainedLora, TrainSpec, ValidationPrompt
 from sdxl_pipeline.training.checkpoint.run_identity import settings_affecting_weights
 from tests.support.asset_graph import materialize
+from tests.support.hub_server import HubServer
 
 REPOSITORY = Path(__file__).parents[2]
 IDENTITY = "ab" * 32
@@ -215,6 +216,17 @@ def test_folder_without_release_or_of_an_earlier_version_is_refused(release: Pat
     (release / "lineage.json").write_text(json.dumps(lineage))
     with pytest.raises(ReproduceError, match="lacks datasets: an earlier version wrote it"):
         read_release(str(release))
+
+
+def test_release_on_the_hub_is_read_without_its_weights(release: Path, tmp_path: Path, monkeypatch):
+    (release / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
+    with HubServer() as hub:
+        hub.adopt_process(monkeypatch, tmp_path / "hf")
+        hub.add_repo("someone/zorp", release)
+        assert read_release("someone/zorp") == read_release(str(release))
+        assert "pytorch_lora_weights.safetensors" not in {path.name for path in (tmp_path / "hf").rglob("*")}
+        with pytest.raises(ReproduceError, match="someone/other is not a repository of the Hub"):
+            read_release("someone/other")
 
 
 SCAN = pd.DataFrame({"path": ["a", "b"], "status": ["kept", "dropped"], "key": ["1", "2"], "height": [8, 8], "width": [8, 8], "captions": [["x"], []]})  # fmt: skip
