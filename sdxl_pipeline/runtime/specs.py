@@ -554,6 +554,9 @@ class Scores(StageModel):
     omitted: dict[str, str] = Field(
         default={}, description="Why a score is not reported, by the score's name."
     )
+    notes: dict[str, str] = Field(
+        default={}, description="What limits a reported score, by the score's name."
+    )
 
 
 class MemorisedPair(StageModel):
@@ -563,6 +566,7 @@ class MemorisedPair(StageModel):
     nearest: str = Field(description="Dataset and path of the training image.")
     similarity: float | None = Field(description="Cosine of the embeddings; None without a scoring model.")
     correlation: float = Field(description="Normalized correlation of the luma.")
+    flagged: bool = Field(description="Whether the image counts as a copy.")
 
 
 class Memorisation(StageModel):
@@ -574,7 +578,9 @@ class Memorisation(StageModel):
     calibrated_on: int = Field(
         description="Training images that the alarm is calibrated on; 0: absolute limits."
     )
-    pairs: tuple[MemorisedPair, ...] = Field(description="The flagged images, most similar first.")
+    pairs: tuple[MemorisedPair, ...] = Field(
+        description="Images with their nearest training image, the flagged ones first."
+    )
     sheet_path: str | None = Field(description="PNG: the pairs side by side; it is never published.")
     text: str
 

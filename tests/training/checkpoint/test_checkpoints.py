@@ -12,14 +12,13 @@ import torch
 
 from sdxl_pipeline.runtime.specs import Ancestor, RunLineage
 from sdxl_pipeline.runtime.stage_runner import UserError
+from sdxl_pipeline.training.checkpoint.checkpoint_files import checkpoint_step, is_intact
 from sdxl_pipeline.training.checkpoint.checkpoint_schedule import CheckpointKind
 from sdxl_pipeline.training.checkpoint.checkpoints import (
     TrainingState,
     checkpoint_bytes,
-    checkpoint_step,
     clear_checkpoints,
     import_checkpoint,
-    is_intact,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,

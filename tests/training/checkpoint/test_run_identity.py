@@ -176,6 +176,8 @@ def test_run_identity_depends_on_base_model_content_not_name(spec):
     assert run_identity(spec.model_copy(update={"base_model": other})) != run_identity(spec)
 
 
-def test_run_identity_imports_no_torch():
-    code = "import sys, sdxl_pipeline.training.checkpoint.run_identity, sdxl_pipeline.stages.train; assert 'torch' not in sys.modules"
+def test_modules_about_runs_import_no_torch():
+    modules = ("run_identity", "run_differences", "finished_runs", "checkpoint_files")
+    names = ", ".join(f"sdxl_pipeline.training.checkpoint.{name}" for name in modules)
+    code = f"import sys, {names}, sdxl_pipeline.stages.train; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
