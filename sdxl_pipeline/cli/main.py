@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from sdxl_pipeline.cli import doctor, prune, settings
+from sdxl_pipeline.cli import doctor, generate, prune, settings
 
-COMMANDS = (doctor, settings, prune)
+COMMANDS = (doctor, settings, prune, generate)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

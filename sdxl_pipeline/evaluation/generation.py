@@ -73,7 +73,7 @@ class ImageGenerator:
         is_folder = weights is not None and weights.is_dir()
         unet = _load_unet_folder(weights, dtype) if weights and is_folder else load_unet(base_model, dtype)
         self._models: dict[str, nn.Module] = {}
-        file = read_adapter_header(weights) if weights and not is_folder else None
+        file = _read_adapter(weights) if weights and not is_folder else None
         trained = [] if file is None else [prefix for prefix in PREFIXES if _adapts(file, prefix)]
         # like the trainer, in the training's precision if they are trained; else like the cached embeddings
         encoders = (
@@ -175,16 +175,20 @@ def generate_images(
     return written, sheet
 
 
-def read_adapter_header(path: Path) -> AdapterFile:
-    """Return the header of an adapter file. Raises UserError for a file that is missing or contains no adapter of SDXL."""
+def require_adapter(file: AdapterFile) -> None:
+    """Raise UserError for a file that contains no adapter of SDXL."""
+    if not any(_adapts(file, prefix) for prefix in PREFIXES):
+        raise UserError(
+            f"{file.path} contains no LoRA or LyCORIS adapter of SDXL; give a file in diffusers' or kohya's format"
+        )
+
+
+def _read_adapter(path: Path) -> AdapterFile:
     try:
         file = read_header(path)
     except AdapterError as error:
         raise UserError(str(error)) from error
-    if not any(_adapts(file, prefix) for prefix in PREFIXES):
-        raise UserError(
-            f"{path} contains no LoRA or LyCORIS adapter of SDXL; give a file in diffusers' or kohya's format"
-        )
+    require_adapter(file)
     return file
 
 
