@@ -11,14 +11,13 @@ from PIL import Image
 from sdxl_pipeline.evaluation.html_report import (
     Column,
     data_uris,
-    findings,
     gallery_columns,
-    headline,
-    loss_curve,
     render,
     write_pages,
 )
+from sdxl_pipeline.evaluation.page_content import loss_curve, timesteps
 from sdxl_pipeline.evaluation.report import paired_difference
+from sdxl_pipeline.evaluation.verdict import findings, headline
 from sdxl_pipeline.runtime.specs import (
     CheckpointLoss,
     EvaluationReport,
@@ -125,13 +124,21 @@ def make_report(folder: Path, **changes: object) -> EvaluationReport:
 
 
 def with_memorisation(folder: Path, flagged: int) -> Memorisation:
-    sample, nearest = (image.path for image in images_of(folder / "pairs", 5))
+    sample = images_of(folder / "pairs", 5)[0].path
     return Memorisation(
         samples=4,
         flagged=flagged,
         limit=0.1,
         calibrated_on=6,
-        pairs=(MemorisedPair(image_path=sample, nearest=nearest, similarity=0.97, correlation=0.8),),
+        pairs=(
+            MemorisedPair(
+                image_path=sample,
+                nearest="my/set/heart_5_1.0.png",
+                similarity=0.97,
+                correlation=0.8,
+                flagged=bool(flagged),
+            ),
+        ),
         sheet_path=None,
         text=f"{flagged} of 4 samples are copies of training images.",
     )
@@ -154,6 +161,7 @@ def page(tmp_path: Path) -> Path:
         training_losses=rows,
         settings={"learning_rate": 1e-4, "lr_scheduler": "cosine"},
         images_by_dataset={"zorp": (42, 0)},
+        data_dirs={"my": "/absent", "my/set": str(tmp_path / "pairs")},
     )
     assert paths.blind_ab == tmp_path / "blind_ab.html"
     return paths.report
@@ -198,6 +206,7 @@ def test_report_in_browser_navigates_checkpoints_by_keyboard(page: Path):
         seen.curve = [document.querySelectorAll("#by-step circle[data-step]").length, document.querySelector("#by-step .mark").dataset.selected, rectangle.dataset.from];
         const dot = step => Number(document.querySelector(`#by-step circle[data-step="${step}"]`).getAttribute("cx"));
         seen.places = [dot(20) === Number(document.querySelector("#by-step .mark").getAttribute("x1")), dot(30) >= Number(rectangle.getAttribute("x")) - 1e-6];
+        seen.pairs = document.querySelectorAll("#pairs img").length;
         seen.rows = document.querySelectorAll("#checkpoints tbody tr").length;
         seen.visible = [...document.querySelectorAll("section")].filter(each => !each.hidden).map(each => each.id);
         seen.wide = document.documentElement.scrollWidth <= innerWidth;
@@ -211,7 +220,7 @@ def test_report_in_browser_navigates_checkpoints_by_keyboard(page: Path):
     assert observed["home"] == ["step 10", "step 10"]
     assert observed["selected"] == ["step 20", "step 20"]
     assert observed["title"] == "Evaluation of demo"
-    assert observed["headline"] == ["warning", "Step 20 can be released, with reservations"]
+    assert observed["headline"] == ["good", "Step 20 is better than the base model"]
     assert (observed["split"], observed["other"]) == ("0%", ["100%", "100"])
     assert "30%" in observed["clip"]
     assert observed["large"] == [True, "a heart (seed 1)"]
@@ -220,6 +229,7 @@ def test_report_in_browser_navigates_checkpoints_by_keyboard(page: Path):
     assert observed["sheet"] == [True, 10]
     assert observed["curve"] == [3, "20", "30"]
     assert observed["places"] == [True, True]
+    assert observed["pairs"] == 2
     assert observed["rows"] == 3
     assert observed["visible"] == ["gallery", "losses", "checkpoints", "scores", "memorisation", "inputs"]
     assert observed["wide"]
@@ -283,7 +293,7 @@ def test_report_with_absent_fields_leaves_out_their_sections(tmp_path: Path):
     content = json.loads(text.partition('id="content">')[2].partition("</script>")[0])
     assert [content[key] for key in ("curve", "scores", "memorisation", "selection")] == [None] * 4
     assert content["checkpoints"] == content["timesteps"] == content["settings"] == []
-    assert content["headline"] == {"state": "unknown", "text": "Step 20 cannot be judged completely"}
+    assert content["headline"] == {"state": "unknown", "text": "Step 20 cannot be evaluated completely"}
 
 
 def test_report_without_two_columns_has_no_blind_page(tmp_path: Path):
@@ -308,6 +318,7 @@ def test_gallery_columns_are_base_then_steps_then_scales_of_the_selected():
         ({"difference_to_release": PairedDifference(images=4, mean=0.1, standard_error=0.01)}, "warning", "Worse than the last release"),
         ({"overfitting": Overfitting(conclusive=True, from_step=20, gap=None, text="late")}, "warning", "Over-fitted"),
         ({"overfitting": Overfitting(conclusive=False, from_step=None, gap=None, text="few")}, "unknown", "Over-fitting unknown"),
+        ({"selected": Selection(requested="best", step=20, weights="trained", best_step=20, vetoes=(Veto(step=20, reason="black"),), vetoed=True, text="")}, "bad", "Every checkpoint was refused"),
         ({"overfitting": None, "eval_images": 3}, "unknown", "Over-fitting unknown"),
     ],
 )  # fmt: skip
@@ -346,6 +357,18 @@ def test_loss_curve_adds_training_rows_of_the_same_images_only(tmp_path: Path):
     ]
     assert curve["points"][1]["probe"] == 0.11
     assert curve["overfittedFrom"] == 30
+
+
+def test_losses_that_are_not_finite_are_left_out(tmp_path: Path):
+    diverged = LossSummary(mean=float("nan"), by_timestep=((100, float("inf")), (900, 0.1)))
+    report = make_report(tmp_path)
+    checkpoints = (report.checkpoints[0].model_copy(update={"held_out": diverged}), *report.checkpoints[1:])
+    report = report.model_copy(update={"checkpoints": checkpoints, "lora_loss": diverged})
+    curve = loss_curve(report)
+    assert curve is not None
+    assert [point["step"] for point in curve["points"]] == [20, 30]
+    assert timesteps(report) == [[900, 0.2, 0.1]]
+    assert write_pages(report, tmp_path, title="demo").report.is_file()
 
 
 def test_data_uris_stay_within_the_budget(tmp_path: Path):
