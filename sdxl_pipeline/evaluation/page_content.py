@@ -129,37 +129,29 @@ def timesteps(report: EvaluationReport) -> list[list[float]]:
 
 
 def score_table(scores: Scores | None) -> dict[str, Any] | None:
-    """Return the scores as a table: name, base model, trained model, difference, note."""
+    """Return the scores as a table: name, base model, trained model, difference, note; and sentences on what is not reported."""
     if scores is None:
         return None
     rows = []
-    for name, pair, note in (
-        ("CLIP score", scores.clip, "how well images match their prompts; higher is better"),
-        ("Subject fidelity", scores.fidelity, "similarity to the training images, relative to their own"),
-        (
-            "Diversity",
-            scores.diversity,
-            "mean distance of samples of one prompt; lower than the base model's is a sign of over-fitting",
-        ),
+    for key, label, pair, note in (
+        ("clip", "CLIP score", scores.clip, "how well images match their prompts; higher is better"),
+        ("fidelity", "Subject fidelity", scores.fidelity, "similarity to the training images"),
+        ("diversity", "Diversity", scores.diversity, "mean distance of images of one prompt"),
     ):
         if pair is not None:
             ceiling = f"; of the training images themselves: {pair.ceiling:.3g}" if pair.ceiling else ""
             difference = describe_difference(pair.difference)
-            rows.append([name, f"{pair.base:.4g}", f"{pair.lora:.4g}", difference, note + ceiling])
+            text = f"{note}{ceiling}. {scores.notes.get(key, '')}".strip()
+            rows.append([label, f"{pair.base:.4g}", f"{pair.lora:.4g}", difference, text])
     base, trained = scores.cmmd_base, scores.cmmd_lora
     if base is not None and trained is not None:
-        rows.append(
-            [
-                "CMMD",
-                _cmmd(base),
-                _cmmd(trained),
-                "",
-                "distance to the training images; lower is closer. " + trained.text,
-            ]
+        note = (
+            f"distance to the training images; lower is closer. {trained.text} {scores.notes.get('cmmd', '')}"
         )
+        rows.append(["CMMD", _cmmd(base), _cmmd(trained), "", note.strip()])
     return {
         "rows": rows,
-        "omitted": [[name, reason] for name, reason in scores.omitted.items()],
+        "omitted": list(scores.omitted.values()),
         "models": [[name, model] for name, model in scores.models.items()],
     }
 

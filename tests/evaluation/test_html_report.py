@@ -107,7 +107,8 @@ def make_report(folder: Path, **changes: object) -> EvaluationReport:
                 difference=PairedDifference(images=4, mean=0.25, standard_error=0.01),
                 ceiling=0.9,
             ),
-            omitted={"CLIP score": "it does not know these words."},
+            omitted={"clip": "CLIP score: not reported."},
+            notes={"fidelity": "Few images."},
         ),
         "base_clip": None,
         "lora_clip": None,
@@ -206,6 +207,7 @@ def test_report_in_browser_navigates_checkpoints_by_keyboard(page: Path):
         seen.curve = [document.querySelectorAll("#by-step circle[data-step]").length, document.querySelector("#by-step .mark").dataset.selected, rectangle.dataset.from];
         const dot = step => Number(document.querySelector(`#by-step circle[data-step="${step}"]`).getAttribute("cx"));
         seen.places = [dot(20) === Number(document.querySelector("#by-step .mark").getAttribute("x1")), dot(30) >= Number(rectangle.getAttribute("x")) - 1e-6];
+        seen.scores = [$("scores").querySelector("tbody").rows[0].lastChild.textContent, $("omitted-scores").textContent];
         seen.pairs = document.querySelectorAll("#pairs img").length;
         seen.rows = document.querySelectorAll("#checkpoints tbody tr").length;
         seen.visible = [...document.querySelectorAll("section")].filter(each => !each.hidden).map(each => each.id);
@@ -229,6 +231,8 @@ def test_report_in_browser_navigates_checkpoints_by_keyboard(page: Path):
     assert observed["sheet"] == [True, 10]
     assert observed["curve"] == [3, "20", "30"]
     assert observed["places"] == [True, True]
+    note = "similarity to the training images; of the training images themselves: 0.9. Few images."
+    assert observed["scores"] == [note, "CLIP score: not reported."]
     assert observed["pairs"] == 2
     assert observed["rows"] == 3
     assert observed["visible"] == ["gallery", "losses", "checkpoints", "scores", "memorisation", "inputs"]
