@@ -7,7 +7,7 @@ are absolute strings, without tensors and secrets. Torch is not imported here, s
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from sdxl_pipeline.config.hardware_profiles import Hardware
 from sdxl_pipeline.config.schema.datasets import CacheMode, MaskKind
@@ -199,7 +199,7 @@ class ValidationPrompt(StageModel):
 
 
 class TrainSpec(StageModel):
-    """Input of `sdxl_pipeline.stages.train`. Its identity (training.identity.run_identity) identifies the run."""
+    """Input of `sdxl_pipeline.stages.train`. Its identity (`run_identity.run_identity`) identifies the run."""
 
     base_model: ResolvedModel
     hardware: Hardware
@@ -251,17 +251,19 @@ class Ancestor(StageModel):
 
 
 class RunLineage(StageModel):
-    """lineage.json in a run's folder."""
+    """lineage.json in a run's folder. The aliases are the names in files of earlier versions."""
 
     identity: str
     trajectory: str = Field(
         description="Digest of everything that affects a step, without the number of steps."
     )
     any_length: str = Field(
-        description="Digest of everything but the length, even where a step depends on it."
+        validation_alias=AliasChoices("any_length", "family"),
+        description="Digest of everything but the length, even where a step depends on it.",
     )
     any_length_or_world_size: str | None = Field(
         None,
+        validation_alias=AliasChoices("any_length_or_world_size", "kin"),
         description="Digest of everything but the length and the world size; None in files of earlier versions.",
     )
     optimizer: str
