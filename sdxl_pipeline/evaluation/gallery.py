@@ -4,8 +4,10 @@ import functools
 import math
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -15,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.files.atomic_files import atomic_path
 from sdxl_pipeline.models.sampling import Conditioning, image_from_pixels, sample_image
-from sdxl_pipeline.runtime.specs import TrainingDataset, ValidationPrompt
+from sdxl_pipeline.runtime.specs import TrainingDataset, ValidationImage, ValidationPrompt
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.data.samples import Sample
 from sdxl_pipeline.training.validation.image_file_names import distinct_stems, file_stem
@@ -69,6 +71,38 @@ def comparison_grid(pairs: Sequence[Pair], titles: tuple[str, str]) -> Image.Ima
             for number, text in enumerate(_wrapped(pair.caption, font, pair_w)):
                 canvas.text((left, bottom + number * line), text, TEXT_COLOUR, font)
         top += height + text_h
+    return grid
+
+
+def labelled_grid(
+    columns: Sequence[str], rows: Sequence[str], images: Sequence[Sequence[Image.Image | None]]
+) -> Image.Image:
+    """Return all images on one white image, by rows, under the columns' titles and with each row's text above it; None leaves a gap.
+
+    Images are scaled like in `comparison_grid`. Raises ValueError without images, or for rows of another length than `columns`.
+    """
+    present = [image for row in images for image in row if image is not None]
+    if not present or len(rows) != len(images) or any(len(row) != len(columns) for row in images):
+        raise ValueError("a grid needs an image, a text for each row, and rows as long as the titles")
+    edge = SMALL_EDGE if max(max(image.size) for image in present) <= SMALL_EDGE else LARGE_EDGE
+    gap, font = edge // 32, _font(edge // 16)
+    line, width = round(font.size * 1.3), len(columns) * (edge + gap) - gap
+    texts = [_wrapped(text, font, width) for text in rows]
+    heights = [max((_scaled_size(image, edge)[1] for image in row if image), default=0) for row in images]
+    row_heights = [height + len(text) * line + 4 * gap for height, text in zip(heights, texts, strict=True)]
+    grid = Image.new("RGB", (width + 4 * gap, line + 3 * gap + sum(row_heights)), BACKGROUND)
+    canvas = ImageDraw.Draw(grid)
+    lefts = [2 * gap + number * (edge + gap) for number in range(len(columns))]
+    for title, left in zip(columns, lefts, strict=True):
+        canvas.text((left, gap), _wrapped(title, font, edge)[0] if title else "", TITLE_COLOUR, font)
+    top = line + 3 * gap
+    for row, text, row_height in zip(images, texts, row_heights, strict=True):
+        for number, part in enumerate(text):
+            canvas.text((2 * gap, top + number * line), part, TEXT_COLOUR, font)
+        for image, left in zip(row, lefts, strict=True):
+            if image is not None:
+                grid.paste(_resized(image, edge), (left, top + len(text) * line + gap // 2))
+        top += row_height
     return grid
 
 
@@ -142,6 +176,113 @@ class GalleryImage:
         with atomic_path(path) as temporary:
             self.image.save(temporary, format="PNG")
         return path
+
+
+@dataclass(frozen=True, order=True)
+class GalleryColumn:
+    """The weights that generate one column of the gallery; step 0 is the base model."""
+
+    step: int
+    weights: Literal["trained", "ema"] = "trained"
+    scale: float = 1.0
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder with the column's images."""
+        if not self.step:
+            return "base"
+        ema = "-ema" if self.weights == "ema" else ""
+        return f"step-{self.step:08d}{ema}" + (f"-scale-{self.scale:g}" if self.scale != 1 else "")
+
+    @property
+    def title(self) -> str:
+        """Title of the column."""
+        return (
+            f"step {self.step}" + (f" × {self.scale:g}" if self.scale != 1 else "")
+            if self.step
+            else "base model"
+        )
+
+
+@dataclass(frozen=True)
+class ColumnImage:
+    """One written image of a column."""
+
+    column: GalleryColumn
+    image: ValidationImage
+    defect: str | None
+    """The result of `find_defect`."""
+
+
+def plan_columns(
+    steps: Sequence[int],
+    selected: GalleryColumn,
+    num_checkpoints: int,
+    scales: Sequence[float],
+) -> list[GalleryColumn]:
+    """Return the gallery's columns: the base model, the selected checkpoint and `num_checkpoints` others, and it at other scales.
+
+    The others are evenly spaced among `steps`, from the last backwards. Scales 0 and 1 are the base model and the checkpoint itself.
+    """
+    others = sorted(set(steps) - {selected.step})
+    count = min(num_checkpoints, len(others))
+    chosen = {others[len(others) - 1 - number * len(others) // count] for number in range(count)}
+    checkpoints = [replace(selected, step=step) for step in sorted({*chosen, selected.step})]
+    strengths = [replace(selected, scale=scale) for scale in sorted(set(scales) - {0.0, 1.0})]
+    return [GalleryColumn(0), *checkpoints, *strengths]
+
+
+def generate_columns(
+    columns: Sequence[GalleryColumn],
+    activate: Callable[[GalleryColumn], AbstractContextManager[object]],
+    plan: Callable[[], Sequence[GalleryPrompt]],
+    render: Callable[[GalleryPrompt], GalleryImage],
+    folder: Path,
+    on_image: Callable[[int, int], None] = lambda done, total: None,
+) -> list[ColumnImage]:
+    """Write the images of every column to its own folder in `folder`, column by column, so that each model is loaded once.
+
+    `activate` puts a column's weights into the pipeline; `plan` then returns the prompts, since trained text encoders encode them
+    differently; `render` generates one. `on_image` gets the number of finished images and of all images.
+    """
+    written: list[ColumnImage] = []
+    for number, column in enumerate(columns):
+        with activate(column):
+            prompts = plan()
+            for done, prompt in enumerate(prompts, number * len(prompts)):
+                on_image(done, len(columns) * len(prompts))
+                generated = render(prompt)
+                image = ValidationImage(
+                    step=column.step,
+                    name=prompt.name,
+                    prompt=prompt.text,
+                    path=str(generated.save(folder / column.folder)),
+                    seed=prompt.seed,
+                    scale=column.scale,
+                )
+                written.append(ColumnImage(column, image, generated.defect))
+    on_image(len(written), len(written))
+    return written
+
+
+def checkpoint_sheet(images: Sequence[ColumnImage]) -> Image.Image:
+    """Return the written images as a grid: prompts down, columns across."""
+    columns = list(dict.fromkeys(image.column for image in images))
+    rows: dict[str, dict[GalleryColumn, ColumnImage]] = {}
+    for image in images:
+        rows.setdefault(image.image.name, {})[image.column] = image
+    texts = [next(iter(row.values())).image.prompt for row in rows.values()]
+    cells = [
+        [read_image(row[column].image.path) if column in row else None for column in columns]
+        for row in rows.values()
+    ]
+    return labelled_grid([column.title for column in columns], texts, cells)
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Return the image of a file as RGB."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def plan_gallery(

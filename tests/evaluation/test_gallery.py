@@ -1,5 +1,6 @@
 """Gallery: broken images are detected, files never overwrite each other, and a seed determines the image."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,18 @@ from PIL import Image
 
 from sdxl_pipeline.evaluation.gallery import (
     MAX_CAPTION_PROMPTS,
+    GalleryColumn,
     GalleryImage,
+    GalleryPrompt,
     Pair,
+    checkpoint_sheet,
     comparison_grid,
     find_defect,
     generate,
+    generate_columns,
+    labelled_grid,
     plan_caption_gallery,
+    plan_columns,
     plan_gallery,
 )
 from sdxl_pipeline.models.components import load_pipeline
@@ -154,3 +161,71 @@ def test_gallery_image_nan_pixels_become_black(reader: BatchReader):
     image = GalleryImage(prompt, pixels, "not finite").image
     assert image.getpixel((0, 0)) == (0, 0, 0)
     assert image.getpixel((1, 0)) == (255, 255, 255)
+
+
+def test_plan_columns_are_base_checkpoints_and_scales():
+    selected = GalleryColumn(240, "ema")
+    columns = plan_columns(range(40, 481, 40), selected, 3, (1.0, 0.4, 0.0, 1.5))
+    assert [(column.step, column.scale) for column in columns] == [
+        (0, 1.0),
+        *((step, 1.0) for step in (160, 240, 360, 480)),
+        (240, 0.4),
+        (240, 1.5),
+    ]
+    assert {column.weights for column in columns[1:]} == {"ema"}
+    assert [column.step for column in plan_columns([40], GalleryColumn(40), 4, ())] == [0, 40]
+    assert [column.step for column in plan_columns([40, 80], GalleryColumn(40), 0, ())] == [0, 40]
+    assert [column.folder for column in (columns[0], columns[2], columns[-1])] == [
+        "base",
+        "step-00000240-ema",
+        "step-00000240-ema-scale-1.5",
+    ]
+
+
+def test_generate_columns_activates_each_column_once_and_writes_its_folder(
+    reader: BatchReader, tmp_path: Path
+):
+    events: list[object] = []
+
+    @contextmanager
+    def activate(column: GalleryColumn):
+        events.append(column.title)
+        yield
+        events.append("done")
+
+    def render(prompt: GalleryPrompt) -> GalleryImage:
+        return GalleryImage(prompt, constant_pixels(0.0 if events[-1] == "step 40" else 0.5), "black")
+
+    columns = plan_columns([40], GalleryColumn(40), 1, (0.5,))
+    progress: list[tuple[int, int]] = []
+    written = generate_columns(
+        columns,
+        activate,
+        lambda: plan_gallery(PROMPTS, tiny_settings(), reader, True),
+        render,
+        tmp_path,
+        lambda done, total: progress.append((done, total)),
+    )
+    assert events == ["base model", "done", "step 40", "done", "step 40 × 0.5", "done"]
+    assert progress == [(done, 6) for done in range(7)]
+    paths = [Path(image.image.path).relative_to(tmp_path).as_posix() for image in written[2:4]]
+    assert paths == ["step-00000040/circle.png", "step-00000040/star.png"]
+    assert [(image.image.step, image.image.scale) for image in written] == [
+        (column.step, column.scale) for column in columns for _ in PROMPTS
+    ]
+    assert written[2].defect == "black"
+    sheet = np.asarray(checkpoint_sheet(written)).astype(int)
+    assert (sheet[..., :].max(axis=2) <= 1).sum() == 2 * 256 * 256  # black images of step 40
+
+
+def test_labelled_grid_leaves_gaps_and_rejects_uneven_rows():
+    red = Image.new("RGB", (64, 32), "#c00000")
+    grid = np.asarray(labelled_grid(["a", "b"], ["one", "two"], [[red, None], [None, red]])).astype(int)
+    is_red = (grid[..., 0] > 150) & (grid[..., 1] < 60)
+    assert is_red.sum() == 2 * 256 * 128
+    columns, rows = np.argwhere(is_red)[:, 1], np.argwhere(is_red)[:, 0]
+    assert rows[columns < grid.shape[1] / 2].max() < rows[columns > grid.shape[1] / 2].min()
+    with pytest.raises(ValueError, match="needs an image"):
+        labelled_grid(["a"], ["one"], [[None]])
+    with pytest.raises(ValueError, match="rows as long"):
+        labelled_grid(["a"], ["one"], [[red, red]])

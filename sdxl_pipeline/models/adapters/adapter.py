@@ -3,7 +3,7 @@
 A file may contain adapters of several models, each under a prefix: `unet`, `text_encoder`, `text_encoder_2`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -46,6 +46,7 @@ __all__ = [
     "load_adapter",
     "require_complete",
     "save_adapter",
+    "scaled_adapter",
     "without_adapter",
 ]
 
@@ -103,6 +104,36 @@ def without_adapter(*models: nn.Module) -> Iterator[None]:
                 model.disable_adapters()  # type: ignore[operator]
                 stack.callback(model.enable_adapters)  # type: ignore[arg-type]
         yield
+
+
+@contextmanager
+def scaled_adapter(
+    models: Iterable[nn.Module], scale: float, adapter_name: str = ADAPTER_NAME
+) -> Iterator[None]:
+    """Multiply the updates of the models' adapters by `scale` while the block runs. 0 disables them, including trained norms.
+
+    Norms at other scales follow diffusers for DoRA, where they normalize W + scale * B A, and lycoris-lora for LyCORIS, where the factor
+    that they apply is moved towards 1.
+    """
+    models = list(models)
+    if scale == 0:
+        with without_adapter(*models):
+            yield
+        return
+    _set_scale(models, scale, adapter_name)
+    try:
+        yield
+    finally:
+        _set_scale(models, 1.0, adapter_name)
+
+
+def _set_scale(models: Iterable[nn.Module], scale: float, adapter_name: str) -> None:
+    for model in models:
+        if (network := lycoris_network(model)) is not None:
+            network.set_multiplier(scale)
+        else:
+            for layer in lora_layers(model).values():
+                layer.set_scale(adapter_name, scale)
 
 
 def save_adapter(
