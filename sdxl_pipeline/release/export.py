@@ -15,6 +15,7 @@ from sdxl_pipeline.files.atomic_files import atomic_path, sha256_path, write_tex
 from sdxl_pipeline.files.disk_space import require_space
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.release.release_inputs import (
+    LINEAGE_FILE,
     ExportError,
     ReleaseError,
     ReleaseInputs,
@@ -29,7 +30,6 @@ UNET_FOLDER = "unet"
 CARD_FILE = "README.md"
 SETTINGS_FILE = "training_config.json"  # the Hub takes a config.json for that of a transformers model
 REPORT_FILE = "eval.json"
-LINEAGE_FILE = "lineage.json"
 GALLERY_FILE = "gallery.png"
 LOSS_PLOT_FILE = "loss_by_timestep.png"
 LOSS_CURVE_FILE = "training_loss.png"

@@ -14,6 +14,8 @@ from sdxl_pipeline.runtime.specs import KIND_LABELS, EvaluationReport, TrainedLo
 UNPUBLISHED_KEYS = frozenset(keys_with(TrainingSettings, lambda key: not key.is_published))
 """Settings with paths or schedules of this machine; they do not affect the weights."""
 
+LINEAGE_FILE = "lineage.json"
+
 TEXT_SUFFIXES = frozenset({".md", ".json", ".txt"})
 
 
