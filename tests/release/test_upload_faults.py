@@ -122,7 +122,7 @@ def test_publish_rejected_call_fails_at_once_with_the_next_step(hub, case, call,
     case.publish_again()
 
 
-@pytest.mark.parametrize("status", [429, 500])
+@pytest.mark.parametrize("status", [pytest.param(429, marks=pytest.mark.slow), 500])
 @pytest.mark.parametrize("call", CALLS)
 def test_publish_with_a_lasting_fault_fails_and_may_be_repeated(hub, case, call, status):
     hub.fail_next(MANY, status=status, path=CALLS[call])
@@ -255,6 +255,6 @@ def test_publish_unreachable_hub_fails_with_the_reason(hub, tmp_path):
 
     from sdxl_pipeline.release.upload import publish
 
-    with pytest.raises(UploadError, match="ConnectError: .*refused") as raised:
+    with pytest.raises(UploadError, match=r"ConnectError: .*refused") as raised:
         publish(HfApi(endpoint="http://127.0.0.1:9"), write_release(tmp_path / "r"), "someone/a", True, "a")
     assert not raised.value.is_lasting
