@@ -77,21 +77,20 @@ def check_memorisation(
             nearest=f"{training.dataset_ids[index]}/{training.names[index]}",
             similarity=None if similarities is None else float(similarities[row, index]),
             correlation=float(correlations[row, index]),
+            flagged=bool(flagged[row]),
         )
         for row, index in enumerate(nearest)
     ]
     order = sorted(range(len(pairs)), key=lambda row: (not flagged[row], -pairs[row].correlation))
     sheet_path = output_dir / SHEET_NAME
-    _write_sheet(
-        [(pairs[row], training.files[nearest[row]], bool(flagged[row])) for row in order], sheet_path
-    )
+    _write_sheet([(pairs[row], training.files[nearest[row]]) for row in order], sheet_path)
     calibrated_on = sum(each.images for each in limits.values())
     return Memorisation(
         samples=len(pairs),
         flagged=int(flagged.sum()),
         limit=limit,
         calibrated_on=calibrated_on,
-        pairs=tuple(pairs[row] for row in order if flagged[row]),
+        pairs=tuple(pairs[row] for row in order),
         sheet_path=str(sheet_path),
         text=_text(int(flagged.sum()), len(pairs), limit, limits, uses_embeddings=similarities is not None),
     )
@@ -153,12 +152,12 @@ def _nearer_to_training(
     return margin > typical
 
 
-def _write_sheet(pairs: Sequence[tuple[MemorisedPair, Path, bool]], path: Path) -> None:
+def _write_sheet(pairs: Sequence[tuple[MemorisedPair, Path]], path: Path) -> None:
     """Write generated images beside their nearest training images as a PNG, for the evaluation's folder only: it shows training images."""
     groups = []
-    for pair, nearest, is_copy in pairs[:SHEET_PAIRS]:
+    for pair, nearest in pairs[:SHEET_PAIRS]:
         similarity = "" if pair.similarity is None else f"similarity {pair.similarity:.3f}, "
-        title = f"{'copy: ' if is_copy else ''}{similarity}correlation {pair.correlation:.3f}"
+        title = f"{'copy: ' if pair.flagged else ''}{similarity}correlation {pair.correlation:.3f}"
         groups.append([(Path(pair.image_path), title), (nearest, f"training image {pair.nearest}")])
     with atomic_path(path) as temporary:
         grouped_sheet(groups, columns=2, tile=SHEET_TILE).save(temporary, format="PNG")

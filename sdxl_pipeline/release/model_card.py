@@ -117,7 +117,7 @@ def _score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]
             yield label, f"{pair['base']:.4g}", f"{pair['lora']:.4g}", _with_error(pair["difference"])
     base, lora = scores.get("cmmd_base"), scores.get("cmmd_lora")
     if base and lora and None not in (base["value"], lora["value"]):
-        yield "CMMD", *(f"{each['value']:.4g}{_interval(each)}" for each in (base, lora)), ""
+        yield "CMMD", f"{base['value']:.4g}{_interval(base)}", f"{lora['value']:.4g}{_interval(lora)}", ""
 
 
 def _notes(report: Mapping[str, Any]) -> Iterator[str]:
