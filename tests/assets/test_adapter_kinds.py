@@ -26,7 +26,11 @@ LOKR = {
 @pytest.mark.parametrize(
     ("config", "kind"),
     [
-        ({"lora_type": "lycoris", "lycoris_config": "lycoris_config.json"}, "LoKr (LyCORIS)"),
+        pytest.param(
+            {"lora_type": "lycoris", "lycoris_config": "lycoris_config.json"},
+            "LoKr (LyCORIS)",
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"use_dora": True}, "DoRA of rank 4", marks=pytest.mark.slow),
     ],
 )
