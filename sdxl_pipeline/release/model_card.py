@@ -111,7 +111,7 @@ def _evaluation(report: Mapping[str, Any], files: Mapping[str, str]) -> str:
     return "\n\n".join(parts)
 
 
-def _score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+def _score_rows(scores: Mapping[str, Any]) -> Iterator[Sequence[str]]:
     for name, label in _SCORES.items():
         if pair := scores.get(name):
             yield label, f"{pair['base']:.4g}", f"{pair['lora']:.4g}", _with_error(pair["difference"])
