@@ -52,7 +52,11 @@ def model_card(
         _reproduce(inputs, files),
     ]
     body = "\n\n".join(section for section in sections if section)
-    return str(ModelCard(f"---\n{card_metadata(inputs, report, images).to_yaml()}\n---\n\n{body}\n"))
+    return str(
+        ModelCard(
+            f"---\n{card_metadata(inputs, report, report['figures'], images).to_yaml()}\n---\n\n{body}\n"
+        )
+    )
 
 
 def _trigger_words(inputs: ReleaseInputs) -> list[str]:

@@ -146,7 +146,7 @@ def test_check_can_push_denied_whoami_asks_about_the_repository(hub, user, caplo
     HubResource().check_can_push(f"{user}/known")
     assert not caplog.messages
     HubResource().check_can_push(f"{user}/unknown")
-    assert "does not tell whether the token may create" in caplog.messages[-1]
+    assert "does not report whether the token may create" in caplog.messages[-1]
     hub.fail_next(status=403, path="/auth-check")
     with pytest.raises(dg.Failure, match=r"rejects the token.*HF_TOKEN") as raised:
         HubResource().check_can_push(f"{user}/known")
