@@ -52,11 +52,8 @@ def model_card(
         _reproduce(inputs, files),
     ]
     body = "\n\n".join(section for section in sections if section)
-    return str(
-        ModelCard(
-            f"---\n{card_metadata(inputs, report, report['figures'], images).to_yaml()}\n---\n\n{body}\n"
-        )
-    )
+    metadata = card_metadata(inputs, report, report["figures"], images).to_yaml()
+    return str(ModelCard(f"---\n{metadata}\n---\n\n{body}\n"))
 
 
 def _trigger_words(inputs: ReleaseInputs) -> list[str]:
