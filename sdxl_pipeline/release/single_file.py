@@ -25,15 +25,9 @@ from sdxl_pipeline.models.original_layout import (
     unet_tensors,
     vae_tensors,
 )
-<<<<<<< HEAD
-from sdxl_pipeline.release.card_metadata import LICENCES
-from sdxl_pipeline.release.formats.kohya_header import thumbnail_uri
-from sdxl_pipeline.release.release_inputs import ExportError, ReleaseInputs, hub_id
-=======
 from sdxl_pipeline.release.card_metadata import base_licence
 from sdxl_pipeline.release.formats.kohya_header import thumbnail_uri
 from sdxl_pipeline.release.release_inputs import ExportError, ReleaseInputs
->>>>>>> h-upload
 from sdxl_pipeline.release.unet_folder import open_tensors, tensor_shapes
 
 DTYPE = torch.float16
