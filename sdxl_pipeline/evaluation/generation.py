@@ -88,7 +88,7 @@ class ImageGenerator:
         self._text_encoder = OnlineTextEncoder(encoders, windows)
         vae_dtype = dtype_from_name(settings.vae_dtype or hardware.vae_dtype)
         self._pipeline = build_inference_pipeline(
-            base_model, unet.eval().to(hardware.device), vae_dtype, settings
+            base_model, unet.eval().to(hardware.device), vae_dtype, settings, settings.scheduler_changes
         )
 
     @property
