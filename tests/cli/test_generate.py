@@ -7,9 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sdxl_pipeline.cli.main import main
+from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.models.adapters.adapter import add_adapter, save_adapter
+from sdxl_pipeline.models.base_model import resolve_base_model
+from sdxl_pipeline.models.components import load_unet
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import EvaluateSpec, EvaluationReport, Selection, TrainedLora
 from sdxl_pipeline.runtime.stage_runner import StopSignal
@@ -115,6 +120,29 @@ def test_generate_from_kohya_and_diffusers_files_is_the_same_image(trained: Trai
         image = pixels(out / f"a_red_circle_seed{SEED}.png")
         # the kohya file is float16
         assert np.abs(image - trained.image(3)).mean() < 0.5
+
+
+def test_generate_from_lycoris_file_and_unet_folder(tmp_path: Path):
+    settings = TrainingSettings.model_validate(
+        {
+            "pretrained_model_name_or_path": str(model_folder()),
+            "lora_type": "lycoris",
+            "lycoris_config": {"algo": "lokr", "linear_dim": 4, "linear_alpha": 4},
+        }
+    )
+    unet = load_unet(resolve_base_model(settings, tmp_path, cache_dir=tmp_path), torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in add_adapter(unet, settings, seed=1):
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    file = tmp_path / "lokr.safetensors"
+    save_adapter({"unet": unet}, file)
+    options = ("--model", model_folder(), "--size", "64x64", "--steps", "2", "--seed", "3")
+    assert generate(tmp_path / "lokr", "--file", file, "--scale", "0,1", *options) == 0
+    assert generate(tmp_path / "unet", "--file", model_folder() / "unet", *options) == 0
+    base, full = (pixels(tmp_path / "lokr" / f"a_red_circle_seed3_scale{scale}.png") for scale in (0, 1))
+    assert np.array_equal(base, pixels(tmp_path / "unet" / "a_red_circle_seed3.png"))
+    assert np.abs(base - full).mean() > 1
 
 
 def test_generate_uses_the_checkpoint_that_the_evaluation_selected(trained: Trained, tmp_path: Path, capsys):
