@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from sdxl_pipeline.cli import doctor, prune, settings
+from sdxl_pipeline.cli import doctor, extract, merge, prune, reproduce, resize, settings
 
-COMMANDS = (doctor, settings, prune)
+COMMANDS = (doctor, settings, prune, reproduce, merge, extract, resize)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

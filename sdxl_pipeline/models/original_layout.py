@@ -99,3 +99,14 @@ def second_text_tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tens
                 yield f"{block}.attn.in_proj_{kind}", torch.cat(fused)
             elif part not in ("self_attn.k_proj", "self_attn.v_proj"):
                 yield f"{block}.{_OPEN_CLIP_PARTS[part]}.{kind}", state[stored]
+
+
+def second_text_weight(module: str) -> tuple[str, int | None]:
+    """Return the original name of the weight of CLIP-bigG's `encoder.layers.<n>.<part>`, and its third of a fused q, k, v weight, or None."""
+    number, _, part = module.removeprefix("encoder.layers.").partition(".")
+    block = f"{SINGLE_FILE_PREFIXES['text_encoder_2']}model.transformer.resblocks.{number}"
+    third = {"self_attn.q_proj": 0, "self_attn.k_proj": 1, "self_attn.v_proj": 2}.get(part)
+    return (
+        f"{block}.attn.in_proj_weight" if third is not None else f"{block}.{_OPEN_CLIP_PARTS[part]}.weight",
+        third,
+    )

@@ -47,7 +47,7 @@ def write_checkpoint(
     Raises ExportError for a weight that overflows float16, and DiskFullError when there is not enough disk space.
     """
     encoders = load_text_encoders(base_model, DTYPE)
-    other_components = dict(_markers(base_model, settings))
+    other_components = dict(prediction_markers(base_model, settings))
     other_components |= first_text_tensors(encoders.text_encoder.state_dict())
     other_components |= second_text_tensors(encoders.text_encoder_2.state_dict())
     # in float32: the loader refuses a float16 VAE whose activations overflow, although its weights do not
@@ -76,7 +76,7 @@ def require_loadable(path: Path, unet_folder: Path, base_model: ResolvedModel) -
     Names and shapes must be those of the base model's architecture, created here without weights, and the UNet must be the trained one in
     float16. Reads the UNet one tensor at a time.
     """
-    expected = _architecture(base_model)
+    expected = architecture_shapes(base_model)
     with safe_open(path, framework="pt") as file, open_tensors(unet_folder) as unet:
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         stored = {name: shape for name, shape in stored.items() if name not in MARKERS}
@@ -94,7 +94,7 @@ def require_loadable(path: Path, unet_folder: Path, base_model: ResolvedModel) -
                 raise ExportError(f"{path.name}: {name} is not the trained weight")
 
 
-def _architecture(base_model: ResolvedModel) -> dict[str, tuple[int, ...]]:
+def architecture_shapes(base_model: ResolvedModel) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a base model's tensors by their names in SDXL's original layout."""
     folder = Path(base_model.config_path)
     with torch.device("meta"):
@@ -133,7 +133,7 @@ def checkpoint_metadata(inputs: ReleaseInputs, preview: Path | None) -> dict[str
     return {name: value for name, value in entries.items() if value}
 
 
-def _markers(base_model: ResolvedModel, settings: TrainingSettings) -> Iterator[tuple[str, Tensor]]:
+def prediction_markers(base_model: ResolvedModel, settings: TrainingSettings) -> Iterator[tuple[str, Tensor]]:
     """Yield the MARKERS that apply to the trained model."""
     config = _scheduler_config(base_model, settings)
     if config.prediction_type == "v_prediction":

@@ -49,7 +49,7 @@ def mismatched_weights(folder: Path, base_model: ResolvedModel) -> list[str]:
     )
 
 
-class _LazyTensors(Mapping[str, "Tensor"]):
+class LazyTensors(Mapping[str, "Tensor"]):
     """The tensors of open safetensors files by name, each read on access."""
 
     def __init__(self, files: list[Any]) -> None:
@@ -72,7 +72,7 @@ def open_tensors(folder: Path) -> "Iterator[Mapping[str, Tensor]]":
     from safetensors import safe_open
 
     with ExitStack() as files:
-        yield _LazyTensors(
+        yield LazyTensors(
             [files.enter_context(safe_open(shard, framework="pt")) for shard in _shards(folder)]
         )
 

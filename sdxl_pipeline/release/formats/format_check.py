@@ -48,7 +48,7 @@ def check_files(lora: TrainedLora, base_model: ResolvedModel, lora_format: LoraF
         trained_path = Path(lora.weights_path)
         with _file_name_in_errors(trained_path):
             trained = read_trained(trained_path, table)
-        _require_valid(trained, trained_path)
+        require_valid(trained, trained_path)
         if len(trained) != lora.adapted_modules:
             raise FormatError(
                 f"{trained_path.name} holds {len(trained)} layers, but {lora.adapted_modules} were trained"
@@ -58,7 +58,7 @@ def check_files(lora: TrainedLora, base_model: ResolvedModel, lora_format: LoraF
         kohya_path = _recorded_file(lora)
         with _file_name_in_errors(kohya_path):
             kohya = read_kohya(load_file(kohya_path), table)
-        _require_valid(kohya, kohya_path)
+        require_valid(kohya, kohya_path)
         _require_same_layers(kohya, trained, kohya_path)
         if any(NORMS in parts for parts in trained.values()):
             error = _check_approximation(kohya, trained, base_model, kohya_path)
@@ -91,7 +91,7 @@ def _file_name_in_errors(path: Path) -> Iterator[None]:
         raise FormatError(f"{path.name}: {error}") from error
 
 
-def _require_valid(layers: LayerParts, path: Path) -> None:
+def require_valid(layers: LayerParts, path: Path) -> None:
     """Raise FormatError for a wrong shape or alpha, NaN or infinity, or updates that are all zero."""
     has_effect = False
     for layer, parts in layers.items():

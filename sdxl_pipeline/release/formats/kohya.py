@@ -4,7 +4,7 @@ The source is the file in diffusers' or LyCORIS' format, so a finished run is co
 (DoRA) is approximated by a plain LoRA, because other programs compute the decomposition by a different formula.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -92,7 +92,7 @@ def kohya_layers(trained: LayerParts, base: BaseWeights) -> tuple[LayerParts, Ap
     if not errors:
         return layers, None
     return layers, Approximation(
-        rank, _ratio(errors.values()), {name: _ratio([pair]) for name, pair in errors.items()}
+        rank, error_ratio(errors.values()), {name: error_ratio([pair]) for name, pair in errors.items()}
     )
 
 
@@ -102,16 +102,30 @@ def low_rank(update: Tensor, rank: int) -> dict[str, Tensor]:
     Alpha is `rank` for all layers, even where a small layer has a lower rank: diffusers' loader drops the alpha of an attention layer that
     differs from the others.
     """
-    alpha, flat = float(rank), update.flatten(1)
-    rank = min(rank, *flat.shape)
+    return factors(*truncated_svd(update.flatten(1), rank), update.shape, float(rank))
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return left (rows, r), values (r) and right (columns, r) vectors of the r = min(rank, rows, columns) largest singular values.
+
+    Randomized with a fixed seed (Halko et al. 2011, arXiv:0909.4061), with 16 more columns than `rank` and 4 power iterations.
+    """
+    rank = min(rank, *matrix.shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        left, values, right = torch.svd_lowrank(flat, q=min(rank + 16, *flat.shape), niter=4)
-    root = (values[:rank] * rank / alpha).sqrt()
-    kernel = update.shape[2:]
+        left, values, right = torch.svd_lowrank(matrix, q=min(rank + 16, *matrix.shape), niter=4)
+    return left[:, :rank], values[:rank], right[:, :rank]
+
+
+def factors(
+    left: Tensor, values: Tensor, right: Tensor, shape: Sequence[int], alpha: float
+) -> dict[str, Tensor]:
+    """Return the LoRA of the matrix left diag(values) right^T for a weight of `shape`; both factors have the same norm."""
+    rank, kernel = len(values), shape[2:]
+    root = (values * rank / alpha).sqrt()
     return {
-        DOWN: (right[:, :rank] * root).T.reshape(rank, update.shape[1], *kernel).contiguous(),
-        UP: (left[:, :rank] * root).reshape(update.shape[0], rank, *[1] * len(kernel)).contiguous(),
+        DOWN: (right * root).T.reshape(rank, shape[1], *kernel).contiguous(),
+        UP: (left * root).reshape(shape[0], rank, *[1] * len(kernel)).contiguous(),
         ALPHA: torch.tensor(alpha),
     }
 
@@ -162,7 +176,7 @@ def _rounding_error(layers: LayerParts, dtype: torch.dtype) -> float:
     return largest
 
 
-def _ratio(pairs: Iterable[tuple[float, float]]) -> float:
+def error_ratio(pairs: Iterable[tuple[float, float]]) -> float:
     """Return the norm of the errors over the norm of the updates."""
     pairs = list(pairs)
     total = sum(norm**2 for _, norm in pairs) ** 0.5

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
@@ -77,7 +77,7 @@ class BaseWeights:
         self._model = model
         self._files = ExitStack()
 
-    def __enter__(self) -> "BaseWeights":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *details: object) -> None:
@@ -90,10 +90,15 @@ class BaseWeights:
             names = dict(encoder.named_modules())
             module = names.get(layer.module) or names[layer.module.removeprefix("text_model.")]
             return torch.as_tensor(module.weight).float()
-        name = f"{self._unet_name(layer.module)}.weight"
-        if name not in self._unet:
-            raise FormatError(f"{self._model.source} has no tensor {name}")
-        return torch.as_tensor(self._unet[name].get_tensor(name)).float()
+        return self.unet_tensor(f"{layer.module}.weight")
+
+    def unet_tensor(self, name: str) -> Tensor:
+        """Return the UNet's tensor of this name in diffusers' files, in float32. Raises FormatError if there is none."""
+        module, _, kind = name.rpartition(".")
+        stored = f"{self._unet_name(module)}.{kind}"
+        if stored not in self._unet:
+            raise FormatError(f"{self._model.source} has no tensor {stored}")
+        return torch.as_tensor(self._unet[stored].get_tensor(stored)).float()
 
     def _unet_name(self, module: str) -> str:
         if self._model.kind == "folder":
