@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from sdxl_pipeline.cli import doctor, extract, merge, prune, reproduce, resize, settings
+from sdxl_pipeline.cli import doctor, extract, merge, prune, release, reproduce, resize, runs, settings
 
-COMMANDS = (doctor, settings, prune, reproduce, merge, extract, resize)
+COMMANDS = (doctor, settings, prune, runs, release, reproduce, merge, extract, resize)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
