@@ -56,7 +56,7 @@ def build_training_plan(project: Project) -> dg.AssetsDefinition:
         with user_errors_as_failures():
             settings, _ = resolve_settings(project.training, profile, {}, project.folder)
             processes = resolve_hardware(settings, profile).num_processes
-            plan = plan_training(datasets, settings, processes)
+            plan = plan_training(datasets, settings, processes, settings.allow_dataset_oversubscription)
         context.log.info(f"{plan.steps} steps, {plan.images_per_epoch} images per epoch.")
         yield dg.MaterializeResult(
             value=plan,

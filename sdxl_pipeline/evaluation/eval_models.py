@@ -105,7 +105,9 @@ def load_eval_model(spec: EvaluateSpec) -> EvalModel:
 
 def _pipeline(spec: EvaluateSpec, unet: UNet2DConditionModel) -> StableDiffusionXLPipeline:
     vae_dtype = dtype_from_name(spec.settings.vae_dtype or spec.hardware.vae_dtype)
-    return build_inference_pipeline(spec.base_model, unet, vae_dtype, spec.settings)
+    return build_inference_pipeline(
+        spec.base_model, unet, vae_dtype, spec.settings, spec.settings.scheduler_changes
+    )
 
 
 def _swap(

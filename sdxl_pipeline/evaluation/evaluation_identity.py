@@ -28,7 +28,7 @@ def evaluation_identity(spec: EvaluateSpec) -> str:
     Raises UserError when the weights file is missing or differs from what the training wrote.
     """
     _require_weights(spec.lora)
-    source, samples = select_eval_samples(spec.datasets, spec.settings)
+    source, samples = select_eval_samples(spec.datasets, spec.settings, spec.settings.micro_conditioning)
     return digest_json(
         {
             "code_version": CODE_VERSION,

@@ -74,7 +74,7 @@ def evaluate(spec: EvaluateSpec, identity: str, reporter: Reporter, stop: StopSi
     clip_folder = (
         scoring_model_folder(settings, spec.base_model) if settings.evaluation_type == "clip" else None
     )
-    source, samples = select_eval_samples(spec.datasets, settings)
+    source, samples = select_eval_samples(spec.datasets, settings, settings.micro_conditioning)
     if not samples:
         raise UserError("there is no image to evaluate on: the datasets' aspect_buckets have no rows")
     reporter.log(f"Evaluating on {len(samples)} images ({source}).")
@@ -145,7 +145,7 @@ def measure_losses(context: EvaluationContext) -> tuple[LossSummary, LossSummary
     """Return the eval loss of the base model and of the trained model, on the same images, timesteps and noise."""
     spec, pipeline = context.spec, context.eval_model.pipeline
     scheduler = load_noise_scheduler(spec.base_model, spec.settings.scheduler_changes)
-    objective = Objective(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
+    objective = Objective.plain(scheduler)
     timesteps = eval_timesteps(spec.settings.eval_timesteps, scheduler.config.num_train_timesteps)
 
     def measure(name: str) -> LossSummary:

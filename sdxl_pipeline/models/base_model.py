@@ -18,8 +18,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from sdxl_pipeline.config.paths import resolve_path
-from sdxl_pipeline.config.schema.model import MODEL_FLAVOURS
-from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.config.schema.model import MODEL_FLAVOURS, ModelSettings
 from sdxl_pipeline.files.digest import digest_json
 from sdxl_pipeline.models.hub_download import download_snapshot
 from sdxl_pipeline.models.model_files import (
@@ -114,7 +113,7 @@ class _Vae:
 
 
 def resolve_base_model(
-    settings: TrainingSettings, project_folder: Path, cache_dir: Path | None = None
+    settings: ModelSettings, project_folder: Path, cache_dir: Path | None = None
 ) -> ResolvedModel:
     """Locate or download the base model of the settings and compute the digests of its components.
 
@@ -223,6 +222,7 @@ def _resolve_single_file(
         )
     overrides = _scheduler_overrides(header, path)
     configs, tokenizers = _companions(path)
+    _require_discrete_betas(configs, source)
     vae = _resolve_vae(vae_source, project_folder, configs, cache)
     digests = _digest_configs(configs, tokenizers, cache)
     if overrides:
@@ -387,3 +387,27 @@ def _require_sdxl(folder: Path, names: Collection[str], source: str) -> None:
             raise BaseModelError(
                 f"{source} has no {component}. This project trains SDXL base models, which have two text encoders; the refiner has one."
             )
+    _require_discrete_betas(folder, source)
+
+
+def _require_discrete_betas(configs: Path, source: str) -> None:
+    """Raise BaseModelError unless the scheduler's configuration holds the betas of a discrete variance-preserving schedule.
+
+    diffusers would fill in missing entries with its own defaults, which are other betas than SDXL's.
+    """
+    config = json.loads((configs / SCHEDULER_CONFIG).read_text(encoding="utf-8"))
+    required = ["num_train_timesteps"]
+    if config.get("trained_betas") is None:
+        required += ["beta_schedule", "beta_start", "beta_end"]
+    reasons = [f"has no {key}" for key in required if config.get(key) is None]
+    if config.get("use_flow_sigmas"):
+        reasons.append("has use_flow_sigmas true")
+    if "sigma_data" in config:
+        reasons.append("has sigma_data, which is EDM's")
+    if reasons:
+        raise BaseModelError(
+            f"{source}: {SCHEDULER_CONFIG} (_class_name {config.get('_class_name')!r}) {', '.join(reasons)}. Models of flow matching and "
+            "EDM are not supported; this project trains those with discrete betas (a DDPM, DDIM, PNDM, LMS, Heun, Euler, UniPC or "
+            "DPMSolverMultistep scheduler, for SDXL with beta_schedule scaled_linear). Choose another base model or, if the file is wrong, "
+            "put that of the model it was made from in its place."
+        )

@@ -175,7 +175,8 @@ class DigestCache:
 def digest_config(path: Path) -> str:
     """Return the digest of a component's JSON configuration, without the saving library's notes."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        # diffusers writes -Infinity, which JSON does not have and a digest refuses
+        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
     except ValueError as error:
         raise BaseModelError(f"{path} is not JSON: {error}") from error
     return digest_json({key: value for key, value in config.items() if key not in _IGNORED_CONFIG_KEYS})

@@ -14,11 +14,10 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
-from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.config.schema.validation import Sampler
+from sdxl_pipeline.config.schema.validation import Sampler, ValidationSettings
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.models.components import load_pipeline
-from sdxl_pipeline.models.model_files import BaseModelError
+from sdxl_pipeline.models.model_files import SCHEDULER_CONFIG, BaseModelError
 from sdxl_pipeline.models.vae import decode
 
 SAMPLERS: Final[Mapping[Sampler, type[diffusers.SchedulerMixin]]] = {
@@ -50,15 +49,17 @@ def build_inference_pipeline(
     model: ResolvedModel,
     unet: UNet2DConditionModel,
     vae_dtype: torch.dtype,
-    settings: TrainingSettings,
+    settings: ValidationSettings,
+    trained_changes: Mapping[str, Any],
 ) -> StableDiffusionXLPipeline:
     """Return the base model's own pipeline, VAE and scheduler around `unet`, without text encoders, on the UNet's device.
 
-    The settings may choose another scheduler (validation_noise_scheduler), and change its schedule like the training's. Raises
-    BaseModelError for a scheduler that cannot sample from that schedule.
+    The settings may choose another scheduler (validation_noise_scheduler); `trained_changes` are the changes that the training made to its
+    schedule (`TrainingSettings.scheduler_changes`). Raises BaseModelError for a scheduler that cannot sample from that schedule.
     """
     pipeline = load_pipeline(model, vae_dtype, unet=unet, text_encoders=False)
-    changed, sampler = scheduler_changes(model, settings), settings.validation_noise_scheduler
+    changed = scheduler_changes(model, settings, trained_changes)
+    sampler = settings.validation_noise_scheduler
     if changed or sampler is not None:
         scheduler_class = type(pipeline.scheduler) if sampler is None else SAMPLERS[sampler]
         supported = signature(scheduler_class).parameters
@@ -77,13 +78,17 @@ def build_inference_pipeline(
     return pipeline
 
 
-def scheduler_changes(model: ResolvedModel, settings: TrainingSettings) -> dict[str, Any]:
+def scheduler_changes(
+    model: ResolvedModel, settings: ValidationSettings, trained_changes: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the changes to the base model's scheduler_config.json for inference with the trained weights: usually none.
+
+    `trained_changes` are those of the training.
 
     A schedule with zero terminal SNR has to be sampled from its last timestep (Lin et al. 2023, section 3.3), which requires trailing
     spacing unless the settings choose another.
     """
-    changes = model.scheduler_overrides | settings.scheduler_changes
+    changes = {**model.scheduler_overrides, **trained_changes}
     spacing = settings.inference_scheduler_timestep_spacing
     if spacing is None and changes.get("rescale_betas_zero_snr"):
         spacing = "trailing"
@@ -96,7 +101,7 @@ def sample_image(
     conditioning: Conditioning,
     size: tuple[int, int],
     seed: int,
-    settings: TrainingSettings,
+    settings: ValidationSettings,
     on_step: Callable[[], None] | None = None,
     on_estimate: Callable[[int, int, Tensor], None] | None = None,
 ) -> np.ndarray:
@@ -190,12 +195,18 @@ def predict_x0(scheduler: Any, prediction: Tensor, timestep: Tensor, sample: Ten
 
     For noise, x0 = (x_t - sqrt(1 - abar) eps) / sqrt(abar); for velocity, x0 = sqrt(abar) x_t - sqrt(1 - abar) v (Salimans and Ho 2022).
     """
-    if scheduler.config.prediction_type == "sample":
-        return prediction.float()
     # of variance 1, whatever the sampler's own scaling
-    noisy = scheduler.scale_model_input(sample, timestep).float()
+    noisy, output = scheduler.scale_model_input(sample, timestep).float(), prediction.float()
     alpha_bar = scheduler.alphas_cumprod[round(float(timestep))].to(noisy).clamp_min(MIN_ALPHA_BAR)
     signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    if scheduler.config.prediction_type == "v_prediction":
-        return signal * noisy - noise * prediction.float()
-    return (noisy - noise * prediction.float()) / signal
+    match scheduler.config.prediction_type:
+        case "epsilon":
+            return (noisy - noise * output) / signal
+        case "v_prediction":
+            return signal * noisy - noise * output
+        case "sample":
+            return output
+        case other:
+            raise BaseModelError(
+                f"{SCHEDULER_CONFIG} of the base model: prediction_type is {other!r}; it must be epsilon, v_prediction or sample"
+            )

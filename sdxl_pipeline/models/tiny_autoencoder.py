@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
-from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.config.schema.validation import ValidationSettings
 from sdxl_pipeline.models.base_model import BUNDLED_NAME, BUNDLED_TAESD, ResolvedModel
 from sdxl_pipeline.models.hub_download import download_snapshot
 from sdxl_pipeline.models.model_files import BaseModelError
@@ -19,7 +19,7 @@ CONFIG: Final = "config.json"
 WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
 
 
-def tiny_autoencoder_folder(settings: TrainingSettings, base_model: ResolvedModel) -> Path:
+def tiny_autoencoder_folder(settings: ValidationSettings, base_model: ResolvedModel) -> Path:
     """Return the folder of the tiny autoencoder for previews, downloaded if needed; safetensors only. Does not import torch.
 
     The default is SDXL's, or the bundled one for the bundled model. Raises BaseModelError when it is not available.

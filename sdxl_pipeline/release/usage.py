@@ -58,7 +58,7 @@ def snippet(inputs: ReleaseInputs, weights: str) -> str:
         lines.append(f"    guidance_rescale={settings.validation_guidance_rescale:g},")
     arguments = "\n".join(lines)
     scheduler = ""
-    if changes := scheduler_changes(base_model, settings):
+    if changes := scheduler_changes(base_model, settings, settings.scheduler_changes):
         config = ", ".join(
             f"{key}={_literal(value) if isinstance(value, str) else value}" for key, value in changes.items()
         )

@@ -14,11 +14,12 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from sdxl_pipeline.config.schema.adapter import AdapterSettings
 from sdxl_pipeline.models.adapters.adapter import AdapterError, add_lora
+from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.models.components import TextEncoders, load_text_encoders
 from sdxl_pipeline.models.conditioning import PromptTokenizer, embed_tokens, encode_tokens
-from sdxl_pipeline.models.precision import dtype_from_name
-from sdxl_pipeline.runtime.specs import TrainingDataset, TrainSpec
+from sdxl_pipeline.runtime.specs import TrainingDataset
 from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.rng import derive_seed
 
@@ -26,14 +27,20 @@ ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """The layers of a text encoder that get an adapter, as in diffusers' training scripts."""
 
 
-def trainable_text_encoders(spec: TrainSpec) -> TextEncoders:
-    """Return both text encoders on the CPU, each with a new LoRA in float32; only the LoRAs require gradients.
+def trainable_text_encoders(
+    base_model: ResolvedModel,
+    dtype: torch.dtype,
+    settings: AdapterSettings,
+    seed: int,
+    *,
+    checkpointing: bool,
+) -> TextEncoders:
+    """Return both text encoders on the CPU in `dtype`, each with a new LoRA in float32; only the LoRAs require gradients.
 
     The last layer of the first encoder has no LoRA: SDXL uses the output of the layer before it, so it would get no gradient. Raise
-    UserError for LoRA settings that the encoders do not support.
+    UserError for LoRA settings that the encoders do not support. `seed` is that of the run, `checkpointing` is gradient checkpointing.
     """
-    settings = spec.settings
-    encoders = load_text_encoders(spec.base_model, dtype_from_name(settings.mixed_precision or "no"))
+    encoders = load_text_encoders(base_model, dtype)
     for name, encoder in named_encoders(encoders).items():
         layers: int = encoder.config.num_hidden_layers
         try:
@@ -47,13 +54,13 @@ def trainable_text_encoders(spec: TrainSpec) -> TextEncoders:
                     for layer in range(layers if name == "text_encoder_2" else layers - 1)
                     for projection in ATTENTION_PROJECTIONS
                 ],
-                seed=derive_seed(settings.seed, "adapter", name),
+                seed=derive_seed(seed, "adapter", name),
                 use_dora=settings.use_dora,
                 init=settings.lora_init_type,
             )
         except AdapterError as error:
             raise UserError(f"config.json: train_text_encoder: {error}") from error
-        if settings.gradient_checkpointing:
+        if checkpointing:
             encoder.gradient_checkpointing_enable({"use_reentrant": False})
     return encoders
 

@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from sdxl_pipeline.models.components import latent_scaling_factor, load_noise_scheduler
+from sdxl_pipeline.models.components import load_noise_scheduler
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import TrainSpec
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
@@ -33,12 +33,12 @@ from sdxl_pipeline.training.checkpoint.checkpoints import (
 from sdxl_pipeline.training.checkpoint.free_disk_monitor import FreeDiskMonitor
 from sdxl_pipeline.training.checkpoint.run_identity import read_lineage
 from sdxl_pipeline.training.checkpoint.warm_start import rebase_state
-from sdxl_pipeline.training.data.batches import Batch, BatchReader, TrainingBatches, prefetch
+from sdxl_pipeline.training.data.batches import Batch, BatchReader, prefetch
 from sdxl_pipeline.training.data.bucket_sampler import total_planned_steps
-from sdxl_pipeline.training.data.loss_masks import build_loss_weights
 from sdxl_pipeline.training.data.on_demand_cache import OnDemandEncoders
 from sdxl_pipeline.training.diffusion.batch_loss import BatchLoss
-from sdxl_pipeline.training.diffusion.forward_process import build_forward_process
+from sdxl_pipeline.training.diffusion.objective import build_objective
+from sdxl_pipeline.training.diffusion.scheduled_sampling import build_solver
 from sdxl_pipeline.training.distributed.sharding import CpuGroup, shard_like, to_full_tensor
 from sdxl_pipeline.training.logging.observers import RunObserver
 from sdxl_pipeline.training.logging.run_logs import metrics_log
@@ -52,8 +52,11 @@ from sdxl_pipeline.training.rng import derive_seed
 from sdxl_pipeline.training.trainer_setup import (
     base_dtype,
     build_accelerator,
+    build_batches,
     build_samplers,
     build_trainable,
+    build_validator,
+    trained_dtype,
 )
 from sdxl_pipeline.training.validation.validation_runner import ValidationSchedule, Validator
 
@@ -67,6 +70,9 @@ class Trainer:
     Training changes the trained parameters and their EMA, the optimizer, the learning-rate schedule, the loss scaler and the step. All of it
     goes through `state()` and `restore()`. Hold the run's lock (`run_lock`) on the main process for the lifetime of the trainer, and enter
     its `observer` as a context manager. A run without an observer skips validation.
+
+    For the manifest of the finished run: `step`, `epochs_at(step)`, `images_trained`, `seconds` and `log.training_seconds` count what was
+    trained, `resumed_from` is the step at which this session started if not at 0, `samplers` describes the images, `memory` the estimate.
     """
 
     def __init__(
@@ -89,34 +95,38 @@ class Trainer:
         self.device: torch.device = self.accelerator.device
         self.cpu_group = CpuGroup(self.accelerator.num_processes)
 
-        samplers = build_samplers(spec, self.accelerator.num_processes, reporter)
-        self.sampler, self.sampling_weights = samplers.sampler, samplers.sampling_weights
-        self.images_per_epoch = samplers.images_per_epoch
+        self.samplers = build_samplers(spec, self.accelerator.num_processes, reporter)
+        self.sampler = self.samplers.sampler
         self.total_steps = total_planned_steps(settings, self.sampler)
 
         scheduler = load_noise_scheduler(spec.base_model, settings.scheduler_changes)
         self.trainable = build_trainable(spec).to(self.device)
-        self.batch_loss = BatchLoss(settings, scheduler, self.trainable, base_dtype(spec), self.device)
+        self.batch_loss = BatchLoss(
+            build_objective(settings, scheduler),
+            build_solver(settings, scheduler),
+            self.trainable,
+            base_dtype(spec),
+            self.device,
+        )
         encoders = OnDemandEncoders(spec.base_model, spec.hardware)
         self.reader = BatchReader(spec.datasets, encoders, self.trainable.online_text_encoder)
-        self.batches = TrainingBatches(
-            samplers.prefetch,
+        self.batches = build_batches(
+            spec,
             self.reader,
-            scaling_factor=latent_scaling_factor(spec.base_model),
-            forward_process=build_forward_process(settings, scheduler.config.num_train_timesteps),
-            caption_dropout_probability=settings.caption_dropout_probability,
-            rank=self.accelerator.process_index,
-            loss_weights=build_loss_weights(spec),
+            self.samplers.prefetch,
+            self.accelerator.process_index,
+            scheduler.config.num_train_timesteps,
         )
 
         self.parameters = self.trainable.parameters
-        cast_parameters(settings, self.parameters.values())
+        cast_parameters(self.parameters.values(), trained_dtype(settings), settings.gradient_precision)
         self.optimizer = self.accelerator.prepare(
             build_optimizer(
                 settings,
                 self.trainable.unet_parameters,
                 self.accelerator.num_processes,
                 self.trainable.text_parameters,
+                settings.text_encoder_lr,
             )
         )
         self.lr_schedule = build_schedule(settings, self.optimizer.optimizer, self.total_steps)
@@ -132,23 +142,28 @@ class Trainer:
         self.step = 0
         self._previous_seconds = self._previous_training_seconds = 0.0  # of the sessions before this one
         self.resumed_from: int | None = None
+        self._saved_step: int | None = None  # the step of the latest checkpoint
         self._resume()
 
         self.validation_schedule = ValidationSchedule(
-            settings, bool(spec.prompts), self.total_steps, self.epochs_at
+            images=settings,
+            losses=settings,
+            has_prompts=bool(spec.prompts),
+            total_steps=self.total_steps,
+            epochs_at=self.epochs_at,
         )
         self.validator: Validator | None = None
         if self.observer is not None:
-            self.validator = Validator(
+            self.validator = build_validator(
                 spec,
-                self.validation_schedule,
-                self.reader,
-                self.batch_loss.objective,
-                self.device,
-                self.step,
-                self.observer,
-                reporter,
-                stop,
+                schedule=self.validation_schedule,
+                reader=self.reader,
+                scheduler=scheduler,
+                device=self.device,
+                resumed_at=self.step,
+                observer=self.observer,
+                reporter=reporter,
+                stop=stop,
             )
         self.log = StepLog(
             self.accelerator,
@@ -174,7 +189,8 @@ class Trainer:
                 if self.validation_schedule.is_due(self.step):
                     self.validate()
                 if (error := self._stop_error()) is not None:
-                    self.save()
+                    if self.step != self._saved_step:  # a rolling checkpoint is enough to resume from
+                        self.save()
                     self.cpu_group.barrier()  # torchrun ends all processes once one has left, the one that writes included
                     raise error
                 if self.step >= self.total_steps:
@@ -258,6 +274,7 @@ class Trainer:
                 )
                 if self.uploads is not None and kind == "step":
                     self.uploads.add(checkpoint)
+        self._saved_step = self.step
         self.log.restart_clock()
 
     def _resume(self) -> None:
@@ -270,7 +287,7 @@ class Trainer:
         checkpoint = latest_checkpoint(root, self.identity, self.reporter.log)
         if checkpoint is not None:
             self.restore(load_checkpoint(checkpoint))
-            self.resumed_from = self.step
+            self.resumed_from = self._saved_step = self.step
             self.reporter.log(f"Resuming from {checkpoint}, step {self.step} of {self.total_steps}.")
 
     def _stop_error(self) -> StageStopped | UserError | None:
@@ -322,14 +339,9 @@ class Trainer:
         return self._previous_seconds + time.monotonic() - self.start_time
 
     @property
-    def samples(self) -> int:
+    def images_trained(self) -> int:
         """Return the number of images trained on so far, repeats included."""
         return self.sampler.images_until(self.step * self.accumulation)
-
-    @property
-    def epochs(self) -> float:
-        """Return the epochs trained so far."""
-        return self.epochs_at(self.step)
 
     def epochs_at(self, step: int) -> float:
         """Return the epochs after a step, as a fraction."""

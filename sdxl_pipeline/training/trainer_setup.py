@@ -1,4 +1,4 @@
-"""What a trainer starts from: its accelerator and its samplers."""
+"""What a trainer starts from, built from the spec of the run. The parts themselves take values or their own section of the settings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,12 +10,13 @@ from types import MappingProxyType
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from diffusers import UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import nn
 
+from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.models.adapters.adapter import UNET, AdapterError, add_adapter
 from sdxl_pipeline.models.adapters.init_adapter import has_text_encoder_weights, load_init_adapter
-from sdxl_pipeline.models.components import load_unet
+from sdxl_pipeline.models.components import latent_scaling_factor, load_unet
 from sdxl_pipeline.models.precision import PrecisionError, dtype_from_name, quantize_model
 from sdxl_pipeline.models.unet_execution import (
     AttentionKernelError,
@@ -25,20 +26,39 @@ from sdxl_pipeline.models.unet_execution import (
 )
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import TrainSpec
-from sdxl_pipeline.runtime.stage_runner import UserError
+from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError
+from sdxl_pipeline.training.data.batches import BatchReader, TrainingBatches
 from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler
+from sdxl_pipeline.training.data.loss_masks import build_loss_weights
 from sdxl_pipeline.training.data.samples import load_samples
 from sdxl_pipeline.training.data.training_plan import SamplingWeights, plan_sampling_weights
+from sdxl_pipeline.training.diffusion.forward_process import build_forward_process
+from sdxl_pipeline.training.diffusion.objective import Objective
 from sdxl_pipeline.training.distributed.sharding import ShardedUNet
+from sdxl_pipeline.training.logging.observers import RunObserver
 from sdxl_pipeline.training.optim.optimizers import trainable_dtype
 from sdxl_pipeline.training.rng import derive_seed
 from sdxl_pipeline.training.text_encoder_training import named_encoders, text_windows, trainable_text_encoders
 from sdxl_pipeline.training.trainable import Trainable, TrainableLora, TrainableUNet
+from sdxl_pipeline.training.validation.eval_loss import eval_timesteps, load_eval_images
+from sdxl_pipeline.training.validation.eval_samples import select_eval_samples
+from sdxl_pipeline.training.validation.previews import Previews
+from sdxl_pipeline.training.validation.validation_images import ImageGenerator
+from sdxl_pipeline.training.validation.validation_runner import (
+    TrainingEvalLoss,
+    ValidationSchedule,
+    Validator,
+)
 
 
 def base_dtype(spec: TrainSpec) -> torch.dtype:
     """Return the dtype of the frozen weights: the autocast dtype, because more precision would have no effect."""
     return dtype_from_name(spec.settings.mixed_precision or "no")
+
+
+def trained_dtype(settings: TrainingSettings) -> torch.dtype:
+    """Return the dtype of the trained parameters."""
+    return trainable_dtype(settings.optimizer, settings.mixed_precision, full=settings.model_type == "full")
 
 
 def trainable_unet(
@@ -73,9 +93,9 @@ def trainable_unet(
 
 
 def full_unet(spec: TrainSpec) -> UNet2DConditionModel:
-    """Return the base model's UNet on the CPU in `trainable_dtype`; all weights require gradients, or only the biases (bitfit)."""
+    """Return the base model's UNet on the CPU in `trained_dtype`; all weights require gradients, or only the biases (bitfit)."""
     settings = spec.settings
-    unet: UNet2DConditionModel = load_unet(spec.base_model, trainable_dtype(settings))
+    unet: UNet2DConditionModel = load_unet(spec.base_model, trained_dtype(settings))
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(settings.layer_freeze_strategy is None or name.endswith(".bias"))
     _configure_compute(unet, spec)
@@ -137,7 +157,13 @@ def build_trainable(spec: TrainSpec) -> Trainable:
         return TrainableUNet(full_unet(spec))
     if not settings.train_text_encoder:
         return TrainableLora(trainable_unet(spec))
-    encoders = trainable_text_encoders(spec)
+    encoders = trainable_text_encoders(
+        spec.base_model,
+        base_dtype(spec),
+        settings,
+        settings.seed,
+        checkpointing=bool(settings.gradient_checkpointing),
+    )
     unet = trainable_unet(spec, named_encoders(encoders))
     return TrainableLora(unet, encoders, text_windows(spec.datasets))
 
@@ -162,7 +188,9 @@ def build_samplers(spec: TrainSpec, num_processes: int, reporter: Reporter) -> T
     """Build the samplers of the spec's training images; log raised repeats and partial batches."""
     settings = spec.settings
     samples = load_samples(spec.datasets, "train", settings.micro_conditioning)
-    weights = plan_sampling_weights(spec.datasets, samples, settings, num_processes)
+    weights = plan_sampling_weights(
+        spec.datasets, samples, settings, num_processes, settings.allow_dataset_oversubscription
+    )
     build = partial(
         BucketBatchSampler,
         samples,
@@ -186,3 +214,104 @@ def build_samplers(spec: TrainSpec, num_processes: int, reporter: Reporter) -> T
         )
         reporter.log(f"Bucket {width}x{height} has {have} images an epoch: {outcome}.")
     return samplers
+
+
+def build_batches(
+    spec: TrainSpec,
+    reader: BatchReader,
+    sampler: BucketBatchSampler,
+    rank: int,
+    num_train_timesteps: int,
+) -> TrainingBatches:
+    """Return the batches of the process `rank`, in the order of `sampler`."""
+    settings = spec.settings
+    return TrainingBatches(
+        sampler,
+        reader,
+        scaling_factor=latent_scaling_factor(spec.base_model),
+        forward_process=build_forward_process(
+            settings, settings, num_train_timesteps, settings.gradient_accumulation_steps
+        ),
+        caption_dropout_probability=settings.caption_dropout_probability,
+        rank=rank,
+        loss_weights=build_loss_weights(
+            spec.datasets, settings, use_base_prediction=settings.model_type != "full"
+        ),
+    )
+
+
+def image_generator(
+    spec: TrainSpec, reader: BatchReader, folder: Path, previews: Previews | None = None
+) -> ImageGenerator:
+    """Return the generator of the spec's validation images."""
+    settings = spec.settings
+    return ImageGenerator(
+        base_model=spec.base_model,
+        vae_dtype=_vae_dtype(spec),
+        prompts=spec.prompts,
+        settings=settings,
+        seed=settings.effective_validation_seed,
+        scheduler_changes=settings.scheduler_changes,
+        reader=reader,
+        folder=folder,
+        previews=previews,
+    )
+
+
+def build_validator(
+    spec: TrainSpec,
+    *,
+    schedule: ValidationSchedule,
+    reader: BatchReader,
+    scheduler: DDPMScheduler,
+    device: torch.device,
+    resumed_at: int,
+    observer: RunObserver,
+    reporter: Reporter,
+    stop: StopSignal,
+) -> Validator:
+    """Return the validator of a run, with all that it needs loaded.
+
+    Raises UserError for a tiny autoencoder that cannot be loaded, and when the eval loss is enabled but there is no image for it.
+    """
+    run_dir, settings = Path(spec.run_dir), spec.settings
+    previews = None
+    if settings.validation_preview and schedule.images_are_due(schedule.total_steps):
+        previews = Previews(
+            settings, spec.base_model, _vae_dtype(spec), device, run_dir / "previews", observer.on_preview
+        )
+    return Validator(
+        run_dir,
+        schedule,
+        images=image_generator(spec, reader, run_dir / "validation", previews),
+        eval_loss=_training_eval_loss(spec, reader, scheduler, reporter)
+        if settings.eval_loss_in_training
+        else None,
+        resumed_at=resumed_at,
+        observer=observer,
+        stop=stop,
+    )
+
+
+def _training_eval_loss(
+    spec: TrainSpec, reader: BatchReader, scheduler: DDPMScheduler, reporter: Reporter
+) -> TrainingEvalLoss:
+    settings = spec.settings
+    source, samples = select_eval_samples(spec.datasets, settings, settings.micro_conditioning)
+    if not samples:
+        raise UserError(
+            "there is no image to compute the eval loss on: the datasets' aspect_buckets have no rows"
+        )
+    reporter.log(f"The eval loss is computed on {len(samples)} images ({source}).")
+    read_images = partial(load_eval_images, samples, reader, latent_scaling_factor(spec.base_model))
+    images = None if reader.online_text_encoder else read_images()
+    return TrainingEvalLoss(
+        Objective.plain(scheduler),
+        eval_timesteps(settings.eval_timesteps, scheduler.config.num_train_timesteps),
+        settings.train_batch_size,
+        read_images if images is None else lambda: images,
+    )
+
+
+def _vae_dtype(spec: TrainSpec) -> torch.dtype:
+    return dtype_from_name(spec.settings.vae_dtype or spec.hardware.vae_dtype)

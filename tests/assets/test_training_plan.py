@@ -116,7 +116,8 @@ def plan_buckets(folder: Path, buckets: list[tuple[int, int]], processes: int = 
     dataset = make_dataset(folder, buckets=buckets)
     settings = TrainingSettings(**{"pretrained_model_name_or_path": "model", **SETTINGS, **changes})
     rows = pd.read_parquet(dataset.rows_path)
-    return plan_training([PlannedDataset("shapes", rows, 0, 1.0)], settings, processes)
+    planned = [PlannedDataset("shapes", rows, 0, 1.0)]
+    return plan_training(planned, settings, processes, settings.allow_dataset_oversubscription)
 
 
 def test_plan_training_bucket_of_one_image_is_partial_or_wrapped(tmp_path: Path) -> None:

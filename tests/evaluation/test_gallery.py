@@ -99,7 +99,7 @@ def test_plan_caption_gallery_uses_distinct_captions(tmp_path: Path):
         make_dataset(tmp_path / "photos", "photos", splits={f"{number}.png": "eval" for number in range(6)}),
     )
     settings = tiny_settings()
-    _, samples = select_eval_samples(datasets, settings)
+    _, samples = select_eval_samples(datasets, settings, "original")
     reader = BatchReader(datasets)
     gallery = plan_caption_gallery(samples, datasets, settings, reader, True)
     assert len(gallery) == MAX_CAPTION_PROMPTS

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,10 +19,32 @@ from sdxl_pipeline.models.base_model import (
     BUNDLED_TAESD,
     ResolvedModel,
 )
-from sdxl_pipeline.models.components import load_text_encoders, load_unet, load_vae
-from sdxl_pipeline.models.model_files import BaseModelError, choose_component
+from sdxl_pipeline.models.components import load_noise_scheduler, load_text_encoders, load_unet, load_vae
+from sdxl_pipeline.models.model_files import (
+    SCHEDULER_CONFIG,
+    SINGLE_FILE_PREFIXES,
+    BaseModelError,
+    choose_component,
+)
 from tests.models.conftest import Resolve
 
+BETAS = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+}
+DISCRETE_SCHEDULERS = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "LMSDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "UniPCMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+)
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
@@ -256,6 +279,50 @@ def test_other_model_types_raise(resolve: Resolve, copy: Path, change, message):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(BaseModelError, match=message):
         resolve("copy")
+
+
+FLOW_MATCHING = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+EDM = {
+    "_class_name": "EDMDPMSolverMultistepScheduler",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "sigma_data": 0.5,
+    "sigma_max": 80.0,
+    "sigma_min": 0.002,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (FLOW_MATCHING, "has no beta_schedule, has no beta_start, has no beta_end"),
+        (EDM, "has no beta_schedule.*sigma_data, which is EDM's"),
+        (BETAS | {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas true"),
+        (BETAS | {"_class_name": "EulerDiscreteScheduler", "beta_schedule": None}, "has no beta_schedule"),
+    ],
+)
+def test_scheduler_without_discrete_betas_raises(resolve: Resolve, copy: Path, config, reason):
+    (copy / SCHEDULER_CONFIG).write_text(json.dumps(config))
+    message = rf"copy: scheduler/scheduler_config\.json \(_class_name '{config['_class_name']}'\).*{reason}.*scaled_linear"
+    with pytest.raises(BaseModelError, match=message):
+        resolve("copy")
+
+
+@pytest.mark.parametrize("name", DISCRETE_SCHEDULERS)
+def test_scheduler_with_discrete_betas_is_accepted_with_its_betas(resolve: Resolve, copy: Path, name):
+    getattr(diffusers, name)(**BETAS).save_pretrained(copy / "scheduler")
+    betas = load_noise_scheduler(resolve("copy")).betas
+    assert torch.equal(betas, diffusers.DDPMScheduler(**BETAS).betas)
+
+
+def test_single_file_with_scheduler_of_other_kind_beside_it_raises(
+    resolve: Resolve, copy: Path, tmp_path: Path
+):
+    checkpoint = tmp_path / "copy.safetensors"
+    save_file({f"{prefix}x": torch.zeros(1) for prefix in SINGLE_FILE_PREFIXES.values()}, checkpoint)
+    (copy / SCHEDULER_CONFIG).write_text(json.dumps(FLOW_MATCHING))
+    with pytest.raises(BaseModelError, match="FlowMatchEulerDiscreteScheduler"):
+        resolve("copy.safetensors")
 
 
 @pytest.mark.parametrize("location", ["copy", "copy/vae", "vae.safetensors"])

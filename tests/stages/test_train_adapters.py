@@ -23,7 +23,7 @@ from sdxl_pipeline.stages import train
 from sdxl_pipeline.stages.train import main
 from sdxl_pipeline.training.checkpoint.run_identity import run_identity
 from sdxl_pipeline.training.data.batches import BatchReader
-from sdxl_pipeline.training.validation.validation_images import generate_validation_images
+from sdxl_pipeline.training.trainer_setup import image_generator
 from tests.models.adapted_unets import KINDS
 from tests.support.train_programs import (
     TWO_PROCESSES,
@@ -81,10 +81,10 @@ def test_train_adapter_file_reproduces_validation_image_and_resume_is_exact(tmp_
         image for image in manifest.validation_images if image.step == spec.settings.max_train_steps
     ]
     reader = BatchReader(spec.datasets, None)
-    (reproduced,) = generate_validation_images(spec, unet, reader, 4, tmp_path / "again")
+    (reproduced,) = image_generator(spec, reader, tmp_path / "again").generate(unet, 4)
     assert np.abs(pixels(expected.path) - pixels(reproduced.path)).max() <= 1
     plain = load_unet(spec.base_model, torch.float32)
-    (base,) = generate_validation_images(spec, plain, reader, 4, tmp_path / "base")
+    (base,) = image_generator(spec, reader, tmp_path / "base").generate(plain, 4)
     assert np.abs(pixels(expected.path) - pixels(base.path)).max() > 1
 
     resumed = with_settings(spec, "resumed")
@@ -158,7 +158,8 @@ def test_train_init_lora_starts_from_file_and_content_is_in_identity(tmp_path: P
     second = main(spec, RecordingReporter(), StopSignal())
     unet = load_unet(spec.base_model, torch.float32)
     load_adapter({UNET: unet}, Path(first.weights_path))
-    (again,) = generate_validation_images(spec, unet, BatchReader(spec.datasets, None), 0, tmp_path / "again")
+    reader = BatchReader(spec.datasets, None)
+    (again,) = image_generator(spec, reader, tmp_path / "again").generate(unet, 0)
     (start,) = [image for image in second.validation_images if image.step == 0]
     assert np.array_equal(pixels(start.path), pixels(again.path))
 

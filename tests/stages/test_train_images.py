@@ -71,5 +71,5 @@ def test_trainer_export_in_users_loader_reproduces_image(tmp_path: Path, kind: s
         network.apply_to()
     else:
         loaded.load_lora_weights(str(tmp_path), weight_name=WEIGHTS)
-    assert np.abs(expected - plain).max() > 1e-2
+    assert np.abs(expected - plain).max() > 5e-3
     assert np.abs(image(loaded, embeds) - expected).max() <= 1e-4

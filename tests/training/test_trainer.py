@@ -1,5 +1,6 @@
 """Gradient clipping, and the order of checkpoint and barrier when a run with several processes stops."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
 from sdxl_pipeline.training.checkpoint.free_disk_monitor import FreeDiskMonitor
+from sdxl_pipeline.training.data.batches import Batch
 from sdxl_pipeline.training.trainer import Trainer
 from tests.support.encoded_datasets import SilentReporter
 from tests.support.training_datasets import make_spec
@@ -43,6 +45,27 @@ def test_train_stop_waits_at_barrier_until_checkpoint_is_saved(
         trainer.train()
     trainer.close()
     assert cpu_group.checkpoints_at_barrier == ["step-00000000" if is_main else ""]
+
+
+@pytest.mark.parametrize(("interval", "saved"), [(1, "rolling-00000001"), (2, "step-00000001")])
+def test_train_stop_after_rolling_checkpoint_of_the_step_saves_no_other(
+    tmp_path, monkeypatch, interval, saved
+):
+    spec = make_spec(tmp_path, max_train_steps=3, checkpointing_rolling_steps=interval)
+    stop, original = StopSignal(), Trainer.train_step
+
+    def take_one_step(self: Trainer, batches: Iterator[Batch]) -> None:
+        original(self, batches)
+        stop.request()
+
+    monkeypatch.setattr(Trainer, "train_step", take_one_step)
+    for _ in range(2):  # the second session resumes from the checkpoint and stops before a step
+        trainer = Trainer(spec, "0" * 64, SilentReporter(), stop)
+        with pytest.raises(StageStopped):
+            trainer.train()
+        trainer.close()
+        assert [path.name for path in (trainer.run_dir / "checkpoints").iterdir()] == [saved]
+    assert trainer.resumed_from == 1
 
 
 @pytest.mark.parametrize("bound", [0, 0.02, 1e3])

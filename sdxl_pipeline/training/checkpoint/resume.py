@@ -45,7 +45,7 @@ from sdxl_pipeline.training.checkpoint.run_identity import (
 )
 from sdxl_pipeline.training.checkpoint.warm_start import optimizer_fits
 from sdxl_pipeline.training.data.bucket_sampler import total_planned_steps
-from sdxl_pipeline.training.trainer_setup import build_samplers
+from sdxl_pipeline.training.trainer_setup import build_samplers, trained_dtype
 
 IMAGES = "validation"
 DORA_NORMS: Final = "lora_magnitude_vector"
@@ -234,7 +234,12 @@ def _ancestor(source: _Candidate, fingerprints: RunFingerprints, spec: TrainSpec
         takes_optimizer=same_trajectory
         or (
             same_optimizer
-            and optimizer_fits(load_checkpoint(source.path), spec.settings, spec.hardware.device)
+            and optimizer_fits(
+                load_checkpoint(source.path),
+                spec.settings,
+                trained_dtype(spec.settings),
+                spec.hardware.device,
+            )
         ),
     )
 

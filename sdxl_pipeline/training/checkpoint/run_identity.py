@@ -208,7 +208,11 @@ def _content(spec: TrainSpec, samples: Samples) -> dict[str, Any]:
         "base_model": spec.base_model.digest,
         "samples": samples.digest(),
         "passes": plan_sampling_weights(
-            spec.datasets, samples, spec.settings, spec.hardware.num_processes
+            spec.datasets,
+            samples,
+            spec.settings,
+            spec.hardware.num_processes,
+            spec.settings.allow_dataset_oversubscription,
         ).by_dataset,
         "fresh_crops": sorted(
             dataset.dataset_id

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sdxl_pipeline.config.optimizer_registry import OPTIMIZERS
-from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.config.schema.optimization import OptimizationSettings
 from sdxl_pipeline.training.checkpoint.checkpoints import TrainingState
 from sdxl_pipeline.training.optim.lr_schedules import Schedule
 from sdxl_pipeline.training.optim.optimizers import optimizer_after_one_step
@@ -21,22 +21,26 @@ _StateLayout = frozenset[tuple[str, tuple[int, ...] | bool]]
 _PER_GROUP = frozenset({"params", "lr", "initial_lr"})
 
 
-def optimizer_fits(state: TrainingState, settings: TrainingSettings, device: str | torch.device) -> bool:
-    """Return whether the configured optimizer has the same state layout on `device` as that of `state`, which has the same name.
+def optimizer_fits(
+    state: TrainingState, settings: OptimizationSettings, dtype: torch.dtype, device: str | torch.device
+) -> bool:
+    """Return whether the configured optimizer has the same state layout, for parameters of `dtype` on `device`, as that of `state`.
 
-    Options matter too: amsgrad adds a tensor, momentum another.
+    Both have the same name. Options matter too: amsgrad adds a tensor, momentum another.
     """
     shapes = Counter(tuple(parameter.shape) for parameter in state.parameters.values())
     expected: Counter[_StateLayout] = Counter()
     for shape, count in shapes.items():
-        for entries in optimizer_after_one_step(settings, shape, device).state_dict()["state"].values():
+        for entries in (
+            optimizer_after_one_step(settings, shape, dtype, device).state_dict()["state"].values()
+        ):
             expected[_state_layout(entries)] += count
     found = Counter(map(_state_layout, state.optimizer["state"].values()))
     return found <= expected
 
 
 def rebase_state(
-    state: TrainingState, settings: TrainingSettings, optimizer: Optimizer, schedule: Schedule
+    state: TrainingState, settings: OptimizationSettings, optimizer: Optimizer, schedule: Schedule
 ) -> TrainingState:
     """Return `state` with the options of `optimizer` and the learning rate of `schedule`, both as built for this run from `settings`.
 
@@ -54,7 +58,8 @@ def rebase_state(
     if source is not fresh:
         # some options are set by the first step, which is not repeated
         first = optimizer.param_groups[0]["params"][0]
-        initialized = optimizer_after_one_step(settings, tuple(first.shape), first.device).param_groups[0]
+        probe = optimizer_after_one_step(settings, tuple(first.shape), first.dtype, first.device)
+        initialized = probe.param_groups[0]
         learned = OPTIMIZERS[settings.optimizer].state_group_keys
         for group, source_group in zip(groups, source["param_groups"], strict=True):
             group |= {name: value for name, value in initialized.items() if name not in _PER_GROUP}

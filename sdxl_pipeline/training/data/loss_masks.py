@@ -8,10 +8,11 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
+from sdxl_pipeline.config.schema.masks import MaskSettings
 from sdxl_pipeline.data.buckets.crop_plan import Crop
 from sdxl_pipeline.data.decoding.image_decoding import UnreadableImage
 from sdxl_pipeline.data.masks.mask_pairs import LATENT_SCALE, mask_crop
-from sdxl_pipeline.runtime.specs import TrainSpec
+from sdxl_pipeline.runtime.specs import TrainingDataset
 from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.mask_tables import MaskTable, mask_tables
 from sdxl_pipeline.training.data.samples import Sample
@@ -112,15 +113,17 @@ class LossWeights:
         return LossMask(keys, weights, prior if self.prior and self.use_base_prediction else ())
 
 
-def build_loss_weights(spec: TrainSpec) -> LossWeights:
-    """Return the loss weights of the spec's datasets."""
-    tables = mask_tables(spec.datasets)
+def build_loss_weights(
+    datasets: Sequence[TrainingDataset], settings: MaskSettings, *, use_base_prediction: bool
+) -> LossWeights:
+    """Return the loss weights of the datasets."""
+    tables = mask_tables(datasets)
     return LossWeights(
         masks=MaskReader(tables) if tables else None,
-        mask_probability=spec.settings.masked_loss_probability,
-        prior=frozenset(dataset.dataset_id for dataset in spec.datasets if dataset.is_regularisation),
-        prior_weight=spec.settings.prior_loss_weight,
-        use_base_prediction=spec.settings.model_type != "full",
+        mask_probability=settings.masked_loss_probability,
+        prior=frozenset(dataset.dataset_id for dataset in datasets if dataset.is_regularisation),
+        prior_weight=settings.prior_loss_weight,
+        use_base_prediction=use_base_prediction,
     )
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 import pandas as pd
 
-from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.config.schema.optimization import OptimizationSettings
 from sdxl_pipeline.runtime.specs import TrainingPlan
 from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler, total_planned_steps
@@ -51,11 +51,15 @@ def sampling_weights_per_epoch(datasets: Sequence[SampledDataset], samples: Samp
 
 
 def plan_sampling_weights(
-    datasets: Sequence[SampledDataset], samples: Samples, settings: TrainingSettings, num_processes: int
+    datasets: Sequence[SampledDataset],
+    samples: Samples,
+    settings: OptimizationSettings,
+    num_processes: int,
+    allow_oversubscription: bool,
 ) -> SamplingWeights:
     """Return `sampling_weights_per_epoch` if one epoch fills one optimizer step, counting all datasets together, since they share batches.
 
-    Otherwise, with `allow_dataset_oversubscription`, multiply all weights by the smallest integer that fills a step, which keeps their
+    Otherwise, with `allow_oversubscription`, multiply all weights by the smallest integer that fills a step, which keeps their
     ratios; without it, raise UserError with the counts and the `repeats` that would suffice. Also raise UserError if there are no images.
     """
     counts = samples.images_by_dataset()
@@ -73,7 +77,7 @@ def plan_sampling_weights(
     available = images(1)
     if available >= required:
         return SamplingWeights(weights)
-    if settings.allow_dataset_oversubscription:
+    if allow_oversubscription:
         factor = max(2, math.ceil(required / sum(count * weights[name] for name, count in counts.items())))
         while images(factor) < required:  # fractions of an image are rounded down
             factor += 1
@@ -109,13 +113,16 @@ class PlannedDataset(NamedTuple):
 
 
 def plan_training(
-    datasets: Sequence[PlannedDataset], settings: TrainingSettings, num_processes: int
+    datasets: Sequence[PlannedDataset],
+    settings: OptimizationSettings,
+    num_processes: int,
+    allow_oversubscription: bool,
 ) -> TrainingPlan:
     """Return the counts of a run. Raises UserError if the images do not fill a step, or the steps are fewer than the warm-up."""
     held_out_anywhere = held_out_keys(dataset.rows for dataset in datasets)
     rows = pd.concat([_train_rows(dataset) for dataset in datasets], ignore_index=True)
     samples = Samples(rows[~rows["key"].isin(held_out_anywhere)])
-    weights = plan_sampling_weights(datasets, samples, settings, num_processes)
+    weights = plan_sampling_weights(datasets, samples, settings, num_processes, allow_oversubscription)
     sampler = BucketBatchSampler(
         samples,
         weights.by_dataset,

@@ -10,14 +10,13 @@ from collections.abc import Iterable
 from functools import partial
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.models.adapters.adapter import without_adapter
 from sdxl_pipeline.training.data.batches import ALL, Batch
-from sdxl_pipeline.training.diffusion.objective import Objective, build_objective
-from sdxl_pipeline.training.diffusion.scheduled_sampling import Predict, build_solver, roll_out
+from sdxl_pipeline.training.diffusion.objective import Objective
+from sdxl_pipeline.training.diffusion.scheduled_sampling import Predict, Solver, roll_out
 from sdxl_pipeline.training.trainable import Trainable
 
 
@@ -47,19 +46,18 @@ def prior_preservation_target(
 
 
 class BatchLoss:
-    """The training loss of a batch, computed on `device`; the UNet computes in `dtype`."""
+    """The training loss of a batch, computed on `device`; the UNet computes in `dtype`, and `solver` takes the steps of rollouts."""
 
     def __init__(
         self,
-        settings: TrainingSettings,
-        scheduler: DDPMScheduler,
+        objective: Objective,
+        solver: Solver,
         trainable: Trainable,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.objective = build_objective(settings, scheduler).to(device)
-        self._solver = build_solver(settings, scheduler)
-        self._trainable, self._dtype = trainable, dtype
+        self.objective = objective.to(device)
+        self._solver, self._trainable, self._dtype = solver, trainable, dtype
 
     def __call__(self, module: nn.Module, batch: Batch) -> Tensor:
         """Return the mean loss of a batch on the device, (). `module` is that of `trainable`, or its data-parallel wrapper."""
@@ -69,7 +67,7 @@ class BatchLoss:
         noisy_latents = objective.add_noise(batch.latents, batch.input_noise, timesteps)
         if batch.rollouts:
             noisy_latents = self._roll_out(batch, noisy_latents, predict_no_grad)
-        target = objective.target(batch.latents, batch.noise, timesteps)
+        target = objective.loss_target(batch.latents, batch.noise, timesteps)
         if any(batch.prior):
             target = prior_preservation_target(
                 target,

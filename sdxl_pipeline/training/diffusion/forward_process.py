@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdxl_pipeline.config.schema.objective import NoiseSettings
-from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.config.schema.objective import NoiseSettings, ScheduledSamplingSettings
 from sdxl_pipeline.training.diffusion.scheduled_sampling import Rollout, RolloutSampler, build_rollout_sampler
 from sdxl_pipeline.training.rng import choose, derive_seed, uniform
 
@@ -147,13 +146,18 @@ class ForwardProcess:
         )
 
 
-def build_forward_process(settings: TrainingSettings, num_train_timesteps: int) -> ForwardProcess:
-    """Return the configured forward process."""
+def build_forward_process(
+    noise: NoiseSettings,
+    rollouts: ScheduledSamplingSettings,
+    num_train_timesteps: int,
+    accumulation: int = 1,
+) -> ForwardProcess:
+    """Return the configured forward process of a training with `accumulation` batches per optimizer step."""
     return ForwardProcess(
-        build_timestep_sampler(settings, num_train_timesteps),
-        build_noise_sampler(settings),
-        build_rollout_sampler(settings, num_train_timesteps),
-        settings.gradient_accumulation_steps,
+        build_timestep_sampler(noise, num_train_timesteps),
+        build_noise_sampler(noise),
+        build_rollout_sampler(rollouts, num_train_timesteps),
+        accumulation,
     )
 
 

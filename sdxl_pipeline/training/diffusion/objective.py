@@ -8,13 +8,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
 from sdxl_pipeline.config.schema.objective import ObjectiveSettings
+from sdxl_pipeline.models.model_files import SCHEDULER_CONFIG
 from sdxl_pipeline.runtime.stage_runner import UserError
 
 Weighting = Callable[[Tensor], Tensor]
@@ -125,7 +126,7 @@ class Objective:
         v_t = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0          the target of v-prediction (Salimans and Ho 2022)
         SNR(t) = abar_t / (1 - abar_t)
 
-    All arithmetic is float32, whatever the UNet computes in.
+    All arithmetic is float32, whatever the UNet computes in. Raises UserError for a prediction type that it or `diff2flow` does not support.
     """
 
     alphas_cumprod: Tensor  # (T,) float32
@@ -139,6 +140,23 @@ class Objective:
     diff2flow: bool = False
     """Compute the loss on the flow implied by the prediction."""
 
+    def __post_init__(self) -> None:
+        if self.prediction_type not in get_args(PredictionType):
+            raise UserError(
+                f"the base model's {SCHEDULER_CONFIG}: prediction_type is {self.prediction_type!r}, but this project trains UNets that "
+                f"predict one of {', '.join(get_args(PredictionType))}. Use another base model, or, if the file is wrong, set "
+                "prediction_type in config.json to what its UNet predicts"
+            )
+        if self.diff2flow and self.prediction_type == "sample":
+            raise UserError(
+                "diff2flow_loss needs a base model that predicts eps or v, but this one predicts the sample"
+            )
+
+    @classmethod
+    def plain(cls, scheduler: DDPMScheduler) -> "Objective":
+        """Return the unweighted squared error in the prediction, over the schedule of `scheduler`."""
+        return cls(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
+
     def to(self, device: torch.device) -> "Objective":
         """Return the objective with its schedule on a device."""
         return replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
@@ -148,14 +166,16 @@ class Objective:
         signal, sigma = self._scales(timesteps)
         return signal * latents + sigma * noise
 
-    def prediction_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def unet_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return the UNet's target: eps, v_t or x_0, (B, C, H, W)."""
-        if self.prediction_type == "epsilon":
-            return noise
-        if self.prediction_type == "sample":
-            return latents
         signal, sigma = self._scales(timesteps)
-        return signal * noise - sigma * latents
+        match self.prediction_type:
+            case "epsilon":
+                return noise
+            case "v_prediction":
+                return signal * noise - sigma * latents
+            case "sample":
+                return latents
 
     def weights(self, timesteps: Tensor) -> Tensor:
         """Return the weight of each image's error, (B,).
@@ -167,24 +187,30 @@ class Objective:
         alphas_cumprod = self.alphas_cumprod[timesteps]
         snr = alphas_cumprod / (1 - alphas_cumprod)
         weights = self.weighting(snr)
-        if self.prediction_type == "epsilon":
-            return weights / snr
-        return weights / (snr + 1) if self.prediction_type == "v_prediction" else weights
+        match self.prediction_type:
+            case "epsilon":
+                return weights / snr
+            case "v_prediction":
+                return weights / (snr + 1)
+            case "sample":
+                return weights
 
     def to_loss_space(self, prediction: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """Return what the loss compares for the UNet's output: `prediction` itself, or the flow it implies; (B, C, H, W) float32."""
         if not self.diff2flow:
             return prediction.float()
-        flow = flow_from_epsilon if self.prediction_type == "epsilon" else flow_from_velocity
-        return flow(prediction.float(), noisy_latents, *self._scales(timesteps))
+        signal, sigma = self._scales(timesteps)
+        match self.prediction_type:
+            case "epsilon":
+                return flow_from_epsilon(prediction.float(), noisy_latents, signal, sigma)
+            case "v_prediction":
+                return flow_from_velocity(prediction.float(), noisy_latents, signal, sigma)
+            case "sample":
+                raise AssertionError("__post_init__ refuses diff2flow for this prediction type")
 
-    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def loss_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return the target of `to_loss_space`, (B, C, H, W). The UNet's input may contain other noise than `noise`."""
-        return (
-            flow_target(latents, noise)
-            if self.diff2flow
-            else self.prediction_target(latents, noise, timesteps)
-        )
+        return flow_target(latents, noise) if self.diff2flow else self.unet_target(latents, noise, timesteps)
 
     def elementwise_loss(self, prediction: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
         """Return the loss of each element, not yet weighted by timestep, (B, C, H, W)."""
@@ -214,10 +240,6 @@ def build_objective(settings: ObjectiveSettings, scheduler: DDPMScheduler) -> Ob
             "with rescale_betas_zero_snr the last timestep is pure noise, where a prediction of eps only repeats the input and carries no "
             "information about the image, so that no sampler can start from it. Set prediction_type to v_prediction for a base "
             "model that predicts v, or rescale_betas_zero_snr to false"
-        )
-    if settings.diff2flow_loss and prediction_type == "sample":
-        raise UserError(
-            "diff2flow_loss needs a base model that predicts eps or v, but this one predicts the sample"
         )
     huber = (
         None

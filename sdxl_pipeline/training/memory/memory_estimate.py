@@ -10,7 +10,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import Module
 
+from sdxl_pipeline.config.schema.optimization import OptimizationSettings
 from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.config.schema.validation import ValidationSettings
 from sdxl_pipeline.models.precision import dtype_from_name
 from sdxl_pipeline.runtime.specs import TrainSpec
 from sdxl_pipeline.training.data.samples import Samples
@@ -91,7 +93,8 @@ def estimate_memory(
     )
     estimated = activations(unet, forward_pass, {} if full else saved_by_adapters(unet, dtype))
     activation_bytes = estimated.saved + estimated.peak
-    itemsize = trainable_dtype(settings).itemsize
+    trained_dtype = trainable_dtype(settings.optimizer, settings.mixed_precision, full)
+    itemsize = trained_dtype.itemsize
     if full and itemsize > dtype.itemsize and not forward_pass.checkpointing:
         activation_bytes += dtype.itemsize * num_trained  # autocast's copies of the weights live as long
     in_fp32 = settings.gradient_precision == "fp32"
@@ -105,11 +108,13 @@ def estimate_memory(
         process=0,
         frozen_weights=sum(map(storage_bytes, [*frozen, *module.buffers()])),
         trained_weights=num_trained * itemsize // num_shards,
-        optimizer=round(num_trained * optimizer_bytes(settings)) // num_shards,
+        optimizer=round(num_trained * optimizer_bytes(settings, trained_dtype)) // num_shards,
         average=4 * num_trained if on_device else 0,
         gradients=num_trained * (4 if in_fp32 else itemsize) // num_shards,
         activations=round(activation_bytes),
-        image=0 if vae_config is None else _image_bytes(settings, unet, vae_config),
+        image=0
+        if vae_config is None
+        else _image_bytes(settings, unet, vae_config, dtype, dtype_from_name(settings.vae_dtype or "bf16")),
     )
 
 
@@ -182,7 +187,9 @@ def hints(settings: TrainingSettings, estimate: MemoryEstimate) -> list[str]:
         ),
         (
             estimate.trained_weights + estimate.gradients,
-            full and settings.mixed_precision == "bf16" and trainable_dtype(settings) == torch.float32,
+            full
+            and settings.mixed_precision == "bf16"
+            and trainable_dtype(settings.optimizer, settings.mixed_precision, full) == torch.float32,
             "optimizer adamw_bf16",
         ),
         (estimate.average, estimate.average > 0, "ema_device cpu"),
@@ -192,9 +199,9 @@ def hints(settings: TrainingSettings, estimate: MemoryEstimate) -> list[str]:
     return [hint for _, hint in sorted(applicable, key=lambda candidate: -candidate[0])]
 
 
-def optimizer_bytes(settings: TrainingSettings) -> float:
-    """Return the optimizer's state in bytes per trained number, measured with one step on a small matrix on the CPU."""
-    state = optimizer_after_one_step(settings, (_PROBE_SIDE, _PROBE_SIDE)).state
+def optimizer_bytes(settings: OptimizationSettings, dtype: torch.dtype) -> float:
+    """Return the optimizer's state in bytes per trained number of `dtype`, measured with one step on a small matrix on the CPU."""
+    state = optimizer_after_one_step(settings, (_PROBE_SIDE, _PROBE_SIDE), dtype).state
     tensors = [value for entries in state.values() for value in entries.values() if isinstance(value, Tensor)]
     # small tensors are shared by all parameters or independent of their size
     return sum(storage_bytes(tensor) for tensor in tensors if tensor.numel() >= _PROBE_SIDE) / _PROBE_SIDE**2
@@ -222,16 +229,20 @@ def format_bytes(size: int) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 1024**2:.0f} MiB"
 
 
-def _image_bytes(settings: TrainingSettings, unet: UNet2DConditionModel, vae_config: Path) -> int:
+def _image_bytes(
+    settings: ValidationSettings,
+    unet: UNet2DConditionModel,
+    vae_config: Path,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+) -> int:
     """Return the bytes of the VAE, plus the larger of decoding (four tensors at full resolution) and a UNet forward pass for two prompts."""
     config = AutoencoderKL.load_config(vae_config)
     with torch.device("meta"):
         vae: AutoencoderKL = AutoencoderKL.from_config(config)
-    itemsize = dtype_from_name(settings.vae_dtype or "bf16").itemsize
     height, width = max(settings.validation_sizes, key=lambda size: size[0] * size[1])
     channels = vae.config.block_out_channels[min(1, len(vae.config.block_out_channels) - 1)]
-    decoding = 4 * height * width * channels * itemsize
-    dtype = dtype_from_name(settings.mixed_precision or "no")
+    decoding = 4 * height * width * channels * vae_dtype.itemsize
     sampling = ForwardPass(
         height,
         width,
@@ -241,7 +252,7 @@ def _image_bytes(settings: TrainingSettings, unet: UNet2DConditionModel, vae_con
         checkpointing=True,
         norms_in_float32=_norms_in_float32(unet, dtype),
     )
-    weights = sum(parameter.numel() for parameter in vae.parameters()) * itemsize
+    weights = sum(parameter.numel() for parameter in vae.parameters()) * vae_dtype.itemsize
     estimated = activations(unet, sampling)
     return weights + max(decoding, round(estimated.saved + estimated.peak))
 

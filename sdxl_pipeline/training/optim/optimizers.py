@@ -13,28 +13,26 @@ from torch.optim import Optimizer
 from sdxl_pipeline.config.optimizer_registry import INSTALL, OPTIMIZERS, OptimizerSpec, read_options
 from sdxl_pipeline.config.schema.optimization import OptimizationSettings
 from sdxl_pipeline.config.schema.settings_model import BadValueError
-from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.runtime.stage_runner import UserError
 
 
-def trainable_dtype(settings: TrainingSettings) -> torch.dtype:
-    """Return the dtype of trained parameters: float32, or bf16 for optimizers that compensate its rounding.
+def trainable_dtype(optimizer: str, mixed_precision: str | None, full: bool) -> torch.dtype:
+    """Return the dtype of trained parameters: float32, or bf16 for optimizers that compensate its rounding. `full` is model_type full.
 
     adamw_bf16 rounds stochastically. A full UNet trained with mixed_precision bf16 is also stored in bf16 under optimi's optimizers, whose
     Kahan summation keeps what a bf16 weight cannot: of the 8 bytes of a float32 parameter and its gradient that leaves 4, and half of the
     moments.
     """
-    kahan = settings.optimizer.startswith("optimi-") and settings.mixed_precision == "bf16"
-    in_bf16 = settings.optimizer == "adamw_bf16" or (settings.model_type == "full" and kahan)
+    kahan = optimizer.startswith("optimi-") and mixed_precision == "bf16"
+    in_bf16 = optimizer == "adamw_bf16" or (full and kahan)
     return torch.bfloat16 if in_bf16 else torch.float32
 
 
-def cast_parameters(settings: TrainingSettings, parameters: Iterable[Parameter]) -> None:
-    """Cast trained parameters to `trainable_dtype`, in place, and set the dtype of their gradients by `gradient_precision`."""
-    dtype = trainable_dtype(settings)
+def cast_parameters(parameters: Iterable[Parameter], dtype: torch.dtype, gradient_precision: str) -> None:
+    """Cast trained parameters to `dtype`, see `trainable_dtype`, in place, and set the dtype of their gradients by `gradient_precision`."""
     for parameter in parameters:
         parameter.data = parameter.data.to(dtype)
-        if settings.gradient_precision == "fp32" and dtype != torch.float32:
+        if gradient_precision == "fp32" and dtype != torch.float32:
             # no precision is lost in gradient accumulation
             parameter.grad_dtype = torch.float32
 
@@ -48,28 +46,26 @@ def effective_learning_rate(settings: OptimizationSettings, num_processes: int) 
 
 
 def build_optimizer(
-    settings: TrainingSettings,
+    settings: OptimizationSettings,
     parameters: Iterable[Parameter],
     num_processes: int = 1,
     text_parameters: Iterable[Parameter] = (),
+    text_encoder_lr: float | None = None,
 ) -> Optimizer:
-    """Return the configured optimizer over `parameters`, which are already on the device.
+    """Return the configured optimizer over `parameters`, which are already on the device and in their final dtype.
 
-    `text_parameters` are those of text encoders, with the learning rate `text_encoder_lr` if it is set.
+    `text_parameters` are those of text encoders, with the learning rate `text_encoder_lr` if it is given.
 
     Raises UserError if the optimizer's package is missing, or if `optimizer_config` has an option or a value that it does not accept.
     """
-    if (
-        settings.gradient_precision == "fp32"
-        and trainable_dtype(settings) != torch.float32
-        and num_processes > 1
-    ):
+    trainable, text_encoder_parameters = list(parameters), list(text_parameters)
+    in_float32 = all(parameter.dtype == torch.float32 for parameter in trainable)
+    if settings.gradient_precision == "fp32" and not in_float32 and num_processes > 1:
         raise UserError(
             f"config.json: gradient_precision fp32 makes the gradients of bf16 weights float32, which {num_processes} processes "
             'cannot average; write "unmodified"'
         )
     spec = OPTIMIZERS[settings.optimizer]
-    trainable, text_encoder_parameters = list(parameters), list(text_parameters)
     optimizer_class = _load(settings.optimizer, spec)
     try:
         options = {**spec.defaults, **read_options(settings.optimizer, settings.optimizer_config)}
@@ -83,11 +79,10 @@ def build_optimizer(
         options["warmup_steps"] = settings.lr_warmup_steps
     try:
         lr = effective_learning_rate(settings, num_processes)
-        groups: list[Any] = (
-            [{"params": trainable}, _text_group(settings, text_encoder_parameters, lr)]
-            if text_encoder_parameters
-            else trainable
-        )
+        groups: list[Any] = trainable
+        if text_encoder_parameters:
+            text_lr = lr if text_encoder_lr is None else lr * text_encoder_lr / settings.learning_rate
+            groups = [{"params": trainable}, {"params": text_encoder_parameters, "lr": text_lr}]
         optimizer = optimizer_class(groups, lr=lr, **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"config.json: optimizer_config {settings.optimizer_config!r}: {error}") from error
@@ -99,10 +94,13 @@ def build_optimizer(
 
 
 def optimizer_after_one_step(
-    settings: TrainingSettings, shape: Sequence[int], device: str | torch.device = "cpu"
+    settings: OptimizationSettings,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
 ) -> Optimizer:
-    """Return the configured optimizer after one step on one parameter of `shape`, to inspect its state."""
-    parameter = Parameter(torch.ones(*shape, dtype=trainable_dtype(settings), device=device))
+    """Return the configured optimizer after one step on one parameter of `shape` and `dtype`, to inspect its state."""
+    parameter = Parameter(torch.ones(*shape, dtype=dtype, device=device))
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
         optimizer = build_optimizer(settings, [parameter])
@@ -111,14 +109,6 @@ def optimizer_after_one_step(
         parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
     return optimizer
-
-
-def _text_group(settings: TrainingSettings, parameters: list[Parameter], lr: float) -> dict[str, Any]:
-    text_lr = settings.text_encoder_lr
-    return {
-        "params": parameters,
-        "lr": lr if text_lr is None else lr * text_lr / settings.learning_rate,
-    }
 
 
 def current_lr(optimizer: Optimizer, scheduled: float) -> float:

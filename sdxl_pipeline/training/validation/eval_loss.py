@@ -150,5 +150,5 @@ def _mean_squared_errors(
             ),
         },
     ).sample
-    target = objective.prediction_target(latents, noise, timesteps)
+    target = objective.unet_target(latents, noise, timesteps)
     return (prediction.float().cpu() - target).square().mean(dim=(1, 2, 3))

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.config.schema.evaluation import EvaluationSettings
 from sdxl_pipeline.runtime.specs import TrainingDataset
 from sdxl_pipeline.runtime.stage_runner import UserError
-from sdxl_pipeline.training.data.samples import Samples, load_samples
+from sdxl_pipeline.training.data.samples import MicroConditioning, Samples, load_samples
 
 EvalSource = Literal["eval dataset", "held-out share", "training images"]
 
@@ -15,15 +15,15 @@ DEFAULT_IMAGES = 32
 
 
 def select_eval_samples(
-    datasets: Sequence[TrainingDataset], settings: TrainingSettings
+    datasets: Sequence[TrainingDataset], settings: EvaluationSettings, micro_conditioning: MicroConditioning
 ) -> tuple[EvalSource, Samples]:
     """Return the samples of the eval loss and their source: eval datasets, else the held-out share, else the training images.
 
     An eval dataset is one without training images; eval_dataset_id selects one of them. At most num_eval_images are returned, the first by
     key: keys are digests, so the selection is uniform and reproducible. Raise UserError if eval_dataset_id names no eval dataset.
     """
-    training = load_samples(datasets, "train", settings.micro_conditioning)
-    held_out = load_samples(datasets, "eval", settings.micro_conditioning)
+    training = load_samples(datasets, "train", micro_conditioning)
+    held_out = load_samples(datasets, "eval", micro_conditioning)
     eval_datasets = held_out.images_by_dataset().keys() - training.images_by_dataset().keys()
     if settings.eval_dataset_id is not None:
         if settings.eval_dataset_id not in eval_datasets:

@@ -10,13 +10,13 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 from torch import Tensor
 
+from sdxl_pipeline.config.schema.validation import ValidationSettings
 from sdxl_pipeline.files.atomic_files import atomic_path
+from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.models.components import load_tiny_autoencoder
 from sdxl_pipeline.models.model_files import BaseModelError
-from sdxl_pipeline.models.precision import dtype_from_name
 from sdxl_pipeline.models.sampling import image_from_pixels
 from sdxl_pipeline.models.tiny_autoencoder import tiny_autoencoder_folder
-from sdxl_pipeline.runtime.specs import TrainSpec
 from sdxl_pipeline.runtime.stage_runner import UserError
 
 LONGEST_EDGE = 512
@@ -50,12 +50,16 @@ class Previews:
     """
 
     def __init__(
-        self, spec: TrainSpec, device: torch.device, folder: Path, on_preview: Callable[[Preview], None]
+        self,
+        settings: ValidationSettings,
+        base_model: ResolvedModel,
+        dtype: torch.dtype,
+        device: torch.device,
+        folder: Path,
+        on_preview: Callable[[Preview], None],
     ) -> None:
-        settings = spec.settings
-        dtype = dtype_from_name(settings.vae_dtype or spec.hardware.vae_dtype)
         try:
-            autoencoder_folder = tiny_autoencoder_folder(settings, spec.base_model)
+            autoencoder_folder = tiny_autoencoder_folder(settings, base_model)
             self._autoencoder: AutoencoderTiny = load_tiny_autoencoder(autoencoder_folder, dtype).to(device)
         except BaseModelError as error:
             raise UserError(f"config.json: validation_preview: {error}") from error

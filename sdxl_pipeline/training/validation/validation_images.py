@@ -1,17 +1,20 @@
 """Validation images, generated during training from the same seeds at every step unless randomized."""
 
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image, ImageDraw, ImageFont
 
+from sdxl_pipeline.config.schema.validation import ValidationSettings
 from sdxl_pipeline.files.atomic_files import atomic_path
-from sdxl_pipeline.models.precision import dtype_from_name
+from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.models.sampling import build_inference_pipeline, image_from_pixels, sample_image
-from sdxl_pipeline.runtime.specs import TrainSpec, ValidationImage, ValidationPrompt
+from sdxl_pipeline.runtime.specs import ValidationImage, ValidationPrompt
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.optim.ema import EMA_LABEL
 from sdxl_pipeline.training.rng import derive_seed
@@ -109,14 +112,13 @@ class PlannedImage:
     seed: int
 
 
-def plan_images(spec: TrainSpec, step: int) -> list[PlannedImage]:
-    """Return an image per prompt, size and seed: `num_validation_images` successive seeds, the same at each step unless randomized."""
-    settings = spec.settings
+def plan_images(
+    prompts: Sequence[ValidationPrompt], settings: ValidationSettings, seed: int, step: int
+) -> list[PlannedImage]:
+    """Return an image per prompt, size and seed: `num_validation_images` successive seeds from `seed`, other ones at each step if randomized."""
     sizes = settings.validation_sizes
-    first_seed = settings.effective_validation_seed
-    if settings.validation_randomize:
-        first_seed = derive_seed(first_seed, "validation", step) % 2**32
-    prompts = spec.prompts if settings.validation_disable_unconditional else (*spec.prompts, UNCONDITIONAL)
+    first_seed = derive_seed(seed, "validation", step) % 2**32 if settings.validation_randomize else seed
+    prompts = prompts if settings.validation_disable_unconditional else (*prompts, UNCONDITIONAL)
     images = []
     for prompt in prompts:
         for height, width in sizes:
@@ -133,43 +135,58 @@ def plan_images(spec: TrainSpec, step: int) -> list[PlannedImage]:
     ]
 
 
-def generate_validation_images(
-    spec: TrainSpec,
-    unet: UNet2DConditionModel,
-    reader: BatchReader,
-    step: int,
-    folder: Path,
-    previews: Previews | None = None,
-    label: str = "",
-    on_step: Callable[[], None] | None = None,
-) -> Iterator[ValidationImage]:
-    """Generate the planned images one by one with the current weights of `unet`, write them to `folder` and yield them.
+@dataclass(frozen=True)
+class ImageGenerator:
+    """Generates the validation images of a run into `folder`.
 
-    `label` is appended to their names when other weights of the same step generate them as well. `on_step` is called after every sampler
-    step and may raise to end the generation. No text encoder is loaded: prompt embeddings come from the text cache. Nothing that the
-    training computes with is changed; the UNet is in eval mode only while an image is generated.
+    No text encoder is loaded: prompt embeddings come from the text cache, or from the text encoders in training, through `reader`.
     """
-    settings = spec.settings
-    vae_dtype = dtype_from_name(settings.vae_dtype or spec.hardware.vae_dtype)
-    pipeline = build_inference_pipeline(spec.base_model, unet, vae_dtype, settings)
-    zeros = bool(pipeline.config.force_zeros_for_empty_prompt)
-    for image in plan_images(spec, step):
-        name, prompt = image.name + label, image.prompt.prompt
-        stem = image.stem + _stem_suffix(label)
-        on_preview = None if previews is None else previews.callback_for(name, stem, prompt, step)
-        conditioning = reader.conditioning(prompt, image.prompt.negative_prompt, zeros)
-        was_training = unet.training
-        unet.eval()
-        try:
-            pixels = sample_image(
-                pipeline, conditioning, image.size, image.seed, settings, on_step, on_preview
-            )
-        finally:
-            unet.train(was_training)
-        path = folder / f"step-{step:08d}" / f"{stem}.png"
-        with atomic_path(path) as temporary:
-            image_from_pixels(pixels).save(temporary, format="PNG")
-        yield ValidationImage(step=step, name=name, prompt=prompt, path=str(path), seed=image.seed)
+
+    base_model: ResolvedModel
+    vae_dtype: torch.dtype
+    prompts: Sequence[ValidationPrompt]
+    settings: ValidationSettings
+    seed: int  # of the first image of a prompt
+    scheduler_changes: Mapping[str, Any]  # of the training
+    reader: BatchReader
+    folder: Path
+    previews: Previews | None = None
+
+    def generate(
+        self,
+        unet: UNet2DConditionModel,
+        step: int,
+        label: str = "",
+        on_step: Callable[[], None] | None = None,
+    ) -> Iterator[ValidationImage]:
+        """Generate the planned images one by one with the current weights of `unet`, write them and yield them.
+
+        `label` is appended to their names when other weights of the same step generate them as well. `on_step` is called after every
+        sampler step and may raise to end the generation. Nothing that the training computes with is changed; the UNet is in eval mode only
+        while an image is generated.
+        """
+        pipeline = build_inference_pipeline(
+            self.base_model, unet, self.vae_dtype, self.settings, self.scheduler_changes
+        )
+        zeros = bool(pipeline.config.force_zeros_for_empty_prompt)
+        for image in plan_images(self.prompts, self.settings, self.seed, step):
+            name, prompt = image.name + label, image.prompt.prompt
+            stem = image.stem + _stem_suffix(label)
+            previews = self.previews
+            on_preview = None if previews is None else previews.callback_for(name, stem, prompt, step)
+            conditioning = self.reader.conditioning(prompt, image.prompt.negative_prompt, zeros)
+            was_training = unet.training
+            unet.eval()
+            try:
+                pixels = sample_image(
+                    pipeline, conditioning, image.size, image.seed, self.settings, on_step, on_preview
+                )
+            finally:
+                unet.train(was_training)
+            path = self.folder / f"step-{step:08d}" / f"{stem}.png"
+            with atomic_path(path) as temporary:
+                image_from_pixels(pixels).save(temporary, format="PNG")
+            yield ValidationImage(step=step, name=name, prompt=prompt, path=str(path), seed=image.seed)
 
 
 def _stem_suffix(label: str) -> str:

@@ -3,36 +3,32 @@
 import math
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from diffusers import UNet2DConditionModel
 
-from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.models.components import latent_scaling_factor
-from sdxl_pipeline.runtime.reporter import Reporter
-from sdxl_pipeline.runtime.specs import LossSummary, TrainSpec
-from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError
-from sdxl_pipeline.training.data.batches import BatchReader
+from sdxl_pipeline.config.schema.evaluation import EvaluationSettings
+from sdxl_pipeline.config.schema.validation import ValidationSettings
+from sdxl_pipeline.runtime.specs import LossSummary
+from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.training.diffusion.objective import Objective
 from sdxl_pipeline.training.logging.observers import RunObserver
 from sdxl_pipeline.training.logging.run_logs import EvalRow, eval_loss_log, validation_log
 from sdxl_pipeline.training.optim.ema import EvalWeights
-from sdxl_pipeline.training.validation.eval_loss import eval_loss, eval_timesteps, load_eval_images
-from sdxl_pipeline.training.validation.eval_samples import select_eval_samples
-from sdxl_pipeline.training.validation.previews import Previews
-from sdxl_pipeline.training.validation.validation_images import generate_validation_images
+from sdxl_pipeline.training.validation.eval_loss import EvalImage, eval_loss
+from sdxl_pipeline.training.validation.validation_images import ImageGenerator
 
 
 @dataclass(frozen=True)
 class ValidationSchedule:
     """The steps at which validation runs; the same on every process. Step 0 is before the first."""
 
-    settings: TrainingSettings
+    images: ValidationSettings
+    losses: EvaluationSettings
     has_prompts: bool  # besides the unconditional one
     total_steps: int
     epochs_at: Callable[[int], float]  # epochs after a step
@@ -43,7 +39,7 @@ class ValidationSchedule:
 
     def images_are_due(self, step: int) -> bool:
         """Return whether validation images are due: at the end, at the intervals in steps and epochs, and at 0 by validation_on_startup."""
-        settings = self.settings
+        settings = self.images
         has_prompts = self.has_prompts or not settings.validation_disable_unconditional
         if settings.validation_disable or not has_prompts:
             return False
@@ -54,7 +50,7 @@ class ValidationSchedule:
 
     def eval_loss_is_due(self, step: int) -> bool:
         """Return whether the eval loss is due: if it is enabled, for the base model, at the intervals and at the end."""
-        settings = self.settings
+        settings = self.losses
         if not settings.eval_loss_in_training:
             return False
         intervals = settings.eval_steps_interval, settings.eval_epoch_interval
@@ -105,58 +101,56 @@ class _Stopped(Exception):  # noqa: N818  # ends the validation; the run saves a
     pass
 
 
-class Validator:
-    """Runs the validations that are due on the main process, records them and notifies the observer. A resumed run repeats none.
+@dataclass(frozen=True)
+class TrainingEvalLoss:
+    """The eval loss of the weights in training, always on the same images, timesteps and noise."""
 
-    The constructor loads what they need. Raises UserError for a tiny autoencoder that cannot be loaded, and when the eval loss is enabled but
-    there is no image for it.
+    objective: Objective  # on the CPU
+    timesteps: Sequence[int]
+    batch_size: int
+    read_images: Callable[[], list[EvalImage]]
+    """Called at every measurement: trained text encoders encode the captions again."""
+
+    def measure(self, unet: UNet2DConditionModel, on_batch: Callable[[int, int], None]) -> LossSummary:
+        """Return the loss of `unet`, whose mode is restored; `on_batch` may raise to end the measurement."""
+        was_training = unet.training
+        try:
+            return eval_loss(
+                unet, self.objective, self.read_images(), self.timesteps, self.batch_size, on_batch
+            )
+        finally:
+            unet.train(was_training)
+
+
+class Validator:
+    """Runs the validations that are due on the main process, records them in `run_dir` and notifies the observer.
+
+    A run that resumes at step `resumed_at` repeats none. `eval_loss` may be None if the schedule has none.
     """
 
     def __init__(
         self,
-        spec: TrainSpec,
+        run_dir: Path,
         schedule: ValidationSchedule,
-        reader: BatchReader,
-        objective: Objective,
-        device: torch.device,
+        images: ImageGenerator,
+        eval_loss: TrainingEvalLoss | None,
         resumed_at: int,
         observer: RunObserver,
-        reporter: Reporter,
         stop: StopSignal,
     ) -> None:
-        run_dir = Path(spec.run_dir)
-        self._spec, self._schedule, self._reader = spec, schedule, reader
+        self._schedule, self._images, self._eval_loss = schedule, images, eval_loss
         self._timer = ValidationTimer(schedule)
         self._observer, self._stop = observer, stop
-        self._folder = run_dir / "validation"
         self._image_log = validation_log(run_dir, resumed_at)
         self._eval_log = eval_loss_log(run_dir, resumed_at)
-        self._previews = (
-            Previews(spec, device, run_dir / "previews", observer.on_preview)
-            if spec.settings.validation_preview and schedule.images_are_due(schedule.total_steps)
-            else None
-        )
-        # Only what decides target and noise: weighting, noise offset and the like are no part of the eval loss.
-        self._objective = Objective(objective.alphas_cumprod.cpu(), objective.prediction_type)
-        if spec.settings.eval_loss_in_training:
-            source, samples = select_eval_samples(spec.datasets, spec.settings)
-            if not samples:
-                raise UserError(
-                    "there is no image to compute the eval loss on: the datasets' aspect_buckets have no rows"
-                )
-            reporter.log(f"The eval loss is computed on {len(samples)} images ({source}).")
-            self._read_images = partial(
-                load_eval_images, samples, reader, latent_scaling_factor(spec.base_model)
-            )
-            # trained text encoders encode the captions again at each validation
-            self._images = None if reader.online_text_encoder else self._read_images()
 
     def run(self, step: int, unet: UNet2DConditionModel, eval_weights: EvalWeights) -> None:
         """Run what is due after a step, with the weights of `unet` that `eval_weights` selects, and restore the weights. A stop ends it early."""
-        if self._schedule.eval_loss_is_due(step) and not self._eval_log.has(step):
+        measured = self._eval_loss
+        if measured is not None and self._schedule.eval_loss_is_due(step) and not self._eval_log.has(step):
             try:
                 with self._timer.measure("eval_loss"), eval_weights.released():
-                    loss = self._eval_loss(unet)
+                    loss = measured.measure(unet, lambda *_: self._raise_if_stopped())
             except _Stopped:
                 return
             self._eval_log.append([EvalRow(step=step, loss=loss)])
@@ -169,34 +163,12 @@ class Validator:
         """Return the estimated seconds of the validations after this step and later ones."""
         return self._timer.remaining_seconds(step)
 
-    def _eval_loss(self, unet: UNet2DConditionModel) -> LossSummary:
-        timesteps = eval_timesteps(self._spec.settings.eval_timesteps, len(self._objective.alphas_cumprod))
-        batch_size = self._spec.settings.train_batch_size
-
-        was_training = unet.training
-        try:
-            images = self._images or self._read_images()
-            return eval_loss(
-                unet, self._objective, images, timesteps, batch_size, lambda *_: self._raise_if_stopped()
-            )
-        finally:
-            unet.train(was_training)
-
     def _raise_if_stopped(self) -> None:
         if self._stop.requested:
             raise _Stopped
 
     def _generate_images(self, step: int, unet: UNet2DConditionModel, eval_weights: EvalWeights) -> None:
-        generate = partial(
-            generate_validation_images,
-            self._spec,
-            unet,
-            self._reader,
-            step,
-            self._folder,
-            self._previews,
-            on_step=self._raise_if_stopped,
-        )
+        generate = partial(self._images.generate, unet, step, on_step=self._raise_if_stopped)
         images = []
         # closing restores the weights at once, after a stop as well
         with suppress(_Stopped), closing(eval_weights.sampled(generate)) as generated:

@@ -10,6 +10,7 @@ from sdxl_pipeline.training.checkpoint.optimizer_state import flatten_optimizer
 from sdxl_pipeline.training.checkpoint.warm_start import optimizer_fits, rebase_state
 from sdxl_pipeline.training.optim.lr_schedules import build_schedule
 from sdxl_pipeline.training.optim.optimizers import build_optimizer, cast_parameters
+from sdxl_pipeline.training.trainer_setup import trained_dtype
 
 SHAPES = {"matrix": (32, 128), "vector": (5,)}
 
@@ -24,7 +25,7 @@ def settings_of(name: str, config: str, **values: object) -> TrainingSettings:
 def build(settings: TrainingSettings):
     generator = torch.Generator().manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES.values()]
-    cast_parameters(settings, parameters)
+    cast_parameters(parameters, trained_dtype(settings), settings.gradient_precision)
     optimizer = build_optimizer(settings, parameters)
     if settings.is_schedule_free:
         optimizer.train()
@@ -70,7 +71,7 @@ def test_rebase_state_uses_new_options_and_preserves_learned_state(name, config,
     state = state_after(settings_of(name, ""))
     rate = 0.5 if name == "prodigy" else 0.003
     settings = settings_of(name, config, learning_rate=rate)
-    assert optimizer_fits(state, settings, "cpu")
+    assert optimizer_fits(state, settings, torch.float32, "cpu")
     optimizer, schedule, parameters = build(settings)
     rebased = rebase_state(state, settings, optimizer, schedule)
     optimizer.load_state_dict(rebased.optimizer)
@@ -104,10 +105,10 @@ def test_rebase_state_uses_new_options_and_preserves_learned_state(name, config,
 )
 def test_optimizer_fits_with_another_state_layout_returns_false(name, source_config, run_config):
     assert optimizer_fits(
-        state_after(settings_of(name, source_config)), settings_of(name, source_config), "cpu"
+        state_after(settings_of(name, source_config)), settings_of(name, source_config), torch.float32, "cpu"
     )
     assert not optimizer_fits(
-        state_after(settings_of(name, source_config)), settings_of(name, run_config), "cpu"
+        state_after(settings_of(name, source_config)), settings_of(name, run_config), torch.float32, "cpu"
     )
 
 

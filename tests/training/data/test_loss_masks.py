@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sdxl_pipeline.config.schema.masks import MaskSettings
 from sdxl_pipeline.data.masks.mask_pairs import mask_crop
 from sdxl_pipeline.runtime.specs import TrainingDataset
 from sdxl_pipeline.runtime.stage_runner import UserError
@@ -26,6 +27,10 @@ def square_samples(dataset: TrainingDataset) -> list[Sample]:
     return [sample for sample in load_samples([dataset], "train") if sample.bucket == SQUARE]
 
 
+def weights_of(dataset: TrainingDataset) -> LossWeights:
+    return build_loss_weights([dataset], MaskSettings(), use_base_prediction=True)
+
+
 @pytest.fixture
 def dataset(tmp_path):
     return make_dataset(tmp_path / "dataset", crops=2)
@@ -35,7 +40,7 @@ def test_for_batch_masked_images_returns_masks_cropped_like_the_images(dataset, 
     masked = masked_dataset(dataset, tmp_path / "masks")
     samples = square_samples(masked)
     assert any(sample.crop.flipped for sample in samples)
-    read = build_loss_weights(make_spec(tmp_path, masked)).for_batch(samples, SEED, 0, range(len(samples)))
+    read = weights_of(masked).for_batch(samples, SEED, 0, range(len(samples)))
     assert read.keys == tuple(sample.key for sample in samples)
     for sample, weights in zip(samples, read.weights, strict=True):
         mask = tmp_path / "masks" / f"{Path(sample.path).stem}.png"
@@ -46,7 +51,7 @@ def test_for_batch_masked_images_returns_masks_cropped_like_the_images(dataset, 
 def test_for_batch_image_without_mask_has_weight_one(dataset, tmp_path):
     masked = masked_dataset(dataset, tmp_path / "masks", images=[0])
     samples = square_samples(masked)
-    read = build_loss_weights(make_spec(tmp_path, masked)).for_batch(samples, SEED, 0, range(len(samples)))
+    read = weights_of(masked).for_batch(samples, SEED, 0, range(len(samples)))
     is_unmasked = [bool((weights == 1).all()) for weights in read.weights]
     assert is_unmasked == [not sample.path.endswith("00.png") for sample in samples]
 
@@ -124,7 +129,7 @@ def test_run_identity_changes_with_regularisation(tmp_path, dataset):
 
 
 def losses(objective: Objective, prediction: torch.Tensor, latents, noise, timesteps, weights=None):
-    target = objective.target(latents, noise, timesteps)
+    target = objective.loss_target(latents, noise, timesteps)
     errors = objective.elementwise_loss(
         objective.to_loss_space(prediction, noise, timesteps), target, timesteps
     )

@@ -63,7 +63,7 @@ def test_load_samples_held_out_image_is_excluded_from_all_datasets(tmp_path):
     rows = [pd.read_parquet(dataset.rows_path) for dataset in datasets]
     planned = [PlannedDataset(name, table, 0, 1.0) for name, table in zip("ab", rows, strict=True)]
     settings = TrainingSettings(pretrained_model_name_or_path="model", max_train_steps=2, train_batch_size=2)
-    plan = plan_training(planned, settings, 1)
+    plan = plan_training(planned, settings, 1, allow_oversubscription=False)
     assert (plan.trained_images, plan.held_out_images) == ({"a": 4, "b": 4}, {"a": 1})
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.config.schema.objective import NoiseSettings, ScheduledSamplingSettings
 from sdxl_pipeline.training.diffusion.forward_process import (
     TimestepSampler,
     build_forward_process,
@@ -18,7 +18,7 @@ SLOTS = 8
 
 
 def noise_sampler_of(**settings):
-    return build_noise_sampler(TrainingSettings(**settings))
+    return build_noise_sampler(NoiseSettings(**settings))
 
 
 def noise_of(count: int = 400, **settings) -> torch.Tensor:
@@ -67,8 +67,8 @@ def test_perturbation_decays_over_its_steps():
 
 
 def test_forward_process_with_accumulation_counts_optimizer_steps():
-    settings = {"input_perturbation": 0.2, "input_perturbation_steps": 2, "gradient_accumulation_steps": 3}
-    forward_process = build_forward_process(TrainingSettings(**settings), 1000)
+    noise = NoiseSettings(input_perturbation=0.2, input_perturbation_steps=2)
+    forward_process = build_forward_process(noise, ScheduledSamplingSettings(), 1000, accumulation=3)
     perturbed = [forward_process.sample(SHAPE, 5, index, range(2), 2).perturbed_noise for index in range(8)]
     assert [each is not None for each in perturbed] == [True] * 6 + [False] * 2
     plain = [forward_process.sample(SHAPE, 5, index, range(2), 2).noise for index in range(6)]
@@ -80,17 +80,18 @@ def test_forward_process_with_accumulation_counts_optimizer_steps():
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_forward_process_on_two_processes_equals_one_process(rank):
-    settings = {
-        "offset_noise": True,
-        "noise_offset_probability": 0.5,
-        "input_perturbation": 0.1,
-        "timestep_bias_strategy": "earlier",
-        "timestep_bias_multiplier": 2,
-        "disable_segmented_timestep_sampling": False,
-        "scheduled_sampling_max_step_offset": 4,
-        "scheduled_sampling_probability": 0.7,
-    }
-    forward_process = build_forward_process(TrainingSettings(**settings), 1000)
+    noise = NoiseSettings(
+        offset_noise=True,
+        noise_offset_probability=0.5,
+        input_perturbation=0.1,
+        timestep_bias_strategy="earlier",
+        timestep_bias_multiplier=2,
+        disable_segmented_timestep_sampling=False,
+    )
+    rollouts = ScheduledSamplingSettings(
+        scheduled_sampling_max_step_offset=4, scheduled_sampling_probability=0.7
+    )
+    forward_process = build_forward_process(noise, rollouts, 1000)
     for index in range(12):
         full = forward_process.sample(SHAPE, 5, index, range(4), 4)
         part = forward_process.sample(SHAPE, 5, index, range(2 * rank, 2 * rank + 2), 4)
@@ -108,7 +109,7 @@ def test_forward_process_on_two_processes_equals_one_process(rank):
 
 def timesteps_of(batches: int = 1000, slots: int = SLOTS, seed: int = 5, **settings) -> np.ndarray:
     """Return the timesteps of global batches, (batches, slots)."""
-    sampler = build_timestep_sampler(TrainingSettings(**settings), 1000)
+    sampler = build_timestep_sampler(NoiseSettings(**settings), 1000)
     return np.array(
         [[sampler.sample(seed, index, slot, slots) for slot in range(slots)] for index in range(batches)]
     )

@@ -1,6 +1,7 @@
 """Every objective, weighting and loss equals diffusers' scheduler and the formulas of the papers in independent code."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -39,7 +40,7 @@ def losses_of(batch, prediction_type: str, timesteps=TIMESTEPS, zero_snr=False, 
     noisy = objective.add_noise(batch.latents, batch.noise, timesteps)
     prediction = objective.to_loss_space(batch.prediction, noisy, timesteps)
     errors = objective.elementwise_loss(
-        prediction, objective.target(batch.latents, batch.noise, timesteps), timesteps
+        prediction, objective.loss_target(batch.latents, batch.noise, timesteps), timesteps
     )
     assert errors.shape == batch.latents.shape
     return objective.per_sample_loss(errors, timesteps)
@@ -205,7 +206,7 @@ def test_objective_zero_terminal_snr_equals_lin_et_al(batch, prediction_type):
     last = torch.tensor([999] * 6)
     assert torch.equal(objective.add_noise(batch.latents, batch.noise, last), batch.noise)
     if prediction_type == "v_prediction":
-        assert torch.equal(objective.prediction_target(batch.latents, batch.noise, last), -batch.latents)
+        assert torch.equal(objective.unet_target(batch.latents, batch.noise, last), -batch.latents)
     for settings in ({}, {"snr_gamma": 5.0}, {"loss_type": "huber"}, {"debiased_estimation_loss": True}):
         assert losses_of(batch, prediction_type, last, zero_snr=True, **settings).isfinite().all()
     expected = error_of(batch, prediction_type, zero_snr=True).square().mean((1, 2, 3))
@@ -216,6 +217,23 @@ def test_build_objective_diff2flow_of_sample_prediction_raises():
     settings = TrainingSettings(diff2flow_enabled=True, diff2flow_loss=True)
     with pytest.raises(UserError, match="predicts the sample"):
         build_objective(settings, scheduler_of(prediction_type="sample"))
+
+
+@pytest.mark.parametrize("build", [Objective.plain, partial(build_objective, TrainingSettings())])
+def test_objective_of_other_prediction_type_raises(build):
+    message = r"scheduler/scheduler_config\.json: prediction_type is 'flow_prediction'.*epsilon, v_prediction, sample.*set prediction_type"
+    with pytest.raises(UserError, match=message):
+        build(scheduler_of(prediction_type="flow_prediction"))
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_objective_plain_is_unweighted_squared_error(batch, prediction_type):
+    objective = Objective.plain(scheduler_of(prediction_type=prediction_type))
+    target = objective.loss_target(batch.latents, batch.noise, TIMESTEPS)
+    losses = objective.per_sample_loss(
+        objective.elementwise_loss(batch.prediction, target, TIMESTEPS), TIMESTEPS
+    )
+    assert_close(losses, error_of(batch, prediction_type).square().mean((1, 2, 3)))
 
 
 def test_build_objective_epsilon_with_zero_terminal_snr_raises():

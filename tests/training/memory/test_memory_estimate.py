@@ -27,6 +27,7 @@ from sdxl_pipeline.training.memory.memory_estimate import (
     hints,
     optimizer_bytes,
 )
+from sdxl_pipeline.training.trainer_setup import trained_dtype
 from tests.models.adapted_unets import lycoris
 from tests.support.train_programs import RecordingReporter, run
 from tests.support.training_datasets import make_dataset, make_spec
@@ -261,7 +262,8 @@ def storages(tensor: torch.Tensor):
 )
 def test_optimizer_bytes_per_parameter(name, expected):
     state = torch.random.get_rng_state()
-    assert optimizer_bytes(settings_of(optimizer=name)) == pytest.approx(expected, abs=0.1)
+    settings = settings_of(optimizer=name)
+    assert optimizer_bytes(settings, trained_dtype(settings)) == pytest.approx(expected, abs=0.1)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 

@@ -21,6 +21,7 @@ from sdxl_pipeline.training.optim.optimizers import (
     current_lr,
     effective_learning_rate,
 )
+from sdxl_pipeline.training.trainer_setup import trained_dtype
 
 NAMES = typing.get_args(OptimizerName)
 TARGET = 0.5
@@ -39,7 +40,7 @@ def make_parameters() -> list[torch.nn.Parameter]:
 
 def build(settings, parameters):
     pytest.importorskip(OPTIMIZERS[settings.optimizer].package, reason="needs the extra `optimizers`")
-    cast_parameters(settings, parameters)
+    cast_parameters(parameters, trained_dtype(settings), settings.gradient_precision)
     optimizer = build_optimizer(settings, parameters)
     if hasattr(optimizer, "train"):
         optimizer.train()
@@ -176,17 +177,18 @@ def test_adamw_bf16_stochastic_rounding_preserves_small_updates():
 def test_cast_parameters_gradient_precision_fp32_sums_gradients_in_fp32():
     for precision, exceeds_one in (("unmodified", False), ("fp32", True)):
         parameters = [torch.nn.Parameter(torch.ones(1))]
-        cast_parameters(settings_of(optimizer="adamw_bf16", gradient_precision=precision), parameters)
+        cast_parameters(parameters, torch.bfloat16, precision)
         (parameters[0].float() * 1.0).sum().backward()
         (parameters[0].float() * 1e-3).sum().backward()
         assert bool(parameters[0].grad > 1) is exceeds_one
 
 
 def test_build_optimizer_gradient_precision_fp32_on_several_processes_raises():
-    settings = settings_of(optimizer="adamw_bf16", mixed_precision="bf16", gradient_precision="fp32")
+    settings, parameters = settings_of(gradient_precision="fp32"), make_parameters()
+    cast_parameters(parameters, torch.bfloat16, "fp32")
     with pytest.raises(UserError, match='write "unmodified"'):
-        build_optimizer(settings, make_parameters(), num_processes=2)
-    assert build_optimizer(settings_of(gradient_precision="fp32"), make_parameters(), num_processes=2)
+        build_optimizer(settings, parameters, num_processes=2)
+    assert build_optimizer(settings, make_parameters(), num_processes=2)
 
 
 def test_schedule_free_eval_mode_applies_the_average():

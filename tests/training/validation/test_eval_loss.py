@@ -177,17 +177,17 @@ def test_choose_samples_eval_dataset_precedes_held_out_share(tmp_path: Path):
     mixed = make_dataset(tmp_path / "photos", "photos", splits=splits(a="train", b="eval"))
     eval_only = make_dataset(tmp_path / "test_set", "test_set", splits=splits(c="eval", d="eval"))
     settings = tiny_settings()
-    source, samples = select_eval_samples((mixed, eval_only), settings)
+    source, samples = select_eval_samples((mixed, eval_only), settings, "original")
     assert source == "eval dataset"
     assert {sample.path for sample in samples} == {"c.png", "d.png"}
-    source, samples = select_eval_samples((mixed,), settings)
+    source, samples = select_eval_samples((mixed,), settings, "original")
     assert source == "held-out share"
     assert [sample.path for sample in samples] == ["b.png"]
 
 
 def test_choose_samples_without_eval_images_uses_training_images(tmp_path: Path):
     dataset = make_dataset(tmp_path / "photos", "photos", splits=splits(a="train", b="train"))
-    source, samples = select_eval_samples((dataset,), tiny_settings())
+    source, samples = select_eval_samples((dataset,), tiny_settings(), "original")
     assert source == "training images"
     assert {sample.path for sample in samples} == {"a.png", "b.png"}
 
@@ -196,15 +196,15 @@ def test_choose_samples_num_eval_images_takes_first_by_key(tmp_path: Path):
     dataset = make_dataset(
         tmp_path / "photos", "photos", splits={f"{number}.png": "eval" for number in range(8)}
     )
-    _, all_samples = select_eval_samples((dataset,), tiny_settings())
-    _, limited = select_eval_samples((dataset,), tiny_settings(num_eval_images=3))
+    _, all_samples = select_eval_samples((dataset,), tiny_settings(), "original")
+    _, limited = select_eval_samples((dataset,), tiny_settings(num_eval_images=3), "original")
     assert [sample.key for sample in all_samples] == sorted(sample.key for sample in all_samples)
     assert list(limited) == all_samples[:3]
 
 
 def test_read_images_returns_scaled_posterior_mean_and_first_caption(tmp_path: Path):
     dataset = make_dataset(tmp_path / "photos", "photos", splits=splits(a="eval", b="eval"))
-    _, samples = select_eval_samples((dataset,), tiny_settings())
+    _, samples = select_eval_samples((dataset,), tiny_settings(), "original")
     images = load_eval_images(samples, BatchReader((dataset,)), scaling_factor=0.5)
     latents, texts = (
         TensorStore(Path(dataset.latents.store_root)),

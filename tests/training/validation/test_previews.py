@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ from PIL import Image
 from sdxl_pipeline.models.base_model import BUNDLED_NAME, BUNDLED_TAESD
 from sdxl_pipeline.models.components import load_unet
 from sdxl_pipeline.models.sampling import SAMPLERS, predict_x0
+from sdxl_pipeline.runtime.specs import TrainSpec
 from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.batches import BatchReader
+from sdxl_pipeline.training.trainer_setup import image_generator
 from sdxl_pipeline.training.validation.previews import Preview, Previews
-from sdxl_pipeline.training.validation.validation_images import generate_validation_images
 from tests.support.training_datasets import make_spec
 
 CPU = torch.device("cpu")
@@ -50,6 +52,10 @@ def pixels_of(path: str) -> np.ndarray:
         return np.asarray(image.convert("RGB")).astype(float)
 
 
+def previews_of(spec: TrainSpec, folder: Path, on_preview: Callable[[Preview], None]) -> Previews:
+    return Previews(spec.settings, spec.base_model, torch.float32, CPU, folder, on_preview)
+
+
 def generate(folder: Path, **settings) -> tuple[np.ndarray, list[tuple[Preview, np.ndarray]]]:
     """Return the image and, if settings are given, its previews with their pixels at the time of the callback."""
     spec = make_spec(
@@ -65,11 +71,10 @@ def generate(folder: Path, **settings) -> tuple[np.ndarray, list[tuple[Preview, 
     def on_preview(preview: Preview) -> None:
         previewed.append((preview, pixels_of(preview.path)))
 
-    previews = Previews(spec, CPU, folder / "previews", on_preview) if settings else None
+    previews = previews_of(spec, folder / "previews", on_preview) if settings else None
     unet = load_unet(spec.base_model, torch.float32)
-    (image,) = generate_validation_images(
-        spec, unet, BatchReader(spec.datasets), 40, folder / "images", previews, " (b)"
-    )
+    generator = image_generator(spec, BatchReader(spec.datasets), folder / "images", previews)
+    (image,) = generator.generate(unet, 40, " (b)")
     return pixels_of(image.path), previewed
 
 
@@ -112,7 +117,7 @@ def test_previews_second_order_sampler_counts_its_model_evaluations(tmp_path, mo
 
 
 def build_previews(folder: Path, **settings) -> Previews:
-    return Previews(make_spec(folder, **settings), CPU, folder, lambda preview: None)
+    return previews_of(make_spec(folder, **settings), folder, lambda preview: None)
 
 
 def test_previews_invalid_autoencoder_raises_at_construction(tmp_path, monkeypatch):

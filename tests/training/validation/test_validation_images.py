@@ -17,12 +17,13 @@ from sdxl_pipeline.evaluation.evaluation_identity import EVALUATION_KEYS
 from sdxl_pipeline.models.components import load_noise_scheduler, load_pipeline, load_text_encoders, load_unet
 from sdxl_pipeline.models.conditioning import encode_prompts
 from sdxl_pipeline.models.sampling import SAMPLERS, build_inference_pipeline
-from sdxl_pipeline.runtime.specs import ValidationImage, ValidationPrompt
+from sdxl_pipeline.runtime.specs import TrainSpec, ValidationImage, ValidationPrompt
 from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.checkpoint.run_identity import settings_affecting_weights
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.optim.ema import EMA_LABEL
-from sdxl_pipeline.training.validation.validation_images import generate_validation_images, plan_images
+from sdxl_pipeline.training.trainer_setup import image_generator
+from sdxl_pipeline.training.validation.validation_images import PlannedImage, plan_images
 from sdxl_pipeline.training.validation.validation_runner import ValidationSchedule, ends_interval
 from tests.support.training_datasets import NEGATIVE, PROMPT, digest, make_spec
 
@@ -62,7 +63,11 @@ def spec(tmp_path):
 
 def generate(spec, folder: Path, unet=None) -> list[ValidationImage]:
     unet = unet if unet is not None else load_unet(spec.base_model, torch.float32)
-    return list(generate_validation_images(spec, unet, BatchReader(spec.datasets), 12, folder))
+    return list(image_generator(spec, BatchReader(spec.datasets), folder).generate(unet, 12))
+
+
+def planned(spec: TrainSpec, step: int) -> list[PlannedImage]:
+    return plan_images(spec.prompts, spec.settings, spec.settings.effective_validation_seed, step)
 
 
 def pixels(path: str) -> np.ndarray:
@@ -72,7 +77,7 @@ def pixels(path: str) -> np.ndarray:
 
 # An empty negative prompt means none, for which the pipeline uses zeros; it would encode one that is passed.
 @pytest.mark.parametrize("negative", [NEGATIVE, ""])
-def test_generate_validation_images_equal_diffusers_pipeline(spec, tmp_path, negative):
+def test_image_generator_equal_diffusers_pipeline(spec, tmp_path, negative):
     prompt = ValidationPrompt(name="a circle!", prompt=PROMPT, negative_prompt=negative)
     (image,) = generate(spec.model_copy(update={"prompts": (prompt,)}), tmp_path / "images")
     assert (image.step, image.name, image.prompt, image.seed) == (12, "a circle!", PROMPT, 7)
@@ -94,7 +99,7 @@ def test_generate_validation_images_equal_diffusers_pipeline(spec, tmp_path, neg
     assert actual.std() > 1
 
 
-def test_generate_validation_images_restores_train_mode_and_random_state(spec, tmp_path):
+def test_image_generator_restores_train_mode_and_random_state(spec, tmp_path):
     unet = load_unet(spec.base_model, torch.float32).train()
     modes: list[bool] = []
     unet.register_forward_pre_hook(lambda module, arguments: modes.append(module.training))
@@ -113,7 +118,7 @@ def test_plan_images_has_one_per_prompt_size_and_seed(tmp_path):
         num_validation_images=2,
         seed=3,
     )
-    assert [(p.name, p.size, p.seed) for p in plan_images(spec, 0)] == [
+    assert [(p.name, p.size, p.seed) for p in planned(spec, 0)] == [
         ("circle 64x64 1", (64, 64), 3),
         ("circle 64x64 2", (64, 64), 4),
         ("circle 96x64 1", (64, 96), 3),
@@ -122,7 +127,7 @@ def test_plan_images_has_one_per_prompt_size_and_seed(tmp_path):
 
 
 @pytest.mark.slow
-def test_generate_validation_images_colliding_names_get_distinct_files(spec, tmp_path):
+def test_image_generator_colliding_names_get_distinct_files(spec, tmp_path):
     """Names in any script, differing only in punctuation or case, too long, of the empty prompt, and of the EMA's images."""
     names = [
         "赤い円",
@@ -149,7 +154,7 @@ def test_generate_validation_images_colliding_names_get_distinct_files(spec, tmp
     images = [
         image
         for label in ("", EMA_LABEL)
-        for image in generate_validation_images(many, unet, reader, 12, tmp_path, None, label)
+        for image in image_generator(many, reader, tmp_path).generate(unet, 12, label)
     ]
     assert len({image.name for image in images}) == len({image.path.lower() for image in images}) == 24
     assert all(Path(image.path).is_file() for image in images)
@@ -166,7 +171,7 @@ def epochs_of_four_steps(step: int) -> float:
 
 def validation_steps(folder: Path, **settings) -> list[int]:
     spec = make_spec(folder, **{"validation_disable": False, **settings})
-    schedule = ValidationSchedule(spec.settings, bool(spec.prompts), 11, epochs_of_four_steps)
+    schedule = ValidationSchedule(spec.settings, spec.settings, bool(spec.prompts), 11, epochs_of_four_steps)
     return [step for step in range(12) if schedule.images_are_due(step)]
 
 
@@ -200,8 +205,8 @@ def test_ends_interval_fraction_of_epoch_is_due_at_first_step_that_completes_it(
     assert due(1, 1, 4) == [1, 2, 3]
 
 
-def test_generate_validation_images_unconditional_enabled_adds_empty_prompt(spec, tmp_path):
-    assert [p.name for p in plan_images(spec, 0)] == ["circle"]
+def test_image_generator_unconditional_enabled_adds_empty_prompt(spec, tmp_path):
+    assert [p.name for p in planned(spec, 0)] == ["circle"]
     values = {**spec.settings.model_dump(), "validation_disable_unconditional": False}
     both = spec.model_copy(update={"settings": type(spec.settings)(**values)})
     images = generate(both, tmp_path / "images")
@@ -210,13 +215,13 @@ def test_generate_validation_images_unconditional_enabled_adds_empty_prompt(spec
 
 def test_plan_images_randomized_seeds_depend_on_step(tmp_path):
     spec = make_spec(tmp_path, validation_randomize=True, validation_seed=7)
-    seeds = [plan_images(spec, step)[0].seed for step in (0, 100, 0)]
+    seeds = [planned(spec, step)[0].seed for step in (0, 100, 0)]
     assert seeds[0] == seeds[2]
     assert len({*seeds, 7}) == 3
 
 
 @pytest.mark.parametrize("sampler", get_args(Sampler))
-def test_generate_validation_images_sampler_changes_image(spec, tmp_path, sampler):
+def test_image_generator_sampler_changes_image(spec, tmp_path, sampler):
     (own,) = generate(spec, tmp_path / "own")
     values = {**spec.settings.model_dump(), "validation_noise_scheduler": sampler}
     other_spec = spec.model_copy(update={"settings": type(spec.settings)(**values)})
@@ -244,7 +249,9 @@ def test_build_inference_pipeline_timestep_spacing_applies_to_every_sampler(spec
     values = {"validation_noise_scheduler": sampler, "inference_scheduler_timestep_spacing": spacing}
     settings = TrainingSettings(**{**spec.settings.model_dump(), **values})
     unet = load_unet(spec.base_model, torch.float32)
-    pipeline = build_inference_pipeline(spec.base_model, unet, torch.float32, settings)
+    pipeline = build_inference_pipeline(
+        spec.base_model, unet, torch.float32, settings, settings.scheduler_changes
+    )
     assert pipeline.scheduler.config.timestep_spacing == spacing
     pipeline.scheduler.set_timesteps(4)
     first = float(pipeline.scheduler.timesteps[0])
@@ -261,7 +268,7 @@ def test_timestep_spacing_changes_image_but_not_run_identity(spec, tmp_path):
     assert "inference_scheduler_timestep_spacing" in EVALUATION_KEYS
 
 
-def test_generate_validation_images_prediction_type_applies_to_sampler(spec, tmp_path):
+def test_image_generator_prediction_type_applies_to_sampler(spec, tmp_path):
     (epsilon,) = generate(spec, tmp_path / "a")
     values = {**spec.settings.model_dump(), "prediction_type": "v_prediction"}
     velocity_spec = spec.model_copy(update={"settings": type(spec.settings)(**values)})
@@ -273,7 +280,9 @@ def test_build_inference_pipeline_zero_terminal_snr_starts_at_last_timestep(spec
     unet = load_unet(spec.base_model, torch.float32)
     settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     with_zero_snr = TrainingSettings(**{**spec.settings.model_dump(), **settings})
-    pipeline = build_inference_pipeline(spec.base_model, unet, torch.float32, with_zero_snr)
+    pipeline = build_inference_pipeline(
+        spec.base_model, unet, torch.float32, with_zero_snr, with_zero_snr.scheduler_changes
+    )
     pipeline.scheduler.set_timesteps(4)
     assert pipeline.scheduler.timesteps.tolist() == [999, 749, 499, 249]  # Lin et al. 2023, table 2
     trained_on = load_noise_scheduler(spec.base_model, with_zero_snr.scheduler_changes)
@@ -282,11 +291,11 @@ def test_build_inference_pipeline_zero_terminal_snr_starts_at_last_timestep(spec
     (image,) = generate(spec.model_copy(update={"settings": with_zero_snr}), tmp_path)
     assert pixels(image.path).std() > 1
 
-    with_own = build_inference_pipeline(spec.base_model, unet, torch.float32, spec.settings)
+    with_own = build_inference_pipeline(spec.base_model, unet, torch.float32, spec.settings, {})
     assert with_own.scheduler.config == load_pipeline(spec.base_model, torch.float32).scheduler.config
 
 
-def test_generate_validation_images_unencoded_prompt_raises(spec, tmp_path):
+def test_image_generator_unencoded_prompt_raises(spec, tmp_path):
     other = ValidationPrompt(name="x", prompt="never seen")
     with pytest.raises(UserError, match="'never seen' has not been encoded"):
         generate(spec.model_copy(update={"prompts": (other,)}), tmp_path)

@@ -110,8 +110,8 @@ def evaluate_weights_file(spec: TrainSpec, manifest: TrainedLora) -> float:
     weights = Path(manifest.weights_path)
     pipeline.load_lora_weights(weights.parent, weight_name=weights.name)
     scheduler = load_noise_scheduler(spec.base_model)
-    objective = Objective(scheduler.alphas_cumprod, scheduler.config.prediction_type)
-    source, samples = select_eval_samples(spec.datasets, spec.settings)
+    objective = Objective.plain(scheduler)
+    source, samples = select_eval_samples(spec.datasets, spec.settings, "original")
     assert source == "eval dataset"
     assert set(samples.images_by_dataset()) == {"held"}
     images = load_eval_images(samples, BatchReader(spec.datasets), latent_scaling_factor(spec.base_model))
@@ -182,7 +182,9 @@ def test_validation_timer_remaining_seconds_by_kind(tmp_path):
         "validation_epoch_interval": 1,
     }
     spec = make_spec(tmp_path, **settings)
-    schedule = ValidationSchedule(spec.settings, bool(spec.prompts), 23, epochs_at=lambda step: step / 7)
+    schedule = ValidationSchedule(
+        spec.settings, spec.settings, bool(spec.prompts), 23, epochs_at=lambda step: step / 7
+    )
     now = [0.0]
     timer = ValidationTimer(schedule, clock=lambda: now[0])
     assert timer.remaining_seconds(0) == 0.0  # nothing measured yet
