@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -45,6 +46,19 @@ class ClipScorer:
         embeds = self.model(**text.to(self.model.device), **pixels.to(self.model.device))
         # CLIPModel returns both embeddings normalized to unit length.
         return (embeds.image_embeds @ embeds.text_embeds.T).cpu()
+
+
+def matching_margins(cosines: np.ndarray, captions: Sequence[str]) -> np.ndarray | None:
+    """Return by how much each image is nearer to its own caption than to the other captions on average: (images,).
+
+    `cosines` is (images, captions), the caption of image i being `captions[i]`. None if an image has no other caption to compare with,
+    because there are fewer than two different ones.
+    """
+    texts = np.asarray(captions, dtype=object)
+    others = texts[:, None] != texts[None, :]
+    if not others.any():
+        return None
+    return np.diagonal(cosines) - (cosines * others).sum(axis=1) / others.sum(axis=1)
 
 
 def summarize(scores: Sequence[float]) -> ClipSummary:
