@@ -1,21 +1,21 @@
 """Publishing releases to the Hugging Face Hub."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 from pydantic import Field
 
-from sdxl_pipeline.hub_client import describe_hub_error, retry_while_busy, upload
+from sdxl_pipeline.hub_client import TOKEN_ADVICE, describe_hub_error, has_secrets, retry_while_busy
+from sdxl_pipeline.release.card_validation import validate_card
+from sdxl_pipeline.release.release_inputs import ReleaseError
+from sdxl_pipeline.release.upload import Published, UploadError, publish
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-TOKEN_ADVICE = (
-    "Set HF_TOKEN to a token with write permission (https://huggingface.co/settings/tokens), or run `hf auth login`; "
-    "or set push_to_hub to false in config.json to write the release to disk only."
-)
 WRITING_ROLES = {"write", "admin", "contributor"}
 
 
@@ -30,10 +30,10 @@ class HubResource(dg.ConfigurableResource):
     def check_can_push(self, repo_id: str) -> None:
         """Check before training whether this token may publish to `repo_id` ("name" or "owner/name").
 
-        The only request is `whoami`, and there is none without a token. Raise `dagster.Failure` with the fix if it may not.
+        The requests are `whoami` and, if that is forbidden, the repository's access check; there is none without a token. Raise
+        `dagster.Failure` with the fix if it may not.
         """
         from huggingface_hub import get_token
-        from huggingface_hub.errors import HfHubHTTPError
 
         if get_token() is None:
             raise dg.Failure(
@@ -45,37 +45,50 @@ class HubResource(dg.ConfigurableResource):
             account = retry_while_busy(api.whoami, "Requesting the token's owner from the Hub", _warn)
         except Exception as error:
             # The client also raises errors of its HTTP library, which have no common base class with its own.
-            response = error.response if isinstance(error, HfHubHTTPError) else None
-            if response is not None and response.status_code in (401, 403):
-                raise dg.Failure(
-                    f"the Hub rejects the token for publishing {repo_id}. {TOKEN_ADVICE}",
-                    allow_retries=False,
-                ) from error
-            raise dg.Failure(
-                f"push_to_hub is true, but the Hub at {api.endpoint} did not answer the permission check: {describe_hub_error(error)}. "
-                "Materialize this asset again later."
-            ) from error
+            if _status(error) == 403:
+                self._check_write_access(api, repo_id)
+                return
+            raise _permission_failure(error, repo_id, api.endpoint) from _loggable(error)
         problem = missing_write_access(account, repo_id)
         if problem:
             raise dg.Failure(f"{problem} {TOKEN_ADVICE}", allow_retries=False)
 
-    def upload_folder(
-        self, folder: Path, repo_id: str, private: bool, commit_message: str
-    ) -> tuple[str, str]:
-        """Publish the content of a folder as one commit and return the commit's id and URL.
+    def _check_write_access(self, api: "HfApi", repo_id: str) -> None:
+        """Ask about the repository itself, for a usable token that may not ask who it is."""
+        try:
+            retry_while_busy(
+                partial(api.auth_check, repo_id, write=True), f"Checking access to {repo_id}", _warn
+            )
+        except Exception as error:
+            if _status(error) != 404:
+                raise _permission_failure(error, repo_id, api.endpoint) from _loggable(error)
+            _warn(
+                f"The Hub does not tell whether the token may create {repo_id}. If it may not, the release stays on disk after the training."
+            )
 
-        Creates the repository if it does not exist; an existing one keeps its visibility. Raise `dagster.Failure` on any error: a
-        release is published completely or not at all.
+    def publish(self, folder: Path, repo_id: str, private: bool, commit_message: str) -> Published:
+        """Publish a release folder as one commit and one tag; see `sdxl_pipeline.release.upload.publish`.
+
+        Raise `dagster.Failure` when the Hub rejects the model card or the upload; the release stays on disk.
         """
         api = self._api()
         try:
-            commit = upload(api, folder, repo_id, private, commit_message, report=_warn)
-        except Exception as error:
+            validate_card((folder / "README.md").read_text(encoding="utf-8"), api.endpoint, _warn)
+            return publish(api, folder, repo_id, private, commit_message, _warn)
+        except ReleaseError as error:
             raise dg.Failure(
-                f"{folder} could not be published as {repo_id}: {describe_hub_error(error)}. The release stays on disk; materialize this asset "
-                "again to publish it."
+                f"{folder} was not published: {error}, and materialize hub_release again.",
+                allow_retries=False,
             ) from error
-        return commit.oid, commit.commit_url
+        except UploadError as error:
+            raise dg.Failure(str(error), allow_retries=not error.is_lasting) from error
+
+    def upload_folder(
+        self, folder: Path, repo_id: str, private: bool, commit_message: str
+    ) -> tuple[str, str]:
+        """Publish the content of a folder and return the commit's id and URL."""
+        published = self.publish(folder, repo_id, private, commit_message)
+        return published.commit, published.url
 
     def environment(self) -> dict[str, str]:
         """Return the environment variables with which a stage uses the same Hub."""
@@ -85,6 +98,28 @@ class HubResource(dg.ConfigurableResource):
         from huggingface_hub import HfApi
 
         return HfApi(endpoint=self.endpoint or os.environ.get("HF_ENDPOINT"))
+
+
+def _status(error: Exception) -> int | None:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+
+
+def _loggable(error: Exception) -> Exception | None:
+    """Return an error as a cause that Dagster may log with its traceback; None if its message has a token."""
+    return None if has_secrets(error) else error
+
+
+def _permission_failure(error: Exception, repo_id: str, endpoint: str) -> dg.Failure:
+    if _status(error) in (401, 403):
+        return dg.Failure(
+            f"the Hub rejects the token for publishing {repo_id}. {TOKEN_ADVICE}", allow_retries=False
+        )
+    return dg.Failure(
+        f"push_to_hub is true, but the Hub at {endpoint} did not answer the permission check: {describe_hub_error(error)}. "
+        "Materialize this asset again later."
+    )
 
 
 def _warn(message: str) -> None:

@@ -15,9 +15,11 @@ from sdxl_pipeline.files.atomic_files import atomic_path, sha256_path, write_tex
 from sdxl_pipeline.files.disk_space import require_space
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.release.release_inputs import (
+    LINEAGE_FILE,
     ExportError,
     ReleaseError,
     ReleaseInputs,
+    portable_evaluation,
     portable_lineage,
     portable_settings,
     require_portable,
@@ -29,7 +31,6 @@ UNET_FOLDER = "unet"
 CARD_FILE = "README.md"
 SETTINGS_FILE = "training_config.json"  # the Hub takes a config.json for that of a transformers model
 REPORT_FILE = "eval.json"
-LINEAGE_FILE = "lineage.json"
 GALLERY_FILE = "gallery.png"
 LOSS_PLOT_FILE = "loss_by_timestep.png"
 LOSS_CURVE_FILE = "training_loss.png"
@@ -126,21 +127,23 @@ def _write_files(folder: Path, inputs: ReleaseInputs) -> None:
     from sdxl_pipeline.release.model_card import image_counts, model_card
 
     report, lora = inputs.report, inputs.lora
-    images = _copy_images(folder, [image for image in report.images if image.step > 0])
-    preview = folder / next(iter(images.values())) if images else None
+    # without validation prompts the gallery was generated from captions
+    with_prompts = bool(inputs.prompts) or inputs.settings.metadata_include_captions
+    images = _copy_images(folder, released_images(report))
+    preview = folder / next(iter(images)) if images else None
     files = _write_weights(folder, inputs, preview)
     main_file = folder / files.get("single_file", WEIGHTS_FILE)
     if main_file.stem not in _RESERVED_STEMS:
         _write_sidecars(main_file, inputs, preview)
         files["sidecar"] = main_file.with_suffix(".json").name
     files |= {
-        "gallery": GALLERY_FILE,
         "settings": SETTINGS_FILE,
         "evaluation": REPORT_FILE,
         "lineage": LINEAGE_FILE,
     }
-    shutil.copyfile(report.gallery_path, folder / GALLERY_FILE)
     plots = (
+        # the grid shows the prompts
+        ("gallery", report.gallery_path if with_prompts else None, GALLERY_FILE),
         ("loss_plot", report.loss_plot_path, LOSS_PLOT_FILE),
         ("loss_curve", lora.loss_curve_path, LOSS_CURVE_FILE),
     )
@@ -148,17 +151,30 @@ def _write_files(folder: Path, inputs: ReleaseInputs) -> None:
         if source is not None and Path(source).is_file():
             shutil.copyfile(source, folder / name)
             files[role] = name
-    published_report = json.loads(Path(report.report_path).with_suffix(".json").read_text(encoding="utf-8"))
-    for name, value in (
-        (SETTINGS_FILE, portable_settings(inputs.settings)),
-        (REPORT_FILE, published_report),
-        (LINEAGE_FILE, {**inputs.lineage, "images": image_counts(lora)}),
-    ):
-        _write_json(folder / name, value)
-    # without validation prompts the gallery was generated from captions
-    prompts = inputs.prompts or [ValidationPrompt(name=prompt, prompt=prompt) for prompt in images]
+    full_report = json.loads(Path(report.report_path).with_suffix(".json").read_text(encoding="utf-8"))
+    published_report = portable_evaluation(full_report, with_prompts)
+    _write_json(folder / SETTINGS_FILE, portable_settings(inputs.settings))
+    _write_json(folder / REPORT_FILE, published_report)
+    if with_prompts:
+        prompts = inputs.prompts or [
+            ValidationPrompt(name=text, prompt=text) for text in dict.fromkeys(images.values())
+        ]
+    else:
+        prompts, images = (), dict.fromkeys(images, "")
     card = model_card(replace(inputs, prompts=prompts), published_report, images, files)
     write_text_atomic(folder / CARD_FILE, card)
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} | {
+        LINEAGE_FILE
+    }
+    # the next release deletes those of these files that it lacks
+    lineage = {**inputs.lineage, "images": image_counts(lora), "files": sorted(names)}
+    _write_json(folder / LINEAGE_FILE, lineage)
+
+
+def released_images(report: EvaluationReport) -> list[ValidationImage]:
+    """Return the images of the selected checkpoint at full strength."""
+    trained = [image for image in report.images if image.step > 0 and image.scale == 1]
+    return [image for image in trained if image.step == report.step] or trained
 
 
 def _write_weights(folder: Path, inputs: ReleaseInputs, preview: Path | None) -> dict[str, str]:
@@ -215,14 +231,14 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _copy_images(folder: Path, images: Sequence[ValidationImage]) -> dict[str, str]:
-    """Copy the trained model's images; return the path in the release of each prompt's first image."""
+    """Copy the trained model's images; return the prompt of each prompt's first image by its path in the release."""
     (folder / IMAGES_FOLDER).mkdir()
     first_by_prompt: dict[str, str] = {}
     for image in images:
         name = f"{IMAGES_FOLDER}/{Path(image.path).name}"
         shutil.copyfile(image.path, folder / name)
         first_by_prompt.setdefault(image.prompt, name)
-    return first_by_prompt
+    return {name: prompt for prompt, name in first_by_prompt.items()}
 
 
 def _required_bytes(lora: TrainedLora, report: EvaluationReport) -> int:

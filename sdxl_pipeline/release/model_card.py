@@ -1,24 +1,22 @@
 """The model card: README.md with the metadata that the Hub indexes, instructions for use, evaluation, training settings and lineage."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
 from sdxl_pipeline.config.schema.adapter import AdapterSettings
 from sdxl_pipeline.config.schema.key_facts import key_of, keys_with
 from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.release.card_metadata import card_metadata
 from sdxl_pipeline.release.release_inputs import ReleaseInputs, adapter_name, hub_id, portable_settings
-from sdxl_pipeline.release.usage import usage
-from sdxl_pipeline.runtime.specs import KIND_LABELS, TrainedLora, WeightsKind
-
-LICENCES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}
-"""Licences of base models that also apply to derived models, by Hub id."""
-
-_RELATIONS: Mapping[WeightsKind, str] = {"lora": "adapter", "unet": "finetune"}
+from sdxl_pipeline.release.usage import published_id, usage
+from sdxl_pipeline.runtime.specs import KIND_LABELS, TrainedLora
 
 CARD_SETTINGS = keys_with(TrainingSettings, lambda key: key.on_card)
 """The most informative settings of a training; a separate file of the release has all of them."""
+
+_SCORES = {"clip": "CLIP score", "fidelity": "Subject fidelity", "diversity": "Diversity"}
 
 
 def model_card(
@@ -26,56 +24,42 @@ def model_card(
 ) -> str:
     """Return the text of README.md.
 
-    `report` is an evaluation's report.json; `images` maps a prompt to the path of its image in the release; `files` maps a role to a file
-    name: gallery, settings, evaluation, lineage, and where present weights, single_file, sidecar, loss_plot and loss_curve.
+    `report` is the published report of the evaluation; `images` maps an image's path in the release to its prompt, which is empty for one
+    that is not published; `files` maps a role to a file name: settings, evaluation, lineage, and where present gallery, weights,
+    single_file, sidecar, loss_plot and loss_curve.
     """
     settings, lora = inputs.settings, inputs.lora
     sections = [
         f"# {inputs.project}",
         settings.model_card_note or "",
-        _introduction(inputs),
         "<Gallery />" if images else "",  # the Hub replaces it by the images of the front matter's widget
-        f"![base model beside {KIND_LABELS[lora.weights_kind]}]({files['gallery']})",
+        f"![base model beside {KIND_LABELS[lora.weights_kind]}]({files['gallery']})"
+        if "gallery" in files
+        else "",
+        _introduction(inputs),
+        *_trigger_words(inputs),
         "## Use",
         usage(inputs, files),
-        "## Evaluation",
-        _evaluation(report, files),
         "## Training",
         _training(settings, lora, files),
-        "## Lineage",
+        "## Data lineage",
         _lineage(inputs, files),
+        "## Evaluation",
+        _evaluation(report, files),
+        "## Known weaknesses",
+        "\n".join(f"- {text}" for text in _weaknesses(report, lora)),
+        "## Reproduce",
+        _reproduce(inputs, files),
     ]
     body = "\n\n".join(section for section in sections if section)
-    return str(ModelCard(f"---\n{_front_matter(inputs, images).to_yaml()}\n---\n\n{body}\n"))
+    return str(ModelCard(f"---\n{card_metadata(inputs, report, images).to_yaml()}\n---\n\n{body}\n"))
 
 
-def _front_matter(inputs: ReleaseInputs, images: Mapping[str, str]) -> ModelCardData:
-    base, kind = hub_id(inputs.base_model), inputs.lora.weights_kind
-    widget = []
-    for prompt in inputs.prompts:
-        if prompt.prompt in images:
-            entry: dict[str, Any] = {"text": prompt.prompt, "output": {"url": images[prompt.prompt]}}
-            if prompt.negative_prompt:
-                entry["parameters"] = {"negative_prompt": prompt.negative_prompt}
-            widget.append(entry)
-    tags = _adapter_tags(inputs.settings) if kind == "lora" else ()
-    return ModelCardData(
-        base_model=base,
-        base_model_relation=_RELATIONS[kind] if base else None,
-        library_name="diffusers",
-        license=LICENCES.get(base) if base else None,
-        pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers", *tags, "sdxl", "stable-diffusion-xl"],
-        instance_prompt=inputs.trigger_words[0] if inputs.trigger_words else None,
-        widget=widget or None,
-    )
-
-
-def _adapter_tags(settings: TrainingSettings) -> tuple[str, ...]:
-    """Return the tags by which the Hub's users find this kind of adapter."""
-    if settings.lora_type == "lycoris":
-        return ("lycoris", *sorted(settings.lycoris.algorithms))
-    return ("lora", "dora") if settings.use_dora else ("lora",)
+def _trigger_words(inputs: ReleaseInputs) -> list[str]:
+    if not inputs.trigger_words:
+        return []
+    words = ", ".join(f"`{words}`" for words in inputs.trigger_words)
+    return ["## Trigger words", f"Write {words} in the prompt."]
 
 
 def _introduction(inputs: ReleaseInputs) -> str:
@@ -119,9 +103,78 @@ def _evaluation(report: Mapping[str, Any], files: Mapping[str, str]) -> str:
         for name, value in metrics.items()
     ]
     parts = [_table(header, rows), report["measurement"]]
+    if scores := list(_score_rows(report.get("scores") or {})):
+        parts.append(_table(("score", "base model", "trained", "difference ± standard error"), scores))
+    parts += [text for text in (_text(report, "selected"), *_notes(report)) if text]
     if "loss_plot" in files:
         parts.append(f"![eval loss by timestep]({files['loss_plot']})")
     return "\n\n".join(parts)
+
+
+def _score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    for name, label in _SCORES.items():
+        if pair := scores.get(name):
+            yield label, f"{pair['base']:.4g}", f"{pair['lora']:.4g}", _with_error(pair["difference"])
+    base, lora = scores.get("cmmd_base"), scores.get("cmmd_lora")
+    if base and lora and None not in (base["value"], lora["value"]):
+        yield "CMMD", *(f"{each['value']:.4g}{_interval(each)}" for each in (base, lora)), ""
+
+
+def _notes(report: Mapping[str, Any]) -> Iterator[str]:
+    """Return sentences on the scores: of CMMD its limits, of the others what they mean."""
+    scores = report.get("scores") or {}
+    if scores.get("cmmd_lora"):
+        yield scores["cmmd_lora"]["text"]
+    yield from scores.get("notes", {}).values()
+
+
+def _interval(cmmd: Mapping[str, Any]) -> str:
+    interval = cmmd.get("interval")
+    return f" (95 %: {interval[0]:.3g} to {interval[1]:.3g})" if interval else ""
+
+
+def _with_error(difference: Mapping[str, Any]) -> str:
+    error = difference["standard_error"]
+    return f"{difference['mean']:+.3g}" + ("" if error is None else f" ± {error:.2g}")
+
+
+def _text(report: Mapping[str, Any], name: str) -> str:
+    """Return the sentence of one part of the report; empty if it was not measured."""
+    return str((report.get(name) or {}).get("text", ""))
+
+
+def _weaknesses(report: Mapping[str, Any], lora: TrainedLora) -> Iterator[str]:
+    """Yield what the evaluation found against the weights, and what it could not find out."""
+    difference = report.get("difference_to_base")
+    if report["eval_source"] == "training images":
+        yield "No image was held out: the eval loss is of trained images and shows neither a gain on new ones nor over-fitting."
+    if difference is None:
+        yield "No eval loss was measured."
+    elif difference["standard_error"] is None or difference["mean"] >= -2 * difference["standard_error"]:
+        yield f"The eval loss is not lower than the base model's by more than two standard errors ({_with_error(difference)})."
+    yield f"Over-fitting: {_text(report, 'overfitting') or 'not measured.'}"
+    if gap := (report.get("overfitting") or {}).get("gap"):
+        yield (
+            f"Over-fitting gap {_with_error(gap)}: eval loss of held-out minus trained images, compared with the base model's. Above 0, the "
+            "training images gained more."
+        )
+    yield f"Memorisation: {_text(report, 'memorisation') or 'not measured.'}"
+    for name, reason in (report.get("scores") or {}).get("omitted", {}).items():
+        yield f"{_SCORES.get(name, name.upper())}: not reported. {reason}"
+    for item in report.get("broken_images", ()):
+        yield f"The image {item['name']} is broken: {item['reason']}"
+    if lora.skipped_steps:
+        yield f"{lora.skipped_steps:,} of {lora.steps:,} steps were skipped because their loss or gradients were not finite."
+
+
+def _reproduce(inputs: ReleaseInputs, files: Mapping[str, str]) -> str:
+    source = published_id(inputs) or "."
+    return (
+        f"```bash\nsdxl-pipeline reproduce {source}\n```\n\n"
+        f"The command makes a project from [{files['settings']}]({files['settings']}) and [{files['lineage']}]({files['lineage']}), compares the "
+        "digests of the datasets and the base model with this release, reports what is missing or different, and trains. The images are not "
+        "part of the release. On a CPU, equal inputs and versions give the same bytes; other devices differ in rounding."
+    )
 
 
 def _training(settings: TrainingSettings, lora: TrainedLora, files: Mapping[str, str]) -> str:

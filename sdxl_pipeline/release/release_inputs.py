@@ -14,6 +14,11 @@ from sdxl_pipeline.runtime.specs import KIND_LABELS, EvaluationReport, TrainedLo
 UNPUBLISHED_KEYS = frozenset(keys_with(TrainingSettings, lambda key: not key.is_published))
 """Settings with paths or schedules of this machine; they do not affect the weights."""
 
+LINEAGE_FILE = "lineage.json"
+
+_PRIVATE_KEYS = frozenset({"path", "pairs"})
+"""Keys of a report at any depth that are not published: files of this machine, and training images beside generated ones."""
+
 TEXT_SUFFIXES = frozenset({".md", ".json", ".txt"})
 
 
@@ -36,6 +41,26 @@ def portable_lineage(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [portable_lineage(item) for item in value]
     return portable_name(value) if isinstance(value, str) else value
+
+
+def portable_evaluation(report: Mapping[str, Any], with_prompts: bool) -> dict[str, Any]:
+    """Return a report.json as it is published: without paths, training images, and prompts that are captions of them.
+
+    `with_prompts` is False when the images were generated from captions that must not be published.
+    """
+    kept = {}
+    for key, value in report.items():
+        hidden = (
+            key in _PRIVATE_KEYS or key.endswith(("_path", "_dir")) or (key == "prompt" and not with_prompts)
+        )
+        if not hidden:
+            items = value if isinstance(value, list | tuple) else [value]
+            plain = [
+                portable_evaluation(item, with_prompts) if isinstance(item, Mapping) else item
+                for item in items
+            ]
+            kept[key] = plain if isinstance(value, list | tuple) else plain[0]
+    return kept
 
 
 def portable_name(source: str) -> str:

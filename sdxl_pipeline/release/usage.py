@@ -70,7 +70,7 @@ def snippet(inputs: ReleaseInputs, weights: str) -> str:
     if inputs.lora.weights_kind == "unet":
         classes += ", UNet2DConditionModel"
     if inputs.is_lycoris:
-        if _published_id(inputs):
+        if published_id(inputs):
             imports += "from huggingface_hub import hf_hub_download\n"
         imports += "from lycoris import create_lycoris_from_weights  # pip install lycoris-lora\n"
     if base_model.source == BUNDLED_NAME:
@@ -82,7 +82,7 @@ from diffusers import {classes}
 device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 {_loading_code(inputs, weights)}{scheduler}
 image = pipeline(
-    {_literal(prompts[0].prompt if prompts else "your prompt")},
+    {_literal(_example_prompt(inputs))},
 {arguments}
     num_inference_steps={settings.validation_num_inference_steps},
     guidance_scale={settings.validation_guidance:g},
@@ -92,13 +92,19 @@ image.save("image.png")
 ```"""
 
 
+def _example_prompt(inputs: ReleaseInputs) -> str:
+    return next(
+        (text for text in (*(each.prompt for each in inputs.prompts), *inputs.trigger_words)), "your prompt"
+    )
+
+
 def _loading_code(inputs: ReleaseInputs, weights: str) -> str:
     """Return the lines that create `pipeline` from the base model and the trained weights."""
     base_model = inputs.base_model
     bundled = base_model.source == BUNDLED_NAME
     base = "BUNDLED_MODEL" if bundled else _literal(hub_id(base_model) or inputs.base_model_name)
     loader = "from_single_file" if base_model.kind == "single_file" else "from_pretrained"
-    published = _published_id(inputs)
+    published = published_id(inputs)
     source, comment = (_literal(published), "") if published else ('"."', "  # the folder of this file")
     if inputs.lora.weights_kind == "unet":
         return (
@@ -120,7 +126,7 @@ def _loading_code(inputs: ReleaseInputs, weights: str) -> str:
     )
 
 
-def _published_id(inputs: ReleaseInputs) -> str | None:
+def published_id(inputs: ReleaseInputs) -> str | None:
     """Return the repository that the release is pushed to; None for a release that stays local."""
     return inputs.settings.hub_model_id if inputs.settings.push_to_hub else None
 

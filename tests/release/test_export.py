@@ -20,7 +20,6 @@ from sdxl_pipeline.models.base_model import SDXL_BASE_CONFIGS
 from sdxl_pipeline.models.components import load_pipeline, load_text_encoders
 from sdxl_pipeline.release.export import (
     CARD_FILE,
-    LINEAGE_FILE,
     REPORT_FILE,
     SETTINGS_FILE,
     WEIGHTS_FILE,
@@ -28,6 +27,7 @@ from sdxl_pipeline.release.export import (
     verify_export,
 )
 from sdxl_pipeline.release.release_inputs import (
+    LINEAGE_FILE,
     ReleaseError,
     portable_name,
     portable_settings,

@@ -1,5 +1,6 @@
 """Model card: front matter as the Hub reads it, links to existing files, and code that runs unchanged."""
 
+import json
 import re
 from pathlib import Path
 
@@ -9,10 +10,22 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.evaluation.report import write_report
 from sdxl_pipeline.files.atomic_files import sha256_path
 from sdxl_pipeline.models.adapters.adapter import save_adapter
-from sdxl_pipeline.release.release_inputs import hub_id
+from sdxl_pipeline.release.card_metadata import base_licence
+from sdxl_pipeline.release.card_validation import validate_card
+from sdxl_pipeline.release.release_inputs import ReleaseError, ReleaseInputs, hub_id
+from sdxl_pipeline.runtime.specs import (
+    FailedItem,
+    Overfitting,
+    PairedDifference,
+    ProbeGap,
+    ScorePair,
+    Scores,
+)
 from tests.models.adapted_unets import KINDS, adapted_unet, output
+from tests.support.hub_server import HubServer
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
@@ -31,12 +44,12 @@ def test_front_matter_describes_the_lora(release):
     data = front_matter(release())
     assert data["library_name"] == "diffusers"
     assert data["pipeline_tag"] == "text-to-image"
-    assert {"lora", "sdxl", "text-to-image"} <= set(data["tags"])
+    assert {"lora", "sdxl", "text-to-image", "template:sd-lora", "diffusers-training"} <= set(data["tags"])
     assert data["instance_prompt"] == "a zorp"
     assert data["widget"][0] == {
         "text": "a red circle",
         "output": {"url": "images/circle.png"},
-        "parameters": {"negative_prompt": "blurry"},
+        "parameters": {"negative_prompt": "blurry", "num_inference_steps": 2, "guidance_scale": 7.5},
     }
     assert "base_model" not in data, "a bundled model has no page on the Hub to link to"
 
@@ -99,12 +112,140 @@ def test_special_characters_in_prompts_are_escaped(release, inputs):
     compile(snippet(folder), "snippet", "exec")
 
 
-def test_widget_without_prompts_uses_gallery_captions(release):
-    data = front_matter(release(prompts=()))
-    assert [entry["text"] for entry in data["widget"]] == [
-        "a red circle",
-        "a blue star on a green background",
+def test_captions_are_published_only_on_request(release, inputs):
+    """Without validation prompts the gallery is generated from captions, which the grid shows as text."""
+    captions = [b"a red circle", b"a blue star on a green background"]
+    folder = release(prompts=(), trigger_words=[])
+    for path in folder.rglob("*"):
+        assert path.is_dir() or not any(caption in path.read_bytes() for caption in captions), path
+    assert not (folder / "gallery.png").exists()
+    assert [entry["text"] for entry in front_matter(folder)["widget"]] == ["-", "-"]
+    assert '"your prompt"' in snippet(folder)
+
+    asked = inputs["settings"].model_copy(update={"metadata_include_captions": True})
+    folder = release(prompts=(), settings=asked)
+    assert [entry["text"].encode() for entry in front_matter(folder)["widget"]] == captions
+    assert (folder / "gallery.png").exists()
+    assert json.loads((folder / "eval.json").read_text())["images"][0]["prompt"] == captions[0].decode()
+
+
+def test_front_matter_has_a_model_index(release):
+    (model,) = front_matter(release())["model-index"]
+    (result, of_prompts) = model["results"]
+    assert model["name"] == "demo"
+    assert result["task"] == {"type": "text-to-image"}
+    assert result["dataset"] == {"type": "image-folder", "name": "held-out images"}
+    assert of_prompts["dataset"]["name"] == "validation prompts"
+    assert [(each["type"], each["value"]) for each in result["metrics"]] == [("eval_loss", 0.1)]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        (
+            "license: other\nlicense_name: fair\nlicense_link: https://example.org/fair",
+            {"license": "other", "license_name": "fair", "license_link": "https://example.org/fair"},
+        ),
+        (
+            "license: other\nlicense_name: fair\nlicense_link: LICENSE.md",
+            {"license": "other", "license_name": "fair"},
+        ),
+        ("license: [mit", {}),
+        ("- a list", {}),
+        ("tags: [a]", {}),
+    ],
+)
+def test_base_licence_is_read_from_the_models_folder(inputs, tmp_path, metadata, expected):
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n# Model\n")
+    model = inputs["base_model"].model_copy(update={"path": str(tmp_path)})
+    assert base_licence(ReleaseInputs(**(inputs | {"base_model": model}))) == expected
+
+
+def test_sections_are_in_the_order_of_interest(release):
+    text = (release() / "README.md").read_text()
+    sections = [
+        "Trigger words",
+        "Use",
+        "Training",
+        "Data lineage",
+        "Evaluation",
+        "Known weaknesses",
+        "Reproduce",
     ]
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == sections
+    assert text.index("<Gallery />") < text.index("](gallery.png)") < text.index("## ")
+    assert "sdxl-pipeline reproduce ." in text
+
+
+def section(folder: Path, title: str) -> str:
+    text = (folder / "README.md").read_text()
+    return text.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def evaluated(inputs, **changes):
+    """Return the release's inputs with another report, written to report.json."""
+    report = inputs["report"].model_copy(update=changes)
+    write_report(report, "demo", "bundled:tiny-clip")
+    return {"report": report}
+
+
+def test_known_weaknesses_of_a_plain_report_say_what_was_not_measured(release, inputs):
+    text = section(release(), "Known weaknesses")
+    assert "No eval loss was measured" in text
+    assert "Over-fitting: not measured." in text
+    assert "Memorisation: not measured." in text
+    changes = evaluated(inputs, eval_source="training images")
+    assert "No image was held out" in section(release(**changes), "Known weaknesses")
+
+
+def test_evaluation_and_weaknesses_report_uncertainty(release, inputs):
+    difference = PairedDifference(images=12, mean=-0.01, standard_error=0.02)
+    clip = ScorePair(
+        base=20.0, lora=21.0, difference=PairedDifference(images=6, mean=1.0, standard_error=0.5)
+    )
+    changes = evaluated(
+        inputs,
+        difference_to_base=difference,
+        overfitting=Overfitting(
+            conclusive=True, from_step=30, gap=ProbeGap(mean=0.05, standard_error=0.01), text="From step 30."
+        ),
+        scores=Scores(clip=clip, omitted={"fidelity": "Too few images."}),
+        broken_images=(FailedItem(name="circle", reason="black"),),
+    )
+    folder = release(**changes, lora=inputs["lora"].model_copy(update={"skipped_steps": 2}))
+    assert "| CLIP score | 20 | 21 | +1 ± 0.5 |" in section(folder, "Evaluation")
+    text = section(folder, "Known weaknesses")
+    assert "not lower than the base model's by more than two standard errors (-0.01 ± 0.02)" in text
+    assert "Over-fitting: From step 30." in text
+    assert "Over-fitting gap +0.05 ± 0.01" in text
+    assert "Subject fidelity: not reported. Too few images." in text
+    assert "The image circle is broken: black" in text
+    assert "2 of 40 steps were skipped" in text
+
+
+def test_card_is_accepted_by_the_hubs_validation(release, inputs, tmp_path, monkeypatch):
+    model = inputs["base_model"].model_copy(update={"source": SDXL, "revision": "ab" * 20})
+    card, log = (release(base_model=model) / "README.md").read_text(), []
+    with HubServer() as hub:
+        hub.adopt_process(monkeypatch, tmp_path / "home")
+        ModelCard(card).validate()
+        validate_card(card, hub.endpoint, log.append)
+        assert not log
+        for wrong in (
+            "license: mitt",
+            "base_model: /home/model",
+            "base_model_relation: child",
+            "model-index: [{}]",
+        ):
+            with pytest.raises(ReleaseError, match=wrong.partition(":")[0]):
+                validate_card(f"---\n{wrong}\n---\n", hub.endpoint)
+        validate_card("# No metadata", hub.endpoint, log.append)
+        assert "empty or missing yaml metadata" in log.pop()
+        hub.fail_next(status=503, path="/validate-yaml")
+        validate_card(card, hub.endpoint, log.append)
+        assert "was not validated: HTTP 503" in log.pop()
+    validate_card(card, "http://127.0.0.1:9", log.append)
+    assert "was not validated: ConnectError" in log.pop()
 
 
 def test_snippet_runs_unchanged(release, inputs, monkeypatch: pytest.MonkeyPatch):
@@ -163,7 +304,7 @@ def test_card_of_full_unet_loads_its_folder(release, inputs, unet_inputs, monkey
 
 def use_section(folder: Path) -> str:
     text = (folder / "README.md").read_text()
-    return text[text.index("## Use") : text.index("## Evaluation")]
+    return text[text.index("## Use") : text.index("## Training")]
 
 
 def test_use_section_has_instructions_for_each_program(release, inputs):

@@ -105,8 +105,8 @@ def test_check_can_push_long_wait_fails_at_once(hub, user):
 
 
 @pytest.mark.parametrize("path", ["/repos/create", "/commit/"])
-def test_upload_folder_conflict_without_body_fails_with_a_message(hub, user, folder, path):
-    hub.fail_next(1, status=409, path=path, headers={})
+def test_upload_folder_lasting_conflict_without_body_fails_with_a_message(hub, user, folder, path):
+    hub.fail_next(hub_client.MAX_ATTEMPTS, status=409, path=path, headers={})
     with pytest.raises(dg.Failure) as failure:
         HubResource().upload_folder(folder, f"{user}/conflict", True, "conflict")
     message = str(failure.value.description)

@@ -1,8 +1,8 @@
 """A Hugging Face Hub on 127.0.0.1: enough of its API for the real huggingface_hub client to download and to publish.
 
 Supported: whoami, repository creation, model and dataset info by revision, tree listing, `resolve` by HEAD and GET with ETag,
-`X-Repo-Commit` and ranges (large files by redirect, as on the Hub), YAML validation of model cards, preupload, the git-lfs batch API and
-commits. Xet is not supported, so the client must run with `HF_HUB_DISABLE_XET=1`; both helpers below set it:
+`X-Repo-Commit` and ranges (large files by redirect, as on the Hub), validation of model cards' metadata, preupload, the git-lfs batch API,
+commits and tags, and faults of every kind in any of them. Xet is not supported, so the client must run with `HF_HUB_DISABLE_XET=1`; both helpers below set it:
 
     with HubServer() as hub:
         hub.add_repo("someone/model", folder)
@@ -24,7 +24,7 @@ from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
@@ -69,6 +69,7 @@ class Repo:
     private: bool
     commits: list[Commit] = field(default_factory=list)
     gated: bool = False
+    tags: dict[str, str] = field(default_factory=dict)
 
     @property
     def head(self) -> Commit:
@@ -83,7 +84,7 @@ class Repo:
 
     def at(self, revision: str) -> Commit:
         for commit in reversed(self.commits):
-            if revision == commit.oid:
+            if commit.oid in (revision, self.tags.get(revision)):
                 return commit
         if revision == "main":
             return self.head
@@ -99,15 +100,21 @@ class Request:
     range: str | None
 
 
+FaultKind = Literal["fail", "cut", "cut upload", "lose", "delay"]
+
+
 @dataclass
 class Fault:
     """Fault to inject into the next `left` requests whose path matches."""
 
+    kind: FaultKind
     left: int
     pattern: re.Pattern[str]
-    status: int | None
-    cut_after: int | None
+    status: int = 500
     headers: dict[str, str] | None = None
+    message: str = "Injected fault"
+    after_bytes: int = 0
+    seconds: float = 0.0
 
 
 class HubError(Exception):
@@ -177,20 +184,43 @@ class HubServer:
         return [commit.message for commit in self.repos[repo_id].commits]
 
     def fail_next(
-        self, count: int = 1, status: int = 500, path: str = "", headers: dict[str, str] | None = None
+        self,
+        count: int = 1,
+        status: int = 500,
+        path: str = "",
+        headers: dict[str, str] | None = None,
+        message: str = "Injected fault",
     ) -> None:
         """Answer the next `count` requests whose path matches the regular expression with this status, or with `headers` and no body."""
-        self._faults.append(Fault(count, re.compile(path), status, None, headers))
+        self._faults.append(
+            Fault("fail", count, re.compile(path), status=status, headers=headers, message=message)
+        )
 
     def cut_next(self, after_bytes: int, count: int = 1, path: str = "/(resolve|lfs)/") -> None:
         """Close the connection of the next `count` matching downloads after `after_bytes` bytes of the body."""
-        self._faults.append(Fault(count, re.compile(path), None, after_bytes))
+        self._faults.append(Fault("cut", count, re.compile(path), after_bytes=after_bytes))
 
-    def take_fault(self, path: str, cuts: bool) -> Fault | None:
-        """Return the fault for this request and count it down. `cuts` selects broken downloads, else failing statuses."""
+    def cut_upload_next(self, after_bytes: int, count: int = 1, path: str = "/lfs/") -> None:
+        """Close the connection of the next `count` matching requests after reading `after_bytes` bytes of their body."""
+        self._faults.append(Fault("cut upload", count, re.compile(path), after_bytes=after_bytes))
+
+    def lose_next(self, count: int = 1, path: str = "") -> None:
+        """Do what the next `count` matching requests ask, and close their connections without an answer."""
+        self._faults.append(Fault("lose", count, re.compile(path)))
+
+    def delay_next(self, seconds: float, count: int = 1, path: str = "") -> None:
+        """Wait before the next `count` matching requests are handled."""
+        self._faults.append(Fault("delay", count, re.compile(path), seconds=seconds))
+
+    def clear_faults(self) -> None:
+        """Forget the faults that no request has met."""
+        self._faults.clear()
+
+    def take_fault(self, path: str, kind: FaultKind) -> Fault | None:
+        """Return the fault of this kind for a request, and count it down."""
         with self.lock:
             for fault in self._faults:
-                if fault.left > 0 and (fault.cut_after is not None) == cuts and fault.pattern.search(path):
+                if fault.left > 0 and fault.kind == kind and fault.pattern.search(path):
                     fault.left -= 1
                     return fault
         return None
@@ -240,6 +270,9 @@ def _handler_for(hub: HubServer) -> type[BaseHTTPRequestHandler]:
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
+    # headers and body in one packet: otherwise every answer waits 40 ms for the client's acknowledgement
+    wbufsize = -1
+    disable_nagle_algorithm = True
 
     def log_message(self, format: str, *args: Any) -> None:
         """Print nothing: requests are recorded in `HubServer.requests`."""
@@ -257,16 +290,23 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
-        self.body = self._read_body()
         url = urlsplit(self.path)
+        if fault := self.hub.take_fault(url.path, "cut upload"):
+            self.rfile.read(fault.after_bytes)
+            self.close_connection = True
+            return
+        self.body = self._read_body()
         self.query = parse_qs(url.query)
         self.hub.requests.append(Request(self.command, url.path, self.headers.get("Range")))
+        if fault := self.hub.take_fault(url.path, "delay"):
+            threading.Event().wait(fault.seconds)  # tests may replace time.sleep
+        self.lost = self.hub.take_fault(url.path, "lose") is not None
         try:
-            if fault := self.hub.take_fault(url.path, cuts=False):
+            if fault := self.hub.take_fault(url.path, "fail"):
                 if fault.headers is not None:
-                    self._send(fault.status or 500, b"", fault.headers)
+                    self._send(fault.status, b"", fault.headers)
                     return
-                raise HubError(fault.status or 500, None, "Injected fault")
+                raise HubError(fault.status, None, fault.message)
             for methods, pattern, handle in ROUTES:
                 if self.command in methods and (match := re.fullmatch(pattern, url.path)):
                     handle(
@@ -291,6 +331,9 @@ class _Handler(BaseHTTPRequestHandler):
         return body
 
     def _send(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
+        if self.lost:
+            self.close_connection = True
+            return
         self.send_response(status)
         for name, value in {
             "Content-Type": "application/json",
@@ -301,9 +344,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        cut = self.hub.take_fault(urlsplit(self.path).path, cuts=True) if status in (200, 206) else None
-        if cut is not None and cut.cut_after is not None:
-            body = body[: cut.cut_after]
+        cut = self.hub.take_fault(urlsplit(self.path).path, "cut") if status in (200, 206) else None
+        if cut is not None:
+            body = body[: cut.after_bytes]
             self.close_connection = True
         self.wfile.write(body)
 
@@ -456,7 +499,7 @@ class _Handler(BaseHTTPRequestHandler):
         except yaml.YAMLError as error:
             self._send(400, json.dumps({"errors": [{"message": str(error)}], "warnings": []}).encode())
             return
-        errors = [] if isinstance(metadata, dict) else [{"message": "the metadata must be a mapping"}]
+        errors = [{"message": message} for message in _metadata_errors(metadata)]
         self._send(400 if errors else 200, json.dumps({"errors": errors, "warnings": []}).encode())
 
     def preupload(self, repo_id: str, revision: str) -> None:
@@ -520,6 +563,40 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.endpoint}/{repo_id}/commit/{commit.oid}"
         self._send_json({"success": True, "commitOid": commit.oid, "commitUrl": url, "hookOutput": ""})
 
+    def tag(self, repo_id: str, revision: str) -> None:
+        with self.hub.lock:
+            repo, name = self._repo(repo_id, write=True), json.loads(self.body)["tag"]
+            if name in repo.tags:
+                raise HubError(409, None, f"Tag reference exists already, pick another name: {name}")
+            repo.tags[name] = repo.at(revision).oid
+        self._send_json({})
+
+
+def _metadata_errors(metadata: Any) -> list[str]:
+    """Return what the Hub rejects in a model card's metadata, of the keys that this project writes."""
+    if not isinstance(metadata, dict):
+        return ["the metadata must be a mapping"]
+    errors = []
+    if "license" in metadata and metadata["license"] not in ("openrail++", "apache-2.0", "mit", "other"):
+        errors.append('"license" must be one of the known licenses')
+    if "license_name" in metadata and metadata.get("license") != "other":
+        errors.append('"license_name" is only allowed with "license: other"')
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", metadata.get("base_model", "owner/name")):
+        errors.append('"base_model" with value that is not a model id')
+    if metadata.get("base_model_relation", "adapter") not in ("adapter", "merge", "quantized", "finetune"):
+        errors.append('"base_model_relation" must be one of adapter, merge, quantized, finetune')
+    if not all(isinstance(tag, str) for tag in metadata.get("tags", [])):
+        errors.append('"tags" must be an array of strings')
+    for entry in metadata.get("widget", []):
+        if not isinstance(entry.get("text"), str) or not isinstance(entry.get("output", {}).get("url"), str):
+            errors.append('"widget" must have a text and an output url')
+    for model in metadata.get("model-index", []):
+        for result in model["results"] if "name" in model else [{}]:
+            named = "type" in result.get("task", {}) and {"type", "name"} <= result.get("dataset", {}).keys()
+            if not named or not all({"type", "value"} <= metric.keys() for metric in result["metrics"]):
+                errors.append('"model-index" must have task, dataset and metrics')
+    return errors
+
 
 def _oid_of(text: str) -> str:
     return hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
@@ -548,6 +625,7 @@ ROUTES: tuple[tuple[tuple[str, ...], str, Callable[..., None]], ...] = (
     (("GET",), rf"/api/models/{REPO}/tree/{REVISION}(?:/(?P<path>.+))?", _Handler.tree),
     (("POST",), rf"/api/models/{REPO}/preupload/{REVISION}", _Handler.preupload),
     (("POST",), rf"/api/models/{REPO}/commit/{REVISION}", _Handler.commit),
+    (("POST",), rf"/api/models/{REPO}/tag/{REVISION}", _Handler.tag),
     (("GET",), rf"/api/models/{REPO}(?:/revision/{REVISION})?", _Handler.info),
     (("GET",), rf"/api/{DATASET}/tree/{REVISION}(?:/(?P<path>.+))?", _Handler.tree),
     (("GET",), rf"/api/{DATASET}/revision/{REVISION}", _Handler.info),
