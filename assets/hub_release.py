@@ -199,11 +199,20 @@ def _publish(
     if not settings.push_to_hub or repo_id is None:
         context.log.info(f"push_to_hub is off: the release is in {folder}.")
         return release
-    commit, url = hub.upload_folder(
+    published = hub.publish(
         folder,
         repo_id,
         private=settings.model_card_private,
         commit_message=f"{project.name}: {released.weights_sha256[:12]}",
     )
-    context.log.info(f"Pushed to {url} at {commit}.")
-    return release.model_copy(update={"pushed": True, "repo_id": repo_id, "commit": commit, "url": url})
+    done = "Pushed" if published.changed else "The Hub already had these files"
+    context.log.info(f"{done}: {published.url}, tag {published.tag}.")
+    return release.model_copy(
+        update={
+            "pushed": True,
+            "repo_id": published.repo_id,
+            "commit": published.commit,
+            "url": published.url,
+            "tag": published.tag,
+        }
+    )

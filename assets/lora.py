@@ -28,6 +28,7 @@ from sdxl_pipeline.config.resolve import resolve_hardware, resolve_settings
 from sdxl_pipeline.config.schema.key_facts import keys_used_by
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY, OVERRIDES_ENTRY, project_fingerprint
+from sdxl_pipeline.evaluation.scoring_model import require_scoring_models
 from sdxl_pipeline.files.atomic_files import write_text_atomic
 from sdxl_pipeline.models.adapters.init_adapter_source import initial_adapter_digest, resolve_init_lora
 from sdxl_pipeline.models.base_model import ResolvedModel
@@ -224,6 +225,8 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
             configured = trackers.apply(project.training)
             settings, _ = resolve_settings(configured, profile, config.settings, project.folder)
             settings = resolve_init_lora(settings, project.folder)
+            # Fail before training if the evaluation could not load its scoring models.
+            require_scoring_models(settings, model)
         if settings.push_to_hub and settings.hub_model_id:
             # Fail before training if the token cannot push.
             hub.check_can_push(settings.hub_model_id)
