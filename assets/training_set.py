@@ -145,9 +145,11 @@ def _fingerprints(project: Project, inputs: Mapping[str, DatasetInput]) -> dict[
     outdated = [key for key, entries in attrs.items() if METADATA_ENTRY not in entries]
     if outdated:
         selection = " or ".join(f'key:"{key}"' for key in outdated)
+        causes = [
+            f"the value of asset {key} was written by another version of this project" for key in outdated
+        ]
         raise dg.Failure(
-            f"another version of this project wrote the value of {', '.join(outdated)}. Materialize again: "
-            f"dagster asset materialize -m sdxl_pipeline.definitions --select '{selection}'",
+            f"{'; '.join(causes)}. Materialize again: dagster asset materialize -m sdxl_pipeline.definitions --select '{selection}'",
             allow_retries=False,
         )
     return {key: str(entries[METADATA_ENTRY]) for key, entries in attrs.items()}

@@ -57,6 +57,7 @@ def lineage(released: Mapping[str, Any]) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.slow
 def test_finished_run_is_evaluated_and_released_by_its_identity(
     instance: dg.DagsterInstance, make_project: Callable[..., Path]
 ) -> None:
@@ -99,18 +100,6 @@ def test_finished_run_is_evaluated_and_released_by_its_identity(
         evaluate(instance, folder, run=older.name)
 
 
-def test_evaluation_of_an_unknown_run_or_checkpoint_fails_with_the_choices(
-    instance: dg.DagsterInstance, make_project: Callable[..., Path]
-) -> None:
-    folder = make_project(images=4, config=CONFIG)
-    materialize(instance, folder, "base_model", *DATASET_STAGES, "training_set")
-    run = train(instance, folder)
-    with pytest.raises(dg.Failure, match=f"no finished run begins.*{run.name}"):
-        evaluate(instance, folder, run="0" * 16)
-    with pytest.raises(dg.Failure, match=r"checkpoint is 'newest'.*step-500"):
-        evaluate(instance, folder, checkpoint="newest")
-
-
 class SelectingStageClient(InProcessStageClient):
     """Selects the checkpoint of step 1, whatever the evaluation concludes."""
 
@@ -138,6 +127,10 @@ def test_selected_checkpoint_is_released_and_failed_checks_are_not(
     folder = make_project(images=4, config=CONFIG)
     materialize(instance, folder, "base_model", *DATASET_STAGES, "training_set")
     run = train(instance, folder)
+    with pytest.raises(dg.Failure, match=f"no finished run begins.*{run.name}"):
+        evaluate(instance, folder, run="0" * 16)
+    with pytest.raises(dg.Failure, match=r"checkpoint is 'newest'.*step-500"):
+        evaluate(instance, folder, checkpoint="newest")
     definitions = build_definitions(folder.parent)
     result = dg.materialize(
         list(definitions.assets or []),
