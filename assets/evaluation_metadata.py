@@ -24,7 +24,7 @@ MAX_HISTORY = 20
 
 
 def report_metadata(report: EvaluationReport, is_current: bool) -> dict[str, Any]:
-    """Return run and selection, losses, scores, plots and pages of a report; `is_current` tells whether its run is the value of `lora`."""
+    """Return run and selection, losses, scores, plots and pages of a report; `is_current` is whether its run is the value of `lora`."""
     base, lora, memorisation = report.base_loss, report.lora_loss, report.memorisation
     changes = sorted(report.change_since_release.items())
     return drop_none(

@@ -284,7 +284,7 @@ def base_model_metadata(
 def release_metadata(release: HubRelease, gallery_path: str, is_current: bool) -> dict[str, Any]:
     """Return which run is released, where it is published and stored, with its gallery and model card.
 
-    `is_current` tells whether the run is the value of `lora`.
+    `is_current` is whether the run is the value of `lora`.
     """
     run = release.run_identity
     return drop_none(

@@ -83,14 +83,14 @@ def test_record_evaluation_repeated_replaces_only_the_verdict(tmp_path):
     assert after[1].differs == ("step: 40 -> 20",)
 
 
-def test_mark_released_without_a_tag_says_that_it_is_not_pushed(tmp_path):
+def test_mark_released_without_a_tag_records_not_pushed(tmp_path):
     record_evaluation(tmp_path, report(tmp_path), [], DATE)
     (row,) = mark_released(tmp_path, report(tmp_path).identity, None)
     assert row.released == NOT_PUSHED
     assert mark_released(tmp_path, "f" * 64, "r-1") == [row]
 
 
-def test_record_evaluation_of_a_deleted_run_says_that_its_changes_are_unknown(tmp_path):
+def test_record_evaluation_of_a_deleted_run_has_unknown_changes(tmp_path):
     record_evaluation(tmp_path, report(tmp_path, 0), [], DATE)
     rows = record_evaluation(tmp_path, report(tmp_path, 1, run_identity="b" * 64), [], DATE)
     assert rows[1].differs == ("unknown: the folder of one of the runs was deleted",)
