@@ -63,7 +63,7 @@ class HubResource(dg.ConfigurableResource):
             if _status(error) != 404:
                 raise _permission_failure(error, repo_id, api.endpoint) from _loggable(error)
             _warn(
-                f"The Hub does not tell whether the token may create {repo_id}. If it may not, the release stays on disk after the training."
+                f"The Hub does not report whether the token may create {repo_id}. If it may not, the release stays on disk after the training."
             )
 
     def publish(self, folder: Path, repo_id: str, private: bool, commit_message: str) -> Published:

@@ -138,9 +138,8 @@ def create_repository(
     def create() -> str:
         try:
             return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        except (
-            KeyError
-        ) as error:  # huggingface_hub expects the repository's URL in the response to a conflict
+        # huggingface_hub expects the repository's URL in the response to a conflict
+        except (KeyError, json.JSONDecodeError) as error:
             raise ConflictError(
                 f"the Hub rejected the creation of {repo_id} without a reason; another run may be creating it. Try again, or set "
                 "another hub_model_id"

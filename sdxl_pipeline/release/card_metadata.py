@@ -24,11 +24,14 @@ _UNTITLED = "-"
 
 
 def card_metadata(
-    inputs: ReleaseInputs, report: Mapping[str, Any], images: Mapping[str, str]
+    inputs: ReleaseInputs,
+    report: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    images: Mapping[str, str],
 ) -> ModelCardData:
-    """Return the front matter. `report` is the published report; `images` maps an image's path in the release to its prompt."""
+    """Return the front matter. `report` is the published report, with its scalar `metrics`; `images` maps an image's path in the release to its prompt."""
     base = hub_id(inputs.base_model)
-    results = list(_eval_results(inputs, report))
+    results = list(_eval_results(inputs, report, metrics))
     return ModelCardData(
         base_model=base,
         base_model_relation=_RELATIONS[inputs.lora.weights_kind] if base else None,
@@ -93,26 +96,24 @@ def _widget(inputs: ReleaseInputs, path: str, prompt: str) -> dict[str, Any]:
     return {"text": prompt or _UNTITLED, "parameters": parameters, "output": {"url": path}}
 
 
-def _eval_results(inputs: ReleaseInputs, report: Mapping[str, Any]) -> Iterator[EvalResult]:
+def _eval_results(
+    inputs: ReleaseInputs, report: Mapping[str, Any], metrics: Mapping[str, float]
+) -> Iterator[EvalResult]:
     trained = KIND_LABELS[inputs.lora.weights_kind]
-    held_out = report["eval_source"] != "training images"
+    images = "training images" if report["eval_source"] == "training images" else "held-out images"
     difference = (report.get("difference_to_base") or {}).get("mean")
     measured = (
-        ("eval_loss", f"Eval loss, {trained}", report["figures"].get("lora_loss")),
+        ("eval_loss", f"Eval loss, {trained}", metrics.get("lora_loss")),
         ("eval_loss_difference", f"Eval loss, {trained} minus base model", difference),
-        ("clip_score", f"CLIP score, {trained}", report["figures"].get("lora_clip_mean")),
+        ("clip_score", f"CLIP score, {trained}", metrics.get("lora_clip_mean")),
     )
     for kind, name, value in measured:
         if value is not None:
             of_prompts = kind == "clip_score"
             yield EvalResult(
                 task_type="text-to-image",
-                dataset_type="image-folder",
-                dataset_name="validation prompts"
-                if of_prompts
-                else "held-out images"
-                if held_out
-                else "training images",
+                dataset_type="prompts" if of_prompts else "image-folder",
+                dataset_name="validation prompts" if of_prompts else images,
                 metric_type=kind,
                 metric_name=name,
                 metric_value=round(value, 6),

@@ -141,9 +141,10 @@ def _write_files(folder: Path, inputs: ReleaseInputs) -> None:
         "evaluation": REPORT_FILE,
         "lineage": LINEAGE_FILE,
     }
+    if with_prompts:  # the grid shows the prompts
+        shutil.copyfile(report.gallery_path, folder / GALLERY_FILE)
+        files["gallery"] = GALLERY_FILE
     plots = (
-        # the grid shows the prompts
-        ("gallery", report.gallery_path if with_prompts else None, GALLERY_FILE),
         ("loss_plot", report.loss_plot_path, LOSS_PLOT_FILE),
         ("loss_curve", lora.loss_curve_path, LOSS_CURVE_FILE),
     )

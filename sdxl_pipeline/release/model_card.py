@@ -52,7 +52,8 @@ def model_card(
         _reproduce(inputs, files),
     ]
     body = "\n\n".join(section for section in sections if section)
-    return str(ModelCard(f"---\n{card_metadata(inputs, report, images).to_yaml()}\n---\n\n{body}\n"))
+    metadata = card_metadata(inputs, report, report["figures"], images).to_yaml()
+    return str(ModelCard(f"---\n{metadata}\n---\n\n{body}\n"))
 
 
 def _trigger_words(inputs: ReleaseInputs) -> list[str]:
@@ -111,7 +112,7 @@ def _evaluation(report: Mapping[str, Any], files: Mapping[str, str]) -> str:
     return "\n\n".join(parts)
 
 
-def _score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+def _score_rows(scores: Mapping[str, Any]) -> Iterator[Sequence[str]]:
     for name, label in _SCORES.items():
         if pair := scores.get(name):
             yield label, f"{pair['base']:.4g}", f"{pair['lora']:.4g}", _with_error(pair["difference"])

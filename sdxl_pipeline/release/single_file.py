@@ -25,9 +25,9 @@ from sdxl_pipeline.models.original_layout import (
     unet_tensors,
     vae_tensors,
 )
+from sdxl_pipeline.release.card_metadata import base_licence
 from sdxl_pipeline.release.formats.kohya_header import thumbnail_uri
-from sdxl_pipeline.release.model_card import LICENCES
-from sdxl_pipeline.release.release_inputs import ExportError, ReleaseInputs, hub_id
+from sdxl_pipeline.release.release_inputs import ExportError, ReleaseInputs
 from sdxl_pipeline.release.unet_folder import open_tensors, tensor_shapes
 
 DTYPE = torch.float16
@@ -124,7 +124,7 @@ def checkpoint_metadata(inputs: ReleaseInputs, preview: Path | None) -> dict[str
         "modelspec.title": inputs.project,
         "modelspec.description": inputs.description,
         "modelspec.resolution": f"{width}x{height}",
-        "modelspec.license": LICENCES.get(hub_id(inputs.base_model) or ""),
+        "modelspec.license": base_licence(inputs).get("license"),
         "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}.get(prediction),
         "modelspec.trigger_phrase": inputs.trigger_words[0] if inputs.trigger_words else None,
         "modelspec.thumbnail": preview and thumbnail_uri(preview),

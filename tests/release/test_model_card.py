@@ -189,7 +189,7 @@ def evaluated(inputs, **changes):
     return {"report": report}
 
 
-def test_known_weaknesses_of_a_plain_report_say_what_was_not_measured(release, inputs):
+def test_known_weaknesses_of_a_plain_report_list_what_was_not_measured(release, inputs):
     text = section(release(), "Known weaknesses")
     assert "No eval loss was measured" in text
     assert "Over-fitting: not measured." in text

@@ -113,7 +113,7 @@ def test_upload_folder_lasting_conflict_without_body_fails_with_a_message(hub, u
     assert f"could not be published as {user}/conflict: " in message
     assert "'url'" not in message
     assert "another" in message
-    assert "materialize this asset again" in message
+    assert "materialize hub_release again" in message
 
 
 def test_check_can_push_write_token_passes(hub, user):
@@ -137,6 +137,45 @@ def test_check_can_push_unknown_token_fails_without_printing_it(server, monkeypa
     with pytest.raises(dg.Failure, match=r"rejects the token.*HF_TOKEN") as raised:
         HubResource().check_can_push("me/stars")
     assert "hf_of_somewhere_else" not in str(raised.value.description)
+
+
+def test_check_can_push_denied_whoami_asks_about_the_repository(hub, user, caplog):
+    """A usable token need not be allowed to ask who it is."""
+    hub.add_repo(f"{user}/known")
+    hub.fail_next(3, status=403, path="/whoami")
+    HubResource().check_can_push(f"{user}/known")
+    assert not caplog.messages
+    HubResource().check_can_push(f"{user}/unknown")
+    assert "does not report whether the token may create" in caplog.messages[-1]
+    hub.fail_next(status=403, path="/auth-check")
+    with pytest.raises(dg.Failure, match=r"rejects the token.*HF_TOKEN") as raised:
+        HubResource().check_can_push(f"{user}/known")
+    assert raised.value.allow_retries is False
+
+
+def test_check_can_push_read_only_token_fails(server, monkeypatch, tmp_path):
+    server.adopt_process(monkeypatch, tmp_path, token=server.read_token)
+    with pytest.raises(dg.Failure, match=r"the token is read-only and cannot publish someone/stars"):
+        HubResource().check_can_push("someone/stars")
+
+
+@pytest.mark.parametrize(("status", "retries"), [(403, False), (500, True)])
+def test_publish_failure_may_be_retried_if_only_the_hub_is_at_fault(hub, user, folder, status, retries):
+    hub.fail_next(hub_client.MAX_ATTEMPTS, status=status, path="/commit/")
+    with pytest.raises(dg.Failure, match=f"HTTP {status}") as raised:
+        HubResource().publish(folder, f"{user}/failed-{status}", True, "failed")
+    hub.clear_faults()
+    assert raised.value.allow_retries is retries
+
+
+def test_publish_of_a_rejected_card_creates_no_repository(hub, user, folder):
+    (folder / "README.md").write_text("---\nlicense: unknown\n---\n")
+    with pytest.raises(
+        dg.Failure, match=r'the Hub rejects the metadata.*"license".*materialize hub_release'
+    ) as raised:
+        HubResource().publish(folder, f"{user}/card", True, "card")
+    assert raised.value.allow_retries is False
+    assert f"{user}/card" not in hub.repos
 
 
 def test_check_can_push_repository_of_another_owner_fails(hub, user):
