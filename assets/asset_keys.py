@@ -87,5 +87,9 @@ def asset_attributes(
 
 
 def version(code: str, settings: Any) -> str:
-    """Return a stage's code version: a change of its code or of the settings it reads makes the asset stale in the UI."""
+    """Return a stage's code version: a change of its code or of the settings it reads makes the asset stale in the UI.
+
+    Raise the CODE of a module, its `code` here, when its asset would have another value or data version for the same inputs and settings,
+    so that users materialize it again. Metadata, checks and the speed of a stage do not count.
+    """
     return f"{code}-{digest_json(settings)[:12]}"

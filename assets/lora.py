@@ -1,8 +1,6 @@
 """The training: one LoRA per identity of inputs and settings; an interrupted run is resumed and a finished one reused."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +11,10 @@ from pydantic import Field
 
 from assets.asset_keys import asset_attributes, model_input, project_key, training_set_input, version
 from assets.checks import result_checks
-from assets.event_log import USER_ERRORS, user_errors_as_failures
+from assets.event_log import user_errors_as_failures
 from assets.metadata import appearances_range, drop_none, inline_image, markdown_table
+from assets.overrides import RunDifferences
+from assets.run_lookup import write_data_versions
 from assets.stage_asset import StageAsset
 from resources.hardware import HardwareProfile
 from resources.hub import HubResource
@@ -28,6 +28,7 @@ from sdxl_pipeline.config.resolve import resolve_hardware, resolve_settings
 from sdxl_pipeline.config.schema.key_facts import keys_used_by
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY, OVERRIDES_ENTRY, project_fingerprint
+from sdxl_pipeline.evaluation.scoring_model import require_scoring_models
 from sdxl_pipeline.files.atomic_files import write_text_atomic
 from sdxl_pipeline.models.adapters.init_adapter_source import initial_adapter_digest, resolve_init_lora
 from sdxl_pipeline.models.base_model import ResolvedModel
@@ -41,9 +42,7 @@ from sdxl_pipeline.runtime.specs import (
 )
 from sdxl_pipeline.training.checkpoint.run_identity import (
     SPEC_FILE,
-    change_affects_weights,
     run_identity,
-    setting_changes,
     settings_affecting_weights,
 )
 
@@ -87,42 +86,21 @@ class LoraTraining(StageAsset[TrainSpec, TrainedLora]):
         return spec.model_copy(update={"run_dir": str(run_dir)})
 
     def write_spec(self) -> None:
-        """Write the spec into the run directory, where evaluation and release read it."""
+        """Write the spec and the data versions into the run directory, where evaluation and release read them."""
         run_dir = Path(self.spec.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         write_text_atomic(run_dir / SPEC_FILE, self.spec.model_dump_json(indent=1))
+        write_data_versions(run_dir, self.training_set.data_versions)
 
     @cached_property
-    def configured(self) -> TrainSpec:
-        """Return the spec that config.json describes, on the hardware profile that this process's environment selects."""
-        settings, hardware = self.project.training, self.spec.hardware
-        # If the configuration cannot be resolved, every resolved value counts as a difference from it.
-        with suppress(*USER_ERRORS, dg.Failure):
-            profile = HardwareProfile().hardware()
-            settings, _ = resolve_settings(settings, profile, {}, self.project.folder)
-            settings = resolve_init_lora(settings, self.project.folder)
-            hardware = resolve_hardware(settings, profile)
-        return self.spec.model_copy(update={"settings": settings, "hardware": hardware})
+    def differences(self) -> RunDifferences:
+        """Return how the settings differ from the configured ones."""
+        return RunDifferences(self.project, self.spec)
 
-    @cached_property
-    def differences(self) -> dict[str, SettingDifference]:
-        """Return the settings that differ from the configured ones, by name."""
-        return {
-            key: SettingDifference(setting=key, configured=json.dumps(before), used=json.dumps(after))
-            for key, (before, after) in setting_changes(self.configured, self.spec).items()
-        }
-
-    @cached_property
+    @property
     def overrides(self) -> tuple[SettingDifference, ...]:
-        """Return those of `differences` that change the weights."""
-        selecting = ("resume_from_checkpoint", *(["released_weights"] if self.settings.use_ema else []))
-        decisive = [key for key in self.differences if change_affects_weights(key) or key in selecting]
-        if decisive and set(decisive) <= {"init_lora", "resume_from_checkpoint"}:
-            # Two paths may point to one file, and resuming from a checkpoint of the same trajectory gives the same weights.
-            with suppress(*USER_ERRORS):
-                if run_identity(self.configured) == run_identity(self.spec):
-                    return ()
-        return tuple(self.differences[key] for key in decisive)
+        """Return the settings of this run that change the configured weights."""
+        return self.differences.overrides
 
     def complete(self, manifest: TrainedLora) -> TrainedLora:
         """Return the manifest with the overrides."""
@@ -191,7 +169,7 @@ class LoraTraining(StageAsset[TrainSpec, TrainedLora]):
                 "metrics": dg.MetadataValue.path(result.metrics_path),
                 "sha256": result.weights_sha256,
                 "identity": result.identity,
-                "setting_differences": _differences_table(self.differences.values(), self.overrides),
+                "setting_differences": _differences_table(self.differences.by_name.values(), self.overrides),
                 OVERRIDES_ENTRY: ", ".join(each.setting for each in result.overrides) or None,
             }
             | _adapter(spec.settings)
@@ -247,6 +225,8 @@ def build_lora(project: Project) -> dg.AssetsDefinition:
             configured = trackers.apply(project.training)
             settings, _ = resolve_settings(configured, profile, config.settings, project.folder)
             settings = resolve_init_lora(settings, project.folder)
+            # Fail before training if the evaluation could not load its scoring models.
+            require_scoring_models(settings, model)
         if settings.push_to_hub and settings.hub_model_id:
             # Fail before training if the token cannot push.
             hub.check_can_push(settings.hub_model_id)
@@ -269,11 +249,6 @@ def validation_prompts(project: Project) -> tuple[ValidationPrompt, ...]:
         ValidationPrompt(name=prompt.name, prompt=prompt.prompt, negative_prompt=prompt.negative_prompt)
         for prompt in project.prompts
     )
-
-
-def read_training_spec(lora: TrainedLora) -> TrainSpec:
-    """Return the spec that these weights were trained with."""
-    return TrainSpec.model_validate_json((Path(lora.run_dir) / SPEC_FILE).read_text(encoding="utf-8"))
 
 
 def _adapter(settings: TrainingSettings) -> dict[str, Any]:

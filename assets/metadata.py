@@ -281,13 +281,20 @@ def base_model_metadata(
     )
 
 
-def release_metadata(release: HubRelease, gallery_path: str) -> dict[str, Any]:
-    """Return where a release is published and stored, with its gallery and model card."""
+def release_metadata(release: HubRelease, gallery_path: str, is_current: bool) -> dict[str, Any]:
+    """Return which run is released, where it is published and stored, with its gallery and model card.
+
+    `is_current` is whether the run is the value of `lora`.
+    """
+    run = release.run_identity
     return drop_none(
         {
+            "run": run and run + ("" if is_current else " (not the current LoRA)"),
+            "step": release.step,
             "published": release.url or "no: push_to_hub is off; the folder is ready on disk",
             "repository": release.repo_id,
             "commit": release.commit,
+            "tag": release.tag,
             "link": dg.MetadataValue.url(release.url) if release.url else None,
             "folder": dg.MetadataValue.path(release.folder),
             "files": ", ".join(release.files),

@@ -1,4 +1,8 @@
-"""The pattern of the assets that a device stage materializes: a subclass says what runs and what is recorded, the base class does it."""
+"""The pattern of the assets that a device stage materializes: a subclass says what runs and what is recorded, the base class does it.
+
+The functions of these assets yield the result instead of returning it: Dagster 1.13 rejects a returned `MaterializeResult[T]` of an asset
+that has `check_specs`, and with the yielded one the type of the value stays checked.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -9,6 +13,7 @@ from typing import Any, Generic, TypeVar
 import dagster as dg
 from pydantic import BaseModel
 
+from assets.event_log import user_errors_as_failures
 from resources.stage_client import LocalStageClient
 from sdxl_pipeline.runtime.specs import EncodeLatentsSpec, EncodeTextSpec, EvaluateSpec, TrainSpec
 
@@ -53,6 +58,9 @@ class StageAsset(ABC, Generic[SpecT, ManifestT]):
     def check_results(self, manifest: ManifestT, /) -> Sequence[dg.AssetCheckResult]:
         """Return a result of each of the asset's checks."""
 
+    def record(self, manifest: ManifestT, results: Sequence[dg.AssetCheckResult], /) -> None:
+        """Record a finished materialization outside of Dagster, before its metadata are built."""
+
     def tags(self, manifest: ManifestT, /) -> Mapping[str, str] | None:
         """Return tags of the materialization, if it has any."""
         return None
@@ -63,22 +71,24 @@ class StageAsset(ABC, Generic[SpecT, ManifestT]):
         client: LocalStageClient,
         environment: Mapping[str, str] | None = None,
     ) -> dg.MaterializeResult[ManifestT]:
-        """Run the stage, with `environment` added to its process's. Raises what `LocalStageClient.run_stage` raises."""
+        """Run the stage, with `environment` added to its process's.
+
+        Raises what `LocalStageClient.run_stage` raises, and `dagster.Failure` for the library's errors that the user can fix.
+        """
+        with user_errors_as_failures():
+            spec = self.spec
         manifest = client.run_stage(
-            context,
-            self.stage,
-            self.spec,
-            self.manifest_type,
-            self.work_dir,
-            self.spec.hardware,
-            environment,
+            context, self.stage, spec, self.manifest_type, self.work_dir, spec.hardware, environment
         )
-        value = self.complete(manifest)
-        context.log.info(self.summary(value))
-        return dg.MaterializeResult(
-            value=value,
-            data_version=dg.DataVersion(self.data_version(value)),
-            metadata=self.metadata(value),
-            check_results=self.check_results(value),
-            tags=self.tags(value),
-        )
+        with user_errors_as_failures():
+            value = self.complete(manifest)
+            context.log.info(self.summary(value))
+            results = self.check_results(value)
+            self.record(value, results)
+            return dg.MaterializeResult(
+                value=value,
+                data_version=dg.DataVersion(self.data_version(value)),
+                metadata=self.metadata(value),
+                check_results=results,
+                tags=self.tags(value),
+            )

@@ -65,7 +65,7 @@ def load_results(project: Project) -> Results:
 
 
 def work_summary(results: Results) -> list[str]:
-    """Return one line each on encoding, training and evaluation: work done and work reused."""
+    """Return one line each on encoding, training and evaluation, work done and work reused, and on what the evaluation concludes."""
     lora, report = results.lora, results.report
     label = KIND_LABELS[lora.weights_kind]
     lines = [
@@ -81,7 +81,8 @@ def work_summary(results: Results) -> list[str]:
             f"eval loss on {report.eval_images} images ({report.eval_source}{reused}): "
             f"base {report.base_loss.mean:.4f}, {label} {report.lora_loss.mean:.4f}"
         )
-    return lines
+    conclusions = (report.selected, report.overfitting, report.memorisation)
+    return [*lines, *(conclusion.text for conclusion in conclusions if conclusion is not None)]
 
 
 def output_paths(results: Results) -> list[tuple[str, str]]:
@@ -92,6 +93,7 @@ def output_paths(results: Results) -> list[tuple[str, str]]:
         (KIND_LABELS[lora.weights_kind], _short(lora.weights_path)),
         *([("for ComfyUI, A1111", _short(lora.kohya_path))] if lora.kohya_path else []),
         ("report", _short(results.report.report_path)),
+        *([("report page", _short(page))] if (page := results.report.html_path) else []),
         ("release", results.release.url or _short(results.release.folder)),
     ]
 

@@ -35,7 +35,7 @@ class TextEmbeds(StageAsset[EncodeTextSpec, TextEmbedCache]):
     dataset: ImageDataset
     storage: Storage
     work_dir: Path
-    hardware: Hardware
+    profile: Hardware
     model: ResolvedModel
     scanned: pd.DataFrame
 
@@ -47,7 +47,7 @@ class TextEmbeds(StageAsset[EncodeTextSpec, TextEmbedCache]):
         cache_entry = self.project.text_embeds_of(self.dataset)
         return EncodeTextSpec(
             base_model=self.model,
-            hardware=self.hardware,
+            hardware=resolve_hardware(self.project.training, self.profile),
             captions_path=str(self.storage.write_table(captions, self.work_dir, "captions")),
             extra_prompts=prompts_to_encode(self.project),
             store_root=str(self.storage.text_store_root(cache_entry)),
@@ -128,8 +128,7 @@ def build_text_embeds(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
         scanned: pd.DataFrame,
     ) -> Iterator[dg.MaterializeResult[TextEmbedCache]]:
         work_dir = storage.work_dir(project.name, dataset.asset_name, "text_embeds")
-        profile = resolve_hardware(project.training, hardware.hardware())
-        embeds = TextEmbeds(project, dataset, storage, work_dir, profile, model, scanned)
+        embeds = TextEmbeds(project, dataset, storage, work_dir, hardware.hardware(), model, scanned)
         yield embeds.materialize(context, launcher)
 
     return text_embeds

@@ -136,18 +136,23 @@ def _dataset_masks(
 
 def _fingerprints(project: Project, inputs: Mapping[str, DatasetInput]) -> dict[str, str]:
     """Return the fingerprints of the files that the datasets were read from, by the key of their dataset asset."""
-    fingerprints = {}
-    for dataset in (*project.datasets, *project.mask_datasets):
-        key = dataset_key(project, dataset, "dataset").to_user_string()
-        attrs = _input(inputs, dataset, "dataset", pd.DataFrame).attrs
-        if METADATA_ENTRY not in attrs:
-            raise dg.Failure(
-                f"the value of asset {key} was written by another version of this project. Materialize it again: "
-                f"dagster asset materialize -m sdxl_pipeline.definitions --select 'key:\"{key}\"'",
-                allow_retries=False,
-            )
-        fingerprints[key] = str(attrs[METADATA_ENTRY])
-    return fingerprints
+    attrs = {
+        dataset_key(project, dataset, "dataset").to_user_string(): _input(
+            inputs, dataset, "dataset", pd.DataFrame
+        ).attrs
+        for dataset in (*project.datasets, *project.mask_datasets)
+    }
+    outdated = [key for key, entries in attrs.items() if METADATA_ENTRY not in entries]
+    if outdated:
+        selection = " or ".join(f'key:"{key}"' for key in outdated)
+        causes = [
+            f"the value of asset {key} was written by another version of this project" for key in outdated
+        ]
+        raise dg.Failure(
+            f"{'; '.join(causes)}. Materialize again: dagster asset materialize -m sdxl_pipeline.definitions --select '{selection}'",
+            allow_retries=False,
+        )
+    return {key: str(entries[METADATA_ENTRY]) for key, entries in attrs.items()}
 
 
 def _data_versions(project: Project, inputs: Mapping[str, DatasetInput]) -> dict[str, str]:

@@ -31,10 +31,11 @@ class VaeLatents(StageAsset[EncodeLatentsSpec, LatentCache]):
 
     stage = "encode_latents"
     manifest_type = LatentCache
+    project: Project
     dataset: ImageDataset
     storage: Storage
     work_dir: Path
-    hardware: Hardware
+    profile: Hardware
     model: ResolvedModel
     rows: pd.DataFrame
 
@@ -42,7 +43,7 @@ class VaeLatents(StageAsset[EncodeLatentsSpec, LatentCache]):
         """Return the spec; the crop plan is written to a table."""
         return EncodeLatentsSpec(
             base_model=self.model,
-            hardware=self.hardware,
+            hardware=resolve_hardware(self.project.training, self.profile),
             data_dir=str(self.storage.data_dir(self.dataset)),
             rows_path=str(self.storage.write_table(self.rows, self.work_dir, "rows")),
             store_root=str(self.storage.latent_store_root(self.dataset)),
@@ -120,8 +121,7 @@ def build_vae_latents(project: Project, dataset: ImageDataset) -> dg.AssetsDefin
         rows: pd.DataFrame,
     ) -> Iterator[dg.MaterializeResult[LatentCache]]:
         work_dir = storage.work_dir(project.name, dataset.asset_name, "vae_latents")
-        profile = resolve_hardware(project.training, hardware.hardware())
-        latents = VaeLatents(dataset, storage, work_dir, profile, model, rows)
+        latents = VaeLatents(project, dataset, storage, work_dir, hardware.hardware(), model, rows)
         yield latents.materialize(context, launcher)
 
     return vae_latents

@@ -1,10 +1,12 @@
 """One asset check: its name and description, and whether a failure blocks downstream assets."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import dagster as dg
+
+from sdxl_pipeline.config.schema.evaluation import Severity
 
 
 @dataclass(frozen=True)
@@ -14,6 +16,11 @@ class Check:
     name: str
     description: str
     blocking: bool
+
+    def configured(self, severities: Mapping[str, Severity]) -> "Check":
+        """Return this check with the severity that `severities` has for its name; without an entry, unchanged."""
+        severity = severities.get(self.name)
+        return self if severity is None else replace(self, blocking=severity == "blocking")
 
     def spec(self, key: dg.AssetKey) -> dg.AssetCheckSpec:
         """Return the spec of this check on the asset `key`."""

@@ -1,6 +1,7 @@
 """Checks of caches, trained weights and evaluations. Those of datasets and crop plans are in assets.checks.data_checks."""
 
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -63,8 +64,23 @@ ENOUGH_EVAL_IMAGES = Check(
 )
 NOT_WORSE_THAN_LAST_RELEASE = Check(
     "not_worse_than_last_release",
-    f"The eval loss is not above the last release's {_WORSE}",
+    f"The eval loss is not above the last release's, and release_tolerance of it, {_WORSE}",
     blocking=False,
+)
+CHECKPOINT_SELECTED = Check(
+    "checkpoint_selected",
+    "The checkpoint is selected by the eval loss of held-out images, or by a released_checkpoint other than best, and no check vetoes it.",
+    blocking=False,
+)
+NOT_OVERFITTED = Check(
+    "not_overfitted",
+    "The eval loss of held-out images does not rise while that of training images falls, up to the selected checkpoint.",
+    blocking=False,
+)
+NOT_MEMORISED = Check(
+    "not_memorised",
+    "At most memorisation_limit of the images generated from training captions are copies of training images.",
+    blocking=True,
 )
 IMAGES_VALID = Check(
     "images_valid",
@@ -79,9 +95,13 @@ EVALUATION_CHECKS = (
     BETTER_THAN_BASE,
     ENOUGH_EVAL_IMAGES,
     NOT_WORSE_THAN_LAST_RELEASE,
+    CHECKPOINT_SELECTED,
+    NOT_OVERFITTED,
+    NOT_MEMORISED,
     IMAGES_VALID,
     RELEASE_FORMATS_VALID,
 )
+"""All checks of the evaluation; `evaluation_checks` gives those of a project."""
 
 
 def check_latents(cache: LatentCache) -> list[dg.AssetCheckResult]:
@@ -145,26 +165,51 @@ def check_formats(
         return check.result(False, str(error))
 
 
-def check_evaluation(report: EvaluationReport) -> list[dg.AssetCheckResult]:
-    """Return the results of `EVALUATION_CHECKS`, without `RELEASE_FORMATS_VALID`."""
-    broken = "; ".join(f"{item.name}: {item.reason}" for item in report.broken_images)
-    trained_on = report.eval_source == "training images"
+def evaluation_checks(settings: TrainingSettings) -> tuple[Check, ...]:
+    """Return the checks of a project's evaluation with the severities in its settings, without those of what it does not measure."""
+    unmeasured = set()
+    if settings.eval_loss_disable:
+        unmeasured |= {CHECKPOINT_SELECTED, NOT_OVERFITTED}
+    if not settings.num_probe_images:
+        unmeasured.add(NOT_OVERFITTED)
+    if not settings.num_caption_samples:
+        unmeasured.add(NOT_MEMORISED)
+    return tuple(
+        check.configured(settings.evaluation_checks) for check in EVALUATION_CHECKS if check not in unmeasured
+    )
+
+
+def check_evaluation(report: EvaluationReport, settings: TrainingSettings) -> list[dg.AssetCheckResult]:
+    """Return the results of `evaluation_checks`, without `RELEASE_FORMATS_VALID`; reads no files."""
+    results: dict[str, Callable[[Check], dg.AssetCheckResult]] = {
+        BETTER_THAN_BASE.name: lambda check: _better_than_base(check, report),
+        ENOUGH_EVAL_IMAGES.name: lambda check: check_eval_images(_held_out_images(report), check),
+        NOT_WORSE_THAN_LAST_RELEASE.name: lambda check: _not_worse_than_last_release(
+            check, report, settings.release_tolerance
+        ),
+        CHECKPOINT_SELECTED.name: lambda check: _checkpoint_selected(check, report),
+        NOT_OVERFITTED.name: lambda check: _not_overfitted(check, report),
+        NOT_MEMORISED.name: lambda check: _not_memorised(check, report),
+        IMAGES_VALID.name: lambda check: _images_valid(check, report),
+    }
+    return [results[check.name](check) for check in evaluation_checks(settings) if check.name in results]
+
+
+def blocking_failures(results: Iterable[dg.AssetCheckResult]) -> list[dg.AssetCheckResult]:
+    """Return the results that prevent a release."""
     return [
-        _better_than_base(report),
-        check_eval_images(0 if trained_on or report.lora_loss is None else report.eval_images),
-        _not_worse_than_last_release(report),
-        IMAGES_VALID.result(not report.broken_images, broken or f"{len(report.images)} images are valid."),
+        result for result in results if not result.passed and result.severity is dg.AssetCheckSeverity.ERROR
     ]
 
 
-def check_eval_images(held_out: int) -> dg.AssetCheckResult:
+def check_eval_images(held_out: int, check: Check = ENOUGH_EVAL_IMAGES) -> dg.AssetCheckResult:
     """Return the result of `ENOUGH_EVAL_IMAGES` for a number of images that are measured and not trained on."""
     message = f"The eval loss is measured on {held_out} images that are not trained on."
     if not held_out:
         message = "The eval loss is measured on images that are trained on, or not at all."
     if held_out < MIN_EVAL_IMAGES:
         message += f" Fewer than {MIN_EVAL_IMAGES} cannot show over-fitting: add images, raise eval_holdout_share, or add an eval dataset."
-    return ENOUGH_EVAL_IMAGES.result(held_out >= MIN_EVAL_IMAGES, message)
+    return check.result(held_out >= MIN_EVAL_IMAGES, message)
 
 
 def _check_overrides(lora: TrainedLora) -> dg.AssetCheckResult:
@@ -207,31 +252,76 @@ def _check_unet(lora: TrainedLora) -> dg.AssetCheckResult:
     )
 
 
-def _better_than_base(report: EvaluationReport) -> dg.AssetCheckResult:
+def _held_out_images(report: EvaluationReport) -> int:
+    trained_on = report.eval_source == "training images"
+    return 0 if trained_on or report.lora_loss is None else report.eval_images
+
+
+def _better_than_base(check: Check, report: EvaluationReport) -> dg.AssetCheckResult:
     difference = report.difference_to_base
     if report.base_loss is None or report.lora_loss is None or difference is None:
-        return BETTER_THAN_BASE.inconclusive("Not measured: eval_loss_disable is true.")
+        return check.inconclusive("Not measured: eval_loss_disable is true.")
     message = (
         f"base {report.base_loss.mean:.4f}, {KIND_LABELS[report.weights_kind]} {report.lora_loss.mean:.4f} on "
         f"{report.eval_images} images ({report.eval_source}); difference {describe_difference(difference)}."
     )
     if difference.standard_error is None:
-        return BETTER_THAN_BASE.inconclusive(
+        return check.inconclusive(
             message
             + " Fewer than two images cannot show whether the training helped: add images, or an eval dataset."
         )
-    return BETTER_THAN_BASE.result(difference.is_lower, message)
+    return check.result(difference.is_lower, message)
 
 
-def _not_worse_than_last_release(report: EvaluationReport) -> dg.AssetCheckResult:
+def _not_worse_than_last_release(
+    check: Check, report: EvaluationReport, tolerance: float
+) -> dg.AssetCheckResult:
     difference = report.difference_to_release
-    if difference is None:
-        return NOT_WORSE_THAN_LAST_RELEASE.result(
-            True, "There is no earlier release, or no eval loss, to compare."
-        )
+    if difference is None or report.lora_loss is None:
+        return check.result(True, "There is no earlier release, or no eval loss, to compare.")
     message = f"Difference to the last release: {describe_difference(difference)}."
     if difference.standard_error is None:
-        return NOT_WORSE_THAN_LAST_RELEASE.result(
+        return check.result(
             False, message + " Fewer than two images were measured in both: the difference is inconclusive."
         )
-    return NOT_WORSE_THAN_LAST_RELEASE.result(not difference.is_higher, message)
+    allowed = tolerance * max(0.0, report.lora_loss.mean - difference.mean)
+    if tolerance:
+        message += f" The release_tolerance of {tolerance:g} allows {allowed:.5f}."
+    beyond = difference.model_copy(update={"mean": difference.mean - allowed})
+    return check.result(not beyond.is_higher, message)
+
+
+def _checkpoint_selected(check: Check, report: EvaluationReport) -> dg.AssetCheckResult:
+    selection = report.selected
+    if selection is None:
+        return check.inconclusive("The report does not describe a selection. Materialize evaluation again.")
+    by_choice = selection.requested != "best"
+    return check.result(
+        not selection.vetoed and (by_choice or selection.best_step is not None), selection.text
+    )
+
+
+def _not_overfitted(check: Check, report: EvaluationReport) -> dg.AssetCheckResult:
+    overfitting = report.overfitting
+    if overfitting is None:
+        return check.inconclusive("Over-fitting was not measured. Materialize evaluation again.")
+    if not overfitting.conclusive:
+        return check.inconclusive(overfitting.text)
+    first = overfitting.from_step
+    return check.result(first is None or report.step < first, overfitting.text)
+
+
+def _not_memorised(check: Check, report: EvaluationReport) -> dg.AssetCheckResult:
+    memorisation = report.memorisation
+    if memorisation is None:
+        return check.inconclusive("Memorisation was not measured. Materialize evaluation again.")
+    return check.result(
+        not memorisation.is_over_limit,
+        memorisation.text,
+        {"flagged": memorisation.flagged, "samples": memorisation.samples, "limit": memorisation.limit},
+    )
+
+
+def _images_valid(check: Check, report: EvaluationReport) -> dg.AssetCheckResult:
+    broken = "; ".join(f"{item.name}: {item.reason}" for item in report.broken_images)
+    return check.result(not report.broken_images, broken or f"{len(report.images)} images are valid.")

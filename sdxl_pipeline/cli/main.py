@@ -9,9 +9,20 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from sdxl_pipeline.cli import doctor, extract, generate, merge, prune, reproduce, resize, settings
+from sdxl_pipeline.cli import (
+    doctor,
+    extract,
+    generate,
+    merge,
+    prune,
+    release,
+    reproduce,
+    resize,
+    runs,
+    settings,
+)
 
-COMMANDS = (doctor, settings, prune, generate, reproduce, merge, extract, resize)
+COMMANDS = (doctor, settings, prune, runs, release, generate, reproduce, merge, extract, resize)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,13 +14,13 @@ import yaml
 from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
 from dagster._core.loader import LoadingContextForTest
 
-from assets.hub_release import plain_overrides
 from resources.hardware import HardwareProfile
 from resources.trackers import TrackerResource
 from sdxl_pipeline.automation import trained_fingerprint
 from sdxl_pipeline.config.loader import load_project
 from sdxl_pipeline.data.scan.dataset_fingerprint import project_fingerprint
 from sdxl_pipeline.definitions import build_definitions
+from sdxl_pipeline.release.lineage import plain_overrides
 from sdxl_pipeline.release.release_inputs import portable_lineage
 from sdxl_pipeline.runtime.specs import SettingDifference, TrainedLora
 from tests.support.asset_graph import DATASET_STAGES, InProcessStageClient, metadata, stage_key

@@ -8,6 +8,7 @@ import dagster as dg
 import pandas as pd
 import pytest
 
+from assets.training_set import _fingerprints
 from sdxl_pipeline.config.loader import load_project
 from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY, folder_states
 from sdxl_pipeline.definitions import build_definitions
@@ -89,3 +90,13 @@ def test_training_set_dataset_value_without_fingerprint_raises_with_a_hint(
     table.to_parquet(path)
     with pytest.raises(dg.Failure, match="small/shapes_dataset was written by another version"):
         materialize(instance, folder, "training_set")
+
+
+def test_fingerprints_of_outdated_values_lists_all_datasets(folder: Path):
+    project = load_project(folder)
+    inputs = {dataset.stage_name("dataset"): pd.DataFrame() for dataset in project.datasets}
+    with pytest.raises(dg.Failure) as error:
+        _fingerprints(project, inputs)
+    message = str(error.value.description)
+    assert message.count("written by another version") == 2
+    assert message.endswith('--select \'key:"small/shapes_dataset" or key:"small/people_dataset"\'')

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from assets.checks.result_checks import check_evaluation
+from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.evaluation.report import paired_difference, released_losses, write_report
 from sdxl_pipeline.runtime.specs import LossSummary
 from tests.evaluation.test_report import make_report
@@ -22,7 +23,13 @@ def loss_summary(losses: list[float], first: int = 0) -> LossSummary:
     )
 
 
-def check_results(folder: Path, trained: list[float], released: list[float] | None = None, **changes: object):
+def check_results(
+    folder: Path,
+    trained: list[float],
+    released: list[float] | None = None,
+    settings: dict[str, object] | None = None,
+    **changes: object,
+):
     base = loss_summary(BASE[: len(trained)])
     lora = loss_summary(trained)
     values: dict[str, object] = {
@@ -33,7 +40,7 @@ def check_results(folder: Path, trained: list[float], released: list[float] | No
     }
     if released is not None:
         values["difference_to_release"] = paired_difference(lora, dict(loss_summary(released).by_image))
-    checks = check_evaluation(make_report(folder, **(values | changes)))
+    checks = check_evaluation(make_report(folder, **(values | changes)), TrainingSettings(**settings or {}))
     return {check.check_name: check for check in checks}
 
 
@@ -103,6 +110,8 @@ def test_not_worse_than_last_release_pairs_losses_by_image(tmp_path):
     assert check_results(tmp_path, better, slightly_worse)[name].passed
     worse = check_results(tmp_path, slightly_worse, better)[name]
     assert (worse.passed, worse.severity) == (False, dg.AssetCheckSeverity.WARN)
+    assert check_results(tmp_path, slightly_worse, better, {"release_tolerance": 0.02})[name].passed
+    assert not check_results(tmp_path, slightly_worse, better, {"release_tolerance": 0.005})[name].passed
     disjoint = paired_difference(loss_summary(better, 50), {})
     incomparable = check_results(tmp_path, better, better, difference_to_release=disjoint)[name]
     assert not incomparable.passed

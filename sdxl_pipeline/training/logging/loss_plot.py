@@ -1,6 +1,7 @@
-"""The loss curve of a run, as a PNG."""
+"""The loss curve of a run, and those of two runs together, as PNGs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -41,6 +42,37 @@ def plot_loss_curve(
     _plot_learning_rate(lower_axes.twinx(), rows)
     lower_axes.set_xlabel("step")
     lower_axes.set_xlim(0, max(rows[-1].step, *(step for step, _ in eval_losses), 1))
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+
+
+@dataclass(frozen=True)
+class RunCurves:
+    """The losses of a run by step, and its name in the legend."""
+
+    name: str
+    rows: Sequence[StepMetrics]
+    eval_losses: Sequence[tuple[int, float]]
+
+
+def plot_runs(first: RunCurves, second: RunCurves, path: Path) -> None:
+    """Write a PNG to `path`: the averaged training losses of two runs by step, and below them their eval losses, if any were measured."""
+    figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    measured = bool(first.eval_losses or second.eval_losses)
+    axes = figure.subplots(1 + measured, 1, sharex=True, squeeze=False)[:, 0]
+    for run, color in ((first, LOSS_COLOR), (second, LR_COLOR)):
+        steps, losses = [row.step for row in run.rows], pd.Series([row.loss for row in run.rows], dtype=float)
+        average = losses.ewm(span=_ewm_span(run.rows)).mean()
+        axes[0].plot(steps, average, color=color, linewidth=2, marker=_marker(run.rows), label=run.name)
+        if measured and run.eval_losses:
+            axes[1].plot(*zip(*run.eval_losses, strict=True), color=color, marker="o", label=run.name)
+    for each, label in zip(axes, ("training loss, averaged", "eval loss"), strict=False):
+        each.set_ylabel(label)
+        each.grid(alpha=0.25)
+        each.spines[["top", "right"]].set_visible(False)
+        each.legend(loc="upper right", framealpha=0.9)
+    axes[-1].set_xlabel("step")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
 

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from sdxl_pipeline.runtime.specs import ValidationImage
-from sdxl_pipeline.training.logging.loss_plot import plot_loss_curve
+from sdxl_pipeline.training.logging.loss_plot import RunCurves, plot_loss_curve, plot_runs
 from sdxl_pipeline.training.logging.run_logs import StepMetrics
 from sdxl_pipeline.training.validation.validation_images import spread_evenly, write_validation_grid
 
@@ -25,15 +25,31 @@ def make_rows(count: int) -> list[StepMetrics]:
     ]
 
 
+def count_colors(path: Path) -> tuple[int, int]:
+    """Return the numbers of blue and of red pixels."""
+    with Image.open(path) as image:
+        colors = image.convert("RGB").getcolors(1 << 20)
+    assert colors is not None
+    blue = sum(n for n, (r, g, b) in colors if b > 120 and r < 90)
+    return blue, sum(n for n, (r, g, b) in colors if r > 170 and b < 110)
+
+
+def test_plot_runs_shows_both_runs_with_and_without_eval_losses(tmp_path):
+    first = RunCurves("first", make_rows(200), ((0, 0.5), (200, 0.2)))
+    second = RunCurves("second", make_rows(100), ())
+    plot_runs(first, second, tmp_path / "eval.png")
+    plot_runs(RunCurves("first", make_rows(200), ()), second, tmp_path / "training.png")
+    for name in ("eval", "training"):
+        assert min(count_colors(tmp_path / f"{name}.png")) > 300
+    plot_runs(first, RunCurves("second", (), ()), tmp_path / "empty.png")
+    assert count_colors(tmp_path / "empty.png")[0] > 300
+
+
 def test_plot_loss_curve_twice_writes_same_bytes_with_both_colors(tmp_path):
     plot_loss_curve(make_rows(200), tmp_path / "a.png", "demo: 200 steps")
     plot_loss_curve(make_rows(200), tmp_path / "b.png", "demo: 200 steps")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    with Image.open(tmp_path / "a.png") as image:
-        colors = image.convert("RGB").getcolors(1 << 20)
-    assert colors is not None
-    blue = sum(n for n, (r, g, b) in colors if b > 120 and r < 90)
-    red = sum(n for n, (r, g, b) in colors if r > 170 and b < 110)
+    blue, red = count_colors(tmp_path / "a.png")
     assert blue > 500
     assert red > 200
 
