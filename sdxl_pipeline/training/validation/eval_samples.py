@@ -41,3 +41,13 @@ def select_eval_samples(
         trained = [dataset.dataset_id for dataset in datasets if not dataset.is_regularisation]
         source, samples = "training images", training.one_crop_per_image().first_by_key(count, trained)
     return source, samples
+
+
+def select_probe_samples(datasets: Sequence[TrainingDataset], settings: TrainingSettings) -> Samples:
+    """Return the samples of the train probe: `num_probe_images` training images, one crop of each, the first by key.
+
+    Regularisation datasets are left out: the model is not to learn their images.
+    """
+    training = load_samples(datasets, "train", settings.micro_conditioning)
+    trained = [dataset.dataset_id for dataset in datasets if not dataset.is_regularisation]
+    return training.one_crop_per_image().first_by_key(settings.num_probe_images, trained)
