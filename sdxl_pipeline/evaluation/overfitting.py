@@ -84,7 +84,7 @@ def detect_overfitting(
     """
     if (reason := _why_inconclusive(points, source, images)) is not None:
         return Overfitting(
-            conclusive=False, from_step=None, gap=gap, text=f"Over-fitting cannot be judged: {reason}."
+            conclusive=False, from_step=None, gap=gap, text=f"Over-fitting cannot be determined: {reason}."
         )
     best_step = lowest_loss({point.step: point.held_out for point in points})
     best = next(point for point in points if point.step == best_step)

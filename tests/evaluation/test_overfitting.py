@@ -62,13 +62,13 @@ def test_detect_overfitting_rise_within_one_error_is_noise():
         ("eval dataset", 4, 1, "one measured step has no trend"),
     ],
 )
-def test_detect_overfitting_without_evidence_cannot_be_judged(
+def test_detect_overfitting_without_evidence_cannot_be_determined(
     source: str, images: int, points: int, reason: str
 ):
     series = [loss_point(10, 0.3, 0.3), loss_point(20, 0.4, 0.2), loss_point(30, 0.5, 0.1)][:points]
     result = detect_overfitting(series, GAP, source, images)  # type: ignore[arg-type]
     assert (result.conclusive, result.from_step) == (False, None)
-    assert result.text.startswith("Over-fitting cannot be judged: ")
+    assert result.text.startswith("Over-fitting cannot be determined: ")
     assert reason in result.text
 
 
