@@ -72,20 +72,23 @@ def write_pages(
     training_losses: Iterable[EvalRow] = (),
     settings: Mapping[str, Any] | None = None,
     images_by_dataset: Mapping[str, tuple[int, int]] | None = None,
+    training_images: Mapping[str, Path] | None = None,
     image_bytes: int = IMAGE_BYTES,
 ) -> PagePaths:
     """Write report.html and blind_ab.html to `folder`, and return their paths.
 
     `gallery` has the images of other checkpoints and strengths than the report's own; `training_losses` the eval losses measured during
-    the training; `settings` those to list, which should contain no local path; `images_by_dataset` the (trained, held-out) images. Fields
-    of the report that are None leave out their section. Images in a page take at most `image_bytes`, as WebP in data URIs.
+    the training; `settings` those to list, which should contain no local path; `images_by_dataset` the (trained, held-out) images;
+    `training_images` the files of the memorised pairs' `nearest`. Fields of the report that are None leave out their section. Images in a
+    page take at most `image_bytes`, as WebP in data URIs.
     """
     images = _unique_images([*report.images, *gallery])
     step = selected_step(report)
     columns = gallery_columns(images, step)
     pairs = report.memorisation.pairs if report.memorisation is not None else ()
+    nearest = {pair.nearest: str((training_images or {}).get(pair.nearest, pair.nearest)) for pair in pairs}
     files = [image.path for image in images] + [
-        path for pair in pairs for path in (pair.image_path, pair.nearest)
+        path for pair in pairs for path in (pair.image_path, nearest[pair.nearest])
     ]
     uris = data_uris(files, image_bytes)
     prompts = _prompts(images, columns, uris)
@@ -107,7 +110,7 @@ def write_pages(
         "checkpoints": _checkpoint_rows(report),
         "timesteps": _timesteps(report),
         "scores": _score_rows(report.scores),
-        "memorisation": _memorisation(report, uris),
+        "memorisation": _memorisation(report, uris, nearest),
         "settings": [[key, _text(value)] for key, value in (settings or {}).items()],
         "data": [[name, *counts] for name, counts in (images_by_dataset or {}).items()],
     }
@@ -427,7 +430,9 @@ def _cmmd(cmmd: Any) -> str:
     return f"{cmmd.value:.3f}{interval}"
 
 
-def _memorisation(report: EvaluationReport, uris: Mapping[str, str | None]) -> dict[str, Any] | None:
+def _memorisation(
+    report: EvaluationReport, uris: Mapping[str, str | None], nearest: Mapping[str, str]
+) -> dict[str, Any] | None:
     if (memorised := report.memorisation) is None:
         return None
     return {
@@ -435,7 +440,7 @@ def _memorisation(report: EvaluationReport, uris: Mapping[str, str | None]) -> d
         "pairs": [
             {
                 "sample": uris[pair.image_path],
-                "nearest": uris[pair.nearest],
+                "nearest": uris[nearest[pair.nearest]],
                 "text": ", ".join(
                     f"{name} {value:.2f}"
                     for name, value in (("similarity", pair.similarity), ("correlation", pair.correlation))
