@@ -27,6 +27,7 @@ from sdxl_pipeline.runtime.specs import (
     TrainedLora,
     TrainingSet,
 )
+from sdxl_pipeline.training.checkpoint.checkpoint_files import run_checkpoints
 
 CODE = "2"
 
@@ -59,6 +60,7 @@ class Evaluation(StageAsset[EvaluateSpec, EvaluationReport]):
                 update={name: getattr(training, name) for name in EVALUATION_KEYS}
             ),
             lora=self.lora,
+            checkpoints=run_checkpoints(self.lora),
             datasets=self.training_set.datasets,
             prompts=validation_prompts(self.project),
             output_dir=str(Path(training.output_dir) / "evaluation"),
