@@ -29,6 +29,9 @@ CONFIG: Mapping[str, Any] = {
     "validation_step_interval": 100,
     "evaluation_type": "clip",
     "eval_timesteps": 3,
+    "num_probe_images": 2,
+    "num_caption_samples": 0,
+    "gallery_checkpoints": 0,
     "eval_holdout_share": 0.25,
     "resume_from_checkpoint": "latest",
 }

@@ -1,224 +1,321 @@
-"""The evaluation: eval loss, gallery and CLIP score of the trained model and of its base model."""
+"""The evaluation: eval losses of all checkpoints, selection of one, and its gallery and scores beside those of the base model."""
 
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-from sdxl_pipeline.evaluation.clip_score import ClipScorer, summarize
-from sdxl_pipeline.evaluation.eval_models import EvalModel, load_eval_model
+from sdxl_pipeline.evaluation.checkpoint_images import (
+    BASE,
+    CheckpointImages,
+    column_of,
+    describe_refusal,
+)
+from sdxl_pipeline.evaluation.checkpoint_losses import CheckpointSeries, measure_checkpoints
+from sdxl_pipeline.evaluation.eval_models import load_eval_model
+from sdxl_pipeline.evaluation.evaluation_context import EvaluationContext
+from sdxl_pipeline.evaluation.evaluation_identity import ChangedWeightsError, candidates_of
 from sdxl_pipeline.evaluation.gallery import (
-    GalleryImage,
+    ColumnImage,
+    GalleryColumn,
     Pair,
     comparison_grid,
-    generate,
-    plan_caption_gallery,
-    plan_gallery,
+    plan_columns,
+    read_image,
 )
+from sdxl_pipeline.evaluation.html_report import write_pages
+from sdxl_pipeline.evaluation.overfitting import detect_overfitting, loss_points
 from sdxl_pipeline.evaluation.report import (
     change_since,
     describe_difference,
     metrics,
     paired_difference,
     plot_losses,
+    plot_losses_by_step,
     released_losses,
     write_report,
 )
-from sdxl_pipeline.evaluation.scoring_model import scoring_model_folder, scoring_model_name
+from sdxl_pipeline.evaluation.scoring_model import require_scoring_models, scoring_model_name
+from sdxl_pipeline.evaluation.selection import limit_candidates, require_step, select
 from sdxl_pipeline.files.atomic_files import atomic_path
-from sdxl_pipeline.models.components import load_noise_scheduler
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import (
-    KIND_LABELS,
-    ClipSummary,
+    CheckpointLoss,
+    CheckpointWeights,
     EvaluateSpec,
     EvaluationReport,
-    FailedItem,
-    LossSummary,
-    ValidationImage,
+    Overfitting,
+    Selection,
+    Veto,
 )
 from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError
+from sdxl_pipeline.training.checkpoint.run_identity import settings_affecting_weights
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.data.on_demand_cache import OnDemandEncoders
-from sdxl_pipeline.training.data.samples import Samples
-from sdxl_pipeline.training.diffusion.objective import Objective
-from sdxl_pipeline.training.validation.eval_loss import eval_loss, eval_timesteps, load_eval_images
-from sdxl_pipeline.training.validation.eval_samples import EvalSource, select_eval_samples
+from sdxl_pipeline.training.logging.run_logs import EVAL_LOSS_FILE, EvalRow, read_eval_losses
+from sdxl_pipeline.training.validation.eval_samples import select_eval_samples, select_probe_samples
+
+MAX_REFUSALS: Final = 5
+"""Checkpoints whose images are checked before the last one is evaluated as it is; each costs a gallery and samples."""
 
 
 @dataclass(frozen=True)
-class EvaluationContext:
-    """What every part of the evaluation needs."""
+class Losses:
+    """What the eval losses of a run show; empty with eval_loss_disable."""
 
-    spec: EvaluateSpec
-    eval_model: EvalModel
-    reader: BatchReader
-    samples: Samples
-    reporter: Reporter
-    stop: StopSignal
-
-    @property
-    def label(self) -> str:
-        """The trained model's name in texts."""
-        return KIND_LABELS[self.spec.lora.weights_kind]
+    series: CheckpointSeries | None = None
+    checkpoints: tuple[CheckpointLoss, ...] = ()
+    overfitting: Overfitting | None = None
 
 
-def evaluate(spec: EvaluateSpec, identity: str, reporter: Reporter, stop: StopSignal) -> EvaluationReport:
-    """Measure the trained model and its base model, and write the report, in which `identity` is recorded.
+def evaluate(
+    spec: EvaluateSpec, identity: str, folder: Path, reporter: Reporter, stop: StopSignal
+) -> EvaluationReport:
+    """Measure the checkpoints and their base model, and write the report, in which `identity` is recorded, to `folder`.
 
-    Raises UserError when there is no image to evaluate on, no scoring model, or weights that do not load completely.
+    Raises UserError when there is no image to evaluate on, no scoring model, no checkpoint of the requested step, or weights that do not
+    load completely.
     """
     started = time.monotonic()
     settings = spec.settings
     # Resolved first, so that a missing scoring model fails before anything is computed.
-    clip_folder = (
-        scoring_model_folder(settings, spec.base_model) if settings.evaluation_type == "clip" else None
-    )
+    folders = require_scoring_models(settings, spec.base_model)
+    every = candidates_of(spec)
+    require_step(every, settings.released_checkpoint, spec.lora.released_weights)
+    candidates, left_out = limit_candidates(every, settings.released_checkpoint)
+    if left_out:
+        reporter.log(
+            f"{len(left_out)} of {len({each.step for each in every})} steps are left out of the evaluation, to limit its time: "
+            f"{', '.join(map(str, left_out))}."
+        )
     source, samples = select_eval_samples(spec.datasets, settings, settings.micro_conditioning)
     if not samples:
         raise UserError("there is no image to evaluate on: the datasets' aspect_buckets have no rows")
-    reporter.log(f"Evaluating on {len(samples)} images ({source}).")
+    probe = select_probe_samples(spec.datasets, settings)
+    reporter.log(f"Evaluating {len(candidates)} models on {len(samples)} images ({source}).")
     eval_model = load_eval_model(spec)
     encoders = OnDemandEncoders(spec.base_model, spec.hardware)
     with closing(BatchReader(spec.datasets, encoders, eval_model.online_text_encoder)) as reader:
-        context = EvaluationContext(spec, eval_model, reader, samples, reporter, stop)
-        return _measure(context, identity, source, clip_folder, started)
+        context = EvaluationContext(spec, folder, eval_model, reader, source, samples, probe, reporter, stop)
+        images = CheckpointImages(context, candidates, folders)
+        return _evaluate(context, candidates, images, identity, started)
 
 
-def _measure(
-    context: EvaluationContext, identity: str, source: EvalSource, clip_folder: Path | None, started: float
+def _evaluate(
+    context: EvaluationContext,
+    candidates: Sequence[CheckpointWeights],
+    images: CheckpointImages,
+    identity: str,
+    started: float,
 ) -> EvaluationReport:
     """Return the report; its `seconds` count from `started`."""
-    spec, settings, reporter, label = context.spec, context.spec.settings, context.reporter, context.label
-    output_dir = Path(spec.output_dir)
-    base_loss = lora_loss = to_base = to_release = None
-    loss_plot_path = output_dir / "loss_by_timestep.png"
-    if not settings.eval_loss_disable:
-        base_loss, lora_loss = measure_losses(context)
-        plot_losses(base_loss, lora_loss, label, loss_plot_path)
-        reporter.image("loss_by_timestep", loss_plot_path, f"Eval loss of the base model and the {label}")
-        to_base = paired_difference(lora_loss, dict(base_loss.by_image))
-        reporter.log(
-            f"Eval loss: base model {base_loss.mean:.5f}, {label} {lora_loss.mean:.5f}, difference {describe_difference(to_base)}."
-        )
+    spec, settings, reporter = context.spec, context.spec.settings, context.reporter
+    rows = read_eval_losses(Path(spec.lora.run_dir) / EVAL_LOSS_FILE)
+    losses = Losses() if settings.eval_loss_disable else measure_losses(context, candidates, rows)
+    selection = select_checkpoint(context, candidates, images, losses)
+    selected = next(
+        each for each in candidates if (each.step, each.weights) == (selection.step, selection.weights)
+    )
+    column = column_of(selected)
+    gallery = [*images.gallery(BASE), *images.gallery(column)]
+    for item in images.broken(column):
+        reporter.log(f"The {context.label}'s image {item.name} is broken: {item.reason}.")
+    scores, base_clip, lora_clip = images.scores(column) or (None, None, None)
+    if lora_clip is not None and base_clip is not None:
+        reporter.log(f"CLIP score: base model {base_clip.mean:.2f}, {context.label} {lora_clip.mean:.2f}.")
 
-    gallery = generate_gallery(context)
-    images, gallery_path = save_gallery(context, gallery)
-    base_clip = lora_clip = None
-    if clip_folder is not None:
-        base_clip, lora_clip = score_gallery(clip_folder, spec.hardware.device, gallery)
-        reporter.log(f"CLIP score: base model {base_clip.mean:.2f}, {label} {lora_clip.mean:.2f}.")
-
+    base_loss = lora_loss = base_probe = to_release = None
+    if losses.series is not None:
+        base_loss, base_probe = losses.series.base.held_out, losses.series.base.probe
+        lora_loss = losses.series.checkpoints[selected].held_out
     previous = Path(spec.previous_report_path) if spec.previous_report_path else None
     if previous is not None and lora_loss is not None:
         to_release = paired_difference(lora_loss, released_losses(previous))
     report = EvaluationReport(
         identity=identity,
         reused=False,
+        run_identity=spec.lora.identity,
+        step=selected.step,
+        weights=selected.weights,
         weights_kind=spec.lora.weights_kind,
-        lora_sha256=spec.lora.weights_sha256,
-        eval_source=source,
+        lora_sha256=selected.sha256,
+        eval_source=context.source,
         eval_images=len(context.samples),
         base_loss=base_loss,
         lora_loss=lora_loss,
+        base_probe=base_probe,
+        checkpoints=losses.checkpoints,
+        selected=selection,
+        selected_weights=selected,
+        overfitting=losses.overfitting,
+        scores=scores,
+        memorisation=images.memorisation(column),
         base_clip=base_clip,
         lora_clip=lora_clip,
-        gallery_path=str(gallery_path),
-        images=images,
-        broken_images=tuple(
-            FailedItem(name=after.prompt.name, reason=after.defect)
-            for _, after in gallery
-            if after.defect is not None
-        ),
-        loss_plot_path=str(loss_plot_path) if lora_loss is not None else None,
-        report_path=str(output_dir / "report.md"),
-        difference_to_base=to_base,
+        gallery_path=str(save_grid(context, images, column)),
+        images=tuple(each.image for each in gallery),
+        broken_images=images.broken(column),
+        loss_plot_path=None,
+        report_path=str(context.folder / "report.md"),
+        difference_to_base=paired_difference(lora_loss, dict(base_loss.by_image))
+        if lora_loss is not None and base_loss is not None
+        else None,
         difference_to_release=to_release,
         change_since_release=change_since(previous, metrics(base_loss, lora_loss, base_clip, lora_clip)),
-        seconds=time.monotonic() - started,
+        seconds=0.0,
     )
-    write_report(report, f"run {Path(spec.lora.run_dir).name}", scoring_model_name(settings, spec.base_model))
+    report = report.model_copy(update=save_plots(context, report, rows))
+    report = report.model_copy(
+        update=save_pages(context, report, generate_others(context, candidates, images, column), rows)
+    )
+    report = report.model_copy(update={"seconds": time.monotonic() - started})
+    write_report(report, _title(context), scoring_model_name(settings, spec.base_model))
     return report
 
 
-def measure_losses(context: EvaluationContext) -> tuple[LossSummary, LossSummary]:
-    """Return the eval loss of the base model and of the trained model, on the same images, timesteps and noise."""
-    spec, pipeline = context.spec, context.eval_model.pipeline
-    scheduler = load_noise_scheduler(spec.base_model, spec.settings.scheduler_changes)
-    objective = Objective.plain(scheduler)
-    timesteps = eval_timesteps(spec.settings.eval_timesteps, scheduler.config.num_train_timesteps)
+def measure_losses(
+    context: EvaluationContext, candidates: Sequence[CheckpointWeights], rows: Sequence[EvalRow]
+) -> Losses:
+    """Return the losses of all candidates, and whether they show over-fitting; `rows` are those measured during the training."""
+    series = measure_checkpoints(context, candidates)
+    released = context.spec.lora.released_weights
+    checkpoints = series.compared(released, held_out=len(context.held_out) > 0)
+    of_kind = [loss for loss in checkpoints if loss.weights == released]
+    overfitting = detect_overfitting(
+        loss_points(of_kind, rows, series.base.held_out),
+        of_kind[-1].gap,
+        context.source,
+        len(context.samples),
+    )
+    context.reporter.log(overfitting.text)
+    return Losses(series, checkpoints, overfitting)
 
-    def measure(name: str) -> LossSummary:
-        def on_batch(done: int, total: int) -> None:
-            context.reporter.progress(f"eval loss, {name}", done, total, "pairs")
-            context.stop.raise_if_requested()
 
-        # read once per model, since each model may have its own text encoders
-        images = load_eval_images(context.samples, context.reader, pipeline.vae.config.scaling_factor)
-        return eval_loss(
-            pipeline.unet, objective, images, timesteps, spec.settings.train_batch_size, on_batch
+def select_checkpoint(
+    context: EvaluationContext,
+    candidates: Sequence[CheckpointWeights],
+    images: CheckpointImages,
+    losses: Losses,
+) -> Selection:
+    """Return the selected checkpoint: that of the rule, again without it as long as its images are refused.
+
+    A requested checkpoint is selected even if its images are refused. After MAX_REFUSALS refusals no further checkpoint is tried.
+    """
+    spec = context.spec
+    requested, kind = spec.settings.released_checkpoint, spec.lora.released_weights
+    selectable = {each.step: each for each in candidates if each.weights == kind}
+    vetoes = list(losses.series.vetoes) if losses.series is not None else []
+    compares_subjects = spec.settings.pretrained_similarity_model_name_or_path is not None
+    refused: list[int] = []
+    while True:
+        steps = refused if len(refused) == MAX_REFUSALS else list(selectable)
+        selection = select(losses.checkpoints, steps, requested, kind, vetoes)
+        if compares_subjects and not selection.vetoed and len(selection.within_one_error) > 1:
+            found = {
+                step: images.similarities(column_of(selectable[step])) for step in selection.within_one_error
+            }
+            similarities = {step: values for step, values in found.items() if values is not None}
+            selection = select(losses.checkpoints, steps, requested, kind, vetoes, similarities)
+        if selection.vetoed:
+            break
+        weights = selectable[selection.step]
+        try:
+            reason = images.refusal(column_of(weights))
+        except ChangedWeightsError as error:
+            if weights.is_final or weights.name == requested:
+                raise
+            reason = str(error)
+        if reason is None:
+            break
+        context.reporter.log(describe_refusal(weights, reason))
+        vetoes.append(Veto(step=weights.step, reason=reason))
+        refused.append(weights.step)
+    context.reporter.log(selection.text)
+    return selection
+
+
+def generate_others(
+    context: EvaluationContext,
+    candidates: Sequence[CheckpointWeights],
+    images: CheckpointImages,
+    selected: GalleryColumn,
+) -> list[ColumnImage]:
+    """Return the gallery of other checkpoints and of other scales of the selected one; those whose files have changed are left out."""
+    settings = context.spec.settings
+    scales = settings.gallery_scales if context.spec.lora.weights_kind == "lora" else ()
+    steps = [each.step for each in candidates if each.weights == selected.weights]
+    others = []
+    for column in plan_columns(steps, selected, settings.gallery_checkpoints, scales):
+        if column in (BASE, selected):
+            continue
+        try:
+            others += images.gallery(column)
+        except ChangedWeightsError as error:
+            context.reporter.log(f"The gallery leaves out {column.title}: {error}.")
+    return others
+
+
+def save_grid(context: EvaluationContext, images: CheckpointImages, column: GalleryColumn) -> Path:
+    """Write the grid that compares a checkpoint with the base model, and return its path."""
+    pairs = [
+        Pair(read_image(before.image.path), read_image(after.image.path), after.image.prompt)
+        for before, after in zip(images.gallery(BASE), images.gallery(column), strict=True)
+    ]
+    path = context.folder / "gallery.png"
+    with atomic_path(path) as temporary:
+        comparison_grid(pairs, ("base model", f"{context.label}, {column.step} steps")).save(
+            temporary, format="PNG"
         )
-
-    with context.eval_model.base():
-        base = measure("base model")
-    return base, measure(context.label)
+    context.reporter.image("gallery", path, f"Base model beside {context.label}", step=column.step)
+    return path
 
 
-def generate_gallery(context: EvaluationContext) -> list[tuple[GalleryImage, GalleryImage]]:
-    """Return (base model's, trained model's) image of every gallery prompt: the validation prompts, or captions if there are none."""
-    spec, pipeline = context.spec, context.eval_model.pipeline
-    zeros = bool(pipeline.config.force_zeros_for_empty_prompt)
-
-    def generate_all(finished: int) -> list[GalleryImage]:
-        if spec.prompts:
-            prompts = plan_gallery(spec.prompts, spec.settings, context.reader, zeros)
-        else:
-            prompts = plan_caption_gallery(
-                context.samples, spec.datasets, spec.settings, context.reader, zeros
-            )
-        images = []
-        for done, prompt in enumerate(prompts, finished):
-            context.reporter.progress("gallery", done, 2 * len(prompts), "images")
-            images.append(generate(pipeline, prompt, spec.settings, context.stop.raise_if_requested))
-        return images
-
-    with context.eval_model.base():
-        before = generate_all(0)
-    after = generate_all(len(before))
-    context.reporter.progress("gallery", 2 * len(after), 2 * len(after), "images")
-    return list(zip(before, after, strict=True))
+def save_plots(
+    context: EvaluationContext, report: EvaluationReport, rows: Sequence[EvalRow]
+) -> dict[str, str]:
+    """Write the plots of the losses by timestep and by step, and return their paths as fields of the report; none without losses."""
+    if report.base_loss is None or report.lora_loss is None:
+        return {}
+    by_timestep, by_step = context.folder / "loss_by_timestep.png", context.folder / "loss_by_step.png"
+    plot_losses(report.base_loss, report.lora_loss, context.label, by_timestep)
+    plot_losses_by_step(report, rows, by_step)
+    context.reporter.image(
+        "loss_by_timestep", by_timestep, f"Eval loss of the base model and the {context.label}"
+    )
+    context.reporter.image("loss_by_step", by_step, "Eval loss by step")
+    if report.difference_to_base is not None:
+        context.reporter.log(
+            f"Eval loss: base model {report.base_loss.mean:.5f}, {context.label} {report.lora_loss.mean:.5f}, difference "
+            f"{describe_difference(report.difference_to_base)}."
+        )
+    return {"loss_plot_path": str(by_timestep), "loss_by_step_path": str(by_step)}
 
 
-def save_gallery(
-    context: EvaluationContext, gallery: list[tuple[GalleryImage, GalleryImage]]
-) -> tuple[tuple[ValidationImage, ...], Path]:
-    """Write every image, those of the base model as step 0, and the grid that compares them; return both."""
-    output_dir, steps, label = Path(context.spec.output_dir), context.spec.lora.steps, context.label
-    images = []
-    for before, after in gallery:
-        for generated, folder, step in ((before, "base", 0), (after, "lora", steps)):
-            prompt = generated.prompt
-            path = generated.save(output_dir / "images" / folder)
-            images.append(
-                ValidationImage(
-                    step=step, name=prompt.name, prompt=prompt.text, path=str(path), seed=prompt.seed
-                )
-            )
-        if after.defect is not None:
-            context.reporter.log(f"The {label}'s image {after.prompt.name} is broken: {after.defect}.")
-    pairs = [Pair(before.image, after.image, after.prompt.text) for before, after in gallery]
-    gallery_path = output_dir / "gallery.png"
-    with atomic_path(gallery_path) as temporary:
-        comparison_grid(pairs, ("base model", f"{label}, {steps} steps")).save(temporary, format="PNG")
-    context.reporter.image("gallery", gallery_path, f"Base model beside {label}", step=steps)
-    return tuple(images), gallery_path
+def save_pages(
+    context: EvaluationContext,
+    report: EvaluationReport,
+    others: Sequence[ColumnImage],
+    rows: Sequence[EvalRow],
+) -> dict[str, str | None]:
+    """Write the HTML pages, and return their paths as fields of the report."""
+    lora = context.spec.lora
+    names = dict.fromkeys([*lora.trained_images, *lora.held_out_images])
+    pages = write_pages(
+        report,
+        context.folder,
+        title=_title(context),
+        gallery=[each.image for each in others],
+        training_losses=rows,
+        settings=settings_affecting_weights(context.spec.settings),
+        data_dirs={dataset.dataset_id: dataset.data_dir for dataset in context.spec.datasets},
+        images_by_dataset={
+            name: (lora.trained_images.get(name, 0), lora.held_out_images.get(name, 0)) for name in names
+        },
+    )
+    return {"html_path": str(pages.report), "blind_ab_path": str(pages.blind_ab) if pages.blind_ab else None}
 
 
-def score_gallery(
-    clip_folder: Path, device: str, gallery: list[tuple[GalleryImage, GalleryImage]]
-) -> tuple[ClipSummary, ClipSummary]:
-    """Return the CLIP score of the base model's and of the trained model's images."""
-    scorer = ClipScorer(clip_folder, device)
-    prompts = [before.prompt.text for before, _ in gallery]
-    base = summarize(scorer.scores([before.image for before, _ in gallery], prompts))
-    return base, summarize(scorer.scores([after.image for _, after in gallery], prompts))
+def _title(context: EvaluationContext) -> str:
+    return f"run {Path(context.spec.lora.run_dir).name}"

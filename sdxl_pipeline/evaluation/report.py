@@ -3,20 +3,25 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sdxl_pipeline.files.atomic_files import atomic_path, write_text_atomic
 from sdxl_pipeline.runtime.specs import (
     KIND_LABELS,
+    CheckpointLoss,
+    CheckpointWeights,
     ClipSummary,
     EvaluationReport,
     LossSummary,
+    Memorisation,
     PairedDifference,
+    Scores,
 )
+from sdxl_pipeline.training.logging.run_logs import EvalRow
 
-BASE_COLOUR, LORA_COLOUR = "#8a8a8a", "#1f5fa8"
+BASE_COLOUR, LORA_COLOUR, PROBE_COLOUR = "#8a8a8a", "#1f5fa8", "#c46a16"
 WIDE_RANGE = 5
 """Losses that differ by more than this factor are plotted on a logarithmic axis."""
 
@@ -100,7 +105,12 @@ def portable_report(report: EvaluationReport, scoring_model: str | None) -> dict
             "gallery_path": True,
             "loss_plot_path": True,
             "report_path": True,
+            "html_path": True,
+            "blind_ab_path": True,
+            "loss_by_step_path": True,
             "images": {"__all__": {"path"}},
+            "selected_weights": {"path"},
+            "memorisation": {"pairs", "sheet_path"},
         },
     )
     values = report_metrics(report)
@@ -129,8 +139,21 @@ def markdown_report(report: EvaluationReport, project: str, scoring_model: str |
     if report.broken_images:
         parts.append("**Broken images:**\n")
         parts.append("".join(f"- {item.name}: {item.reason}\n" for item in report.broken_images))
+    if report.selected is not None:
+        parts.append(f"{report.selected.text}\n")
     parts += ["## Metrics\n", metrics_table(report), ""]
     parts.append(f"{describe_measurement(report, scoring_model)}\n")
+    if report.checkpoints:
+        parts.append("## Eval loss by step\n")
+        if report.loss_by_step_path is not None:
+            parts.append(f"![eval loss by step]({link(report.loss_by_step_path)})\n")
+        parts.append(checkpoint_table(report.checkpoints))
+        if report.overfitting is not None:
+            parts.append(f"{report.overfitting.text}\n")
+    if report.scores is not None:
+        parts += ["## Scores\n", score_table(report.scores)]
+    if report.memorisation is not None:
+        parts += ["## Memorisation\n", memorisation_section(report.memorisation, link)]
     if report.base_loss is not None and report.lora_loss is not None:
         parts.append("## Eval loss by timestep\n")
         if report.loss_plot_path is not None:
@@ -154,6 +177,69 @@ def metrics_table(report: EvaluationReport) -> str:
             row += f" {change:+.3g} |" if change is not None else " |"
         lines.append(row)
     return "\n".join(lines) + "\n"
+
+
+def describe_checkpoint(weights: CheckpointWeights | CheckpointLoss) -> str:
+    """Return the name of a checkpoint in texts."""
+    return f"step {weights.step}" + (" (EMA)" if weights.weights == "ema" else "")
+
+
+def checkpoint_table(losses: Iterable[CheckpointLoss]) -> str:
+    """Return the losses of all checkpoints as a Markdown table; differences with one standard error."""
+    lines = [
+        "| checkpoint | eval loss | to the base model | to the lowest | train probe | gap |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for loss in losses:
+        cells = [
+            describe_checkpoint(loss),
+            f"{loss.held_out.mean:.5f}",
+            with_error(loss.to_base.mean, loss.to_base.standard_error),
+            "" if loss.to_best is None else with_error(loss.to_best.mean, loss.to_best.standard_error),
+            "" if loss.probe is None else f"{loss.probe.mean:.5f}",
+            "" if loss.gap is None else with_error(loss.gap.mean, loss.gap.standard_error),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def score_table(scores: Scores) -> str:
+    """Return the scores as a Markdown table, with what limits them and which are omitted as sentences."""
+    lines = [
+        "| score | base model | selected checkpoint | difference | training images |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, pair in (
+        ("CLIP score", scores.clip),
+        ("subject fidelity", scores.fidelity),
+        ("diversity", scores.diversity),
+    ):
+        if pair is not None:
+            difference = with_error(pair.difference.mean, pair.difference.standard_error)
+            ceiling = "" if pair.ceiling is None else f"{pair.ceiling:.4g}"
+            lines.append(f"| {name} | {pair.base:.4g} | {pair.lora:.4g} | {difference} | {ceiling} |")
+    base, lora = scores.cmmd_base, scores.cmmd_lora
+    if base is not None and lora is not None and base.value is not None and lora.value is not None:
+        lines.append(f"| CMMD | {base.value:.3f} | {lora.value:.3f} | | |")
+    sentences = [*scores.notes.values(), *scores.omitted.values()]
+    if lora is not None:
+        sentences.append(lora.text)
+    return "\n".join(lines) + "\n\n" + "\n".join(f"- {text.removesuffix('.')}." for text in sentences) + "\n"
+
+
+def memorisation_section(memorisation: Memorisation, link: Callable[[str], str]) -> str:
+    """Return the result of the check for copies as Markdown, with its image."""
+    image = (
+        ""
+        if memorisation.sheet_path is None
+        else f"![generated images beside training images]({link(memorisation.sheet_path)})\n\n"
+    )
+    return f"{image}{memorisation.text}\n"
+
+
+def with_error(mean: float, error: float | None) -> str:
+    """Return a signed number with its standard error."""
+    return f"{mean:+.2g}" + ("" if error is None else f" ± {error:.1g}")
 
 
 def describe_measurement(report: EvaluationReport, scoring_model: str | None) -> str:
@@ -224,6 +310,59 @@ def plot_losses(base: LossSummary, lora: LossSummary, label: str, path: Path) ->
     if max(before + after) > WIDE_RANGE * min(before + after):
         axes.set_yscale("log")  # on a linear axis only the largest losses would be distinguishable
     axes.set(xlabel="timestep (0 is a clean image)", ylabel="eval loss", title="Eval loss by timestep")
+    axes.grid(alpha=0.25, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+
+
+def plot_losses_by_step(report: EvaluationReport, rows: Iterable[EvalRow], path: Path) -> None:
+    """Write a PNG of the eval loss and the train probe by step, with the selected step and the range of over-fitting.
+
+    Checkpoints of the selected kind of weights, and losses that were measured during the training on the same images (`rows`).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    assert report.base_loss is not None
+    base, base_probe = report.base_loss, report.base_probe
+    images = {name for name, _ in base.by_image}
+    held_out, probe = {0: base.mean}, {0: base_probe.mean} if base_probe is not None else {}
+    same = [row for row in rows if row.step and {name for name, _ in row.loss.by_image} == images]
+    for step, loss, of_probe in [
+        *((row.step, row.loss, row.probe) for row in same),
+        *(
+            (each.step, each.held_out, each.probe)
+            for each in report.checkpoints
+            if each.weights == report.weights
+        ),
+    ]:
+        held_out[step] = loss.mean
+        if of_probe is not None:
+            probe[step] = of_probe.mean
+    figure = Figure(figsize=(7.2, 3.8), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    measured_on = "training images" if report.eval_source == "training images" else "held-out images"
+    for losses, colour, name in ((held_out, LORA_COLOUR, measured_on), (probe, PROBE_COLOUR, "train probe")):
+        if losses:
+            steps = sorted(losses)
+            axes.plot(
+                steps, [losses[step] for step in steps], color=colour, marker="o", markersize=3.5, label=name
+            )
+    axes.axvline(
+        report.step, color=BASE_COLOUR, linestyle="--", linewidth=1, label=f"selected: step {report.step}"
+    )
+    if report.overfitting is not None and report.overfitting.from_step is not None:
+        start = report.overfitting.from_step
+        axes.axvspan(
+            start, max(held_out), color="#b3261e", alpha=0.12, label=f"over-fitting from step {start}"
+        )
+    values = [*held_out.values(), *probe.values()]
+    if max(values) > WIDE_RANGE * min(values):
+        axes.set_yscale("log")
+    axes.set(xlabel="step (0 is the base model)", ylabel="eval loss", title="Eval loss by step")
     axes.grid(alpha=0.25, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -10,18 +10,33 @@ from sdxl_pipeline.evaluation.report import (
     METRIC_LABELS,
     change_since,
     metrics_table,
+    paired_difference,
     plot_losses,
+    plot_losses_by_step,
     portable_report,
     report_metrics,
     write_report,
 )
 from sdxl_pipeline.runtime.specs import (
+    CheckpointLoss,
+    CheckpointWeights,
     ClipSummary,
+    Cmmd,
     EvaluationReport,
     FailedItem,
     LossSummary,
+    Memorisation,
+    MemorisedPair,
+    Overfitting,
+    PairedDifference,
+    ProbeGap,
+    ScorePair,
+    Scores,
+    Selection,
     ValidationImage,
 )
+from sdxl_pipeline.training.logging.run_logs import EvalRow
+from tests.support.eval_losses import around
 
 BASE = LossSummary(mean=0.4, by_timestep=((125, 0.6), (875, 0.2)))
 LORA = LossSummary(mean=0.1, by_timestep=((125, 0.15), (875, 0.05)))
@@ -50,6 +65,74 @@ def make_report(folder: Path, **changes: object) -> EvaluationReport:
         "seconds": 1.5,
     }
     return EvaluationReport.model_validate(values | changes)
+
+
+def make_complete_report(folder: Path) -> EvaluationReport:
+    """Return a report with every part: three checkpoints, the second selected, over-fitting from the third, one copy."""
+    base, losses = around(0.4), {10: around(0.3), 20: around(0.2), 30: around(0.25, 0.01)}
+    pair = ScorePair(
+        base=20.0, lora=25.0, difference=PairedDifference(images=4, mean=5.0, standard_error=1.0)
+    )
+    return make_report(
+        folder,
+        step=20,
+        base_loss=base,
+        lora_loss=losses[20],
+        base_probe=base,
+        loss_by_step_path=str(folder / "loss_by_step.png"),
+        html_path=str(folder / "report.html"),
+        blind_ab_path=str(folder / "blind_ab.html"),
+        checkpoints=tuple(
+            CheckpointLoss(
+                step=step,
+                weights="trained",
+                sha256="ab" * 32,
+                held_out=loss,
+                probe=around(1 / step),
+                to_base=paired_difference(loss, dict(base.by_image)),
+                to_best=paired_difference(loss, dict(losses[20].by_image)),
+                gap=ProbeGap(mean=0.01, standard_error=0.002),
+            )
+            for step, loss in losses.items()
+        ),
+        selected=Selection(
+            requested="best", step=20, weights="trained", best_step=20, text="Step 20 is selected: it is."
+        ),
+        selected_weights=CheckpointWeights(
+            step=20,
+            epochs=1,
+            samples=20,
+            weights="trained",
+            path=str(folder / "step-00000020"),
+            sha256="ab" * 32,
+            is_final=False,
+        ),
+        overfitting=Overfitting(
+            conclusive=True, from_step=30, gap=None, text="Over-fitting from step 30: so."
+        ),
+        scores=Scores(
+            clip=pair,
+            cmmd_lora=Cmmd(value=None, images=(4, 4), status="refused", text="CMMD: refused"),
+            omitted={"diversity": "Diversity: not measured"},
+        ),
+        memorisation=Memorisation(
+            samples=4,
+            flagged=1,
+            limit=0.1,
+            calibrated_on=8,
+            pairs=(
+                MemorisedPair(
+                    image_path=str(folder / "sample.png"),
+                    nearest="zorps/secret.png",
+                    similarity=1.0,
+                    correlation=1.0,
+                    flagged=True,
+                ),
+            ),
+            sheet_path=str(folder / "memorisation.png"),
+            text="1 of 4 images are copies.",
+        ),
+    )
 
 
 def test_report_metrics_all_have_labels_and_loss_ratio(tmp_path: Path):
@@ -103,6 +186,44 @@ def test_write_report_contains_no_local_path(tmp_path: Path):
     data = portable_report(report, None)
     assert data == json.loads(json.dumps(data))
     assert data["images"] == [{"step": 40, "name": "star", "prompt": "a star", "seed": 1, "scale": 1.0}]
+
+
+def test_write_report_of_checkpoints_publishes_no_path_and_no_training_image(tmp_path: Path):
+    write_report(make_complete_report(tmp_path), "demo", "bundled:tiny-clip")
+    published = (tmp_path / "report.json").read_text()
+    assert str(tmp_path) not in published
+    assert "secret.png" not in published
+    content = json.loads(published)
+    assert "pairs" not in content["memorisation"]
+    assert (content["memorisation"]["flagged"], content["selected"]["step"]) == (1, 20)
+    assert "path" not in content["selected_weights"]
+    text = (tmp_path / "report.md").read_text()
+    assert str(tmp_path) not in text
+    for part in (
+        "Step 20 is selected: it is.",
+        "| step 30 | 0.25000 | -0.15 ± 0.006 | +0.05 ± 0.006 | 0.03333 | +0.01 ± 0.002 |",
+        "Over-fitting from step 30: so.",
+        "| CLIP score | 20 | 25 | +5 ± 1 |  |",
+        "- Diversity: not measured.",
+        "- CMMD: refused.",
+        "1 of 4 images are copies.",
+        "(memorisation.png)",
+        "(loss_by_step.png)",
+    ):
+        assert part in text
+
+
+def test_plot_losses_by_step_has_both_curves_and_the_range_of_overfitting(tmp_path: Path):
+    report = make_complete_report(tmp_path)
+    rows = [EvalRow(step=15, loss=around(0.25), probe=around(0.1))]
+    for name, changes in (("marked", {}), ("plain", {"overfitting": None})):
+        plot_losses_by_step(report.model_copy(update=changes), rows, tmp_path / f"{name}.png")
+    with Image.open(tmp_path / "marked.png") as plot:
+        marked = {colour for _, colour in plot.convert("RGB").getcolors(1 << 20) or []}
+    with Image.open(tmp_path / "plain.png") as plot:
+        plain = {colour for _, colour in plot.convert("RGB").getcolors(1 << 20) or []}
+    assert {(0x1F, 0x5F, 0xA8), (0xC4, 0x6A, 0x16)} <= marked & plain
+    assert any(red - green > 20 and red - blue > 20 for red, green, blue in marked - plain)
 
 
 def test_write_report_without_measurements_reports_it(tmp_path: Path):

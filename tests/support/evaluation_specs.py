@@ -1,10 +1,13 @@
 """Builders of a LoRA with random weights and of the spec of its evaluation, without running the earlier stages."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from sdxl_pipeline.config.hardware_profiles import PRESETS
 from sdxl_pipeline.config.schema.training import TrainingSettings
@@ -13,6 +16,7 @@ from sdxl_pipeline.models.adapters.adapter import adapted_module_names, add_lora
 from sdxl_pipeline.models.base_model import BUNDLED_MODEL, ResolvedModel, resolve_base_model
 from sdxl_pipeline.models.components import load_unet
 from sdxl_pipeline.runtime.specs import (
+    CheckpointWeights,
     EvaluateSpec,
     TrainedLora,
     ValidationPrompt,
@@ -35,6 +39,8 @@ def tiny_settings(**changes: object) -> TrainingSettings:
             "validation_num_inference_steps": 2,
             "validation_seed": 7,
             "eval_timesteps": 4,
+            "num_probe_images": 2,
+            "num_caption_samples": 0,
             "evaluation_type": "clip",
             "train_batch_size": 3,
             "lora_rank": 4,
@@ -95,6 +101,36 @@ def make_lora(
         loss_curve_path=str(path.parent / "loss.png"),
         validation_sheet_path=None,
         validation_images=(),
+    )
+
+
+def make_checkpoints(lora: TrainedLora, scales: Mapping[int, float]) -> tuple[CheckpointWeights, ...]:
+    """Return checkpoints of `lora`'s run by step, whose updates are those of the final weights times a scale, and the final weights."""
+    final = load_file(lora.weights_path)
+    found = []
+    for step, scale in scales.items():
+        path = Path(lora.run_dir) / "checkpoints" / f"step-{step:08d}" / Path(lora.weights_path).name
+        path.parent.mkdir(parents=True)
+        with safe_open(lora.weights_path, framework="pt") as file:
+            header = file.metadata()
+        save_file(
+            {name: value * scale if "lora_B" in name else value for name, value in final.items()},
+            path,
+            header,
+        )
+        found.append((step, path, sha256_file(path), False))
+    found.append((lora.steps, Path(lora.weights_path), lora.weights_sha256, True))
+    return tuple(
+        CheckpointWeights(
+            step=step,
+            epochs=step / 20,
+            samples=3 * step,
+            weights="trained",
+            path=str(path),
+            sha256=digest,
+            is_final=is_final,
+        )
+        for step, path, digest, is_final in found
     )
 
 

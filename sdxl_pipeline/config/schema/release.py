@@ -21,7 +21,8 @@ class ReleaseSettings(SettingsModel):
         Field(
             "best",
             description="The checkpoint that is evaluated and published. best: the earliest one within one standard error of the lowest eval loss; "
-            'last: the final weights; or a step, such as "step-500".',
+            'last: the final weights; or a step, such as "step-500". The eval losses of all kept checkpoints are measured either way, of at most 20 '
+            "steps: with SDXL each costs num_eval_images x eval_timesteps forward passes, some minutes on a GPU; checkpoints_total_limit keeps fewer.",
         )
     )
     lora_format: Annotated[
