@@ -3,6 +3,7 @@
 import dagster as dg
 
 from assets.aspect_buckets import build_aspect_buckets
+from assets.asset_keys import require_distinct_keys
 from assets.base_model import build_base_model
 from assets.checks.data_checks import build_leak_checks, build_regularisation_checks
 from assets.dataset import build_dataset
@@ -22,7 +23,7 @@ def build_assets(project: Project) -> list[dg.AssetsDefinition]:
     """Return all assets of one project, and the checks that compare its datasets with each other.
 
     Each image dataset has its own assets, and one for its masks if it has some; model, training plan, LoRA, evaluation and release
-    exist once.
+    exist once. Raises ProjectError if two of them have one key.
     """
     datasets = [
         build(project, dataset)
@@ -34,7 +35,7 @@ def build_assets(project: Project) -> list[dg.AssetsDefinition]:
         for dataset in project.datasets
         if (entry := project.masks_of(dataset))
     ]
-    return [
+    definitions = [
         *([build_generated_images(project)] if generates_images(project) else []),
         build_base_model(project),
         build_training_plan(project),
@@ -48,6 +49,8 @@ def build_assets(project: Project) -> list[dg.AssetsDefinition]:
         build_evaluation(project),
         build_hub_release(project),
     ]
+    require_distinct_keys(project, (key for definition in definitions for key in definition.keys))
+    return definitions
 
 
 def build_invalid_project(invalid: InvalidProject) -> dg.AssetsDefinition:

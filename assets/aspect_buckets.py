@@ -8,9 +8,8 @@ import pandas as pd
 
 from assets.asset_keys import asset_attributes, dataset_key, version
 from assets.checks import data_checks
-from assets.errors import user_errors_as_failures
+from assets.event_log import log_progress, user_errors_as_failures
 from assets.metadata import crop_plan_metadata
-from assets.progress import log_progress
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.schema.datasets import ImageDataset
@@ -36,7 +35,7 @@ def holdout_share(project: Project, dataset: ImageDataset) -> float:
 
 
 def build_aspect_buckets(project: Project, dataset: ImageDataset) -> dg.AssetsDefinition:
-    """Return `<project>/<dataset>/aspect_buckets`."""
+    """Return `<project>/<dataset>_aspect_buckets`."""
     key = dataset_key(project, dataset, "aspect_buckets")
     share = holdout_share(project, dataset)
     held_out = share > 0 and dataset.dataset_type != "eval"
@@ -47,7 +46,7 @@ def build_aspect_buckets(project: Project, dataset: ImageDataset) -> dg.AssetsDe
 
     @dg.asset(
         key=key,
-        **asset_attributes(project, "data", "pandas", "parquet"),
+        **asset_attributes(project, "data", "pandas", "parquet", dataset=dataset),
         ins={"scanned": dg.AssetIn(key=dataset_key(project, dataset, "dataset"), dagster_type=pd.DataFrame)},
         code_version=version(CODE, [geometry, share, project.training.seed]),
         check_specs=[

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import dagster as dg
 
 from assets.asset_keys import asset_attributes, project_key, version
-from assets.errors import user_errors_as_failures
+from assets.event_log import user_errors_as_failures
 from assets.metadata import base_model_metadata
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project

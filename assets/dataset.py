@@ -9,11 +9,9 @@ from pydantic import Field
 
 from assets.asset_keys import asset_attributes, dataset_key, project_key, version
 from assets.checks import data_checks
-from assets.errors import user_errors_as_failures
+from assets.event_log import log_progress, user_errors_as_failures
 from assets.generated_images import generates_images
-from assets.metadata import caption_filter_metadata, dataset_metadata, download_metadata
-from assets.metadata_values import names_list
-from assets.progress import log_progress
+from assets.metadata import caption_filter_metadata, dataset_metadata, download_metadata, names_list
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.schema.datasets import ImageDataset
@@ -41,7 +39,7 @@ class DatasetRunConfig(dg.Config):
 
 
 def build_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefinition:
-    """Return `<project>/<dataset>/dataset`."""
+    """Return `<project>/<dataset>_dataset`."""
     key = dataset_key(project, entry, "dataset")
     dataset = complete_caption_settings(entry, project.text_embeds_of(entry), project.training.seed)
     settings = dataset.model_dump(mode="json", include=SETTINGS)
@@ -49,7 +47,7 @@ def build_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefinition:
     @dg.asset(
         key=key,
         deps=[project_key(project, "generated_images")] if generates_images(project) else [],
-        **asset_attributes(project, "data", "pandas", "parquet"),
+        **asset_attributes(project, "data", "pandas", "parquet", dataset=dataset),
         code_version=version(CODE, [settings, filter_digest(dataset.caption_filter_list)]),
         check_specs=[check.spec(key) for check in data_checks.DATASET_CHECKS],
         description=f"Every file of {describe_source(dataset)}: kept, or dropped with a reason.",

@@ -8,13 +8,11 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from assets.asset_keys import asset_attributes, project_key, version
-from assets.dataset_inputs import model_input
-from assets.errors import user_errors_as_failures
+from assets.asset_keys import asset_attributes, model_input, project_key, training_set_input, version
 from assets.evaluation import release_dir
+from assets.event_log import user_errors_as_failures
 from assets.lora import read_training_spec
 from assets.metadata import release_metadata
-from assets.training_set import training_set_input
 from resources.hub import HubResource
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.schema.key_facts import keys_used_by

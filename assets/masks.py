@@ -11,9 +11,8 @@ from assets.asset_keys import asset_attributes, dataset_key, version
 from assets.checks.check import Check
 from assets.checks.data_checks import FILE_COUNTS_CONSISTENT, check_file_counts
 from assets.dataset import DatasetRunConfig, describe_source, scan_files
-from assets.errors import user_errors_as_failures
-from assets.metadata import SAMPLES, mask_dataset_metadata
-from assets.metadata_values import MAX_NAMES, dropped_table, inline_image
+from assets.event_log import user_errors_as_failures
+from assets.metadata import MAX_NAMES, SAMPLES, dropped_table, inline_image, mask_dataset_metadata
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.schema.datasets import ImageDataset, MaskKind
@@ -37,12 +36,12 @@ NO_UNUSED_MASKS = Check("no_unused_masks", "Every mask belongs to an image that 
 
 
 def build_mask_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefinition:
-    """Return `<project>/<masks>/dataset`."""
+    """Return `<project>/<masks>_dataset`."""
     key = dataset_key(project, entry, "dataset")
 
     @dg.asset(
         key=key,
-        **asset_attributes(project, "data", "pandas", "parquet"),
+        **asset_attributes(project, "data", "pandas", "parquet", dataset=entry),
         code_version=version(CODE, entry.model_dump(mode="json", include=SOURCE)),
         check_specs=[check.spec(key) for check in (USABLE_MASKS, FILE_COUNTS_CONSISTENT)],
         description=f"Every file of {describe_source(entry)}: a mask, or dropped with a reason.",
@@ -74,13 +73,13 @@ def build_mask_dataset(project: Project, entry: ImageDataset) -> dg.AssetsDefini
 
 
 def build_masks(project: Project, dataset: ImageDataset, entry: ImageDataset) -> dg.AssetsDefinition:
-    """Return `<project>/<dataset>/masks`: the masks of `entry` paired with the images of `dataset`."""
+    """Return `<project>/<dataset>_masks`: the masks of `entry` paired with the images of `dataset`."""
     key = dataset_key(project, dataset, "masks")
     kind = mask_kind(entry)
 
     @dg.asset(
         key=key,
-        **asset_attributes(project, "data", "pandas", "parquet"),
+        **asset_attributes(project, "data", "pandas", "parquet", dataset=dataset),
         ins={
             "scanned": dg.AssetIn(key=dataset_key(project, dataset, "dataset"), dagster_type=pd.DataFrame),
             "mask_files": dg.AssetIn(key=dataset_key(project, entry, "dataset"), dagster_type=pd.DataFrame),

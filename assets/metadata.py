@@ -1,22 +1,19 @@
-"""The metadata of each asset, rendered from its value: a manifest, or a table of a dataset."""
+"""Metadata of assets: images, tables and lists small enough for the event log, and what is shown of datasets, plans, models and releases.
 
-from collections.abc import Sequence
+Full-size files are stored on disk. What is shown of a device stage is a method of its `StageAsset`.
+"""
+
+import base64
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import numpy as np
 import pandas as pd
+from PIL import Image
 
-from assets.metadata_values import (
-    drop_none,
-    dropped_table,
-    inline_image,
-    markdown_table,
-    model_card,
-    names_list,
-)
-from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.data.buckets.crop_plan import images_per_bucket
 from sdxl_pipeline.data.captions.caption_filters import CaptionFilter
 from sdxl_pipeline.data.quality.contact_sheets import (
@@ -24,29 +21,103 @@ from sdxl_pipeline.data.quality.contact_sheets import (
     caption_length_histogram,
     contact_sheet,
     resolution_scatter,
+    to_jpeg,
 )
-from sdxl_pipeline.data.scan.dataset_fingerprint import OVERRIDES_ENTRY
 from sdxl_pipeline.data.sources import FetchResult
-from sdxl_pipeline.evaluation.report import describe_difference
-from sdxl_pipeline.models.adapters.init_adapter_source import initial_adapter_digest
 from sdxl_pipeline.models.base_model import ResolvedModel
-from sdxl_pipeline.release.release_inputs import adapter_name
-from sdxl_pipeline.runtime.specs import (
-    KIND_LABELS,
-    ClipSummary,
-    EvaluationReport,
-    HubRelease,
-    LatentCache,
-    SettingDifference,
-    TextEmbedCache,
-    TrainedLora,
-    TrainingPlan,
-    TrainingSet,
-    TrainSpec,
-)
+from sdxl_pipeline.runtime.specs import HubRelease, TrainingPlan, TrainingSet
 
 SAMPLES = 12
 """Images of a contact sheet."""
+MAX_IMAGE_BYTES = 300_000
+"""Largest JPEG in a metadata value: the event log's database grows by about four times its size."""
+MAX_CARD_IMAGE_BYTES = 100_000
+"""Largest JPEG of a model card, which has several."""
+MAX_NAMES = 20
+
+_LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^()\s]+)\)")
+_CODE = re.compile(r"(```.*?```)", re.DOTALL)
+
+
+def inline_image(image: Image.Image | Path | str, alt: str) -> dg.MetadataValue:
+    """Return an image that the UI renders inline, as a JPEG of at most 300 KB."""
+    return dg.MetadataValue.md(_encode_jpeg(image, alt, MAX_IMAGE_BYTES))
+
+
+def model_card(path: Path) -> dg.MetadataValue:
+    """Return a model card for the UI, which renders neither front matter nor images by relative path.
+
+    Images beside the card are embedded as JPEGs of at most 100 KB; links to other files beside it become their names.
+    """
+    text = path.read_text(encoding="utf-8")
+    body = text.split("\n---\n", 1)[-1] if text.startswith("---") else text
+
+    def render(link: re.Match[str]) -> str:
+        target = (path.parent / link["target"]).resolve()
+        if not target.is_relative_to(path.parent.resolve()) or not target.exists():
+            return link[0]
+        if link["image"]:
+            return _encode_jpeg(target, link["text"], MAX_CARD_IMAGE_BYTES)
+        return f"`{link['target']}`"
+
+    parts = _CODE.split(body.replace("<Gallery />", ""))  # only the Hub renders this tag
+    return dg.MetadataValue.md(
+        "".join(part if part.startswith("```") else _LINK.sub(render, part) for part in parts)
+    )
+
+
+def _encode_jpeg(image: Image.Image | Path | str, alt: str, max_bytes: int) -> str:
+    if not isinstance(image, Image.Image):
+        with Image.open(image) as opened:
+            image = opened.convert("RGB")
+    encoded = base64.b64encode(to_jpeg(image, max_bytes=max_bytes)).decode("ascii")
+    return f"![{alt}](data:image/jpeg;base64,{encoded})"
+
+
+def dropped_table(dropped: pd.DataFrame) -> dg.MetadataValue:
+    """Return a table of dropped files: one row per reason, with its first names. `dropped` has the columns path, reason."""
+    records = [
+        dg.TableRecord(
+            {
+                "reason": str(reason),
+                "files": len(rows),
+                "names": ", ".join(rows["path"].head(MAX_NAMES))
+                + (f" and {len(rows) - MAX_NAMES} more" if len(rows) > MAX_NAMES else ""),
+            }
+        )
+        for reason, rows in dropped.groupby("reason", sort=True)
+    ]
+    columns = [
+        dg.TableColumn("reason", "string"),
+        dg.TableColumn("files", "int"),
+        dg.TableColumn("names", "string"),
+    ]
+    return dg.MetadataValue.table(records, schema=dg.TableSchema(columns=columns))
+
+
+def names_list(names: Iterable[str]) -> dg.MetadataValue:
+    """Return a Markdown list of the first 20 names and the number of further ones."""
+    names = list(names)
+    lines = [f"- {name}" for name in names[:MAX_NAMES]]
+    if len(names) > MAX_NAMES:
+        lines.append(f"- and {len(names) - MAX_NAMES} more")
+    return dg.MetadataValue.md("\n".join(lines) or "none")
+
+
+def markdown_table(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> dg.MetadataValue:
+    """Return a Markdown table; floats have four significant digits."""
+
+    def cell(value: object) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(cell(value) for value in row) + " |" for row in rows]
+    return dg.MetadataValue.md("\n".join(lines))
+
+
+def drop_none(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries that have a value, so that a rate that was not measured is absent rather than zero."""
+    return {name: value for name, value in metadata.items() if value is not None}
 
 
 def dataset_metadata(scanned: pd.DataFrame, folder: Path) -> dict[str, Any]:
@@ -163,7 +234,7 @@ def training_plan_metadata(plan: TrainingPlan) -> dict[str, Any]:
                     name,
                     plan.trained_images.get(name, 0),
                     plan.held_out_images.get(name, 0),
-                    _appearances(plan.appearances.get(name)),
+                    appearances_range(plan.appearances.get(name)),
                     plan.raised_repeats.get(name, ""),
                 )
                 for name in names
@@ -210,161 +281,6 @@ def base_model_metadata(
     )
 
 
-def latent_metadata(cache: LatentCache) -> dict[str, Any]:
-    """Return counts, throughput and statistics of a latent cache."""
-    statistics = markdown_table(
-        ("channel", "mean", "standard deviation"),
-        [
-            (channel, mean, std)
-            for channel, (mean, std) in enumerate(zip(cache.latent_mean, cache.latent_std, strict=True))
-        ],
-    )
-    return drop_none(
-        {
-            "encoded": cache.encoded,
-            "reused": cache.reused,
-            "deferred": cache.deferred or None,
-            "failed": names_list(f"{item.name}: {item.reason}" for item in cache.failed),
-            "images_per_second": cache.images_per_second,
-            "vae_utilization": cache.vae_busy,
-            "bytes": cache.bytes,
-            "seconds": cache.seconds,
-            "scaled_latents": statistics if cache.measured else None,
-            "scaled_latents_measured": f"{cache.measured} of {cache.planned} crops"
-            if cache.measured
-            else None,
-            "sample": inline_image(cache.sample_path, "crops beside their decoded latents")
-            if cache.sample_path
-            else None,
-            "store": dg.MetadataValue.path(cache.store_root),
-        }
-    )
-
-
-def text_embed_metadata(cache: TextEmbedCache) -> dict[str, Any]:
-    """Return counts, throughput and truncated captions of a text embedding cache."""
-    truncated = [
-        f"{caption} **loses:** {tail}"
-        for caption, tail in zip(cache.truncated, cache.truncated_tails, strict=True)
-    ]
-    return drop_none(
-        {
-            "captions": cache.captions,
-            "encoded": cache.encoded,
-            "reused": cache.reused,
-            "deferred": cache.deferred or None,
-            "truncated_count": cache.truncated_count,
-            "truncated": names_list(truncated),
-            "windows_of_77_tokens": cache.windows,
-            "captions_per_second": cache.captions_per_second,
-            "bytes": cache.bytes,
-            "seconds": cache.seconds,
-            "store": dg.MetadataValue.path(cache.store_root),
-        }
-    )
-
-
-def lora_metadata(
-    result: TrainedLora, spec: TrainSpec, differences: Sequence[SettingDifference]
-) -> dict[str, Any]:
-    """Return metrics, images, files and settings of a training; `differences` are its settings that differ from config.json."""
-    masked = ", ".join(dataset.dataset_id for dataset in spec.datasets if dataset.masks)
-    regularisation = ", ".join(dataset.dataset_id for dataset in spec.datasets if dataset.is_regularisation)
-    objective = [(key, str(value)) for key, value in spec.settings.changed_objective.items()]
-    grid = result.validation_sheet_path
-    return drop_none(
-        {
-            "summary": lora_summary(result),
-            "final_loss": result.final_loss,
-            "eval_loss": result.eval_losses[-1][1] if result.eval_losses else None,
-            "eval_losses": markdown_table(("step", "eval loss"), result.eval_losses)
-            if result.eval_losses
-            else None,
-            "steps": result.steps,
-            "skipped_steps": result.skipped_steps or None,
-            "continued_from": f"step {result.ancestor.step} of the run {result.ancestor.identity[:16]}"
-            if result.ancestor
-            else None,
-            "epochs": result.epochs,
-            "images_seen": result.samples,
-            "datasets": _trained_datasets(result),
-            "masked_datasets": masked or None,
-            "regularisation_datasets": regularisation or None,
-            "objective": markdown_table(("setting", "value"), objective) if objective else None,
-            "steps_per_second": result.steps_per_second,
-            "seconds": result.seconds,
-            "peak_memory_bytes": result.peak_memory_bytes,
-            "memory": _memory(result),
-            "trainable_parameters": result.trainable_parameters,
-            "adapted_modules": result.adapted_modules,
-            "loss_curve": inline_image(
-                result.loss_curve_path, "loss, gradient norm and learning rate over steps"
-            ),
-            "validation": inline_image(grid, "validation images over steps") if grid else None,
-            "weights": dg.MetadataValue.path(result.weights_path),
-            "kohya_weights": dg.MetadataValue.path(result.kohya_path) if result.kohya_path else None,
-            "kohya_dtype": result.kohya_dtype,
-            "dora_approximation": markdown_table(
-                ("approximation as a plain LoRA", "value"), sorted(result.dora_approximation.items())
-            )
-            if result.dora_approximation
-            else None,
-            "released_weights": result.released_weights,
-            "metrics": dg.MetadataValue.path(result.metrics_path),
-            "sha256": result.weights_sha256,
-            "identity": result.identity,
-            "setting_differences": _setting_differences(differences, result.overrides),
-            OVERRIDES_ENTRY: ", ".join(each.setting for each in result.overrides) or None,
-        }
-        | _adapter(spec.settings)
-    )
-
-
-def lora_summary(result: TrainedLora) -> str:
-    """Return one line on what a training did or reused."""
-    if result.reused:
-        return f"These inputs and settings were trained before ({result.identity[:12]}): reused, nothing trained."
-    resumed = "" if result.resumed_from_step is None else f", resumed from step {result.resumed_from_step}"
-    return f"{result.steps} steps in {result.seconds:.0f} s{resumed}, final loss {result.final_loss:.4f}."
-
-
-def evaluation_metadata(report: EvaluationReport) -> dict[str, Any]:
-    """Return losses, CLIP scores and plots of an evaluation."""
-    base, lora = report.base_loss, report.lora_loss
-    scores: list[tuple[str, ClipSummary | None]] = [
-        ("base", report.base_clip),
-        (KIND_LABELS[report.weights_kind], report.lora_clip),
-    ]
-    rows = [(name, clip.min, clip.mean, clip.max, clip.std) for name, clip in scores if clip]
-    header = ("CLIP score", "minimum", "mean", "maximum", "standard deviation")
-    changes = sorted(report.change_since_release.items())
-    return drop_none(
-        {
-            "gallery": inline_image(report.gallery_path, f"base beside {KIND_LABELS[report.weights_kind]}"),
-            "eval_loss_base": base.mean if base else None,
-            "eval_loss_lora": lora.mean if lora else None,
-            "eval_loss_ratio": lora.mean / base.mean if base and lora else None,
-            "difference_to_base": describe_difference(report.difference_to_base)
-            if report.difference_to_base
-            else None,
-            "difference_to_release": describe_difference(report.difference_to_release)
-            if report.difference_to_release
-            else None,
-            "eval_images": f"{report.eval_images} ({report.eval_source})",
-            "clip_score_base": report.base_clip.mean if report.base_clip else None,
-            "clip_score_lora": report.lora_clip.mean if report.lora_clip else None,
-            "clip_scores": markdown_table(header, rows) if rows else None,
-            "eval_loss_by_timestep": inline_image(report.loss_plot_path, "eval loss by timestep")
-            if report.loss_plot_path
-            else None,
-            "change_since_release": markdown_table(("metric", "change"), changes) if changes else None,
-            "report": dg.MetadataValue.path(report.report_path),
-            "seconds": report.seconds,
-            "reused": report.reused,
-        }
-    )
-
-
 def release_metadata(release: HubRelease, gallery_path: str) -> dict[str, Any]:
     """Return where a release is published and stored, with its gallery and model card."""
     return drop_none(
@@ -381,67 +297,7 @@ def release_metadata(release: HubRelease, gallery_path: str) -> dict[str, Any]:
     )
 
 
-def _adapter(settings: TrainingSettings) -> dict[str, Any]:
-    if settings.model_type != "lora":
-        return {}
-    return {
-        "adapter": adapter_name(settings).partition(" ")[2],
-        "init_lora_sha256": initial_adapter_digest(settings.init_lora),
-    }
-
-
-def _setting_differences(
-    differences: Sequence[SettingDifference], overrides: Sequence[SettingDifference]
-) -> dg.MetadataValue | None:
-    """Return the settings that differ from config.json, and whether each changes the weights (is one of `overrides`)."""
-    rows = [
-        (f"`{each.setting}`", each.configured, each.used, "yes" if each in overrides else "no")
-        for each in differences
-    ]
-    header = ("setting", "configured", "this run", "changes the weights")
-    return markdown_table(header, rows) if rows else None
-
-
-def _memory(result: TrainedLora) -> dg.MetadataValue | None:
-    """Return the estimate made before the first step beside the measured peak, in GiB."""
-    if result.estimated_memory_bytes is None:
-        return None
-    rows = [(name, size / 2**30) for name, size in result.memory_estimate.items()]
-    peaks = [
-        ("**estimated peak**", result.estimated_memory_bytes / 2**30),
-        ("**measured peak**", result.peak_memory_bytes / 2**30),
-    ]
-    return markdown_table(("memory of the main process", "GiB"), [*rows, *peaks])
-
-
-def _trained_datasets(result: TrainedLora) -> dg.MetadataValue | None:
-    if not result.images_per_epoch:
-        return None
-    header = (
-        "dataset",
-        "trained images",
-        "held-out images",
-        "images per epoch",
-        "appearances per epoch",
-        "crops per image",
-        "repeats raised to",
-    )
-    rows = [
-        (
-            name,
-            result.trained_images.get(name, ""),
-            result.held_out_images.get(name, 0),
-            f"{images:,.0f}",
-            _appearances(result.appearances.get(name)),
-            result.crops_per_image[name],
-            result.raised_repeats.get(name, ""),
-        )
-        for name, images in sorted(result.images_per_epoch.items())
-    ]
-    return markdown_table(header, rows)
-
-
-def _appearances(range_: tuple[int, int] | None) -> str:
+def appearances_range(range_: tuple[int, int] | None) -> str:
     """Return how often each image of a dataset appears in an epoch: "1", or "1 to 4" where images differ."""
     if range_ is None:
         return ""

@@ -1,45 +1,84 @@
-"""The common part of assets that a device stage materializes: run the stage, log it, and return value, metadata and check results."""
+"""The pattern of the assets that a device stage materializes: a subclass says what runs and what is recorded, the base class does it."""
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import dagster as dg
+from pydantic import BaseModel
 
 from resources.stage_client import LocalStageClient
-from sdxl_pipeline.runtime.specs import (
-    EncodeLatentsSpec,
-    EncodeTextSpec,
-    EvaluateSpec,
-    EvaluationReport,
-    LatentCache,
-    TextEmbedCache,
-)
+from sdxl_pipeline.runtime.specs import EncodeLatentsSpec, EncodeTextSpec, EvaluateSpec, TrainSpec
 
-ManifestT = TypeVar("ManifestT", LatentCache, TextEmbedCache, EvaluationReport)
+SpecT = TypeVar("SpecT", bound=EncodeLatentsSpec | EncodeTextSpec | TrainSpec | EvaluateSpec)
+ManifestT = TypeVar("ManifestT", bound=BaseModel)
 
 
-def materialize_stage(
-    context: dg.AssetExecutionContext,
-    launcher: LocalStageClient,
-    stage: str,
-    spec: EncodeLatentsSpec | EncodeTextSpec | EvaluateSpec,
-    manifest_type: type[ManifestT],
-    work_dir: Path,
-    summary: Callable[[ManifestT], str],
-    data_version: Callable[[ManifestT], str],
-    metadata: Callable[[ManifestT], dict[str, Any]],
-    checks: Callable[[ManifestT], Sequence[dg.AssetCheckResult]],
-) -> dg.MaterializeResult[ManifestT]:
-    """Run a stage on the hardware of its spec and return its manifest as the asset's value.
+class StageAsset(ABC, Generic[SpecT, ManifestT]):
+    """One materialization of a device stage's asset: its fields are settings and inputs, the value is the stage's manifest."""
 
-    `summary` is a line for the log. Raises what `LocalStageClient.run_stage` raises.
-    """
-    manifest = launcher.run_stage(context, stage, spec, manifest_type, work_dir, spec.hardware)
-    context.log.info(summary(manifest))
-    return dg.MaterializeResult(
-        value=manifest,
-        data_version=dg.DataVersion(data_version(manifest)),
-        metadata=metadata(manifest),
-        check_results=checks(manifest),
-    )
+    stage: str
+    """Module in `sdxl_pipeline.stages`."""
+    manifest_type: type[ManifestT]
+    work_dir: Path
+
+    @abstractmethod
+    def build_spec(self) -> SpecT:
+        """Return the spec of the stage, which includes the hardware; write the tables that it refers to."""
+
+    @cached_property
+    def spec(self) -> SpecT:
+        """Return the spec that the stage runs with."""
+        return self.build_spec()
+
+    def complete(self, manifest: ManifestT, /) -> ManifestT:
+        """Return the asset's value: the manifest with what the stage cannot know."""
+        return manifest
+
+    @abstractmethod
+    def summary(self, manifest: ManifestT, /) -> str:
+        """Return one line for the log: what was done and what was reused."""
+
+    @abstractmethod
+    def data_version(self, manifest: ManifestT, /) -> str:
+        """Return a digest of the result. If it changes, downstream assets are stale."""
+
+    @abstractmethod
+    def metadata(self, manifest: ManifestT, /) -> dict[str, Any]:
+        """Return what the asset's page shows."""
+
+    @abstractmethod
+    def check_results(self, manifest: ManifestT, /) -> Sequence[dg.AssetCheckResult]:
+        """Return a result of each of the asset's checks."""
+
+    def tags(self, manifest: ManifestT, /) -> Mapping[str, str] | None:
+        """Return tags of the materialization, if it has any."""
+        return None
+
+    def materialize(
+        self,
+        context: dg.AssetExecutionContext,
+        client: LocalStageClient,
+        environment: Mapping[str, str] | None = None,
+    ) -> dg.MaterializeResult[ManifestT]:
+        """Run the stage, with `environment` added to its process's. Raises what `LocalStageClient.run_stage` raises."""
+        manifest = client.run_stage(
+            context,
+            self.stage,
+            self.spec,
+            self.manifest_type,
+            self.work_dir,
+            self.spec.hardware,
+            environment,
+        )
+        value = self.complete(manifest)
+        context.log.info(self.summary(value))
+        return dg.MaterializeResult(
+            value=value,
+            data_version=dg.DataVersion(self.data_version(value)),
+            metadata=self.metadata(value),
+            check_results=self.check_results(value),
+            tags=self.tags(value),
+        )

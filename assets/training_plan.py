@@ -7,7 +7,7 @@ import pandas as pd
 
 from assets.asset_keys import asset_attributes, dataset_key, project_key, version
 from assets.checks.result_checks import ENOUGH_EVAL_IMAGES, check_eval_images
-from assets.errors import user_errors_as_failures
+from assets.event_log import user_errors_as_failures
 from assets.metadata import training_plan_metadata
 from resources.hardware import HardwareProfile
 from sdxl_pipeline.config.loader import Project
@@ -34,7 +34,7 @@ def build_training_plan(project: Project) -> dg.AssetsDefinition:
         key=key,
         **asset_attributes(project, "training", "pandas"),
         ins={
-            dataset.asset_name: dg.AssetIn(
+            dataset.stage_name("aspect_buckets"): dg.AssetIn(
                 key=dataset_key(project, dataset, "aspect_buckets"), dagster_type=pd.DataFrame
             )
             for dataset in project.datasets
@@ -48,7 +48,9 @@ def build_training_plan(project: Project) -> dg.AssetsDefinition:
     ) -> Iterator[dg.MaterializeResult[TrainingPlan]]:
         profile = hardware.hardware()
         datasets = [
-            PlannedDataset(dataset.id, rows[dataset.asset_name], dataset.repeats, dataset.probability)
+            PlannedDataset(
+                dataset.id, rows[dataset.stage_name("aspect_buckets")], dataset.repeats, dataset.probability
+            )
             for dataset in project.datasets
         ]
         with user_errors_as_failures():

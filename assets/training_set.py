@@ -35,11 +35,6 @@ STAGES: dict[str, type] = {
 }
 
 
-def training_set_input(project: Project) -> dict[str, dg.AssetIn]:
-    """Return the training set as an input named `training_set`."""
-    return {"training_set": dg.AssetIn(key=project_key(project, "training_set"), dagster_type=TrainingSet)}
-
-
 def build_training_set(project: Project) -> dg.AssetsDefinition:
     """Return `<project>/training_set`; its data version contains what the datasets contain, and none of their paths."""
     datasets = [_sampling_settings(project, dataset) for dataset in project.datasets]
@@ -69,12 +64,12 @@ def build_training_set(project: Project) -> dg.AssetsDefinition:
 
 
 def _inputs(project: Project) -> dict[str, dg.AssetIn]:
-    """Return an input `<dataset>__<stage>` for each stage of each dataset, including masks and their files."""
+    """Return an input `<dataset>_<stage>` for each stage of each dataset, including masks and their files."""
     stages = [(dataset, stage, STAGES[stage]) for dataset in project.datasets for stage in STAGES]
     stages += [(each, "masks", pd.DataFrame) for each in project.datasets if project.masks_of(each)]
     stages += [(entry, "dataset", pd.DataFrame) for entry in project.mask_datasets]
     return {
-        f"{dataset.asset_name}__{stage}": dg.AssetIn(
+        dataset.stage_name(stage): dg.AssetIn(
             key=dataset_key(project, dataset, stage), dagster_type=value_type
         )
         for dataset, stage, value_type in stages
@@ -84,7 +79,7 @@ def _inputs(project: Project) -> dict[str, dg.AssetIn]:
 def _input(
     inputs: Mapping[str, DatasetInput], dataset: ImageDataset, stage: str, value_type: type[InputT]
 ) -> InputT:
-    value = inputs[f"{dataset.asset_name}__{stage}"]
+    value = inputs[dataset.stage_name(stage)]
     if not isinstance(value, value_type):
         raise TypeError(
             f"input {stage} of {dataset.id} is a {type(value).__name__}, not a {value_type.__name__}"

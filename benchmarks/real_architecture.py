@@ -28,8 +28,8 @@ from sdxl_pipeline.models.base_model import BUNDLED_MODEL, SDXL_BASE_CONFIGS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STAGES = {
-    "encode latents": "photos/vae_latents",
-    "encode text": "photos/text_embeds",
+    "encode latents": "photos_vae_latents",
+    "encode text": "photos_text_embeds",
     "train": "lora",
     "evaluate": "evaluation",
 }

@@ -120,7 +120,7 @@ def retraining_cause(instance: dg.DagsterInstance, project: Project, sources_unk
     recorded = {
         key: str(entry.value)
         for key in found
-        if (entry := _recorded(instance, dg.AssetKey(key.split("/"))).get(METADATA_ENTRY)) is not None
+        if (entry := _recorded(instance, dg.AssetKey.from_user_string(key)).get(METADATA_ENTRY)) is not None
     }
     if changed := [key for key, before in recorded.items() if before != found[key]]:
         causes.append(f"files changed in {', '.join(changed)}")

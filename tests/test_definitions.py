@@ -26,7 +26,7 @@ def test_build_definitions_project_has_keys_groups_pools_and_parents(
     graph = build_definitions(folder.parent).resolve_asset_graph()
     keys = {"/".join(key.path) for key in graph.get_all_asset_keys()}
     dataset = {
-        f"shop/shapes/{stage}" for stage in ("dataset", "aspect_buckets", "vae_latents", "text_embeds")
+        f"shop/shapes_{stage}" for stage in ("dataset", "aspect_buckets", "vae_latents", "text_embeds")
     }
     project_stages = ("base_model", "training_plan", "training_set", "lora", "evaluation", "hub_release")
     assert keys == dataset | {f"shop/{stage}" for stage in project_stages}
@@ -34,7 +34,7 @@ def test_build_definitions_project_has_keys_groups_pools_and_parents(
         assert graph.get(key).group_name == "shop"
         assert graph.get(key).code_version
     pooled = {"/".join(k.path) for k in graph.get_all_asset_keys() if "gpu" in graph.get(k).pools}
-    assert pooled == {"shop/shapes/vae_latents", "shop/shapes/text_embeds", "shop/lora", "shop/evaluation"}
+    assert pooled == {"shop/shapes_vae_latents", "shop/shapes_text_embeds", "shop/lora", "shop/evaluation"}
 
     def parents(stage: str) -> set[str]:
         return {"/".join(key.path) for key in graph.get(dg.AssetKey(["shop", stage])).parent_keys}
@@ -44,7 +44,7 @@ def test_build_definitions_project_has_keys_groups_pools_and_parents(
     assert parents("evaluation") == {"shop/base_model", "shop/training_set", "shop/lora"}
     assert parents("hub_release") == {"shop/base_model", "shop/training_set", "shop/lora", "shop/evaluation"}
     for stage in ("vae_latents", "text_embeds"):
-        parents_of_stage = graph.get(dg.AssetKey(["shop", "shapes", stage])).parent_keys
+        parents_of_stage = graph.get(dg.AssetKey(["shop", f"shapes_{stage}"])).parent_keys
         assert dg.AssetKey(["shop", "training_plan"]) in parents_of_stage
 
 

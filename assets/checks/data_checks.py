@@ -9,7 +9,7 @@ import pandas as pd
 
 from assets.asset_keys import dataset_key
 from assets.checks.check import Check
-from assets.metadata_values import MAX_NAMES, inline_image
+from assets.metadata import MAX_NAMES, inline_image
 from resources.storage import Storage
 from sdxl_pipeline.config.loader import Project
 from sdxl_pipeline.config.schema.datasets import ImageDataset

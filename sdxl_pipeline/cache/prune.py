@@ -1,7 +1,7 @@
 """Deletion of unreferenced files under the storage root, with a report of the freed bytes.
 
 Covers store entries that no manifest of an existing project's dataset references and no running process uses; values and work of deleted
-projects and datasets; superseded tables; downloads that no dataset reads; and leftovers of killed processes. Anything younger than an
+projects and datasets; superseded values and tables; downloads that no dataset reads; and leftovers of killed processes. Anything younger than an
 hour is retained, since it may be about to be referenced.
 """
 
@@ -14,7 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from sdxl_pipeline.cache.references import DATASET_STAGES, References, concatenate_keys, references
+from sdxl_pipeline.cache.references import (
+    DATASET_STAGES,
+    References,
+    concatenate_keys,
+    dataset_of,
+    references,
+)
 from sdxl_pipeline.cache.store.compaction import Compaction, compact
 from sdxl_pipeline.cache.store.tensor_store import TensorStore
 from sdxl_pipeline.files.atomic_files import find_unfinished
@@ -88,6 +94,7 @@ def prune(
     for what, paths in (
         ("deleted projects", _deleted_projects(layout, referenced)),
         ("deleted datasets", _deleted_datasets(layout, referenced)),
+        ("superseded values", _superseded_values(layout, referenced)),
         ("superseded tables", _superseded_tables(layout, referenced)),
         ("unfinished files", _unfinished(layout, referenced)),
         ("downloads", _downloads(layout, referenced)),
@@ -143,13 +150,21 @@ def _deleted_projects(layout: StorageLayout, referenced: References) -> Iterator
 
 def _deleted_datasets(layout: StorageLayout, referenced: References) -> Iterator[Path]:
     for project in referenced.projects:
-        for folder in _folders(layout.values / project):
-            if not referenced.has_dataset(project, folder.name):
-                yield folder
+        for value in (layout.values / project).glob("[!.]*"):
+            dataset = dataset_of(value)
+            if dataset is not None and not referenced.has_dataset(project, dataset):
+                yield value
         for folder in _folders(layout.work / project):
-            dataset = any((folder / stage).is_dir() for stage in DATASET_STAGES)
-            if dataset and not referenced.has_dataset(project, folder.name):
+            has_stages = any((folder / stage).is_dir() for stage in DATASET_STAGES)
+            if has_stages and not referenced.has_dataset(project, folder.name):
                 yield folder
+
+
+def _superseded_values(layout: StorageLayout, referenced: References) -> Iterator[Path]:
+    """Yield the values of earlier versions, in which a dataset was a component of its assets' keys and so a folder."""
+    for project, datasets in referenced.projects.items():
+        if datasets is not None:
+            yield from _folders(layout.values / project)
 
 
 def _superseded_tables(layout: StorageLayout, referenced: References) -> Iterator[Path]:

@@ -16,6 +16,7 @@ from sdxl_pipeline.data.sources import data_folder
 from sdxl_pipeline.files.storage_layout import StorageLayout
 
 DATASET_STAGES = ("dataset", "aspect_buckets", "vae_latents", "text_embeds")
+_VALUE_STAGES = (*DATASET_STAGES, "masks")
 _KEY_COLUMNS = {"vae_latents": "latent_key", "text_embeds": "embed_key"}
 
 
@@ -112,13 +113,20 @@ def _add_project(found: References, layout: StorageLayout, project: Project) -> 
 def _manifests(layout: StorageLayout, found: References, project: str) -> Iterator[tuple[str, Path]]:
     """Yield the manifests of a project's datasets: values of assets, and those just written by stages."""
     for stage in _KEY_COLUMNS:
-        for path in (
-            *(layout.values / project).glob(f"*/{stage}.json"),
-            *(layout.work / project).glob(f"*/{stage}/*.finished.json"),
-        ):
-            dataset = path.relative_to(layout.values if path.is_relative_to(layout.values) else layout.work)
-            if found.has_dataset(project, dataset.parts[1]):
+        datasets = [(path, dataset_of(path)) for path in (layout.values / project).glob(f"*_{stage}.json")]
+        finished = (layout.work / project).glob(f"*/{stage}/*.finished.json")
+        datasets += [(path, path.parents[1].name) for path in finished]
+        for path, dataset in datasets:
+            if dataset is not None and found.has_dataset(project, dataset):
                 yield stage, path
+
+
+def dataset_of(value: Path) -> str | None:
+    """Return the asset name of the dataset that a value belongs to; None for a value that a project has once."""
+    for stage in _VALUE_STAGES:
+        if value.stem.endswith(f"_{stage}"):
+            return value.stem.removesuffix(f"_{stage}")
+    return None
 
 
 def _add_manifest(found: References, stage: str, path: Path) -> None:

@@ -62,7 +62,7 @@ _CONFIG_FACTS = """- affects the weights, identity contains: a finished run of t
 - card, published: the model card shows the value; the release contains it (of a name or path only the last part).
 - only with, needs: the value has no effect with another `lora_type`, or if a key that it needs is off.
 - also part of: the code version of these assets, or the identity of the evaluation (`run_evaluation`: with the run's value), contains
-  the value, so changing it marks them as stale.
+  the value, so changing it marks them as stale; of `evaluation_checks` only the checks are made again.
 """
 
 _DATASET_FACTS = """- default: the key of the same name in `config.json` gives the value if the entry does not (`size`: only if `resolution_type` is the

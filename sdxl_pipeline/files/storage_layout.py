@@ -24,7 +24,7 @@ class StorageLayout:
 
     @property
     def values(self) -> Path:
-        """Asset values: `<project>/<dataset>/<stage>`, or `<project>/<stage>`."""
+        """Asset values: `<project>/<dataset>_<stage>`, or `<project>/<stage>`."""
         return self.root / "values"
 
     @property

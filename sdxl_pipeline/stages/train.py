@@ -11,8 +11,6 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
-
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.files.atomic_files import remove_unfinished, sha256_path, write_text_atomic
 from sdxl_pipeline.files.disk_space import require_space
@@ -20,8 +18,9 @@ from sdxl_pipeline.release.formats import FormatError
 from sdxl_pipeline.release.formats.kohya_file import KohyaFile, ensure_kohya_file
 from sdxl_pipeline.runtime.reporter import Reporter, is_main_process
 from sdxl_pipeline.runtime.specs import EMA_FOLDER, TrainedLora, TrainSpec
-from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError, run_stage
+from sdxl_pipeline.runtime.stage_runner import StopSignal, run_stage
 from sdxl_pipeline.runtime.store_leases import leased_datasets
+from sdxl_pipeline.training.checkpoint.finished_runs import FINISHED, finished_run
 from sdxl_pipeline.training.checkpoint.run_identity import (
     read_lineage,
     run_fingerprints,
@@ -42,8 +41,6 @@ from sdxl_pipeline.training.logging.run_logs import (
 if TYPE_CHECKING:
     from sdxl_pipeline.training.logging.observers import RunObserver
     from sdxl_pipeline.training.trainer import Trainer
-
-FINISHED = "finished.json"
 
 
 def main(spec: TrainSpec, reporter: Reporter, stop: StopSignal) -> TrainedLora:
@@ -134,27 +131,6 @@ def _last_image(manifest: TrainedLora, averaged: bool) -> Path | None:
     images = [image for image in manifest.validation_images if image.name.endswith(EMA_LABEL) == averaged]
     last = max(images, key=lambda image: image.step, default=None)
     return None if last is None or not Path(last.path).is_file() else Path(last.path)
-
-
-def finished_run(run_dir: Path, identity: str) -> TrainedLora | None:
-    """Return the manifest of the finished run in `run_dir` if its weights are unchanged, else None.
-
-    Raise UserError if the folder contains a finished run with another identity.
-    """
-    path = run_dir / FINISHED
-    try:
-        manifest = TrainedLora.model_validate_json(path.read_bytes())
-    except (FileNotFoundError, ValidationError):
-        return None
-    if manifest.identity != identity:
-        raise UserError(
-            f"{run_dir} contains another run (identity {manifest.identity[:12]}, not {identity[:12]}); give each run its own folder"
-        )
-    manifest = _relocated(manifest, run_dir)
-    weights = Path(manifest.weights_path)
-    if not weights.exists() or sha256_path(weights) != manifest.weights_sha256:
-        return None
-    return manifest
 
 
 def _finish(trainer: "Trainer") -> TrainedLora:
@@ -266,29 +242,6 @@ def peak_memory_bytes(device: str) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kibibytes everywhere but on macOS
-
-
-def _relocated(manifest: TrainedLora, run_dir: Path) -> TrainedLora:
-    """Return the manifest with its paths under `run_dir`, because the folder may have been moved."""
-    old = Path(manifest.run_dir)
-
-    def relocate(path: str) -> str:
-        return str(run_dir / Path(path).relative_to(old))
-
-    return manifest.model_copy(
-        update={
-            "run_dir": str(run_dir),
-            "weights_path": relocate(manifest.weights_path),
-            "metrics_path": relocate(manifest.metrics_path),
-            "loss_curve_path": relocate(manifest.loss_curve_path),
-            "validation_sheet_path": manifest.validation_sheet_path
-            and relocate(manifest.validation_sheet_path),
-            "validation_images": tuple(
-                image.model_copy(update={"path": relocate(image.path)})
-                for image in manifest.validation_images
-            ),
-        }
-    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from sdxl_pipeline.models.components import load_noise_scheduler
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import TrainSpec
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
+from sdxl_pipeline.training.checkpoint.checkpoint_files import CHECKPOINTS
 from sdxl_pipeline.training.checkpoint.checkpoint_schedule import (
     CheckpointKind,
     checkpoint_due,
@@ -22,7 +23,6 @@ from sdxl_pipeline.training.checkpoint.checkpoint_schedule import (
 )
 from sdxl_pipeline.training.checkpoint.checkpoint_uploads import CheckpointUploads
 from sdxl_pipeline.training.checkpoint.checkpoints import (
-    CHECKPOINTS,
     TrainingState,
     clear_checkpoints,
     latest_checkpoint,

@@ -42,7 +42,7 @@ def materialize_plan(folder: Path, scanned: pd.DataFrame) -> dg.ExecuteInProcess
 
 def materialization(result: dg.ExecuteInProcessResult) -> dg.AssetMaterialization:
     assert result.success
-    (event,) = result.asset_materializations_for_node("small__shapes__aspect_buckets")
+    (event,) = result.asset_materializations_for_node("small__shapes_aspect_buckets")
     return event
 
 
@@ -106,7 +106,7 @@ def test_aspect_buckets_renamed_files_keep_the_data_version(make_project: Callab
     before = version(scanned)
     renamed = scanned.assign(path=["z.png", "sub/b.png", "a.png"]).iloc[[2, 0, 1]]
     assert version(renamed) == before
-    rows = pd.read_parquet(Storage().path / "values" / "small" / "shapes" / "aspect_buckets.parquet")
+    rows = pd.read_parquet(Storage().path / "values" / "small" / "shapes_aspect_buckets.parquet")
     assert rows["path"].tolist() == ["a.png", "z.png", "sub/b.png"]
     assert version(scanned.assign(width=[901, 300, 128])) != before
 

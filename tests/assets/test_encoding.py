@@ -78,10 +78,10 @@ def test_encoding_assets_modes_and_windows_are_in_the_specs(
     (folder / "data" / "image_01.txt").write_text(caption)
     stages = ("base_model", "dataset", "aspect_buckets", "vae_latents", "text_embeds")
     result = materialize(instance, folder, *stages, in_process=False)
-    latents = metadata(result, "small", "shapes", "vae_latents")
+    latents = metadata(result, "small", "shapes_vae_latents")
     assert (latents["encoded"], latents["deferred"]) == (0, 4)
     assert "scaled_latents" not in latents
-    texts = metadata(result, "small", "shapes", "text_embeds")
+    texts = metadata(result, "small", "shapes_text_embeds")
     assert texts["windows_of_77_tokens"] == 2
     assert (texts["encoded"], texts["truncated_count"]) == (7, 0)
     checks = {evaluation.check_name: evaluation.passed for evaluation in result.get_asset_check_evaluations()}
@@ -98,7 +98,7 @@ def test_encoding_assets_modes_and_windows_are_in_the_specs(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tokenizer_max_length": 77}))
     shorter = materialize(instance, folder, "text_embeds")
-    truncated = metadata(shorter, "small", "shapes", "text_embeds")
+    truncated = metadata(shorter, "small", "shapes_text_embeds")
     assert truncated["truncated_count"] == 1
     assert "**loses:**" in truncated["truncated"]
     (check,) = shorter.get_asset_check_evaluations()

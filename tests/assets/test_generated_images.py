@@ -27,8 +27,8 @@ def test_generated_images_project_with_request_is_upstream_of_the_dataset(
     make_project("plain", images=1)
     graph = build_definitions(folder.parent).resolve_asset_graph()
     generated = dg.AssetKey(["small", "generated_images"])
-    assert graph.get(dg.AssetKey(["small", "shapes", "dataset"])).parent_keys == {generated}
-    assert not graph.get(dg.AssetKey(["plain", "shapes", "dataset"])).parent_keys
+    assert graph.get(dg.AssetKey(["small", "shapes_dataset"])).parent_keys == {generated}
+    assert not graph.get(dg.AssetKey(["plain", "shapes_dataset"])).parent_keys
     assert dg.AssetKey(["plain", "generated_images"]) not in graph.get_all_asset_keys()
 
 
@@ -37,7 +37,7 @@ def test_generated_images_materialization_writes_the_images(
 ) -> None:
     result = materialize(instance, folder, "generated_images", "dataset")
     assert metadata(result, "small", "generated_images")["folder"] == str(folder / "data")
-    assert metadata(result, "small", "shapes", "dataset")["kept"] == 2
+    assert metadata(result, "small", "shapes_dataset")["kept"] == 2
     second = materialize(instance, folder, "generated_images")
     versions = [
         run.asset_materializations_for_node("small__generated_images")[0].tags["dagster/data_version"]

@@ -145,15 +145,15 @@ def test_summary_second_run_prints_reuse(runs: GraphRuns) -> None:
 
 
 def test_graph_second_run_reuses_everything(runs: GraphRuns) -> None:
-    assert metadata(runs.second, "small", "shapes", "vae_latents")["encoded"] == 0
-    assert metadata(runs.second, "small", "shapes", "vae_latents")["reused"] == 8
-    assert metadata(runs.second, "small", "shapes", "text_embeds")["encoded"] == 0
+    assert metadata(runs.second, "small", "shapes_vae_latents")["encoded"] == 0
+    assert metadata(runs.second, "small", "shapes_vae_latents")["reused"] == 8
+    assert metadata(runs.second, "small", "shapes_text_embeds")["encoded"] == 0
     assert "reused" in metadata(runs.second, "small", "lora")["summary"]
     assert metadata(runs.second, "small", "evaluation")["reused"]
 
 
 @pytest.mark.parametrize(
-    "key", [("small", "lora"), ("small", "evaluation"), ("small", "shapes", "vae_latents")], ids="/".join
+    "key", [("small", "lora"), ("small", "evaluation"), ("small", "shapes_vae_latents")], ids="/".join
 )
 def test_graph_second_run_keeps_data_versions(runs: GraphRuns, key: tuple[str, ...]) -> None:
     versions = [
@@ -170,9 +170,9 @@ def test_graph_does_not_change_the_data(runs: GraphRuns) -> None:
 @pytest.mark.parametrize(
     ("key", "names"),
     [
-        (("small", "shapes", "dataset"), ["sample", "resolutions", "caption_lengths"]),
-        (("small", "shapes", "aspect_buckets"), ["buckets"]),
-        (("small", "shapes", "vae_latents"), ["sample"]),
+        (("small", "shapes_dataset"), ["sample", "resolutions", "caption_lengths"]),
+        (("small", "shapes_aspect_buckets"), ["buckets"]),
+        (("small", "shapes_vae_latents"), ["sample"]),
         (("small", "lora"), ["loss_curve", "validation"]),
         (("small", "evaluation"), ["gallery", "eval_loss_by_timestep"]),
         (("small", "hub_release"), ["gallery"]),
@@ -196,25 +196,25 @@ def test_graph_new_image_and_edited_caption_encode_one_entry_each(
     folder = make_project()
     stages = ("base_model", *DATASET_STAGES)
     first = materialize(instance, folder, *stages)
-    assert metadata(first, "small", "shapes", "vae_latents")["encoded"] == 8
+    assert metadata(first, "small", "shapes_vae_latents")["encoded"] == 8
     # Eight captions, the validation prompt, the negative prompt and the empty prompt.
-    assert metadata(first, "small", "shapes", "text_embeds")["encoded"] == 11
+    assert metadata(first, "small", "shapes_text_embeds")["encoded"] == 11
 
     draw_image(folder / "data", 8)
     added = materialize(instance, folder, *stages)
-    assert metadata(added, "small", "shapes", "vae_latents")["encoded"] == 1
-    assert metadata(added, "small", "shapes", "text_embeds")["encoded"] == 1
+    assert metadata(added, "small", "shapes_vae_latents")["encoded"] == 1
+    assert metadata(added, "small", "shapes_text_embeds")["encoded"] == 1
 
     (folder / "data" / "image_03.txt").write_text("an image with another caption")
     edited = materialize(instance, folder, *stages)
-    assert metadata(edited, "small", "shapes", "vae_latents")["encoded"] == 0
-    assert metadata(edited, "small", "shapes", "text_embeds")["encoded"] == 1
+    assert metadata(edited, "small", "shapes_vae_latents")["encoded"] == 0
+    assert metadata(edited, "small", "shapes_text_embeds")["encoded"] == 1
 
     for suffix in (".png", ".txt"):
         (folder / "data" / f"image_03{suffix}").rename(folder / "data" / f"renamed{suffix}")
     renamed = materialize(instance, folder, *stages)
-    assert metadata(renamed, "small", "shapes", "vae_latents")["encoded"] == 0
-    assert metadata(renamed, "small", "shapes", "text_embeds")["encoded"] == 0
+    assert metadata(renamed, "small", "shapes_vae_latents")["encoded"] == 0
+    assert metadata(renamed, "small", "shapes_text_embeds")["encoded"] == 0
 
 
 @pytest.mark.slow
@@ -233,8 +233,8 @@ def test_graph_another_vae_encodes_all_latents_and_no_text(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "pretrained_vae_model_name_or_path": str(vae)}))
     changed = materialize(instance, folder, *stages)
-    assert metadata(changed, "small", "shapes", "vae_latents")["encoded"] == 4
-    assert metadata(changed, "small", "shapes", "text_embeds")["encoded"] == 0
+    assert metadata(changed, "small", "shapes_vae_latents")["encoded"] == 4
+    assert metadata(changed, "small", "shapes_text_embeds")["encoded"] == 0
 
 
 def test_lora_launchpad_settings_override_the_config_file(
@@ -282,4 +282,4 @@ def test_graph_dataset_without_usable_images_blocks_the_encoders(
     assert not result.success
     failed = {check.check_name for check in result.get_asset_check_evaluations() if not check.passed}
     assert {"usable_images", "captions_present"} <= failed
-    assert not result.asset_materializations_for_node("small__shapes__vae_latents")
+    assert not result.asset_materializations_for_node("small__shapes_vae_latents")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from sdxl_pipeline.definitions import build_definitions
 from sdxl_pipeline.models.base_model import BUNDLED_MODEL
 from tests.conftest import draw_image
-from tests.support.asset_graph import InProcessStageClient
+from tests.support.asset_graph import DATASET_STAGES, InProcessStageClient, stage_key
 
 
 class Dataset:
@@ -28,16 +28,8 @@ class Dataset:
     def run(self, *, train: bool = False) -> dict[str, Any]:
         """Return the numbers of latents and captions encoded, and the summary of the lora asset, by name."""
         definitions = build_definitions(self.folder.parent)
-        stages = [
-            ["base_model"],
-            *(["shapes", stage] for stage in ("dataset", "aspect_buckets", "vae_latents", "text_embeds")),
-        ]
-        selection = dg.AssetSelection.assets(
-            *(
-                dg.AssetKey(["small", *stage])
-                for stage in [*stages, *([["training_set"], ["lora"]] if train else [])]
-            )
-        )
+        stages = ["base_model", *DATASET_STAGES, *(["training_set", "lora"] if train else [])]
+        selection = dg.AssetSelection.assets(*(stage_key("small", stage) for stage in stages))
         result = dg.materialize(
             list(definitions.assets or []),
             selection=selection,
@@ -50,8 +42,8 @@ class Dataset:
             return result.asset_materializations_for_node(node)[0].metadata[name].value
 
         counts = {
-            "latents": entry("small__shapes__vae_latents", "encoded"),
-            "captions": entry("small__shapes__text_embeds", "encoded"),
+            "latents": entry("small__shapes_vae_latents", "encoded"),
+            "captions": entry("small__shapes_text_embeds", "encoded"),
         }
         return counts | ({"training": entry("small__lora", "summary")} if train else {})
 

@@ -46,9 +46,9 @@ class MaskedProject:
         self.instance, self.folder = instance, folder
 
     def run(self, *keys: str) -> dict[str, dict[str, Any]]:
-        """Materialize the assets `keys` (`/`-joined, below the project) and return the metadata and data version of each; keep the checks."""
+        """Materialize the assets `keys` (names in the project) and return the metadata and data version of each; keep the checks."""
         definitions = build_definitions(self.folder.parent)
-        asset_keys = [dg.AssetKey([self.folder.name, *key.split("/")]) for key in keys]
+        asset_keys = [dg.AssetKey([self.folder.name, key]) for key in keys]
         result = dg.materialize(
             list(definitions.assets or []),
             selection=dg.AssetSelection.assets(*asset_keys),
@@ -62,15 +62,15 @@ class MaskedProject:
             if events:
                 entries = {name: entry.value for name, entry in events[0].metadata.items()}
                 version = {"version": (events[0].tags or {})["dagster/data_version"]}
-                shown["/".join(key.path[1:])] = entries | version
+                shown[key.path[-1]] = entries | version
         self.checks = {
             evaluation.check_name: evaluation for evaluation in result.get_asset_check_evaluations()
         }
         return shown
 
     def masks(self) -> dict[str, Any]:
-        shown = self.run("shapes/dataset", "shape_masks/dataset", "shapes/masks")
-        return shown["shapes/masks"] | {"files": shown["shape_masks/dataset"]}
+        shown = self.run("shapes_dataset", "shape_masks_dataset", "shapes_masks")
+        return shown["shapes_masks"] | {"files": shown["shape_masks_dataset"]}
 
 
 @pytest.fixture
@@ -153,17 +153,17 @@ def test_project_fingerprint_edited_mask_changes_it(masked):
 def test_masks_are_upstream_of_the_training_set_and_of_no_cache(masked):
     graph = build_definitions(masked.folder.parent).get_repository_def().asset_graph
 
-    def upstream(*key: str) -> set[dg.AssetKey]:
-        return graph.get(dg.AssetKey(["small", *key])).parent_keys
+    def upstream(name: str) -> set[dg.AssetKey]:
+        return graph.get(dg.AssetKey(["small", name])).parent_keys
 
-    masks = dg.AssetKey(["small", "shapes", "masks"])
+    masks = dg.AssetKey(["small", "shapes_masks"])
     assert masks in upstream("training_set")
-    assert upstream("shapes", "masks") == {
-        dg.AssetKey(["small", "shapes", "dataset"]),
-        dg.AssetKey(["small", "shape_masks", "dataset"]),
+    assert upstream("shapes_masks") == {
+        dg.AssetKey(["small", "shapes_dataset"]),
+        dg.AssetKey(["small", "shape_masks_dataset"]),
     }
     for stage in DATASET_STAGES:
-        assert masks not in upstream("shapes", stage)
+        assert masks not in upstream(f"shapes_{stage}")
     assert masks not in upstream("evaluation")
 
 
@@ -185,14 +185,14 @@ def test_doctor_shows_masked_and_regularisation_datasets(masked, capsys, monkeyp
 
 @pytest.mark.slow
 def test_lora_edited_mask_trains_again_without_encoding(masked):
-    datasets = [f"{dataset}/{stage}" for dataset in ("shapes", "people") for stage in DATASET_STAGES]
-    keys = ["base_model", *datasets, "shape_masks/dataset", "shapes/masks", "training_set", "lora"]
+    datasets = [f"{dataset}_{stage}" for dataset in ("shapes", "people") for stage in DATASET_STAGES]
+    keys = ["base_model", *datasets, "shape_masks_dataset", "shapes_masks", "training_set", "lora"]
     first = masked.run(*keys)
     assert "3 steps" in first["lora"]["summary"]
     assert first["lora"]["masked_datasets"] == "shapes"
     assert first["lora"]["regularisation_datasets"] == "people"
-    assert first["shapes/vae_latents"]["encoded"] == 6
-    assert first["people/aspect_buckets"]["eval"] == 0
+    assert first["shapes_vae_latents"]["encoded"] == 6
+    assert first["people_aspect_buckets"]["eval"] == 0
     assert "reused" in masked.run(*keys)["lora"]["summary"]
 
     path = draw_mask(masked.folder / "masks", masked.folder / "data" / "image_00.png", radius=15)
@@ -201,8 +201,8 @@ def test_lora_edited_mask_trains_again_without_encoding(masked):
     assert edited["lora"]["identity"] != first["lora"]["identity"]
     assert edited["lora"]["sha256"] != first["lora"]["sha256"]
     for dataset in ("shapes", "people"):
-        assert edited[f"{dataset}/vae_latents"]["encoded"] == 0
-        assert edited[f"{dataset}/vae_latents"]["version"] == first[f"{dataset}/vae_latents"]["version"]
+        assert edited[f"{dataset}_vae_latents"]["encoded"] == 0
+        assert edited[f"{dataset}_vae_latents"]["version"] == first[f"{dataset}_vae_latents"]["version"]
     draw_mask(path.parent, masked.folder / "data" / "image_00.png")
     again = masked.run(*keys)
     assert again["lora"]["identity"] == first["lora"]["identity"]

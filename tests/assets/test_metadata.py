@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from assets.metadata_values import MAX_CARD_IMAGE_BYTES, model_card
+from assets.metadata import MAX_CARD_IMAGE_BYTES, model_card
 
 CARD = """---
 tags: [lora]

@@ -23,7 +23,7 @@ from sdxl_pipeline.data.scan.dataset_fingerprint import project_fingerprint
 from sdxl_pipeline.definitions import build_definitions
 from sdxl_pipeline.release.release_inputs import portable_lineage
 from sdxl_pipeline.runtime.specs import SettingDifference, TrainedLora
-from tests.support.asset_graph import DATASET_STAGES, InProcessStageClient, metadata
+from tests.support.asset_graph import DATASET_STAGES, InProcessStageClient, metadata, stage_key
 
 CONFIG = {
     "eval_holdout_share": 0,
@@ -49,10 +49,7 @@ class Runs:
         self, *stages: str, ops: dict[str, Any] | None = None, **resources: Any
     ) -> dg.ExecuteInProcessResult:
         definitions = build_definitions(self.folder.parent)
-        keys = [
-            dg.AssetKey(["small", *(["shapes"] if stage in DATASET_STAGES else []), stage])
-            for stage in stages
-        ]
+        keys = [stage_key("small", stage) for stage in stages]
         return dg.materialize(
             list(definitions.assets or []),
             selection=dg.AssetSelection.assets(*keys),

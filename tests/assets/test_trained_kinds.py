@@ -47,7 +47,7 @@ def test_graph_trained_text_encoders_defer_the_text_cache(
     folder = make_project(config={"train_text_encoder": True, "text_encoder_lr": 1e-4})
     result = materialize(instance, folder)
     assert result.success
-    texts = metadata(result, "small", "shapes", "text_embeds")
+    texts = metadata(result, "small", "shapes_text_embeds")
     assert (texts["encoded"], texts["reused"]) == (0, 0)
     assert texts["deferred"] > 0
     tensors = load_file(metadata(result, "small", "lora")["weights"])

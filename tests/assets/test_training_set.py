@@ -13,7 +13,7 @@ from sdxl_pipeline.data.scan.dataset_fingerprint import METADATA_ENTRY, folder_s
 from sdxl_pipeline.definitions import build_definitions
 from sdxl_pipeline.runtime.specs import TrainingSet
 from tests.conftest import DATASET, draw_image
-from tests.support.asset_graph import DATASET_STAGES, InProcessStageClient, materialize
+from tests.support.asset_graph import DATASET_STAGES, InProcessStageClient, materialize, stage_key
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_training_set_has_data_versions_and_fingerprints_of_the_recorded_assets(
     assert [dataset.dataset_id for dataset in value.datasets] == ["shapes", "people"]
     assert [dataset.repeats for dataset in value.datasets] == [0, 2]
     recorded = {
-        f"small/{dataset}/{stage}": dg.AssetKey(["small", dataset, stage])
+        f"small/{dataset}_{stage}": stage_key("small", stage, dataset)
         for dataset in ("shapes", "people")
         for stage in DATASET_STAGES
     }
@@ -82,10 +82,10 @@ def test_training_set_dataset_value_without_fingerprint_raises_with_a_hint(
 ):
     folder = make_project(images=4)
     materialize(instance, folder, "base_model", *DATASET_STAGES)
-    path = isolated_storage / "values" / "small" / "shapes" / "dataset.parquet"
+    path = isolated_storage / "values" / "small" / "shapes_dataset.parquet"
     table = pd.read_parquet(path)
     assert METADATA_ENTRY in table.attrs
     table.attrs = {}
     table.to_parquet(path)
-    with pytest.raises(dg.Failure, match="small/shapes/dataset was written by another version"):
+    with pytest.raises(dg.Failure, match="small/shapes_dataset was written by another version"):
         materialize(instance, folder, "training_set")

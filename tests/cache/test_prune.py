@@ -58,7 +58,7 @@ class PruneFixture:
             pd.DataFrame({column: keys[:1]}).to_parquet(work / "prompts.parquet")
             fields["prompts_path"] = str(work / "prompts.parquet")
         manifest = manifest_type.model_construct(**fields).model_dump_json(include=set(fields))
-        value = self.layout.values / project / dataset / f"{stage}.json"
+        value = self.layout.values / project / f"{dataset}_{stage}.json"
         value.parent.mkdir(parents=True, exist_ok=True)
         value.write_text(manifest)
         (work / "entries.finished.json").write_text(manifest)
@@ -131,7 +131,7 @@ def test_prune_empties_the_store_of_a_renamed_dataset(world: PruneFixture, tmp_p
     (folder / "multidatabackend.json").write_text(json.dumps(settings))
     done = world.prune()
     assert counts_by_kind(done) == {"entries": 4, "deleted datasets": 2}
-    assert not (world.layout.values / "small" / "shapes").exists()
+    assert not (world.layout.values / "small" / "shapes_vae_latents.json").exists()
     assert not (world.layout.work / "small" / "shapes").exists()
 
 
@@ -150,7 +150,7 @@ def test_prune_retains_everything_of_an_invalid_project(world: PruneFixture, tmp
     (folder / "multidatabackend.json").write_text("[]")
     assert counts_by_kind(world.prune()) == {}
     assert world.remaining(own) == set(range(8))
-    assert (world.layout.values / "small" / "shapes").exists()
+    assert (world.layout.values / "small" / "shapes_vae_latents.json").exists()
     assert download.exists()
 
 
@@ -220,7 +220,7 @@ def test_prune_with_an_unreadable_manifest_raises(world: PruneFixture, content):
     world.project("small")
     world.encode("small", "vae_latents", range(8))
     world.encode("small", "vae_latents", range(4))
-    value = world.layout.values / "small" / "shapes" / "vae_latents.json"
+    value = world.layout.values / "small" / "shapes_vae_latents.json"
     value.write_text(content)
     with pytest.raises(PruneError, match=r"vae_latents.json cannot be read"):
         world.prune()
@@ -230,7 +230,7 @@ def test_prune_with_an_unreadable_manifest_raises(world: PruneFixture, content):
 def test_prune_counts_finished_manifests_without_asset_value(world: PruneFixture):
     world.project("small")
     world.encode("small", "vae_latents", range(8))
-    (world.layout.values / "small" / "shapes" / "vae_latents.json").unlink()
+    (world.layout.values / "small" / "shapes_vae_latents.json").unlink()
     assert counts_by_kind(world.prune()) == {}
 
 
@@ -279,10 +279,10 @@ def test_prune_retains_files_of_a_mask_dataset(world: PruneFixture):
     entries = [*json.loads(file.read_text()), {"id": "disc-masks", **masks}]
     file.write_text(json.dumps(entries))
     work = world.layout.work / "small" / "disc_masks" / "dataset"
-    value = world.layout.values / "small" / "disc_masks"
-    for folder_of_stage in (work, value):
-        folder_of_stage.mkdir(parents=True)
-        (folder_of_stage / "scan.parquet").write_bytes(b"x")
+    value = world.layout.values / "small" / "disc_masks_dataset.parquet"
+    for file_of_stage in (work / "scan.parquet", value):
+        file_of_stage.parent.mkdir(parents=True)
+        file_of_stage.write_bytes(b"x")
     superseded = world.table("small", f"masks-{digest(1)[:16]}")
     assert counts_by_kind(world.prune()) == {"superseded tables": 1}
     assert not superseded.exists()
@@ -290,6 +290,36 @@ def test_prune_retains_files_of_a_mask_dataset(world: PruneFixture):
     assert counts_by_kind(world.prune()) == {"deleted datasets": 2}
     assert not work.exists()
     assert not value.exists()
+
+
+def test_prune_frees_values_of_masks_and_retains_values_of_the_project(world: PruneFixture):
+    world.project("small")
+    values = world.layout.values / "small"
+    values.mkdir(parents=True)
+    retained = [
+        values / name for name in ("shapes_masks.parquet", "training_set.json", "generated_images.json")
+    ]
+    freed = [values / name for name in ("gone_masks.parquet", "gone_vae_latents_dataset.parquet")]
+    for path in (*retained, *freed):
+        path.write_text("{}")
+    assert counts_by_kind(world.prune()) == {"deleted datasets": 2}
+    assert all(path.exists() for path in retained)
+    assert not any(path.exists() for path in freed)
+
+
+def test_prune_frees_values_stored_under_the_keys_of_earlier_versions(world: PruneFixture):
+    folder = world.project("small")
+    world.encode("small", "vae_latents", range(4))
+    earlier = world.layout.values / "small" / "shapes" / "vae_latents.json"
+    earlier.parent.mkdir()
+    (world.layout.values / "small" / "shapes_vae_latents.json").rename(earlier)
+    (folder / "config.json").rename(folder / "config.old")
+    (folder / "config.json").write_text("{")
+    assert counts_by_kind(world.prune()) == {}, "the datasets of an invalid project are unknown"
+    (folder / "config.old").rename(folder / "config.json")
+    assert counts_by_kind(world.prune()) == {"superseded values": 1}
+    assert not earlier.parent.exists()
+    assert world.remaining(world.layout.latents) == set(range(4)), "the stage's own manifest references them"
 
 
 def test_prune_frees_downloads_that_no_dataset_reads(world: PruneFixture):

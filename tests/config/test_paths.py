@@ -16,6 +16,7 @@ TEXTS = {
     "hub_model_id",
     "instance_prompt",
     "model_card_note",
+    "released_checkpoint",
     "retraining_cron",
     "revision",
     "skip_file_discovery",

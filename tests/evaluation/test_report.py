@@ -102,7 +102,7 @@ def test_write_report_contains_no_local_path(tmp_path: Path):
     assert str(tmp_path) not in (tmp_path / "report.md").read_text()
     data = portable_report(report, None)
     assert data == json.loads(json.dumps(data))
-    assert data["images"] == [{"step": 40, "name": "star", "prompt": "a star", "seed": 1}]
+    assert data["images"] == [{"step": 40, "name": "star", "prompt": "a star", "seed": 1, "scale": 1.0}]
 
 
 def test_write_report_without_measurements_reports_it(tmp_path: Path):

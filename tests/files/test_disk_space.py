@@ -105,7 +105,7 @@ with open(storage / "ballast", "wb", buffering=0) as ballast:
     except OSError:
         pass
 definitions = build_definitions(project.parent)
-key = dg.AssetKey(["full", "shapes", "dataset"])
+key = dg.AssetKey(["full", "shapes_dataset"])
 
 def run():
     with dg.DagsterInstance.ephemeral() as instance:

@@ -81,7 +81,7 @@ def test_graph_trains_lora_on_photographs(
     )
     assert result.success
 
-    scanned = result.output_for_node("photos__shapes__dataset", "result").set_index("path")
+    scanned = result.output_for_node("photos__shapes_dataset", "result").set_index("path")
     images = scanned[[Path(path).suffix != ".txt" for path in scanned.index]]
     retained, dropped = images[images.status == "kept"], images[images.status == "dropped"]
     assert len(images) == len(CAPTIONS) + 7
@@ -95,9 +95,9 @@ def test_graph_trains_lora_on_photographs(
         upright.height,
     )
 
-    rows = result.output_for_node("photos__shapes__aspect_buckets", "result")
+    rows = result.output_for_node("photos__shapes_aspect_buckets", "result")
     assert len(rows[["bucket_h", "bucket_w"]].drop_duplicates()) >= 3
-    latents = result.output_for_node("photos__shapes__vae_latents", "result")
+    latents = result.output_for_node("photos__shapes_vae_latents", "result")
     assert latents.planned == len(rows) == len(retained)
     assert latents.encoded == len(retained)
 

@@ -25,7 +25,7 @@ from sdxl_pipeline.runtime.specs import (
 from tests.support.evaluation_specs import PROMPTS, make_lora, tiny_settings
 
 LINEAGE = {
-    "data_versions": {"demo/shapes/dataset": "d1", "demo/lora": "l1"},
+    "data_versions": {"demo/shapes_dataset": "d1", "demo/lora": "l1"},
     "base_model": "bundled:tiny-sdxl",
     "training_identity": "abc123",
 }

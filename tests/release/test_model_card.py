@@ -85,7 +85,7 @@ def test_card_contains_metrics_and_lineage(release, inputs):
     assert "| dataset `more` | 1,000 images trained, 0 held out |" in text
     assert "| dataset `shapes` | 24 images trained, 6 held out |" in text
     assert "| dataset `validation` | 0 images trained, 3 held out |" in text
-    assert "| `demo/shapes/dataset` | `d1` |" in text
+    assert "| `demo/shapes_dataset` | `d1` |" in text
     for digest in inputs["base_model"].digests.values():
         assert digest in text
 

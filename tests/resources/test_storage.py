@@ -29,7 +29,7 @@ TABLE = pd.DataFrame(
 MANIFEST = Manifest(digest="abc", sizes=(1, 2))
 
 
-@dg.asset(key=["demo", "shapes", "dataset"])
+@dg.asset(key=["demo", "shapes_dataset"])
 def dataset() -> pd.DataFrame:
     return TABLE
 
@@ -51,7 +51,7 @@ def run(assets, root, selection=None):
 def test_value_io_manager_table_round_trip_keeps_lists(tmp_path):
     loaded = []
 
-    @dg.asset(ins={"dataset": dg.AssetIn(key=["demo", "shapes", "dataset"])})
+    @dg.asset(ins={"dataset": dg.AssetIn(key=["demo", "shapes_dataset"])})
     def reader(dataset: pd.DataFrame) -> None:
         loaded.append(dataset)
 
@@ -59,7 +59,7 @@ def test_value_io_manager_table_round_trip_keeps_lists(tmp_path):
     run([dataset, reader], tmp_path, selection=[reader])
     pd.testing.assert_frame_equal(loaded[0], TABLE)
     assert all(type(captions) is list for captions in loaded[0]["captions"])
-    assert (tmp_path / "values/demo/shapes/dataset.parquet").exists()
+    assert (tmp_path / "values/demo/shapes_dataset.parquet").exists()
 
 
 def test_value_io_manager_manifest_is_loaded_as_the_input_type(tmp_path):
@@ -81,19 +81,19 @@ def test_value_io_manager_manifest_is_loaded_as_the_input_type(tmp_path):
 
 def test_value_io_manager_path_is_in_the_metadata(tmp_path):
     result = run([dataset], tmp_path)
-    (materialization,) = result.asset_materializations_for_node("demo__shapes__dataset")
+    (materialization,) = result.asset_materializations_for_node("demo__shapes_dataset")
     assert materialization.metadata["path"] == dg.MetadataValue.path(
-        str(tmp_path / "values/demo/shapes/dataset.parquet")
+        str(tmp_path / "values/demo/shapes_dataset.parquet")
     )
 
 
 def test_value_io_manager_missing_value_fails_with_the_selection_to_materialize(tmp_path):
-    @dg.asset(ins={"dataset": dg.AssetIn(key=["demo", "shapes", "dataset"])})
+    @dg.asset(ins={"dataset": dg.AssetIn(key=["demo", "shapes_dataset"])})
     def reader(dataset: pd.DataFrame) -> None:
         pass
 
     with pytest.raises(
-        dg.Failure, match=r"value of asset demo/shapes/dataset does not exist[\s\S]*Materialize it first"
+        dg.Failure, match=r"value of asset demo/shapes_dataset does not exist[\s\S]*Materialize it first"
     ) as raised:
         run([dataset, reader], tmp_path, selection=[reader])
     selection = str(raised.value.description).partition("--select '")[2].partition("'")[0]

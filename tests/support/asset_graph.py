@@ -18,6 +18,11 @@ from sdxl_pipeline.runtime.stage_runner import StopSignal
 DATASET_STAGES = ("dataset", "aspect_buckets", "vae_latents", "text_embeds")
 
 
+def stage_key(project: str, stage: str, dataset: str = "shapes") -> dg.AssetKey:
+    """Return the key of a stage: of the dataset if each has it, else of the project."""
+    return dg.AssetKey([project, f"{dataset}_{stage}" if stage in DATASET_STAGES else stage])
+
+
 def metadata(result: dg.ExecuteInProcessResult, *key: str) -> dict[str, Any]:
     """Return the metadata of the asset `key` of a run."""
     event = result.asset_materializations_for_node("__".join(key))[0]
@@ -55,7 +60,7 @@ def materialize(
     """Materialize the named stages of the project in `folder`, or all of them; in child processes like the product if asked to."""
     definitions = build_definitions(folder.parent)
     name = folder.name
-    keys = [dg.AssetKey([name, "shapes", s] if s in DATASET_STAGES else [name, s]) for s in stages]
+    keys = [stage_key(name, stage) for stage in stages]
     resources = dict(definitions.resources or {})
     if in_process:
         resources["launcher"] = InProcessStageClient()

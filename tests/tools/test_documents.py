@@ -1,4 +1,4 @@
-"""Tests of README.md, CONTRIBUTING.md, CHANGELOG.md and docs/: links lead to files and headings, and named modules exist."""
+"""Tests of README.md, CONTRIBUTING.md, CHANGELOG.md and docs/: links lead to files and headings, and named modules and messages exist."""
 
 import re
 from pathlib import Path
@@ -53,3 +53,25 @@ def test_page_modules_in_backticks_exist(page):
         assert (
             path.with_suffix(".py").exists() or (path / "__main__.py").exists() or name.endswith("stages")
         ), name
+
+
+def test_troubleshooting_quotes_messages_of_the_program():
+    """Read the symptoms in double quotes; `...` stands for what differs from case to case."""
+    page = (REPOSITORY / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    sources = [
+        path
+        for folder in ("sdxl_pipeline", "assets", "resources")
+        for path in (REPOSITORY / folder).rglob("*.py")
+    ]
+    code = re.sub(
+        r"""["']\s*\n\s*f?["']""", "", "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    )
+    symptoms = [line.split("|")[1] for line in page.splitlines() if line.startswith("| ")]
+    fragments = [
+        fragment.strip()
+        for symptom in symptoms
+        for quoted in re.findall(r'"([^"]+)"', symptom)
+        for fragment in quoted.split("...")
+    ]
+    assert len(fragments) > 10
+    assert [fragment for fragment in fragments if fragment not in code] == []

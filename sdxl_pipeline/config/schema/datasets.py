@@ -331,6 +331,10 @@ class ImageDataset(SettingsModel):
         """Return `id` as a valid asset key."""
         return asset_name(self.id)
 
+    def stage_name(self, stage: str) -> str:
+        """Return the name of this dataset's asset of a stage: `<asset_name>_<stage>`, unique in a project since no suffix ends in another."""
+        return f"{self.asset_name}_{stage}"
+
     @property
     def latent_cache(self) -> CacheMode:
         """Return when latents are encoded, and whether they are cached."""

@@ -17,6 +17,7 @@ class Identity(Enum):
     """What a run's identity contains for a key of config.json. Each value is its text in docs/settings.md."""
 
     VALUE = "value"
+    VALUE_IF_SET = "value, if it is not the default"
     EFFECTIVE_VALUE = "value, with the default filled in"
     FILE_CONTENT = "digest of the file"
     LATENT_KEYS = "keys of the latents"
@@ -36,7 +37,13 @@ class Identity(Enum):
 
 
 COMPARED_BY_VALUE: Final = frozenset(
-    (Identity.VALUE, Identity.EFFECTIVE_VALUE, Identity.FILE_CONTENT, Identity.LATENT_KEYS)
+    (
+        Identity.VALUE,
+        Identity.VALUE_IF_SET,
+        Identity.EFFECTIVE_VALUE,
+        Identity.FILE_CONTENT,
+        Identity.LATENT_KEYS,
+    )
 )
 """Two runs that differ in such a key differ in their weights. The base model and the data are compared by digest instead."""
 
@@ -54,10 +61,12 @@ Consumer = Literal[
     "lora",
     "evaluation",
     "run_evaluation",
+    "evaluation_checks",
     "hub_release",
 ]
 """Code versions and digests that contain a key beside the run's identity. source: name of the download folder; scan: digest of the
-recorded scan; run_evaluation: identity of the evaluation, with the value that the run was trained with; others: assets of that name."""
+recorded scan; run_evaluation: identity of the evaluation, with the value that the run was trained with; evaluation_checks: code version of evaluation,
+but not its identity; others: assets of that name."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Settings of the release."""
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, field_validator
 
@@ -10,10 +11,19 @@ from sdxl_pipeline.config.schema.settings_model import BadValueError, SettingsMo
 LoraFormat = Literal["both", "diffusers", "comfyui"]
 ExportDtype = Literal["auto", "float16", "bfloat16", "float32"]
 
+_CHECKPOINT: Final = re.compile(r"step-0*([1-9]\d*)")
+
 
 class ReleaseSettings(SettingsModel):
     """Release."""
 
+    released_checkpoint: Annotated[str, Key(Identity.SAVING, overridable=False, used_by=("evaluation",))] = (
+        Field(
+            "best",
+            description="The checkpoint that is evaluated and published. best: the earliest one within one standard error of the lowest eval loss; "
+            'last: the final weights; or a step, such as "step-500".',
+        )
+    )
     lora_format: Annotated[
         LoraFormat, Key(Identity.EXPORT, overridable=False, used_by=("lora", "hub_release"))
     ] = Field(
@@ -52,6 +62,16 @@ class ReleaseSettings(SettingsModel):
     model_card_note: Annotated[
         str | None, Key(Identity.REPORTING, overridable=False, used_by=("hub_release",))
     ] = Field(None, description="A note at the top of the model card.")
+
+    @field_validator("released_checkpoint", mode="after")
+    @classmethod
+    def _require_checkpoint_name(cls, value: str) -> str:
+        word = value.strip().lower()
+        if word in ("best", "last"):
+            return word
+        if (match := _CHECKPOINT.fullmatch(word)) is None:
+            raise BadValueError("names no checkpoint", 'write "best", "last" or a step, such as "step-500"')
+        return f"step-{match[1]}"
 
     @field_validator("hub_model_id", mode="after")
     @classmethod

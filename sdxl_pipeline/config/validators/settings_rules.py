@@ -1,4 +1,4 @@
-"""All rules between settings, and those of hardware acceleration."""
+"""All rules between settings, and those of hardware acceleration and evaluation."""
 
 from collections.abc import Iterator
 
@@ -18,6 +18,7 @@ from sdxl_pipeline.config.validators.optimization_rules import (
 )
 
 _COMPILE_KEYS = keys_with(TrainingSettings, lambda key: "dynamo_backend" in key.needs)
+_CAPTION_SAMPLE_KEYS = keys_with(TrainingSettings, lambda key: "num_caption_samples" in key.needs)
 
 
 def check_acceleration(training: TrainingSettings) -> Iterator[Finding]:
@@ -54,6 +55,44 @@ def unused_acceleration_settings(training: TrainingSettings) -> Iterator[str]:
         yield f"{', '.join(given)} has no effect while dynamo_backend is no"
 
 
+def check_evaluation_settings(training: TrainingSettings) -> Iterator[Finding]:
+    """Yield invalid combinations of the settings of the evaluation."""
+    if training.early_stopping_patience is not None and training.eval_loss_disable:
+        yield Finding(
+            "early_stopping_patience",
+            "needs the eval loss, but eval_loss_disable is true",
+            "write eval_loss_disable false, or remove early_stopping_patience",
+        )
+    elif training.early_stopping_patience is not None and not training.eval_loss_in_training:
+        yield Finding(
+            "early_stopping_patience",
+            "counts eval losses during training, but none are computed",
+            'write "eval_epoch_interval": 1 or eval_steps_interval beside it',
+        )
+    if 0 < training.num_caption_samples < training.caption_sample_seeds:
+        yield Finding(
+            "caption_sample_seeds",
+            f"is above num_caption_samples ({training.num_caption_samples}), so no caption has all its images",
+            f"write at most {training.num_caption_samples}",
+        )
+
+
+def unused_evaluation_settings(training: TrainingSettings) -> Iterator[str]:
+    """Yield settings of the evaluation that have no effect because what they need is off."""
+    given = training.model_fields_set
+    if training.early_stopping_min_delta and training.early_stopping_patience is None:
+        yield "early_stopping_min_delta has no effect without early_stopping_patience"
+    if training.eval_loss_disable and training.num_probe_images and "num_probe_images" in given:
+        yield "num_probe_images has no effect while eval_loss_disable is true"
+    sampled = [key for key in _CAPTION_SAMPLE_KEYS if key in given and getattr(training, key) is not None]
+    if not training.num_caption_samples and sampled:
+        yield f"{', '.join(sampled)} has no effect while num_caption_samples is 0"
+    elif training.evaluation_type == "none" and training.pretrained_similarity_model_name_or_path:
+        yield "pretrained_similarity_model_name_or_path has no effect while evaluation_type is none"
+    if training.model_type == "full" and training.gallery_scales:
+        yield "gallery_scales has no effect while model_type is full: only an adapter has a scale"
+
+
 def check_training(training: TrainingSettings) -> Iterator[Finding]:
     """Yield all invalid combinations of the settings of `config.json`."""
     yield from check_trained_weights(training)
@@ -61,6 +100,7 @@ def check_training(training: TrainingSettings) -> Iterator[Finding]:
     yield from check_optimization(training)
     yield from check_objective(training)
     yield from check_acceleration(training)
+    yield from check_evaluation_settings(training)
     steps = training.max_train_steps
     if steps is not None and training.num_train_epochs is not None:
         yield Finding(
@@ -86,6 +126,7 @@ def unused_training_settings(training: TrainingSettings) -> Iterator[str]:
     yield from unused_adapter_settings(training)
     yield from unused_objective_settings(training)
     yield from unused_acceleration_settings(training)
+    yield from unused_evaluation_settings(training)
     if training.hub_model_id is not None and not training.push_to_hub:
         yield f"hub_model_id = {training.hub_model_id} has no effect while push_to_hub is false"
     if training.push_checkpoints_to_hub and not training.push_to_hub:

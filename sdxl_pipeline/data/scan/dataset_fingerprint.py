@@ -138,7 +138,7 @@ def has_remote_datasets(project: Project) -> bool:
 def folder_states(project: Project) -> dict[str, str]:
     """Return the current `dataset_fingerprint` of each dataset by dataset asset key."""
     return {
-        f"{project.name}/{dataset.asset_name}/dataset": dataset_fingerprint(dataset)
+        f"{project.name}/{dataset.stage_name('dataset')}": dataset_fingerprint(dataset)
         for dataset in _datasets_with_caption_settings(project)
     }
 

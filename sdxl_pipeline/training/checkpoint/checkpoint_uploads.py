@@ -10,7 +10,7 @@ from queue import Queue
 from sdxl_pipeline.config.schema.release import ReleaseSettings
 from sdxl_pipeline.files.atomic_files import link_or_copy
 from sdxl_pipeline.hub_client import describe_hub_error, upload
-from sdxl_pipeline.training.checkpoint.checkpoints import exported_files
+from sdxl_pipeline.training.checkpoint.checkpoint_files import exported_files
 
 UPLOADS = "uploads"
 """Subfolder of a run with the files waiting for upload; they remain when their checkpoint is deleted."""

@@ -4,7 +4,6 @@ A checkpoint is a folder of safetensors and one JSON file, written under a tempo
 contains no pickle and no random state, since every random choice is a function of the step (`training.rng`).
 """
 
-import hashlib
 import json
 import os
 import re
@@ -12,7 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -23,23 +22,25 @@ from sdxl_pipeline.files.atomic_files import link_or_copy, sha256_file, write_te
 from sdxl_pipeline.files.disk_space import require_space
 from sdxl_pipeline.runtime.specs import RunLineage
 from sdxl_pipeline.runtime.stage_runner import UserError
+from sdxl_pipeline.training.checkpoint.checkpoint_files import (
+    AVERAGE,
+    CHECKPOINT_NAME,
+    OPTIMIZER,
+    PARAMETERS,
+    STATE_DIGEST,
+    checkpoint_identity,
+    files_in,
+    is_intact,
+    list_checkpoints,
+    state_digest,
+)
 from sdxl_pipeline.training.checkpoint.checkpoint_schedule import CheckpointKind
 from sdxl_pipeline.training.checkpoint.free_disk_monitor import CHECKPOINT_ADVICE
 from sdxl_pipeline.training.checkpoint.optimizer_state import flatten_optimizer, unflatten_optimizer
 
-CHECKPOINTS = "checkpoints"
-"""Subfolder of a run with its checkpoints."""
-
 FORMAT = 2
-STATE_DIGEST = "state_sha256"
-"""Key in state.json: the digest of all other keys."""
-PARAMETERS = "trainable.safetensors"
-OPTIMIZER = "optimizer.safetensors"
-AVERAGE = "average.safetensors"
 
-_KINDS = "|".join(get_args(CheckpointKind))
-_NAME = re.compile(rf"({_KINDS})-\d{{8,}}")
-_UNFINISHED = re.compile(rf"\.{_NAME.pattern}\.\d+\.tmp")
+_UNFINISHED = re.compile(rf"\.{CHECKPOINT_NAME.pattern}\.\d+\.tmp")
 """The temporary folder of a killed writer."""
 
 
@@ -127,52 +128,6 @@ def latest_checkpoint(root: Path, identity: str, report: Callable[[str], None]) 
             )
         return path
     return None
-
-
-def list_checkpoints(root: Path) -> list[Path]:
-    """Return the checkpoints in `root`, oldest first; for the same step the rolling one first. Other files and folders are ignored."""
-    paths = root.iterdir() if root.is_dir() else ()
-    found = (path for path in paths if _NAME.fullmatch(path.name) and path.is_dir())
-    return sorted(found, key=lambda path: (step_in_name(path), path.name))
-
-
-def is_intact(path: Path) -> bool:
-    """Return whether all files of a checkpoint, including state.json, are unchanged since they were written, and no weights were added."""
-    try:
-        state: dict[str, Any] = json.loads((path / CHECKPOINT_STATE).read_bytes())
-        digests: Mapping[str, str] = state["sha256"]
-        weights = {file.relative_to(path).as_posix() for file in path.rglob("*.safetensors")}
-        return (
-            state.pop(STATE_DIGEST) == _state_digest(state)
-            and weights <= digests.keys()
-            and all(sha256_file(path / name) == digest for name, digest in digests.items())
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def exported_files(path: Path) -> list[Path]:
-    """Return the files of a checkpoint in the published format, without those that only this trainer reads."""
-    return [
-        file for file in _files(path) if file.name not in (CHECKPOINT_STATE, PARAMETERS, OPTIMIZER, AVERAGE)
-    ]
-
-
-def step_in_name(path: Path) -> int:
-    """Return the step in the name of one of `list_checkpoints`."""
-    return int(path.name.partition("-")[2])
-
-
-def checkpoint_step(path: Path) -> int:
-    """Return the step of an intact checkpoint, whatever the name of its folder."""
-    step: int = json.loads((path / CHECKPOINT_STATE).read_bytes())["step"]
-    return step
-
-
-def checkpoint_identity(path: Path) -> str:
-    """Return the identity of the run that a checkpoint belongs to."""
-    identity: str = json.loads((path / CHECKPOINT_STATE).read_bytes())["identity"]
-    return identity
 
 
 def import_checkpoint(source: Path, root: Path, lineage: RunLineage) -> None:
@@ -308,24 +263,15 @@ def _write(
         "optimizer": metadata,
         "schedule": state.schedule,
         "scaler": state.scaler,
-        "sha256": {file.relative_to(folder).as_posix(): sha256_file(file) for file in _files(folder)},
+        "sha256": {file.relative_to(folder).as_posix(): sha256_file(file) for file in files_in(folder)},
     }
     (folder / CHECKPOINT_STATE).write_text(_state_json(content))
-    for path in (*_files(folder), *(each for each in folder.rglob("*") if each.is_dir()), folder):
+    for path in (*files_in(folder), *(each for each in folder.rglob("*") if each.is_dir()), folder):
         _flush(path)
 
 
 def _state_json(content: Mapping[str, Any]) -> str:
-    return json.dumps({**content, STATE_DIGEST: _state_digest(json.loads(json.dumps(content)))}, indent=1)
-
-
-def _state_digest(content: Any) -> str:
-    """Return the hex SHA-256 of the parsed content of state.json, independent of its formatting."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    return json.dumps({**content, STATE_DIGEST: state_digest(json.loads(json.dumps(content)))}, indent=1)
 
 
 def _read_parameters(path: Path) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ changing the length of a run loses nothing. If the learning rate depends on the 
 A run that is configured with a checkpoint of another trajectory (`resume_from_checkpoint: <path>`) has that checkpoint in its identity.
 """
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,29 +17,30 @@ from safetensors import SafetensorError
 from sdxl_pipeline.files.atomic_files import link_or_copy
 from sdxl_pipeline.models.adapters.init_adapter_source import DEFAULT_ADAPTER_FILE
 from sdxl_pipeline.runtime.reporter import Reporter
-from sdxl_pipeline.runtime.specs import Ancestor, RunLineage, TrainingDataset, TrainSpec
+from sdxl_pipeline.runtime.specs import Ancestor, RunLineage, TrainSpec
 from sdxl_pipeline.runtime.stage_runner import UserError
-from sdxl_pipeline.training.checkpoint.checkpoints import (
+from sdxl_pipeline.training.checkpoint.checkpoint_files import (
     CHECKPOINTS,
     checkpoint_identity,
     checkpoint_step,
-    import_checkpoint,
     is_intact,
     list_checkpoints,
-    load_checkpoint,
-    parameter_shapes,
     step_in_name,
 )
+from sdxl_pipeline.training.checkpoint.checkpoints import (
+    import_checkpoint,
+    load_checkpoint,
+    parameter_shapes,
+)
+from sdxl_pipeline.training.checkpoint.run_differences import differences
 from sdxl_pipeline.training.checkpoint.run_identity import (
     CONSTANT_SCHEDULES,
     RunFingerprints,
-    change_affects_weights,
     configured_checkpoint,
     lineage_of_checkpoint,
     read_lineage,
     read_spec,
     run_of_checkpoint,
-    setting_changes,
     write_lineage,
 )
 from sdxl_pipeline.training.checkpoint.warm_start import optimizer_fits
@@ -124,34 +124,6 @@ def report_nearest_run(
             f"at step {source.step}. It differs in {difference}. {_continuation_hint(source, source_shapes, shapes, total_steps)}"
         )
         return
-
-
-def differences(other: TrainSpec, spec: TrainSpec) -> list[str]:
-    """Return descriptions of what makes the weights of `spec` differ from those of `other`, as "name: old -> new"."""
-    changes = [
-        f"{key}: {json.dumps(old)} -> {json.dumps(new)}"
-        for key, (old, new) in setting_changes(other, spec).items()
-        if change_affects_weights(key)
-    ]
-    if other.base_model.digest != spec.base_model.digest:
-        changes.append(f"base model: {other.base_model.source} -> {spec.base_model.source}")
-    old_datasets, new_datasets = (
-        {dataset.dataset_id: _dataset_fingerprint(dataset) for dataset in each.datasets}
-        for each in (other, spec)
-    )
-    for dataset_id in sorted(old_datasets.keys() | new_datasets.keys()):
-        if old_datasets.get(dataset_id) != new_datasets.get(dataset_id):
-            changes.append(f"images, captions or settings of the dataset {dataset_id}")
-    return changes
-
-
-def _dataset_fingerprint(dataset: TrainingDataset) -> tuple[object, ...]:
-    """Return what determines the samples of a dataset; the names of its tables contain their digests."""
-    return (
-        *(Path(dataset.rows_path).name, dataset.latents.digest, dataset.text_embeds.digest),
-        *(dataset.repeats, dataset.probability, dataset.fresh_crops, dataset.is_regularisation),
-        dataset.masks and (dataset.masks.kind, Path(dataset.masks.pairs_path).name),
-    )
 
 
 def _continuation_hint(

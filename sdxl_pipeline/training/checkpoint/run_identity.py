@@ -103,13 +103,20 @@ CONSTANT_SCHEDULES = frozenset({"constant", "constant_with_warmup", "sine"})
 """The values of lr_scheduler whose learning rate at a step does not depend on the number of steps."""
 
 _NOT_BY_VALUE = set(keys_with(TrainingSettings, lambda key: key.identity is not Identity.VALUE))
+_VALUE_IF_SET = keys_with(TrainingSettings, lambda key: key.identity is Identity.VALUE_IF_SET)
 _AFFECTS_WEIGHTS = frozenset(keys_with(TrainingSettings, lambda key: key.identity in COMPARED_BY_VALUE))
 
 
 def settings_affecting_weights(settings: TrainingSettings) -> dict[str, Any]:
-    """Return the settings that determine the weights, as plain data."""
-    return settings.model_dump(mode="json", exclude=_NOT_BY_VALUE) | {
-        "lora_alpha": settings.effective_lora_alpha
+    """Return the settings that determine the weights, as plain data; those of `Identity.VALUE_IF_SET` only if they are not the default."""
+    dumped = settings.model_dump(mode="json")
+    if_set = (
+        key for key in _VALUE_IF_SET if getattr(settings, key) != TrainingSettings.model_fields[key].default
+    )
+    return {
+        **{key: value for key, value in dumped.items() if key not in _NOT_BY_VALUE},
+        **{key: dumped[key] for key in if_set},
+        "lora_alpha": settings.effective_lora_alpha,
     }
 
 

@@ -28,12 +28,14 @@ MAX_LISTED_IMAGES = 5
 
 _GEOMETRY = tuple(Crop.__dataclass_fields__)
 _IMAGE = ["dataset_id", "key", "copy"]
+# Names of columns are part of the digest, and so of every run's identity: these have been renamed since.
+_DIGEST_NAMES = {"original_height": "told_h", "original_width": "told_w"}
 _DIGESTED = (
     *_IMAGE,
     "crop_index",
     "latent_key",
-    "original_height",
-    "original_width",
+    "told_h",
+    "told_w",
     "crop_top",
     "crop_left",
     "bucket_h",
@@ -194,7 +196,7 @@ class Samples(Sequence[Sample]):
 
     def digest(self) -> str:
         """Return the hex SHA-256 over everything training reads of the samples: equal digests mean equal latents, embeddings and time ids."""
-        return frame_digest(self._frame, _DIGESTED)
+        return frame_digest(self._frame.rename(columns=_DIGEST_NAMES), _DIGESTED)
 
 
 def load_samples(

@@ -93,6 +93,7 @@ class EvalRow(StageModel):
 
     step: int  # 0 for the base model
     loss: LossSummary
+    probe: LossSummary | None = None  # of training images
 
 
 def metrics_log(run_dir: Path, resumed_at: int) -> RunLog[StepMetrics]:

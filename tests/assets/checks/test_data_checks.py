@@ -43,7 +43,7 @@ def evaluate(folder: Path, instance: dg.DagsterInstance) -> dict[tuple[str, str]
                 key
                 for asset in definitions.assets or []
                 for key in getattr(asset, "keys", [])
-                if key.path[-1] in ("dataset", "aspect_buckets")
+                if key.path[-1].endswith(("_dataset", "_aspect_buckets"))
             ]
         ),
         resources=dict(definitions.resources or {}),
@@ -82,20 +82,20 @@ def test_check_dataset_valid_folder_passes_and_counts_files(instance, make_proje
     (folder / "data" / "raw.cr2").write_bytes(b"raw")
     (folder / "data" / "cut.png").write_bytes((folder / "data" / "moon.png").read_bytes()[:500])
     checks = evaluate(folder, instance)
-    leakage = checks.pop(("shapes/aspect_buckets", "no_eval_leakage"))
+    leakage = checks.pop(("shapes_aspect_buckets", "no_eval_leakage"))
     assert (leakage.passed, leakage.severity) == (False, dg.AssetCheckSeverity.WARN), "0 of 0 is not a pass"
     assert str(leakage.description).startswith("There are no evaluation images to compare with the 6")
     assert [name for name, check in checks.items() if not check.passed] == []
-    message = checks["shapes/dataset", "file_counts_consistent"].description
+    message = checks["shapes_dataset", "file_counts_consistent"].description
     assert message.startswith("9 found = 6 kept + 3 dropped (")
     for reason in ("1 not an image", "1 truncated", "1 image format .cr2 is not supported"):
         assert reason in message
-    assert checks["shapes/dataset", "no_near_duplicates"].description == (
+    assert checks["shapes_dataset", "no_near_duplicates"].description == (
         "0 files are copies of others; 0 images are near-duplicates, in 0 groups."
     )
     assert (
         "6 images = 6 planned + 0 filtered out"
-        in checks["shapes/aspect_buckets", "image_counts_consistent"].description
+        in checks["shapes_aspect_buckets", "image_counts_consistent"].description
     )
 
 
@@ -108,7 +108,7 @@ def test_no_near_duplicates_copies_and_near_duplicates_lists_and_shows_them(inst
     (folder / "data" / "moon again.txt").write_text("the moon again")
     save_photograph(folder / "data", "flat.png", "moon").unlink()
     Image.new("RGB", (256, 256), "red").save(folder / "data" / "flat.png")
-    check = evaluate(folder, instance)["shapes/dataset", "no_near_duplicates"]
+    check = evaluate(folder, instance)["shapes_dataset", "no_near_duplicates"]
     assert (check.passed, check.severity) == (False, dg.AssetCheckSeverity.WARN)
     assert "1 files are copies of others (moon again.png = moon.png)" in check.description
     assert "2 images are near-duplicates, in 1 groups (coffee.png ~ smaller.jpg)" in check.description
@@ -133,11 +133,11 @@ def test_no_near_duplicates_search_off_reports_that_it_was_not_searched(instance
     save_photograph(folder / "data", "smaller.jpg", "coffee", size=(160, 160))
     save_photograph(folder / "data", "smaller2.jpg", "coffee", size=(150, 150))
     checks = evaluate(folder, instance)
-    assert checks["shapes/dataset", "no_near_duplicates"].passed
-    assert "find_near_duplicates is off" in checks["shapes/dataset", "no_near_duplicates"].description
+    assert checks["shapes_dataset", "no_near_duplicates"].passed
+    assert "find_near_duplicates is off" in checks["shapes_dataset", "no_near_duplicates"].description
     assert (
         "8 were compared by their bytes alone"
-        in checks["shapes/aspect_buckets", "no_eval_leakage"].description
+        in checks["shapes_aspect_buckets", "no_eval_leakage"].description
     )
 
 
@@ -148,7 +148,7 @@ def test_no_eval_leakage_near_duplicates_are_held_out_together(instance, make_pr
             save_photograph(
                 folder / "data", f"{name}_{number}.png", name, size=(256 - 16 * number, 256 - 16 * number)
             )
-    check = evaluate(folder, instance)["shapes/aspect_buckets", "no_eval_leakage"]
+    check = evaluate(folder, instance)["shapes_aspect_buckets", "no_eval_leakage"]
     assert check.passed
     count, total = map(int, re.match(r"(\d+) of (\d+) evaluation images", check.description).groups())
     assert count == 0
@@ -160,7 +160,7 @@ def test_no_eval_leakage_split_group_is_reported_with_its_images(instance, make_
     folder = make_project(images=0, config={"eval_holdout_share": 0.1})
     for number in range(9):
         save_photograph(folder / "data", f"{number}.png", "coffee", size=(256 - 8 * number, 256 - 8 * number))
-    check = evaluate(folder, instance)["shapes/aspect_buckets", "no_eval_leakage"]
+    check = evaluate(folder, instance)["shapes_aspect_buckets", "no_eval_leakage"]
     assert (check.passed, check.severity) == (False, dg.AssetCheckSeverity.WARN)
     assert check.description.startswith("1 of 1 evaluation images are trained on")
     assert " ~ " in check.description
@@ -190,24 +190,24 @@ def test_no_eval_leakage_from_each_training_dataset_lists_leaked_images(
             save_photograph(folder / dataset, f"{name}.png", name)
     clean = evaluate(folder, instance)
     leakage_checks = ["no_eval_leakage_from_people", "no_eval_leakage_from_things"]
-    assert all(clean["unseen/dataset", name].passed for name in leakage_checks)
+    assert all(clean["unseen_dataset", name].passed for name in leakage_checks)
     assert not [name for _, name in clean if name == "no_eval_leakage"], (
         "nothing is held out if there is an eval dataset"
     )
 
-    versions = [version(instance, "small", "unseen", stage) for stage in ("dataset", "aspect_buckets")]
+    versions = [version(instance, "small", f"unseen_{stage}") for stage in ("dataset", "aspect_buckets")]
     save_photograph(folder / "things", "again.jpg", "coins", size=(200, 200))
     shutil.copy(folder / "unseen" / "moon.png", folder / "things" / "moon.png")
     (folder / "things" / "moon.txt").write_text("the moon")
     leaking = evaluate(folder, instance)
-    assert leaking["unseen/dataset", "no_eval_leakage_from_people"].passed
-    check = leaking["unseen/dataset", "no_eval_leakage_from_things"]
+    assert leaking["unseen_dataset", "no_eval_leakage_from_people"].passed
+    check = leaking["unseen_dataset", "no_eval_leakage_from_things"]
     assert not check.passed
     assert "2 of 2 evaluation images" in check.description
     assert "(coins.png ~ again.jpg, moon.png = moon.png)" in check.description
     assert count_tiles(check_image(check), folder / "unseen" / "coins.png") == 2
     assert versions == [
-        version(instance, "small", "unseen", stage) for stage in ("dataset", "aspect_buckets")
+        version(instance, "small", f"unseen_{stage}") for stage in ("dataset", "aspect_buckets")
     ]
 
 
@@ -331,20 +331,20 @@ def test_no_unused_data_and_no_overlap_report_unused_settings_and_shared_images(
         save_photograph(folder / "people" / "4_people", f"{name}.png", name)
     for name in IMAGES[3:]:
         save_photograph(folder / "prior", f"{name}.png", name)
-    assert evaluate(folder, instance)["prior/dataset", "no_overlap_with_people"].passed
+    assert evaluate(folder, instance)["prior_dataset", "no_overlap_with_people"].passed
     shutil.copy(folder / "people" / "4_people" / "camera.png", folder / "prior" / "same.png")
     (folder / "prior" / "same.txt").write_text("the same")
     checks = evaluate(folder, instance)
-    check = checks["prior/dataset", "no_overlap_with_people"]
+    check = checks["prior_dataset", "no_overlap_with_people"]
     assert (check.passed, check.severity) == (False, dg.AssetCheckSeverity.WARN)
     assert check.description == (
         "1 of 4 regularisation images are also ordinary training images of people (same.png = 4_people/camera.png). "
         "Remove them from one of the two."
     )
-    assert checks["prior/dataset", "no_unused_data"].passed
-    check = checks["people/dataset", "no_unused_data"]
+    assert checks["prior_dataset", "no_unused_data"].passed
+    check = checks["people_dataset", "no_unused_data"]
     assert (check.passed, check.severity) == (False, dg.AssetCheckSeverity.WARN)
-    event = instance.get_latest_materialization_event(dg.AssetKey(["small", "people", "dataset"]))
+    event = instance.get_latest_materialization_event(dg.AssetKey(["small", "people_dataset"]))
     assert event is not None
     assert event.asset_materialization is not None
     unused = event.asset_materialization.metadata["unused_data"].value

@@ -12,20 +12,20 @@ import torch
 
 from sdxl_pipeline.runtime.specs import Ancestor, RunLineage
 from sdxl_pipeline.runtime.stage_runner import UserError
+from sdxl_pipeline.training.checkpoint.checkpoint_files import checkpoint_step, is_intact
 from sdxl_pipeline.training.checkpoint.checkpoint_schedule import CheckpointKind
 from sdxl_pipeline.training.checkpoint.checkpoints import (
     TrainingState,
     checkpoint_bytes,
-    checkpoint_step,
     clear_checkpoints,
     import_checkpoint,
-    is_intact,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
 from sdxl_pipeline.training.checkpoint.run_identity import (
     lineage_of_checkpoint,
+    read_lineage,
     run_of_checkpoint,
     write_lineage,
 )
@@ -190,6 +190,22 @@ def test_lineage_of_checkpoint_of_an_earlier_version_is_read_from_the_run(tmp_pa
     assert load_checkpoint(checkpoint).step == 4
     (checkpoint / "state.json").write_text("no JSON")
     assert lineage_of_checkpoint(checkpoint) is None
+
+
+def test_read_lineage_accepts_the_field_names_of_an_earlier_version(tmp_path):
+    lineage = RunLineage(
+        identity="me",
+        trajectory="t",
+        any_length="f",
+        any_length_or_world_size="w",
+        optimizer="adamw",
+        ancestor=None,
+    )
+    write_lineage(tmp_path, lineage)
+    current = (tmp_path / "lineage.json").read_text()
+    earlier = current.replace("any_length_or_world_size", "kin").replace("any_length", "family")
+    (tmp_path / "lineage.json").write_text(earlier)
+    assert read_lineage(tmp_path) == lineage
 
 
 def test_latest_checkpoint_ignores_an_unfinished_one(tmp_path):

@@ -3,18 +3,27 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from sdxl_pipeline.config.loader import load_project
 from sdxl_pipeline.config.schema.key_facts import Identity, keys_with
 from sdxl_pipeline.config.schema.training import TrainingSettings
+from sdxl_pipeline.files.digest import digest_json
 from sdxl_pipeline.training.checkpoint.run_identity import (
+    change_affects_weights,
     run_fingerprints,
     run_identity,
     settings_affecting_weights,
 )
 from tests.support.training_datasets import make_dataset, make_spec
+
+DEMO = Path(__file__).parents[3] / "projects" / "demo"
+DEMO_IDENTITY = "69ce9952dfad68a725280f22b356800cc29865377129bc75803ebb0b7fceb7e4"
+"""Of the demo's settings with the data of `make_dataset` and a base model of fixed digests."""
+DEFAULT_SETTINGS_DIGEST = "707603a1deac413091f84a6e6e020e06a4ce602d2d1bcc517293e14bd4c95345"
 
 
 @pytest.fixture
@@ -31,6 +40,29 @@ def test_settings_affecting_weights_contains_exactly_the_keys_compared_by_value(
     by_value = keys_with(TrainingSettings, lambda key: key.identity is Identity.VALUE)
     assert settings_affecting_weights(TrainingSettings()).keys() == {*by_value, "lora_alpha"}
     assert not {"output_dir", "validation_prompt", "pretrained_model_name_or_path"} & {*by_value}
+
+
+def test_settings_affecting_weights_contains_keys_of_value_if_set_only_if_they_are_set():
+    keys = keys_with(TrainingSettings, lambda key: key.identity is Identity.VALUE_IF_SET)
+    assert keys == ("early_stopping_patience", "early_stopping_min_delta")
+    assert not {*keys} & settings_affecting_weights(TrainingSettings(early_stopping_patience=0)).keys()
+    values = {"early_stopping_patience": 3, "early_stopping_min_delta": 0.01}
+    assert values.items() <= settings_affecting_weights(TrainingSettings(**values)).items()
+    assert all(map(change_affects_weights, keys))
+
+
+def test_run_identity_of_the_demo_is_that_of_earlier_versions(spec):
+    """A new key must not change it: every finished run would be trained again."""
+    digests = dict.fromkeys(spec.base_model.digests, "0" * 64)
+    demo = spec.model_copy(
+        update={
+            "base_model": spec.base_model.model_copy(update={"digests": digests}),
+            "settings": load_project(DEMO).training,
+            "datasets": (spec.datasets[0].model_copy(update={"repeats": 1}),),
+        }
+    )
+    assert run_identity(demo) == DEMO_IDENTITY
+    assert digest_json(settings_affecting_weights(TrainingSettings())) == DEFAULT_SETTINGS_DIGEST
 
 
 @pytest.mark.parametrize(
@@ -50,6 +82,7 @@ def test_settings_affecting_weights_contains_exactly_the_keys_compared_by_value(
         {"optimizer_config": {"weight_decay": 0.0}},
         {"mixed_precision": "bf16"},
         {"micro_conditioning": "resized"},
+        {"early_stopping_patience": 3},
     ],
     ids=lambda settings: next(iter(settings)),
 )
@@ -143,6 +176,8 @@ def test_run_identity_depends_on_base_model_content_not_name(spec):
     assert run_identity(spec.model_copy(update={"base_model": other})) != run_identity(spec)
 
 
-def test_run_identity_imports_no_torch():
-    code = "import sys, sdxl_pipeline.training.checkpoint.run_identity, sdxl_pipeline.stages.train; assert 'torch' not in sys.modules"
+def test_modules_about_runs_import_no_torch():
+    modules = ("run_identity", "run_differences", "finished_runs", "checkpoint_files")
+    names = ", ".join(f"sdxl_pipeline.training.checkpoint.{name}" for name in modules)
+    code = f"import sys, {names}, sdxl_pipeline.stages.train; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,6 +1,7 @@
-"""Errors that the user can fix, as failed steps with a message instead of a stack trace."""
+"""What steps write to the event log: progress of long loops, and errors that the user can fix without a stack trace."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import dagster as dg
@@ -18,6 +19,7 @@ from sdxl_pipeline.models.model_files import BaseModelError
 from sdxl_pipeline.release.release_inputs import ExportError, ReleaseError
 from sdxl_pipeline.runtime.stage_runner import UserError
 
+PROGRESS_SECONDS = 10.0
 USER_ERRORS = (
     CaptionError,
     DatasetFolderError,
@@ -42,3 +44,16 @@ def user_errors_as_failures() -> Iterator[None]:
             yield
     except USER_ERRORS as error:
         raise dg.Failure(description=str(error), allow_retries=False) from error
+
+
+def log_progress(context: dg.AssetExecutionContext, action: str) -> Callable[[int, int], None]:
+    """Return a callback `(done, total)` that logs "`done` of `total` `action`." at most every ten seconds."""
+    logged_at = time.monotonic()
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal logged_at
+        if time.monotonic() - logged_at >= PROGRESS_SECONDS:
+            logged_at = time.monotonic()
+            context.log.info(f"{done} of {total} {action}.")
+
+    return on_progress
