@@ -240,6 +240,20 @@ def build_batches(
     )
 
 
+def build_validation_schedule(
+    spec: TrainSpec, sampler: BucketBatchSampler, total_steps: int
+) -> ValidationSchedule:
+    """Return the steps at which a run of the spec validates."""
+    settings = spec.settings
+    return ValidationSchedule(
+        images=settings,
+        losses=settings,
+        has_prompts=bool(spec.prompts),
+        total_steps=total_steps,
+        epochs_at=lambda step: sampler.epochs_after(step * settings.gradient_accumulation_steps),
+    )
+
+
 def image_generator(
     spec: TrainSpec, reader: BatchReader, folder: Path, previews: Previews | None = None
 ) -> ImageGenerator:
