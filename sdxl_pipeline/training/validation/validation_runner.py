@@ -144,8 +144,13 @@ class Validator:
         self._image_log = validation_log(run_dir, resumed_at)
         self._eval_log = eval_loss_log(run_dir, resumed_at)
 
-    def run(self, step: int, unet: UNet2DConditionModel, eval_weights: EvalWeights) -> None:
-        """Run what is due after a step, with the weights of `unet` that `eval_weights` selects, and restore the weights. A stop ends it early."""
+    def run(
+        self, step: int, unet: UNet2DConditionModel, eval_weights: EvalWeights, is_last: bool = False
+    ) -> None:
+        """Run what is due after a step, with the weights of `unet` that `eval_weights` selects, and restore the weights. A stop ends it early.
+
+        With `is_last` the run ends at this step, and the validation images of the end are due.
+        """
         measured = self._eval_loss
         if measured is not None and self._schedule.eval_loss_is_due(step) and not self._eval_log.has(step):
             try:
@@ -155,7 +160,8 @@ class Validator:
                 return
             self._eval_log.append([EvalRow(step=step, loss=loss)])
             self._observer.on_eval_loss(step, loss)
-        if self._schedule.images_are_due(step) and not self._image_log.has(step):
+        due = self._schedule.images_are_due(self._schedule.total_steps if is_last else step)
+        if due and not self._image_log.has(step):
             with self._timer.measure("images"):
                 self._generate_images(step, unet, eval_weights)
 
