@@ -35,6 +35,7 @@ STOPPING = {
     "eval_steps_interval": 4,
     "eval_timesteps": 2,
     "num_eval_images": 2,
+    "num_probe_images": 3,
     "checkpoint_step_interval": 3,
     "checkpoints_total_limit": 1,
     "max_train_steps": STEPS,
@@ -90,7 +91,11 @@ def assert_stopped(manifest: TrainedLora) -> None:
         step=STOP, best_step=BEST, best_loss=eval_losses[BEST], patience=2
     )
     assert (manifest.steps, manifest.planned_steps) == (STOP, STEPS)
-    assert evaluated_steps(manifest) == [0, 4, 8, 12]
+    rows = read_eval_losses(Path(manifest.run_dir) / EVAL_LOSS_FILE)
+    assert [row.step for row in rows] == [0, 4, 8, 12]
+    probes = [row.probe for row in rows if row.probe is not None]
+    assert [len(probe.by_image) for probe in probes] == [3] * 4
+    assert not {name for name, _ in rows[0].loss.by_image} & {name for name, _ in probes[0].by_image}
     assert checkpoint_names(manifest) == ["best-00000004", "step-00000012"]
 
 
@@ -129,6 +134,16 @@ def test_train_stopped_run_is_finished_and_its_best_checkpoint_can_be_selected(f
     assert (last.step, last.is_final) == (STOP, True)
 
 
+def test_resume_run_without_patience_imports_a_stopped_run(folder, stopped):
+    spec = spec_of(folder / "stopped", "imported", **OFF)
+    reporter = RecordingReporter()
+    resume_run(spec, run_fingerprints(spec), reporter)
+    (line,) = reporter.lines
+    assert "starts at step 12" in line
+    assert "continues it exactly (same trajectory)" in line
+
+
+@pytest.mark.slow
 def test_train_without_patience_continues_a_stopped_run_exactly(folder, stopped):
     continued = train(spec_of(folder / "stopped", "continued", **OFF))
     assert continued.resumed_from_step == STOP

@@ -87,10 +87,10 @@ class RunObserver:
                 message = Message(PROGRESS, text, "info", row.step, row.metrics, human_readable=False)
                 self._webhooks.send(message)
 
-    def on_eval_loss(self, step: int, loss: LossSummary) -> None:
-        """Send the eval loss after a step."""
+    def on_eval_loss(self, step: int, loss: LossSummary, probe: LossSummary | None) -> None:
+        """Send the eval loss after a step, and that of the training images in the probe."""
         self._step = step
-        metrics = {"eval/loss": loss.mean}
+        metrics = {"eval/loss": loss.mean} | ({} if probe is None else {"eval/train_probe": probe.mean})
         self._trackers.log_metrics(step, metrics)
         self._reporter.metric(step, metrics)
         self._reporter.log(f"Eval loss after step {step}: {loss.mean:.5f}.")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from sdxl_pipeline.config.schema.evaluation import EvaluationSettings
+from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.runtime.specs import TrainingDataset
 from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.samples import MicroConditioning, Samples, load_samples
@@ -41,3 +42,13 @@ def select_eval_samples(
         trained = [dataset.dataset_id for dataset in datasets if not dataset.is_regularisation]
         source, samples = "training images", training.one_crop_per_image().first_by_key(count, trained)
     return source, samples
+
+
+def select_probe_samples(datasets: Sequence[TrainingDataset], settings: TrainingSettings) -> Samples:
+    """Return the samples of the train probe: `num_probe_images` training images, one crop of each, the first by key.
+
+    Regularisation datasets are left out: the model is not to learn their images.
+    """
+    training = load_samples(datasets, "train", settings.micro_conditioning)
+    trained = [dataset.dataset_id for dataset in datasets if not dataset.is_regularisation]
+    return training.one_crop_per_image().first_by_key(settings.num_probe_images, trained)
