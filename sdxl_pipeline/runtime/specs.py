@@ -18,7 +18,7 @@ from sdxl_pipeline.models.base_model import ResolvedModel
 class StageModel(BaseModel):
     """A frozen record that rejects unknown keys, so that a spec and the program reading it cannot diverge."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")  # a loss may be NaN
 
 
 class FailedItem(StageModel):
@@ -265,6 +265,9 @@ class RunLineage(StageModel):
         None,
         validation_alias=AliasChoices("any_length_or_world_size", "kin"),
         description="Digest of everything but the length and the world size; None in files of earlier versions.",
+    )
+    early_stopping: str | None = Field(
+        None, description="Digest of all that decides where early stopping ends the run; None without it."
     )
     optimizer: str
     ancestor: Ancestor | None

@@ -175,6 +175,8 @@ def _finish(trainer: "Trainer") -> TrainedLora:
         weights_path=str(weights),
         weights_sha256=sha256_path(weights),
         steps=trainer.step,
+        planned_steps=trainer.total_steps,
+        stopped_early=trainer.stopped_early,
         epochs=trainer.epochs_at(trainer.step),
         samples=trainer.images_trained,
         trained_images=trainer.sampler.samples.images_by_dataset(),

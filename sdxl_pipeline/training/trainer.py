@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdxl_pipeline.models.components import load_noise_scheduler
 from sdxl_pipeline.runtime.reporter import Reporter
-from sdxl_pipeline.runtime.specs import TrainSpec
+from sdxl_pipeline.runtime.specs import EarlyStop, TrainSpec
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
 from sdxl_pipeline.training.checkpoint.checkpoint_files import CHECKPOINTS
 from sdxl_pipeline.training.checkpoint.checkpoint_schedule import (
@@ -55,10 +55,12 @@ from sdxl_pipeline.training.trainer_setup import (
     build_batches,
     build_samplers,
     build_trainable,
+    build_validation_schedule,
     build_validator,
     trained_dtype,
 )
-from sdxl_pipeline.training.validation.validation_runner import ValidationSchedule, Validator
+from sdxl_pipeline.training.validation.early_stopping import Decision, decide_for_run
+from sdxl_pipeline.training.validation.validation_runner import Validator
 
 REPORT_INTERVAL = 10
 """Optimizer steps between two reports: fetching the losses is the only time when the loop waits for the device."""
@@ -72,7 +74,8 @@ class Trainer:
     its `observer` as a context manager. A run without an observer skips validation.
 
     For the manifest of the finished run: `step`, `epochs_at(step)`, `images_trained`, `seconds` and `log.training_seconds` count what was
-    trained, `resumed_from` is the step at which this session started if not at 0, `samplers` describes the images, `memory` the estimate.
+    trained, `resumed_from` is the step at which this session started if not at 0, `stopped_early` is set on the main process if the run
+    ended before `total_steps`, `samplers` describes the images, `memory` the estimate.
     """
 
     def __init__(
@@ -145,13 +148,8 @@ class Trainer:
         self._saved_step: int | None = None  # the step of the latest checkpoint
         self._resume()
 
-        self.validation_schedule = ValidationSchedule(
-            images=settings,
-            losses=settings,
-            has_prompts=bool(spec.prompts),
-            total_steps=self.total_steps,
-            epochs_at=self.epochs_at,
-        )
+        self.stopped_early: EarlyStop | None = None
+        self.validation_schedule = build_validation_schedule(spec, self.sampler, self.total_steps)
         self.validator: Validator | None = None
         if self.observer is not None:
             self.validator = build_validator(
@@ -177,7 +175,7 @@ class Trainer:
         )
 
     def train(self) -> None:
-        """Train from the current step to the last. Raise StageStopped or UserError, after a checkpoint, on a stop request or a full disk."""
+        """Train from the current step to the last, or until early stopping ends the run. Raise StageStopped or UserError, after a checkpoint, on a stop request or a full disk."""
         self.unet.train()
         if self.observer is not None:
             self.observer.on_train_begin(self.step, self.total_steps)
@@ -188,12 +186,8 @@ class Trainer:
             while True:
                 if self.validation_schedule.is_due(self.step):
                     self.validate()
-                if (error := self._stop_error()) is not None:
-                    if self.step != self._saved_step:  # a rolling checkpoint is enough to resume from
-                        self.save()
-                    self.cpu_group.barrier()  # torchrun ends all processes once one has left, the one that writes included
-                    raise error
-                if self.step >= self.total_steps:
+                self._end_if_requested()
+                if self.step >= self.total_steps or self._stops_early():
                     break
                 self.train_step(batches)
                 self.reporter.progress("train", self.step, self.total_steps, "steps")
@@ -244,12 +238,12 @@ class Trainer:
         _seed_generators(self.device, seed)
         return self.batch_loss(self.unet, batch.to(self.device))
 
-    def validate(self) -> None:
-        """Run the validations that are due, with the full weights on the main process; the other processes wait."""
+    def validate(self, is_last: bool = False) -> None:
+        """Run the validations that are due, and with `is_last` those of the end; on the main process with the full weights, the others wait."""
         self.log.report()
         with self.trainable.summon_full_params(self.device):
             if self.validator is not None:
-                self.validator.run(self.step, self.unet_module, self.eval_weights)
+                self.validator.run(self.step, self.unet_module, self.eval_weights, is_last)
         self.cpu_group.barrier()
         self.log.restart_clock()
 
@@ -271,6 +265,7 @@ class Trainer:
                     limit=checkpoint_limit(self.spec.settings, kind),
                     kind=kind,
                     lineage=read_lineage(self.run_dir),
+                    best_step=self._early_stopping().best_step,
                 )
                 if self.uploads is not None and kind == "step":
                     self.uploads.add(checkpoint)
@@ -289,6 +284,42 @@ class Trainer:
             self.restore(load_checkpoint(checkpoint))
             self.resumed_from = self._saved_step = self.step
             self.reporter.log(f"Resuming from {checkpoint}, step {self.step} of {self.total_steps}.")
+
+    def _early_stopping(self) -> Decision:
+        """Return what the eval losses so far decide. For the main process, which measures them."""
+        return decide_for_run(
+            self.run_dir, self.spec.settings, self.step, self.validation_schedule.eval_loss_is_due
+        )
+
+    def _stops_early(self) -> bool:
+        """Return whether early stopping ends the run now, the same on all processes.
+
+        Save a checkpoint then, and if this step has the best eval loss. Validation images of the end are generated before.
+        """
+        patience = self.spec.settings.early_stopping_patience
+        if patience is None or not self.validation_schedule.eval_loss_is_due(self.step):
+            return False
+        decision = self._early_stopping() if self.is_main else Decision(None, None)
+        is_best, stops = self.cpu_group.all_reduce_any(
+            decision.best_step == self.step, decision.stop is not None
+        )
+        if (is_best or stops) and self.step != self._saved_step:
+            self.save("step" if stops else "best")
+        if stops:
+            self.stopped_early = decision.stop
+            if self.observer is not None and decision.stop is not None:
+                self.observer.on_early_stop(decision.stop, self.total_steps)
+            self.validate(is_last=True)
+            self._end_if_requested()
+        return stops
+
+    def _end_if_requested(self) -> None:
+        """Save a checkpoint and raise `_stop_error` on all processes together, if there is one."""
+        if (error := self._stop_error()) is not None:
+            if self.step != self._saved_step:  # a rolling checkpoint is enough to resume from
+                self.save()
+            self.cpu_group.barrier()  # torchrun ends all processes once one has left, the one that writes included
+            raise error
 
     def _stop_error(self) -> StageStopped | UserError | None:
         """Return the error that ends the run now, if any process has a stop request or the disk is nearly full; the same on all processes."""
@@ -315,6 +346,8 @@ class Trainer:
             schedule=self.lr_schedule.state_dict(),
             scaler=None if scaler is None else scaler.state_dict(),
             average=self.eval_weights.state(),
+            epochs=self.epochs_at(self.step),
+            samples=self.images_trained,
         )
 
     def restore(self, state: TrainingState) -> None:
@@ -345,8 +378,7 @@ class Trainer:
 
     def epochs_at(self, step: int) -> float:
         """Return the epochs after a step, as a fraction."""
-        epoch, batch = self.sampler.locate(step * self.accumulation)
-        return epoch + batch / self.sampler.batches_in(epoch)
+        return self.sampler.epochs_after(step * self.accumulation)
 
     @property
     def unet_module(self) -> UNet2DConditionModel:

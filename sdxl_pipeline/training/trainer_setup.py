@@ -1,6 +1,6 @@
 """What a trainer starts from, built from the spec of the run. The parts themselves take values or their own section of the settings."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -30,7 +30,7 @@ from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError
 from sdxl_pipeline.training.data.batches import BatchReader, TrainingBatches
 from sdxl_pipeline.training.data.bucket_sampler import BucketBatchSampler
 from sdxl_pipeline.training.data.loss_masks import build_loss_weights
-from sdxl_pipeline.training.data.samples import load_samples
+from sdxl_pipeline.training.data.samples import Sample, load_samples
 from sdxl_pipeline.training.data.training_plan import SamplingWeights, plan_sampling_weights
 from sdxl_pipeline.training.diffusion.forward_process import build_forward_process
 from sdxl_pipeline.training.diffusion.objective import Objective
@@ -40,8 +40,8 @@ from sdxl_pipeline.training.optim.optimizers import trainable_dtype
 from sdxl_pipeline.training.rng import derive_seed
 from sdxl_pipeline.training.text_encoder_training import named_encoders, text_windows, trainable_text_encoders
 from sdxl_pipeline.training.trainable import Trainable, TrainableLora, TrainableUNet
-from sdxl_pipeline.training.validation.eval_loss import eval_timesteps, load_eval_images
-from sdxl_pipeline.training.validation.eval_samples import select_eval_samples
+from sdxl_pipeline.training.validation.eval_loss import EvalImage, eval_timesteps, load_eval_images
+from sdxl_pipeline.training.validation.eval_samples import select_eval_samples, select_probe_samples
 from sdxl_pipeline.training.validation.previews import Previews
 from sdxl_pipeline.training.validation.validation_images import ImageGenerator
 from sdxl_pipeline.training.validation.validation_runner import (
@@ -240,6 +240,20 @@ def build_batches(
     )
 
 
+def build_validation_schedule(
+    spec: TrainSpec, sampler: BucketBatchSampler, total_steps: int
+) -> ValidationSchedule:
+    """Return the steps at which a run of the spec validates."""
+    settings = spec.settings
+    return ValidationSchedule(
+        images=settings,
+        losses=settings,
+        has_prompts=bool(spec.prompts),
+        total_steps=total_steps,
+        epochs_at=lambda step: sampler.epochs_after(step * settings.gradient_accumulation_steps),
+    )
+
+
 def image_generator(
     spec: TrainSpec, reader: BatchReader, folder: Path, previews: Previews | None = None
 ) -> ImageGenerator:
@@ -303,13 +317,20 @@ def _training_eval_loss(
             "there is no image to compute the eval loss on: the datasets' aspect_buckets have no rows"
         )
     reporter.log(f"The eval loss is computed on {len(samples)} images ({source}).")
-    read_images = partial(load_eval_images, samples, reader, latent_scaling_factor(spec.base_model))
-    images = None if reader.online_text_encoder else read_images()
+    has_probe = source != "training images"  # otherwise it would have the same images
+    probe = select_probe_samples(spec.datasets, settings) if has_probe else []
+
+    def read(samples: Iterable[Sample]) -> Callable[[], list[EvalImage]]:
+        read_images = partial(load_eval_images, samples, reader, latent_scaling_factor(spec.base_model))
+        images = None if reader.online_text_encoder else read_images()
+        return read_images if images is None else lambda: images
+
     return TrainingEvalLoss(
         Objective.plain(scheduler),
         eval_timesteps(settings.eval_timesteps, scheduler.config.num_train_timesteps),
         settings.train_batch_size,
-        read_images if images is None else lambda: images,
+        read_images=read(samples),
+        read_probe=read(probe),
     )
 
 

@@ -5,8 +5,9 @@ from typing import Literal
 
 from sdxl_pipeline.config.schema.checkpoints import CheckpointSettings
 
-CheckpointKind = Literal["step", "rolling"]
-"""A "step" checkpoint is subject to `checkpoints_total_limit`, a "rolling" one to `checkpoints_rolling_total_limit`."""
+CheckpointKind = Literal["step", "rolling", "best"]
+"""A "step" checkpoint is subject to `checkpoints_total_limit`, a "rolling" one to `checkpoints_rolling_total_limit`. "best" is one of the
+best eval loss at a step without another checkpoint: the next best one replaces it."""
 
 
 def checkpoint_due(
@@ -25,7 +26,7 @@ def checkpoint_due(
 
 
 def checkpoint_limit(settings: CheckpointSettings, kind: CheckpointKind) -> int | None:
-    """Return how many checkpoints of a kind are retained; None: all."""
+    """Return how many checkpoints of a kind are retained beside the best one; None: all."""
     return settings.checkpoints_rolling_total_limit if kind == "rolling" else settings.checkpoints_total_limit
 
 

@@ -29,10 +29,12 @@ from sdxl_pipeline.training.checkpoint.checkpoint_files import (
     PARAMETERS,
     STATE_DIGEST,
     checkpoint_identity,
+    checkpoint_step,
     files_in,
     is_intact,
     list_checkpoints,
     state_digest,
+    step_in_name,
 )
 from sdxl_pipeline.training.checkpoint.checkpoint_schedule import CheckpointKind
 from sdxl_pipeline.training.checkpoint.free_disk_monitor import CHECKPOINT_ADVICE
@@ -56,6 +58,8 @@ class TrainingState:
     schedule: dict[str, Any]
     scaler: dict[str, Any] | None  # loss scaling, under fp16
     average: dict[str, Tensor] = field(default_factory=dict)  # the EMA of the parameters, under use_ema
+    epochs: float | None = None  # over the training images; None in checkpoints of earlier versions
+    samples: int | None = None  # images trained on, counting repeats; likewise
     same_trajectory: bool = True  # False for a warm start; `optimizer` may be empty then
 
 
@@ -69,8 +73,11 @@ def save_checkpoint(
     export_bytes: int = 0,
     kind: CheckpointKind = "step",
     lineage: RunLineage | None = None,
+    best_step: int | None = None,
 ) -> Path:
     """Write `root/step-00000500`, or `rolling-...` by its kind, and delete the oldest checkpoints of the kind beyond `limit`.
+
+    The checkpoints of `best_step`, the step of the best eval loss, are retained; those of the kind "best" of earlier steps are not.
 
     `export` writes the weights in their published format, `export_bytes` in total, into the given folder and returns their path. With
     `exports_parameters` that path is a folder of safetensors with `state.parameters` by name, which are then not written again. `lineage`
@@ -98,8 +105,13 @@ def save_checkpoint(
             raise
         temporary.rename(path)
         _flush(root)
-    if limit is not None:
-        for old in [other for other in list_checkpoints(root) if other.name.startswith(kind)][:-limit]:
+    checkpoints = list_checkpoints(root)
+    surplus = (
+        [] if limit is None else [other for other in checkpoints if other.name.startswith(kind)][:-limit]
+    )
+    superseded = [other for other in checkpoints if other.name.startswith("best")]
+    for old in {*surplus, *superseded}:
+        if step_in_name(old) != best_step:
             _delete(old)
     return path
 
@@ -131,7 +143,7 @@ def latest_checkpoint(root: Path, identity: str, report: Callable[[str], None]) 
 
 
 def import_checkpoint(source: Path, root: Path, lineage: RunLineage) -> None:
-    """Copy the intact checkpoint `source` of the run's ancestor into `root`, the checkpoints of the run of `lineage`.
+    """Copy an intact checkpoint `source` of the run's ancestor into `root`, the checkpoints of the run of `lineage`.
 
     The optimizer state is left out if the ancestor's is not compatible. A checkpoint of another trajectory is marked as such for
     `load_checkpoint`.
@@ -139,7 +151,7 @@ def import_checkpoint(source: Path, root: Path, lineage: RunLineage) -> None:
     ancestor = lineage.ancestor
     if ancestor is None:
         raise ValueError(f"the lineage of {lineage.identity} has no ancestor to import {source} from")
-    path = root / f"step-{ancestor.step:08d}"
+    path = root / f"step-{checkpoint_step(source):08d}"
     root.mkdir(parents=True, exist_ok=True)
     if path.exists():  # corrupt, otherwise the run would have resumed from it
         _delete(path)
@@ -180,6 +192,8 @@ def load_checkpoint(path: Path) -> TrainingState:
         scaler=state["scaler"],
         same_trajectory=state.get("same_trajectory", True),
         average=load_file(path / AVERAGE) if (path / AVERAGE).exists() else {},
+        epochs=state.get("epochs"),
+        samples=state.get("samples"),
     )
 
 
@@ -257,6 +271,7 @@ def _write(
         "identity": identity,
         "lineage": lineage and lineage.model_dump(mode="json"),
         "step": state.step,
+        **({} if state.epochs is None else {"epochs": state.epochs, "samples": state.samples}),
         "seconds": state.seconds,
         "training_seconds": state.training_seconds,
         "parameters": parameters.name,

@@ -5,6 +5,9 @@ of its own therefore starts at the latest one of its trajectory, and ends with e
 changing the length of a run loses nothing. If the learning rate depends on the length, no two lengths share a trajectory.
 
 A run that is configured with a checkpoint of another trajectory (`resume_from_checkpoint: <path>`) has that checkpoint in its identity.
+
+A run with early stopping ends at a step that depends on its eval losses. It imports a checkpoint only of a run that would stop at the
+same step, with its eval losses and the checkpoint of the best one; a run without early stopping continues a stopped one.
 """
 
 import shutil
@@ -45,7 +48,8 @@ from sdxl_pipeline.training.checkpoint.run_identity import (
 )
 from sdxl_pipeline.training.checkpoint.warm_start import optimizer_fits
 from sdxl_pipeline.training.data.bucket_sampler import total_planned_steps
-from sdxl_pipeline.training.trainer_setup import build_samplers, trained_dtype
+from sdxl_pipeline.training.trainer_setup import build_samplers, build_validation_schedule, trained_dtype
+from sdxl_pipeline.training.validation.early_stopping import decide_for_run
 
 IMAGES = "validation"
 DORA_NORMS: Final = "lora_magnitude_vector"
@@ -60,6 +64,14 @@ class _Candidate(NamedTuple):
 
     def has_trajectory(self, fingerprints: RunFingerprints) -> bool:
         return self.lineage is not None and self.lineage.trajectory == fingerprints.trajectory
+
+    def precedes(self, fingerprints: RunFingerprints) -> bool:
+        """Return whether an uninterrupted run of `fingerprints` passes through the checkpoint, if it is that long."""
+        stops_alike = self.lineage is not None and fingerprints.early_stopping in (
+            None,
+            self.lineage.early_stopping,
+        )
+        return stops_alike and self.has_trajectory(fingerprints)
 
 
 def resume_run(spec: TrainSpec, fingerprints: RunFingerprints, reporter: Reporter) -> None:
@@ -82,6 +94,9 @@ def resume_run(spec: TrainSpec, fingerprints: RunFingerprints, reporter: Reporte
         )
         if (run := run_of_checkpoint(source.path)) is not None:
             _copy_records(run, run_dir)
+            if source.precedes(fingerprints):
+                for checkpoint in _best_checkpoints(spec, run, source.step):
+                    import_checkpoint(checkpoint, run_dir / CHECKPOINTS, lineage)
         import_checkpoint(source.path, run_dir / CHECKPOINTS, lineage)
 
 
@@ -116,8 +131,10 @@ def report_nearest_run(
             source_shapes = parameter_shapes(source.path)
         except (OSError, ValueError, KeyError, SafetensorError):  # corrupt: not recommended
             continue
+        unknown = "the eval losses of early stopping, " if fingerprints.early_stopping else ""
         difference = (
-            "; ".join(changes) or "the version of the trainer, or the checkpoint that it started from"
+            "; ".join(changes)
+            or f"{unknown}the version of the trainer, or the checkpoint that it started from"
         )
         reporter.log(
             f"This run starts at step 0: no other run has the same settings and data. The nearest is {source.path.parent.parent.name}, "
@@ -169,7 +186,7 @@ def _find_source(spec: TrainSpec, fingerprints: RunFingerprints, reporter: Repor
         _require_steps_left(source, fingerprints, _planned_steps(spec))
         return source
     others = list(_sibling_checkpoints(Path(spec.run_dir), fingerprints))
-    if same := [source for source in others if source.has_trajectory(fingerprints)]:
+    if same := [source for source in others if source.precedes(fingerprints)]:
         end = _planned_steps(spec)
         for source in sorted(same, key=lambda source: source.step, reverse=True):
             if source.step > end:
@@ -199,6 +216,17 @@ def _find_source(spec: TrainSpec, fingerprints: RunFingerprints, reporter: Repor
             f"resume_from_checkpoint: {furthest.path}"
         )
     return None
+
+
+def _best_checkpoints(spec: TrainSpec, run: Path, step: int) -> Iterator[Path]:
+    """Yield the checkpoint of the best eval loss of another run that precedes this one up to a step, if it is an earlier one."""
+    sampler = build_samplers(spec, spec.hardware.num_processes, Reporter()).sampler
+    schedule = build_validation_schedule(spec, sampler, total_planned_steps(spec.settings, sampler))
+    best_step = decide_for_run(run, spec.settings, step, schedule.eval_loss_is_due).best_step
+    for path in list_checkpoints(run / CHECKPOINTS):
+        if step_in_name(path) == best_step and best_step < step and is_intact(path):
+            yield path
+            return
 
 
 def _require_steps_left(source: _Candidate, fingerprints: RunFingerprints, end: int) -> None:

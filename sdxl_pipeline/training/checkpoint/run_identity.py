@@ -6,7 +6,7 @@ repeated training.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.mask_tables import masks_identity
 from sdxl_pipeline.training.data.samples import Samples, load_samples
 from sdxl_pipeline.training.data.training_plan import plan_sampling_weights, sampling_weights_per_epoch
+from sdxl_pipeline.training.validation.eval_samples import select_eval_samples
 
 LINEAGE_FILE = "lineage.json"
 SPEC_FILE = "spec.json"
@@ -149,6 +150,8 @@ class RunFingerprints(NamedTuple):
     """Without the length, on which the steps may depend."""
     any_length_or_world_size: str
     """Without the length and the number of processes."""
+    early_stopping: str | None
+    """All that decides where early stopping ends the run; None without it."""
 
 
 def run_identity(spec: TrainSpec) -> str:
@@ -161,7 +164,9 @@ def run_fingerprints(spec: TrainSpec) -> RunFingerprints:
 
     The device and the number of CPU threads are not part of them: a LoRA trained on a GPU is the same run on a laptop, although the last
     bits differ. The number of processes is, since it multiplies the batch size. A configured checkpoint is part of them unless its run has
-    the same trajectory.
+    the same trajectory. With early stopping it always is, because the eval losses before it may be unknown.
+
+    Where early stopping ends a run is part of its identity, but not of its trajectory: a run without early stopping continues a stopped one.
     """
     settings = spec.settings
     samples = load_samples(spec.datasets, "train", settings.micro_conditioning)
@@ -173,7 +178,8 @@ def run_fingerprints(spec: TrainSpec) -> RunFingerprints:
     checkpoint = configured_checkpoint(settings)
     if checkpoint is not None:
         lineage = lineage_of_checkpoint(checkpoint)
-        if lineage is None or lineage.trajectory != fingerprints.trajectory:
+        stops_early = fingerprints.early_stopping is not None
+        if stops_early or lineage is None or lineage.trajectory != fingerprints.trajectory:
             begins_from = {"begins_from": sha256_file(checkpoint / CHECKPOINT_STATE)}
             return _fingerprints(settings, content | begins_from, any_length_or_world_size | begins_from)
     return fingerprints
@@ -182,16 +188,55 @@ def run_fingerprints(spec: TrainSpec) -> RunFingerprints:
 def _fingerprints(
     settings: TrainingSettings, content: Mapping[str, Any], any_length_or_world_size: Mapping[str, Any]
 ) -> RunFingerprints:
-    identity, any_length = digest_json(content), digest_json(_without_length(content))
     constant = settings.is_schedule_free or settings.lr_scheduler in CONSTANT_SCHEDULES
+    steps = {key: value for key, value in content.items() if key != EARLY_STOPPING}
+    steps = _without_settings(steps, _EARLY_STOPPING_KEYS)
+    early_stopping = content.get(EARLY_STOPPING)
     return RunFingerprints(
-        identity, any_length if constant else identity, any_length, digest_json(any_length_or_world_size)
+        identity=digest_json(content),
+        trajectory=digest_json(_without_length(steps) if constant else steps),
+        any_length=digest_json(_without_length(content)),
+        any_length_or_world_size=digest_json(any_length_or_world_size),
+        early_stopping=early_stopping and digest_json(early_stopping),
     )
 
 
 def _without_length(content: Mapping[str, Any]) -> dict[str, Any]:
-    settings = {key: value for key, value in content["settings"].items() if key not in LENGTH_KEYS}
+    return _without_settings(content, LENGTH_KEYS)
+
+
+def _without_settings(content: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    settings = {key: value for key, value in content["settings"].items() if key not in keys}
     return {**content, "settings": settings}
+
+
+EARLY_STOPPING = "early_stopping"
+"""Key in the content of an identity, present only with early stopping."""
+
+_EARLY_STOPPING_KEYS = ("early_stopping_patience", "early_stopping_min_delta")
+
+
+def _early_stopping(spec: TrainSpec) -> dict[str, Any] | None:
+    """Return all that decides where early stopping ends a run, beside its steps; None without early stopping.
+
+    Raises UserError without held-out images: the eval loss of training images falls until the end.
+    """
+    settings = spec.settings
+    if settings.early_stopping_patience is None:
+        return None
+    source, samples = select_eval_samples(spec.datasets, settings, settings.micro_conditioning)
+    if source == "training images" or not samples:
+        raise UserError(
+            f"config.json: early_stopping_patience is {settings.early_stopping_patience}, but no image is held out for the eval loss. "
+            "Set eval_holdout_share, add an eval dataset, or remove early_stopping_patience"
+        )
+    keys = (*_EARLY_STOPPING_KEYS, "eval_steps_interval", "eval_epoch_interval", "eval_timesteps")
+    return {
+        **{key: getattr(settings, key) for key in keys},
+        "weights": settings.released_weights if settings.use_ema else "trained",
+        "source": source,
+        "samples": samples.digest(),
+    }
 
 
 def _init_adapter_digest(settings: TrainingSettings) -> str | None:
@@ -203,7 +248,9 @@ def _init_adapter_digest(settings: TrainingSettings) -> str | None:
 
 def _content(spec: TrainSpec, samples: Samples) -> dict[str, Any]:
     trained = samples.images_by_dataset()
+    early_stopping = _early_stopping(spec)
     return {
+        **({} if early_stopping is None else {EARLY_STOPPING: early_stopping}),
         "code_version": CODE_VERSION,
         "base_model": spec.base_model.digest,
         "samples": samples.digest(),

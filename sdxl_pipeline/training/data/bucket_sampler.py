@@ -123,6 +123,11 @@ class BucketBatchSampler:
         epoch = bisect.bisect_right(self._epoch_starts, index) - 1
         return epoch, index - self._epoch_starts[epoch]
 
+    def epochs_after(self, batches: int) -> float:
+        """Return the epochs after a number of global batches, as a fraction."""
+        epoch, batch = self.locate(batches)
+        return epoch + batch / self.batches_in(epoch)
+
     def batches_until(self, epoch: int) -> int:
         """Return the number of global batches in the first `epoch` epochs."""
         while len(self._epoch_starts) <= epoch:

@@ -1,5 +1,6 @@
 """The events of a run, sent to its page (the reporter), the trackers and the webhooks."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from types import TracebackType
 from sdxl_pipeline.config.problems import ProjectError
 from sdxl_pipeline.config.schema.tracking import TrackingSettings
 from sdxl_pipeline.runtime.reporter import Reporter
-from sdxl_pipeline.runtime.specs import LossSummary, TrainedLora, ValidationImage
+from sdxl_pipeline.runtime.specs import EarlyStop, LossSummary, TrainedLora, ValidationImage
 from sdxl_pipeline.runtime.stage_runner import StageStopped, UserError
 from sdxl_pipeline.runtime.webhook import (
     PREVIEW,
@@ -86,15 +87,27 @@ class RunObserver:
                 message = Message(PROGRESS, text, "info", row.step, row.metrics, human_readable=False)
                 self._webhooks.send(message)
 
-    def on_eval_loss(self, step: int, loss: LossSummary) -> None:
-        """Send the eval loss after a step."""
+    def on_eval_loss(self, step: int, loss: LossSummary, probe: LossSummary | None) -> None:
+        """Send the eval loss after a step, and that of the training images in the probe."""
         self._step = step
-        metrics = {"eval/loss": loss.mean}
+        metrics = {"eval/loss": loss.mean} | ({} if probe is None else {"eval/train_probe": probe.mean})
         self._trackers.log_metrics(step, metrics)
         self._reporter.metric(step, metrics)
         self._reporter.log(f"Eval loss after step {step}: {loss.mean:.5f}.")
         text = f"step {step} of {self._total_steps}: eval loss {loss.mean:.5f}"
         self._send("eval.loss", text, metrics=metrics)
+
+    def on_early_stop(self, stop: EarlyStop, planned_steps: int) -> None:
+        """Announce that early stopping ends the run."""
+        self._step = stop.step
+        metrics = {"eval/best_loss": stop.best_loss, "eval/best_step": float(stop.best_step)}
+        self._trackers.log_metrics(stop.step, metrics)
+        text = (
+            f"Early stopping ends the training at step {stop.step} of {planned_steps}: none of the last {stop.patience} eval losses is better "
+            f"than {stop.best_loss:.5f} at step {stop.best_step}."
+        )
+        self._reporter.log(text)
+        self._send("training.stopped_early", text, metrics=metrics)
 
     def on_image(self, image: ValidationImage) -> None:
         """Report one finished validation image; `on_images` sends those of a step together."""
@@ -146,5 +159,6 @@ class RunObserver:
         if not len(self._webhooks):
             return  # before reading the images
         images = tuple(Image.read(path) for path in paths)
-        message = Message(kind, text, level, self._step, metrics or {}, images, replaces=replaces)
+        finite = {name: value for name, value in (metrics or {}).items() if math.isfinite(value)}  # as JSON
+        message = Message(kind, text, level, self._step, finite, images, replaces=replaces)
         self._webhooks.send(message)

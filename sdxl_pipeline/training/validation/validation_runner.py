@@ -110,16 +110,25 @@ class TrainingEvalLoss:
     batch_size: int
     read_images: Callable[[], list[EvalImage]]
     """Called at every measurement: trained text encoders encode the captions again."""
+    read_probe: Callable[[], list[EvalImage]]
+    """The training images of the probe, likewise; empty without one."""
 
-    def measure(self, unet: UNet2DConditionModel, on_batch: Callable[[int, int], None]) -> LossSummary:
-        """Return the loss of `unet`, whose mode is restored; `on_batch` may raise to end the measurement."""
+    def measure(
+        self, unet: UNet2DConditionModel, on_batch: Callable[[int, int], None]
+    ) -> tuple[LossSummary, LossSummary | None]:
+        """Return the losses of `unet` on the eval and the probe images; its mode is restored. `on_batch` may raise to end the measurement."""
         was_training = unet.training
         try:
-            return eval_loss(
-                unet, self.objective, self.read_images(), self.timesteps, self.batch_size, on_batch
-            )
+            loss = self._measure(unet, self.read_images(), on_batch)
+            probe = self.read_probe()
+            return loss, self._measure(unet, probe, on_batch) if probe else None
         finally:
             unet.train(was_training)
+
+    def _measure(
+        self, unet: UNet2DConditionModel, images: list[EvalImage], on_batch: Callable[[int, int], None]
+    ) -> LossSummary:
+        return eval_loss(unet, self.objective, images, self.timesteps, self.batch_size, on_batch)
 
 
 class Validator:
@@ -144,18 +153,24 @@ class Validator:
         self._image_log = validation_log(run_dir, resumed_at)
         self._eval_log = eval_loss_log(run_dir, resumed_at)
 
-    def run(self, step: int, unet: UNet2DConditionModel, eval_weights: EvalWeights) -> None:
-        """Run what is due after a step, with the weights of `unet` that `eval_weights` selects, and restore the weights. A stop ends it early."""
+    def run(
+        self, step: int, unet: UNet2DConditionModel, eval_weights: EvalWeights, is_last: bool = False
+    ) -> None:
+        """Run what is due after a step, with the weights of `unet` that `eval_weights` selects, and restore the weights. A stop ends it early.
+
+        With `is_last` the run ends at this step, and the validation images of the end are due.
+        """
         measured = self._eval_loss
         if measured is not None and self._schedule.eval_loss_is_due(step) and not self._eval_log.has(step):
             try:
                 with self._timer.measure("eval_loss"), eval_weights.released():
-                    loss = measured.measure(unet, lambda *_: self._raise_if_stopped())
+                    loss, probe = measured.measure(unet, lambda *_: self._raise_if_stopped())
             except _Stopped:
                 return
-            self._eval_log.append([EvalRow(step=step, loss=loss)])
-            self._observer.on_eval_loss(step, loss)
-        if self._schedule.images_are_due(step) and not self._image_log.has(step):
+            self._eval_log.append([EvalRow(step=step, loss=loss, probe=probe)])
+            self._observer.on_eval_loss(step, loss, probe)
+        due = self._schedule.images_are_due(self._schedule.total_steps if is_last else step)
+        if due and not self._image_log.has(step):
             with self._timer.measure("images"):
                 self._generate_images(step, unet, eval_weights)
 

@@ -96,6 +96,22 @@ def test_save_checkpoint_rolling_has_its_own_limit_and_is_resumed_from(tmp_path)
     assert latest_checkpoint(tmp_path, "me", print) == tmp_path / "step-00000006"
 
 
+def test_save_checkpoint_retains_the_best_step_beyond_the_limit(tmp_path):
+    def names_after(step: int, best_step: int | None, kind: CheckpointKind = "step") -> list[str]:
+        limit = None if kind == "best" else 1
+        save_checkpoint(tmp_path, "me", make_state(step), export, limit, kind=kind, best_step=best_step)
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    assert names_after(2, None) == ["step-00000002"]
+    assert names_after(4, 2) == ["step-00000002", "step-00000004"]
+    assert names_after(6, 2) == ["step-00000002", "step-00000006"]
+    assert names_after(7, 7, "best") == ["best-00000007", "step-00000002", "step-00000006"]
+    assert latest_checkpoint(tmp_path, "me", print) == tmp_path / "best-00000007"
+    assert names_after(8, 7) == ["best-00000007", "step-00000008"]
+    assert names_after(9, 9, "best") == ["best-00000009", "step-00000008"]
+    assert names_after(10, 8) == ["step-00000008", "step-00000010"]
+
+
 def test_checkpoint_bytes_equals_the_written_size(tmp_path):
     weight = torch.nn.Parameter(torch.ones(500, 1000))
     optimizer = torch.optim.AdamW([weight])

@@ -12,13 +12,14 @@ from sdxl_pipeline.config.loader import load_project
 from sdxl_pipeline.config.schema.key_facts import Identity, keys_with
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.files.digest import digest_json
+from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.checkpoint.run_identity import (
     change_affects_weights,
     run_fingerprints,
     run_identity,
     settings_affecting_weights,
 )
-from tests.support.training_datasets import make_dataset, make_spec
+from tests.support.training_datasets import SQUARE, make_dataset, make_spec
 
 DEMO = Path(__file__).parents[3] / "projects" / "demo"
 DEMO_IDENTITY = "69ce9952dfad68a725280f22b356800cc29865377129bc75803ebb0b7fceb7e4"
@@ -82,7 +83,6 @@ def test_run_identity_of_the_demo_is_that_of_earlier_versions(spec):
         {"optimizer_config": {"weight_decay": 0.0}},
         {"mixed_precision": "bf16"},
         {"micro_conditioning": "resized"},
-        {"early_stopping_patience": 3},
     ],
     ids=lambda settings: next(iter(settings)),
 )
@@ -134,6 +134,64 @@ def test_trajectory_is_independent_of_length_if_the_learning_rate_is(spec, setti
     assert short.any_length == long.any_length == epochs.any_length != other.any_length
     assert (short.trajectory == long.trajectory == epochs.trajectory) is same_trajectory
     assert short.trajectory != other.trajectory
+
+
+STOPPING = {"early_stopping_patience": 3, "eval_steps_interval": 2}
+
+
+@pytest.fixture
+def held_out(tmp_path):
+    """Return a spec with early stopping and held-out images."""
+    held = make_dataset(tmp_path / "held", "held", splits=["eval"] * 5)
+    return make_spec(tmp_path, make_dataset(tmp_path / "dataset"), held, **STOPPING)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"early_stopping_patience": 2},
+        {"early_stopping_min_delta": 0.01},
+        {"eval_steps_interval": 3},
+        {"eval_epoch_interval": 1},
+        {"eval_timesteps": 5},
+        {"num_eval_images": 2},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_run_identity_contains_what_decides_early_stopping_only_with_patience(held_out, settings):
+    with_patience = run_fingerprints(held_out)
+    changed = run_fingerprints(with_settings(held_out, **settings))
+    assert changed.identity != with_patience.identity
+    assert changed.early_stopping != with_patience.early_stopping
+    assert changed.trajectory == with_patience.trajectory
+
+    off = {"early_stopping_patience": None, "early_stopping_min_delta": 0.0}
+    plain = run_fingerprints(with_settings(held_out, **off))
+    assert run_fingerprints(with_settings(held_out, **{**settings, **off})) == plain
+    assert plain.trajectory == with_patience.trajectory
+    assert plain.early_stopping is None
+
+
+def test_run_identity_with_patience_contains_released_weights_only_of_an_ema(held_out):
+    for use_ema in (True, False):
+        one, other = (
+            run_identity(with_settings(held_out, use_ema=use_ema, released_weights=weights))
+            for weights in ("ema", "trained")
+        )
+        assert (one != other) is use_ema
+
+
+def test_run_identity_with_patience_contains_the_held_out_images(tmp_path, held_out):
+    more = make_dataset(tmp_path / "more", "held", (SQUARE,) * 6, splits=["eval"] * 6)
+    other = held_out.model_copy(update={"datasets": (held_out.datasets[0], more)})
+    off = {"early_stopping_patience": None}
+    assert run_identity(with_settings(held_out, **off)) == run_identity(with_settings(other, **off))
+    assert run_identity(held_out) != run_identity(other)
+
+
+def test_run_identity_with_patience_without_held_out_images_raises(spec):
+    with pytest.raises(UserError, match=r"early_stopping_patience is 3.*Set eval_holdout_share"):
+        run_identity(with_settings(spec, **STOPPING))
 
 
 def test_run_fingerprints_change_with_num_processes_except_the_one_without_world_size(tmp_path, spec):

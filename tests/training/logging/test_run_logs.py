@@ -1,5 +1,6 @@
 """The logs of a run keep each step once and in order, also after interruptions."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,15 @@ def test_eval_loss_log_resumed_drops_later_rows_and_incomplete_line(tmp_path):
     resumed = eval_loss_log(tmp_path, resumed_at=6)
     assert [resumed.has(step) for step in (0, 4, 8, 12)] == [True, True, False, False]
     assert read_eval_losses(path) == rows[:2]
+
+
+def test_eval_loss_log_keeps_losses_that_are_not_finite(tmp_path):
+    losses = LossSummary(mean=math.nan, by_timestep=((500, math.inf),), by_image=(("a", math.nan),))
+    eval_loss_log(tmp_path, 0).append([EvalRow(step=4, loss=losses)])
+    (row,) = read_eval_losses(tmp_path / EVAL_LOSS_FILE)
+    assert math.isnan(row.loss.mean)
+    assert row.loss.by_timestep == ((500, math.inf),)
+    assert math.isnan(row.loss.by_image[0][1])
 
 
 def make_image(run_dir: Path, step: int) -> ValidationImage:

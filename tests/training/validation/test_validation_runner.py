@@ -1,6 +1,7 @@
 """Validation does not change the training, equals the evaluation, is not repeated on resume, and reaches all observers."""
 
 import json
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,7 +16,7 @@ from diffusers import StableDiffusionXLPipeline
 
 from sdxl_pipeline.models.components import latent_scaling_factor, load_noise_scheduler
 from sdxl_pipeline.runtime.reporter import Reporter
-from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
+from sdxl_pipeline.runtime.specs import EarlyStop, LossSummary, TrainedLora, TrainSpec
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
 from sdxl_pipeline.runtime.webhook import Origin
 from sdxl_pipeline.stages.train import main
@@ -248,6 +249,23 @@ def test_run_observer_error_sends_message_of_user_errors_only(tmp_path, posts):
         started,
         ("training.failed", "error", "The training failed: RuntimeError"),
     ]
+
+
+def test_run_observer_early_stop_sends_message_without_losses_that_are_not_finite(tmp_path, posts):
+    PartialState(cpu=True)
+    spec = spec_of(tmp_path, "stopped", webhook_config=str(tmp_path / "webhooks.json"))
+    trackers = Trackers(spec.settings, spec.project, "0" * 64, Path(spec.run_dir), {})
+    reporter = RecordingReporter()
+    with RunObserver(spec.settings, Origin(spec.project, "0" * 12), trackers, reporter) as observer:
+        observer.on_eval_loss(10, LossSummary(mean=math.nan, by_timestep=()), None)
+        observer.on_early_stop(EarlyStop(step=30, best_step=20, best_loss=0.25, patience=1), 60)
+    text = "Early stopping ends the training at step 30 of 60: none of the last 1 eval losses is better than 0.25000 at step 20."
+    assert text in reporter.lines
+    assert [(post["message_type"], post["step"], post["values"]) for post in posts] == [
+        ("eval.loss", 10, {}),
+        ("training.stopped_early", 30, {"eval/best_loss": 0.25, "eval/best_step": 20.0}),
+    ]
+    assert posts[1]["message"] == text
 
 
 def test_train_setup_failure_sends_error_and_stops_webhook_threads(tmp_path, posts, monkeypatch):
