@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 
 from assets.metadata import drop_none, inline_image, markdown_table
+from sdxl_pipeline.evaluation.blind_votes import read_votes
 from sdxl_pipeline.evaluation.report import describe_difference
 from sdxl_pipeline.runtime.specs import (
     KIND_LABELS,
@@ -38,6 +39,10 @@ def report_metadata(report: EvaluationReport, is_current: bool) -> dict[str, Any
             "report_page": _page(report.html_path),
             "report_page_path": _path(report.html_path),
             "blind_comparison": _page(report.blind_ab_path),
+            "blind_votes": " ".join(
+                votes.describe() for votes in read_votes(Path(report.report_path).parent, report.identity)
+            )
+            or None,
             "eval_loss_base": base.mean if base else None,
             "eval_loss_lora": lora.mean if lora else None,
             "eval_loss_ratio": lora.mean / base.mean if base and lora else None,

@@ -83,13 +83,6 @@ class HubResource(dg.ConfigurableResource):
         except UploadError as error:
             raise dg.Failure(str(error), allow_retries=not error.is_lasting) from error
 
-    def upload_folder(
-        self, folder: Path, repo_id: str, private: bool, commit_message: str
-    ) -> tuple[str, str]:
-        """Publish the content of a folder and return the commit's id and URL."""
-        published = self.publish(folder, repo_id, private, commit_message)
-        return published.commit, published.url
-
     def environment(self) -> dict[str, str]:
         """Return the environment variables with which a stage uses the same Hub."""
         return {} if self.endpoint is None else {"HF_ENDPOINT": self.endpoint}

@@ -38,28 +38,28 @@ def folder(tmp_path):
     return release
 
 
-def test_upload_folder_publishes_all_files_in_one_commit(hub, user, folder):
-    commit, url = HubResource().upload_folder(folder, f"{user}/released", True, "A LoRA of stars")
+def test_publish_publishes_all_files_in_one_commit(hub, user, folder):
+    release = HubResource().publish(folder, f"{user}/released", True, "A LoRA of stars")
     published = hub.files(f"{user}/released")
     expected = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
     assert {name: published[name] for name in expected} == expected
     assert hub.commits(f"{user}/released").count("A LoRA of stars") == 1
-    assert commit in url
-    assert url.startswith(hub.endpoint)
+    assert release.commit in release.url
+    assert release.url.startswith(hub.endpoint)
 
 
-def test_upload_folder_second_commit_replaces_changed_files(hub, user, folder):
-    first, _ = HubResource().upload_folder(folder, f"{user}/twice", True, "first")
+def test_publish_second_commit_replaces_changed_files(hub, user, folder):
+    first = HubResource().publish(folder, f"{user}/twice", True, "first")
     (folder / "README.md").write_text("# Better\n")
-    second, _ = HubResource().upload_folder(folder, f"{user}/twice", True, "second")
-    assert first != second
+    second = HubResource().publish(folder, f"{user}/twice", True, "second")
+    assert first.commit != second.commit
     assert hub.files(f"{user}/twice")["README.md"] == b"# Better\n"
 
 
-def test_upload_folder_rejected_commit_is_a_failure(hub, user, folder):
+def test_publish_rejected_commit_is_a_failure(hub, user, folder):
     hub.fail_next(status=403, path="/commit/")
     with pytest.raises(dg.Failure, match=f"could not be published as {user}/refused"):
-        HubResource().upload_folder(folder, f"{user}/refused", True, "refused")
+        HubResource().publish(folder, f"{user}/refused", True, "refused")
     assert "refused" not in hub.commits(f"{user}/refused")
 
 
@@ -68,14 +68,14 @@ CALLS = ("/repos/create", "/preupload/", "/objects/batch", "/commit/")
 
 @pytest.mark.parametrize("path", CALLS)
 @pytest.mark.parametrize("status", [429, 503])
-def test_upload_folder_busy_hub_retries_each_call(hub, user, folder, monkeypatch, path, status):
+def test_publish_busy_hub_retries_each_call(hub, user, folder, monkeypatch, path, status):
     monkeypatch.setattr(
         "huggingface_hub.utils._http.time.sleep", lambda _: None
     )  # of the client's own retries
     name = f"{user}/busy-{status}-{path.strip('/').replace('/', '-')}"
     (folder / "new.bin").write_bytes(name.encode())  # content that no other test has uploaded
     hub.fail_next(2, status=status, path=path, headers={"Retry-After": "0"})
-    HubResource().upload_folder(folder, name, True, "busy")
+    HubResource().publish(folder, name, True, "busy")
     assert "new.bin" in hub.files(name)
 
 
@@ -105,10 +105,10 @@ def test_check_can_push_long_wait_fails_at_once(hub, user):
 
 
 @pytest.mark.parametrize("path", ["/repos/create", "/commit/"])
-def test_upload_folder_lasting_conflict_without_body_fails_with_a_message(hub, user, folder, path):
+def test_publish_lasting_conflict_without_body_fails_with_a_message(hub, user, folder, path):
     hub.fail_next(hub_client.MAX_ATTEMPTS, status=409, path=path, headers={})
     with pytest.raises(dg.Failure) as failure:
-        HubResource().upload_folder(folder, f"{user}/conflict", True, "conflict")
+        HubResource().publish(folder, f"{user}/conflict", True, "conflict")
     message = str(failure.value.description)
     assert f"could not be published as {user}/conflict: " in message
     assert "'url'" not in message

@@ -22,7 +22,7 @@ from sdxl_pipeline.training.checkpoint.run_identity import (
 from tests.support.training_datasets import SQUARE, make_dataset, make_spec
 
 DEMO = Path(__file__).parents[3] / "projects" / "demo"
-DEMO_IDENTITY = "69ce9952dfad68a725280f22b356800cc29865377129bc75803ebb0b7fceb7e4"
+DEMO_IDENTITY = "4f20f9ded1d65d1734b4111edb0f44f5934867965438393c458b495158ede292"
 """Of the demo's settings with the data of `make_dataset` and a base model of fixed digests."""
 DEFAULT_SETTINGS_DIGEST = "707603a1deac413091f84a6e6e020e06a4ce602d2d1bcc517293e14bd4c95345"
 
