@@ -145,7 +145,6 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("sdxl_pipeline/demo/shape_captions.py", "picture"): "words of the bundled model's captions",
     ("sdxl_pipeline/evaluation/evaluation_identity.py", "pictures"): "content of an identity",
     ("sdxl_pipeline/evaluation/report.py", "figures"): "key of report.json",
-    ("sdxl_pipeline/release/card_metadata.py", "figures"): "key of report.json",
     ("sdxl_pipeline/release/model_card.py", "figures"): "key of report.json",
     ("sdxl_pipeline/runtime/specs.py", "kin"): "key of files on disk",
     ("sdxl_pipeline/training/data/samples.py", "picture"): "content of a seed",

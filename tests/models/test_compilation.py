@@ -59,6 +59,8 @@ def test_compile_unet_with_inductor_gives_close_results(random_filled, plain, re
     unet, prediction, gradients = trained(random_filled, "inductor", regional=regional)
     assert (unet._compiled_call_impl is None) == regional
     torch.testing.assert_close(prediction, plain[1], rtol=1e-4, atol=1e-5)
+    # The adapter's equal weights make many gradients small differences of large sums: the error is that of the sums.
+    largest = max(gradient.abs().max() for gradient in plain[2])
     for one, other in zip(gradients, plain[2], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(one, other, rtol=0, atol=float(1e-4 * largest))
     assert list(unet.state_dict()) == list(plain[0].state_dict())
