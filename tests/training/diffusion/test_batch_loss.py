@@ -72,7 +72,7 @@ BY_DEFAULT = (
     "offset and perturbed noise",
     "biased timesteps",
 )
-"""Every setting once. The others combine the same ones, and test_objective.py checks the formulas of all of them."""
+"""Every kind of loss, weighting and noise. The others are variants of them, whose formulas test_objective.py checks as well."""
 
 
 @contextlib.contextmanager
