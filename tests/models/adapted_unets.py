@@ -110,6 +110,17 @@ def train(unet: UNet2DConditionModel, steps: int = 3) -> None:
         optimizer.zero_grad()
 
 
+_SHARED: dict[tuple[str, str], UNet2DConditionModel] = {}
+
+
+def shared_unet(model: ResolvedModel, kind: str) -> UNet2DConditionModel:
+    """Return the `adapted_unet` of a kind, trained once per process; callers must not change it."""
+    key = (model.digest, kind)
+    if key not in _SHARED:
+        _SHARED[key] = adapted_unet(model, settings_of(kind))
+    return _SHARED[key]
+
+
 def adapted_unet(model: ResolvedModel, settings: TrainingSettings, steps: int = 2) -> UNet2DConditionModel:
     """Return the UNet with the adapter of the settings after some training steps."""
     unet = load_unet(model, torch.float32)

@@ -35,6 +35,7 @@ from tests.models.adapted_unets import (
     lycoris,
     output,
     settings_of,
+    shared_unet,
     train,
 )
 
@@ -51,7 +52,7 @@ def plain(random_filled: ResolvedModel) -> torch.Tensor:
 def test_saved_adapter_loads_in_its_users_loader_as_the_trained_model(
     random_filled: ResolvedModel, plain: torch.Tensor, tmp_path: Path, kind: str
 ):
-    trained = adapted_unet(random_filled, settings_of(kind))
+    trained = shared_unet(random_filled, kind)
     expected = output(trained)
     assert (expected - plain).abs().max() > 1e-3
     path = tmp_path / "pytorch_lora_weights.safetensors"
@@ -112,12 +113,12 @@ def test_adapter_scale_is_alpha_over_rank(random_filled: ResolvedModel):
     name = "up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     plain = load_unet(random_filled, torch.float32).get_submodule(name)
 
-    unet = adapted_unet(random_filled, settings_of("lora, alpha above rank"), steps=1)
+    unet = shared_unet(random_filled, "lora, alpha above rank")
     layer = unet.get_submodule(name)
     low, high = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     torch.testing.assert_close(layer(x), plain(x) + 10 / 4 * (x @ low.T @ high.T))
 
-    unet = adapted_unet(random_filled, settings_of("lokr"), steps=1)
+    unet = shared_unet(random_filled, "lokr")
     (lora,) = [lora for lora in unet.lycoris.loras if lora.org_module[0] is unet.get_submodule(name)]
     update = 1 / 4 * torch.kron(lora.lokr_w1, lora.lokr_w2_a @ lora.lokr_w2_b)
     torch.testing.assert_close(unet.get_submodule(name)(x), plain(x) + x @ update.T)

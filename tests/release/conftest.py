@@ -1,5 +1,9 @@
-"""Fixtures of an evaluated LoRA and an evaluated UNet of the bundled model, ready to be released."""
+"""Fixtures of an evaluated LoRA and an evaluated UNet of the bundled model, ready to be released.
 
+The weights are made once per process, and each test gets a copy of their files.
+"""
+
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.evaluation.report import write_report
 from sdxl_pipeline.files.atomic_files import sha256_path
-from sdxl_pipeline.models.base_model import resolve_base_model
+from sdxl_pipeline.models.base_model import ResolvedModel, resolve_base_model
 from sdxl_pipeline.models.components import load_unet
 from sdxl_pipeline.release.export import build_release
 from sdxl_pipeline.release.release_inputs import ReleaseInputs
@@ -67,23 +72,55 @@ def make_evaluation(folder: Path, lora: TrainedLora) -> EvaluationReport:
     return report
 
 
-@pytest.fixture
-def inputs(tmp_path: Path) -> dict[str, Any]:
-    """Fields of ReleaseInputs for a LoRA."""
-    settings = tiny_settings(
+def settings_in(folder: Path) -> TrainingSettings:
+    return tiny_settings(
         pretrained_model_name_or_path="bundled:tiny-sdxl",
-        output_dir=str(tmp_path / "output"),
-        logging_dir=str(tmp_path / "logs"),
+        output_dir=str(folder / "output"),
+        logging_dir=str(folder / "logs"),
         instance_prompt="a zorp",
         model_card_note="Made for a test.",
         hub_model_id="someone/zorp",
     )
-    model = resolve_base_model(settings, tmp_path, cache_dir=tmp_path / "digests")
-    lora = make_lora(tmp_path, model, settings, scale=0.1)
-    kohya = tmp_path / "run" / "demo.safetensors"
+
+
+@pytest.fixture(scope="session")
+def bundled_model(tmp_path_factory: pytest.TempPathFactory) -> ResolvedModel:
+    folder = tmp_path_factory.mktemp("digests")
+    return resolve_base_model(settings_in(folder), folder, cache_dir=folder)
+
+
+@pytest.fixture(scope="session")
+def made_lora(tmp_path_factory: pytest.TempPathFactory, bundled_model: ResolvedModel) -> TrainedLora:
+    """Return a LoRA whose files no test may change."""
+    folder = tmp_path_factory.mktemp("lora")
+    return make_lora(folder, bundled_model, settings_in(folder), scale=0.1)
+
+
+@pytest.fixture(scope="session")
+def made_unet(tmp_path_factory: pytest.TempPathFactory, bundled_model: ResolvedModel) -> Path:
+    """Return the folder of a trained UNet, which no test may change."""
+    unet = load_unet(bundled_model, torch.float32)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.mul_(1.01)
+    unet.register_to_config(_name_or_path="")
+    folder = tmp_path_factory.mktemp("unet") / "unet"
+    unet.save_pretrained(folder, max_shard_size="2MB")
+    return folder
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, bundled_model: ResolvedModel, made_lora: TrainedLora) -> dict[str, Any]:
+    """Fields of ReleaseInputs for a LoRA."""
+    run = Path(shutil.copytree(made_lora.run_dir, tmp_path / "run"))
+    kohya = run / "demo.safetensors"
     kohya.write_bytes(b"kohya's format")  # the release copies the file without reading it
-    lora = lora.model_copy(
+    lora = made_lora.model_copy(
         update={
+            "run_dir": str(run),
+            "weights_path": str(run / Path(made_lora.weights_path).name),
+            "metrics_path": str(run / "metrics.jsonl"),
+            "loss_curve_path": str(run / "loss.png"),
             "kohya_path": str(kohya),
             "trained_images": {"shapes": 24, "more": 1000},
             "held_out_images": {"shapes": 6, "validation": 3},
@@ -92,8 +129,8 @@ def inputs(tmp_path: Path) -> dict[str, Any]:
     make_image(Path(lora.loss_curve_path), 52)
     return {
         "project": "demo",
-        "base_model": model,
-        "settings": settings,
+        "base_model": bundled_model,
+        "settings": settings_in(tmp_path),
         "lora": lora,
         "report": make_evaluation(tmp_path / "evaluation", lora),
         "prompts": PROMPTS,
@@ -103,15 +140,9 @@ def inputs(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def unet_inputs(inputs: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+def unet_inputs(inputs: dict[str, Any], tmp_path: Path, made_unet: Path) -> dict[str, Any]:
     """The fields of `inputs` that differ for a trained UNet."""
-    unet = load_unet(inputs["base_model"], torch.float32)
-    with torch.no_grad():
-        for parameter in unet.parameters():
-            parameter.mul_(1.01)
-    unet.register_to_config(_name_or_path="")
-    folder = tmp_path / "run" / "unet"
-    unet.save_pretrained(folder, max_shard_size="2MB")
+    folder = Path(shutil.copytree(made_unet, tmp_path / "run" / "unet"))
     digest = sha256_path(folder)
     update = {
         "weights_kind": "unet",

@@ -33,7 +33,7 @@ from sdxl_pipeline.release.release_inputs import (
     portable_settings,
     require_portable,
 )
-from tests.models.adapted_unets import adapted_unet, settings_of
+from tests.models.adapted_unets import shared_unet
 from tests.support.hub_server import HubServer
 
 
@@ -250,9 +250,11 @@ def test_verify_export_of_sdxl_base_adapter_needs_no_base_weights(inputs, tmp_pa
         verify_export(path, inputs["base_model"])
 
 
-@pytest.mark.parametrize("kind", ["dora", "lokr", "lokr, norms", "loha, tucker", "locon"])
+@pytest.mark.parametrize(
+    "kind", ["dora", "lokr", pytest.param("lokr, norms", marks=pytest.mark.slow), "loha, tucker", "locon"]
+)
 def test_verify_export_handles_every_kind_of_adapter(inputs, tmp_path: Path, kind: str):
-    unet = adapted_unet(inputs["base_model"], settings_of(kind), steps=1)
+    unet = shared_unet(inputs["base_model"], kind)
     path = tmp_path / "adapter.safetensors"
     save_adapter({"unet": unet}, path)
     assert verify_export(path, inputs["base_model"]) == len(adapted_module_names(unet))
@@ -267,7 +269,7 @@ def test_verify_export_handles_every_kind_of_adapter(inputs, tmp_path: Path, kin
 
 
 def test_verify_export_checks_text_encoder_layers(inputs, tmp_path: Path):
-    unet = adapted_unet(inputs["base_model"], settings_of("lora"), steps=1)
+    unet = shared_unet(inputs["base_model"], "lora")
     encoder = load_text_encoders(inputs["base_model"], torch.float32).text_encoder_2
     add_lora(encoder, 2, 2.0, 0.0, ("q_proj",), seed=0)
     path = tmp_path / "adapter.safetensors"

@@ -79,6 +79,12 @@ def base_unet(folder: Path = SDXL_BASE_CONFIGS) -> UNet2DConditionModel:
     return without_weights(lambda: UNet2DConditionModel.from_config(config))
 
 
+@pytest.fixture(scope="module")
+def plain() -> UNet2DConditionModel:
+    """Return SDXL-base's UNet for its names; tests must not load anything into it."""
+    return base_unet()
+
+
 def base_encoders() -> dict[str, nn.Module]:
     kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     configs = {prefix: CLIPTextConfig.from_pretrained(SDXL_BASE_CONFIGS / prefix) for prefix in kinds}
@@ -199,16 +205,17 @@ def test_kohya_tensors_are_loaded_completely_by_every_program(table: LayerTable,
         assert error <= 1e-5
 
 
-def test_diffusers_file_names_are_unknown_to_other_programs():
+def test_diffusers_file_names_are_unknown_to_other_programs(plain: UNet2DConditionModel):
     """ComfyUI loads no attention layer of diffusers' file, which is why the kohya file exists."""
     names = list(lora_tensors(add_random_lora(base_unet(), ATTENTION), "unet"))
-    plain = base_unet()
     for read in (read_as_comfyui, read_as_a1111, read_as_kohya):
         with pytest.raises(UnmatchedKeysError, match="1120 keys"):
             read(names, plain)
 
 
-def test_text_encoder_layers_are_loaded_by_every_program(table: LayerTable, tmp_path: Path):
+def test_text_encoder_layers_are_loaded_by_every_program(
+    table: LayerTable, plain: UNet2DConditionModel, tmp_path: Path
+):
     targets = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
     models = {prefix: add_random_lora(model, targets) for prefix, model in base_encoders().items()}
     tensors = to_kohya_tensors(models, table)
@@ -216,9 +223,8 @@ def test_text_encoder_layers_are_loaded_by_every_program(table: LayerTable, tmp_
     assert sum(name.startswith("lora_te1_") for name in modules) == 12 * 6 == 72
     assert sum(name.startswith("lora_te2_") for name in modules) == 32 * 6 == 192
     assert "lora_te2_text_model_encoder_layers_31_mlp_fc2" in modules
-    unet = base_unet()
     for read in (read_as_comfyui, read_as_a1111, read_as_kohya):
-        assert read(tensors, unet).keys() == modules
+        assert read(tensors, plain).keys() == modules
 
     path = tmp_path / "kohya.safetensors"
     save_file(tensors, path)

@@ -375,7 +375,9 @@ def test_use_section_names_prediction_type_that_comfyui_cannot_detect(
     ("kind", "description", "tags"),
     [
         ("dora", "a DoRA of rank 4 for", {"lora", "dora"}),
-        ("lokr, whole matrices", "a LoKr (LyCORIS) for", {"lycoris", "lokr"}),
+        pytest.param(
+            "lokr, whole matrices", "a LoKr (LyCORIS) for", {"lycoris", "lokr"}, marks=pytest.mark.slow
+        ),
         ("loha and lokr", "a LoHa and LoKr (LyCORIS) for", {"lycoris", "loha", "lokr"}),
     ],
 )

@@ -26,6 +26,7 @@ from sdxl_pipeline.models.components import (
 from sdxl_pipeline.release import single_file
 from sdxl_pipeline.release.release_inputs import ExportError
 from sdxl_pipeline.release.single_file import require_loadable, write_checkpoint
+from tests.release.conftest import settings_in
 
 
 def resolve_checkpoint(checkpoint: Path, folder: Path) -> ResolvedModel:
@@ -46,27 +47,43 @@ def write(folder: Path, inputs: dict[str, Any], unet_inputs: dict[str, Any], **s
     return path
 
 
+@pytest.fixture(scope="module")
+def checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, bundled_model: ResolvedModel, made_unet: Path
+) -> Path:
+    """Return a written checkpoint of the trained UNet, which no test may change."""
+    path = tmp_path_factory.mktemp("models") / "zorp.safetensors"
+    settings = settings_in(path.parent).model_copy(update={"model_type": "full"})
+    write_checkpoint(path, made_unet, bundled_model, settings, {"title": "zorp"})
+    require_loadable(path, made_unet, bundled_model)
+    return path
+
+
 def assert_equal_weights(module: torch.nn.Module, expected: torch.nn.Module) -> None:
     actual_state, expected_state = module.state_dict(), expected.state_dict()
     assert actual_state.keys() == expected_state.keys()
     assert all(torch.equal(actual_state[name], expected_state[name].half().float()) for name in actual_state)
 
 
-def test_written_checkpoint_loads_with_equal_weights(inputs, unet_inputs, tmp_path: Path):
-    model = resolve_checkpoint(write(tmp_path, inputs, unet_inputs), tmp_path)
+def test_written_checkpoint_loads_with_equal_weights(
+    checkpoint: Path, bundled_model: ResolvedModel, made_unet: Path, tmp_path: Path
+):
+    model = resolve_checkpoint(checkpoint, tmp_path)
     assert model.kind == "single_file"
-    trained = UNet2DConditionModel.from_pretrained(unet_inputs["lora"].weights_path)
+    trained = UNet2DConditionModel.from_pretrained(made_unet)
     assert_equal_weights(load_unet(model, torch.float32), trained)
-    base = inputs["base_model"]
+    base = bundled_model
     assert_equal_weights(load_vae(model, torch.float32), load_vae(base, torch.float32))
     encoders, expected = (load_text_encoders(source, torch.float32) for source in (model, base))
     assert_equal_weights(encoders.text_encoder, expected.text_encoder)
     assert_equal_weights(encoders.text_encoder_2, expected.text_encoder_2)
 
 
-def test_written_checkpoint_generates_image_of_trained_unet(inputs, unet_inputs, tmp_path: Path):
-    model = resolve_checkpoint(write(tmp_path, inputs, unet_inputs), tmp_path)
-    trained = UNet2DConditionModel.from_pretrained(unet_inputs["lora"].weights_path)
+def test_written_checkpoint_generates_image_of_trained_unet(
+    checkpoint: Path, bundled_model: ResolvedModel, made_unet: Path, tmp_path: Path
+):
+    model = resolve_checkpoint(checkpoint, tmp_path)
+    trained = UNet2DConditionModel.from_pretrained(made_unet)
     images = [
         pipeline(
             "a red circle",
@@ -78,7 +95,7 @@ def test_written_checkpoint_generates_image_of_trained_unet(inputs, unet_inputs,
         ).images
         for pipeline in (
             load_pipeline(model, torch.float32),
-            load_pipeline(inputs["base_model"], torch.float32, unet=trained.eval()),
+            load_pipeline(bundled_model, torch.float32, unet=trained.eval()),
         )
     ]
     assert abs(images[0] - images[1]).max() <= 1 / 255
@@ -197,16 +214,14 @@ def _scale(tensors: dict[str, torch.Tensor], name: str) -> None:
     ],
 )
 def test_require_loadable_of_corrupt_checkpoint_raises(
-    inputs, unet_inputs, tmp_path: Path, corrupt, message: str
+    checkpoint: Path, bundled_model: ResolvedModel, made_unet: Path, tmp_path: Path, corrupt, message: str
 ):
-    path = write(tmp_path, inputs, unet_inputs)
-    folder, base_model = Path(unet_inputs["lora"].weights_path), inputs["base_model"]
-    require_loadable(path, folder, base_model)
-    tensors = load_file(path)
+    tensors = load_file(checkpoint)
     corrupt(tensors, "model.diffusion_model.time_embed.0.weight")
+    path = tmp_path / "corrupt.safetensors"
     save_file(tensors, path)
     with pytest.raises(ExportError, match=message):
-        require_loadable(path, folder, base_model)
+        require_loadable(path, made_unet, bundled_model)
 
 
 def test_require_loadable_accepts_v_prediction_marker(inputs, unet_inputs, tmp_path: Path):

@@ -111,7 +111,15 @@ def test_add_lora_with_an_unmatched_target_raises(random_filled: ResolvedModel):
         add_lora(load_unet(random_filled, torch.float32), 4, 4, 0.0, ["to_k", "to_qkv"], seed=0)
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(4, 4), (4, 1.0), (3, 7.5), (8, 16)])
+@pytest.mark.parametrize(
+    ("rank", "alpha"),
+    [
+        (4, 4),
+        (3, 7.5),
+        pytest.param(4, 1.0, marks=pytest.mark.slow),
+        pytest.param(8, 16, marks=pytest.mark.slow),
+    ],
+)
 def test_saved_lora_loads_in_diffusers_with_its_alpha(
     random_filled: ResolvedModel, tmp_path: Path, rank, alpha
 ):

@@ -21,7 +21,7 @@ from sdxl_pipeline.models.adapters.init_adapter_source import find_initial_adapt
 from sdxl_pipeline.models.adapters.lora import lora_tensors
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.models.components import load_text_encoders, load_unet
-from tests.models.adapted_unets import EVERY_KIND, adapted_unet, lycoris, output, settings_of
+from tests.models.adapted_unets import EVERY_KIND, lycoris, output, settings_of, shared_unet
 from tests.support.hub_server import HubServer
 
 
@@ -40,7 +40,7 @@ def load_unet_from(model: ResolvedModel, path: Path, kind: str, dtype: torch.dty
 @pytest.mark.parametrize("kind", ["lora", "loha"])
 def test_upper_case_suffix_is_accepted(random_filled: ResolvedModel, tmp_path: Path, kind: str):
     file = tmp_path / "FIRST.SAFETENSORS"
-    unet = adapted_unet(random_filled, settings_of(kind), steps=1)
+    unet = shared_unet(random_filled, kind)
     save_adapter({UNET: unet}, file)
     assert list(check_init_lora(str(file), tmp_path)) == []
     assert initial_adapter_digest(str(find_initial_adapter(file.name, tmp_path)))
@@ -53,7 +53,7 @@ def test_upper_case_suffix_is_accepted(random_filled: ResolvedModel, tmp_path: P
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_init_adapter_equals_the_saved_adapter(random_filled: ResolvedModel, file: Path, kind: str):
-    unet = adapted_unet(random_filled, settings_of(kind))
+    unet = shared_unet(random_filled, kind)
     save_adapter({UNET: unet}, file)
     reloaded = load_unet_from(random_filled, file, kind)
     if "scalar" in kind:  # the scale is multiplied into the file, and is initialized with one
@@ -65,21 +65,21 @@ def test_init_adapter_equals_the_saved_adapter(random_filled: ResolvedModel, fil
 
 
 def test_init_adapter_preserves_strength_for_another_lora_alpha(random_filled: ResolvedModel, file: Path):
-    unet = adapted_unet(random_filled, settings_of("lora, alpha above rank"), steps=1)
+    unet = shared_unet(random_filled, "lora, alpha above rank")
     save_adapter({UNET: unet}, file)
     reloaded = load_unet_from(random_filled, file, "lora, alpha above rank", lora_alpha=3)
     torch.testing.assert_close(output(reloaded), output(unet), rtol=0, atol=5e-6)
 
 
 def test_init_adapter_keeps_float32_values_on_a_bf16_base(random_filled: ResolvedModel, file: Path):
-    unet = adapted_unet(random_filled, settings_of("dora"), steps=1)
+    unet = shared_unet(random_filled, "dora")
     save_adapter({UNET: unet}, file)
     tensors = lora_tensors(load_unet_from(random_filled, file, "dora", torch.bfloat16), UNET)
     assert all(torch.equal(tensors[name], tensor) for name, tensor in load_file(file).items())
 
 
 def test_init_adapter_of_a_dora_from_a_lora(random_filled: ResolvedModel, file: Path):
-    unet = adapted_unet(random_filled, settings_of("lora"), steps=1)
+    unet = shared_unet(random_filled, "lora")
     save_adapter({UNET: unet}, file)
     reloaded = load_unet_from(random_filled, file, "lora", use_dora=True)
     torch.testing.assert_close(output(reloaded), output(unet), rtol=0, atol=5e-6)
@@ -101,13 +101,13 @@ def kohya_file(unet: torch.nn.Module, path: Path, alpha: float) -> None:
 
 
 def test_init_adapter_reads_kohya_files_with_their_alpha(random_filled: ResolvedModel, file: Path):
-    unet = adapted_unet(random_filled, settings_of("lora, alpha above rank"), steps=1)
+    unet = shared_unet(random_filled, "lora, alpha above rank")
     kohya_file(unet, file, alpha=10)
     assert torch.equal(output(load_unet_from(random_filled, file, "lora, alpha above rank")), output(unet))
 
 
 def test_init_adapter_reads_lycoris_files_of_kohyas_trainer(random_filled: ResolvedModel, file: Path):
-    unet = adapted_unet(random_filled, settings_of("loha"), steps=1)
+    unet = shared_unet(random_filled, "loha")
     save_adapter({UNET: unet}, file)
     save_file({name.replace("lycoris_", "lora_unet_", 1): t for name, t in load_file(file).items()}, file)
     assert torch.equal(output(load_unet_from(random_filled, file, "loha")), output(unet))
@@ -135,7 +135,7 @@ def test_init_adapter_reads_lycoris_files_of_kohyas_trainer(random_filled: Resol
 def test_init_adapter_of_another_shape_raises_with_the_fix(
     random_filled: ResolvedModel, file: Path, first, then, more, message
 ):
-    save_adapter({UNET: adapted_unet(random_filled, settings_of(first), steps=0)}, file)
+    save_adapter({UNET: shared_unet(random_filled, first)}, file)
     with pytest.raises(AdapterError, match=f"(?s)init_lora.*{message}"):
         load_unet_from(random_filled, file, then, **more)
 
@@ -143,7 +143,7 @@ def test_init_adapter_of_another_shape_raises_with_the_fix(
 def test_init_adapter_with_untrained_text_encoder_raises(random_filled: ResolvedModel, file: Path):
     encoder = load_text_encoders(random_filled, torch.float32).text_encoder
     add_lora(encoder, 4, 4, 0.0, ["q_proj"], seed=0)
-    unet = adapted_unet(random_filled, settings_of("lora"), steps=0)
+    unet = shared_unet(random_filled, "lora")
     save_adapter({UNET: unet, "text_encoder": encoder}, file)
     with pytest.raises(
         AdapterError,
@@ -160,7 +160,7 @@ def test_init_adapter_with_untrained_text_encoder_raises(random_filled: Resolved
 
 
 def test_init_adapter_of_kohyas_dora_raises(random_filled: ResolvedModel, file: Path):
-    kohya_file(adapted_unet(random_filled, settings_of("lora"), steps=0), file, alpha=4)
+    kohya_file(shared_unet(random_filled, "lora"), file, alpha=4)
     tensors = load_file(file)
     name = next(iter(tensors)).split(".")[0]
     save_file({**tensors, f"{name}.dora_scale": torch.ones(4, 1)}, file)

@@ -66,8 +66,8 @@ def predict(unet: torch.nn.Module, batch: Any, noisy_latents: torch.Tensor) -> t
     "settings",
     [
         {},
-        {"loss_type": "huber", "huber_schedule": "snr"},
-        {"diff2flow_enabled": True, "diff2flow_loss": True},
+        pytest.param({"loss_type": "huber", "huber_schedule": "snr"}, marks=pytest.mark.slow),
+        pytest.param({"diff2flow_enabled": True, "diff2flow_loss": True}, marks=pytest.mark.slow),
         {"train_text_encoder": True},
     ],
     ids=lambda settings: next(iter(settings), "plain"),
@@ -89,7 +89,7 @@ ADAPTERS = [
     {"use_dora": True},
     LOKR,
     {"lora_dropout": 0.3},
-    {"snr_gamma": 5.0},
+    pytest.param({"snr_gamma": 5.0}, marks=pytest.mark.slow),
 ]
 
 
