@@ -87,3 +87,9 @@ def test_clip_gradients_by_norm_or_value_and_returns_norm(tmp_path, method, boun
         expected = expected.clamp(-bound, bound)
     actual = torch.cat([each.grad.flatten() for each in trainer.parameters.values()])
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=0)
+
+
+def test_trainer_refuses_to_compile_the_whole_unet_on_a_cpu(tmp_path):
+    spec = make_spec(tmp_path, dynamo_backend="inductor", dynamo_use_regional_compilation=False)
+    with pytest.raises(UserError, match=r'wrong gradients.*write "dynamo_backend": "no"'):
+        Trainer(spec, "me", SilentReporter(), StopSignal())
