@@ -274,6 +274,8 @@ def test_snippet_of_published_lora_uses_hub_id(release, inputs):
     assert 'load_lora_weights("someone/zorp", weight_name="pytorch_lora_weights.safetensors")' in snippet(
         release(settings=published)
     )
+    unknown = published.model_copy(update={"hub_model_id": "zorp"})
+    assert 'load_lora_weights(".", ' in snippet(release(settings=unknown))
 
 
 def test_snippet_sets_prediction_type_and_spacing(release, inputs):
