@@ -29,7 +29,9 @@ from sdxl_pipeline.release.selected_weights import selected_lora
 from sdxl_pipeline.runtime.specs import EvaluationReport, HubRelease, TrainedLora, TrainingSet
 from sdxl_pipeline.training.checkpoint.finished_runs import MIN_PREFIX_LENGTH
 
-CODE = "3"
+CODE = "4"
+RELEASE_KEYS = keys_used_by(TrainingSettings, "hub_release") - keys_used_by(TrainingSettings, "lora")
+"""Settings of the release alone; they may change after the training. Those of the exported files are the run's, as the files are."""
 
 
 class ReleaseConfig(dg.Config):
@@ -94,7 +96,7 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
                 ReleaseInputs(
                     project=project.name,
                     base_model=model,
-                    settings=trained.settings,
+                    settings=trained.settings.model_copy(update=_release_settings(settings, hub)),
                     lora=released,
                     report=evaluation,
                     prompts=trained.prompts,
@@ -111,6 +113,14 @@ def build_hub_release(project: Project) -> dg.AssetsDefinition:
         )
 
     return hub_release
+
+
+def _release_settings(settings: TrainingSettings, hub: HubResource) -> dict[str, Any]:
+    """Return the values of RELEASE_KEYS, with the owner in hub_model_id if the release is pushed."""
+    values = {key: getattr(settings, key) for key in RELEASE_KEYS}
+    if settings.push_to_hub and settings.hub_model_id is not None:
+        values["hub_model_id"] = hub.qualified_id(settings.hub_model_id)
+    return values
 
 
 def _require_releasable(key: dg.AssetKey, run: TrainedLora, current: TrainedLora, promote: str) -> None:

@@ -66,6 +66,21 @@ class HubResource(dg.ConfigurableResource):
                 f"The Hub does not report whether the token may create {repo_id}. If it may not, the release stays on disk after the training."
             )
 
+    def qualified_id(self, repo_id: str) -> str:
+        """Return "owner/name" of a repository; for "name" with the token's owner, or unchanged if the Hub does not report who that is."""
+        if "/" in repo_id:
+            return repo_id
+        try:
+            account = retry_while_busy(self._api().whoami, "Requesting the token's owner from the Hub", _warn)
+        except Exception as error:
+            # The client also raises errors of its HTTP library, which have no common base class with its own.
+            _warn(
+                f"The model card names no repository, since the owner of {repo_id} is unknown: {describe_hub_error(error)}. "
+                "Write owner/name as hub_model_id."
+            )
+            return repo_id
+        return f"{account['name']}/{repo_id}"
+
     def publish(self, folder: Path, repo_id: str, private: bool, commit_message: str) -> Published:
         """Publish a release folder as one commit and one tag; see `sdxl_pipeline.release.upload.publish`.
 

@@ -35,6 +35,9 @@ Number = TypeVar("Number", int, float)
 USER_MISTAKE = 2
 """Exit status for a mistake in the command or a project, like argparse's own."""
 
+MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
+"""What `torch.Generator.manual_seed` accepts."""
+
 SELECTED, LAST = "selected", "last"
 
 
@@ -65,7 +68,7 @@ def add_parser(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
         "--file",
         type=Path,
         metavar="PATH",
-        help="adapter in diffusers' or kohya's format, or a UNet's folder",
+        help="adapter in diffusers' or kohya's format, a UNet's folder, or a complete model as a file or folder",
     )
     parser.add_argument("--prompt", action="append", required=True, help="a prompt; repeat it for several")
     parser.add_argument(
@@ -79,7 +82,7 @@ def add_parser(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
         help="strengths of the adapter, such as 0.4,0.7,1; 0 is the base model (default: 1)",
     )
     parser.add_argument(
-        "--seed", type=_numbers(int), metavar="LIST", help="seeds, such as 1,2 (default: validation_seed)"
+        "--seed", type=_numbers(_seed), metavar="LIST", help="seeds, such as 1,2 (default: validation_seed)"
     )
     parser.add_argument(
         "--checkpoint",
@@ -89,7 +92,9 @@ def add_parser(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
     parser.add_argument(
         "--run", dest="run_identity", metavar="IDENTITY", help="of a project: another finished run"
     )
-    parser.add_argument("--model", metavar="NAME", help="of a file: its base model, a Hub id, folder or file")
+    parser.add_argument(
+        "--model", metavar="NAME", help="of an adapter or UNet: its base model, a Hub id, folder or file"
+    )
     parser.add_argument("--size", metavar="WxH", help="size in pixels (default: validation_resolution)")
     parser.add_argument("--steps", type=int, help="sampler steps (default: validation_num_inference_steps)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for the images")
@@ -152,6 +157,15 @@ def _numbers(kind: Callable[[str], Number]) -> Callable[[str], list[Number]]:
             ) from error
 
     return read
+
+
+def _seed(text: str) -> int:
+    """Return a seed that torch's generators accept. Raises ValueError for any other text."""
+    if not MIN_SEED <= (seed := int(text)) <= MAX_SEED:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a seed; write a whole number between {MIN_SEED} and {MAX_SEED}"
+        )
+    return seed
 
 
 def _with_options(settings: TrainingSettings, options: argparse.Namespace) -> TrainingSettings:
@@ -284,7 +298,7 @@ def _file_source(options: argparse.Namespace, console: Console) -> Source:
     from sdxl_pipeline.evaluation.generation import require_adapter
     from sdxl_pipeline.models.adapters.adapter_files import AdapterError, read_header
     from sdxl_pipeline.models.base_model import resolve_base_model
-    from sdxl_pipeline.models.model_files import BaseModelError
+    from sdxl_pipeline.models.model_files import MODEL_INDEX, BaseModelError
     from sdxl_pipeline.runtime.stage_runner import UserError
 
     path: Path = options.file
@@ -307,6 +321,16 @@ def _file_source(options: argparse.Namespace, console: Console) -> Source:
             weights = None  # a complete checkpoint
         else:
             require_adapter(header)
+    elif (path / MODEL_INDEX).is_file():
+        weights = None  # a complete model, such as that of `merge --into`
+    elif not any(path.glob("diffusion_pytorch_model*")):
+        raise UserError(
+            f"--file {path} is the folder of neither a UNet nor a complete model; give an adapter file, or --project"
+        )
+    if weights is None and options.model is not None:
+        raise UserError(
+            f"--model applies to an adapter or a UNet, but {path} is a complete model; remove --model"
+        )
     model = options.model or (str(path.resolve()) if weights is None else None)
     if model is None and settings is None:
         written = metadata.get("ss_sd_model_name", "")

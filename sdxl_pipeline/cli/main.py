@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in COMMANDS:
         command.add_parser(commands)
     options = parser.parse_args(arguments)
-    status: int = options.run(options, Console(highlight=False))
+    status: int = options.run(options, Console(highlight=False, emoji=False))
     return status
 
 

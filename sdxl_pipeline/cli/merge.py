@@ -1,6 +1,7 @@
 """`sdxl-pipeline merge`: LoRAs into a base model, or several LoRAs into one."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,16 +62,17 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
 
 def parse_adapter(text: str) -> tuple[Path, float]:
-    """Return the path and scale of FILE or FILE:SCALE. Raises ToolError for a scale that is not a number."""
+    """Return the path and scale of FILE or FILE:SCALE. Raises ToolError for a scale that is not a finite number."""
     path, separator, scale = text.rpartition(":")
     if not separator or text.lower().endswith(".safetensors"):
         return Path(text).expanduser(), 1.0
     try:
-        return Path(path).expanduser(), float(scale)
-    except ValueError as error:
-        raise ToolError(
-            f"{text}: the scale {scale!r} is not a number; write {path}:0.7, for example"
-        ) from error
+        value = float(scale)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ToolError(f"{text}: the scale {scale!r} is not a finite number; write {path}:0.7, for example")
+    return Path(path).expanduser(), value
 
 
 def _merge(options: argparse.Namespace, console: Console) -> int:

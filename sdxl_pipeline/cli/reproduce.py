@@ -28,7 +28,11 @@ def add_parser(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
         "Exit status: 0 for the same bytes, 1 if something differs, 2 if the release cannot be reproduced.",
     )
     parser.add_argument("release", metavar="RELEASE", help="folder of a release, or Hub id owner/name")
-    parser.add_argument("--project", required=True, metavar="NAME", help="name of the new project folder")
+    parser.add_argument(
+        "--project",
+        metavar="NAME",
+        help="name of the new project folder (default: the released project's, with _reproduced)",
+    )
     parser.add_argument(
         "--data",
         action="append",
@@ -56,8 +60,10 @@ def run(options: argparse.Namespace, console: Console) -> int:
     from sdxl_pipeline.release.reproduce import ReproduceError, compare_inputs, read_release, write_project
 
     try:
-        folder = _project_folder(options.project)
         published = read_release(options.release)
+        folder = _project_folder(
+            f"{published.project}_reproduced" if options.project is None else options.project
+        )
         notes = write_project(
             folder, published, _pairs(options.data, "--data"), _pairs(options.path, "--path")
         )

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
     from sdxl_pipeline.runtime.specs import HistoryRow, TrainedLora
+
+
+_COLUMNS: Final = (
+    "date", "run", "step", "base", "LoRA", "difference", "gap", "scores", "failed checks", "released", "changes",
+)  # fmt: skip
+_FOLDED: Final = ("scores", "failed checks", "changes")
 
 
 def add_parser(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -64,7 +70,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     if options.json:
         console.print_json(json.dumps(_as_json(runs, history)))
     elif runs or history:
-        console.print(_table(runs, history))
+        _print_rows(_rows(runs, history), console)
     else:
         console.print(f"{project.name} has no finished run yet: materialize lora.", soft_wrap=True)
     return 0
@@ -86,17 +92,30 @@ def _as_json(runs: "Sequence[TrainedLora]", history: "Sequence[HistoryRow]") -> 
     ]
 
 
-def _table(runs: "Sequence[TrainedLora]", history: "Sequence[HistoryRow]") -> Table:
-    """Return a row per evaluation, and one per run that was never evaluated, by date."""
+def _rows(runs: "Sequence[TrainedLora]", history: "Sequence[HistoryRow]") -> list[tuple[str, ...]]:
+    """Return the cells of a row per evaluation, and of one per run that was never evaluated, by date."""
     evaluated = {row.run_identity for row in history}
     rows = [(row.date, _evaluation_cells(row)) for row in history]
     rows += [(_finished_at(run), _run_cells(run)) for run in runs if run.identity not in evaluated]
+    return [(date[:16].replace("T", " "), *cells) for date, cells in sorted(rows)]
+
+
+def _print_rows(rows: Sequence[Sequence[str]], console: Console) -> None:
+    """Print a table, or in a terminal that is too narrow for one, each row as a list of its values."""
     table = Table(box=SIMPLE_HEAD, show_edge=False)
-    for name in ("date", "run", "step", "base", "LoRA", "difference", "gap", "scores", "failed checks", "released", "changes"):  # fmt: skip
-        table.add_column(name, no_wrap=name in ("date", "run"), overflow="fold")
-    for date, cells in sorted(rows):
-        table.add_row(date[:16].replace("T", " "), *(escape(cell) for cell in cells))
-    return table
+    for name in _COLUMNS:
+        folded = name in _FOLDED
+        table.add_column(name, no_wrap=not folded, overflow="fold", min_width=18 if folded else None)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    if table.__rich_measure__(console, console.options).minimum <= console.width:
+        console.print(table)
+        return
+    for row in rows:
+        console.print(f"{row[0]}  {escape(row[1])}", soft_wrap=True)
+        for name, cell in zip(_COLUMNS[2:], row[2:], strict=True):
+            if cell:
+                console.print(f"  {name}: {escape(cell)}", soft_wrap=True)
 
 
 def _evaluation_cells(row: "HistoryRow") -> tuple[str, ...]:

@@ -107,6 +107,17 @@ def plain_overrides(lora: TrainedLora) -> dict[str, dict[str, Any]]:
     }
 
 
+def datasets_without_location(lineage: Mapping[str, Any]) -> list[str]:
+    """Return the ids of the datasets whose images are neither on the Hub nor generated, so that `reproduce` needs `--data` for them."""
+    return [
+        entry["id"]
+        for entry in lineage.get(DATASETS, ())
+        if entry["dataset_type"] != "text_embeds"
+        and entry["type"] != "huggingface"
+        and GENERATED_FOLDER not in entry
+    ]
+
+
 def _dataset(dataset: ImageDataset, folder: Path) -> dict[str, Any]:
     """Return an entry of images; `parquet.path` is kept if it is relative to the images, and otherwise only its name."""
     entry = _entry(dataset)

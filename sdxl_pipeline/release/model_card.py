@@ -9,6 +9,7 @@ from sdxl_pipeline.config.schema.adapter import AdapterSettings
 from sdxl_pipeline.config.schema.key_facts import key_of, keys_with
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.release.card_metadata import card_metadata
+from sdxl_pipeline.release.lineage import datasets_without_location
 from sdxl_pipeline.release.release_inputs import ReleaseInputs, adapter_name, hub_id, portable_settings
 from sdxl_pipeline.release.usage import published_id, usage
 from sdxl_pipeline.runtime.specs import KIND_LABELS, TrainedLora
@@ -169,9 +170,10 @@ def _weaknesses(report: Mapping[str, Any], lora: TrainedLora) -> Iterator[str]:
 
 
 def _reproduce(inputs: ReleaseInputs, files: Mapping[str, str]) -> str:
-    source = published_id(inputs) or "."
+    command = ["sdxl-pipeline reproduce", published_id(inputs) or "."]
+    command += [f"--data {name}=LOCATION" for name in datasets_without_location(inputs.lineage)]
     return (
-        f"```bash\nsdxl-pipeline reproduce {source}\n```\n\n"
+        f"```bash\n{' '.join(command)}\n```\n\n"
         f"The command makes a project from [{files['settings']}]({files['settings']}) and [{files['lineage']}]({files['lineage']}), compares the "
         "digests of the datasets and the base model with this release, reports what is missing or different, and trains. The images are not "
         "part of the release. On a CPU, equal inputs and versions give the same bytes; other devices differ in rounding."

@@ -127,8 +127,9 @@ def _loading_code(inputs: ReleaseInputs, weights: str) -> str:
 
 
 def published_id(inputs: ReleaseInputs) -> str | None:
-    """Return the repository that the release is pushed to; None for a release that stays local."""
-    return inputs.settings.hub_model_id if inputs.settings.push_to_hub else None
+    """Return the repository "owner/name" that the release is pushed to; None for a release that stays local, and without a known owner."""
+    repo_id = inputs.settings.hub_model_id
+    return repo_id if inputs.settings.push_to_hub and repo_id and "/" in repo_id else None
 
 
 def _literal(text: str) -> str:

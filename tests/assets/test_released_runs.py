@@ -150,6 +150,13 @@ def test_selected_checkpoint_is_released_and_failed_checks_are_not(
     assert (lineage(released)["step"], lineage(released)["is_final"], released["step"]) == (1, False, 1)
 
     config = json.loads((folder / "config.json").read_text())
+    later = {"model_card_note": "Written after the training.", "hub_model_id": "someone/later", "seed": 5}
+    (folder / "config.json").write_text(json.dumps(config | later))
+    files = Path(release(instance, folder)["folder"])
+    assert "Written after the training." in (files / "README.md").read_text()
+    settings = json.loads((files / "training_config.json").read_text())
+    assert (settings["hub_model_id"], settings["seed"]) == ("someone/later", config.get("seed", 42))
+
     checks = {"better_than_base": "warning", "enough_eval_images": "blocking"}
     (folder / "config.json").write_text(json.dumps(config | {"evaluation_checks": checks}))
     with pytest.raises(dg.Failure, match="enough_eval_images: The eval loss is measured on images") as error:

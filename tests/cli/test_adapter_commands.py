@@ -64,8 +64,11 @@ def test_errors_are_one_sentence_and_status_two(
         (["merge", str(adapter), *output], "one adapter alone is already a LoRA file"),
         (
             ["merge", f"{adapter}:much", "--into", BUNDLED_NAME, *output],
-            "the scale 'much' is not a number; write",
+            "the scale 'much' is not a finite number; write",
         ),
+        # rich replaces ":x:" by an emoji unless that is switched off
+        (["merge", f"{adapter}:x", "--into", BUNDLED_NAME, *output], f"{adapter}:x: the scale 'x'"),
+        (["merge", f"{adapter}:nan", str(adapter), *output], "the scale 'nan' is not a finite number"),
         (
             ["merge", str(adapter), "--into", BUNDLED_NAME, "--rank", "4", *output],
             "remove them, or remove --into",

@@ -122,7 +122,7 @@ def test_generate_from_kohya_and_diffusers_files_is_the_same_image(trained: Trai
         assert np.abs(image - trained.image(3)).mean() < 0.5
 
 
-def test_generate_from_lycoris_file_and_unet_folder(tmp_path: Path):
+def test_generate_from_lycoris_file_unet_folder_and_model_folder(tmp_path: Path):
     settings = TrainingSettings.model_validate(
         {
             "pretrained_model_name_or_path": str(model_folder()),
@@ -140,8 +140,10 @@ def test_generate_from_lycoris_file_and_unet_folder(tmp_path: Path):
     options = ("--model", model_folder(), "--size", "64x64", "--steps", "2", "--seed", "3")
     assert generate(tmp_path / "lokr", "--file", file, "--scale", "0,1", *options) == 0
     assert generate(tmp_path / "unet", "--file", model_folder() / "unet", *options) == 0
+    assert generate(tmp_path / "model", "--file", model_folder(), *options[2:]) == 0
     base, full = (pixels(tmp_path / "lokr" / f"a_red_circle_seed3_scale{scale}.png") for scale in (0, 1))
-    assert np.array_equal(base, pixels(tmp_path / "unet" / "a_red_circle_seed3.png"))
+    for folder in ("unet", "model"):
+        assert np.array_equal(base, pixels(tmp_path / folder / "a_red_circle_seed3.png"))
     assert np.abs(base - full).mean() > 1
 
 
@@ -179,6 +181,8 @@ def test_generate_uses_the_checkpoint_that_the_evaluation_selected(trained: Trai
         (["--file", "MODEL/unet", "--model", "MODEL", "--scale", "0.5"], "these weights are a full UNet; remove --scale"),
         (["--file", "MODEL/unet", "--model", "MODEL", "--size", "65x64"], "--size 65x64"),
         (["--file", "MODEL/unet", "--model", "/absent"], "--model"),
+        (["--file", "PROJECT"], "is the folder of neither a UNet nor a complete model"),
+        (["--file", "MODEL", "--model", "MODEL"], "is a complete model; remove --model"),
     ],
 )  # fmt: skip
 def test_generate_mistake_is_one_sentence_and_exit_code_two(
@@ -209,7 +213,9 @@ def test_generate_unknown_checkpoint_lists_those_that_exist(make_project, tmp_pa
     assert "no evaluation has selected a checkpoint" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("option", ["--scale=a", "--seed=1.5"])
+@pytest.mark.parametrize(
+    "option", ["--scale=a", "--seed=1.5", "--seed=18446744073709551616", "--seed=-9223372036854775809"]
+)
 def test_generate_value_that_is_no_number_exits_with_two(tmp_path: Path, option):
     with pytest.raises(SystemExit) as exit_info:
         generate(tmp_path, "--project", "x", option)

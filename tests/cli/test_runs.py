@@ -45,6 +45,14 @@ def test_runs_lists_evaluations_and_runs_without_one(output, capsys):
     assert "not evaluated" in unevaluated
 
 
+def test_runs_in_a_narrow_terminal_prints_whole_values(output, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["runs", "small"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert [line.split("  ")[1] for line in lines if line.startswith("20")] == [FIRST[:16], SECOND[:16]]
+    assert {"step: 6", "failed checks: not_overfitted", "released: r-0123456789ab", "step: 12"} <= set(lines)
+
+
 def test_runs_json_has_each_run_with_its_evaluations(output, capsys):
     assert main(["runs", str(output.parent), "--json"]) == 0
     runs = json.loads(capsys.readouterr().out)

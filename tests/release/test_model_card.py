@@ -174,7 +174,20 @@ def test_sections_are_in_the_order_of_interest(release):
     ]
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == sections
     assert text.index("<Gallery />") < text.index("](gallery.png)") < text.index("## ")
-    assert "sdxl-pipeline reproduce ." in text
+    assert "sdxl-pipeline reproduce .\n" in text
+
+
+def test_reproduce_command_asks_for_the_images_that_no_release_contains(release, inputs):
+    datasets = [
+        {"id": "zorp", "type": "local", "dataset_type": "image"},
+        {"id": "unseen", "type": "aws", "dataset_type": "eval"},
+        {"id": "hub", "type": "huggingface", "dataset_type": "image"},
+        {"id": "made", "type": "local", "dataset_type": "image", "generated_folder": "data"},
+        {"id": "captions", "type": "local", "dataset_type": "text_embeds"},
+    ]
+    folder = release(lineage={**inputs["lineage"], "datasets": datasets})
+    command = "sdxl-pipeline reproduce . --data zorp=LOCATION --data unseen=LOCATION\n"
+    assert command in section(folder, "Reproduce")
 
 
 def section(folder: Path, title: str) -> str:
@@ -261,6 +274,8 @@ def test_snippet_of_published_lora_uses_hub_id(release, inputs):
     assert 'load_lora_weights("someone/zorp", weight_name="pytorch_lora_weights.safetensors")' in snippet(
         release(settings=published)
     )
+    unknown = published.model_copy(update={"hub_model_id": "zorp"})
+    assert 'load_lora_weights(".", ' in snippet(release(settings=unknown))
 
 
 def test_snippet_sets_prediction_type_and_spacing(release, inputs):

@@ -17,7 +17,7 @@ from sdxl_pipeline.config.resolve import resolve_settings
 from sdxl_pipeline.data.scan.dataset_fingerprint import dataset_digest, rows_digest
 from sdxl_pipeline.files.atomic_files import sha256_file
 from sdxl_pipeline.models.base_model import resolve_base_model
-from sdxl_pipeline.release.lineage import plain_overrides, release_lineage
+from sdxl_pipeline.release.lineage import datasets_without_location, plain_overrides, release_lineage
 from sdxl_pipeline.release.release_inputs import portable_lineage, portable_settings
 from sdxl_pipeline.release.reproduce import (
     ReproduceError,
@@ -341,6 +341,7 @@ def test_command_trains_only_with_the_same_inputs(reproduced, monkeypatch, capsy
         (["nowhere", "--project", "again"], "nowhere is neither a folder nor a Hub id"),
         (["{release}", "--project", "a/b"], "--project a/b is not the name of a folder"),
         (["{release}", "--project", "again", "--data", "shapes"], "--data shapes has no name and value"),
+        (["{release}", "--project", ""], "--project  is not the name of a folder"),
         (["{release}", "--project", "again"], "the release does not contain the images of shapes"),
     ],
 )
@@ -353,6 +354,19 @@ def test_command_errors_are_one_sentence_and_status_two(
     assert len(lines) == 1
     assert lines[0].startswith(message)
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_command_of_the_card_needs_no_more_than_the_images(
+    release: Path, monkeypatch, tmp_path: Path, capsys
+):
+    monkeypatch.setenv(PROJECTS_VARIABLE, str(tmp_path / "projects"))
+    monkeypatch.setattr(reproduce, "materialize", lambda *_, **__: 1)
+    lineage = json.loads((release / "lineage.json").read_text())
+    assert datasets_without_location(lineage) == ["shapes"]
+    main(["reproduce", str(release), "--data", f"shapes={tmp_path}"])
+    folder = tmp_path / "projects" / "small_reproduced"
+    assert capsys.readouterr().out.startswith(f"Project small_reproduced is in {folder}.")
+    assert load_project(folder).datasets[0].instance_data_dir == tmp_path
 
 
 @pytest.mark.slow

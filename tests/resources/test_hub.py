@@ -48,6 +48,16 @@ def test_publish_publishes_all_files_in_one_commit(hub, user, folder):
     assert release.url.startswith(hub.endpoint)
 
 
+def test_qualified_id_adds_the_owner_that_the_hub_reports(hub, user):
+    resource = HubResource()
+    assert resource.qualified_id("released") == f"{user}/released"
+    hub.fail_next(status=403, path="/whoami")
+    assert resource.qualified_id("released") == "released"
+    before = len(hub.requests)
+    assert resource.qualified_id("other/released") == "other/released"
+    assert len(hub.requests) == before
+
+
 def test_publish_second_commit_replaces_changed_files(hub, user, folder):
     first = HubResource().publish(folder, f"{user}/twice", True, "first")
     (folder / "README.md").write_text("# Better\n")
