@@ -84,7 +84,10 @@ def evaluate(
     folders = require_scoring_models(settings, spec.base_model)
     every = candidates_of(spec)
     require_step(every, settings.released_checkpoint, spec.lora.released_weights)
-    candidates, left_out = limit_candidates(every, settings.released_checkpoint)
+    stopped = spec.lora.stopped_early
+    candidates, left_out = limit_candidates(
+        every, settings.released_checkpoint, best_step=stopped and stopped.best_step
+    )
     if left_out:
         reporter.log(
             f"{len(left_out)} of {len({each.step for each in every})} steps are left out of the evaluation, to limit its time: "
