@@ -204,12 +204,22 @@ def select_checkpoint(
 ) -> Selection:
     """Return the selected checkpoint: that of the rule, again without it as long as its images are refused.
 
-    A requested checkpoint is selected even if its images are refused. After MAX_REFUSALS refusals no further checkpoint is tried.
+    A requested checkpoint is selected even if its images are refused. After MAX_REFUSALS refusals no further checkpoint is tried. Raises
+    UserError if a requested checkpoint has no eval loss, because its file has changed or the loss is not finite.
     """
     spec = context.spec
     requested, kind = spec.settings.released_checkpoint, spec.lora.released_weights
     selectable = {each.step: each for each in candidates if each.weights == kind}
-    vetoes = list(losses.series.vetoes) if losses.series is not None else []
+    vetoes: list[Veto] = []
+    if losses.series is not None:
+        vetoes = list(losses.series.vetoes)
+        asked = f"step-{max(selectable)}" if requested == "last" else requested
+        for veto in vetoes:
+            if f"step-{veto.step}" == asked:
+                raise UserError(
+                    f'released_checkpoint: "{requested}" cannot be evaluated: {veto.reason}. Write "best" or another step'
+                )
+            del selectable[veto.step]
     compares_subjects = spec.settings.pretrained_similarity_model_name_or_path is not None
     refused: list[int] = []
     while True:

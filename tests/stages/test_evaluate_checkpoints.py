@@ -1,15 +1,19 @@
 """The evaluate stage measures every checkpoint once, selects one, and evaluates it instead of the final weights."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from sdxl_pipeline.evaluation.checkpoint_images import CheckpointImages
 from sdxl_pipeline.evaluation.checkpoint_losses import LOSSES_FOLDER
+from sdxl_pipeline.files.atomic_files import sha256_file
 from sdxl_pipeline.runtime.reporter import Reporter
 from sdxl_pipeline.runtime.specs import EvaluateSpec, EvaluationReport, FailedItem
 from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError
@@ -127,6 +131,30 @@ def test_evaluate_changed_checkpoint_is_left_out_and_named(tmp_path: Path):
     second.unlink()
     report, _ = evaluate(spec)
     assert (report.step, report.reused) == (40, False)
+
+
+def test_evaluate_diverged_checkpoint_is_never_selected(tmp_path: Path):
+    spec = make_spec(tmp_path)
+    tensors = load_file(spec.lora.weights_path)
+    with safe_open(spec.lora.weights_path, framework="pt") as file:
+        header = file.metadata()
+    save_file({name: tensor * math.nan for name, tensor in tensors.items()}, spec.lora.weights_path, header)
+    digest = sha256_file(Path(spec.lora.weights_path))
+    *others, last = spec.checkpoints
+    spec = spec.model_copy(
+        update={
+            "lora": spec.lora.model_copy(update={"weights_sha256": digest}),
+            "checkpoints": (*others, last.model_copy(update={"sha256": digest})),
+        }
+    )
+    report, _ = evaluate(spec)
+    assert (report.step, [veto.step for veto in report.selected.vetoes]) == (10, [40])
+    for requested in ("last", "step-40"):
+        with pytest.raises(
+            UserError, match=rf'"{requested}" cannot be evaluated: its eval loss is not finite'
+        ):
+            evaluate(spec, released_checkpoint=requested)
+    assert evaluate(spec, released_checkpoint="step-20")[0].step == 20
 
 
 def test_evaluate_broken_images_refuse_a_checkpoint(series, monkeypatch: pytest.MonkeyPatch):
