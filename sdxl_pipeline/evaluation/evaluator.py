@@ -97,6 +97,8 @@ def evaluate(
     if not samples:
         raise UserError("there is no image to evaluate on: the datasets' aspect_buckets have no rows")
     probe = select_probe_samples(spec.datasets, settings)
+    if source == "training images":
+        probe = probe.first_by_key(0)  # the eval loss is of the same images, so that a gap would mean nothing
     reporter.log(f"Evaluating {len(candidates)} models on {len(samples)} images ({source}).")
     eval_model = load_eval_model(spec)
     encoders = OnDemandEncoders(spec.base_model, spec.hardware)
@@ -115,7 +117,7 @@ def _evaluate(
 ) -> EvaluationReport:
     """Return the report; its `seconds` count from `started`."""
     spec, settings, reporter = context.spec, context.spec.settings, context.reporter
-    rows = read_eval_losses(Path(spec.lora.run_dir) / EVAL_LOSS_FILE)
+    rows = comparable_rows(spec)
     losses = Losses() if settings.eval_loss_disable else measure_losses(context, candidates, rows)
     selection = select_checkpoint(context, candidates, images, losses)
     selected = next(
@@ -178,6 +180,18 @@ def _evaluate(
     return report
 
 
+def comparable_rows(spec: EvaluateSpec) -> list[EvalRow]:
+    """Return the eval losses measured during the training that can be compared with those measured here.
+
+    They are of the released kind of weights, which can change after the training. There are none if the training quantized the base model:
+    the evaluation does not, and the difference would be taken for a change from one step to the next.
+    """
+    if spec.hardware.base_model_precision != "no_change":
+        return []
+    rows = read_eval_losses(Path(spec.lora.run_dir) / EVAL_LOSS_FILE)
+    return [row for row in rows if row.weights == spec.lora.released_weights]
+
+
 def measure_losses(
     context: EvaluationContext, candidates: Sequence[CheckpointWeights], rows: Sequence[EvalRow]
 ) -> Losses:
@@ -187,7 +201,7 @@ def measure_losses(
     checkpoints = series.compared(released, held_out=len(context.held_out) > 0)
     of_kind = [loss for loss in checkpoints if loss.weights == released]
     overfitting = detect_overfitting(
-        loss_points(of_kind, rows, series.base.held_out),
+        loss_points(of_kind, rows, series.base.held_out, series.base.probe),
         of_kind[-1].gap,
         context.source,
         len(context.samples),
