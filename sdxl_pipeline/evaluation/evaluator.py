@@ -86,7 +86,7 @@ def evaluate(
     require_step(every, settings.released_checkpoint, spec.lora.released_weights)
     stopped = spec.lora.stopped_early
     candidates, left_out = limit_candidates(
-        every, settings.released_checkpoint, best_step=stopped and stopped.best_step
+        every, settings.released_checkpoint, best_step=stopped.best_step if stopped else None
     )
     if left_out:
         reporter.log(
