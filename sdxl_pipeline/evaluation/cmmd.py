@@ -52,9 +52,7 @@ def measure_cmmd(generated: np.ndarray, training: np.ndarray, seed: int = 0) -> 
         for size, of_set in ((m, is_generated), (n, 1 - is_generated))
     )
     low, high = np.quantile(unbiased_cmmd(kernel, *resampled), _INTERVAL).tolist()
-    text = (
-        f"CMMD {value:.3f}, 95 % interval {low:.3f} to {high:.3f}, p = {p_value:.3f} that both sets are alike"
-    )
+    text = f"CMMD {value:.3f}, 95 % interval {low:.3f} to {high:.3f}, p = {p_value:.3f} (the chance of a distance as large if both sets were alike)"
     if min(m, n) >= CERTAIN_IMAGES:
         status = "measured"
     else:

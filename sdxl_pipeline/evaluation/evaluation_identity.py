@@ -13,7 +13,7 @@ from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.samples import load_samples
 from sdxl_pipeline.training.validation.eval_samples import select_eval_samples, select_probe_samples
 
-CODE_VERSION = 4
+CODE_VERSION = 5
 """To be increased with every change of the evaluation that changes its metrics or images."""
 
 EVALUATION_KEYS: Final = keys_used_by(TrainingSettings, "evaluation")

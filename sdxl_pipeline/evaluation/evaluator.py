@@ -84,7 +84,10 @@ def evaluate(
     folders = require_scoring_models(settings, spec.base_model)
     every = candidates_of(spec)
     require_step(every, settings.released_checkpoint, spec.lora.released_weights)
-    candidates, left_out = limit_candidates(every, settings.released_checkpoint)
+    stopped = spec.lora.stopped_early
+    candidates, left_out = limit_candidates(
+        every, settings.released_checkpoint, best_step=stopped.best_step if stopped else None
+    )
     if left_out:
         reporter.log(
             f"{len(left_out)} of {len({each.step for each in every})} steps are left out of the evaluation, to limit its time: "
@@ -94,6 +97,8 @@ def evaluate(
     if not samples:
         raise UserError("there is no image to evaluate on: the datasets' aspect_buckets have no rows")
     probe = select_probe_samples(spec.datasets, settings)
+    if source == "training images":
+        probe = probe.first_by_key(0)  # the eval loss is of the same images, so that a gap would mean nothing
     reporter.log(f"Evaluating {len(candidates)} models on {len(samples)} images ({source}).")
     eval_model = load_eval_model(spec)
     encoders = OnDemandEncoders(spec.base_model, spec.hardware)
@@ -112,7 +117,7 @@ def _evaluate(
 ) -> EvaluationReport:
     """Return the report; its `seconds` count from `started`."""
     spec, settings, reporter = context.spec, context.spec.settings, context.reporter
-    rows = read_eval_losses(Path(spec.lora.run_dir) / EVAL_LOSS_FILE)
+    rows = comparable_rows(spec)
     losses = Losses() if settings.eval_loss_disable else measure_losses(context, candidates, rows)
     selection = select_checkpoint(context, candidates, images, losses)
     selected = next(
@@ -175,6 +180,18 @@ def _evaluate(
     return report
 
 
+def comparable_rows(spec: EvaluateSpec) -> list[EvalRow]:
+    """Return the eval losses measured during the training that can be compared with those measured here.
+
+    They are of the released kind of weights, which can change after the training. There are none if the training quantized the base model:
+    the evaluation does not, and the difference would be taken for a change from one step to the next.
+    """
+    if spec.hardware.base_model_precision != "no_change":
+        return []
+    rows = read_eval_losses(Path(spec.lora.run_dir) / EVAL_LOSS_FILE)
+    return [row for row in rows if row.weights == spec.lora.released_weights]
+
+
 def measure_losses(
     context: EvaluationContext, candidates: Sequence[CheckpointWeights], rows: Sequence[EvalRow]
 ) -> Losses:
@@ -184,7 +201,7 @@ def measure_losses(
     checkpoints = series.compared(released, held_out=len(context.held_out) > 0)
     of_kind = [loss for loss in checkpoints if loss.weights == released]
     overfitting = detect_overfitting(
-        loss_points(of_kind, rows, series.base.held_out),
+        loss_points(of_kind, rows, series.base.held_out, series.base.probe),
         of_kind[-1].gap,
         context.source,
         len(context.samples),
@@ -201,12 +218,22 @@ def select_checkpoint(
 ) -> Selection:
     """Return the selected checkpoint: that of the rule, again without it as long as its images are refused.
 
-    A requested checkpoint is selected even if its images are refused. After MAX_REFUSALS refusals no further checkpoint is tried.
+    A requested checkpoint is selected even if its images are refused. After MAX_REFUSALS refusals no further checkpoint is tried. Raises
+    UserError if a requested checkpoint has no eval loss, because its file has changed or the loss is not finite.
     """
     spec = context.spec
     requested, kind = spec.settings.released_checkpoint, spec.lora.released_weights
     selectable = {each.step: each for each in candidates if each.weights == kind}
-    vetoes = list(losses.series.vetoes) if losses.series is not None else []
+    vetoes: list[Veto] = []
+    if losses.series is not None:
+        vetoes = list(losses.series.vetoes)
+        asked = f"step-{max(selectable)}" if requested == "last" else requested
+        for veto in vetoes:
+            if f"step-{veto.step}" == asked:
+                raise UserError(
+                    f'released_checkpoint: "{requested}" cannot be evaluated: {veto.reason}. Write "best" or another step'
+                )
+            del selectable[veto.step]
     compares_subjects = spec.settings.pretrained_similarity_model_name_or_path is not None
     refused: list[int] = []
     while True:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sdxl_pipeline.evaluation.report import paired_difference
+from sdxl_pipeline.evaluation.report import paired_difference, rows_of_images
 from sdxl_pipeline.evaluation.selection import lowest_loss
 from sdxl_pipeline.runtime.specs import CheckpointLoss, LossSummary, Overfitting, ProbeGap
 from sdxl_pipeline.training.logging.run_logs import EvalRow
@@ -31,14 +31,16 @@ class LossPoint:
 
 
 def loss_points(
-    checkpoints: Iterable[CheckpointLoss], rows: Iterable[EvalRow], base: LossSummary
+    checkpoints: Iterable[CheckpointLoss],
+    rows: Iterable[EvalRow],
+    base: LossSummary,
+    base_probe: LossSummary | None,
 ) -> list[LossPoint]:
-    """Return the losses of checkpoints and those measured during the training on the images of `base`, by step; those with a probe."""
-    images = {name for name, _ in base.by_image}
+    """Return the losses of checkpoints, and those measured during the training on the base model's images, by step; those with a probe."""
     points = {
         row.step: LossPoint(row.step, row.loss, row.probe)
-        for row in rows
-        if row.step and row.probe is not None and {name for name, _ in row.loss.by_image} == images
+        for row in rows_of_images(rows, base, base_probe)
+        if row.probe is not None
     }
     points |= {
         loss.step: LossPoint(loss.step, loss.held_out, loss.probe)

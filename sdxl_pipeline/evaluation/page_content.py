@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from sdxl_pipeline.evaluation.report import describe_difference
+from sdxl_pipeline.evaluation.report import describe_difference, rows_of_images
 from sdxl_pipeline.evaluation.verdict import selected_step
 from sdxl_pipeline.runtime.specs import CheckpointLoss, Cmmd, EvaluationReport, LossSummary, Scores
 from sdxl_pipeline.training.logging.run_logs import EvalRow
@@ -36,18 +36,15 @@ def loss_curve(report: EvaluationReport, training_losses: Iterable[EvalRow] = ()
     """
     if report.base_loss is None or not math.isfinite(report.base_loss.mean):
         return None
-    images = {name for name, _ in report.base_loss.by_image}
     points: dict[int, dict[str, Any]] = {}
-    for row in training_losses:
-        if row.step and {name for name, _ in row.loss.by_image} == images:
-            probe = _mean(row.probe)
-            points[row.step] = {
-                "step": row.step,
-                "heldOut": row.loss.mean,
-                "probe": probe,
-                "error": None,
-                "kept": False,
-            }
+    for row in rows_of_images(training_losses, report.base_loss, report.base_probe):
+        points[row.step] = {
+            "step": row.step,
+            "heldOut": row.loss.mean,
+            "probe": _mean(row.probe),
+            "error": None,
+            "kept": False,
+        }
     for loss in _checkpoints(report):
         points[loss.step] = {
             "step": loss.step,

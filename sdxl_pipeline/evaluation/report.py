@@ -317,6 +317,27 @@ def plot_losses(base: LossSummary, lora: LossSummary, label: str, path: Path) ->
         figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
+def rows_of_images(
+    rows: Iterable[EvalRow], base: LossSummary, base_probe: LossSummary | None
+) -> list[EvalRow]:
+    """Return the finite eval losses measured during the training, after step 0, on the same images as `base`.
+
+    A train probe that is not finite, or of other images than `base_probe`, is left out of its row.
+    """
+    images, probed = _images(base), base_probe and _images(base_probe)
+    return [
+        row
+        if row.probe is None or (math.isfinite(row.probe.mean) and _images(row.probe) == probed)
+        else row.model_copy(update={"probe": None})
+        for row in rows
+        if row.step and math.isfinite(row.loss.mean) and _images(row.loss) == images
+    ]
+
+
+def _images(loss: LossSummary) -> set[str]:
+    return {name for name, _ in loss.by_image}
+
+
 def plot_losses_by_step(report: EvaluationReport, rows: Iterable[EvalRow], path: Path) -> None:
     """Write a PNG of the eval loss and the train probe by step, with the selected step and the range of over-fitting.
 
@@ -327,11 +348,9 @@ def plot_losses_by_step(report: EvaluationReport, rows: Iterable[EvalRow], path:
 
     assert report.base_loss is not None
     base, base_probe = report.base_loss, report.base_probe
-    images = {name for name, _ in base.by_image}
     held_out, probe = {0: base.mean}, {0: base_probe.mean} if base_probe is not None else {}
-    same = [row for row in rows if row.step and {name for name, _ in row.loss.by_image} == images]
     for step, loss, of_probe in [
-        *((row.step, row.loss, row.probe) for row in same),
+        *((row.step, row.loss, row.probe) for row in rows_of_images(rows, base, base_probe)),
         *(
             (each.step, each.held_out, each.probe)
             for each in report.checkpoints

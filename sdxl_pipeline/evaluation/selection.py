@@ -25,21 +25,23 @@ MAX_LISTED: Final = 10
 
 
 def limit_candidates(
-    checkpoints: Sequence[CheckpointWeights], requested: str, limit: int = MAX_STEPS
+    checkpoints: Sequence[CheckpointWeights],
+    requested: str,
+    limit: int = MAX_STEPS,
+    best_step: int | None = None,
 ) -> tuple[list[CheckpointWeights], list[int]]:
     """Return the checkpoints of at most `limit` steps, evenly spaced from the last one backwards, and the steps that are left out.
 
-    The requested step is never left out.
+    The requested step is never left out, nor is `best_step`, which has the lowest eval loss of a training that stopped early.
     """
     steps = sorted({each.step for each in checkpoints})
+    chosen = set(steps)
     if len(steps) > limit:
         evenly = {steps[len(steps) - 1 - number * len(steps) // limit] for number in range(limit)}
-        named = {each.step for each in checkpoints if each.name == requested}
+        named = {each.step for each in checkpoints if each.name == requested or each.step == best_step}
         chosen = evenly | named
-        if len(chosen) > limit:
-            chosen.discard(min(evenly))
-    else:
-        chosen = set(steps)
+        for step in sorted(evenly - named)[: len(chosen) - limit]:
+            chosen.discard(step)
     return [each for each in checkpoints if each.step in chosen], [
         step for step in steps if step not in chosen
     ]

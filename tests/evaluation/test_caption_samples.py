@@ -14,6 +14,7 @@ from sdxl_pipeline.evaluation.caption_samples import (
     sample_features,
 )
 from sdxl_pipeline.evaluation.eval_models import load_eval_model
+from sdxl_pipeline.evaluation.evaluation_identity import candidates_of
 from sdxl_pipeline.evaluation.gallery import GalleryImage
 from sdxl_pipeline.runtime.specs import TrainingDataset
 from sdxl_pipeline.training.data.batches import BatchReader
@@ -78,6 +79,7 @@ def test_sample_captions_depends_on_seed_and_model(tmp_path: Path):
     training = load_samples(spec.datasets, "train")
     plan = plan_caption_samples(training, spec.datasets, spec.settings)
     eval_model, reader = load_eval_model(spec), BatchReader(spec.datasets)
+    eval_model.load(candidates_of(spec)[-1])
     progress = []
 
     def sample() -> list[GalleryImage]:

@@ -116,3 +116,5 @@ def test_cmmd_status_follows_number_of_images(generated: int, training: int, sta
     assert (result.value is None) == (result.p_value is None) == (status == "refused")
     assert ("uncertain" in result.text) == (status == "uncertain")
     assert ("not reported" in result.text) == (status == "refused")
+    # a p-value is not the probability that the sets are alike
+    assert ("as large if both sets were alike" in result.text) == (status != "refused")

@@ -83,7 +83,7 @@ def test_load_scoring_models_loads_clip_once(dino: Path):
 
 
 def test_require_scoring_models_returns_configured_folders(dino: Path, tmp_path: Path):
-    settings = tiny_settings(pretrained_similarity_model_name_or_path=str(dino))
+    settings = tiny_settings(num_caption_samples=4, pretrained_similarity_model_name_or_path=str(dino))
     model = tiny_model(settings, tmp_path)
     assert require_scoring_models(settings, model) == ScoringModelFolders(BUNDLED_CLIP, dino)
     assert similarity_model_name(settings, model) == dino.name
@@ -115,7 +115,7 @@ def test_require_scoring_models_unusable_similarity_model_raises(
         (folder / "preprocessor_config.json").unlink()
     else:
         shutil.rmtree(folder)
-    settings = tiny_settings(pretrained_similarity_model_name_or_path=str(folder))
+    settings = tiny_settings(num_caption_samples=4, pretrained_similarity_model_name_or_path=str(folder))
     with pytest.raises(UserError, match=message):
         require_scoring_models(settings, tiny_model(settings, tmp_path))
 

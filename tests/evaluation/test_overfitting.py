@@ -99,6 +99,24 @@ def test_loss_points_join_checkpoints_and_rows_of_the_same_images():
         EvalRow(step=15, loss=around(0.4)),
         EvalRow(step=20, loss=around(0.9), probe=around(0.9)),
         EvalRow(step=30, loss=other, probe=other),
+        EvalRow(step=50, loss=around(0.4), probe=other),
     ]
-    points = loss_points([checkpoint, checkpoint.model_copy(update={"step": 40, "probe": None})], rows, base)
+    points = loss_points(
+        [checkpoint, checkpoint.model_copy(update={"step": 40, "probe": None})], rows, base, base
+    )
     assert [(point.step, round(point.held_out.mean, 3)) for point in points] == [(10, 0.4), (20, 0.3)]
+
+
+def test_loss_points_leave_out_losses_that_are_not_finite():
+    base, nan = around(0.5), around(math.nan)
+    rows = [
+        EvalRow(step=10, loss=nan, probe=nan),
+        EvalRow(step=20, loss=around(0.3), probe=around(0.3)),
+        EvalRow(step=30, loss=around(0.4), probe=around(0.2)),
+        EvalRow(step=40, loss=around(0.4), probe=nan),
+        EvalRow(step=50, loss=around(0.5), probe=around(0.1)),
+    ]
+    points = loss_points([], rows, base, base)
+    assert [point.step for point in points] == [20, 30, 50]
+    result = detect_overfitting(points, GAP, "held-out share", 4)
+    assert (result.from_step, "step 20 (0.30000)" in result.text) == (30, True)

@@ -145,6 +145,9 @@ def test_limit_candidates_keeps_last_and_requested_steps():
     kept, left_out = limit_candidates(every, "step-10", limit=20)
     steps = sorted({each.step for each in kept})
     assert (len(steps), steps[0], steps[-1]) == (20, 10, 500)
+    kept, _ = limit_candidates(every, "step-10", limit=20, best_step=20)
+    steps = sorted({each.step for each in kept})
+    assert (len(steps), steps[:2], steps[-1]) == (20, [10, 20], 500)
     assert limit_candidates(every[:8], "best", limit=20) == (every[:8], [])
 
 

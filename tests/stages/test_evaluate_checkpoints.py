@@ -1,19 +1,25 @@
 """The evaluate stage measures every checkpoint once, selects one, and evaluates it instead of the final weights."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from sdxl_pipeline.evaluation.checkpoint_images import CheckpointImages
 from sdxl_pipeline.evaluation.checkpoint_losses import LOSSES_FOLDER
+from sdxl_pipeline.evaluation.evaluator import comparable_rows
+from sdxl_pipeline.files.atomic_files import sha256_file
 from sdxl_pipeline.runtime.reporter import Reporter
-from sdxl_pipeline.runtime.specs import EvaluateSpec, EvaluationReport, FailedItem
+from sdxl_pipeline.runtime.specs import EvaluateSpec, EvaluationReport, FailedItem, LossSummary
 from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError
 from sdxl_pipeline.stages.evaluate import main
+from sdxl_pipeline.training.logging.run_logs import EvalRow, eval_loss_log
 from tests.support.evaluation_specs import PROMPTS, make_checkpoints, make_evaluate_spec
 
 
@@ -127,6 +133,53 @@ def test_evaluate_changed_checkpoint_is_left_out_and_named(tmp_path: Path):
     second.unlink()
     report, _ = evaluate(spec)
     assert (report.step, report.reused) == (40, False)
+
+
+def test_evaluate_without_held_out_images_has_no_probe_and_selects_the_last(tmp_path: Path):
+    spec = make_spec(tmp_path)
+    (dataset,) = spec.datasets
+    pd.read_parquet(dataset.rows_path).assign(split="train").to_parquet(dataset.rows_path)
+    report, _ = evaluate(spec)
+    assert (report.eval_source, report.eval_images, report.base_probe) == ("training images", 6, None)
+    assert {loss.gap for loss in report.checkpoints} == {None}  # the probe would be of the same images
+    assert (report.step, report.selected.best_step, report.overfitting.conclusive) == (40, None, False)
+
+
+def test_comparable_rows_are_of_the_released_weights_and_an_unquantized_base(series, tmp_path: Path):
+    spec, _, _ = series
+    loss = LossSummary(mean=0.1, by_timestep=((500, 0.1),))
+    rows = [EvalRow(step=10, loss=loss), EvalRow(step=20, loss=loss, weights="ema")]
+    eval_loss_log(tmp_path, 0).append(rows)
+    spec = spec.model_copy(update={"lora": spec.lora.model_copy(update={"run_dir": str(tmp_path)})})
+    assert comparable_rows(spec) == rows[:1]
+    lora = spec.lora.model_copy(update={"released_weights": "ema"})
+    assert comparable_rows(spec.model_copy(update={"lora": lora})) == rows[1:]
+    hardware = spec.hardware.model_copy(update={"base_model_precision": "int8-torchao"})
+    assert comparable_rows(spec.model_copy(update={"hardware": hardware})) == []
+
+
+def test_evaluate_diverged_checkpoint_is_never_selected(tmp_path: Path):
+    spec = make_spec(tmp_path)
+    tensors = load_file(spec.lora.weights_path)
+    with safe_open(spec.lora.weights_path, framework="pt") as file:
+        header = file.metadata()
+    save_file({name: tensor * math.nan for name, tensor in tensors.items()}, spec.lora.weights_path, header)
+    digest = sha256_file(Path(spec.lora.weights_path))
+    *others, last = spec.checkpoints
+    spec = spec.model_copy(
+        update={
+            "lora": spec.lora.model_copy(update={"weights_sha256": digest}),
+            "checkpoints": (*others, last.model_copy(update={"sha256": digest})),
+        }
+    )
+    report, _ = evaluate(spec)
+    assert (report.step, [veto.step for veto in report.selected.vetoes]) == (10, [40])
+    for requested in ("last", "step-40"):
+        with pytest.raises(
+            UserError, match=rf'"{requested}" cannot be evaluated: its eval loss is not finite'
+        ):
+            evaluate(spec, released_checkpoint=requested)
+    assert evaluate(spec, released_checkpoint="step-20")[0].step == 20
 
 
 def test_evaluate_broken_images_refuse_a_checkpoint(series, monkeypatch: pytest.MonkeyPatch):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 from sdxl_pipeline.files.atomic_files import write_text_atomic
 from sdxl_pipeline.runtime.specs import LossSummary, StageModel, ValidationImage
@@ -94,6 +94,7 @@ class EvalRow(StageModel):
     step: int  # 0 for the base model
     loss: LossSummary
     probe: LossSummary | None = None  # of training images
+    weights: Literal["trained", "ema"] = "trained"
 
 
 def metrics_log(run_dir: Path, resumed_at: int) -> RunLog[StepMetrics]:

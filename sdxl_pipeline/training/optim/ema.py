@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -124,10 +125,15 @@ class EvalWeights:
             finally:
                 self._optimizer.train()  # type: ignore[attr-defined]
 
+    @property
+    def released_kind(self) -> Literal["trained", "ema"]:
+        """Return which weights `released_weights` selects; the trained ones without an average."""
+        return self._settings.released_weights if self.ema is not None else "trained"
+
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Set the parameters to what `released_weights` selects within the context."""
-        if self.ema is not None and self._settings.released_weights == "ema":
+        """Set the parameters to those of `released_kind` within the context."""
+        if self.ema is not None and self.released_kind == "ema":
             with self.ema.applied():
                 yield
         else:

@@ -167,7 +167,8 @@ class Validator:
                     loss, probe = measured.measure(unet, lambda *_: self._raise_if_stopped())
             except _Stopped:
                 return
-            self._eval_log.append([EvalRow(step=step, loss=loss, probe=probe)])
+            row = EvalRow(step=step, loss=loss, probe=probe, weights=eval_weights.released_kind)
+            self._eval_log.append([row])
             self._observer.on_eval_loss(step, loss, probe)
         due = self._schedule.images_are_due(self._schedule.total_steps if is_last else step)
         if due and not self._image_log.has(step):

@@ -73,6 +73,17 @@ def test_released_restores_the_weights_bit_for_bit_after_an_error():
     assert torch.equal(parameters["weight"], before)
 
 
+def test_released_kind_is_trained_without_an_average():
+    parameters = one_parameter(1.0)
+    optimizer = torch.optim.AdamW(parameters.values())
+    for settings, kind in (
+        (settings_of(), "ema"),
+        (settings_of(released_weights="trained"), "trained"),
+        (settings_of(use_ema=False), "trained"),
+    ):
+        assert EvalWeights(settings, optimizer, parameters, CPU).released_kind == kind
+
+
 @pytest.mark.parametrize(
     ("ema_validation", "labels"), [("none", [""]), ("ema_only", [" EMA"]), ("comparison", ["", " EMA"])]
 )
