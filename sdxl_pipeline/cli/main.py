@@ -24,9 +24,12 @@ from sdxl_pipeline.cli import (
 
 COMMANDS = (doctor, settings, prune, runs, release, generate, reproduce, merge, extract, resize)
 
+INTERRUPTED = 130
+"""Exit status of a shell's command that an interrupt ended."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status; 1 means that something has to be fixed."""
+    """Run the command line and return the exit status: 1 if something has to be fixed, 130 after an interrupt."""
     parser = argparse.ArgumentParser(
         prog="sdxl-pipeline", description="Fine-tune SDXL as a graph of data assets."
     )
@@ -34,7 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in COMMANDS:
         command.add_parser(commands)
     options = parser.parse_args(arguments)
-    status: int = options.run(options, Console(highlight=False, emoji=False))
+    console = Console(highlight=False, emoji=False)
+    try:
+        status: int = options.run(options, console)
+    except KeyboardInterrupt:
+        console.print("Interrupted.")
+        return INTERRUPTED
     return status
 
 

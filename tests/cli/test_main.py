@@ -166,3 +166,12 @@ def test_prune_without_projects_frees_nothing_and_prints_the_reason(
     assert main(["prune", "--yes"]) == 1
     assert "Nothing is freed: the projects folder" in capsys.readouterr().out
     assert list((isolated_storage / "latents" / "shards").iterdir())
+
+
+def test_main_interrupted_ends_with_a_sentence(monkeypatch, capsys):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sdxl_pipeline.cli.settings.run", interrupt)
+    assert main(["settings"]) == 130
+    assert capsys.readouterr().out == "Interrupted.\n"
