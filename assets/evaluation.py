@@ -27,13 +27,8 @@ from sdxl_pipeline.evaluation.history import read_history, record_evaluation
 from sdxl_pipeline.models.base_model import ResolvedModel
 from sdxl_pipeline.release.export import REPORT_FILE
 from sdxl_pipeline.release.selected_weights import selected_lora
-from sdxl_pipeline.runtime.specs import (
-    EvaluateSpec,
-    EvaluationReport,
-    TrainedLora,
-    TrainingSet,
-    TrainSpec,
-)
+from sdxl_pipeline.runtime.evaluation_report import EvaluateSpec, EvaluationReport
+from sdxl_pipeline.runtime.specs import TrainedLora, TrainingSet, TrainSpec
 from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.checkpoint.checkpoint_files import run_checkpoints
 

@@ -9,8 +9,7 @@ import dagster as dg
 from assets.metadata import drop_none, inline_image, markdown_table
 from sdxl_pipeline.evaluation.blind_votes import read_votes
 from sdxl_pipeline.evaluation.report import describe_difference
-from sdxl_pipeline.runtime.specs import (
-    KIND_LABELS,
+from sdxl_pipeline.runtime.evaluation_report import (
     ClipSummary,
     Cmmd,
     EvaluationReport,
@@ -19,6 +18,7 @@ from sdxl_pipeline.runtime.specs import (
     ProbeGap,
     ScorePair,
 )
+from sdxl_pipeline.runtime.specs import KIND_LABELS
 
 MAX_HISTORY = 20
 """Rows of the history on the page; `sdxl-pipeline runs` prints all."""

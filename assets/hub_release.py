@@ -26,7 +26,8 @@ from sdxl_pipeline.release.formats.kohya_header import trigger_words
 from sdxl_pipeline.release.lineage import release_lineage
 from sdxl_pipeline.release.release_inputs import ExportError, ReleaseInputs
 from sdxl_pipeline.release.selected_weights import selected_lora
-from sdxl_pipeline.runtime.specs import EvaluationReport, HubRelease, TrainedLora, TrainingSet
+from sdxl_pipeline.runtime.evaluation_report import EvaluationReport, HubRelease
+from sdxl_pipeline.runtime.specs import TrainedLora, TrainingSet
 from sdxl_pipeline.training.checkpoint.finished_runs import MIN_PREFIX_LENGTH
 
 CODE = "4"

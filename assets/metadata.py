@@ -25,7 +25,8 @@ from sdxl_pipeline.data.quality.contact_sheets import (
 )
 from sdxl_pipeline.data.sources import FetchResult
 from sdxl_pipeline.models.base_model import ResolvedModel
-from sdxl_pipeline.runtime.specs import HubRelease, TrainingPlan, TrainingSet
+from sdxl_pipeline.runtime.evaluation_report import HubRelease
+from sdxl_pipeline.runtime.specs import TrainingPlan, TrainingSet
 
 SAMPLES = 12
 """Images of a contact sheet."""

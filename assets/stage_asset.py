@@ -15,7 +15,8 @@ from pydantic import BaseModel
 
 from assets.event_log import user_errors_as_failures
 from resources.stage_client import LocalStageClient
-from sdxl_pipeline.runtime.specs import EncodeLatentsSpec, EncodeTextSpec, EvaluateSpec, TrainSpec
+from sdxl_pipeline.runtime.evaluation_report import EvaluateSpec
+from sdxl_pipeline.runtime.specs import EncodeLatentsSpec, EncodeTextSpec, TrainSpec
 
 SpecT = TypeVar("SpecT", bound=EncodeLatentsSpec | EncodeTextSpec | TrainSpec | EvaluateSpec)
 ManifestT = TypeVar("ManifestT", bound=BaseModel)

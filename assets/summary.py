@@ -11,14 +11,8 @@ from rich.console import Console
 from assets.asset_keys import dataset_key, project_key
 from sdxl_pipeline.config.loader import Project, discover_projects
 from sdxl_pipeline.definitions import build_definitions
-from sdxl_pipeline.runtime.specs import (
-    KIND_LABELS,
-    EvaluationReport,
-    HubRelease,
-    LatentCache,
-    TextEmbedCache,
-    TrainedLora,
-)
+from sdxl_pipeline.runtime.evaluation_report import EvaluationReport, HubRelease
+from sdxl_pipeline.runtime.specs import KIND_LABELS, LatentCache, TextEmbedCache, TrainedLora
 
 
 @dataclass(frozen=True)

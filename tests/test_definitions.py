@@ -98,15 +98,17 @@ def test_build_definitions_assets_have_owner_kind_tags_and_description(
 def test_build_definitions_checks_block_where_a_failure_makes_downstream_results_invalid(
     make_project: Callable[..., Path],
 ) -> None:
-    graph = build_definitions(make_project("shop").parent).resolve_asset_graph()
+    folder = make_project("shop", config={"num_caption_samples": 4})
+    graph = build_definitions(folder.parent).resolve_asset_graph()
     blocking = {key.name for key in graph.asset_check_keys if graph.get_check_spec(key).blocking}
     warning = {key.name for key in graph.asset_check_keys} - blocking
     assert blocking == {
         "usable_images", "captions_present", "file_counts_consistent", "crops_planned", "image_counts_consistent",
         "latents_complete", "latents_valid", "weights_valid", "better_than_base", "images_valid", "release_formats_valid",
+        "not_memorised",
     }  # fmt: skip
     assert warning == {
         "no_near_duplicates", "no_unused_data", "no_shared_captions", "buckets_fill_a_batch", "no_eval_leakage",
         "captions_not_truncated", "export_formats_valid", "trained_as_configured", "enough_eval_images",
-        "not_worse_than_last_release",
+        "not_worse_than_last_release", "checkpoint_selected", "not_overfitted",
     }  # fmt: skip

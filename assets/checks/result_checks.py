@@ -13,13 +13,8 @@ from sdxl_pipeline.evaluation.report import describe_difference
 from sdxl_pipeline.files.atomic_files import sha256_file, sha256_path
 from sdxl_pipeline.models.adapters.adapter_files import has_nonzero_update
 from sdxl_pipeline.models.base_model import ResolvedModel
-from sdxl_pipeline.runtime.specs import (
-    KIND_LABELS,
-    EvaluationReport,
-    LatentCache,
-    TextEmbedCache,
-    TrainedLora,
-)
+from sdxl_pipeline.runtime.evaluation_report import EvaluationReport
+from sdxl_pipeline.runtime.specs import KIND_LABELS, LatentCache, TextEmbedCache, TrainedLora
 
 MIN_EVAL_IMAGES: Final = 4
 """Smallest number of held-out images whose eval loss can show over-fitting."""

@@ -21,7 +21,7 @@ marks = {}
 def mark(name):
     used = resource.getrusage(resource.RUSAGE_SELF)
     marks[name] = (time.time() - started, used.ru_utime + used.ru_stime)
-from sdxl_pipeline.runtime.specs import TrainSpec
+from sdxl_pipeline.runtime.specs import (TrainSpec)
 from sdxl_pipeline.runtime.reporter import PlainReporter
 from sdxl_pipeline.runtime.stage_runner import StopSignal
 import sdxl_pipeline.stages.train

@@ -277,7 +277,7 @@ def _choose_weights(lora: "TrainedLora", output_dir: Path, checkpoint: str | Non
 
 def _selected_weights(lora: "TrainedLora", output_dir: Path) -> "CheckpointWeights | None":
     """Return the weights that the newest evaluation of a run selected; None without one."""
-    from sdxl_pipeline.runtime.specs import EvaluationReport
+    from sdxl_pipeline.runtime.evaluation_report import EvaluationReport
     from sdxl_pipeline.training.checkpoint.checkpoint_files import run_checkpoints
 
     reports = (output_dir / "evaluation").rglob("report.finished.json")

@@ -17,7 +17,8 @@ from sdxl_pipeline.cli.select_project import select_project
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
-    from sdxl_pipeline.runtime.specs import HistoryRow, TrainedLora
+    from sdxl_pipeline.runtime.evaluation_report import HistoryRow
+    from sdxl_pipeline.runtime.specs import TrainedLora
 
 
 _COLUMNS: Final = (

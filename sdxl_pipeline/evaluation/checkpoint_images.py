@@ -52,13 +52,8 @@ from sdxl_pipeline.evaluation.scoring_model import (
     scoring_model_name,
     similarity_model_name,
 )
-from sdxl_pipeline.runtime.specs import (
-    CheckpointWeights,
-    ClipSummary,
-    FailedItem,
-    Memorisation,
-    Scores,
-)
+from sdxl_pipeline.runtime.evaluation_report import ClipSummary, Memorisation, Scores
+from sdxl_pipeline.runtime.specs import CheckpointWeights, FailedItem
 
 BASE = GalleryColumn(0)
 

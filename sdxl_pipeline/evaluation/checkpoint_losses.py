@@ -20,13 +20,8 @@ from sdxl_pipeline.evaluation.selection import lowest_loss
 from sdxl_pipeline.files.atomic_files import write_text_atomic
 from sdxl_pipeline.files.digest import digest_json
 from sdxl_pipeline.models.components import load_noise_scheduler
-from sdxl_pipeline.runtime.specs import (
-    CheckpointLoss,
-    CheckpointWeights,
-    EvaluateSpec,
-    LossSummary,
-    Veto,
-)
+from sdxl_pipeline.runtime.evaluation_report import CheckpointLoss, EvaluateSpec, LossSummary, Veto
+from sdxl_pipeline.runtime.specs import CheckpointWeights
 from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.samples import Samples
 from sdxl_pipeline.training.diffusion.objective import Objective

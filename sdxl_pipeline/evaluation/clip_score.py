@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizerFast
 
-from sdxl_pipeline.runtime.specs import ClipSummary
+from sdxl_pipeline.runtime.evaluation_report import ClipSummary
 
 BATCH_SIZE = 16
 

@@ -11,7 +11,7 @@ embeddings and nothing else; neither diversity nor single bad images show in it.
 
 import numpy as np
 
-from sdxl_pipeline.runtime.specs import Cmmd
+from sdxl_pipeline.runtime.evaluation_report import Cmmd
 
 SIGMA, SCALE = 10.0, 1000.0
 

@@ -25,7 +25,8 @@ from sdxl_pipeline.models.adapters.adapter import (
 from sdxl_pipeline.models.components import load_text_encoders, load_unet
 from sdxl_pipeline.models.precision import dtype_from_name
 from sdxl_pipeline.models.sampling import build_inference_pipeline
-from sdxl_pipeline.runtime.specs import CheckpointWeights, EvaluateSpec
+from sdxl_pipeline.runtime.evaluation_report import EvaluateSpec
+from sdxl_pipeline.runtime.specs import CheckpointWeights
 from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.text_encoder_training import OnlineTextEncoder, named_encoders, text_windows
 

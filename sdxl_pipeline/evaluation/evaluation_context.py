@@ -7,8 +7,9 @@ from functools import cached_property
 from pathlib import Path
 
 from sdxl_pipeline.evaluation.eval_models import EvalModel
+from sdxl_pipeline.runtime.evaluation_report import EvaluateSpec
 from sdxl_pipeline.runtime.reporter import Reporter
-from sdxl_pipeline.runtime.specs import KIND_LABELS, CheckpointWeights, EvaluateSpec
+from sdxl_pipeline.runtime.specs import KIND_LABELS, CheckpointWeights
 from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.data.samples import Samples, load_samples

@@ -8,7 +8,8 @@ from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.evaluation.scoring_model import scoring_model_name, similarity_model_name
 from sdxl_pipeline.files.atomic_files import sha256_path
 from sdxl_pipeline.files.digest import digest_json
-from sdxl_pipeline.runtime.specs import CheckpointWeights, EvaluateSpec
+from sdxl_pipeline.runtime.evaluation_report import EvaluateSpec
+from sdxl_pipeline.runtime.specs import CheckpointWeights
 from sdxl_pipeline.runtime.stage_runner import UserError
 from sdxl_pipeline.training.data.samples import load_samples
 from sdxl_pipeline.training.validation.eval_samples import select_eval_samples, select_probe_samples

@@ -40,16 +40,16 @@ from sdxl_pipeline.evaluation.report import (
 from sdxl_pipeline.evaluation.scoring_model import require_scoring_models, scoring_model_name
 from sdxl_pipeline.evaluation.selection import limit_candidates, require_step, select
 from sdxl_pipeline.files.atomic_files import atomic_path
-from sdxl_pipeline.runtime.reporter import Reporter
-from sdxl_pipeline.runtime.specs import (
+from sdxl_pipeline.runtime.evaluation_report import (
     CheckpointLoss,
-    CheckpointWeights,
     EvaluateSpec,
     EvaluationReport,
     Overfitting,
     Selection,
     Veto,
 )
+from sdxl_pipeline.runtime.reporter import Reporter
+from sdxl_pipeline.runtime.specs import CheckpointWeights
 from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError
 from sdxl_pipeline.training.checkpoint.run_identity import settings_affecting_weights
 from sdxl_pipeline.training.data.batches import BatchReader

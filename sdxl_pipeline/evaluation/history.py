@@ -10,7 +10,7 @@ from filelock import FileLock
 from pydantic import ValidationError
 
 from sdxl_pipeline.files.atomic_files import write_text_atomic
-from sdxl_pipeline.runtime.specs import EvaluationReport, HistoryRow, ProbeGap
+from sdxl_pipeline.runtime.evaluation_report import EvaluationReport, HistoryRow, ProbeGap
 from sdxl_pipeline.training.checkpoint.finished_runs import RUNS
 from sdxl_pipeline.training.checkpoint.run_differences import differences
 from sdxl_pipeline.training.checkpoint.run_identity import read_spec

@@ -26,7 +26,8 @@ from sdxl_pipeline.evaluation.page_content import (
 )
 from sdxl_pipeline.evaluation.verdict import findings, headline, selected_step
 from sdxl_pipeline.files.atomic_files import write_text_atomic
-from sdxl_pipeline.runtime.specs import KIND_LABELS, EvaluationReport, ValidationImage
+from sdxl_pipeline.runtime.evaluation_report import EvaluationReport
+from sdxl_pipeline.runtime.specs import KIND_LABELS, ValidationImage
 from sdxl_pipeline.training.logging.run_logs import EvalRow
 
 PAGES: Final = Path(__file__).with_name("pages")

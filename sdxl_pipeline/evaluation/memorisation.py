@@ -16,7 +16,7 @@ import numpy as np
 from sdxl_pipeline.data.quality.contact_sheets import grouped_sheet
 from sdxl_pipeline.evaluation.image_features import ImageFeatures, correlation, cosine
 from sdxl_pipeline.files.atomic_files import atomic_path
-from sdxl_pipeline.runtime.specs import Memorisation, MemorisedPair
+from sdxl_pipeline.runtime.evaluation_report import Memorisation, MemorisedPair
 
 SHEET_NAME = "memorisation.png"
 SHEET_PAIRS, SHEET_TILE = 12, 224

@@ -10,7 +10,7 @@ from typing import Final
 
 from sdxl_pipeline.evaluation.report import paired_difference, rows_of_images
 from sdxl_pipeline.evaluation.selection import lowest_loss
-from sdxl_pipeline.runtime.specs import CheckpointLoss, LossSummary, Overfitting, ProbeGap
+from sdxl_pipeline.runtime.evaluation_report import CheckpointLoss, LossSummary, Overfitting, ProbeGap
 from sdxl_pipeline.training.logging.run_logs import EvalRow
 from sdxl_pipeline.training.validation.eval_samples import EvalSource
 

@@ -8,7 +8,13 @@ from typing import Any, Final
 
 from sdxl_pipeline.evaluation.report import describe_difference, rows_of_images
 from sdxl_pipeline.evaluation.verdict import selected_step
-from sdxl_pipeline.runtime.specs import CheckpointLoss, Cmmd, EvaluationReport, LossSummary, Scores
+from sdxl_pipeline.runtime.evaluation_report import (
+    CheckpointLoss,
+    Cmmd,
+    EvaluationReport,
+    LossSummary,
+    Scores,
+)
 from sdxl_pipeline.training.logging.run_logs import EvalRow
 
 MAX_PAIRS: Final = 24

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_pipeline.files.atomic_files import atomic_path, write_text_atomic
-from sdxl_pipeline.runtime.specs import (
-    KIND_LABELS,
+from sdxl_pipeline.runtime.evaluation_report import (
     CheckpointLoss,
-    CheckpointWeights,
     ClipSummary,
     EvaluationReport,
     LossSummary,
@@ -19,6 +17,7 @@ from sdxl_pipeline.runtime.specs import (
     PairedDifference,
     Scores,
 )
+from sdxl_pipeline.runtime.specs import KIND_LABELS, CheckpointWeights
 from sdxl_pipeline.training.logging.run_logs import EvalRow
 
 BASE_COLOUR, LORA_COLOUR, PROBE_COLOUR = "#8a8a8a", "#1f5fa8", "#c46a16"

@@ -16,7 +16,7 @@ from PIL import Image
 from sdxl_pipeline.evaluation.clip_score import ClipScorer, matching_margins
 from sdxl_pipeline.evaluation.cmmd import measure_cmmd
 from sdxl_pipeline.evaluation.image_features import ImageFeatures
-from sdxl_pipeline.runtime.specs import PairedDifference, ScorePair, Scores
+from sdxl_pipeline.runtime.evaluation_report import PairedDifference, ScorePair, Scores
 
 MATCHING_PAIRS = 32
 """Training images whose captions the CLIP model has to separate before its score is reported."""

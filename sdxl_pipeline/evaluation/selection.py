@@ -9,13 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Final, Literal
 
 from sdxl_pipeline.evaluation.report import paired_difference
-from sdxl_pipeline.runtime.specs import (
-    CheckpointLoss,
-    CheckpointWeights,
-    LossSummary,
-    Selection,
-    Veto,
-)
+from sdxl_pipeline.runtime.evaluation_report import CheckpointLoss, LossSummary, Selection, Veto
+from sdxl_pipeline.runtime.specs import CheckpointWeights
 from sdxl_pipeline.runtime.stage_runner import UserError
 
 MAX_STEPS: Final = 20

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final, Literal, NamedTuple
 
 from sdxl_pipeline.evaluation.report import describe_difference
-from sdxl_pipeline.runtime.specs import EvaluationReport
+from sdxl_pipeline.runtime.evaluation_report import EvaluationReport
 
 MIN_EVAL_IMAGES: Final = 4
 """With fewer held-out images no statement on over-fitting is made."""

@@ -24,7 +24,8 @@ from sdxl_pipeline.release.release_inputs import (
     portable_settings,
     require_portable,
 )
-from sdxl_pipeline.runtime.specs import EvaluationReport, TrainedLora, ValidationImage, ValidationPrompt
+from sdxl_pipeline.runtime.evaluation_report import EvaluationReport
+from sdxl_pipeline.runtime.specs import TrainedLora, ValidationImage, ValidationPrompt
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 UNET_FOLDER = "unet"

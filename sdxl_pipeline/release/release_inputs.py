@@ -9,7 +9,8 @@ from sdxl_pipeline.config.paths import NAME_OR_PATH_KEYS
 from sdxl_pipeline.config.schema.key_facts import keys_with
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.models.base_model import ResolvedModel
-from sdxl_pipeline.runtime.specs import KIND_LABELS, EvaluationReport, TrainedLora, ValidationPrompt
+from sdxl_pipeline.runtime.evaluation_report import EvaluationReport
+from sdxl_pipeline.runtime.specs import KIND_LABELS, TrainedLora, ValidationPrompt
 
 UNPUBLISHED_KEYS = frozenset(keys_with(TrainingSettings, lambda key: not key.is_published))
 """Settings with paths or schedules of this machine; they do not affect the weights."""

@@ -14,8 +14,8 @@ from sdxl_pipeline.evaluation.evaluation_identity import (
     require_weights,
 )
 from sdxl_pipeline.files.atomic_files import remove_unfinished
+from sdxl_pipeline.runtime.evaluation_report import EvaluateSpec, EvaluationReport
 from sdxl_pipeline.runtime.reporter import Reporter
-from sdxl_pipeline.runtime.specs import EvaluateSpec, EvaluationReport
 from sdxl_pipeline.runtime.stage_runner import StopSignal, read_finished, run_stage, write_finished
 from sdxl_pipeline.runtime.store_leases import leased_datasets
 

@@ -37,7 +37,9 @@ class Dataset:
     def load(self) -> tuple[dg.AssetsDefinition, Mapping[str, Any]]:
         definitions = build_definitions(self.folder.parent)
         assets = (asset for asset in definitions.assets or [] if isinstance(asset, dg.AssetsDefinition))
-        return next(asset for asset in assets if asset.key.path[-1] == "dataset"), definitions.resources or {}
+        return next(
+            asset for asset in assets if asset.key.path[-1] == "shapes_dataset"
+        ), definitions.resources or {}
 
     def run(self, **config: Any) -> tuple[dict[str, Any], pd.DataFrame]:
         """Return the metadata, with the data version as `version`, and the value."""

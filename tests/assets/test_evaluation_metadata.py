@@ -5,7 +5,7 @@ from pathlib import Path
 from PIL import Image
 
 from assets.evaluation_metadata import MAX_HISTORY, history_table, report_metadata
-from sdxl_pipeline.runtime.specs import (
+from sdxl_pipeline.runtime.evaluation_report import (
     CheckpointLoss,
     Cmmd,
     HistoryRow,

@@ -8,7 +8,7 @@ import dagster as dg
 import pytest
 
 from sdxl_pipeline.demo.demo_dataset import generate_if_requested
-from sdxl_pipeline.runtime.specs import EvaluationReport
+from sdxl_pipeline.runtime.evaluation_report import EvaluationReport
 from tests.support.asset_graph import materialize
 
 DEMO = Path(__file__).parents[2] / "projects" / "demo"

@@ -10,7 +10,8 @@ import pytest
 
 from sdxl_pipeline.definitions import build_definitions
 from sdxl_pipeline.evaluation.history import NOT_PUSHED, read_history
-from sdxl_pipeline.runtime.specs import CheckpointWeights, EvaluateSpec
+from sdxl_pipeline.runtime.evaluation_report import EvaluateSpec
+from sdxl_pipeline.runtime.specs import CheckpointWeights
 from tests.conftest import draw_image
 from tests.support.asset_graph import DATASET_STAGES, InProcessStageClient, materialize, metadata, stage_key
 

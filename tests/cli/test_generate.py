@@ -15,8 +15,9 @@ from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.models.adapters.adapter import add_adapter, save_adapter
 from sdxl_pipeline.models.base_model import resolve_base_model
 from sdxl_pipeline.models.components import load_unet
+from sdxl_pipeline.runtime.evaluation_report import EvaluateSpec, EvaluationReport, Selection
 from sdxl_pipeline.runtime.reporter import Reporter
-from sdxl_pipeline.runtime.specs import EvaluateSpec, EvaluationReport, Selection, TrainedLora
+from sdxl_pipeline.runtime.specs import TrainedLora
 from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.stages.evaluate import main as evaluate
 from sdxl_pipeline.stages.train import main as train

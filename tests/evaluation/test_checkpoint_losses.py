@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from sdxl_pipeline.evaluation.checkpoint_losses import CheckpointSeries, LossCache, ModelLosses
-from sdxl_pipeline.runtime.specs import CheckpointWeights, LossSummary
+from sdxl_pipeline.runtime.evaluation_report import LossSummary
+from sdxl_pipeline.runtime.specs import CheckpointWeights
 from tests.support.eval_losses import around
 
 KEY = {"weights": "ab", "timesteps": [1, 2]}

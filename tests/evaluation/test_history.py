@@ -13,7 +13,7 @@ from sdxl_pipeline.evaluation.history import (
     read_history,
     record_evaluation,
 )
-from sdxl_pipeline.runtime.specs import (
+from sdxl_pipeline.runtime.evaluation_report import (
     CheckpointLoss,
     Cmmd,
     LossSummary,

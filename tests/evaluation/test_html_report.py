@@ -18,10 +18,9 @@ from sdxl_pipeline.evaluation.html_report import (
 from sdxl_pipeline.evaluation.page_content import loss_curve, timesteps
 from sdxl_pipeline.evaluation.report import paired_difference
 from sdxl_pipeline.evaluation.verdict import findings, headline
-from sdxl_pipeline.runtime.specs import (
+from sdxl_pipeline.runtime.evaluation_report import (
     CheckpointLoss,
     EvaluationReport,
-    FailedItem,
     LossSummary,
     Memorisation,
     MemorisedPair,
@@ -31,9 +30,9 @@ from sdxl_pipeline.runtime.specs import (
     ScorePair,
     Scores,
     Selection,
-    ValidationImage,
     Veto,
 )
+from sdxl_pipeline.runtime.specs import FailedItem, ValidationImage
 from sdxl_pipeline.training.logging.run_logs import EvalRow
 from tests.support.chromium import needs_chromium, run_in_page
 

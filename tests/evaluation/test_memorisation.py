@@ -21,8 +21,8 @@ from sdxl_pipeline.evaluation.memorisation import (
 )
 from sdxl_pipeline.evaluation.scoring_model import ScoringModelFolders
 from sdxl_pipeline.models.base_model import BUNDLED_CLIP
+from sdxl_pipeline.runtime.evaluation_report import EvaluateSpec, Memorisation
 from sdxl_pipeline.runtime.reporter import Reporter
-from sdxl_pipeline.runtime.specs import EvaluateSpec, Memorisation
 from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.stages.train import main as train
 from sdxl_pipeline.training.data.batches import BatchReader

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from sdxl_pipeline.evaluation.overfitting import detect_overfitting, loss_points, probe_gap
-from sdxl_pipeline.runtime.specs import CheckpointLoss, Overfitting, PairedDifference, ProbeGap
+from sdxl_pipeline.runtime.evaluation_report import CheckpointLoss, Overfitting, PairedDifference, ProbeGap
 from sdxl_pipeline.training.logging.run_logs import EvalRow
 from tests.support.eval_losses import around, loss_point, loss_summary
 

@@ -10,7 +10,7 @@ import pytest
 from assets.checks.result_checks import check_evaluation
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.evaluation.report import paired_difference, released_losses, write_report
-from sdxl_pipeline.runtime.specs import LossSummary
+from sdxl_pipeline.runtime.evaluation_report import LossSummary
 from tests.evaluation.test_report import make_report
 
 BASE = [0.10, 0.20, 0.30, 0.15, 0.25, 0.18]

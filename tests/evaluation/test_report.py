@@ -17,13 +17,11 @@ from sdxl_pipeline.evaluation.report import (
     report_metrics,
     write_report,
 )
-from sdxl_pipeline.runtime.specs import (
+from sdxl_pipeline.runtime.evaluation_report import (
     CheckpointLoss,
-    CheckpointWeights,
     ClipSummary,
     Cmmd,
     EvaluationReport,
-    FailedItem,
     LossSummary,
     Memorisation,
     MemorisedPair,
@@ -33,8 +31,8 @@ from sdxl_pipeline.runtime.specs import (
     ScorePair,
     Scores,
     Selection,
-    ValidationImage,
 )
+from sdxl_pipeline.runtime.specs import CheckpointWeights, FailedItem, ValidationImage
 from sdxl_pipeline.training.logging.run_logs import EvalRow
 from tests.support.eval_losses import around
 

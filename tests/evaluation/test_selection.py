@@ -13,7 +13,8 @@ from sdxl_pipeline.evaluation.selection import (
     select,
     within_one_error,
 )
-from sdxl_pipeline.runtime.specs import CheckpointLoss, CheckpointWeights, LossSummary, Selection, Veto
+from sdxl_pipeline.runtime.evaluation_report import CheckpointLoss, LossSummary, Selection, Veto
+from sdxl_pipeline.runtime.specs import CheckpointWeights
 from sdxl_pipeline.runtime.stage_runner import UserError
 from tests.support.eval_losses import around, loss_summary
 

@@ -20,13 +20,8 @@ from sdxl_pipeline.models.base_model import ResolvedModel, resolve_base_model
 from sdxl_pipeline.models.components import load_unet
 from sdxl_pipeline.release.export import build_release
 from sdxl_pipeline.release.release_inputs import ReleaseInputs
-from sdxl_pipeline.runtime.specs import (
-    ClipSummary,
-    EvaluationReport,
-    LossSummary,
-    TrainedLora,
-    ValidationImage,
-)
+from sdxl_pipeline.runtime.evaluation_report import ClipSummary, EvaluationReport, LossSummary
+from sdxl_pipeline.runtime.specs import TrainedLora, ValidationImage
 from tests.support.evaluation_specs import PROMPTS, make_lora, tiny_settings
 
 LINEAGE = {

@@ -16,14 +16,8 @@ from sdxl_pipeline.models.adapters.adapter import save_adapter
 from sdxl_pipeline.release.card_metadata import base_licence
 from sdxl_pipeline.release.card_validation import validate_card
 from sdxl_pipeline.release.release_inputs import ReleaseError, ReleaseInputs, hub_id
-from sdxl_pipeline.runtime.specs import (
-    FailedItem,
-    Overfitting,
-    PairedDifference,
-    ProbeGap,
-    ScorePair,
-    Scores,
-)
+from sdxl_pipeline.runtime.evaluation_report import Overfitting, PairedDifference, ProbeGap, ScorePair, Scores
+from sdxl_pipeline.runtime.specs import FailedItem
 from tests.models.adapted_unets import KINDS, adapted_unet, output
 from tests.support.hub_server import HubServer
 

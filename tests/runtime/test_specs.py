@@ -2,15 +2,8 @@
 
 import pytest
 
-from sdxl_pipeline.runtime.specs import (
-    EvaluateSpec,
-    EvaluationReport,
-    HubRelease,
-    Memorisation,
-    StageModel,
-    TrainedLora,
-    ValidationImage,
-)
+from sdxl_pipeline.runtime.evaluation_report import EvaluateSpec, EvaluationReport, HubRelease, Memorisation
+from sdxl_pipeline.runtime.specs import StageModel, TrainedLora, ValidationImage
 from sdxl_pipeline.training.logging.run_logs import EvalRow
 
 REQUIRED = {

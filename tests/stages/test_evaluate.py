@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from sdxl_pipeline.evaluation.evaluation_identity import evaluation_identity
 from sdxl_pipeline.files.atomic_files import sha256_file
+from sdxl_pipeline.runtime.evaluation_report import EvaluateSpec, EvaluationReport
 from sdxl_pipeline.runtime.reporter import Reporter
-from sdxl_pipeline.runtime.specs import EvaluateSpec, EvaluationReport
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
 from sdxl_pipeline.stages.evaluate import main
 from tests.support.evaluation_specs import make_evaluate_spec

@@ -15,8 +15,9 @@ from sdxl_pipeline.evaluation.checkpoint_images import CheckpointImages
 from sdxl_pipeline.evaluation.checkpoint_losses import LOSSES_FOLDER
 from sdxl_pipeline.evaluation.evaluator import comparable_rows
 from sdxl_pipeline.files.atomic_files import sha256_file
+from sdxl_pipeline.runtime.evaluation_report import EvaluateSpec, EvaluationReport, LossSummary
 from sdxl_pipeline.runtime.reporter import Reporter
-from sdxl_pipeline.runtime.specs import EvaluateSpec, EvaluationReport, FailedItem, LossSummary
+from sdxl_pipeline.runtime.specs import FailedItem
 from sdxl_pipeline.runtime.stage_runner import StopSignal, UserError
 from sdxl_pipeline.stages.evaluate import main
 from sdxl_pipeline.training.logging.run_logs import EvalRow, eval_loss_log

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from sdxl_pipeline.files.atomic_files import sha256_path
 from sdxl_pipeline.models.components import load_unet
 from sdxl_pipeline.release.export import ExportError, verify_export
+from sdxl_pipeline.runtime.evaluation_report import EvaluateSpec
 from sdxl_pipeline.runtime.reporter import Reporter
-from sdxl_pipeline.runtime.specs import EMA_FOLDER, EvaluateSpec, TrainedLora, TrainSpec
+from sdxl_pipeline.runtime.specs import EMA_FOLDER, TrainedLora, TrainSpec
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal
 from sdxl_pipeline.stages import evaluate, train
 from tests.support.train_programs import StoppingReporter

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from sdxl_pipeline.evaluation.overfitting import LossPoint
-from sdxl_pipeline.runtime.specs import LossSummary
+from sdxl_pipeline.runtime.evaluation_report import LossSummary
 
 
 def loss_summary(by_image: Sequence[float], prefix: str = "image") -> LossSummary:

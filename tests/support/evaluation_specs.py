@@ -15,12 +15,8 @@ from sdxl_pipeline.files.atomic_files import sha256_file
 from sdxl_pipeline.models.adapters.adapter import adapted_module_names, add_lora, save_adapter
 from sdxl_pipeline.models.base_model import BUNDLED_MODEL, ResolvedModel, resolve_base_model
 from sdxl_pipeline.models.components import load_unet
-from sdxl_pipeline.runtime.specs import (
-    CheckpointWeights,
-    EvaluateSpec,
-    TrainedLora,
-    ValidationPrompt,
-)
+from sdxl_pipeline.runtime.evaluation_report import EvaluateSpec
+from sdxl_pipeline.runtime.specs import CheckpointWeights, TrainedLora, ValidationPrompt
 from tests.support.training_datasets import make_dataset
 
 SIZES = ((128, 128), (96, 160), (160, 96))

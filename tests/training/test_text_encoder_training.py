@@ -15,8 +15,9 @@ from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.files.atomic_files import sha256_file
 from sdxl_pipeline.models.base_model import resolve_base_model
 from sdxl_pipeline.release.export import verify_export
+from sdxl_pipeline.runtime.evaluation_report import EvaluateSpec
 from sdxl_pipeline.runtime.reporter import Reporter
-from sdxl_pipeline.runtime.specs import EvaluateSpec, TrainedLora, TrainSpec
+from sdxl_pipeline.runtime.specs import TrainedLora, TrainSpec
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal
 from sdxl_pipeline.stages import evaluate, train
 from sdxl_pipeline.training.data.batches import BatchReader

@@ -8,8 +8,9 @@ from types import TracebackType
 
 from sdxl_pipeline.config.problems import ProjectError
 from sdxl_pipeline.config.schema.tracking import TrackingSettings
+from sdxl_pipeline.runtime.evaluation_report import LossSummary
 from sdxl_pipeline.runtime.reporter import Reporter
-from sdxl_pipeline.runtime.specs import EarlyStop, LossSummary, TrainedLora, ValidationImage
+from sdxl_pipeline.runtime.specs import EarlyStop, TrainedLora, ValidationImage
 from sdxl_pipeline.runtime.stage_runner import StageStopped, UserError
 from sdxl_pipeline.runtime.webhook import (
     PREVIEW,

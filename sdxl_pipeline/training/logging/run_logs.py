@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Generic, Literal, Protocol, TypeVar
 
 from sdxl_pipeline.files.atomic_files import write_text_atomic
-from sdxl_pipeline.runtime.specs import LossSummary, StageModel, ValidationImage
+from sdxl_pipeline.runtime.evaluation_report import LossSummary
+from sdxl_pipeline.runtime.specs import StageModel, ValidationImage
 
 METRICS_FILE = "metrics.jsonl"
 EVAL_LOSS_FILE = "eval_loss.jsonl"

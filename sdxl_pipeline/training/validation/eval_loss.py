@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from sdxl_pipeline.files.digest import digest_json
-from sdxl_pipeline.runtime.specs import LossSummary
+from sdxl_pipeline.runtime.evaluation_report import LossSummary
 from sdxl_pipeline.training.data.batches import BatchReader
 from sdxl_pipeline.training.data.samples import Sample
 from sdxl_pipeline.training.diffusion.objective import Objective

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 
 from sdxl_pipeline.config.schema.evaluation import EvaluationSettings
 from sdxl_pipeline.config.schema.validation import ValidationSettings
-from sdxl_pipeline.runtime.specs import LossSummary
+from sdxl_pipeline.runtime.evaluation_report import LossSummary
 from sdxl_pipeline.runtime.stage_runner import StopSignal
 from sdxl_pipeline.training.diffusion.objective import Objective
 from sdxl_pipeline.training.logging.observers import RunObserver

@@ -8,7 +8,8 @@ import pytest
 from assets.checks.result_checks import blocking_failures, check_evaluation, evaluation_checks
 from sdxl_pipeline.config.schema.evaluation import EVALUATION_CHECK_NAMES
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.runtime.specs import FailedItem, Memorisation, Overfitting, Selection, Veto
+from sdxl_pipeline.runtime.evaluation_report import Memorisation, Overfitting, Selection, Veto
+from sdxl_pipeline.runtime.specs import FailedItem
 from tests.evaluation.test_report import make_report
 
 

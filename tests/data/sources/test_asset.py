@@ -27,7 +27,7 @@ def dataset(make_project: Callable[..., Path], tmp_path: Path):
         (folder / "multidatabackend.json").write_text(json.dumps([local | settings]))
         definitions = build_definitions(folder.parent)
         assets = [asset for asset in definitions.assets or [] if isinstance(asset, dg.AssetsDefinition)]
-        asset = next(asset for asset in assets if asset.key.path[-1] == "dataset")
+        asset = next(asset for asset in assets if asset.key.path[-1] == "shapes_dataset")
         result = dg.materialize([asset], resources=definitions.resources, instance=instance)
         (event,) = result.asset_materializations_for_node(asset.node_def.name)
         metadata = {name: entry.value for name, entry in event.metadata.items()}

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_pipeline.runtime.specs import LossSummary, ValidationImage
+from sdxl_pipeline.runtime.evaluation_report import LossSummary
+from sdxl_pipeline.runtime.specs import ValidationImage
 from sdxl_pipeline.training.logging.run_logs import (
     EVAL_LOSS_FILE,
     METRICS_FILE,

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from sdxl_pipeline.config.schema.training import TrainingSettings
-from sdxl_pipeline.runtime.specs import Ancestor, EarlyStop, LossSummary, RunLineage
+from sdxl_pipeline.runtime.evaluation_report import LossSummary
+from sdxl_pipeline.runtime.specs import Ancestor, EarlyStop, RunLineage
 from sdxl_pipeline.training.checkpoint.run_identity import write_lineage
 from sdxl_pipeline.training.logging.run_logs import EvalRow, eval_loss_log
 from sdxl_pipeline.training.validation.early_stopping import Decision, decide, decide_for_run

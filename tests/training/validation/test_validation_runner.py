@@ -15,8 +15,9 @@ from accelerate import PartialState
 from diffusers import StableDiffusionXLPipeline
 
 from sdxl_pipeline.models.components import latent_scaling_factor, load_noise_scheduler
+from sdxl_pipeline.runtime.evaluation_report import LossSummary
 from sdxl_pipeline.runtime.reporter import Reporter
-from sdxl_pipeline.runtime.specs import EarlyStop, LossSummary, TrainedLora, TrainSpec
+from sdxl_pipeline.runtime.specs import EarlyStop, TrainedLora, TrainSpec
 from sdxl_pipeline.runtime.stage_runner import StageStopped, StopSignal, UserError
 from sdxl_pipeline.runtime.webhook import Origin
 from sdxl_pipeline.stages.train import main
