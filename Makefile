@@ -46,7 +46,7 @@ FAST_TESTS := tests/config tests/files tests/data/buckets tests/data/captions te
 test-fast: $(VENV)/.ready-dev ## the unit tests (about a minute on 2 cores)
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m 'not slow and not real and not gpu' $(FAST_TESTS)
 
-test: $(VENV)/.ready-dev ## the test suite (about 13 minutes on 2 cores)
+test: $(VENV)/.ready-dev ## the test suite (about 14 minutes on 2 cores)
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 test-all: $(VENV)/.ready-dev ## the test suite with the slow tests

@@ -159,6 +159,7 @@ def test_comparable_rows_are_of_the_released_weights_and_an_unquantized_base(ser
     assert comparable_rows(spec.model_copy(update={"hardware": hardware})) == []
 
 
+@pytest.mark.slow
 def test_evaluate_diverged_checkpoint_is_never_selected(tmp_path: Path):
     spec = make_spec(tmp_path)
     tensors = load_file(spec.lora.weights_path)

@@ -50,7 +50,7 @@ def batches_of(spec: TrainSpec) -> TrainingBatches:
         BucketBatchSampler(samples, {dataset.dataset_id: 1.0}, settings.seed, settings.train_batch_size, 1),
         BatchReader(spec.datasets),
         latent_scaling_factor(spec.base_model),
-        build_forward_process(settings, settings, 1000),
+        build_forward_process(settings, settings, 1000, settings.gradient_accumulation_steps),
     )
 
 

@@ -150,7 +150,7 @@ def build_forward_process(
     noise: NoiseSettings,
     rollouts: ScheduledSamplingSettings,
     num_train_timesteps: int,
-    accumulation: int = 1,
+    accumulation: int,
 ) -> ForwardProcess:
     """Return the configured forward process of a training with `accumulation` batches per optimizer step."""
     return ForwardProcess(

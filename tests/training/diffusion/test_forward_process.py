@@ -91,7 +91,7 @@ def test_forward_process_on_two_processes_equals_one_process(rank):
     rollouts = ScheduledSamplingSettings(
         scheduled_sampling_max_step_offset=4, scheduled_sampling_probability=0.7
     )
-    forward_process = build_forward_process(noise, rollouts, 1000)
+    forward_process = build_forward_process(noise, rollouts, 1000, 1)
     for index in range(12):
         full = forward_process.sample(SHAPE, 5, index, range(4), 4)
         part = forward_process.sample(SHAPE, 5, index, range(2 * rank, 2 * rank + 2), 4)
