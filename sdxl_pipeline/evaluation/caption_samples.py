@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
@@ -19,9 +18,7 @@ from PIL import Image
 from sdxl_pipeline.config.schema.training import TrainingSettings
 from sdxl_pipeline.data.decoding.image_decoding import UnreadableImage
 from sdxl_pipeline.data.decoding.pixels import load_crop
-from sdxl_pipeline.evaluation.embeddings import ScoringModels
 from sdxl_pipeline.evaluation.gallery import GalleryImage, GalleryPrompt, generate
-from sdxl_pipeline.evaluation.image_features import ImageFeatures, SourceImage, measure_features
 from sdxl_pipeline.models.sampling import Conditioning
 from sdxl_pipeline.runtime.specs import TrainingDataset
 from sdxl_pipeline.training.data.batches import BatchReader
@@ -131,16 +128,3 @@ def sample_captions(
         )
         images.append(generate(pipeline, prompt, settings, on_step))
     return images
-
-
-def sample_features(
-    plan: Sequence[CaptionSample], images: Sequence[GalleryImage], folder: Path, models: ScoringModels | None
-) -> ImageFeatures:
-    """Write the generated images as PNGs to `folder` and return their features, each under its caption's dataset."""
-
-    def sources() -> Iterator[SourceImage]:
-        for planned, image in zip(plan, images, strict=True):
-            file = image.save(folder)
-            yield SourceImage(planned.sample.dataset_id, file.name, file, (np.asarray(image.image),))
-
-    return measure_features(sources(), models)

@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image
 
-from sdxl_pipeline.data.decoding.image_decoding import UnreadableImage
-from sdxl_pipeline.data.decoding.pixels import load_crops
-from sdxl_pipeline.evaluation.caption_samples import captioned_samples, plan_caption_samples, sample_captions
+from sdxl_pipeline.evaluation.caption_samples import captioned_images, plan_caption_samples, sample_captions
 from sdxl_pipeline.evaluation.clip_score import summarize
 from sdxl_pipeline.evaluation.embeddings import ScoringModels, load_scoring_models
 from sdxl_pipeline.evaluation.evaluation_context import EvaluationContext
@@ -202,7 +199,8 @@ class CheckpointImages:
         with self._scoring_models() as models:
             assert models is not None
             clip = score_gallery(models.clip, pairs)
-            scores = measure_scores(models.clip, clip, self._captioned_training_images(), captions, names)
+            known = captioned_images(self._context.training, spec.datasets, MATCHING_PAIRS)
+            scores = measure_scores(models.clip, clip, known, captions, names)
         if scores.clip is None:
             return scores, None, None
         return scores, summarize(clip.base), summarize(clip.lora)
@@ -265,19 +263,6 @@ class CheckpointImages:
         images = read_images(self._context.held_out, self._context.spec.datasets)
         with self._scoring_models() as models:
             return measure_features(images, models)
-
-    def _captioned_training_images(self) -> list[tuple[Image.Image, str]]:
-        """Return training images with different captions, by which is tested whether the CLIP model knows them."""
-        context = self._context
-        folders = {dataset.dataset_id: Path(dataset.data_dir) for dataset in context.spec.datasets}
-        pairs = []
-        for sample, caption in captioned_samples(context.training, context.spec.datasets, MATCHING_PAIRS):
-            try:
-                (pixels,) = load_crops(folders[sample.dataset_id] / sample.path, [sample.crop])
-            except UnreadableImage:
-                continue
-            pairs.append((Image.fromarray(pixels), caption))
-        return pairs
 
     @contextmanager
     def _scoring_models(self) -> Iterator[ScoringModels | None]:

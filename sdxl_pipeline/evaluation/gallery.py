@@ -265,20 +265,6 @@ def generate_columns(
     return written
 
 
-def checkpoint_sheet(images: Sequence[ColumnImage]) -> Image.Image:
-    """Return the written images as a grid: prompts down, columns across."""
-    columns = list(dict.fromkeys(image.column for image in images))
-    rows: dict[str, dict[GalleryColumn, ColumnImage]] = {}
-    for image in images:
-        rows.setdefault(image.image.name, {})[image.column] = image
-    texts = [next(iter(row.values())).image.prompt for row in rows.values()]
-    cells = [
-        [read_image(row[column].image.path) if column in row else None for column in columns]
-        for row in rows.values()
-    ]
-    return labelled_grid([column.title for column in columns], texts, cells)
-
-
 def read_image(path: str | Path) -> Image.Image:
     """Return the image of a file as RGB."""
     with Image.open(path) as image:

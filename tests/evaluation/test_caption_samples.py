@@ -11,7 +11,6 @@ from sdxl_pipeline.evaluation.caption_samples import (
     captioned_samples,
     plan_caption_samples,
     sample_captions,
-    sample_features,
 )
 from sdxl_pipeline.evaluation.eval_models import load_eval_model
 from sdxl_pipeline.evaluation.evaluation_identity import candidates_of
@@ -88,10 +87,6 @@ def test_sample_captions_depends_on_seed_and_model(tmp_path: Path):
         )
 
     images = sample()
-    features = sample_features(plan, images, tmp_path / "samples", None)
-    assert features.dataset_ids == ("shapes",) * 4
-    assert all(file.is_file() for file in features.files)
-    assert features.similarity is None
     trained = [image.pixels for image in images]
     with eval_model.base():
         base = [image.pixels for image in sample()]
